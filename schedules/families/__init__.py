@@ -1,0 +1,43 @@
+"""Arch families: one module each for how tiles are copied, multiplied and laid out on a machine.
+
+The interface of a family is described in :mod:`schedules.template`.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from schedules.pattern import Pattern
+from schedules.template import Program, Rejected, Target, Traversal
+
+#: Family module for each arch that packs can be built for.
+FAMILY = {"cpu": "cpu"}
+
+
+def family_of(target: Target):
+    """The family module of a target.
+
+    Raises
+    ------
+    ValueError: no family knows the arch.
+    """
+    if target.arch not in FAMILY:
+        raise ValueError(f"arch {target.arch!r} is unknown; expected one of {', '.join(FAMILY)}")
+    return importlib.import_module(f"schedules.families.{FAMILY[target.arch]}")
+
+
+def schedule(pattern: Pattern, target: Target, name: str, traversal: Traversal, config=None) -> Program | Rejected:
+    """What both templates do: ask the family whether it can, then let it."""
+    family = family_of(target)
+    # 1. The family must serve the template and the element type.
+    if traversal.template not in family.TEMPLATES:
+        return Rejected(f"{target} has no {traversal.template} kernels; it has {', '.join(family.TEMPLATES)}")
+    if pattern.dtype not in family.DTYPES:
+        return Rejected(f"{target} can't compute {pattern.dtype}; it can {', '.join(family.DTYPES)}")
+    # 2. The configuration must fit the machine.
+    config = config or family.default_config(traversal.template, pattern, target)
+    refusal = family.feasible(pattern, config, target)
+    if refusal:
+        return refusal
+    # 3. The family writes the kernel in the template's order and layout.
+    return family.program(pattern, config, target, traversal, name)
