@@ -6,7 +6,8 @@ module with
 
 * ``DTYPES``: the element types it can compute, ``TEMPLATES``: the templates it serves, ``Config``: its frozen dataclass of
   schedule parameters, ``INDEX_DTYPE``: the index type that definitions for it should have;
-* ``default_config(template, pattern, target) -> Config``;
+* ``default_configs(template, pattern, target) -> {bucket: Config}``: bucket 0 always, and further ones where a longest
+  sequence of at least that many keys is better served by another configuration;
 * ``feasible(pattern, config, target) -> Rejected | None``, before anything is compiled;
 * ``program(pattern, config, target, traversal, name) -> Program``.
 """

@@ -70,6 +70,8 @@ class KernelEntry:
     head_dim, head_dim_v: the largest sizes it takes, in elements.
     definition, mask, score: which attention it computes.
     params: its run-time parameters, in order.
+    bucket: the fewest keys (``seqlen_kv``) it is meant for; of several kernels of one kind the one with the largest bucket
+        that fits is the fastest.
     alignment: bytes; data pointers and all strides but the last must be multiples of it.
     index_bits: 32 if sizes and strides (in elements) must fit an int32, else 64.
     config: the schedule's configuration as JSON.
@@ -89,6 +91,7 @@ class KernelEntry:
     mask: str
     score: str
     params: tuple[Param, ...]
+    bucket: int
     alignment: int
     index_bits: int
     config: dict[str, Any]

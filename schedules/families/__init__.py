@@ -35,7 +35,7 @@ def schedule(pattern: Pattern, target: Target, name: str, traversal: Traversal, 
     if pattern.dtype not in family.DTYPES:
         return Rejected(f"{target} can't compute {pattern.dtype}; it can {', '.join(family.DTYPES)}")
     # 2. The configuration must fit the machine.
-    config = config or family.default_config(traversal.template, pattern, target)
+    config = config or family.default_configs(traversal.template, pattern, target)[0]
     refusal = family.feasible(pattern, config, target)
     if refusal:
         return refusal
