@@ -1,0 +1,179 @@
+"""The matcher: kv ranges against brute force over the numpy twins, and refusals with the block's name."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import tvm_ffi
+from tvm import s_tir, sym, tirx
+from tvm.script import tirx as T
+
+from schedules.attention import Attention
+from schedules.catalogue import FULL, IDENTITY, MASKS, SCORES, Mask
+from schedules.pattern import DefinitionError, Site, match
+from tvm_flash import reference
+from tvm_flash.manifest import Param
+
+TILE_M, TILE_N = 4, 3
+
+
+def checkerboard(at):
+    return (at.i + at.j) % 2 == 0
+
+
+def steep(at):
+    return 2 * at.j <= 3 * at.i + 1
+
+
+CHECKERBOARD = Mask("checkerboard", lambda at: T.truncmod(at.i + at.j, T.Cast(at.i.ty.dtype, 2)) == 0, checkerboard)
+STEEP = Mask("steep", lambda at: 2 * at.j <= 3 * at.i + 1, steep)
+
+
+def constant(value):
+    return tirx.IntImm("int64", value)
+
+
+def evaluate(expr):
+    """The number or truth value that an expression without variables stands for."""
+    value = sym.Analyzer().simplify(expr)
+    assert isinstance(value, tirx.IntImm), value
+    return value.value
+
+
+def site_of(pattern, seqlen_q, seqlen_kv, params):
+    one = constant(1)
+    values = {p.name: tirx.IntImm(p.dtype, params[p.name]) for p in pattern.params}
+    zero = constant(0)
+    return Site(
+        zero, zero, one, one, one, constant(seqlen_q), constant(seqlen_kv), tirx.Var("scale", "float32"), values
+    )
+
+
+@pytest.mark.parametrize("mask", (*MASKS.values(), CHECKERBOARD, STEEP), ids=lambda m: m.name)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), ((9, 9), (5, 13), (13, 5), (1, 10)))
+def test_ranges_against_brute_force(mask, seqlen_q, seqlen_kv):
+    params = {"window_left": 3, "window_right": 1, "sink_tokens": 2}
+    pattern = match(Attention(mask=mask)(8, "float32"))
+    site = site_of(pattern, seqlen_q, seqlen_kv, params)
+    at = reference.Positions(np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)[None, :], seqlen_q, seqlen_kv, params)
+    visible = np.broadcast_to(mask.twin(at), (seqlen_q, seqlen_kv))
+
+    for first in range(0, seqlen_q, TILE_M):
+        last = min(first + TILE_M, seqlen_q) - 1
+        rows = visible[first : last + 1]
+        bounds = constant(first), constant(last)
+        lo, hi = map(evaluate, pattern.visible_range(site, *bounds))
+        assert 0 <= lo <= hi <= seqlen_kv
+        seen = np.flatnonzero(rows.any(axis=0))
+        assert not len(seen) or (lo <= seen[0] and seen[-1] < hi)
+        if mask.name in ("full", "causal", "window"):
+            assert (lo, hi) == ((seen[0], seen[-1] + 1) if len(seen) else (lo, lo))
+        full_lo, full_hi = map(evaluate, pattern.full_range(site, *bounds))
+        assert 0 <= full_lo <= full_hi <= seqlen_kv
+        assert rows[:, full_lo:full_hi].all()
+        if mask.name in ("full", "causal", "window"):
+            assert full_hi - full_lo == rows.all(axis=0).sum()
+
+        for col in range(0, seqlen_kv, TILE_N):
+            tile = visible[first : last + 1, col : col + TILE_N]
+            corners = (*bounds, constant(col), constant(col + TILE_N - 1))
+            inside = col + TILE_N <= seqlen_kv
+            full, live = (bool(evaluate(f(site, *corners))) for f in (pattern.tile_full, pattern.tile_live))
+            assert not full or (inside and tile.all())
+            assert live or not tile.any()
+            if mask.name in ("full", "causal", "window"):
+                assert full == (inside and tile.all())
+
+    for i, j in itertools.product(range(seqlen_q), range(seqlen_kv + 2)):
+        expected = j < seqlen_kv and visible[i, j]
+        assert bool(evaluate(pattern.mask(site, constant(i), constant(j)))) == expected
+
+
+def test_what_the_matcher_finds():
+    plain = match(Attention()(64, "float16", head_dim_v=32, index_dtype="int32"))
+    assert (plain.head_dim, plain.head_dim_v, plain.dtype, plain.index_dtype) == (64, 32, "float16", "int32")
+    assert plain.is_scale_only
+    assert plain.is_unmasked
+    assert plain.params == ()
+
+    rich = match(Attention(SCORES["softcap_alibi"], MASKS["sink_window"])(64, "bfloat16"))
+    assert not rich.is_scale_only
+    assert not rich.is_unmasked
+    assert rich.has_gaps
+    assert rich.params == (
+        Param("window_left", "int32"),
+        Param("window_right", "int32"),
+        Param("sink_tokens", "int32"),
+        Param("softcap", "float32"),
+        Param("alibi_slopes", "float32", per_head=True),
+    )
+    assert not match(Attention(mask=MASKS["window"])(64, "float16")).has_gaps
+
+
+def test_score_takes_the_kernels_own_values():
+    pattern = match(Attention(SCORES["alibi"], MASKS["causal"])(64, "float16", index_dtype="int32"))
+    names = ("b", "h", "batch", "heads", "kv_heads", "sq", "skv", "row", "col")
+    v = {n: tirx.Var(n, "int32") for n in names}
+    slope, scale, s = (tirx.Var(n, "float32") for n in ("slope", "scale", "s"))
+    site = Site(
+        v["b"], v["h"], v["batch"], v["heads"], v["kv_heads"], v["sq"], v["skv"], scale, {"alibi_slopes": slope}
+    )
+    expr = pattern.score(site, s, v["row"], v["col"])
+    free = {x.name for x in tirx.analysis.undefined_vars(tirx.Evaluate(expr), [])}
+    assert free == {"s", "scale", "slope", "row", "col", "sq", "skv"}
+    assert str(expr.ty.dtype) == "float32"
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def edit_block(func, name, edit):
+    """``func`` with one block replaced by what ``edit`` makes of it."""
+
+    def replace(node):
+        return edit(node) if isinstance(node, s_tir.SBlock) and node.name_hint == name else node
+
+    return tirx.PrimFunc(
+        func.params, tvm_ffi.structural_map(func.body, replace, order="post"), func.ret_type, func.attrs
+    )
+
+
+def store(block, value):
+    body = tirx.BufferStore(block.body.buffer, value, block.body.indices)
+    return s_tir.SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, body, block.init)
+
+
+@pytest.mark.parametrize("block", ("qk", "row_max", "prob", "row_sum", "pv", "out", "lse"))
+def test_another_step_is_refused_by_name(block):
+    changed = edit_block(Attention()(8, "float32"), block, lambda b: store(b, b.body.value * 2))
+    with pytest.raises(DefinitionError, match=f"block '{block}'"):
+        match(changed)
+
+
+def test_renamed_block_is_refused():
+    def rename(b):
+        return s_tir.SBlock(b.iter_vars, b.reads, b.writes, "weights", b.body, b.init)
+
+    with pytest.raises(DefinitionError, match="block 'prob': missing"):
+        match(edit_block(Attention()(8, "float32"), "prob", rename))
+
+
+def test_mask_that_depends_on_the_score_is_refused():
+    def threshold(b):
+        value = b.body.value
+        return store(b, T.if_then_else(value > 0, value, T.float32(-math.inf)))
+
+    with pytest.raises(DefinitionError, match="block 'score': the mask depends on the score"):
+        match(edit_block(Attention()(8, "float32"), "score", threshold))
+
+
+def test_score_that_ignores_the_product_is_refused():
+    with pytest.raises(DefinitionError, match="block 'score': never reads the product"):
+        match(edit_block(Attention()(8, "float32"), "score", lambda b: store(b, T.float32(1))))
+
+
+def test_not_a_definition():
+    with pytest.raises(DefinitionError, match="PrimFunc"):
+        match(FULL)
+    assert IDENTITY.name == "identity"
