@@ -1,0 +1,42 @@
+"""The virtual environment ``.venv`` that the README's commands use: made on first use, brought up to date on later ones.
+
+Standard library only: it runs under the system's Python, before anything is installed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+MINIMUM = (3, 10)
+
+
+def prepare() -> Path:
+    """Install the project with everything that building, testing and benchmarks need; the environment's Python."""
+    if sys.version_info < MINIMUM:
+        found = ".".join(map(str, sys.version_info[:3]))
+        sys.exit(f"Python {found} is too old; run this with Python {'.'.join(map(str, MINIMUM))} or later")
+    python = VENV / "bin" / "python"
+    if not python.exists():
+        print(f"making {VENV.name} …", flush=True)
+        venv.create(VENV, with_pip=True)
+    print("installing tvm_flash and what it builds, tests and compares itself with …", flush=True)
+    run(
+        [
+            python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+            "--constraint", ROOT / "scripts" / "constraints.txt",
+            "--editable", f"{ROOT}[build,test,bench]",
+        ]
+    )  # fmt: skip
+    return python
+
+
+def run(command: list) -> None:
+    """Run a command in the repository's root; its failure ends this script with its exit status."""
+    status = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
+    if status:
+        sys.exit(status)

@@ -1,0 +1,8 @@
+"""From a fresh clone to attention on this machine: install, build the native pack, run it on real input beside PyTorch."""
+
+from environment import prepare, run
+
+if __name__ == "__main__":
+    python = prepare()
+    run([python, "scripts/build_kernels.py", "--arch", "native"])
+    run([python, "-m", "tvm_flash", "demo"])
