@@ -1,4 +1,4 @@
-"""The virtual environment ``.venv`` that the README's commands use: made on first use, brought up to date on later ones.
+"""The virtual environment ``.venv`` of the README's commands: made on first use, brought up to date after.
 
 Standard library only: it runs under the system's Python, before anything is installed.
 """

