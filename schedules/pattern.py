@@ -1,8 +1,8 @@
 """The matcher: from a definition to what a template needs to know of it.
 
 ``match(func)`` checks that a PrimFunc is attention as ``schedules.attention`` writes it, up to what the ``score`` block
-computes, and takes from that block the score expression and the mask.  The mask is split into comparisons that are
-affine in the query index i and the key index j; from them follows, by interval arithmetic and for any tile of rows,
+computes, and takes from that block the score expression and the mask.  From the mask follows, by interval arithmetic
+(:mod:`schedules.visibility`) and for any tile of rows,
 
 * ``visible_range``: the keys that some row of the tile may see: tiles outside are never visited;
 * ``full_range`` and ``tile_full``: the keys that every row sees: no masking inside;
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import tvm
 import tvm_ffi
 from tvm import s_tir, sym, tirx
 from tvm.ir import Expr, PrimType
@@ -24,6 +23,7 @@ from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
 from schedules.attention import BLOCKS, Attention, parameter_symbols
+from schedules.visibility import Rows, Tile, decompose
 from tvm_flash.manifest import Param
 
 _SCALE = 5  # position of softmax_scale among the arguments of a definition
@@ -61,6 +61,7 @@ class Pattern:
     is_scale_only: the score is ``s * softmax_scale`` and nothing more, so that the scale folds into the exponential.
     is_unmasked: every query sees every key.
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
+    is_interval: row i sees exactly the keys of ``visible_range(site, i, i)``, so that no other test of a key is needed.
     """
 
     def __init__(self, func: PrimFunc):
@@ -73,10 +74,11 @@ class Pattern:
         block = self._blocks["score"]
         self._index = [x.var for x in block.iter_vars]
         self._raw_score, self._value, predicate = _split_score(block.body.value, block, func)
-        self._mask = None if predicate is None else _decompose(predicate, self._index)
+        self._mask = None if predicate is None else decompose(predicate, self._index)
         self.is_scale_only = tvm_ffi.structural_equal(self._value, self._raw_score * func.params[_SCALE])
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
+        self.is_interval = self._mask is None or self._mask.is_interval
 
     def parameter_symbols(self):
         """Fresh arguments for a kernel: ``(arguments, {name: Var or (batch, heads) Buffer})``."""
@@ -107,9 +109,7 @@ class Pattern:
         inside = col_last < site.seqlen_kv
         if self._mask is None:
             return inside
-        tile = _Tile(
-            row_first, row_last, col_first, col_last, lambda e: self._substitute(e, site, row_first, col_first)
-        )
+        tile = Tile(row_first, row_last, col_first, col_last, lambda e: self._substitute(e, site, row_first, col_first))
         return tirx.all(inside, self._mask.full(tile))
 
     def tile_live(self, site: Site, row_first, row_last, col_first, col_last) -> Expr:
@@ -117,16 +117,14 @@ class Pattern:
         inside = col_first < site.seqlen_kv
         if self._mask is None:
             return inside
-        tile = _Tile(
-            row_first, row_last, col_first, col_last, lambda e: self._substitute(e, site, row_first, col_first)
-        )
+        tile = Tile(row_first, row_last, col_first, col_last, lambda e: self._substitute(e, site, row_first, col_first))
         return tirx.all(inside, self._mask.live(tile))
 
     def _range(self, site, row_first, row_last, which):
         zero = tirx.IntImm(self.index_dtype, 0)
         if self._mask is None:
             return zero, site.seqlen_kv
-        rows = _Rows(row_first, row_last, site.seqlen_kv, lambda e: self._substitute(e, site, row_first, zero))
+        rows = Rows(row_first, row_last, site.seqlen_kv, lambda e: self._substitute(e, site, row_first, zero))
         lo, hi = getattr(self._mask, f"{which}_range")(rows)
         hi = tirx.max(tirx.min(hi, site.seqlen_kv), zero)
         lo = tirx.min(tirx.max(lo, zero), hi)
@@ -281,176 +279,3 @@ def _param(argument) -> Param:
     if len(argument.ty.shape) != 2:
         raise DefinitionError(f"argument {argument.name!r}: a tensor parameter has the shape (batch, heads)")
     return Param(argument.name, str(argument.ty.dtype), per_head=True)
-
-
-# ---------------------------------------------------------------- interval analysis of masks
-
-
-@dataclass(frozen=True)
-class _Rows:
-    first: Expr
-    last: Expr
-    seqlen_kv: Expr
-    substitute: object
-
-
-@dataclass(frozen=True)
-class _Tile:
-    row_first: Expr
-    row_last: Expr
-    col_first: Expr
-    col_last: Expr
-    substitute: object
-
-
-def _always(value: bool) -> Expr:
-    return tirx.const(value, "bool")
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """``ci * i + cj * j + c >= 0`` with integer constants ci, cj and an expression c free of i and j."""
-
-    predicate: Expr
-    ci: int
-    cj: int
-    c: Expr
-    has_gaps = False
-
-    def _row_term(self, rows, largest: bool):
-        return rows.substitute(self.c) + self.ci * (rows.last if (self.ci > 0) == largest else rows.first)
-
-    def _range(self, rows, largest):
-        """Keys that satisfy the comparison for the most (``largest``) or the least permissive row."""
-        if self.cj == 0:
-            return _row_condition(self._row_term(rows, largest) >= 0, rows)
-        bound = self._row_term(rows, largest)
-        step = abs(self.cj)
-        bound = bound if step == 1 else tvm.tirx.floordiv(bound, step)
-        return (-bound, rows.seqlen_kv) if self.cj > 0 else (tirx.const(0, bound.ty.dtype), bound + 1)
-
-    def visible_range(self, rows):
-        return self._range(rows, True)
-
-    def full_range(self, rows):
-        return self._range(rows, False)
-
-    def _corner(self, tile, largest: bool):
-        row = tile.row_last if (self.ci > 0) == largest else tile.row_first
-        col = tile.col_last if (self.cj > 0) == largest else tile.col_first
-        return tile.substitute(self.c) + self.ci * row + self.cj * col >= 0
-
-    def full(self, tile):
-        return self._corner(tile, False)
-
-    def live(self, tile):
-        return self._corner(tile, True)
-
-
-def _row_condition(holds, rows):
-    """All keys if a condition on rows alone holds, else none."""
-    zero = tirx.const(0, rows.seqlen_kv.ty.dtype)
-    return zero, tirx.Select(holds, rows.seqlen_kv, zero)
-
-
-@dataclass(frozen=True)
-class _All:
-    predicate: Expr
-    parts: tuple
-
-    @property
-    def has_gaps(self):
-        return any(p.has_gaps for p in self.parts)
-
-    def _range(self, rows, which):
-        los, his = zip(*(getattr(p, which)(rows) for p in self.parts), strict=True)
-        return _fold(tirx.max, los), _fold(tirx.min, his)
-
-    def visible_range(self, rows):
-        return self._range(rows, "visible_range")
-
-    def full_range(self, rows):
-        return self._range(rows, "full_range")
-
-    def full(self, tile):
-        return tirx.all(*(p.full(tile) for p in self.parts))
-
-    def live(self, tile):
-        return tirx.all(*(p.live(tile) for p in self.parts))
-
-
-@dataclass(frozen=True)
-class _Any:
-    predicate: Expr
-    parts: tuple
-    has_gaps = True
-
-    def visible_range(self, rows):
-        los, his = zip(*(p.visible_range(rows) for p in self.parts), strict=True)
-        return _fold(tirx.min, los), _fold(tirx.max, his)
-
-    def full_range(self, rows):
-        zero = tirx.const(0, rows.seqlen_kv.ty.dtype)
-        return zero, zero  # a union of intervals is not an interval
-
-    def full(self, tile):
-        return tirx.any(*(p.full(tile) for p in self.parts))
-
-    def live(self, tile):
-        return tirx.any(*(p.live(tile) for p in self.parts))
-
-
-@dataclass(frozen=True)
-class _Opaque:
-    """A predicate that isn't affine: nothing is known of a tile without looking at each element."""
-
-    predicate: Expr
-    has_gaps = False
-
-    def visible_range(self, rows):
-        return tirx.const(0, rows.seqlen_kv.ty.dtype), rows.seqlen_kv
-
-    def full_range(self, rows):
-        zero = tirx.const(0, rows.seqlen_kv.ty.dtype)
-        return zero, zero
-
-    def full(self, tile):
-        return _always(False)
-
-    def live(self, tile):
-        return _always(True)
-
-
-def _fold(op, items):
-    result = items[0]
-    for item in items[1:]:
-        result = op(result, item)
-    return result
-
-
-def _decompose(predicate: Expr, index):
-    if isinstance(predicate, tirx.And):
-        return _All(predicate, (_decompose(predicate.a, index), _decompose(predicate.b, index)))
-    if isinstance(predicate, tirx.Or):
-        return _Any(predicate, (_decompose(predicate.a, index), _decompose(predicate.b, index)))
-    return _comparison(predicate, index) or _Opaque(predicate)
-
-
-def _comparison(predicate: Expr, index) -> _Affine | None:
-    """The comparison as ``ci * i + cj * j + c >= 0``, or None if it isn't affine with constant coefficients."""
-    nonnegative = {
-        tirx.LT: lambda a, b: b - a - 1,
-        tirx.LE: lambda a, b: b - a,
-        tirx.GT: lambda a, b: a - b - 1,
-        tirx.GE: lambda a, b: a - b,
-    }.get(type(predicate))
-    if nonnegative is None or not str(predicate.a.ty.dtype).startswith("int"):
-        return None
-    _, _, i, j = index
-    terms = sym.detect_linear_equation(nonnegative(predicate.a, predicate.b), [i, j])
-    if len(terms) != 3:
-        return None
-    ci, cj, c = (sym.Analyzer().simplify(t) for t in terms)
-    if not (isinstance(ci, tirx.IntImm) and isinstance(cj, tirx.IntImm)):
-        return None
-    return _Affine(predicate, ci.value, cj.value, c)
