@@ -101,7 +101,7 @@ class Pattern:
         return self._range(site, row_first, row_last, "visible")
 
     def full_range(self, site: Site, row_first: Expr, row_last: Expr) -> tuple[Expr, Expr]:
-        """Keys ``[lo, hi)`` that every row of ``row_first .. row_last`` (inclusive) sees; empty if that can't be told."""
+        """Keys ``[lo, hi)`` that every row of ``row_first .. row_last`` (inclusive) sees; empty if in doubt."""
         return self._range(site, row_first, row_last, "full")
 
     def tile_full(self, site: Site, row_first, row_last, col_first, col_last) -> Expr:
