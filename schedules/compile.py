@@ -1,0 +1,260 @@
+"""One kernel: spec → definition → pattern → program → source → object file.  Runs in the builder's worker processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tvm
+from tvm.backend.cuda import export_cuda_host
+
+from schedules import v1, v2
+from schedules.attention import Attention
+from schedules.catalogue import MASKS, SCORES
+from schedules.definition_file import DefinitionFile
+from schedules.families import family_of
+from schedules.pattern import DefinitionError, Pattern, match
+from schedules.suite import KernelSpec
+from schedules.template import Program, Rejected, Target
+from schedules.toolchain import cuda
+from schedules.toolchain.process import ToolchainError
+from tvm_flash.manifest import KernelEntry
+
+_TEMPLATES = {"v1": v1, "v2": v2}
+
+
+@dataclass(frozen=True)
+class ChosenConfig:
+    """A configuration as JSON, and the tuning record that it comes from."""
+
+    config: Mapping[str, object]
+    source: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know to compile all buckets of a spec.
+
+    ``configs`` has the configurations, by symbol, that replace the family's defaults; ``objects`` is the folder where
+    object files are kept from build to build; ``run_on`` is as in :func:`schedules.toolchain.cuda.compile_object`.
+    """
+
+    spec: KernelSpec
+    target: Target
+    objects: Path
+    definition: DefinitionFile | None = None
+    configs: Mapping[str, ChosenConfig] = field(default_factory=dict)
+    run_on: str = ""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel that compiled: its manifest entry (without a module yet); the object file's name and bytes; seconds."""
+
+    entry: KernelEntry
+    object_file: str
+    size: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A kernel that a template or a family can't make, and why.  No failure."""
+
+    symbol: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A kernel that should have compiled and did not."""
+
+    symbol: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A scheduled kernel as text: CUDA C++, or TensorIR for the CPU; ``source_hash`` is its identity."""
+
+    program: Program
+    text: str
+    source_hash: str
+    config: object
+
+
+def versions_for(target: Target) -> dict[str, str]:
+    """The compilers that make code for a target, as the manifest names them."""
+    versions = {"tvm": _version("apache-tvm"), "tvm_ffi": _version("apache-tvm-ffi")}
+    if target.arch != "cpu":
+        versions["cuda"] = cuda.find_toolkit().version
+    return versions
+
+
+def _version(distribution: str) -> str:
+    return importlib.metadata.version(distribution)
+
+
+def pattern_of(spec: KernelSpec, target: Target, definition: DefinitionFile | None = None) -> Pattern:
+    """The matched definition of a spec, with the index type that the target's family wants.
+
+    Raises
+    ------
+    DefinitionError: the definition isn't attention in a form that the templates know.
+    """
+    source = definition.load() if definition else Attention(SCORES[spec.score], MASKS[spec.mask])
+    func = source(spec.head_dim, spec.dtype, head_dim_v=spec.head_dim_v, index_dtype=family_of(target).INDEX_DTYPE)
+    return match(func)
+
+
+def configs_of(spec: KernelSpec, pattern: Pattern, target: Target, chosen: Mapping[str, ChosenConfig]) -> dict:
+    """The configurations of a spec's buckets: ``{bucket: (Config or None, where it comes from)}``.
+
+    None stands for a kernel that the family doesn't make; the template says why.
+    """
+    family = family_of(target)
+    if spec.template not in family.TEMPLATES or spec.dtype not in family.DTYPES:
+        return {0: (None, "default")}
+    configs = {
+        bucket: (config, "default") for bucket, config in family.default_configs(spec.template, pattern, target).items()
+    }
+    for bucket in configs:
+        record = chosen.get(spec.with_bucket(bucket).symbol)
+        if record:
+            configs[bucket] = (family.Config(**record.config), record.source)
+    return configs
+
+
+def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lowered | Rejected:
+    """Schedule one kernel and turn it into the text that its machine code is made from."""
+    program = _TEMPLATES[spec.template].apply(pattern, target, spec.symbol, config)
+    if isinstance(program, Rejected):
+        return program
+    if target.arch == "cpu":
+        text = program.func.script()
+        options = json.dumps(_cpu_options(target), sort_keys=True)
+        digest = hashlib.sha256("\0".join((text, options, _version("apache-tvm"))).encode()).hexdigest()
+    else:
+        text = _export_cuda(program, spec.symbol, target)
+        digest = cuda.source_hash(text, target.arch, versions_for(target)["cuda"])
+    return Lowered(program, text, digest, config)
+
+
+def cuda_source(spec: KernelSpec, config, target: Target, definition: DefinitionFile | None = None) -> str | Rejected:
+    """CUDA C++ of one kernel, device and host code, without compiling it; for :func:`toolchain.cuda.compile_cuda`."""
+    lowered = lower(spec, pattern_of(spec, target, definition), target, config)
+    return lowered if isinstance(lowered, Rejected) else lowered.text
+
+
+def compile_spec(job: Job) -> list[Built | Refused | Failed]:
+    """All buckets of a spec; a fault of one kernel is a value, so that the others go on."""
+    spec, target = job.spec, job.target
+    try:
+        pattern = pattern_of(spec, target, job.definition)
+        configs = configs_of(spec, pattern, target, job.configs)
+    except DefinitionError:
+        raise
+    except Exception:  # whatever a family does wrong is reported with the kernel's name, and the build goes on
+        return [Failed(spec.symbol, traceback.format_exc(limit=-4))]
+    results = []
+    for bucket, (config, config_source) in configs.items():
+        one = spec.with_bucket(bucket)
+        try:
+            results.append(_compile_one(job, one, pattern, config, config_source))
+        except ToolchainError as e:
+            results.append(Failed(one.symbol, str(e)))
+        except Exception:  # as above
+            results.append(Failed(one.symbol, traceback.format_exc(limit=-4)))
+    return results
+
+
+def _compile_one(job: Job, spec: KernelSpec, pattern: Pattern, config, config_source: str) -> Built | Refused:
+    begin = time.perf_counter()
+    lowered = lower(spec, pattern, job.target, config)
+    if isinstance(lowered, Rejected):
+        return Refused(spec.symbol, lowered.reason)
+    program = lowered.program
+    suffix = f"-{job.run_on}" if job.run_on else ""
+    object_file = job.objects / f"{spec.symbol}-{lowered.source_hash[:16]}{suffix}.o"
+    resources = _resources_of(object_file)
+    if resources is None:
+        resources = _make_object(job, lowered, spec.symbol, object_file)
+    entry = KernelEntry(
+        symbol=spec.symbol,
+        module="",
+        template=spec.template,
+        arch=job.target.arch,
+        dtype=spec.dtype,
+        head_dim=spec.head_dim,
+        head_dim_v=spec.head_dim_v,
+        definition=spec.definition,
+        mask=spec.mask,
+        score=spec.score,
+        params=pattern.params,
+        bucket=spec.bucket,
+        alignment=program.alignment,
+        index_bits=program.index_bits,
+        config=dataclasses.asdict(config),
+        config_source=config_source,
+        source_hash=lowered.source_hash,
+        **resources,
+    )
+    return Built(entry, object_file.name, object_file.stat().st_size, time.perf_counter() - begin)
+
+
+def _resources_of(object_file: Path) -> dict | None:
+    """Registers and so on of an object that an earlier build left, or None if there is none."""
+    note = object_file.with_suffix(".json")
+    return json.loads(note.read_text()) if object_file.exists() and note.exists() else None
+
+
+def _make_object(job: Job, lowered: Lowered, symbol: str, object_file: Path) -> dict:
+    """Compile to ``object_file``, which appears when it is complete, after the note with its resources."""
+    with tempfile.TemporaryDirectory(dir=job.objects) as scratch:
+        draft = Path(scratch) / object_file.name
+        make = _make_cpu_object if job.target.arch == "cpu" else _make_cuda_object
+        resources = make(job, lowered, symbol, draft)
+        object_file.with_suffix(".json").write_text(json.dumps(resources))
+        os.replace(draft, object_file)
+    return resources
+
+
+def _cpu_options(target: Target) -> dict:
+    isa = family_of(target).ISAS[target.isa]
+    return {"kind": "llvm", "mcpu": isa.mcpu, **({"mattr": list(isa.mattr)} if isa.mattr else {})}
+
+
+def _make_cpu_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> dict:
+    module = tvm.IRModule({symbol: lowered.program.func})
+    options = tvm.target.Target(_cpu_options(job.target))
+    executable = tvm.compile(module, target=options, tir_pipeline=lowered.program.pipeline)
+    executable.mod.write_to_file(str(draft), "o")
+    return {}
+
+
+def _export_cuda(program: Program, symbol: str, target: Target) -> str:
+    options = tvm.target.Target({"kind": "cuda", "arch": target.arch}, host={"kind": "cuda_host"})
+    executable = tvm.compile(tvm.IRModule({symbol: program.func}), target=options, tir_pipeline=program.pipeline)
+    return export_cuda_host(executable.mod)
+
+
+def _make_cuda_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> dict:
+    source = draft.with_name(f"{symbol}.cu")
+    source.write_text(lowered.text)
+    spills_allowed = getattr(family_of(job.target), "SPILLS_ALLOWED", False)
+    report = cuda.compile_object(source, draft, job.target.arch, run_on=job.run_on, spills_allowed=spills_allowed)
+    native = [k for k in report.kernels if k.arch == job.target.arch]
+    return {
+        "registers": max(k.registers for k in native),
+        "spills": max(k.spills for k in native),
+        "shared_memory": max(k.shared_memory for k in native) + cuda.dynamic_shared_memory(lowered.text),
+    }

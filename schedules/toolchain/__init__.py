@@ -1,0 +1,12 @@
+"""Compilers, linkers and what is known of this machine.  Nothing here imports TVM.
+
+=============== =================================================================
+``process``     running a compiler: errors that can be read, no orphans
+``cuda``        CUDA C++ source → object → module, with nvcc
+``volta``       the same for sm_70, with NVRTC of CUDA 12
+``ptxas``       registers, spills, shared memory and warnings out of a report
+``cpu``         objects → module, and the thread pool that CPU modules share
+``machine``     instruction sets and GPUs of this machine
+``inspection``  what a module must not contain
+=============== =================================================================
+"""
