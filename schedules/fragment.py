@@ -1,0 +1,63 @@
+"""Where an accumulator register sits: the one thing about a matrix instruction that softmax and epilogue have to know.
+
+A warp's accumulator of ``m_tiles`` times ``tile_rows`` rows and ``columns`` columns is ``m_tiles * registers(columns)``
+floats a lane.  Register ``t * registers(columns) + g * 4 + r * 2 + e`` of a lane stands at
+
+* row ``t * tile_rows + row(lane) + r * row_step``,
+* column ``g * group + column(lane) + e`` of a score tile, ``output_column(g, lane) + e`` of the output.
+
+Every lane holds two rows of an m-tile, and the lanes that share them differ in the bits of ``row_lanes``.
+Source: the layouts of mma and wgmma fragments in the PTX ISA; Volta's is that of m8n8k4 with the four quad pairs of a
+warp arranged as 2 x 2 over 32 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """An accumulator layout.
+
+    ``group``: columns that four consecutive registers span.  ``tile_rows``: rows of an m-tile.  ``row_step``: rows between
+    ``r = 0`` and ``r = 1``.  ``row_lanes``: masks of the shuffles that reduce a row.
+    """
+
+    group: int
+    tile_rows: int
+    row_step: int
+    row_lanes: tuple[int, ...]
+    row: Callable[[Expr], Expr]
+    column: Callable[[Expr], Expr]
+    output_column: Callable[[Expr, Expr], Expr]
+
+    def registers(self, columns: int) -> int:
+        """Registers of a lane for one m-tile with that many columns."""
+        return columns * 4 // self.group
+
+
+#: mma.sync m16n8 of Turing and later; wgmma has the same map, 16 rows a warp.
+M16N8 = Fragment(
+    group=8,
+    tile_rows=16,
+    row_step=8,
+    row_lanes=(1, 2),
+    row=lambda lane: lane // 4,
+    column=lambda lane: lane % 4 * 2,
+    output_column=lambda g, lane: g * 8 + lane % 4 * 2,
+)
+
+#: mma.sync m8n8k4 of Volta.  The output's columns are permuted: one 128-bit load of V serves two instructions.
+VOLTA = Fragment(
+    group=4,
+    tile_rows=32,
+    row_step=2,
+    row_lanes=(2,),
+    row=lambda lane: lane % 16 // 8 * 16 + lane // 16 * 8 + lane // 4 % 2 * 4 + lane % 2,
+    column=lambda lane: lane // 2 % 2 * 2,
+    output_column=lambda g, lane: g // 4 * 16 + g % 2 * 8 + g % 4 // 2 * 4 + lane // 2 % 2 * 2,
+)
