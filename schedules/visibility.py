@@ -1,7 +1,7 @@
 """Which keys a tile of rows may see, and which it certainly sees: interval arithmetic on a mask.
 
-``decompose`` splits a predicate at its conjunctions and disjunctions into comparisons that are affine in the query index
-i and the key index j; whatever isn't affine stays as it is.  Every part answers the same questions:
+``decompose`` splits a predicate at its conjunctions and disjunctions into comparisons that are affine in the query
+index i and the key index j; whatever isn't affine stays as it is.  Every part answers the same questions:
 
 * ``visible_range(rows)``, ``full_range(rows)``: keys ``[lo, hi)`` that some row may see, that every row sees;
 * ``live(tile)``, ``full(tile)``: whether some, whether every element of a tile is seen;
