@@ -23,8 +23,8 @@ from tvm.ir import Expr
 class Fragment:
     """An accumulator layout.
 
-    ``group``: columns that four consecutive registers span.  ``tile_rows``: rows of an m-tile.  ``row_step``: rows between
-    ``r = 0`` and ``r = 1``.  ``row_lanes``: masks of the shuffles that reduce a row.
+    ``group``: columns that four consecutive registers span.  ``tile_rows``: rows of an m-tile.  ``row_step``: rows
+    between ``r = 0`` and ``r = 1``.  ``row_lanes``: masks of the shuffles that reduce a row.
     """
 
     group: int

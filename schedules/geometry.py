@@ -1,9 +1,9 @@
 """Tensors, symbols and ranges of a GPU kernel: everything about *where* that doesn't depend on the machine.
 
-``Geometry`` declares the arguments of the ABI (:mod:`tvm_flash.manifest`); made before ``T.device_entry()``.  ``Tensor``
-addresses one argument by its run-time strides: sizes and strides are int32, offsets int64, since a TIRx buffer ignores the
-strides that it was matched with.  ``site`` gives what the definition's variables are in this block, ``KeyTiles`` which
-tiles of keys a row tile has to visit.
+``Geometry`` declares the arguments of the ABI (:mod:`tvm_flash.manifest`); make it before ``T.device_entry()``.
+``Tensor`` addresses one argument by its run-time strides: sizes and strides are int32, offsets int64, and computed by
+hand, since a TIRx buffer ignores the strides that it was matched with.  ``site`` gives what the definition's variables
+are in this block, ``KeyTiles`` which tiles of keys a row tile has to visit.
 """
 
 from __future__ import annotations
@@ -141,9 +141,9 @@ def site(geometry: Geometry, parameters: Parameters, b: Expr, h: Expr) -> Site:
 class KeyTiles:
     """Tiles of ``block_n`` keys that rows ``row_first .. row_last`` (inclusive) have to visit.
 
-    Tiles ``begin .. end`` (exclusive) may be seen by some row; of these, ``full_begin .. full_end`` are seen whole by every
-    row and need no mask.  ``begin <= full_begin <= full_end <= end`` always holds.  ``has_full`` and ``has_left`` say
-    whether there can be full tiles at all, and masked ones to the left of them; both are known when the kernel is made.
+    Tiles ``begin .. end`` (exclusive) may be seen by some row; of these, ``full_begin .. full_end`` are seen whole by
+    every row and need no mask.  ``begin <= full_begin <= full_end <= end`` always holds.  ``has_full`` and ``has_left``
+    say whether there can be full tiles at all, and masked ones to the left of them: known when the kernel is made.
     """
 
     def __init__(self, pattern: Pattern, at: Site, row_first: Expr, row_last: Expr, block_n: int):

@@ -1,11 +1,11 @@
 """Scores, masks and the online softmax on accumulator fragments: once for every GPU.
 
-The online softmax is that of FlashAttention (Dao et al., 2022), with the lazy rescale of FlashAttention-4: a row keeps an
-older maximum as its reference as long as no score exceeds it by more than ``LAZY`` powers of two.
+The online softmax is that of FlashAttention (Dao et al., 2022), with the lazy rescale of FlashAttention-4: a row keeps
+an older maximum as its reference as long as no score exceeds it by more than ``LAZY`` powers of two.
 
-Everything exponential is in powers of two.  Where the definition only scales the score, ``S`` keeps raw products and the
-scale folds into the exponent's one multiply-add, ``exp2(S * scale - offset)``; otherwise ``S`` holds scores times log2(e)
-and ``scale`` is 1.
+Everything exponential is in powers of two.  Where the definition only scales the score, ``S`` keeps raw products and
+the scale folds into the exponent's one multiply-add, ``exp2(S * scale - offset)``; otherwise ``S`` holds scores times
+log2(e) and ``scale`` is 1.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ NEGATIVE_INFINITY = -math.inf
 #: Powers of two by which a score may exceed its row's reference; 2^8 leaves P and the row sum far from overflow.
 LAZY = 8.0
 
-#: |reference * scale| from which ``S * scale - offset`` would lose too much: offset is rounded to 2^-24 of itself, so that
-#: 1024 bounds the error of P to 2^-14.  Beyond it the reference is subtracted before the scale is applied, which is exact.
+#: |reference * scale| from which ``S * scale - offset`` would lose too much: offset is rounded to 2^-24 of itself, so
+#: that 1024 bounds the error of P to 2^-14.  Beyond it the reference is subtracted before the scale is applied.
 LARGE_OFFSET = 1024.0
 
 #: Keeps ``reference + slack`` from becoming inf − inf when the scale is tiny.
@@ -61,8 +61,8 @@ def _from_lane(value: Expr, mask: int) -> Expr:
 class OnlineSoftmax:
     """The softmax state of the rows that one lane shares in: ``2 * m_tiles`` rows of ``columns`` columns a step.
 
-    A step is ``modify``, ``track``, ``exponentials`` of all groups, and ``rescale`` of the output if ``grown`` isn't 0, at
-    any time after ``track`` and before products of this step are added.
+    A step is ``modify``, ``track``, ``settle``, ``exponentials`` of all groups, and ``rescale`` of the output if
+    ``grown`` isn't 0, at any time after ``track`` and before products of this step are added.
     """
 
     def __init__(self, pattern: Pattern, at: Site, fragment: Fragment, m_tiles: int, columns: int):
@@ -206,17 +206,21 @@ class OnlineSoftmax:
     def settle(self, S):
         """Subtract large references from the scores themselves; after ``track``, before ``exponentials``."""
         if self.folded:
-            if self.large != 0:
-                for t in T.unroll(self.m_tiles):
-                    for g in T.unroll(self.groups):
-                        for r in T.unroll(2):
-                            for e in T.unroll(2):
-                                i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                                S[i] = S[i] - self.base(t * 2 + r)
+            self._subtract_large(S)
+
+    @T.inline
+    def _subtract_large(self, S):
+        if self.large != 0:
+            for t in T.unroll(self.m_tiles):
+                for g in T.unroll(self.groups):
+                    for r in T.unroll(2):
+                        for e in T.unroll(2):
+                            i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
+                            S[i] = S[i] - self.base(t * 2 + r)
 
     @T.inline
     def exponentials(self, S, first, count):
-        """Scores to probabilities relative to the references, and into the row sums: ``count`` groups from ``first``."""
+        """Scores of ``count`` groups from ``first`` to probabilities relative to the references; adds to the row sums."""
         for t in T.unroll(self.m_tiles):
             for g in T.unroll(count):
                 for r in T.unroll(2):
