@@ -220,7 +220,7 @@ class OnlineSoftmax:
 
     @T.inline
     def exponentials(self, S, first, count):
-        """Scores of ``count`` groups from ``first`` to probabilities relative to the references; adds to the row sums."""
+        """Scores of ``count`` groups from ``first`` to probabilities relative to the references, and sum them."""
         for t in T.unroll(self.m_tiles):
             for g in T.unroll(count):
                 for r in T.unroll(2):
