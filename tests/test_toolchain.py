@@ -1,0 +1,277 @@
+"""Compilers and linkers: what they accept, what they refuse, and that modules need nothing else at run time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tvm
+import tvm_ffi
+from tvm.script import tirx as T
+
+from schedules.toolchain import cpu, cuda, inspection, machine, ptxas
+from schedules.toolchain.process import ToolchainError, run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'fast_kernel' for 'sm_90a'
+ptxas info    : Function properties for fast_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 9 barriers, 1024 bytes smem
+ptxas info    : Compiling entry function 'fat_kernel' for 'sm_90a'
+ptxas info    : Function properties for fat_kernel
+    64 bytes stack frame, 40 bytes spill stores, 28 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+SERIALISED = (
+    "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...\n"
+)
+
+#: As TVM exports it, with fewer checks: device code, and a function that tvm-ffi can call.
+SOURCE = """\
+#include <cuda_runtime.h>
+extern "C" __global__ void BOUNDS scale_kernel(float* x, int n) {
+  float a[SIZE];
+  for (int i = 0; i < SIZE; i++) a[i] = x[i * n + threadIdx.x];
+  for (int k = 0; k < n; k++)
+    #pragma unroll
+    for (int i = 0; i < SIZE; i++) a[i] = a[i] * a[(i + 7) % SIZE] + 1.0f;
+  for (int i = 0; i < SIZE; i++) x[i * n + threadIdx.x] = a[i];
+}
+#include <tvm/ffi/c_api.h>
+void* __tvm_ffi__library_ctx = NULL;
+extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_scale(void*, void*, int, void*) {
+  scale_kernel<<<1, 32>>>(nullptr, 1);
+  return 0;
+}
+extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_main(void* s, void* a, int n, void* r) {
+  return __tvm_ffi_scale(s, a, n, r);
+}
+"""
+
+
+def small_source(size: int = 4, bounds: str = "") -> str:
+    return SOURCE.replace("SIZE", str(size)).replace("BOUNDS", bounds)
+
+
+# ---------------------------------------------------------------- ptxas
+
+
+def test_report_is_read():
+    fast, fat = ptxas.parse(PTXAS).kernels
+    assert fast == ptxas.KernelReport("fast_kernel", "sm_90a", 168, 0, 0, 1024)
+    assert fat == ptxas.KernelReport("fat_kernel", "sm_90a", 255, 64, 68, 0)
+
+
+def test_spills_and_serialised_wgmma_are_refused():
+    report = ptxas.parse(PTXAS)
+    with pytest.raises(ToolchainError, match="fat_kernel for sm_90a: spills 68 bytes at 255 registers"):
+        ptxas.check(report, spills_allowed=False, arch="sm_90a")
+    ptxas.check(report, spills_allowed=True, arch="sm_90a")
+    ptxas.check(report, spills_allowed=False, arch="sm_80")  # code for another arch says nothing
+    with pytest.raises(ToolchainError, match=r"C7510 \(wgmma is serialised\)"):
+        ptxas.check(ptxas.parse(PTXAS + SERIALISED), spills_allowed=True, arch="sm_90a")
+
+
+# ---------------------------------------------------------------- nvcc
+
+
+def test_gencode():
+    assert cuda.code_for("sm_90a") == "arch=compute_90a,code=sm_90a"
+    assert cuda.code_for("sm_80", "sm_90") == "arch=compute_80,code=[sm_80,compute_80]"
+    with pytest.raises(ToolchainError, match="sm_90a code runs on sm_90a only"):
+        cuda.code_for("sm_90a", "sm_100")
+
+
+def test_source_to_module_without_tvm(tmp_path):
+    (tmp_path / "k.cu").write_text(small_source())
+    script = f"""
+import sys
+from schedules.toolchain import cuda
+print(cuda.compile_cuda({str(tmp_path / "k.cu")!r}, {str(tmp_path / "k.so")!r}, "sm_80", run_on="sm_90"))
+assert not any(m == "tvm" or m.startswith("tvm.") for m in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "scale_kernel" in out
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".cu"] == ["k.so"]
+    assert tvm_ffi.load_module(str(tmp_path / "k.so"))["scale"] is not None
+    assert "libcudart" not in " ".join(inspection.needed_libraries(tmp_path / "k.so"))
+
+
+def test_compiler_errors_are_readable(tmp_path):
+    (tmp_path / "k.cu").write_text("int f( {")
+    with pytest.raises(ToolchainError, match=r"compiling k.cu for sm_80: .*\n.*error"):
+        cuda.compile_cuda(tmp_path / "k.cu", tmp_path / "k.so", "sm_80")
+    assert not (tmp_path / "k.so").exists()
+
+
+def test_spilling_kernel_is_refused(tmp_path):
+    (tmp_path / "k.cu").write_text(small_source(96, "__launch_bounds__(1024, 2)"))
+    with pytest.raises(ToolchainError, match=r"scale_kernel for sm_80: spills \d+ bytes at 32 registers"):
+        cuda.compile_object(tmp_path / "k.cu", tmp_path / "k.o", "sm_80")
+    report = cuda.compile_object(tmp_path / "k.cu", tmp_path / "k.o", "sm_80", spills_allowed=True)
+    assert report.kernels[0].spills > 0
+
+
+def test_dynamic_shared_memory_is_read_from_the_launch():
+    launch = (
+        "cudaFuncSetAttribute(::k, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536)); x.dynamicSmemBytes = 65536;"
+    )
+    assert cuda.dynamic_shared_memory(launch) == 65536
+    assert cuda.dynamic_shared_memory("cuda_config.dynamicSmemBytes = 0;") == 0
+
+
+# ---------------------------------------------------------------- inspection
+
+
+def library(tmp_path: Path, source: str, *flags: str) -> Path:
+    (tmp_path / "x.c").write_text(source)
+    run(["cc", "-shared", "-fPIC", tmp_path / "x.c", "-o", tmp_path / "x.so", *flags], "test library")
+    return tmp_path / "x.so"
+
+
+def test_module_with_source_is_refused(tmp_path):
+    path = library(tmp_path, 'const char* s = "extern \\"C\\" __global__ void k(float* x) {}";')
+    with pytest.raises(ToolchainError, match=r"x\.so: holds CUDA source"):
+        inspection.check_module(path)
+
+
+def test_module_with_other_needs_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    other = library(tmp_path / "other", "int other(void) { return 1; }", "-Wl,-soname,libother.so.1")
+    path = library(tmp_path, "int other(void); int f(void) { return other(); }", str(other))
+    with pytest.raises(ToolchainError, match=r"x.so: needs libother.so.1"):
+        inspection.check_module(path)
+    inspection.check_module(path, may_need=("libother",))
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def test_arch_of_a_gpu():
+    archs = ("cpu", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
+    expected = {(7, 0): "sm_70", (7, 2): "sm_70", (8, 0): "sm_80", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a"}
+    expected |= {(12, 1): "sm_120", (10, 0): None, (6, 1): None}
+    assert {c: machine.arch_of(c, archs) for c in expected} == expected
+
+
+def test_best_instruction_set(monkeypatch):
+    isas = {name: SimpleNamespace(features=f) for name, f in (("wide", ("avx512f", "fma")), ("narrow", ("fma",)))}
+    monkeypatch.setattr(machine, "cpu_features", lambda: frozenset({"fma", "sse2"}))
+    assert machine.best_isa(isas) == "narrow"
+    monkeypatch.setattr(machine, "cpu_features", frozenset)
+    with pytest.raises(ValueError, match="none of the instruction sets wide, narrow"):
+        machine.best_isa(isas)
+
+
+# ---------------------------------------------------------------- the thread pool of CPU modules
+
+
+@pytest.fixture(scope="module")
+def doubled(tmp_path_factory):
+    """A module whose function ``f(a, b)`` sets ``b = 2 * a`` row by row in parallel, through scratch memory."""
+
+    @T.prim_func(s_tir=True)
+    def f(a: T.handle, b: T.handle):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "f"})
+        rows = T.int64()
+        A = T.match_buffer(a, (rows, 512), "float32")
+        B = T.match_buffer(b, (rows, 512), "float32")
+        for i in T.parallel(rows):
+            with T.sblock("row"):
+                row = T.axis.remap("S", [i])
+                scratch = T.sblock_alloc_buffer((512,), "float32")
+                for j in range(512):
+                    with T.sblock("fill"):
+                        column = T.axis.remap("S", [j])
+                        scratch[column] = A[row, 511 - column] * T.float32(2)
+                for j in range(512):
+                    with T.sblock("store"):
+                        column = T.axis.remap("S", [j])
+                        B[row, column] = scratch[511 - column]
+
+    folder = tmp_path_factory.mktemp("doubled")
+    runtime = folder / cpu.runtime_name()
+    cpu.build_runtime(runtime, runtime.name)
+    compiled = tvm.compile(tvm.IRModule({"f": f}), target=tvm.target.Target("llvm"))
+    compiled.mod.write_to_file(str(folder / "f.o"), "o")
+    cpu.link_module([folder / "f.o"], folder / "f.so", runtime)
+    (folder / "f.o").unlink()
+    return folder / "f.so"
+
+
+CALLS = """
+import os, sys, threading
+import numpy as np, tvm_ffi
+f = tvm_ffi.load_module(sys.argv[1])["f"]
+
+def call(rows):
+    a = np.random.rand(rows, 512).astype("float32")
+    b = np.zeros_like(a)
+    f(tvm_ffi.from_dlpack(a), tvm_ffi.from_dlpack(b))
+    assert np.array_equal(b, 2 * a)
+"""
+
+
+def in_process(module: Path, script: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS + script, str(module)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "5"])
+def test_pool_runs_every_task_once(doubled, threads):
+    script = """
+for i in range(2000):
+    call(1 + i % 17)
+print(len(os.listdir("/proc/self/task")))
+"""
+    assert int(in_process(doubled, script, TVM_NUM_THREADS=threads)) >= int(threads)
+
+
+def test_pool_serves_many_threads_and_forked_processes(doubled):
+    script = """
+threads = [threading.Thread(target=lambda: [call(1 + i % 37) for i in range(300)]) for _ in range(6)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        for i in range(200):
+            call(1 + i % 17)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    call(9)
+"""
+    in_process(doubled, script, TVM_NUM_THREADS="3")
+
+
+def test_module_runs_beside_tvm_and_without_it(doubled):
+    in_process(doubled, "call(5); assert 'tvm' not in sys.modules; import tvm; call(5)")
+    in_process(doubled, "import tvm; call(5)")
+    a, b = np.ones((3, 512), "float32"), np.zeros((3, 512), "float32")
+    tvm_ffi.load_module(str(doubled))["f"](tvm_ffi.from_dlpack(a), tvm_ffi.from_dlpack(b))
+    assert (b == 2).all()
+
+
+def test_call_that_only_tvm_can_answer_is_refused(tmp_path):
+    source = "void* __TVMFuncCall __attribute__((weak)); int f(void) { return __TVMFuncCall != 0; }"
+    (tmp_path / "x.c").write_text(source)
+    run(["cc", "-c", "-fPIC", tmp_path / "x.c", "-o", tmp_path / "x.o"], "test object")
+    runtime = tmp_path / cpu.runtime_name()
+    cpu.build_runtime(runtime, runtime.name)
+    with pytest.raises(ToolchainError, match="calls __TVMFuncCall, which needs TVM's runtime"):
+        cpu.link_module([tmp_path / "x.o"], tmp_path / "x.so", runtime)
