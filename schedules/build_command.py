@@ -18,10 +18,15 @@ from schedules.plan import PACKS, Plan, Request, default_jobs, parse_targets, pl
 from schedules.suite import HeadDim, Selection
 from schedules.toolchain.process import ToolchainError
 
+#: Columns where the output is no terminal: room for a kernel's name and six numbers.
+_WIDTH = 110
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command: 0 if all that can be built is in the packs, 1 if a kernel failed, 2 for a wrong request."""
     console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH
     try:
         request, options = _request(arguments)
         if options.list or options.dry_run:
@@ -88,7 +93,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
 
 def _print_list(console: Console, request: Request, planned: Plan) -> None:
     for spec in planned.specs:
-        console.print(f"{planned.target.arch}\t{spec.symbol}", highlight=False, soft_wrap=True)
+        console.print(f"{planned.target.arch} {spec.symbol}", highlight=False, soft_wrap=True)
 
 
 def _print_plan(console: Console, request: Request, planned: Plan) -> None:

@@ -140,9 +140,9 @@ def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lo
     if isinstance(program, Rejected):
         return program
     if target.arch == "cpu":
-        text = program.func.script()
-        options = json.dumps(_cpu_options(target), sort_keys=True)
-        digest = hashlib.sha256("\0".join((text, options, _version("apache-tvm"))).encode()).hexdigest()
+        text = program.func.script(show_meta=True)
+        parts = (text, str(_cpu_target(target)), _version("apache-tvm"))
+        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     else:
         text = _export_cuda(program, spec.symbol, target)
         digest = cuda.source_hash(text, target.arch, versions_for(target)["cuda"])
@@ -228,15 +228,13 @@ def _make_object(job: Job, lowered: Lowered, symbol: str, object_file: Path) -> 
     return resources
 
 
-def _cpu_options(target: Target) -> dict:
-    isa = family_of(target).ISAS[target.isa]
-    return {"kind": "llvm", "mcpu": isa.mcpu, **({"mattr": list(isa.mattr)} if isa.mattr else {})}
+def _cpu_target(target: Target) -> tvm.target.Target:
+    return family_of(target).ISAS[target.isa].tvm_target()
 
 
 def _make_cpu_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> dict:
     module = tvm.IRModule({symbol: lowered.program.func})
-    options = tvm.target.Target(_cpu_options(job.target))
-    executable = tvm.compile(module, target=options, tir_pipeline=lowered.program.pipeline)
+    executable = tvm.compile(module, target=_cpu_target(job.target), tir_pipeline=lowered.program.pipeline)
     executable.mod.write_to_file(str(draft), "o")
     return {}
 

@@ -1,7 +1,7 @@
 """Arch families for tests of the builder: kernels that compile in a tenth of a second, and compute next to nothing.
 
-``install()`` makes them known as the families of ``cpu`` and of the arch ``sm_90``; as a program,
-``python toy_family.py arguments…`` is ``build_kernels.py`` with these families.
+They stand for ``cpu`` and for the arch ``sm_90``.  As a program, ``python toy_family.py arguments…`` is
+``build_kernels.py`` with these families.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import tvm
 from tvm.script import tirx as T
 
 from schedules import families
@@ -21,7 +22,7 @@ from schedules.template import Program, Rejected
 
 @dataclass(frozen=True)
 class Config:
-    """``block_m`` reaches the kernel's text, so that another configuration is another kernel."""
+    """``block_m`` reaches the machine code, so that another configuration is another kernel."""
 
     block_m: int = 16
 
@@ -30,9 +31,10 @@ class Config:
 class Isa:
     """As in the CPU family."""
 
-    mcpu: str = "x86-64"
-    mattr: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
+
+    def tvm_target(self) -> tvm.target.Target:
+        return tvm.target.Target("llvm")
 
 
 def _default_configs(template, pattern, target):
@@ -44,7 +46,19 @@ def _feasible(pattern, config, target):
 
 
 def _cpu_program(pattern, config, target, traversal, name):
-    func = pattern.func.with_attr("global_symbol", name).with_attr("block_m", config.block_m)
+    factor = config.block_m
+
+    @T.prim_func(s_tir=True)
+    def scale(q: T.handle, o: T.handle):
+        n = T.int64()
+        Q = T.match_buffer(q, (n,), "float32")
+        O = T.match_buffer(o, (n,), "float32")
+        for i in range(n):
+            with T.sblock("scale"):
+                at = T.axis.remap("S", [i])
+                O[at] = Q[at] * T.float32(factor)
+
+    func = scale.with_attr("global_symbol", name).with_attr("definition", pattern.func.script())
     return Program(func, "s_tir", alignment=4, index_bits=64)
 
 
@@ -75,18 +89,21 @@ def _family(name: str, program, **more):
     return module
 
 
-def install() -> None:
-    """Replace the families of ``cpu`` and ``sm_90`` in this process."""
-    toys = {
+FAMILY = {"cpu": "toy_cpu", "sm_90": "toy_cuda"}
+
+
+def families_by_name() -> dict[str, types.ModuleType]:
+    """The modules that ``FAMILY`` names."""
+    return {
         "toy_cpu": _family("toy_cpu", _cpu_program, ISAS={"toy": Isa()}),
         "toy_cuda": _family("toy_cuda", _cuda_program),
     }
-    for module in toys.values():
+
+
+if __name__ in ("__main__", "__mp_main__"):  # also in the worker processes of the command
+    for module in families_by_name().values():
         sys.modules[module.__name__] = module
-    families.FAMILY.update(cpu="toy_cpu", sm_90="toy_cuda")
-
-
-install()
+    families.FAMILY.update(FAMILY)
 
 if __name__ == "__main__":
     from schedules.build_command import main
