@@ -8,13 +8,14 @@ How a kernel is called (the ABI that ``KernelEntry.symbol`` follows)::
     symbol(q, k, v, o, lse, softmax_scale, *params)
 
 * ``q``, ``o`` and ``k``, ``v``: rank-4 tensors in the template's physical layout, V1 ``(batch, heads, seq, dim)``, V2
-  ``(batch, seq, heads, dim)``; any strides with a contiguous last dimension.  The last dimension of ``q`` and ``k`` may be
-  any multiple of 8 up to ``head_dim``, that of ``v`` and ``o`` up to ``head_dim_v``: a kernel serves every smaller size.
-* ``lse``: flat float32, ``batch * heads * seqlen_q`` values in ``(batch, heads, seqlen_q)`` order; a shorter tensor (one
-  element, say) means that nobody asked for it, and then it isn't written.
+  ``(batch, seq, heads, dim)``; any strides with a contiguous last dimension.  The last dimension of ``q`` and ``k`` may
+  be any multiple of 8 up to ``head_dim``, that of ``v`` and ``o`` up to ``head_dim_v``: a kernel serves every smaller
+  size.
+* ``lse``: flat float32, ``batch * heads * seqlen_q`` values in ``(batch, heads, seqlen_q)`` order; a shorter tensor
+  (one element, say) means that nobody asked for it, and then it isn't written.
 * ``softmax_scale``: float32.
-* ``params``: in the order of ``KernelEntry.params``; a scalar, or for a ``per_head`` parameter a ``(batch, heads)`` tensor
-  with any strides (a stride of 0 broadcasts over the batch).
+* ``params``: in the order of ``KernelEntry.params``; a scalar, or for a ``per_head`` parameter a ``(batch, heads)``
+  tensor with any strides (a stride of 0 broadcasts over the batch).
 
 No size may be 0: the run time answers empty problems itself.
 """
@@ -70,8 +71,8 @@ class KernelEntry:
     head_dim, head_dim_v: the largest sizes it takes, in elements.
     definition, mask, score: which attention it computes.
     params: its run-time parameters, in order.
-    bucket: the fewest keys (``seqlen_kv``) it is meant for; of several kernels of one kind the one with the largest bucket
-        that fits is the fastest.
+    bucket: the fewest keys (``seqlen_kv``) it is meant for; of several kernels of one kind the one with the largest
+        bucket that fits is the fastest.
     alignment: bytes; data pointers and all strides but the last must be multiples of it.
     index_bits: 32 if sizes and strides (in elements) must fit an int32, else 64.
     config: the schedule's configuration as JSON.

@@ -1,0 +1,38 @@
+"""FlashAttention written once in TensorIR, compiled ahead of time for every arch.
+
+``flash_attention`` takes tensors ``(batch, heads, seq, head_dim)``, ``flash_attention_v2`` takes
+``(batch, seq, heads, head_dim)``; torch, NumPy, CuPy, JAX and DLPack tensors, each answered in kind.
+"""
+
+from tvm_flash.errors import (
+    ArgumentTypeError,
+    InvalidArgumentError,
+    KernelError,
+    KernelNotFoundError,
+    LayoutError,
+    LayoutWarning,
+    NotSupportedError,
+    PackError,
+    TvmFlashError,
+)
+from tvm_flash.interface import custom_attention, flash_attention, flash_attention_v2
+from tvm_flash.selector import BackendSelector
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentTypeError",
+    "BackendSelector",
+    "InvalidArgumentError",
+    "KernelError",
+    "KernelNotFoundError",
+    "LayoutError",
+    "LayoutWarning",
+    "NotSupportedError",
+    "PackError",
+    "TvmFlashError",
+    "__version__",
+    "custom_attention",
+    "flash_attention",
+    "flash_attention_v2",
+]

@@ -1,0 +1,64 @@
+"""One call: find its plan or make it, and run it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from tvm_flash.frameworks import framework_of
+from tvm_flash.plan import EmptyPlan, Plan
+from tvm_flash.prepare import Options, prepare, same_framework
+from tvm_flash.registry import on_refresh
+
+#: Plans that are kept; the oldest goes first.  One takes about 6 KB.
+MAX_PLANS = 1024
+
+_plans: dict[Any, Plan | EmptyPlan] = {}
+_lock = threading.Lock()
+on_refresh(_plans.clear)
+
+
+def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
+    """What every public function does; see :func:`tvm_flash.flash_attention`.
+
+    ``per_head`` are the parameters that are tensors, by name.
+    """
+    framework, like, result_to = framework_of(q, "q"), q, out
+    if framework.adopts:
+        same_framework(_named(q, k, v, per_head, out))
+        q, k, v = framework.adopt(q), framework.adopt(k), framework.adopt(v)
+        per_head = {name: framework.adopt(x) for name, x in per_head.items()}
+        out = out if out is None else framework.adopt(out)
+    try:
+        key = (options, framework.key_of_three(q, k, v), out if out is None else framework.key(out))
+        if per_head:
+            key += tuple([framework.key(x) for x in per_head.values()])
+        plan = None if framework.differentiated(q, k, v) else _plans.get(key)
+    except (TypeError, AttributeError, RuntimeError):
+        # Not tensors of one framework, or options that can't be a key: the checks say what is wrong, if anything is.
+        key = plan = None
+    if plan is None:
+        if not framework.adopts:
+            same_framework(_named(q, k, v, per_head, out))
+        plan = prepare(options, framework, {"q": q, "k": k, "v": v}, per_head, out)
+        if key is not None:
+            _remember(key, plan)
+    result, lse = plan.run(q, k, v, tuple(per_head.values()), out)
+    if result_to is not None:
+        result = result_to
+    elif framework.adopts:
+        result = framework.release(result, like)
+    if lse is None:
+        return result
+    return result, framework.release(lse, like)
+
+
+def _named(q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> dict[str, Any]:
+    return {"q": q, "k": k, "v": v, **per_head, **({} if out is None else {"out": out})}
+
+
+def _remember(key: Any, plan: Plan | EmptyPlan) -> None:
+    with _lock:
+        while len(_plans) >= MAX_PLANS:
+            del _plans[next(iter(_plans))]
+        _plans[key] = plan

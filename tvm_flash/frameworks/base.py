@@ -1,0 +1,93 @@
+"""What the run time has to know of a framework."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """A tensor as numbers: shape and strides in elements, dtype name, device, address of the first element."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device_kind: str
+    device_index: int
+    pointer: int
+    writable: bool = True
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda:0"``."""
+        return self.device_kind if self.device_kind == "cpu" else f"{self.device_kind}:{self.device_index}"
+
+
+class Framework(ABC):
+    """How tensors of one framework are looked at and made.
+
+    ``adopt`` and ``release`` stand at the two ends of a call: a framework whose arrays can't be used as they are swaps
+    them for something that can, and turns results into its own arrays again.  All other methods see adopted tensors.
+    """
+
+    name: str
+
+    #: Whether ``adopt`` does anything: the fast path leaves it out otherwise.
+    adopts = False
+    #: Whether arrays may be written: ``out=`` needs it.
+    mutable = True
+
+    def adopt(self, tensor: Any) -> Any:
+        """A tensor in the form that the other methods take."""
+        return tensor
+
+    def release(self, result: Any, like: Any) -> Any:
+        """``result`` of :meth:`empty` as the caller's framework has it; ``like`` is an argument before adoption."""
+        return result
+
+    @abstractmethod
+    def key(self, tensor: Any) -> Hashable:
+        """All that the choice of a kernel and the checks depend on, except the pointer; cheap, as every call makes
+        some.
+
+        May raise any error for something that isn't a tensor of this framework: :meth:`view` then says what is wrong.
+        """
+
+    def key_of_three(self, q: Any, k: Any, v: Any) -> Hashable:
+        """:meth:`key` of three tensors in one."""
+        return self.key(q), self.key(k), self.key(v)
+
+    @abstractmethod
+    def pointer(self, tensor: Any) -> int:
+        """Address of the first element."""
+
+    @abstractmethod
+    def view(self, tensor: Any, name: str) -> TensorView:
+        """Look at a tensor; ``name`` is that of the argument.
+
+        Raises
+        ------
+        TvmFlashError: it is of a kind that can't be read.
+        """
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: str, like: TensorView) -> Any:
+        """A new contiguous tensor on the device of ``like``, its data undefined, aligned to 64 bytes."""
+
+    @abstractmethod
+    def fill(self, tensor: Any, value: float) -> None:
+        """Set every element."""
+
+    def differentiated(self, q: Any, k: Any, v: Any) -> bool:
+        """Whether the caller expects a gradient for one of the tensors."""
+        return False
+
+    def stream(self, device_index: int) -> int:
+        """The current stream of a GPU as an integer; 0 is the default stream."""
+        return 0
+
+    def finish(self, device_index: int) -> None:  # noqa: B027, doing nothing is the default
+        """Called after a kernel was launched on a GPU; frameworks that can't order streams wait here."""

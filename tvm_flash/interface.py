@@ -1,0 +1,124 @@
+"""The functions that users call, and the memory of plans that makes a repeated call cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm_flash.call import attention
+from tvm_flash.checks import check_layout, check_variant
+from tvm_flash.errors import ArgumentTypeError
+from tvm_flash.prepare import Options, params_of
+
+
+def flash_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    return_lse: bool = False,
+    out: Any = None,
+    variant: str = "v1",
+) -> Any:
+    """Attention over tensors in V1's layout, ``(batch, heads, seq, head_dim)``.
+
+    Parameters
+    ----------
+    q: ``(batch, heads, seqlen_q, head_dim)``, float32, float16 or bfloat16, of torch, NumPy, CuPy, JAX, or DLPack.
+        Any strides with a contiguous last dimension; head_dim is a multiple of 8.
+    k: ``(batch, kv_heads, seqlen_kv, head_dim)``; query head h reads kv head ``h // (heads // kv_heads)``.
+    v: ``(batch, kv_heads, seqlen_kv, head_dim_v)``.
+    causal: query i sees the keys up to ``i + seqlen_kv - seqlen_q``, aligned bottom-right.
+    softmax_scale: factor of the scores; ``1/sqrt(head_dim)`` if not given.
+    window_size: ``(left, right)``: a query sees so many keys before and after its own position; −1 is unbounded.
+    softcap: replaces a score s by ``softcap * tanh(s / softcap)``; 0 doesn't.
+    alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope * |distance|`` is subtracted from a score.
+    return_lse: also return the log-sum-exp of each row.
+    out: where the result goes, of the result's shape and dtype; must not share memory with an input.
+    variant: which kernel runs, ``"v1"``, ``"v2"`` or ``"auto"``; the layout stays that of this function.
+
+    Returns
+    -------
+    ``(batch, heads, seqlen_q, head_dim_v)`` in q's dtype and framework; zeros in a row that sees no key.  With
+    ``return_lse`` a pair of that and float32 ``(batch, heads, seqlen_q)``, natural logarithm, −inf in such a row.
+
+    Raises
+    ------
+    InvalidArgumentError, LayoutError (ValueError), ArgumentTypeError (TypeError): an argument is wrong.
+    NotSupportedError, KernelNotFoundError (NotImplementedError): nothing can compute it.
+    PackError, KernelError (RuntimeError): no pack for the device, a damaged pack, a failed launch.
+
+    Notes
+    -----
+    The method is FlashAttention (Dao et al., 2022; Dao, 2023).  The kernel runs on the framework's current stream,
+    never waits, and can be captured in a CUDA graph.
+    """
+    options = Options("bhsd", variant, return_lse, softmax_scale, causal, window_size, softcap)
+    return attention(options, q, k, v, {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}, out)
+
+
+def flash_attention_v2(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    return_lse: bool = False,
+    out: Any = None,
+    variant: str = "v2",
+) -> Any:
+    """Attention over tensors in V2's layout, ``(batch, seq, heads, head_dim)``.
+
+    Parameters, results and errors are those of :func:`flash_attention`, with dimensions 1 and 2 of q, k, v and the
+    result swapped; the log-sum-exp stays ``(batch, heads, seqlen_q)``.
+    """
+    options = Options("bshd", variant, return_lse, softmax_scale, causal, window_size, softcap)
+    return attention(options, q, k, v, {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}, out)
+
+
+def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") -> Callable[..., Any]:
+    """Attention as a definition of the user's own says, from kernels that were built of it.
+
+    Parameters
+    ----------
+    name: the definition's name, as in ``build_kernels.py --definition file.py:name``.
+    layout: of the tensors that the function takes: ``"bhsd"`` or ``"bshd"``.
+    variant: as in :func:`flash_attention`.
+
+    Returns
+    -------
+    ``fn(q, k, v, *, softmax_scale=None, return_lse=False, out=None, **params)``: like :func:`flash_attention`, the
+    definition's run-time parameters by name: numbers, or ``(heads,)`` or ``(batch, heads)`` tensors for those that have
+    a value for each head.
+
+    Raises
+    ------
+    InvalidArgumentError: no pack has kernels of the definition, or the layout or variant is unknown.
+    """
+    check_layout(layout)
+    check_variant(variant)
+    declared = params_of(name)
+
+    def fn(q, k, v, *, softmax_scale=None, return_lse=False, out=None, **params):
+        if params.keys() != declared.keys():
+            raise ArgumentTypeError(
+                f"{', '.join(sorted(params.keys() ^ declared.keys()))}: missing or unknown; the definition {name!r} "
+                f"takes {', '.join(declared) or 'no parameters'}"
+            )
+        scalars = tuple((p, params[p]) for p in declared if not declared[p].per_head)
+        per_head = {p: params[p] for p in declared if declared[p].per_head}
+        options = Options(layout, variant, return_lse, softmax_scale, definition=name, params=scalars)
+        return attention(options, q, k, v, per_head, out)
+
+    fn.__name__ = fn.__qualname__ = name
+    fn.__doc__ = f"Attention as the definition {name!r} says, over tensors in the layout {layout!r}."
+    return fn

@@ -1,0 +1,79 @@
+"""Where tensors lie in memory: extents, overlap, alignment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm_flash.frameworks import TensorView
+
+ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
+
+#: Alignments are looked at up to this many bytes: no kernel needs more.
+MAX_ALIGNMENT = 128
+
+#: Steps of the search for a common element of two interleaved tensors before they count as overlapping.
+_OVERLAP_WORK = 10_000
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What bytes a tensor touches, relative to its pointer: all lie in ``[low, high)``; strides in bytes."""
+
+    low: int
+    high: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    item_size: int
+
+
+def footprint(x: TensorView) -> Footprint:
+    """The footprint of a tensor; empty (``low == high``) if it has no elements."""
+    item = ITEM_SIZE[x.dtype]
+    if 0 in x.shape:
+        return Footprint(0, 0, x.shape, x.strides, item)
+    strides = tuple(s * item for s in x.strides)
+    reach = [s * (n - 1) for s, n in zip(strides, x.shape, strict=True)]
+    return Footprint(sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + item, x.shape, strides, item)
+
+
+def overlap(a: Footprint, pointer_a: int, b: Footprint, pointer_b: int) -> bool:
+    """Whether two tensors share a byte.  Tensors that interleave (slices of one buffer) usually don't."""
+    if pointer_a + a.high <= pointer_b + b.low or pointer_b + b.high <= pointer_a + a.low:
+        return False
+    if a.low == a.high or b.low == b.high:
+        return False
+    import numpy as np
+
+    arrays = [np.asarray(_Shadow(x, pointer)) for x, pointer in ((a, pointer_a), (b, pointer_b))]
+    try:
+        return np.shares_memory(*arrays, max_work=_OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+class _Shadow:
+    """Describes memory, perhaps of a GPU, to NumPy, which computes with the addresses and reads nothing."""
+
+    def __init__(self, x: Footprint, pointer: int):
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": x.shape,
+            "strides": x.strides,
+            "typestr": f"|V{x.item_size}",
+            "data": (pointer, True),
+        }
+
+
+def alignment_of(bits: int) -> int:
+    """The largest power of two, up to ``MAX_ALIGNMENT``, that divides every number whose bits are in ``bits``."""
+    bits |= MAX_ALIGNMENT
+    return bits & -bits
+
+
+def stride_bits(x: TensorView) -> int:
+    """The byte strides of a tensor but the last, or-ed together; a dimension of size 1 is never stepped along."""
+    bits, item = 0, ITEM_SIZE[x.dtype]
+    for stride, size in zip(x.strides[:-1], x.shape[:-1], strict=True):
+        if size > 1:
+            bits |= stride * item
+    return bits

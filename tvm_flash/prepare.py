@@ -1,0 +1,202 @@
+"""From a caller's arguments to a plan: the slow path, taken once for each combination of shapes, dtypes and options."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from tvm_flash import checks, memory
+from tvm_flash.choice import Choice
+from tvm_flash.device import Device
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, LayoutWarning, NotSupportedError
+from tvm_flash.frameworks import Framework, TensorView, framework_of
+from tvm_flash.manifest import BUILTIN_DEFINITION, KernelEntry, Param
+from tvm_flash.plan import EmptyPlan, Plan, Request, contiguous_strides
+from tvm_flash.problem import INT32_MAX, MASK_FALLBACKS, Problem, normalise_mask, score_kind
+from tvm_flash.registry import registry
+
+#: (file, line, layout) of calls that were warned about: once each.
+_warned: set[tuple[str, int, str]] = set()
+_PACKAGE = __name__.partition(".")[0]
+
+
+def accept_any(choice: Choice) -> None:
+    """Whatever kernel was chosen will do."""
+
+
+class Options(NamedTuple):
+    """What a call asks for, apart from tensors; not yet checked.  A tuple, since it is the key of plans in every call.
+
+    ``params`` are names and values of the numbers that a definition of the user's own takes.  ``accept`` may raise for
+    a kernel that was chosen.
+    """
+
+    layout: str
+    variant: Any
+    return_lse: Any
+    softmax_scale: Any
+    causal: Any = False
+    window_size: Any = (-1, -1)
+    softcap: Any = 0.0
+    definition: str = BUILTIN_DEFINITION
+    params: tuple[tuple[str, Any], ...] = ()
+    accept: Callable[[Choice], None] = accept_any
+
+
+def prepare(
+    options: Options, framework: Framework, tensors: Mapping[str, Any], per_head: Mapping[str, Any], out: Any
+) -> Plan | EmptyPlan:
+    """Check everything but pointers, choose a kernel and lay out its arguments.
+
+    ``tensors`` are q, k and v; they, ``per_head`` and ``out`` are of ``framework`` and adopted by it.
+
+    Raises
+    ------
+    TvmFlashError: see :mod:`tvm_flash.errors`.
+    """
+    _check_gradients(framework, tensors)
+    q, k, v = (framework.view(x, name) for name, x in tensors.items())
+    sizes = checks.check_tensors(options.layout, q, k, v)
+    per_head_views = {name: framework.view(x, name) for name, x in per_head.items()}
+    what, scalars, declared = _computation(options, sizes, per_head_views)
+    for name, x in per_head_views.items():
+        checks.check_per_head(name, x, declared[name].dtype, sizes, q)
+    out_view = _check_out(framework, out, options.layout, sizes, q)
+    request = Request(
+        framework=framework,
+        layout=options.layout,
+        sizes=sizes,
+        problem=Problem(
+            **vars(sizes),
+            **what,
+            dtype=q.dtype,
+            layout=options.layout,
+            index_bits=_index_bits(sizes, (q, k, v, out_view), options.layout),
+        ),
+        device=Device(q.device_kind, q.device_index),
+        variant=checks.check_variant(options.variant),
+        softmax_scale=checks.check_scale(options.softmax_scale, sizes.head_dim),
+        scalars=scalars,
+        q=q,
+        k=k,
+        v=v,
+        per_head=per_head_views,
+        out=out_view,
+        return_lse=checks.check_flag("return_lse", options.return_lse),
+        accept=options.accept,
+    )
+    if 0 in (*q.shape, *k.shape):
+        return EmptyPlan(request)
+    plan = Plan(request)
+    _warn_of_swapped_layout(options.layout, sizes, q)
+    return plan
+
+
+def same_framework(tensors: Mapping[str, Any]) -> Framework:
+    """The framework of all the tensors.
+
+    Raises
+    ------
+    ArgumentTypeError: one of them is no tensor, or of another framework than ``q``.
+    """
+    framework = framework_of(tensors["q"], "q")
+    for name, x in tensors.items():
+        other = framework_of(x, name)
+        if other is not framework:
+            raise ArgumentTypeError(
+                f"{name}: is a {other.name} tensor, but q is one of {framework.name}; convert one to the other's"
+            )
+    return framework
+
+
+def _check_gradients(framework: Framework, tensors: Mapping[str, Any]) -> None:
+    if framework.differentiated(*tensors.values()):
+        raise NotSupportedError(
+            "q, k, v: a gradient is required of them, and there is no backward pass yet; call under torch.no_grad() or "
+            "torch.inference_mode(), or pass q.detach() and so on"
+        )
+
+
+def _computation(
+    options: Options, sizes: checks.Sizes, per_head: Mapping[str, TensorView]
+) -> tuple[dict[str, Any], dict[str, float | int], dict[str, Param]]:
+    """What is computed: fields of the problem, the scalar parameters, and the declarations of the per-head ones."""
+    if options.definition != BUILTIN_DEFINITION:
+        params = params_of(options.definition)
+        scalars = {name: _scalar(params[name], x) for name, x in options.params}
+        return {"definition": options.definition, "masks": (), "score": ""}, scalars, params
+    causal = checks.check_flag("causal", options.causal)
+    mask = normalise_mask(causal, checks.check_window(options.window_size), sizes.seqlen_q, sizes.seqlen_kv)
+    softcap = checks.check_softcap(options.softcap)
+    left, right = (min(x, INT32_MAX) for x in mask.widths(sizes.seqlen_q, sizes.seqlen_kv))
+    what = {"masks": MASK_FALLBACKS[mask.kind], "score": score_kind(softcap != 0, bool(per_head))}
+    scalars = {"softcap": softcap, "window_left": left, "window_right": right}
+    return what, scalars, {"alibi_slopes": Param("alibi_slopes", "float32", per_head=True)}
+
+
+def params_of(definition: str) -> dict[str, Param]:
+    """The run-time parameters of a user's own definition, from the packs.
+
+    Raises
+    ------
+    InvalidArgumentError: no pack has a kernel of it.
+    """
+    entries: list[KernelEntry] = [e for p in registry().packs for e in p.manifest.kernels]
+    for entry in entries:
+        if entry.definition == definition:
+            return {p.name: p for p in entry.params}
+    known = sorted({e.definition for e in entries if e.definition != BUILTIN_DEFINITION})
+    raise InvalidArgumentError(
+        f"name: no pack has kernels of the definition {definition!r} (there are: {', '.join(known) or 'none'}); "
+        f"run `scripts/build_kernels.py --definition <file.py>:{definition}`"
+    )
+
+
+def _scalar(param: Param, value: Any) -> float | int:
+    number = checks.check_real(param.name, value)
+    if param.dtype.startswith("float"):
+        return number
+    if number != int(number) or abs(number) > INT32_MAX:
+        raise InvalidArgumentError(f"{param.name}: is {value!r}, expected a whole number that fits 32 bits")
+    return int(number)
+
+
+def _check_out(framework: Framework, out: Any, layout: str, sizes: checks.Sizes, q: TensorView) -> TensorView | None:
+    shape = sizes.out_shape(layout)
+    elements = memory.ITEM_SIZE[q.dtype]
+    for size in shape:
+        elements *= size
+    if elements > sys.maxsize:
+        raise InvalidArgumentError(f"q: the result would have shape {shape}, more bytes than there are addresses")
+    if out is None:
+        return None
+    if not framework.mutable:
+        raise ArgumentTypeError(f"out: arrays of {framework.name} can't be written; leave it out to get a new one")
+    view = framework.view(out, "out")
+    checks.check_out(view, shape, q)
+    return view
+
+
+def _index_bits(sizes: checks.Sizes, views: tuple[TensorView | None, ...], layout: str) -> int:
+    """32 if every size, stride and position that a kernel counts fits an int32, else 64."""
+    numbers = [sizes.batch * sizes.heads * sizes.seqlen_q, 2 * (sizes.seqlen_q + sizes.seqlen_kv)]
+    for x in views:
+        if x is not None:
+            numbers += [*x.shape, *(abs(s) for s, n in zip(x.strides, x.shape, strict=True) if n > 1)]
+    numbers += contiguous_strides(sizes.out_shape(layout))
+    return 32 if max(numbers) <= INT32_MAX else 64
+
+
+def _warn_of_swapped_layout(layout: str, sizes: checks.Sizes, q: TensorView) -> None:
+    suspicion = checks.layout_suspicion(layout, sizes, q)
+    if suspicion is None:
+        return
+    level, caller = 1, sys._getframe()
+    while caller.f_back and caller.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        level, caller = level + 1, caller.f_back
+    place = (caller.f_code.co_filename, caller.f_lineno, layout)
+    if place not in _warned:
+        _warned.add(place)
+        warnings.warn(suspicion, LayoutWarning, stacklevel=level)

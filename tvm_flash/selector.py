@@ -1,0 +1,181 @@
+"""Choosing a kernel for a shape, before there are tensors, and seeing why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm_flash import checks
+from tvm_flash.call import attention
+from tvm_flash.choice import Choice, Explanation, choose, explain
+from tvm_flash.device import Device, parse
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
+from tvm_flash.prepare import Options
+from tvm_flash.problem import DTYPES, HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem, normalise_mask
+
+PREFERENCES = ("speed", "compatibility")
+
+#: dtype for a device when none is given: what one would run there.
+_USUAL_DTYPE = {"cpu": "float32", "cuda": "float16"}
+
+
+@dataclass(frozen=True)
+class SelectedKernel:
+    """A kernel's template, called like ``flash_attention`` on tensors in ``layout``.
+
+    Attributes
+    ----------
+    variant: ``"v1"`` or ``"v2"``: the template that was chosen.
+    layout: of the tensors that a call takes: ``"bhsd"`` or ``"bshd"``.
+    arch: ``"cpu"`` or the CUDA arch of the chosen kernel.
+    reason: why it was chosen.
+    device: where it runs.
+    """
+
+    variant: str
+    layout: str
+    arch: str
+    reason: str
+    device: Device
+
+    def __call__(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        causal: bool = False,
+        softmax_scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        return_lse: bool = False,
+        out: Any = None,
+    ) -> Any:
+        """Attention, as :func:`tvm_flash.flash_attention` describes it.
+
+        Tensors of other sizes run on the kernel of this template that fits them.
+
+        Raises
+        ------
+        InvalidArgumentError: the tensors are on a device of another arch than this kernel was selected for.
+        """
+        options = Options(
+            self.layout, self.variant, return_lse, softmax_scale, causal, window_size, softcap, accept=self._accept
+        )
+        return attention(options, q, k, v, {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}, out)
+
+    def _accept(self, choice: Choice) -> None:
+        arch = choice.kernel.entry.arch
+        if (arch == "cpu") != (self.arch == "cpu"):
+            raise InvalidArgumentError(
+                f"q: is on a device of arch {arch}, but this kernel was selected for {self.device}; move the tensors, "
+                f"or select with BackendSelector(q.device)"
+            )
+
+
+class BackendSelector:
+    """Chooses between the templates for a device.
+
+    Parameters
+    ----------
+    device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, an index or a framework's device object; the first CUDA device, or the
+        processor where there is none, if not given.
+    prefer: ``"speed"``, or ``"compatibility"`` for V1 everywhere.
+
+    Raises
+    ------
+    InvalidArgumentError, ArgumentTypeError: there is no such device or preference.
+    """
+
+    def __init__(self, device: Any = None, prefer: str = "speed"):
+        if prefer not in PREFERENCES:
+            raise InvalidArgumentError(f"prefer: is {prefer!r}, expected one of {', '.join(map(repr, PREFERENCES))}")
+        self.device = parse(device)
+        self.prefer = prefer
+
+    def select_attention(
+        self,
+        batch: int,
+        heads: int,
+        seq_len: int,
+        head_dim: int,
+        *,
+        kv_heads: int | None = None,
+        seq_len_kv: int | None = None,
+        dtype: Any = None,
+        causal: bool = False,
+        layout: str = "bhsd",
+    ) -> SelectedKernel:
+        """The kernel for a problem.
+
+        Parameters
+        ----------
+        batch, heads, seq_len, head_dim: sizes of the queries.
+        kv_heads, seq_len_kv: sizes of keys and values; those of the queries if not given.
+        dtype: a name, or a dtype of a framework; float16 on a GPU and float32 on the processor if not given.
+        causal: whether a causal mask will be asked for.
+        layout: of the tensors that the kernel will be called with.
+
+        Raises
+        ------
+        InvalidArgumentError, ArgumentTypeError: a size, the dtype or the layout is wrong.
+        PackError, KernelNotFoundError: nothing installed can run it.
+        """
+        problem = self._problem(batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout)
+        choice = choose(problem, self.device, "auto", self.prefer)
+        entry = choice.kernel.entry
+        return SelectedKernel(entry.template, layout, entry.arch, choice.reason, self.device)
+
+    def explain(
+        self,
+        batch: int,
+        heads: int,
+        seq_len: int,
+        head_dim: int,
+        *,
+        kv_heads: int | None = None,
+        seq_len_kv: int | None = None,
+        dtype: Any = None,
+        causal: bool = False,
+        layout: str = "bhsd",
+        variant: str = "auto",
+    ) -> Explanation:
+        """What :meth:`select_attention` (or ``flash_attention`` with ``variant``) chooses, and why no other kernel."""
+        problem = self._problem(batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout)
+        return explain(problem, self.device, checks.check_variant(variant), self.prefer)
+
+    def _problem(self, batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout) -> Problem:
+        kv_heads = heads if kv_heads is None else kv_heads
+        seq_len_kv = seq_len if seq_len_kv is None else seq_len_kv
+        sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "seq_len": seq_len, "seq_len_kv": seq_len_kv}
+        for name, size in (*sizes.items(), ("head_dim", head_dim)):
+            if not isinstance(size, int) or size < 1:
+                raise InvalidArgumentError(f"{name}: is {size!r}, expected a whole number from 1 on")
+        if head_dim % HEAD_DIM_MULTIPLE:
+            raise InvalidArgumentError(
+                f"head_dim: is {head_dim}, expected a multiple of {HEAD_DIM_MULTIPLE}; pad with zeros"
+            )
+        if heads % kv_heads:
+            raise InvalidArgumentError(f"kv_heads: is {kv_heads}, expected a divisor of heads {heads}")
+        mask = normalise_mask(checks.check_flag("causal", causal), (-1, -1), seq_len, seq_len_kv)
+        return Problem(
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            seqlen_q=seq_len,
+            seqlen_kv=seq_len_kv,
+            head_dim=head_dim,
+            head_dim_v=head_dim,
+            dtype=_USUAL_DTYPE[self.device.kind] if dtype is None else _dtype_name(dtype),
+            layout=checks.check_layout(layout),
+            masks=MASK_FALLBACKS[mask.kind],
+        )
+
+
+def _dtype_name(dtype: Any) -> str:
+    """Name of a dtype that is a string, or an object or class of torch, NumPy or JAX."""
+    name = (getattr(dtype, "__name__", None) or str(dtype)).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ArgumentTypeError(f"dtype: is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    return name
