@@ -239,6 +239,9 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         return KernelNotFoundError(f"no {arch} kernel for the mask {problem.masks[0]}; run `{command}`")
     if nearest.stage == _HEAD_DIM:
         command = build_command(arch, *options, "--head-dim", dims)
-        return KernelNotFoundError(f"no {arch} kernel for head_dim {dims}, {nearest.reason}; run `{command}`")
+        largest = nearest.kernel.head_dim, nearest.kernel.head_dim_v
+        return KernelNotFoundError(
+            f"no {arch} kernel for head_dim {dims} (the largest takes {':'.join(map(str, largest))}); run `{command}`"
+        )
     command = build_command(arch, "--head-dim", dims, "--score", problem.score)
     return KernelNotFoundError(f"no {arch} kernel for the score {problem.score}; run `{command}`")

@@ -5,8 +5,10 @@ Nothing here runs at import, and asking for properties makes no context on a dev
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tvm_flash.errors import KernelError, PackError
@@ -38,7 +40,8 @@ def _driver() -> ctypes.CDLL | None:
     return library if library.cuInit(0) == 0 else None
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
+    """Raise for a driver call's error; inside :func:`primary_context` only."""
     if status != 0:
         raise _DriverError(f"CUDA driver error {status}")
 
@@ -66,10 +69,10 @@ def gpu(index: int) -> Gpu:
             raise _DriverError("there is no CUDA driver, or it sees no device")
         device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         name = ctypes.create_string_buffer(256)
-        _check(driver.cuDeviceGet(ctypes.byref(device), index))
-        _check(driver.cuDeviceGetName(name, len(name), device))
-        _check(driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device))
-        _check(driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device))
+        check(driver.cuDeviceGet(ctypes.byref(device), index))
+        check(driver.cuDeviceGetName(name, len(name), device))
+        check(driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device))
+        check(driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device))
     except _DriverError as e:
         raise PackError(f"device cuda:{index}: {e}; check the driver with nvidia-smi") from e
     return Gpu(index, name.value.decode(errors="replace"), (major.value, minor.value))
@@ -84,6 +87,30 @@ def driver_version() -> str | None:
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
+@contextlib.contextmanager
+def primary_context(index: int) -> Iterator[ctypes.CDLL]:
+    """The driver, with a device's primary context (which frameworks use too) current.
+
+    Raises
+    ------
+    KernelError: a call into the driver fails; inside the block too, for those that :func:`check` looks at.
+    """
+    driver, device, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    try:
+        if driver is None:
+            raise _DriverError("there is no CUDA driver")
+        check(driver.cuDeviceGet(ctypes.byref(device), index))
+        check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+        check(driver.cuCtxPushCurrent_v2(context))
+        try:
+            yield driver
+        finally:
+            driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+            driver.cuDevicePrimaryCtxRelease_v2(device)
+    except _DriverError as e:
+        raise KernelError(f"cuda:{index}: {e}") from e
+
+
 def synchronize(index: int) -> None:
     """Wait for all work on a device.
 
@@ -91,15 +118,25 @@ def synchronize(index: int) -> None:
     ------
     KernelError: the driver reports an error, which may come from an earlier kernel.
     """
-    driver, device, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
-    try:
-        _check(driver.cuDeviceGet(ctypes.byref(device), index))
-        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
-        _check(driver.cuCtxPushCurrent_v2(context))
-        try:
-            _check(driver.cuCtxSynchronize())
-        finally:
-            driver.cuCtxPopCurrent_v2(ctypes.byref(context))
-            driver.cuDevicePrimaryCtxRelease_v2(device)
-    except _DriverError as e:
-        raise KernelError(f"waiting for cuda:{index}: {e}") from e
+    with primary_context(index) as driver:
+        check(driver.cuCtxSynchronize())
+
+
+class Buffer:
+    """Memory of a device with the contents of host memory; for use inside :func:`primary_context`."""
+
+    def __init__(self, driver: ctypes.CDLL, address: int, size: int):
+        self._driver, self._size = driver, size
+        pointer = ctypes.c_uint64()
+        check(driver.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(size)))
+        self.pointer = pointer.value
+        check(driver.cuMemcpyHtoD_v2(pointer, ctypes.c_void_p(address), ctypes.c_size_t(size)))
+
+    def download(self, address: int) -> None:
+        """Copy the contents to host memory, after everything before it has run."""
+        size = ctypes.c_size_t(self._size)
+        check(self._driver.cuMemcpyDtoH_v2(ctypes.c_void_p(address), ctypes.c_uint64(self.pointer), size))
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._driver.cuMemFree_v2(ctypes.c_uint64(self.pointer))

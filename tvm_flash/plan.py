@@ -6,6 +6,8 @@ repeated call then sets pointers, checks those (alignment, overlap with ``out``)
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from tvm_flash.choice import Choice, choose
 from tvm_flash.device import Device
 from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.ffi import Frame, TensorSpec
-from tvm_flash.frameworks import Framework, TensorView
+from tvm_flash.frameworks import Framework, TensorView, contiguous_strides
 from tvm_flash.manifest import KernelEntry
 from tvm_flash.problem import Problem
 from tvm_flash.registry import registry
@@ -63,11 +65,11 @@ class EmptyPlan:
         request, lse = self._request, None
         framework = request.framework
         if out is None:
-            out = framework.empty(request.out_shape, request.problem.dtype, request.q)
+            out = framework.allocator(request.out_shape, request.problem.dtype, request.q)()
         if 0 not in request.out_shape:
             framework.fill(out, 0.0)
         if request.return_lse:
-            lse = framework.empty(request.sizes.lse_shape, "float32", request.q)
+            lse = framework.allocator(request.sizes.lse_shape, "float32", request.q)()
             if 0 not in request.sizes.lse_shape:
                 framework.fill(lse, float("-inf"))
         return out, lse
@@ -95,13 +97,13 @@ class Plan:
         self._output = memory.footprint(request.out) if request.out else None
         self._gpu = request.device.index if request.device.kind == "cuda" else None
         self._lock = threading.Lock()
-        # Read by every call.
-        self._framework, self._like = request.framework, request.q
-        self._out_shape, self._lse_shape = request.out_shape, request.sizes.lse_shape
-        self._dtype = request.problem.dtype
-        # A kernel that isn't asked for lse gets one element too few, which is possible only if that is one or more.
-        self._return_lse = request.return_lse
-        self._lse_needed = request.return_lse or _elements(self._lse_shape) == 1
+        self._framework, self._return_lse = request.framework, request.return_lse
+        # A kernel that isn't asked for lse gets a tensor of one element, which must exist if that is all of lse.
+        self._lse_needed = request.return_lse or math.prod(request.sizes.lse_shape) == 1
+        if request.out is None:
+            self._make_out = self._framework.allocator(request.out_shape, request.problem.dtype, request.q)
+        if self._lse_needed:
+            self._make_lse = self._framework.allocator(request.sizes.lse_shape, "float32", request.q)
 
     def run(self, q: Any, k: Any, v: Any, per_head: tuple[Any, ...], out: Any) -> tuple[Any, Any]:
         """The result and the log-sum-exp (None unless it was asked for).
@@ -122,11 +124,11 @@ class Plan:
         if bits & self._misaligned:
             return self._for_alignment(memory.alignment_of(bits)).run(q, k, v, per_head, out)
         if out is None:
-            out = framework.empty(self._out_shape, self._dtype, self._like)
+            out = self._make_out()
             at_out = pointer(out)
         lse, at_lse = None, at_out
         if self._lse_needed:
-            lse = framework.empty(self._lse_shape, "float32", self._like)
+            lse = self._make_lse()
             at_lse = pointer(lse)
         pointers = [at_q, at_k, at_v, at_out, at_lse]
         if self._per_head:
@@ -160,15 +162,8 @@ class Plan:
         return plan
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def _with_alignment(problem: Problem, alignment: int) -> Problem:
-    return problem if problem.alignment == alignment else Problem(**{**vars(problem), "alignment": alignment})
+    return problem if problem.alignment == alignment else dataclasses.replace(problem, alignment=alignment)
 
 
 def _arguments(request: Request, entry: KernelEntry) -> tuple[list, tuple[int, ...]]:
@@ -176,7 +171,7 @@ def _arguments(request: Request, entry: KernelEntry) -> tuple[list, tuple[int, .
     sizes, swap = request.sizes, entry.layout != request.layout
     out = request.out
     out_strides = out.strides if out else contiguous_strides(request.out_shape)
-    lse_elements = _elements(sizes.lse_shape)
+    lse_elements = math.prod(sizes.lse_shape)
     arguments = [
         *(_spec(x.shape, x.strides, request, swap) for x in (request.q, request.k, request.v)),
         _spec(request.out_shape, out_strides, request, swap),
@@ -209,12 +204,3 @@ def _spec(shape: tuple[int, ...], strides: tuple[int, ...], request: Request, sw
     if swap:
         shape, strides = ((x[0], x[2], x[1], x[3]) for x in (shape, strides))
     return TensorSpec(shape, strides, request.problem.dtype, request.device.kind, request.device.index)
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of a contiguous tensor."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,9 +12,9 @@ from tvm_flash import checks, memory
 from tvm_flash.choice import Choice
 from tvm_flash.device import Device
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, LayoutWarning, NotSupportedError
-from tvm_flash.frameworks import Framework, TensorView, framework_of
+from tvm_flash.frameworks import Framework, TensorView, contiguous_strides, framework_of
 from tvm_flash.manifest import BUILTIN_DEFINITION, KernelEntry, Param
-from tvm_flash.plan import EmptyPlan, Plan, Request, contiguous_strides
+from tvm_flash.plan import EmptyPlan, Plan, Request
 from tvm_flash.problem import INT32_MAX, MASK_FALLBACKS, Problem, normalise_mask, score_kind
 from tvm_flash.registry import registry
 
@@ -165,10 +166,7 @@ def _scalar(param: Param, value: Any) -> float | int:
 
 def _check_out(framework: Framework, out: Any, layout: str, sizes: checks.Sizes, q: TensorView) -> TensorView | None:
     shape = sizes.out_shape(layout)
-    elements = memory.ITEM_SIZE[q.dtype]
-    for size in shape:
-        elements *= size
-    if elements > sys.maxsize:
+    if math.prod(shape) * memory.ITEM_SIZE[q.dtype] > sys.maxsize:
         raise InvalidArgumentError(f"q: the result would have shape {shape}, more bytes than there are addresses")
     if out is None:
         return None

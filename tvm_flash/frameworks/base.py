@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,15 @@ class TensorView:
     def device(self) -> str:
         """``"cpu"`` or ``"cuda:0"``."""
         return self.device_kind if self.device_kind == "cpu" else f"{self.device_kind}:{self.device_index}"
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
 
 
 class Framework(ABC):
@@ -74,8 +83,8 @@ class Framework(ABC):
         """
 
     @abstractmethod
-    def empty(self, shape: tuple[int, ...], dtype: str, like: TensorView) -> Any:
-        """A new contiguous tensor on the device of ``like``, its data undefined, aligned to 64 bytes."""
+    def allocator(self, shape: tuple[int, ...], dtype: str, like: TensorView) -> Callable[[], Any]:
+        """Makes new contiguous tensors on the device of ``like``, their data undefined, aligned to 64 bytes."""
 
     @abstractmethod
     def fill(self, tensor: Any, value: float) -> None:

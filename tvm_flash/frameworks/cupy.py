@@ -29,9 +29,12 @@ class CuPy(Framework):
             pointer=tensor.data.ptr,
         )
 
-    def empty(self, shape, dtype, like):
-        with cupy.cuda.Device(like.device_index):
-            return cupy.empty(shape, dtype_of(dtype))
+    def allocator(self, shape, dtype, like):
+        def allocate():
+            with cupy.cuda.Device(like.device_index):
+                return cupy.empty(shape, dtype_of(dtype))
+
+        return allocate
 
     def fill(self, tensor, value):
         with cupy.cuda.Device(tensor.device.id):

@@ -54,12 +54,13 @@ class DLPack(Framework):
             pointer=tensor.data_ptr(),
         )
 
-    def empty(self, shape, dtype, like):
+    def allocator(self, shape, dtype, like):
         if like.device_kind != "cpu" or dtype == "bfloat16":
             raise NotSupportedError(
                 f"out: can't make a {dtype} result on {like.device} for this framework; pass out=, or use torch tensors"
             )
-        return ffi.tvm_ffi().from_dlpack(NUMPY.empty(shape, dtype, like))
+        allocate = NUMPY.allocator(shape, dtype, like)
+        return lambda: ffi.tvm_ffi().from_dlpack(allocate())
 
     def fill(self, tensor, value):
         if tensor.__dlpack_device__()[0] != ffi.DL_DEVICES["cpu"]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from tvm_flash import cuda
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError
-from tvm_flash.frameworks.base import Framework, TensorView
+from tvm_flash.frameworks.base import Framework, TensorView, contiguous_strides
 from tvm_flash.frameworks.numpy import NUMPY, dtype_of
 
 jax = sys.modules["jax"]
@@ -56,25 +56,25 @@ class Jax(Framework):
         if isinstance(tensor, np.ndarray):
             return NUMPY.view(tensor, name)
         device = _device(tensor)
-        strides, step = [], 1
-        for size in reversed(tensor.shape):
-            strides.insert(0, step)
-            step *= size
         return TensorView(
             shape=tuple(tensor.shape),
-            strides=tuple(strides),
+            strides=contiguous_strides(tensor.shape),
             dtype=tensor.dtype.name,
             device_kind="cuda" if device.platform == "gpu" else device.platform,
             device_index=device.local_hardware_id,
             pointer=tensor.unsafe_buffer_pointer(),
         )
 
-    def empty(self, shape, dtype, like):
+    def allocator(self, shape, dtype, like):
         if like.device_kind == "cpu":
-            return NUMPY.empty(shape, dtype, like)
+            return NUMPY.allocator(shape, dtype, like)
         device = next(d for d in jax.local_devices() if d.local_hardware_id == like.device_index)
-        with jax.default_device(device):
-            return jax.numpy.empty(shape, dtype_of(dtype)).block_until_ready()
+
+        def allocate():
+            with jax.default_device(device):
+                return jax.numpy.empty(shape, dtype_of(dtype)).block_until_ready()
+
+        return allocate
 
     def fill(self, tensor, value):
         if not isinstance(tensor, np.ndarray):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import numpy as np
 
 from tvm_flash.errors import ArgumentTypeError
@@ -41,8 +44,8 @@ class NumPy(Framework):
             writable=tensor.flags.writeable,
         )
 
-    def empty(self, shape, dtype, like):
-        return empty(shape, dtype)
+    def allocator(self, shape, dtype, like):
+        return partial(_empty, shape, dtype_of(dtype))
 
     def fill(self, tensor, value):
         tensor.fill(value)
@@ -57,10 +60,9 @@ def dtype_of(name: str) -> np.dtype:
     return np.dtype(name)
 
 
-def empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An undefined array that starts at a multiple of 64 bytes, which ``numpy.empty`` doesn't promise."""
-    dtype = dtype_of(dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.__array_interface__["data"][0] % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from tvm_flash.errors import ArgumentTypeError
-from tvm_flash.frameworks.base import Framework, TensorView
+from tvm_flash.frameworks.base import Framework, TensorView, contiguous_strides
 
 torch = sys.modules["torch"]
 
@@ -24,12 +25,12 @@ class Torch(Framework):
         return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
     def key_of_three(self, q, k, v):
-        # Written out: 1 µs instead of 1.5, in every call.
-        return (
-            *(q.shape, q.stride(), q.dtype, q.device),
-            *(k.shape, k.stride(), k.dtype, k.device),
-            *(v.shape, v.stride(), v.dtype, v.device),
-        )
+        # Written out flat: 0.9 µs in each call instead of 1.5.
+        # fmt: off
+        return (q.shape, q.stride(), q.dtype, q.device,
+                k.shape, k.stride(), k.dtype, k.device,
+                v.shape, v.stride(), v.dtype, v.device)
+        # fmt: on
 
     def view(self, tensor, name):
         if tensor.layout is not torch.strided:
@@ -49,8 +50,10 @@ class Torch(Framework):
             pointer=tensor.data_ptr(),
         )
 
-    def empty(self, shape, dtype, like):
-        return torch.empty(shape, dtype=_DTYPES[dtype], device=_device(like.device_kind, like.device_index))
+    def allocator(self, shape, dtype, like):
+        device = torch.device("cpu") if like.device_kind == "cpu" else torch.device("cuda", like.device_index)
+        # empty_strided, since it takes 1.0 µs and torch.empty 1.5.
+        return partial(torch.empty_strided, shape, contiguous_strides(shape), dtype=_DTYPES[dtype], device=device)
 
     def fill(self, tensor, value):
         tensor.fill_(value)
@@ -60,10 +63,6 @@ class Torch(Framework):
 
     def stream(self, device_index):
         return torch._C._cuda_getCurrentRawStream(device_index)
-
-
-def _device(kind: str, index: int):
-    return torch.device(kind) if kind == "cpu" else torch.device(kind, index)
 
 
 def _is_wrapper(tensor) -> bool:

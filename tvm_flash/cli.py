@@ -1,0 +1,115 @@
+"""The command line: ``python -m tvm_flash info | check | explain | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+from tvm_flash.errors import NotSupportedError, TvmFlashError
+from tvm_flash.problem import DTYPES, LAYOUTS, VARIANTS
+
+#: Exit status of a check that failed, and of a command that couldn't be carried out.
+FAILED, REFUSED = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except TvmFlashError as e:
+        print(f"tvm_flash: {e}", file=sys.stderr)
+        return REFUSED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tvm_flash", description="Attention kernels, compiled ahead of time.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+
+    info = commands.add_parser("info", help="versions, devices, packs and kernels, and what is missing")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
+
+    check = commands.add_parser("check", help="run one small case for each installed kernel against float64")
+    check.add_argument("--arch", help="only the kernels of this arch, such as cpu or sm_90a")
+    check.add_argument("--json", action="store_true", help="as JSON, one object a line")
+    check.set_defaults(run=_check)
+
+    explain = commands.add_parser("explain", help="which kernel a shape gets, and why no other")
+    explain.add_argument("--shape", required=True, type=_shape, metavar="B,H,S,D", help="batch,heads,seq,head_dim")
+    explain.add_argument("--kv-heads", type=int, help="heads of k and v (default: H)")
+    explain.add_argument("--seq-len-kv", type=int, help="length of k and v (default: S)")
+    explain.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the processor")
+    explain.add_argument("--causal", action="store_true")
+    explain.add_argument("--layout", choices=LAYOUTS, default="bhsd", help="of the caller's tensors (default: bhsd)")
+    explain.add_argument("--variant", choices=VARIANTS, default="auto")
+    explain.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first GPU, or the processor)")
+    explain.set_defaults(run=_explain)
+
+    demo = commands.add_parser("demo", help="a real model's attention through both layouts, beside PyTorch")
+    demo.add_argument("--device", choices=("cpu", "cuda"))
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _shape(text: str) -> tuple[int, int, int, int]:
+    try:
+        batch, heads, seq_len, head_dim = (int(x) for x in text.replace("x", ",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected four numbers such as 2,8,1024,64") from None
+    return batch, heads, seq_len, head_dim
+
+
+def _info(options: argparse.Namespace) -> int:
+    from tvm_flash import report
+
+    found = report.collect()
+    print(json.dumps(found, indent=1) if options.json else report.as_text(found))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from tvm_flash import selfcheck
+    from tvm_flash.registry import build_command, registry
+
+    passed = failed = 0
+    for result in selfcheck.check_kernels(options.arch):
+        passed, failed = passed + result.ok, failed + (not result.ok)
+        if options.json:
+            print(json.dumps(dataclasses.asdict(result)), flush=True)
+        else:
+            figures = "" if result.error is None else f"error {result.error:.1e} (≤ {result.bound:.1e})  "
+            mark = "✓" if result.ok else "✗"
+            print(f"{mark} {result.device} {result.symbol}  {figures}{result.seconds:.2f} s  {result.note}", flush=True)
+    if not passed + failed:
+        if options.arch in registry().archs():
+            raise NotSupportedError(f"--arch {options.arch}: no device of this machine can run it; see `tvm_flash info`")
+        raise registry().missing([options.arch or "cpu"], options.arch or "native")
+    if not options.json:
+        print(f"{passed} kernels ✓" + (f", {failed} ✗; run `{build_command('native')}`" if failed else ""))
+    return FAILED if failed else 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from tvm_flash.selector import BackendSelector
+
+    explanation = BackendSelector(options.device).explain(
+        *options.shape,
+        kv_heads=options.kv_heads,
+        seq_len_kv=options.seq_len_kv,
+        dtype=options.dtype,
+        causal=options.causal,
+        layout=options.layout,
+        variant=options.variant,
+    )
+    print(explanation)
+    return 0 if explanation.chosen else FAILED
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from tvm_flash import demo
+
+    return 0 if demo.run(options.device) else FAILED

@@ -1,0 +1,195 @@
+"""One small case for each installed kernel, against float64: what ``python -m tvm_flash check`` runs.
+
+Kernels are called directly, with memory that is made here: no framework is needed, not even for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_flash import cuda, reference
+from tvm_flash.device import Device
+from tvm_flash.errors import TvmFlashError
+from tvm_flash.ffi import Frame, TensorSpec
+from tvm_flash.frameworks import contiguous_strides
+from tvm_flash.manifest import BUILTIN_DEFINITION, KernelEntry
+from tvm_flash.registry import Installed, registry
+
+#: The case: odd lengths, grouped heads, more keys than queries.
+BATCH, HEADS, KV_HEADS, SEQLEN_Q, SEQLEN_KV = 2, 4, 2, 33, 70
+
+#: Run-time parameters of the builtin definition: small enough that each of them changes the result.
+PARAMS = {
+    "softcap": 2.5,
+    "alibi_slopes": np.array([[2.0 ** -(2 + h + HEADS * b) for h in range(HEADS)] for b in range(BATCH)], np.float32),
+    "window_left": 40,
+    "window_right": 3,
+    "sink_tokens": 4,
+}
+
+#: Distance of 1 from the next larger number of each dtype.
+EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one kernel: largest error and what is allowed, of the result and of its log-sum-exp.
+
+    ``note`` says why there are no figures, or what failed.
+    """
+
+    symbol: str
+    arch: str
+    device: str
+    ok: bool
+    seconds: float
+    error: float | None = None
+    bound: float | None = None
+    lse_error: float | None = None
+    lse_bound: float | None = None
+    note: str = ""
+
+
+def check_kernels(arch: str | None = None) -> Iterator[Result]:
+    """Run every installed kernel that a device of this machine can, or those of one arch."""
+    devices = [Device("cpu"), *(Device("cuda", i) for i in range(cuda.device_count()))]
+    for device in devices:
+        for candidate in device.archs():
+            if arch in (None, candidate):
+                for kernel in registry().kernels(candidate):
+                    yield check_kernel(kernel, device)
+
+
+def check_kernel(kernel: Installed, device: Device) -> Result:
+    """Run one kernel."""
+    entry, start = kernel.entry, time.perf_counter()
+    identity = (entry.symbol, entry.arch, str(device))
+    if entry.definition != BUILTIN_DEFINITION:
+        return Result(
+            *identity, True, 0.0, note="not checked: a definition of the user's own, without a numpy twin here"
+        )
+    try:
+        return _compare(kernel, device, identity, start)
+    except TvmFlashError as e:
+        return Result(*identity, False, time.perf_counter() - start, note=str(e))
+
+
+def _compare(kernel: Installed, device: Device, identity: tuple[str, str, str], start: float) -> Result:
+    entry = kernel.entry
+    q, k, v = _inputs(entry)
+    scale = 1 / math.sqrt(entry.head_dim)
+    out, lse = _call(kernel, device, q, k, v, scale)
+    twins = {"mask": reference.MASKS[entry.mask], "score": reference.SCORES[entry.score]}
+    params = {p.name: PARAMS[p.name] for p in entry.params}
+    want, want_lse = reference.attention(q, k, v, softmax_scale=scale, params=params, **twins)
+    plain, plain_lse = _low_precision(q, k, v, scale, entry, params)
+    figures = []
+    for got, exact, usual, dtype in ((out, want, plain, entry.dtype), (lse, want_lse, plain_lse, "float32")):
+        error, usual_error = (float(np.abs(_without_infinities(x, exact)).max()) for x in (got, usual))
+        figures += [error, 2 * usual_error + EPSILON[dtype] * float(np.abs(exact[np.isfinite(exact)]).max())]
+    ok = figures[0] <= figures[1] and figures[2] <= figures[3]  # false for NaN
+    return Result(*identity, ok, time.perf_counter() - start, *figures)
+
+
+def _without_infinities(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """The difference, 0 where both are the same infinity."""
+    with np.errstate(invalid="ignore"):
+        return np.where(got == exact, 0.0, got - exact)
+
+
+def _inputs(entry: KernelEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q, k, v in the layout bhsd: float32 numbers that the kernel's dtype holds exactly."""
+    rng = np.random.default_rng(0)
+    seqlen_kv = SEQLEN_KV + entry.bucket
+    shapes = (
+        (BATCH, HEADS, SEQLEN_Q, entry.head_dim),
+        (BATCH, KV_HEADS, seqlen_kv, entry.head_dim),
+        (BATCH, KV_HEADS, seqlen_kv, entry.head_dim_v),
+    )
+    return tuple(round_to(rng.standard_normal(shape, dtype=np.float32), entry.dtype) for shape in shapes)
+
+
+def _low_precision(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, entry: KernelEntry, params: dict
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same attention as one would expect it of the dtype: float32 throughout, weights and result rounded."""
+    k, v = (np.repeat(x, HEADS // KV_HEADS, axis=1) for x in (k, v))
+    values = {name: x if np.ndim(x) == 0 else x[..., None, None] for name, x in params.items()}
+    rows, columns = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])[None, :]
+    at = reference.Positions(rows, columns, q.shape[2], k.shape[2], values)
+    s = reference.SCORES[entry.score](np.einsum("bhid,bhjd->bhij", q, k) * np.float32(scale), at).astype(np.float32)
+    s = np.where(reference.MASKS[entry.mask](at), s, -np.inf).astype(np.float32)
+    row_max = s.max(axis=-1, keepdims=True)
+    prob = np.exp(s - row_max)
+    row_sum = prob.sum(axis=-1, keepdims=True)
+    out = round_to(np.einsum("bhij,bhjd->bhid", round_to(prob, entry.dtype), v) / row_sum, entry.dtype)
+    return out, (row_max + np.log(row_sum))[..., 0]
+
+
+def round_to(x: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 numbers rounded to a dtype, ties to even."""
+    return _decode(_encode(x, dtype), dtype)
+
+
+def _encode(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Memory of a dtype with the values of ``x``; bfloat16, which NumPy lacks, as uint16."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(x, dtype=dtype)
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _decode(memory: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype != "bfloat16":
+        return memory.astype(np.float32)
+    return (memory.astype(np.uint32) << 16).view(np.float32)
+
+
+def _call(
+    kernel: Installed, device: Device, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Result ``(batch, heads, seqlen_q, head_dim_v)`` and log-sum-exp of a kernel, as float32."""
+    entry = kernel.entry
+    order = (0, 1, 2, 3) if entry.layout == "bhsd" else (0, 2, 1, 3)
+    unwritten = np.full((BATCH, HEADS, SEQLEN_Q, entry.head_dim_v), np.nan, np.float32)
+    arrays = [_encode(x.transpose(order), entry.dtype) for x in (q, k, v, unwritten)]
+    arrays.append(np.full(BATCH * HEADS * SEQLEN_Q, np.nan, np.float32))
+    dtypes = [entry.dtype] * 4 + ["float32"]
+    values: list = []
+    for param in entry.params:
+        value = PARAMS[param.name]
+        values.append(len(arrays) if param.per_head else float(value) if param.dtype == "float32" else int(value))
+        if param.per_head:
+            arrays.append(value)
+            dtypes.append(param.dtype)
+    specs = [
+        TensorSpec(a.shape, contiguous_strides(a.shape), dtype, device.kind, device.index)
+        for a, dtype in zip(arrays, dtypes, strict=True)
+    ]
+    tail = [specs[x] if p.per_head else x for x, p in zip(values, entry.params, strict=True)]
+    frame = Frame(registry().load(kernel), [*specs[:5], scale, *tail])
+    _run(frame, device, arrays)
+    out = _decode(arrays[3], entry.dtype).transpose(order)
+    return out, arrays[4].reshape(BATCH, HEADS, SEQLEN_Q)
+
+
+def _run(frame: Frame, device: Device, arrays: list[np.ndarray]) -> None:
+    """Run a kernel on host arrays; a GPU gets copies, and what it wrote comes back."""
+    addresses = [a.ctypes.data for a in arrays]
+    if device.kind == "cpu":
+        frame.run(addresses)
+        return
+    with cuda.primary_context(device.index) as driver:
+        buffers = [cuda.Buffer(driver, address, a.nbytes) for address, a in zip(addresses, arrays, strict=True)]
+        try:
+            frame.run([b.pointer for b in buffers])
+            for buffer, address in zip(buffers[3:5], addresses[3:5], strict=True):
+                buffer.download(address)
+        finally:
+            for buffer in buffers:
+                buffer.free()
