@@ -1,0 +1,24 @@
+"""The CPU: vector lanes over queries, scratch in the cache, work items over threads.
+
+The interface of a family is described in :mod:`schedules.template`.
+"""
+
+from schedules.families.cpu.config import Config, default_configs, feasible
+from schedules.families.cpu.isa import ISAS, Isa
+from schedules.families.cpu.program import program
+
+DTYPES = ("float32", "float16", "bfloat16")
+TEMPLATES = ("v1", "v2")
+INDEX_DTYPE = "int64"
+
+__all__ = [
+    "DTYPES",
+    "INDEX_DTYPE",
+    "ISAS",
+    "TEMPLATES",
+    "Config",
+    "Isa",
+    "default_configs",
+    "feasible",
+    "program",
+]

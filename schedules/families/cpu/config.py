@@ -1,0 +1,66 @@
+"""The schedule parameters of the CPU family, their defaults, and what makes them feasible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from schedules.families.cpu.isa import ISAS
+from schedules.pattern import Pattern
+from schedules.template import Rejected, Target
+
+#: Scratch of one thread, in bytes, that still leaves room for K and V in a 1 MiB second-level cache.
+_SCRATCH_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a CPU kernel is tiled.
+
+    Attributes
+    ----------
+    block_m: query rows of a work item, which share the conversion of K and V.
+    block_n: keys of a kv tile.
+    row_vectors: vectors of queries in a register tile; ``row_vectors * lanes`` queries are a row group.
+    tile_rows: keys (of the first product) or value columns (of the second) in a register tile.
+    """
+
+    block_m: int
+    block_n: int
+    row_vectors: int
+    tile_rows: int
+
+
+def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """The configuration for any length; both templates share it."""
+    isa = ISAS[target.isa]
+    row_vectors = 4 if isa.registers == 32 else 2
+    group = row_vectors * isa.lanes
+    return {0: Config(block_m=2 * group, block_n=64, row_vectors=row_vectors, tile_rows=4)}
+
+
+def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+    """Whether the configuration fits the registers, the cache and the tiles; None if it does."""
+    if target.isa not in ISAS:
+        return Rejected(f"instruction set {target.isa!r} is unknown; expected one of {', '.join(ISAS)}")
+    isa = ISAS[target.isa]
+    group = config.row_vectors * isa.lanes
+    if min(config.block_m, config.block_n, config.row_vectors, config.tile_rows) < 1:
+        return Rejected(f"every field of {config} must be positive")
+    if config.block_m % group:
+        return Rejected(f"block_m {config.block_m} is not a multiple of the row group of {group} queries")
+    if config.block_n % config.tile_rows or 8 % config.tile_rows:
+        return Rejected(f"tile_rows {config.tile_rows} divides not both block_n {config.block_n} and 8")
+    needed = config.tile_rows * config.row_vectors + config.row_vectors + 1
+    if needed > isa.registers:
+        return Rejected(f"needs {needed} vector registers, {target.isa} has {isa.registers}")
+    scratch = scratch_floats(pattern, config, isa.lanes) * 4
+    if scratch > _SCRATCH_LIMIT:
+        return Rejected(f"needs {scratch} bytes of scratch for each thread, the limit is {_SCRATCH_LIMIT}")
+    return None
+
+
+def scratch_floats(pattern: Pattern, config: Config, lanes: int) -> int:
+    """Float32 elements of scratch that a thread needs."""
+    head_dims = pattern.head_dim + pattern.head_dim_v
+    converted = 0 if pattern.dtype == "float32" else config.block_n * head_dims
+    return config.block_m * (head_dims + 2) + converted + config.block_n * config.row_vectors * lanes

@@ -1,0 +1,44 @@
+"""Instruction sets that CPU kernels are compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One instruction set.
+
+    Attributes
+    ----------
+    mcpu, mattr: LLVM's names of the processor and of what it has beyond that.
+    features: the flags in ``/proc/cpuinfo`` without which its code must not run.
+    lanes: float32 elements of a vector register.
+    registers: how many vector registers there are.
+    """
+
+    mcpu: str
+    mattr: tuple[str, ...]
+    features: tuple[str, ...]
+    lanes: int
+    registers: int
+
+    def tvm_target(self) -> tvm.target.Target:
+        """The target that kernels for it are compiled with."""
+        options = {"kind": "llvm", "mcpu": self.mcpu}
+        return tvm.target.Target({**options, "mattr": list(self.mattr)} if self.mattr else options)
+
+
+_V2 = ("cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3")
+_V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+#: By name, the most capable first: the x86-64 levels 4, 3 and 2 of the psABI.
+#: ``prefer-256-bit`` is what LLVM gives to level 4 by itself; it would halve the vectors.
+ISAS = {
+    "avx512": Isa("x86-64-v4", ("-prefer-256-bit",), _V4, lanes=16, registers=32),
+    "avx2": Isa("x86-64-v3", (), _V3, lanes=8, registers=16),
+    "baseline": Isa("x86-64-v2", (), _V2, lanes=4, registers=16),
+}

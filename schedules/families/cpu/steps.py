@@ -1,0 +1,145 @@
+"""The steps of one row group against one kv tile, as TIR macros: product, score, online softmax, second product.
+
+Buffers of a work item (float32; ``M`` query rows, ``N`` keys of a tile, ``G`` queries of a group):
+
+=========== ========== =====================================================
+buffer      shape      holds
+=========== ========== =====================================================
+QT          (D, M)     queries
+ST          (N, G)     raw product, then score, then probability of a group
+OT          (E, M)     output before the division by ``row_sum``
+row_max     (M,)       largest score so far, in units of ``scale``
+row_sum     (M,)       sum of probabilities so far
+correction  (G,)       what a tile scales a group's earlier results with
+acc         (R, G)     the register tile
+=========== ========== =====================================================
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+from tvm.script import tirx as T
+
+from schedules.families.cpu.config import Config
+from schedules.families.cpu.vector_math import exp2
+
+_MINUS_INF = -math.inf
+
+
+def f32(x):
+    """``x`` as float32."""
+    return T.cast(x, "float32")
+
+
+def make_steps(config: Config, lanes: int) -> SimpleNamespace:
+    """The macros for one configuration and vector width, by name."""
+    R, V = config.tile_rows, config.row_vectors
+    G = V * lanes
+
+    @T.inline
+    def scores_product(QT, key, ST, acc, column, keys, head_dim):
+        """``ST[j, i] = sum_d key(j, d) * QT[d, column + i]`` for ``keys`` keys, rounded up to whole register tiles."""
+        for tile in T.serial((keys + (R - 1)) // R):
+            for r in T.unroll(R):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        acc[r, n * lanes + lane] = T.float32(0)
+            for d in T.serial(head_dim):
+                for r in T.unroll(R):
+                    element: T.let[T.float32] = key(tile * R + r, d)
+                    for n in T.unroll(V):
+                        for lane in T.vectorized(lanes):
+                            acc[r, n * lanes + lane] += element * QT[d, column + n * lanes + lane]
+            for r in T.unroll(R):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        ST[tile * R + r, n * lanes + lane] = acc[r, n * lanes + lane]
+
+    @T.inline
+    def apply_score(ST, keys, score):
+        """``ST[j, i] = score(ST[j, i], i, j)``."""
+        for j in T.serial(keys):
+            for n in T.unroll(V):
+                for lane in T.vectorized(lanes):
+                    ST[j, n * lanes + lane] = score(ST[j, n * lanes + lane], n * lanes + lane, j)
+
+    @T.inline
+    def online_softmax(ST, row_max, row_sum, correction, highest, total, column, keys, scale):
+        """Probabilities of the tile into ``ST``; ``row_max``, ``row_sum`` and ``correction`` follow.
+
+        The exponent is ``score * scale - highest``: one fused multiply-add with the same rounded ``highest`` for every
+        element of a row, so that its rounding cancels in the division.  A row that has seen nothing has the maximum −inf
+        and subtracts 0 instead, which gives it probabilities of exactly 0.
+        """
+        for n in T.unroll(V):
+            for lane in T.vectorized(lanes):
+                highest[n * lanes + lane] = row_max[column + n * lanes + lane]
+                total[n * lanes + lane] = T.float32(0)
+        for j in T.serial(keys):
+            for n in T.unroll(V):
+                for lane in T.vectorized(lanes):
+                    highest[n * lanes + lane] = T.max(highest[n * lanes + lane], ST[j, n * lanes + lane])
+        for n in T.unroll(V):
+            for lane in T.vectorized(lanes):
+                correction[n * lanes + lane] = row_max[column + n * lanes + lane]
+                row_max[column + n * lanes + lane] = highest[n * lanes + lane]
+                highest[n * lanes + lane] = finite_or_zero(highest[n * lanes + lane]) * scale
+                correction[n * lanes + lane] = exp2(correction[n * lanes + lane] * scale - highest[n * lanes + lane])
+        for j in T.serial(keys):
+            for n in T.unroll(V):
+                for lane in T.vectorized(lanes):
+                    ST[j, n * lanes + lane] = exp2(ST[j, n * lanes + lane] * scale - highest[n * lanes + lane])
+                    total[n * lanes + lane] += ST[j, n * lanes + lane]
+        for n in T.unroll(V):
+            for lane in T.vectorized(lanes):
+                row_sum[column + n * lanes + lane] = (
+                    row_sum[column + n * lanes + lane] * correction[n * lanes + lane] + total[n * lanes + lane]
+                )
+
+    @T.inline
+    def values_product(ST, value, OT, acc, correction, column, keys, head_dim_v, update):
+        """``OT[e, i] = OT[e, i] * correction[i] + sum_j value(j, e) * ST[j, i]``."""
+        for tile in T.serial(head_dim_v // R):
+            for r in T.unroll(R):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        acc[r, n * lanes + lane] = (
+                            OT[tile * R + r, column + n * lanes + lane] * correction[n * lanes + lane]
+                        )
+            for j in T.serial(keys):
+                for r in T.unroll(R):
+                    element: T.let[T.float32] = value(j, tile * R + r)
+                    for n in T.unroll(V):
+                        for lane in T.vectorized(lanes):
+                            acc[r, n * lanes + lane] = update(
+                                acc[r, n * lanes + lane], ST[j, n * lanes + lane], element
+                            )
+            for r in T.unroll(R):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        OT[tile * R + r, column + n * lanes + lane] = acc[r, n * lanes + lane]
+
+    return SimpleNamespace(
+        scores_product=scores_product,
+        apply_score=apply_score,
+        online_softmax=online_softmax,
+        values_product=values_product,
+        group=G,
+    )
+
+
+def finite_or_zero(x):
+    """0 in place of −inf."""
+    return T.Select(x == T.float32(_MINUS_INF), T.float32(0), x)
+
+
+def accumulate(acc, p, v):
+    """One multiply-add of the second product."""
+    return acc + p * v
+
+
+def accumulate_visible(acc, p, v):
+    """The same in a masked tile: a masked key leaves the row alone, even where its value is inf or NaN."""
+    return T.Select(p == T.float32(0), acc, acc + p * v)

@@ -1,0 +1,212 @@
+"""The CPU family against float64: every case, both templates, every instruction set that this machine can run."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import tvm
+
+from schedules import v1, v2
+from schedules.attention import Attention
+from schedules.catalogue import MASKS, SCORES
+from schedules.families import cpu
+from schedules.pattern import match
+from schedules.template import Program, Rejected, Target
+from tests import cases
+from tests.cases import CASES, Case
+from tvm_flash.manifest import LAYOUT_OF_TEMPLATE
+
+TEMPLATES = {"v1": v1, "v2": v2}
+
+
+def runnable_isas() -> list[str]:
+    with open("/proc/cpuinfo") as f:
+        flags = next(line for line in f if line.startswith("flags")).split()
+    return [name for name, isa in cpu.ISAS.items() if set(isa.features) <= set(flags)]
+
+
+@functools.cache
+def kernel(template: str, dtype: str, mask: str, score: str, isa: str, head_dim: int = 64):
+    pattern = match(Attention(SCORES[score], MASKS[mask])(head_dim, dtype, index_dtype=cpu.INDEX_DTYPE))
+    program = TEMPLATES[template].apply(pattern, Target("cpu", isa), "kernel")
+    assert isinstance(program, Program)
+    module = tvm.compile(program.func, target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline)
+    return module["kernel"], pattern.params
+
+
+def tensor(x: np.ndarray, dtype: str, layout: str, strides: str) -> torch.Tensor:
+    """``x`` (batch, heads, seq, dim) as a torch tensor in a physical layout, lying in memory as ``strides`` says."""
+    x = torch.from_numpy(np.ascontiguousarray(x)).to(getattr(torch, dtype))
+    x = x if layout == "bhsd" else x.transpose(1, 2)
+    if strides == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if strides == "gaps":
+        room = torch.full([n + 1 for n in x.shape[:3]] + [x.shape[3] + 8], torch.nan, dtype=x.dtype)
+        view = room[tuple(slice(n) for n in x.shape)]
+        view.copy_(x)
+        return view
+    return x.contiguous()
+
+
+def run(case: Case, data: cases.Inputs, template: str, isa: str, lse_length: int | None = None):
+    """Output (batch, heads, seq, dim) and lse (batch, heads, seq) of the kernel, as float64 arrays."""
+    function, params = kernel(template, case.dtype, case.mask, case.score, isa)
+    layout = LAYOUT_OF_TEMPLATE[template]
+    o = tensor(np.full((*data.q.shape[:3], case.head_dim_v), np.nan, np.float32), case.dtype, layout, case.strides)
+    rows = case.batch * case.heads * case.seqlen_q
+    lse = torch.full((rows if lse_length is None else lse_length,), torch.nan)
+    q, k, v = (tensor(x, case.dtype, layout, case.strides) for x in (data.q, data.k, data.v))
+    values = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in (data.params[p.name] for p in params)]
+    function(q, k, v, o, lse, case.softmax_scale, *values)
+    o = o if layout == "bhsd" else o.transpose(1, 2)
+    lse = lse.reshape(case.batch, case.heads, case.seqlen_q) if lse_length is None else lse
+    return o.double().numpy(), lse.double().numpy()
+
+
+def torch_error(case: Case, data: cases.Inputs, expected: np.ndarray) -> float:
+    """Largest error of PyTorch's own attention in the same dtype, or of the plain formula where it has none."""
+    dtype = getattr(torch, case.dtype)
+    q, k, v = (torch.from_numpy(x).to(dtype) for x in (data.q, data.k, data.v))
+    k, v = (x.repeat_interleave(case.heads // case.kv_heads, dim=1) for x in (k, v))
+    at = cases.reference.Positions(
+        np.arange(case.seqlen_q)[:, None], np.arange(case.seqlen_kv)[None], case.seqlen_q, case.seqlen_kv, data.params
+    )
+    visible = torch.from_numpy(np.broadcast_to(cases.reference.MASKS[case.mask](at), (case.seqlen_q, case.seqlen_kv)))
+    if case.score == "identity":
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=case.softmax_scale)
+    else:
+        s = (q @ k.transpose(-1, -2)) * case.softmax_scale
+        cap = data.params.get("softcap")
+        s = s if cap is None else cap * torch.tanh(s / cap)
+        if "alibi" in case.score:
+            distance = torch.from_numpy(np.abs(at.diagonal - at.j)).to(dtype)
+            s = s - torch.from_numpy(data.params["alibi_slopes"]).to(dtype)[..., None, None] * distance
+        out = torch.softmax(s.masked_fill(~visible, -torch.inf), -1) @ v
+    seen = visible.any(-1).numpy()
+    return np.abs(out.double().numpy() - expected)[:, :, seen].max()
+
+
+def check(case: Case, data: cases.Inputs, template: str, isa: str):
+    expected, expected_lse = cases.expected(case, data)
+    out, lse = run(case, data, template, isa)
+    ulp = 2 * cases.EPSILON[case.dtype] * np.abs(expected).max()
+    bound = 2 * torch_error(case, data, expected) + ulp
+    error = np.abs(out - expected).max()
+    assert error <= bound, f"output differs by {error:.3g}, allowed {bound:.3g}"
+    blind = np.isneginf(expected_lse)
+    assert np.array_equal(np.isneginf(lse), blind)
+    assert not out[blind].any()
+    lse_error = np.abs(lse - expected_lse)[~blind].max()
+    assert lse_error <= 4e-6 * max(1, np.abs(expected_lse[~blind]).max()), f"lse differs by {lse_error:.3g}"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_against_float64(case, template):
+    check(case, cases.inputs(case), template, runnable_isas()[0])
+
+
+@pytest.mark.parametrize("isa", runnable_isas()[1:])
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_every_isa(dtype, isa):
+    for case in CASES:
+        if case.dtype == dtype and (case.mask, case.score) in (("causal", "identity"), ("window", "softcap")):
+            check(case, cases.inputs(case), "v1", isa)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_repeats_are_bit_equal(dtype, template):
+    case = Case(2, 3, 200, 64, seqlen_kv=333, dtype=dtype, mask="causal")
+    data = cases.inputs(case)
+    first = run(case, data, template, runnable_isas()[0])
+    for _ in range(5):
+        for a, b in zip(first, run(case, data, template, runnable_isas()[0]), strict=True):
+            assert np.array_equal(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("seqlen_q", (1, 80))
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("magnitude", (1e4, 1e-4))
+def test_scores_of_any_size(magnitude, dtype, seqlen_q):
+    case = Case(1, 2, seqlen_q, 64, seqlen_kv=150, dtype=dtype, mask="causal")
+    data = cases.inputs(case)
+    factor = np.sqrt(magnitude)
+    data = replace(data, q=cases.rounded(data.q * factor, dtype), k=cases.rounded(data.k * factor, dtype))
+    check(case, data, "v1", runnable_isas()[0])
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_rows_with_very_negative_scores(dtype):
+    case = Case(1, 1, 70, 64, seqlen_kv=90, dtype=dtype)
+    data = cases.inputs(case)
+    k = np.abs(data.k) * 30
+    check(
+        case,
+        replace(data, q=cases.rounded(-np.abs(data.q) * 30, dtype), k=cases.rounded(k, dtype)),
+        "v1",
+        runnable_isas()[0],
+    )
+
+
+@pytest.mark.parametrize("seqlen_q", (3, 100))
+@pytest.mark.parametrize("bad", (np.inf, -np.inf, np.nan))
+@pytest.mark.parametrize("tensor_name", ("q", "k", "v"))
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_inf_and_nan_stay_in_the_rows_that_see_them(dtype, tensor_name, bad, seqlen_q):
+    case = Case(1, 2, seqlen_q, 64, seqlen_kv=100, dtype=dtype, mask="causal")
+    data = cases.inputs(case)
+    position = {"q": seqlen_q // 2, "k": 98, "v": 98}[tensor_name]
+    poisoned = {n: getattr(data, n).copy() for n in "qkv"}
+    poisoned[tensor_name][0, 0, position, 7] = bad
+    data = cases.Inputs(**poisoned, params={})
+    expected, expected_lse = cases.expected(case, data)
+    out, lse = run(case, data, "v1", runnable_isas()[0])
+    clean = np.isfinite(expected)
+    assert np.isfinite(out[clean]).all()
+    assert np.abs(out - expected)[clean].max() <= 8 * cases.EPSILON[dtype]
+    if tensor_name != "v" and not np.isfinite(expected).all():
+        assert np.isnan(out[~clean]).any()
+    assert np.isfinite(lse[np.isfinite(expected_lse)]).all()
+
+
+@pytest.mark.parametrize("length", (1, 2 * 3 * 40 - 1))
+def test_a_short_lse_is_not_written(length):
+    case = Case(2, 3, 40, 64)
+    _, lse = run(case, cases.inputs(case), "v1", runnable_isas()[0], lse_length=length)
+    assert np.isnan(lse).all()
+
+
+def test_one_parameter_row_serves_every_batch():
+    case = Case(2, 2, 40, 64, score="alibi")
+    data = cases.inputs(case)
+    shared = np.broadcast_to(data.params["alibi_slopes"][:1], (2, 2))
+    expected, _ = cases.expected(case, replace(data, params={"alibi_slopes": shared}))
+    function, _ = kernel("v1", "float32", "full", "alibi", runnable_isas()[0])
+    q, k, v = (torch.from_numpy(x) for x in (data.q, data.k, data.v))
+    o = torch.empty_like(q)
+    function(q, k, v, o, torch.empty(1), case.softmax_scale, torch.from_numpy(shared[0].copy()).expand(2, 2))
+    assert np.abs(o.numpy() - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    (
+        ({"block_m": 100}, "row group"),
+        ({"tile_rows": 3}, "tile_rows"),
+        ({"row_vectors": 8, "block_m": 1024, "tile_rows": 8}, "registers"),
+        ({"block_m": 1 << 14}, "scratch"),
+        ({"block_n": 0}, "positive"),
+    ),
+)
+def test_refusals_say_why(change, reason):
+    pattern = match(Attention()(64, "float32"))
+    target = Target("cpu", "avx512")
+    config = replace(cpu.default_configs("v1", pattern, target)[0], **change)
+    refusal = cpu.feasible(pattern, config, target)
+    assert isinstance(refusal, Rejected)
+    assert reason in refusal.reason
