@@ -86,7 +86,7 @@ def _check(options: argparse.Namespace) -> int:
             print(f"{mark} {result.device} {result.symbol}  {figures}{result.seconds:.2f} s  {result.note}", flush=True)
     if not passed + failed:
         if options.arch in registry().archs():
-            raise NotSupportedError(f"--arch {options.arch}: no device of this machine can run it; see `tvm_flash info`")
+            raise NotSupportedError(f"--arch {options.arch}: no device of this machine runs it; see `tvm_flash info`")
         raise registry().missing([options.arch or "cpu"], options.arch or "native")
     if not options.json:
         print(f"{passed} kernels ✓" + (f", {failed} ✗; run `{build_command('native')}`" if failed else ""))

@@ -58,9 +58,9 @@ class Installed:
 
 def search_path() -> tuple[Path, ...]:
     """Folders that are searched for packs, in order; they need not exist."""
-    given = [Path(p).expanduser() for p in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if p]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tvm_flash" / "packs"
-    return (*given, cache, PACKAGE_PACKS)
+    given = [p for p in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if p]
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tvm_flash", "packs")
+    return (*(Path(os.path.expanduser(p)) for p in (*given, cache)), PACKAGE_PACKS)
 
 
 def build_command(arch: str, *options: str) -> str:

@@ -1,0 +1,61 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tvm_flash import registry as packs
+from tvm_flash.registry import PATH_VARIABLE
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def cpu_pack(tmp_path_factory):
+    """Folder of a CPU pack that this machine can run; built in the package, once, if there is none."""
+    if not packs.registry().kernels("cpu"):
+        with open(tmp_path_factory.getbasetemp().parent / "tvm_flash_build.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of this test run wait, then find it built
+            command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu"]
+            done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        packs.refresh()
+    kernels = packs.registry().kernels("cpu")
+    assert kernels
+    return kernels[0].pack.folder
+
+
+@pytest.fixture
+def use_packs(monkeypatch, tmp_path):
+    """A function that makes the given folders the whole search path, until the test ends."""
+
+    def use(*folders):
+        monkeypatch.setenv(PATH_VARIABLE, ":".join(map(str, folders)))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no_cache"))
+        monkeypatch.setattr(packs, "PACKAGE_PACKS", tmp_path / "no_packs_in_the_package")
+        packs.refresh()
+
+    yield use
+    monkeypatch.undo()
+    packs.refresh()
+
+
+@pytest.fixture
+def python():
+    """A function that runs a program in a fresh interpreter, on the packs that this process sees; gives its output."""
+
+    def run(program, *options, **environment):
+        folders = os.pathsep.join(str(f) for f in packs.search_path())
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), PATH_VARIABLE: folders, **environment}
+        command = [sys.executable, *options, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
