@@ -12,7 +12,8 @@ import importlib.util
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -96,75 +97,100 @@ def relative_error(got, want: np.ndarray) -> float:
 def run(device: str | None = None) -> bool:
     """Print the table; true if every error is within the bound (2 × PyTorch's own plus one rounding of the dtype)."""
     import torch
-    import torch.nn.functional as F
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    real = minilm_qkv(project_text())
-    torch.manual_seed(0)
-    random = tuple(torch.randn(1, 1024, 8, 64) for _ in range(3))
+    inputs = {"MiniLM": minilm_qkv(project_text()), "random": _random_qkv()}
     dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.float16, torch.bfloat16)
-    table = Table(title=f"attention on {device}: tvm_flash beside torch {torch.__version__}")
-    for name in (
-        "input",
-        "dtype",
-        "causal",
-        "function",
-        "kernel",
-        "error",
-        "torch's",
-        "",
-        "ms",
-        "torch ms",
-        "naive ms",
-        "×",
-    ):
-        table.add_column(name, justify="left" if name in ("input", "function", "kernel") else "right")
+    table = Table(
+        title=f"tvm_flash beside torch {torch.__version__} on {device}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("input, function", no_wrap=True)
+    table.add_column("by")
+    for name in ("error", "torch's", "ms", "torch", "naive", "×"):
+        table.add_column(name, justify="right", no_wrap=True)
     good = True
-    for label, tensors, causal in (("MiniLM", real, False), ("MiniLM", real, True), ("random", random, True)):
+    for label, tensors in inputs.items():
         for dtype in dtypes:
-            bshd = [x.to(device, dtype) for x in tensors]
-            bhsd = [x.transpose(1, 2).contiguous() for x in bshd]
-            batch, seq, heads, head_dim = bshd[0].shape
-            want, _ = reference.attention(
-                *(x.double().cpu().numpy() for x in bhsd),
-                softmax_scale=1 / math.sqrt(head_dim),
-                mask=reference.causal if causal else reference.full,
-            )
-            calls = {
-                "flash_attention": lambda x=bhsd, c=causal: flash_attention(*x, causal=c, variant="auto"),
-                "flash_attention_v2": lambda x=bshd, c=causal: flash_attention_v2(*x, causal=c, variant="auto"),
-                "torch": lambda x=bhsd, c=causal: F.scaled_dot_product_attention(*x, is_causal=c),
-                "naive": lambda x=bhsd, c=causal: naive_attention(*x, c),
-            }
-            ms = median_ms(calls, device)
-            torch_error = relative_error(calls["torch"](), want)
-            for function, layout in (("flash_attention", "bhsd"), ("flash_attention_v2", "bshd")):
-                out = calls[function]()
-                error = relative_error(out if layout == "bhsd" else out.transpose(1, 2), want)
-                ok = error <= 2 * torch_error + torch.finfo(dtype).eps
-                good &= ok
-                kernel = BackendSelector(device).select_attention(
-                    batch, heads, seq, head_dim, dtype=str(dtype).removeprefix("torch."), causal=causal, layout=layout
-                )
-                table.add_row(
-                    f"{label} {batch}×{heads}×{seq}×{head_dim}",
-                    str(dtype).removeprefix("torch."),
-                    "yes" if causal else "no",
-                    function,
-                    f"{kernel.variant} {kernel.arch}",
-                    f"{error:.1e}",
-                    f"{torch_error:.1e}",
-                    "✓" if ok else "✗",
-                    f"{ms[function]:.2f}",
-                    f"{ms['torch']:.2f}",
-                    f"{ms['naive']:.2f}",
-                    f"{ms['torch'] / ms[function]:.2f}",
-                )
+            for causal in (False, True):
+                table.add_row(f"{label} {_name(dtype)}{' causal' if causal else ''}", style="bold")
+                for row in _compare(tensors, dtype, causal, device):
+                    good &= row.good
+                    table.add_row(
+                        f"  {row.function}",
+                        row.variant,
+                        f"{row.error:.1e} {'✓' if row.good else '✗'}",
+                        f"{row.torch_error:.1e}",
+                        *(f"{ms:.2f}" for ms in (row.ms, row.torch_ms, row.naive_ms)),
+                        f"{row.torch_ms / row.ms:.2f}",
+                    )
     console = Console()
     console.print(table)
+    for label, (q, *_) in inputs.items():
+        batch, seq, heads, head_dim = q.shape
+        console.print(f"{label}: batch {batch}, {heads} heads, {seq} positions, head_dim {head_dim}", highlight=False)
     console.print(
-        "error: relative to float64. ×: torch's time over ours, so above 1 we are faster; both medians of one run."
+        "by: the template that ran.  error: norm of the difference from float64, relative;\n"
+        "torch's: the same of its scaled_dot_product_attention.  ms: medians of one run in\n"
+        "which all take turns; naive: softmax(q·kᵀ)·v.  ×: torch's time over ours.",
+        highlight=False,
     )
     return good
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One function on one input: which template ran, relative errors, milliseconds."""
+
+    function: str
+    variant: str
+    error: float
+    torch_error: float
+    good: bool
+    ms: float
+    torch_ms: float
+    naive_ms: float
+
+
+def _compare(tensors, dtype, causal: bool, device: str) -> Iterator[_Row]:
+    import torch
+    import torch.nn.functional as F
+
+    bshd = [x.to(device, dtype) for x in tensors]
+    bhsd = [x.transpose(1, 2).contiguous() for x in bshd]
+    batch, seq, heads, head_dim = bshd[0].shape
+    want, _ = reference.attention(
+        *(x.double().cpu().numpy() for x in bhsd),
+        softmax_scale=1 / math.sqrt(head_dim),
+        mask=reference.causal if causal else reference.full,
+    )
+    calls = {
+        "flash_attention": lambda: flash_attention(*bhsd, causal=causal, variant="auto"),
+        "flash_attention_v2": lambda: flash_attention_v2(*bshd, causal=causal, variant="auto"),
+        "torch": lambda: F.scaled_dot_product_attention(*bhsd, is_causal=causal),
+        "naive": lambda: naive_attention(*bhsd, causal),
+    }
+    ms = median_ms(calls, device)
+    torch_error = relative_error(calls["torch"](), want)
+    for function, layout in (("flash_attention", "bhsd"), ("flash_attention_v2", "bshd")):
+        out = calls[function]()
+        error = relative_error(out if layout == "bhsd" else out.transpose(1, 2), want)
+        kernel = BackendSelector(device).select_attention(
+            batch, heads, seq, head_dim, dtype=dtype, causal=causal, layout=layout
+        )
+        good = error <= 2 * torch_error + torch.finfo(dtype).eps
+        yield _Row(function, kernel.variant, error, torch_error, good, ms[function], ms["torch"], ms["naive"])
+
+
+def _random_qkv():
+    """A longer input with another head_dim, ``(1, 1024, 8, 64)``."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, 1024, 8, 64, generator=generator) for _ in range(3))
+
+
+def _name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
