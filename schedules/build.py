@@ -24,7 +24,7 @@ from schedules.families import family_of
 from schedules.plan import Plan, Request, Result, key_of, plan, select, write_record
 from schedules.suite import KernelSpec
 from schedules.template import Target
-from schedules.toolchain import cpu, cuda
+from schedules.toolchain import cpu, cuda, gpu_compiler
 from schedules.toolchain.process import ToolchainError, die_with_parent
 from tvm_flash.manifest import KernelEntry, Manifest, ModuleFile
 
@@ -190,7 +190,7 @@ def _link(work: Path, folder: Path, target: Target, group: str, built: list[Buil
     if target.arch == "cpu":
         cpu.link_module(objects, draft, folder / support[0].file)
     else:
-        cuda.link_module(objects, draft)
+        gpu_compiler(target.arch).link_module(objects, draft)
     return pack.store(draft, folder, group)
 
 

@@ -25,7 +25,7 @@ from schedules.families import family_of
 from schedules.pattern import DefinitionError, Pattern, match
 from schedules.suite import KernelSpec
 from schedules.template import Program, Rejected, Target
-from schedules.toolchain import cuda
+from schedules.toolchain import cuda, gpu_compiler
 from schedules.toolchain.process import ToolchainError
 from tvm_flash.manifest import KernelEntry
 
@@ -96,7 +96,7 @@ def versions_for(target: Target) -> dict[str, str]:
     """The compilers that make code for a target, as the manifest names them."""
     versions = {"tvm": _version("apache-tvm"), "tvm_ffi": _version("apache-tvm-ffi")}
     if target.arch != "cpu":
-        versions["cuda"] = cuda.find_toolkit().version
+        versions["cuda"] = gpu_compiler(target.arch).compiler_version()
     return versions
 
 
@@ -150,7 +150,7 @@ def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lo
 
 
 def cuda_source(spec: KernelSpec, config, target: Target, definition: DefinitionFile | None = None) -> str | Rejected:
-    """CUDA C++ of one kernel, device and host code, without compiling it; for :func:`toolchain.cuda.compile_cuda`."""
+    """CUDA C++ of one kernel, not compiled: what :func:`schedules.toolchain.compile_cuda` takes."""
     lowered = lower(spec, pattern_of(spec, target, definition), target, config)
     return lowered if isinstance(lowered, Rejected) else lowered.text
 
@@ -249,7 +249,9 @@ def _make_cuda_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> d
     source = draft.with_name(f"{symbol}.cu")
     source.write_text(lowered.text)
     spills_allowed = getattr(family_of(job.target), "SPILLS_ALLOWED", False)
-    report = cuda.compile_object(source, draft, job.target.arch, run_on=job.run_on, spills_allowed=spills_allowed)
+    report = gpu_compiler(job.target.arch).compile_object(
+        source, draft, job.target.arch, run_on=job.run_on, spills_allowed=spills_allowed
+    )
     native = [k for k in report.kernels if k.arch == job.target.arch]
     return {
         "registers": max(k.registers for k in native),

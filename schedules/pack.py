@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def locked(output: Path, arch: str) -> Iterator[Path]:
             raise PackBusyError(
                 f"another process is building the pack {output / arch}; wait until it has ended"
             ) from None
+        for leftover in work.glob("tmp*"):  # of a builder that was killed
+            shutil.rmtree(leftover)
         yield work
 
 

@@ -14,7 +14,7 @@ import tvm
 import tvm_ffi
 from tvm.script import tirx as T
 
-from schedules.toolchain import cpu, cuda, inspection, machine, ptxas
+from schedules.toolchain import compile_cuda, cpu, cuda, inspection, machine, ptxas, volta
 from schedules.toolchain.process import ToolchainError, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,8 +94,8 @@ def test_source_to_module_without_tvm(tmp_path):
     (tmp_path / "k.cu").write_text(small_source())
     script = f"""
 import sys
-from schedules.toolchain import cuda
-print(cuda.compile_cuda({str(tmp_path / "k.cu")!r}, {str(tmp_path / "k.so")!r}, "sm_80", run_on="sm_90"))
+from schedules.toolchain import compile_cuda
+print(compile_cuda({str(tmp_path / "k.cu")!r}, {str(tmp_path / "k.so")!r}, "sm_80", run_on="sm_90"))
 assert not any(m == "tvm" or m.startswith("tvm.") for m in sys.modules)
 """
     out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -108,7 +108,7 @@ assert not any(m == "tvm" or m.startswith("tvm.") for m in sys.modules)
 def test_compiler_errors_are_readable(tmp_path):
     (tmp_path / "k.cu").write_text("int f( {")
     with pytest.raises(ToolchainError, match=r"compiling k.cu for sm_80: .*\n.*error"):
-        cuda.compile_cuda(tmp_path / "k.cu", tmp_path / "k.so", "sm_80")
+        compile_cuda(tmp_path / "k.cu", tmp_path / "k.so", "sm_80")
     assert not (tmp_path / "k.so").exists()
 
 
@@ -275,3 +275,58 @@ def test_call_that_only_tvm_can_answer_is_refused(tmp_path):
     cpu.build_runtime(runtime, runtime.name)
     with pytest.raises(ToolchainError, match="calls __TVMFuncCall, which needs TVM's runtime"):
         cpu.link_module([tmp_path / "x.o"], tmp_path / "x.so", runtime)
+
+
+# ---------------------------------------------------------------- sm_70
+
+VOLTA_SOURCE = """\
+extern "C" __global__ void __launch_bounds__(32) scale_kernel(float* __restrict__ x, float factor);
+extern "C" __global__ void __launch_bounds__(32) scale_kernel(float* __restrict__ x, float factor) {
+  x[threadIdx.x] *= factor;
+}
+#include <tvm/ffi/c_api.h>
+#include <tvm/ffi/function.h>
+#include <cuda_runtime.h>
+void* __tvm_ffi__library_ctx = NULL;
+template <typename... Params, typename... Args>
+static cudaError_t tvm_cuda_host_launch(void (*kernel)(Params...), const cudaLaunchConfig_t* config, Args... args) {
+  return cudaLaunchKernelEx(config, kernel, ((Params)args)...);
+}
+extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_scale(void*, void*, int, void*) {
+  TVM_FFI_SAFE_CALL_BEGIN();
+  cudaLaunchConfig_t cuda_config = {};
+  float* x = nullptr;
+  tvm_cuda_host_launch(::scale_kernel, &cuda_config, x, 2.0);
+  TVM_FFI_SAFE_CALL_END();
+}
+extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_main(void* s, void* a, int n, void* r) {
+  return __tvm_ffi_scale(s, a, n, r);
+}
+"""
+
+
+def has_volta() -> bool:
+    try:
+        return bool(volta.compiler_version())
+    except ToolchainError:
+        return False
+
+
+@pytest.mark.skipif(not has_volta(), reason="needs the extra volta (the wheels of CUDA 12)")
+@pytest.mark.parametrize("run_on", ["", "sm_90"])
+def test_volta_image_is_embedded(tmp_path, run_on):
+    (tmp_path / "k.cu").write_text(VOLTA_SOURCE)
+    report = compile_cuda(tmp_path / "k.cu", tmp_path / "k.so", "sm_70", run_on=run_on)
+    assert [(k.name, k.arch, k.spills) for k in report.kernels] == [("scale_kernel", "sm_70", 0)]
+    assert tvm_ffi.load_module(str(tmp_path / "k.so"))["scale"] is not None
+
+
+def test_volta_refuses_a_source_of_another_form(tmp_path):
+    with pytest.raises(ToolchainError, match="has no host half"):
+        (tmp_path / "k.cu").write_text("int x;")
+        volta.compile_object(tmp_path / "k.cu", tmp_path / "k.o", "sm_70")
+    device, _, host = VOLTA_SOURCE.partition("#include <tvm/ffi/c_api.h>")
+    with pytest.raises(ToolchainError, match="doesn't launch scale_kernel"):
+        volta._embed(device, host.replace("::scale_kernel", "::other_kernel"), tmp_path / "image")
+    with pytest.raises(ToolchainError, match="another form"):
+        volta._embed(device, host.replace("template <", "template<"), tmp_path / "image")

@@ -179,22 +179,9 @@ def _driver_stub(folder: Path) -> Path:
     return folder
 
 
-def compile_cuda(
-    source_path: str | os.PathLike,
-    so_path: str | os.PathLike,
-    arch: str,
-    *,
-    run_on: str = "",
-    spills_allowed: bool = False,
-) -> ptxas.Report:
-    """One exported source to one loadable module, as the tuner does it; arguments as in :func:`compile_object`."""
-    target = Path(so_path)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        part = Path(scratch) / "kernel.o"
-        report = compile_object(Path(source_path), part, arch, run_on=run_on, spills_allowed=spills_allowed)
-        link_module([part], Path(scratch) / target.name)
-        os.replace(Path(scratch) / target.name, target)
-    return report
+def compiler_version() -> str:
+    """Version of the compiler, for hashes and manifests."""
+    return find_toolkit().version
 
 
 def source_hash(source: str, arch: str, compiler: str) -> str:
