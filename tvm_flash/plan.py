@@ -115,7 +115,12 @@ class Plan:
         """
         framework = self._framework
         pointer = framework.pointer
-        at_q, at_k, at_v = pointer(q), pointer(k), pointer(v)
+        try:
+            at_q, at_k, at_v = pointer(q), pointer(k), pointer(v)
+        except RuntimeError:
+            for name, x in (("q", q), ("k", k), ("v", v)):
+                framework.view(x, name)  # says which one has no memory, and what to do
+            raise
         at_out = 0
         if out is not None:
             at_out = pointer(out)

@@ -1,0 +1,139 @@
+"""The commands."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from tvm_flash import selfcheck
+from tvm_flash.cli import main
+from tvm_flash.device import Device
+from tvm_flash.manifest import MANIFEST_NAME, Manifest
+from tvm_flash.registry import registry
+
+
+@pytest.fixture
+def small_pack(cpu_pack, tmp_path, use_packs):
+    """The pack with its three smallest kernels only; a function to rewrite their entries."""
+    folder = tmp_path / "packs" / "cpu"
+    shutil.copytree(cpu_pack, folder)
+    manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text())
+    chosen = [k for k in manifest.kernels if (k.template, k.dtype, k.head_dim) == ("v1", "float32", 64)]
+    chosen = [k for k in chosen if k.score == "identity"]
+
+    def write(change=lambda k: k):
+        entries = tuple(change(k) for k in chosen)
+        (folder / MANIFEST_NAME).write_text(dataclasses.replace(manifest, kernels=entries).to_json())
+        use_packs(folder.parent)
+        return entries
+
+    write()
+    return write
+
+
+def run(capsys, *arguments):
+    status = main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_info(small_pack, capsys):
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    for part in ("tvm_flash 0.1.0", "apache-tvm-ffi", "cpu:", "threads", "✓ cpu", "3 kernels", "head_dim ≤ 64"):
+        assert part in out
+
+
+def test_info_as_json(small_pack, capsys):
+    status, out, _ = run(capsys, "info", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["packs"][0]["arch"] == "cpu" and len(found["packs"][0]["kernels"]) == 3
+    assert "cpu" not in [gap["arch"] for gap in found["missing"]] and found["broken"] == []
+
+
+def test_info_without_packs_says_what_makes_them(use_packs, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / MANIFEST_NAME).write_text("{")
+    use_packs(broken)
+    status, out, _ = run(capsys, "info")
+    assert status == 0 and "missing: cpu; run `scripts/build_kernels.py --arch cpu`" in out
+    assert "packs: none" in out and f"✗ {broken}" in out
+
+
+def test_check(small_pack, capsys):
+    status, out, _ = run(capsys, "check", "--arch", "cpu")
+    assert status == 0 and out.count("✓ cpu v1_float32_d64_") == 3 and "3 kernels ✓" in out
+
+
+def test_check_as_json(small_pack, capsys):
+    status, out, _ = run(capsys, "check", "--json")
+    results = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and len(results) == 3
+    for r in results:
+        assert r["ok"] and 0 < r["error"] <= r["bound"] < 1e-5 and r["lse_error"] <= r["lse_bound"]
+
+
+def test_check_finds_a_kernel_that_computes_something_else(small_pack, capsys):
+    small_pack(lambda k: dataclasses.replace(k, mask="full") if k.mask == "causal" else k)
+    status, out, _ = run(capsys, "check")
+    assert status == 1 and out.count("✗ cpu v1_float32_d64_causal_identity") == 1 and "2 kernels ✓, 1 ✗" in out
+
+
+def test_check_finds_a_kernel_that_is_not_there(small_pack, capsys):
+    small_pack(lambda k: dataclasses.replace(k, symbol="gone") if k.mask == "causal" else k)
+    status, out, _ = run(capsys, "check")
+    assert status == 1 and "✗ cpu gone" in out and "has no function gone" in out
+
+
+def test_check_says_which_kernels_it_cannot_judge(small_pack, capsys):
+    small_pack(lambda k: dataclasses.replace(k, definition="mine"))
+    status, out, _ = run(capsys, "check")
+    assert status == 0 and out.count("not checked: a definition of the user's own") == 3
+
+
+def test_check_without_packs(use_packs, tmp_path, capsys):
+    use_packs(tmp_path)
+    status, out, err = run(capsys, "check")
+    assert status == 2 and out == "" and "no usable pack" in err and "build_kernels.py" in err
+
+
+def test_every_installed_kernel_is_right(cpu_pack):
+    kernels = registry().kernels("cpu")
+    results = [selfcheck.check_kernel(k, Device("cpu")) for k in kernels]
+    assert results and not [r for r in results if not r.ok]
+
+
+def test_explain(small_pack, capsys):
+    status, out, _ = run(capsys, "explain", "--shape", "2,8,512,64", "--causal", "--device", "cpu")
+    assert (
+        status == 0
+        and "✓ v1_float32_d64_causal_identity [cpu]" in out
+        and "fits, but the mask causal is cheaper" in out
+    )
+
+
+def test_explain_of_what_is_not_there(small_pack, capsys):
+    status, out, _ = run(capsys, "explain", "--shape", "2,8,512,160", "--device", "cpu")
+    assert status == 1 and "--head-dim 160" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["explain", "--shape", "2,8,512"], "expected four numbers"),
+        (["explain", "--shape", "2,8,5,x"], "expected four numbers"),
+        (["fly"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_wrong_arguments(arguments, says, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(arguments)
+    assert e.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_an_error_is_one_line(capsys):
+    status, out, err = run(capsys, "explain", "--shape", "2,8,512,60", "--device", "cpu")
+    assert status == 2 and out == "" and err.startswith("tvm_flash: head_dim: is 60") and err.count("\n") == 1

@@ -1,0 +1,248 @@
+"""Packs: where they are found, what is read, what is refused, and what a wrong one says."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tvm_flash import PackError, call, cpu, flash_attention
+from tvm_flash.manifest import MANIFEST_NAME, Manifest
+from tvm_flash.registry import PACKAGE_PACKS, arch_of, by_closeness, refresh, registry, runs_on, search_path
+
+
+@pytest.fixture
+def copy(cpu_pack, tmp_path, use_packs):
+    """A copy of the CPU pack that is the only one on the search path."""
+    folder = tmp_path / "packs" / "cpu"
+    shutil.copytree(cpu_pack, folder)
+    use_packs(tmp_path / "packs")
+    return folder
+
+
+def attend():
+    x = np.random.default_rng(0).standard_normal((1, 2, 9, 64), np.float32)
+    return flash_attention(x, x, x)
+
+
+def edit(folder, **changes):
+    path = folder / MANIFEST_NAME
+    path.write_text(dataclasses.replace(Manifest.from_json(path.read_text()), **changes).to_json())
+    refresh()
+
+
+def module_of(folder):
+    """The module that ``attend`` needs."""
+    kernels = Manifest.from_json((folder / MANIFEST_NAME).read_text()).kernels
+    return folder / next(k.module for k in kernels if (k.template, k.dtype, k.head_dim) == ("v1", "float32", 64))
+
+
+def test_a_copied_pack_works(copy):
+    assert attend().shape == (1, 2, 9, 64)
+    assert registry().kernels("cpu")[0].pack.folder == copy
+
+
+def test_a_folder_on_the_path_may_be_a_pack_itself(copy, use_packs):
+    use_packs(copy)
+    assert attend().shape == (1, 2, 9, 64)
+
+
+def test_the_search_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("TVM_FLASH_PACKS", f"{tmp_path / 'a'}:{tmp_path / 'b'}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert search_path() == (
+        *(tmp_path / "a", tmp_path / "b"),
+        *(tmp_path / "cache" / "tvm_flash" / "packs", PACKAGE_PACKS),
+    )
+
+
+def test_the_first_pack_on_the_path_wins(copy, use_packs, cpu_pack):
+    for order in ((copy, cpu_pack), (cpu_pack, copy)):
+        use_packs(*order)
+        call._plans.clear()
+        attend()
+        (plan,) = call._plans.values()
+        assert plan.choice.kernel.pack.folder == order[0]
+
+
+def test_no_pack(use_packs, tmp_path):
+    use_packs(tmp_path / "nothing")
+    with pytest.raises(
+        PackError, match=r"no usable pack for cpu \(looked in .*nothing.*build_kernels.py --arch cpu`"
+    ) as e:
+        attend()
+    assert isinstance(e.value, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "Expecting value"),
+        ('{"schema": 1', "Expecting"),
+        ("[]", "schema is 'list'"),
+        ('{"schema": 99}', "schema is 99, expected 1"),
+        ('{"schema": 1}', "field missing"),
+        ("\udcff", "can't be read"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read(copy, text, says):
+    (copy / MANIFEST_NAME).write_bytes(text.encode("utf-8", "surrogateescape"))
+    refresh()
+    with pytest.raises(PackError, match=r"no usable pack for cpu") as e:
+        attend()
+    assert says in str(e.value) and str(copy) in str(e.value) and "--arch cpu`" in str(e.value)
+
+
+def test_a_manifest_with_an_unknown_field(copy):
+    raw = json.loads((copy / MANIFEST_NAME).read_text())
+    raw["kernels"][0]["colour"] = "red"
+    (copy / MANIFEST_NAME).write_text(json.dumps(raw))
+    refresh()
+    with pytest.raises(PackError, match=r"colour"):
+        attend()
+
+
+def test_one_broken_pack_does_not_disable_the_others(copy, use_packs, tmp_path):
+    broken = tmp_path / "broken" / "cpu"
+    broken.mkdir(parents=True)
+    (broken / MANIFEST_NAME).write_text("{")
+    use_packs(broken.parent, copy.parent)
+    assert attend().shape == (1, 2, 9, 64)
+    assert [b.folder for b in registry().broken] == [broken]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "truncated or replaced"),
+        (lambda p: p.write_bytes(b""), "has 0 bytes"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x"), "sha256 differs"),
+        (lambda p: p.unlink(), "No such file"),
+        (lambda p: (p.unlink(), p.mkdir()), "Is a directory"),
+    ],
+    ids=["truncated", "empty", "edited", "gone", "a folder"],
+)
+@pytest.mark.parametrize("which", ("module", "support file"))
+def test_a_damaged_file(copy, spoil, says, which):
+    support = copy / Manifest.from_json((copy / MANIFEST_NAME).read_text()).support_files[0].file
+    path = module_of(copy) if which == "module" else support
+    spoil(path)
+    out = np.full((1, 2, 9, 64), np.nan, np.float32)
+    x = np.zeros_like(out)
+    for _ in range(2):
+        with pytest.raises(PackError, match=r"--arch cpu`") as e:
+            flash_attention(x, x, x, out=out)
+        assert says in str(e.value) and path.name in str(e.value) and str(copy) in str(e.value)
+    assert np.isnan(out).all()
+
+
+def test_a_module_that_is_no_library(copy):
+    """A file that the manifest vouches for, and the loader refuses."""
+    path, data = module_of(copy), b"not a library"
+    manifest = Manifest.from_json((copy / MANIFEST_NAME).read_text())
+    path.write_bytes(data)
+    entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit(copy, modules=tuple(dataclasses.replace(m, **entry) if m.file == path.name else m for m in manifest.modules))
+    with pytest.raises(PackError, match=rf"{path.name} can't be loaded"):
+        attend()
+
+
+def test_a_module_outside_the_pack(copy):
+    manifest = Manifest.from_json((copy / MANIFEST_NAME).read_text())
+    outside = f"../{module_of(copy).name}"
+    edit(
+        copy,
+        modules=tuple(dataclasses.replace(m, file=outside) for m in manifest.modules),
+        kernels=tuple(dataclasses.replace(k, module=outside) for k in manifest.kernels),
+    )
+    with pytest.raises(PackError, match=r"isn't a plain file name"):
+        attend()
+
+
+def test_a_function_that_is_not_there(copy):
+    manifest = Manifest.from_json((copy / MANIFEST_NAME).read_text())
+    edit(copy, kernels=tuple(dataclasses.replace(k, symbol=f"{k.symbol}_gone") for k in manifest.kernels))
+    with pytest.raises(PackError, match=r"has no function v1_float32_.*_gone"):
+        attend()
+
+
+def test_a_pack_of_another_processor(copy):
+    edit(copy, cpu_features=("fpu", "amx_tile_of_tomorrow"), isa="amx")
+    with pytest.raises(PackError, match=r"it is for amx and needs amx_tile_of_tomorrow, which this processor lacks"):
+        attend()
+    assert registry().packs and not registry().kernels("cpu")
+
+
+def test_a_pack_of_an_unknown_arch(copy):
+    edit(copy, arch="tpu_v9")
+    with pytest.raises(PackError, match=r"no usable pack for cpu"):
+        attend()
+    assert "unknown to this version" in registry().packs[0].unusable
+
+
+def test_of_two_cpu_packs_the_richer_comes_first(cpu_pack, tmp_path, use_packs):
+    for name, features in (("a", ()), ("b", ("fpu",)), ("c", ("fpu", "sse2"))):
+        shutil.copytree(cpu_pack, tmp_path / "packs" / name)
+        edit(tmp_path / "packs" / name, cpu_features=features)
+    use_packs(tmp_path / "packs")
+    if not {"fpu", "sse2"} <= cpu.features():
+        pytest.skip("the flags are those of x86-64")
+    attend()
+    assert [k.pack.folder.name for k in registry().kernels("cpu")][:: len(registry().kernels("cpu")) // 3][:3] == [
+        *("c", "b", "a"),
+    ]
+
+
+def test_a_pack_that_is_rebuilt_meanwhile(copy):
+    """Files of the old manifest stay until the next build: what was found keeps working, a refresh finds the new."""
+    kernels = registry().kernels("cpu")
+    edit(copy, created="later")
+    assert registry().packs[0].manifest.created == "later"
+    assert registry().load(kernels[0]).symbol == kernels[0].entry.symbol
+    attend()
+
+
+RUNS = {
+    "sm_90a": [(9, 0)],
+    "sm_90": [(9, 0)],
+    "sm_80": [(8, 0), (8, 6), (8, 7), (8, 9)],
+    "sm_86": [(8, 6), (8, 7), (8, 9)],
+    "sm_89": [(8, 9)],
+    "sm_75": [(7, 5)],
+    "sm_70": [(7, 0), (7, 5)],
+    "sm_100a": [(10, 0)],
+    "sm_120": [(12, 0), (12, 1)],
+    "sm_120a": [(12, 0)],
+    "cpu": [],
+    "nonsense": [],
+}
+CAPABILITIES = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)]
+
+
+@pytest.mark.parametrize("arch", RUNS)
+def test_which_gpus_run_an_arch(arch):
+    assert [c for c in CAPABILITIES if runs_on(arch, c)] == RUNS[arch]
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs"),
+    [
+        ((9, 0), ["sm_90a", "sm_90"]),
+        ((8, 9), ["sm_89", "sm_86", "sm_80"]),
+        ((8, 6), ["sm_86", "sm_80"]),
+        ((8, 0), ["sm_80"]),
+        ((7, 5), ["sm_75", "sm_70"]),
+        ((12, 1), ["sm_120"]),
+        ((6, 1), []),
+    ],
+)
+def test_the_closest_arch_comes_first(capability, archs):
+    assert by_closeness(set(RUNS) - {"nonsense"}, capability) == archs
+
+
+def test_the_arch_to_build():
+    assert [arch_of(c) for c in ((7, 0), (8, 9), (9, 0), (12, 0))] == ["sm_70", "sm_89", "sm_90a", "sm_120"]

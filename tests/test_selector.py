@@ -1,0 +1,255 @@
+"""Which kernel is chosen, why, and what is said of the others: on manifests alone, for devices that needn't be here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tvm_flash import (
+    BackendSelector,
+    InvalidArgumentError,
+    KernelNotFoundError,
+    NotSupportedError,
+    cuda,
+    flash_attention,
+)
+from tvm_flash.choice import choose, explain
+from tvm_flash.device import Device, default_device
+from tvm_flash.manifest import MANIFEST_NAME, KernelEntry, Manifest, Param
+from tvm_flash.problem import MASK_FALLBACKS, Problem
+
+WINDOW = (Param("window_left", "int32"), Param("window_right", "int32"))
+GPU = Device("cuda", 0)
+
+
+def kernel(template="v1", arch="sm_80", dtype="float16", head_dim=64, mask="window", score="identity", **more):
+    symbol = f"{template}_{dtype}_d{head_dim}_{mask}_{score}" + (f"_s{more['bucket']}" if more.get("bucket") else "")
+    fields = {
+        "symbol": symbol,
+        "module": "m.so",
+        "head_dim_v": head_dim,
+        "definition": "attention",
+        "params": WINDOW if mask == "window" else (),
+        "bucket": 0,
+        "alignment": 16,
+        "index_bits": 32,
+        "config": {},
+        "config_source": "default",
+        "source_hash": "",
+        **more,
+    }
+    return KernelEntry(template=template, arch=arch, dtype=dtype, head_dim=head_dim, mask=mask, score=score, **fields)
+
+
+@pytest.fixture
+def packs(tmp_path, use_packs, monkeypatch):
+    """A function that installs manifests of kernels, and a GPU of the given compute capability."""
+
+    def install(*kernels, capability=(8, 0)):
+        for arch in {k.arch for k in kernels}:
+            folder = tmp_path / "packs" / arch
+            folder.mkdir(parents=True)
+            chosen = tuple(k for k in kernels if k.arch == arch)
+            (folder / MANIFEST_NAME).write_text(Manifest(arch, {}, (), chosen).to_json())
+        monkeypatch.setattr(cuda, "gpu", lambda index: cuda.Gpu(index, "Test GPU", capability))
+        monkeypatch.setattr(cuda, "device_count", lambda: 1)
+        use_packs(tmp_path / "packs")
+
+    default_device.cache_clear()
+    yield install
+    default_device.cache_clear()
+
+
+def problem(**changes):
+    sizes = {"batch": 2, "heads": 4, "kv_heads": 4, "seqlen_q": 100, "seqlen_kv": 100, "head_dim": 64, "head_dim_v": 64}
+    return Problem(**{**sizes, "dtype": "float16", "layout": "bhsd", **changes})
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch", "prefer", "template", "says"),
+    [
+        ((8, 0), "sm_80", "speed", "v2", "Ampere and later"),
+        ((9, 0), "sm_90a", "speed", "v2", "Ampere and later"),
+        ((7, 5), "sm_75", "speed", "v1", "Volta and Turing"),
+        ((7, 0), "sm_70", "speed", "v1", "Volta and Turing"),
+        ((8, 0), "sm_80", "compatibility", "v1", "compatibility"),
+    ],
+)
+def test_the_policy_on_gpus(packs, capability, arch, prefer, template, says):
+    packs(kernel("v1", arch), kernel("v2", arch), capability=capability)
+    selected = BackendSelector(prefer=prefer).select_attention(batch=2, heads=8, seq_len=1024, head_dim=64)
+    assert (selected.variant, selected.layout, selected.arch) == (template, "bhsd", arch)
+    assert says in selected.reason
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch", "seq_len", "template"),
+    [("bhsd", 2, 512, "v1"), ("bshd", 2, 512, "v2"), ("bhsd", 16, 4096, "v2"), ("bhsd", 16, 512, "v1")],
+)
+def test_the_policy_on_the_processor(packs, layout, batch, seq_len, template):
+    packs(kernel("v1", "cpu", "float32"), kernel("v2", "cpu", "float32"))
+    selected = BackendSelector("cpu").select_attention(batch, 8, seq_len, 64, layout=layout)
+    assert (selected.variant, selected.layout) == (template, layout)
+
+
+@pytest.mark.parametrize(("variant", "there"), [("v2", "v1"), ("v1", "v2")])
+def test_a_template_that_is_not_there_is_stood_in_for(packs, variant, there):
+    packs(kernel(there, "sm_75"), capability=(7, 5))
+    choice = choose(problem(), GPU, variant)
+    assert choice.kernel.entry.template == there
+    assert f"no {variant.upper()} kernel fits (none is installed)" in choice.reason
+
+
+def test_the_closest_arch(packs):
+    packs(kernel(arch="sm_80"), kernel(arch="sm_86"), kernel(arch="sm_90a"), capability=(8, 9))
+    choice = choose(problem(), GPU, "v1")
+    assert choice.kernel.entry.arch == "sm_86" and "sm_86 code runs on sm_89" in choice.reason
+
+
+def test_the_smallest_head_dim_that_fits(packs):
+    packs(*(kernel(head_dim=d) for d in (256, 64, 128)), kernel(head_dim=96, head_dim_v=64))
+    for (qk, v), symbol in {(8, 8): 64, (64, 64): 64, (72, 64): 96, (72, 72): 128, (200, 8): 256}.items():
+        entry = choose(problem(head_dim=qk, head_dim_v=v), GPU, "v1").kernel.entry
+        assert entry.head_dim == symbol
+
+
+def test_the_cheapest_mask(packs):
+    packs(kernel(mask="full"), kernel(mask="window"))
+    for kind, chosen in (("full", "full"), ("causal", "window"), ("window", "window")):
+        choice = choose(problem(masks=MASK_FALLBACKS[kind]), GPU, "v1")
+        assert choice.kernel.entry.mask == chosen
+    assert "the mask window stands in for causal" in choose(problem(masks=MASK_FALLBACKS["causal"]), GPU, "v1").reason
+
+
+def test_the_largest_bucket_that_is_reached(packs):
+    packs(kernel(), kernel(bucket=1024), kernel(bucket=8192))
+    for seqlen_kv, bucket in ((1, 0), (1023, 0), (1024, 1024), (8191, 1024), (10**6, 8192)):
+        assert choose(problem(seqlen_kv=seqlen_kv), GPU, "v1").kernel.entry.bucket == bucket
+
+
+def test_misaligned_data_gets_the_kernel_that_can(packs):
+    packs(kernel("v2", alignment=16), kernel("v1", alignment=2))
+    assert choose(problem(alignment=16), GPU, "auto").kernel.entry.template == "v2"
+    choice = choose(problem(alignment=8), GPU, "auto")
+    assert choice.kernel.entry.template == "v1"
+    assert "needs data and strides at multiples of 16 bytes, not 8" in choice.reason
+    with pytest.raises(InvalidArgumentError, match=r"q, k, v, out: .*multiple of 1 bytes only.*needs \d+; copy"):
+        choose(problem(alignment=1), GPU, "auto")
+
+
+def test_large_strides_get_the_kernel_that_can(packs):
+    packs(kernel("v2"), kernel("v1", index_bits=64))
+    assert choose(problem(index_bits=64), GPU, "auto").kernel.entry.template == "v1"
+
+
+def test_sizes_beyond_32_bits(packs):
+    packs(kernel("v2"), kernel("v1"))
+    with pytest.raises(NotSupportedError, match=r"needs more than 32 bits.*split the batch"):
+        choose(problem(index_bits=64), GPU, "auto")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"dtype": "bfloat16"},
+            "no sm_89 kernel for bfloat16; run `scripts/build_kernels.py --arch sm_89 --dtype bfloat16`",
+        ),
+        ({"head_dim": 160, "head_dim_v": 160}, "no sm_89 kernel for head_dim 160 (the largest takes 64:64)"),
+        ({"head_dim": 160, "head_dim_v": 160}, "run `scripts/build_kernels.py --arch sm_89 --head-dim 160`"),
+        ({"head_dim_v": 128}, "--arch sm_89 --head-dim 64:128`"),
+        ({"score": "softcap"}, "no sm_89 kernel for the score softcap; run `scripts/build_kernels.py --arch sm_89"),
+        ({"masks": ("window",)}, "no sm_89 kernel for the mask window; run `scripts/build_kernels.py --arch sm_89"),
+        ({"definition": "mine", "masks": ()}, "no sm_89 kernel of the definition 'mine'"),
+        ({"definition": "mine", "masks": ()}, "--definition <file.py>:mine --dtype float16`"),
+    ],
+)
+def test_what_is_missing_and_the_command_that_makes_it(packs, changes, says):
+    packs(kernel(arch="sm_89", mask="full"), capability=(8, 9))
+    with pytest.raises(KernelNotFoundError) as e:
+        choose(problem(**changes), GPU, "auto")
+    assert says in str(e.value)
+
+
+def test_explain_accounts_for_every_kernel(packs):
+    kernels = [
+        kernel("v2", mask="full"),
+        kernel("v2", mask="window"),
+        kernel("v2", mask="full", head_dim=128),
+        kernel("v1", mask="full"),
+        kernel("v2", mask="causal"),
+        kernel("v2", score="softcap"),
+        kernel("v2", head_dim=32),
+        kernel("v2", bucket=4096),
+        kernel("v2", dtype="bfloat16"),
+    ]
+    packs(*kernels)
+    explanation = explain(problem(), GPU, "auto")
+    assert explanation.chosen == kernels[0]
+    assert explanation.others == 1
+    reasons = {r.kernel.symbol: r.reason for r in explanation.rejected}
+    assert reasons == {
+        kernels[1].symbol: "fits, but the mask full is cheaper",
+        kernels[2].symbol: "fits, but its head_dim 128 is larger than needed",
+        kernels[3].symbol: "fits, but V2 is preferred",
+        kernels[4].symbol: "computes the mask causal, which can't stand in for full",
+        kernels[5].symbol: "computes the score softcap, not identity",
+        kernels[6].symbol: "takes head_dim up to 32, not 64",
+        kernels[7].symbol: "is for 4096 keys or more, not 100",
+    }
+    page = str(explanation)
+    assert page.count("\n") == 9 and "✓ v2_float16_d64_full_identity [sm_80]" in page and "Test GPU" in page
+
+
+def test_explain_says_why_nothing_fits(packs):
+    packs(kernel())
+    explanation = BackendSelector().explain(2, 4, 100, 512)
+    assert explanation.chosen is None and "--head-dim 512" in str(explanation)
+
+
+def test_dtypes_of_every_kind(packs):
+    torch = pytest.importorskip("torch")
+    packs(kernel(), kernel(dtype="bfloat16"))
+    for dtype, name in (
+        *((None, "float16"), ("bfloat16", "bfloat16"), (torch.bfloat16, "bfloat16")),
+        *((np.float16, "float16"), (np.dtype("float16"), "float16"), ("torch.float16", "float16")),
+    ):
+        assert BackendSelector().explain(2, 4, 100, 64, dtype=dtype).problem.dtype == name
+
+
+@pytest.mark.parametrize("device", (None, "cuda", "cuda:0", 0))
+def test_devices_of_every_kind(packs, device):
+    packs(kernel())
+    assert BackendSelector(device).device == GPU
+
+
+def test_torch_devices(packs):
+    torch = pytest.importorskip("torch")
+    packs(kernel())
+    assert BackendSelector(torch.device("cuda", 0)).device == GPU
+    assert BackendSelector(torch.device("cpu")).device == Device("cpu")
+
+
+@pytest.mark.parametrize("layout", ("bhsd", "bshd"))
+def test_a_selected_kernel_is_called_like_flash_attention(cpu_pack, layout):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 4, n, 64), np.float32) for n in (33, 70, 70))
+    slopes = rng.random(4, np.float32)
+    options = {"causal": True, "softcap": 3.0, "alibi_slopes": slopes, "return_lse": True, "softmax_scale": 0.1}
+    want, want_lse = flash_attention(q, k, v, **options)
+    selected = BackendSelector("cpu").select_attention(2, 4, 33, 64, seq_len_kv=70, causal=True, layout=layout)
+    swap = (lambda x: x) if layout == "bhsd" else (lambda x: x.swapaxes(1, 2))
+    out, lse = selected(*map(swap, (q, k, v)), **options)
+    np.testing.assert_allclose(swap(out), want, atol=1e-6)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5)
+
+
+def test_a_kernel_selected_for_another_device_refuses(cpu_pack):
+    selected = BackendSelector("cpu").select_attention(1, 2, 9, 64)
+    elsewhere = dataclasses.replace(selected, arch="sm_80", device=GPU)
+    x = np.zeros((1, 2, 9, 64), np.float32)
+    with pytest.raises(InvalidArgumentError, match=r"^q: is on a device of arch cpu, .* selected for cuda:0; move"):
+        elsewhere(x, x, x)
+    assert selected(x, x, x).shape == x.shape
