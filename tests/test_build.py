@@ -237,27 +237,27 @@ def test_kill_leaves_the_old_pack_or_the_new_one(request_, first_build):
     assert_whole(folder)
 
 
-def test_kill_of_a_parallel_build_ends_its_workers(tmp_path):
-    command = [
-        sys.executable,
-        toy_family.__file__,
-        "--arch",
-        "cpu",
-        "--output",
-        tmp_path,
-        "--template",
-        "v1",
-        "--jobs",
-        "2",
-    ]
-    builder = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_end_of_a_parallel_build_ends_its_workers(tmp_path, how):
+    command = [sys.executable, toy_family.__file__, "--arch=cpu", f"--output={tmp_path}", "--template=v1", "--jobs=2"]
+    builder = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 300
-        while not list(tmp_path.rglob("*.o")):
+        while not list(tmp_path.rglob("*.record.json")):
             assert builder.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         workers = _descendants(builder.pid)
         assert workers
+        if how == signal.SIGINT:  # as the terminal does it: to all of them
+            os.killpg(builder.pid, how)
+            assert "stopped" in builder.communicate(timeout=60)[0]
+            assert builder.returncode == 130
     finally:
         builder.kill()
         builder.wait()
@@ -266,9 +266,11 @@ def test_kill_of_a_parallel_build_ends_its_workers(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not (tmp_path / "cpu").exists()
+    # What was finished is not compiled again.
     finished = len(list(tmp_path.rglob("*.record.json")))
     request = Request((CPU,), Selection(("v1",)), output=tmp_path, jobs=1)
-    assert len(plan(request, CPU).jobs) <= len(plan(request, CPU).specs) - finished
+    planned = plan(request, CPU)
+    assert 0 < finished == len(planned.specs) - len(planned.jobs)
 
 
 def _descendants(pid: int) -> list[int]:
