@@ -52,9 +52,10 @@ def python():
 
     def run(program, *options, **environment):
         folders = os.pathsep.join(str(f) for f in packs.search_path())
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), PATH_VARIABLE: folders, **environment}
+        modules = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        variables = {**os.environ, "PYTHONPATH": modules, PATH_VARIABLE: folders, **environment}
         command = [sys.executable, *options, "-c", program]
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

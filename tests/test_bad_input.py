@@ -248,6 +248,7 @@ def test_suspicious_layouts_warn_once_a_place():
         for tensor in (x, y, x):
             flash_attention(tensor, tensor, tensor)  # one place, two shapes
         flash_attention_v2(x.transpose(1, 2), x.transpose(1, 2), x.transpose(1, 2))  # swapped on purpose: a view
+        flash_attention(*(torch.zeros(1, 8, 1, 64) for _ in range(3)))  # a decoder's first step
     assert [w.category for w in caught] == [LayoutWarning]
     assert "call flash_attention_v2" in str(caught[0].message) and caught[0].filename == __file__
 

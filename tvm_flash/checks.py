@@ -135,10 +135,10 @@ def check_strides(name: str, x: TensorView) -> None:
 def layout_suspicion(layout: str, sizes: Sizes, q: TensorView) -> str | None:
     """The text of a warning if the shapes look as if they were meant for the other function, else None.
 
-    More heads than positions, for queries and keys, is rare; a tensor whose memory order says that dimensions 1 and 2
-    were swapped on purpose (a transposed view) isn't suspicious.
+    More heads than positions, for queries and keys, is rare, but for a single query (a decoder's step).  A tensor whose
+    memory order says that dimensions 1 and 2 were swapped on purpose (a transposed view) isn't suspicious.
     """
-    swapped = sizes.heads > sizes.seqlen_q > 0 and sizes.kv_heads > sizes.seqlen_kv > 0
+    swapped = sizes.heads > sizes.seqlen_q > 1 and sizes.kv_heads > sizes.seqlen_kv
     if not swapped or q.strides[1] < q.strides[2]:
         return None
     other = _OTHER_LAYOUT[layout]

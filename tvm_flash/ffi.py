@@ -123,10 +123,17 @@ def _library() -> ctypes.CDLL:
     library.TVMFFIErrorMoveFromRaised.argtypes = (ctypes.POINTER(ctypes.c_void_p),)
     library.TVMFFIErrorMoveFromRaised.restype = None
     library.TVMFFIObjectDecRef.argtypes = (ctypes.c_void_p,)
-    library.TVMFFIEnvGetStream.argtypes = (ctypes.c_int32, ctypes.c_int32)
-    library.TVMFFIEnvGetStream.restype = ctypes.c_void_p
-    library.TVMFFIEnvSetStream.argtypes = (ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
     return library
+
+
+@functools.cache
+def _stream_functions():
+    """Get and set tvm-ffi's current stream of this thread; so short that they keep the GIL."""
+    library = ctypes.PyDLL(tvm_ffi().LIB._name)
+    get, set_ = library.TVMFFIEnvGetStream, library.TVMFFIEnvSetStream
+    get.restype = ctypes.c_void_p
+    set_.argtypes = (ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
+    return get, set_
 
 
 def _raised() -> str:
@@ -213,16 +220,17 @@ class Frame:
 
     def run_on_stream(self, pointers: Sequence[int], stream: int) -> None:
         """Call the kernel with ``stream`` (a ``CUstream`` as an integer) as tvm-ffi's current one, for this call."""
-        library, device = _library(), self._device
-        before = library.TVMFFIEnvGetStream(*device)
-        if (before or 0) == stream:
+        get, set_ = _stream_functions()
+        kind, index = self._device
+        before = get(kind, index) or 0
+        if before == stream:
             self.run(pointers)
             return
-        library.TVMFFIEnvSetStream(*device, stream, None)
+        set_(kind, index, stream, None)
         try:
             self.run(pointers)
         finally:
-            library.TVMFFIEnvSetStream(*device, before, None)
+            set_(kind, index, before, None)
 
 
 def _describe(tensor: _DLTensor, spec: TensorSpec) -> ctypes.Array:

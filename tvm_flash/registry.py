@@ -104,6 +104,7 @@ class Registry:
         self.folders = folders
         self.packs: list[Pack] = []
         self.broken: list[BrokenPack] = []
+        self._usable: dict[str, list[Installed]] = {}
         self._candidates: dict[tuple[str, str, str], list[Installed]] = {}
         self._kernels: dict[tuple[Path, str], ffi.Kernel] = {}
         self._modules: dict[Path, object] = {}
@@ -120,9 +121,13 @@ class Registry:
 
     def kernels(self, arch: str) -> list[Installed]:
         """Kernels for an arch that this machine can run.  Of CPU packs, that with the most instructions comes first."""
-        usable = [p for p in self.packs if p.arch == arch and p.unusable is None]
-        usable.sort(key=lambda p: -len(p.manifest.cpu_features))
-        return [Installed(entry, pack, rank) for rank, pack in enumerate(usable) for entry in pack.manifest.kernels]
+        found = self._usable.get(arch)
+        if found is None:
+            packs = [p for p in self.packs if p.arch == arch and p.unusable is None]
+            packs.sort(key=lambda p: -len(p.manifest.cpu_features))
+            found = [Installed(entry, pack, rank) for rank, pack in enumerate(packs) for entry in pack.manifest.kernels]
+            self._usable[arch] = found
+        return found
 
     def candidates(self, arch: str, definition: str, dtype: str) -> list[Installed]:
         """The kernels for an arch that compute a definition in a dtype."""

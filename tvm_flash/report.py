@@ -12,7 +12,10 @@ from tvm_flash.device import Device
 from tvm_flash.registry import PATH_VARIABLE, Pack, build_command, registry
 
 #: Packages whose versions matter; those that aren't installed are left out.
-_PACKAGES = ("apache-tvm-ffi", "numpy", "torch", "jax", "cupy", "ml_dtypes", "apache-tvm")
+_PACKAGES = (
+    *("apache-tvm-ffi", "numpy", "ml_dtypes", "torch", "jax", "cupy", "cupy-cuda12x", "cupy-cuda13x"),
+    "apache-tvm",
+)
 
 
 def collect() -> dict[str, Any]:
