@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tvm_flash import checks, memory
 from tvm_flash.choice import Choice
 from tvm_flash.device import Device
-from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, LayoutWarning, NotSupportedError
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks import Framework, TensorView, contiguous_strides, framework_of
 from tvm_flash.manifest import BUILTIN_DEFINITION, KernelEntry, Param
 from tvm_flash.plan import EmptyPlan, Plan, Request
 from tvm_flash.problem import INT32_MAX, MASK_FALLBACKS, Problem, normalise_mask, score_kind
 from tvm_flash.registry import registry
-
-#: (file, line, layout) of calls that were warned about: once each.
-_warned: set[tuple[str, int, str]] = set()
-_PACKAGE = __name__.partition(".")[0]
 
 
 def accept_any(choice: Choice) -> None:
@@ -86,13 +81,12 @@ def prepare(
         per_head=per_head_views,
         out=out_view,
         return_lse=checks.check_flag("return_lse", options.return_lse),
+        suspicion=checks.layout_suspicion(options.layout, sizes, q),
         accept=options.accept,
     )
     if 0 in (*q.shape, *k.shape):
         return EmptyPlan(request)
-    plan = Plan(request)
-    _warn_of_swapped_layout(options.layout, sizes, q)
-    return plan
+    return Plan(request)
 
 
 def same_framework(tensors: Mapping[str, Any]) -> Framework:
@@ -185,16 +179,3 @@ def _index_bits(sizes: checks.Sizes, views: tuple[TensorView | None, ...], layou
             numbers += [*x.shape, *(abs(s) for s, n in zip(x.strides, x.shape, strict=True) if n > 1)]
     numbers += contiguous_strides(sizes.out_shape(layout))
     return 32 if max(numbers) <= INT32_MAX else 64
-
-
-def _warn_of_swapped_layout(layout: str, sizes: checks.Sizes, q: TensorView) -> None:
-    suspicion = checks.layout_suspicion(layout, sizes, q)
-    if suspicion is None:
-        return
-    level, caller = 1, sys._getframe()
-    while caller.f_back and caller.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        level, caller = level + 1, caller.f_back
-    place = (caller.f_code.co_filename, caller.f_lineno, layout)
-    if place not in _warned:
-        _warned.add(place)
-        warnings.warn(suspicion, LayoutWarning, stacklevel=level)
