@@ -1,4 +1,4 @@
-"""The attention cases that kernel tests, interface tests and benchmarks share, with their inputs and float64 answers."""
+"""Attention cases that kernel tests, interface tests and benchmarks share, with inputs and float64 answers."""
 
 from __future__ import annotations
 
@@ -160,6 +160,8 @@ CASES: tuple[Case, ...] = _in_all_dtypes(
     Case(1, 2, 5, 64, seqlen_kv=129, mask="causal", score="softcap", params=_CAP),
     Case(1, 2, 3, 64, seqlen_kv=400, mask="window", params=_BAND),
     Case(3, 1, 9, 64, seqlen_kv=1),
+    Case(1, 2, 2, 64, seqlen_kv=2500, mask="causal"),  # the keys are split
+    Case(1, 1, 4, 64, seqlen_kv=3000, mask="window", params=_BAND),  # and most parts see nothing
     # Smaller head dimensions than a kernel's, and values of another width.
     Case(1, 2, 50, 40, seqlen_kv=77),
     Case(1, 2, 50, 8, seqlen_kv=77, mask="causal"),

@@ -168,7 +168,7 @@ def test_inf_and_nan_stay_in_the_rows_that_see_them(dtype, tensor_name, bad, seq
     out, lse = run(case, data, "v1", runnable_isas()[0])
     clean = np.isfinite(expected)
     assert np.isfinite(out[clean]).all()
-    assert np.abs(out - expected)[clean].max() <= 8 * cases.EPSILON[dtype]
+    assert np.abs(out - expected)[clean].max() <= 64 * cases.EPSILON[dtype]
     if tensor_name != "v" and not np.isfinite(expected).all():
         assert np.isnan(out[~clean]).any()
     assert np.isfinite(lse[np.isfinite(expected_lse)]).all()

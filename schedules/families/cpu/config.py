@@ -33,9 +33,9 @@ class Config:
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for any length; both templates share it."""
     isa = ISAS[target.isa]
-    row_vectors = 4 if isa.registers == 32 else 2
+    row_vectors, tile_rows = (2, 8) if isa.registers == 32 else (2, 4)
     group = row_vectors * isa.lanes
-    return {0: Config(block_m=2 * group, block_n=64, row_vectors=row_vectors, tile_rows=4)}
+    return {0: Config(block_m=4 * group, block_n=64, row_vectors=row_vectors, tile_rows=tile_rows)}
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
@@ -50,6 +50,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected(f"block_m {config.block_m} is not a multiple of the row group of {group} queries")
     if config.block_n % config.tile_rows or 8 % config.tile_rows:
         return Rejected(f"tile_rows {config.tile_rows} divides not both block_n {config.block_n} and 8")
+    if config.block_n % isa.lanes:
+        return Rejected(f"block_n {config.block_n} is not a multiple of the {isa.lanes} lanes of a vector")
     needed = config.tile_rows * config.row_vectors + config.row_vectors + 1
     if needed > isa.registers:
         return Rejected(f"needs {needed} vector registers, {target.isa} has {isa.registers}")

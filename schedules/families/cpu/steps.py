@@ -39,8 +39,8 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
     G = V * lanes
 
     @T.inline
-    def scores_product(QT, key, ST, acc, column, keys, head_dim):
-        """``ST[j, i] = sum_d key(j, d) * QT[d, column + i]`` for ``keys`` keys, rounded up to whole register tiles."""
+    def scores_product(QT, key, ST, acc, column, key0, keys, head_dim):
+        """``ST[j, i] = sum_d key(key0, j, d) * QT[d, column + i]``; ``keys`` is rounded up to register tiles."""
         for tile in T.serial((keys + (R - 1)) // R):
             for r in T.unroll(R):
                 for n in T.unroll(V):
@@ -48,7 +48,7 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
                         acc[r, n * lanes + lane] = T.float32(0)
             for d in T.serial(head_dim):
                 for r in T.unroll(R):
-                    element: T.let[T.float32] = key(tile * R + r, d)
+                    element: T.let[T.float32] = key(key0, tile * R + r, d)
                     for n in T.unroll(V):
                         for lane in T.vectorized(lanes):
                             acc[r, n * lanes + lane] += element * QT[d, column + n * lanes + lane]
@@ -58,20 +58,20 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
                         ST[tile * R + r, n * lanes + lane] = acc[r, n * lanes + lane]
 
     @T.inline
-    def apply_score(ST, keys, score):
-        """``ST[j, i] = score(ST[j, i], i, j)``."""
+    def apply_score(ST, score, site, first, key0, keys):
+        """``ST[j, i] = score(site, ST[j, i], first + i, key0 + j)``."""
         for j in T.serial(keys):
             for n in T.unroll(V):
                 for lane in T.vectorized(lanes):
-                    ST[j, n * lanes + lane] = score(ST[j, n * lanes + lane], n * lanes + lane, j)
+                    ST[j, n * lanes + lane] = score(site, ST[j, n * lanes + lane], first + n * lanes + lane, key0 + j)
 
     @T.inline
     def online_softmax(ST, row_max, row_sum, correction, highest, total, column, keys, scale):
         """Probabilities of the tile into ``ST``; ``row_max``, ``row_sum`` and ``correction`` follow.
 
         The exponent is ``score * scale - highest``: one fused multiply-add with the same rounded ``highest`` for every
-        element of a row, so that its rounding cancels in the division.  A row that has seen nothing has the maximum −inf
-        and subtracts 0 instead, which gives it probabilities of exactly 0.
+        element of a row, so that its rounding cancels in the division.  A row that has seen nothing has the maximum
+        −inf and subtracts 0 instead, which gives it probabilities of exactly 0.
         """
         for n in T.unroll(V):
             for lane in T.vectorized(lanes):
@@ -99,8 +99,8 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
                 )
 
     @T.inline
-    def values_product(ST, value, OT, acc, correction, column, keys, head_dim_v, update):
-        """``OT[e, i] = OT[e, i] * correction[i] + sum_j value(j, e) * ST[j, i]``."""
+    def values_product(ST, value, OT, acc, correction, column, key0, keys, head_dim_v, update):
+        """``OT[e, i] = OT[e, i] * correction[i] + sum_j value(key0, j, e) * ST[j, i]``."""
         for tile in T.serial(head_dim_v // R):
             for r in T.unroll(R):
                 for n in T.unroll(V):
@@ -110,7 +110,7 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
                         )
             for j in T.serial(keys):
                 for r in T.unroll(R):
-                    element: T.let[T.float32] = value(j, tile * R + r)
+                    element: T.let[T.float32] = value(key0, j, tile * R + r)
                     for n in T.unroll(V):
                         for lane in T.vectorized(lanes):
                             acc[r, n * lanes + lane] = update(

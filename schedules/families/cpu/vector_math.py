@@ -1,38 +1,68 @@
-"""Exponential and tanh that vectorise: a few arithmetic operations in place of a call for each element."""
+"""Exponential and hyperbolic tangent of whole vectors: arithmetic in place of a library call for each element."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import tvm_ffi
 from tvm.ir import Expr
+from tvm.ir.expr import Call
 from tvm.script import tirx as T
 
 LOG2E = math.log2(math.e)
 
-#: Below this, 2**x is zero: denormal numbers as probabilities made a causal run ten times slower.
+#: Below this, 2**x is zero: with denormal probabilities a causal run took ten times as long.
 _SMALLEST_EXPONENT = -126.0
+#: From here on, tanh is 1 in float32.
+_TANH_LIMIT = 9.02
+#: Below this, tanh is computed from its series: 1 - 2 / (exp(2x) + 1) cancels there.
+_TANH_SERIES_LIMIT = 0.55
 
 
-def _exp2_coefficients(degree: int) -> list[float]:
-    """Polynomial for 2**f on [-1/2, 1/2], highest power first: least squares of the relative error at Chebyshev nodes."""
-    nodes = np.cos(np.pi * (np.arange(400) + 0.5) / 400) / 2
-    weight = 1 / np.exp2(nodes)
-    return np.linalg.lstsq(np.vander(nodes, degree + 1) * weight[:, None], np.exp2(nodes) * weight, rcond=None)[
-        0
-    ].tolist()
+def _fit(function, low: float, high: float, degree: int) -> list[float]:
+    """Polynomial for a function, highest power first: least squares of the relative error at Chebyshev nodes."""
+    nodes = (low + high) / 2 + (high - low) / 2 * np.cos(np.pi * (np.arange(400) + 0.5) / 400)
+    values = function(nodes)
+    return np.linalg.lstsq(np.vander(nodes, degree + 1) / values[:, None], np.ones_like(nodes), rcond=None)[0].tolist()
 
 
-_EXP2 = _exp2_coefficients(5)  # relative error 2e-7 in float32
+# 2**f on [-1/2, 1/2]; relative error 2e-7 in float32.
+_EXP2 = _fit(np.exp2, -0.5, 0.5, 5)
+# tanh(x) / x as a polynomial of x**2; relative error 1e-7 in float32.
+_TANH = _fit(lambda t: np.tanh(np.sqrt(t)) / np.sqrt(t), 1e-9, _TANH_SERIES_LIMIT**2, 5)
+
+
+def _horner(coefficients: list[float], x: Expr) -> Expr:
+    result = T.float32(coefficients[0])
+    for c in coefficients[1:]:
+        result = result * x + T.float32(c)
+    return result
 
 
 def exp2(x: Expr) -> Expr:
-    """``2**x`` for float32 ``x <= 1``: NaN stays NaN, results below 2**-126 are zero."""
+    """``2**x`` for float32 ``x < 127``: NaN stays NaN, results below 2**-126 are zero."""
     whole = T.nearbyint(x)
-    fraction = x - whole
-    power = T.float32(_EXP2[0])
-    for c in _EXP2[1:]:
-        power = power * fraction + T.float32(c)
     exponent = T.shift_left(T.cast(whole, "int32"), T.int32(23))
-    scaled = T.reinterpret("float32", T.reinterpret("int32", power) + exponent)
+    scaled = T.reinterpret("float32", T.reinterpret("int32", _horner(_EXP2, x - whole)) + exponent)
     return T.Select(x < T.float32(_SMALLEST_EXPONENT), T.float32(0), scaled)
+
+
+def tanh(x: Expr) -> Expr:
+    """``tanh(x)`` for float32; NaN stays NaN."""
+    size = T.Select(x < T.float32(0), -x, x)
+    series = _horner(_TANH, x * x) * x
+    limited = T.Select(size > T.float32(_TANH_LIMIT), T.float32(_TANH_LIMIT), size)
+    large = T.float32(1) - T.float32(2) / (exp2(limited * T.float32(2 * LOG2E)) + T.float32(1))
+    return T.Select(size < T.float32(_TANH_SERIES_LIMIT), series, T.Select(x < T.float32(0), -large, large))
+
+
+def vectorizable(expr: Expr) -> Expr:
+    """``expr`` with the functions of this module in place of the calls that LLVM makes one element at a time."""
+    replacements = {"tanh": tanh}
+
+    def replace(node):
+        name = node.op.name.rsplit(".", 1)[-1] if isinstance(node, Call) else None
+        return replacements[name](node.args[0]) if name in replacements else node
+
+    return tvm_ffi.structural_map(expr, replace, order="post")

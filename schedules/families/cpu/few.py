@@ -1,0 +1,177 @@
+"""Few queries (decoding): vector lanes over head_dim and keys, and long sequences split into parts.
+
+With one query, lanes over queries would be empty.  Here a score is a dot product along head_dim, the scores of a tile
+fill vectors, and the output is accumulated along head_dim_v.  A work item is one part of the keys of one head, for all
+(at most ``FEW``) queries; it leaves its unnormalised output, maximum and sum in a workspace, and the parts are put
+together afterwards.  How many parts there are depends on sizes alone, so that the bits do not depend on the threads.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm.script import tirx as T
+
+from schedules.families.cpu.problem import Problem
+from schedules.families.cpu.steps import f32, finite_or_zero
+from schedules.families.cpu.vector_math import exp2
+
+_MINUS_INF = -math.inf
+
+#: The most queries for which this is the faster way.
+FEW = 8
+#: Elements along head_dim in a vector: what every head_dim is a multiple of.
+_W = 8
+#: Keys whose dot products are computed together.
+_R = 8
+#: The keys of a head are split until there are this many work items, into parts of at least so many keys.
+_ITEMS, _PART_KEYS = 32, 1024
+
+
+def parts(problem: Problem):
+    """Into how many parts the keys are split."""
+    wanted = (_ITEMS - 1 + problem.batch * problem.heads) // (problem.batch * problem.heads)
+    return T.max(T.min(wanted, problem.seqlen_kv // _PART_KEYS), T.int64(1))
+
+
+def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
+    """Macros ``part(problem, workspace, b, h, p, count)`` and ``join(problem, workspace, b, h, count)``.
+
+    ``workspace`` is ``(outputs, maxima, sums)``, flat buffers over (batch, heads, part, query[, head_dim_v]).
+    """
+    N = block_n
+    chunks = N // lanes
+
+    @T.inline
+    def dot_products(P: Problem, QF, S, acc, row, i, k_base, key0, keys):
+        """``S[j] = q_i · k_j`` for the keys of a tile, rounded up to ``_R``."""
+        for block in T.serial((keys + (_R - 1)) // _R):
+            for r in T.unroll(_R):
+                row[r] = k_base + T.min(key0 + block * _R + r, P.seqlen_kv - 1) * P.k.strides[2]
+                for lane in T.vectorized(_W):
+                    acc[r * _W + lane] = T.float32(0)
+            for d in T.serial(P.head_dim // _W):
+                for r in T.unroll(_R):
+                    for lane in T.vectorized(_W):
+                        acc[r * _W + lane] += QF[i, d * _W + lane] * f32(P.k.flat[row[r] + d * _W + lane])
+            for r in T.unroll(_R):
+                for lane in T.vectorized(4):
+                    acc[r * _W + lane] += acc[r * _W + 4 + lane]
+                S[block * _R + r] = (acc[r * _W] + acc[r * _W + 2]) + (acc[r * _W + 1] + acc[r * _W + 3])
+
+    @T.inline
+    def apply_score(S, score, site, i, key0):
+        for c in T.unroll(chunks):
+            for lane in T.vectorized(lanes):
+                S[c * lanes + lane] = score(site, S[c * lanes + lane], i, key0 + c * lanes + lane)
+
+    @T.inline
+    def softmax(P: Problem, S, lanewise, workspace, r, scale):
+        """Probabilities of a tile into ``S``; the row's maximum, sum and output so far follow."""
+        outputs, maxima, sums = workspace
+        for lane in T.vectorized(lanes):
+            lanewise[lane] = S[lane]
+        for c in T.unroll(1, chunks):
+            for lane in T.vectorized(lanes):
+                lanewise[lane] = T.max(lanewise[lane], S[c * lanes + lane])
+        highest: T.float32 = maxima[r]
+        for lane in T.unroll(lanes):
+            highest = T.max(highest, lanewise[lane])
+        subtract: T.float32 = finite_or_zero(highest) * scale
+        correction: T.float32 = exp2(maxima[r] * scale - subtract)
+        maxima[r] = highest
+        for lane in T.vectorized(lanes):
+            lanewise[lane] = T.float32(0)
+        for c in T.unroll(chunks):
+            for lane in T.vectorized(lanes):
+                S[c * lanes + lane] = exp2(S[c * lanes + lane] * scale - subtract)
+                lanewise[lane] += S[c * lanes + lane]
+        total: T.float32 = sums[r] * correction
+        for lane in T.unroll(lanes):
+            total += lanewise[lane]
+        sums[r] = total
+        for e in T.serial(P.head_dim_v // _W):
+            for lane in T.vectorized(_W):
+                outputs[r * P.head_dim_v + e * _W + lane] *= correction
+
+    @T.inline
+    def accumulate(P: Problem, S, output, v_base, key0, keys):
+        """Add the values of keys that have a probability: a masked one does nothing, whatever its value."""
+        for j in T.serial(keys):
+            if S[j] != T.float32(0):
+                v_row: T.int64 = v_base + (key0 + j) * P.v.strides[2]
+                for e in T.serial(P.head_dim_v // _W):
+                    for lane in T.vectorized(_W):
+                        output[0][output[1] + e * _W + lane] += S[j] * f32(P.v.flat[v_row + e * _W + lane])
+
+    @T.inline
+    def part(P: Problem, workspace, b, h, p, count):
+        outputs, maxima, sums = workspace
+        QF = T.sblock_alloc_buffer((FEW, head_dim), "float32")
+        S = T.sblock_alloc_buffer((N,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((_R * _W,), "float32", scope="local")
+        lanewise = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        row = T.sblock_alloc_buffer((_R,), "int64", scope="local")
+        k_base: T.int64 = P.k.row(b, P.kv_head(h), T.int64(0))
+        v_base: T.int64 = P.v.row(b, P.kv_head(h), T.int64(0))
+        r0: T.int64 = ((b * P.heads + h) * count + p) * P.seqlen_q
+        scale: T.float32 = P.exponent_scale()
+        site = T.meta_var(P.site(b, h))
+
+        # 1. Queries as float32, and empty results.
+        for i in T.serial(P.seqlen_q):
+            q_row: T.int64 = P.q.row(b, h, i)
+            for d in T.serial(P.head_dim):
+                QF[i, d] = f32(P.q.flat[q_row + d])
+            maxima[r0 + i] = T.float32(_MINUS_INF)
+            sums[r0 + i] = T.float32(0)
+            for e in T.serial(P.head_dim_v):
+                outputs[(r0 + i) * P.head_dim_v + e] = T.float32(0)
+
+        # 2. This part's share of the kv tiles in which some row may see something.
+        visible = T.meta_var(P.pattern.visible_range(site, T.int64(0), P.seqlen_q - 1))
+        first_tile: T.int64 = visible[0] // N
+        tiles: T.int64 = (visible[1] + (N - 1)) // N - first_tile
+        for tile in T.serial(first_tile + tiles * p // count, first_tile + tiles * (p + 1) // count):
+            key0: T.int64 = tile * N
+            keys: T.int64 = T.min(T.int64(N), P.seqlen_kv - key0)
+            for i in T.serial(P.seqlen_q):
+                live: T.bool = P.pattern.tile_live(site, i, i, key0, key0 + keys - 1)
+                full: T.bool = P.pattern.tile_full(site, i, i, key0, key0 + (N - 1))
+                if live:
+                    dot_products(P, QF, S, acc, row, i, k_base, key0, keys)
+                    if full:
+                        if not P.pattern.is_scale_only:
+                            apply_score(S, P.stored_score, site, i, key0)
+                    else:
+                        apply_score(S, P.masked_score, site, i, key0)
+                    softmax(P, S, lanewise, workspace, r0 + i, scale)
+                    accumulate(P, S, (outputs, (r0 + i) * P.head_dim_v), v_base, key0, keys)
+
+    @T.inline
+    def join(P: Problem, workspace, b, h, count):
+        """Put the parts of one head together: output and log-sum-exp of its rows."""
+        outputs, maxima, sums = workspace
+        weights = T.sblock_alloc_buffer((_ITEMS,), "float32", scope="local")
+        scale: T.float32 = P.exponent_scale()
+        for i in T.serial(P.seqlen_q):
+            r0: T.int64 = (b * P.heads + h) * count * P.seqlen_q + i
+            o_row: T.int64 = P.o.row(b, h, i)
+            highest: T.float32 = T.float32(_MINUS_INF)
+            for p in T.serial(count):
+                highest = T.max(highest, maxima[r0 + p * P.seqlen_q])
+            subtract: T.float32 = finite_or_zero(highest) * scale
+            total: T.float32 = T.float32(0)
+            for p in T.serial(count):
+                weights[p] = exp2(maxima[r0 + p * P.seqlen_q] * scale - subtract)
+                total += sums[r0 + p * P.seqlen_q] * weights[p]
+            divisor: T.float32 = T.Select(total == T.float32(0), T.float32(1), total)
+            for e in T.serial(P.head_dim_v):
+                element: T.float32 = T.float32(0)
+                for p in T.serial(count):
+                    element += outputs[(r0 + p * P.seqlen_q) * P.head_dim_v + e] * weights[p]
+                P.o.flat[o_row + e] = T.cast(element / divisor, dtype)
+            if P.wants_lse():
+                P.lse[(b * P.heads + h) * P.seqlen_q + i] = highest * P.scale() + T.log(total)
+
+    return part, join
