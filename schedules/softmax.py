@@ -32,8 +32,9 @@ LAZY = 8.0
 #: that 1024 bounds the error of P to 2^-14.  Beyond it the reference is subtracted before the scale is applied.
 LARGE_OFFSET = 1024.0
 
-#: Keeps ``reference + slack`` from becoming inf − inf when the scale is tiny.
-MAX_SLACK = 1e38
+#: The reference of a row that has seen nothing: finite, so that nothing becomes inf − inf.  Scores below it count as
+#: hidden; 16-bit floats reach it only by products of numbers beyond 1e14.
+LOWEST = -1e30
 
 _ALL_LANES = 0xFFFFFFFF
 
@@ -52,7 +53,7 @@ def _with_accurate_tanh(expr: Expr) -> Expr:
     return tvm_ffi.structural_map(expr, replace, order="post")
 
 
-def _from_lane(value: Expr, mask: int) -> Expr:
+def from_lane(value: Expr, mask: int) -> Expr:
     """``value`` of the lane whose number differs in the bits of ``mask``."""
     return T.cuda.__shfl_xor_sync(T.uint32(_ALL_LANES), value, mask, 32)
 
@@ -71,13 +72,11 @@ class OnlineSoftmax:
         self.stride = fragment.registers(columns)
         self.folded = pattern.is_scale_only
         rows = 2 * m_tiles
-        self.row_max = T.alloc_local([rows], "float32")  # the reference; a maximum of this row's scores so far
+        self.row_max = T.alloc_local([rows], "float32")  # the reference: a maximum of this row's scores so far
         self.row_sum = T.alloc_local([rows], "float32")  # of this lane's columns; complete after ``finish``
-        self.offset = T.alloc_local([rows], "float32")  # row_max * scale; 0 if nothing was seen, or if ``large``
         self.correction = T.alloc_local([rows], "float32")  # factor for what was summed before, valid if ``grown``
         self.peak = T.alloc_local([rows], "float32")
         self.scale = T.local_scalar("float32")
-        self.slack = T.local_scalar("float32")  # LAZY in units of S
         self.grown = T.local_scalar("int32")
         self.large = T.local_scalar("int32")
 
@@ -90,15 +89,16 @@ class OnlineSoftmax:
         """The modified score in powers of two."""
         return _with_accurate_tanh(self.pattern.score(self.at, s, i, j)) * T.float32(LOG2_E)
 
-    def base(self, row) -> Expr:
-        """The reference as a number that can be subtracted: 0 in a row that has seen nothing."""
-        return T.Select(self.row_max[row] == T.float32(NEGATIVE_INFINITY), T.float32(0), self.row_max[row])
+    def offset(self, row) -> Expr:
+        """What a row's scaled scores are lowered by; ``settle`` has subtracted a large reference already."""
+        reference = self.row_max[row] * self.scale
+        return T.Select(self.large != 0, T.float32(0), reference) if self.folded else reference
 
     def reduce_rows(self, values, combine):
         """Combine each row's value over the lanes that share the row."""
         for i in range(2 * self.m_tiles):
             for lanes in self.fragment.row_lanes:
-                other = _from_lane(values[i], lanes)
+                other = from_lane(values[i], lanes)
                 T.buffer_store(values, combine(values[i], other), [i])
 
     @T.inline
@@ -108,12 +108,10 @@ class OnlineSoftmax:
             self.scale = self.at.softmax_scale * T.float32(LOG2_E)
         else:
             self.scale = T.float32(1)
-        self.slack = T.min(T.float32(LAZY) / self.scale, T.float32(MAX_SLACK))
         self.large = 0
         for i in T.unroll(2 * self.m_tiles):
-            self.row_max[i] = T.float32(NEGATIVE_INFINITY)
+            self.row_max[i] = T.float32(LOWEST)
             self.row_sum[i] = T.float32(0)
-            self.offset[i] = T.float32(0)
 
     @T.inline
     def modify(self, S, row0, column0, masked):
@@ -173,11 +171,12 @@ class OnlineSoftmax:
 
     @T.inline
     def track(self, S):
-        """Move the references if some row of the warp outgrew its own; sets ``grown``, ``correction``, ``offset``."""
+        """Move the references if some row of the warp outgrew its own; sets ``grown`` and ``correction``."""
         self.local_max(S, self.peak)
         self.grown = 0
         for i in T.unroll(2 * self.m_tiles):
-            self.grown = T.bitwise_or(self.grown, T.Cast("int32", self.peak[i] > self.row_max[i] + self.slack))
+            excess = T.meta_var((self.peak[i] - self.row_max[i]) * self.scale)
+            self.grown = T.bitwise_or(self.grown, T.Cast("int32", excess > T.float32(LAZY)))
         self.grown = T.cuda.any_sync(T.uint32(_ALL_LANES), self.grown)
         if self.grown != 0:
             self.advance(self.peak)
@@ -190,17 +189,15 @@ class OnlineSoftmax:
             peak[i] = T.max(peak[i], self.row_max[i])
             self.correction[i] = self.row_max[i]
             self.row_max[i] = peak[i]
-            self.correction[i] = T.exp2((self.correction[i] - self.base(i)) * self.scale)
+            self.correction[i] = T.exp2((self.correction[i] - self.row_max[i]) * self.scale)
             self.row_sum[i] = self.row_sum[i] * self.correction[i]
-            self.offset[i] = self.base(i) * self.scale
         if self.folded:
             self.large = 0
             for i in T.unroll(2 * self.m_tiles):
-                self.large = T.bitwise_or(self.large, T.Cast("int32", T.abs(self.offset[i]) > T.float32(LARGE_OFFSET)))
+                far = T.meta_var(T.abs(self.row_max[i] * self.scale) > T.float32(LARGE_OFFSET))
+                seen = T.meta_var(self.row_max[i] != T.float32(LOWEST))
+                self.large = T.bitwise_or(self.large, T.Cast("int32", T.And(far, seen)))
             self.large = T.cuda.any_sync(T.uint32(_ALL_LANES), self.large)
-            if self.large != 0:
-                for i in T.unroll(2 * self.m_tiles):
-                    self.offset[i] = T.float32(0)
 
     @T.inline
     def settle(self, S):
@@ -216,7 +213,7 @@ class OnlineSoftmax:
                     for r in T.unroll(2):
                         for e in T.unroll(2):
                             i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                            S[i] = S[i] - self.base(t * 2 + r)
+                            S[i] = S[i] - self.row_max[t * 2 + r]
 
     @T.inline
     def exponentials(self, S, first, count):
@@ -226,7 +223,7 @@ class OnlineSoftmax:
                 for r in T.unroll(2):
                     for e in T.unroll(2):
                         i = T.meta_var(t * self.stride + (first + g) * 4 + r * 2 + e)
-                        S[i] = T.exp2(S[i] * self.scale - self.offset[t * 2 + r])
+                        S[i] = T.exp2(S[i] * self.scale - self.offset(t * 2 + r))
                         self.row_sum[t * 2 + r] = self.row_sum[t * 2 + r] + S[i]
 
     @T.inline

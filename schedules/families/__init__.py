@@ -11,7 +11,15 @@ from schedules.pattern import Pattern
 from schedules.template import Program, Rejected, Target, Traversal
 
 #: Family module for each arch that packs can be built for.
-FAMILY = {"cpu": "cpu"}
+FAMILY = {
+    "cpu": "cpu",
+    "sm_70": "sm70",
+    "sm_75": "sm75",
+    "sm_80": "sm80",
+    "sm_86": "sm80",
+    "sm_89": "sm80",
+    "sm_120": "sm80",
+}
 
 
 def family_of(target: Target):

@@ -1,7 +1,7 @@
 """What the mma.sync families share: grid order, swizzled shared tiles, the walk over key tiles, the epilogue.
 
-A family brings a ``Machine``: how tiles are copied and multiplied, with ``start()`` for the rightmost tile of keys,
-``step(tile, masked)`` for each further one from right to left, and ``finish()``; see :mod:`schedules.families.sm80`.
+A family brings a machine (:mod:`schedules.families.machine`): how tiles are copied and multiplied, with ``start()``,
+``step(tile, masked)`` for each tile of keys from right to left, and ``finish()``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.epilogue import normalise, store_lse, store_rows
-from schedules.fragment import Fragment
 from schedules.geometry import Geometry, KeyTiles, Parameters, flat, parameterised, site
 from schedules.pattern import Pattern
 from schedules.template import SEQ_OUTER, Traversal
@@ -19,6 +18,25 @@ from schedules.template import SEQ_OUTER, Traversal
 CHUNK = 8  # 16-bit elements in 16 bytes
 ALIGNMENT = 16
 INDEX_BITS = 32
+
+
+_FRESH_INDEX = """
+__forceinline__ __device__ int fresh_{name}() {{
+  int x;
+  asm volatile("mov.u32 %0, %%{register};" : "=r"(x));
+  return x;
+}}
+"""
+
+
+def fresh(register: str) -> Expr:
+    """A special register such as ``"tid.x"``, read anew: nothing computed from it stays in registers across a loop.
+
+    With S, P and O in registers there is no room for addresses, and ptxas would spill them.
+    """
+    name = register.replace(".", "_")
+    source = _FRESH_INDEX.format(name=name, register=register)
+    return T.cuda.func_call(f"fresh_{name}", source_code=source, return_type="int32")
 
 
 def panel_columns(columns: int) -> int:
@@ -100,10 +118,9 @@ def move_left(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, tile):
 
 @T.inline
 def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, step):
-    """``step(tile, masked)`` for all tiles but the rightmost, from right to left; ``rows`` are the first and last."""
+    """``step(tile, masked)`` for all tiles, from right to left; ``rows`` are the first and the last row."""
     if pattern.has_gaps:
         tile: T.int32 = tiles.end - 1
-        move_left(pattern, at, tiles, rows, block_n, tile)
         while tile >= tiles.begin:
             if pattern.tile_full(at, rows[0], rows[1], tile * block_n, tile * block_n + (block_n - 1)):
                 step(tile, False)
@@ -111,23 +128,22 @@ def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, step):
                 step(tile, True)
             move_left(pattern, at, tiles, rows, block_n, tile)
     else:
-        right: T.int32 = T.min(tiles.full_end, tiles.end - 1)
-        for i in T.serial(tiles.end - 1 - right):
-            step(tiles.end - 2 - i, True)
+        for i in T.serial(tiles.end - tiles.full_end):
+            step(tiles.end - 1 - i, True)
         if tiles.has_full:
-            left: T.int32 = T.min(tiles.full_begin, right)
-            for i in T.serial(right - left):
-                step(right - 1 - i, False)
+            for i in T.serial(tiles.full_end - tiles.full_begin):
+                step(tiles.full_end - 1 - i, False)
             if tiles.has_left:
-                for i in T.serial(left - tiles.begin):
-                    step(left - 1 - i, True)
+                for i in T.serial(tiles.full_begin - tiles.begin):
+                    step(tiles.full_begin - 1 - i, True)
 
 
 @T.inline
-def store_output(machine, fragment: Fragment, O, row_first):
+def store_output(machine, O):
     """Normalise and store the output by way of the warp's own rows of Q in shared memory."""
     g = T.meta_var(machine.geometry)
     lane = T.meta_var(machine.lane)
+    fragment = T.meta_var(machine.fragment)
     stride = T.meta_var(machine.o_stride)
     normalise(machine.softmax, machine.O, stride)
     word = T.alloc_local([1], "uint32")
@@ -142,15 +158,23 @@ def store_output(machine, fragment: Fragment, O, row_first):
                 machine.pack_pair(
                     word, 0, machine.O[t * stride + i * 4 + r * 2], machine.O[t * stride + i * 4 + r * 2 + 1]
                 )
-                T.ptx["st.shared.b32"](machine.q.pointer(0, row, column // CHUNK, column % CHUNK), word[0])
+                T.ptx["st.shared.b32"](machine.q.tile.pointer(0, row, column // CHUNK, column % CHUNK), word[0])
     T.cuda.warp_sync()
     rows = T.meta_var(machine.m_tiles * fragment.tile_rows)
     store_rows(
-        g, machine.at, O, machine.q, machine.warp_row, row_first + machine.warp_row, rows, machine.head_dim_v, lane
+        g,
+        machine.at,
+        O,
+        machine.q.tile,
+        machine.warp_row,
+        machine.row_first + machine.warp_row,
+        rows,
+        machine.head_dim_v,
+        lane,
     )
 
 
-def kernel(pattern: Pattern, config, traversal: Traversal, name: str, fragment: Fragment, machine_type) -> PrimFunc:
+def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
     """The kernel of a family whose ``machine_type`` does one block's work."""
     M, N, W = config.block_m, config.block_n, config.num_warps
 
@@ -163,8 +187,6 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, fragment: 
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
             # 2. Which rows of which head this block computes, and which tiles of keys they see.
             x, y, z = T.cta_id(grid(traversal, geometry, M))
-            warp = T.warp_id([W])
-            lane = T.lane_id([32])
             tid = T.thread_id([32 * W])
             block = T.meta_var(block_of(traversal, geometry, M, x, y, z))
             b = T.meta_var(block[0])
@@ -177,15 +199,20 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, fragment: 
             rows = T.meta_var((row_first, row_last))
             tiles = KeyTiles(pattern, at, row_first, row_last, N)
             # 3. The online softmax over the tiles, from right to left.
-            machine = machine_type(pattern, config, geometry, at, rows, tiles, kv_head, (tid, warp, lane))
+            machine = machine_type(pattern, config, geometry, at, rows, tiles, kv_head, block, tid)
             machine.start()
             walk(pattern, at, tiles, rows, N, machine.step)
             machine.finish()
             # 4. Log-sum-exp and output.
             LSE = flat(geometry.lse)
             O = flat(geometry.o.buffer)
-            store_lse(geometry, machine.softmax, LSE, machine.row0, lane)
-            store_output(machine, fragment, O, row_first)
+            thread: T.int32 = fresh("tid.x")
+            x1: T.int32 = fresh("ctaid.x")
+            y1: T.int32 = fresh("ctaid.y")
+            z1: T.int32 = fresh("ctaid.z")
+            machine.place_block(*block_of(traversal, geometry, M, x1, y1, z1), thread)
+            store_lse(geometry, machine.softmax, LSE, machine.row0, machine.lane)
+            store_output(machine, O)
 
         return attention.with_attr("global_symbol", name)
 

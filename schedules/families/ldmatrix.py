@@ -1,0 +1,80 @@
+"""Products of Turing and later: operands by ldmatrix, accumulators in the m16n8 layout, P handed on in registers."""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from schedules.geometry import local
+
+LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+
+
+class LdmatrixProducts:
+    """Mixed into a :class:`schedules.families.machine.BlockMachine`.
+
+    The machine brings ``multiply(C, c, A, a, B, b)``, one m16n8k16 product into ``C[c .. c + 3]``, and
+    ``q_in_registers``: whether it calls ``keep_q`` once, or Q is to be loaded for every tile.
+    """
+
+    def place_operands(self):
+        """What this lane hands to ldmatrix, and the registers of operands."""
+        lane = self.lane
+        self.q_from = local(self.q.tile.address(self.warp_row + lane % 16, lane // 16))
+        self.k_from = local(self.k.tile.address(lane // 16 * 8 + lane % 8, lane // 8 % 2))
+        self.v_from = local(self.v.tile.address(lane % 16, lane // 16))
+        steps = self.head_dim // 16 if self.q_in_registers else 1
+        self.A = T.alloc_local([steps * self.m_tiles * 4], "uint32")
+        self.B = T.alloc_local([4], "uint32")
+        self.P = T.alloc_local([self.m_tiles * 4], "uint32")  # of 16 keys
+
+    @T.inline
+    def load_q(self, k, a):
+        """Fragments of 16 columns of Q, to ``A[a]`` and on."""
+        for t in T.unroll(self.m_tiles):
+            T.ptx[LOAD](*[self.A[a + t * 4 + x] for x in range(4)], self.q.tile.at(self.q_from, t * 16, k))
+
+    @T.inline
+    def keep_q(self):
+        """All fragments of Q, once they are in shared memory."""
+        for k in T.unroll(self.head_dim // 16):
+            self.load_q(k, k * self.m_tiles * 4)
+
+    @T.inline
+    def multiply_pair(self, C, c, A, a):
+        """16 columns: a pair of B fragments must be neighbours among the outputs of ldmatrix, or moves cost 8%."""
+        self.multiply(C, c, A, a, self.B, 0)
+        self.multiply(C, c + 4, A, a, self.B, 2)
+
+    @T.inline
+    def scores(self):
+        """S = Q K for the tile in use."""
+        k_from: T.uint32 = self.k_from + T.Cast("uint32", self.use * self.k.tile.stage_bytes)
+        for i in T.unroll(self.m_tiles * self.s_stride):
+            self.S[i] = T.float32(0)
+        for k in T.unroll(self.head_dim // 16):
+            a = T.meta_var(k * self.m_tiles * 4 if self.q_in_registers else 0)
+            if not self.q_in_registers:
+                self.load_q(k, 0)
+            for n in T.unroll(self.config.block_n // 16):
+                T.ptx[LOAD](*[self.B[x] for x in range(4)], self.k.tile.at(k_from, n * 16, k))
+                for t in T.unroll(self.m_tiles):
+                    self.multiply_pair(self.S, t * self.s_stride + n * 8, self.A, a + t * 4)
+
+    @T.inline
+    def probabilities(self, k):
+        """P of the k-th 16 keys: an accumulator's register pairs are the A operand of the next product."""
+        self.softmax.exponentials(self.S, k * 2, 2)
+        for t in T.unroll(self.m_tiles):
+            for x in T.unroll(4):
+                s = T.meta_var(t * self.s_stride + k * 8 + x * 2)
+                self.pack_pair(self.P, t * 4 + x, self.S[s], self.S[s + 1])
+
+    @T.inline
+    def accumulate(self, k):
+        """O += P V for the k-th 16 keys of the tile in use."""
+        v_from: T.uint32 = self.v_from + T.Cast("uint32", self.use * self.v.tile.stage_bytes)
+        for n in T.unroll(self.head_dim_v // 16):
+            T.ptx[LOAD_TRANSPOSED](*[self.B[x] for x in range(4)], self.v.tile.at(v_from, k * 16, n))
+            for t in T.unroll(self.m_tiles):
+                self.multiply_pair(self.O, t * self.o_stride + n * 8, self.P, t * 4)

@@ -1,0 +1,70 @@
+"""What one block may use, and what a configuration needs: decided before anything is compiled."""
+
+from __future__ import annotations
+
+from schedules.fragment import Fragment
+from schedules.pattern import Pattern
+from schedules.template import Rejected, Target
+
+#: Bytes of shared memory that one block may have (CUDA programming guide, compute capabilities).
+SHARED_MEMORY = {
+    "sm_70": 96 * 1024,
+    "sm_75": 64 * 1024,
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_120": 99 * 1024,
+}
+
+_REGISTER_FILE = 65536  # of a multiprocessor, 32-bit
+_MOST_REGISTERS = 255  # of a thread
+#: Registers beside fragments and staging: addresses, cursors, softmax state, operands in flight.  The leanest kernel
+#: that was found to compile without spills, sm_80 at head_dim 128 with 64 keys a tile, leaves this many.
+_OTHER_REGISTERS = 40
+
+
+def shared_memory(pattern: Pattern, config, num_stages: int) -> int:
+    """Bytes of a block's tiles of Q, K and V."""
+    keys = num_stages * config.block_n * (pattern.head_dim + pattern.head_dim_v)
+    return 2 * (config.block_m * pattern.head_dim + keys)
+
+
+def registers_for(config) -> int:
+    """Registers a thread may have, so that ``min_blocks_per_sm`` blocks fit."""
+    share = _REGISTER_FILE // (32 * config.num_warps * config.min_blocks_per_sm)
+    return min(share // 8 * 8, _MOST_REGISTERS)
+
+
+def check(
+    pattern: Pattern,
+    config,
+    target: Target,
+    fragment: Fragment,
+    *,
+    num_stages: int,
+    m_tiles: tuple[int, ...],
+    more: int,
+) -> Rejected | None:
+    """Whether a block can be divided among its warps, and fits the machine.
+
+    ``m_tiles``: how many row tiles a warp may have; ``more``: registers beside S, P and O that the family knows of.
+    """
+    D, E = pattern.head_dim, pattern.head_dim_v
+    if D % 32 or E % 32:
+        return Rejected(f"head_dim {D} and head_dim_v {E} must be multiples of 32; build for the next larger one")
+    if E > D:
+        return Rejected(f"head_dim_v {E} exceeds head_dim {D}; the output is staged in the memory of Q")
+    tiles, rest = divmod(config.block_m, fragment.tile_rows * config.num_warps)
+    if rest or tiles not in m_tiles:
+        rows = " or ".join(str(n * fragment.tile_rows) for n in m_tiles)
+        return Rejected(f"block_m {config.block_m} doesn't give each of {config.num_warps} warps {rows} rows")
+    if config.block_n % 16:
+        return Rejected(f"block_n {config.block_n} must be a multiple of 16")
+    shared, available = shared_memory(pattern, config, num_stages), SHARED_MEMORY[target.arch]
+    if shared > available:
+        return Rejected(f"needs {shared // 1024} KiB of shared memory, {target.arch} has {available // 1024}")
+    fragments = fragment.registers(config.block_n) + fragment.registers(E) + fragment.registers(16) // 2
+    registers = tiles * fragments + more + _OTHER_REGISTERS
+    if registers > registers_for(config):
+        return Rejected(f"needs about {registers} registers a thread, {registers_for(config)} are to be had")
+    return None

@@ -1,0 +1,108 @@
+"""Copies of Volta and Turing, which have no cp.async: to registers early, from there to shared memory late.
+
+K and V have one buffer each.  V of a tile is on its way to registers during Q K, K of the next tile during softmax and
+P V; a step has two barriers.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from schedules.families import mma
+from schedules.families.mma import CHUNK
+from schedules.pattern import Pattern
+
+_PACK = """
+__forceinline__ __device__ void pack_halves(unsigned int& to, float low, float high) {
+  __half2 pair = __floats2half2_rn(low, high);
+  to = *(unsigned int*)&pair;
+}
+"""
+
+
+def staging_registers(pattern: Pattern, config) -> int:
+    """Registers that hold a thread's part of a tile of keys on its way to shared memory."""
+    chunks = config.block_n * max(pattern.head_dim, pattern.head_dim_v) // CHUNK
+    return 4 * -(-chunks // (32 * config.num_warps))
+
+
+@T.inline
+def pack_halves(to, i, low, high):
+    """Two float32 as one register of halves; cvt.rn.f16x2.f32 needs sm_80."""
+    T.cuda.func_call("pack_halves", to[i], low, high, source_code=_PACK)
+
+
+class StagedCopies:
+    """Mixed into a :class:`schedules.families.machine.BlockMachine` with one stage."""
+
+    def place_staging(self):
+        """Registers for this thread's part of the largest tile of keys."""
+        words = 4 * max(self.passes(x.tile) * x.tile.panels for x in (self.k, self.v))
+        self.staging = T.alloc_local([words], "uint32")
+
+    @T.inline
+    def load(self, matrix, first):
+        """Start loading a tile of rows from ``first`` to registers; what doesn't exist is zero."""
+
+        @T.inline
+        def row(n, memory, shared, inside):
+            for x in T.unroll(4):
+                self.staging[n * 4 + x] = T.uint32(0)
+            if inside:
+                T.ptx["ld.global.v4.b32"](*[self.staging[n * 4 + x] for x in range(4)], matrix.memory.ptr_to([memory]))
+
+        self.each_row(matrix, first, 0, row)
+
+    @T.inline
+    def store(self, matrix):
+        """Registers to shared memory."""
+
+        @T.inline
+        def row(n, memory, shared, inside):
+            T.ptx["st.shared.v4.b32"](shared, *[self.staging[n * 4 + x] for x in range(4)])
+
+        self.each_row(matrix, 0, 0, row)
+
+    @T.inline
+    def copy(self, matrix, first):
+        """All rows of a tile from ``first``, at once."""
+
+        @T.inline
+        def row(n, memory, shared, inside):
+            for x in T.unroll(4):
+                self.staging[x] = T.uint32(0)
+            if inside:
+                T.ptx["ld.global.v4.b32"](*[self.staging[x] for x in range(4)], matrix.memory.ptr_to([memory]))
+            T.ptx["st.shared.v4.b32"](shared, *[self.staging[x] for x in range(4)])
+
+        self.each_row(matrix, first, 0, row)
+
+    @T.inline
+    def start(self):
+        """Q and the first K."""
+        self.clear()
+        self.copy(self.q, self.rows[0])
+        if self.fetched >= self.tiles.begin:
+            self.copy(self.k, self.fetched * self.config.block_n)
+            mma.move_left(self.pattern, self.at, self.tiles, self.rows, self.config.block_n, self.fetched)
+
+    @T.inline
+    def step(self, tile, masked):
+        """One tile of keys."""
+        T.cuda.cta_sync()
+        self.load(self.v, tile * self.config.block_n)
+        self.scores()
+        self.softmax.modify(self.S, self.row0, tile * self.config.block_n + self.column0, masked)
+        self.store(self.v)
+        T.cuda.cta_sync()
+        if self.fetched >= self.tiles.begin:
+            self.load(self.k, self.fetched * self.config.block_n)
+        self.absorb()
+        if self.fetched >= self.tiles.begin:
+            self.store(self.k)
+            mma.move_left(self.pattern, self.at, self.tiles, self.rows, self.config.block_n, self.fetched)
+
+    @T.inline
+    def finish(self):
+        """The row sums are complete."""
+        self.softmax.finish()
