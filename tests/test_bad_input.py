@@ -277,3 +277,11 @@ def test_the_selector():
 def test_custom_attention():
     with pytest.raises(InvalidArgumentError, match=r"definition 'nobody'.*--definition <file.py>:nobody"):
         custom_attention("nobody")
+
+
+def test_each_place_is_warned_of_the_same_shapes():
+    x = torch.zeros(1, 66, 4, 64)
+    with pytest.warns(LayoutWarning):
+        flash_attention(x, x, x)
+    with pytest.warns(LayoutWarning):
+        flash_attention(x, x, x)

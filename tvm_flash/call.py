@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import warnings
 from typing import Any
 
+from tvm_flash.errors import LayoutWarning
 from tvm_flash.frameworks import framework_of
 from tvm_flash.plan import EmptyPlan, Plan
 from tvm_flash.prepare import Options, prepare, same_framework
@@ -12,6 +15,10 @@ from tvm_flash.registry import on_refresh
 
 #: Plans that are kept; the oldest goes first.  One takes about 6 KB.
 MAX_PLANS = 1024
+
+#: (file, line, layout) of calls that were warned about.
+_warned: set[tuple[str, int, str]] = set()
+_PACKAGE = __name__.partition(".")[0]
 
 _plans: dict[Any, Plan | EmptyPlan] = {}
 _lock = threading.Lock()
@@ -43,6 +50,8 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
         plan = prepare(options, framework, {"q": q, "k": k, "v": v}, per_head, out)
         if key is not None:
             _remember(key, plan)
+    if plan.suspicion is not None:
+        _warn(plan.suspicion, options.layout)
     result, lse = plan.run(q, k, v, tuple(per_head.values()), out)
     if result_to is not None:
         result = result_to
@@ -51,6 +60,17 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
     if lse is None:
         return result
     return result, framework.release(lse, like)
+
+
+def _warn(text: str, layout: str) -> None:
+    """Warn of swapped layouts, once for each line of a program that calls."""
+    level, caller = 1, sys._getframe()
+    while caller.f_back and caller.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        level, caller = level + 1, caller.f_back
+    place = (caller.f_code.co_filename, caller.f_lineno, layout)
+    if place not in _warned:
+        _warned.add(place)
+        warnings.warn(text, LayoutWarning, stacklevel=level)
 
 
 def _named(q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Request:
 
     ``scalars`` are the run-time parameters that are numbers, by name; ``per_head`` those that are tensors, in the order
     in which the call gives them.  ``out`` is None if the result is to be allocated.
+    ``suspicion`` is the text of a warning that heads and sequence may be swapped.
     """
 
     framework: Framework
@@ -47,6 +48,7 @@ class Request:
     per_head: dict[str, TensorView]
     out: TensorView | None
     return_lse: bool
+    suspicion: str | None
     accept: Callable[[Choice], None]
 
     @property
@@ -56,6 +58,8 @@ class Request:
 
 class EmptyPlan:
     """A problem with a size of 0: an empty result, or, where there are queries but no keys, zeros and −inf."""
+
+    suspicion = None
 
     def __init__(self, request: Request):
         self._request = request
@@ -81,6 +85,7 @@ class Plan:
     def __init__(self, request: Request, alignment: int = memory.MAX_ALIGNMENT):
         """Choose and load the kernel for pointers that are multiples of ``alignment`` bytes."""
         self._request = request
+        self.suspicion = request.suspicion
         strides = 0
         for x in (request.q, request.k, request.v, *([request.out] if request.out else [])):
             strides |= memory.stride_bits(x)
