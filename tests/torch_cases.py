@@ -1,0 +1,96 @@
+"""Cases as torch tensors, and how far an output may be from float64: shared by the tests of all arch families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from tests import cases
+from tests.cases import Case, Inputs
+from tvm_flash import reference
+
+#: Allowed error of the log-sum-exp, which is float32 for every dtype, relative to the largest (at least 1).
+LSE_TOLERANCE = 4e-6
+
+
+def tensor(x: np.ndarray, dtype: str, layout: str, strides: str, device: str = "cpu") -> torch.Tensor:
+    """``x`` (batch, heads, seq, dim) as a tensor in a physical layout, lying in memory as ``strides`` says."""
+    x = torch.from_numpy(np.ascontiguousarray(x)).to(device, getattr(torch, dtype))
+    x = x if layout == "bhsd" else x.transpose(1, 2)
+    if strides == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if strides == "gaps":
+        room = torch.full([n + 1 for n in x.shape[:3]] + [x.shape[3] + 8], torch.nan, dtype=x.dtype, device=device)
+        view = room[tuple(slice(n) for n in x.shape)]
+        view.copy_(x)
+        return view
+    return x.contiguous()
+
+
+def run(case: Case, data: Inputs, kernel: Callable, params, layout: str, lse_length: int | None = None, device="cpu"):
+    """Call a kernel by its ABI (:mod:`tvm_flash.manifest`) on a case, with outputs full of NaN beforehand.
+
+    Returns
+    -------
+    Output ``(batch, heads, seqlen_q, head_dim_v)`` and lse ``(batch, heads, seqlen_q)``, or the whole flat lse tensor if
+    its length was given; float64 arrays.
+    """
+    unwritten = np.full((*data.q.shape[:3], case.head_dim_v), np.nan, np.float32)
+    q, k, v, o = (tensor(x, case.dtype, layout, case.strides, device) for x in (data.q, data.k, data.v, unwritten))
+    rows = case.batch * case.heads * case.seqlen_q
+    lse = torch.full((rows if lse_length is None else lse_length,), torch.nan, device=device)
+    values = [data.params[p.name] for p in params]
+    values = [torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x for x in values]
+    kernel(q, k, v, o, lse, case.softmax_scale, *values)
+    o = o if layout == "bhsd" else o.transpose(1, 2)
+    lse = lse.reshape(case.batch, case.heads, case.seqlen_q) if lse_length is None else lse
+    return o.double().cpu().numpy(), lse.double().cpu().numpy()
+
+
+def torch_error(case: Case, data: Inputs, expected: np.ndarray, device: str = "cpu") -> float:
+    """Largest error of PyTorch's own attention in the same dtype, or of the plain formula where it has none."""
+    dtype = getattr(torch, case.dtype)
+    q, k, v = (torch.from_numpy(x).to(device, dtype) for x in (data.q, data.k, data.v))
+    k, v = (x.repeat_interleave(case.heads // case.kv_heads, dim=1) for x in (k, v))
+    at = reference.Positions(
+        np.arange(case.seqlen_q)[:, None], np.arange(case.seqlen_kv)[None], case.seqlen_q, case.seqlen_kv, data.params
+    )
+    visible = torch.from_numpy(
+        np.array(np.broadcast_to(reference.MASKS[case.mask](at), (case.seqlen_q, case.seqlen_kv)))
+    )
+    visible = visible.to(device)
+    if case.score == "identity":
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=case.softmax_scale)
+    else:
+        s = (q @ k.transpose(-1, -2)) * case.softmax_scale
+        cap = data.params.get("softcap")
+        s = s if cap is None else cap * torch.tanh(s / cap)
+        if "alibi" in case.score:
+            distance = torch.from_numpy(np.abs(at.diagonal - at.j)).to(device, dtype)
+            s = s - torch.from_numpy(data.params["alibi_slopes"]).to(device, dtype)[..., None, None] * distance
+        out = torch.softmax(s.masked_fill(~visible, -torch.inf), -1) @ v
+    seen = visible.any(-1).cpu().numpy()
+    return float(np.abs(out.double().cpu().numpy() - expected)[:, :, seen].max())
+
+
+def allowed_error(case: Case, data: Inputs, expected: np.ndarray, device: str = "cpu") -> float:
+    """Twice PyTorch's own error in the same dtype, plus one rounding of the largest output."""
+    return 2 * torch_error(case, data, expected, device) + 2 * cases.EPSILON[case.dtype] * float(np.abs(expected).max())
+
+
+def check(case: Case, data: Inputs, out: np.ndarray, lse: np.ndarray, device: str = "cpu") -> float:
+    """Assert that an output is right; its largest error as a share of what is allowed."""
+    expected, expected_lse = cases.expected(case, data)
+    allowed = allowed_error(case, data, expected, device)
+    error = np.abs(out - expected).max()
+    assert error <= allowed, f"output differs by {error:.3g}, allowed {allowed:.3g}"
+    blind = np.isneginf(expected_lse)
+    assert np.array_equal(np.isneginf(lse), blind)
+    assert not out[blind].any()
+    if not blind.all():
+        lse_error = np.abs(lse - expected_lse)[~blind].max()
+        lse_allowed = LSE_TOLERANCE * max(1, np.abs(expected_lse[~blind]).max())
+        assert lse_error <= lse_allowed, f"lse differs by {lse_error:.3g}, allowed {lse_allowed:.3g}"
+    return float(error / allowed)
