@@ -1,0 +1,147 @@
+"""Kernels of the mma.sync families compile here as they will run there: the instructions meant, and nothing spilled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("tvm")
+
+import tvm
+from tvm.backend.cuda import export_cuda_host
+
+from schedules import v1, v2
+from schedules.attention import Attention
+from schedules.catalogue import MASKS, SCORES
+from schedules.families import family_of, sm70, sm75, sm80
+from schedules.pattern import match
+from schedules.template import Program, Rejected, Target
+from schedules.toolchain import cuda, volta
+from schedules.toolchain.process import ToolchainError
+
+TEMPLATES = {"v1": v1, "v2": v2}
+
+#: Low 12 bits of an instruction word, Volta to Blackwell: the operation and the kinds of its operands.
+_OPCODES = {"HMMA": 0x23C, "LDSM": 0x83B, "LDGSTS": 0xFAE}
+
+
+def pattern_of(head_dim=128, mask="full", score="identity", dtype="float16", head_dim_v=None):
+    definition = Attention(SCORES[score], MASKS[mask])
+    return match(definition(head_dim, dtype, head_dim_v=head_dim_v, index_dtype=sm80.INDEX_DTYPE))
+
+
+def compiled(program: Program, arch: str, folder):
+    """The source, the report of ptxas, and how often each of ``_OPCODES`` occurs; a spill would have raised."""
+    toolchain = volta if arch == "sm_70" else cuda
+    try:
+        toolchain.find_toolkit()
+    except ToolchainError as missing:
+        pytest.skip(str(missing))
+    target = tvm.target.Target({"kind": "cuda", "arch": arch}, host={"kind": "cuda_host"})
+    module = tvm.IRModule({"kernel": program.func})
+    text = export_cuda_host(tvm.compile(module, target=target, tir_pipeline=program.pipeline).mod)
+    source, target_file = folder / "kernel.cu", folder / "kernel.o"
+    source.write_text(text)
+    report = toolchain.compile_object(source, target_file, arch)
+    return text, report, count_opcodes(target_file.read_bytes())
+
+
+def count_opcodes(data: bytes) -> dict[str, int]:
+    """Instructions are 16 bytes long and aligned; the cubin lies somewhere in the object file."""
+    start = data.index(b"\x7fELF", 4)  # the object file itself is the first
+    words = [int.from_bytes(data[i : i + 2], "little") & 0xFFF for i in range(start, len(data) - 16, 16)]
+    return {name: words.count(code) for name, code in _OPCODES.items()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "template", "pattern"),
+    [
+        ("sm_80", "v2", {"mask": "causal"}),
+        ("sm_80", "v1", {"head_dim": 256, "mask": "window", "score": "softcap_alibi", "dtype": "bfloat16"}),
+        ("sm_86", "v2", {"head_dim": 128}),
+        ("sm_89", "v2", {"head_dim": 64, "mask": "window", "score": "alibi"}),
+        ("sm_120", "v1", {"head_dim": 96, "mask": "sink_window", "head_dim_v": 64}),
+    ],
+    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else x,
+)
+def test_ampere_and_later(arch, template, pattern, tmp_path):
+    pattern = pattern_of(**pattern)
+    program = TEMPLATES[template].apply(pattern, Target(arch), "kernel")
+    assert isinstance(program, Program), program
+    text, report, count = compiled(program, arch, tmp_path)
+    (kernel,) = report.kernels
+    assert kernel.registers <= 255
+    assert "mma.sync.aligned.m16n8k16" in text
+    # One step at least: products of both kinds, an ldmatrix for two of them at most, copies of Q, K and V.
+    assert count["HMMA"] >= (pattern.head_dim + pattern.head_dim_v) // 16 * 4
+    assert count["LDSM"] >= count["HMMA"] // 4
+    assert count["LDGSTS"] >= 3
+
+
+@pytest.mark.parametrize("pattern", [{"mask": "causal"}, {"head_dim": 256}, {"head_dim": 64, "score": "softcap_alibi"}])
+def test_turing(pattern, tmp_path):
+    pattern = pattern_of(**pattern)
+    program = v1.apply(pattern, Target("sm_75"), "kernel")
+    assert isinstance(program, Program), program
+    text, _, count = compiled(program, "sm_75", tmp_path)
+    assert "mma.sync.aligned.m16n8k8" in text
+    assert count["HMMA"] >= (pattern.head_dim + pattern.head_dim_v) // 8 * 4
+    assert count["LDSM"] > 0
+    assert count["LDGSTS"] == 0
+
+
+def test_volta(tmp_path):
+    program = v1.apply(pattern_of(mask="causal"), Target("sm_70"), "kernel")
+    assert isinstance(program, Program), program
+    text, report, _ = compiled(program, "sm_70", tmp_path)
+    assert "mma.sync.aligned.m8n8k4" in text
+    assert report.kernels[0].spills == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "template", "pattern", "reason"),
+    [
+        ("sm_75", v1, {"dtype": "bfloat16"}, "bfloat16"),
+        ("sm_70", v1, {"dtype": "bfloat16"}, "bfloat16"),
+        ("sm_75", v2, {}, "v2"),
+        ("sm_80", v1, {"dtype": "float32"}, "float32"),
+        ("sm_70", v1, {"head_dim": 256}, "registers"),
+        ("sm_80", v2, {"head_dim": 72}, "multiples of 32"),
+        ("sm_80", v2, {"head_dim": 64, "head_dim_v": 128}, "head_dim_v 128 exceeds"),
+        ("sm_86", v1, {"head_dim": 512}, "shared memory"),
+    ],
+)
+def test_refusals_carry_their_reason(arch, template, pattern, reason):
+    refused = template.apply(pattern_of(**pattern), Target(arch), "kernel")
+    assert isinstance(refused, Rejected)
+    assert reason in refused.reason
+
+
+@pytest.mark.parametrize("arch", ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120"))
+@pytest.mark.parametrize("head_dim", (32, 64, 96, 128, 192, 256))
+def test_every_head_dim_has_a_configuration(arch, head_dim):
+    target, pattern = Target(arch), pattern_of(head_dim)
+    family = family_of(target)
+    for config in family.default_configs("v1", pattern, target).values():
+        assert family.feasible(pattern, config, target) is None
+
+
+def test_configurations_that_do_not_fit_are_refused():
+    target, pattern = Target("sm_80"), pattern_of()
+    config = sm80.default_configs("v2", pattern, target)[0]
+    for change, reason in (
+        ({"block_m": 96}, "32 rows"),
+        ({"block_n": 40}, "multiple of 16"),
+        ({"num_stages": 0}, "num_stages"),
+        ({"num_stages": 9}, "shared memory"),
+        ({"block_n": 128}, "registers"),
+    ):
+        refused = sm80.feasible(pattern, replace(config, **change), target)
+        assert isinstance(refused, Rejected)
+        assert reason in refused.reason
+
+
+def test_families_share_what_an_arch_does_not_decide():
+    assert {family_of(Target(arch)) for arch in ("sm_80", "sm_86", "sm_89", "sm_120")} == {sm80}
+    assert (family_of(Target("sm_75")), family_of(Target("sm_70"))) == (sm75, sm70)
