@@ -26,9 +26,6 @@ COMPILE_FLAGS = ("-std=c++17", "-O3", "--use_fast_math")
 
 _QUIET = ("-diag-suppress", "174,177")  # unused variables and empty statements of the generated host code
 
-#: Defined by every exported source; one definition of each is enough for a module.
-_SHARED_SYMBOLS = ("__tvm_ffi_main", "__tvm_ffi__library_ctx")
-
 #: What a generated source may call of the driver; the driver itself is found when the module is loaded.
 _DRIVER_STUB = "int cuTensorMapEncodeTiled(void) { return 0; }\nint cuGetErrorString(void) { return 0; }\n"
 
@@ -138,13 +135,15 @@ def compile_object(
     if not report.kernels:
         raise ToolchainError(f"compiling {source.name} for {arch}: the compiler reported no kernel\n{text[-2000:]}")
     ptxas.check(report, spills_allowed=spills_allowed, arch=arch)
-    weaken_shared_symbols(target)
+    weaken_symbols(target)
     return report
 
 
-def weaken_shared_symbols(target: Path) -> None:
-    """Let several objects define what every exported source defines."""
-    run(["objcopy", *(f"--weaken-symbol={s}" for s in _SHARED_SYMBOLS), target], f"preparing {target.name}")
+def weaken_symbols(target: Path) -> None:
+    """Let several objects define what every exported source defines: the entry of a library, and helper functions."""
+    listed = run(["nm", "--extern-only", "--defined-only", "--format=posix", target], f"inspecting {target.name}")
+    names = [line.split()[0] for line in listed.splitlines()]
+    run(["objcopy", *(f"--weaken-symbol={name}" for name in names), target], f"preparing {target.name}")
 
 
 def link_module(objects: list[Path], target: Path, *, cudart: Path | None = None) -> None:
@@ -192,5 +191,6 @@ def source_hash(source: str, arch: str, compiler: str) -> str:
 
 def dynamic_shared_memory(source: str) -> int:
     """Bytes of dynamic shared memory that the host half of an exported source asks for; the largest of its launches."""
-    sizes = re.findall(r"cudaFuncAttributeMaxDynamicSharedMemorySize,\s*(\d+)|\bdynamicSmemBytes = (\d+)", source)
-    return max((int(a or b) for a, b in sizes), default=0)
+    constants = dict(re.findall(r"^\s*auto (\w+) = (\d+);", source, re.M))
+    launches = re.findall(r"\bdynamicSmemBytes = (\w+);", source)
+    return max((int(constants.get(size, size)) for size in launches), default=0)

@@ -143,7 +143,7 @@ def compile_object(
             ptx, _ = _nvrtc(device, source.name, arch.replace("sm_", "compute_"), "PTX")
             image = _both(image, ptx, arch)
         _compile_host(_embed(device, host, image), Path(scratch) / f"{source.stem}.cpp", target)
-    cuda.weaken_shared_symbols(target)
+    cuda.weaken_symbols(target)
     return report
 
 
