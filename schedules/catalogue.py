@@ -69,7 +69,7 @@ def _softcap(s, at):
 
 
 def _alibi(s, at):
-    return s - at.param["alibi_slopes"] * T.Cast("float32", T.abs(at.diagonal - at.j))
+    return s - at.param["alibi_slopes"] * T.abs(T.Cast("float32", at.diagonal - at.j))
 
 
 def _softcap_alibi(s, at):

@@ -1,0 +1,24 @@
+"""Hopper (sm_90a): TMA, wgmma, and warps with roles.
+
+Source of the arrangement: FlashAttention-3 (Shah et al., 2024): a producer warpgroup, consumer warpgroups that take
+turns, softmax overlapped with products.
+"""
+
+from __future__ import annotations
+
+from schedules.families.sm90.config import Config, feasible
+from schedules.families.sm90.defaults import default_configs
+from schedules.families.sm90.kernel import ALIGNMENT, build
+from schedules.pattern import Pattern
+from schedules.template import Program, Target, Traversal
+
+__all__ = ["DTYPES", "INDEX_DTYPE", "TEMPLATES", "Config", "default_configs", "feasible", "program"]
+
+DTYPES = ("float16", "bfloat16")
+TEMPLATES = ("v1", "v2")
+INDEX_DTYPE = "int32"
+
+
+def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+    """The scheduled kernel; ``config`` must be feasible."""
+    return Program(build(pattern, config, traversal, name), "tirx", alignment=ALIGNMENT, index_bits=32)

@@ -1,0 +1,174 @@
+"""Online softmax of a consumer warpgroup: references that are powers of two, and steps without a maximum.
+
+A row has a *reference*, an integer: probabilities are ``p = exp2(x - reference)`` for scores x in powers of two.  All
+that is accumulated is linear in ``2^-reference``, so a reference may be raised at any time, exactly, by multiplying the
+row sum and the output with a power of two.  It need not be the maximum, only so near it that nothing overflows or
+vanishes:
+
+* ``track`` raises the reference where a score exceeds it by more than ``LAZY``;
+* between such steps a row is checked afterwards: ``pack`` sums a lane's probabilities of the step, and ``overflowed``
+  says whether a sum has left the range in which float16 certainly held every probability.
+
+An integer also makes ``x * scale - reference`` exact up to one rounding, however large the scores are.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from schedules.fragment import M16N8
+from schedules.pattern import Pattern, Site
+from schedules.softmax import LN_2, LOG2_E, OnlineSoftmax
+
+#: Reference of a row that has seen nothing: finite, so that a hidden score minus it is −inf and not NaN.
+LOWEST = -3e38
+#: Smallest |scale|: keeps 0 * −inf out of the exponent, and brings no finite product anywhere.
+SMALLEST_SCALE = 1e-37
+#: Largest sum of a lane's probabilities in a step without a maximum; a float16 holds 65504.
+SUM_LIMIT = 8192.0
+#: Independent chains of additions in a row sum.
+CHAINS = 4
+
+_ALL_LANES = 0xFFFFFFFF
+#: Packs two float32 into the A operand of the next product, the second argument into the upper half.
+PACK = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
+
+
+def _float16(bits):
+    return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", bits)))
+
+
+@T.meta_class
+class Softmax(OnlineSoftmax):
+    """The shared softmax's scores and masks on one m-tile of wgmma's accumulator, with other references.
+
+    ``row_max`` is the reference; ``step_sum`` a step's share of ``row_sum``, in this lane.
+    """
+
+    def __init__(self, pattern: Pattern, at: Site, columns: int):
+        OnlineSoftmax.__init__(self, pattern, at, M16N8, 1, columns)
+        self.step_sum = T.alloc_local([2], "float32")
+
+    def signed_scale(self):
+        """From raw products (or modified scores, which are in powers of two already) to powers of two."""
+        return self.at.softmax_scale * T.float32(LOG2_E) if self.folded else T.float32(1)
+
+    @T.inline
+    def reset(self):
+        """Before the first tile of a row tile."""
+        self.scale = T.max(T.abs(self.signed_scale()), T.float32(SMALLEST_SCALE))
+        for r in T.unroll(2):
+            self.row_max[r] = T.float32(LOWEST)
+            self.row_sum[r] = T.float32(0)
+
+    @T.inline
+    def scores(self, S, row0, column0, masked):
+        """Raw products to scores that ``scale``, which is positive, brings to powers of two; −inf where hidden."""
+        if self.folded:  # noqa: SIM102, decided when the kernel is made
+            if self.at.softmax_scale < T.float32(0):
+                for i in T.unroll(self.stride):
+                    S[i] = T.float32(0) - S[i]
+        self.modify(S, row0, column0, masked)
+
+    @T.inline
+    def track(self, S, slack):
+        """Raise references that scores exceed by more than ``slack``; sets ``grown``, ``correction``, ``row_sum``."""
+        self.local_max(S, self.peak)
+        self.grown = T.cuda.any_sync(
+            T.uint32(_ALL_LANES),
+            T.Cast(
+                "int32",
+                T.Or(
+                    self.peak[0] * self.scale > self.row_max[0] + slack,
+                    self.peak[1] * self.scale > self.row_max[1] + slack,
+                ),
+            ),
+        )
+        if self.grown != 0:
+            self.reduce_rows(self.peak, T.max)
+            for r in T.unroll(2):
+                self.peak[r] = T.max(T.ceil(self.peak[r] * self.scale), self.row_max[r])
+                self.correction[r] = T.exp2(self.row_max[r] - self.peak[r])
+                self.row_max[r] = self.peak[r]
+                self.row_sum[r] = self.row_sum[r] * self.correction[r]
+
+    @T.inline
+    def probabilities(self, S, scale):
+        """``S = exp2(S * scale - reference)``."""
+        for g in T.unroll(self.groups):
+            for r in T.unroll(2):
+                for e in T.unroll(2):
+                    S[g * 4 + r * 2 + e] = T.exp2(S[g * 4 + r * 2 + e] * scale - self.row_max[r])
+
+    @T.inline
+    def pack(self, S, P, exact):
+        """Probabilities to 16 bits, and their sums to ``step_sum``: ``exact`` ones, or of the rounded probabilities.
+
+        Rounding shows where a row has few keys, and those it meets in masked and first steps.
+        """
+        for i in T.unroll(self.stride // 2):
+            T.ptx[PACK[self.pattern.dtype]](P[i], S[2 * i + 1], S[2 * i])
+        if exact or self.pattern.dtype != "float16":
+            self._sum(S)
+        else:
+            self._sum_packed(P)
+
+    @T.inline
+    def _sum_packed(self, P):
+        # Packed additions are half the instructions of float32: head_dim 64 went from 492 to 523 TFLOP/s.  Short
+        # chains, whose sums are added in float32, keep a row sum's error near 1e-4.  bfloat16 has too few bits for it.
+        chain = T.alloc_local([CHAINS], "uint32")
+        for r in T.unroll(2):
+            for c in T.unroll(CHAINS):
+                chain[c] = P[2 * c + r]
+            for g in T.unroll(CHAINS, self.groups):
+                T.ptx["add.rn.f16x2"](chain[g % CHAINS], chain[g % CHAINS], P[2 * g + r])
+            self.step_sum[r] = _float16(chain[0]) + _float16(chain[0] >> T.uint32(16))
+            for c in T.unroll(1, CHAINS):
+                self.step_sum[r] = self.step_sum[r] + (_float16(chain[c]) + _float16(chain[c] >> T.uint32(16)))
+
+    @T.inline
+    def _sum(self, S):
+        chain = T.alloc_local([CHAINS], "float32")
+        for r in T.unroll(2):
+            for c in T.unroll(CHAINS):
+                chain[c] = S[c // 2 * 4 + r * 2 + c % 2]
+            for x in T.unroll(CHAINS, self.groups * 2):
+                chain[x % CHAINS] = chain[x % CHAINS] + S[x // 2 * 4 + r * 2 + x % 2]
+            self.step_sum[r] = (chain[0] + chain[1]) + (chain[2] + chain[3])
+
+    def overflowed(self):
+        """Whether this step's sum of a row of the warp says that probabilities may not have been represented."""
+        return (
+            T.cuda.any_sync(
+                T.uint32(_ALL_LANES),
+                T.Cast("int32", T.max(self.step_sum[0], self.step_sum[1]) >= T.float32(SUM_LIMIT)),
+            )
+            != 0
+        )
+
+    @T.inline
+    def add_sums(self):
+        """Count a step in, once its probabilities are final."""
+        for r in T.unroll(2):
+            self.row_sum[r] = self.row_sum[r] + self.step_sum[r]
+
+
+@T.meta_class
+class Finished(OnlineSoftmax):
+    """Row sums and references of a finished row tile, kept while the next one has begun."""
+
+    def __init__(self, softmax: Softmax):
+        OnlineSoftmax.__init__(self, softmax.pattern, softmax.at, softmax.fragment, 1, softmax.fragment.group)
+
+    @T.inline
+    def keep(self, softmax):
+        """Take over the state, and complete the row sums."""
+        for r in T.unroll(2):
+            self.row_max[r] = softmax.row_max[r]
+            self.row_sum[r] = softmax.row_sum[r]
+        self.finish()
+
+    def lse(self, row):
+        """Natural logarithm of the row's sum of exponentials; −inf if it saw nothing."""
+        return (self.row_max[row] + T.log2(self.row_sum[row])) * T.float32(LN_2)

@@ -1,0 +1,111 @@
+"""Hopper kernels compile without a GPU: TMA and wgmma in the machine code, nothing spilled or serialised."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("tvm")
+
+import tvm
+from tvm.backend.cuda import export_cuda_host
+
+from schedules import v1, v2
+from schedules.attention import Attention
+from schedules.catalogue import MASKS, SCORES
+from schedules.families import sm90
+from schedules.pattern import match
+from schedules.template import Program, Rejected, Target
+from schedules.toolchain import cuda
+from schedules.toolchain.process import ToolchainError
+
+TARGET = Target("sm_90a")
+
+#: Low 12 bits of an instruction word of sm_90: the operation, and in the upper three the kinds of its operands.
+_OPCODES = {"HGMMA": (0x9F0, 0xDF0), "UTMALDG": (0x5B4,), "UTMASTG": (0x3B5,), "LDL": (0x983,), "STL": (0x387,)}
+
+
+def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, head_dim_v=None):
+    definition = Attention(SCORES[score], MASKS[mask])
+    return match(definition(head_dim, dtype, head_dim_v=head_dim_v, index_dtype=sm90.INDEX_DTYPE))
+
+
+def compiled(program: Program, folder):
+    """The report of ptxas and how often each of ``_OPCODES`` occurs; ptxas.check has passed."""
+    module = tvm.IRModule({"kernel": program.func})
+    target = tvm.target.Target({"kind": "cuda", "arch": TARGET.arch}, host={"kind": "cuda_host"})
+    source = folder / "kernel.cu"
+    source.write_text(export_cuda_host(tvm.compile(module, target=target, tir_pipeline=program.pipeline).mod))
+    report = cuda.compile_object(source, folder / "kernel.o", TARGET.arch)
+    return report, _count_opcodes((folder / "kernel.o").read_bytes())
+
+
+def _count_opcodes(data: bytes) -> dict[str, int]:
+    """Instructions are 16 bytes long and aligned; the cubin lies somewhere in the object file."""
+    start = data.index(b"\x7fELF", 4)  # the object file itself is the first
+    words = [int.from_bytes(data[i : i + 2], "little") & 0xFFF for i in range(start, len(data) - 16, 16)]
+    return {name: sum(words.count(code) for code in codes) for name, codes in _OPCODES.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    try:
+        cuda.find_toolkit()
+    except ToolchainError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize(
+    ("template", "pattern"),
+    [
+        (v2, {"mask": "causal"}),
+        (v2, {"mask": "window", "score": "softcap_alibi", "head_dim": 64, "dtype": "bfloat16"}),
+        (v1, {"head_dim": 256}),
+        (v2, {"mask": "sink_window", "head_dim": 192, "head_dim_v": 128}),
+    ],
+    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else x.__name__.rpartition(".")[2],
+)
+def test_machine_code(template, pattern, tmp_path):
+    pattern = pattern_of(**pattern)
+    program = template.apply(pattern, TARGET, "kernel")
+    assert isinstance(program, Program), program
+    report, count = compiled(program, tmp_path)
+    (kernel,) = report.kernels
+    assert kernel.spills == kernel.stack == 0
+    # Twice a step: head_dim / 16 products for the scores; each of the tensors has a load, the output a store.
+    assert count["HGMMA"] >= pattern.head_dim // 16 + 2
+    assert count["UTMALDG"] >= 3
+    assert count["UTMASTG"] >= 1
+
+
+@pytest.mark.parametrize("template", ["v1", "v2"])
+@pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+@pytest.mark.parametrize(("mask", "score"), [("full", "identity"), ("causal", "identity"), ("window", "softcap_alibi")])
+def test_defaults_are_feasible(template, head_dims, mask, score):
+    for dtype in sm90.DTYPES:
+        pattern = pattern_of(mask, score, dtype, *head_dims)
+        configs = sm90.default_configs(template, pattern, TARGET)
+        assert 0 in configs
+        for config in configs.values():
+            assert sm90.feasible(pattern, config, TARGET) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "reason"),
+    [
+        ({}, {"block_n": 100}, "block_n 100"),
+        ({}, {"num_consumer_warpgroups": 4}, "num_consumer_warpgroups 4"),
+        ({}, {"num_stages": 3}, "num_stages 3"),
+        ({}, {"num_stages": 4}, "bytes of shared memory"),
+        ({}, {"tiles_per_cta": 3}, "tiles_per_cta 3"),
+        ({}, {"num_consumer_warpgroups": 3}, "registers"),
+        ({"mask": "sink_window"}, {"tiles_per_cta": 2}, "gaps"),
+        ({"head_dim": 72}, {}, "head_dim 72"),
+        ({"head_dim": 64, "head_dim_v": 128}, {}, "head_dim_v 128 exceeds"),
+    ],
+)
+def test_refusals_say_why(pattern, change, reason):
+    refusal = sm90.feasible(pattern_of(**pattern), replace(sm90.Config(tiles_per_cta=1), **change), TARGET)
+    assert isinstance(refusal, Rejected)
+    assert reason in refusal.reason
