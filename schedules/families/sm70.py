@@ -5,7 +5,7 @@ A warp holds 32 rows: its four quad pairs make a 2 x 2 arrangement of m8n8 produ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.script import tirx as T
 
@@ -117,7 +117,10 @@ _CONFIGS = {
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
-    return {0: _CONFIGS[min((d for d in _CONFIGS if d >= pattern.head_dim), default=max(_CONFIGS))]}
+    config = _CONFIGS[min((d for d in _CONFIGS if d >= pattern.head_dim), default=max(_CONFIGS))]
+    if pattern.params and pattern.head_dim > 96:
+        config = replace(config, block_n=16)  # with 32, parameters of masks and scores made it spill
+    return {0: config}
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:

@@ -19,11 +19,29 @@ __forceinline__ __device__ void pack_halves(unsigned int& to, float low, float h
 }
 """
 
+_LOAD = """
+__forceinline__ __device__ void load_or_zero(
+    unsigned int& a, unsigned int& b, unsigned int& c, unsigned int& d, const void* from, int exists) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+      " @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(a), "=&r"(b), "=&r"(c), "=&r"(d) : "l"(from), "r"(exists) : "memory");
+}
+"""
+
 
 def staging_registers(pattern: Pattern, config) -> int:
     """Registers that hold a thread's part of a tile of keys on its way to shared memory."""
     chunks = config.block_n * max(pattern.head_dim, pattern.head_dim_v) // CHUNK
     return 4 * -(-chunks // (32 * config.num_warps))
+
+
+@T.inline
+def load_or_zero(to, i, source, exists):
+    """16 bytes from global memory to four registers, or zeros: a predicate, no branch between loads."""
+    T.cuda.func_call(
+        "load_or_zero", to[i], to[i + 1], to[i + 2], to[i + 3], source, T.Cast("int32", exists), source_code=_LOAD
+    )
 
 
 @T.inline
@@ -46,10 +64,7 @@ class StagedCopies:
 
         @T.inline
         def row(n, memory, shared, inside):
-            for x in T.unroll(4):
-                self.staging[n * 4 + x] = T.uint32(0)
-            if inside:
-                T.ptx["ld.global.v4.b32"](*[self.staging[n * 4 + x] for x in range(4)], matrix.memory.ptr_to([memory]))
+            load_or_zero(self.staging, n * 4, matrix.memory.ptr_to([memory]), inside)
 
         self.each_row(matrix, first, 0, row)
 
@@ -69,10 +84,7 @@ class StagedCopies:
 
         @T.inline
         def row(n, memory, shared, inside):
-            for x in T.unroll(4):
-                self.staging[x] = T.uint32(0)
-            if inside:
-                T.ptx["ld.global.v4.b32"](*[self.staging[x] for x in range(4)], matrix.memory.ptr_to([memory]))
+            load_or_zero(self.staging, 0, matrix.memory.ptr_to([memory]), inside)
             T.ptx["st.shared.v4.b32"](shared, *[self.staging[x] for x in range(4)])
 
         self.each_row(matrix, first, 0, row)
