@@ -1,7 +1,7 @@
 """The definition: attention as plain mathematics in TensorIR.
 
-No tiles, no layout, no threads: logical tensors ``q(b, h, i, d)``, ``k(b, g, j, d)``, ``v(b, g, j, e)``, and one named block
-for each step.  The names are the contract between this file and the templates:
+No tiles, no layout, no threads: logical tensors ``q(b, h, i, d)``, ``k(b, g, j, d)``, ``v(b, g, j, e)``, and one named
+block for each step.  The names are the contract between this file and the templates:
 
 ====== ========================================================================
 block  computes
@@ -65,7 +65,8 @@ class Attention:
 
         Returns
         -------
-        A PrimFunc ``(q, k, v, o, lse, softmax_scale, *params)`` with symbolic batch, heads, kv_heads, seqlen_q, seqlen_kv.
+        A PrimFunc ``(q, k, v, o, lse, softmax_scale, *params)`` with symbolic batch, heads, kv_heads, seqlen_q,
+        seqlen_kv.
         """
         arguments, values = parameter_symbols(self.params, index_dtype)
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from schedules.build import PackReport, build
 from schedules.compile import Built, Failed, Job, Refused
 from schedules.definition_file import DefinitionFile
+from schedules.emit import emit
 from schedules.pack import PackBusyError
 from schedules.plan import PACKS, Plan, Request, default_jobs, parse_targets, plan
 from schedules.suite import HeadDim, Selection
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list or options.dry_run:
             for target in request.targets:
                 (_print_list if options.list else _print_plan)(console, request, plan(request, target))
+            return 0
+        if options.emit:
+            _emit(console, request, options.emit)
             return 0
         reports = _build(console, request)
     except (ValueError, ToolchainError, PackBusyError) as e:  # DefinitionError is a ValueError
@@ -68,6 +72,9 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
     parser.add_argument(
         "--run-on", default="", metavar="ARCH", help="add code that newer GPUs run too, for verification"
     )
+    parser.add_argument(
+        "--emit", type=Path, metavar="DIR", help="write CUDA sources for scripts/assemble_packs.py, and compile nothing"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and write nothing")
     parser.add_argument("--list", action="store_true", help="name the kernels that are selected, and write nothing")
     options = parser.parse_args(arguments)
@@ -89,6 +96,13 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
         run_on=options.run_on,
     )
     return request, options
+
+
+def _emit(console: Console, request: Request, folder: Path) -> None:
+    with console.status("scheduling") as status:
+        refused = emit(request, folder, status.update)
+    _print_reasons(console, refused, "yellow")
+    console.print(f"sources of {', '.join(t.arch for t in request.targets)} are in {folder}", soft_wrap=True)
 
 
 def _print_list(console: Console, request: Request, planned: Plan) -> None:
@@ -126,12 +140,7 @@ def _print_report(console: Console, report: PackReport) -> None:
     if rows:
         console.print(_table(report, rows))
     for kind, style in ((Refused, "yellow"), (Failed, "red")):
-        by_reason: dict[str, list[str]] = {}
-        for result in (r for r in report.results if isinstance(r, kind)):
-            by_reason.setdefault(result.reason, []).append(result.symbol)
-        for reason, symbols in by_reason.items():
-            console.print(f"{kind.__name__.lower()}: {reason}", style=style, markup=False, highlight=False)
-            console.print("  " + ", ".join(symbols), style=style, markup=False, highlight=False)
+        _print_reasons(console, [r for r in report.results if isinstance(r, kind)], style)
     if report.dropped:
         console.print(f"dropped {len(report.dropped)} kernels of the old pack: made by other compilers, or refused now")
     if not report.manifest:
@@ -143,6 +152,16 @@ def _print_report(console: Console, report: PackReport) -> None:
         f"{len(report.up_to_date)} up to date, {len(entries) - len(report.up_to_date)} new or kept",
         soft_wrap=True,
     )
+
+
+def _print_reasons(console: Console, results: Sequence[Refused | Failed], style: str) -> None:
+    """Each reason once, with the kernels that it holds for."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        by_reason.setdefault((type(result).__name__.lower(), result.reason), []).append(result.symbol)
+    for (kind, reason), symbols in by_reason.items():
+        console.print(f"{kind}: {reason}", style=style, markup=False, highlight=False)
+        console.print("  " + ", ".join(symbols), style=style, markup=False, highlight=False)
 
 
 def _module(entries, symbol: str) -> str | None:

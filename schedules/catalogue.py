@@ -1,9 +1,9 @@
 """Masks and score modifications: a few lines of TIR expression each, with a float64 numpy twin beside it.
 
-A score modification is a function ``(s, at) -> expression`` of the scaled score ``s``; a mask is ``at -> predicate``, true
-where a query may see a key.  ``at`` is a :class:`Position`: the indices of the score and the run-time parameters by name.
-To add one, write the function, write its twin, and make a :class:`ScoreModification` or a :class:`Mask` of the two;
-no template has to know.
+A score modification is a function ``(s, at) -> expression`` of the scaled score ``s``; a mask is ``at -> predicate``,
+true where a query may see a key.  ``at`` is a :class:`Position`: the indices of the score and the run-time parameters
+by name.  To add one, write the function, write its twin, and make a :class:`ScoreModification` or a :class:`Mask` of
+the two; no template has to know.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tvm_flash.manifest import Param
 class Position:
     """Where one score is: TIR expressions.
 
-    ``b, h, i, j`` are batch, query head, query and key index.  ``param["name"]`` is a run-time parameter, for a per-head
-    one the value that belongs to ``(b, h)``.
+    ``b, h, i, j`` are batch, query head, query and key index.  ``param["name"]`` is a run-time parameter, for a
+    per-head one the value that belongs to ``(b, h)``.
     """
 
     b: Expr
@@ -42,7 +42,7 @@ class Position:
 
 @dataclass(frozen=True)
 class ScoreModification:
-    """``expr(s, at)`` gives the modified score as float32; ``twin`` is the same in numpy (see :mod:`tvm_flash.reference`)."""
+    """``expr(s, at)`` gives the modified score as float32; ``twin`` is the same in numpy, see :mod:`tvm_flash.reference`."""
 
     name: str
     expr: Callable[[Expr, Position], Expr]

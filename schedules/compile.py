@@ -182,13 +182,20 @@ def _compile_one(job: Job, spec: KernelSpec, pattern: Pattern, config, config_so
     lowered = lower(spec, pattern, job.target, config)
     if isinstance(lowered, Rejected):
         return Refused(spec.symbol, lowered.reason)
-    program = lowered.program
     suffix = f"-{job.run_on}" if job.run_on else ""
     object_file = job.objects / f"{spec.symbol}-{lowered.source_hash[:16]}{suffix}.o"
     resources = _resources_of(object_file)
     if resources is None:
         resources = _make_object(job, lowered, spec.symbol, object_file)
-    entry = KernelEntry(
+    entry = entry_of(job, spec, pattern, lowered, config_source, resources)
+    return Built(entry, object_file.name, object_file.stat().st_size, time.perf_counter() - begin)
+
+
+def entry_of(
+    job: Job, spec: KernelSpec, pattern: Pattern, lowered: Lowered, config_source: str, resources: Mapping[str, int]
+) -> KernelEntry:
+    """The manifest's entry of a kernel, without a module yet; ``resources`` are registers and so on, if any."""
+    return KernelEntry(
         symbol=spec.symbol,
         module="",
         template=spec.template,
@@ -201,14 +208,13 @@ def _compile_one(job: Job, spec: KernelSpec, pattern: Pattern, config, config_so
         score=spec.score,
         params=pattern.params,
         bucket=spec.bucket,
-        alignment=program.alignment,
-        index_bits=program.index_bits,
-        config=dataclasses.asdict(config),
+        alignment=lowered.program.alignment,
+        index_bits=lowered.program.index_bits,
+        config=dataclasses.asdict(lowered.config),
         config_source=config_source,
         source_hash=lowered.source_hash,
         **resources,
     )
-    return Built(entry, object_file.name, object_file.stat().st_size, time.perf_counter() - begin)
 
 
 def _resources_of(object_file: Path) -> dict | None:
@@ -252,9 +258,4 @@ def _make_cuda_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> d
     report = gpu_compiler(job.target.arch).compile_object(
         source, draft, job.target.arch, run_on=job.run_on, spills_allowed=spills_allowed
     )
-    native = [k for k in report.kernels if k.arch == job.target.arch]
-    return {
-        "registers": max(k.registers for k in native),
-        "spills": max(k.spills for k in native),
-        "shared_memory": max(k.shared_memory for k in native) + cuda.dynamic_shared_memory(lowered.text),
-    }
+    return report.resources(job.target.arch, cuda.dynamic_shared_memory(lowered.text))

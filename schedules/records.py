@@ -28,8 +28,8 @@ class Record:
     ----------
     kind: ``"verified"``.
     device, driver: the GPU's name and the driver's CUDA version.
-    arch: what the kernel was compiled for; ``run_as`` is what ran: ``"native"`` machine code, or ``"ptx"`` that the
-        driver compiled for the device.
+    arch: what the kernel was compiled for; ``run_as`` is what ran: ``"native"`` machine code, ``"recompiled for
+        sm_90"``, or ``"ptx"`` that the driver compiled for the device.
     symbol, template, dtype, head_dim, head_dim_v, mask, score, bucket, config, source_hash: as in the manifest.
     cases: how many cases of the shared list it passed.
     error: the largest error of these, as a share of what is allowed (2 × PyTorch's own error plus one rounding).

@@ -1,11 +1,11 @@
 """What the two templates and the arch families agree on: target, traversal, program, refusal.
 
-A template (``v1.py``, ``v2.py``) chooses the traversal: in which order row tiles are visited, and in which physical layout.
-A family (``families/``) knows the machine: how tiles are copied and multiplied, where an accumulator element sits.  It is a
-module with
+A template (``v1.py``, ``v2.py``) chooses the traversal: in which order row tiles are visited, and in which physical
+layout.  A family (``families/``) knows the machine: how tiles are copied and multiplied, where an accumulator element
+sits.  It is a module with
 
-* ``DTYPES``: the element types it can compute, ``TEMPLATES``: the templates it serves, ``Config``: its frozen dataclass of
-  schedule parameters, ``INDEX_DTYPE``: the index type that definitions for it should have;
+* ``DTYPES``: the element types it can compute, ``TEMPLATES``: the templates it serves, ``Config``: its frozen
+  dataclass of schedule parameters, ``INDEX_DTYPE``: the index type that definitions for it should have;
 * ``default_configs(template, pattern, target) -> {bucket: Config}``: bucket 0 always, and further ones where a longest
   sequence of at least that many keys is better served by another configuration;
 * ``feasible(pattern, config, target) -> Rejected | None``, before anything is compiled;
@@ -37,8 +37,8 @@ class Target:
 class Traversal:
     """The order in which a template visits row tiles, and the physical layout of q, k, v and o.
 
-    ``heads_outer``: all row tiles of one head, then the next head.  ``seq_outer``: one strip of rows across all heads, then
-    the next strip.
+    ``heads_outer``: all row tiles of one head, then the next head.  ``seq_outer``: one strip of rows across all heads,
+    then the next strip.
     """
 
     template: str

@@ -1,7 +1,7 @@
 """Template V2, seq-outer: layout ``(batch, seq, heads, head_dim)``, tensor cores, from Ampere on (and the CPU).
 
-Work is ordered by row strip: the same rows of all heads before the next rows, as a row of all heads is contiguous in memory,
-and the longest strips of a causal mask start first.
+Work is ordered by row strip: the same rows of all heads before the next rows, as a row of all heads is contiguous in
+memory, and the longest strips of a causal mask start first.
 """
 
 from __future__ import annotations

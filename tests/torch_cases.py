@@ -34,8 +34,8 @@ def run(case: Case, data: Inputs, kernel: Callable, params, layout: str, lse_len
 
     Returns
     -------
-    Output ``(batch, heads, seqlen_q, head_dim_v)`` and lse ``(batch, heads, seqlen_q)``, or the whole flat lse tensor if
-    its length was given; float64 arrays.
+    Output ``(batch, heads, seqlen_q, head_dim_v)`` and lse ``(batch, heads, seqlen_q)``, or the whole flat lse tensor
+    if its length was given; float64 arrays.
     """
     unwritten = np.full((*data.q.shape[:3], case.head_dim_v), np.nan, np.float32)
     q, k, v, o = (tensor(x, case.dtype, layout, case.strides, device) for x in (data.q, data.k, data.v, unwritten))

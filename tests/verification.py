@@ -143,7 +143,10 @@ def measure(entry: KernelEntry, function) -> tuple[str, list[float], float]:
 
 
 def run_as(kernel: Installed) -> str:
-    """Whether the GPU runs the machine code of a kernel's arch, or what the driver makes of its PTX."""
+    """Whether the GPU runs the machine code of a kernel's arch, a newer arch's of the same source, or its PTX."""
+    recompiled = kernel.pack.manifest.versions.get("recompiled_for")
+    if recompiled:
+        return f"recompiled for {recompiled}"
     return "native" if runs_on(kernel.entry.arch, torch.cuda.get_device_capability()) else "ptx"
 
 

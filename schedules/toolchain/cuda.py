@@ -93,8 +93,13 @@ def _virtual(arch: str) -> str:
     return arch.replace("sm_", "compute_")
 
 
-def code_for(arch: str, run_on: str = "") -> str:
-    """The ``-gencode`` value: machine code for ``arch`` alone, plus its PTX if it shall also run on ``run_on``."""
+def code_for(arch: str, run_on: str = "", recompile_for: str = "") -> str:
+    """The ``-gencode`` value: machine code for ``arch`` alone, plus its PTX if it shall also run on ``run_on``.
+
+    With ``recompile_for`` the machine code is that of a newer arch, made of the same PTX.
+    """
+    if recompile_for:
+        return f"arch={_virtual(arch)},code={recompile_for}"
     if not run_on:
         return f"arch={_virtual(arch)},code={arch}"
     if arch.endswith("a"):
@@ -103,7 +108,13 @@ def code_for(arch: str, run_on: str = "") -> str:
 
 
 def compile_object(
-    source: Path, target: Path, arch: str, *, run_on: str = "", spills_allowed: bool = False
+    source: Path,
+    target: Path,
+    arch: str,
+    *,
+    run_on: str = "",
+    recompile_for: str = "",
+    spills_allowed: bool = False,
 ) -> ptxas.Report:
     """Compile one exported source to an object file.
 
@@ -112,6 +123,7 @@ def compile_object(
     source, target: path of the ``.cu`` file, and of the object to write.
     arch: what machine code is made for, e.g. ``"sm_90a"``.
     run_on: a newer arch on which the kernel shall also run, for verification: adds PTX.
+    recompile_for: a newer arch whose machine code is made instead, for verification; its spills don't count.
     spills_allowed: whether a kernel may spill registers.
 
     Raises
@@ -122,7 +134,7 @@ def compile_object(
     text = run(
         [
             kit.nvcc,
-            "-gencode=" + code_for(arch, run_on),
+            "-gencode=" + code_for(arch, run_on, recompile_for),
             *COMPILE_FLAGS,
             *_QUIET,
             *("-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"),

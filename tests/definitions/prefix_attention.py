@@ -1,7 +1,7 @@
 """A definition from outside the package: a score modification and a mask that the catalogue doesn't have.
 
-Prefix-LM attention (Raffel et al., 2020): a prefix is seen by everyone, the rest is causal; scores fade with the distance,
-by a rate that each head has of its own.
+Prefix-LM attention (Raffel et al., 2020): a prefix is seen by everyone, the rest is causal; scores fade with the
+distance, by a rate that each head has of its own.
 """
 
 import numpy as np

@@ -1,0 +1,78 @@
+"""Emitted sources to packs, on a machine that has nvcc and the headers of tvm-ffi: no TVM is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from schedules import pack
+from schedules.toolchain import cuda, gpu_compiler
+from tvm_flash.manifest import KernelEntry, Manifest, Param
+
+EMISSION_NAME = "emission.json"
+
+
+def assemble(folder: Path, output: Path, jobs: int, recompile_for: str = "") -> list[Manifest]:
+    """Compile, link and publish what :func:`schedules.emit.emit` wrote.
+
+    Parameters
+    ----------
+    folder: with one folder for each arch; output: where the packs go.
+    jobs: compilers that run at a time.
+    recompile_for: a newer arch whose machine code is made from the sources instead, so that kernels can be checked on a
+        GPU of that arch.  Such a pack says so in its versions, and is for verification only.
+
+    Raises
+    ------
+    ValueError: there is nothing emitted in the folder.
+    ToolchainError: a kernel doesn't compile, or must not ship.
+    """
+    folders = sorted(path.parent for path in folder.glob(f"*/{EMISSION_NAME}"))
+    if not folders:
+        raise ValueError(f"{folder}: holds no */{EMISSION_NAME}; make it with scripts/build_kernels.py --emit")
+    return [_assemble_arch(path, output, jobs, recompile_for) for path in folders]
+
+
+def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) -> Manifest:
+    emission = json.loads((folder / EMISSION_NAME).read_text())
+    arch, kernels = emission["arch"], emission["kernels"]
+    compiler = gpu_compiler(arch)
+    versions = {**emission["versions"], "cuda": compiler.compiler_version()}
+    if recompile_for:
+        versions["recompiled_for"] = recompile_for
+    spills_allowed = emission["spills_allowed"]
+    # Machine code of a newer arch is what nvcc makes of a source; NVRTC's sm_70 code brings its PTX along instead.
+    elsewhere = {"recompile_for": recompile_for} if compiler is cuda else {"run_on": recompile_for}
+    compiled_arch = recompile_for if recompile_for and compiler is cuda else arch
+    with pack.locked(output, arch) as work, ThreadPoolExecutor(jobs) as pool:
+
+        def compile_one(kernel: dict) -> tuple[str, Path, KernelEntry]:
+            source, raw = folder / kernel["source"], kernel["entry"]
+            target = work / f"{source.stem}.o"
+            report = compiler.compile_object(source, target, arch, spills_allowed=spills_allowed, **elsewhere)
+            resources = report.resources(compiled_arch, cuda.dynamic_shared_memory(source.read_text()))
+            params = tuple(Param(**p) for p in raw["params"])
+            return kernel["group"], target, KernelEntry(**{**raw, "params": params, **resources})
+
+        groups: dict[str, list[tuple[Path, KernelEntry]]] = {}
+        for group, target, entry in pool.map(compile_one, kernels):
+            groups.setdefault(group, []).append((target, entry))
+        modules, entries = [], []
+        for group, members in groups.items():
+            draft = work / f"{group}.draft"
+            compiler.link_module([target for target, _ in members], draft)
+            module = pack.store(draft, output / arch, group)
+            modules.append(module)
+            entries += [dataclasses.replace(entry, module=module.file) for _, entry in members]
+        manifest = Manifest(
+            arch=arch,
+            versions=versions,
+            modules=tuple(modules),
+            kernels=tuple(sorted(entries, key=lambda e: e.symbol)),
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+        pack.publish(output / arch, manifest)
+    return manifest
