@@ -42,7 +42,7 @@ class Position:
 
 @dataclass(frozen=True)
 class ScoreModification:
-    """``expr(s, at)`` gives the modified score as float32; ``twin`` is the same in numpy, see :mod:`tvm_flash.reference`."""
+    """``expr(s, at)``: the modified score as float32; ``twin``: the same in numpy (:mod:`tvm_flash.reference`)."""
 
     name: str
     expr: Callable[[Expr, Position], Expr]
