@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from tests import cases, torch_cases
 from tests.cases import CASES, Case, Inputs
 from tvm_flash import cuda
 from tvm_flash.manifest import BUILTIN_DEFINITION, KernelEntry
-from tvm_flash.registry import Installed, runs_on
+from tvm_flash.registry import Installed, registry, runs_on
 
 #: What is timed: 16k tokens and a hidden size of 2048, 4096 positions; a window of 1024 keys where there is one.
 TOKENS, HIDDEN, SEQLEN, WINDOW = 16384, 2048, 4096, 1024
@@ -94,7 +94,7 @@ def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
         yield variant(edit.__name__, edit)
 
 
-def verify(kernel: Installed, function) -> tuple[int, float]:
+def verify(kernel: Installed) -> tuple[int, float]:
     """Run all cases of a kernel; how many, and the largest error as a share of what is allowed.
 
     Raises
@@ -102,6 +102,7 @@ def verify(kernel: Installed, function) -> tuple[int, float]:
     AssertionError: a result is wrong, unwritten, or differs from run to run; the message names the case.
     """
     entry, worst, count = kernel.entry, 0.0, 0
+    function = function_of(kernel)
     labelled = [(case.id, case, data) for case, data in cases_of(entry)]
     labelled += [(f"{name} {case.id}", case, data) for name, case, data in adversarial(entry)]
     for label, case, data in labelled:
@@ -150,16 +151,10 @@ def run_as(kernel: Installed) -> str:
     return "native" if runs_on(kernel.entry.arch, torch.cuda.get_device_capability()) else "ptx"
 
 
-def record(kernel: Installed, function) -> Record:
-    """Verify and measure one kernel.
-
-    Raises
-    ------
-    AssertionError: it isn't right.
-    """
+def record(kernel: Installed, count: int, error: float) -> Record:
+    """Measure a kernel that :func:`verify` gave ``count`` and ``error`` for."""
     entry = kernel.entry
-    count, error = verify(kernel, function)
-    problem, times, flops = measure(entry, function)
+    problem, times, flops = measure(entry, function_of(kernel))
     median, deciles = statistics.median(times), statistics.quantiles(times, n=10)
     return Record(
         kind="verified",
@@ -196,6 +191,8 @@ def function_of(kernel: Installed):
     return module(kernel.pack.folder.resolve() / kernel.entry.module)[kernel.entry.symbol]
 
 
-def cuda_kernels(kernels: list[Installed]) -> list[Installed]:
-    """Of installed kernels those of the package's own definition that a GPU runs."""
-    return [k for k in kernels if k.entry.arch != "cpu" and k.entry.definition == BUILTIN_DEFINITION]
+def cuda_kernels(archs: Iterable[str] = ()) -> list[Installed]:
+    """The installed kernels of the package's own definition for CUDA archs: all, or those given."""
+    packs = registry()
+    kernels = [k for arch in archs or packs.archs() if arch != "cpu" for k in packs.kernels(arch)]
+    return [k for k in kernels if k.entry.definition == BUILTIN_DEFINITION]
