@@ -143,11 +143,11 @@ class Machine(LdmatrixProducts, BlockMachine):
 #: 80 KiB or one of 8 warps fit a multiprocessor; the others have 99 KiB, for two blocks of 48 KiB.  Figures: TFLOP/s of
 #: sm_80 code recompiled for an H200, V2, fp16, full attention over 16k keys, hidden size 2048.
 _LARGE = {
-    64: Config(128, 64, 4, 2, 2, q_in_registers=True),  # 347; Q read anew 331, block_n 32 with three blocks 328
+    64: Config(128, 64, 4, 2, 2, q_in_registers=True),  # 331 to 347; block_n 48 318, 32 with three blocks 328
     96: Config(128, 48, 4, 2, 2),
-    128: Config(128, 48, 4, 2, 2),  # 413; block_n 64 with one stage 401, with two (one block a true sm_80) 389, 32 366
+    128: Config(128, 48, 4, 2, 2),  # 396 to 413; block_n 64 with one stage 383 to 401, 32 366
     192: Config(128, 64, 8, 1, 1),
-    256: Config(128, 64, 8, 1, 1),  # 309 to 328, bound by shared memory; 64 rows with 4 warps the same
+    256: Config(128, 64, 8, 1, 1),  # 309 to 328, bound by shared memory (77% busy); block_n 48 312
 }
 _SMALL = {
     64: Config(128, 64, 4, 2, 2, q_in_registers=True),
