@@ -6,6 +6,7 @@ Figures are TFLOP/s in steady state at the card's power cap: float16, 16k tokens
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 from schedules.families.sm90.config import Config
 from schedules.pattern import Pattern
@@ -18,7 +19,10 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     if template == "v1" or pattern.has_gaps:
         # V1 is the plain schedule: a head after the other, a row tile a block.  A mask with gaps can't chain row tiles.
         configs = {bucket: replace(c, tiles_per_cta=1, head_section=1) for bucket, c in configs.items()}
-    return configs
+    # A bucket that has become the same as the one below it needs no kernel of its own.
+    buckets = sorted(configs)
+    same = {b for a, b in pairwise(buckets) if configs[a] == configs[b]}
+    return {bucket: configs[bucket] for bucket in buckets if bucket not in same}
 
 
 def _configs(pattern: Pattern) -> dict[int, Config]:
