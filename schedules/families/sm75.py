@@ -56,7 +56,7 @@ class Machine(LdmatrixProducts, StagedCopies, BlockMachine):
 
 
 #: By head_dim, the first that is large enough.  At 128 the tiles take exactly the 64 KiB of a block.  Recompiled for an
-#: H200, full attention over 16k keys: 258 to 273 TFLOP/s at 64, 242 at 128 (PyTorch's memory-efficient kernel 125, 164).
+#: H200, full attention over 16k keys: 258 TFLOP/s at 64, 242 at 128; PyTorch's memory-efficient kernel 125, 164.
 _CONFIGS = {
     64: Config(128, 64, 4, 1),
     96: Config(128, 32, 8, 1),

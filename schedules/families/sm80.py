@@ -134,8 +134,8 @@ class Machine(LdmatrixProducts, BlockMachine):
 
     @T.inline
     def finish(self):
-        """Nothing is in flight to shared memory any more, and the row sums are complete."""
-        T.ptx.cp.async_.wait_group(0)
+        """Nothing is in flight any more, not even Q of a block without tiles; the row sums are complete."""
+        self.arrive(0)
         self.softmax.finish()
 
 

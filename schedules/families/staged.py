@@ -116,5 +116,6 @@ class StagedCopies:
 
     @T.inline
     def finish(self):
-        """The row sums are complete."""
+        """All of Q is in its place, also in a block without tiles; the row sums are complete."""
+        T.cuda.cta_sync()
         self.softmax.finish()
