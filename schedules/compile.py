@@ -17,7 +17,7 @@ from pathlib import Path
 import tvm
 from tvm.backend.cuda import export_cuda_host
 
-from schedules import v1, v2
+from schedules import tvmscript, v1, v2
 from schedules.attention import Attention
 from schedules.catalogue import MASKS, SCORES
 from schedules.definition_file import DefinitionFile
@@ -30,6 +30,8 @@ from schedules.toolchain.process import ToolchainError
 from tvm_flash.manifest import KernelEntry
 
 _TEMPLATES = {"v1": v1, "v2": v2}
+
+tvmscript.install()
 
 
 @dataclass(frozen=True)

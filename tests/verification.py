@@ -94,6 +94,15 @@ def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
         yield variant(edit.__name__, edit)
 
 
+def lse_tolerance(entry: KernelEntry) -> float:
+    """Allowed error of the log-sum-exp, relative to the largest.
+
+    Kernels for sm_90a sum the probabilities as the second product takes them, rounded to the dtype, so that their
+    log-sum-exp is as exact as their output; elsewhere the sum is float32.
+    """
+    return cases.EPSILON[entry.dtype] if entry.arch == "sm_90a" else torch_cases.LSE_TOLERANCE
+
+
 def verify(kernel: Installed) -> tuple[int, float]:
     """Run all cases of a kernel; how many, and the largest error as a share of what is allowed.
 
@@ -108,7 +117,7 @@ def verify(kernel: Installed) -> tuple[int, float]:
     for label, case, data in labelled:
         runs = [torch_cases.run(case, data, function, entry.params, entry.layout, device="cuda") for _ in range(2)]
         try:
-            worst = max(worst, torch_cases.check(case, data, *runs[0], device="cuda"))
+            worst = max(worst, torch_cases.check(case, data, *runs[0], "cuda", lse_tolerance(entry)))
         except AssertionError as e:
             raise AssertionError(f"{entry.symbol} [{entry.arch}], {label}: {e}") from e
         same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*runs, strict=True))
