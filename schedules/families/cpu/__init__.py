@@ -5,7 +5,7 @@ The interface of a family is described in :mod:`schedules.template`.
 
 from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
-from schedules.families.cpu.program import program
+from schedules.families.cpu.kernel import program
 
 DTYPES = ("float32", "float16", "bfloat16")
 TEMPLATES = ("v1", "v2")

@@ -18,7 +18,8 @@ from schedules.families.cpu.vector_math import exp2
 
 _MINUS_INF = -math.inf
 
-#: The most queries for which this is the faster way.
+#: The most queries for which this is the faster way.  On a Zen 4 core (8 heads, 2048 keys, head_dim 64) a query took
+#: 0.15 ms here and any row group of 32 queries 1.5 ms; at head_dim 128 it was 0.37 ms and 3.4 to 4.5 ms.
 FEW = 8
 #: Elements along head_dim in a vector: what every head_dim is a multiple of.
 _W = 8

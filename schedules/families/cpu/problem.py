@@ -18,7 +18,7 @@ from schedules.pattern import Pattern, Site
 class Tensor:
     """A rank-4 argument: its elements as a flat buffer, and the strides in elements of batch, head and position.
 
-    Flat, because TVM analyses each index: with rank-4 indices in unrolled loops that took 5 s a kernel, so 0.3 s.
+    Flat, because TVM analyses each index: with rank-4 indices in unrolled loops that took 5 s a kernel.
     """
 
     flat: tirx.Buffer

@@ -21,16 +21,21 @@ _TANH_SERIES_LIMIT = 0.55
 
 
 def _fit(function, low: float, high: float, degree: int) -> list[float]:
-    """Polynomial for a function, highest power first: least squares of the relative error at Chebyshev nodes."""
+    """Polynomial, highest power first, for a function that is 1 at 0, and so is the polynomial.
+
+    Least squares of the relative error at Chebyshev nodes.
+    """
     nodes = (low + high) / 2 + (high - low) / 2 * np.cos(np.pi * (np.arange(400) + 0.5) / 400)
     values = function(nodes)
-    return np.linalg.lstsq(np.vander(nodes, degree + 1) / values[:, None], np.ones_like(nodes), rcond=None)[0].tolist()
+    powers = np.vander(nodes, degree + 1)[:, :-1]
+    return [*np.linalg.lstsq(powers / values[:, None], (values - 1) / values, rcond=None)[0].tolist(), 1.0]
 
 
-# 2**f on [-1/2, 1/2]; relative error 2e-7 in float32.
+# 2**f on [-1/2, 1/2]; relative error 1e-7 before rounding.  That 2**0 is exactly 1 matters: a maximum that stays leaves what
+# was summed before as it is.
 _EXP2 = _fit(np.exp2, -0.5, 0.5, 5)
-# tanh(x) / x as a polynomial of x**2; relative error 1e-7 in float32.
-_TANH = _fit(lambda t: np.tanh(np.sqrt(t)) / np.sqrt(t), 1e-9, _TANH_SERIES_LIMIT**2, 5)
+# tanh(x) / x as a polynomial of x**2; relative error 1e-9 before rounding.
+_TANH = _fit(lambda t: np.tanh(np.sqrt(t)) / np.sqrt(t), 0, _TANH_SERIES_LIMIT**2, 5)
 
 
 def _horner(coefficients: list[float], x: Expr) -> Expr:
