@@ -11,8 +11,8 @@ import numpy as np
 
 from tvm_flash import reference
 
-#: Half the distance between neighbours relative to the number, by dtype.
-EPSILON = MappingProxyType({"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8 / 2})
+#: Unit roundoff by dtype: half the distance from 1 to its next larger neighbour.
+EPSILON = MappingProxyType({"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8})
 
 #: How q, k, v and o lie in memory, whatever the layout of the function that is called: its own; the other layout's,
 #: seen through a transposition; or with gaps between rows, heads and batches.

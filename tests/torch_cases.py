@@ -9,10 +9,7 @@ import torch
 
 from tests import cases
 from tests.cases import Case, Inputs
-from tvm_flash import reference
-
-#: Allowed error of the log-sum-exp, which is float32 for every dtype, relative to the largest (at least 1).
-LSE_TOLERANCE = 4e-6
+from tvm_flash import reference, selfcheck
 
 
 def tensor(x: np.ndarray, dtype: str, layout: str, strides: str, device: str = "cpu") -> torch.Tensor:
@@ -86,7 +83,7 @@ def check(
     out: np.ndarray,
     lse: np.ndarray,
     device: str = "cpu",
-    lse_tolerance: float = LSE_TOLERANCE,
+    lse_tolerance: float = selfcheck.LSE_TOLERANCE,
 ) -> float:
     """Assert that an output is right; its largest error as a share of what is allowed."""
     expected, expected_lse = cases.expected(case, data)

@@ -20,7 +20,7 @@ import torch
 from schedules.records import Record
 from tests import cases, torch_cases
 from tests.cases import CASES, Case, Inputs
-from tvm_flash import cuda
+from tvm_flash import cuda, selfcheck
 from tvm_flash.manifest import BUILTIN_DEFINITION, KernelEntry
 from tvm_flash.registry import Installed, registry, runs_on
 
@@ -94,15 +94,6 @@ def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
         yield variant(edit.__name__, edit)
 
 
-def lse_tolerance(entry: KernelEntry) -> float:
-    """Allowed error of the log-sum-exp, relative to the largest.
-
-    Kernels for sm_90a sum the probabilities as the second product takes them, rounded to the dtype, so that their
-    log-sum-exp is as exact as their output; elsewhere the sum is float32.
-    """
-    return cases.EPSILON[entry.dtype] if entry.arch == "sm_90a" else torch_cases.LSE_TOLERANCE
-
-
 def verify(kernel: Installed) -> tuple[int, float]:
     """Run all cases of a kernel; how many, and the largest error as a share of what is allowed.
 
@@ -117,7 +108,7 @@ def verify(kernel: Installed) -> tuple[int, float]:
     for label, case, data in labelled:
         runs = [torch_cases.run(case, data, function, entry.params, entry.layout, device="cuda") for _ in range(2)]
         try:
-            worst = max(worst, torch_cases.check(case, data, *runs[0], "cuda", lse_tolerance(entry)))
+            worst = max(worst, torch_cases.check(case, data, *runs[0], "cuda", selfcheck.lse_tolerance(entry)))
         except AssertionError as e:
             raise AssertionError(f"{entry.symbol} [{entry.arch}], {label}: {e}") from e
         same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*runs, strict=True))
