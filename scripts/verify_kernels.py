@@ -5,6 +5,7 @@ Needs a pack (scripts/build_kernels.py, perhaps on another machine), torch and a
 
 import argparse
 import multiprocessing
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -20,11 +21,13 @@ from tests import verification
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", default=[], help="only kernels of this arch; may be repeated")
+    parser.add_argument("--symbol", default="", metavar="REGEX", help="only kernels whose symbol matches")
     parser.add_argument("--log", type=Path, help="file to append to (default: that of the device in tuning_logs/)")
     parser.add_argument("--jobs", type=int, default=1, help="processes that check kernels at a time")
     options = parser.parse_args()
     log = options.log or records.log_of(torch.cuda.get_device_name())
-    kernels, right = verification.cuda_kernels(options.arch), []
+    kernels = [k for k in verification.cuda_kernels(options.arch) if re.search(options.symbol, k.entry.symbol)]
+    right = []
     # CUDA can't be used in a forked process, and a kernel that faults must not take the others' results along.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         for kernel, check in [(k, pool.submit(verification.verify, k)) for k in kernels]:
