@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from schedules import records
 from schedules.build import PackReport, build
 from schedules.compile import Built, Failed, Job, Refused
 from schedules.definition_file import DefinitionFile
@@ -146,12 +147,25 @@ def _print_report(console: Console, report: PackReport) -> None:
     if not report.manifest:
         console.print(f"{report.target}: no kernel could be built", style="red")
         return
+    if unverified := _unverified(report):
+        console.print(
+            f"{len(unverified)} of them were never run on a GPU in this form; scripts/verify_kernels.py does that",
+            style="yellow",
+        )
     files = (*report.manifest.modules, *report.manifest.support_files)
     console.print(
         f"{report.target}: {len(entries)} kernels in {report.folder} ({_kilobytes(sum(f.size for f in files))}); "
         f"{len(report.up_to_date)} up to date, {len(entries) - len(report.up_to_date)} new or kept",
         soft_wrap=True,
     )
+
+
+def _unverified(report: PackReport) -> list[str]:
+    """CUDA kernels of a pack that no record says were run on a GPU in this form."""
+    if not report.manifest or report.target.arch == "cpu":
+        return []
+    known = records.verified()
+    return [e.symbol for e in report.manifest.kernels if e.source_hash not in known]
 
 
 def _print_reasons(console: Console, results: Sequence[Refused | Failed], style: str) -> None:

@@ -1,12 +1,17 @@
 """The ledger: CUDA kernels ship only with a record of a run on hardware of exactly their source."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 
 from schedules import records
+from schedules.compile import configs_of, lower, pattern_of
+from schedules.families import family_of
 from schedules.records import Record
+from schedules.suite import Selection
+from schedules.template import Target
 from tvm_flash.registry import registry
 
 RECORD = Record(
@@ -69,6 +74,28 @@ def test_committed_logs_are_readable(path):
         assert record.cases > 0
         assert 0 <= record.error <= 1
         assert record.microseconds > 0
+
+
+def core_groups():
+    """Kernels of the core set that share a module, for each arch whose kernels were run on hardware."""
+    for arch in ("sm_75", "sm_80", "sm_90a"):
+        family = family_of(Target(arch))
+        specs = [s for s in Selection().specs(family.DTYPES) if s.template in family.TEMPLATES]
+        for group, members in itertools.groupby(specs, key=lambda s: s.group):
+            yield pytest.param(Target(arch), tuple(members), id=f"{arch}-{group}")
+
+
+@pytest.mark.parametrize(("target", "specs"), core_groups())
+def test_core_kernels_were_verified_on_hardware(target, specs):
+    known = records.verified()
+    for spec in specs:
+        pattern = pattern_of(spec, target)
+        for bucket, (config, _) in configs_of(spec, pattern, target, {}).items():
+            lowered = lower(spec.with_bucket(bucket), pattern, target, config)
+            assert lowered.source_hash in known, (
+                f"{target} {spec.with_bucket(bucket).symbol} was never run on a GPU in this form; build it and run "
+                f"scripts/verify_kernels.py on one"
+            )
 
 
 def test_installed_cuda_kernels_were_verified_on_hardware():

@@ -52,6 +52,8 @@ def _head_dim_64(pattern: Pattern) -> dict[int, Config]:
 def _head_dim_256(pattern: Pattern) -> dict[int, Config]:
     # Scores and output leave no registers for taking turns.  With modified scores the step without maximum would spill.
     plain = Config(block_n=64, pingpong=False, running_max=not pattern.is_scale_only)
+    if not pattern.is_scale_only:
+        return {0: replace(plain, head_section=8)}  # the sections below were measured on plain scores only
     if pattern.is_unmasked:
         return {0: plain}  # sections of 4 heads: 2k 645 to 609, 8k 713 to 695
     # Where masks make row tiles of different length, strips over a few heads keep what is read in the cache:
