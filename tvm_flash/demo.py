@@ -132,9 +132,10 @@ def run(device: str | None = None) -> bool:
         batch, seq, heads, head_dim = q.shape
         console.print(f"{label}: batch {batch}, {heads} heads, {seq} positions, head_dim {head_dim}", highlight=False)
     console.print(
-        "by: the template that ran.  error: norm of the difference from float64, relative;\n"
-        "torch's: the same of its scaled_dot_product_attention.  ms: medians of one run in\n"
-        "which all take turns; naive: softmax(q·kᵀ)·v.  ×: torch's time over ours.",
+        "by: the template that ran.  error: norm of the difference from float64,\n"
+        "relative; torch's: the same of scaled_dot_product_attention.  ms: medians of\n"
+        "one run in which all take turns; naive: softmax(q·kᵀ)·v.  ×: torch's time\n"
+        "over ours.",
         highlight=False,
     )
     return good
