@@ -143,6 +143,15 @@ def test_scores_of_any_size(magnitude, dtype, seqlen_q):
     check(case, data, "v1", runnable_isas()[0])
 
 
+@pytest.mark.parametrize("seqlen_q", (1, 40))
+def test_large_scores_weigh_early_and_late_tiles_alike(seqlen_q):
+    """The same key again and again: the output is the mean of the values, whatever the score's size."""
+    case = Case(1, 1, seqlen_q, 64, seqlen_kv=2048)
+    data = cases.inputs(case)
+    q, k = np.full_like(data.q, 12.34), np.full_like(data.k, 123.4)
+    check(case, replace(data, q=q, k=k), "v1", runnable_isas()[0])
+
+
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 def test_rows_with_very_negative_scores(dtype):
     case = Case(1, 1, 70, 64, seqlen_kv=90, dtype=dtype)

@@ -78,14 +78,14 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
         highest: T.float32 = maxima[r]
         for lane in T.unroll(lanes):
             highest = T.max(highest, lanewise[lane])
-        subtract: T.float32 = finite_or_zero(highest) * scale
-        correction: T.float32 = exp2(maxima[r] * scale - subtract)
+        subtract: T.float32 = finite_or_zero(highest)
+        correction: T.float32 = exp2((maxima[r] - subtract) * scale)
         maxima[r] = highest
         for lane in T.vectorized(lanes):
             lanewise[lane] = T.float32(0)
         for c in T.unroll(chunks):
             for lane in T.vectorized(lanes):
-                S[c * lanes + lane] = exp2(S[c * lanes + lane] * scale - subtract)
+                S[c * lanes + lane] = exp2((S[c * lanes + lane] - subtract) * scale)
                 lanewise[lane] += S[c * lanes + lane]
         total: T.float32 = sums[r] * correction
         for lane in T.unroll(lanes):
@@ -161,10 +161,10 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
             highest: T.float32 = T.float32(_MINUS_INF)
             for p in T.serial(count):
                 highest = T.max(highest, maxima[r0 + p * P.seqlen_q])
-            subtract: T.float32 = finite_or_zero(highest) * scale
+            subtract: T.float32 = finite_or_zero(highest)
             total: T.float32 = T.float32(0)
             for p in T.serial(count):
-                weights[p] = exp2(maxima[r0 + p * P.seqlen_q] * scale - subtract)
+                weights[p] = exp2((maxima[r0 + p * P.seqlen_q] - subtract) * scale)
                 total += sums[r0 + p * P.seqlen_q] * weights[p]
             divisor: T.float32 = T.Select(total == T.float32(0), T.float32(1), total)
             for e in T.serial(P.head_dim_v):

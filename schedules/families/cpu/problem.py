@@ -67,7 +67,7 @@ class Problem:
     def scale(self) -> Expr:
         """What turns a stored score into a natural one.
 
-        A score that is only scaled is stored as the raw product; its scale goes into the multiply-add before the
+        A score that is only scaled is stored as the raw product; its scale goes into the multiplication before the
         exponential, which is there anyway.
         """
         return self.softmax_scale if self.pattern.is_scale_only else T.float32(1)

@@ -31,8 +31,8 @@ def _fit(function, low: float, high: float, degree: int) -> list[float]:
     return [*np.linalg.lstsq(powers / values[:, None], (values - 1) / values, rcond=None)[0].tolist(), 1.0]
 
 
-# 2**f on [-1/2, 1/2]; relative error 1e-7 before rounding.  That 2**0 is exactly 1 matters: a maximum that stays leaves what
-# was summed before as it is.
+# 2**f on [-1/2, 1/2]; relative error 1e-7 before rounding.  That 2**0 is exactly 1 matters: a maximum that stays leaves
+# what was summed before as it is.
 _EXP2 = _fit(np.exp2, -0.5, 0.5, 5)
 # tanh(x) / x as a polynomial of x**2; relative error 1e-9 before rounding.
 _TANH = _fit(lambda t: np.tanh(np.sqrt(t)) / np.sqrt(t), 0, _TANH_SERIES_LIMIT**2, 5)
