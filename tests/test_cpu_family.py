@@ -18,9 +18,8 @@ from schedules.families import cpu
 from schedules.families.cpu import vector_math
 from schedules.pattern import match
 from schedules.template import Program, Rejected, Target
-from tests import cases
+from tests import cases, torch_cases
 from tests.cases import CASES, Case
-from tvm_flash import reference
 from tvm_flash.manifest import LAYOUT_OF_TEMPLATE
 
 TEMPLATES = {"v1": v1, "v2": v2}
@@ -41,70 +40,14 @@ def kernel(template: str, dtype: str, mask: str, score: str, isa: str, head_dim:
     return module["kernel"], pattern.params
 
 
-def tensor(x: np.ndarray, dtype: str, layout: str, strides: str) -> torch.Tensor:
-    """``x`` (batch, heads, seq, dim) as a torch tensor in a physical layout, lying in memory as ``strides`` says."""
-    x = torch.from_numpy(np.ascontiguousarray(x)).to(getattr(torch, dtype))
-    x = x if layout == "bhsd" else x.transpose(1, 2)
-    if strides == "transposed":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if strides == "gaps":
-        room = torch.full([n + 2 for n in x.shape[:3]] + [x.shape[3] + 9], torch.nan, dtype=x.dtype)
-        view = room[tuple(slice(1, n + 1) for n in x.shape)]  # also aligned to no more than an element
-        view.copy_(x)
-        return view
-    return x.contiguous()
-
-
 def run(case: Case, data: cases.Inputs, template: str, isa: str, lse_length: int | None = None):
-    """Output (batch, heads, seq, dim) and lse (batch, heads, seq) of the kernel, as float64 arrays."""
+    """Output and lse of the kernel; see :func:`tests.torch_cases.run`."""
     function, params = kernel(template, case.dtype, case.mask, case.score, isa)
-    layout = LAYOUT_OF_TEMPLATE[template]
-    o = tensor(np.full((*data.q.shape[:3], case.head_dim_v), np.nan, np.float32), case.dtype, layout, case.strides)
-    rows = case.batch * case.heads * case.seqlen_q
-    lse = torch.full((rows if lse_length is None else lse_length,), torch.nan)
-    q, k, v = (tensor(x, case.dtype, layout, case.strides) for x in (data.q, data.k, data.v))
-    values = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in (data.params[p.name] for p in params)]
-    function(q, k, v, o, lse, case.softmax_scale, *values)
-    o = o if layout == "bhsd" else o.transpose(1, 2)
-    lse = lse.reshape(case.batch, case.heads, case.seqlen_q) if lse_length is None else lse
-    return o.double().numpy(), lse.double().numpy()
-
-
-def torch_error(case: Case, data: cases.Inputs, expected: np.ndarray) -> float:
-    """Largest error of PyTorch's own attention in the same dtype, or of the plain formula where it has none."""
-    dtype = getattr(torch, case.dtype)
-    q, k, v = (torch.from_numpy(x).to(dtype) for x in (data.q, data.k, data.v))
-    k, v = (x.repeat_interleave(case.heads // case.kv_heads, dim=1) for x in (k, v))
-    at = reference.Positions(
-        np.arange(case.seqlen_q)[:, None], np.arange(case.seqlen_kv)[None], case.seqlen_q, case.seqlen_kv, data.params
-    )
-    visible = torch.from_numpy(np.broadcast_to(reference.MASKS[case.mask](at), (case.seqlen_q, case.seqlen_kv)).copy())
-    if case.score == "identity":
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=case.softmax_scale)
-    else:
-        s = (q @ k.transpose(-1, -2)) * case.softmax_scale
-        cap = data.params.get("softcap")
-        s = s if cap is None else cap * torch.tanh(s / cap)
-        if "alibi" in case.score:
-            distance = torch.from_numpy(np.abs(at.diagonal - at.j)).to(dtype)
-            s = s - torch.from_numpy(data.params["alibi_slopes"]).to(dtype)[..., None, None] * distance
-        out = torch.softmax(s.masked_fill(~visible, -torch.inf), -1) @ v
-    seen = visible.any(-1).numpy()
-    return np.abs(out.double().numpy() - expected)[:, :, seen].max()
+    return torch_cases.run(case, data, function, params, LAYOUT_OF_TEMPLATE[template], lse_length)
 
 
 def check(case: Case, data: cases.Inputs, template: str, isa: str):
-    expected, expected_lse = cases.expected(case, data)
-    out, lse = run(case, data, template, isa)
-    ulp = 2 * cases.EPSILON[case.dtype] * np.abs(expected).max()
-    bound = 2 * torch_error(case, data, expected) + ulp
-    error = np.abs(out - expected).max()
-    assert error <= bound, f"output differs by {error:.3g}, allowed {bound:.3g}"
-    blind = np.isneginf(expected_lse)
-    assert np.array_equal(np.isneginf(lse), blind)
-    assert not out[blind].any()
-    lse_error = np.abs(lse[~blind] - expected_lse[~blind]).max()
-    assert lse_error <= 4e-6 * max(1, np.abs(expected_lse[~blind]).max()), f"lse differs by {lse_error:.3g}"
+    torch_cases.check(case, data, *run(case, data, template, isa))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -19,8 +19,11 @@ def tensor(x: np.ndarray, dtype: str, layout: str, strides: str, device: str = "
     if strides == "transposed":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if strides == "gaps":
-        room = torch.full([n + 1 for n in x.shape[:3]] + [x.shape[3] + 8], torch.nan, dtype=x.dtype, device=device)
-        view = room[tuple(slice(n) for n in x.shape)]
+        # Kernels for the CPU must take data that is aligned to no more than an element, those for GPUs 16 bytes.
+        before, columns = (1, 9) if device == "cpu" else (0, 8)
+        room = [n + 2 for n in x.shape[:3]] + [x.shape[3] + columns]
+        room = torch.full(room, torch.nan, dtype=x.dtype, device=device)
+        view = room[tuple(slice(before, before + n) for n in x.shape)]
         view.copy_(x)
         return view
     return x.contiguous()
