@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tvm_flash.manifest import Manifest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Runs in the clean environment: both layouts on strided numpy arrays, against float64.
@@ -63,8 +65,9 @@ def run_clean(python, *arguments, tmp_path):
 
 def test_wheel_holds_machine_code_and_no_source(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert any(n.startswith("tvm_flash/packs/cpu/") and n.endswith(".so") for n in names)
-    assert "tvm_flash/packs/cpu/manifest.json" in names
+    manifest = Manifest.from_json(zipfile.ZipFile(wheel).read("tvm_flash/packs/cpu/manifest.json").decode())
+    modules = {f"tvm_flash/packs/cpu/{f.file}" for f in (*manifest.modules, *manifest.support_files)}
+    assert modules == {n for n in names if n.startswith("tvm_flash/packs/cpu/") and n.endswith(".so")}
     for name in names:
         assert name.startswith(("tvm_flash/", "tvm_flash-")), name
         if "/packs/" in name:
