@@ -416,7 +416,7 @@ def test_wrong_requests_name_the_option(tmp_path, capsys, arguments, message):
 
 def test_native_is_this_processor_and_its_gpus(monkeypatch):
     monkeypatch.setattr("schedules.toolchain.machine.gpu_capabilities", lambda: [(9, 0), (9, 0), (3, 5)])
-    assert parse_targets(["native", "cpu"]) == (CPU, Target("sm_90"))
+    assert parse_targets(["native", "cpu"]) == (CPU, Target("sm_90a"))
 
 
 # ---------------------------------------------------------------- CUDA
