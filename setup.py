@@ -1,6 +1,7 @@
 """Everything is in pyproject.toml but this: a wheel that holds packs is for one platform, and for any Python 3."""
 
 import json
+import shutil
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -19,6 +20,10 @@ class DistributionOfPacks(Distribution):
 
 class FilesOfPacks(build_py):
     """Leaves out modules that a pack's manifest doesn't name: those of its last build, kept for processes that run."""
+
+    def run(self):
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # what an earlier build left there would be packed too
+        super().run()
 
     def find_data_files(self, package, src_dir):
         named = set()
