@@ -189,19 +189,24 @@ def _compile_one(job: Job, spec: KernelSpec, pattern: Pattern, config, config_so
     resources = _resources_of(object_file)
     if resources is None:
         resources = _make_object(job, lowered, spec.symbol, object_file)
-    entry = entry_of(job, spec, pattern, lowered, config_source, resources)
+    entry = entry_of(spec, job.target, pattern, lowered, config_source, resources)
     return Built(entry, object_file.name, object_file.stat().st_size, time.perf_counter() - begin)
 
 
 def entry_of(
-    job: Job, spec: KernelSpec, pattern: Pattern, lowered: Lowered, config_source: str, resources: Mapping[str, int]
+    spec: KernelSpec,
+    target: Target,
+    pattern: Pattern,
+    lowered: Lowered,
+    config_source: str,
+    resources: Mapping[str, int],
 ) -> KernelEntry:
     """The manifest's entry of a kernel, without a module yet; ``resources`` are registers and so on, if any."""
     return KernelEntry(
         symbol=spec.symbol,
         module="",
         template=spec.template,
-        arch=job.target.arch,
+        arch=target.arch,
         dtype=spec.dtype,
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from schedules.assemble import EMISSION_NAME
-from schedules.compile import Job, Refused, configs_of, entry_of, lower, pattern_of, versions_for
+from schedules.compile import Refused, configs_of, entry_of, lower, pattern_of, versions_for
 from schedules.families import family_of
 from schedules.pack import write_atomically
 from schedules.plan import Request, select
@@ -37,7 +37,6 @@ def _emit_arch(request: Request, target: Target, folder: Path, progress: Callabl
     out.mkdir(parents=True, exist_ok=True)
     kernels, refused = [], []
     for spec in select(request, target):
-        job = Job(spec, target, out, request.definition, request.configs)
         pattern = pattern_of(spec, target, request.definition)
         for bucket, (config, config_source) in configs_of(spec, pattern, target, request.configs).items():
             one = spec.with_bucket(bucket)
@@ -47,7 +46,7 @@ def _emit_arch(request: Request, target: Target, folder: Path, progress: Callabl
                 continue
             source = out / f"{one.symbol}.cu"
             source.write_text(lowered.text)
-            entry = entry_of(job, one, pattern, lowered, config_source, {})
+            entry = entry_of(one, target, pattern, lowered, config_source, {})
             kernels.append({"source": source.name, "group": one.group, "entry": dataclasses.asdict(entry)})
             progress(one.symbol)
     emission = {
