@@ -115,7 +115,7 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
                 raise ValueError(f"{option} {value}: unknown; expected one of {', '.join(known)}")
     if request.definition:
         return tuple(chosen.specs(family.DTYPES, request.definition.name, [request.definition.variant()]))
-    return tuple(chosen.specs(family.DTYPES))
+    return tuple(chosen.specs(family.DTYPES, between=target.arch != "cpu"))
 
 
 # ---------------------------------------------------------------- what is there already
