@@ -24,7 +24,7 @@ from schedules.families import family_of
 from schedules.plan import Plan, Request, Result, key_of, plan, select, write_record
 from schedules.suite import KernelSpec
 from schedules.template import Target
-from schedules.toolchain import cpu, cuda, gpu_compiler
+from schedules.toolchain import cpu, cuda, nvcc
 from schedules.toolchain.process import ToolchainError, die_with_parent
 from tvm_flash.manifest import KernelEntry, Manifest, ModuleFile
 
@@ -101,7 +101,7 @@ def build(request: Request, progress: Callable[[Job, list[Result]], None] = lamb
         select(request, target)
         versions_for(target)
         if target.arch != "cpu":
-            cuda.code_for(target.arch, request.run_on)
+            nvcc.code_for(target.arch, request.run_on)
     with ExitStack() as locks:
         # 2. What is missing, of all packs together, so that all workers are busy.
         works = {t: locks.enter_context(pack.locked(request.output, t.arch)) for t in request.targets}
@@ -190,7 +190,7 @@ def _link(work: Path, folder: Path, target: Target, group: str, built: list[Buil
     if target.arch == "cpu":
         cpu.link_module(objects, draft, folder / support[0].file)
     else:
-        gpu_compiler(target.arch).link_module(objects, draft)
+        cuda.link_module(objects, draft)
     return pack.store(draft, folder, group)
 
 
