@@ -13,12 +13,13 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import tvm
 from tvm.backend.cuda import export_cuda_host
 
-from schedules import tvmscript, v1, v2
+from schedules import sources, tvmscript, v1, v2
 from schedules.attention import Attention
 from schedules.catalogue import MASKS, SCORES
 from schedules.definition_file import DefinitionFile
@@ -27,6 +28,7 @@ from schedules.pattern import DefinitionError, Pattern, match
 from schedules.suite import KernelSpec
 from schedules.template import Program, Rejected, Target
 from schedules.toolchain import cuda
+from schedules.toolchain.host import HOST_HEADER
 from schedules.toolchain.process import ToolchainError
 from tvm_flash.manifest import KernelEntry
 
@@ -188,13 +190,26 @@ def _compile_one(job: Job, spec: KernelSpec, pattern: Pattern, config, config_so
     lowered = lower(spec, pattern, job.target, config)
     if isinstance(lowered, Rejected):
         return Refused(spec.symbol, lowered.reason)
-    suffix = f"-{job.run_on}" if job.run_on else ""
-    object_file = job.objects / f"{spec.symbol}-{lowered.source_hash[:16]}{suffix}.o"
+    object_file = job.objects / f"{spec.symbol}-{_object_key(job, lowered)}.o"
     resources = _resources_of(object_file)
     if resources is None:
         resources = _make_object(job, lowered, spec.symbol, object_file)
     entry = entry_of(spec, job.target, pattern, lowered, config_source, resources)
     return Built(entry, object_file.name, object_file.stat().st_size, time.perf_counter() - begin)
+
+
+def _object_key(job: Job, lowered: Lowered) -> str:
+    """Names all that an object file is made from."""
+    parts = [lowered.source_hash[:16]]
+    if job.target.arch != "cpu":
+        parts += [_toolchain_digest()[:8], *filter(None, [job.run_on])]
+    return "-".join(parts)
+
+
+@lru_cache(maxsize=1)
+def _toolchain_digest() -> str:
+    """Hash of what turns an exported source into an object."""
+    return sources.digest(sources.closure("schedules.toolchain.cuda") | {HOST_HEADER})
 
 
 def entry_of(

@@ -12,7 +12,9 @@ from schedules.toolchain.process import ToolchainError, host_compiler, run
 #: The first line of the host half of what TVM exports.
 HOST_HALF = "#include <tvm/ffi/c_api.h>"
 
-_HERE = Path(__file__).resolve().parent
+#: What the host half needs of CUDA.
+HOST_HEADER = Path(__file__).resolve().with_name("launch.h")
+
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w")
 _DECLARATION = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^;{]*)\);')
 _LAUNCHER = re.compile(
@@ -71,13 +73,13 @@ def embed(device: str, host: str, image: Path) -> str:
     host, replaced = _LAUNCHER.subn(lambda _: glue, host)
     if not kernels or replaced != 1:
         raise ToolchainError("the exported source has another form than the one that is known here")
-    return '#include "launch.h"\n' + _RUNTIME_HEADERS.sub("", host)
+    return f'#include "{HOST_HEADER.name}"\n' + _RUNTIME_HEADERS.sub("", host)
 
 
 def compile_host(text: str, source: Path, target: Path) -> None:
     """Compile a host half to an object; ``source`` is where its text is put."""
     source.write_text(text)
-    include = (_HERE, *tvm_ffi_include(), *nvcc.find_toolkit().include[:1])
+    include = (HOST_HEADER.parent, *tvm_ffi_include(), *nvcc.find_toolkit().include[:1])
     command = [host_compiler("c++"), *_FLAGS, *(f"-I{p}" for p in include), "-c", source, "-o", target]
     run(command, f"compiling {source.name}")
 
