@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -50,9 +51,11 @@ class PackReport:
 # ---------------------------------------------------------------- compiling
 
 
-def _start_worker() -> None:
-    """A worker leaves Ctrl-C to the builder, whose end ends it too, however that comes."""
+def _start_worker(builder: int) -> None:
+    """A worker leaves Ctrl-C to the builder (its process id), whose end ends it too, however that comes."""
     die_with_parent()
+    if os.getppid() != builder:  # it ended while this worker started
+        os._exit(1)
     signal.signal(signal.SIGINT, lambda *_: None)  # a handler, unlike "ignore", is not inherited by compilers
 
 
@@ -64,7 +67,7 @@ def compile_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Resu
         return
     # TVM has threads, so that its process must not be forked.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (os.getpid(),))
     try:
         futures = {pool.submit(compile_spec, job): job for job in jobs}
         for future in as_completed(futures):
