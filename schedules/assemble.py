@@ -10,7 +10,7 @@ from pathlib import Path
 
 from schedules import pack
 from schedules.toolchain import cuda, gpu_compiler
-from tvm_flash.manifest import KernelEntry, Manifest, Param
+from tvm_flash.manifest import KernelEntry, Manifest
 
 EMISSION_NAME = "emission.json"
 
@@ -54,8 +54,7 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
             target = work / f"{source.stem}.o"
             report = compiler.compile_object(source, target, arch, spills_allowed=spills_allowed, **elsewhere)
             resources = report.resources(compiled_arch, cuda.dynamic_shared_memory(source.read_text()))
-            params = tuple(Param(**p) for p in raw["params"])
-            return kernel["group"], target, KernelEntry(**{**raw, "params": params, **resources})
+            return kernel["group"], target, KernelEntry.from_dict({**raw, **resources})
 
         groups: dict[str, list[tuple[Path, KernelEntry]]] = {}
         for group, target, entry in pool.map(compile_one, kernels):
