@@ -43,17 +43,12 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
     versions = {**emission["versions"], "cuda": compiler.compiler_version()}
     if recompile_for:
         versions["recompiled_for"] = recompile_for
-    spills_allowed = emission["spills_allowed"]
-    # Machine code of a newer arch is what nvcc makes of a source; NVRTC's sm_70 code brings its PTX along instead.
-    elsewhere = {"recompile_for": recompile_for} if compiler is cuda else {"run_on": recompile_for}
-    compiled_arch = recompile_for if recompile_for and compiler is cuda else arch
     with pack.locked(output, arch) as work, ThreadPoolExecutor(jobs) as pool:
 
         def compile_one(kernel: dict) -> tuple[str, Path, KernelEntry]:
             source, raw = folder / kernel["source"], kernel["entry"]
             target = work / f"{source.stem}.o"
-            report = compiler.compile_object(source, target, arch, spills_allowed=spills_allowed, **elsewhere)
-            resources = report.resources(compiled_arch, cuda.dynamic_shared_memory(source.read_text()))
+            resources = compile_source(source, target, arch, emission["spills_allowed"], recompile_for)
             return kernel["group"], target, KernelEntry.from_dict({**raw, **resources})
 
         groups: dict[str, list[tuple[Path, KernelEntry]]] = {}
@@ -75,3 +70,18 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
         )
         pack.publish(output / arch, manifest)
     return manifest
+
+
+def compile_source(source: Path, target: Path, arch: str, spills_allowed: bool, recompile_for: str = "") -> dict:
+    """Compile an emitted source to an object; its registers and so on, as the manifest names them.
+
+    Raises
+    ------
+    ToolchainError: it doesn't compile, or must not ship.
+    """
+    compiler = gpu_compiler(arch)
+    # Machine code of a newer arch is what nvcc makes of a source; NVRTC's sm_70 code brings its PTX along instead.
+    elsewhere = {"recompile_for": recompile_for} if compiler is cuda else {"run_on": recompile_for}
+    report = compiler.compile_object(source, target, arch, spills_allowed=spills_allowed, **elsewhere)
+    compiled_arch = recompile_for if recompile_for and compiler is cuda else arch
+    return report.resources(compiled_arch, cuda.dynamic_shared_memory(source.read_text()))
