@@ -10,7 +10,7 @@ from pathlib import Path
 
 from schedules import pack
 from schedules.toolchain import cuda
-from tvm_flash.manifest import KernelEntry, Manifest, Param
+from tvm_flash.manifest import KernelEntry, Manifest
 
 EMISSION_NAME = "emission.json"
 
@@ -42,18 +42,13 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
     versions = {**emission["versions"], "cuda": cuda.compiler_version(arch)}
     if recompile_for:
         versions["recompiled_for"] = recompile_for
-    spills_allowed = emission["spills_allowed"]
     with pack.locked(output, arch) as work, ThreadPoolExecutor(jobs) as pool:
 
         def compile_one(kernel: dict) -> tuple[str, Path, KernelEntry]:
             source, raw = folder / kernel["source"], kernel["entry"]
             target = work / f"{source.stem}.o"
-            report = cuda.compile_object(
-                source, target, arch, recompile_for=recompile_for, spills_allowed=spills_allowed
-            )
-            resources = report.resources(cuda.dynamic_shared_memory(source.read_text()))
-            params = tuple(Param(**p) for p in raw["params"])
-            return kernel["group"], target, KernelEntry(**{**raw, "params": params, **resources})
+            resources = compile_source(source, target, arch, emission["spills_allowed"], recompile_for)
+            return kernel["group"], target, KernelEntry.from_dict({**raw, **resources})
 
         groups: dict[str, list[tuple[Path, KernelEntry]]] = {}
         for group, target, entry in pool.map(compile_one, kernels):
@@ -74,3 +69,14 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
         )
         pack.publish(output / arch, manifest)
     return manifest
+
+
+def compile_source(source: Path, target: Path, arch: str, spills_allowed: bool, recompile_for: str = "") -> dict:
+    """Compile an emitted source to an object; its registers and so on, as the manifest names them.
+
+    Raises
+    ------
+    ToolchainError: it doesn't compile, or must not ship.
+    """
+    report = cuda.compile_object(source, target, arch, recompile_for=recompile_for, spills_allowed=spills_allowed)
+    return report.resources(cuda.dynamic_shared_memory(source.read_text()))

@@ -92,11 +92,16 @@ class Failed:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A scheduled kernel as text: CUDA C++, or TensorIR for the CPU; ``source_hash`` is its identity."""
+    """A scheduled kernel as text: CUDA C++, or TensorIR for the CPU.
+
+    ``source_hash`` is its identity, and ``kernel_hash`` that of the same text without the kernel's name: kernels of two
+    buckets with the same configuration differ in nothing else.
+    """
 
     program: Program
     text: str
     source_hash: str
+    kernel_hash: str
     config: object
 
 
@@ -149,12 +154,17 @@ def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lo
         return program
     if target.arch == "cpu":
         text = program.func.script(show_meta=True)
-        parts = (text, str(_cpu_target(target)), _version("apache-tvm"))
-        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     else:
         text = _export_cuda(program, spec.symbol, target)
-        digest = cuda.source_hash(text, target.arch)
-    return Lowered(program, text, digest, config)
+    anonymous = text.replace(spec.symbol, "kernel")
+    return Lowered(program, text, _hash_of(text, target), _hash_of(anonymous, target), config)
+
+
+def _hash_of(text: str, target: Target) -> str:
+    """sha256 of all that decides a kernel's machine code."""
+    if target.arch != "cpu":
+        return cuda.source_hash(text, target.arch)
+    return hashlib.sha256("\0".join((text, str(_cpu_target(target)), _version("apache-tvm"))).encode()).hexdigest()
 
 
 def cuda_source(spec: KernelSpec, config, target: Target, definition: DefinitionFile | None = None) -> str | Rejected:
@@ -253,8 +263,11 @@ def _make_object(job: Job, lowered: Lowered, symbol: str, object_file: Path) -> 
     """Compile to ``object_file``, which appears when it is complete, after the note with its resources."""
     with tempfile.TemporaryDirectory(dir=job.objects) as scratch:
         draft = Path(scratch) / object_file.name
-        make = _make_cpu_object if job.target.arch == "cpu" else _make_cuda_object
-        resources = make(job, lowered, symbol, draft)
+        if job.target.arch == "cpu":
+            make_cpu_object(lowered, symbol, job.target, draft)
+            resources = {}
+        else:
+            resources = _make_cuda_object(job, lowered, symbol, draft)
         object_file.with_suffix(".json").write_text(json.dumps(resources))
         os.replace(draft, object_file)
     return resources
@@ -264,11 +277,11 @@ def _cpu_target(target: Target) -> tvm.target.Target:
     return family_of(target).ISAS[target.isa].tvm_target()
 
 
-def _make_cpu_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> dict:
+def make_cpu_object(lowered: Lowered, symbol: str, target: Target, path: Path) -> None:
+    """Compile a kernel for the CPU to an object file."""
     module = tvm.IRModule({symbol: lowered.program.func})
-    executable = tvm.compile(module, target=_cpu_target(job.target), tir_pipeline=lowered.program.pipeline)
-    executable.mod.write_to_file(str(draft), "o")
-    return {}
+    executable = tvm.compile(module, target=_cpu_target(target), tir_pipeline=lowered.program.pipeline)
+    executable.mod.write_to_file(str(path), "o")
 
 
 def _export_cuda(program: Program, symbol: str, target: Target) -> str:

@@ -24,7 +24,7 @@ from schedules.suite import TEMPLATES, KernelSpec, Selection
 from schedules.template import Target
 from schedules.toolchain import machine
 from schedules.toolchain.host import HOST_HEADER
-from tvm_flash.manifest import KernelEntry, Param
+from tvm_flash.manifest import KernelEntry
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKS = ROOT / "tvm_flash" / "packs"
@@ -167,15 +167,11 @@ def _read_record(work: Path, spec: KernelSpec, key: str) -> tuple[Result, ...] |
         record = json.loads(_record_path(work, spec).read_text())
         if record["key"] != key:
             return None
-        built = [Built(**{**r, "entry": _entry(r["entry"])}) for r in record["built"]]
+        built = [Built(**{**r, "entry": KernelEntry.from_dict(r["entry"])}) for r in record["built"]]
         refused = [Refused(**r) for r in record["refused"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (*built, *refused) if all((work / r.object_file).exists() for r in built) else None
-
-
-def _entry(raw: dict) -> KernelEntry:
-    return KernelEntry(**{**raw, "params": tuple(Param(**p) for p in raw["params"])})
 
 
 def plan(request: Request, target: Target) -> Plan:
