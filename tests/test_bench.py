@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tvm_flash.bench import accuracy, plots, ratios, recorded, results, tables, timing, workloads
+from tvm_flash.bench import accuracy, measure, plots, ratios, recorded, results, tables, timing, workloads
 from tvm_flash.bench.results import Cell, Implementation, Measurement, Peak, Run
 from tvm_flash.bench.workloads import Workload
 from tvm_flash.cli import main
@@ -120,7 +120,10 @@ def measured(cpu_pack, tmp_path_factory):
 
     file = tmp_path_factory.mktemp("bench") / "cpu.json"
     shapes = ["--shape", "1,2,64,64", "--shape", "1,2,1,32,100", "--dtype", "float32,bfloat16", "--json", str(file)]
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setitem(measure.PEAK_SIZES, "cpu", (256,))
+        out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        err = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         status = main(["bench", *SMALL, *shapes])
     assert status == 0, err.getvalue()
     return file, out.getvalue(), err.getvalue()
@@ -159,7 +162,8 @@ def test_the_tables_can_be_made_from_the_file(measured, capsys):
     assert status == 0 and again == out and err == ""
 
 
-def test_a_kernel_that_is_missing_is_a_failure_with_its_reason(cpu_pack, capsys):
+def test_a_kernel_that_is_missing_is_a_failure_with_its_reason(cpu_pack, capsys, monkeypatch):
+    monkeypatch.setitem(measure.PEAK_SIZES, "cpu", (256,))
     status, out, _ = bench(capsys, *SMALL, "--shape", "1,1,8,320", "--dtype", "float32", "--causal", "no")
     assert status == 1 and "V1 has no figure in 1 cells: KernelNotFoundError" in out and "--head-dim 320" in out
 
