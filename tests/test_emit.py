@@ -50,5 +50,5 @@ def test_packs_of_emitted_sources(emitted, tmp_path):
 
 
 def test_a_folder_without_sources_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="make it with scripts/build_kernels.py --emit"):
+    with pytest.raises(ValueError, match=r"make it with scripts/build_kernels\.py --emit"):
         assemble(tmp_path, tmp_path / "packs", jobs=1)
