@@ -146,10 +146,8 @@ def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lo
     program = _TEMPLATES[spec.template].apply(pattern, target, spec.symbol, config)
     if isinstance(program, Rejected):
         return program
-    if target.arch == "cpu":
-        text = program.func.script(show_meta=True)
-    else:
-        text = _export_cuda(program, spec.symbol, target)
+    is_cpu = target.arch == "cpu"
+    text = program.func.script(show_meta=True) if is_cpu else _export_cuda(program, spec.symbol, target)
     anonymous = text.replace(spec.symbol, "kernel")
     return Lowered(program, text, _hash_of(text, target), _hash_of(anonymous, target), config)
 

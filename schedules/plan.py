@@ -122,7 +122,7 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
 
 
 @lru_cache(maxsize=1)
-def _sources_digest() -> str:
+def sources_digest() -> str:
     """Hash of every file that decides what a kernel becomes."""
     digest = hashlib.sha256()
     for path in [*sorted((ROOT / "schedules").rglob("*.py")), ROOT / "tvm_flash" / "manifest.py"]:
@@ -133,7 +133,7 @@ def _sources_digest() -> str:
 def key_of(request: Request, target: Target, spec: KernelSpec) -> str:
     """Hash of all that a spec's kernels are made from; as long as it stays the same, so do they."""
     parts = {
-        "sources": _sources_digest(),
+        "sources": sources_digest(),
         "spec": dataclasses.asdict(spec),
         "target": dataclasses.asdict(target),
         "versions": versions_for(target),
