@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from schedules import pack
-from schedules.toolchain import cuda, gpu_compiler
+from schedules.toolchain import cuda
 from tvm_flash.manifest import KernelEntry, Manifest
 
 EMISSION_NAME = "emission.json"
@@ -22,7 +22,7 @@ def assemble(folder: Path, output: Path, jobs: int, recompile_for: str = "") -> 
     ----------
     folder: with one folder for each arch; output: where the packs go.
     jobs: compilers that run at a time.
-    recompile_for: a newer arch whose machine code is made from the sources instead, so that kernels can be checked on a
+    recompile_for: another arch whose machine code is made from the sources instead, so that kernels can be checked on a
         GPU of that arch.  Such a pack says so in its versions, and is for verification only.
 
     Raises
@@ -39,8 +39,7 @@ def assemble(folder: Path, output: Path, jobs: int, recompile_for: str = "") -> 
 def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) -> Manifest:
     emission = json.loads((folder / EMISSION_NAME).read_text())
     arch, kernels = emission["arch"], emission["kernels"]
-    compiler = gpu_compiler(arch)
-    versions = {**emission["versions"], "cuda": compiler.compiler_version()}
+    versions = {**emission["versions"], "cuda": cuda.compiler_version(arch)}
     if recompile_for:
         versions["recompiled_for"] = recompile_for
     with pack.locked(output, arch) as work, ThreadPoolExecutor(jobs) as pool:
@@ -57,7 +56,7 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
         modules, entries = [], []
         for group, members in groups.items():
             draft = work / f"{group}.draft"
-            compiler.link_module([target for target, _ in members], draft)
+            cuda.link_module([target for target, _ in members], draft)
             module = pack.store(draft, output / arch, group)
             modules.append(module)
             entries += [dataclasses.replace(entry, module=module.file) for _, entry in members]
@@ -79,9 +78,5 @@ def compile_source(source: Path, target: Path, arch: str, spills_allowed: bool, 
     ------
     ToolchainError: it doesn't compile, or must not ship.
     """
-    compiler = gpu_compiler(arch)
-    # Machine code of a newer arch is what nvcc makes of a source; NVRTC's sm_70 code brings its PTX along instead.
-    elsewhere = {"recompile_for": recompile_for} if compiler is cuda else {"run_on": recompile_for}
-    report = compiler.compile_object(source, target, arch, spills_allowed=spills_allowed, **elsewhere)
-    compiled_arch = recompile_for if recompile_for and compiler is cuda else arch
-    return report.resources(compiled_arch, cuda.dynamic_shared_memory(source.read_text()))
+    report = cuda.compile_object(source, target, arch, recompile_for=recompile_for, spills_allowed=spills_allowed)
+    return report.resources(cuda.dynamic_shared_memory(source.read_text()))

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ class Measurement:
     incumbent: kernel hash of that incumbent; ``default`` tells that this configuration is the family's default here.
     rounds: how many there were; slow ones are given up early.
     error: the largest error, as a share of what is allowed (2 × the usual error of the dtype plus one rounding).
-    kernel_hash: of the source without the kernel's name, which contains a bucket; ``source_hash`` as in the manifest.
+    kernel_hash: of the source without the kernel's name, which contains a bucket; ``source_hash`` is as in the
+        manifest.
     search: strategy, and the how-manieth of its search it was.
     versions, date: of the compilers and torch; UTC, when the measurement ended.
     """
@@ -215,16 +216,15 @@ def _parse(fields: dict[str, Any]) -> Line:
     return _KINDS[kind](**{**fields, "spread": None if spread is None else tuple(spread)})
 
 
-def merge(sources: Iterable[Path], target: Path, devices: Collection[str] | None = None) -> tuple[int, int]:
+def merge(sources: Iterable[Path], target: Path) -> tuple[int, int]:
     """Make ``target`` the records of itself and of ``sources``, each once, by date; gives its records before and after.
 
-    ``devices`` are those whose records are taken from the sources; None takes all.  The file is replaced in one step.
-    Lines that can't be read are left out, with a warning.
+    The file is replaced in one step.  Lines that can't be read are left out, with a warning.
     """
     before = list(read(target)) if target.exists() else []
     lines = {record.identity: record for record in before}
     for path in sources:
-        lines |= {r.identity: r for r in read(path) if devices is None or r.device in devices}
+        lines |= {record.identity: record for record in read(path)}
     after = sorted(lines.values(), key=lambda r: r.date)
     draft = target.with_name(target.name + ".new")
     draft.unlink(missing_ok=True)
