@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -153,8 +153,34 @@ def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lo
     if isinstance(program, Rejected):
         return program
     text = program.func.script(show_meta=True) if target.arch == "cpu" else _export_cuda(program, spec.symbol, target)
+    return _identified(program, text, spec, target, config)
+
+
+def _identified(program: Program, text: str, spec: KernelSpec, target: Target, config) -> Lowered:
     anonymous = text.replace(spec.symbol, "kernel")
     return Lowered(program, text, _hash_of(text, target), _hash_of(anonymous, target), config)
+
+
+def lower_for_each(
+    spec: KernelSpec, targets: Iterable[Target], chosen: Mapping[str, ChosenConfig], definition=None
+) -> Iterator[tuple[KernelSpec, Target, Pattern, Lowered | Rejected, str]]:
+    """All buckets of a spec for archs of one family: spec, target, pattern, kernel, origin of the configuration.
+
+    A source depends on the family, not on the arch, so that what has been scheduled for one serves the others.
+    """
+    known: dict[tuple, Lowered] = {}
+    for target in targets:
+        pattern = pattern_of(spec, target, definition)
+        for bucket, (config, origin) in configs_of(spec, pattern, target, chosen).items():
+            one, family = spec.with_bucket(bucket), family_of(target)
+            if same := known.get((bucket, config)):
+                refusal = family.feasible(pattern, config, target)
+                lowered = refusal or _identified(same.program, same.text, one, target, config)
+            else:
+                lowered = lower(one, pattern, target, config)
+            if isinstance(lowered, Lowered):
+                known[bucket, config] = lowered
+            yield one, target, pattern, lowered, origin
 
 
 def _hash_of(text: str, target: Target) -> str:
