@@ -49,13 +49,16 @@ def _emit_family(
     for target in targets:
         (folder / target.arch).mkdir(parents=True, exist_ok=True)
     for spec in select(request, targets[0]):
-        for one, target, pattern, lowered, origin in lower_for_each(spec, targets, request.configs, request.definition):
+        for one, target, pattern, lowered, origin in lower_for_each(
+            spec, targets, request.configs, request.definition, request.tuned
+        ):
             if isinstance(lowered, Rejected):
                 refused.append(Refused(one.symbol, lowered.reason))
                 continue
             source = folder / target.arch / f"{one.symbol}.cu"
             source.write_text(lowered.text)
-            entry = entry_of(one, target, pattern, lowered, origin, {})
+            speeds = request.tuned(spec, target).speeds.get(lowered.kernel_hash, ())
+            entry = entry_of(one, target, pattern, lowered, origin, {}, speeds)
             kernels[target].append({"source": source.name, "group": one.group, "entry": dataclasses.asdict(entry)})
             progress(f"{target.arch} {one.symbol}")
     for target in targets:

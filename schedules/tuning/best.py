@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from schedules import records
-from schedules.records import Measurement
+from schedules.configs import Proposal, Tuned
+from schedules.families import FAMILY
+from schedules.records import Line, Measurement
+from schedules.suite import KernelSpec
+from schedules.template import Target
 from schedules.tuning.workload import Workload
 from tvm_flash import cpu, cuda
 from tvm_flash.manifest import Speed
@@ -29,46 +31,8 @@ WORTH = math.log(1.01)
 MODES = ("auto", "default", "measured")
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """What records say of a range of lengths: a configuration from ``bucket`` keys on.
-
-    ``config`` is None where nothing beats the family's default.  ``kernel_hash`` is what must come out of it, empty if
-    it was measured for another arch.  ``source`` names the record.
-    """
-
-    bucket: int
-    config: Mapping[str, Any] | None
-    kernel_hash: str = ""
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """All that records say of a kernel.
-
-    Attributes
-    ----------
-    proposals: by rising bucket; none if there are no records, or the default is the best everywhere.
-    verified: source hashes of this kernel that may ship; None if any may.
-    speeds: by kernel hash.
-    """
-
-    proposals: tuple[Proposal, ...] = ()
-    verified: tuple[str, ...] | None = None
-    speeds: Mapping[str, tuple[Speed, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Which kernel, apart from configuration and bucket; fields as in the manifest."""
-
-    template: str
-    dtype: str
-    head_dim: int
-    head_dim_v: int
-    mask: str
-    score: str
+#: What makes two kernels the same, apart from configuration and bucket; names as in the manifest and in records.
+_KIND = ("template", "dtype", "head_dim", "head_dim_v", "mask", "score")
 
 
 class Tuning:
@@ -77,31 +41,32 @@ class Tuning:
     Parameters
     ----------
     mode: one of ``MODES``.
-    nearness: rates how near another arch is to the one that is built for, None if it is of another family.
+    folder: of the logs.
     """
 
-    def __init__(self, mode: str, nearness: Callable[[str, str], int | None], folder: Path = records.LOGS):
-        self.mode, self.nearness = mode, nearness
+    def __init__(self, mode: str, folder: Path = records.LOGS):
+        self.mode = mode
         self.measured = [r for r in records.measured(folder) if r.status == "ok"] if mode != "default" else []
         self.verified = records.verified(folder)
         self.here = devices_here() if self.measured else frozenset()
 
-    def of(self, kind: Kind, arch: str, isa: str) -> Tuned:
+    def __call__(self, spec: KernelSpec, target: Target) -> Tuned:
         """What the records say of a kernel."""
-        same_kind = [r for r in self.measured if all(getattr(r, n) == v for n, v in vars(kind).items())]
+        arch, isa = target.arch, target.isa
+        same_kind = [r for r in self.measured if _is_kind(r, spec)]
         own = [r for r in same_kind if (r.arch, r.isa) == (arch, isa)]
         chosen = self._nearest(same_kind, arch, isa)
         needs_no_proof = arch == "cpu" or self.mode == "measured" or any(r.device in self.here for r in chosen)
-        symbols = [r for r in self.verified.values() if r.arch == arch and all(getattr(r, n) == v for n, v in vars(kind).items())]
+        verified = [r.source_hash for r in self.verified.values() if r.arch == arch and _is_kind(r, spec)]
         return Tuned(
             proposals=proposals(chosen, exact=bool(chosen) and chosen[0].arch == arch),
-            verified=None if needs_no_proof else tuple(sorted(r.source_hash for r in symbols)),
+            verified=None if needs_no_proof else tuple(sorted(verified)),
             speeds=speeds(r for r in own if r.run_as == "native"),
         )
 
-    def knows(self, arch: str, isa: str) -> bool:
-        """Whether anything was measured for an arch."""
-        return any((r.arch, r.isa) == (arch, isa) for r in self.measured)
+    def knows(self, target: Target) -> bool:
+        """Whether anything was measured for a target."""
+        return any((r.arch, r.isa) == (target.arch, target.isa) for r in self.measured)
 
     def _nearest(self, measured: Sequence[Measurement], arch: str, isa: str) -> list[Measurement]:
         """Those of the device that counts: one of this machine, else of the same arch, else of the nearest."""
@@ -113,10 +78,19 @@ class Tuning:
         return groups[min(groups, key=lambda key: (key[0], -len(groups[key])))] if groups else []
 
     def _distance(self, record: Measurement, arch: str, isa: str) -> tuple | None:
-        far = 0 if record.arch == arch else self.nearness(arch, record.arch)
-        if far is None or record.isa != isa:
+        if record.isa != isa or FAMILY.get(record.arch) != FAMILY[arch]:
             return None
-        return (far, record.run_as != "native", record.device not in self.here)
+        return (_steps(record.arch, arch), record.run_as != "native", record.device not in self.here)
+
+
+def _is_kind(record: Line, spec: KernelSpec) -> bool:
+    return all(getattr(record, name) == getattr(spec, name) for name in _KIND)
+
+
+def _steps(one: str, other: str) -> int:
+    """How far apart two archs of a family are."""
+    archs = [arch for arch, family in FAMILY.items() if family == FAMILY[one]]
+    return abs(archs.index(one) - archs.index(other))
 
 
 def devices_here() -> frozenset[str]:
@@ -166,7 +140,7 @@ def proposals(measured: Sequence[Measurement], exact: bool) -> tuple[Proposal, .
 
 
 def _of_newest_source(measured: Sequence[Measurement]) -> list[Measurement]:
-    """Records whose default is the newest one's: when kernels change, what was measured before is no longer compared."""
+    """Records whose default is the newest one's: when kernels change, earlier ones are no longer compared."""
     newest: dict[str, Measurement] = {}
     for r in sorted(measured, key=lambda r: r.date):
         newest[r.problem] = r
@@ -209,5 +183,3 @@ def _segments(lengths: Sequence[int], costs: Mapping[str | None, Mapping[int, fl
         best.append(min(options, key=lambda option: option[0]))
     segments = best[-1][1]
     return [s for i, s in enumerate(segments) if i == 0 or s[1] != segments[i - 1][1]]
-
-

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from schedules.assemble import compile_source
-from schedules.toolchain import gpu_compiler
+from schedules.toolchain import cuda
 from schedules.toolchain.process import ToolchainError
 from schedules.tuning.candidate import Emission
 from schedules.tuning.folder import Claims, Folder
@@ -63,7 +63,7 @@ class Compiler:
         object_file, arch = draft.with_suffix(".o"), self.emission.arch
         try:
             compile_source(self.folder.source(id), object_file, arch, self.emission.spills_allowed, self.recompile_for)
-            gpu_compiler(arch).link_module([object_file], draft)
+            cuda.link_module([object_file], draft)
             os.replace(draft, self.folder.module(id))
         except ToolchainError as e:
             self.folder.fail(id, str(e).split("\n$ ")[0])

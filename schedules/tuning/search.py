@@ -60,7 +60,7 @@ class Search:
             if self.resume:
                 emission = Folder(self.folder).emission()
                 same = (emission.sources, emission.arch, emission.isa) == (
-                    sources_digest(),
+                    sources_digest(self.target.arch),
                     self.target.arch,
                     self.target.isa,
                 )
