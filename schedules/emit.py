@@ -52,7 +52,9 @@ def _emit_family(
         (folder / target.arch).mkdir(parents=True, exist_ok=True)
     for spec in select(request, targets[0]):
         written: dict[str, Target] = {}  # texts of this spec, by the arch that has the file
-        for one, target, pattern, lowered, origin in lower_for_each(spec, targets, request.configs, request.definition):
+        for one, target, pattern, lowered, origin in lower_for_each(
+            spec, targets, request.configs, request.definition, request.tuned
+        ):
             if isinstance(lowered, Rejected):
                 refused.append(Refused(one.symbol, lowered.reason))
                 continue
@@ -60,7 +62,8 @@ def _emit_family(
             source = folder / owner.arch / f"{one.symbol}.cu"
             if owner is target:
                 source.write_text(lowered.text)
-            entry = entry_of(one, target, pattern, lowered, origin, {})
+            speeds = request.tuned(spec, target).speeds.get(lowered.kernel_hash, ())
+            entry = entry_of(one, target, pattern, lowered, origin, {}, speeds)
             kernels[target].append(
                 {
                     "source": os.path.relpath(source, folder / target.arch),
