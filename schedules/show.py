@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tvm
 
-from schedules.compile import Lowered, configs_of, cpu_target, definition_of, lower, pattern_of
+from schedules.compile import Lowered, cpu_target, definition_of, lower_for_each
 from schedules.definition_file import DefinitionFile
 from schedules.families import family_of
 from schedules.pattern import DefinitionError
@@ -24,6 +24,7 @@ from schedules.toolchain import cuda
 from schedules.toolchain.host import split
 from schedules.toolchain.nvcc import find_toolkit
 from schedules.toolchain.process import ToolchainError, run
+from schedules.tuning.best import Tuning
 from tvm_flash.display import Screen, interruptible
 
 #: Columns that two listings need beside one another.
@@ -118,28 +119,32 @@ class Listing:
     language: str
 
 
-def listing(spec: KernelSpec, target: Target, stage: str, definition: DefinitionFile | None = None) -> Listing:
-    """A kernel at a stage.
+def listing(spec: KernelSpec, request: Request, stage: str) -> Listing:
+    """A kernel, as a build of the request would make it for its first target, at a stage.
 
     Raises
     ------
     ValueError, DefinitionError: the target has no such stage, or the definition can't be scheduled.
     ToolchainError: a compiler or the disassembler is missing or fails.
     """
+    target = request.targets[0]
     stages = CPU_STAGES if target.arch == "cpu" else GPU_STAGES
     if stage == DEFINITION:
-        text = definition_of(spec, target, definition).script()
+        text = definition_of(spec, target, request.definition).script()
         title = (
             f"definition: head_dim {HeadDim(spec.head_dim, spec.head_dim_v)}, {spec.dtype}, {spec.mask}, {spec.score}"
         )
         return Listing(title, text, "python")
     if stage not in stages:
         raise ValueError(f"--stage {stage}: {target.arch} has {', '.join((DEFINITION, *stages))}")
-    pattern = pattern_of(spec, target, definition)
-    configs = configs_of(dataclasses.replace(spec, bucket=0), pattern, target, {})
-    if spec.bucket not in configs:
-        raise ValueError(f"--bucket {spec.bucket}: there are {', '.join(map(str, configs))}")
-    lowered = lower(spec, pattern, target, configs[spec.bucket][0])
+    buckets = {}
+    kernels = lower_for_each(spec.with_bucket(0), (target,), request.configs, request.definition, request.tuned)
+    for one, _, _, lowered, _ in kernels:
+        buckets[one.bucket] = lowered
+        if one.bucket == spec.bucket:
+            break
+    else:
+        raise ValueError(f"--bucket {spec.bucket}: there are {', '.join(map(str, buckets))}")
     if isinstance(lowered, Rejected):
         raise ValueError(f"{spec.symbol}: {lowered.reason}")
     config = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(lowered.config).items())
@@ -155,13 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         target = parse_targets([options.arch or "native"])[-1]
-        definition = DefinitionFile.parse(options.definition) if options.definition else None
-        spec = _spec(options, target, definition)
+        request = _request(options, target)
+        spec = select(request, target)[0].with_bucket(options.bucket)
         templates = options.templates or (["v2"] if "v2" in family_of(target).TEMPLATES else ["v1"])
         templates = templates[:1] if options.stage == DEFINITION else templates
-        listings = [
-            listing(dataclasses.replace(spec, template=t), target, options.stage, definition) for t in templates
-        ]
+        listings = [listing(dataclasses.replace(spec, template=t), request, options.stage) for t in templates]
     except (ValueError, ToolchainError, DefinitionError) as e:
         print(f"show: {e}", file=sys.stderr)
         return 2
@@ -187,13 +190,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _spec(options: argparse.Namespace, target: Target, definition: DefinitionFile | None) -> KernelSpec:
+def _request(options: argparse.Namespace, target: Target) -> Request:
     for template in options.templates:
         if template not in ("v1", "v2"):
             raise ValueError(f"{template}: unknown; expected V1 or V2")
     dtype = options.dtype or ("float32" if target.arch == "cpu" else "float16")
     chosen = Selection(("v2",), (dtype,), (HeadDim.parse(options.head_dim),), (options.mask,), (options.score,))
-    return select(Request((target,), chosen, definition), target)[0].with_bucket(options.bucket)
+    definition = DefinitionFile.parse(options.definition) if options.definition else None
+    return Request((target,), chosen, definition, tuning=Tuning("auto"))
 
 
 def show(listings: Sequence[Listing], screen: Screen) -> None:

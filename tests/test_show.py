@@ -7,13 +7,14 @@ import pytest
 pytest.importorskip("tvm")
 
 from schedules import show
+from schedules.plan import Request
 from schedules.suite import KernelSpec
 from schedules.template import Target
 from schedules.toolchain.nvcc import find_toolkit
 from schedules.toolchain.process import ToolchainError
 
 SPEC = KernelSpec("v2", "attention", "causal", "identity", "float16", 64, 64)
-SM_80, CPU = Target("sm_80"), Target("cpu", "baseline")
+SM_80, CPU = Request((Target("sm_80"),)), Request((Target("cpu", "baseline"),))
 
 
 def test_definition_and_schedule_are_before_and_after():
