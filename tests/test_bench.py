@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from tvm_flash import demo
 from tvm_flash.bench import accuracy, measure, plots, ratios, recorded, results, tables, timing, workloads
 from tvm_flash.bench.results import Cell, Implementation, Measurement, Peak, Run
 from tvm_flash.bench.workloads import Workload
@@ -194,6 +195,22 @@ print(main(["bench", "--device", "cpu", "--quick"]))
 """
     says = 'tvm_flash: bench: needs torch, which isn\'t installed; pip install "tvm-flash[bench]"'
     assert python(program) == f"{says}\n2\n"
+
+
+def test_the_demonstration_compares_errors_and_times(cpu_pack, capsys, monkeypatch):
+    import torch
+
+    small = tuple(torch.randn(1, 40, 2, 32, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    monkeypatch.setattr(demo, "project_text", lambda: "")
+    monkeypatch.setattr(demo, "minilm_qkv", lambda _: small)
+    monkeypatch.setattr(demo, "_random_qkv", lambda: small)
+    monkeypatch.setattr(demo, "EFFORT", timing.Effort(1, 0.001))
+    assert demo.run("cpu")
+    out = capsys.readouterr().out
+    assert out.count("✓") == 16 and out.count("flash_attention_v2    v2") == 8 and "batch 1, 2 heads, 40 positions" in out
+    monkeypatch.setattr(demo, "flash_attention", lambda q, k, v, **_: v)
+    assert not demo.run("cpu")
+    assert capsys.readouterr().out.count("✗") == 8
 
 
 # ---------------------------------------------------------------- what is made of results

@@ -122,9 +122,7 @@ class Bench:
         return Cell(workload, tuple(found))
 
     def _rounds(self, calls) -> timing.Rounds:
-        if self.device.kind == "cpu":
-            return timing.on_cpu(calls, self.effort)
-        return timing.on_gpu(calls, self.effort, self._order)
+        return timing.measure(self.device.kind, calls, self.effort, self._order)
 
     def _tensors(self, workload: Workload):
         """q, k, v of standard normal numbers by layout, contiguous in each."""
