@@ -18,6 +18,23 @@ from tvm_flash.problem import INT32_MAX, MASK_FALLBACKS, Problem, normalise_mask
 from tvm_flash.registry import registry
 
 
+#: Parameters of the builtin definition that are tensors.
+_BUILTIN_PER_HEAD = {
+    p.name: p
+    for p in (
+        Param("alibi_slopes", "float32", per_head=True),
+        Param("kv_start", "int32", per_head=True),
+        Param("kv_end", "int32", per_head=True),
+    )
+}
+
+
+NO_BACKWARD = (
+    "q, k, v: a gradient is required of them, and there is no backward pass yet; call under torch.no_grad() or "
+    "torch.inference_mode(), or pass q.detach() and so on"
+)
+
+
 def accept_any(choice: Choice) -> None:
     """Whatever kernel was chosen will do."""
 
@@ -108,10 +125,7 @@ def same_framework(tensors: Mapping[str, Any]) -> Framework:
 
 def _check_gradients(framework: Framework, tensors: Mapping[str, Any]) -> None:
     if framework.differentiated(*tensors.values()):
-        raise NotSupportedError(
-            "q, k, v: a gradient is required of them, and there is no backward pass yet; call under torch.no_grad() or "
-            "torch.inference_mode(), or pass q.detach() and so on"
-        )
+        raise NotSupportedError(NO_BACKWARD)
 
 
 def _computation(
@@ -126,9 +140,10 @@ def _computation(
     mask = normalise_mask(causal, checks.check_window(options.window_size), sizes.seqlen_q, sizes.seqlen_kv)
     softcap = checks.check_softcap(options.softcap)
     left, right = (min(x, INT32_MAX) for x in mask.widths(sizes.seqlen_q, sizes.seqlen_kv))
-    what = {"masks": MASK_FALLBACKS[mask.kind], "score": score_kind(softcap != 0, bool(per_head))}
+    kind = "padded" if "kv_end" in per_head else mask.kind
+    what = {"masks": MASK_FALLBACKS[kind], "score": score_kind(softcap != 0, "alibi_slopes" in per_head)}
     scalars = {"softcap": softcap, "window_left": left, "window_right": right}
-    return what, scalars, {"alibi_slopes": Param("alibi_slopes", "float32", per_head=True)}
+    return what, scalars, _BUILTIN_PER_HEAD
 
 
 def params_of(definition: str) -> dict[str, Param]:

@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 from tvm_flash.errors import ArgumentTypeError
-from tvm_flash.frameworks.base import Framework, TensorView, contiguous_strides
+from tvm_flash.frameworks.base import Framework, TensorView, Traced, contiguous_strides
 
-__all__ = ["Framework", "TensorView", "contiguous_strides", "framework_of"]
+__all__ = ["Framework", "TensorView", "Traced", "contiguous_strides", "framework_of"]
 
 _BY_TYPE: dict[type, Framework] = {}
 

@@ -6,7 +6,7 @@ import sys
 from functools import partial
 
 from tvm_flash.errors import ArgumentTypeError
-from tvm_flash.frameworks.base import Framework, TensorView, contiguous_strides
+from tvm_flash.frameworks.base import Framework, TensorView, Traced, contiguous_strides
 
 torch = sys.modules["torch"]
 
@@ -36,10 +36,7 @@ class Torch(Framework):
         if tensor.layout is not torch.strided:
             raise ArgumentTypeError(f"{name}: has the layout {tensor.layout}, expected a dense tensor; use .to_dense()")
         if _is_wrapper(tensor):
-            raise ArgumentTypeError(
-                f"{name}: is a {type(tensor).__qualname__} without memory of its own, expected a plain torch.Tensor; "
-                f"call outside of tracing, vmap and other transforms, or unwrap it first"
-            )
+            raise Traced(TORCH, f"{name}: is a {type(tensor).__qualname__} without memory of its own")
         device = tensor.device
         return TensorView(
             shape=tuple(tensor.shape),
@@ -60,6 +57,11 @@ class Torch(Framework):
 
     def differentiated(self, q, k, v):
         return _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+    def traced(self, options, q, k, v, per_head, out):
+        from tvm_flash import torch_ops
+
+        return torch_ops.attention(options, q, k, v, per_head, out)
 
     def stream(self, device_index):
         return torch._C._cuda_getCurrentRawStream(device_index)
