@@ -47,5 +47,5 @@ def padded_attention(
             f"key_range: has shape {tuple(key_range.shape)}, expected (batch, 2): where the keys of each batch entry "
             f"start and end"
         )
-    options = Options(layout, variant, return_lse, softmax_scale, causal, window_size)
+    options = Options(layout, variant, return_lse, softmax_scale, causal, window_size, layout_known=True)
     return attention(options, q, k, v, {"kv_start": key_range[:, :1], "kv_end": key_range[:, 1:]}, out)

@@ -17,7 +17,6 @@ from tvm_flash.plan import EmptyPlan, Plan, Request
 from tvm_flash.problem import INT32_MAX, MASK_FALLBACKS, Problem, normalise_mask, score_kind
 from tvm_flash.registry import registry
 
-
 #: Parameters of the builtin definition that are tensors.
 _BUILTIN_PER_HEAD = {
     p.name: p
@@ -43,7 +42,7 @@ class Options(NamedTuple):
     """What a call asks for, apart from tensors; not yet checked.  A tuple, since it is the key of plans in every call.
 
     ``params`` are names and values of the numbers that a definition of the user's own takes.  ``accept`` may raise for
-    a kernel that was chosen.
+    a kernel that was chosen.  ``layout_known`` says that no shape is to be taken for one of the other layout.
     """
 
     layout: str
@@ -56,12 +55,26 @@ class Options(NamedTuple):
     definition: str = BUILTIN_DEFINITION
     params: tuple[tuple[str, Any], ...] = ()
     accept: Callable[[Choice], None] = accept_any
+    layout_known: bool = False
 
 
 def prepare(
     options: Options, framework: Framework, tensors: Mapping[str, Any], per_head: Mapping[str, Any], out: Any
 ) -> Plan | EmptyPlan:
     """Check everything but pointers, choose a kernel and lay out its arguments.
+
+    Arguments and errors are those of :func:`request_of`.
+    """
+    request = request_of(options, framework, tensors, per_head, out)
+    if 0 in (*request.q.shape, *request.k.shape):
+        return EmptyPlan(request)
+    return Plan(request)
+
+
+def request_of(
+    options: Options, framework: Framework, tensors: Mapping[str, Any], per_head: Mapping[str, Any], out: Any
+) -> Request:
+    """A call after all checks that don't need pointers.
 
     ``tensors`` are q, k and v; they, ``per_head`` and ``out`` are of ``framework`` and adopted by it.
 
@@ -77,7 +90,7 @@ def prepare(
     for name, x in per_head_views.items():
         checks.check_per_head(name, x, declared[name].dtype, sizes, q)
     out_view = _check_out(framework, out, options.layout, sizes, q)
-    request = Request(
+    return Request(
         framework=framework,
         layout=options.layout,
         sizes=sizes,
@@ -98,12 +111,9 @@ def prepare(
         per_head=per_head_views,
         out=out_view,
         return_lse=checks.check_flag("return_lse", options.return_lse),
-        suspicion=checks.layout_suspicion(options.layout, sizes, q),
+        suspicion=None if options.layout_known else checks.layout_suspicion(options.layout, sizes, q),
         accept=options.accept,
     )
-    if 0 in (*q.shape, *k.shape):
-        return EmptyPlan(request)
-    return Plan(request)
 
 
 def same_framework(tensors: Mapping[str, Any]) -> Framework:

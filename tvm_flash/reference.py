@@ -76,7 +76,7 @@ def sink_window(at):
 
 
 def padded(at):
-    """A window over the keys from ``kv_start`` up to but not ``kv_end``, which each batch entry and head has of its own."""
+    """A window over the keys ``kv_start`` up to but not ``kv_end``, which each batch entry and head has of its own."""
     return (at.j >= at.params["kv_start"]) & (at.j < at.params["kv_end"]) & window(at)
 
 

@@ -94,9 +94,7 @@ def _run(options: Options, q, k, v, per_head):
     return result if options.return_lse else (result, q.new_empty(0, dtype=torch.float32))
 
 
-def _attention(
-    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, *, window_left=-1, window_right=-1, **options
-):
+def _attention(q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, *, window_left=-1, window_right=-1, **options):
     given = {"alibi_slopes": alibi_slopes, "kv_start": kv_start, "kv_end": kv_end}
     per_head = {name: x for name, x in given.items() if x is not None}
     return _run(_options(window_size=(window_left, window_right), **options), q, k, v, per_head)
@@ -110,7 +108,7 @@ def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, numbe
 
 def _options(*, layout="bhsd", variant="auto", softmax_scale=None, return_lse=False, **others) -> Options:
     """Options with the defaults of the operators: a dispatcher leaves arguments out that have them."""
-    return Options(layout, variant, return_lse, softmax_scale, **others)
+    return Options(layout, variant, return_lse, softmax_scale, layout_known=True, **others)
 
 
 # ---------------------------------------------------------------- on fake tensors
