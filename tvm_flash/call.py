@@ -49,6 +49,8 @@ attention._torchdynamo_inline = _torch_program
 def _on_memory(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
     framework, like, result_to = framework_of(q, "q"), q, out
     if framework.adopts:
+        if framework.traces:
+            return framework.traced(options, q, k, v, per_head, out)
         same_framework(_named(q, k, v, per_head, out))
         q, k, v = framework.adopt(q), framework.adopt(k), framework.adopt(v)
         per_head = {name: framework.adopt(x) for name, x in per_head.items()}

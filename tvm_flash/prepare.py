@@ -11,7 +11,7 @@ from tvm_flash import checks, memory
 from tvm_flash.choice import Choice
 from tvm_flash.device import Device
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
-from tvm_flash.frameworks import Framework, TensorView, contiguous_strides, framework_of
+from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.manifest import BUILTIN_DEFINITION, KernelEntry, Param
 from tvm_flash.plan import EmptyPlan, Plan, Request
 from tvm_flash.problem import INT32_MAX, MASK_FALLBACKS, Problem, normalise_mask, score_kind
@@ -126,6 +126,8 @@ def same_framework(tensors: Mapping[str, Any]) -> Framework:
     framework = framework_of(tensors["q"], "q")
     for name, x in tensors.items():
         other = framework_of(x, name)
+        if other.traces and isinstance(other, type(framework)):
+            raise Traced(other, f"{name}: is a {type(x).__qualname__} without memory of its own")
         if other is not framework:
             raise ArgumentTypeError(
                 f"{name}: is a {other.name} tensor, but q is one of {framework.name}; convert one to the other's"

@@ -115,6 +115,11 @@ def _options(*, layout="bhsd", variant="auto", softmax_scale=None, return_lse=Fa
 
 
 def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
+    for name, x in (("k", k), ("v", v)):
+        if x.device != q.device:
+            raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
+        if x.dtype != q.dtype:
+            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, but q has {q.dtype}; convert one to the other's")
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     rows = (q.shape[0], q.shape[1], q.shape[2]) if layout == "bhsd" else (q.shape[0], q.shape[2], q.shape[1])
     return out, q.new_empty(rows if return_lse else (0,), dtype=torch.float32)

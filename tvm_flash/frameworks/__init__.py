@@ -31,9 +31,9 @@ def framework_of(tensor: Any, name: str) -> Framework:
 def _find(tensor: Any, name: str) -> Framework:
     loaded = sys.modules
     if (torch := loaded.get("torch")) and isinstance(tensor, torch.Tensor):
-        from tvm_flash.frameworks.torch import TORCH
+        from tvm_flash.frameworks.torch import TORCH, TRACED_TORCH, stands_for_others
 
-        return TORCH
+        return TRACED_TORCH if stands_for_others(type(tensor)) else TORCH
     if (numpy := loaded.get("numpy")) and isinstance(tensor, numpy.ndarray):
         from tvm_flash.frameworks.numpy import NUMPY
 

@@ -58,6 +58,9 @@ class Framework(ABC):
     adopts = False
     #: Whether arrays may be written: ``out=`` needs it.
     mutable = True
+    #: Whether no tensor of this kind has memory, so that a call with one always goes to :meth:`traced`; then ``adopts``
+    #: is set too.
+    traces = False
 
     def adopt(self, tensor: Any) -> Any:
         """A tensor in the form that the other methods take."""

@@ -67,12 +67,24 @@ class Torch(Framework):
         return torch._C._cuda_getCurrentRawStream(device_index)
 
 
+class TracedTorch(Torch):
+    """Tensors of subclasses that stand for others: fake, functional and distributed ones."""
+
+    traces = adopts = True
+
+
+def stands_for_others(cls: type) -> bool:
+    """Whether tensors of a type have no memory to read, but answer operators in their own way."""
+    return cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 def _is_wrapper(tensor) -> bool:
-    """Whether a tensor only stands for others: fake and distributed tensors, those of vmap and grad, those on meta."""
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or tensor.is_meta:
+    """Whether a tensor only stands for others: also those of vmap and grad, and those on meta."""
+    if stands_for_others(type(tensor)) or tensor.is_meta:
         return True
     functorch = getattr(torch._C, "_functorch", None)
     return functorch is not None and functorch.is_functorch_wrapped_tensor(tensor)
 
 
 TORCH = Torch()
+TRACED_TORCH = TracedTorch()
