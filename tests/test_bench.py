@@ -207,7 +207,9 @@ def test_the_demonstration_compares_errors_and_times(cpu_pack, capsys, monkeypat
     monkeypatch.setattr(demo, "EFFORT", timing.Effort(1, 0.001))
     assert demo.run("cpu")
     out = capsys.readouterr().out
-    assert out.count("✓") == 16 and out.count("flash_attention_v2    v2") == 8 and "batch 1, 2 heads, 40 positions" in out
+    assert (
+        out.count("✓") == 16 and out.count("flash_attention_v2    v2") == 8 and "batch 1, 2 heads, 40 positions" in out
+    )
     monkeypatch.setattr(demo, "flash_attention", lambda q, k, v, **_: v)
     assert not demo.run("cpu")
     assert capsys.readouterr().out.count("✗") == 8
@@ -283,6 +285,15 @@ def test_runs_of_one_machine_are_joined():
     joined = results.join([dataclasses.replace(run, cells=run.cells[1:]), other])
     assert len(joined) == 1 and len(joined[0].cells) == 36 and joined[0].command.endswith("\nanother")
     assert len(results.join([run, dataclasses.replace(run, machine={"device": "B", "arch": "cpu"})])) == 2
+
+
+def test_peers_can_be_left_out(tmp_path, capsys):
+    file = tmp_path / "run.json"
+    results.write(grid_run(), file)
+    status, out, _ = bench(capsys, "--from", file, "--peers", "flash")
+    assert status == 0 and "FLASH" in out and "CUDNN" not in out and "2.000 × the best peer" in out and "0 lost" in out
+    status, _, err = bench(capsys, "--from", file, "--peers", "flash,fa4")
+    assert status == 2 and "--peers: has fa4, expected cudnn, flash" in err
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1, "peaks": 3}'])

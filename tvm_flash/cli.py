@@ -115,7 +115,9 @@ def _check(options: argparse.Namespace) -> int:
         screen.line()
         screen.table(selfcheck.summary(results))
         if failed:
-            screen.line(f"{len(results) - failed} kernels ✓, {failed} ✗; run `{build_command('native')}`", "bad")
+            screen.line(
+                f"{len(results) - failed} kernels ✓, {failed} ✗; run `{build_command('native')}`", "bad", whole=True
+            )
         else:
             screen.line(f"{len(results)} kernels ✓", "good")
     return FAILED if failed else 0

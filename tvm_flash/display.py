@@ -89,10 +89,10 @@ class Screen:
     def width(self) -> int | None:
         return self.console.width if self.fancy else None
 
-    def line(self, text: str = "", style: str = "") -> None:
-        """A line, never broken by us."""
+    def line(self, text: str = "", style: str = "", whole: bool = False) -> None:
+        """A line, which a terminal wraps between words; a ``whole`` one, with a command or a path, can be copied."""
         if self.fancy:
-            self.console.print(text, style=_STYLES[style], markup=False, soft_wrap=True)
+            self.console.print(text, style=_STYLES[style], markup=False, soft_wrap=whole)
         else:
             print(text, file=self._stream, flush=True)
 

@@ -30,7 +30,7 @@ def show(explanation: Explanation, screen: Screen) -> None:
     screen.line(f"{problem} ({problem.layout}) on {device} ({device.name})", "best")
     screen.line()
     if explanation.chosen is None:
-        screen.line(f"✗ {explanation.reason}", "bad")
+        screen.line(f"✗ {explanation.reason}", "bad", whole=True)
         screen.line()
     else:
         screen.line(f"✓ {explanation.chosen.symbol} [{explanation.chosen.arch}]: {explanation.reason}", "good")

@@ -48,6 +48,12 @@ class Bench:
             begins(str(workload))
             run = dataclasses.replace(run, cells=(*run.cells, self.cell(workload)))
             yield run
+        for number, dtype in enumerate(dtypes):
+            begins(f"matrix product again, {dtype}")  # a slow moment at the start mustn't make a low peak
+            peaks = list(run.peaks)
+            peaks[number] = _faster(peaks[number], self.peak(dtype))
+            run = dataclasses.replace(run, peaks=tuple(peaks))
+            yield run
         for dtype in dtypes:
             begins(f"smallest call, {dtype}")
             run = dataclasses.replace(run, calls=(*run.calls, self.smallest_call(smallest(self.device.kind, dtype))))
@@ -55,7 +61,7 @@ class Bench:
 
     def steps(self) -> int:
         """How many runs :meth:`run` gives."""
-        return len(self.workloads) + 2 * len({w.dtype for w in self.workloads})
+        return len(self.workloads) + 3 * len({w.dtype for w in self.workloads})
 
     def peak(self, dtype: str) -> Peak:
         """The fastest that torch.matmul is on large square matrices, either transposed or not; timed as all else is."""
@@ -135,6 +141,13 @@ class Bench:
             for s in (w.seqlen_q, w.seqlen_kv, w.seqlen_kv)
         )
         return {"bshd": (q, k, v), "bhsd": tuple(x.transpose(1, 2).contiguous() for x in (q, k, v))}
+
+
+def _faster(first: Peak, second: Peak) -> Peak:
+    """Of two peaks of one dtype the higher in each mode, with the size of that in the main mode."""
+    main = next(iter(first.flops))
+    winner = first if first.flops[main] >= second.flops[main] else second
+    return dataclasses.replace(winner, flops={m: max(first.flops[m], second.flops[m]) for m in first.flops})
 
 
 def _inside(contestant: Contestant, call: Callable[[], object]) -> Callable[[], object]:

@@ -28,8 +28,8 @@ GPU_MODES = {
     "burst": "the shortest of {rounds} × 3 calls after a pause of 20 ms",
 }
 CPU_MODES = {
-    "blocks": "{rounds} rounds in which the implementations take turns, several calls each, of which the first doesn't "
-    "count; the median",
+    "blocks": "up to {rounds} rounds in which the implementations take turns, for about {seconds:g} s each; a round's "
+    "first call doesn't count; the median",
     "turns": "single calls in turn, each right after another implementation's; the median",
 }
 
@@ -104,24 +104,34 @@ def on_cpu(calls: Mapping[str, Call], effort: Effort) -> Rounds:
 
 
 def in_blocks(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]:
-    """Medians of blocks of calls, by name; the implementations take turns, and a block's first call doesn't count."""
+    """Medians of blocks of calls, by name; the implementations take turns, and a block's first call doesn't count.
+
+    Calls so slow that the rounds would take several times as long as asked for get fewer, but no fewer than 3.
+    """
+    longest = _longest(calls)
+    count = max(1, min(LARGEST_BLOCK, int(effort.seconds / longest)))
+    affordable = int(effort.rounds * effort.seconds / (longest * (1 + count)))
     rounds = {name: [] for name in calls}
-    for _ in range(effort.rounds):
+    for _ in range(min(effort.rounds, max(3, affordable))):
         for name, call in calls.items():
-            (first,) = cpu_times(call, 1)
-            count = max(2, min(LARGEST_BLOCK, int(effort.seconds / first)))
+            call()
             rounds[name].append(statistics.median(cpu_times(call, count)))
     return rounds
 
 
 def in_turns(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]:
-    """Single calls, by name, each right after another implementation's."""
+    """Single calls, by name, each right after another implementation's; at least 5 of each."""
+    count = int(effort.rounds * effort.seconds / _longest(calls))
     rounds = {name: [] for name in calls}
-    longest = max(min(cpu_times(call, 2)) for call in calls.values())
-    for _ in range(max(3, min(LARGEST_BLOCK, int(effort.rounds * effort.seconds / longest)))):
+    for _ in range(max(5, min(LARGEST_BLOCK, count))):
         for name, call in calls.items():
             rounds[name] += cpu_times(call, 1)
     return rounds
+
+
+def _longest(calls: Mapping[str, Call]) -> float:
+    """Seconds of the slowest call, roughly."""
+    return max(min(cpu_times(call, 2)) for call in calls.values())
 
 
 def measure(kind: str, calls: Mapping[str, Call], effort: Effort, order: random.Random | None = None) -> Rounds:
