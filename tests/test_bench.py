@@ -122,7 +122,7 @@ def measured(cpu_pack, tmp_path_factory):
     file = tmp_path_factory.mktemp("bench") / "cpu.json"
     shapes = ["--shape", "1,2,64,64", "--shape", "1,2,1,32,100", "--dtype", "float32,bfloat16", "--json", str(file)]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pytest.MonkeyPatch.context()).setitem(measure.PEAK_SIZES, "cpu", (256,))
+        stack.enter_context(pytest.MonkeyPatch.context()).setitem(measure.PEAK_SIZES, "cpu", (128,))
         out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         err = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         status = main(["bench", *SMALL, *shapes])
@@ -134,6 +134,7 @@ def test_a_run_measures_every_cell(measured):
     import torch
 
     run = results.read(measured[0])
+    assert run.command.endswith("--dtype float32,bfloat16") and "--json" not in run.command
     assert [i.key for i in run.implementations] == ["v1", "v2", "torch"] and run.modes == ("blocks", "turns")
     assert len(run.cells) == 8 and len(run.calls) == 2 and {p.dtype for p in run.peaks} == {"float32", "bfloat16"}
     for cell in run.cells:
@@ -164,7 +165,7 @@ def test_the_tables_can_be_made_from_the_file(measured, capsys):
 
 
 def test_a_kernel_that_is_missing_is_a_failure_with_its_reason(cpu_pack, capsys, monkeypatch):
-    monkeypatch.setitem(measure.PEAK_SIZES, "cpu", (256,))
+    monkeypatch.setitem(measure.PEAK_SIZES, "cpu", (128,))
     status, out, _ = bench(capsys, *SMALL, "--shape", "1,1,8,320", "--dtype", "float32", "--causal", "no")
     assert status == 1 and "V1 has no figure in 1 cells: KernelNotFoundError" in out and "--head-dim 320" in out
 
@@ -285,6 +286,14 @@ def test_runs_of_one_machine_are_joined():
     joined = results.join([dataclasses.replace(run, cells=run.cells[1:]), other])
     assert len(joined) == 1 and len(joined[0].cells) == 36 and joined[0].command.endswith("\nanother")
     assert len(results.join([run, dataclasses.replace(run, machine={"device": "B", "arch": "cpu"})])) == 2
+
+
+def test_results_can_be_joined_in_a_file(tmp_path, capsys):
+    run = grid_run()
+    for name, cells in (("a", run.cells[:20]), ("b", run.cells[20:])):
+        results.write(dataclasses.replace(run, cells=cells), tmp_path / f"{name}.json")
+    status, _, _ = bench(capsys, "--from", tmp_path / "a.json", tmp_path / "b.json", "--json", tmp_path / "both.json")
+    assert status == 0 and results.read(tmp_path / "both.json") == run
 
 
 def test_peers_can_be_left_out(tmp_path, capsys):
