@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from tests.conftest import ROOT
 from tvm_flash import demo
 from tvm_flash.bench import accuracy, measure, plots, ratios, recorded, results, tables, timing, workloads
 from tvm_flash.bench.results import Cell, Implementation, Measurement, Peak, Run
@@ -266,7 +267,9 @@ def reference_file(tmp_path, **changes):
 
 def test_recorded_figures_are_scaled_by_the_bridge(tmp_path):
     file, w = reference_file(tmp_path)
-    run = recorded.read(file).beside(grid_run(modes=("steady", "burst")))
+    other = dataclasses.replace(grid_run(), implementations=())
+    run, same = recorded.read(file).beside_all([grid_run(modes=("steady", "burst")), other])
+    assert same == other
     cells = {cell.workload: cell.of("fa4") for cell in run.cells}
     assert cells.pop(w).seconds == {"steady": pytest.approx(2e-3 * 200 / 300)} and not any(cells.values())
     assert ratios.summary(run, "v2", "fa4", "float16", "steady").mean == pytest.approx(2 * 200 / 300)
@@ -277,7 +280,7 @@ def test_recorded_figures_are_scaled_by_the_bridge(tmp_path):
 def test_a_wrong_reference_is_refused(changes, tmp_path):
     file, _ = reference_file(tmp_path, **changes)
     with pytest.raises(InvalidArgumentError, match="--reference"):
-        recorded.read(file).beside(grid_run())
+        recorded.read(file).beside_all([grid_run()])
 
 
 def test_runs_of_one_machine_are_joined():
@@ -330,6 +333,17 @@ def test_a_picture_of_nothing_is_refused(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(InvalidArgumentError, match="--plot"):
         plots.write([dataclasses.replace(grid_run(), cells=())], tmp_path / "x.png")
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path, capsys):
+    page = ROOT / "docs" / "benchmarks.md"
+    (line,) = (line for line in page.read_text().splitlines() if line.startswith("python -m tvm_flash bench --from"))
+    arguments = [ROOT / word if word.endswith(".json") else word for word in line.split()[4:]]
+    status, _, _ = bench(capsys, *arguments[:-1], tmp_path / "page.md")
+    made = (tmp_path / "page.md").read_text().splitlines()
+    committed = page.read_text().splitlines()
+    where = committed.index(line)  # this line has other paths
+    assert status == 0 and made[:where] + made[where + 1 :] == committed[:where] + committed[where + 1 :]
 
 
 def test_a_page_has_every_cell(tmp_path, capsys):

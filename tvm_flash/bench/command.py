@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     reference = recorded.read(options.reference) if options.reference else None
     runs = _read(options) if options.files else [_measure(options)]
     if reference:
-        runs = [reference.beside(r) for r in runs]
+        runs = reference.beside_all(runs)
     for one in runs:
         _show(screen, one)
     if options.json and options.files:
