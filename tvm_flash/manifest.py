@@ -66,6 +66,11 @@ class Speed:
     tflops: float
     record: str
 
+    def __str__(self) -> str:
+        lengths = str(self.seqlen_q) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}×{self.seqlen_kv}"
+        problem = f"batch {self.batch}, heads {self.heads}, seq {lengths}, head_dim {self.head_dim}"
+        return f"{self.microseconds:.1f} µs, {self.tflops:.3g} TFLOP/s at {problem} ({self.record})"
+
 
 @dataclass(frozen=True)
 class ModuleFile:

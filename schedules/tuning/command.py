@@ -97,7 +97,7 @@ def _tune(arguments: Sequence[str]) -> int:
         tasks=tasks,
         strategy=options.strategy,
         budget=Budget.parse(options.budget),
-        folder=options.emit or WORK / str(target).replace(" ", "_"),
+        folder=options.emit or options.work / "_".join(filter(None, (target.arch, target.isa))),
         generation=options.generation,
         seed=options.seed,
         jobs=options.jobs,
@@ -242,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", action="append", default=[], help="cuda:0, …, cpu (default: every GPU of the arch)")
     parser.add_argument("--peers", action="store_true", help="time PyTorch's attention beside ours")
     parser.add_argument("--log", type=Path, help="where records go (default: tuning_logs/<device>.jsonl)")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for what is built (default: in tuning_logs/)")
     parser.add_argument("--dry-run", action="store_true", help="show the space and what is refused, and why")
     parser.add_argument(
         "--recompile-for", default="", metavar="ARCH", help="make a newer arch's code from the same sources"
