@@ -1,6 +1,7 @@
 """Sources of CUDA kernels, to be compiled on another machine (:mod:`schedules.assemble`).
 
 A folder for each arch has one ``<symbol>.cu`` a kernel, and ``emission.json`` with what a pack's manifest will say.
+Where an arch has the same source as another one of its family (``same_as``), the file is in the other's folder.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,17 +51,27 @@ def _emit_family(
     for target in targets:
         (folder / target.arch).mkdir(parents=True, exist_ok=True)
     for spec in select(request, targets[0]):
+        written: dict[str, Target] = {}  # texts of this spec, by the arch that has the file
         for one, target, pattern, lowered, origin in lower_for_each(
             spec, targets, request.configs, request.definition, request.tuned
         ):
             if isinstance(lowered, Rejected):
                 refused.append(Refused(one.symbol, lowered.reason))
                 continue
-            source = folder / target.arch / f"{one.symbol}.cu"
-            source.write_text(lowered.text)
+            owner = written.setdefault(lowered.text, target)
+            source = folder / owner.arch / f"{one.symbol}.cu"
+            if owner is target:
+                source.write_text(lowered.text)
             speeds = request.tuned(spec, target).speeds.get(lowered.kernel_hash, ())
             entry = entry_of(one, target, pattern, lowered, origin, {}, speeds)
-            kernels[target].append({"source": source.name, "group": one.group, "entry": dataclasses.asdict(entry)})
+            kernels[target].append(
+                {
+                    "source": os.path.relpath(source, folder / target.arch),
+                    "same_as": owner.arch if owner is not target else "",
+                    "group": one.group,
+                    "entry": dataclasses.asdict(entry),
+                }
+            )
             progress(f"{target.arch} {one.symbol}")
     for target in targets:
         emission = {

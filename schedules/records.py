@@ -31,7 +31,7 @@ class Record:
     kind: ``"verified"``.
     device, driver: the GPU's name and the driver's CUDA version.
     arch: what the kernel was compiled for; ``run_as`` is what ran: ``"native"`` machine code, ``"recompiled for
-        sm_90"``, or ``"ptx"`` that the driver compiled for the device.
+        sm_90"``, ``"ptx"`` that the driver compiled for the device, or the same source for another arch of the family.
     symbol, template, dtype, head_dim, head_dim_v, mask, score, bucket, config, source_hash: as in the manifest.
     cases: how many cases of the shared list it passed.
     error: the largest error of these, as a share of what is allowed (2 × PyTorch's own error plus one rounding).
