@@ -39,7 +39,7 @@ class Explanation:
     """What was chosen for a problem, and why each other candidate was not; ``str()`` is a page of text.
 
     ``others`` is the number of installed kernels of other dtypes and definitions, which were not looked at;
-    ``measured`` says where the chosen kernel's configuration comes from, and how fast it was.
+    ``measured`` says how fast the chosen kernel was on this device, or how to find out.
     """
 
     problem: Problem
@@ -55,7 +55,8 @@ class Explanation:
         lines.append(
             f"  ✓ {self.chosen.symbol} [{self.chosen.arch}]: {self.reason}" if self.chosen else f"  ✗ {self.reason}"
         )
-        lines += [f"    {self.measured}"] if self.measured else []
+        if self.chosen:
+            lines += [f"    configuration: {self.chosen.config_source}", f"    measured: {self.measured}"]
         lines += [f"  · {r.kernel.symbol} [{r.kernel.arch}]: {r.reason}" for r in self.rejected]
         if self.others:
             lines.append(f"  · {self.others} kernels of other dtypes, definitions or archs")
@@ -142,13 +143,10 @@ def _in_order(
 
 
 def _measured(entry: KernelEntry, problem: Problem, device: Device) -> str:
-    """Where a kernel's configuration comes from, its speed on the nearest problem, or the command that tunes it."""
-    origin = (
-        "the default configuration" if entry.config_source == "default" else f"configuration of {entry.config_source}"
-    )
+    """How fast a kernel was on the nearest problem that was measured, or the command that measures and tunes it."""
     if speed := nearest(entry, problem, device):
-        return f"{origin}; {speed}"
-    return f"{origin}, not measured on {device.name}; to tune: {tune_command(problem, device)}"
+        return str(speed)
+    return f"never on {device.name}; {tune_command(problem, device)} does that, and finds what is faster"
 
 
 def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple[list[Installed], list[Rejection]]:
