@@ -107,7 +107,7 @@ def test_a_search_survives_everything_and_decides_what_is_built(tmp_path, rigged
 
 def test_two_processes_measure_a_folder_without_doing_anything_twice(tmp_path, rigged, monkeypatch):
     monkeypatch.setattr(emit, "BATCH", 2)
-    folder = Folder(tmp_path / "folder")
+    folder = Folder(tmp_path / "folder").make()
     tasks = tasks_for([Workload.parse(PROBLEM)], ["v1"], TARGET)
     (spec,) = tasks
     configs = [rigged_family.Config(m, s) for m in (16, 32, 48) for s in (1, 2)]
@@ -128,7 +128,7 @@ def test_two_processes_measure_a_folder_without_doing_anything_twice(tmp_path, r
 
 def test_a_configuration_that_a_family_fails_on_is_no_candidate(tmp_path, rigged, monkeypatch):
     monkeypatch.setattr(sys.modules["schedules.families.rigged"], "program", lambda *_: 1 / 0)
-    folder = Folder(tmp_path / "folder")
+    folder = Folder(tmp_path / "folder").make()
     tasks = tasks_for([Workload.parse(PROBLEM)], ["v1"], TARGET)
     emit.begin(folder, TARGET, tasks)
     proposals = [Proposal(spec, rigged_family.Config(48, 2), "test") for spec in tasks]

@@ -188,7 +188,7 @@ def test_geometric_mean():
 
 
 def test_a_task_is_claimed_once_and_done_once(tmp_path):
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path).make()
     with Claims(folder) as mine, Claims(folder) as other:
         assert mine.take("a") and not other.take("a")
         mine.release("a")
@@ -200,7 +200,7 @@ def test_a_task_is_claimed_once_and_done_once(tmp_path):
 
 
 def test_a_claim_that_nobody_keeps_alive_is_taken_over(tmp_path):
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path).make()
     with Claims(folder, stale=30) as claims:
         path = tmp_path / "claims" / "a"
         path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "x", "started": "1"}))
@@ -211,14 +211,14 @@ def test_a_claim_that_nobody_keeps_alive_is_taken_over(tmp_path):
 
 def test_a_claim_of_a_process_of_this_host_that_is_gone_is_taken_at_once(tmp_path):
     program = "import sys; from pathlib import Path; from schedules.tuning.folder import *; import os\n"
-    program += "claims = Claims(Folder(Path(sys.argv[1]))); assert claims.take('a'); os._exit(9)"
+    program += "claims = Claims(Folder(Path(sys.argv[1])).make()); assert claims.take('a'); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", program, tmp_path]).returncode == 9
     with Claims(Folder(tmp_path)) as claims:
         assert claims.take("a")
 
 
 def test_claims_are_kept_alive(tmp_path):
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path).make()
     with Claims(folder, stale=0.4) as claims, Claims(folder, stale=0.4) as other:
         claims.take("a")
         path = tmp_path / "claims" / "a"
@@ -440,3 +440,63 @@ def test_random_numbers_of_a_space_are_repeatable():
     one, other = ([space.mutated(space.base, random.Random(seed)) for seed in range(9)] for _ in range(2))
     assert one == other and len(set(one)) > 1
     assert all(isinstance(c, family.Config) for c in one)
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, capsys):
+    from schedules.tuning.command import main
+
+    (tmp_path / "thesis.txt").write_text("years of work")
+    problem = ["--arch", "cpu", "--problem", "b=1 h=1 s=16 d=8 fp32", "--budget", "2"]
+    assert main([*problem, "--emit", str(tmp_path)]) == 2
+    assert (tmp_path / "thesis.txt").exists() and "holds something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--arch", "cpu"], "either --problem or --suite"),
+        (["--arch", "sm_1"], "unknown"),
+        (["--arch", "sm_75", "--problem", "b=1 h=1 s=16 d=8 bf16"], "has no kernel for any"),
+        (["--arch", "cpu", "--problem", "b=1 h=1 s=16 d=8", "--template", "v3"], "v3: unknown"),
+        (["--measure", "/nowhere/at/all"], "nowhere"),
+        (
+            ["--arch", "sm_90a", "--problem", "b=1 h=1 s=16 d=64", "--emit", "x", "--budget", "1min"],
+            "in configurations",
+        ),
+    ],
+)
+def test_wrong_requests_are_answered(arguments, complaint, capsys, monkeypatch, tmp_path):
+    from schedules.tuning.command import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_report_draws_what_was_measured(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from schedules.tuning.command import main
+
+    log = tmp_path / "log.jsonl"
+    peer = records.PeerMeasurement(
+        "peer",
+        "NVIDIA Test",
+        "13.0",
+        0,
+        "cudnn",
+        "torch",
+        TRIED[0].problem,
+        90.0,
+        (89.0, 91.0),
+        380.0,
+        {},
+        MEASURED.date,
+    )
+    records.append(log, [*TRIED, peer, dataclasses.replace(TRIED[1], status="hung", kernel_hash="f" * 64)])
+    assert main(["report", str(log), "--output", str(tmp_path / "pictures")]) == 0
+    for name in ("space", "search", "peers"):
+        picture = (tmp_path / "pictures" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+    out = capsys.readouterr().out
+    assert "3 kernels in 3 measurements: 1 hung, 2 ok" in out and "1.5000" in out
+    assert main(["report", str(tmp_path / "none.jsonl")]) == 2

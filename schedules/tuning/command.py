@@ -23,6 +23,7 @@ from schedules.tuning.workload import Workload, standard_suite
 from tvm_flash import cuda
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.manifest import LAYOUT_OF_TEMPLATE
+from tvm_flash.registry import runs_on
 
 TEMPLATES = tuple(LAYOUT_OF_TEMPLATE)
 WORK = records.LOGS / ".work"
@@ -133,7 +134,7 @@ def _measure(options: argparse.Namespace, measuring: Options) -> int:
     emission = folder.emission()
     devices = _devices(options, emission.arch)
     if not devices:
-        raise ValueError(f"--measure {options.measure}: is for {emission.arch}, and there is no GPU here")
+        raise ValueError(f"--measure {options.measure}: is for {emission.arch}, and no GPU here runs that")
     if options.budget.endswith(("s", "min")):
         measuring = replace(measuring, deadline=time.monotonic() + Budget.parse(options.budget).seconds)
     with Progress() as progress:
@@ -146,9 +147,14 @@ def _measure(options: argparse.Namespace, measuring: Options) -> int:
 
 
 def _devices(options: argparse.Namespace, arch: str) -> list[str]:
+    """The devices that run an arch's kernels: those that were named, else all of this machine."""
     if options.device:
         return options.device
-    return ["cpu"] if arch == "cpu" else [f"cuda:{index}" for index in range(cuda.device_count())]
+    if arch == "cpu":
+        return ["cpu"]
+    code = options.recompile_for or arch
+    gpus = [index for index in range(cuda.device_count()) if runs_on(code, cuda.gpu(index).capability)]
+    return [f"cuda:{index}" for index in gpus]
 
 
 def _workloads(options: argparse.Namespace, target) -> list[Workload]:
