@@ -31,6 +31,8 @@ PARAMS = {
     "window_left": 40,
     "window_right": 3,
     "sink_tokens": 4,
+    "kv_start": np.array([[2, 3, 0, 1], [11, 0, 5, 12]], np.int32),
+    "kv_end": np.array([[70, 60, 50, 40], [70, 41, 52, 63]], np.int32),
 }
 
 #: Distance of 1 from the next larger number of each dtype.
