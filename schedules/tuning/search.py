@@ -18,7 +18,7 @@ from schedules.suite import KernelSpec
 from schedules.template import Target
 from schedules.tuning.batch import Options
 from schedules.tuning.budget import Budget
-from schedules.tuning.emit import NotMade, Proposal, begin, emit, space_of
+from schedules.tuning.emit import NotMade, Proposal, begin, defaults_of, emit, space_of
 from schedules.tuning.folder import Folder
 from schedules.tuning.measure import measure
 from schedules.tuning.progress import Progress
@@ -138,7 +138,7 @@ class Search:
         known = {}
         for spec in self.tasks:
             costs = costs_of(measured, spec, self.target, config)
-            known[spec] = {space_of(spec, self.target).base: 1.0} | costs
+            known[spec] = dict.fromkeys(defaults_of(spec, self.target).values(), 1.0) | costs
             known[spec] |= {n.proposal.config: math.inf for n in self.not_made if n.proposal.spec == spec}
         return known
 
