@@ -31,7 +31,7 @@ def show(explanation: Explanation, screen: Screen) -> None:
     screen.line(f"{problem} ({problem.layout}) on {device} ({device.name})", "best")
     screen.line()
     if explanation.chosen is None:
-        screen.line(f"✗ {explanation.reason}", "bad")
+        screen.line(f"✗ {explanation.reason}", "bad", whole=True)
         screen.line()
     else:
         screen.line(f"✓ {explanation.chosen.symbol} [{explanation.chosen.arch}]: {explanation.reason}", "good")
@@ -54,7 +54,7 @@ def _behind(entry: KernelEntry) -> list[tuple[str, str]]:
         ("template", f"{entry.template.upper()}, layout {entry.layout}, head_dim up to {entry.head_dim}"),
         ("config", ", ".join(f"{name} {_value(value)}" for name, value in entry.config.items()) or "none"),
         ("from", "the family's defaults" if entry.config_source == "default" else entry.config_source),
-        ("source", f"sha256 {entry.source_hash[:16]}…, the key of its records in tuning_logs/"),
+        ("source", f"sha256 {entry.source_hash}"),
     ]
     if entry.registers is not None:
         shared = (entry.shared_memory or 0) / 1024
@@ -64,6 +64,12 @@ def _behind(entry: KernelEntry) -> list[tuple[str, str]]:
                 f"{entry.registers} registers a thread, {shared:.0f} KB shared memory, {entry.spills} B spilled",
             )
         )
+    for speed in entry.speeds:
+        size = (
+            f"batch {speed.batch}, heads {speed.heads}, {speed.seqlen_q} × {speed.seqlen_kv}, head_dim {speed.head_dim}"
+        )
+        figures = f"{speed.microseconds:.1f} µs, {speed.tflops:.4g} TFLOP/s"
+        found.append(("measured", f"{figures} at {size} on {speed.device} ({speed.record})"))
     return found
 
 
