@@ -11,7 +11,7 @@ from tvm_flash.manifest import KernelEntry
 
 
 def as_data(explanation: Explanation) -> dict[str, Any]:
-    """Plain data, ready for JSON; the chosen kernel as in its manifest."""
+    """Plain data, ready for JSON: the problem, the device, the chosen kernel's manifest entry, the rejected ones."""
     return {
         "problem": dataclasses.asdict(explanation.problem),
         "device": {"device": str(explanation.device), "name": explanation.device.name},
@@ -21,6 +21,7 @@ def as_data(explanation: Explanation) -> dict[str, Any]:
             {"symbol": r.kernel.symbol, "arch": r.kernel.arch, "reason": r.reason} for r in explanation.rejected
         ],
         "others": explanation.others,
+        "measured": explanation.measured,
     }
 
 
@@ -34,7 +35,7 @@ def show(explanation: Explanation, screen: Screen) -> None:
         screen.line()
     else:
         screen.line(f"✓ {explanation.chosen.symbol} [{explanation.chosen.arch}]: {explanation.reason}", "good")
-        for name, value in _behind(explanation.chosen):
+        for name, value in (*_behind(explanation.chosen), ("measured", explanation.measured)):
             screen.line(f"  {name:<9} {value}")
         screen.line()
     reasons: dict[tuple[str, str], list[str]] = {}
