@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
-import re
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
-
-#: Environment variables with the number of threads; the first that is set wins.  The kernels' thread pool reads them.
-THREAD_VARIABLES = ("TVM_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 @functools.cache
@@ -38,10 +35,11 @@ def name() -> str:
     return (processors[0].get("model name") if processors else None) or os.uname().machine
 
 
-def threads() -> int:
-    """How many threads a call uses: what the environment says, else one for each processor that is allowed."""
-    for variable in THREAD_VARIABLES:
-        digits = re.match(r"\s*(\d+)", os.environ.get(variable, ""))
-        if digits and int(digits[1]) > 0:
-            return int(digits[1])
-    return len(os.sched_getaffinity(0))
+def threads(runtime: Path) -> int:
+    """How many threads a call uses if torch doesn't lend its own: what ``runtime``, the one in a CPU pack, has found.
+
+    Raises
+    ------
+    OSError: the file isn't there or can't be loaded.
+    """
+    return ctypes.CDLL(str(runtime.absolute())).tvm_flash_threads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections import defaultdict
 from importlib import metadata
@@ -9,6 +10,7 @@ from typing import Any
 
 from tvm_flash import __version__, cpu, cuda
 from tvm_flash.device import Device
+from tvm_flash.errors import PackError
 from tvm_flash.registry import PATH_VARIABLE, Pack, build_command, registry
 
 #: Packages whose versions matter; those that aren't installed are left out.
@@ -53,8 +55,17 @@ def _versions() -> dict[str, str]:
 def _device(device: Device) -> dict[str, Any]:
     about = {"device": str(device), "name": device.name, "arch": device.native_arch}
     if device.kind == "cpu":
-        return {**about, "threads": cpu.threads()}
+        return {**about, **_threads()}
     return {**about, "capability": ".".join(map(str, device.capability))}
+
+
+def _threads() -> dict[str, int]:
+    """How many threads the kernels would use; nothing if there are none that can be loaded."""
+    for kernel in registry().kernels("cpu")[:1]:
+        with contextlib.suppress(PackError):
+            registry().load(kernel)  # checks the files
+            return {"threads": cpu.threads(*(kernel.pack.folder / f.file for f in kernel.pack.manifest.support_files))}
+    return {}
 
 
 def _pack(pack: Pack) -> dict[str, Any]:
@@ -107,8 +118,10 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _device_line(device: dict[str, Any]) -> str:
-    detail = f"{device['threads']} threads" if "threads" in device else f"compute capability {device['capability']}"
-    return f"{device['device']}: {device['name']}, {device['arch']}, {detail}"
+    about = [device["name"], device["arch"]]
+    about += [f"{device['threads']} threads"] if "threads" in device else []
+    about += [f"compute capability {device['capability']}"] if "capability" in device else []
+    return f"{device['device']}: {', '.join(about)}"
 
 
 def _pack_lines(pack: dict[str, Any]) -> list[str]:

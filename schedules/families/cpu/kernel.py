@@ -47,6 +47,11 @@ def _kernel(pattern: Pattern, config: Config, lanes: int, traversal: Traversal, 
             tile = T.Select(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
         return w // (heads * tiles), head, tile
 
+    def announce(problem, items):
+        """Tell the thread pool what the next loop is; a small one is not worth sharing."""
+        work = problem.batch * problem.heads * problem.seqlen_q * problem.seqlen_kv
+        return T.call_extern("void", "tvm_flash_announce", items, work * (problem.head_dim + problem.head_dim_v))
+
     @T.prim_func(s_tir=True, check_well_formed=False)
     def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
@@ -92,6 +97,7 @@ def _kernel(pattern: Pattern, config: Config, lanes: int, traversal: Traversal, 
                 T.reads()
                 T.writes()
                 count: T.int64 = parts(problem)
+                T.evaluate(announce(problem, batch * heads * count))
                 outputs = T.sblock_alloc_buffer((batch * heads * parts(problem) * seqlen_q * head_dim_v,), "float32")
                 maxima = T.sblock_alloc_buffer((batch * heads * parts(problem) * seqlen_q,), "float32")
                 sums = T.sblock_alloc_buffer((batch * heads * parts(problem) * seqlen_q,), "float32")
@@ -104,6 +110,7 @@ def _kernel(pattern: Pattern, config: Config, lanes: int, traversal: Traversal, 
                 for w in T.serial(batch * heads):
                     join(problem, (outputs, maxima, sums), w // heads, w % heads, count)
         else:
+            T.evaluate(announce(problem, batch * heads * ((seqlen_q + (M - 1)) // M)))
             for w in T.parallel(batch * heads * ((seqlen_q + (M - 1)) // M)):
                 with T.sblock("row_tile"):
                     T.reads()
