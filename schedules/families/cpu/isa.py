@@ -17,6 +17,7 @@ class Isa:
     features: the flags in ``/proc/cpuinfo`` without which its code must not run.
     lanes: float32 elements of a vector register.
     registers: how many vector registers there are.
+    bfloat16_dots: whether it multiplies pairs of bfloat16.
     """
 
     mcpu: str
@@ -24,6 +25,7 @@ class Isa:
     features: tuple[str, ...]
     lanes: int
     registers: int
+    bfloat16_dots: bool = False
 
     def tvm_target(self) -> tvm.target.Target:
         """The target that kernels for it are compiled with."""
@@ -38,6 +40,10 @@ _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 #: By name, the most capable first: the x86-64 levels 4, 3 and 2 of the psABI.
 #: ``prefer-256-bit`` is what LLVM gives to level 4 by itself; it would halve the vectors.
 ISAS = {
+    "avx512_bf16": Isa(
+        *("x86-64-v4", ("-prefer-256-bit", "+avx512bf16"), (*_V4, "avx512_bf16")),
+        *(16, 32, True),
+    ),
     "avx512": Isa("x86-64-v4", ("-prefer-256-bit",), _V4, lanes=16, registers=32),
     "avx2": Isa("x86-64-v3", (), _V3, lanes=8, registers=16),
     "baseline": Isa("x86-64-v2", (), _V2, lanes=4, registers=16),

@@ -7,7 +7,8 @@ from tvm.script import tirx as T
 from schedules.attention import append_arguments
 from schedules.families.cpu.config import Config
 from schedules.families.cpu.few import FEW, few_queries_macros, parts
-from schedules.families.cpu.isa import ISAS
+from schedules.families.cpu.isa import ISAS, Isa
+from schedules.families.cpu.pairs import DOT_PAIRS
 from schedules.families.cpu.problem import Problem, Tensor
 from schedules.families.cpu.tiles import row_tile_macro
 from schedules.pattern import Pattern
@@ -20,18 +21,18 @@ _UNBOUNDED = 1 << 60
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel of one pattern, in the order and layout of a template (see :mod:`schedules.template`)."""
     arguments, values = pattern.parameter_symbols()
-    func = _kernel(pattern, config, ISAS[target.isa].lanes, traversal, values, name)
+    func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
     itemsize = 4 if pattern.dtype == "float32" else 2
     return Program(append_arguments(func, arguments), "s_tir", alignment=itemsize, index_bits=64)
 
 
-def _kernel(pattern: Pattern, config: Config, lanes: int, traversal: Traversal, params, name: str):
+def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
     dtype = pattern.dtype
     M = config.block_m
     one = T.int64(1)
     heads_outer = traversal.order == "heads_outer"
-    row_tile = row_tile_macro(config, lanes, dtype, pattern.head_dim, pattern.head_dim_v)
-    part, join = few_queries_macros(config.block_n, lanes, dtype, pattern.head_dim)
+    row_tile = row_tile_macro(config, isa, dtype, pattern.head_dim, pattern.head_dim_v)
+    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim)
 
     def physical(b, h, s, d):
         return (b, s, h, d) if traversal.layout == "bshd" else (b, h, s, d)
@@ -92,6 +93,8 @@ def _kernel(pattern: Pattern, config: Config, lanes: int, traversal: Traversal, 
                 head_dim_v,
             )
         )
+        if isa.bfloat16_dots and dtype == "bfloat16":
+            T.attr(0, "pragma_import_llvm", DOT_PAIRS)
         if seqlen_q <= FEW:
             with T.sblock("few_queries"):
                 T.reads()
