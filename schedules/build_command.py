@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from schedules.pack import PackBusyError
 from schedules.plan import PACKS, Plan, Request, default_jobs, parse_targets, plan
 from schedules.suite import HeadDim, Selection
 from schedules.toolchain.process import ToolchainError
+from schedules.tuning.best import MODES, Tuning
 
 #: Columns where the output is no terminal: room for a kernel's name and six numbers.
 _WIDTH = 110
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     for report in reports:
         _print_report(console, report)
+        _print_tuning(console, request, report)
     return int(any(report.failed for report in reports))
 
 
@@ -59,7 +62,11 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
     )
     several = {"type": values, "action": "extend", "default": []}
     parser.add_argument("--arch", **several, help="native (default), cpu, sm_80, sm_90a, …; a comma list, or repeated")
-    parser.add_argument("--isa", default="", help="of the CPU pack: avx512, avx2, baseline; else this machine's best")
+    parser.add_argument(
+        "--isa",
+        default="",
+        help="of CPU packs: some of avx512_bf16,avx512,avx2,baseline, or all (default: this machine's best)",
+    )
     parser.add_argument("--head-dim", **several, help="64, 128, …; 192:128 if values have a size of their own")
     parser.add_argument("--dtype", **several, help="float32, float16, bfloat16")
     parser.add_argument("--template", **several, help="v1, v2")
@@ -75,6 +82,13 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
     )
     parser.add_argument(
         "--emit", type=Path, metavar="DIR", help="write CUDA sources for scripts/assemble_packs.py, and compile nothing"
+    )
+    parser.add_argument(
+        "--configs",
+        choices=MODES,
+        default="auto",
+        help="auto: what tuning_logs/ found to be the fastest, if it may ship; default: the families' own; measured: "
+        "also kernels that weren't verified",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and write nothing")
     parser.add_argument("--list", action="store_true", help="name the kernels that are selected, and write nothing")
@@ -95,6 +109,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
         output=options.output.resolve(),
         jobs=options.jobs,
         run_on=options.run_on,
+        tuning=Tuning(options.configs),
     )
     return request, options
 
@@ -114,7 +129,7 @@ def _print_list(console: Console, request: Request, planned: Plan) -> None:
 def _print_plan(console: Console, request: Request, planned: Plan) -> None:
     console.print(
         f"{planned.target}: {len(planned.specs)} kernels selected, {len(planned.cached)} up to date, "
-        f"{len(planned.jobs)} to compile, into {request.output / planned.target.arch}",
+        f"{len(planned.jobs)} to compile, into {request.output / planned.target.folder}",
         soft_wrap=True,
     )
     for job in planned.jobs:
@@ -158,6 +173,21 @@ def _print_report(console: Console, report: PackReport) -> None:
         f"{len(report.up_to_date)} up to date, {len(entries) - len(report.up_to_date)} new or kept",
         soft_wrap=True,
     )
+
+
+def _print_tuning(console: Console, request: Request, report: PackReport) -> None:
+    """What records decided, and the command where there are none."""
+    if not report.manifest:
+        return
+    notes = Counter(r.note for r in report.results if isinstance(r, Built) and r.note)
+    for note, count in notes.items():
+        console.print(f"{count} kernels: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    tuned = sum(e.config_source != "default" for e in report.manifest.kernels)
+    if tuned:
+        console.print(f"{tuned} kernels have configurations from tuning_logs/")
+    elif not any(e.speeds for e in report.manifest.kernels):
+        command = f"scripts/tune.py --arch {report.target.arch} --suite standard"
+        console.print(f"nothing measured of these kernels: default configurations; to tune: {command}", soft_wrap=True)
 
 
 def _unverified(report: PackReport) -> list[str]:

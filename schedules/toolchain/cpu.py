@@ -14,9 +14,9 @@ from pathlib import Path
 
 from schedules.toolchain import inspection
 from schedules.toolchain.process import ToolchainError, host_compiler, run
+from tvm_flash.cpu import RUNTIME_STEM
 
 _SOURCES = tuple(Path(__file__).parent / name for name in ("threads.c", "scratch.c"))
-RUNTIME_STEM = "libtvm_flash_threads"
 _RUNTIME_FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra")
 
 #: The calls of TVM's code that it answers.

@@ -47,7 +47,11 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
     def prefetch(tensor, offset, width):
         """Ask for a row's cache lines; where there is none, nothing happens."""
         for line in T.serial((width * itemsize + 63) // 64):
-            T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(tensor.flat[offset + line * (64 // itemsize)]), 0, 2, 1))
+            T.evaluate(
+                T.call_intrin(
+                    "void", "tirx.prefetch", T.address_of(tensor.flat[offset + line * (64 // itemsize)]), 0, 2, 1
+                )
+            )
 
     @T.inline
     def dot_products(P: Problem, QF, S, acc, row, i, k_base, v_base, key0, keys):
