@@ -27,10 +27,20 @@ def _processors() -> tuple[dict[str, str], ...]:
     )
 
 
+@functools.cache
 def features() -> frozenset[str]:
-    """Processor flags with the names of ``/proc/cpuinfo`` (``avx2``, ``avx512f``, …)."""
+    """Processor flags with the names of ``/proc/cpuinfo`` (``avx2``, ``avx512f``, …), of what this process may use."""
     processors = _processors()
-    return frozenset(processors[0].get("flags", "").split()) if processors else frozenset()
+    flags = frozenset(processors[0].get("flags", "").split()) if processors else frozenset()
+    if "amx_tile" in flags and not _may_use_tiles():
+        flags = frozenset(flag for flag in flags if not flag.startswith("amx_"))
+    return flags
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for AMX's tile registers, which a process has only then (Documentation/arch/x86/xstate.rst)."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 #: Microarchitecture by vendor, family and first model; a model belongs to the last that isn't above it (AMD's and

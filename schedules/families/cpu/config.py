@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from schedules.families.cpu.isa import ISAS
+from schedules.families.cpu.isa import ISAS, Isa
 from schedules.pattern import Pattern
 from schedules.template import Rejected, Target
 
@@ -30,6 +30,11 @@ class Config:
     tile_rows: int
 
 
+def multiplication(isa: Isa, dtype: str) -> str:
+    """How an instruction set multiplies a dtype: as ``floats``, in ``pairs``, or in ``tiles``."""
+    return isa.bfloat16 if dtype == "bfloat16" else "floats"
+
+
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for any length; both templates share it.
 
@@ -39,6 +44,9 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     95, 91 in bfloat16, and causal float32 at 128 and 64 gave 90, 87.  AVX2: 2 x 4 gave 49, 3 x 4 45, 1 x 8 42.
     """
     isa = ISAS[target.isa]
+    if multiplication(isa, pattern.dtype) == "tiles":
+        wide = max(pattern.head_dim, pattern.head_dim_v) > 128
+        return {0: Config(block_m=256 if wide else 512, block_n=128, row_vectors=2, tile_rows=32)}
     row_vectors, tile_rows = (2, 8) if isa.registers == 32 else (2, 4)
     group = row_vectors * isa.lanes
     return {0: Config(block_m=4 * group, block_n=64, row_vectors=row_vectors, tile_rows=tile_rows)}
@@ -54,12 +62,15 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected(f"every field of {config} must be positive")
     if config.block_m % group:
         return Rejected(f"block_m {config.block_m} is not a multiple of the row group of {group} queries")
-    if config.block_n % config.tile_rows or 8 % config.tile_rows:
+    if multiplication(isa, pattern.dtype) == "tiles":
+        if (config.row_vectors, config.tile_rows) != (2, 32) or config.block_n % 32:
+            return Rejected(f"{config}: products on tile registers are 32 rows of 2 vectors, and block_n in 32s")
+    elif config.block_n % config.tile_rows or 8 % config.tile_rows:
         return Rejected(f"tile_rows {config.tile_rows} divides not both block_n {config.block_n} and 8")
     if config.block_n % isa.lanes:
         return Rejected(f"block_n {config.block_n} is not a multiple of the {isa.lanes} lanes of a vector")
     needed = config.tile_rows * config.row_vectors + config.row_vectors + 1
-    if needed > isa.registers:
+    if needed > isa.registers and multiplication(isa, pattern.dtype) != "tiles":
         return Rejected(f"needs {needed} vector registers, {target.isa} has {isa.registers}")
     scratch = scratch_floats(pattern, config, isa.lanes) * 4
     if scratch > _SCRATCH_LIMIT:

@@ -23,7 +23,6 @@ from schedules.families.cpu.steps import accumulate, accumulate_visible, f32
 def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_dim_v: int) -> SimpleNamespace:
     """Macros ``load_queries``, ``load_tile``, ``scores``, ``output``, and the shapes and dtypes of their buffers."""
     M, N, R, V = config.block_m, config.block_n, config.tile_rows, config.row_vectors
-    G = V * lanes
     converts = dtype != "float32"
 
     @T.inline
@@ -109,13 +108,19 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
         else:
             output_with(P, ST, VT, OT, acc, correction, v_at, column, keys, accumulate_visible)
 
+    @T.inline
+    def finish():
+        pass
+
     return SimpleNamespace(
         queries=((head_dim, M), "float32"),
         keys=((N if converts else 1, head_dim), "float32"),
         values=((N if converts else 1, head_dim_v), "float32"),
         probabilities=((1, 1), "float32"),
+        accumulators=(R * V * lanes,),
         load_queries=load_queries,
         load_tile=load_tile,
         scores=scores,
         output=output,
+        finish=finish,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.attention import append_arguments
-from schedules.families.cpu.config import Config
+from schedules.families.cpu.amx import TILE_PRODUCT
+from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.few import FEW, few_queries_macros, parts
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pairs import DOT_PAIRS
@@ -14,6 +15,8 @@ from schedules.families.cpu.tiles import row_tile_macro
 from schedules.pattern import Pattern
 from schedules.template import Program, Target, Traversal
 
+#: What the multiplications need beyond TIR, as LLVM's assembly: instructions that LLVM doesn't find by itself.
+LLVM_FUNCTIONS = {"pairs": DOT_PAIRS, "tiles": TILE_PRODUCT}
 #: Extent of a flat view of a tensor; the strides alone know how far it reaches.
 _UNBOUNDED = 1 << 60
 
@@ -93,8 +96,8 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                 head_dim_v,
             )
         )
-        if isa.bfloat16_dots and dtype == "bfloat16":
-            T.attr(0, "pragma_import_llvm", DOT_PAIRS)
+        if multiplication(isa, dtype) in LLVM_FUNCTIONS:
+            T.attr(0, "pragma_import_llvm", LLVM_FUNCTIONS[multiplication(isa, dtype)])
         if seqlen_q <= FEW:
             with T.sblock("few_queries"):
                 T.reads()

@@ -7,7 +7,7 @@ of K and V will do.
 
 For each kv tile: what the products want of K and V, once for all rows; then for each row group (``row_vectors``
 vectors) the product, the score and mask, the online softmax, and the second product.  The products are those of
-``floats.py`` or ``pairs.py``.
+``floats.py``, ``pairs.py`` or ``amx.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import math
 
 from tvm.script import tirx as T
 
-from schedules.families.cpu.config import Config
+from schedules.families.cpu.amx import tile_products
+from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.floats import float_products
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.pairs import pair_products
@@ -24,6 +25,7 @@ from schedules.families.cpu.problem import Problem
 from schedules.families.cpu.steps import make_steps
 
 _MINUS_INF = -math.inf
+MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products, "tiles": tile_products}
 
 
 def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim_v: int):
@@ -31,8 +33,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
     M, N, R, lanes = config.block_m, config.block_n, config.tile_rows, isa.lanes
     G = config.row_vectors * lanes
     steps = make_steps(config, lanes)
-    make_products = pair_products if dtype == "bfloat16" and isa.bfloat16_dots else float_products
-    products = make_products(config, lanes, dtype, head_dim, head_dim_v)
+    products = MULTIPLICATIONS[multiplication(isa, dtype)](config, lanes, dtype, head_dim, head_dim_v)
 
     @T.inline
     def row_tile(P: Problem, b, h, row0):
@@ -47,7 +48,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         correction = T.sblock_alloc_buffer((G,), "float32", scope="local")
         highest = T.sblock_alloc_buffer((G,), "float32", scope="local")
         total = T.sblock_alloc_buffer((G,), "float32", scope="local")
-        acc = T.sblock_alloc_buffer((R * G,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer(products.accumulators, "float32", scope="local")
         row = T.sblock_alloc_buffer((R,), "int64", scope="local")
         largest = T.sblock_alloc_buffer((8,), "uint16", scope="local")
 
@@ -95,6 +96,8 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                         steps.apply_score(ST, P.masked_score, site, first, key0, keys)
                     steps.online_softmax(ST, row_max, row_sum, correction, highest, total, column, keys, scale)
                     products.output(P, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full)
+
+        products.finish()
 
         # 3. The log-sum-exp, before row_sum becomes the divisor.
         if P.wants_lse():
