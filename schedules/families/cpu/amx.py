@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 
 from schedules.families.cpu.config import Config
-from schedules.families.cpu.pairs import bits, make_pair_macros, pair
+from schedules.families.cpu.pairs import bits, make_pair_macros
 from schedules.families.cpu.problem import Problem
 
 #: Rows and columns of four tiles, and elements that a tile product sums.
