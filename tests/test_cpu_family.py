@@ -87,9 +87,9 @@ def test_every_isa(dtype, isa):
             check(case, cases.inputs(case), "v1", isa)
 
 
-#: What the assembly of a causal bfloat16 kernel must hold, and what would be illegal on a machine with no more than that.
+#: What the assembly of a causal bfloat16 kernel must hold, and what would be illegal where there is no more than that.
 INSTRUCTIONS = {
-    "amx": (r"\ttdpbf16ps\t.*%tmm", r"%ymm32"),
+    "amx": (r"\tsttilecfg[^#]*\tldtilecfg(.|\n)*\ttdpbf16ps\t.*%tmm(.|\n)*\tldtilecfg", r"\ttilerelease"),
     "avx512_bf16": (r"\tvdpbf16ps\t.*%zmm", r"\tt(dp|ile)"),
     "avx512": (r"\tvfmadd\w+ps\t.*%zmm", r"\tt(dp|ile)|\tvdpbf16|\tvcvtneps2bf16"),
     "avx2": (r"\tvfmadd\w+ps\t.*%ymm", r"%zmm|%[xy]mm(1[6-9]|[23]\d)|%k[0-7]\b|\{%k|\tvdp"),
