@@ -5,8 +5,8 @@ A tile product adds ``A B`` to a tile of float32, with 16 rows of 32 elements in
 as the caller has it, but for a last tile that isn't whole and for head dims that aren't a multiple of 32, and V
 transposed.
 
-A thread's tile configuration is put back as it was: oneDNN, which may have used the same thread, doesn't look whether its
-own is still there.
+A thread's tile configuration is put back as it was: oneDNN, which may have used the same thread, doesn't look whether
+its own is still there.
 
 =========== =================== =================================================
 buffer      shape               holds
