@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from tvm_flash.errors import LayoutWarning
-from tvm_flash.frameworks import framework_of
+from tvm_flash.frameworks import Traced, framework_of
 from tvm_flash.plan import EmptyPlan, Plan
 from tvm_flash.prepare import Options, prepare, same_framework
 from tvm_flash.registry import on_refresh
@@ -30,8 +30,27 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
 
     ``per_head`` are the parameters that are tensors, by name.
     """
+    try:
+        return _on_memory(options, q, k, v, per_head, out)
+    except Traced as e:
+        return e.framework.traced(options, q, k, v, per_head, out)
+
+
+def _torch_program(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
+    """What ``torch.compile`` sees in place of :func:`attention`."""
+    from tvm_flash import torch_ops
+
+    return torch_ops.attention(options, q, k, v, per_head, out)
+
+
+attention._torchdynamo_inline = _torch_program
+
+
+def _on_memory(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
     framework, like, result_to = framework_of(q, "q"), q, out
     if framework.adopts:
+        if framework.traces:
+            return framework.traced(options, q, k, v, per_head, out)
         same_framework(_named(q, k, v, per_head, out))
         q, k, v = framework.adopt(q), framework.adopt(k), framework.adopt(v)
         per_head = {name: framework.adopt(x) for name, x in per_head.items()}

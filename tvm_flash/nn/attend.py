@@ -1,0 +1,27 @@
+"""Attention for callers that are sure of their layout: the drop-ins and the integrations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm_flash.call import attention
+from tvm_flash.prepare import Options
+
+
+def attend(
+    layout: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    return_lse: bool = False,
+    out: Any = None,
+) -> Any:
+    """:func:`tvm_flash.flash_attention` in a layout, by whichever template is better, without a look at the layout."""
+    options = Options(layout, "auto", return_lse, softmax_scale, causal, window_size, softcap, layout_known=True)
+    return attention(options, q, k, v, {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}, out)
