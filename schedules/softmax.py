@@ -67,9 +67,8 @@ class OnlineSoftmax:
     """The softmax state of the rows that one lane shares in: ``2 * m_tiles`` rows of ``columns`` columns a step.
 
     A step with maxima is ``scores``, ``track``, ``rescale`` of the output if ``grown`` isn't 0, and ``exponentials`` of
-    all groups with ``scale``.  One without is ``modify`` and ``exponentials`` with ``signed_scale()``.  All of these can
-    begin with m-tile ``first``, if those before it see nothing.  ``tile_step`` is the number of rows from one m-tile of a
-    warp to the next.
+    all groups with ``scale``.  One without is ``modify`` and ``exponentials`` with ``signed_scale()``.  All can begin
+    with m-tile ``first``, if those before it see nothing.  ``tile_step``: rows from one m-tile of a warp to the next.
     """
 
     def __init__(self, pattern: Pattern, at: Site, fragment: Fragment, m_tiles: int, columns: int, tile_step: int = 0):

@@ -68,7 +68,9 @@ def check(
     shared, available = shared_memory(pattern, config, num_stages, parts, cursors_in_shared), SHARED_MEMORY[target.arch]
     if shared > available:
         return Rejected(f"needs {shared // 1024} KiB of shared memory, {target.arch} has {available // 1024}")
-    fragments = fragment.registers(config.block_n // parts) + fragment.registers(E // parts) + fragment.registers(16) // 2
+    fragments = (
+        fragment.registers(config.block_n // parts) + fragment.registers(E // parts) + fragment.registers(16) // 2
+    )
     registers = tiles * fragments + more + _OTHER_REGISTERS
     if registers > registers_for(config):
         return Rejected(f"needs about {registers} registers a thread, {registers_for(config)} are to be had")

@@ -37,7 +37,8 @@ class Matrix:
         self.cursors = cursors if cursors is not None else T.alloc_local([1], "int64")
         self.own = (lambda: fresh("tid.x")) if cursors is not None else (lambda: 0)
         T.buffer_store(self.cursors, tensor.offset(b, head, row, chunk * CHUNK), [self.own()])
-        self.to = local(tile.address(row, chunk))
+        place = tile.address(row, chunk)
+        self.to = local(place) if cursors is None else tile.address(self.row(), self.column() // CHUNK)
         self.dim = tensor.sizes["dim"]
 
     @property
@@ -70,8 +71,8 @@ class BlockMachine:
 
     ``rows`` are its first and last row, ``block`` its batch, head and strip of rows, ``thread`` an index in it.
     ``parts`` warps share the rows of ``m_tiles`` m-tiles: each computes the scores of its part of the keys, and the
-    output of its part of the columns.  A warp's m-tiles are ``tile_step`` rows apart.  ``cursors_in_shared`` keeps where
-    threads copy from in shared memory, 16 bytes a thread, where it costs no registers.
+    output of its part of the columns.  A warp's m-tiles are ``tile_step`` rows apart.  ``cursors_in_shared`` keeps
+    where threads copy from in shared memory, 16 bytes a thread, where it costs no registers.
     """
 
     def __init__(
@@ -169,16 +170,10 @@ class BlockMachine:
         first: T.int32 = matrix.row() + (0 if ragged is None else ragged)
         for i in T.unroll(matrix.passes):
             for p in T.unroll(tile.panels):
-                memory = T.meta_var(
-                    start + wide(i * matrix.step) * wide(matrix.row_stride) + T.int64(p * tile.panel)
-                )
+                memory = T.meta_var(start + wide(i * matrix.step) * wide(matrix.row_stride) + T.int64(p * tile.panel))
                 shared = T.meta_var(T.ptx.addr(to, p * tile.panel_bytes + i * matrix.step * tile.panel * 2))
                 in_row = T.meta_var(T.And(live, column + p * tile.panel < matrix.dim))
-                inside = T.meta_var(
-                    in_row
-                    if ragged is None
-                    else T.And(in_row, first + i * matrix.step < matrix.rows)
-                )
+                inside = T.meta_var(in_row if ragged is None else T.And(in_row, first + i * matrix.step < matrix.rows))
                 if tile.rows % matrix.step == 0:
                     body(i * tile.panels + p, memory, shared, inside)
                 else:

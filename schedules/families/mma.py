@@ -7,6 +7,7 @@ A family brings a machine (:mod:`schedules.families.machine`): how tiles are cop
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -39,6 +40,19 @@ def fresh(register: str) -> Expr:
     name = register.replace(".", "_")
     source = _FRESH_INDEX.format(name=name, register=register)
     return T.cuda.func_call(f"fresh_{name}", source_code=source, return_type="int32")
+
+
+_ANEW = """
+__forceinline__ __device__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+"""
+
+
+def anew(value: Expr) -> Expr:
+    """The value, as if it had just been read: what is computed from it isn't kept either."""
+    return T.cuda.func_call("anew", value, source_code=_ANEW, return_type="int32")
 
 
 def panel_columns(columns: int) -> int:
@@ -149,8 +163,8 @@ def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, careful, step):
     Tiles that every row sees whole go without mask and, once every row has a reference, without maxima, unless
     ``careful``.
     """
-    tile: T.int32 = tiles.end - 1
     if pattern.has_gaps:
+        tile: T.int32 = tiles.end - 1
         while tile >= tiles.begin:
             if pattern.tile_full(at, rows[0], rows[1], tile * block_n, tile * block_n + (block_n - 1)):
                 step(tile, False, True)
@@ -160,17 +174,14 @@ def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, careful, step):
     else:
         plain_end: T.int32 = T.Select(careful != 0, tiles.begin, tiles.seen_end())
         plain_begin: T.int32 = T.min(tiles.full_begin, plain_end)
-        while tile >= plain_end:
-            step(tile, True, True)
-            tile = tile - 1
+        for i in T.serial(tiles.end - plain_end):
+            step(tiles.end - 1 - i, True, True)
         if tiles.has_full:
-            while tile >= plain_begin:
-                step(tile, False, False)
-                tile = tile - 1
+            for i in T.serial(plain_end - plain_begin):
+                step(plain_end - 1 - i, False, False)
             if tiles.has_left:
-                while tile >= tiles.begin:
-                    step(tile, True, True)
-                    tile = tile - 1
+                for i in T.serial(plain_begin - tiles.begin):
+                    step(plain_begin - 1 - i, True, True)
 
 
 @T.inline
@@ -192,9 +203,7 @@ def store_output(machine, O):
                 row = T.meta_var(t * machine.tile_step + r * fragment.row_step)
                 column = T.meta_var(machine.output_column(i))
                 machine.pack_pair(word, 0, machine.O[o], machine.O[o + 1])
-                T.ptx["st.shared.b32"](
-                    machine.q.tile.at(to, row, column // CHUNK, column % CHUNK * 2), word[0]
-                )
+                T.ptx["st.shared.b32"](machine.q.tile.at(to, row, column // CHUNK, column % CHUNK * 2), word[0])
     machine.meet()
     rows = T.meta_var(fragment.tile_rows // machine.parts)
     store_rows(
@@ -250,9 +259,11 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_ty
                 h: T.int32 = block[1]
                 row_first: T.int32 = block[2] * M
                 row_last: T.int32 = T.min(row_first + M, geometry.seqlen_q) - 1
-                kv_head: T.int32 = T.truncdiv(h, T.truncdiv(geometry.heads, geometry.kv_heads))
+                kv_head: T.int32 = T.truncdiv(h * geometry.kv_heads, geometry.heads)
                 parameters = Parameters(geometry, b, h)
-                at = T.meta_var(site(geometry, parameters, b, h))
+                # Without a mask ranges are the same for every block, and would be kept from outside the loop.
+                seqlen_kv: T.int32 = anew(geometry.seqlen_kv) if pattern.is_unmasked else geometry.seqlen_kv
+                at = T.meta_var(replace(site(geometry, parameters, b, h), seqlen_kv=seqlen_kv))
                 rows = T.meta_var((row_first, row_last))
                 tiles = KeyTiles(pattern, at, row_first, row_last, N)
                 # 3. The online softmax over the tiles, from right to left.

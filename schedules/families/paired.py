@@ -18,7 +18,6 @@ from tvm.script import tirx as T
 
 from schedules.families.ldmatrix import LOAD, LdmatrixProducts
 from schedules.families.mma import SharedTile, fresh
-from schedules.geometry import local
 
 #: Named barriers of the pairs begin here; barrier 0 is the whole block's.
 _FIRST_BARRIER = 1
@@ -33,13 +32,15 @@ class PairedProducts(LdmatrixProducts):
         self.exchange = pool.alloc((2, self.config.block_m), "float32")
 
     def place_operands(self):
-        """As usual, and where P of this warp's rows is."""
-        LdmatrixProducts.place_operands(self)
-        lane, chunks = self.lane, self.config.block_n // 16
-        row = self.warp_row + lane % 16
-        self.p_from = local(self.p_tile.address(row, (1 - self.part) * chunks + lane // 16))  # the partner's
-        row = self.warp_row + lane // 4
-        self.p_to = local(self.p_tile.address(row, self.part * chunks) + T.Cast("uint32", lane % 4 * 4))
+        """The registers of operands.  Addresses are computed where they are used: none is kept in a register."""
+        self.place_fragments()
+
+    @T.inline
+    def scores(self, first=0):
+        """S = Q K for the tile in use, from m-tile ``first``."""
+        thread: T.int32 = fresh("tid.x")
+        sources = T.meta_var(self.sources(*self.place_of(thread)))
+        self.scores_from(sources[0], sources[1] + T.Cast("uint32", self.use * self.k.tile.stage_bytes), first)
 
     def pair(self):
         """Number of this pair in the block."""
@@ -57,22 +58,17 @@ class PairedProducts(LdmatrixProducts):
     @T.inline
     def share(self, values, combine, first=0):
         """Combine the values of each row, the same in all lanes of a row, with the partner's."""
+        thread: T.int32 = fresh("tid.x")
+        place = T.meta_var(self.place_of(thread))
+        lane, part, row0 = T.meta_var((place[0], place[1], place[2] + place[0] // 4))
         for i in T.unroll(2 * first, 2 * self.m_tiles):
-            row = T.meta_var(self.softmax.position(self.warp_row + self.lane // 4, 0, i // 2, 0, i % 2, 0)[0])
-            if self.lane % 4 == 0:
-                self.exchange[self.part, row] = values[i]
+            row = T.meta_var(self.softmax.position(row0, 0, i // 2, 0, i % 2, 0)[0])
+            if lane % 4 == 0:
+                self.exchange[part, row] = values[i]
         self.meet()
         for i in T.unroll(2 * first, 2 * self.m_tiles):
-            row = T.meta_var(self.softmax.position(self.warp_row + self.lane // 4, 0, i // 2, 0, i % 2, 0)[0])
-            values[i] = combine(values[i], self.exchange[1 - self.part, row])
-
-    @T.inline
-    def hand_over(self, k, first):
-        """This warp's k-th 16 probabilities to shared memory."""
-        for t in T.unroll(first, self.m_tiles):
-            for x in T.unroll(4):
-                to = T.meta_var(self.p_tile.at(self.p_to, t * self.tile_step + x % 2 * 8, k * 2 + x // 2))
-                T.ptx["st.shared.b32"](to, self.P[t * 4 + x])
+            row = T.meta_var(self.softmax.position(row0, 0, i // 2, 0, i % 2, 0)[0])
+            values[i] = combine(values[i], self.exchange[1 - part, row])
 
     @T.inline
     def absorb(self, tracked, first=0):
@@ -84,23 +80,35 @@ class PairedProducts(LdmatrixProducts):
             self.softmax.advance(first)
             self.softmax.rescale(self.O, self.o_stride, first)
         scale = T.meta_var(self.softmax.scale if tracked else self.softmax.signed_scale())
-        keys = T.meta_var(self.config.block_n // 2)
+        keys, chunks = T.meta_var((self.config.block_n // 2, self.config.block_n // 16))
+        # 1. Where P goes to and comes from, and this warp's keys and columns of V.
+        thread: T.int32 = fresh("tid.x")
+        place = T.meta_var(self.place_of(thread))
+        lane, part, row0 = T.meta_var(place)
+        p_to: T.uint32 = self.p_tile.address(row0 + lane // 4, part * chunks) + T.Cast("uint32", lane % 4 * 4)
+        p_from: T.uint32 = self.p_tile.address(row0 + lane % 16, (1 - part) * chunks + lane // 16)
+        stage = T.meta_var(T.Cast("uint32", self.use * self.v.tile.stage_bytes))
+        v_own: T.uint32 = self.sources(lane, part, row0)[2] + stage
+        down = T.meta_var(keys * self.v.tile.panel * 2)
+        v_other: T.uint32 = v_own + T.Select(part == 0, T.uint32(down), T.uint32(2**32 - down))
+        # 2. This warp's probabilities, also to the partner.
         for k in T.unroll(keys // 16):
             self.probabilities(k, scale, first)
-            self.hand_over(k, first)
-            self.accumulate_from(0, k, first)
+            for t in T.unroll(first, self.m_tiles):
+                for x in T.unroll(4):
+                    to = T.meta_var(self.p_tile.at(p_to, t * self.tile_step + x % 2 * 8, k * 2 + x // 2))
+                    T.ptx["st.shared.b32"](to, self.P[t * 4 + x])
+            self.accumulate_from(v_own, k, first)
         self.meet()
-        other: T.int32 = T.Select(fresh("tid.x") % 64 < 32, keys, -keys)
+        # 3. The partner's.
         for k in T.unroll(keys // 16):
             for t in T.unroll(first, self.m_tiles):
-                T.ptx[LOAD](*[self.P[t * 4 + x] for x in range(4)], self.p_tile.at(self.p_from, t * self.tile_step, k * 2))
-            self.accumulate_from(other, k, first)
+                T.ptx[LOAD](*[self.P[t * 4 + x] for x in range(4)], self.p_tile.at(p_from, t * self.tile_step, k * 2))
+            self.accumulate_from(v_other, k, first)
 
     @T.inline
-    def accumulate_from(self, down, k, first):
-        """O += P V for the k-th 16 keys, ``down`` keys on from this warp's part, and this warp's columns."""
-        stage = T.meta_var(T.Cast("uint32", self.use * self.v.tile.stage_bytes + down * (self.v.tile.panel * 2)))
-        v_from: T.uint32 = self.v_from + stage
+    def accumulate_from(self, v_from, k, first):
+        """O += P V for the k-th 16 keys from ``v_from`` on, and this warp's columns."""
         for n in T.unroll(self.head_dim_v // 32):
             self.load_v(v_from, k * 16, n * 2)
             for t in T.unroll(first, self.m_tiles):

@@ -22,6 +22,9 @@ DTYPES = ("float16",)  # tensor cores know bfloat16 from sm_80 on
 TEMPLATES = ("v1",)
 INDEX_DTYPE = "int32"
 
+#: 2 KiB of shared memory are to be had, and four registers are what head_dim 128 would spill.
+CURSORS_IN_SHARED = True
+
 _QK = "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32"
 _PV = "mma.sync.aligned.m8n8k4.row.row.f32.f16.f16.f32"
 
@@ -41,7 +44,9 @@ class Machine(StagedCopies, BlockMachine):
     """Staged copies, m8n8k4; operands come by 16-byte loads that serve two products each."""
 
     def __init__(self, pattern, config, *args):
-        BlockMachine.__init__(self, pattern, config, *args, fragment=VOLTA, num_stages=1)
+        BlockMachine.__init__(
+            self, pattern, config, *args, fragment=VOLTA, num_stages=1, cursors_in_shared=CURSORS_IN_SHARED
+        )
         self.place_staging()
 
     def place_operands(self):
@@ -137,7 +142,9 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
     """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
     more = staging_registers(pattern, config)
-    return limits.check(pattern, config, target, VOLTA, num_stages=1, m_tiles=(1,), more=more)
+    return limits.check(
+        pattern, config, target, VOLTA, num_stages=1, m_tiles=(1,), more=more, cursors_in_shared=CURSORS_IN_SHARED
+    )
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

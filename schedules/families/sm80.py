@@ -182,8 +182,8 @@ class PairedMachine(PairedProducts, _AsynchronousMachine):
 
 #: By arch and head_dim, the first that is large enough.  sm_80 has 163 KiB of shared memory, so that two blocks of
 #: 80 KiB or one of 8 warps fit a multiprocessor; the others have 99 KiB, for two blocks of 48 KiB.  Figures: TFLOP/s of
-#: sm_80 code recompiled for an H200, V2, fp16, full attention over 16k keys, hidden size 2048; FlashAttention-2 has 290,
-#: 335 and 312 at 64, 128 and 256.
+#: sm_80 code recompiled for an H200, V2, fp16, full attention over 16k keys, hidden size 2048; FlashAttention-2 has
+#: 290, 335 and 312 at 64, 128 and 256.
 _LARGE = {
     64: Config(128, 64, 4, 2, 2, q_in_registers=True),  # 380; block_n 32 382 but 302 for 336 at 1k, 48 367
     96: Config(128, 64, 4, 2, 2),
@@ -199,15 +199,16 @@ _SMALL = {
     256: Config(128, 32, 8, 1, 1),
 }
 #: Parameters of masks and scores live in registers too: fewer keys at once leave room for them.  Two warps that share
-#: their rows have room.
+#: their rows have room for some.
 _BLOCK_N_WITH_PARAMETERS = 32
+_ROOM_FOR_PARAMETERS = {1: 0, 2: 4}  # by warps_per_tile
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     table = _LARGE if target.arch == "sm_80" else _SMALL
     config = table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
-    if pattern.params and config.warps_per_tile == 1:
+    if len(pattern.params) > _ROOM_FOR_PARAMETERS[config.warps_per_tile]:
         config = dataclasses.replace(config, block_n=_BLOCK_N_WITH_PARAMETERS)
     return {0: config}
 
@@ -220,7 +221,10 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
         "min_blocks_per_sm": (1, 2, 3),
-        "q_in_registers": (False, True),
+        "q_in_registers": (False, True) if pattern.head_dim <= 64 else (False,),
+        "cursors_in_shared": (False, True),
+        "warps_per_tile": (1, 2) if pattern.head_dim > 128 else (1,),
+        "section_mib": (4, 16, 64, 1024) if template == "v2" else (16,),
     }
 
 

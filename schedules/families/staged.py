@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.families import mma
 from schedules.families.mma import CHUNK
 from schedules.pattern import Pattern
 
