@@ -64,6 +64,25 @@ def test_a_real_model_gives_the_same_embeddings(side, device, registered):
     assert difference < (1e-6 if device == "cpu" else 2e-3)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_encoder_with_padding(device, registered):
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+    torch.manual_seed(1)
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=100, **sizes), add_pooling_layer=False)
+    model = model.to(device, torch.float32 if device == "cpu" else torch.float16).eval()
+    tokens = torch.randint(5, 90, (3, 150), device=device)
+    lengths = torch.tensor([[150], [7], [90]], device=device)
+    mask = (torch.arange(150, device=device) < lengths).long()
+    hidden = {}
+    for name in ("sdpa", integration.NAME):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            hidden[name] = model(tokens, attention_mask=mask).last_hidden_state
+    assert len(registered) == 2
+    difference = (hidden["sdpa"] - hidden[integration.NAME])[mask.bool()].abs().max().item()
+    assert difference < (1e-5 if device == "cpu" else 1e-2)
+
+
 def config(kind: str):
     """A small model with random weights: grouped heads, a sliding window shorter than the text, or a soft cap."""
     sizes = {"vocab_size": 100, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": None}
