@@ -105,10 +105,10 @@ def summary(results: Iterable[Result]) -> Table:
         rows.append(
             (
                 *(device, arch, str(len(found)), Entry(str(failed), "bad" if failed else "")),
-                *(f"{max(shares):.0%}" if shares else "–", f"{sum(r.seconds for r in found):.1f}"),
+                *(f"{max(shares):.2g}" if shares else "–", f"{sum(r.seconds for r in found):.1f}"),
             )
         )
-    return table("", ("device", "arch", "kernels", "failed", "largest error of allowed", "seconds"), rows, labels=2)
+    return table("", ("device", "arch", "kernels", "failed", "error / allowed", "seconds"), rows, labels=2)
 
 
 def check_kernel(kernel: Installed, device: Device) -> Result:
