@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tvm_flash import memory
+from tvm_flash import fast, memory
 from tvm_flash.checks import Sizes
 from tvm_flash.choice import Choice, choose
 from tvm_flash.device import Device
@@ -63,6 +63,9 @@ class EmptyPlan:
 
     def __init__(self, request: Request):
         self._request = request
+
+    def recipe(self, tensors: int, q: Any, k: Any, v: Any, out: Any) -> None:
+        """What the fast path needs: it leaves empty problems alone."""
 
     def run(self, q: Any, k: Any, v: Any, per_head: tuple[Any, ...], out: Any) -> tuple[Any, Any]:
         """The result and the log-sum-exp (None unless it was asked for)."""
@@ -154,6 +157,28 @@ class Plan:
             framework.finish(self._gpu)
         self._frames.append(frame)
         return out, (lse if self._return_lse else None)
+
+    def recipe(self, tensors: int, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, ...] | None:
+        """What the fast path needs to do the same for tensors of this alignment; None if each call must warn.
+
+        ``tensors`` is how many a call has, those that are None included.  The answer is that of
+        :func:`tvm_flash.fast.recipe`, and what makes the result and the log-sum-exp (None: nothing is to be made).
+        """
+        if self.suspicion is not None:
+            return None
+        bits = 0
+        for x in (q, k, v) if out is None else (q, k, v, out):
+            bits |= self._framework.pointer(x)
+        if bits & self._misaligned:
+            return self._for_alignment(memory.alignment_of(bits)).recipe(tensors, q, k, v, out)
+        footprints = [
+            *self._inputs,
+            *[memory.NOWHERE] * (tensors - 1 - len(self._inputs)),
+            self._output or memory.NOWHERE,
+        ]
+        used = [3 + i for i in self._per_head]
+        made = fast.recipe(Frame(self._kernel, self._arguments), used, self._return_lse, footprints)
+        return *made, self._make_out if out is None else None, self._make_lse if self._lse_needed else None
 
     def _check_overlap(self, pointers: tuple[int, ...], at_out: int) -> None:
         names = ("q", "k", "v", *self._request.per_head)

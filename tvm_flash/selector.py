@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 from tvm_flash import checks
-from tvm_flash.call import attention
+from tvm_flash.call import attend
 from tvm_flash.choice import Choice, Explanation, choose, explain
 from tvm_flash.device import Device, parse
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
-from tvm_flash.prepare import Options
+from tvm_flash.prepare import Site, site
 from tvm_flash.problem import DTYPES, HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem, normalise_mask
 
 PREFERENCES = ("speed", "compatibility")
@@ -60,10 +61,12 @@ class SelectedKernel:
         ------
         InvalidArgumentError: the tensors are on a device of another arch than this kernel was selected for.
         """
-        options = Options(
-            self.layout, self.variant, return_lse, softmax_scale, causal, window_size, softcap, accept=self._accept
-        )
-        return attention(options, q, k, v, {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}, out)
+        options = self.variant, return_lse, softmax_scale, causal, window_size, softcap
+        return attend(self._site, 5, q, k, v, alibi_slopes, out, *options)
+
+    @functools.cached_property
+    def _site(self) -> Site:
+        return site(self.layout, accept=self._accept)
 
     def _accept(self, choice: Choice) -> None:
         arch = choice.kernel.entry.arch

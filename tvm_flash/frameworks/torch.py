@@ -58,6 +58,11 @@ class Torch(Framework):
     def fill(self, tensor, value):
         tensor.fill_(value)
 
+    def fast_reader(self, cls):
+        api = getattr(cls, "__dlpack_c_exchange_api__", None)  # since torch 2.10
+        # Subclasses may stand for something else.
+        return (api, _is_grad_enabled, None) if api and cls in (torch.Tensor, torch.nn.Parameter) else None
+
     def differentiated(self, q, k, v):
         return _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
