@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from schedules import pack
-from schedules.toolchain import cuda, gpu_compiler
-from tvm_flash.manifest import KernelEntry, Manifest, Param
+from schedules.toolchain import cuda
+from tvm_flash.manifest import KernelEntry, Manifest
 
 EMISSION_NAME = "emission.json"
 
@@ -22,7 +22,7 @@ def assemble(folder: Path, output: Path, jobs: int, recompile_for: str = "") -> 
     ----------
     folder: with one folder for each arch; output: where the packs go.
     jobs: compilers that run at a time.
-    recompile_for: a newer arch whose machine code is made from the sources instead, so that kernels can be checked on a
+    recompile_for: another arch whose machine code is made from the sources instead, so that kernels can be checked on a
         GPU of that arch.  Such a pack says so in its versions, and is for verification only.
 
     Raises
@@ -39,23 +39,16 @@ def assemble(folder: Path, output: Path, jobs: int, recompile_for: str = "") -> 
 def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) -> Manifest:
     emission = json.loads((folder / EMISSION_NAME).read_text())
     arch, kernels = emission["arch"], emission["kernels"]
-    compiler = gpu_compiler(arch)
-    versions = {**emission["versions"], "cuda": compiler.compiler_version()}
+    versions = {**emission["versions"], "cuda": cuda.compiler_version(arch)}
     if recompile_for:
         versions["recompiled_for"] = recompile_for
-    spills_allowed = emission["spills_allowed"]
-    # Machine code of a newer arch is what nvcc makes of a source; NVRTC's sm_70 code brings its PTX along instead.
-    elsewhere = {"recompile_for": recompile_for} if compiler is cuda else {"run_on": recompile_for}
-    compiled_arch = recompile_for if recompile_for and compiler is cuda else arch
     with pack.locked(output, arch) as work, ThreadPoolExecutor(jobs) as pool:
 
         def compile_one(kernel: dict) -> tuple[str, Path, KernelEntry]:
             source, raw = folder / kernel["source"], kernel["entry"]
             target = work / f"{source.stem}.o"
-            report = compiler.compile_object(source, target, arch, spills_allowed=spills_allowed, **elsewhere)
-            resources = report.resources(compiled_arch, cuda.dynamic_shared_memory(source.read_text()))
-            params = tuple(Param(**p) for p in raw["params"])
-            return kernel["group"], target, KernelEntry(**{**raw, "params": params, **resources})
+            resources = compile_source(source, target, arch, emission["spills_allowed"], recompile_for)
+            return kernel["group"], target, KernelEntry.from_dict({**raw, **resources})
 
         groups: dict[str, list[tuple[Path, KernelEntry]]] = {}
         for group, target, entry in pool.map(compile_one, kernels):
@@ -63,7 +56,7 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
         modules, entries = [], []
         for group, members in groups.items():
             draft = work / f"{group}.draft"
-            compiler.link_module([target for target, _ in members], draft)
+            cuda.link_module([target for target, _ in members], draft)
             module = pack.store(draft, output / arch, group)
             modules.append(module)
             entries += [dataclasses.replace(entry, module=module.file) for _, entry in members]
@@ -76,3 +69,14 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
         )
         pack.publish(output / arch, manifest)
     return manifest
+
+
+def compile_source(source: Path, target: Path, arch: str, spills_allowed: bool, recompile_for: str = "") -> dict:
+    """Compile an emitted source to an object; its registers and so on, as the manifest names them.
+
+    Raises
+    ------
+    ToolchainError: it doesn't compile, or must not ship.
+    """
+    report = cuda.compile_object(source, target, arch, recompile_for=recompile_for, spills_allowed=spills_allowed)
+    return report.resources(cuda.dynamic_shared_memory(source.read_text()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,7 +25,7 @@ from schedules.families import family_of
 from schedules.plan import Plan, Request, Result, key_of, plan, select, write_record
 from schedules.suite import KernelSpec
 from schedules.template import Target
-from schedules.toolchain import cpu, cuda, gpu_compiler
+from schedules.toolchain import cpu, cuda, nvcc
 from schedules.toolchain.process import ToolchainError, die_with_parent
 from tvm_flash.manifest import KernelEntry, Manifest, ModuleFile
 
@@ -50,9 +51,11 @@ class PackReport:
 # ---------------------------------------------------------------- compiling
 
 
-def _start_worker() -> None:
-    """A worker leaves Ctrl-C to the builder, whose end ends it too, however that comes."""
+def _start_worker(builder: int) -> None:
+    """A worker leaves Ctrl-C to the builder (its process id), whose end ends it too, however that comes."""
     die_with_parent()
+    if os.getppid() != builder:  # it ended while this worker started
+        os._exit(1)
     signal.signal(signal.SIGINT, lambda *_: None)  # a handler, unlike "ignore", is not inherited by compilers
 
 
@@ -64,7 +67,7 @@ def compile_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Resu
         return
     # TVM has threads, so that its process must not be forked.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (os.getpid(),))
     try:
         futures = {pool.submit(compile_spec, job): job for job in jobs}
         for future in as_completed(futures):
@@ -101,7 +104,7 @@ def build(request: Request, progress: Callable[[Job, list[Result]], None] = lamb
         select(request, target)
         versions_for(target)
         if target.arch != "cpu":
-            cuda.code_for(target.arch, request.run_on)
+            nvcc.code_for(target.arch, request.run_on)
     with ExitStack() as locks:
         # 2. What is missing, of all packs together, so that all workers are busy.
         works = {t: locks.enter_context(pack.locked(request.output, t.arch)) for t in request.targets}
@@ -190,7 +193,7 @@ def _link(work: Path, folder: Path, target: Target, group: str, built: list[Buil
     if target.arch == "cpu":
         cpu.link_module(objects, draft, folder / support[0].file)
     else:
-        gpu_compiler(target.arch).link_module(objects, draft)
+        cuda.link_module(objects, draft)
     return pack.store(draft, folder, group)
 
 

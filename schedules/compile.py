@@ -7,17 +7,19 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import tempfile
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import tvm
 from tvm.backend.cuda import export_cuda_host
 
-from schedules import tvmscript, v1, v2
+from schedules import sources, tvmscript, v1, v2
 from schedules.attention import Attention
 from schedules.catalogue import MASKS, SCORES
 from schedules.definition_file import DefinitionFile
@@ -25,11 +27,15 @@ from schedules.families import family_of
 from schedules.pattern import DefinitionError, Pattern, match
 from schedules.suite import KernelSpec
 from schedules.template import Program, Rejected, Target
-from schedules.toolchain import cuda, gpu_compiler
+from schedules.toolchain import cuda
+from schedules.toolchain.host import HOST_HEADER
 from schedules.toolchain.process import ToolchainError
 from tvm_flash.manifest import KernelEntry
 
 _TEMPLATES = {"v1": v1, "v2": v2}
+
+#: Headers by what a source that needs them says.
+_LARGE_HEADERS = {"cuda/barrier": r"\bcuda::(?!std)", "cooperative_groups.h": r"\bcooperative_groups\b(?!\.h)"}
 
 tvmscript.install()
 
@@ -86,11 +92,16 @@ class Failed:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A scheduled kernel as text: CUDA C++, or TensorIR for the CPU; ``source_hash`` is its identity."""
+    """A scheduled kernel as text: CUDA C++, or TensorIR for the CPU.
+
+    ``source_hash`` is its identity, and ``kernel_hash`` that of the same text without the kernel's name: kernels of two
+    buckets with the same configuration differ in nothing else.
+    """
 
     program: Program
     text: str
     source_hash: str
+    kernel_hash: str
     config: object
 
 
@@ -98,7 +109,7 @@ def versions_for(target: Target) -> dict[str, str]:
     """The compilers that make code for a target, as the manifest names them."""
     versions = {"tvm": _version("apache-tvm"), "tvm_ffi": _version("apache-tvm-ffi")}
     if target.arch != "cpu":
-        versions["cuda"] = gpu_compiler(target.arch).compiler_version()
+        versions["cuda"] = cuda.compiler_version(target.arch)
     return versions
 
 
@@ -143,12 +154,17 @@ def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lo
         return program
     if target.arch == "cpu":
         text = program.func.script(show_meta=True)
-        parts = (text, str(_cpu_target(target)), _version("apache-tvm"))
-        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     else:
         text = _export_cuda(program, spec.symbol, target)
-        digest = cuda.source_hash(text, target.arch, versions_for(target)["cuda"])
-    return Lowered(program, text, digest, config)
+    anonymous = text.replace(spec.symbol, "kernel")
+    return Lowered(program, text, _hash_of(text, target), _hash_of(anonymous, target), config)
+
+
+def _hash_of(text: str, target: Target) -> str:
+    """sha256 of all that decides a kernel's machine code."""
+    if target.arch != "cpu":
+        return cuda.source_hash(text, target.arch)
+    return hashlib.sha256("\0".join((text, str(_cpu_target(target)), _version("apache-tvm"))).encode()).hexdigest()
 
 
 def cuda_source(spec: KernelSpec, config, target: Target, definition: DefinitionFile | None = None) -> str | Rejected:
@@ -184,13 +200,26 @@ def _compile_one(job: Job, spec: KernelSpec, pattern: Pattern, config, config_so
     lowered = lower(spec, pattern, job.target, config)
     if isinstance(lowered, Rejected):
         return Refused(spec.symbol, lowered.reason)
-    suffix = f"-{job.run_on}" if job.run_on else ""
-    object_file = job.objects / f"{spec.symbol}-{lowered.source_hash[:16]}{suffix}.o"
+    object_file = job.objects / f"{spec.symbol}-{_object_key(job, lowered)}.o"
     resources = _resources_of(object_file)
     if resources is None:
         resources = _make_object(job, lowered, spec.symbol, object_file)
     entry = entry_of(spec, job.target, pattern, lowered, config_source, resources)
     return Built(entry, object_file.name, object_file.stat().st_size, time.perf_counter() - begin)
+
+
+def _object_key(job: Job, lowered: Lowered) -> str:
+    """Names all that an object file is made from."""
+    parts = [lowered.source_hash[:16]]
+    if job.target.arch != "cpu":
+        parts += [_toolchain_digest()[:8], *filter(None, [job.run_on])]
+    return "-".join(parts)
+
+
+@lru_cache(maxsize=1)
+def _toolchain_digest() -> str:
+    """Hash of what turns an exported source into an object."""
+    return sources.digest(sources.closure("schedules.toolchain.cuda") | {HOST_HEADER})
 
 
 def entry_of(
@@ -234,8 +263,11 @@ def _make_object(job: Job, lowered: Lowered, symbol: str, object_file: Path) -> 
     """Compile to ``object_file``, which appears when it is complete, after the note with its resources."""
     with tempfile.TemporaryDirectory(dir=job.objects) as scratch:
         draft = Path(scratch) / object_file.name
-        make = _make_cpu_object if job.target.arch == "cpu" else _make_cuda_object
-        resources = make(job, lowered, symbol, draft)
+        if job.target.arch == "cpu":
+            make_cpu_object(lowered, symbol, job.target, draft)
+            resources = {}
+        else:
+            resources = _make_cuda_object(job, lowered, symbol, draft)
         object_file.with_suffix(".json").write_text(json.dumps(resources))
         os.replace(draft, object_file)
     return resources
@@ -245,24 +277,30 @@ def _cpu_target(target: Target) -> tvm.target.Target:
     return family_of(target).ISAS[target.isa].tvm_target()
 
 
-def _make_cpu_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> dict:
+def make_cpu_object(lowered: Lowered, symbol: str, target: Target, path: Path) -> None:
+    """Compile a kernel for the CPU to an object file."""
     module = tvm.IRModule({symbol: lowered.program.func})
-    executable = tvm.compile(module, target=_cpu_target(job.target), tir_pipeline=lowered.program.pipeline)
-    executable.mod.write_to_file(str(draft), "o")
-    return {}
+    executable = tvm.compile(module, target=_cpu_target(target), tir_pipeline=lowered.program.pipeline)
+    executable.mod.write_to_file(str(path), "o")
 
 
 def _export_cuda(program: Program, symbol: str, target: Target) -> str:
     options = tvm.target.Target({"kind": "cuda", "arch": target.arch}, host={"kind": "cuda_host"})
     executable = tvm.compile(tvm.IRModule({symbol: program.func}), target=options, tir_pipeline=program.pipeline)
-    return export_cuda_host(executable.mod)
+    return without_unused_headers(export_cuda_host(executable.mod))
+
+
+def without_unused_headers(text: str) -> str:
+    """A source without the large headers that TVM always includes; they take two thirds of a kernel's compile time."""
+    for header, use in _LARGE_HEADERS.items():
+        if not re.search(use, text):
+            text = text.replace(f"#include <{header}>\n", "")
+    return text
 
 
 def _make_cuda_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> dict:
     source = draft.with_name(f"{symbol}.cu")
     source.write_text(lowered.text)
     spills_allowed = getattr(family_of(job.target), "SPILLS_ALLOWED", False)
-    report = gpu_compiler(job.target.arch).compile_object(
-        source, draft, job.target.arch, run_on=job.run_on, spills_allowed=spills_allowed
-    )
-    return report.resources(job.target.arch, cuda.dynamic_shared_memory(lowered.text))
+    report = cuda.compile_object(source, draft, job.target.arch, run_on=job.run_on, spills_allowed=spills_allowed)
+    return report.resources(cuda.dynamic_shared_memory(lowered.text))

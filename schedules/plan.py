@@ -12,10 +12,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
-from schedules import pack
+from schedules import pack, sources
 from schedules.catalogue import MASKS, SCORES
 from schedules.compile import Built, ChosenConfig, Failed, Job, Refused, versions_for
 from schedules.definition_file import DefinitionFile
@@ -23,7 +23,8 @@ from schedules.families import FAMILY, family_of
 from schedules.suite import TEMPLATES, KernelSpec, Selection
 from schedules.template import Target
 from schedules.toolchain import machine
-from tvm_flash.manifest import KernelEntry, Param
+from schedules.toolchain.host import HOST_HEADER
+from tvm_flash.manifest import KernelEntry
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKS = ROOT / "tvm_flash" / "packs"
@@ -115,25 +116,23 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
                 raise ValueError(f"{option} {value}: unknown; expected one of {', '.join(known)}")
     if request.definition:
         return tuple(chosen.specs(family.DTYPES, request.definition.name, [request.definition.variant()]))
-    return tuple(chosen.specs(family.DTYPES))
+    return tuple(chosen.specs(family.DTYPES, between=target.arch != "cpu"))
 
 
 # ---------------------------------------------------------------- what is there already
 
 
-@lru_cache(maxsize=1)
-def _sources_digest() -> str:
-    """Hash of every file that decides what a kernel becomes."""
-    digest = hashlib.sha256()
-    for path in [*sorted((ROOT / "schedules").rglob("*.py")), ROOT / "tvm_flash" / "manifest.py"]:
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+@cache
+def _sources_digest(arch: str) -> str:
+    """Hash of every file that decides what a kernel for an arch becomes, and of its manifest entry's form."""
+    files = sources.closure("schedules.compile", f"schedules.families.{FAMILY[arch]}")
+    return sources.digest(files | {HOST_HEADER, ROOT / "tvm_flash" / "manifest.py"})
 
 
 def key_of(request: Request, target: Target, spec: KernelSpec) -> str:
     """Hash of all that a spec's kernels are made from; as long as it stays the same, so do they."""
     parts = {
-        "sources": _sources_digest(),
+        "sources": _sources_digest(target.arch),
         "spec": dataclasses.asdict(spec),
         "target": dataclasses.asdict(target),
         "versions": versions_for(target),
@@ -168,15 +167,11 @@ def _read_record(work: Path, spec: KernelSpec, key: str) -> tuple[Result, ...] |
         record = json.loads(_record_path(work, spec).read_text())
         if record["key"] != key:
             return None
-        built = [Built(**{**r, "entry": _entry(r["entry"])}) for r in record["built"]]
+        built = [Built(**{**r, "entry": KernelEntry.from_dict(r["entry"])}) for r in record["built"]]
         refused = [Refused(**r) for r in record["refused"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (*built, *refused) if all((work / r.object_file).exists() for r in built) else None
-
-
-def _entry(raw: dict) -> KernelEntry:
-    return KernelEntry(**{**raw, "params": tuple(Param(**p) for p in raw["params"])})
 
 
 def plan(request: Request, target: Target) -> Plan:

@@ -20,9 +20,6 @@ CORE_VARIANTS = (
 
 TEMPLATES = ("v1", "v2")
 
-#: A kernel serves every head_dim up to its own, so that few sizes cover all.
-HEAD_DIMS = (64, 128, 256)
-
 #: Mask and score of a definition of the user's that isn't made of a mask and a score modification.
 CUSTOM = "custom"
 
@@ -53,6 +50,14 @@ class HeadDim:
 
     def __str__(self) -> str:
         return str(self.qk) if self.qk == self.v else f"{self.qk}v{self.v}"
+
+
+#: A kernel serves every head_dim up to its own, so that few sizes cover all.
+HEAD_DIMS = tuple(HeadDim(d, d) for d in (64, 128, 256))
+
+#: Sizes of models that lie between those.  A GPU multiplies a padded column as it does a real one, so that it gets
+#: kernels for them too, of plain scores; with other scores the next larger kernel serves.
+HEAD_DIMS_BETWEEN = (HeadDim(96, 96), HeadDim(192, 192), HeadDim(192, 128))
 
 
 @dataclass(frozen=True)
@@ -114,13 +119,27 @@ class Selection:
         return (*chosen, *missing)
 
     def specs(
-        self, dtypes: Sequence[str], definition: str = BUILTIN_DEFINITION, variants: Iterable[tuple[str, str]] = ()
+        self,
+        dtypes: Sequence[str],
+        definition: str = BUILTIN_DEFINITION,
+        variants: Iterable[tuple[str, str]] = (),
+        *,
+        between: bool = False,
     ) -> list[KernelSpec]:
-        """The kernels selected, in order; ``dtypes`` is what the arch computes, ``variants`` those of a definition."""
+        """The kernels selected, in order.
+
+        Parameters
+        ----------
+        dtypes: what the arch computes.
+        definition, variants: of a definition of the user's own.
+        between: whether the core set has ``HEAD_DIMS_BETWEEN``, as that of a GPU does.
+        """
+        between = between and not self.head_dims and definition == BUILTIN_DEFINITION
         return [
             KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v)
             for template in self.templates or TEMPLATES
             for dtype in self.dtypes or dtypes
-            for dim in self.head_dims or tuple(HeadDim(d, d) for d in HEAD_DIMS)
+            for dim in (*(self.head_dims or HEAD_DIMS), *(HEAD_DIMS_BETWEEN if between else ()))
             for mask, score in variants or self.variants()
+            if score == "identity" or not between or dim not in HEAD_DIMS_BETWEEN
         ]

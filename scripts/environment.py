@@ -29,7 +29,7 @@ def prepare() -> Path:
         [
             python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
             "--constraint", ROOT / "scripts" / "constraints.txt",
-            "--editable", f"{ROOT}[build,test,bench]",
+            "--editable", f"{ROOT}[build,volta,test,bench]",
         ]
     )  # fmt: skip
     return python

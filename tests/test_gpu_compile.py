@@ -17,7 +17,7 @@ from schedules.catalogue import MASKS, SCORES
 from schedules.families import family_of, sm70, sm75, sm80
 from schedules.pattern import match
 from schedules.template import Program, Rejected, Target
-from schedules.toolchain import cuda, volta
+from schedules.toolchain import cuda
 from schedules.toolchain.process import ToolchainError
 
 TEMPLATES = {"v1": v1, "v2": v2}
@@ -33,9 +33,8 @@ def pattern_of(head_dim=128, mask="full", score="identity", dtype="float16", hea
 
 def compiled(program: Program, arch: str, folder):
     """The source, the report of ptxas, and how often each of ``_OPCODES`` occurs; a spill would have raised."""
-    toolchain = volta if arch == "sm_70" else cuda
     try:
-        toolchain.find_toolkit()
+        cuda.compiler_version(arch)
     except ToolchainError as missing:
         pytest.skip(str(missing))
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host={"kind": "cuda_host"})
@@ -43,7 +42,7 @@ def compiled(program: Program, arch: str, folder):
     text = export_cuda_host(tvm.compile(module, target=target, tir_pipeline=program.pipeline).mod)
     source, target_file = folder / "kernel.cu", folder / "kernel.o"
     source.write_text(text)
-    report = toolchain.compile_object(source, target_file, arch)
+    report = cuda.compile_object(source, target_file, arch)
     return text, report, count_opcodes(target_file.read_bytes())
 
 

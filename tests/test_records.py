@@ -80,7 +80,7 @@ def core_groups():
     """Kernels of the core set that share a module, for each arch whose kernels were run on hardware."""
     for arch in ("sm_75", "sm_80", "sm_90a"):
         family = family_of(Target(arch))
-        specs = [s for s in Selection().specs(family.DTYPES) if s.template in family.TEMPLATES]
+        specs = [s for s in Selection().specs(family.DTYPES, between=True) if s.template in family.TEMPLATES]
         for group, members in itertools.groupby(specs, key=lambda s: s.group):
             yield pytest.param(Target(arch), tuple(members), id=f"{arch}-{group}")
 

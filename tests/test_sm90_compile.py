@@ -51,7 +51,7 @@ def _count_opcodes(data: bytes) -> dict[str, int]:
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
     try:
-        cuda.find_toolkit()
+        cuda.compiler_version(TARGET.arch)
     except ToolchainError as missing:
         pytest.skip(str(missing))
 

@@ -1,13 +1,17 @@
-"""The command line: ``python -m tvm_flash info | check | explain | demo``."""
+"""The command line: ``python -m tvm_flash info | check | explain | bench | demo``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
+from tvm_flash.bench import command as bench
 from tvm_flash.errors import NotSupportedError, TvmFlashError
 from tvm_flash.problem import DTYPES, LAYOUTS, VARIANTS
 
@@ -17,12 +21,21 @@ FAILED, REFUSED = 1, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit status."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(
+        arguments, argparse.Namespace(command=f"python -m tvm_flash {shlex.join(arguments)}")
+    )
     try:
         return options.run(options)
     except TvmFlashError as e:
         print(f"tvm_flash: {e}", file=sys.stderr)
         return REFUSED
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("tvm_flash: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--variant", choices=VARIANTS, default="auto")
     explain.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first GPU, or the processor)")
     explain.set_defaults(run=_explain)
+
+    bench.add_arguments(commands.add_parser("bench", help="speed beside PyTorch's backends, on this device"))
 
     demo = commands.add_parser("demo", help="a real model's attention through both layouts, beside PyTorch")
     demo.add_argument("--device", choices=("cpu", "cuda"))

@@ -32,10 +32,38 @@ def features() -> frozenset[str]:
     return frozenset(processors[0].get("flags", "").split()) if processors else frozenset()
 
 
+#: Microarchitecture by vendor, family and first model; a model belongs to the last that isn't above it (AMD's and
+#: Intel's processor programming references, and Linux's intel-family.h).
+_MICROARCHITECTURES = {
+    ("AuthenticAMD", 23): {0x00: "Zen", 0x30: "Zen 2"},
+    ("AuthenticAMD", 25): {0x00: "Zen 3", 0x10: "Zen 4", 0x20: "Zen 3", 0x60: "Zen 4"},
+    ("AuthenticAMD", 26): {0x00: "Zen 5"},
+}
+_INTEL_SERVERS = {
+    **{0x4F: "Broadwell", 0x55: "Skylake", 0x6A: "Ice Lake", 0x6C: "Ice Lake", 0x8F: "Sapphire Rapids"},
+    **{0xCF: "Emerald Rapids", 0xAD: "Granite Rapids", 0xAE: "Granite Rapids"},
+}
+
+
 def name() -> str:
-    """Model name of the processor, or its architecture where the kernel doesn't say."""
+    """Model name of the processor, or its architecture where the kernel doesn't say.
+
+    A hypervisor may hide the model's number; then the microarchitecture stands for it: ``"AMD EPYC (Zen 4)"``.
+    """
     processors = _processors()
-    return (processors[0].get("model name") if processors else None) or os.uname().machine
+    model = (processors[0].get("model name") if processors else None) or os.uname().machine
+    if processors and not re.search(r"\d", model):
+        model += f" ({_microarchitecture(processors[0])})"
+    return model
+
+
+def _microarchitecture(processor: dict[str, str]) -> str:
+    family, model = (int(processor.get(key, -1)) for key in ("cpu family", "model"))
+    known = _MICROARCHITECTURES.get((processor.get("vendor_id", ""), family), {})
+    if processor.get("vendor_id") == "GenuineIntel" and family == 6 and model in _INTEL_SERVERS:
+        return _INTEL_SERVERS[model]
+    below = [first for first in known if first <= model]
+    return known[max(below)] if below else f"family {family} model {model}"
 
 
 def threads() -> int:

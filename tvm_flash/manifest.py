@@ -49,6 +49,25 @@ class Param:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast a kernel was on one problem, with tensors in its own layout.
+
+    ``device`` is the name of what it ran on, ``record`` that of the line in ``tuning_logs`` that says so.  Sizes are in
+    elements; ``tflops`` are operations of the two products (half of them under a causal mask) by the median time.
+    """
+
+    device: str
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_kv: int
+    head_dim: int
+    microseconds: float
+    tflops: float
+    record: str
+
+
+@dataclass(frozen=True)
 class ModuleFile:
     """One shared library of a pack: its file name, size in bytes, and the sha256 that is checked at load."""
 
@@ -76,9 +95,11 @@ class KernelEntry:
     alignment: bytes; data pointers and all strides but the last must be multiples of it.
     index_bits: 32 if sizes and strides (in elements) must fit an int32, else 64.
     config: the schedule's configuration as JSON.
-    config_source: where the configuration comes from: ``"default"`` or the name of a tuning record.
+    config_source: where the configuration comes from: ``"default"`` or the name of a tuning record, such as
+        ``"nvidia_h200.jsonl#5e1f0a93c2"``.
     source_hash: sha256 of what the kernel was compiled from; the key of its record in ``tuning_logs``.
     registers, shared_memory, spills: per thread, bytes per block, bytes; None where they don't apply.
+    speeds: what tuning records say of exactly this kernel, for lengths of its bucket.
     """
 
     symbol: str
@@ -101,6 +122,19 @@ class KernelEntry:
     registers: int | None = None
     shared_memory: int | None = None
     spills: int | None = None
+    speeds: tuple[Speed, ...] = ()
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> KernelEntry:
+        """What :func:`dataclasses.asdict` made of an entry, perhaps by way of JSON.
+
+        Raises
+        ------
+        KeyError, TypeError: a field is missing or unknown.
+        """
+        params = tuple(Param(**p) for p in raw["params"])
+        speeds = tuple(Speed(**s) for s in raw.get("speeds", ()))
+        return KernelEntry(**{**raw, "params": params, "speeds": speeds})
 
     @property
     def layout(self) -> str:
@@ -146,9 +180,7 @@ class Manifest:
             raise ValueError(f"manifest schema is {found!r}, expected {SCHEMA}")
         try:
             files = {key: tuple(ModuleFile(**m) for m in raw.pop(key)) for key in ("modules", "support_files")}
-            kernels = tuple(
-                KernelEntry(**{**k, "params": tuple(Param(**p) for p in k["params"])}) for k in raw.pop("kernels")
-            )
+            kernels = tuple(KernelEntry.from_dict(k) for k in raw.pop("kernels"))
             return Manifest(**{**raw, **files, "kernels": kernels, "cpu_features": tuple(raw["cpu_features"])})
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"manifest field missing or not understood: {e}") from e

@@ -5,6 +5,7 @@ A warp holds 32 rows: its four quad pairs make a 2 x 2 arrangement of m8n8 produ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tvm.script import tirx as T
@@ -121,6 +122,16 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     if pattern.params and pattern.head_dim > 96:
         config = replace(config, block_n=16)  # with 32, parameters of masks and scores made it spill
     return {0: config}
+
+
+def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+    """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling."""
+    return {
+        "block_m": (64, 128, 256),
+        "block_n": (16, 32, 48, 64, 96, 128),
+        "num_warps": (4, 8),
+        "min_blocks_per_sm": (1, 2),
+    }
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:

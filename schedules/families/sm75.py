@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm.script import tirx as T
@@ -69,6 +70,16 @@ _CONFIGS = {
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     return {0: _CONFIGS[min((d for d in _CONFIGS if d >= pattern.head_dim), default=max(_CONFIGS))]}
+
+
+def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+    """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling."""
+    return {
+        "block_m": (64, 128, 256),
+        "block_n": (16, 32, 48, 64, 96, 128),
+        "num_warps": (4, 8),
+        "min_blocks_per_sm": (1, 2),
+    }
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:

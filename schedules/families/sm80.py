@@ -15,6 +15,7 @@ With more, a group of copies brings K and V of one tile, and ``num_stages - 1`` 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm.script import tirx as T
@@ -167,6 +168,18 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     if pattern.params:
         config = dataclasses.replace(config, block_n=_BLOCK_N_WITH_PARAMETERS)
     return {0: config}
+
+
+def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+    """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling."""
+    return {
+        "block_m": (64, 128, 256),
+        "block_n": (16, 32, 48, 64, 80, 96, 128),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+        "min_blocks_per_sm": (1, 2, 3),
+        "q_in_registers": (False, True),
+    }
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:

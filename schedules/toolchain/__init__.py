@@ -2,8 +2,10 @@
 
 =============== =================================================================
 ``process``     running a compiler: errors that can be read, no orphans
-``cuda``        CUDA C++ source → object → module, with nvcc
-``volta``       the same for sm_70, with NVRTC of CUDA 12
+``cuda``        CUDA C++ source → object → module
+``nvcc``        its device half → device image
+``nvrtc``       the same for sm_70, with NVRTC of CUDA 12
+``host``        its host half and the image → object; ``launch.h`` is what that needs of CUDA
 ``ptxas``       registers, spills, shared memory and warnings out of a report
 ``cpu``         objects → module, and the thread pool that CPU modules share
 ``machine``     instruction sets and GPUs of this machine
@@ -16,14 +18,8 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from types import ModuleType
 
-from schedules.toolchain import cuda, ptxas, volta
-
-
-def gpu_compiler(arch: str) -> ModuleType:
-    """The module that compiles for an arch: ``volta`` for sm_70, else ``cuda``."""
-    return volta if arch == "sm_70" else cuda
+from schedules.toolchain import cuda, ptxas
 
 
 def compile_cuda(
@@ -45,10 +41,10 @@ def compile_cuda(
     ------
     ToolchainError: there is no compiler, it fails, or its result must not ship.
     """
-    target, compiler = Path(so_path), gpu_compiler(arch)
+    target = Path(so_path)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         part, module = Path(scratch) / "kernel.o", Path(scratch) / target.name
-        report = compiler.compile_object(Path(source_path), part, arch, run_on=run_on, spills_allowed=spills_allowed)
-        compiler.link_module([part], module)
+        report = cuda.compile_object(Path(source_path), part, arch, run_on=run_on, spills_allowed=spills_allowed)
+        cuda.link_module([part], module)
         os.replace(module, target)
     return report

@@ -1,110 +1,45 @@
-"""CUDA C++ to modules with nvcc; the source is what TVM exports for a ``cuda_host`` target: device and host code.
+"""CUDA C++ to modules; the source is what TVM exports for a ``cuda_host`` target: device and host code.
 
-Every kernel is compiled to an object of its own, and the objects of a group are linked to one module, so that they
-share the static CUDA runtime (about 1 MB).  Works on any machine with nvcc and the headers of tvm-ffi; no GPU, driver
-or TVM.
+1. The device half becomes a device image: machine code, by nvcc, or for sm_70 by NVRTC of CUDA 12.
+2. The host half becomes an object in which the image is embedded (:mod:`schedules.toolchain.host`).
+3. The objects of a group are linked to one module, which needs tvm-ffi and the driver and nothing else.
+
+Works on any machine with the compilers and the headers of tvm-ffi; no GPU, driver or TVM.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
-import os
 import re
-import shutil
 import tempfile
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
-from schedules.toolchain import inspection, ptxas
+from schedules.toolchain import inspection, nvcc, nvrtc, ptxas
+from schedules.toolchain.host import compile_host, embed, split
 from schedules.toolchain.process import ToolchainError, host_compiler, run
 
-#: Flags that decide what machine code a source becomes, apart from the arch.
-COMPILE_FLAGS = ("-std=c++17", "-O3", "--use_fast_math")
-
-_QUIET = ("-diag-suppress", "174,177")  # unused variables and empty statements of the generated host code
-
-#: What a generated source may call of the driver; the driver itself is found when the module is loaded.
-_DRIVER_STUB = "int cuTensorMapEncodeTiled(void) { return 0; }\nint cuGetErrorString(void) { return 0; }\n"
-
-
-@dataclass(frozen=True)
-class Toolkit:
-    """Where nvcc is, what it needs, and its version (``"13.0.88"``)."""
-
-    nvcc: Path
-    include: tuple[Path, ...]
-    lib: Path
-    version: str
+#: What a module calls of the driver, which is found when the module is loaded.
+_DRIVER_CALLS = (
+    *("cuInit", "cuGetErrorString", "cuCtxGetDevice", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"),
+    *("cuDevicePrimaryCtxRetain", "cuThreadExchangeStreamCaptureMode", "cuLibraryLoadData", "cuLibraryGetKernel"),
+    *("cuKernelSetAttribute", "cuLaunchKernel", "cuTensorMapEncodeTiled"),
+)
 
 
-@lru_cache(maxsize=1)
-def find_toolkit() -> Toolkit:
-    """The CUDA compiler: of the PyPI wheels, else of ``CUDA_HOME``, else on ``PATH``.
+def device_compiler(arch: str) -> ModuleType:
+    """The module that compiles device code for an arch: ``nvrtc`` for sm_70, else ``nvcc``."""
+    return nvrtc if arch == "sm_70" else nvcc
+
+
+def compiler_version(arch: str) -> str:
+    """Version of an arch's device compiler, for hashes and manifests.
 
     Raises
     ------
-    ToolchainError: there is none.
+    ToolchainError: there is no compiler.
     """
-    homes = [*_wheel_homes()]
-    if os.environ.get("CUDA_HOME"):
-        homes.append(Path(os.environ["CUDA_HOME"]))
-    if on_path := shutil.which("nvcc"):
-        homes.append(_home_of(on_path))
-    for home in homes:
-        nvcc = home / "bin" / "nvcc"
-        if nvcc.exists():
-            include = tuple(p for p in (home / "include", home / "include" / "cccl") if p.is_dir())
-            libs = [p for p in (home / "lib64", home / "lib") if (p / "libcudart_static.a").exists()]
-            if not libs:
-                raise ToolchainError(f"{home} has nvcc but no libcudart_static.a; pip install nvidia-cuda-runtime")
-            return Toolkit(nvcc, include, libs[0], _version_of(nvcc))
-    raise ToolchainError('no CUDA compiler found; pip install "tvm-flash[build]", or set CUDA_HOME')
-
-
-def _wheel_homes():
-    spec = importlib.util.find_spec("nvidia")
-    for root in spec.submodule_search_locations if spec else ():
-        yield from sorted(Path(root).glob("cu[0-9]*"), reverse=True)
-
-
-def _home_of(nvcc: str) -> Path:
-    """The toolkit's folder: nvcc tells where it lives, also behind a link or a wrapper script."""
-    found = re.search(r"^#\$ TOP=(.*)$", run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], "asking nvcc"), re.M)
-    return Path(nvcc).parent / found.group(1).strip() if found else Path(nvcc).resolve().parent.parent
-
-
-def _version_of(nvcc: Path) -> str:
-    found = re.search(r"\bV(\d+\.\d+\.\d+)", run([nvcc, "--version"], "asking nvcc for its version"))
-    if not found:
-        raise ToolchainError(f"{nvcc} --version names no version")
-    return found.group(1)
-
-
-def tvm_ffi_include() -> list[Path]:
-    """Include folders of the installed apache-tvm-ffi."""
-    root = importlib.metadata.distribution("apache-tvm-ffi").locate_file("tvm_ffi")
-    return [Path(str(root)) / "include"]
-
-
-def _virtual(arch: str) -> str:
-    return arch.replace("sm_", "compute_")
-
-
-def code_for(arch: str, run_on: str = "", recompile_for: str = "") -> str:
-    """The ``-gencode`` value: machine code for ``arch`` alone, plus its PTX if it shall also run on ``run_on``.
-
-    With ``recompile_for`` the machine code is that of a newer arch, made of the same PTX.
-    """
-    if recompile_for:
-        return f"arch={_virtual(arch)},code={recompile_for}"
-    if not run_on:
-        return f"arch={_virtual(arch)},code={arch}"
-    if arch.endswith("a"):
-        raise ToolchainError(f"{arch} code runs on {arch} only; --run-on {run_on} is for archs without the suffix 'a'")
-    return f"arch={_virtual(arch)},code=[{arch},{_virtual(arch)}]"
+    return device_compiler(arch).compiler_version()
 
 
 def compile_object(
@@ -123,30 +58,23 @@ def compile_object(
     source, target: path of the ``.cu`` file, and of the object to write.
     arch: what machine code is made for, e.g. ``"sm_90a"``.
     run_on: a newer arch on which the kernel shall also run, for verification: adds PTX.
-    recompile_for: a newer arch whose machine code is made instead, for verification; its spills don't count.
+    recompile_for: another arch whose machine code is made instead, for verification; its spills don't count.
     spills_allowed: whether a kernel may spill registers.
 
     Raises
     ------
     ToolchainError: there is no compiler, it fails, or ptxas reports spills or serialised wgmma.
     """
-    kit = find_toolkit()
-    text = run(
-        [
-            kit.nvcc,
-            "-gencode=" + code_for(arch, run_on, recompile_for),
-            *COMPILE_FLAGS,
-            *_QUIET,
-            *("-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
-            *(f"-I{p}" for p in (*tvm_ffi_include(), *kit.include)),
-            *("-c", source, "-o", target),
-        ],
-        f"compiling {source.name} for {arch}",
-    )
-    report = ptxas.parse(text)
-    if not report.kernels:
-        raise ToolchainError(f"compiling {source.name} for {arch}: the compiler reported no kernel\n{text[-2000:]}")
-    ptxas.check(report, spills_allowed=spills_allowed, arch=arch)
+    device, host = split(source.read_text(), source.name)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        half = Path(scratch) / source.name
+        half.write_text(device)
+        image, log = device_compiler(arch).image(half, arch, run_on=run_on, recompile_for=recompile_for)
+        report = ptxas.parse(log)
+        if not report.kernels:
+            raise ToolchainError(f"compiling {source.name} for {arch}: the compiler reported no kernel\n{log[-2000:]}")
+        ptxas.check(report, spills_allowed=spills_allowed, arch=arch)
+        compile_host(embed(device, host, image), half.with_suffix(".cpp"), target)
     weaken_symbols(target)
     return report
 
@@ -158,7 +86,7 @@ def weaken_symbols(target: Path) -> None:
     run(["objcopy", *(f"--weaken-symbol={name}" for name in names), target], f"preparing {target.name}")
 
 
-def link_module(objects: list[Path], target: Path, *, cudart: Path | None = None) -> None:
+def link_module(objects: list[Path], target: Path) -> None:
     """Link objects to a module that needs tvm-ffi and the driver, and nothing else.
 
     Raises
@@ -172,7 +100,6 @@ def link_module(objects: list[Path], target: Path, *, cudart: Path | None = None
                 host_compiler("c++"),
                 *("-shared", "-o", target, *objects),
                 *("-Wl,--as-needed", f"-L{stub}", "-lcuda"),
-                *(f"-L{cudart or find_toolkit().lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"),
                 *("-Wl,--exclude-libs,ALL", "-Wl,--strip-debug"),
             ],
             f"linking {target.name}",
@@ -182,7 +109,7 @@ def link_module(objects: list[Path], target: Path, *, cudart: Path | None = None
 
 def _driver_stub(folder: Path) -> Path:
     source = folder / "stub.c"
-    source.write_text(_DRIVER_STUB)
+    source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in _DRIVER_CALLS))
     run(
         [host_compiler(), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", source, "-o", folder / "libcuda.so"],
         "making a stand-in for the driver",
@@ -190,14 +117,9 @@ def _driver_stub(folder: Path) -> Path:
     return folder
 
 
-def compiler_version() -> str:
-    """Version of the compiler, for hashes and manifests."""
-    return find_toolkit().version
-
-
-def source_hash(source: str, arch: str, compiler: str) -> str:
+def source_hash(source: str, arch: str) -> str:
     """sha256 of all that decides a kernel's machine code: source, arch, flags and compiler version."""
-    parts = (source, arch, " ".join(COMPILE_FLAGS), compiler)
+    parts = (source, arch, " ".join(nvcc.COMPILE_FLAGS), compiler_version(arch))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -41,13 +41,12 @@ class Report:
     kernels: tuple[KernelReport, ...]
     warnings: tuple[str, ...]
 
-    def resources(self, arch: str, dynamic_shared_memory: int) -> dict[str, int]:
-        """Registers, spills and shared memory of the code for ``arch``, as the manifest names them."""
-        native = [k for k in self.kernels if k.arch == arch]
+    def resources(self, dynamic_shared_memory: int) -> dict[str, int]:
+        """Registers, spills and shared memory, as the manifest names them."""
         return {
-            "registers": max(k.registers for k in native),
-            "spills": max(k.spills for k in native),
-            "shared_memory": max(k.shared_memory for k in native) + dynamic_shared_memory,
+            "registers": max(k.registers for k in self.kernels),
+            "spills": max(k.spills for k in self.kernels),
+            "shared_memory": max(k.shared_memory for k in self.kernels) + dynamic_shared_memory,
         }
 
 

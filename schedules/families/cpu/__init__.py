@@ -6,6 +6,7 @@ The interface of a family is described in :mod:`schedules.template`.
 from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
+from schedules.families.cpu.space import space
 
 DTYPES = ("float32", "float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
@@ -21,4 +22,5 @@ __all__ = [
     "default_configs",
     "feasible",
     "program",
+    "space",
 ]

@@ -9,10 +9,11 @@ from __future__ import annotations
 from schedules.families.sm90.config import Config, feasible
 from schedules.families.sm90.defaults import default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
+from schedules.families.sm90.space import space
 from schedules.pattern import Pattern
 from schedules.template import Program, Target, Traversal
 
-__all__ = ["DTYPES", "INDEX_DTYPE", "TEMPLATES", "Config", "default_configs", "feasible", "program"]
+__all__ = ["DTYPES", "INDEX_DTYPE", "TEMPLATES", "Config", "default_configs", "feasible", "program", "space"]
 
 DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")

@@ -1,0 +1,20 @@
+"""Which configurations of the CPU family are worth trying."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from schedules.families.cpu.isa import ISAS
+from schedules.pattern import Pattern
+from schedules.template import Target
+
+
+def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+    """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling."""
+    lanes = ISAS[target.isa].lanes
+    return {
+        "block_m": tuple(lanes * vectors for vectors in (2, 3, 4, 6, 8, 12, 16, 24, 32)),
+        "block_n": (32, 64, 128, 256),
+        "row_vectors": (1, 2, 3, 4),
+        "tile_rows": (2, 4, 8),
+    }

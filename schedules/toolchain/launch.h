@@ -1,0 +1,157 @@
+// What the host half of a kernel needs of CUDA, on the driver's interface: a module needs libcuda and no CUDA runtime.
+//
+// TVM's generated host code is written against the CUDA runtime.  The names that it uses are given here the same
+// meaning on driver calls; the kernels come from a device image that is embedded in the object.
+
+#pragma once
+
+#include <cuda.h>
+#include <tvm/ffi/error.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <tuple>
+#include <utility>
+
+// The host half only casts pointers to these.
+struct __half;
+struct __nv_bfloat16;
+using half = __half;
+using nv_bfloat16 = __nv_bfloat16;
+using uchar = unsigned char;
+using ushort = unsigned short;
+using uint = unsigned int;
+
+#define __grid_constant__
+
+using cudaError_t = CUresult;
+using cudaStream_t = CUstream;
+constexpr CUresult cudaSuccess = CUDA_SUCCESS;
+constexpr CUresult cudaErrorCudartUnloading = CUDA_ERROR_DEINITIALIZED;
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+static const char* cudaGetErrorString(CUresult error) {
+  const char* text = nullptr;
+  return cuGetErrorString(error, &text) == CUDA_SUCCESS && text ? text : "unknown error of the driver";
+}
+
+static CUresult cudaGetLastError() { return CUDA_SUCCESS; }  // the driver keeps no last error
+
+static CUresult cudaGetDevice(int* device) { return cuCtxGetDevice(device); }
+
+namespace device_image {
+
+inline void check(CUresult error, const char* what) {
+  if (error != CUDA_SUCCESS) TVM_FFI_THROW(CUDAError) << what << ": " << cudaGetErrorString(error);
+}
+
+// Devices that have state of their own here; a further one works without.
+constexpr int kDevices = 64;
+
+// The context that the CUDA runtime, and with it every framework, uses on a device; kept for the process's life.
+inline CUcontext primary_context(int device) {
+  static std::array<std::atomic<CUcontext>, kDevices> kept = {};
+  CUcontext context = device < kDevices ? kept[device].load(std::memory_order_acquire) : nullptr;
+  if (context) return context;
+  check(cuInit(0), "the driver doesn't start");
+  check(cuDevicePrimaryCtxRetain(&context, device), "no context on the device");
+  if (device < kDevices) kept[device].store(context, std::memory_order_release);
+  return context;
+}
+
+// Calls that a stream capture in progress would forbid, though they enqueue nothing.
+class OutsideOfCapture {
+ public:
+  OutsideOfCapture() { cuThreadExchangeStreamCaptureMode(&mode_); }
+  ~OutsideOfCapture() { cuThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
+};
+
+inline CUlibrary load(const void* image) {
+  OutsideOfCapture guard;
+  CUlibrary library = nullptr;
+  check(cuLibraryLoadData(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0), "cannot load the device image");
+  return library;
+}
+
+// A kernel of an image, ready on every device on which it was prepared.
+class Kernel {
+ public:
+  Kernel(CUlibrary library, const char* name) { check(cuLibraryGetKernel(&handle_, library, name), name); }
+
+  // Sets an attribute once for each device.
+  CUresult prepare(CUfunction_attribute attribute, int value) {
+    CUdevice device;
+    CUresult error = cuCtxGetDevice(&device);
+    if (error != CUDA_SUCCESS) return error;
+    uint64_t bit = device < kDevices ? uint64_t(1) << device : 0;
+    if (prepared_.load(std::memory_order_acquire) & bit) return CUDA_SUCCESS;
+    OutsideOfCapture guard;
+    error = cuKernelSetAttribute(attribute, value, handle_, device);
+    if (error == CUDA_SUCCESS) prepared_.fetch_or(bit, std::memory_order_release);
+    return error;
+  }
+
+  // The arguments as the kernel declares them.
+  template <typename... Params, typename... Args>
+  CUresult launch(void (*)(Params...), const cudaLaunchConfig_t* config, Args... arguments) {
+    static_assert(sizeof...(Params) == sizeof...(Args), "kernel argument count mismatch");
+    std::tuple<Params...> values((Params)arguments...);
+    return launch(config, values, std::make_index_sequence<sizeof...(Params)>());
+  }
+
+ private:
+  template <typename... Params, size_t... I>
+  CUresult launch(const cudaLaunchConfig_t* config, std::tuple<Params...>& values, std::index_sequence<I...>) {
+    void* pointers[] = {(void*)&std::get<I>(values)...};
+    const dim3 &grid = config->gridDim, &block = config->blockDim;
+    return cuLaunchKernel((CUfunction)handle_, grid.x, grid.y, grid.z, block.x, block.y, block.z,
+                          (unsigned)config->dynamicSmemBytes, config->stream, pointers, nullptr);
+  }
+
+  CUkernel handle_ = nullptr;
+  std::atomic<uint64_t> prepared_{0};
+};
+
+}  // namespace device_image
+
+constexpr CUfunction_attribute cudaFuncAttributeMaxDynamicSharedMemorySize =
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+
+namespace tvm {
+namespace ffi {
+
+// Makes a device's primary context current, unless a context of that device is.
+class CUDADeviceGuard {
+ public:
+  explicit CUDADeviceGuard(int device) {
+    CUdevice current;
+    if (cuCtxGetDevice(&current) == CUDA_SUCCESS && current == device) return;
+    device_image::check(cuCtxPushCurrent(device_image::primary_context(device)), "cannot use the device");
+    pushed_ = true;
+  }
+  ~CUDADeviceGuard() {
+    CUcontext context;
+    if (pushed_) cuCtxPopCurrent(&context);
+  }
+  CUDADeviceGuard(const CUDADeviceGuard&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+}  // namespace ffi
+}  // namespace tvm

@@ -1,0 +1,300 @@
+"""The benchmark: what it measures on a small CPU grid, and what it makes of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("rich")
+
+from tvm_flash.bench import accuracy, plots, ratios, recorded, results, tables, timing, workloads
+from tvm_flash.bench.results import Cell, Implementation, Measurement, Peak, Run
+from tvm_flash.bench.workloads import Workload
+from tvm_flash.cli import main
+from tvm_flash.errors import InvalidArgumentError
+
+SMALL = ["--device", "cpu", "--rounds", "1", "--seconds", "0.01"]
+
+
+def bench(capsys, *arguments):
+    status = main(["bench", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def implementation(key, ours=False):
+    return Implementation(key, key.upper(), f"about {key}", ours)
+
+
+def run_of(cells, modes=("steady",), arch="sm_90a"):
+    """A run with these times: ``[(workload, {implementation: seconds})]``."""
+    return Run(
+        created="2026-01-02T03:04:05+00:00",
+        command="python -m tvm_flash bench",
+        machine={"device": "A device", "arch": arch, "torch": "2.0"},
+        method={mode: f"how {mode} is taken" for mode in modes},
+        implementations=(implementation("v2", ours=True), implementation("cudnn"), implementation("flash")),
+        peaks=(Peak("float16", 8192, dict.fromkeys(modes, 800e12)),),
+        cells=tuple(
+            Cell(w, tuple(Measurement(k, dict.fromkeys(modes, t), {}, 1e-4) for k, t in times.items()))
+            for w, times in cells
+        ),
+    )
+
+
+def grid_run(**options):
+    """Every cell of the GPU grid: twice as fast as its peers, but for the shortest, where cuDNN takes 0.8 as long."""
+    return run_of(
+        [
+            (w, {"v2": 1e-3, "cudnn": 0.8e-3 if w.seqlen_q == 512 else 2e-3, "flash": 2e-3})
+            for w in workloads.gpu_grid(dtypes=["float16"])
+        ],
+        **options,
+    )
+
+
+# ---------------------------------------------------------------- what is computed
+
+
+def test_the_gpu_grid_has_the_cells_of_the_paper():
+    grid = workloads.gpu_grid()
+    assert len(grid) == len(set(grid)) == 2 * 3 * 2 * 6
+    assert {w.batch * w.seqlen_q for w in grid} == {16384} and {w.heads * w.head_dim for w in grid} == {2048}
+
+
+def test_operations():
+    square = Workload(2, 3, 128, 128, 64, "float16", False)
+    assert square.flops == 4 * 2 * 3 * 128 * 128 * 64
+    assert dataclasses.replace(square, causal=True).flops == square.flops / 2
+    one_query = Workload(1, 1, 1, 4096, 64, "float16", True)
+    assert one_query.flops == pytest.approx(4 * 4096 * 64, rel=1e-3)  # it sees all keys, causal or not
+
+
+def test_exact_rows_are_attention_in_float64():
+    import torch
+
+    w = Workload(1, 2, 5, 9, 8, "float32", True)
+    q, k, v = (torch.randn(1, s, 2, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 9, 9))
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    bhsd = (x.transpose(1, 2).double() for x in (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(*bhsd, mask)[0, 0]
+    got = accuracy.exact_rows(q, k, v, w)
+    assert accuracy.relative_error(got, want) < 1e-14
+    assert not accuracy.relative_error(torch.full_like(want, float("nan")), want) < 1
+
+
+# ---------------------------------------------------------------- how it is timed
+
+
+def test_blocks_do_not_count_the_first_call_and_turns_do():
+    import time
+
+    def slow_at_first():
+        """Slow whenever another function was called since."""
+        last.append("a")
+        time.sleep(0.02 if last[-2:] != ["a", "a"] else 0.001)
+
+    def other():
+        last.append("b")
+
+    last = []
+    rounds = timing.on_cpu({"a": slow_at_first, "b": other}, timing.Effort(rounds=3, seconds=0.05))
+    assert timing.figure("blocks", rounds["blocks"]["a"]) < 0.01 < timing.figure("turns", rounds["turns"]["a"])
+
+
+def test_figures():
+    assert timing.figure("burst", [3, 1, 2]) == 1 and timing.figure("steady", [3, 1, 2]) == 2
+
+
+# ---------------------------------------------------------------- a run on this machine's processor
+
+
+@pytest.fixture(scope="module")
+def measured(cpu_pack, tmp_path_factory):
+    """Results of a small run: its file, and what was printed."""
+    import contextlib
+    import io
+
+    file = tmp_path_factory.mktemp("bench") / "cpu.json"
+    shapes = ["--shape", "1,2,64,64", "--shape", "1,2,1,32,100", "--dtype", "float32,bfloat16", "--json", str(file)]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(["bench", *SMALL, *shapes])
+    assert status == 0, err.getvalue()
+    return file, out.getvalue(), err.getvalue()
+
+
+def test_a_run_measures_every_cell(measured):
+    import torch
+
+    run = results.read(measured[0])
+    assert [i.key for i in run.implementations] == ["v1", "v2", "torch"] and run.modes == ("blocks", "turns")
+    assert len(run.cells) == 8 and len(run.calls) == 2 and {p.dtype for p in run.peaks} == {"float32", "bfloat16"}
+    for cell in run.cells:
+        usual = cell.of("torch").error
+        for template in ("v1", "v2"):
+            m = cell.of(template)
+            assert all(0 < m.seconds[mode] < 1 and m.spread[mode][0] <= m.seconds[mode] for mode in run.modes)
+            assert m.kernel.startswith(f"{template}_{cell.workload.dtype}_d64") and len(m.source_hash) == 64
+            assert m.error <= accuracy.allowed_error(usual, getattr(torch, cell.workload.dtype))
+
+
+def test_what_a_run_prints(measured):
+    _, out, err = measured
+    for part in ("device:", "torch:", "V1 ×", "turns", "1, 2, 1 → 100, 32", "causal", "geometric mean of 4", "again:"):
+        assert part in out
+    assert "(1, 2, 64, 64) full float32" in err and "…" not in out
+
+
+def test_results_survive_json(measured):
+    run = results.read(measured[0])
+    assert Run.from_json(run.to_json()) == run
+
+
+def test_the_tables_can_be_made_from_the_file(measured, capsys):
+    file, out, _ = measured
+    status, again, err = bench(capsys, "--from", file)
+    assert status == 0 and again == out and err == ""
+
+
+def test_a_kernel_that_is_missing_is_a_failure_with_its_reason(cpu_pack, capsys):
+    status, out, _ = bench(capsys, *SMALL, "--shape", "1,1,8,320", "--dtype", "float32", "--causal", "no")
+    assert status == 1 and "V1 has no figure in 1 cells: KernelNotFoundError" in out and "--head-dim 320" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device", "cpu", "--dims", "72"], "leave nothing of the grid"),
+        (["--device", "cpu", "--peers", "cudnn"], "expected torch"),
+        (["--device", "cuda:77"], "CUDA devices"),
+        (["--from", "nowhere.json"], "nowhere.json: can't be read"),
+        (["--device", "cpu", "--rounds", "-1"], "expected more than 0"),
+    ],
+)
+def test_wrong_options_are_one_line(arguments, says, capsys):
+    status, out, err = bench(capsys, *arguments)
+    assert status == 2 and out == "" and says in err and err.startswith("tvm_flash: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["rich", "torch"])
+def test_what_is_not_installed_is_named(missing, cpu_pack, python):
+    program = f"""
+import sys
+sys.modules[{missing!r}] = None
+from tvm_flash.cli import main
+sys.stderr = sys.stdout
+print(main(["bench", "--device", "cpu", "--quick"]))
+"""
+    out = python(program)
+    assert f"needs {missing}" in out and 'pip install "tvm-flash[bench]"' in out and out.endswith("2\n")
+
+
+# ---------------------------------------------------------------- what is made of results
+
+
+def test_ratios():
+    run = grid_run()
+    best = ratios.summary(run, "v2", "", "float16", "steady")
+    assert len(best.ratios) == 36 and best.worst.value == pytest.approx(0.8) and len(best.lost) == 6
+    assert best.mean == pytest.approx((0.8**6 * 2**30) ** (1 / 36))
+    assert ratios.summary(run, "v2", "flash", "float16", "steady").mean == pytest.approx(2)
+    assert ratios.summary(run, "v2", "", "bfloat16", "steady") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1.0, "1.00"), (1.0049, "1.00"), (0.9996, "▼0.999"), (0.991, "▼0.991"), (0.989, "▼0.98")]
+)
+def test_a_loss_never_looks_like_a_tie(value, shown):
+    assert tables.times(value) == shown
+
+
+def test_table_shows_losses_and_the_fastest():
+    table = tables.speeds(grid_run(), "float16", "steady")
+    short, longer = table.rows[0], table.rows[1]
+    heads = list(table.heads)
+    assert [e.text for e in short[:3]] == ["64", "full", "512"]
+    assert short[heads.index("V2 ×")].text == "▼0.80" and short[heads.index("V2 ×")].loss
+    assert short[heads.index("CUDNN")].best and not short[heads.index("V2")].best and longer[heads.index("V2")].best
+    flops = 4 * 16384 * 512 * 2048
+    assert short[heads.index("V2")].text == f"{flops / 1e-3 / 1e12:.0f}"
+    assert short[heads.index("peak")].text == f"{flops / 1e-3 / 800e12:.0%}"
+
+
+def test_cells_without_figures_are_dashes():
+    w = Workload(1, 1, 8, 8, 64, "float16", False)
+    run = run_of([(w, {"v2": 1e-3})])
+    run = dataclasses.replace(run, peaks=())
+    row = tables.speeds(run, "float16", "steady").rows[0]
+    assert [e.text for e in row[4:8]] == ["–", "–", "–", "–"]
+
+
+def reference_file(tmp_path, **changes):
+    w = workloads.gpu_grid(dtypes=["float16"])[1]
+    figure = {**dataclasses.asdict(w), "tflops": 300.0, "bridge_tflops": 200.0, "error": 1e-4}
+    entry = {"schema": 1, "key": "fa4", "name": "FA4", "about": "A peer", "bridge": "cudnn", "device": "B", "date": "D"}
+    file = tmp_path / "reference.json"
+    file.write_text(json.dumps({**entry, "versions": {"peer": "1"}, "method": "m", "figures": [figure], **changes}))
+    return file, w
+
+
+def test_recorded_figures_are_scaled_by_the_bridge(tmp_path):
+    file, w = reference_file(tmp_path)
+    run = recorded.read(file).beside(grid_run(modes=("steady", "burst")))
+    cells = {cell.workload: cell.of("fa4") for cell in run.cells}
+    assert cells.pop(w).seconds == {"steady": pytest.approx(2e-3 * 200 / 300)} and not any(cells.values())
+    assert ratios.summary(run, "v2", "fa4", "float16", "steady").mean == pytest.approx(2 * 200 / 300)
+    assert run.implementations[-1].recorded and "recorded on one B" in run.implementations[-1].about
+
+
+@pytest.mark.parametrize("changes", [{"schema": 2}, {"figures": [{}]}, {"bridge": "nobody"}, {"versions": 3}])
+def test_a_wrong_reference_is_refused(changes, tmp_path):
+    file, _ = reference_file(tmp_path, **changes)
+    with pytest.raises(InvalidArgumentError, match="--reference"):
+        recorded.read(file).beside(grid_run())
+
+
+def test_runs_of_one_machine_are_joined():
+    run = grid_run()
+    other = dataclasses.replace(run, command="another", cells=run.cells[:1])
+    joined = results.join([dataclasses.replace(run, cells=run.cells[1:]), other])
+    assert len(joined) == 1 and len(joined[0].cells) == 36 and joined[0].command.endswith("\nanother")
+    assert len(results.join([run, dataclasses.replace(run, machine={"device": "B", "arch": "cpu"})])) == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1, "peaks": 3}'])
+def test_a_file_that_is_no_result_is_refused(text, tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(InvalidArgumentError, match=r"x\.json"):
+        results.read(file)
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "cpu"])
+def test_pictures(arch, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib import image
+
+    light, dark = plots.write([grid_run(arch=arch)], tmp_path / "fast.png")
+    assert [p.name for p in (light, dark)] == ["fast.png", "fast_dark.png"]
+    pixels = [image.imread(p) for p in (light, dark)]
+    assert all(x.shape[1] == plots.WIDTH * plots.DPI for x in pixels)
+    assert pixels[0][0, 0, :3].min() == 1 and pixels[1][0, 0, :3].max() < 0.1
+    assert all(x.std() > 0.05 for x in pixels)
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(InvalidArgumentError, match="--plot"):
+        plots.write([dataclasses.replace(grid_run(), cells=())], tmp_path / "x.png")
+
+
+def test_a_page_has_every_cell(tmp_path, capsys):
+    file = tmp_path / "run.json"
+    results.write(grid_run(modes=("steady", "burst")), file)
+    status, _, _ = bench(capsys, "--from", file, "--page", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert status == 0 and text.count("▼0.80") == 24 + 2 and text.count("| 256 | causal |") == 12
+    assert "Measured 2026-01-02" in text and "how burst is taken" in text

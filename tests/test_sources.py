@@ -1,0 +1,34 @@
+"""What a kernel is made from: the files of its own family and of what all share, and no others."""
+
+from schedules import sources
+from schedules.families import FAMILY
+
+
+def names(*modules: str) -> set[str]:
+    return {p.relative_to(sources.ROOT).as_posix() for p in sources.closure(*modules)}
+
+
+def test_a_family_depends_on_what_it_imports_and_on_no_other_family():
+    hopper = names("schedules.compile", "schedules.families.sm90")
+    assert {"schedules/softmax.py", "schedules/families/sm90/consumer.py", "schedules/catalogue.py"} <= hopper
+    assert not {n for n in hopper if "/cpu/" in n or "sm80" in n or n.startswith("tvm_flash")}
+    assert "schedules/families/mma.py" in names("schedules.families.sm75")
+
+
+def test_what_only_runs_a_build_decides_no_kernel():
+    for family in set(FAMILY.values()):
+        assert not names("schedules.compile", f"schedules.families.{family}") & {
+            "schedules/build_command.py",
+            "schedules/plan.py",
+            "schedules/records.py",
+        }
+
+
+def test_digest_follows_contents(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    a = tmp_path / "a.py"
+    a.write_text("x = 1")
+    before = sources.digest([a])
+    assert sources.digest([a]) == before
+    a.write_text("x = 2")
+    assert sources.digest([a]) != before

@@ -1,0 +1,20 @@
+"""``python -m tvm_flash bench``: these kernels beside PyTorch's, in one process, on one device.
+
+=============== ================================================================
+``workloads``   what is computed: the grids of problems, and their operations
+``peers``       who computes it: ours, and the backends of PyTorch
+``timing``      how it is timed
+``accuracy``    how far results are from float64
+``measure``     one run: all workloads, the device's matmul peak, the machine
+``results``     what a run found, as JSON
+``recorded``    figures of a peer that was measured elsewhere
+``ratios``      ours over peers: best peer, geometric mean, worst cell
+``tables``      tables for a terminal and for a page
+``plots``       pictures
+``page``        docs/benchmarks.md
+``command``     the options
+=============== ================================================================
+
+Needs torch and rich (and matplotlib for pictures): ``pip install "tvm-flash[bench]"``.  Nothing of them is imported
+before a command needs it.
+"""

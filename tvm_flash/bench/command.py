@@ -1,0 +1,211 @@
+"""``python -m tvm_flash bench``: options in; progress, tables, files and pictures out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tvm_flash.bench import workloads
+from tvm_flash.errors import InvalidArgumentError, NotSupportedError
+from tvm_flash.problem import DTYPES
+
+#: Columns where the output is no terminal: room for all of a table.
+_WIDTH = 118
+
+#: Shapes, rounds and seconds a round of ``--quick``.
+_QUICK_GPU = ((64, 128), (1024, 4096), ("float16",))
+_QUICK_CPU = ((32, 64), (384, 512), ("float32",))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options, without importing what the command needs."""
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the first GPU, or the processor)")
+    parser.add_argument("--dims", type=_numbers, default=[], metavar="64,128", help="head_dims of the grid")
+    parser.add_argument("--seqs", type=_numbers, default=[], metavar="512,4096", help="lengths of the grid")
+    parser.add_argument("--dtype", type=_dtypes, default=[], metavar="float16,…", help="float32, float16, bfloat16")
+    parser.add_argument("--causal", choices=("yes", "no", "both"), default="both", help="default: both")
+    parser.add_argument(
+        "--shape", type=_shape, action="append", default=[], metavar="B,H,S,D[,KEYS]", help="in place of the grid"
+    )
+    parser.add_argument("--peers", type=_words, metavar="cudnn,flash,…", help="only these; default: all there are")
+    parser.add_argument("--quick", action="store_true", help="a few cells, two short rounds")
+    parser.add_argument("--rounds", type=int, help="rounds of each cell (default: 3)")
+    parser.add_argument("--seconds", type=float, help="of one implementation in a round (default: 0.12; CPU: 0.4)")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="add a peer's recorded figures, bridged")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results; kept up to date after each cell")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture, and FILE_dark.png")
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="write a page with all tables")
+    parser.add_argument("--from", dest="files", type=Path, nargs="+", metavar="FILE", help="show results, run nothing")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; 0, or 1 if none of our kernels ran."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError as e:
+        raise _missing(e) from e
+    from tvm_flash.bench import recorded, results
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    reference = recorded.read(options.reference) if options.reference else None
+    runs = results.join([results.read(f) for f in options.files]) if options.files else [_measure(options)]
+    if reference:
+        runs = [reference.beside(r) for r in runs]
+    for one in runs:
+        _show(console, one)
+    if options.plot:
+        from tvm_flash.bench import plots
+
+        for path in plots.write(runs, options.plot):
+            console.print(f"picture: {path}", soft_wrap=True)
+    if options.page:
+        from tvm_flash.bench import page
+
+        options.page.write_text(page.markdown(runs, options.command), encoding="utf-8")
+        console.print(f"page: {options.page}", soft_wrap=True)
+    ours = {i.key for one in runs for i in one.implementations if i.ours}
+    return 0 if any(cell.of(key) for one in runs for cell in one.cells for key in ours) else 1
+
+
+def _measure(options: argparse.Namespace):
+    """A new run, written to ``--json`` as it grows."""
+    try:
+        import torch
+    except ModuleNotFoundError as e:
+        raise _missing(e) from e
+    from tvm_flash import device as devices
+    from tvm_flash.bench import peers, results
+    from tvm_flash.bench.measure import Bench
+
+    device = devices.parse(options.device)
+    if device.kind == "cuda":
+        if not torch.cuda.is_available():
+            raise NotSupportedError(f"--device {device}: this torch ({torch.__version__}) is built without CUDA")
+        torch.cuda.set_device(device.index)
+    contestants = peers.contestants(device.kind)
+    if options.peers is not None:
+        known = [c.about.key for c in contestants if not c.about.ours]
+        if unknown := set(options.peers) - set(known):
+            raise InvalidArgumentError(f"--peers: has {', '.join(sorted(unknown))}, expected {', '.join(known)}")
+        contestants = [c for c in contestants if c.about.ours or c.about.key in options.peers]
+    bench = Bench(device, contestants, _grid(options, device.kind), _effort(options, device.kind), options.command)
+    found = None
+    with _progress(bench.steps()) as (begins, advance):
+        try:
+            for found in bench.run(begins):
+                advance()
+                if options.json:
+                    results.write(found, options.json)
+        except KeyboardInterrupt:
+            if found is None or not found.cells:
+                raise
+            print("stopped; this is what was measured until then", file=sys.stderr)
+    return found
+
+
+def _grid(options: argparse.Namespace, kind: str) -> list[workloads.Workload]:
+    masks = {"yes": [True], "no": [False], "both": []}[options.causal]
+    if options.shape:
+        default = workloads.CPU_DTYPES if kind == "cpu" else workloads.GPU_DTYPES
+        return workloads.of_shapes(options.shape, options.dtype or default, masks)
+    dims, seqs, dtypes = options.dims, options.seqs, options.dtype
+    if options.quick:
+        quick = _QUICK_CPU if kind == "cpu" else _QUICK_GPU
+        dims, seqs, dtypes = dims or quick[0], seqs or quick[1], dtypes or quick[2]
+    grid = (workloads.cpu_grid if kind == "cpu" else workloads.gpu_grid)(dims, seqs, dtypes, masks)
+    if not grid:
+        shapes = "; ".join(",".join(map(str, s)) for s in workloads.CPU_SHAPES)
+        raise InvalidArgumentError(f"--dims, --seqs: leave nothing of the grid {shapes}; name shapes with --shape")
+    return grid
+
+
+def _effort(options: argparse.Namespace, kind: str):
+    from tvm_flash.bench.timing import Effort
+
+    rounds = options.rounds or (2 if options.quick else 3)
+    usual = 0.4 if kind == "cpu" else 0.12
+    effort = Effort(rounds, options.seconds or (usual / 4 if options.quick else usual))
+    if effort.rounds < 1 or effort.seconds <= 0:
+        raise InvalidArgumentError("--rounds, --seconds: expected more than 0")
+    return effort
+
+
+class _progress:
+    """A bar on a terminal, a line for each step elsewhere, both on stderr."""
+
+    def __init__(self, steps: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("", total=steps)
+
+    def __enter__(self):
+        self._bar.start()
+        return self._begins, lambda: self._bar.advance(self._task)
+
+    def __exit__(self, *_):
+        self._bar.stop()
+
+    def _begins(self, what: str) -> None:
+        if self._console.is_terminal:
+            self._bar.update(self._task, description=what)
+        else:
+            self._console.print(what, soft_wrap=True)
+
+
+def _show(console, one) -> None:
+    """All tables and sentences of a run."""
+    from tvm_flash.bench import tables
+
+    for name, value in one.machine.items():
+        console.print(f"{name}: {value}", soft_wrap=True)
+    console.print()
+    mode, compact = one.modes[0], console.width < _WIDTH
+    for dtype in one.dtypes():
+        console.print(tables.as_rich(tables.speeds(one, dtype, mode, compact)))
+    if (calls := tables.calls(one)) is not None:
+        console.print(tables.as_rich(calls))
+    for line in (line for m in one.modes for line in tables.summaries(one, m)):
+        console.print(line, soft_wrap=True)
+    for line in tables.failures(one):
+        console.print(line, style="yellow", soft_wrap=True)
+    console.print()
+    for line in (*tables.legend(one), f"measured {one.created}; again: {one.command}"):
+        console.print(line, style="dim", soft_wrap=True)
+
+
+def _missing(error: ModuleNotFoundError) -> NotSupportedError:
+    return NotSupportedError(f'bench: needs {error.name}, which isn\'t installed; pip install "tvm-flash[bench]"')
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected numbers such as 64,128") from None
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _dtypes(text: str) -> list[str]:
+    words = _words(text)
+    if unknown := [w for w in words if w not in DTYPES]:
+        raise argparse.ArgumentTypeError(f"is {', '.join(unknown)}, expected {', '.join(DTYPES)}")
+    return words
+
+
+def _shape(text: str) -> Sequence[int]:
+    shape = _numbers(text)
+    if len(shape) not in (4, 5) or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected batch,heads,length,head_dim and perhaps the keys")
+    return shape

@@ -1,0 +1,144 @@
+"""One run: every workload on every implementation, the device's matmul peak, and the smallest call."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tvm_flash.bench import accuracy, machine, timing
+from tvm_flash.bench.peers import Contestant, kernel_of
+from tvm_flash.bench.results import Cell, Measurement, Peak, Run
+from tvm_flash.bench.timing import Effort
+from tvm_flash.bench.workloads import Workload, tiny
+from tvm_flash.device import Device
+
+#: Rows of the square matrices whose product is the peak: large enough for a GPU; a tenth of a second of a CPU core.
+PEAK_SIZE = {"cuda": 8192, "cpu": 2048}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A run to be made: where, who, what, and how long."""
+
+    device: Device
+    contestants: Sequence[Contestant]
+    workloads: Sequence[Workload]
+    effort: Effort
+    command: str
+    seed: int = 0
+    _order: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
+
+    def run(self, begins: Callable[[str], None] = lambda _: None) -> Iterator[Run]:
+        """The run as it grows: once for each peak, workload and smallest call; ``begins`` hears what comes next."""
+        run = Run(
+            created=machine.now(),
+            command=self.command,
+            machine=machine.describe(self.device),
+            method=timing.describe(self.device.kind, self.effort),
+            implementations=tuple(c.about for c in self.contestants),
+        )
+        dtypes = dict.fromkeys(w.dtype for w in self.workloads)
+        for dtype in dtypes:
+            begins(f"matrix product, {dtype}")
+            run = dataclasses.replace(run, peaks=(*run.peaks, self.peak(dtype)))
+            yield run
+        for workload in self.workloads:
+            begins(str(workload))
+            run = dataclasses.replace(run, cells=(*run.cells, self.cell(workload)))
+            yield run
+        for dtype in dtypes:
+            begins(f"smallest call, {dtype}")
+            run = dataclasses.replace(run, calls=(*run.calls, self.smallest_call(tiny(dtype))))
+            yield run
+
+    def steps(self) -> int:
+        """How many runs :meth:`run` gives."""
+        return len(self.workloads) + 2 * len({w.dtype for w in self.workloads})
+
+    def peak(self, dtype: str) -> Peak:
+        """The speed of torch.matmul on large square matrices, in its fastest round; timed as everything else is."""
+        import torch
+
+        size = PEAK_SIZE[self.device.kind]
+        a, b = (torch.randn(size, size, device=str(self.device)).to(getattr(torch, dtype)) for _ in range(2))
+        calls = {"matmul": lambda: a @ b}
+        calls["matmul"]()
+        rounds = self._rounds(calls)
+        return Peak(dtype, size, {mode: 2.0 * size**3 / min(rounds[mode]["matmul"]) for mode in rounds})
+
+    def cell(self, workload: Workload) -> Cell:
+        """All implementations on one workload; one that can't run it has its reason in place of figures."""
+        tensors = self._tensors(workload)
+        exact = accuracy.exact_rows(*tensors["bshd"], workload)
+        calls, errors, failures = {}, {}, {}
+        for contestant in self.contestants:
+            key = contestant.about.key
+            try:
+                call = _inside(contestant, contestant.prepare(*tensors[contestant.layout], workload))
+                rows = accuracy.same_rows(call(), contestant.result, workload)
+                errors[key] = accuracy.relative_error(rows, exact)
+                calls[key] = call
+            except Exception as e:  # an implementation that can't run here has that for its result
+                failures[key] = f"{type(e).__name__}: {e}".split("\n")[0]
+        rounds = self._rounds(calls) if calls else {}
+        return Cell(
+            workload,
+            tuple(
+                Measurement(key, failure=failures[key])
+                if key in failures
+                else Measurement(
+                    key,
+                    {mode: timing.figure(mode, rounds[mode][key]) for mode in rounds},
+                    {mode: (min(rounds[mode][key]), max(rounds[mode][key])) for mode in rounds},
+                    errors[key],
+                    *kernel_of(contestant, workload, str(self.device)),
+                )
+                for contestant in self.contestants
+                for key in (contestant.about.key,)
+            ),
+        )
+
+    def smallest_call(self, workload: Workload) -> Cell:
+        """How long the caller of a function is held up."""
+        tensors = self._tensors(workload)
+        found = []
+        for contestant in self.contestants:
+            key = contestant.about.key
+            try:
+                call = contestant.prepare(*tensors[contestant.layout], workload)
+                with contestant.around():
+                    call()
+                    seconds = timing.call_time(call)
+                found.append(Measurement(key, {"call": seconds}, {"call": (seconds, seconds)}))
+            except Exception as e:  # as above
+                found.append(Measurement(key, failure=f"{type(e).__name__}: {e}".split("\n")[0]))
+        return Cell(workload, tuple(found))
+
+    def _rounds(self, calls) -> timing.Rounds:
+        if self.device.kind == "cpu":
+            return timing.on_cpu(calls, self.effort)
+        return timing.on_gpu(calls, self.effort, self._order)
+
+    def _tensors(self, workload: Workload):
+        """q, k, v of standard normal numbers by layout, contiguous in each."""
+        import torch
+
+        generator = torch.Generator(str(self.device)).manual_seed(self.seed)
+        w, dtype = workload, getattr(torch, workload.dtype)
+        q, k, v = (
+            torch.randn(w.batch, s, w.heads, w.head_dim, generator=generator, device=str(self.device)).to(dtype)
+            for s in (w.seqlen_q, w.seqlen_kv, w.seqlen_kv)
+        )
+        return {"bshd": (q, k, v), "bhsd": tuple(x.transpose(1, 2).contiguous() for x in (q, k, v))}
+
+
+def _inside(contestant: Contestant, call: Callable[[], object]) -> Callable[[], object]:
+    """The call with what has to be around it."""
+
+    def inside():
+        with contestant.around():
+            return call()
+
+    return inside

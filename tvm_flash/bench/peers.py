@@ -1,0 +1,116 @@
+"""Who computes: our two functions, and the attention backends of PyTorch on each kind of device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm_flash import flash_attention, flash_attention_v2
+from tvm_flash.bench.results import Implementation
+from tvm_flash.bench.workloads import Workload
+from tvm_flash.problem import FUNCTION_OF_LAYOUT
+from tvm_flash.selector import BackendSelector
+
+#: Layout of the template's own function.
+_LAYOUT = {"v1": "bhsd", "v2": "bshd"}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An implementation that can be called.
+
+    Attributes
+    ----------
+    about: what the results say of it.
+    layout: how q, k and v lie in memory: ``"bhsd"`` or ``"bshd"``.
+    result: the result's layout.
+    prepare: takes q, k, v and a workload, and gives a function without arguments, to be called inside of ``around()``.
+    """
+
+    about: Implementation
+    layout: str
+    result: str
+    prepare: Callable[[Any, Any, Any, Workload], Callable[[], Any]]
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+def contestants(device: str) -> list[Contestant]:
+    """All that can run on ``"cpu"`` or ``"cuda"``; of ours, the template that is made for the device comes first.
+
+    On a GPU all peers read V2's layout through transposed views, which is how models have their tensors; the CPU's
+    reads its own layout.
+    """
+    if device == "cpu":
+        return [_ours("v1"), _ours("v2"), _torch_on_cpu()]
+    return [
+        _ours("v2"),
+        _ours("v1"),
+        _torch_backend("cudnn", "cuDNN", "CUDNN_ATTENTION"),
+        _torch_backend("flash", "FA2", "FLASH_ATTENTION"),
+        _torch_backend("efficient", "MemEff", "EFFICIENT_ATTENTION"),
+    ]
+
+
+def _ours(template: str) -> Contestant:
+    layout = _LAYOUT[template]
+    function = flash_attention if layout == "bhsd" else flash_attention_v2
+
+    def prepare(q, k, v, workload):
+        return lambda: function(q, k, v, causal=workload.causal, variant=template)
+
+    name = template.upper()
+    about = f"tvm_flash.{FUNCTION_OF_LAYOUT[layout]}, template {name}"
+    return Contestant(Implementation(template, name, about, ours=True), layout, layout, prepare)
+
+
+def _is_causal(workload: Workload) -> bool:
+    """PyTorch aligns its causal mask top-left, ours bottom-right; they agree on squares, and one query sees all."""
+    return workload.causal and workload.seqlen_q > 1
+
+
+def _torch_on_cpu() -> Contestant:
+    import torch.nn.functional as F
+
+    def prepare(q, k, v, workload):
+        causal = _is_causal(workload)
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    about = "torch.nn.functional.scaled_dot_product_attention"
+    return Contestant(Implementation("torch", "torch", about, ours=False), "bhsd", "bhsd", prepare)
+
+
+def _torch_backend(key: str, name: str, backend: str) -> Contestant:
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def prepare(q, k, v, workload):
+        causal = _is_causal(workload)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    def around():
+        return sdpa_kernel(getattr(SDPBackend, backend))
+
+    about = f"torch.nn.functional.scaled_dot_product_attention, SDPBackend.{backend}"
+    return Contestant(Implementation(key, name, about, ours=False), "bshd", "bhsd", prepare, around)
+
+
+def kernel_of(contestant: Contestant, workload: Workload, device: str) -> tuple[str, str]:
+    """Symbol and source hash of the kernel that one of ours runs for a workload; empty for a peer."""
+    if not contestant.about.ours:
+        return "", ""
+    explanation = BackendSelector(device).explain(
+        workload.batch,
+        workload.heads,
+        workload.seqlen_q,
+        workload.head_dim,
+        seq_len_kv=workload.seqlen_kv,
+        dtype=workload.dtype,
+        causal=workload.causal,
+        layout=contestant.layout,
+        variant=contestant.about.key,
+    )
+    chosen = explanation.chosen
+    return (chosen.symbol, chosen.source_hash) if chosen else ("", "")
