@@ -1,8 +1,7 @@
-"""The fast path of a repeated call: one C function that reads the tensors, finds what the slow path left, and launches.
+"""The fast path of a repeated call: one C function that reads tensors, finds what the slow path left, and launches.
 
-The library (``schedules/toolchain/call.c``) is a support file of every pack, and is loaded with the first kernel.  Where
-a pack has none, or ``TVM_FLASH_FAST_PATH=0`` is set, :func:`call` answers None and the slow path serves: with the same
-results, errors and warnings, only later.
+The library (``schedules/toolchain/call.c``) is a support file of every pack, loaded with the first kernel.  Where a pack
+has none, or ``TVM_FLASH_FAST_PATH=0`` is set, the slow path serves, with the same results, errors and warnings.
 """
 
 from __future__ import annotations

@@ -60,8 +60,10 @@ def flash_attention(
     The method is FlashAttention (Dao et al., 2022; Dao, 2023).  The kernel runs on the framework's current stream,
     never waits, and can be captured in a CUDA graph.
     """
-    options = variant, return_lse, softmax_scale, causal, window_size, softcap
-    return attend(_BHSD, 5, q, k, v, alibi_slopes, out, *options)
+    # fmt: off
+    return attend(_BHSD, 5, q, k, v, alibi_slopes, out,
+                  variant, return_lse, softmax_scale, causal, window_size, softcap)
+    # fmt: on
 
 
 def flash_attention_v2(
@@ -83,8 +85,10 @@ def flash_attention_v2(
     Parameters, results and errors are those of :func:`flash_attention`, with dimensions 1 and 2 of q, k, v and the
     result swapped; the log-sum-exp stays ``(batch, heads, seqlen_q)``.
     """
-    options = variant, return_lse, softmax_scale, causal, window_size, softcap
-    return attend(_BSHD, 5, q, k, v, alibi_slopes, out, *options)
+    # fmt: off
+    return attend(_BSHD, 5, q, k, v, alibi_slopes, out,
+                  variant, return_lse, softmax_scale, causal, window_size, softcap)
+    # fmt: on
 
 
 def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") -> Callable[..., Any]:
@@ -119,9 +123,8 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
                 f"{', '.join(sorted(params.keys() ^ declared.keys()))}: missing or unknown; the definition {name!r} "
                 f"takes {', '.join(declared) or 'no parameters'}"
             )
-        values = [params[p] for p in per_head]
-        options = variant, return_lse, softmax_scale, *[params[p] for p in scalars]
-        return attend(at, tensors, q, k, v, *values, out, *options)
+        given, numbers = [params[p] for p in per_head], [params[p] for p in scalars]
+        return attend(at, tensors, q, k, v, *given, out, variant, return_lse, softmax_scale, *numbers)
 
     fn.__name__ = fn.__qualname__ = name
     fn.__doc__ = f"Attention as the definition {name!r} says, over tensors in the layout {layout!r}."

@@ -178,7 +178,9 @@ class Plan:
         ]
         used = [3 + i for i in self._per_head]
         made = fast.recipe(Frame(self._kernel, self._arguments), used, self._return_lse, footprints)
-        return *made, self._make_out if out is None else None, self._make_lse if self._lse_needed else None
+        # On the processor the fast path has room of its own for an lse that nobody asked for.
+        makes_lse = self._return_lse or (self._lse_needed and self._gpu is not None)
+        return *made, self._make_out if out is None else None, self._make_lse if makes_lse else None
 
     def _check_overlap(self, pointers: tuple[int, ...], at_out: int) -> None:
         names = ("q", "k", "v", *self._request.per_head)

@@ -61,8 +61,10 @@ class SelectedKernel:
         ------
         InvalidArgumentError: the tensors are on a device of another arch than this kernel was selected for.
         """
-        options = self.variant, return_lse, softmax_scale, causal, window_size, softcap
-        return attend(self._site, 5, q, k, v, alibi_slopes, out, *options)
+        # fmt: off
+        return attend(self._site, 5, q, k, v, alibi_slopes, out,
+                      self.variant, return_lse, softmax_scale, causal, window_size, softcap)
+        # fmt: on
 
     @functools.cached_property
     def _site(self) -> Site:

@@ -52,7 +52,9 @@ class Torch(Framework):
 
     def allocator(self, shape, dtype, like):
         device = torch.device("cpu") if like.device_kind == "cpu" else torch.device("cuda", like.device_index)
-        # empty_strided, since it takes 1.0 µs and torch.empty 1.5.
+        # On a GPU empty_like takes 1.6 µs, empty_strided 2.0, empty 2.4.
+        if (prototype := _prototype(shape, _DTYPES[dtype], device)) is not None:
+            return partial(torch.empty_like, prototype)
         return partial(torch.empty_strided, shape, contiguous_strides(shape), dtype=_DTYPES[dtype], device=device)
 
     def fill(self, tensor, value):
@@ -68,6 +70,20 @@ class Torch(Framework):
 
     def stream(self, device_index):
         return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+_elements: dict = {}
+
+
+def _prototype(shape, dtype, device):
+    """A tensor of one element's memory of which ``empty_like`` makes contiguous ones; None if there can't be one now."""
+    if torch.empty_like(torch.empty(1, device="meta").expand(shape)).stride() != contiguous_strides(shape):
+        return None
+    if (dtype, device) not in _elements:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # the element would live in the graph's memory
+        _elements[dtype, device] = torch.empty(1, dtype=dtype, device=device)
+    return _elements[dtype, device].expand(shape)
 
 
 def _is_wrapper(tensor) -> bool:
