@@ -24,7 +24,8 @@ def assemble(folder: Path, output: Path, jobs: int, recompile_for: str = "") -> 
     folder: with one folder for each arch; output: where the packs go.
     jobs: compilers that run at a time.
     recompile_for: another arch whose machine code is made from the sources instead, so that kernels can be checked on a
-        GPU of that arch.  Such a pack says so in its versions, and is for verification only.
+        GPU of that arch.  Such a pack says so in its versions, and is for verification only; a source that several
+        archs have is compiled for the first of them only (:func:`twins`).
 
     Raises
     ------
@@ -34,12 +35,27 @@ def assemble(folder: Path, output: Path, jobs: int, recompile_for: str = "") -> 
     folders = sorted(path.parent for path in folder.glob(f"*/{EMISSION_NAME}"))
     if not folders:
         raise ValueError(f"{folder}: holds no */{EMISSION_NAME}; make it with scripts/build_kernels.py --emit")
-    return [_assemble_arch(path, output, jobs, recompile_for) for path in folders]
+    manifests = (_assemble_arch(path, output, jobs, recompile_for) for path in folders)
+    return [manifest for manifest in manifests if manifest]
 
 
-def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) -> Manifest:
+def twins(folder: Path) -> dict[tuple[str, str], list[KernelEntry]]:
+    """Kernels whose source is another arch's: by that arch and the kernel's symbol, those of further archs."""
+    found: dict[tuple[str, str], list[KernelEntry]] = {}
+    for path in sorted(folder.glob(f"*/{EMISSION_NAME}")):
+        for kernel in json.loads(path.read_text())["kernels"]:
+            if kernel["same_as"]:
+                entry = KernelEntry.from_dict(kernel["entry"])
+                found.setdefault((kernel["same_as"], entry.symbol), []).append(entry)
+    return found
+
+
+def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) -> Manifest | None:
     emission = json.loads((folder / EMISSION_NAME).read_text())
-    arch, kernels = emission["arch"], emission["kernels"]
+    arch = emission["arch"]
+    kernels = [k for k in emission["kernels"] if not (recompile_for and k["same_as"])]
+    if not kernels:
+        return None
     versions = {**emission["versions"], "cuda": cuda.compiler_version(arch)}
     if recompile_for:
         versions["recompiled_for"] = recompile_for

@@ -60,15 +60,18 @@ def _start_worker(builder: int) -> None:
     signal.signal(signal.SIGINT, lambda *_: None)  # a handler, unlike "ignore", is not inherited by compilers
 
 
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that may use TVM; it has threads, so that its process must not be forked."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),))
+
+
 def compile_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Result]]]:
     """Compile in ``workers`` processes (in this one if that is 1), results as they come."""
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
             yield job, compile_spec(job)
         return
-    # TVM has threads, so that its process must not be forked.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (os.getpid(),))
+    pool = worker_pool(min(workers, len(jobs)))
     try:
         futures = {pool.submit(compile_spec, job): job for job in jobs}
         for future in as_completed(futures):

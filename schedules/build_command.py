@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from schedules.pack import PackBusyError
 from schedules.plan import PACKS, Plan, Request, default_jobs, parse_targets, plan
 from schedules.suite import HeadDim, Selection
 from schedules.toolchain.process import ToolchainError
+from schedules.tuning.best import MODES, Tuning
 
 #: Columns where the output is no terminal: room for a kernel's name and six numbers.
 _WIDTH = 110
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     for report in reports:
         _print_report(console, report)
+        _print_tuning(console, request, report)
     return int(any(report.failed for report in reports))
 
 
@@ -76,6 +79,13 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
     parser.add_argument(
         "--emit", type=Path, metavar="DIR", help="write CUDA sources for scripts/assemble_packs.py, and compile nothing"
     )
+    parser.add_argument(
+        "--configs",
+        choices=MODES,
+        default="auto",
+        help="auto: what tuning_logs/ found to be the fastest, if it may ship; default: the families' own; measured: "
+        "also kernels that weren't verified",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and write nothing")
     parser.add_argument("--list", action="store_true", help="name the kernels that are selected, and write nothing")
     options = parser.parse_args(arguments)
@@ -95,6 +105,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
         output=options.output.resolve(),
         jobs=options.jobs,
         run_on=options.run_on,
+        tuning=Tuning(options.configs),
     )
     return request, options
 
@@ -158,6 +169,21 @@ def _print_report(console: Console, report: PackReport) -> None:
         f"{len(report.up_to_date)} up to date, {len(entries) - len(report.up_to_date)} new or kept",
         soft_wrap=True,
     )
+
+
+def _print_tuning(console: Console, request: Request, report: PackReport) -> None:
+    """What records decided, and the command where there are none."""
+    if not report.manifest:
+        return
+    notes = Counter(r.note for r in report.results if isinstance(r, Built) and r.note)
+    for note, count in notes.items():
+        console.print(f"{count} kernels: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    tuned = sum(e.config_source != "default" for e in report.manifest.kernels)
+    if tuned:
+        console.print(f"{tuned} kernels have configurations from tuning_logs/")
+    elif not any(e.speeds for e in report.manifest.kernels):
+        command = f"scripts/tune.py --arch {report.target.arch} --suite standard"
+        console.print(f"nothing measured of these kernels: default configurations; to tune: {command}", soft_wrap=True)
 
 
 def _unverified(report: PackReport) -> list[str]:

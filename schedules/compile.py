@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from tvm.backend.cuda import export_cuda_host
 from schedules import sources, tvmscript, v1, v2
 from schedules.attention import Attention
 from schedules.catalogue import MASKS, SCORES
+from schedules.configs import NO_RECORDS, ChosenConfig, Tuned, with_proposals
 from schedules.definition_file import DefinitionFile
 from schedules.families import family_of
 from schedules.pattern import DefinitionError, Pattern, match
@@ -30,7 +31,7 @@ from schedules.template import Program, Rejected, Target
 from schedules.toolchain import cuda
 from schedules.toolchain.host import HOST_HEADER
 from schedules.toolchain.process import ToolchainError
-from tvm_flash.manifest import KernelEntry
+from tvm_flash.manifest import KernelEntry, Speed
 
 _TEMPLATES = {"v1": v1, "v2": v2}
 
@@ -41,19 +42,12 @@ tvmscript.install()
 
 
 @dataclass(frozen=True)
-class ChosenConfig:
-    """A configuration as JSON, and the tuning record that it comes from."""
-
-    config: Mapping[str, object]
-    source: str
-
-
-@dataclass(frozen=True)
 class Job:
     """What a worker needs to know to compile all buckets of a spec.
 
-    ``configs`` has the configurations, by symbol, that replace the family's defaults; ``objects`` is the folder where
-    object files are kept from build to build; ``run_on`` is as in :func:`schedules.toolchain.cuda.compile_object`.
+    ``configs`` has the configurations, by symbol, that replace the family's defaults, and ``tuned`` what records say;
+    ``objects`` is the folder where object files are kept from build to build; ``run_on`` is as in
+    :func:`schedules.toolchain.cuda.compile_object`.
     """
 
     spec: KernelSpec
@@ -62,16 +56,21 @@ class Job:
     definition: DefinitionFile | None = None
     configs: Mapping[str, ChosenConfig] = field(default_factory=dict)
     run_on: str = ""
+    tuned: Tuned = NO_RECORDS
 
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel that compiled: its manifest entry (without a module yet); the object file's name and bytes; seconds."""
+    """A kernel that compiled: its manifest entry (without a module yet); the object file's name and bytes; seconds.
+
+    ``note`` says why records weren't followed, if they weren't.
+    """
 
     entry: KernelEntry
     object_file: str
     size: int
     seconds: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,22 +128,48 @@ def pattern_of(spec: KernelSpec, target: Target, definition: DefinitionFile | No
     return match(func)
 
 
-def configs_of(spec: KernelSpec, pattern: Pattern, target: Target, chosen: Mapping[str, ChosenConfig]) -> dict:
-    """The configurations of a spec's buckets: ``{bucket: (Config or None, where it comes from)}``.
+def configs_of(
+    spec: KernelSpec, pattern: Pattern, target: Target, chosen: Mapping[str, ChosenConfig], tuned: Tuned = NO_RECORDS
+) -> tuple[dict[int, tuple[object, str]], str]:
+    """The configurations of a spec's buckets, ``{bucket: (Config or None, where it comes from)}``, and a note.
 
-    None stands for a kernel that the family doesn't make; the template says why.
+    None stands for a kernel that the family doesn't make; the template says why.  The note says why records weren't
+    followed, if they weren't.
     """
     family = family_of(target)
     if spec.template not in family.TEMPLATES or spec.dtype not in family.DTYPES:
-        return {0: (None, "default")}
-    configs = {
-        bucket: (config, "default") for bucket, config in family.default_configs(spec.template, pattern, target).items()
-    }
+        return {0: (None, "default")}, ""
+    defaults = family.default_configs(spec.template, pattern, target)
+    configs, note = {bucket: (config, "default") for bucket, config in defaults.items()}, ""
+    if tuned.proposals:
+        note = _objection(spec, pattern, target, tuned)
+        if not note:
+            configs = with_proposals(defaults, tuned.proposals, family.Config)
     for bucket in configs:
         record = chosen.get(spec.with_bucket(bucket).symbol)
         if record:
             configs[bucket] = (family.Config(**record.config), record.source)
-    return configs
+    return configs, note
+
+
+def _objection(spec: KernelSpec, pattern: Pattern, target: Target, tuned: Tuned) -> str:
+    """Why what records propose for a spec can't be built as it is; empty if it can."""
+    for proposal in tuned.proposals:
+        if proposal.config is None:
+            continue
+        name = f"the configuration of {proposal.source}"
+        try:
+            config = family_of(target).Config(**proposal.config)
+        except TypeError:
+            return f"{name} isn't used: the family's configurations have other fields now"
+        lowered = lower(spec.with_bucket(proposal.bucket), pattern, target, config)
+        if isinstance(lowered, Rejected):
+            return f"{name} isn't used: {lowered.reason}"
+        if proposal.kernel_hash not in ("", lowered.kernel_hash):
+            return f"{name} isn't used: the kernel has changed since it was measured"
+        if tuned.verified is not None and lowered.source_hash not in tuned.verified:
+            return f"{name} isn't used: this kernel wasn't verified on a GPU; --configs measured builds it nevertheless"
+    return ""
 
 
 def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lowered | Rejected:
@@ -152,12 +177,40 @@ def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lo
     program = _TEMPLATES[spec.template].apply(pattern, target, spec.symbol, config)
     if isinstance(program, Rejected):
         return program
-    if target.arch == "cpu":
-        text = program.func.script(show_meta=True)
-    else:
-        text = _export_cuda(program, spec.symbol, target)
+    text = program.func.script(show_meta=True) if target.arch == "cpu" else _export_cuda(program, spec.symbol, target)
+    return _identified(program, text, spec, target, config)
+
+
+def _identified(program: Program, text: str, spec: KernelSpec, target: Target, config) -> Lowered:
     anonymous = text.replace(spec.symbol, "kernel")
     return Lowered(program, text, _hash_of(text, target), _hash_of(anonymous, target), config)
+
+
+def lower_for_each(
+    spec: KernelSpec,
+    targets: Iterable[Target],
+    chosen: Mapping[str, ChosenConfig],
+    definition=None,
+    tuned: Callable[[KernelSpec, Target], Tuned] = lambda *_: NO_RECORDS,
+) -> Iterator[tuple[KernelSpec, Target, Pattern, Lowered | Rejected, str]]:
+    """All buckets of a spec for archs of one family: spec, target, pattern, kernel, origin of the configuration.
+
+    A source depends on the family, not on the arch, so that what has been scheduled for one serves the others.
+    """
+    known: dict[tuple, Lowered] = {}
+    for target in targets:
+        pattern = pattern_of(spec, target, definition)
+        configs, _ = configs_of(spec, pattern, target, chosen, tuned(spec, target))
+        for bucket, (config, origin) in configs.items():
+            one, family = spec.with_bucket(bucket), family_of(target)
+            if same := known.get((bucket, config)):
+                refusal = family.feasible(pattern, config, target)
+                lowered = refusal or _identified(same.program, same.text, one, target, config)
+            else:
+                lowered = lower(one, pattern, target, config)
+            if isinstance(lowered, Lowered):
+                known[bucket, config] = lowered
+            yield one, target, pattern, lowered, origin
 
 
 def _hash_of(text: str, target: Target) -> str:
@@ -178,7 +231,7 @@ def compile_spec(job: Job) -> list[Built | Refused | Failed]:
     spec, target = job.spec, job.target
     try:
         pattern = pattern_of(spec, target, job.definition)
-        configs = configs_of(spec, pattern, target, job.configs)
+        configs, note = configs_of(spec, pattern, target, job.configs, job.tuned)
     except DefinitionError:
         raise
     except Exception:  # whatever a family does wrong is reported with the kernel's name, and the build goes on
@@ -187,7 +240,7 @@ def compile_spec(job: Job) -> list[Built | Refused | Failed]:
     for bucket, (config, config_source) in configs.items():
         one = spec.with_bucket(bucket)
         try:
-            results.append(_compile_one(job, one, pattern, config, config_source))
+            results.append(_compile_one(job, one, pattern, config, config_source, note))
         except ToolchainError as e:
             results.append(Failed(one.symbol, str(e)))
         except Exception:  # as above
@@ -195,7 +248,9 @@ def compile_spec(job: Job) -> list[Built | Refused | Failed]:
     return results
 
 
-def _compile_one(job: Job, spec: KernelSpec, pattern: Pattern, config, config_source: str) -> Built | Refused:
+def _compile_one(
+    job: Job, spec: KernelSpec, pattern: Pattern, config, config_source: str, note: str
+) -> Built | Refused:
     begin = time.perf_counter()
     lowered = lower(spec, pattern, job.target, config)
     if isinstance(lowered, Rejected):
@@ -204,8 +259,9 @@ def _compile_one(job: Job, spec: KernelSpec, pattern: Pattern, config, config_so
     resources = _resources_of(object_file)
     if resources is None:
         resources = _make_object(job, lowered, spec.symbol, object_file)
-    entry = entry_of(spec, job.target, pattern, lowered, config_source, resources)
-    return Built(entry, object_file.name, object_file.stat().st_size, time.perf_counter() - begin)
+    speeds = job.tuned.speeds.get(lowered.kernel_hash, ())
+    entry = entry_of(spec, job.target, pattern, lowered, config_source, resources, speeds)
+    return Built(entry, object_file.name, object_file.stat().st_size, time.perf_counter() - begin, note)
 
 
 def _object_key(job: Job, lowered: Lowered) -> str:
@@ -229,6 +285,7 @@ def entry_of(
     lowered: Lowered,
     config_source: str,
     resources: Mapping[str, int],
+    speeds: tuple[Speed, ...] = (),
 ) -> KernelEntry:
     """The manifest's entry of a kernel, without a module yet; ``resources`` are registers and so on, if any."""
     return KernelEntry(
@@ -249,6 +306,7 @@ def entry_of(
         config=dataclasses.asdict(lowered.config),
         config_source=config_source,
         source_hash=lowered.source_hash,
+        speeds=speeds,
         **resources,
     )
 

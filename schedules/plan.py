@@ -10,14 +10,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from schedules import pack, sources
 from schedules.catalogue import MASKS, SCORES
-from schedules.compile import Built, ChosenConfig, Failed, Job, Refused, versions_for
+from schedules.compile import Built, Failed, Job, Refused, versions_for
+from schedules.configs import NO_RECORDS, ChosenConfig, Tuned
 from schedules.definition_file import DefinitionFile
 from schedules.families import FAMILY, family_of
 from schedules.suite import TEMPLATES, KernelSpec, Selection
@@ -42,7 +43,8 @@ def default_jobs() -> int:
 class Request:
     """What to build: which kernels, for which machines, with which configurations, and where to.
 
-    ``configs`` gives configurations by kernel symbol in place of the families' defaults.  ``run_on`` adds code with
+    ``configs`` gives configurations by kernel symbol in place of the families' defaults, and ``tuning`` what records
+    say of a kernel.  ``run_on`` adds code with
     which the kernels also run on a newer arch.
     """
 
@@ -53,6 +55,11 @@ class Request:
     jobs: int = field(default_factory=default_jobs)
     run_on: str = ""
     configs: Mapping[str, ChosenConfig] = field(default_factory=dict)
+    tuning: Callable[[KernelSpec, Target], Tuned] | None = None
+
+    def tuned(self, spec: KernelSpec, target: Target) -> Tuned:
+        """What records say of a kernel of the package's own definition."""
+        return NO_RECORDS if self.tuning is None or self.definition else self.tuning(spec, target)
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
 
 
 @cache
-def _sources_digest(arch: str) -> str:
+def sources_digest(arch: str) -> str:
     """Hash of every file that decides what a kernel for an arch becomes, and of its manifest entry's form."""
     files = sources.closure("schedules.compile", f"schedules.families.{FAMILY[arch]}")
     return sources.digest(files | {HOST_HEADER, ROOT / "tvm_flash" / "manifest.py"})
@@ -132,7 +139,7 @@ def _sources_digest(arch: str) -> str:
 def key_of(request: Request, target: Target, spec: KernelSpec) -> str:
     """Hash of all that a spec's kernels are made from; as long as it stays the same, so do they."""
     parts = {
-        "sources": _sources_digest(target.arch),
+        "sources": sources_digest(target.arch),
         "spec": dataclasses.asdict(spec),
         "target": dataclasses.asdict(target),
         "versions": versions_for(target),
@@ -142,6 +149,7 @@ def key_of(request: Request, target: Target, spec: KernelSpec) -> str:
             for symbol, config in request.configs.items()
             if symbol.startswith(spec.symbol)
         },
+        "tuned": dataclasses.asdict(request.tuned(spec, target)),
         "definition": request.definition.path.read_text() if request.definition else "",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
@@ -182,7 +190,11 @@ def plan(request: Request, target: Target) -> Plan:
     for spec in specs:
         results = _read_record(work, spec, key_of(request, target, spec))
         if results is None:
-            jobs.append(Job(spec, target, work, request.definition, request.configs, request.run_on))
+            jobs.append(
+                Job(
+                    spec, target, work, request.definition, request.configs, request.run_on, request.tuned(spec, target)
+                )
+            )
         else:
             cached[spec] = results
     return Plan(target, specs, tuple(jobs), cached)

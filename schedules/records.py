@@ -1,8 +1,8 @@
 """``tuning_logs/``: what was measured on hardware, one JSON object a line, one file a device.
 
-A line of kind ``"verified"`` says that a kernel, identified by the hash of its source, passed the case list on a device,
-and how fast it was.  A line of kind ``"measured"`` is a configuration that the tuner tried on one problem, and one of
-kind ``"peer"`` is somebody else's kernel on that problem.  Needs no TVM.
+A line of kind ``"verified"`` says that a kernel, identified by the hash of its source, passed the case list on a
+device, and how fast it was.  A line of kind ``"measured"`` is a configuration that the tuner tried on one problem, and
+one of kind ``"peer"`` is somebody else's kernel on that problem.  Needs no TVM.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Record:
     kind: ``"verified"``.
     device, driver: the GPU's name and the driver's CUDA version.
     arch: what the kernel was compiled for; ``run_as`` is what ran: ``"native"`` machine code, ``"recompiled for
-        sm_90"``, or ``"ptx"`` that the driver compiled for the device.
+        sm_90"``, ``"ptx"`` that the driver compiled for the device, or the same source for another arch of the family.
     symbol, template, dtype, head_dim, head_dim_v, mask, score, bucket, config, source_hash: as in the manifest.
     cases: how many cases of the shared list it passed.
     error: the largest error of these, as a share of what is allowed (2 × PyTorch's own error plus one rounding).
@@ -91,7 +91,8 @@ class Measurement:
     incumbent: kernel hash of that incumbent; ``default`` tells that this configuration is the family's default here.
     rounds: how many there were; slow ones are given up early.
     error: the largest error, as a share of what is allowed (2 × the usual error of the dtype plus one rounding).
-    kernel_hash: of the source without the kernel's name, which contains a bucket; ``source_hash`` is as in the manifest.
+    kernel_hash: of the source without the kernel's name, which contains a bucket; ``source_hash`` is as in the
+        manifest.
     search: strategy, and the how-manieth of its search it was.
     versions, date: of the compilers and torch; UTC, when the measurement ended.
     """

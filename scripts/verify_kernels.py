@@ -4,6 +4,7 @@ Needs a pack (scripts/build_kernels.py, perhaps on another machine), torch and a
 """
 
 import argparse
+import dataclasses
 import multiprocessing
 import re
 import sys
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from schedules import records
+from schedules import assemble, records
 from tests import verification
 
 
@@ -24,7 +25,11 @@ def main() -> int:
     parser.add_argument("--symbol", default="", metavar="REGEX", help="only kernels whose symbol matches")
     parser.add_argument("--log", type=Path, help="file to append to (default: that of the device in tuning_logs/)")
     parser.add_argument("--jobs", type=int, default=1, help="processes that check kernels at a time")
+    parser.add_argument(
+        "--emitted", type=Path, help="what build_kernels.py --emit wrote: archs with the same sources get records too"
+    )
     options = parser.parse_args()
+    twins = assemble.twins(options.emitted) if options.emitted else {}
     log = options.log or records.log_of(torch.cuda.get_device_name())
     kernels = [k for k in verification.cuda_kernels(options.arch) if re.search(options.symbol, k.entry.symbol)]
     right = []
@@ -37,7 +42,17 @@ def main() -> int:
                 print(f"✗ {kernel.entry.arch} {kernel.entry.symbol}: {type(e).__name__}: {e}", flush=True)
     for kernel, count, error in right:
         record = verification.record(kernel, count, error)
-        records.append(log, [record])
+        same = [
+            dataclasses.replace(
+                record,
+                arch=twin.arch,
+                source_hash=twin.source_hash,
+                config=twin.config,
+                run_as=f"the same source for {record.arch}, {record.run_as}",
+            )
+            for twin in twins.get((record.arch, record.symbol), [])
+        ]
+        records.append(log, [record, *same])
         share = f"{record.error:.2f} of the allowed error"
         print(f"✓ {record.arch} {record.symbol}  {count} cases, {share}, {record.tflops:.0f} TFLOP/s", flush=True)
     return int(len(right) < len(kernels))

@@ -2,17 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
-import sys
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from schedules.wheel import build_wheel
 from tvm_flash.manifest import Manifest
-
-ROOT = Path(__file__).resolve().parent.parent
 
 #: Runs in the clean environment: both layouts on strided numpy arrays, against float64.
 PROGRAM = """
@@ -42,10 +41,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory, cpu_pack):
     """A wheel of this checkout with the native pack in it."""
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return next(out.glob("*.whl"))
+    return build_wheel(tmp_path_factory.mktemp("dist")).path
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +68,9 @@ def test_wheel_holds_machine_code_and_no_source(wheel):
         assert name.startswith(("tvm_flash/", "tvm_flash-")), name
         if "/packs/" in name:
             assert Path(name).suffix in (".so", ".json"), name
-    assert wheel.name.startswith("tvm_flash-0.1.0-py3-none-linux_")
+    assert re.fullmatch(r"tvm_flash-0\.1\.0-py3-none-manylinux_2_\d+_x86_64\.whl", wheel.name)
+    tags = zipfile.ZipFile(wheel).read("tvm_flash-0.1.0.dist-info/WHEEL").decode()
+    assert f"Tag: {wheel.stem.split('-', 2)[2]}" in tags
 
 
 def test_attention_with_numpy_alone(clean_python, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from tvm_flash.bench import command as bench
+from tvm_flash.display import Progress, Screen, progress
 from tvm_flash.errors import NotSupportedError, TvmFlashError
 from tvm_flash.problem import DTYPES, LAYOUTS, VARIANTS
 
@@ -48,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="run one small case for each installed kernel against float64")
     check.add_argument("--arch", help="only the kernels of this arch, such as cpu or sm_90a")
+    check.add_argument("--all", action="store_true", help="a line for each kernel, as in a pipe, on a terminal too")
     check.add_argument("--json", action="store_true", help="as JSON, one object a line")
     check.set_defaults(run=_check)
 
@@ -59,7 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--causal", action="store_true")
     explain.add_argument("--layout", choices=LAYOUTS, default="bhsd", help="of the caller's tensors (default: bhsd)")
     explain.add_argument("--variant", choices=VARIANTS, default="auto")
-    explain.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first GPU, or the processor)")
+    where = explain.add_mutually_exclusive_group()
+    where.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the first GPU, or the processor)")
+    where.add_argument("--arch", help="what a GPU of this arch would get, such as sm_90a; it needn't be there")
+    explain.add_argument("--json", action="store_true", help="as JSON")
     explain.set_defaults(run=_explain)
 
     bench.add_arguments(commands.add_parser("bench", help="speed beside PyTorch's backends, on this device"))
@@ -82,7 +88,10 @@ def _info(options: argparse.Namespace) -> int:
     from tvm_flash import report
 
     found = report.collect()
-    print(json.dumps(found, indent=1) if options.json else report.as_text(found))
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        report.show(found, Screen())
     return 0
 
 
@@ -90,28 +99,42 @@ def _check(options: argparse.Namespace) -> int:
     from tvm_flash import selfcheck
     from tvm_flash.registry import build_command, registry
 
-    passed = failed = 0
-    for result in selfcheck.check_kernels(options.arch):
-        passed, failed = passed + result.ok, failed + (not result.ok)
-        if options.json:
-            print(json.dumps(dataclasses.asdict(result)), flush=True)
-        else:
-            figures = "" if result.error is None else f"error {result.error:.1e} (≤ {result.bound:.1e})  "
-            mark = "✓" if result.ok else "✗"
-            print(f"{mark} {result.device} {result.symbol}  {figures}{result.seconds:.2f} s  {result.note}", flush=True)
-    if not passed + failed:
+    screen, results = Screen(), []
+    lines = options.all or options.json or not screen.fancy
+    bar = contextlib.nullcontext(Progress()) if lines else progress(selfcheck.count(options.arch))
+    with bar as steps:
+        for result in selfcheck.check_kernels(options.arch, steps.begins):
+            steps.ends()
+            results.append(result)
+            if options.json:
+                print(json.dumps(dataclasses.asdict(result)), flush=True)
+            elif lines:
+                screen.line(result.line(), "" if result.ok else "bad")
+    if not lines:
+        for result in results:
+            if not result.ok:
+                screen.line(result.line(), "bad")
+    if not results:
         if options.arch in registry().archs():
             raise NotSupportedError(f"--arch {options.arch}: no device of this machine runs it; see `tvm_flash info`")
         raise registry().missing([options.arch or "cpu"], options.arch or "native")
+    failed = sum(not r.ok for r in results)
     if not options.json:
-        print(f"{passed} kernels ✓" + (f", {failed} ✗; run `{build_command('native')}`" if failed else ""))
+        screen.line()
+        screen.table(selfcheck.summary(results))
+        if failed:
+            screen.line(f"{len(results) - failed} kernels ✓, {failed} ✗; run `{build_command('native')}`", "bad")
+        else:
+            screen.line(f"{len(results)} kernels ✓", "good")
     return FAILED if failed else 0
 
 
 def _explain(options: argparse.Namespace) -> int:
+    from tvm_flash import device as devices
+    from tvm_flash import explanation as explanation_page
     from tvm_flash.selector import BackendSelector
 
-    explanation = BackendSelector(options.device).explain(
+    explanation = BackendSelector(devices.of_arch(options.arch) if options.arch else options.device).explain(
         *options.shape,
         kv_heads=options.kv_heads,
         seq_len_kv=options.seq_len_kv,
@@ -120,7 +143,10 @@ def _explain(options: argparse.Namespace) -> int:
         layout=options.layout,
         variant=options.variant,
     )
-    print(explanation)
+    if options.json:
+        print(json.dumps(explanation_page.as_data(explanation), indent=1))
+    else:
+        explanation_page.show(explanation, Screen())
     return 0 if explanation.chosen else FAILED
 
 

@@ -40,8 +40,14 @@ _MICROARCHITECTURES = {
     ("AuthenticAMD", 26): {0x00: "Zen 5"},
 }
 _INTEL_SERVERS = {
-    **{0x4F: "Broadwell", 0x55: "Skylake", 0x6A: "Ice Lake", 0x6C: "Ice Lake", 0x8F: "Sapphire Rapids"},
-    **{0xCF: "Emerald Rapids", 0xAD: "Granite Rapids", 0xAE: "Granite Rapids"},
+    0x4F: "Broadwell",
+    0x55: "Skylake",
+    0x6A: "Ice Lake",
+    0x6C: "Ice Lake",
+    0x8F: "Sapphire Rapids",
+    0xCF: "Emerald Rapids",
+    0xAD: "Granite Rapids",
+    0xAE: "Granite Rapids",
 }
 
 

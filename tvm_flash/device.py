@@ -9,7 +9,7 @@ from typing import Any
 
 from tvm_flash import cpu, cuda
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
-from tvm_flash.registry import arch_of, by_closeness, registry
+from tvm_flash.registry import arch_of, by_closeness, capability_of, registry
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,38 @@ class Device:
         return by_closeness(registry().archs(), self.capability)
 
 
+@dataclass(frozen=True)
+class Imagined(Device):
+    """A GPU that this machine needn't have, for asking what would run on it."""
+
+    arch: str = ""
+
+    def __str__(self) -> str:
+        return f"a GPU of arch {self.arch}"
+
+    @property
+    def name(self) -> str:
+        return "imagined"
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return capability_of(self.arch)
+
+
+def of_arch(arch: str) -> Device:
+    """The processor for ``"cpu"``, or an imagined GPU of a CUDA arch.
+
+    Raises
+    ------
+    InvalidArgumentError: there is no such arch.
+    """
+    if arch == "cpu":
+        return Device("cpu")
+    if capability_of(arch) is None:
+        raise InvalidArgumentError(f"arch: is {arch!r}, expected cpu or a CUDA arch such as sm_80 or sm_90a")
+    return Imagined("cuda", arch=arch)
+
+
 def parse(device: Any) -> Device:
     """A device as users write it: None, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, an index, or a framework's device object.
 
@@ -55,6 +87,8 @@ def parse(device: Any) -> Device:
     """
     if device is None:
         return default_device()
+    if isinstance(device, Device):
+        return device
     text = f"cuda:{device}" if isinstance(device, int) and not isinstance(device, bool) else str(device)
     parts = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", text)
     if parts is None:

@@ -74,6 +74,12 @@ def arch_of(capability: tuple[int, int]) -> str:
     return f"sm_{major}{minor}" + ("a" if capability == (9, 0) else "")
 
 
+def capability_of(arch: str) -> tuple[int, int] | None:
+    """The compute capability that an arch is built for: ``"sm_90a"`` → ``(9, 0)``; None if it is no CUDA arch."""
+    parts = _CUDA_ARCH.fullmatch(arch)
+    return (int(parts[1]), int(parts[2])) if parts else None
+
+
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether machine code for ``arch`` runs on a GPU.
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import platform
-from collections import defaultdict
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
 from tvm_flash import __version__, cpu, cuda
 from tvm_flash.device import Device
+from tvm_flash.display import Screen, table
 from tvm_flash.registry import PATH_VARIABLE, Pack, build_command, registry
 
 #: Packages whose versions matter; those that aren't installed are left out.
 _PACKAGES = (
     *("apache-tvm-ffi", "numpy", "ml_dtypes", "torch", "jax", "cupy", "cupy-cuda12x", "cupy-cuda13x"),
-    "apache-tvm",
+    *("apache-tvm", "nvidia-cuda-nvcc", "rich", "matplotlib", "transformers"),
 )
 
 
@@ -86,44 +87,84 @@ def _pack(pack: Pack) -> dict[str, Any]:
     }
 
 
-def as_text(report: dict[str, Any]) -> str:
+def show(report: dict[str, Any], screen: Screen) -> None:
     """The report as a page."""
-    packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
     driver = f"driver for CUDA {report['cuda_driver']}" if report["cuda_driver"] else "no CUDA driver"
-    lines = [
-        f"tvm_flash {report['tvm_flash']}, Python {report['python']}, {report['system']}, {driver}",
-        f"packages: {packages}",
-        "devices:",
-        *(f"  {_device_line(d)}" for d in report["devices"]),
-        f"packs are looked for in ({PATH_VARIABLE} adds folders):",
-        *(f"  {'✓' if place['exists'] else '–'} {place['folder']}" for place in report["search_path"]),
-        "packs:" if report["packs"] else "packs: none",
-    ]
+    screen.line(f"tvm_flash {report['tvm_flash']}, Python {report['python']}, {report['system']}, {driver}", "best")
+    screen.line("packages: " + ", ".join(f"{name} {version}" for name, version in report["packages"].items()))
+    screen.line()
+    screen.table(table("", ("device", "name", "arch", ""), [_device_row(d) for d in report["devices"]]))
+    screen.line(f"packs are looked for in ({PATH_VARIABLE} adds folders):")
+    for place in report["search_path"]:
+        screen.line(f"  {'✓' if place['exists'] else '–'} {place['folder']}")
+    screen.line()
+    if report["packs"]:
+        screen.table(
+            table("", ("pack", "for", "kernels", "size", "built", "folder"), list(map(_pack_row, report["packs"])))
+        )
+        screen.table(
+            table(
+                "", ("pack", "definition", "template", "dtypes", "head_dim ≤", "masks and scores"), _kernel_rows(report)
+            )
+        )
+    else:
+        screen.line("packs: none")
     for pack in report["packs"]:
-        lines += _pack_lines(pack)
-    lines += [f"  ✗ {broken['folder']}: {broken['reason']}" for broken in report["broken"]]
-    lines += [f"missing: {gap['arch']}; run `{gap['command']}`" for gap in report["missing"]]
-    return "\n".join(lines)
+        if not pack["usable"]:
+            screen.line(f"✗ {pack['folder']}: {pack['reason']}", "warning")
+    for broken in report["broken"]:
+        screen.line(f"✗ {broken['folder']}: {broken['reason']}", "bad")
+    for gap in report["missing"]:
+        screen.line(f"missing: {gap['arch']}; run `{gap['command']}`", "warning")
 
 
-def _device_line(device: dict[str, Any]) -> str:
+def _device_row(device: dict[str, Any]) -> tuple[str, ...]:
     detail = f"{device['threads']} threads" if "threads" in device else f"compute capability {device['capability']}"
-    return f"{device['device']}: {device['name']}, {device['arch']}, {detail}"
+    return device["device"], device["name"], device["arch"], detail
 
 
-def _pack_lines(pack: dict[str, Any]) -> list[str]:
-    isa = f" ({pack['isa']})" if pack["isa"] else ""
-    head = (
-        f"  {'✓' if pack['usable'] else '✗'} {pack['arch']}{isa}: {len(pack['kernels'])} kernels, "
-        f"{pack['bytes'] / 2**20:.1f} MB, built {pack['created']}, {pack['folder']}"
+def _pack_row(pack: dict[str, Any]) -> tuple[str, ...]:
+    mark = "✓" if pack["usable"] else "✗"
+    size = f"{pack['bytes'] / 2**20:.1f} MB"
+    return (
+        f"{mark} {pack['arch']}",
+        pack["isa"],
+        str(len(pack["kernels"])),
+        size,
+        _minute(pack["created"]),
+        pack["folder"],
     )
-    lines = [head] if pack["usable"] else [head, f"      {pack['reason']}"]
-    groups: dict[tuple[str, str, str], dict[str, set]] = defaultdict(lambda: {"dims": set(), "kinds": set()})
-    for kernel in pack["kernels"]:
-        group = groups[kernel["definition"], kernel["template"], kernel["dtype"]]
-        group["dims"].add((kernel["head_dim"], kernel["head_dim_v"]))
-        group["kinds"].add(f"{kernel['mask']}·{kernel['score']}")
-    for (definition, template, dtype), group in groups.items():
-        dims = ", ".join(str(d) if d == e else f"{d}:{e}" for d, e in sorted(group["dims"]))
-        lines.append(f"      {definition} {template} {dtype}, head_dim ≤ {dims}: {', '.join(sorted(group['kinds']))}")
-    return lines
+
+
+def _minute(moment: str) -> str:
+    return moment[:16].replace("T", " ")
+
+
+def _kernel_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each set of kernels that differ in nothing but dtype, head_dim, mask and score."""
+    rows = []
+    for pack in report["packs"]:
+        kinds: dict[tuple[str, str, str], dict[str, dict]] = {}
+        for kernel in pack["kernels"]:
+            of_dtype = kinds.setdefault(
+                (kernel["definition"], kernel["template"], kernel["dtype"]), {"dims": {}, "what": {}}
+            )
+            of_dtype["dims"][kernel["head_dim"], kernel["head_dim_v"]] = None
+            of_dtype["what"][kernel["mask"], kernel["score"]] = None
+        merged: dict[tuple[str, ...], list[str]] = {}
+        for (definition, template, dtype), found in kinds.items():
+            dims = ", ".join(str(d) if d == e else f"{d}:{e}" for d, e in sorted(found["dims"]))
+            merged.setdefault((definition, template, dims, _masks(found["what"])), []).append(dtype)
+        rows += [
+            (pack["arch"], definition, template, ", ".join(dtypes), dims, what)
+            for (definition, template, dims, what), dtypes in merged.items()
+        ]
+    return rows
+
+
+def _masks(kinds: Iterable[tuple[str, str]]) -> str:
+    """``"causal, full, window (+ alibi, softcap)"``: each mask with the scores that aren't plain."""
+    scores: dict[str, list[str]] = {}
+    for mask, score in sorted(kinds):
+        scores.setdefault(mask, []).extend([] if score == "identity" else [score])
+    return ", ".join(mask + (f" (+ {', '.join(more)})" if more else "") for mask, more in scores.items())

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from tvm_flash import cuda, reference
 from tvm_flash.device import Device
+from tvm_flash.display import Entry, Table, table
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.ffi import Frame, TensorSpec
 from tvm_flash.frameworks import contiguous_strides
@@ -57,15 +58,55 @@ class Result:
     lse_bound: float | None = None
     note: str = ""
 
+    def line(self) -> str:
+        """The result in a line."""
+        figures = "" if self.error is None else f"error {self.error:.1e} (≤ {self.bound:.1e})  "
+        mark = "✓" if self.ok else "✗"
+        return f"{mark} {self.device} {self.symbol}  {figures}{self.seconds:.2f} s  {self.note}".rstrip()
 
-def check_kernels(arch: str | None = None) -> Iterator[Result]:
-    """Run every installed kernel that a device of this machine can, or those of one arch."""
+
+def check_kernels(arch: str | None = None, begins: Callable[[str], None] = lambda _: None) -> Iterator[Result]:
+    """Run every installed kernel that a device of this machine can, or those of one arch.
+
+    ``begins`` hears the symbol of a kernel before it runs.
+    """
+    for kernel, device in _runnable(arch):
+        begins(kernel.entry.symbol)
+        yield check_kernel(kernel, device)
+
+
+def count(arch: str | None = None) -> int:
+    """How many results :func:`check_kernels` gives."""
+    return sum(1 for _ in _runnable(arch))
+
+
+def _runnable(arch: str | None) -> Iterator[tuple[Installed, Device]]:
     devices = [Device("cpu"), *(Device("cuda", i) for i in range(cuda.device_count()))]
-    for device in devices:
-        for candidate in device.archs():
-            if arch in (None, candidate):
-                for kernel in registry().kernels(candidate):
-                    yield check_kernel(kernel, device)
+    return (
+        (kernel, device)
+        for device in devices
+        for candidate in device.archs()
+        if arch in (None, candidate)
+        for kernel in registry().kernels(candidate)
+    )
+
+
+def summary(results: Iterable[Result]) -> Table:
+    """What the results come to, by device and arch."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.device, result.arch), []).append(result)
+    rows = []
+    for (device, arch), found in groups.items():
+        shares = [r.error / r.bound for r in found if r.error is not None and r.bound]
+        failed = sum(not r.ok for r in found)
+        rows.append(
+            (
+                *(device, arch, str(len(found)), Entry(str(failed), "bad" if failed else "")),
+                *(f"{max(shares):.0%}" if shares else "–", f"{sum(r.seconds for r in found):.1f}"),
+            )
+        )
+    return table("", ("device", "arch", "kernels", "failed", "largest error of allowed", "seconds"), rows, labels=2)
 
 
 def check_kernel(kernel: Installed, device: Device) -> Result:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tvm_flash.bench import workloads
+from tvm_flash.display import Screen, progress
 from tvm_flash.errors import InvalidArgumentError, NotSupportedError
 from tvm_flash.problem import DTYPES
 
-#: Columns where the output is no terminal: room for all of a table.
+#: Columns that a full table takes.
 _WIDTH = 118
 
 #: Shapes, rounds and seconds a round of ``--quick``.
@@ -43,31 +44,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; 0, or 1 if none of our kernels ran."""
-    try:
-        from rich.console import Console
-    except ModuleNotFoundError as e:
-        raise _missing(e) from e
     from tvm_flash.bench import recorded, results
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    screen = Screen()
     reference = recorded.read(options.reference) if options.reference else None
     runs = results.join([results.read(f) for f in options.files]) if options.files else [_measure(options)]
     if reference:
         runs = [reference.beside(r) for r in runs]
     for one in runs:
-        _show(console, one)
+        _show(screen, one)
     if options.plot:
         from tvm_flash.bench import plots
 
         for path in plots.write(runs, options.plot):
-            console.print(f"picture: {path}", soft_wrap=True)
+            screen.line(f"picture: {path}")
     if options.page:
         from tvm_flash.bench import page
 
         options.page.write_text(page.markdown(runs, options.command), encoding="utf-8")
-        console.print(f"page: {options.page}", soft_wrap=True)
+        screen.line(f"page: {options.page}")
     ours = {i.key for one in runs for i in one.implementations if i.ours}
     return 0 if any(cell.of(key) for one in runs for cell in one.cells for key in ours) else 1
 
@@ -77,7 +72,7 @@ def _measure(options: argparse.Namespace):
     try:
         import torch
     except ModuleNotFoundError as e:
-        raise _missing(e) from e
+        raise NotSupportedError('bench: needs torch, which isn\'t installed; pip install "tvm-flash[bench]"') from e
     from tvm_flash import device as devices
     from tvm_flash.bench import peers, results
     from tvm_flash.bench.measure import Bench
@@ -95,10 +90,10 @@ def _measure(options: argparse.Namespace):
         contestants = [c for c in contestants if c.about.ours or c.about.key in options.peers]
     bench = Bench(device, contestants, _grid(options, device.kind), _effort(options, device.kind), options.command)
     found = None
-    with _progress(bench.steps()) as (begins, advance):
+    with progress(bench.steps()) as bar:
         try:
-            for found in bench.run(begins):
-                advance()
+            for found in bench.run(bar.begins):
+                bar.ends()
                 if options.json:
                     results.write(found, options.json)
         except KeyboardInterrupt:
@@ -135,55 +130,25 @@ def _effort(options: argparse.Namespace, kind: str):
     return effort
 
 
-class _progress:
-    """A bar on a terminal, a line for each step elsewhere, both on stderr."""
-
-    def __init__(self, steps: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._console = Console(stderr=True, highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("", total=steps)
-
-    def __enter__(self):
-        self._bar.start()
-        return self._begins, lambda: self._bar.advance(self._task)
-
-    def __exit__(self, *_):
-        self._bar.stop()
-
-    def _begins(self, what: str) -> None:
-        if self._console.is_terminal:
-            self._bar.update(self._task, description=what)
-        else:
-            self._console.print(what, soft_wrap=True)
-
-
-def _show(console, one) -> None:
+def _show(screen: Screen, one) -> None:
     """All tables and sentences of a run."""
     from tvm_flash.bench import tables
 
     for name, value in one.machine.items():
-        console.print(f"{name}: {value}", soft_wrap=True)
-    console.print()
-    mode, compact = one.modes[0], console.width < _WIDTH
+        screen.line(f"{name}: {value}")
+    screen.line()
+    mode, compact = one.modes[0], screen.width is not None and screen.width < _WIDTH
     for dtype in one.dtypes():
-        console.print(tables.as_rich(tables.speeds(one, dtype, mode, compact)))
+        screen.table(tables.speeds(one, dtype, mode, compact))
     if (calls := tables.calls(one)) is not None:
-        console.print(tables.as_rich(calls))
+        screen.table(calls)
     for line in (line for m in one.modes for line in tables.summaries(one, m)):
-        console.print(line, soft_wrap=True)
+        screen.line(line)
     for line in tables.failures(one):
-        console.print(line, style="yellow", soft_wrap=True)
-    console.print()
+        screen.line(line, "warning")
+    screen.line()
     for line in (*tables.legend(one), f"measured {one.created}; again: {one.command}"):
-        console.print(line, style="dim", soft_wrap=True)
-
-
-def _missing(error: ModuleNotFoundError) -> NotSupportedError:
-    return NotSupportedError(f'bench: needs {error.name}, which isn\'t installed; pip install "tvm-flash[bench]"')
+        screen.line(line, "quiet")
 
 
 def _numbers(text: str) -> list[int]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from tvm_flash.bench import tables
 from tvm_flash.bench.results import Run
+from tvm_flash.display import as_markdown
 
 _HEAD = """# Benchmarks
 
@@ -41,7 +42,7 @@ def _section(run: Run) -> list[str]:
     for mode in run.modes:
         for dtype in run.dtypes():
             table = tables.speeds(run, dtype, mode)
-            lines += ["", f"### {table.title}", "", *tables.as_markdown(table)]
+            lines += ["", f"### {table.title}", "", *as_markdown(table)]
     if (calls := tables.calls(run)) is not None:
-        lines += ["", f"### {calls.title}", "", *tables.as_markdown(calls)]
+        lines += ["", f"### {calls.title}", "", *as_markdown(calls)]
     return [*lines, "", "Columns:", "", *(f"* {line}" for line in tables.legend(run)), ""]

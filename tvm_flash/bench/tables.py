@@ -1,45 +1,19 @@
-"""Tables of a run: as plain rows, which a terminal (rich) and a page (Markdown) then show.
-
-Losses are marked ``▼``; the fastest of a row is bold.
-"""
+"""Tables of a run.  Losses are marked ``▼``; the fastest of a row stands out."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from tvm_flash.bench import ratios
 from tvm_flash.bench.results import Cell, Implementation, Run
 from tvm_flash.bench.workloads import Workload
+from tvm_flash.display import Entry, Table
 
 #: A loss, in front of its ratio.
 LOSS = "▼"
 
 #: Speed by kind of device: unit, and operations a second of one.
 _UNITS = {"gpu": ("TFLOP/s", 1e12), "cpu": ("GFLOP/s", 1e9)}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Text of one place in a table, and whether it stands out (the fastest) or is a loss."""
-
-    text: str
-    best: bool = False
-    loss: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, the heads of the columns, rows, and rules: rows before which a new group begins.
-
-    ``labels`` columns at the left are text, the others numbers.
-    """
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[Entry, ...], ...]
-    groups: tuple[int, ...]
-    labels: int
 
 
 def is_cpu(run: Run) -> bool:
@@ -78,7 +52,7 @@ def speeds(run: Run, dtype: str, mode: str, compact: bool = False) -> Table:
         row += [] if compact else _errors(run, cell)
         rows.append(tuple(row))
     title = f"{run.device}, {dtype}, {mode}: {name}"
-    return Table(title, tuple(heads), tuple(rows), tuple(groups), len(_label_heads(run)))
+    return Table(title, tuple(heads), tuple(rows), len(_label_heads(run)), tuple(groups))
 
 
 def _label_heads(run: Run) -> tuple[str, ...]:
@@ -102,7 +76,8 @@ def _speeds_of(run: Run, cell: Cell, mode: str, one: float) -> list[Entry]:
     times = [m.seconds.get(mode) if m else None for m in measured]
     shortest = min((t for t in times if t), default=None)
     return [
-        Entry("–") if t is None else Entry(f"{cell.workload.flops / t / one:.0f}", best=t == shortest) for t in times
+        Entry("–") if t is None else Entry(f"{cell.workload.flops / t / one:.0f}", "best" if t == shortest else "")
+        for t in times
     ]
 
 
@@ -118,7 +93,7 @@ def _ratio(run: Run, cell: Cell, ours: Implementation, mode: str) -> Entry:
     value = ratios.ratio(cell, ours.key, ratios.peers(run), mode)
     if value is None:
         return Entry("–")
-    return Entry(times(value), loss=value < 1)
+    return Entry(times(value), "bad" if value < 1 else "")
 
 
 def times(value: float) -> str:
@@ -147,13 +122,12 @@ def calls(run: Run) -> Table | None:
     for cell in run.calls:
         times = [m.seconds["call"] if (m := cell.of(i.key)) else None for i in run.implementations]
         shortest = min((t for t in times if t), default=None)
-        entries = [Entry("–") if t is None else Entry(f"{t * 1e6:.1f}", best=t == shortest) for t in times]
+        entries = [Entry("–") if t is None else Entry(f"{t * 1e6:.1f}", "best" if t == shortest else "") for t in times]
         rows.append((Entry(cell.workload.dtype), *entries))
     return Table(
         "time of the smallest call (1, 1, 1, 64) from Python: µs",
         ("dtype", *(i.name for i in run.implementations)),
         tuple(rows),
-        (),
         1,
     )
 
@@ -209,26 +183,3 @@ def legend(run: Run) -> list[str]:
         f"×: ours over the fastest peer of the cell; {LOSS} marks a loss",
         "error: norm of the difference from float64, relative: the largest of ours, and of the peers",
     ]
-
-
-def as_rich(table: Table):
-    """The table for a terminal."""
-    from rich import box
-    from rich.table import Table as Rich
-    from rich.text import Text
-
-    rich = Rich(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, head in enumerate(table.heads):
-        rich.add_column(head, justify="left" if number < table.labels else "right", no_wrap=number < table.labels)
-    for number, row in enumerate(table.rows):
-        if number in table.groups:
-            rich.add_section()
-        rich.add_row(*(Text(e.text, "bold" if e.best else "red" if e.loss else "") for e in row))
-    return rich
-
-
-def as_markdown(table: Table) -> list[str]:
-    """Lines of the table for a page, without its title."""
-    rule = ["---" if number < table.labels else "---:" for number in range(len(table.heads))]
-    rows = [[f"**{e.text}**" if e.best else e.text for e in row] for row in table.rows]
-    return ["| " + " | ".join(cells) + " |" for cells in (table.heads, rule, *rows)]

@@ -1,0 +1,185 @@
+"""From records to what ``build_kernels`` builds: the best configuration of each kernel, from which length on.
+
+A record speaks for exactly the source that was measured: the builder takes a configuration from it only if the kernel
+that comes out is still that one.  A CUDA kernel must also have been verified on hardware, unless the measured device is
+in this machine.  Needs no TVM.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from schedules import records
+from schedules.configs import Proposal, Tuned
+from schedules.families import FAMILY
+from schedules.records import Line, Measurement
+from schedules.suite import KernelSpec
+from schedules.template import Target
+from schedules.tuning.workload import Workload
+from tvm_flash import cpu, cuda
+from tvm_flash.manifest import Speed
+
+#: A configuration replaces the default, and a further bucket is made, only for more than the noise of a measurement:
+#: repeated medians of one kernel on an H200 differ by up to 0.5%.
+WORTH = math.log(1.01)
+
+#: How tuned configurations are used: those that may ship, none, or all that were measured.
+MODES = ("auto", "default", "measured")
+
+
+#: What makes two kernels the same, apart from configuration and bucket; names as in the manifest and in records.
+_KIND = ("template", "dtype", "head_dim", "head_dim_v", "mask", "score")
+
+
+class Tuning:
+    """The records that a build goes by.
+
+    Parameters
+    ----------
+    mode: one of ``MODES``.
+    folder: of the logs.
+    """
+
+    def __init__(self, mode: str, folder: Path = records.LOGS):
+        self.mode = mode
+        self.measured = [r for r in records.measured(folder) if r.status == "ok"] if mode != "default" else []
+        self.verified = records.verified(folder)
+        self.here = devices_here() if self.measured else frozenset()
+
+    def __call__(self, spec: KernelSpec, target: Target) -> Tuned:
+        """What the records say of a kernel."""
+        arch, isa = target.arch, target.isa
+        same_kind = [r for r in self.measured if _is_kind(r, spec)]
+        own = [r for r in same_kind if (r.arch, r.isa) == (arch, isa)]
+        chosen = self._nearest(same_kind, arch, isa)
+        needs_no_proof = arch == "cpu" or self.mode == "measured" or any(r.device in self.here for r in chosen)
+        verified = [r.source_hash for r in self.verified.values() if r.arch == arch and _is_kind(r, spec)]
+        return Tuned(
+            proposals=proposals(chosen, exact=bool(chosen) and chosen[0].arch == arch),
+            verified=None if needs_no_proof else tuple(sorted(verified)),
+            speeds=speeds(r for r in own if r.run_as == "native"),
+        )
+
+    def knows(self, target: Target) -> bool:
+        """Whether anything was measured for a target."""
+        return any((r.arch, r.isa) == (target.arch, target.isa) for r in self.measured)
+
+    def _nearest(self, measured: Sequence[Measurement], arch: str, isa: str) -> list[Measurement]:
+        """Those of the device that counts: one of this machine, else of the same arch, else of the nearest."""
+        groups: dict[tuple, list[Measurement]] = {}
+        for r in measured:
+            distance = self._distance(r, arch, isa)
+            if distance is not None:
+                groups.setdefault((distance, r.device, r.run_as), []).append(r)
+        return groups[min(groups, key=lambda key: (key[0], -len(groups[key])))] if groups else []
+
+    def _distance(self, record: Measurement, arch: str, isa: str) -> tuple | None:
+        if record.isa != isa or FAMILY.get(record.arch) != FAMILY[arch]:
+            return None
+        return (_steps(record.arch, arch), record.run_as != "native", record.device not in self.here)
+
+
+def _is_kind(record: Line, spec: KernelSpec) -> bool:
+    return all(getattr(record, name) == getattr(spec, name) for name in _KIND)
+
+
+def _steps(one: str, other: str) -> int:
+    """How far apart two archs of a family are."""
+    archs = [arch for arch, family in FAMILY.items() if family == FAMILY[one]]
+    return abs(archs.index(one) - archs.index(other))
+
+
+def devices_here() -> frozenset[str]:
+    """Names of the processor and the GPUs of this machine."""
+    return frozenset({cpu.name(), *(cuda.gpu(index).name for index in range(cuda.device_count()))})
+
+
+def speeds(measured: Iterable[Measurement]) -> dict[str, tuple[Speed, ...]]:
+    """What was measured of each kernel hash; of several measurements of a problem on a device the newest counts."""
+    newest: dict[tuple[str, str, str], Measurement] = {}
+    for r in sorted(measured, key=lambda r: r.date):
+        newest[r.kernel_hash, r.device, r.problem] = r
+    found: dict[str, list[Speed]] = {}
+    for (kernel_hash, device, problem), r in newest.items():
+        w = Workload.parse(problem)
+        speed = Speed(
+            device=device,
+            **{n: getattr(w, n) for n in ("batch", "heads", "seqlen_q", "seqlen_kv", "head_dim")},
+            microseconds=r.microseconds,
+            tflops=r.tflops,
+            record=r.name,
+        )
+        found.setdefault(kernel_hash, []).append(speed)
+    return {kernel_hash: tuple(of_it) for kernel_hash, of_it in found.items()}
+
+
+def proposals(measured: Sequence[Measurement], exact: bool) -> tuple[Proposal, ...]:
+    """Configurations by length for one kernel on one device; none where the default is the best everywhere.
+
+    ``exact``: whether the records are of the arch that is built for.
+    """
+    current = _of_newest_source(measured)
+    lengths = sorted({Workload.parse(r.problem).seqlen_kv for r in current})
+    costs, found = _costs(current)
+    segments = _segments(lengths, costs)
+    if all(config is None for _, config in segments):
+        return ()
+    chosen = []
+    for start, (first, config) in enumerate(segments):
+        bucket = 0 if start == 0 else first
+        if config is None:
+            chosen.append(Proposal(bucket, None))
+        else:
+            record = found[config, first]
+            chosen.append(Proposal(bucket, record.config, record.kernel_hash if exact else "", record.name))
+    return tuple(chosen)
+
+
+def _of_newest_source(measured: Sequence[Measurement]) -> list[Measurement]:
+    """Records whose default is the newest one's: when kernels change, earlier ones are no longer compared."""
+    newest: dict[str, Measurement] = {}
+    for r in sorted(measured, key=lambda r: r.date):
+        newest[r.problem] = r
+    return [r for r in measured if r.incumbent == newest[r.problem].incumbent]
+
+
+def _costs(measured: Sequence[Measurement]) -> tuple[dict, dict]:
+    """Logarithms of time over the default's by configuration (None: the default) and length; a record of each."""
+    ratios: dict[tuple[str | None, int], dict[str, float]] = {}
+    found: dict[tuple[str | None, int], Measurement] = {}
+    for r in sorted(measured, key=lambda r: r.date):
+        if r.default or r.gain:
+            key = (None if r.default else json.dumps(r.config, sort_keys=True), Workload.parse(r.problem).seqlen_kv)
+            ratios.setdefault(key, {})[r.problem] = 0.0 if r.default else -math.log(r.gain)
+            found[key] = r
+    problems = {length: set() for _, length in ratios}
+    for (_, length), by_problem in ratios.items():
+        problems[length] |= set(by_problem)
+    costs: dict[str | None, dict[int, float]] = {}
+    for (config, length), by_problem in ratios.items():
+        if config is None or set(by_problem) == problems[length]:
+            costs.setdefault(config, {})[length] = statistics.fmean(by_problem.values())
+    costs.setdefault(None, {})
+    costs[None] = {length: costs[None].get(length, 0.0) for length in problems}
+    return costs, found
+
+
+def _segments(lengths: Sequence[int], costs: Mapping[str | None, Mapping[int, float]]) -> list[tuple[int, str | None]]:
+    """The cheapest division of the lengths into ranges with one configuration each: their first lengths, and which."""
+    best: list[tuple[float, list[tuple[int, str | None]]]] = [(0.0, [])]
+    for end in range(1, len(lengths) + 1):
+        options = []
+        for start in range(end):
+            inside = lengths[start:end]
+            for config, by_length in costs.items():
+                if all(length in by_length for length in inside):
+                    price = WORTH * (config is not None) * len(inside) + WORTH * (start > 0)
+                    total = best[start][0] + sum(by_length[length] for length in inside) + price
+                    options.append((total, [*best[start][1], (lengths[start], config)]))
+        best.append(min(options, key=lambda option: option[0]))
+    segments = best[-1][1]
+    return [s for i, s in enumerate(segments) if i == 0 or s[1] != segments[i - 1][1]]

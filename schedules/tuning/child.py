@@ -1,0 +1,166 @@
+"""The process that runs candidates: ``python -m schedules.tuning.child``, started by :mod:`schedules.tuning.measure`.
+
+It may hang or die at any moment, so before everything it does it says so, one JSON object a line, on the file
+descriptor whose number is its argument.  The request comes as one line on standard input::
+
+    {"device": "cuda:0", "candidates": [[id, module, entry], …], "workloads": […], "incumbents": {…},
+     "skip": [[id, workload], …], "peers": true, "effort": {…}, "seed": 0}
+
+Events: ``ready``, ``healthy``, ``begin`` (what comes next, and with which candidate), ``wrong``, ``fault``,
+``figures``, ``peer``, ``measured`` (a workload), ``end``.  Needs torch; no TVM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+import tvm_ffi
+
+from schedules.toolchain.process import die_with_parent
+from schedules.tuning import check, peers, timing
+from schedules.tuning.check import WrongNumbersError
+from schedules.tuning.workload import Workload
+from tvm_flash.manifest import KernelEntry
+
+
+class Child:
+    """One request, carried out."""
+
+    def __init__(self, request: dict[str, Any], say):
+        self.say, self.device = say, request["device"]
+        self.kind = self.device.partition(":")[0]
+        self.effort = timing.Effort(**request["effort"]) if request["effort"] else timing.EFFORT[self.kind]
+        self.order = random.Random(request["seed"])
+        self.workloads = [Workload.parse(text) for text in request["workloads"]]
+        self.incumbents = request["incumbents"]
+        self.skip = {tuple(pair) for pair in request["skip"]}
+        self.with_peers = request["peers"]
+        self.entries = {id: KernelEntry.from_dict(entry) for id, _, entry in request["candidates"]}
+        self.modules = {id: module for id, module, _ in request["candidates"]}
+        self.functions: dict[str, Any] = {}
+        self.errors: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Everything, or up to the first fault of a device."""
+        # 1. The device must be well: another's kernel may just have been killed on it.
+        self.say("begin", what="health")
+        self.say("healthy", torch=torch.__version__, peaks=self.peaks())
+        # 2. Right numbers first.
+        for id, entry in self.entries.items():
+            self.say("begin", what="check", id=id)
+            try:
+                function = tvm_ffi.load_module(self.modules[id])[entry.symbol]
+                self.errors[id] = check.check_small(entry, function, self.device)
+                self.functions[id] = function
+            except WrongNumbersError as e:
+                self.say("wrong", id=id, reason=str(e))
+        # 3. Then time, workload by workload.
+        for workload in self.workloads:
+            self.measure(workload)
+        self.say("end")
+
+    def peaks(self) -> dict[str, float]:
+        """The device multiplies, and multiplies right; operations a second by dtype."""
+        if self.kind == "cuda":
+            torch.cuda.set_device(self.device)
+        ones = torch.ones(512, 512, device=self.device)
+        if (ones @ ones).sum().item() != 512**3:
+            raise RuntimeError("a product of matrices is wrong")
+        return {
+            dtype: timing.matmul_peak(dtype, self.device) for dtype in dict.fromkeys(w.dtype for w in self.workloads)
+        }
+
+    def measure(self, workload: Workload) -> None:
+        """All candidates on one workload."""
+        w, text = workload, str(workload)
+        incumbents = {template: ids[text] for template, ids in self.incumbents.items() if text in ids}
+        wanted = [id for id in self.functions if (id, text) not in self.skip or id in incumbents.values()]
+        if all((id, text) in self.skip for id in wanted):
+            return
+        dtype = getattr(torch, w.dtype)
+        torch.manual_seed(0)
+
+        def tensor(heads, seqlen, dim):
+            return torch.randn(w.batch, heads, seqlen, dim, device=self.device).to(dtype)
+
+        self.say("begin", what=f"inputs of {text}")
+        q, k, v = (
+            tensor(w.heads, w.seqlen_q, w.head_dim),
+            tensor(w.kv_heads, w.seqlen_kv, w.head_dim),
+            tensor(w.kv_heads, w.seqlen_kv, w.head_dim_v),
+        )
+        slopes = torch.rand(w.batch, w.heads, device=self.device)
+        params = {**w.params(), "alibi_slopes": slopes}
+        rows = check.rows_of(w, q, k, v, params)
+        by_layout = {"bhsd": (q, k, v), "bshd": tuple(x.transpose(1, 2).contiguous() for x in (q, k, v))}
+        outputs = {layout: x[0].new_empty((*x[0].shape[:3], w.head_dim_v)) for layout, x in by_layout.items()}
+        nobody_asked = torch.empty(1, device=self.device)  # for the log-sum-exp
+        calls, errors = {}, {}
+        for id in wanted:
+            entry = self.entries[id]
+            o = outputs[entry.layout]
+            values = [params[p.name] for p in entry.params]
+            call = partial(self.functions[id], *by_layout[entry.layout], o, nobody_asked, w.softmax_scale, *values)
+            self.say("begin", what=f"first call on {text}", id=id, workload=text)
+            o.fill_(torch.nan)
+            call()
+            try:
+                share = check.check_rows(rows, o if entry.layout == "bhsd" else o.transpose(1, 2))
+            except WrongNumbersError as e:
+                self.say("wrong", id=id, workload=text, reason=str(e))
+                continue
+            calls[id], errors[id] = call, max(share, self.errors[id])
+        ours = dict(calls)
+        if self.with_peers:
+            calls |= peers.calls(w, by_layout["bhsd"], self.kind)
+        if not ours:
+            return
+        first = next(iter(ours))
+        self.say("begin", what=f"warming up on {text}", id=first, workload=text)
+        timing.keep_busy(ours[first], self.effort.warm_up, self.device)
+
+        def begins(name):
+            self.say("begin", what=f"timing on {text}", **({"id": name, "workload": text} if name in ours else {}))
+
+        always = {*incumbents.values(), *(calls.keys() - ours.keys())}
+        times = timing.in_turn(calls, always & calls.keys(), self.effort, self.kind, self.order, begins)
+        for name, seconds in times.items():
+            if name in ours:
+                self.say("figures", id=name, workload=text, seconds=seconds, error=errors[name])
+            else:
+                self.say("peer", peer=name, about=peers.about(name), workload=text, seconds=seconds)
+        self.say("measured", workload=text)
+
+
+def main() -> None:
+    """Say that all is imported, wait for the request, carry it out."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    out = os.fdopen(int(sys.argv[1]), "w", buffering=1)
+    state: dict[str, Any] = {}
+
+    def say(event: str, **fields: Any) -> None:
+        if event == "begin":
+            state["at"] = fields
+        out.write(json.dumps({"event": event, **fields}) + "\n")
+
+    say("ready")
+    request = sys.stdin.readline()
+    if not request:
+        return
+    try:
+        Child(json.loads(request), say).run()
+    except Exception as e:  # a fault of the device ends this process; the parent knows by whom
+        say("fault", **state.get("at", {}), reason=f"{type(e).__name__}: {e}".split("\n")[0])
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""A search: strategies propose, candidates are built and measured, strategies hear what came out.  Needs TVM."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from schedules import records
+from schedules.families import family_of
+from schedules.plan import sources_digest
+from schedules.records import Measurement
+from schedules.suite import KernelSpec
+from schedules.template import Target
+from schedules.tuning.batch import Options
+from schedules.tuning.budget import Budget
+from schedules.tuning.emit import NotMade, Proposal, begin, emit, space_of
+from schedules.tuning.folder import Folder
+from schedules.tuning.measure import measure
+from schedules.tuning.progress import Progress
+from schedules.tuning.strategy import STRATEGIES, geometric_mean
+from schedules.tuning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, where and for how long.
+
+    Attributes
+    ----------
+    target: the machine.
+    tasks: kernels, with the workloads of each.
+    strategy: a name of ``STRATEGIES``; ``seed`` is of its random numbers.
+    generation: configurations of a kernel that are built and measured before the strategy is asked again.
+    jobs: processes that build.
+    resume: go on with what the folder and the log know.
+    log: of the device.
+    """
+
+    target: Target
+    tasks: Mapping[KernelSpec, Sequence[Workload]]
+    strategy: str
+    budget: Budget
+    folder: Path
+    generation: int = 8
+    seed: int = 0
+    jobs: int = 1
+    resume: bool = False
+    log: Path | None = None
+    not_made: list[NotMade] = field(default_factory=list)
+
+    def prepare(self) -> Folder:
+        """The folder, empty unless it can be resumed."""
+        if self.folder.exists():
+            same = False
+            if self.resume:
+                emission = Folder(self.folder).emission()
+                same = (emission.sources, emission.arch, emission.isa) == (
+                    sources_digest(self.target.arch),
+                    self.target.arch,
+                    self.target.isa,
+                )
+            if not same:
+                shutil.rmtree(self.folder)
+        folder = Folder(self.folder)
+        begin(folder, self.target, self.tasks)
+        return folder
+
+    def emit(self, progress: Progress) -> int:
+        """Write one generation of the whole budget, to be measured elsewhere; how many configurations it has."""
+        folder = self.prepare()
+        known = self._known(folder)
+        strategies = self._strategies(known)
+        proposals = self._propose(strategies, known, math.ceil(self.budget.configs / len(self.tasks)))
+        self._emit(folder, proposals, "000", progress)
+        return len(proposals)
+
+    def run(self, options: Options, devices: Sequence[str], progress: Progress) -> None:
+        """Search until the budget is used up or there is nothing left to try."""
+        start = time.monotonic()
+        options = replace(options, deadline=start + self.budget.seconds)
+        folder = self.prepare()
+        measure(folder, options, devices, progress)  # what an earlier run left
+        known = self._known(folder)
+        strategies = self._strategies(known)
+        tried = sum(map(len, known.values()))
+        number = len(folder.batches())
+        while tried < self.budget.configs and time.monotonic() < options.deadline:
+            left = (
+                math.ceil((self.budget.configs - tried) / len(self.tasks)) if self.budget.configs < math.inf else None
+            )
+            proposals = self._propose(strategies, known, min(self.generation, left or self.generation))
+            if not proposals:
+                return
+            tried += len(proposals)
+            self._emit(folder, proposals, f"{number:05d}", progress)
+            number += 1
+            measure(folder, options, devices, progress)
+            known = self._known(folder)
+            for spec, strategy in strategies.items():
+                strategy.tell(known[spec])
+
+    def _strategies(self, known) -> dict[KernelSpec, Any]:
+        make = STRATEGIES[self.strategy]
+        return {spec: make(space_of(spec, self.target), self.seed, known[spec]) for spec in self.tasks}
+
+    def _propose(self, strategies, known, count: int) -> list[Proposal]:
+        proposals = []
+        for spec, strategy in strategies.items():
+            first = len(known[spec])
+            proposals += [
+                Proposal(spec, config, f"{self.strategy} {first + i}") for i, config in enumerate(strategy.next(count))
+            ]
+        return proposals
+
+    def _emit(self, folder: Folder, proposals: list[Proposal], prefix: str, progress: Progress) -> None:
+        progress.begin("building", len(proposals))
+        _, not_made = emit(folder, self.target, self.tasks, proposals, prefix, self.jobs, progress.step)
+        self.not_made.extend(not_made)
+
+    def _known(self, folder: Folder) -> dict[KernelSpec, dict[Any, float]]:
+        """Costs by configuration: of this folder's measurements, and if resumed of the log's; defaults cost 1."""
+        found: list[records.Line] = list(folder.records())
+        if self.resume and self.log and self.log.exists():
+            found = [*records.read(self.log), *found]
+        measured = [r for r in found if isinstance(r, Measurement)]
+        config = family_of(self.target).Config
+        known = {}
+        for spec in self.tasks:
+            costs = costs_of(measured, spec, self.target, config)
+            known[spec] = {space_of(spec, self.target).base: 1.0} | costs
+            known[spec] |= {n.proposal.config: math.inf for n in self.not_made if n.proposal.spec == spec}
+        return known
+
+
+def costs_of(measured: Iterable[Measurement], spec: KernelSpec, target: Target, config: type) -> dict[Any, float]:
+    """Time over that of the incumbent by configuration, geometric mean over the problems; infinite where it failed."""
+    ratios: dict[Any, dict[str, float]] = {}
+    for r in measured:
+        same_kernel = all(getattr(r, n) == getattr(spec, n) for n in ("template", "dtype", "head_dim", "mask", "score"))
+        if same_kernel and r.head_dim_v == spec.head_dim_v and (r.arch, r.isa) == (target.arch, target.isa):
+            try:
+                key = config(**r.config)
+            except TypeError:  # an older version of the family had other fields
+                continue
+            ratio = math.inf if r.status != "ok" else 1 / r.gain if r.gain else 1.0
+            ratios.setdefault(key, {})[r.problem] = ratio
+    return {key: geometric_mean(by_problem.values()) for key, by_problem in ratios.items()}

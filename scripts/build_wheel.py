@@ -1,0 +1,27 @@
+"""Build the packs of every arch (what is up to date stays), and a wheel that holds them."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":  # worker processes import this file
+    from schedules.build_command import main as build_kernels
+    from schedules.families import FAMILY
+    from schedules.plan import default_jobs
+    from schedules.wheel import build_wheel
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", default=",".join(FAMILY), help="a comma list (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("dist"), help="where the wheel goes (default: dist)")
+    parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes (default: %(default)s)")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    status = build_kernels(["--arch", options.arch, "--jobs", str(options.jobs)])
+    if status == 0:
+        wheel = build_wheel(options.output)
+        minutes = (time.monotonic() - begin) / 60
+        print(f"{wheel.path}: {wheel.size / 2**20:.1f} MiB, {minutes:.1f} minutes for what was not up to date")
+    sys.exit(status)
