@@ -28,9 +28,9 @@ _lock = threading.Lock()
 def attend(*arguments: Any) -> Any:
     """What every public function does; see :func:`tvm_flash.flash_attention`.
 
-    The arguments are a :class:`Site`; how many tensors follow; q, k, v, one for each of ``site.per_head``, and out, with
-    None for what isn't given; then the options in the order of :meth:`Site.options`.  Passing them on by position and as
-    one tuple saves 0.2 µs.
+    The arguments are a :class:`Site`; how many tensors follow; q, k, v, one for each of ``site.per_head``, and out,
+    with None for what isn't given; then the options in the order of :meth:`Site.options`.  Passing them on by position
+    and as one tuple saves 0.2 µs.
     """
     return fast.call(*arguments)
 

@@ -1,7 +1,7 @@
 """The fast path of a repeated call: one C function that reads tensors, finds what the slow path left, and launches.
 
-The library (``schedules/toolchain/call.c``) is a support file of every pack, loaded with the first kernel.  Where a pack
-has none, or ``TVM_FLASH_FAST_PATH=0`` is set, the slow path serves, with the same results, errors and warnings.
+The library (``schedules/toolchain/call.c``) is a support file of every pack, loaded with the first kernel.  Where a
+pack has none, or ``TVM_FLASH_FAST_PATH=0`` is set, the slow path serves, with the same results, errors and warnings.
 """
 
 from __future__ import annotations

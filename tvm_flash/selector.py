@@ -21,6 +21,22 @@ _USUAL_DTYPE = {"cpu": "float32", "cuda": "float16"}
 
 
 @dataclass(frozen=True)
+class _LikeSelected:
+    """Refuses a kernel for another kind of device than the selected one's; equal for kernels that are."""
+
+    arch: str
+    device: Device
+
+    def __call__(self, choice: Choice) -> None:
+        arch = choice.kernel.entry.arch
+        if (arch == "cpu") != (self.arch == "cpu"):
+            raise InvalidArgumentError(
+                f"q: is on a device of arch {arch}, but this kernel was selected for {self.device}; move the tensors, "
+                f"or select with BackendSelector(q.device)"
+            )
+
+
+@dataclass(frozen=True)
 class SelectedKernel:
     """A kernel's template, called like ``flash_attention`` on tensors in ``layout``.
 
@@ -68,15 +84,7 @@ class SelectedKernel:
 
     @functools.cached_property
     def _site(self) -> Site:
-        return site(self.layout, accept=self._accept)
-
-    def _accept(self, choice: Choice) -> None:
-        arch = choice.kernel.entry.arch
-        if (arch == "cpu") != (self.arch == "cpu"):
-            raise InvalidArgumentError(
-                f"q: is on a device of arch {arch}, but this kernel was selected for {self.device}; move the tensors, "
-                f"or select with BackendSelector(q.device)"
-            )
+        return site(self.layout, accept=_LikeSelected(self.arch, self.device))
 
 
 class BackendSelector:

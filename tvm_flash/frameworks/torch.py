@@ -76,7 +76,7 @@ _elements: dict = {}
 
 
 def _prototype(shape, dtype, device):
-    """A tensor of one element's memory of which ``empty_like`` makes contiguous ones; None if there can't be one now."""
+    """A tensor with one element's memory, of which ``empty_like`` makes contiguous ones; None if there can't be one."""
     if torch.empty_like(torch.empty(1, device="meta").expand(shape)).stride() != contiguous_strides(shape):
         return None
     if (dtype, device) not in _elements:
