@@ -146,10 +146,7 @@ class Plan:
         pointers = [at_q, at_k, at_v, at_out, at_lse]
         if self._per_head:
             pointers += [pointer(per_head[i]) for i in self._per_head]
-        try:
-            frame = self._frames.pop()
-        except IndexError:
-            frame = Frame(self._kernel, self._arguments)
+        frame = self._frame()
         if self._gpu is None:
             frame.run(pointers)
         else:
@@ -157,6 +154,13 @@ class Plan:
             framework.finish(self._gpu)
         self._frames.append(frame)
         return out, (lse if self._return_lse else None)
+
+    def _frame(self) -> Frame:
+        """A frame that no other call uses."""
+        try:
+            return self._frames.pop()
+        except IndexError:
+            return Frame(self._kernel, self._arguments)
 
     def recipe(self, tensors: int, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, ...] | None:
         """What the fast path needs to do the same for tensors of this alignment; None if each call must warn.
@@ -177,7 +181,7 @@ class Plan:
             self._output or memory.NOWHERE,
         ]
         used = [3 + i for i in self._per_head]
-        made = fast.recipe(Frame(self._kernel, self._arguments), used, self._return_lse, footprints)
+        made = fast.recipe(self._frame(), used, self._return_lse, footprints)
         # On the processor the fast path has room of its own for an lse that nobody asked for.
         makes_lse = self._return_lse or (self._lse_needed and self._gpu is not None)
         return *made, self._make_out if out is None else None, self._make_lse if makes_lse else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from functools import partial
 
@@ -75,9 +76,16 @@ class Torch(Framework):
 _elements: dict = {}
 
 
+@functools.cache
+def _becomes_contiguous(ones):
+    """Whether ``empty_like`` makes contiguous tensors of expanded ones; ``ones`` says which sizes are 1."""
+    shape = tuple(1 if one else 2 for one in ones)
+    return torch.empty_like(torch.empty(1).expand(shape)).stride() == contiguous_strides(shape)
+
+
 def _prototype(shape, dtype, device):
     """A tensor with one element's memory, of which ``empty_like`` makes contiguous ones; None if there can't be one."""
-    if torch.empty_like(torch.empty(1, device="meta").expand(shape)).stride() != contiguous_strides(shape):
+    if not _becomes_contiguous(tuple(n == 1 for n in shape)):
         return None
     if (dtype, device) not in _elements:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
