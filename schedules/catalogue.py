@@ -89,9 +89,14 @@ def _sink_window(at):
     return T.And(at.j <= at.diagonal + at.param["window_right"], near)
 
 
+def _padded(at):
+    return T.And(T.And(at.j >= at.param["kv_start"], at.j < at.param["kv_end"]), _window(at))
+
+
 SOFTCAP = Param("softcap", "float32")
 ALIBI_SLOPES = Param("alibi_slopes", "float32", per_head=True)
 WINDOW = (Param("window_left", "int32"), Param("window_right", "int32"))
+KEY_RANGE = (Param("kv_start", "int32", per_head=True), Param("kv_end", "int32", per_head=True))
 
 IDENTITY = ScoreModification("identity", lambda s, at: s, reference.identity)
 FULL = Mask("full", lambda at: None, reference.full)
@@ -115,5 +120,6 @@ MASKS: Mapping[str, Mask] = {
         Mask("causal", _causal, reference.causal),
         Mask("window", _window, reference.window, WINDOW),
         Mask("sink_window", _sink_window, reference.sink_window, (*WINDOW, Param("sink_tokens", "int32"))),
+        Mask("padded", _padded, reference.padded, (*WINDOW, *KEY_RANGE)),
     )
 }

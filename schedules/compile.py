@@ -18,6 +18,7 @@ from pathlib import Path
 
 import tvm
 from tvm.backend.cuda import export_cuda_host
+from tvm.tirx import PrimFunc
 
 from schedules import sources, tvmscript, v1, v2
 from schedules.attention import Attention
@@ -116,16 +117,20 @@ def _version(distribution: str) -> str:
     return importlib.metadata.version(distribution)
 
 
+def definition_of(spec: KernelSpec, target: Target, definition: DefinitionFile | None = None) -> PrimFunc:
+    """The definition of a spec, with the index type that the target's family wants."""
+    source = definition.load() if definition else Attention(SCORES[spec.score], MASKS[spec.mask])
+    return source(spec.head_dim, spec.dtype, head_dim_v=spec.head_dim_v, index_dtype=family_of(target).INDEX_DTYPE)
+
+
 def pattern_of(spec: KernelSpec, target: Target, definition: DefinitionFile | None = None) -> Pattern:
-    """The matched definition of a spec, with the index type that the target's family wants.
+    """The matched definition of a spec.
 
     Raises
     ------
     DefinitionError: the definition isn't attention in a form that the templates know.
     """
-    source = definition.load() if definition else Attention(SCORES[spec.score], MASKS[spec.mask])
-    func = source(spec.head_dim, spec.dtype, head_dim_v=spec.head_dim_v, index_dtype=family_of(target).INDEX_DTYPE)
-    return match(func)
+    return match(definition_of(spec, target, definition))
 
 
 def configs_of(
@@ -217,7 +222,7 @@ def _hash_of(text: str, target: Target) -> str:
     """sha256 of all that decides a kernel's machine code."""
     if target.arch != "cpu":
         return cuda.source_hash(text, target.arch)
-    return hashlib.sha256("\0".join((text, str(_cpu_target(target)), _version("apache-tvm"))).encode()).hexdigest()
+    return hashlib.sha256("\0".join((text, str(cpu_target(target)), _version("apache-tvm"))).encode()).hexdigest()
 
 
 def cuda_source(spec: KernelSpec, config, target: Target, definition: DefinitionFile | None = None) -> str | Rejected:
@@ -331,14 +336,15 @@ def _make_object(job: Job, lowered: Lowered, symbol: str, object_file: Path) -> 
     return resources
 
 
-def _cpu_target(target: Target) -> tvm.target.Target:
+def cpu_target(target: Target) -> tvm.target.Target:
+    """What TVM calls a CPU target."""
     return family_of(target).ISAS[target.isa].tvm_target()
 
 
 def make_cpu_object(lowered: Lowered, symbol: str, target: Target, path: Path) -> None:
     """Compile a kernel for the CPU to an object file."""
     module = tvm.IRModule({symbol: lowered.program.func})
-    executable = tvm.compile(module, target=_cpu_target(target), tir_pipeline=lowered.program.pipeline)
+    executable = tvm.compile(module, target=cpu_target(target), tir_pipeline=lowered.program.pipeline)
     executable.mod.write_to_file(str(path), "o")
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,15 +216,16 @@ def _parse(fields: dict[str, Any]) -> Line:
     return _KINDS[kind](**{**fields, "spread": None if spread is None else tuple(spread)})
 
 
-def merge(sources: Iterable[Path], target: Path) -> tuple[int, int]:
+def merge(sources: Iterable[Path], target: Path, devices: Collection[str] | None = None) -> tuple[int, int]:
     """Make ``target`` the records of itself and of ``sources``, each once, by date; gives its records before and after.
 
-    The file is replaced in one step.  Lines that can't be read are left out, with a warning.
+    ``devices`` are those whose records are taken from the sources; None takes all.  The file is replaced in one step.
+    Lines that can't be read are left out, with a warning.
     """
     before = list(read(target)) if target.exists() else []
     lines = {record.identity: record for record in before}
     for path in sources:
-        lines |= {record.identity: record for record in read(path)}
+        lines |= {r.identity: r for r in read(path) if devices is None or r.device in devices}
     after = sorted(lines.values(), key=lambda r: r.date)
     draft = target.with_name(target.name + ".new")
     draft.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ CORE_VARIANTS = (
     ("window", "softcap"),
     ("window", "alibi"),
     ("window", "softcap_alibi"),
+    ("padded", "identity"),
 )
 
 TEMPLATES = ("v1", "v2")

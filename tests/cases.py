@@ -29,7 +29,7 @@ class Case:
         ``head_dim_v`` stands for ``heads``, ``seqlen_q`` and ``head_dim``.
     dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
     mask, score: names in the catalogue.
-    params: values of the run-time parameters by name, as pairs; ``alibi_slopes`` is made by :func:`parameters`.
+    params: values of the run-time parameters by name, as pairs; per-head ones are made by :func:`inputs`.
     strides: one of ``STRIDES``.
     """
 
@@ -110,6 +110,12 @@ def inputs(case: Case) -> Inputs:
     if "alibi" in case.score:
         slopes = 2.0 ** (-8 * (np.arange(case.heads) + 1) / case.heads) * (1 + np.arange(case.batch))[:, None]
         params["alibi_slopes"] = slopes.astype(np.float32)
+    if case.mask == "padded":
+        # From all keys down to none, cut off at the left, at the right, and beyond both ends.
+        step = np.arange(case.batch * case.heads).reshape(case.batch, case.heads) * case.seqlen_kv
+        params["kv_start"] = (step // (3 * step.size) - 2).astype(np.int32)
+        params["kv_end"] = (case.seqlen_kv + 2 - step // step.size).astype(np.int32)
+        params["kv_end"][-1, -1] = params["kv_start"][-1, -1]
     return Inputs(q, k, v, params)
 
 
@@ -135,6 +141,7 @@ _WINDOW = (("window_left", 40), ("window_right", 3))
 _BAND = (("window_left", 17), ("window_right", 0))
 _SINK = (*_BAND, ("sink_tokens", 5))
 _CAP = (("softcap", 2.0),)
+_UNBOUNDED = (("window_left", 1 << 20), ("window_right", 1 << 20))
 
 #: What every kernel must get right: small, odd, and each for a reason.
 CASES: tuple[Case, ...] = _in_all_dtypes(
@@ -146,6 +153,9 @@ CASES: tuple[Case, ...] = _in_all_dtypes(
     Case(2, 2, 150, 64, mask="window", params=_WINDOW),
     Case(1, 2, 37, 64, seqlen_kv=290, mask="window", params=_BAND),
     Case(1, 2, 260, 64, mask="sink_window", params=_SINK),
+    Case(3, 4, 130, 64, kv_heads=2, seqlen_kv=330, mask="padded", params=_UNBOUNDED),
+    Case(2, 3, 200, 64, mask="padded", params=_BAND),
+    Case(4, 2, 1, 64, seqlen_kv=270, mask="padded", params=_UNBOUNDED),
     # Every score modification.
     Case(1, 2, 90, 64, seqlen_kv=100, score="softcap", params=_CAP),
     Case(2, 4, 90, 64, seqlen_kv=100, score="alibi"),

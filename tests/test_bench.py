@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tvm_flash.bench import accuracy, plots, ratios, recorded, results, tables, timing, workloads
+from tvm_flash import demo
+from tvm_flash.bench import accuracy, measure, plots, ratios, recorded, results, tables, timing, workloads
 from tvm_flash.bench.results import Cell, Implementation, Measurement, Peak, Run
 from tvm_flash.bench.workloads import Workload
 from tvm_flash.cli import main
@@ -120,7 +121,10 @@ def measured(cpu_pack, tmp_path_factory):
 
     file = tmp_path_factory.mktemp("bench") / "cpu.json"
     shapes = ["--shape", "1,2,64,64", "--shape", "1,2,1,32,100", "--dtype", "float32,bfloat16", "--json", str(file)]
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setitem(measure.PEAK_SIZES, "cpu", (256,))
+        out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        err = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         status = main(["bench", *SMALL, *shapes])
     assert status == 0, err.getvalue()
     return file, out.getvalue(), err.getvalue()
@@ -159,7 +163,8 @@ def test_the_tables_can_be_made_from_the_file(measured, capsys):
     assert status == 0 and again == out and err == ""
 
 
-def test_a_kernel_that_is_missing_is_a_failure_with_its_reason(cpu_pack, capsys):
+def test_a_kernel_that_is_missing_is_a_failure_with_its_reason(cpu_pack, capsys, monkeypatch):
+    monkeypatch.setitem(measure.PEAK_SIZES, "cpu", (256,))
     status, out, _ = bench(capsys, *SMALL, "--shape", "1,1,8,320", "--dtype", "float32", "--causal", "no")
     assert status == 1 and "V1 has no figure in 1 cells: KernelNotFoundError" in out and "--head-dim 320" in out
 
@@ -190,6 +195,24 @@ print(main(["bench", "--device", "cpu", "--quick"]))
 """
     says = 'tvm_flash: bench: needs torch, which isn\'t installed; pip install "tvm-flash[bench]"'
     assert python(program) == f"{says}\n2\n"
+
+
+def test_the_demonstration_compares_errors_and_times(cpu_pack, capsys, monkeypatch):
+    import torch
+
+    small = tuple(torch.randn(1, 40, 2, 32, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    monkeypatch.setattr(demo, "project_text", lambda: "")
+    monkeypatch.setattr(demo, "minilm_qkv", lambda _: small)
+    monkeypatch.setattr(demo, "_random_qkv", lambda: small)
+    monkeypatch.setattr(demo, "EFFORT", timing.Effort(1, 0.001))
+    assert demo.run("cpu")
+    out = capsys.readouterr().out
+    assert (
+        out.count("✓") == 16 and out.count("flash_attention_v2    v2") == 8 and "batch 1, 2 heads, 40 positions" in out
+    )
+    monkeypatch.setattr(demo, "flash_attention", lambda q, k, v, **_: v)
+    assert not demo.run("cpu")
+    assert capsys.readouterr().out.count("✗") == 8
 
 
 # ---------------------------------------------------------------- what is made of results
@@ -262,6 +285,15 @@ def test_runs_of_one_machine_are_joined():
     joined = results.join([dataclasses.replace(run, cells=run.cells[1:]), other])
     assert len(joined) == 1 and len(joined[0].cells) == 36 and joined[0].command.endswith("\nanother")
     assert len(results.join([run, dataclasses.replace(run, machine={"device": "B", "arch": "cpu"})])) == 2
+
+
+def test_peers_can_be_left_out(tmp_path, capsys):
+    file = tmp_path / "run.json"
+    results.write(grid_run(), file)
+    status, out, _ = bench(capsys, "--from", file, "--peers", "flash")
+    assert status == 0 and "FLASH" in out and "CUDNN" not in out and "2.000 × the best peer" in out and "0 lost" in out
+    status, _, err = bench(capsys, "--from", file, "--peers", "flash,fa4")
+    assert status == 2 and "--peers: has fa4, expected cudnn, flash" in err
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1, "peaks": 3}'])

@@ -373,7 +373,7 @@ def test_list_and_dry_run_write_nothing(tmp_path, capsys):
     assert len(listed) == 2 * len(CORE_VARIANTS)
     assert listed[0] == "cpu v1_float32_d64_full_identity"
     assert build_command.main([*arguments, "--dry-run"]) == 0
-    assert "12 kernels selected, 0 up to date, 12 to compile" in capsys.readouterr().out
+    assert f"{len(listed)} kernels selected, 0 up to date, {len(listed)} to compile" in capsys.readouterr().out
     assert not (tmp_path / "packs").exists()
 
 

@@ -1,11 +1,16 @@
 """The commands."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
+from tests.conftest import ROOT
 from tvm_flash import selfcheck
 from tvm_flash.cli import main
 from tvm_flash.device import Device
@@ -41,7 +46,7 @@ def run(capsys, *arguments):
 def test_info(small_pack, capsys):
     status, out, _ = run(capsys, "info")
     assert status == 0
-    for part in ("tvm_flash 0.1.0", "apache-tvm-ffi", "cpu:", "threads", "✓ cpu", "3 kernels", "head_dim ≤ 64"):
+    for part in ("tvm_flash 0.1.0", "apache-tvm-ffi", "threads", "✓ cpu", "avx", "causal, full, window"):
         assert part in out
 
 
@@ -65,6 +70,67 @@ def test_info_without_packs_says_what_makes_them(use_packs, tmp_path, capsys):
 def test_check(small_pack, capsys):
     status, out, _ = run(capsys, "check", "--arch", "cpu")
     assert status == 0 and out.count("✓ cpu v1_float32_d64_") == 3 and "3 kernels ✓" in out
+
+
+class Terminal(io.StringIO):
+    """A terminal of 100 columns that keeps what is written to it."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+
+    def run(*arguments):
+        with contextlib.redirect_stdout(Terminal()) as out, contextlib.redirect_stderr(Terminal()) as err:
+            status = main(arguments)
+        return status, out.getvalue(), err.getvalue()
+
+    return run
+
+
+def test_commands_on_a_terminal(small_pack, terminal):
+    status, out, _ = terminal("info")
+    assert status == 0 and "\x1b[" in out and "causal, full, window" in out and "…" not in out
+    status, out, err = terminal("check")
+    assert status == 0 and "3 kernels ✓" in out and "✓ cpu v1" not in out
+    assert "v1_float32" in err  # in the bar
+    status, out, _ = terminal("check", "--all")
+    assert status == 0 and out.count("✓ cpu v1") == 3
+    status, out, _ = terminal("explain", "--shape", "2,8,512,64", "--device", "cpu")
+    assert status == 0 and "v1_float32_d64_window_identity" in out and "…" not in out
+
+
+def test_check_on_a_terminal_shows_what_failed(small_pack, terminal):
+    small_pack(lambda k: dataclasses.replace(k, mask="full") if k.mask == "causal" else k)
+    status, out, _ = terminal("check")
+    assert status == 1 and out.count("✗ cpu v1_float32_d64_causal_identity") == 1
+
+
+def test_the_reader_of_a_pipe_may_leave(cpu_pack, tmp_path):
+    command = f"{sys.executable} -m tvm_flash explain --shape 1,1,1,64 --device cpu; echo status $? >&2"
+    done = subprocess.run(["bash", "-c", f"({command}) | true"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert "Traceback" not in done.stderr and "status" in done.stderr
+
+
+def test_without_rich_torch_and_matplotlib(cpu_pack, python):
+    program = """
+import sys
+for name in ("rich", "torch", "matplotlib", "tvm"):
+    sys.modules[name] = None
+from tvm_flash.cli import main
+assert main(["info"]) == main(["check"]) == main(["explain", "--shape", "2,8,512,64", "--device", "cpu"]) == 0
+"""
+    assert "kernels ✓" in python(program)
+
+
+def test_the_commands_are_light(cpu_pack, python):
+    program = "import sys, tvm_flash.cli; tvm_flash.cli._parser(); print([m for m in sys.modules if '.' not in m])"
+    assert not {"rich", "torch", "matplotlib", "tvm", "transformers"} & set(eval(python(program)))
 
 
 def test_check_as_json(small_pack, capsys):
@@ -112,6 +178,52 @@ def test_explain(small_pack, capsys):
         and "✓ v1_float32_d64_causal_identity [cpu]" in out
         and "fits, but the mask causal is cheaper" in out
     )
+
+
+def test_explain_names_what_is_behind_a_kernel_and_each_that_was_not_chosen(small_pack, capsys):
+    entries = small_pack()
+    _, out, _ = run(capsys, "explain", "--shape", "2,8,512,64", "--causal", "--device", "cpu")
+    chosen = next(e for e in entries if e.mask == "causal")
+    assert all(f"{name} " in out for name in chosen.config) and chosen.source_hash in out
+    assert all(out.count(e.symbol) == 1 for e in entries)
+
+
+def test_explain_as_json(small_pack, capsys):
+    status, out, _ = run(capsys, "explain", "--shape", "2,8,512,64", "--device", "cpu", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["chosen"]["symbol"] == "v1_float32_d64_full_identity" and found["chosen"]["config"]
+    assert {r["symbol"] for r in found["rejected"]} == {
+        "v1_float32_d64_causal_identity",
+        "v1_float32_d64_window_identity",
+    }
+    assert all(r["reason"] for r in found["rejected"]) and found["problem"]["head_dim"] == 64
+
+
+def test_explain_an_arch_that_is_not_there(small_pack, capsys, tmp_path, use_packs):
+    entry = small_pack()[0]
+    gpu = [
+        dataclasses.replace(
+            entry,
+            arch="sm_80",
+            dtype="float16",
+            template=t,
+            symbol=f"{t}_gpu",
+            registers=168,
+            shared_memory=1024,
+            spills=0,
+        )
+        for t in ("v1", "v2")
+    ]
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / MANIFEST_NAME).write_text(Manifest("sm_80", {}, (), tuple(gpu)).to_json())
+    use_packs(tmp_path / "gpu")
+    where = ("explain", "--shape", "2,8,512,64", *(("--causal",) if entry.mask == "causal" else ()), "--arch")
+    status, out, _ = run(capsys, *where, "sm_89")
+    assert status == 0 and "✓ v2_gpu [sm_80]: V2 is made for Ampere" in out and "168 registers" in out
+    status, out, err = run(capsys, *where, "sm_90a")
+    assert status == 2 and out == "" and "no usable pack for sm_90a" in err
+    status, out, err = run(capsys, *where, "sparc")
+    assert status == 2 and "expected cpu or a CUDA arch" in err
 
 
 def test_explain_of_what_is_not_there(small_pack, capsys):

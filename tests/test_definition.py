@@ -45,6 +45,7 @@ def test_oracle_agrees_with_numpy(score, mask, shape):
     )
     attention = Attention(SCORES[score], MASKS[mask])
     values = {**PARAMS, "alibi_slopes": rng.random((batch, heads), dtype=np.float32)}
+    values |= {name: rng.integers(0, seqlen_kv + 3, (batch, heads), np.int32) for name in ("kv_start", "kv_end")}
     params = {p.name: values[p.name] for p in attention.params}
 
     out, lse = oracle(attention, q, k, v, 0.3, list(params.values()))

@@ -17,7 +17,7 @@ from tvm_flash import (
 )
 from tvm_flash.choice import choose, explain
 from tvm_flash.device import Device, default_device
-from tvm_flash.manifest import MANIFEST_NAME, KernelEntry, Manifest, Param
+from tvm_flash.manifest import MANIFEST_NAME, KernelEntry, Manifest, Param, Speed
 from tvm_flash.problem import MASK_FALLBACKS, Problem
 
 WINDOW = (Param("window_left", "int32"), Param("window_right", "int32"))
@@ -92,6 +92,57 @@ def test_the_policy_on_the_processor(packs, layout, batch, seq_len, template):
     packs(kernel("v1", "cpu", "float32"), kernel("v2", "cpu", "float32"))
     selected = BackendSelector("cpu").select_attention(batch, 8, seq_len, 64, layout=layout)
     assert (selected.variant, selected.layout) == (template, layout)
+
+
+def speed(microseconds, seqlen=1024, device="Test GPU"):
+    return Speed(device, 2, 8, seqlen, seqlen, 64, microseconds, 100.0 / microseconds, f"log#{microseconds:g}")
+
+
+def measured_pair(packs, v1, v2):
+    kernels = (kernel(t, "sm_90a", mask="full", speeds=speeds) for t, speeds in (("v1", v1), ("v2", v2)))
+    packs(*kernels, kernel("v1", "sm_90a"), capability=(9, 0))
+    return BackendSelector()
+
+
+def test_measured_speeds_choose_the_template_by_length(packs):
+    selector = measured_pair(packs, (speed(10, 512), speed(40, 4096)), (speed(12, 512), speed(30, 4096)))
+    short, long = (selector.select_attention(2, 8, s, 64) for s in (600, 3000))
+    assert (short.variant, long.variant) == ("v1", "v2")
+    assert short.reason == (
+        "measured on Test GPU: V2 12.0, V1 10.0 µs, 10 TFLOP/s at batch 2, heads 8, seq 512, head_dim 64 (log#10)"
+    )
+    assert "V1 40.0, V2 30.0 µs" in long.reason
+
+
+@pytest.mark.parametrize(
+    ("v1", "v2"),
+    [
+        ((speed(10.0),), (speed(10.1),)),  # a tie
+        ((speed(10.0),), ()),  # the other wasn't measured
+        ((speed(10.0),), (speed(20.0, 2048),)),  # not on the same problem
+        ((speed(10.0, device="Other GPU"),), (speed(20.0, device="Other GPU"),)),
+        ((speed(10.0, 16384),), (speed(20.0, 16384),)),  # too far from the problem
+    ],
+)
+def test_without_a_clear_measurement_the_table_decides(packs, v1, v2):
+    selected = measured_pair(packs, v1, v2).select_attention(2, 8, 1024, 64)
+    assert (selected.variant, selected.reason) == ("v2", "V2 is made for Ampere and later")
+
+
+def test_what_is_asked_for_is_not_measured_away(packs):
+    measured_pair(packs, (speed(10.0),), (speed(20.0),))
+    assert choose(problem(seqlen_kv=1024, seqlen_q=1024), GPU, "v2").kernel.entry.template == "v2"
+    chosen = BackendSelector(prefer="compatibility").select_attention(2, 8, 1024, 64)
+    assert "compatibility" in chosen.reason
+
+
+def test_explain_shows_the_record_or_the_command(packs):
+    selector = measured_pair(packs, (speed(10.0),), (speed(20.0),))
+    text = str(selector.explain(2, 8, 1024, 64))
+    assert "measured: 10.0 µs, 10 TFLOP/s at batch 2, heads 8, seq 1024, head_dim 64 (log#10)" in text
+    assert "configuration: default" in text
+    text = str(selector.explain(2, 8, 100000, 64, causal=True))
+    assert 'never on Test GPU; scripts/tune.py --arch sm_90a --problem "b=2 h=8 s=100000 d=64 causal float16"' in text
 
 
 @pytest.mark.parametrize(("variant", "there"), [("v2", "v1"), ("v1", "v2")])
@@ -200,7 +251,7 @@ def test_explain_accounts_for_every_kernel(packs):
         kernels[7].symbol: "is for 4096 keys or more, not 100",
     }
     page = str(explanation)
-    assert page.count("\n") == 9 and "✓ v2_float16_d64_full_identity [sm_80]" in page and "Test GPU" in page
+    assert page.count("\n") == 11 and "✓ v2_float16_d64_full_identity [sm_80]" in page and "Test GPU" in page
 
 
 def test_explain_says_why_nothing_fits(packs):

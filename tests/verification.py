@@ -42,6 +42,9 @@ def cases_of(entry: KernelEntry) -> Iterator[tuple[Case, Inputs]]:
         elif entry.mask == "window" and case.mask in _AS_WINDOW:
             left, right = _AS_WINDOW[case.mask]
             params = (*case.params, ("window_left", left), ("window_right", right))
+        elif entry.mask == "padded" and case.mask == "window":
+            ends = {"kv_start": 0, "kv_end": case.seqlen_kv}
+            params = (*case.params, *((n, np.full((case.batch, case.heads), x, np.int32)) for n, x in ends.items()))
         else:
             continue
         sizes = {(case.head_dim, case.head_dim_v), (entry.head_dim, entry.head_dim_v)}
@@ -56,7 +59,9 @@ def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
     """Inputs with finite scores that an online softmax may stumble over; float64 has finite results for all."""
     if entry.score != "identity":
         return
-    params = () if entry.mask != "window" else (("window_left", 150), ("window_right", 0))
+    params = (("window_left", 150), ("window_right", 0)) if entry.mask in ("window", "padded") else ()
+    if entry.mask == "padded":
+        params += (("kv_start", np.full((1, 2), 3, np.int32)), ("kv_end", np.full((1, 2), 700, np.int32)))
     case = Case(
         1, 2, 140, entry.head_dim, seqlen_kv=700, head_dim_v=entry.head_dim_v, dtype=entry.dtype, mask=entry.mask
     )
@@ -128,6 +133,8 @@ def measure(entry: KernelEntry, function) -> tuple[str, list[float], float]:
     q, k, v, o = (torch.randn(*order, dim, device="cuda", dtype=dtype) for dim in dims)
     values = {"window_left": WINDOW, "window_right": 0, "sink_tokens": 4, "softcap": 30.0}
     values["alibi_slopes"] = torch.rand(batch, heads, device="cuda")
+    ends = {"kv_start": 0, "kv_end": seqlen}
+    values |= {n: torch.full((batch, heads), x, dtype=torch.int32, device="cuda") for n, x in ends.items()}
     arguments = (q, k, v, o, torch.empty(1, device="cuda"), 1 / math.sqrt(entry.head_dim))
     arguments += tuple(values[p.name] for p in entry.params)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]

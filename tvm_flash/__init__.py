@@ -16,6 +16,7 @@ from tvm_flash.errors import (
     TvmFlashError,
 )
 from tvm_flash.interface import custom_attention, flash_attention, flash_attention_v2
+from tvm_flash.padded import padded_attention
 from tvm_flash.selector import BackendSelector
 
 __version__ = "0.1.0"
@@ -35,4 +36,5 @@ __all__ = [
     "custom_attention",
     "flash_attention",
     "flash_attention_v2",
+    "padded_attention",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from tvm_flash import fast
 from tvm_flash.errors import LayoutWarning
-from tvm_flash.frameworks import framework_of
+from tvm_flash.frameworks import Traced, framework_of
 from tvm_flash.plan import EmptyPlan, Plan
 from tvm_flash.prepare import Options, Site, prepare, same_framework
 from tvm_flash.registry import on_refresh
@@ -43,6 +43,7 @@ def slow(site: Site, tensors: int, *arguments: Any) -> Any:
 
 
 fast.install(slow)
+attend._torchdynamo_inline = slow  # torch.compile can't look into C
 
 
 def forget() -> None:
@@ -62,8 +63,29 @@ def attention(
     ``per_head`` are the parameters that are tensors, by name.  ``call`` are the arguments of :func:`attend`, which the
     fast path shall know from now on.
     """
+    try:
+        return _on_memory(options, q, k, v, per_head, out, call)
+    except Traced as e:
+        return e.framework.traced(options, q, k, v, per_head, out)
+
+
+def _torch_program(
+    options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any, call: tuple | None = None
+) -> Any:
+    """What ``torch.compile`` sees in place of :func:`attention`."""
+    from tvm_flash import torch_ops
+
+    return torch_ops.attention(options, q, k, v, per_head, out)
+
+
+attention._torchdynamo_inline = _torch_program
+
+
+def _on_memory(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any, call: tuple | None) -> Any:
     framework, like, result_to = framework_of(q, "q"), q, out
     if framework.adopts:
+        if framework.traces:
+            return framework.traced(options, q, k, v, per_head, out)
         same_framework(_named(q, k, v, per_head, out))
         q, k, v = framework.adopt(q), framework.adopt(k), framework.adopt(v)
         per_head = {name: framework.adopt(x) for name, x in per_head.items()}

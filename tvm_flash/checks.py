@@ -239,8 +239,11 @@ def check_out(out: TensorView, shape: tuple[int, ...], q: TensorView) -> None:
 
 
 def check_per_head(name: str, x: TensorView, dtype: str, sizes: Sizes, q: TensorView) -> None:
-    """A parameter with one value a head, or one a batch entry and head."""
-    if x.shape not in ((sizes.heads,), (sizes.batch, sizes.heads)):
+    """A parameter with one value a head, or one a batch entry and head; a size of 1 stands for all of a dimension."""
+    whole = (sizes.batch, sizes.heads)
+    if x.shape != whole[1:] and not (
+        len(x.shape) == 2 and all(n in (1, m) for n, m in zip(x.shape, whole, strict=True))
+    ):
         raise InvalidArgumentError(
             f"{name}: has shape {x.shape}, expected ({sizes.heads},) or ({sizes.batch}, {sizes.heads}): "
             f"one value for each head"

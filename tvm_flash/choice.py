@@ -1,7 +1,8 @@
 """Which kernel runs: the candidates, why each is refused, and the order of those that are left.
 
-The order: the template that the policy prefers, then the arch that is closest to the device, then the smallest head_dim
-that fits, the cheapest mask, the largest bucket that the sequence reaches, the first pack on the search path.
+The order: the template that this device's measurements favour or else the policy, then the arch that is closest to the
+device, then the smallest head_dim that fits, the cheapest mask, the largest bucket that the sequence reaches, the first
+pack on the search path.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from tvm_flash.device import Device
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, KernelEntry
+from tvm_flash.measured import compare, nearest, tune_command
 from tvm_flash.problem import MASK_FALLBACKS, Problem
 from tvm_flash.registry import Installed, build_command, registry
 
@@ -36,7 +38,8 @@ class Rejection:
 class Explanation:
     """What was chosen for a problem, and why each other candidate was not; ``str()`` is a page of text.
 
-    ``others`` is the number of installed kernels of other dtypes and definitions, which were not looked at.
+    ``others`` is the number of installed kernels of other dtypes and definitions, which were not looked at;
+    ``measured`` says how fast the chosen kernel was on this device, or how to find out.
     """
 
     problem: Problem
@@ -45,12 +48,15 @@ class Explanation:
     reason: str
     rejected: tuple[Rejection, ...]
     others: int
+    measured: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.problem} ({self.problem.layout}) on {self.device} ({self.device.name})"]
         lines.append(
             f"  ✓ {self.chosen.symbol} [{self.chosen.arch}]: {self.reason}" if self.chosen else f"  ✗ {self.reason}"
         )
+        if self.chosen:
+            lines += [f"    configuration: {self.chosen.config_source}", f"    measured: {self.measured}"]
         lines += [f"  · {r.kernel.symbol} [{r.kernel.arch}]: {r.reason}" for r in self.rejected]
         if self.others:
             lines.append(f"  · {self.others} kernels of other dtypes, definitions or archs")
@@ -96,8 +102,7 @@ def choose(problem: Problem, device: Device, variant: str, prefer: str = "speed"
     InvalidArgumentError: there is one, but it can't take data that is aligned so badly.
     NotSupportedError: there is one, but it can't take sizes or strides this large.
     """
-    order, why = template_order(problem, device, variant, prefer)
-    fitting, rejected = _sort_out(problem, device, order)
+    order, why, fitting, rejected = _in_order(problem, device, variant, prefer)
     if not fitting:
         raise _nothing_fits(problem, device, rejected)
     return Choice(fitting[0], _reason(fitting[0].entry, problem, device, order, why, rejected))
@@ -110,8 +115,7 @@ def explain(problem: Problem, device: Device, variant: str, prefer: str = "speed
     ------
     PackError: there is no usable pack for the device.
     """
-    order, why = template_order(problem, device, variant, prefer)
-    fitting, rejected = _sort_out(problem, device, order)
+    order, why, fitting, rejected = _in_order(problem, device, variant, prefer)
     others = sum(len(p.manifest.kernels) for p in registry().packs) - len(fitting) - len(rejected)
     if not fitting:
         return Explanation(
@@ -120,7 +124,29 @@ def explain(problem: Problem, device: Device, variant: str, prefer: str = "speed
     best = fitting[0].entry
     reason = _reason(best, problem, device, order, why, rejected)
     after = [Rejection(k.entry, _ORDER, _why_after(k.entry, best, order)) for k in fitting[1:]]
-    return Explanation(problem, device, best, reason, (*after, *sorted(rejected, key=lambda r: -r.stage)), others)
+    rejected.sort(key=lambda r: -r.stage)
+    return Explanation(problem, device, best, reason, (*after, *rejected), others, _measured(best, problem, device))
+
+
+def _in_order(
+    problem: Problem, device: Device, variant: str, prefer: str
+) -> tuple[tuple[str, str], str, list[Installed], list[Rejection]]:
+    """The order of the templates and why, the kernels that fit in order, and those that don't."""
+    order, why = template_order(problem, device, variant, prefer)
+    fitting, rejected = _sort_out(problem, device, order)
+    if variant == "auto" and prefer == "speed":
+        first = {t: next((k.entry for k in fitting if k.entry.template == t), None) for t in order}
+        if all(first.values()) and (found := compare(*first.values(), problem, device)):
+            order, why = (found.faster.template, found.slower.template), str(found)
+            fitting.sort(key=lambda k: order.index(k.entry.template))
+    return order, why, fitting, rejected
+
+
+def _measured(entry: KernelEntry, problem: Problem, device: Device) -> str:
+    """How fast a kernel was on the nearest problem that was measured, or the command that measures and tunes it."""
+    if speed := nearest(entry, problem, device):
+        return str(speed)
+    return f"never on {device.name}; {tune_command(problem, device)} does that, and finds what is faster"
 
 
 def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple[list[Installed], list[Rejection]]:

@@ -6,14 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 
 from tvm_flash.bench import command as bench
-from tvm_flash.display import Progress, Screen, progress
+from tvm_flash.display import Progress, Screen, interruptible, progress
 from tvm_flash.errors import NotSupportedError, TvmFlashError
 from tvm_flash.problem import DTYPES, LAYOUTS, VARIANTS
 
@@ -28,16 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments, argparse.Namespace(command=f"python -m tvm_flash {shlex.join(arguments)}")
     )
     try:
-        return options.run(options)
+        return interruptible(lambda: options.run(options))
     except TvmFlashError as e:
         print(f"tvm_flash: {e}", file=sys.stderr)
         return REFUSED
-    except BrokenPipeError:  # the reader of a pipe has seen enough, as in `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print("tvm_flash: stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,7 +115,9 @@ def _check(options: argparse.Namespace) -> int:
         screen.line()
         screen.table(selfcheck.summary(results))
         if failed:
-            screen.line(f"{len(results) - failed} kernels ✓, {failed} ✗; run `{build_command('native')}`", "bad")
+            screen.line(
+                f"{len(results) - failed} kernels ✓, {failed} ✗; run `{build_command('native')}`", "bad", whole=True
+            )
         else:
             screen.line(f"{len(results)} kernels ✓", "good")
     return FAILED if failed else 0

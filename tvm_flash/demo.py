@@ -11,18 +11,24 @@ import importlib.metadata
 import importlib.util
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from tvm_flash import flash_attention, flash_attention_v2, reference
+from tvm_flash.bench import accuracy, timing
+from tvm_flash.display import Entry, Screen, progress, table
 from tvm_flash.selector import BackendSelector
 
-TOKENS = 512  # positions that MiniLM was trained with
-ROUNDS, BLOCK = 5, 4
+#: Positions that MiniLM was trained with, and how many batches of them are enough.
+TOKENS, BATCHES = 512, 4
+EFFORT = timing.Effort(rounds=5, seconds=0.05)
+
+LEGEND = """\
+by: the template that ran.  error: norm of the difference from float64,
+relative; torch's: the same of scaled_dot_product_attention.  ms: medians of
+one run in which all take turns, a few calls each; naive: softmax(q·kᵀ)·v.
+×: torch's time over ours."""
 
 
 def project_text() -> str:
@@ -37,7 +43,7 @@ def minilm_qkv(text: str, layer: int = 3):
     Returns
     -------
     Three float32 torch tensors ``(batch, 512, heads=12, head_dim=32)``, V2's layout (which is how a linear layer leaves
-    them); one batch entry for each 512 tokens of the text.
+    them); one batch entry for each 512 tokens of the text, up to 4.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -48,7 +54,7 @@ def minilm_qkv(text: str, layer: int = 3):
     tokenizer, model = AutoTokenizer.from_pretrained(weights), AutoModel.from_pretrained(weights)
     pieces = [p for p in text.split("\n") if p.strip()]
     ids = [i for piece in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for i in piece]
-    batch = len(ids) // TOKENS
+    batch = min(len(ids) // TOKENS, BATCHES)
     if batch == 0:
         raise ValueError(f"text: {len(ids)} tokens, expected at least {TOKENS}; pass a longer text")
     attention = model.encoder.layer[layer].attention.self
@@ -71,79 +77,31 @@ def naive_attention(q, k, v, causal: bool):
     return torch.softmax(s, dim=-1) @ v
 
 
-def median_ms(calls: dict[str, Callable], device: str) -> dict[str, float]:
-    """Median milliseconds of each call.
-
-    The calls take turns, so that a slow moment of the machine hits them all, in blocks whose first call doesn't count:
-    the threads of the one before still spin.
-    """
-    import torch
-
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            call()
-            for _ in range(BLOCK):
-                wait()
-                start = time.perf_counter()
-                call()
-                wait()
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def relative_error(got, want: np.ndarray) -> float:
-    """Norm of the difference over the norm of the float64 reference."""
-    return float(np.linalg.norm(got.double().cpu().numpy() - want) / np.linalg.norm(want))
-
-
 def run(device: str | None = None) -> bool:
     """Print the table; true if every error is within the bound (2 × PyTorch's own plus one rounding of the dtype)."""
     import torch
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     inputs = {"MiniLM": minilm_qkv(project_text()), "random": _random_qkv()}
     dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.float16, torch.bfloat16)
-    table = Table(
-        title=f"tvm_flash beside torch {torch.__version__} on {device}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("input, function", no_wrap=True)
-    table.add_column("by")
-    for name in ("error", "torch's", "ms", "torch", "naive", "×"):
-        table.add_column(name, justify="right", no_wrap=True)
-    good = True
-    for label, tensors in inputs.items():
-        for dtype in dtypes:
-            for causal in (False, True):
-                table.add_row(f"{label} {_name(dtype)}{' causal' if causal else ''}", style="bold")
-                for row in _compare(tensors, dtype, causal, device):
-                    good &= row.good
-                    table.add_row(
-                        f"  {row.function}",
-                        row.variant,
-                        f"{row.error:.1e} {'✓' if row.good else '✗'}",
-                        f"{row.torch_error:.1e}",
-                        *(f"{ms:.2f}" for ms in (row.ms, row.torch_ms, row.naive_ms)),
-                        f"{row.torch_ms / row.ms:.2f}",
-                    )
-    console = Console()
-    console.print(table)
+    steps = [(label, dtype, causal) for label in inputs for dtype in dtypes for causal in (False, True)]
+    rows, good = [], True
+    with progress(len(steps)) as bar:
+        for label, dtype, causal in steps:
+            what = f"{label} {str(dtype).removeprefix('torch.')}{' causal' if causal else ''}"
+            bar.begins(what)
+            rows.append((Entry(what, "best"), *[""] * 7))
+            for row in _compare(inputs[label], dtype, causal, device):
+                good &= row.good
+                rows.append(row.entries())
+            bar.ends()
+    screen = Screen()
+    heads = ("input, function", "by", "error", "torch's", "ms", "torch", "naive", "×")
+    screen.table(table(f"tvm_flash beside torch {torch.__version__} on {device}", heads, rows, labels=2))
     for label, (q, *_) in inputs.items():
         batch, seq, heads, head_dim = q.shape
-        console.print(f"{label}: batch {batch}, {heads} heads, {seq} positions, head_dim {head_dim}", highlight=False)
-    console.print(
-        "by: the template that ran.  error: norm of the difference from float64,\n"
-        "relative; torch's: the same of scaled_dot_product_attention.  ms: medians of\n"
-        "one run in which all take turns, a few calls each; naive: softmax(q·kᵀ)·v.\n"
-        "×: torch's time over ours.",
-        highlight=False,
-    )
+        screen.line(f"{label}: batch {batch}, {heads} heads, {seq} positions, head_dim {head_dim}")
+    screen.line(LEGEND)
     return good
 
 
@@ -160,6 +118,19 @@ class _Row:
     torch_ms: float
     naive_ms: float
 
+    def entries(self) -> tuple[str | Entry, ...]:
+        """Its line in the table."""
+        times = (f"{ms:.2f}" for ms in (self.ms, self.torch_ms, self.naive_ms))
+        error = Entry(f"{self.error:.1e} {'✓' if self.good else '✗'}", "" if self.good else "bad")
+        return (
+            f"  {self.function}",
+            self.variant,
+            error,
+            f"{self.torch_error:.1e}",
+            *times,
+            f"{self.torch_ms / self.ms:.2f}",
+        )
+
 
 def _compare(tensors, dtype, causal: bool, device: str) -> Iterator[_Row]:
     import torch
@@ -173,22 +144,27 @@ def _compare(tensors, dtype, causal: bool, device: str) -> Iterator[_Row]:
         softmax_scale=1 / math.sqrt(head_dim),
         mask=reference.causal if causal else reference.full,
     )
+    want = torch.from_numpy(want).to(device)
     calls = {
         "flash_attention": lambda: flash_attention(*bhsd, causal=causal, variant="auto"),
         "flash_attention_v2": lambda: flash_attention_v2(*bshd, causal=causal, variant="auto"),
         "torch": lambda: F.scaled_dot_product_attention(*bhsd, is_causal=causal),
         "naive": lambda: naive_attention(*bhsd, causal),
     }
-    ms = median_ms(calls, device)
-    torch_error = relative_error(calls["torch"](), want)
+    errors = {}
+    for name, call in calls.items():
+        out = call()
+        errors[name] = accuracy.relative_error(out.transpose(1, 2) if name == "flash_attention_v2" else out, want)
+    rounds = timing.in_blocks(calls, EFFORT) if device == "cpu" else timing.on_gpu(calls, EFFORT)["steady"]
+    ms = {name: 1e3 * statistics.median(times) for name, times in rounds.items()}
     for function, layout in (("flash_attention", "bhsd"), ("flash_attention_v2", "bshd")):
-        out = calls[function]()
-        error = relative_error(out if layout == "bhsd" else out.transpose(1, 2), want)
         kernel = BackendSelector(device).select_attention(
             batch, heads, seq, head_dim, dtype=dtype, causal=causal, layout=layout
         )
-        good = error <= 2 * torch_error + torch.finfo(dtype).eps
-        yield _Row(function, kernel.variant, error, torch_error, good, ms[function], ms["torch"], ms["naive"])
+        good = errors[function] <= accuracy.allowed_error(errors["torch"], dtype)
+        yield _Row(
+            function, kernel.variant, errors[function], errors["torch"], good, ms[function], ms["torch"], ms["naive"]
+        )
 
 
 def _random_qkv():
@@ -197,7 +173,3 @@ def _random_qkv():
 
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(1, 1024, 8, 64, generator=generator) for _ in range(3))
-
-
-def _name(dtype) -> str:
-    return str(dtype).removeprefix("torch.")

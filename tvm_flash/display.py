@@ -7,8 +7,10 @@ to a width; Markdown on a page.  rich is imported when the first table is shown 
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
@@ -87,10 +89,10 @@ class Screen:
     def width(self) -> int | None:
         return self.console.width if self.fancy else None
 
-    def line(self, text: str = "", style: str = "") -> None:
-        """A line, never broken by us."""
+    def line(self, text: str = "", style: str = "", whole: bool = False) -> None:
+        """A line, which a terminal wraps between words; a ``whole`` one, with a command or a path, can be copied."""
         if self.fancy:
-            self.console.print(text, style=_STYLES[style], markup=False, soft_wrap=True)
+            self.console.print(text, style=_STYLES[style], markup=False, soft_wrap=whole)
         else:
             print(text, file=self._stream, flush=True)
 
@@ -116,6 +118,18 @@ class Screen:
             drawn.add_row(*(Text(e.text, _STYLES[e.style]) for e in row))
         self.console.print(drawn)
         self.line()
+
+
+def interruptible(command: Callable[[], int]) -> int:
+    """The exit status of a command; also where a user stops it, or a pipe (``… | head``) isn't read to its end."""
+    try:
+        return command()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at exit
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from tvm_flash.manifest import KernelEntry
 
 
 def as_data(explanation: Explanation) -> dict[str, Any]:
-    """Plain data, ready for JSON: the problem, the device, the chosen kernel's manifest entry, and the rejected ones."""
+    """Plain data, ready for JSON: the problem, the device, the chosen kernel's manifest entry, the rejected ones."""
     return {
         "problem": dataclasses.asdict(explanation.problem),
         "device": {"device": str(explanation.device), "name": explanation.device.name},
@@ -21,6 +21,7 @@ def as_data(explanation: Explanation) -> dict[str, Any]:
             {"symbol": r.kernel.symbol, "arch": r.kernel.arch, "reason": r.reason} for r in explanation.rejected
         ],
         "others": explanation.others,
+        "measured": explanation.measured,
     }
 
 
@@ -30,11 +31,11 @@ def show(explanation: Explanation, screen: Screen) -> None:
     screen.line(f"{problem} ({problem.layout}) on {device} ({device.name})", "best")
     screen.line()
     if explanation.chosen is None:
-        screen.line(f"✗ {explanation.reason}", "bad")
+        screen.line(f"✗ {explanation.reason}", "bad", whole=True)
         screen.line()
     else:
         screen.line(f"✓ {explanation.chosen.symbol} [{explanation.chosen.arch}]: {explanation.reason}", "good")
-        for name, value in _behind(explanation.chosen):
+        for name, value in (*_behind(explanation.chosen), ("measured", explanation.measured)):
             screen.line(f"  {name:<9} {value}")
         screen.line()
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -53,7 +54,7 @@ def _behind(entry: KernelEntry) -> list[tuple[str, str]]:
         ("template", f"{entry.template.upper()}, layout {entry.layout}, head_dim up to {entry.head_dim}"),
         ("config", ", ".join(f"{name} {_value(value)}" for name, value in entry.config.items()) or "none"),
         ("from", "the family's defaults" if entry.config_source == "default" else entry.config_source),
-        ("source", f"sha256 {entry.source_hash[:16]}…, the key of its records in tuning_logs/"),
+        ("source", f"sha256 {entry.source_hash}"),
     ]
     if entry.registers is not None:
         shared = (entry.shared_memory or 0) / 1024
@@ -63,6 +64,12 @@ def _behind(entry: KernelEntry) -> list[tuple[str, str]]:
                 f"{entry.registers} registers a thread, {shared:.0f} KB shared memory, {entry.spills} B spilled",
             )
         )
+    for speed in entry.speeds:
+        size = (
+            f"batch {speed.batch}, heads {speed.heads}, {speed.seqlen_q} × {speed.seqlen_kv}, head_dim {speed.head_dim}"
+        )
+        figures = f"{speed.microseconds:.1f} µs, {speed.tflops:.4g} TFLOP/s"
+        found.append(("measured", f"{figures} at {size} on {speed.device} ({speed.record})"))
     return found
 
 

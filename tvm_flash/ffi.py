@@ -159,8 +159,8 @@ class Kernel:
 
     def __init__(self, module, symbol: str):
         self.symbol = symbol
-        self._function = module[symbol]
-        self.handle = ctypes.c_void_p(self._function.__chandle__())
+        self.function = module[symbol]
+        self.handle = ctypes.c_void_p(self.function.__chandle__())
 
 
 def load_module(path: Path):

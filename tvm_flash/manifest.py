@@ -66,6 +66,12 @@ class Speed:
     tflops: float
     record: str
 
+    def __str__(self) -> str:
+        lengths = str(self.seqlen_q) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}×{self.seqlen_kv}"
+        problem = f"batch {self.batch}, heads {self.heads}, seq {lengths}, head_dim {self.head_dim}"
+        speed = f"{self.tflops:.4g} TFLOP/s" if self.tflops >= 1 else f"{1000 * self.tflops:.3g} GFLOP/s"
+        return f"{self.microseconds:.1f} µs, {speed} at {problem} ({self.record})"
+
 
 @dataclass(frozen=True)
 class ModuleFile:

@@ -228,6 +228,7 @@ def _arguments(request: Request, entry: KernelEntry) -> tuple[list, tuple[int, .
             continue
         x = request.per_head[param.name]
         strides = x.strides if len(x.shape) == 2 else (0, x.strides[0])
+        strides = tuple(0 if n == 1 else s for n, s in zip((1, *x.shape)[-2:], strides, strict=True))
         shape = (sizes.batch, sizes.heads)
         arguments.append(TensorSpec(shape, strides, x.dtype, request.device.kind, request.device.index))
         used.append(names.index(param.name))

@@ -13,11 +13,27 @@ from tvm_flash import checks, memory
 from tvm_flash.choice import Choice
 from tvm_flash.device import Device
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
-from tvm_flash.frameworks import Framework, TensorView, contiguous_strides, framework_of
+from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.manifest import BUILTIN_DEFINITION, KernelEntry, Param
 from tvm_flash.plan import EmptyPlan, Plan, Request
 from tvm_flash.problem import INT32_MAX, MASK_FALLBACKS, Problem, normalise_mask, score_kind
 from tvm_flash.registry import registry
+
+#: Parameters of the builtin definition that are tensors.
+_BUILTIN_PER_HEAD = {
+    p.name: p
+    for p in (
+        Param("alibi_slopes", "float32", per_head=True),
+        Param("kv_start", "int32", per_head=True),
+        Param("kv_end", "int32", per_head=True),
+    )
+}
+
+
+NO_BACKWARD = (
+    "q, k, v: a gradient is required of them, and there is no backward pass yet; call under torch.no_grad() or "
+    "torch.inference_mode(), or pass q.detach() and so on"
+)
 
 
 def accept_any(choice: Choice) -> None:
@@ -28,7 +44,7 @@ class Options(NamedTuple):
     """What a call asks for, apart from tensors; not yet checked.  A tuple, since it is the key of plans in every call.
 
     ``params`` are names and values of the numbers that a definition of the user's own takes.  ``accept`` may raise for
-    a kernel that was chosen.
+    a kernel that was chosen.  ``layout_known`` says that no shape is to be taken for one of the other layout.
     """
 
     layout: str
@@ -41,6 +57,7 @@ class Options(NamedTuple):
     definition: str = BUILTIN_DEFINITION
     params: tuple[tuple[str, Any], ...] = ()
     accept: Callable[[Choice], None] = accept_any
+    layout_known: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,20 +73,18 @@ class Site:
     per_head: tuple[str, ...] = ("alibi_slopes",)
     scalars: tuple[str, ...] = ()
     accept: Callable[[Choice], None] = accept_any
+    layout_known: bool = False
 
     def options(self, variant: Any, return_lse: Any, softmax_scale: Any, *rest: Any) -> Options:
         """The options of a call; ``rest`` is causal, window_size and softcap, or the values of ``scalars``."""
-        if self.definition == BUILTIN_DEFINITION:
-            return Options(self.layout, variant, return_lse, softmax_scale, *rest, accept=self.accept)
-        params = tuple(zip(self.scalars, rest, strict=True))
+        builtin = self.definition == BUILTIN_DEFINITION
         return Options(
-            self.layout,
-            variant,
-            return_lse,
-            softmax_scale,
+            *(self.layout, variant, return_lse, softmax_scale),
+            *(rest if builtin else ()),
             definition=self.definition,
-            params=params,
+            params=() if builtin else tuple(zip(self.scalars, rest, strict=True)),
             accept=self.accept,
+            layout_known=self.layout_known,
         )
 
 
@@ -81,6 +96,19 @@ def prepare(
     options: Options, framework: Framework, tensors: Mapping[str, Any], per_head: Mapping[str, Any], out: Any
 ) -> Plan | EmptyPlan:
     """Check everything but pointers, choose a kernel and lay out its arguments.
+
+    Arguments and errors are those of :func:`request_of`.
+    """
+    request = request_of(options, framework, tensors, per_head, out)
+    if 0 in (*request.q.shape, *request.k.shape):
+        return EmptyPlan(request)
+    return Plan(request)
+
+
+def request_of(
+    options: Options, framework: Framework, tensors: Mapping[str, Any], per_head: Mapping[str, Any], out: Any
+) -> Request:
+    """A call after all checks that don't need pointers.
 
     ``tensors`` are q, k and v; they, ``per_head`` and ``out`` are of ``framework`` and adopted by it.
 
@@ -96,7 +124,7 @@ def prepare(
     for name, x in per_head_views.items():
         checks.check_per_head(name, x, declared[name].dtype, sizes, q)
     out_view = _check_out(framework, out, options.layout, sizes, q)
-    request = Request(
+    return Request(
         framework=framework,
         layout=options.layout,
         sizes=sizes,
@@ -117,12 +145,9 @@ def prepare(
         per_head=per_head_views,
         out=out_view,
         return_lse=checks.check_flag("return_lse", options.return_lse),
-        suspicion=checks.layout_suspicion(options.layout, sizes, q),
+        suspicion=None if options.layout_known else checks.layout_suspicion(options.layout, sizes, q),
         accept=options.accept,
     )
-    if 0 in (*q.shape, *k.shape):
-        return EmptyPlan(request)
-    return Plan(request)
 
 
 def same_framework(tensors: Mapping[str, Any]) -> Framework:
@@ -135,6 +160,8 @@ def same_framework(tensors: Mapping[str, Any]) -> Framework:
     framework = framework_of(tensors["q"], "q")
     for name, x in tensors.items():
         other = framework_of(x, name)
+        if other.traces and isinstance(other, type(framework)):
+            raise Traced(other, f"{name}: is a {type(x).__qualname__} without memory of its own")
         if other is not framework:
             raise ArgumentTypeError(
                 f"{name}: is a {other.name} tensor, but q is one of {framework.name}; convert one to the other's"
@@ -144,10 +171,7 @@ def same_framework(tensors: Mapping[str, Any]) -> Framework:
 
 def _check_gradients(framework: Framework, tensors: Mapping[str, Any]) -> None:
     if framework.differentiated(*tensors.values()):
-        raise NotSupportedError(
-            "q, k, v: a gradient is required of them, and there is no backward pass yet; call under torch.no_grad() or "
-            "torch.inference_mode(), or pass q.detach() and so on"
-        )
+        raise NotSupportedError(NO_BACKWARD)
 
 
 def _computation(
@@ -162,9 +186,10 @@ def _computation(
     mask = normalise_mask(causal, checks.check_window(options.window_size), sizes.seqlen_q, sizes.seqlen_kv)
     softcap = checks.check_softcap(options.softcap)
     left, right = (min(x, INT32_MAX) for x in mask.widths(sizes.seqlen_q, sizes.seqlen_kv))
-    what = {"masks": MASK_FALLBACKS[mask.kind], "score": score_kind(softcap != 0, bool(per_head))}
+    kind = "padded" if "kv_end" in per_head else mask.kind
+    what = {"masks": MASK_FALLBACKS[kind], "score": score_kind(softcap != 0, "alibi_slopes" in per_head)}
     scalars = {"softcap": softcap, "window_left": left, "window_right": right}
-    return what, scalars, {"alibi_slopes": Param("alibi_slopes", "float32", per_head=True)}
+    return what, scalars, _BUILTIN_PER_HEAD
 
 
 def params_of(definition: str) -> dict[str, Param]:

@@ -18,7 +18,12 @@ HEAD_DIM_MULTIPLE = 8
 
 #: Masks of the builtin definition that can stand in for one another, the cheapest first: every one of them computes the
 #: first, given wide enough windows.
-MASK_FALLBACKS = {"full": ("full", "window"), "causal": ("causal", "window"), "window": ("window",)}
+MASK_FALLBACKS = {
+    "full": ("full", "window"),
+    "causal": ("causal", "window"),
+    "window": ("window",),
+    "padded": ("padded",),
+}
 
 INT32_MAX = 2**31 - 1
 

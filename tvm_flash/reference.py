@@ -75,8 +75,13 @@ def sink_window(at):
     return (at.j <= d + at.params["window_right"]) & near
 
 
+def padded(at):
+    """A window over the keys ``kv_start`` up to but not ``kv_end``, which each batch entry and head has of its own."""
+    return (at.j >= at.params["kv_start"]) & (at.j < at.params["kv_end"]) & window(at)
+
+
 SCORES: Mapping[str, Callable] = {f.__name__: f for f in (identity, softcap, alibi, softcap_alibi)}
-MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window)}
+MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window, padded)}
 
 
 def attention(

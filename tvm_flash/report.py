@@ -96,7 +96,7 @@ def show(report: dict[str, Any], screen: Screen) -> None:
     screen.table(table("", ("device", "name", "arch", ""), [_device_row(d) for d in report["devices"]]))
     screen.line(f"packs are looked for in ({PATH_VARIABLE} adds folders):")
     for place in report["search_path"]:
-        screen.line(f"  {'✓' if place['exists'] else '–'} {place['folder']}")
+        screen.line(f"  {'✓' if place['exists'] else '–'} {place['folder']}", whole=True)
     screen.line()
     if report["packs"]:
         screen.table(
@@ -111,11 +111,11 @@ def show(report: dict[str, Any], screen: Screen) -> None:
         screen.line("packs: none")
     for pack in report["packs"]:
         if not pack["usable"]:
-            screen.line(f"✗ {pack['folder']}: {pack['reason']}", "warning")
+            screen.line(f"✗ {pack['folder']}: {pack['reason']}", "warning", whole=True)
     for broken in report["broken"]:
-        screen.line(f"✗ {broken['folder']}: {broken['reason']}", "bad")
+        screen.line(f"✗ {broken['folder']}: {broken['reason']}", "bad", whole=True)
     for gap in report["missing"]:
-        screen.line(f"missing: {gap['arch']}; run `{gap['command']}`", "warning")
+        screen.line(f"missing: {gap['arch']}; run `{gap['command']}`", "warning", whole=True)
 
 
 def _device_row(device: dict[str, Any]) -> tuple[str, ...]:

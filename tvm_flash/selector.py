@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvm_flash import checks
@@ -54,6 +53,7 @@ class SelectedKernel:
     arch: str
     reason: str
     device: Device
+    _site: Site = field(init=False, repr=False, compare=False)
 
     def __call__(
         self,
@@ -82,9 +82,9 @@ class SelectedKernel:
                       self.variant, return_lse, softmax_scale, causal, window_size, softcap)
         # fmt: on
 
-    @functools.cached_property
-    def _site(self) -> Site:
-        return site(self.layout, accept=_LikeSelected(self.arch, self.device))
+    def __post_init__(self):
+        found = site(self.layout, accept=_LikeSelected(self.arch, self.device))
+        object.__setattr__(self, "_site", found)  # once, not in every call
 
 
 class BackendSelector:

@@ -31,6 +31,8 @@ PARAMS = {
     "window_left": 40,
     "window_right": 3,
     "sink_tokens": 4,
+    "kv_start": np.array([[2, 3, 0, 1], [11, 0, 5, 12]], np.int32),
+    "kv_end": np.array([[70, 60, 50, 40], [70, 41, 52, 63]], np.int32),
 }
 
 #: Distance of 1 from the next larger number of each dtype.
@@ -103,10 +105,10 @@ def summary(results: Iterable[Result]) -> Table:
         rows.append(
             (
                 *(device, arch, str(len(found)), Entry(str(failed), "bad" if failed else "")),
-                *(f"{max(shares):.0%}" if shares else "–", f"{sum(r.seconds for r in found):.1f}"),
+                *(f"{max(shares):.2g}" if shares else "–", f"{sum(r.seconds for r in found):.1f}"),
             )
         )
-    return table("", ("device", "arch", "kernels", "failed", "largest error of allowed", "seconds"), rows, labels=2)
+    return table("", ("device", "arch", "kernels", "failed", "error / allowed", "seconds"), rows, labels=2)
 
 
 def check_kernel(kernel: Installed, device: Device) -> Result:

@@ -114,3 +114,16 @@ def image(device: Path, arch: str, *, run_on: str = "", recompile_for: str = "")
     command = [kit.nvcc, "-fatbin" if run_on else "-cubin", "-gencode=" + code_for(arch, run_on, recompile_for)]
     command += [*COMPILE_FLAGS, *_QUIET, "-Xptxas", "-v", *(f"-I{p}" for p in kit.include), device, "-o", target]
     return target, run(command, f"compiling {device.name} for {recompile_for or arch}")
+
+
+def ptx(device: Path, arch: str) -> str:
+    """The PTX of device code, for people to read.
+
+    Raises
+    ------
+    ToolchainError: there is no compiler, or it fails.
+    """
+    kit, target = find_toolkit(), device.with_suffix(".ptx")
+    command = [kit.nvcc, "-ptx", f"-arch={virtual(arch)}", *COMPILE_FLAGS, *_QUIET]
+    run([*command, *(f"-I{p}" for p in kit.include), device, "-o", target], f"compiling {device.name} for {arch}")
+    return target.read_text()

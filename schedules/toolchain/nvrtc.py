@@ -66,6 +66,12 @@ def image(device: Path, arch: str, *, run_on: str = "", recompile_for: str = "")
     return target, log
 
 
+def ptx(device: Path, arch: str) -> str:
+    """As :func:`schedules.toolchain.nvcc.ptx`."""
+    text, _ = _compile(device.read_text(), device.name, nvcc.virtual(arch), "PTX")
+    return text.rstrip(b"\0").decode()
+
+
 def _compile(device: str, name: str, arch: str, kind: str) -> tuple[bytes, str]:
     """Compile device code; the image of ``kind`` (``"CUBIN"`` or ``"PTX"``) and the log."""
     kit = find_toolkit()

@@ -209,7 +209,7 @@ class BatchRun:
             status="ok",
             microseconds=round(median, 2),
             spread=_deciles(microseconds),
-            tflops=round(flops / 1e12, 4 if flops < 1e13 else 1),
+            tflops=_digits(flops / 1e12),
             percent_of_peak=round(100 * flops / peak, 1),
             gain=gain and round(gain, 4),
             rounds=len(seconds),
@@ -217,6 +217,8 @@ class BatchRun:
         )
 
     def _record(self, id: str, workload: str, *, status: str, reason: str = "", **figures: Any) -> None:
+        if id not in self.batch.candidates:  # an incumbent, whose own record is another batch's
+            return
         candidate = self.candidates[id]
         entry = candidate.entry
         incumbent = self.batch.incumbents.get(entry.template, {}).get(workload)
@@ -255,7 +257,7 @@ class BatchRun:
                 problem=event["workload"],
                 microseconds=round(median, 2),
                 spread=_deciles(microseconds),
-                tflops=round(Workload.parse(event["workload"]).flops / median / 1e6, 4),
+                tflops=_digits(Workload.parse(event["workload"]).flops / median / 1e6),
             )
         )
 
@@ -276,6 +278,11 @@ class BatchRun:
             return f"recompiled for {self.options.recompile_for}"
         capability = self.about["capability"]
         return "ptx" if capability and not runs_on(self.emission.arch, capability) else "native"
+
+
+def _digits(value: float) -> float:
+    """Four of them."""
+    return float(f"{value:.4g}")
 
 
 def _deciles(values: list[float]) -> tuple[float, float]:

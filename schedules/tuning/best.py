@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from schedules import records
-from schedules.configs import Proposal, Tuned
+from schedules.configs import NO_RECORDS, Proposal, Tuned
 from schedules.families import FAMILY
 from schedules.records import Line, Measurement
 from schedules.suite import KernelSpec
@@ -54,6 +54,8 @@ class Tuning:
         """What the records say of a kernel."""
         arch, isa = target.arch, target.isa
         same_kind = [r for r in self.measured if _is_kind(r, spec)]
+        if not same_kind:
+            return NO_RECORDS
         own = [r for r in same_kind if (r.arch, r.isa) == (arch, isa)]
         chosen = self._nearest(same_kind, arch, isa)
         needs_no_proof = arch == "cpu" or self.mode == "measured" or any(r.device in self.here for r in chosen)

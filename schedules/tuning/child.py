@@ -24,8 +24,9 @@ import torch
 import tvm_ffi
 
 from schedules.toolchain.process import die_with_parent
-from schedules.tuning import check, peers, timing
+from schedules.tuning import check, timing
 from schedules.tuning.check import WrongNumbersError
+from schedules.tuning.peers import peers_of
 from schedules.tuning.workload import Workload
 from tvm_flash.manifest import KernelEntry
 
@@ -118,8 +119,8 @@ class Child:
                 continue
             calls[id], errors[id] = call, max(share, self.errors[id])
         ours = dict(calls)
-        if self.with_peers:
-            calls |= peers.calls(w, by_layout["bhsd"], self.kind)
+        peers = peers_of(w, by_layout["bhsd"], self.kind) if self.with_peers else {}
+        calls |= {name: peer.call for name, peer in peers.items()}
         if not ours:
             return
         first = next(iter(ours))
@@ -135,7 +136,7 @@ class Child:
             if name in ours:
                 self.say("figures", id=name, workload=text, seconds=seconds, error=errors[name])
             else:
-                self.say("peer", peer=name, about=peers.about(name), workload=text, seconds=seconds)
+                self.say("peer", peer=name, about=peers[name].about, workload=text, seconds=seconds)
         self.say("measured", workload=text)
 
 

@@ -23,6 +23,7 @@ from schedules.tuning.workload import Workload, standard_suite
 from tvm_flash import cuda
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.manifest import LAYOUT_OF_TEMPLATE
+from tvm_flash.registry import runs_on
 
 TEMPLATES = tuple(LAYOUT_OF_TEMPLATE)
 WORK = records.LOGS / ".work"
@@ -97,7 +98,7 @@ def _tune(arguments: Sequence[str]) -> int:
         tasks=tasks,
         strategy=options.strategy,
         budget=Budget.parse(options.budget),
-        folder=options.emit or WORK / str(target).replace(" ", "_"),
+        folder=options.emit or options.work / "_".join(filter(None, (target.arch, target.isa))),
         generation=options.generation,
         seed=options.seed,
         jobs=options.jobs,
@@ -133,7 +134,7 @@ def _measure(options: argparse.Namespace, measuring: Options) -> int:
     emission = folder.emission()
     devices = _devices(options, emission.arch)
     if not devices:
-        raise ValueError(f"--measure {options.measure}: is for {emission.arch}, and there is no GPU here")
+        raise ValueError(f"--measure {options.measure}: is for {emission.arch}, and no GPU here runs that")
     if options.budget.endswith(("s", "min")):
         measuring = replace(measuring, deadline=time.monotonic() + Budget.parse(options.budget).seconds)
     with Progress() as progress:
@@ -146,9 +147,14 @@ def _measure(options: argparse.Namespace, measuring: Options) -> int:
 
 
 def _devices(options: argparse.Namespace, arch: str) -> list[str]:
+    """The devices that run an arch's kernels: those that were named, else all of this machine."""
     if options.device:
         return options.device
-    return ["cpu"] if arch == "cpu" else [f"cuda:{index}" for index in range(cuda.device_count())]
+    if arch == "cpu":
+        return ["cpu"]
+    code = options.recompile_for or arch
+    gpus = [index for index in range(cuda.device_count()) if runs_on(code, cuda.gpu(index).capability)]
+    return [f"cuda:{index}" for index in gpus]
 
 
 def _workloads(options: argparse.Namespace, target) -> list[Workload]:
@@ -242,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", action="append", default=[], help="cuda:0, …, cpu (default: every GPU of the arch)")
     parser.add_argument("--peers", action="store_true", help="time PyTorch's attention beside ours")
     parser.add_argument("--log", type=Path, help="where records go (default: tuning_logs/<device>.jsonl)")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for what is built (default: in tuning_logs/)")
     parser.add_argument("--dry-run", action="store_true", help="show the space and what is refused, and why")
     parser.add_argument(
         "--recompile-for", default="", metavar="ARCH", help="make a newer arch's code from the same sources"

@@ -64,9 +64,14 @@ def _pattern(spec: KernelSpec, target: Target) -> Pattern:
     return compiling.pattern_of(spec, target)
 
 
+def defaults_of(spec: KernelSpec, target: Target) -> Mapping[int, Any]:
+    """The family's configurations for a kernel by bucket."""
+    return family_of(target).default_configs(spec.template, _pattern(spec, target), target)
+
+
 def default_for(spec: KernelSpec, target: Target, workload: Workload) -> Any:
     """The family's configuration for a kernel at a length."""
-    configs = family_of(target).default_configs(spec.template, _pattern(spec, target), target)
+    configs = defaults_of(spec, target)
     return configs[max(bucket for bucket in configs if bucket <= workload.seqlen_kv)]
 
 

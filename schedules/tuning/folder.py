@@ -31,12 +31,16 @@ STALE, HEARTBEAT = 60.0, 5.0
 
 
 class Folder:
-    """The files of one folder; makes its sub-folders."""
+    """The files of one folder."""
 
     def __init__(self, path: Path):
         self.path = path
+
+    def make(self) -> Folder:
+        """Make what isn't there."""
         for name in ("candidates", "sources", "modules", "batches", "claims", "done", "records"):
-            (path / name).mkdir(parents=True, exist_ok=True)
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        return self
 
     def write_emission(self, emission: Emission) -> None:
         write_atomically(self.path / "emission.json", emission.to_json())

@@ -70,8 +70,10 @@ class Measurer:
         return BatchRun(self.folder, batch, self.options, self.process, self.write).run()
 
     def process(self) -> Process:
-        """A fresh child; the next one starts meanwhile."""
+        """A fresh child; the next one starts meanwhile, unless its start would take time from the CPU's kernels."""
         log = self.folder.path / "child.log"
+        if self.options.device == "cpu":
+            return Process(log)
         process, self.spare = self.spare or Process(log), Process(log)
         return process
 

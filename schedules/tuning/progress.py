@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 
@@ -70,8 +71,8 @@ class Progress:
                 )
                 return
             key = (record.template, record.problem)
-            if record.tflops > self.best.get(key, 0.0):
-                self.best[key] = record.tflops
+            if record.microseconds < self.best.get(key, math.inf):
+                self.best[key] = record.microseconds
                 gain = f"{record.gain:.3f} × the default" if record.gain else ""
                 text = f"{record.template} {record.problem}: {record.microseconds:.1f} µs, {record.tflops:.4g} TFLOP/s"
                 self._say(f"{text} {gain}  {short(record.config)}", best=True)

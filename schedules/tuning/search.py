@@ -18,7 +18,7 @@ from schedules.suite import KernelSpec
 from schedules.template import Target
 from schedules.tuning.batch import Options
 from schedules.tuning.budget import Budget
-from schedules.tuning.emit import NotMade, Proposal, begin, emit, space_of
+from schedules.tuning.emit import NotMade, Proposal, begin, defaults_of, emit, space_of
 from schedules.tuning.folder import Folder
 from schedules.tuning.measure import measure
 from schedules.tuning.progress import Progress
@@ -38,7 +38,7 @@ class Search:
     generation: configurations of a kernel that are built and measured before the strategy is asked again.
     jobs: processes that build.
     resume: go on with what the folder and the log know.
-    log: of the device.
+    log: of the device; all of ``tuning_logs/`` if it isn't known.
     """
 
     target: Target
@@ -54,21 +54,28 @@ class Search:
     not_made: list[NotMade] = field(default_factory=list)
 
     def prepare(self) -> Folder:
-        """The folder, empty unless it can be resumed."""
-        if self.folder.exists():
-            same = False
-            if self.resume:
-                emission = Folder(self.folder).emission()
-                same = (emission.sources, emission.arch, emission.isa) == (
-                    sources_digest(self.target.arch),
-                    self.target.arch,
-                    self.target.isa,
-                )
-            if not same:
-                shutil.rmtree(self.folder)
-        folder = Folder(self.folder)
+        """The folder, empty unless it can be resumed.
+
+        Raises
+        ------
+        ValueError: it holds something else.
+        """
+        if self.folder.exists() and not (self.resume and self._can_go_on()):
+            if any(self.folder.iterdir()) and not (self.folder / "candidates").is_dir():
+                raise ValueError(f"{self.folder}: holds something else than candidates; name a new folder")
+            shutil.rmtree(self.folder)
+        folder = Folder(self.folder).make()
         begin(folder, self.target, self.tasks)
         return folder
+
+    def _can_go_on(self) -> bool:
+        """Whether what the folder holds is of this target and of the present sources."""
+        try:
+            emission = Folder(self.folder).emission()
+        except ValueError:  # an earlier run was stopped before it wrote anything
+            return False
+        now = (sources_digest(self.target.arch), self.target.arch, self.target.isa)
+        return (emission.sources, emission.arch, emission.isa) == now
 
     def emit(self, progress: Progress) -> int:
         """Write one generation of the whole budget, to be measured elsewhere; how many configurations it has."""
@@ -123,16 +130,15 @@ class Search:
         self.not_made.extend(not_made)
 
     def _known(self, folder: Folder) -> dict[KernelSpec, dict[Any, float]]:
-        """Costs by configuration: of this folder's measurements, and if resumed of the log's; defaults cost 1."""
-        found: list[records.Line] = list(folder.records())
-        if self.resume and self.log and self.log.exists():
-            found = [*records.read(self.log), *found]
-        measured = [r for r in found if isinstance(r, Measurement)]
+        """Costs by configuration: of this folder's measurements, and if resumed of the logs'; defaults cost 1."""
+        logs = [self.log] if self.log else sorted(records.LOGS.glob("*.jsonl"))
+        found = [line for path in logs if self.resume and path.exists() for line in records.read(path)]
+        measured = [r for r in (*found, *folder.records()) if isinstance(r, Measurement)]
         config = family_of(self.target).Config
         known = {}
         for spec in self.tasks:
             costs = costs_of(measured, spec, self.target, config)
-            known[spec] = {space_of(spec, self.target).base: 1.0} | costs
+            known[spec] = dict.fromkeys(defaults_of(spec, self.target).values(), 1.0) | costs
             known[spec] |= {n.proposal.config: math.inf for n in self.not_made if n.proposal.spec == spec}
         return known
 

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+from tvm_flash.bench import workloads
 from tvm_flash.problem import DTYPES, score_kind
 
 _SIZES = {"b": "batch", "h": "heads", "hk": "kv_heads", "s": "seqlen_q", "sk": "seqlen_kv", "d": "head_dim"}
 _SIZES["dv"] = "head_dim_v"
 _SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-#: The grid of the FlashAttention-3 paper (Shah et al., 2024): 16k tokens a batch, hidden size 2048.
-TOKENS, HIDDEN = 16384, 2048
-GPU_HEAD_DIMS = (64, 128, 256)
-GPU_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
-
-#: (batch, heads, seqlen_q, head_dim, seqlen_kv): a batch of prompts, a long one, a longer one with wide heads, a
-#: sentence encoder's batch, one new token with a cache of 4096.
-CPU_SHAPES = (
-    (2, 8, 512, 64, 512),
-    (1, 16, 2048, 64, 2048),
-    (1, 8, 4096, 128, 4096),
-    (4, 12, 384, 32, 384),
-    (1, 32, 1, 128, 4096),
-)
 
 
 @dataclass(frozen=True)
@@ -144,22 +130,13 @@ def standard_suite(
     dtypes: Iterable[str],
     head_dims: Iterable[int] = (),
     seqlens: Iterable[int] = (),
-    masks: Iterable[str] = (),
+    masks: Collection[str] = (),
 ) -> list[Workload]:
-    """The usual problems of a machine: full and causal, short to long, in each dtype; the filters keep some of them."""
-    if arch == "cpu":
-        shapes = [s for s in CPU_SHAPES if _kept(s[3], head_dims) and _kept(s[2], seqlens)]
-    else:
-        dims, lengths = head_dims or GPU_HEAD_DIMS, seqlens or GPU_SEQLENS
-        shapes = [(max(1, TOKENS // s), max(1, HIDDEN // d), s, d, s) for d in dims for s in lengths]
-    return [
-        Workload(b, h, s, d, dtype, mask, seqlen_kv=kv)
-        for dtype in dtypes
-        for b, h, s, d, kv in shapes
-        for mask in masks or ("full", "causal")
-        if s > 1 or mask == "full"  # for one query a causal mask hides nothing
-    ]
-
-
-def _kept(value: int, filters: Iterable[int]) -> bool:
-    return not filters or value in filters
+    """The problems of ``python -m tvm_flash bench``: full and causal, short to long; the filters keep some of them."""
+    grid = workloads.cpu_grid if arch == "cpu" else workloads.gpu_grid
+    found = (
+        Workload(w.batch, w.heads, w.seqlen_q, w.head_dim, w.dtype, w.mask, seqlen_kv=w.seqlen_kv)
+        for w in grid(tuple(head_dims), tuple(seqlens), tuple(dtypes))
+    )
+    # For one query a causal mask hides nothing.
+    return [w for w in found if w.mask in (masks or (w.mask,)) and (w.seqlen_q > 1 or w.mask == "full")]

@@ -15,7 +15,10 @@ from tvm_flash.problem import DTYPES
 #: Columns that a full table takes.
 _WIDTH = 118
 
-#: Shapes, rounds and seconds a round of ``--quick``.
+#: Rounds of a cell, and seconds of an implementation in each: a GPU has to reach its steady clock, a CPU is disturbed.
+_EFFORT = {"cuda": (3, 0.12), "cpu": (9, 0.12)}
+
+#: head_dims, lengths and dtypes of ``--quick``.
 _QUICK_GPU = ((64, 128), (1024, 4096), ("float16",))
 _QUICK_CPU = ((32, 64), (384, 512), ("float32",))
 
@@ -32,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--peers", type=_words, metavar="cudnn,flash,…", help="only these; default: all there are")
     parser.add_argument("--quick", action="store_true", help="a few cells, two short rounds")
-    parser.add_argument("--rounds", type=int, help="rounds of each cell (default: 3)")
-    parser.add_argument("--seconds", type=float, help="of one implementation in a round (default: 0.12; CPU: 0.4)")
+    parser.add_argument("--rounds", type=int, help="rounds of each cell (default: 3; CPU: 9)")
+    parser.add_argument("--seconds", type=float, help="of one implementation in a round (default: 0.12)")
     parser.add_argument("--reference", type=Path, metavar="FILE", help="add a peer's recorded figures, bridged")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results; kept up to date after each cell")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture, and FILE_dark.png")
@@ -44,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; 0, or 1 if none of our kernels ran."""
-    from tvm_flash.bench import recorded, results
+    from tvm_flash.bench import recorded
 
     screen = Screen()
     reference = recorded.read(options.reference) if options.reference else None
-    runs = results.join([results.read(f) for f in options.files]) if options.files else [_measure(options)]
+    runs = _read(options) if options.files else [_measure(options)]
     if reference:
         runs = [reference.beside(r) for r in runs]
     for one in runs:
@@ -57,14 +60,30 @@ def run(options: argparse.Namespace) -> int:
         from tvm_flash.bench import plots
 
         for path in plots.write(runs, options.plot):
-            screen.line(f"picture: {path}")
+            screen.line(f"picture: {path}", whole=True)
     if options.page:
         from tvm_flash.bench import page
 
         options.page.write_text(page.markdown(runs, options.command), encoding="utf-8")
-        screen.line(f"page: {options.page}")
+        screen.line(f"page: {options.page}", whole=True)
     ours = {i.key for one in runs for i in one.implementations if i.ours}
     return 0 if any(cell.of(key) for one in runs for cell in one.cells for key in ours) else 1
+
+
+def _read(options: argparse.Namespace):
+    """The runs of ``--from``, with the peers that are asked for."""
+    from tvm_flash.bench import results
+
+    runs = results.join([results.read(file) for file in options.files])
+    if options.peers is None:
+        return runs
+    _check_peers(options, {i.key for one in runs for i in one.implementations if not i.ours})
+    return [one.only(options.peers) for one in runs]
+
+
+def _check_peers(options: argparse.Namespace, known) -> None:
+    if unknown := set(options.peers) - set(known):
+        raise InvalidArgumentError(f"--peers: has {', '.join(sorted(unknown))}, expected {', '.join(sorted(known))}")
 
 
 def _measure(options: argparse.Namespace):
@@ -84,9 +103,7 @@ def _measure(options: argparse.Namespace):
         torch.cuda.set_device(device.index)
     contestants = peers.contestants(device.kind)
     if options.peers is not None:
-        known = [c.about.key for c in contestants if not c.about.ours]
-        if unknown := set(options.peers) - set(known):
-            raise InvalidArgumentError(f"--peers: has {', '.join(sorted(unknown))}, expected {', '.join(known)}")
+        _check_peers(options, {c.about.key for c in contestants if not c.about.ours})
         contestants = [c for c in contestants if c.about.ours or c.about.key in options.peers]
     bench = Bench(device, contestants, _grid(options, device.kind), _effort(options, device.kind), options.command)
     found = None
@@ -122,9 +139,10 @@ def _grid(options: argparse.Namespace, kind: str) -> list[workloads.Workload]:
 def _effort(options: argparse.Namespace, kind: str):
     from tvm_flash.bench.timing import Effort
 
-    rounds = options.rounds or (2 if options.quick else 3)
-    usual = 0.4 if kind == "cpu" else 0.12
-    effort = Effort(rounds, options.seconds or (usual / 4 if options.quick else usual))
+    usual = _EFFORT[kind]
+    rounds = usual[0] if options.rounds is None else options.rounds
+    seconds = usual[1] if options.seconds is None else options.seconds
+    effort = Effort(min(2, rounds), seconds / 4) if options.quick else Effort(rounds, seconds)
     if effort.rounds < 1 or effort.seconds <= 0:
         raise InvalidArgumentError("--rounds, --seconds: expected more than 0")
     return effort
@@ -134,8 +152,7 @@ def _show(screen: Screen, one) -> None:
     """All tables and sentences of a run."""
     from tvm_flash.bench import tables
 
-    for name, value in one.machine.items():
-        screen.line(f"{name}: {value}")
+    screen.line("; ".join(f"{name}: {value}" for name, value in one.machine.items()))
     screen.line()
     mode, compact = one.modes[0], screen.width is not None and screen.width < _WIDTH
     for dtype in one.dtypes():
@@ -145,10 +162,11 @@ def _show(screen: Screen, one) -> None:
     for line in (line for m in one.modes for line in tables.summaries(one, m)):
         screen.line(line)
     for line in tables.failures(one):
-        screen.line(line, "warning")
+        screen.line(line, "warning", whole=True)
     screen.line()
-    for line in (*tables.legend(one), f"measured {one.created}; again: {one.command}"):
+    for line in tables.legend(one):
         screen.line(line, "quiet")
+    screen.line(f"measured {one.created}; again: {one.command}", "quiet", whole=True)
 
 
 def _numbers(text: str) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,19 @@ class Run:
 
     def peak(self, dtype: str) -> Peak | None:
         return next((p for p in self.peaks if p.dtype == dtype), None)
+
+    def only(self, peers: Collection[str]) -> Run:
+        """The run with no other peers than these."""
+        kept = tuple(i for i in self.implementations if i.ours or i.key in peers)
+        keys = {i.key for i in kept}
+
+        def of(cells: tuple[Cell, ...]) -> tuple[Cell, ...]:
+            return tuple(
+                dataclasses.replace(c, measurements=tuple(m for m in c.measurements if m.implementation in keys))
+                for c in cells
+            )
+
+        return dataclasses.replace(self, implementations=kept, cells=of(self.cells), calls=of(self.calls))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"

@@ -115,7 +115,7 @@ def _errors(run: Run, cell: Cell) -> list[Entry]:
 
 
 def calls(run: Run) -> Table | None:
-    """Microseconds of the smallest call; None if it wasn't measured."""
+    """Microseconds of a small call; None if it wasn't measured."""
     if not run.calls:
         return None
     rows = []
@@ -125,7 +125,7 @@ def calls(run: Run) -> Table | None:
         entries = [Entry("–") if t is None else Entry(f"{t * 1e6:.1f}", "best" if t == shortest else "") for t in times]
         rows.append((Entry(cell.workload.dtype), *entries))
     return Table(
-        "time of the smallest call (1, 1, 1, 64) from Python: µs",
+        f"time of a small call ({shape(run.calls[0].workload)}) from Python: µs",
         ("dtype", *(i.name for i in run.implementations)),
         tuple(rows),
         1,

@@ -28,13 +28,16 @@ GPU_MODES = {
     "burst": "the shortest of {rounds} × 3 calls after a pause of 20 ms",
 }
 CPU_MODES = {
-    "blocks": "{rounds} rounds in which the implementations take turns, several calls each, of which the first doesn't "
-    "count; the median",
+    "blocks": "up to {rounds} rounds in which the implementations take turns, for about {seconds:g} s each; a round's "
+    "first call doesn't count; the median",
     "turns": "single calls in turn, each right after another implementation's; the median",
 }
 
 #: Seconds of rest before the calls of a burst, and their number.
 PAUSE, BURST = 0.02, 3
+
+#: Most calls of a block, and most turns: small calls need no more for a median.
+LARGEST_BLOCK = 100
 
 
 @dataclass(frozen=True)
@@ -95,32 +98,45 @@ def on_gpu(calls: Mapping[str, Call], effort: Effort, order: random.Random | Non
     return {"steady": steady, "burst": burst}
 
 
-def on_cpu(calls: Mapping[str, Call], effort: Effort, wait: Callable[[], None] | None = None) -> Rounds:
-    """Time calls that were made once before; arguments as for :func:`on_gpu`.
+def on_cpu(calls: Mapping[str, Call], effort: Effort) -> Rounds:
+    """Time calls that were made once before; arguments as for :func:`on_gpu`."""
+    return {"blocks": in_blocks(calls, effort), "turns": in_turns(calls, effort)}
 
-    With ``wait`` the time of a call goes on until ``wait()`` returns, which makes this a method for devices whose calls
-    return early.
+
+def in_blocks(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]:
+    """Medians of blocks of calls, by name; the implementations take turns, and a block's first call doesn't count.
+
+    Calls so slow that the rounds would take several times as long as asked for get fewer, but no fewer than 3.
     """
-    timed = calls if wait is None else {name: _and_wait(call, wait) for name, call in calls.items()}
-    blocks, turns = ({name: [] for name in calls} for _ in range(2))
-    longest = max(min(cpu_times(call, 2)) for call in timed.values())
-    for _ in range(effort.rounds):
-        for name, call in timed.items():
-            first, *_ = cpu_times(call, 1)
-            count = max(2, min(100, int(effort.seconds / first)))
-            blocks[name].append(statistics.median(cpu_times(call, count)))
-    for _ in range(max(3, min(50, int(effort.rounds * effort.seconds / longest)))):
-        for name, call in timed.items():
-            turns[name] += cpu_times(call, 1)
-    return {"blocks": blocks, "turns": turns}
+    longest = _longest(calls)
+    count = max(1, min(LARGEST_BLOCK, int(effort.seconds / longest)))
+    affordable = int(effort.rounds * effort.seconds / (longest * (1 + count)))
+    rounds = {name: [] for name in calls}
+    for _ in range(min(effort.rounds, max(3, affordable))):
+        for name, call in calls.items():
+            call()
+            rounds[name].append(statistics.median(cpu_times(call, count)))
+    return rounds
 
 
-def _and_wait(call: Call, wait: Callable[[], None]) -> Call:
-    def both():
-        call()
-        wait()
+def in_turns(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]:
+    """Single calls, by name, each right after another implementation's; at least 5 of each."""
+    count = int(effort.rounds * effort.seconds / _longest(calls))
+    rounds = {name: [] for name in calls}
+    for _ in range(max(5, min(LARGEST_BLOCK, count))):
+        for name, call in calls.items():
+            rounds[name] += cpu_times(call, 1)
+    return rounds
 
-    return both
+
+def _longest(calls: Mapping[str, Call]) -> float:
+    """Seconds of the slowest call, roughly."""
+    return max(min(cpu_times(call, 2)) for call in calls.values())
+
+
+def measure(kind: str, calls: Mapping[str, Call], effort: Effort, order: random.Random | None = None) -> Rounds:
+    """Time calls on ``"cpu"`` or ``"cuda"``, by the modes of that kind of device."""
+    return on_cpu(calls, effort) if kind == "cpu" else on_gpu(calls, effort, order)
 
 
 def figure(mode: str, rounds: list[float]) -> float:

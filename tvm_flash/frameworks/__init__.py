@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 from tvm_flash.errors import ArgumentTypeError
-from tvm_flash.frameworks.base import Framework, TensorView, contiguous_strides
+from tvm_flash.frameworks.base import Framework, TensorView, Traced, contiguous_strides
 
-__all__ = ["Framework", "TensorView", "contiguous_strides", "framework_of"]
+__all__ = ["Framework", "TensorView", "Traced", "contiguous_strides", "framework_of"]
 
 _BY_TYPE: dict[type, Framework] = {}
 
@@ -31,9 +31,9 @@ def framework_of(tensor: Any, name: str) -> Framework:
 def _find(tensor: Any, name: str) -> Framework:
     loaded = sys.modules
     if (torch := loaded.get("torch")) and isinstance(tensor, torch.Tensor):
-        from tvm_flash.frameworks.torch import TORCH
+        from tvm_flash.frameworks.torch import TORCH, TRACED_TORCH, stands_for_others
 
-        return TORCH
+        return TRACED_TORCH if stands_for_others(type(tensor)) else TORCH
     if (numpy := loaded.get("numpy")) and isinstance(tensor, numpy.ndarray):
         from tvm_flash.frameworks.numpy import NUMPY
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from tvm_flash.errors import ArgumentTypeError
+
 
 @dataclass(frozen=True)
 class TensorView:
@@ -24,6 +26,14 @@ class TensorView:
     def device(self) -> str:
         """``"cpu"`` or ``"cuda:0"``."""
         return self.device_kind if self.device_kind == "cpu" else f"{self.device_kind}:{self.device_index}"
+
+
+class Traced(ArgumentTypeError):
+    """A tensor stands for others and has no memory: a program is being traced, or transformed."""
+
+    def __init__(self, framework: Framework, message: str):
+        super().__init__(message)
+        self.framework = framework
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -48,6 +58,9 @@ class Framework(ABC):
     adopts = False
     #: Whether arrays may be written: ``out=`` needs it.
     mutable = True
+    #: Whether no tensor of this kind has memory, so that a call with one always goes to :meth:`traced`; then ``adopts``
+    #: is set too.
+    traces = False
 
     def adopt(self, tensor: Any) -> Any:
         """A tensor in the form that the other methods take."""
@@ -80,7 +93,12 @@ class Framework(ABC):
         Raises
         ------
         TvmFlashError: it is of a kind that can't be read.
+        Traced: it has no memory yet; :meth:`traced` can do with it.
         """
+
+    def traced(self, options: Any, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
+        """The whole call as a step of a program that is being traced, for tensors of which one has no memory."""
+        raise NotImplementedError
 
     @abstractmethod
     def allocator(self, shape: tuple[int, ...], dtype: str, like: TensorView) -> Callable[[], Any]:

@@ -1,8 +1,8 @@
-"""JAX arrays outside of ``jax.jit``.
+"""JAX arrays; in ``jax.jit`` and the like, where there are none, :mod:`tvm_flash.jax_ops` takes over.
 
 On the CPU an array's memory is read as a NumPy array, and the result becomes a JAX array.  On a GPU the kernel writes
 to a new array of JAX's own; as JAX's streams can't be seen from here, the inputs are waited for before the call and the
-result after it.  ``jax.jit`` has no arrays to read: tracers get an error.
+result after it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from tvm_flash import cuda
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError
-from tvm_flash.frameworks.base import Framework, TensorView, contiguous_strides
+from tvm_flash.frameworks.base import Framework, TensorView, Traced, contiguous_strides
 from tvm_flash.frameworks.numpy import NUMPY, dtype_of
 
 jax = sys.modules["jax"]
@@ -26,10 +26,7 @@ class Jax(Framework):
 
     def adopt(self, tensor):
         if isinstance(tensor, jax.core.Tracer):
-            raise NotSupportedError(
-                "q: is a tracer of jax.jit, grad or vmap, which has no memory yet; call attention outside of the "
-                "transformation, or through jax.pure_callback"
-            )
+            raise Traced(JAX, "q: is a tracer of jax.jit, grad or vmap, which has no memory yet")
         if not isinstance(tensor, jax.Array):
             return tensor
         if len(tensor.devices()) != 1:
@@ -80,6 +77,11 @@ class Jax(Framework):
         if not isinstance(tensor, np.ndarray):
             raise NotSupportedError("q: has a size of 0, which JAX arrays on a GPU may not; call with NumPy arrays")
         tensor.fill(value)
+
+    def traced(self, options, q, k, v, per_head, out):
+        from tvm_flash import jax_ops
+
+        return jax_ops.attention(options, q, k, v, per_head, out)
 
     def finish(self, device_index):
         cuda.synchronize(device_index)

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 
 from tvm_flash.errors import ArgumentTypeError
-from tvm_flash.frameworks.base import Framework, TensorView, contiguous_strides
+from tvm_flash.frameworks.base import Framework, TensorView, Traced, contiguous_strides
 
 torch = sys.modules["torch"]
 
@@ -37,10 +37,7 @@ class Torch(Framework):
         if tensor.layout is not torch.strided:
             raise ArgumentTypeError(f"{name}: has the layout {tensor.layout}, expected a dense tensor; use .to_dense()")
         if _is_wrapper(tensor):
-            raise ArgumentTypeError(
-                f"{name}: is a {type(tensor).__qualname__} without memory of its own, expected a plain torch.Tensor; "
-                f"call outside of tracing, vmap and other transforms, or unwrap it first"
-            )
+            raise Traced(TORCH, f"{name}: is a {type(tensor).__qualname__} without memory of its own")
         device = tensor.device
         return TensorView(
             shape=tuple(tensor.shape),
@@ -69,6 +66,11 @@ class Torch(Framework):
     def differentiated(self, q, k, v):
         return _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
+    def traced(self, options, q, k, v, per_head, out):
+        from tvm_flash import torch_ops
+
+        return torch_ops.attention(options, q, k, v, per_head, out)
+
     def stream(self, device_index):
         return torch._C._cuda_getCurrentRawStream(device_index)
 
@@ -94,12 +96,24 @@ def _prototype(shape, dtype, device):
     return _elements[dtype, device].expand(shape)
 
 
+class TracedTorch(Torch):
+    """Tensors of subclasses that stand for others: fake, functional and distributed ones."""
+
+    traces = adopts = True
+
+
+def stands_for_others(cls: type) -> bool:
+    """Whether tensors of a type have no memory to read, but answer operators in their own way."""
+    return cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 def _is_wrapper(tensor) -> bool:
-    """Whether a tensor only stands for others: fake and distributed tensors, those of vmap and grad, those on meta."""
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or tensor.is_meta:
+    """Whether a tensor only stands for others: also those of vmap and grad, and those on meta."""
+    if stands_for_others(type(tensor)) or tensor.is_meta:
         return True
     functorch = getattr(torch._C, "_functorch", None)
     return functorch is not None and functorch.is_functorch_wrapped_tensor(tensor)
 
 
 TORCH = Torch()
+TRACED_TORCH = TracedTorch()

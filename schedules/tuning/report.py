@@ -1,0 +1,189 @@
+"""``scripts/tune.py report``: a log as pictures, and a table of what tuned choices gain.
+
+Three pictures: ``space.png``, every configuration's speed by the value of each of its fields; ``search.png``, how the
+best so far grew as the search went on; ``peers.png``, our default and tuned kernels and the peers by length.
+Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from schedules import records
+from schedules.records import Line, Measurement, PeerMeasurement
+from schedules.tuning import tables
+from schedules.tuning.strategy import geometric_mean
+from schedules.tuning.workload import Workload
+
+#: Okabe and Ito, "Color Universal Design", 2008: colour-blind people can tell them apart.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+_DPI = 130
+#: A search is over if nothing is measured for so many seconds; the pause doesn't count.
+_PAUSE = 120.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="tune.py report", description="Draw what was measured, and what it gained.")
+    parser.add_argument("logs", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, default=Path("report"), help="folder for pictures (default: ./report)")
+    parser.add_argument("--arch", default="", help="only what was measured for this arch")
+    options = parser.parse_args(arguments)
+    lines = [line for path in options.logs for line in records.read(path)]
+    measured = [r for r in tables.usable(lines) if options.arch in ("", r.arch)]
+    if not measured:
+        raise ValueError(f"{', '.join(map(str, options.logs))}: nothing was measured successfully")
+    peers = [r for r in lines if isinstance(r, PeerMeasurement)]
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, figure in (
+        ("space", space(measured)),
+        ("search", search(measured)),
+        ("peers", by_length(measured, peers)),
+    ):
+        path = options.output / f"{name}.png"
+        figure.savefig(path)
+        print(path)
+    print(summary(lines))
+    print(tables.gains(measured))
+    return 0
+
+
+def summary(lines: Iterable[Line]) -> str:
+    """How many configurations came to what."""
+    measured = [r for r in lines if isinstance(r, Measurement)]
+    by_status: dict[str, set[str]] = {}
+    for r in measured:
+        by_status.setdefault(r.status, set()).add(r.kernel_hash)
+    counts = ", ".join(f"{len(hashes)} {status}" for status, hashes in sorted(by_status.items()))
+    return f"{len({r.kernel_hash for r in measured})} kernels in {len(measured)} measurements: {counts}"
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as e:
+        raise ValueError(f'report: needs {e.name}; pip install "tvm-flash[bench]"') from e
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+
+def space(measured: Sequence[Measurement]):
+    """A panel for each field of the configurations: speed over the default's by the field's value, a dot a
+    measurement, coloured by head_dim; a line through the best of each value."""
+    measured = [r for r in measured if r.gain]
+    values = {
+        name: sorted({r.config[name] for r in measured if name in r.config}) for r in measured for name in r.config
+    }
+    names = [name for name in values if len(values[name]) > 1]
+    dims = sorted({r.head_dim for r in measured})
+    columns = max(1, min(4, len(names)))
+    rows = max(1, math.ceil(len(names) / columns))
+    figure = _figure(3.4 * columns, 2.8 * rows)
+    figure.suptitle(f"{_device(measured)}: speed over the default's, by the value of each field")
+    for number, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        for k, dim in enumerate(dims):
+            mine = [r for r in measured if r.head_dim == dim and name in r.config]
+            spread = (k - (len(dims) - 1) / 2) * 0.22
+            places = [values[name].index(r.config[name]) + spread for r in mine]
+            axes.plot(places, [r.gain for r in mine], ".", color=_COLOURS[k], alpha=0.35, markersize=4)
+            best = {v: max((r.gain for r in mine if r.config[name] == v), default=None) for v in values[name]}
+            seen = [v for v in values[name] if best[v]]
+            axes.plot(
+                [values[name].index(v) + spread for v in seen],
+                [best[v] for v in seen],
+                "_-",
+                color=_COLOURS[k],
+                label=f"head_dim {dim}",
+                linewidth=1,
+            )
+        axes.axhline(1.0, color="#1f2328", linewidth=0.6)
+        axes.set_xticks(range(len(values[name])), [str(v) for v in values[name]], fontsize=7)
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        if number == 0:
+            axes.legend(fontsize=7)
+    return figure
+
+
+def search(measured: Sequence[Measurement]):
+    """Dots: speed over the default's of each measurement as time went on; the line: the geometric mean over all kernels
+    and problems of the best so far."""
+    measured = sorted((r for r in measured if r.gain), key=lambda r: r.date)
+    minutes = _minutes(measured)
+    figure = _figure(9, 4.5)
+    axes = figure.add_subplot()
+    for k, template in enumerate(sorted({r.template for r in measured})):
+        chosen = [i for i, r in enumerate(measured) if r.template == template]
+        axes.plot(
+            [minutes[i] for i in chosen], [measured[i].gain for i in chosen], ".", color=_COLOURS[k], alpha=0.3,
+            label=f"{template.upper()}, one measurement",
+        )  # fmt: skip
+    best = {(r.template, r.problem): 1.0 for r in measured}
+    line = []
+    for r in measured:
+        best[r.template, r.problem] = max(best[r.template, r.problem], r.gain)
+        line.append(geometric_mean(best.values()))
+    axes.step(minutes, line, where="post", color="#1f2328", label=f"best so far, geometric mean: {line[-1]:.3f}")
+    axes.axhline(1.0, color="#1f2328", linewidth=0.6)
+    axes.set_xlabel("minutes of measuring")
+    axes.set_ylabel("speed over the default's")
+    axes.set_title(f"{_device(measured)}: {len({r.kernel_hash for r in measured})} kernels")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _minutes(measured: Sequence[Measurement]) -> list[float]:
+    """Time of each since the first, without the pauses between searches."""
+    now, passed, previous = [], 0.0, None
+    for r in measured:
+        date = datetime.datetime.fromisoformat(r.date)
+        if previous is not None and (step := (date - previous).total_seconds()) < _PAUSE:
+            passed += step
+        previous = date
+        now.append(passed / 60)
+    return now
+
+
+def by_length(measured: Sequence[Measurement], peers: Sequence[PeerMeasurement]):
+    """A panel for each dtype, head_dim and mask: TFLOP/s by length of our defaults, our best, and the peers."""
+    cells = tables.by_cell(measured)
+    speeds: dict[tuple, dict[str, dict[int, float]]] = {}
+    for (_, template, problem), cell in cells.items():
+        w = Workload.parse(problem)
+        lines = speeds.setdefault((w.dtype, w.head_dim, w.mask), {})
+        lines.setdefault(f"{template.upper()} tuned", {})[w.seqlen_kv] = tables.best_of(cell).tflops
+        for r in cell:
+            if r.default:
+                lines.setdefault(f"{template.upper()} default", {})[w.seqlen_kv] = r.tflops
+    for r in peers:
+        w = Workload.parse(r.problem)
+        if (w.dtype, w.head_dim, w.mask) in speeds:
+            speeds[w.dtype, w.head_dim, w.mask].setdefault(r.peer, {})[w.seqlen_kv] = r.tflops
+    names = sorted({name for lines in speeds.values() for name in lines}, key=lambda n: (not n.startswith("V"), n))
+    columns = min(4, len(speeds))
+    rows = math.ceil(len(speeds) / columns)
+    figure = _figure(3.4 * columns, 2.8 * rows)
+    figure.suptitle(f"{_device(measured)}: TFLOP/s by length")
+    for number, ((dtype, head_dim, mask), lines) in enumerate(sorted(speeds.items())):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        for k, name in enumerate(names):
+            if name in lines:
+                points = sorted(lines[name].items())
+                style = "--" if name.endswith("default") else "-"
+                colour = _COLOURS[k // 2 if name.startswith("V") else 2 + k % 5]
+                axes.plot(*zip(*points, strict=True), style, marker=".", color=colour, label=name, linewidth=1.2)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{dtype}, head_dim {head_dim}, {mask}", fontsize=8)
+        axes.tick_params(labelsize=7)
+        if number == 0:
+            axes.legend(fontsize=6)
+    return figure
+
+
+def _device(measured: Sequence[Measurement]) -> str:
+    return ", ".join(dict.fromkeys(f"{r.device} ({r.arch})" for r in measured))

@@ -1,0 +1,289 @@
+"""The drop-ins agree with the functions whose names they have, and say where they leave the work to torch."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import re
+import warnings
+
+import pytest
+
+from tests.test_torch_program import DEVICES
+from tvm_flash import InvalidArgumentError, NotSupportedError, flash_attention_v2
+
+torch = pytest.importorskip("torch")
+
+from torch.nn.functional import scaled_dot_product_attention as torch_sdpa  # noqa: E402
+
+from tvm_flash import nn  # noqa: E402
+from tvm_flash.nn import FallbackWarning, sdpa  # noqa: E402
+from tvm_flash.nn import scaled_dot_product_attention as ours  # noqa: E402
+
+pytestmark = [pytest.mark.usefixtures("cpu_pack"), pytest.mark.filterwarnings("error::tvm_flash.nn.FallbackWarning")]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    sdpa._warned.clear()
+    torch.manual_seed(0)
+
+
+def tensors(lengths=(33, 70), head_dims=(64, 64), heads=(4, 4), batch=(2,), device="cpu"):
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    (seqlen_q, seqlen_kv), (head_dim, head_dim_v) = lengths, head_dims
+    shapes = ((heads[0], seqlen_q, head_dim), (heads[1], seqlen_kv, head_dim), (heads[1], seqlen_kv, head_dim_v))
+    return [torch.randn(*batch, *s).to(device, dtype) for s in shapes]
+
+
+def agree(q, k, v, **options):
+    """Ours is as near to float64 as torch's in the same dtype: twice its error, plus one rounding."""
+    out, same = ours(q, k, v, **options), torch_sdpa(q, k, v, **options)
+    given = {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in options.items()}
+    want = torch_sdpa(q.double(), k.double(), v.double(), **given)
+    assert out.shape == want.shape and out.dtype == q.dtype
+    rounding = torch.finfo(q.dtype).eps * want.abs().max().item()
+    assert (out - want).abs().max().item() <= 2 * (same - want).abs().max().item() + rounding
+
+
+def test_signatures():
+    documented = "(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False)"
+    parameters = inspect.signature(ours).parameters.values()
+    assert documented == "(" + ", ".join(str(p.replace(annotation=p.empty)) for p in parameters) + ")"
+    names = "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
+    assert list(inspect.signature(nn.flash_attn_func).parameters) == names.split()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lengths", ((33, 33), (20, 50), (50, 20), (1, 40), (40, 1)))
+@pytest.mark.parametrize("is_causal", (False, True))
+def test_causal_is_aligned_top_left(lengths, is_causal, device):
+    agree(*tensors(lengths, device=device), is_causal=is_causal)
+    agree(*tensors(lengths, device=device), is_causal=is_causal, scale=0.3)
+
+
+@pytest.mark.parametrize("head_dims", ((60, 60), (40, 24), (3, 9), (64, 50)))
+def test_any_head_dim(head_dims):
+    agree(*tensors(head_dims=head_dims), is_causal=True)
+
+
+@pytest.mark.parametrize("batch", ((), (1,), (3,)))
+def test_batches(batch):
+    q, k, v = tensors(batch=batch)
+    agree(q, k, v)
+    agree(q.transpose(-1, -2).contiguous().transpose(-1, -2), k, v)  # a last dimension that isn't contiguous
+
+
+def test_batches_that_broadcast():
+    (q, _, _), (_, k, v) = tensors(batch=(3,)), tensors(batch=(1,))
+    agree(q, k, v)
+    agree(q[:1], *tensors(batch=(3,))[1:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_grouped_heads(device):
+    agree(*tensors(heads=(6, 2), device=device), enable_gqa=True, is_causal=True)
+
+
+def masks(device="cpu"):
+    """Over 70 keys, for a batch of 2: padding at the right, at the left, on both sides, with gaps, of both alike."""
+    keys = torch.arange(70)
+    right, left = keys < torch.tensor([[70], [31]]), keys >= torch.tensor([[5], [69]])
+    named = {"right": right, "left": left, "both": left & (keys < 70), "gaps": torch.rand(2, 70) > 0.4}
+    named |= {"same": right[1:], "all": torch.ones(2, 70, dtype=torch.bool), "one": keys[None] == 12}
+    return {name: mask[:, None, None].to(device) for name, mask in named.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", masks())
+def test_padding_masks(name, device):
+    mask = masks(device)[name]
+    q, k, v = tensors(device=device)
+    agree(q, k, v, attn_mask=mask)
+    agree(q, k, v, attn_mask=mask.expand(-1, 4, 33, -1))
+    agree(q[:, :, :1], k, v, attn_mask=mask)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")(q, k, v, attn_mask=mask)
+    assert (compiled - ours(q, k, v, attn_mask=mask)).abs().max() <= 4 * torch.finfo(q.dtype).eps
+
+
+@pytest.mark.parametrize("hidden", (-math.inf, torch.finfo(torch.float32).min))
+def test_padding_masks_of_numbers(hidden):
+    for mask in masks().values():
+        agree(*tensors(), attn_mask=torch.where(mask, 0.0, hidden))
+
+
+def test_three_dimensions_with_a_mask():
+    mask = torch.rand(1, 1, 70) > 0.3
+    agree(*tensors(batch=()), attn_mask=mask)
+    agree(*tensors(batch=()), attn_mask=mask[0])
+
+
+def test_rows_that_see_nothing_are_zero():
+    q, k, v = tensors()
+    mask = masks()["right"].clone()
+    mask[1] = False
+    assert not ours(q, k, v, attn_mask=mask)[1].any()
+
+
+def only_torch():
+    """Calls that these kernels don't compute, and the reason that the warning gives."""
+    q, k, v = tensors()
+    square = torch.rand(33, 70) > 0.2
+    square[:, 0] = True
+    return [
+        ((q, k, v), {"dropout_p": 0.5}, "dropout_p isn't 0"),
+        ((q.clone().requires_grad_(), k, v), {}, "no backward pass yet"),
+        ((q.double(), k.double(), v.double()), {}, "no kernels for torch.float64"),
+        ((q, k, v), {"attn_mask": square}, "differs between queries"),
+        ((q, k, v), {"attn_mask": torch.rand(2, 4, 1, 70) > 0.2}, "differs between heads"),
+        ((q, k, v), {"attn_mask": torch.rand(2, 1, 1, 70)}, "adds a bias"),
+        ((q, k, v), {"attn_mask": torch.full((2, 1, 1, 70), torch.finfo(torch.float32).min)}, "adds a bias"),
+        ((q, k, v), {"attn_mask": square, "is_causal": True}, "attn_mask and is_causal are both given"),
+        ((q[None], k[None], v[None]), {}, "5, 5 and 5 dimensions"),
+        ((q, k, v), {"scale": -0.1}, "scale is -0.1"),
+        (tensors(head_dims=(512, 512)), {}, "head dimensions up to"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(only_torch())))
+def test_what_torch_computes(number):
+    arguments, options, reason = only_torch()[number]
+    with pytest.warns(FallbackWarning, match=reason), torch.random.fork_rng():
+        out = ours(*arguments, **options)
+    with torch.random.fork_rng():
+        want = torch_sdpa(*arguments, **options)
+    assert out.requires_grad == want.requires_grad
+    assert "dropout_p" in options or torch.equal(out, want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(*arguments, **options)  # said once
+
+
+def test_what_torch_refuses_stays_refused():
+    q, k, v = tensors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for arguments, options in (
+            ((q, k[..., :32], v), {}),
+            (tensors(heads=(6, 2)), {}),
+            ((q, k.half(), v), {}),
+        ):
+            with pytest.raises(RuntimeError) as refused:
+                torch_sdpa(*arguments, **options)
+            with pytest.raises(RuntimeError, match=re.escape(str(refused.value))):
+                ours(*arguments, **options)
+
+
+def test_training_goes_through_torch():
+    q, k, v = (x.requires_grad_() for x in tensors())
+    with pytest.warns(FallbackWarning, match="no backward pass yet"):
+        ours(q, k, v, is_causal=True).sum().backward()
+    assert all(x.grad is not None for x in (q, k, v))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_casts_as_torch_does(device):
+    q, k, v = (x.float() for x in tensors(device=device))
+    with torch.autocast(device, torch.bfloat16):
+        out, want = ours(q, k.bfloat16(), v), torch_sdpa(q, k.bfloat16(), v)
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")(q, k.bfloat16(), v)
+    assert out.dtype == want.dtype == compiled.dtype == torch.bfloat16
+    assert torch.equal(out, compiled) and (out - want).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_compiled(dynamic):
+    program = torch.compile(ours, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for lengths in ((33, 33), (40, 40)):
+        q, k, v = tensors(lengths)
+        assert torch.equal(program(q, k, v, is_causal=True), ours(q, k, v, is_causal=True))
+
+
+def test_compiled_where_torch_computes():
+    q, k, v = tensors()
+    mask = torch.rand(33, 70) > 0.2
+    with pytest.warns(FallbackWarning, match="differs between queries"):
+        out = torch.compile(ours, fullgraph=True, backend="aot_eager")(q, k, v, mask)
+    assert torch.equal(out, torch_sdpa(q, k, v, mask))
+
+
+# ---------------------------------------------------------------- flash_attn
+
+
+def bshd(**options):
+    return [x.transpose(1, 2) for x in tensors(**options)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_flash_attn_func(device):
+    q, k, v = bshd(heads=(4, 2), device=device)
+    options = {"softmax_scale": 0.2, "causal": True, "window_size": (20, 0), "softcap": 4.0}
+    slopes = torch.rand(4, device=device)
+    out, lse, pattern = nn.flash_attn_func(q, k, v, 0.0, **options, alibi_slopes=slopes, return_attn_probs=True)
+    want = flash_attention_v2(q, k, v, **options, alibi_slopes=slopes, return_lse=True, variant="auto")
+    assert torch.equal(out, want[0]) and torch.equal(lse, want[1]) and pattern is None
+    assert torch.equal(nn.flash_attn_func(q, k, v, 0.0, None, True), flash_attention_v2(q, k, v, causal=True))
+
+
+def test_flash_attn_func_is_compiled():
+    q, k, v = bshd()
+    program = torch.compile(nn.flash_attn_func, fullgraph=True, backend="aot_eager")
+    assert torch.equal(program(q, k, v, causal=True), nn.flash_attn_func(q, k, v, causal=True))
+
+
+def test_packed_functions():
+    q, k, v = bshd(lengths=(50, 50))
+    want = nn.flash_attn_func(q, k, v, causal=True)
+    assert torch.equal(nn.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), causal=True), want)
+    assert torch.equal(nn.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=True), want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "lengths", ([(5, 9), (5, 9), (30, 30), (1, 70), (12, 3)], [(8, 8)] * 4, [(0, 4), (7, 0), (3, 3)])
+)
+def test_varlen(lengths, device):
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    starts = [
+        torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device)
+        for n in zip(*lengths, strict=True)
+    ]
+    total_q, total_k = (int(s[-1]) for s in starts)
+    q = torch.randn(total_q, 4, 64, device=device, dtype=dtype)
+    k, v = (torch.randn(total_k, 2, 64, device=device, dtype=dtype) for _ in range(2))
+    slopes = torch.rand(len(lengths), 4, device=device)
+    options = {"causal": True, "window_size": (25, 0)}
+    most = [max(n) for n in zip(*lengths, strict=True)]
+    out, lse, _ = nn.flash_attn_varlen_func(
+        q, k, v, *starts, *most, alibi_slopes=slopes, return_attn_probs=True, **options
+    )
+    assert out.shape == q.shape and lse.shape == (4, total_q)
+    at_q = at_k = 0
+    for (length_q, length_k), slope in zip(lengths, slopes, strict=True):
+        rows, columns = slice(at_q, at_q + length_q), slice(at_k, at_k + length_k)
+        one = q[rows][None], k[columns][None], v[columns][None]
+        want, want_lse, _ = nn.flash_attn_func(*one, alibi_slopes=slope, return_attn_probs=True, **options)
+        assert torch.equal(out[rows], want[0]) and torch.equal(lse[:, rows], want_lse[0])
+        at_q, at_k = at_q + length_q, at_k + length_k
+
+
+def test_what_flash_attn_functions_refuse():
+    q, k, v = bshd()
+    with pytest.raises(NotSupportedError, match=r"^dropout_p: is 0.1.*model.eval\(\)"):
+        nn.flash_attn_func(q, k, v, 0.1)
+    with pytest.raises(NotSupportedError, match="no backward pass yet"):
+        nn.flash_attn_func(q.clone().requires_grad_(), k, v)
+    packed = [x[0] for x in (q, k, v)]
+    good = torch.tensor([0, 33]), torch.tensor([0, 70])
+    for starts, says in (
+        ((torch.tensor([0, 30]), good[1]), r"^cu_seqlens_q: is \[0, 30\], expected numbers that grow from 0 to 33"),
+        ((torch.tensor([0, 20, 10, 33]), good[1]), "^cu_seqlens_q"),
+        ((good[0], torch.tensor([1, 70])), "^cu_seqlens_k"),
+        ((good[0], torch.tensor([0, 30, 70])), "^cu_seqlens_k: is of 2 sequences, but cu_seqlens_q of 1"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=says):
+            nn.flash_attn_varlen_func(*packed, *starts, 33, 70)
+    with pytest.raises(NotSupportedError, match=r"^block_table"):
+        nn.flash_attn_varlen_func(*packed, *good, 33, 70, block_table=torch.zeros(1, 1))

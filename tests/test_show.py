@@ -1,0 +1,92 @@
+"""A kernel at each stage of its making, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("tvm")
+
+from schedules import show
+from schedules.plan import Request
+from schedules.suite import KernelSpec
+from schedules.template import Target
+from schedules.toolchain.nvcc import find_toolkit
+from schedules.toolchain.process import ToolchainError
+
+SPEC = KernelSpec("v2", "attention", "causal", "identity", "float16", 64, 64)
+SM_80, CPU = Request((Target("sm_80"),)), Request((Target("cpu", "baseline"),))
+
+
+def test_definition_and_schedule_are_before_and_after():
+    before = show.listing(SPEC, SM_80, "definition").text
+    after = show.listing(SPEC, SM_80, "tir").text
+    assert 'T.sblock("qk")' in before and "T.thread_id" not in before
+    assert "T.thread_id" in after and 'T.sblock("qk")' not in after
+
+
+def test_cuda_is_the_kernel_alone():
+    text = show.listing(SPEC, SM_80, "cuda").text
+    assert text.startswith('extern "C" __global__') and "mma_sync" in text and "TVMFFI" not in text
+
+
+@pytest.mark.parametrize(("stage", "has"), [("ptx", "mma.sync.aligned.m16n8k16"), ("sass", "HMMA.16816.F32")])
+def test_code(stage, has):
+    try:
+        find_toolkit()
+        if stage == "sass":
+            show.find_disassembler()
+    except ToolchainError as missing:
+        pytest.skip(str(missing))
+    assert has in show.listing(SPEC, SM_80, stage).text
+
+
+def test_code_of_a_processor():
+    spec = KernelSpec("v1", "attention", "full", "identity", "float32", 64, 64)
+    assert "define" in show.listing(spec, CPU, "llvm").text
+    assert ".text" in show.listing(spec, CPU, "asm").text
+
+
+def test_without_a_disassembler(monkeypatch, tmp_path):
+    monkeypatch.setattr(show, "find_toolkit", lambda: type("Kit", (), {"nvcc": tmp_path / "nvcc"}))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ToolchainError, match="pip install nvidia-cuda-nvdisasm"):
+        show.find_disassembler()
+
+
+def test_two_templates_in_a_pipe(capsys):
+    status = show.main(["V1", "V2", "--arch", "sm_80", "--head-dim", "64", "--stage", "tir"])
+    out = capsys.readouterr().out
+    first, second = out.index("# v1_float16_d64_full_identity for sm_80"), out.index("# v2_float16_d64_full_identity")
+    assert status == 0 and 0 == first < second and "block_m=" in out and "\x1b" not in out
+
+
+def test_two_templates_on_a_wide_terminal(monkeypatch):
+    import io
+
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "160")
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    listings = [show.Listing(name, "x = 1\n", "python") for name in ("left", "right")]
+    show.show(listings, show.Screen(stream))
+    lines = stream.getvalue().splitlines()
+    assert "left" in lines[0] and "right" in lines[0] and len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["V3"], "expected V1 or V2"),
+        (["V2", "--arch", "sm_75", "--head-dim", "64"], "sm_75 has no v2 kernels"),
+        (["V1", "--arch", "cpu", "--stage", "sass"], "cpu has definition, tir, llvm, asm"),
+        (["--arch", "sm_99"], "unknown"),
+        (["--arch", "sm_80", "--mask", "wrong"], "wrong"),
+        (["--arch", "sm_80", "--dtype", "float64"], "float64"),
+        (["--arch", "sm_80", "--bucket", "7"], "--bucket 7"),
+        (["--head-dim", "12x"], "head_dim"),
+    ],
+)
+def test_wrong_requests_are_one_line(arguments, says, capsys):
+    status = show.main(arguments)
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == "" and says in captured.err and captured.err.count("\n") == 1

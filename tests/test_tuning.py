@@ -1,0 +1,137 @@
+"""The tuner on a family whose times are rigged: it finds the best, loses nothing, and survives what kernels do."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from schedules import families, records
+from schedules.build import build
+from schedules.plan import Request
+from schedules.suite import HeadDim, Selection
+from schedules.template import Target
+from schedules.tuning import emit
+from schedules.tuning.best import Tuning
+from schedules.tuning.candidate import Batch
+from schedules.tuning.emit import Proposal, tasks_for
+from schedules.tuning.folder import Folder
+from schedules.tuning.workload import Workload
+from tests import rigged_family
+from tests.rigged_family import BEST, CRASHES, HANGS, WRONG
+
+torch = pytest.importorskip("torch")
+
+PROGRAM = [sys.executable, str(Path(rigged_family.__file__))]
+PROBLEM = "b=1 h=1 s=16 d=8 full float32"
+QUICK = ("--effort", "rounds=3 block=0.004 warm_up=0.01", "--jobs", "1")
+TARGET = Target("cpu", "toy")
+
+
+@pytest.fixture
+def rigged(monkeypatch):
+    monkeypatch.setitem(sys.modules, "schedules.families.rigged", rigged_family.module())
+    monkeypatch.setitem(families.FAMILY, "cpu", "rigged")
+
+
+def key(record) -> tuple[int, int]:
+    return record.config["block_m"], record.config["num_stages"]
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_search_survives_everything_and_decides_what_is_built(tmp_path, rigged):
+    log = tmp_path / "logs" / "this.jsonl"
+    command = [*PROGRAM, "--arch", "cpu", "--problem", PROBLEM, "--strategy", "exhaustive", "--budget", "50", *QUICK]
+    command += ["--log", str(log), "--work", str(tmp_path / "work")]
+
+    # 1. A search that is killed in its first batch, after some records (here: before the configuration that hangs).
+    search = subprocess.Popen([*command, "--step-limit", "60"], stdout=subprocess.DEVNULL)
+    wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= 2)
+    os.kill(search.pid, signal.SIGKILL)
+    search.wait()
+    before = log.read_text()
+    assert 2 <= before.count("\n") < 11
+
+    # 2. It goes on where it was, and gives up on the configuration that hangs.
+    resumed = subprocess.run([*command, "--step-limit", "3", "--resume"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert log.read_text().startswith(before)
+    found = list(records.read(log))
+    counts = collections.Counter(map(key, found))
+    assert len(counts) == 11 and set(counts.values()) == {1}, "each configuration once, but the one that is refused"
+    status = {key(r): r.status for r in found}
+    assert {k: s for k, s in status.items() if s != "ok"} == {HANGS: "hung", CRASHES: "crashed", WRONG: "wrong"}
+
+    # 3. The best is the one that was rigged to be, and the default is told apart.
+    ok = [r for r in found if r.status == "ok"]
+    best = min(ok, key=lambda r: r.microseconds)
+    assert best.config == BEST and max(ok, key=lambda r: r.gain) == best and best.gain > 1.5
+    assert [key(r) for r in found if r.default] == [(16, 1)]
+    assert "block_m=48 num_stages=2" in resumed.stdout
+
+    # 4. The builder takes it, says from where, and takes the default if told to, or if the kernel has changed.
+    selection = Selection(("v1",), ("float32",), (HeadDim(64, 64),), ("full",), ("identity",))
+
+    def built(name, folder, mode="auto"):
+        tuning = Tuning(mode, folder)
+        request = Request((TARGET,), selection, output=tmp_path / name, jobs=1, tuning=tuning)
+        (report,) = build(request)
+        (entry,) = report.manifest.kernels
+        return entry, report.results[0].note
+
+    tuned, note = built("tuned", log.parent)
+    assert (tuned.config, tuned.config_source, note) == (BEST, best.name, "")
+    assert [s.microseconds for s in tuned.speeds] == [best.microseconds]
+    default, _ = built("default", log.parent, mode="default")
+    assert (default.config, default.config_source) == ({"block_m": 16, "num_stages": 1}, "default")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    changed = [line | {"kernel_hash": "0" * 64} if line["config"] == BEST else line for line in lines]
+    (tmp_path / "changed").mkdir()
+    (tmp_path / "changed" / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    stale, note = built("stale", tmp_path / "changed")
+    assert stale.config == default.config and "has changed since it was measured" in note
+
+
+def test_two_processes_measure_a_folder_without_doing_anything_twice(tmp_path, rigged, monkeypatch):
+    monkeypatch.setattr(emit, "BATCH", 2)
+    folder = Folder(tmp_path / "folder").make()
+    tasks = tasks_for([Workload.parse(PROBLEM)], ["v1"], TARGET)
+    (spec,) = tasks
+    configs = [rigged_family.Config(m, s) for m in (16, 32, 48) for s in (1, 2)]
+    emit.begin(folder, TARGET, tasks)
+    made, not_made = emit.emit(folder, TARGET, tasks, [Proposal(spec, c, "test") for c in configs], "000", jobs=1)
+    assert len(made) == 6 and not not_made
+    assert len(folder.batches()) == 3
+    command = [*PROGRAM, "--measure", str(folder.path), *QUICK]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    found = list(folder.records())
+    assert len(found) == len({r.kernel_hash for r in found}) == 6
+    assert len(folder.logs()) == 2, "each of them measured something"
+    assert not list((folder.path / "claims").iterdir())
+    assert all(folder.is_done(batch.name) for batch in folder.batches())
+
+
+def test_a_configuration_that_a_family_fails_on_is_no_candidate(tmp_path, rigged, monkeypatch):
+    monkeypatch.setattr(sys.modules["schedules.families.rigged"], "program", lambda *_: 1 / 0)
+    folder = Folder(tmp_path / "folder").make()
+    tasks = tasks_for([Workload.parse(PROBLEM)], ["v1"], TARGET)
+    emit.begin(folder, TARGET, tasks)
+    proposals = [Proposal(spec, rigged_family.Config(48, 2), "test") for spec in tasks]
+    made, not_made = emit.emit(folder, TARGET, tasks, proposals, "000", jobs=1)
+    assert not made and "ZeroDivisionError" in not_made[0].reason
+    assert folder.batches() in ([], [Batch("000-000-0", (), (PROBLEM,), {"v1": {}})])

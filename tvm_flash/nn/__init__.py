@@ -1,0 +1,25 @@
+"""Functions with the signatures that models already call: change the import, and nothing else.
+
+* :func:`scaled_dot_product_attention` as in ``torch.nn.functional``;
+* :func:`flash_attn_func`, :func:`flash_attn_qkvpacked_func`, :func:`flash_attn_kvpacked_func` and
+  :func:`flash_attn_varlen_func` as in the package ``flash_attn``.
+
+Importing this imports torch.
+"""
+
+from tvm_flash.nn.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
+from tvm_flash.nn.sdpa import FallbackWarning, scaled_dot_product_attention
+
+__all__ = [
+    "FallbackWarning",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "scaled_dot_product_attention",
+]

@@ -1,0 +1,32 @@
+"""Attention for callers that are sure of their layout: the drop-ins and the integrations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm_flash import call
+from tvm_flash.prepare import site
+from tvm_flash.problem import LAYOUTS
+
+_SITES = {layout: site(layout, layout_known=True) for layout in LAYOUTS}
+
+
+def attend(
+    layout: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    return_lse: bool = False,
+    out: Any = None,
+) -> Any:
+    """:func:`tvm_flash.flash_attention` in a layout, by whichever template is better, without a look at the layout."""
+    # fmt: off
+    return call.attend(_SITES[layout], 5, q, k, v, alibi_slopes, out,
+                       "auto", return_lse, softmax_scale, causal, window_size, softcap)
+    # fmt: on

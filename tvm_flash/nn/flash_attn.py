@@ -1,0 +1,150 @@
+"""The functions of the package ``flash_attn`` (FlashAttention 2), with its argument names, order and defaults."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from tvm_flash.errors import InvalidArgumentError, NotSupportedError
+from tvm_flash.nn.attend import attend
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+):
+    """Attention over ``(batch, seqlen, heads, head_dim)``; k and v may have fewer heads.
+
+    Causal and window masks are aligned bottom-right, as in FlashAttention 2.1 and later.  ``deterministic`` changes
+    nothing: results are the same bits on every run.
+
+    Returns
+    -------
+    ``(batch, seqlen_q, heads, head_dim)``; with ``return_attn_probs`` also the log-sum-exp
+    ``(batch, heads, seqlen_q)`` and None, where flash_attn gives the pattern of its dropout.
+
+    Raises
+    ------
+    NotSupportedError: ``dropout_p`` isn't 0, or a gradient is required; and what
+        :func:`tvm_flash.flash_attention_v2` raises.
+    """
+    _refuse_dropout(dropout_p)
+    out, lse = attend(
+        "bshd",
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=tuple(window_size),
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=True,
+    )
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_qkvpacked_func(qkv: torch.Tensor, *args, **kwargs):
+    """:func:`flash_attn_func` of ``(batch, seqlen, 3, heads, head_dim)``; nothing is copied."""
+    return flash_attn_func(*qkv.unbind(2), *args, **kwargs)
+
+
+def flash_attn_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *args, **kwargs):
+    """:func:`flash_attn_func` of q and ``(batch, seqlen_kv, 2, kv_heads, head_dim)``; nothing is copied."""
+    return flash_attn_func(q, *kv.unbind(2), *args, **kwargs)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+):
+    """Attention over sequences that lie one after another: q ``(total_q, heads, head_dim)``.
+
+    ``cu_seqlens_q`` and ``cu_seqlens_k`` (``(batch + 1,)``) say where each sequence starts and the last one ends.  They
+    are read on the host, so that a GPU is waited for; then each run of neighbours of one length is one call on views.
+
+    Returns
+    -------
+    ``(total_q, heads, head_dim_v)``; with ``return_attn_probs`` also the log-sum-exp ``(heads, total_q)`` and None.
+
+    Raises
+    ------
+    NotSupportedError: ``dropout_p`` isn't 0, a ``block_table`` is given, or a gradient is required.
+    InvalidArgumentError: the sequences don't fit the tensors.
+    """
+    _refuse_dropout(dropout_p)
+    if block_table is not None:
+        raise NotSupportedError("block_table: paged keys aren't supported; gather them, or call without it")
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    _check_starts("cu_seqlens_q", starts_q, q.shape[0])
+    _check_starts("cu_seqlens_k", starts_k, k.shape[0])
+    if len(starts_q) != len(starts_k):
+        raise InvalidArgumentError(
+            f"cu_seqlens_k: is of {len(starts_k) - 1} sequences, but cu_seqlens_q of {len(starts_q) - 1}"
+        )
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    lengths = list(zip(*(_differences(x) for x in (starts_q, starts_k)), strict=True))
+    first = 0
+    for (length_q, length_k), run in itertools.groupby(lengths):
+        count = len(list(run))
+        views = [
+            x[starts[first] : starts[first + count]].view(count, length, *x.shape[1:])
+            for x, starts, length in ((q, starts_q, length_q), (k, starts_k, length_k), (v, starts_k, length_k))
+        ]
+        rows = slice(starts_q[first], starts_q[first + count])
+        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[first : first + count]
+        _, run_lse = attend(
+            "bshd",
+            *views,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=tuple(window_size),
+            softcap=softcap,
+            alibi_slopes=slopes,
+            return_lse=True,
+            out=out[rows].view(count, length_q, *out.shape[1:]),
+        )
+        lse[:, rows] = run_lse.transpose(0, 1).flatten(1)
+        first += count
+    return (out, lse, None) if return_attn_probs else out
+
+
+def _refuse_dropout(dropout_p: float) -> None:
+    if dropout_p:
+        raise NotSupportedError(
+            f"dropout_p: is {dropout_p}, and these kernels have no dropout; give 0.0, as for inference (model.eval())"
+        )
+
+
+def _check_starts(name: str, starts: list[int], total: int) -> None:
+    if len(starts) < 1 or starts[0] != 0 or starts[-1] != total or any(n < 0 for n in _differences(starts)):
+        raise InvalidArgumentError(f"{name}: is {starts}, expected numbers that grow from 0 to {total}")
+
+
+def _differences(starts: list[int]) -> list[int]:
+    return [b - a for a, b in itertools.pairwise(starts)]

@@ -1,0 +1,76 @@
+"""Padding masks: the same keys are hidden from all queries and heads of a batch entry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class KeyMask:
+    """Which keys each batch entry sees.
+
+    ``visible`` is boolean ``(batch, seqlen_kv)``.  With ``ordered`` the visible keys of each entry are known to lie
+    side by side; else the kernel gets them sorted to the front: attention without positions doesn't ask where a key
+    stands.
+    """
+
+    visible: torch.Tensor
+    ordered: bool
+
+    def key_range(self) -> torch.Tensor:
+        """int32 ``(batch, 2)``: where the visible keys of :meth:`arrange` start and end."""
+        count = self.visible.sum(-1)
+        start = self.visible.int().argmax(-1) if self.ordered else torch.zeros_like(count)
+        return torch.stack((start, start + count), -1).int()
+
+    def arrange(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values ``(batch, kv_heads, seqlen_kv, dim)`` in the order that :meth:`key_range` is for."""
+        if self.ordered:
+            return x
+        order = torch.sort(self.visible.to(torch.uint8), dim=-1, descending=True, stable=True).indices
+        return x.gather(2, order[:, None, :, None].expand(x.shape))
+
+
+def key_mask_of(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> KeyMask | str:
+    """A mask of torch's as one over keys, or why it isn't one.
+
+    Nothing is read from a GPU, which would wait for it: there, and in a compiled program, no order of the keys is taken
+    for granted, and a mask of numbers, which may hold more than visible and hidden, isn't looked at.
+    """
+    if attn_mask.ndim < 2 or attn_mask.ndim > 4:
+        return f"attn_mask has {attn_mask.ndim} dimensions"
+    mask = attn_mask if query.ndim == 4 or attn_mask.ndim < 3 else attn_mask[None]
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)) if mask.ndim < 4 else mask
+    for axis, what in ((1, "heads"), (2, "queries")):
+        if mask.shape[axis] != 1 and mask.stride(axis) != 0:
+            return f"attn_mask differs between {what}, and these kernels take masks over keys"
+    mask = mask[:, 0, 0]
+    readable = mask.device.type == "cpu" and not torch.compiler.is_compiling() and type(mask) is torch.Tensor
+    if mask.dtype != torch.bool:
+        if not readable:
+            return "attn_mask holds numbers; give a boolean one"
+        visible = _visible(mask)
+        if visible is None:
+            return "attn_mask adds a bias to the scores"
+        mask = visible
+    batch = query.shape[0] if query.ndim == 4 else 1
+    mask = mask.expand(max(batch, key.shape[0] if key.ndim == 4 else 1), key.shape[-2])
+    return KeyMask(mask, ordered=readable and side_by_side(mask))
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor | None:
+    """A mask of numbers as a boolean one: 0 is visible, −inf or the dtype's lowest number is hidden, else None."""
+    visible, gone = mask == 0, mask == -torch.inf
+    hidden = gone | (mask == torch.finfo(mask.dtype).min)
+    if not bool((visible | hidden).all()):
+        return None
+    # Where nothing is visible, −inf gives zeros, and the lowest number gives weights that are all the same.
+    return visible if bool((visible.any(-1) | gone.all(-1)).all()) else None
+
+
+def side_by_side(visible: torch.Tensor) -> bool:
+    """Whether the visible keys of each row of ``(batch, seqlen_kv)`` lie in one piece; reads the mask."""
+    edges = (visible[:, 1:] & ~visible[:, :-1]).sum(-1) + visible[:, 0] if visible.shape[1] else visible.sum(-1)
+    return bool((edges <= 1).all())

@@ -1,0 +1,200 @@
+"""``torch.nn.functional.scaled_dot_product_attention``, computed by this package's kernels where they can.
+
+Where they can't (dropout, gradients, a mask of the user's own over queries and keys, a device or dtype without kernels)
+torch's own function computes it, and a :class:`FallbackWarning` says why, once for each reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+
+import torch
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+
+from tvm_flash.choice import choose
+from tvm_flash.device import Device
+from tvm_flash.errors import TvmFlashError
+from tvm_flash.nn.attend import attend
+from tvm_flash.nn.masks import KeyMask, key_mask_of
+from tvm_flash.padded import padded_attention
+from tvm_flash.problem import HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem
+from tvm_flash.registry import on_refresh, registry
+
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class FallbackWarning(UserWarning):
+    """A call went to torch's own attention; the text says why.  ``warnings.simplefilter`` makes it an error."""
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention with torch's signature and meaning.
+
+    Parameters
+    ----------
+    query: ``(batch, heads, seqlen_q, head_dim)``, or without the batch or with it alone (three dimensions).
+    key, value: ``(batch, heads, seqlen_kv, head_dim)``; with ``enable_gqa`` fewer heads.
+    attn_mask: boolean, true where a key is seen, or added to the scores.  Computed here if it is the same for all
+        queries and heads (``(batch, 1, 1, seqlen_kv)``, or expanded from that), as padding masks are.
+    dropout_p: 0 is computed here.
+    is_causal: aligned **top-left**, as torch does: query i sees the keys 0 … i, whatever the lengths.
+    scale: of the scores; ``1/sqrt(head_dim)`` if not given.
+    enable_gqa: let several query heads read one key head.
+
+    Returns
+    -------
+    ``(batch, heads, seqlen_q, head_dim_v)``; zeros in a row that sees no key.
+
+    Raises
+    ------
+    Whatever torch's own function raises for the same arguments.
+
+    Notes
+    -----
+    Under autocast the tensors are cast, as torch does.  A head_dim that is no multiple of 8 is padded with zeros, which
+    copies the tensors.
+    """
+    asked = (query, key, value, attn_mask, dropout_p, is_causal)
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if reason is None:
+        mask = None if attn_mask is None else key_mask_of(attn_mask, query, key)
+        reason = mask if isinstance(mask, str) else None
+    if reason is None:
+        kind = "full" if not is_causal else "window" if query.shape[-2] > key.shape[-2] else "causal"
+        kind = kind if mask is None else "padded"
+        reason = no_kernel(kind, query, value)
+    if reason is not None:
+        warn_of_fallback(reason)
+        return torch_sdpa(*asked, scale=scale, **({"enable_gqa": True} if enable_gqa else {}))
+    return _compute(query, key, value, mask, is_causal, scale)
+
+
+def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> str | None:
+    """Why torch must compute a call, as far as that doesn't depend on the mask and on the kernels."""
+    if dropout_p:
+        return "dropout_p isn't 0, and these kernels have no dropout"
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return "a gradient is required, and there is no backward pass yet"
+    if query.is_nested or key.is_nested or value.is_nested:
+        return "the tensors are nested"
+    if not (query.ndim == key.ndim == value.ndim and query.ndim in (3, 4)):
+        return f"the tensors have {query.ndim}, {key.ndim} and {value.ndim} dimensions, expected 4, or 3, of each"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"the dtypes differ: {query.dtype}, {key.dtype}, {value.dtype}"
+    if not query.device == key.device == value.device:
+        return f"the devices differ: {query.device}, {key.device}, {value.device}"
+    if scale is not None and not scale > 0:
+        return f"scale is {scale}, and these kernels take positive ones"
+    if is_causal and attn_mask is not None:
+        return "attn_mask and is_causal are both given"
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2] or key.shape[-3] != value.shape[-3]:
+        return "the shapes don't fit"
+    heads, kv_heads = query.shape[-3], key.shape[-3]
+    if heads != kv_heads and not (enable_gqa and kv_heads and heads % kv_heads == 0):
+        return f"query has {heads} heads and key {kv_heads}"
+    return None
+
+
+def no_kernel(mask: str, query: torch.Tensor, value: torch.Tensor, score: str = "identity") -> str | None:
+    """Why no kernel computes a kind of call, or None if one does."""
+    device, sizes = query.device, (query.shape[-1], value.shape[-1])
+    limits = _limits(mask, score, device.type, device.index or 0, query.dtype)
+    if isinstance(limits, str):
+        return limits
+    if not any(sizes[0] <= head_dim and sizes[1] <= head_dim_v for head_dim, head_dim_v in limits):
+        return f"there are kernels for head dimensions up to {limits} only"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _limits(mask: str, score: str, kind: str, index: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...] | str:
+    """``(head_dim, head_dim_v)`` of the largest kernels, or why there are none; a compiled program asks once."""
+    return _look_up(mask, score, kind, index, dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _look_up(mask: str, score: str, kind: str, index: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...] | str:
+    if kind not in ("cpu", "cuda") or dtype not in _DTYPES:
+        return f"there are no kernels for {dtype} on {kind}"
+    sizes = (1, 1, 1, 1, 1, HEAD_DIM_MULTIPLE, HEAD_DIM_MULTIPLE)
+    problem = Problem(*sizes, dtype=_DTYPES[dtype], layout="bhsd", masks=MASK_FALLBACKS[mask], score=score)
+    device = Device(kind, index)
+    try:
+        choose(problem, device, "auto")
+    except TvmFlashError as e:
+        return str(e)
+    kernels = [
+        k.entry for arch in device.archs() for k in registry().candidates(arch, problem.definition, problem.dtype)
+    ]
+    fitting = [e for e in kernels if e.mask in problem.masks and e.score == problem.score]
+    return tuple(sorted({(e.head_dim, e.head_dim_v) for e in fitting}))
+
+
+on_refresh(_look_up.cache_clear)
+
+
+@torch.compiler.assume_constant_result
+def warn_of_fallback(reason: str) -> None:
+    """Say once that torch computes something, and why; in a compiled program, while it is compiled."""
+    if reason not in _warned:
+        text = f"tvm_flash leaves this to torch's own attention: {reason}"
+        warnings.warn(text, FallbackWarning, stacklevel=3)
+        _warned.add(reason)
+
+
+_warned: set[str] = set()
+
+
+def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: float | None) -> torch.Tensor:
+    whole = query.ndim == 4
+    if not whole:  # (heads, seqlen, head_dim)
+        query, key, value = query[None], key[None], value[None]
+    batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])
+    query, key, value = (_readable(x.expand(*batch, -1, -1, -1)) for x in (query, key, value))
+    head_dim, head_dim_v = asked_dims = query.shape[-1], value.shape[-1]
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    query, key, value = _widen(query), _widen(key), _widen(value)
+    seqlen_q, seqlen_kv = query.shape[2], key.shape[2]
+    if mask is not None:
+        key, value = mask.arrange(key), mask.arrange(value)
+        out = padded_attention(query, key, value, mask.key_range(), softmax_scale=scale)
+    elif not is_causal:
+        out = attend("bhsd", query, key, value, softmax_scale=scale)
+    elif seqlen_q > seqlen_kv:  # the last queries see all keys: a window of what lies beyond the bottom-right diagonal
+        window = (-1, seqlen_q - seqlen_kv)
+        out = attend("bhsd", query, key, value, window_size=window, softmax_scale=scale)
+    else:  # keys after the last query are never seen
+        key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
+        out = attend("bhsd", query, key, value, causal=True, softmax_scale=scale)
+    out = out if asked_dims[1] == out.shape[-1] else out[..., :head_dim_v]
+    return out if whole else out[0]
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """The same with a contiguous last dimension."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _padded(size: int) -> int:
+    return max(1, -(-size // HEAD_DIM_MULTIPLE)) * HEAD_DIM_MULTIPLE
+
+
+def _widen(x: torch.Tensor) -> torch.Tensor:
+    """The same with zeros up to a head_dim that kernels take."""
+    size = x.shape[-1]
+    return x if size % HEAD_DIM_MULTIPLE == 0 and size else pad(x, (0, _padded(size) - size))
