@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from tests.conftest import ROOT
 from tvm_flash import demo
 from tvm_flash.bench import accuracy, measure, plots, ratios, recorded, results, tables, timing, workloads
 from tvm_flash.bench.results import Cell, Implementation, Measurement, Peak, Run
@@ -122,7 +123,7 @@ def measured(cpu_pack, tmp_path_factory):
     file = tmp_path_factory.mktemp("bench") / "cpu.json"
     shapes = ["--shape", "1,2,64,64", "--shape", "1,2,1,32,100", "--dtype", "float32,bfloat16", "--json", str(file)]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pytest.MonkeyPatch.context()).setitem(measure.PEAK_SIZES, "cpu", (256,))
+        stack.enter_context(pytest.MonkeyPatch.context()).setitem(measure.PEAK_SIZES, "cpu", (128,))
         out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         err = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         status = main(["bench", *SMALL, *shapes])
@@ -134,6 +135,7 @@ def test_a_run_measures_every_cell(measured):
     import torch
 
     run = results.read(measured[0])
+    assert run.command.endswith("--dtype float32,bfloat16") and "--json" not in run.command
     assert [i.key for i in run.implementations] == ["v1", "v2", "torch"] and run.modes == ("blocks", "turns")
     assert len(run.cells) == 8 and len(run.calls) == 2 and {p.dtype for p in run.peaks} == {"float32", "bfloat16"}
     for cell in run.cells:
@@ -164,7 +166,7 @@ def test_the_tables_can_be_made_from_the_file(measured, capsys):
 
 
 def test_a_kernel_that_is_missing_is_a_failure_with_its_reason(cpu_pack, capsys, monkeypatch):
-    monkeypatch.setitem(measure.PEAK_SIZES, "cpu", (256,))
+    monkeypatch.setitem(measure.PEAK_SIZES, "cpu", (128,))
     status, out, _ = bench(capsys, *SMALL, "--shape", "1,1,8,320", "--dtype", "float32", "--causal", "no")
     assert status == 1 and "V1 has no figure in 1 cells: KernelNotFoundError" in out and "--head-dim 320" in out
 
@@ -265,7 +267,9 @@ def reference_file(tmp_path, **changes):
 
 def test_recorded_figures_are_scaled_by_the_bridge(tmp_path):
     file, w = reference_file(tmp_path)
-    run = recorded.read(file).beside(grid_run(modes=("steady", "burst")))
+    other = dataclasses.replace(grid_run(), implementations=())
+    run, same = recorded.read(file).beside_all([grid_run(modes=("steady", "burst")), other])
+    assert same == other
     cells = {cell.workload: cell.of("fa4") for cell in run.cells}
     assert cells.pop(w).seconds == {"steady": pytest.approx(2e-3 * 200 / 300)} and not any(cells.values())
     assert ratios.summary(run, "v2", "fa4", "float16", "steady").mean == pytest.approx(2 * 200 / 300)
@@ -276,7 +280,7 @@ def test_recorded_figures_are_scaled_by_the_bridge(tmp_path):
 def test_a_wrong_reference_is_refused(changes, tmp_path):
     file, _ = reference_file(tmp_path, **changes)
     with pytest.raises(InvalidArgumentError, match="--reference"):
-        recorded.read(file).beside(grid_run())
+        recorded.read(file).beside_all([grid_run()])
 
 
 def test_runs_of_one_machine_are_joined():
@@ -285,6 +289,14 @@ def test_runs_of_one_machine_are_joined():
     joined = results.join([dataclasses.replace(run, cells=run.cells[1:]), other])
     assert len(joined) == 1 and len(joined[0].cells) == 36 and joined[0].command.endswith("\nanother")
     assert len(results.join([run, dataclasses.replace(run, machine={"device": "B", "arch": "cpu"})])) == 2
+
+
+def test_results_can_be_joined_in_a_file(tmp_path, capsys):
+    run = grid_run()
+    for name, cells in (("a", run.cells[:20]), ("b", run.cells[20:])):
+        results.write(dataclasses.replace(run, cells=cells), tmp_path / f"{name}.json")
+    status, _, _ = bench(capsys, "--from", tmp_path / "a.json", tmp_path / "b.json", "--json", tmp_path / "both.json")
+    assert status == 0 and results.read(tmp_path / "both.json") == run
 
 
 def test_peers_can_be_left_out(tmp_path, capsys):
@@ -321,6 +333,17 @@ def test_a_picture_of_nothing_is_refused(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(InvalidArgumentError, match="--plot"):
         plots.write([dataclasses.replace(grid_run(), cells=())], tmp_path / "x.png")
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path, capsys):
+    page = ROOT / "docs" / "benchmarks.md"
+    (line,) = (line for line in page.read_text().splitlines() if line.startswith("python -m tvm_flash bench --from"))
+    arguments = [ROOT / word if word.endswith(".json") else word for word in line.split()[4:]]
+    status, _, _ = bench(capsys, *arguments[:-1], tmp_path / "page.md")
+    made = (tmp_path / "page.md").read_text().splitlines()
+    committed = page.read_text().splitlines()
+    where = committed.index(line)  # this line has other paths
+    assert status == 0 and made[:where] + made[where + 1 :] == committed[:where] + committed[where + 1 :]
 
 
 def test_a_page_has_every_cell(tmp_path, capsys):

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -22,9 +21,7 @@ FAILED, REFUSED = 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(
-        arguments, argparse.Namespace(command=f"python -m tvm_flash {shlex.join(arguments)}")
-    )
+    options = _parser().parse_args(arguments, argparse.Namespace(words=arguments))
     try:
         return interruptible(lambda: options.run(options))
     except TvmFlashError as e:

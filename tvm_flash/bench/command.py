@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="rounds of each cell (default: 3; CPU: 9)")
     parser.add_argument("--seconds", type=float, help="of one implementation in a round (default: 0.12)")
     parser.add_argument("--reference", type=Path, metavar="FILE", help="add a peer's recorded figures, bridged")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results; kept up to date after each cell")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results, after each cell; with --from: joined"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture, and FILE_dark.png")
     parser.add_argument("--page", type=Path, metavar="FILE.md", help="write a page with all tables")
     parser.add_argument("--from", dest="files", type=Path, nargs="+", metavar="FILE", help="show results, run nothing")
@@ -47,15 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; 0, or 1 if none of our kernels ran."""
-    from tvm_flash.bench import recorded
+    from tvm_flash.bench import recorded, results
 
     screen = Screen()
     reference = recorded.read(options.reference) if options.reference else None
     runs = _read(options) if options.files else [_measure(options)]
     if reference:
-        runs = [reference.beside(r) for r in runs]
+        runs = reference.beside_all(runs)
     for one in runs:
         _show(screen, one)
+    if options.json and options.files:
+        if len(runs) != 1:
+            raise InvalidArgumentError(f"--json: takes one run, and --from has {len(runs)}, of several machines")
+        results.write(runs[0], options.json)
     if options.plot:
         from tvm_flash.bench import plots
 
@@ -64,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     if options.page:
         from tvm_flash.bench import page
 
-        options.page.write_text(page.markdown(runs, options.command), encoding="utf-8")
+        options.page.write_text(page.markdown(runs, command_line(options.words)), encoding="utf-8")
         screen.line(f"page: {options.page}", whole=True)
     ours = {i.key for one in runs for i in one.implementations if i.ours}
     return 0 if any(cell.of(key) for one in runs for cell in one.cells for key in ours) else 1
@@ -105,7 +112,9 @@ def _measure(options: argparse.Namespace):
     if options.peers is not None:
         _check_peers(options, {c.about.key for c in contestants if not c.about.ours})
         contestants = [c for c in contestants if c.about.ours or c.about.key in options.peers]
-    bench = Bench(device, contestants, _grid(options, device.kind), _effort(options, device.kind), options.command)
+    bench = Bench(
+        device, contestants, _grid(options, device.kind), _effort(options, device.kind), _again(options.words)
+    )
     found = None
     with progress(bench.steps()) as bar:
         try:
@@ -118,6 +127,22 @@ def _measure(options: argparse.Namespace):
                 raise
             print("stopped; this is what was measured until then", file=sys.stderr)
     return found
+
+
+def command_line(words: Sequence[str]) -> str:
+    return f"python -m tvm_flash {shlex.join(words)}"
+
+
+def _again(words: Sequence[str]) -> str:
+    """The line that measures the same again: without the files that were written."""
+    kept, words = [], iter(words)
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        if name not in ("--json", "--plot", "--page"):
+            kept.append(word)
+        elif not has_value:
+            next(words)
+    return command_line(kept)
 
 
 def _grid(options: argparse.Namespace, kind: str) -> list[workloads.Workload]:

@@ -90,12 +90,14 @@ def _lines(run: Run, figure, theme: Theme) -> None:
             for number, implementation in enumerate(_shown(run)):
                 _line(axis, panel, implementation, number, mode, one, theme)
             if peak:
-                axis.axhline(peak.flops[mode] / one, color=theme.text, lw=1, ls=(0, (1, 2)), label="matmul peak")
+                axis.axhline(
+                    peak.flops[mode] / one, color=theme.text, lw=1, ls=(0, (1, 2)), label=f"torch.matmul, {peak.size}³"
+                )
             axis.set_title(f"head_dim {dim}, {'causal' if causal else 'full'}", color=theme.text, fontsize=12)
             _length_axis(axis, sorted({c.workload.seqlen_q for c in cells}))
             _plain(axis, theme)
         row[0].set_ylabel(name, color=theme.text, fontsize=12)
-    figure.supxlabel("positions", color=theme.text, fontsize=12)
+    axes[-1][len(dims) // 2].set_xlabel("positions", color=theme.text, fontsize=12)
     axes[0][0].set_ylim(bottom=0)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.suptitle(_title(run, f"Forward attention, {dtype},"), color=theme.text, fontsize=13)
@@ -167,6 +169,7 @@ def _bars(run: Run, figure, theme: Theme) -> None:
         axis.margins(x=0.18)
         _plain(axis, theme, "x")
     panels[0].invert_yaxis()
+    panels[0].set_ylabel("batch, heads, positions, head_dim", color=theme.text, fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.suptitle(_title(run, f"Times as fast as PyTorch ({ours.name}, {mode})"), color=theme.text, fontsize=13)
     figure.legend(

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,18 +51,20 @@ class Reference:
     bridge: str
     figures: dict[Workload, Figure]
 
-    def beside(self, run: Run) -> Run:
-        """The run with the peer as one more implementation.
+    def beside_all(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs, those that have the bridge with the peer as one more implementation.
 
         Raises
         ------
-        InvalidArgumentError: the bridge isn't one of the run's implementations.
+        InvalidArgumentError: none has the bridge.
         """
-        names = [i.key for i in run.implementations]
-        if self.bridge not in names:
-            raise InvalidArgumentError(
-                f"--reference: is bridged by {self.bridge!r}, which this run doesn't have ({', '.join(names)})"
-            )
+        fit = [self.bridge in [i.key for i in run.implementations] for run in runs]
+        if not any(fit):
+            raise InvalidArgumentError(f"--reference: is bridged by {self.bridge!r}, which no run here has")
+        return [self.beside(run) if fits else run for run, fits in zip(runs, fit, strict=True)]
+
+    def beside(self, run: Run) -> Run:
+        """A run that has the bridge, with the peer as one more implementation."""
         return dataclasses.replace(
             run,
             implementations=(*run.implementations, self.implementation),

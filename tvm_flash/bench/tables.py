@@ -84,7 +84,7 @@ def _speeds_of(run: Run, cell: Cell, mode: str, one: float) -> list[Entry]:
 def share_of_peak(run: Run, cell: Cell, implementation: str, mode: str) -> str:
     """Speed over that of the largest matrix product of the dtype, as ``"87%"``."""
     peak, measured = run.peak(cell.workload.dtype), cell.of(implementation)
-    if peak is None or measured is None:
+    if peak is None or measured is None or mode not in peak.flops or mode not in measured.seconds:
         return "–"
     return f"{cell.workload.flops / measured.seconds[mode] / peak.flops[mode]:.0%}"
 
