@@ -186,16 +186,17 @@ def test_wrong_options_are_one_line(arguments, says, capsys):
     assert status == 2 and out == "" and says in err and err.startswith("tvm_flash: ") and err.count("\n") == 1
 
 
-def test_without_torch(cpu_pack, python):
-    program = """
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_without_torch(command, cpu_pack, python):
+    program = f"""
 import sys
 sys.modules["torch"] = None
 from tvm_flash.cli import main
 from tvm_flash.display import Entry
 sys.stderr = sys.stdout
-print(main(["bench", "--device", "cpu", "--quick"]))
+print(main([{command!r}, "--device", "cpu"]))
 """
-    says = 'tvm_flash: bench: needs torch, which isn\'t installed; pip install "tvm-flash[bench]"'
+    says = f'tvm_flash: {command}: needs torch; pip install "tvm-flash[bench]"'
     assert python(program) == f"{says}\n2\n"
 
 
