@@ -110,7 +110,7 @@ def build(request: Request, progress: Callable[[Job, list[Result]], None] = lamb
             nvcc.code_for(target.arch, request.run_on)
     with ExitStack() as locks:
         # 2. What is missing, of all packs together, so that all workers are busy.
-        works = {t: locks.enter_context(pack.locked(request.output, t.arch)) for t in request.targets}
+        works = {t: locks.enter_context(pack.locked(request.output, t.folder)) for t in request.targets}
         plans = [plan(request, target) for target in request.targets]
         done: dict[tuple[Target, KernelSpec], tuple[Result, ...]] = {}
         # 3. Compile; what is finished is remembered even if the build is killed.
@@ -123,8 +123,8 @@ def build(request: Request, progress: Callable[[Job, list[Result]], None] = lamb
 
 
 def _write_pack(request: Request, plan_: Plan, results: Mapping[KernelSpec, tuple[Result, ...]]) -> PackReport:
-    target, folder = plan_.target, request.output / plan_.target.arch
-    work = request.output / pack.WORK_FOLDER / target.arch
+    target, folder = plan_.target, request.output / plan_.target.folder
+    work = request.output / pack.WORK_FOLDER / target.folder
     isa = family_of(target).ISAS[target.isa] if target.isa else None
     versions = versions_for(target) | ({"also_runs_on": request.run_on} if request.run_on else {})
     old = pack.read_manifest(folder)

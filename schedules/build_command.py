@@ -62,7 +62,11 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
     )
     several = {"type": values, "action": "extend", "default": []}
     parser.add_argument("--arch", **several, help="native (default), cpu, sm_80, sm_90a, …; a comma list, or repeated")
-    parser.add_argument("--isa", default="", help="of the CPU pack: avx512, avx2, baseline; else this machine's best")
+    parser.add_argument(
+        "--isa",
+        default="",
+        help="of CPU packs: some of avx512_bf16,avx512,avx2,baseline, or all (default: this machine's best)",
+    )
     parser.add_argument("--head-dim", **several, help="64, 128, …; 192:128 if values have a size of their own")
     parser.add_argument("--dtype", **several, help="float32, float16, bfloat16")
     parser.add_argument("--template", **several, help="v1, v2")
@@ -125,7 +129,7 @@ def _print_list(console: Console, request: Request, planned: Plan) -> None:
 def _print_plan(console: Console, request: Request, planned: Plan) -> None:
     console.print(
         f"{planned.target}: {len(planned.specs)} kernels selected, {len(planned.cached)} up to date, "
-        f"{len(planned.jobs)} to compile, into {request.output / planned.target.arch}",
+        f"{len(planned.jobs)} to compile, into {request.output / planned.target.folder}",
         soft_wrap=True,
     )
     for job in planned.jobs:

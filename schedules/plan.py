@@ -76,7 +76,9 @@ class Plan:
 
 
 def parse_targets(names: Iterable[str], isa: str = "") -> tuple[Target, ...]:
-    """Targets of arch names; ``native`` is this machine's processor and its GPUs, ``isa`` is for the processor.
+    """Targets of arch names; ``native`` is this machine's processor and its GPUs.
+
+    ``isa`` is for the processor: instruction sets, separated by commas, or ``all``; this machine's best if empty.
 
     Raises
     ------
@@ -85,7 +87,7 @@ def parse_targets(names: Iterable[str], isa: str = "") -> tuple[Target, ...]:
     targets = []
     for name in names:
         if name in ("native", "cpu"):
-            targets.append(Target("cpu", _isa(isa)))
+            targets += [Target("cpu", name) for name in _isas(isa)]
         if name == "native":
             archs = (machine.arch_of(capability, FAMILY) for capability in machine.gpu_capabilities())
             targets += [Target(arch) for arch in archs if arch]
@@ -96,11 +98,15 @@ def parse_targets(names: Iterable[str], isa: str = "") -> tuple[Target, ...]:
     return tuple(dict.fromkeys(targets))
 
 
-def _isa(isa: str) -> str:
-    isas = family_of(Target("cpu")).ISAS
-    if isa and isa not in isas:
-        raise ValueError(f"--isa {isa}: unknown; expected one of {', '.join(isas)}")
-    return isa or machine.best_isa(isas)
+def _isas(text: str) -> list[str]:
+    known = family_of(Target("cpu")).ISAS
+    if text == "all":
+        return list(known)
+    names = text.split(",") if text else [machine.best_isa(known)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--isa {name}: unknown; expected all or some of {', '.join(known)}")
+    return names
 
 
 def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
@@ -184,7 +190,7 @@ def _read_record(work: Path, spec: KernelSpec, key: str) -> tuple[Result, ...] |
 
 def plan(request: Request, target: Target) -> Plan:
     """What has to be compiled for a target; writes nothing."""
-    work = request.output / pack.WORK_FOLDER / target.arch
+    work = request.output / pack.WORK_FOLDER / target.folder
     specs = select(request, target)
     cached, jobs = {}, []
     for spec in specs:

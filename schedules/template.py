@@ -30,6 +30,11 @@ class Target:
     arch: str
     isa: str = ""
 
+    @property
+    def folder(self) -> str:
+        """Name of its pack's folder: a machine takes the best of the CPU packs that it can run."""
+        return f"{self.arch}-{self.isa}" if self.isa else self.arch
+
     def __str__(self) -> str:
         return f"{self.arch} ({self.isa})" if self.isa else self.arch
 

@@ -64,7 +64,7 @@ def assert_whole(folder: pathlib.Path) -> None:
 
 def test_builds_a_pack_that_loads(request_):
     (report,) = build(request_)
-    folder = request_.output / "cpu"
+    folder = request_.output / CPU.folder
     assert_whole(folder)
     manifest = report.manifest
     assert manifest == pack.read_manifest(folder)
@@ -96,10 +96,10 @@ def test_sources_that_change_nothing_compile_nothing(request_):
     build(request_)
     for record in request_.output.rglob("*.record.json"):
         record.unlink()
-    before = contents(request_.output / "cpu")
+    before = contents(request_.output / CPU.folder)
     (report,) = build(request_)
     assert len(report.results) == 6 and not report.linked
-    assert contents(request_.output / "cpu") == before
+    assert contents(request_.output / CPU.folder) == before
 
 
 def test_changed_config_rebuilds_one_group(request_):
@@ -114,7 +114,7 @@ def test_changed_config_rebuilds_one_group(request_):
     assert (new[symbol].config, new[symbol].config_source) == ({"block_m": 48}, "record 7")
     assert new[symbol].source_hash != old[symbol].source_hash
     assert all(new[s] == old[s] for s in old if "_d128_" in s)
-    assert_whole(request_.output / "cpu")
+    assert_whole(request_.output / CPU.folder)
 
 
 def test_subset_keeps_other_kernels(request_):
@@ -122,11 +122,11 @@ def test_subset_keeps_other_kernels(request_):
     subset = Selection(("v1",), ("float32",), (D64,), ("window",), ("softcap",))
     (second,) = build(dataclasses.replace(request_, selection=subset))
     assert [e.symbol for e in added(first, second)] == ["v1_float32_d64_window_softcap"]
-    assert_whole(request_.output / "cpu")
+    assert_whole(request_.output / CPU.folder)
 
 
 def test_files_of_the_replaced_manifest_outlive_it_once(request_):
-    folder = request_.output / "cpu"
+    folder = request_.output / CPU.folder
     (first,) = build(request_)
     change = {e.symbol: ChosenConfig({"block_m": 48}, "record") for e in first.manifest.kernels}
     build(dataclasses.replace(request_, configs=change))
@@ -138,11 +138,11 @@ def test_files_of_the_replaced_manifest_outlive_it_once(request_):
 
 def test_damaged_module_is_rebuilt(request_):
     (first,) = build(request_)
-    path = request_.output / "cpu" / first.manifest.modules[0].file
+    path = request_.output / CPU.folder / first.manifest.modules[0].file
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     (second,) = build(request_)
     assert [m.file for m in second.linked] == [path.name]
-    assert_whole(request_.output / "cpu")
+    assert_whole(request_.output / CPU.folder)
 
 
 def test_refused_kernels_are_reported_and_no_failure(request_):
@@ -157,13 +157,13 @@ def test_refused_kernels_are_reported_and_no_failure(request_):
 
 def test_nothing_built_is_a_failure_and_leaves_the_pack(request_):
     build(request_)
-    before = contents(request_.output / "cpu")
+    before = contents(request_.output / CPU.folder)
     selection = Selection(("v1",), ("float32",), (HeadDim(256, 256),), ("full",))
     (report,) = build(dataclasses.replace(request_, selection=selection))
     assert report.manifest is not None  # what was there
-    assert contents(request_.output / "cpu") == before
+    assert contents(request_.output / CPU.folder) == before
     (report,) = build(dataclasses.replace(request_, selection=selection, output=request_.output / "new"))
-    assert report.failed and not (request_.output / "new" / "cpu" / MANIFEST_NAME).exists()
+    assert report.failed and not (request_.output / "new" / CPU.folder / MANIFEST_NAME).exists()
 
 
 def test_failed_kernel_leaves_its_old_version(request_):
@@ -175,7 +175,7 @@ def test_failed_kernel_leaves_its_old_version(request_):
     (failure,) = (r for r in second.results if isinstance(r, Failed))
     assert failure.symbol == symbol and "no_such_field" in failure.reason
     assert second.manifest.kernels == first.manifest.kernels
-    assert_whole(request_.output / "cpu")
+    assert_whole(request_.output / CPU.folder)
 
 
 # ---------------------------------------------------------------- killed at any moment
@@ -208,7 +208,7 @@ def _build_and_die(request: Request, operation: int) -> bool:
 def test_kill_leaves_the_old_pack_or_the_new_one(request_, first_build):
     selection = dataclasses.replace(TWO_GROUPS, head_dims=(D64,), masks=("full",))
     request_ = dataclasses.replace(request_, selection=selection)
-    folder = request_.output / "cpu"
+    folder = request_.output / CPU.folder
     config = {"v1_float32_d64_full_identity": ChosenConfig({"block_m": 48}, "record")}
     changed = dataclasses.replace(request_, configs=config)
     # The child finds every object compiled, so that it doesn't run TVM: only linking and publishing are left.
@@ -217,11 +217,11 @@ def test_kill_leaves_the_old_pack_or_the_new_one(request_, first_build):
         path.unlink()
     old = None if first_build else build(request_)[0]
     build(dataclasses.replace(changed, output=request_.output / "elsewhere"))
-    records = request_.output / "elsewhere" / pack.WORK_FOLDER / "cpu"
+    records = request_.output / "elsewhere" / pack.WORK_FOLDER / CPU.folder
     seen = set()
     for operation in range(1, 100):
         for path in records.glob("v1_*"):
-            (request_.output / pack.WORK_FOLDER / "cpu" / path.name).write_bytes(path.read_bytes())
+            (request_.output / pack.WORK_FOLDER / CPU.folder / path.name).write_bytes(path.read_bytes())
         finished = _build_and_die(changed, operation)
         manifest = pack.read_manifest(folder)
         if manifest is None:
@@ -265,7 +265,7 @@ def test_end_of_a_parallel_build_ends_its_workers(tmp_path, how):
     while any(_is_running(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not (tmp_path / "cpu").exists()
+    assert not (tmp_path / CPU.folder).exists()
     # What was finished is not compiled again.
     finished = len(list(tmp_path.rglob("*.record.json")))
     request = Request((CPU,), Selection(("v1",)), output=tmp_path, jobs=1)
@@ -287,7 +287,7 @@ def _is_running(pid: int) -> bool:
 
 
 def test_two_builders_of_one_pack_exclude_each_other(request_):
-    with pack.locked(request_.output, "cpu"), pytest.raises(pack.PackBusyError, match="another process"):
+    with pack.locked(request_.output, CPU.folder), pytest.raises(pack.PackBusyError, match="another process"):
         build(request_)
     build(request_)
 
@@ -331,7 +331,7 @@ def test_definition_is_added_to_the_pack(request_, definitions, name, mask, scor
     (entry,) = added(first, second)
     assert (entry.definition, entry.mask, entry.score) == (name, mask, score)
     assert entry.symbol == f"{name}_v1_float32_d64_{mask}_{score}"
-    assert_whole(request_.output / "cpu")
+    assert_whole(request_.output / CPU.folder)
     # Another text of the definition is another kernel.
     definitions.write_text(DEFINITIONS.replace("s * s,", "s * s + s,", 1).replace("Attention()(", "squared("))
     (third,) = build(mine)
@@ -359,7 +359,7 @@ def test_definition_errors_name_what_is_wrong(request_, definitions):
     definitions.write_text("import no_such_module")
     with pytest.raises(DefinitionError, match="can't be loaded: ModuleNotFoundError"):
         DefinitionFile(definitions, "squared").load()
-    assert not (request_.output / "cpu").exists()
+    assert not (request_.output / CPU.folder).exists()
 
 
 # ---------------------------------------------------------------- the command
@@ -417,6 +417,7 @@ def test_wrong_requests_name_the_option(tmp_path, capsys, arguments, message):
 def test_native_is_this_processor_and_its_gpus(monkeypatch):
     monkeypatch.setattr("schedules.toolchain.machine.gpu_capabilities", lambda: [(9, 0), (9, 0), (3, 5)])
     assert parse_targets(["native", "cpu"]) == (CPU, Target("sm_90a"))
+    assert parse_targets(["cpu"], "all") == parse_targets(["cpu"], "toy") == (CPU,)
 
 
 # ---------------------------------------------------------------- CUDA

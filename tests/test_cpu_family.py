@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import tvm
+import tvm_ffi
 from tvm.script import tirx as T
 
 from schedules import v1, v2
@@ -18,6 +23,7 @@ from schedules.families import cpu
 from schedules.families.cpu import vector_math
 from schedules.pattern import match
 from schedules.template import Program, Rejected, Target
+from schedules.toolchain import cpu as toolchain
 from tests import cases, torch_cases
 from tests.cases import CASES, Case
 from tvm_flash.manifest import LAYOUT_OF_TEMPLATE
@@ -32,12 +38,25 @@ def runnable_isas() -> list[str]:
 
 
 @functools.cache
+def runtime() -> Path:
+    """The threads and the scratch memory that kernels run on in a pack."""
+    path = Path(tempfile.mkdtemp()) / toolchain.runtime_name()
+    atexit.register(shutil.rmtree, path.parent)
+    toolchain.build_runtime(path, path.name)
+    return path
+
+
+@functools.cache
 def kernel(template: str, dtype: str, mask: str, score: str, isa: str, head_dim: int = 64):
     pattern = match(Attention(SCORES[score], MASKS[mask])(head_dim, dtype, index_dtype=cpu.INDEX_DTYPE))
     program = TEMPLATES[template].apply(pattern, Target("cpu", isa), "kernel")
     assert isinstance(program, Program)
-    module = tvm.compile(program.func, target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline)
-    return module["kernel"], pattern.params
+    compiled = tvm.compile(program.func, target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline)
+    with tempfile.TemporaryDirectory(dir=runtime().parent) as scratch:
+        part, module = Path(scratch) / "kernel.o", runtime().parent / f"{Path(scratch).name}.so"
+        compiled.mod.write_to_file(str(part), "o")
+        toolchain.link_module([part], module, runtime())
+        return tvm_ffi.load_module(str(module))["kernel"], pattern.params
 
 
 def run(case: Case, data: cases.Inputs, template: str, isa: str, lse_length: int | None = None):

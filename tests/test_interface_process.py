@@ -71,7 +71,39 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 exec({CALL!r})
 """
-    python(program, TVM_NUM_THREADS="4")
+    python(program, TVM_FLASH_NUM_THREADS="4")
+
+
+TORCHS_THREADS = """
+import os
+import torch
+torch.ones(1 << 20).exp().sum()
+"""
+
+
+def test_torchs_threads_do_the_work(python):
+    """No threads of our own beside those that torch has, and that spin for a while after each of its calls."""
+    pytest.importorskip("torch")
+    count = "len(os.listdir('/proc/self/task'))"
+    python(f"{TORCHS_THREADS}before = {count}\n{CALL}assert {count} == before", OMP_NUM_THREADS="3")
+
+
+@pytest.mark.parametrize("used_before", (False, True))
+def test_fork_after_torchs_threads(python, used_before):
+    """Torch's threads don't exist in the child, and waiting for them would never end."""
+    pytest.importorskip("torch")
+    program = f"""{TORCHS_THREADS}
+import signal
+exec({CALL if used_before else ""!r})
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    exec({CALL!r})
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+exec({CALL!r})
+"""
+    python(program, TVM_FLASH_NUM_THREADS="4")
 
 
 def test_multiprocessing_children(python):
@@ -114,7 +146,7 @@ def test_threads():
 
 def test_results_do_not_depend_on_the_number_of_threads(python):
     found = {
-        python(CALL + "import hashlib; print(hashlib.sha256(out.tobytes()).hexdigest())", TVM_NUM_THREADS=str(n))
+        python(CALL + "import hashlib; print(hashlib.sha256(out.tobytes()).hexdigest())", TVM_FLASH_NUM_THREADS=str(n))
         for n in (1, 2, 5)
     }
     assert len(found) == 1

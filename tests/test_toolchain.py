@@ -260,7 +260,7 @@ for i in range(2000):
     call(1 + i % 17)
 print(len(os.listdir("/proc/self/task")))
 """
-    assert int(in_process(doubled, script, TVM_NUM_THREADS=threads)) >= int(threads)
+    assert int(in_process(doubled, script, TVM_FLASH_NUM_THREADS=threads)) >= int(threads)
 
 
 def test_pool_serves_many_threads_and_forked_processes(doubled):
@@ -277,7 +277,7 @@ for _ in range(5):
     assert os.waitpid(child, 0)[1] == 0
     call(9)
 """
-    in_process(doubled, script, TVM_NUM_THREADS="3")
+    in_process(doubled, script, TVM_FLASH_NUM_THREADS="3")
 
 
 def test_module_runs_beside_tvm_and_without_it(doubled):

@@ -59,11 +59,12 @@ def run_clean(python, *arguments, tmp_path):
     return subprocess.run([python, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
-def test_wheel_holds_machine_code_and_no_source(wheel):
+def test_wheel_holds_machine_code_and_no_source(wheel, cpu_pack):
     names = zipfile.ZipFile(wheel).namelist()
-    manifest = Manifest.from_json(zipfile.ZipFile(wheel).read("tvm_flash/packs/cpu/manifest.json").decode())
-    modules = {f"tvm_flash/packs/cpu/{f.file}" for f in (*manifest.modules, *manifest.support_files)}
-    assert modules == {n for n in names if n.startswith("tvm_flash/packs/cpu/") and n.endswith(".so")}
+    folder = f"tvm_flash/packs/{cpu_pack.name}/"
+    manifest = Manifest.from_json(zipfile.ZipFile(wheel).read(f"{folder}manifest.json").decode())
+    modules = {f"{folder}{f.file}" for f in (*manifest.modules, *manifest.support_files)}
+    assert modules == {n for n in names if n.startswith(folder) and n.endswith(".so")}
     for name in names:
         assert name.startswith(("tvm_flash/", "tvm_flash-")), name
         if "/packs/" in name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -9,8 +10,8 @@ from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
 
-#: Environment variables with the number of threads; the first that is set wins.  The kernels' thread pool reads them.
-THREAD_VARIABLES = ("TVM_NUM_THREADS", "OMP_NUM_THREADS")
+#: How the name of the runtime in a CPU pack begins.
+RUNTIME_STEM = "libtvm_flash_threads"
 
 
 @functools.cache
@@ -26,10 +27,20 @@ def _processors() -> tuple[dict[str, str], ...]:
     )
 
 
+@functools.cache
 def features() -> frozenset[str]:
-    """Processor flags with the names of ``/proc/cpuinfo`` (``avx2``, ``avx512f``, …)."""
+    """Processor flags with the names of ``/proc/cpuinfo`` (``avx2``, ``avx512f``, …), of what this process may use."""
     processors = _processors()
-    return frozenset(processors[0].get("flags", "").split()) if processors else frozenset()
+    flags = frozenset(processors[0].get("flags", "").split()) if processors else frozenset()
+    if "amx_tile" in flags and not _may_use_tiles():
+        flags = frozenset(flag for flag in flags if not flag.startswith("amx_"))
+    return flags
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for AMX's tile registers, which a process has only then (Documentation/arch/x86/xstate.rst)."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 #: Microarchitecture by vendor, family and first model; a model belongs to the last that isn't above it (AMD's and
@@ -72,10 +83,11 @@ def _microarchitecture(processor: dict[str, str]) -> str:
     return known[max(below)] if below else f"family {family} model {model}"
 
 
-def threads() -> int:
-    """How many threads a call uses: what the environment says, else one for each processor that is allowed."""
-    for variable in THREAD_VARIABLES:
-        digits = re.match(r"\s*(\d+)", os.environ.get(variable, ""))
-        if digits and int(digits[1]) > 0:
-            return int(digits[1])
-    return len(os.sched_getaffinity(0))
+def threads(runtime: Path) -> int:
+    """How many threads a call uses if torch doesn't lend its own: what ``runtime``, the one in a CPU pack, has found.
+
+    Raises
+    ------
+    OSError: the file isn't there or can't be loaded.
+    """
+    return ctypes.CDLL(str(runtime.absolute())).tvm_flash_threads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Iterable
 from importlib import metadata
@@ -10,6 +11,7 @@ from typing import Any
 from tvm_flash import __version__, cpu, cuda
 from tvm_flash.device import Device
 from tvm_flash.display import Screen, table
+from tvm_flash.errors import PackError
 from tvm_flash.registry import PATH_VARIABLE, Pack, build_command, registry
 
 #: Packages whose versions matter; those that aren't installed are left out.
@@ -54,8 +56,18 @@ def _versions() -> dict[str, str]:
 def _device(device: Device) -> dict[str, Any]:
     about = {"device": str(device), "name": device.name, "arch": device.native_arch}
     if device.kind == "cpu":
-        return {**about, "threads": cpu.threads()}
+        return {**about, **_threads()}
     return {**about, "capability": ".".join(map(str, device.capability))}
+
+
+def _threads() -> dict[str, int]:
+    """How many threads the kernels would use; nothing if there are none that can be loaded."""
+    for kernel in registry().kernels("cpu")[:1]:
+        files = [f.file for f in kernel.pack.manifest.support_files if f.file.startswith(cpu.RUNTIME_STEM)]
+        with contextlib.suppress(PackError):
+            registry().load(kernel)  # checks the files
+            return {"threads": cpu.threads(kernel.pack.folder / files[0])}
+    return {}
 
 
 def _pack(pack: Pack) -> dict[str, Any]:
@@ -119,8 +131,9 @@ def show(report: dict[str, Any], screen: Screen) -> None:
 
 
 def _device_row(device: dict[str, Any]) -> tuple[str, ...]:
-    detail = f"{device['threads']} threads" if "threads" in device else f"compute capability {device['capability']}"
-    return device["device"], device["name"], device["arch"], detail
+    details = [f"{device['threads']} threads"] if "threads" in device else []
+    details += [f"compute capability {device['capability']}"] if "capability" in device else []
+    return device["device"], device["name"], device["arch"], ", ".join(details)
 
 
 def _pack_row(pack: dict[str, Any]) -> tuple[str, ...]:

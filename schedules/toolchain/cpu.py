@@ -1,8 +1,8 @@
-"""Objects of CPU kernels to modules, and the thread pool that all modules of a pack share.
+"""Objects of CPU kernels to modules, and the runtime that all modules of a pack share.
 
 Code that TVM generates for the CPU calls a runtime for parallel loops and for scratch memory, through pointers that a
 loader fills in.  TVM's own runtime library can't be loaded a second time into a process (it aborts), so a copy of it in
-a pack would kill every process that also imports TVM.  ``threads.c`` is that runtime in one small file instead.
+a pack would kill every process that also imports TVM.  ``threads.c`` and ``scratch.c`` are that runtime instead.
 """
 
 from __future__ import annotations
@@ -14,32 +14,33 @@ from pathlib import Path
 
 from schedules.toolchain import inspection
 from schedules.toolchain.process import ToolchainError, host_compiler, run
+from tvm_flash.cpu import RUNTIME_STEM
 
-_HERE = Path(__file__).parent
-RUNTIME_STEM = "libtvm_flash_threads"
+_SOURCES = tuple(Path(__file__).parent / name for name in ("threads.c", "scratch.c"))
 _RUNTIME_FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra")
 
-#: The calls that ``threads.c`` answers.
+#: The calls of TVM's code that it answers.
 _BACKEND_CALLS = ("AllocWorkspace", "FreeWorkspace", "ParallelLaunch", "ParallelBarrier")
 
 
 def runtime_name() -> str:
-    """File name and soname of the thread pool; it changes with the source and with the compiler."""
+    """File name and soname of the runtime; it changes with the source and with the compiler."""
     version = run([host_compiler(), "--version"], "asking the C compiler for its version")
-    digest = hashlib.sha256((_HERE / "threads.c").read_bytes() + version.encode() + " ".join(_RUNTIME_FLAGS).encode())
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in _SOURCES))
+    digest.update(version.encode() + " ".join(_RUNTIME_FLAGS).encode())
     return f"{RUNTIME_STEM}-{digest.hexdigest()[:8]}.so"
 
 
 def build_runtime(target: Path, soname: str) -> None:
-    """Compile the thread pool to a shared library.
+    """Compile the runtime (parallel loops, scratch memory) to a shared library.
 
     Raises
     ------
     ToolchainError: there is no C compiler, or it fails.
     """
     run(
-        [host_compiler(), *_RUNTIME_FLAGS, f"-Wl,-soname,{soname}", _HERE / "threads.c", "-o", target],
-        "compiling threads.c",
+        [host_compiler(), *_RUNTIME_FLAGS, f"-Wl,-soname,{soname}", *_SOURCES, "-ldl", "-o", target],
+        "compiling the CPU runtime",
     )
     inspection.check_module(target)
 

@@ -5,18 +5,10 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from pathlib import Path
+
+from tvm_flash.cpu import features as cpu_features
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
-
-
-@lru_cache(maxsize=1)
-def cpu_features() -> frozenset[str]:
-    """Processor flags as Linux spells them in ``/proc/cpuinfo``; empty if there is no such file."""
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"^flags\s*:\s*(.*)$", path.read_text(), re.M) if path.exists() else None
-    return frozenset(found.group(1).split()) if found else frozenset()
 
 
 def best_isa(isas: Mapping[str, object]) -> str:

@@ -1,19 +1,31 @@
-/* The runtime of CPU kernels: parallel loops on a pool of threads, and scratch memory.
+/* The runtime of CPU kernels: parallel loops.
  *
- * One pool a process.  A launch of n tasks runs task 0 on the caller and the others on workers 1 .. n-1, always on the same
- * ones.  Workers spin for a short while before they sleep, since the next launch often comes at once.  A second
- * thread that launches while the pool is busy, and a launch from inside a task, do the whole loop as one task.
- * After fork() the child starts a pool of its own.
+ * A launch is a number of tasks.  Its caller and whoever helps it take the next task until none is left, so that a helper
+ * that comes late, or never, costs nothing: the caller does its share and doesn't wait for it.
  *
- * Number of threads: TVM_NUM_THREADS, else OMP_NUM_THREADS, else the processors that the process may run on.
+ * Who helps: if torch is in the process, the OpenMP team that torch's own loops run on.  Its threads spin for
+ * milliseconds after a loop, on every processor, and nobody else's threads would get more than half of one.  Else workers
+ * of our own, one pool a process, which serve the launches of all threads.  They spin for a moment before they
+ * sleep, since the next launch often comes at once.  The child of a fork has a pool of its own, and never a team: a
+ * team that was used before the fork is waited for in vain.
+ *
+ * A launch that is announced as small (tvm_flash_announce), and one from inside a task, stay on their thread.
+ *
+ * Number of threads: TVM_FLASH_NUM_THREADS; else torch's, where its team helps; else OMP_NUM_THREADS; else the
+ * processors that the process may run on, or fewer if its control group has less time than that.
  */
 #define _GNU_SOURCE
+#include <dlfcn.h>
+#include <limits.h>
+#include <link.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -21,7 +33,8 @@
 #define EXPORT __attribute__((visibility("default")))
 #define MAX_THREADS 512
 #define SPIN_NANOSECONDS 50000 /* waking a sleeping worker costs about as much */
-#define CACHED_BLOCKS 8
+#define TASKS_PER_THREAD 64    /* enough for balance; taking one costs 20 ns */
+#define SMALL_WORK 1000000     /* multiply-adds that one thread does sooner than two */
 
 typedef struct {
   void* sync_handle;
@@ -33,31 +46,135 @@ extern void TVMFFIErrorSetRaisedFromCStr(const char* kind, const char* message);
 
 typedef int (*Task)(int task_id, ParallelGroup* group, void* closure);
 
-/* ---------------------------------------------------------------- the pool */
-
-static struct {
-  pthread_mutex_t busy;     /* held by the thread whose launch is running */
-  int size;                 /* threads, the caller included */
-  int started;              /* workers that exist */
+typedef struct Launch {
   Task task;
   void* closure;
   ParallelGroup group;
-  _Atomic uint32_t epoch;   /* counts launches; what workers wait for */
-  _Atomic uint32_t sleeping;
-  _Atomic uint32_t pending; /* tasks of this launch that have not ended */
+  _Atomic int32_t next;     /* task that nobody has taken yet */
   _Atomic int failed;
-  _Atomic uint32_t barrier_count, barrier_epoch;
-} pool = {.busy = PTHREAD_MUTEX_INITIALIZER};
+  _Atomic uint32_t helpers; /* workers in it; only those that have joined are waited for */
+  struct Launch* following;
+} Launch;
+
+static _Thread_local int inside; /* this thread is running a task */
+static _Thread_local struct {
+  int64_t items, work;
+} announced;
+
+static void run_tasks(void* data) {
+  Launch* launch = data;
+  int outer = inside, tasks = launch->group.num_task;
+  inside = 1;
+  for (int32_t id; (id = atomic_fetch_add(&launch->next, 1)) < tasks;)
+    if (launch->task(id, &launch->group, launch->closure) != 0) atomic_store(&launch->failed, 1);
+  inside = outer;
+}
+
+/* ---------------------------------------------------------------- how many threads */
+
+static int number_in(const char* name) {
+  const char* text = getenv(name);
+  int n = text ? atoi(text) : 0;
+  return n < 0 ? 0 : n < MAX_THREADS ? n : MAX_THREADS;
+}
+
+/* Processors' worth of time that the control group of this process may use (cgroup v2, its parents' limits included). */
+static int quota(void) {
+  char line[PATH_MAX], path[PATH_MAX + 32] = "";
+  int limit = MAX_THREADS;
+  FILE* file = fopen("/proc/self/cgroup", "r");
+  while (file && fgets(line, sizeof line, file))
+    if (!strncmp(line, "0::", 3)) snprintf(path, sizeof path, "/sys/fs/cgroup%.*s", (int)strcspn(line + 3, "\n"), line + 3);
+  if (file) fclose(file);
+  for (char* end = path + strlen(path); end && end > path + strlen("/sys/fs"); end = strrchr(path, '/')) {
+    long long time, period;
+    strcpy(end, "/cpu.max");
+    if ((file = fopen(path, "r"))) {
+      if (fscanf(file, "%lld %lld", &time, &period) == 2 && period > 0 && (time + period - 1) / period < limit)
+        limit = (int)((time + period - 1) / period);
+      fclose(file);
+    }
+    *end = 0;
+  }
+  return limit < 1 ? 1 : limit;
+}
+
+EXPORT int tvm_flash_threads(void) {
+  int n = number_in("TVM_FLASH_NUM_THREADS");
+  if (n || (n = number_in("OMP_NUM_THREADS"))) return n;
+  cpu_set_t set;
+  n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : (int)sysconf(_SC_NPROCESSORS_ONLN);
+  int limit = quota();
+  return n < 1 ? 1 : n < limit ? n : limit;
+}
+
+/* ---------------------------------------------------------------- torch's team */
+
+typedef void (*RunTeam)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+static struct {
+  pthread_mutex_t lock;
+  unsigned long long libraries; /* that had been loaded when torch was last looked for */
+  int (*threads)(void);
+  _Atomic(RunTeam) run; /* NULL without torch; else GOMP_parallel of the OpenMP library that torch is linked with */
+} team = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* The path of libtorch_cpu.so if it came with the libraries that were loaded since the last look. */
+static int find_torch(struct dl_phdr_info* info, size_t size, void* path) {
+  (void)size;
+  if (info->dlpi_adds == team.libraries) return 1;
+  const char* name = strrchr(info->dlpi_name, '/');
+  if (!name || strcmp(name, "/libtorch_cpu.so")) return 0;
+  snprintf(path, PATH_MAX, "%s", info->dlpi_name);
+  return 1;
+}
+
+static int count_libraries(struct dl_phdr_info* info, size_t size, void* count) {
+  (void)size;
+  *(unsigned long long*)count = info->dlpi_adds;
+  return 1;
+}
+
+/* Looking again costs 0.1 us as long as no library was loaded; asking the loader by name costs 30. */
+static RunTeam torchs_team(void) {
+  RunTeam run = atomic_load(&team.run);
+  if (run || pthread_mutex_trylock(&team.lock)) return run;
+  char path[PATH_MAX] = "";
+  unsigned long long libraries = 0;
+  dl_iterate_phdr(count_libraries, &libraries);
+  dl_iterate_phdr(find_torch, path);
+  team.libraries = libraries;
+  void* torch = *path ? dlopen(path, RTLD_NOLOAD | RTLD_LAZY) : NULL;
+  if (torch) {
+    team.threads = (int (*)(void))dlsym(torch, "omp_get_max_threads");
+    run = (RunTeam)dlsym(torch, "GOMP_parallel");
+    atomic_store(&team.run, run && team.threads ? run : NULL);
+  }
+  pthread_mutex_unlock(&team.lock);
+  return atomic_load(&team.run);
+}
+
+/* ---------------------------------------------------------------- a pool of our own */
+
+static struct {
+  pthread_mutex_t lock; /* of the list, for moments */
+  Launch* launches;     /* the newest first */
+  int workers;          /* that exist */
+  int forked;           /* this process began with a fork, not with a program */
+  _Atomic uint32_t epoch; /* counts launches; what workers wait for */
+  _Atomic uint32_t sleeping;
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static _Thread_local int inside; /* this thread is running a task */
+static int asked_for; /* threads, by TVM_FLASH_NUM_THREADS */
+static int threads;   /* of a launch, the caller included */
 
 static void futex_wait(_Atomic uint32_t* word, uint32_t value) {
   syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
 }
 
-static void futex_wake(_Atomic uint32_t* word) {
-  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+static void futex_wake(_Atomic uint32_t* word, int32_t waiters) {
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, waiters, NULL, NULL, 0);
 }
 
 static void relax(void) {
@@ -72,184 +189,139 @@ static int64_t now(void) {
   return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
 
-/* Spin until *word differs from value; false if that took too long. */
-static int spin_until_changed(_Atomic uint32_t* word, uint32_t value) {
+/* Wait until *word differs from value: spin for a while, then sleep. */
+static void wait_for_change(_Atomic uint32_t* word, uint32_t value, _Atomic uint32_t* sleeping) {
   int64_t limit = now() + SPIN_NANOSECONDS;
   do
     for (int i = 0; i < 64; i++) {
-      if (atomic_load_explicit(word, memory_order_acquire) != value) return 1;
+      if (atomic_load_explicit(word, memory_order_acquire) != value) return;
       relax();
     }
   while (now() < limit);
-  return 0;
+  if (sleeping) atomic_fetch_add(sleeping, 1);
+  while (atomic_load(word) == value) futex_wait(word, value);
+  if (sleeping) atomic_fetch_sub(sleeping, 1);
 }
 
-static void run_task(int id) {
-  inside = 1;
-  if (pool.task(id, &pool.group, pool.closure) != 0) atomic_store(&pool.failed, 1);
-  inside = 0;
-  if (atomic_fetch_sub(&pool.pending, 1) == 1) futex_wake(&pool.pending);
+/* A launch that has tasks left, joined; NULL if there is none. */
+static Launch* join(void) {
+  pthread_mutex_lock(&pool.lock);
+  Launch* launch = pool.launches;
+  while (launch && atomic_load(&launch->next) >= launch->group.num_task) launch = launch->following;
+  if (launch) atomic_fetch_add(&launch->helpers, 1);
+  pthread_mutex_unlock(&pool.lock);
+  return launch;
 }
 
-static void* worker(void* argument) {
-  int id = (int)(intptr_t)argument;
-  uint32_t seen = 0;
+static void* worker(void* unused) {
   for (;;) {
-    if (!spin_until_changed(&pool.epoch, seen)) {
-      atomic_fetch_add(&pool.sleeping, 1);
-      while (atomic_load(&pool.epoch) == seen) futex_wait(&pool.epoch, seen);
-      atomic_fetch_sub(&pool.sleeping, 1);
+    uint32_t seen = atomic_load(&pool.epoch);
+    Launch* launch = join();
+    if (!launch) {
+      wait_for_change(&pool.epoch, seen, &pool.sleeping);
+      continue;
     }
-    /* Every worker acknowledges every launch, so that none can miss one or read a launch that is being replaced. */
-    seen = atomic_load(&pool.epoch);
-    if (id < pool.group.num_task)
-      run_task(id);
-    else if (atomic_fetch_sub(&pool.pending, 1) == 1)
-      futex_wake(&pool.pending);
+    run_tasks(launch);
+    if (atomic_fetch_sub(&launch->helpers, 1) == 1) futex_wake(&launch->helpers, 1);
   }
-  return NULL;
+  return unused;
 }
 
-static int threads_wanted(void) {
-  const char* names[] = {"TVM_NUM_THREADS", "OMP_NUM_THREADS"};
-  for (int i = 0; i < 2; i++) {
-    const char* text = getenv(names[i]);
-    int n = text ? atoi(text) : 0;
-    if (n > 0) return n < MAX_THREADS ? n : MAX_THREADS;
-  }
-  cpu_set_t set;
-  int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : (int)sysconf(_SC_NPROCESSORS_ONLN);
-  return n < 1 ? 1 : n < MAX_THREADS ? n : MAX_THREADS;
-}
-
-static void forget_workers(void) { /* in the child of a fork: its parent's workers don't exist here */
-  pthread_mutex_init(&pool.busy, NULL);
-  pool.started = 0;
-  pool.epoch = pool.sleeping = pool.pending = 0;
-  inside = 0;
-}
-
-static void initialise(void) {
-  pool.size = threads_wanted();
-  pthread_atfork(NULL, NULL, forget_workers);
-}
-
-static void start_workers(void) { /* the caller holds pool.busy; no launch is running */
+static void start_workers(void) { /* the caller holds the lock */
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);
   pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-  pool.epoch = 0;
-  while (pool.started < pool.size - 1) {
-    pthread_t thread;
-    if (pthread_create(&thread, &attributes, worker, (void*)(intptr_t)(pool.started + 1))) break;
-    pool.started++;
-  }
-  pool.size = pool.started + 1; /* fewer if the system refuses threads */
+  pthread_t thread;
+  while (pool.workers < threads - 1 && !pthread_create(&thread, &attributes, worker, NULL)) pool.workers++;
   pthread_attr_destroy(&attributes);
 }
 
-static int run_alone(Task task, void* closure) {
-  ParallelGroup group = {NULL, 1};
-  int outer = inside;
-  inside = 1;
-  int result = task(0, &group, closure);
-  inside = outer;
-  return result;
+static void share(Launch* launch) {
+  pthread_mutex_lock(&pool.lock);
+  start_workers();
+  launch->following = pool.launches;
+  pool.launches = launch;
+  pthread_mutex_unlock(&pool.lock);
+  atomic_fetch_add(&pool.epoch, 1);
+  if (atomic_load(&pool.sleeping)) futex_wake(&pool.epoch, launch->group.num_task - 1);
+  run_tasks(launch);
+  pthread_mutex_lock(&pool.lock);
+  Launch** link = &pool.launches;
+  while (*link != launch) link = &(*link)->following;
+  *link = launch->following;
+  pthread_mutex_unlock(&pool.lock);
+  uint32_t left;
+  while ((left = atomic_load(&launch->helpers)) != 0) wait_for_change(&launch->helpers, left, NULL);
+}
+
+static _Atomic int launches_running;
+
+static void forget_workers(void) { /* in the child of a fork: its parent's threads don't exist here */
+  pthread_mutex_init(&pool.lock, NULL);
+  pool.launches = NULL;
+  pool.workers = 0;
+  pool.forked = 1;
+  pool.epoch = pool.sleeping = 0;
+  launches_running = 0;
+  inside = 0;
+}
+
+static int is_fork(void) {
+  char line[1024];
+  unsigned flags = 0;
+  FILE* file = fopen("/proc/self/stat", "r");
+  const char* after = file && fgets(line, sizeof line, file) ? strrchr(line, ')') : NULL;
+  if (!after || sscanf(after + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) != 1) flags = 0;
+  if (file) fclose(file);
+  return (flags & 0x40) != 0; /* PF_FORKNOEXEC of linux/sched.h; proc(5) shows the flags */
+}
+
+static void initialise(void) {
+  pool.forked = is_fork();
+  asked_for = number_in("TVM_FLASH_NUM_THREADS");
+  threads = tvm_flash_threads();
+  pthread_atfork(NULL, NULL, forget_workers);
+}
+
+/* ---------------------------------------------------------------- what kernels call */
+
+/* Of this thread's next launch: how many items its loop has, and how many multiply-adds they are in all. */
+EXPORT void tvm_flash_announce(int64_t items, int64_t work) {
+  announced.items = items;
+  announced.work = work;
 }
 
 EXPORT int tvm_flash_ParallelLaunch(Task task, void* closure, int tasks) {
   pthread_once(&once, initialise);
-  if (inside || pool.size == 1 || pthread_mutex_trylock(&pool.busy)) return run_alone(task, closure);
-  if (pool.started < pool.size - 1) start_workers();
-  if (tasks <= 0 || tasks > pool.size) tasks = pool.size;
-  pool.task = task;
-  pool.closure = closure;
-  pool.group = (ParallelGroup){NULL, tasks};
-  atomic_store(&pool.failed, 0);
-  atomic_store(&pool.pending, (uint32_t)pool.size);
-  atomic_fetch_add(&pool.epoch, 1);
-  if (atomic_load(&pool.sleeping)) futex_wake(&pool.epoch);
-  run_task(0);
-  uint32_t left;
-  while ((left = atomic_load(&pool.pending)) != 0)
-    if (!spin_until_changed(&pool.pending, left) && atomic_load(&pool.pending) == left) futex_wait(&pool.pending, left);
-  int failed = atomic_load(&pool.failed);
-  pthread_mutex_unlock(&pool.busy);
-  if (!failed) return 0;
+  int64_t items = announced.items ? announced.items : INT32_MAX, work = announced.work ? announced.work : INT64_MAX;
+  announced.items = announced.work = 0;
+  RunTeam run = NULL;
+  int size = 1, running = atomic_fetch_add(&launches_running, 1) + 1;
+  if (!inside && items > 1 && work >= SMALL_WORK) {
+    run = pool.forked ? NULL : torchs_team();
+    /* Each thread that calls has a team of its own: several at once share the processors. */
+    size = run ? (asked_for ? asked_for : team.threads()) / running : threads;
+  }
+  if (size < 2)
+    tasks = 1;
+  else if (tasks <= 0)
+    tasks = items < TASKS_PER_THREAD * size ? (int)items : TASKS_PER_THREAD * size;
+  Launch launch = {.task = task, .closure = closure, .group.num_task = tasks};
+  if (tasks == 1)
+    run_tasks(&launch);
+  else if (run)
+    run(run_tasks, &launch, (unsigned)(size < tasks ? size : tasks), 0);
+  else
+    share(&launch);
+  atomic_fetch_sub(&launches_running, 1);
+  if (!launch.failed) return 0;
   TVMFFIErrorSetRaisedFromCStr("RuntimeError", "a task of a parallel loop failed");
   return -1;
 }
 
+/* Tasks run one after the other on however many threads there are: none may wait for another. */
 EXPORT int tvm_flash_ParallelBarrier(int task_id, ParallelGroup* group) {
-  (void)task_id;
-  if (group->num_task == 1) return 0;
-  uint32_t epoch = atomic_load(&pool.barrier_epoch);
-  if (atomic_fetch_add(&pool.barrier_count, 1) + 1 == (uint32_t)group->num_task) {
-    atomic_store(&pool.barrier_count, 0);
-    atomic_fetch_add(&pool.barrier_epoch, 1);
-  } else {
-    while (atomic_load(&pool.barrier_epoch) == epoch) sched_yield();
-  }
-  return 0;
-}
-
-/* ---------------------------------------------------------------- scratch memory */
-
-/* A few blocks that this thread has given back are kept, since kernels ask for the same sizes again and again, and fresh
- * memory from the system costs a page fault every 4 KB. */
-typedef struct {
-  size_t size;
-  char padding[64 - sizeof(size_t)];
-} Block; /* what lies before each piece of scratch memory */
-
-typedef struct {
-  Block* blocks[CACHED_BLOCKS];
-} Cache;
-
-static pthread_key_t cache_key;
-static pthread_once_t cache_once = PTHREAD_ONCE_INIT;
-
-static void drop_cache(void* argument) {
-  Cache* cache = argument;
-  for (int i = 0; i < CACHED_BLOCKS; i++) free(cache->blocks[i]);
-  free(cache);
-}
-
-static void make_cache_key(void) { pthread_key_create(&cache_key, drop_cache); }
-
-static Cache* this_cache(void) {
-  pthread_once(&cache_once, make_cache_key);
-  Cache* cache = pthread_getspecific(cache_key);
-  if (!cache && (cache = calloc(1, sizeof *cache))) pthread_setspecific(cache_key, cache);
-  return cache;
-}
-
-EXPORT void* tvm_flash_AllocWorkspace(int device_type, int device_id, uint64_t size, int type_code, int type_bits) {
-  (void)device_type, (void)device_id, (void)type_code, (void)type_bits;
-  Cache* cache = this_cache();
-  for (int i = 0; cache && i < CACHED_BLOCKS; i++) {
-    Block* block = cache->blocks[i];
-    if (block && block->size >= size && block->size <= 2 * size + 4096) {
-      cache->blocks[i] = NULL;
-      return block + 1;
-    }
-  }
-  Block* block = size < SIZE_MAX / 2 ? aligned_alloc(64, (sizeof(Block) + size + 63) / 64 * 64) : NULL;
-  if (!block) return NULL;
-  block->size = size;
-  return block + 1;
-}
-
-EXPORT int tvm_flash_FreeWorkspace(int device_type, int device_id, void* memory) {
-  (void)device_type, (void)device_id;
-  if (!memory) return 0;
-  Block* block = (Block*)memory - 1;
-  Cache* cache = this_cache();
-  for (int i = 0; cache && i < CACHED_BLOCKS; i++)
-    if (!cache->blocks[i]) {
-      cache->blocks[i] = block;
-      return 0;
-    }
-  free(block);
-  return 0;
+  (void)task_id, (void)group;
+  TVMFFIErrorSetRaisedFromCStr("RuntimeError", "tasks of a parallel loop can't wait for each other");
+  return -1;
 }

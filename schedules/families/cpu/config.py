@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from schedules.families.cpu.isa import ISAS
+from schedules.families.cpu.isa import ISAS, Isa
 from schedules.pattern import Pattern
 from schedules.template import Rejected, Target
 
@@ -30,15 +30,25 @@ class Config:
     tile_rows: int
 
 
+def multiplication(isa: Isa, dtype: str) -> str:
+    """How an instruction set multiplies a dtype: as ``floats``, in ``pairs``, or in ``tiles``."""
+    return isa.bfloat16 if dtype == "bfloat16" else "floats"
+
+
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for any length; both templates share it.
 
-    GFLOP/s of one Zen 4 core, whose peak is about 112.  AVX-512, float32, block_n 64, at head_dim 64, 128 and 32
-    (sequences of 2048, 4096 and 384): row_vectors x tile_rows 2 x 8 gave 101, 104, 86; 4 x 4 gave 95, 98, 84; 3 x 8
-    gave 94, 91, 79; block_n 32 and 128 up to 10 less.  At head_dim 64, a block_m of 256, 128, 64 and 32 gave 96, 99,
-    95, 91 in bfloat16, and causal float32 at 128 and 64 gave 90, 87.  AVX2: 2 x 4 gave 49, 3 x 4 45, 1 x 8 42.
+    GFLOP/s of one Zen 4 core, where torch's matrix product reaches 95 in float32 and 210 in bfloat16.  AVX-512, float32,
+    block_n 64, at head_dim 64, 128 and 32 (sequences of 2048, 4096 and 384): row_vectors x tile_rows 2 x 8 gave 101,
+    104, 86; 4 x 4 gave 95, 98, 84; 3 x 8 gave 94, 91, 79; block_n 32 and 128 up to 10 less.  At head_dim 64, a block_m
+    of 256, 128, 64 and 32 gave 96, 99, 95, 91 in bfloat16 as float32, and causal float32 at 128 and 64 gave 90, 87.
+    bfloat16 in pairs, 2 x 8: 158 at 512 keys.  AVX2, 512 keys: 2 x 4 gave 84, 3 x 4 82, 1 x 8 73; block_n 128 and 32
+    gave 85, 83.  Baseline, 2 x 4: 31.
     """
     isa = ISAS[target.isa]
+    if multiplication(isa, pattern.dtype) == "tiles":
+        wide = max(pattern.head_dim, pattern.head_dim_v) > 128
+        return {0: Config(block_m=256 if wide else 512, block_n=128, row_vectors=2, tile_rows=32)}
     row_vectors, tile_rows = (2, 8) if isa.registers == 32 else (2, 4)
     group = row_vectors * isa.lanes
     return {0: Config(block_m=4 * group, block_n=64, row_vectors=row_vectors, tile_rows=tile_rows)}
@@ -54,12 +64,15 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected(f"every field of {config} must be positive")
     if config.block_m % group:
         return Rejected(f"block_m {config.block_m} is not a multiple of the row group of {group} queries")
-    if config.block_n % config.tile_rows or 8 % config.tile_rows:
+    if multiplication(isa, pattern.dtype) == "tiles":
+        if (config.row_vectors, config.tile_rows) != (2, 32) or config.block_n % 32:
+            return Rejected(f"{config}: products on tile registers are 32 rows of 2 vectors, and block_n in 32s")
+    elif config.block_n % config.tile_rows or 8 % config.tile_rows:
         return Rejected(f"tile_rows {config.tile_rows} divides not both block_n {config.block_n} and 8")
     if config.block_n % isa.lanes:
         return Rejected(f"block_n {config.block_n} is not a multiple of the {isa.lanes} lanes of a vector")
     needed = config.tile_rows * config.row_vectors + config.row_vectors + 1
-    if needed > isa.registers:
+    if needed > isa.registers and multiplication(isa, pattern.dtype) != "tiles":
         return Rejected(f"needs {needed} vector registers, {target.isa} has {isa.registers}")
     scratch = scratch_floats(pattern, config, isa.lanes) * 4
     if scratch > _SCRATCH_LIMIT:

@@ -40,15 +40,26 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
 
     ``workspace`` is ``(outputs, maxima, sums)``, flat buffers over (batch, heads, part, query[, head_dim_v]).
     """
-    N = block_n
+    N, itemsize = block_n, 4 if dtype == "float32" else 2
     chunks = N // lanes
 
     @T.inline
-    def dot_products(P: Problem, QF, S, acc, row, i, k_base, key0, keys):
-        """``S[j] = q_i · k_j`` for the keys of a tile, rounded up to ``_R``."""
+    def prefetch(tensor, offset, width):
+        """Ask for a row's cache lines; where there is none, nothing happens."""
+        for line in T.serial((width * itemsize + 63) // 64):
+            T.evaluate(
+                T.call_intrin(
+                    "void", "tirx.prefetch", T.address_of(tensor.flat[offset + line * (64 // itemsize)]), 0, 2, 1
+                )
+            )
+
+    @T.inline
+    def dot_products(P: Problem, QF, S, acc, row, i, k_base, v_base, key0, keys):
+        """``S[j] = q_i · k_j`` for the keys of a tile, rounded up to ``_R``; their values are fetched meanwhile."""
         for block in T.serial((keys + (_R - 1)) // _R):
             for r in T.unroll(_R):
                 row[r] = k_base + T.min(key0 + block * _R + r, P.seqlen_kv - 1) * P.k.strides[2]
+                prefetch(P.v, v_base + (key0 + block * _R + r) * P.v.strides[2], P.head_dim_v)
                 for lane in T.vectorized(_W):
                     acc[r * _W + lane] = T.float32(0)
             for d in T.serial(P.head_dim // _W):
@@ -96,9 +107,10 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
                 outputs[r * P.head_dim_v + e * _W + lane] *= correction
 
     @T.inline
-    def accumulate(P: Problem, S, output, v_base, key0, keys):
+    def accumulate(P: Problem, S, output, k_base, v_base, key0, keys):
         """Add the values of keys that have a probability: a masked one does nothing, whatever its value."""
         for j in T.serial(keys):
+            prefetch(P.k, k_base + (key0 + N + j) * P.k.strides[2], P.head_dim)
             if S[j] != T.float32(0):
                 v_row: T.int64 = v_base + (key0 + j) * P.v.strides[2]
                 for e in T.serial(P.head_dim_v // _W):
@@ -140,14 +152,14 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
                 live: T.bool = P.pattern.tile_live(site, i, i, key0, key0 + keys - 1)
                 full: T.bool = P.pattern.tile_full(site, i, i, key0, key0 + (N - 1))
                 if live:
-                    dot_products(P, QF, S, acc, row, i, k_base, key0, keys)
+                    dot_products(P, QF, S, acc, row, i, k_base, v_base, key0, keys)
                     if full:
                         if not P.pattern.is_scale_only:
                             apply_score(S, P.stored_score, site, i, key0)
                     else:
                         apply_score(S, P.masked_score, site, i, key0)
                     softmax(P, S, lanewise, workspace, r0 + i, scale)
-                    accumulate(P, S, (outputs, (r0 + i) * P.head_dim_v), v_base, key0, keys)
+                    accumulate(P, S, (outputs, (r0 + i) * P.head_dim_v), k_base, v_base, key0, keys)
 
     @T.inline
     def join(P: Problem, workspace, b, h, count):

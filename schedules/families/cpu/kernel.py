@@ -5,14 +5,18 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.attention import append_arguments
-from schedules.families.cpu.config import Config
+from schedules.families.cpu.amx import TILE_PRODUCT
+from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.few import FEW, few_queries_macros, parts
-from schedules.families.cpu.isa import ISAS
+from schedules.families.cpu.isa import ISAS, Isa
+from schedules.families.cpu.pairs import DOT_PAIRS
 from schedules.families.cpu.problem import Problem, Tensor
 from schedules.families.cpu.tiles import row_tile_macro
 from schedules.pattern import Pattern
 from schedules.template import Program, Target, Traversal
 
+#: What the multiplications need beyond TIR, as LLVM's assembly: instructions that LLVM doesn't find by itself.
+LLVM_FUNCTIONS = {"pairs": DOT_PAIRS, "tiles": TILE_PRODUCT}
 #: Extent of a flat view of a tensor; the strides alone know how far it reaches.
 _UNBOUNDED = 1 << 60
 
@@ -20,18 +24,18 @@ _UNBOUNDED = 1 << 60
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel of one pattern, in the order and layout of a template (see :mod:`schedules.template`)."""
     arguments, values = pattern.parameter_symbols()
-    func = _kernel(pattern, config, ISAS[target.isa].lanes, traversal, values, name)
+    func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
     itemsize = 4 if pattern.dtype == "float32" else 2
     return Program(append_arguments(func, arguments), "s_tir", alignment=itemsize, index_bits=64)
 
 
-def _kernel(pattern: Pattern, config: Config, lanes: int, traversal: Traversal, params, name: str):
+def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
     dtype = pattern.dtype
     M = config.block_m
     one = T.int64(1)
     heads_outer = traversal.order == "heads_outer"
-    row_tile = row_tile_macro(config, lanes, dtype, pattern.head_dim, pattern.head_dim_v)
-    part, join = few_queries_macros(config.block_n, lanes, dtype, pattern.head_dim)
+    row_tile = row_tile_macro(config, isa, dtype, pattern.head_dim, pattern.head_dim_v)
+    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim)
 
     def physical(b, h, s, d):
         return (b, s, h, d) if traversal.layout == "bshd" else (b, h, s, d)
@@ -46,6 +50,11 @@ def _kernel(pattern: Pattern, config: Config, lanes: int, traversal: Traversal, 
         if not pattern.is_unmasked:
             tile = T.Select(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
         return w // (heads * tiles), head, tile
+
+    def announce(problem, items):
+        """Tell the thread pool what the next loop is; a small one is not worth sharing."""
+        work = problem.batch * problem.heads * problem.seqlen_q * problem.seqlen_kv
+        return T.call_extern("void", "tvm_flash_announce", items, work * (problem.head_dim + problem.head_dim_v))
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
@@ -87,11 +96,14 @@ def _kernel(pattern: Pattern, config: Config, lanes: int, traversal: Traversal, 
                 head_dim_v,
             )
         )
+        if multiplication(isa, dtype) in LLVM_FUNCTIONS:
+            T.attr(0, "pragma_import_llvm", LLVM_FUNCTIONS[multiplication(isa, dtype)])
         if seqlen_q <= FEW:
             with T.sblock("few_queries"):
                 T.reads()
                 T.writes()
                 count: T.int64 = parts(problem)
+                T.evaluate(announce(problem, batch * heads * count))
                 outputs = T.sblock_alloc_buffer((batch * heads * parts(problem) * seqlen_q * head_dim_v,), "float32")
                 maxima = T.sblock_alloc_buffer((batch * heads * parts(problem) * seqlen_q,), "float32")
                 sums = T.sblock_alloc_buffer((batch * heads * parts(problem) * seqlen_q,), "float32")
@@ -104,6 +116,7 @@ def _kernel(pattern: Pattern, config: Config, lanes: int, traversal: Traversal, 
                 for w in T.serial(batch * heads):
                     join(problem, (outputs, maxima, sums), w // heads, w % heads, count)
         else:
+            T.evaluate(announce(problem, batch * heads * ((seqlen_q + (M - 1)) // M)))
             for w in T.parallel(batch * heads * ((seqlen_q + (M - 1)) // M)):
                 with T.sblock("row_tile"):
                     T.reads()

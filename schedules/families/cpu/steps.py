@@ -1,17 +1,15 @@
-"""The steps of one row group against one kv tile, as TIR macros: product, score, online softmax, second product.
+"""The steps between the two products of a row group with a kv tile, as TIR macros: score, mask, online softmax.
 
 Buffers of a work item (float32; ``M`` query rows, ``N`` keys of a tile, ``G`` queries of a group):
 
 =========== ========== =====================================================
 buffer      shape      holds
 =========== ========== =====================================================
-QT          (D, M)     queries
 ST          (N, G)     raw product, then score, then probability of a group
 OT          (E, M)     output before the division by ``row_sum``
 row_max     (M,)       largest score so far, in units of ``scale``
 row_sum     (M,)       sum of probabilities so far
 correction  (G,)       what a tile scales a group's earlier results with
-acc         (R, G)     the register tile
 =========== ========== =====================================================
 """
 
@@ -35,31 +33,7 @@ def f32(x):
 
 def make_steps(config: Config, lanes: int) -> SimpleNamespace:
     """The macros for one configuration and vector width, by name."""
-    R, V = config.tile_rows, config.row_vectors
-    G = V * lanes
-
-    @T.inline
-    def zero(acc):
-        for r in T.unroll(R):
-            for n in T.unroll(V):
-                for lane in T.vectorized(lanes):
-                    acc[r, n * lanes + lane] = T.float32(0)
-
-    @T.inline
-    def scores_product(QT, key, ST, acc, column, key0, keys, head_dim):
-        """``ST[j, i] = sum_d key(key0, j, d) * QT[d, column + i]``; ``keys`` is rounded up to register tiles."""
-        for tile in T.serial((keys + (R - 1)) // R):
-            zero(acc)
-            for d in T.serial(head_dim):
-                for r in T.unroll(R):
-                    element: T.let[T.float32] = key(key0, tile * R + r, d)
-                    for n in T.unroll(V):
-                        for lane in T.vectorized(lanes):
-                            acc[r, n * lanes + lane] += element * QT[d, column + n * lanes + lane]
-            for r in T.unroll(R):
-                for n in T.unroll(V):
-                    for lane in T.vectorized(lanes):
-                        ST[tile * R + r, n * lanes + lane] = acc[r, n * lanes + lane]
+    V = config.row_vectors
 
     @T.inline
     def apply_score(ST, score, site, first, key0, keys):
@@ -102,38 +76,7 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
                     row_sum[column + n * lanes + lane] * correction[n * lanes + lane] + total[n * lanes + lane]
                 )
 
-    @T.inline
-    def values_product(ST, value, OT, acc, correction, column, key0, keys, head_dim_v, update):
-        """``OT[e, i] = OT[e, i] * correction[i] + sum_j value(key0, j, e) * ST[j, i]``.
-
-        A tile is summed by itself first: a chain of N additions and one of tiles, not one of all keys, which was seven
-        times less accurate at 2048 keys.
-        """
-        for tile in T.serial(head_dim_v // R):
-            zero(acc)
-            for j in T.serial(keys):
-                for r in T.unroll(R):
-                    element: T.let[T.float32] = value(key0, j, tile * R + r)
-                    for n in T.unroll(V):
-                        for lane in T.vectorized(lanes):
-                            acc[r, n * lanes + lane] = update(
-                                acc[r, n * lanes + lane], ST[j, n * lanes + lane], element
-                            )
-            for r in T.unroll(R):
-                for n in T.unroll(V):
-                    for lane in T.vectorized(lanes):
-                        OT[tile * R + r, column + n * lanes + lane] = (
-                            OT[tile * R + r, column + n * lanes + lane] * correction[n * lanes + lane]
-                            + acc[r, n * lanes + lane]
-                        )
-
-    return SimpleNamespace(
-        scores_product=scores_product,
-        apply_score=apply_score,
-        online_softmax=online_softmax,
-        values_product=values_product,
-        group=G,
-    )
+    return SimpleNamespace(apply_score=apply_score, online_softmax=online_softmax)
 
 
 def finite_or_zero(x):

@@ -47,7 +47,7 @@ def _horner(coefficients: list[float], x: Expr) -> Expr:
 
 def exp2(x: Expr) -> Expr:
     """``2**x`` for float32 ``x < 127``: NaN stays NaN, results below 2**-126 are zero."""
-    whole = T.nearbyint(x)
+    whole = T.floor(x + T.float32(0.5))  # TVM would make T.nearbyint one element at a time
     exponent = T.shift_left(T.cast(whole, "int32"), T.int32(23))
     scaled = T.reinterpret("float32", T.reinterpret("int32", _horner(_EXP2, x - whole)) + exponent)
     return T.Select(x < T.float32(_SMALLEST_EXPONENT), T.float32(0), scaled)

@@ -1,0 +1,203 @@
+"""bfloat16 on AMX: the two products of a tile as products of 16 x 16 tile registers.
+
+A tile product adds ``A B`` to a tile of float32, with 16 rows of 32 elements in ``A``, and ``B`` as 16 rows of 16 pairs
+(see ``pairs.py``).  Four tiles are computed at once, 32 keys or value columns by the 32 queries of a group.  ``A`` is K
+as the caller has it, but for a last tile that isn't whole and for head dims that aren't a multiple of 32, and V
+transposed.
+
+=========== =================== =================================================
+buffer      shape               holds
+=========== =================== =================================================
+QT          (D' / 2, M)         pairs of queries; D' is D rounded up to 32
+KT          (N, D')             keys with zeros around, where the caller's won't do
+VT          (E', N)             values transposed, 0 past the last key
+PT          (N / 2, G)          pairs of probabilities, of one group
+acc         (32 * G,)           four tiles of the second product
+=========== =================== =================================================
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tvm.script import tirx as T
+
+from schedules.families.cpu.config import Config
+from schedules.families.cpu.pairs import bits, make_pair_macros, pair
+from schedules.families.cpu.problem import Problem
+
+#: Rows and columns of four tiles, and elements that a tile product sums.
+BLOCK = 32
+
+_TILE_CONFIG = 'c"\\01' + "\\00" * 15 + "\\40\\00" * 8 + "\\00" * 16 + "\\10" * 8 + "\\00" * 8 + '"'
+#: c (32 rows of 32 float32, ldc bytes apart) = the sum of `steps` products of a (32 rows) and b (16 rows of 32 pairs).
+TILE_PRODUCT = f"""
+@tvm_flash_tile_config = linkonce_odr hidden constant [64 x i8] {_TILE_CONFIG}, align 64
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.tilerelease()
+declare void @llvm.x86.tilezero(i8)
+declare void @llvm.x86.tileloadd64(i8, ptr, i64)
+declare void @llvm.x86.tilestored64(i8, ptr, i64)
+declare void @llvm.x86.tdpbf16ps(i8, i8, i8)
+define linkonce_odr i32 @tvm_flash_tiles_begin() alwaysinline nounwind {{
+  call void @llvm.x86.ldtilecfg(ptr @tvm_flash_tile_config)
+  ret i32 0
+}}
+define linkonce_odr i32 @tvm_flash_tiles_end() alwaysinline nounwind {{
+  call void @llvm.x86.tilerelease()
+  ret i32 0
+}}
+define linkonce_odr i32
+@tvm_flash_tile_product(ptr %c, i64 %ldc, ptr %a, i64 %lda, ptr %b, i64 %ldb, i64 %steps) nounwind {{
+entry:
+  call void @llvm.x86.tilezero(i8 0)
+  call void @llvm.x86.tilezero(i8 1)
+  call void @llvm.x86.tilezero(i8 2)
+  call void @llvm.x86.tilezero(i8 3)
+  %a_half = shl i64 %lda, 4
+  %b_step = shl i64 %ldb, 4
+  br label %loop
+loop:
+  %i = phi i64 [ 0, %entry ], [ %i_next, %loop ]
+  %a0 = phi ptr [ %a, %entry ], [ %a_next, %loop ]
+  %b0 = phi ptr [ %b, %entry ], [ %b_next, %loop ]
+  %a1 = getelementptr i8, ptr %a0, i64 %a_half
+  %b1 = getelementptr i8, ptr %b0, i64 64
+  call void @llvm.x86.tileloadd64(i8 4, ptr %a0, i64 %lda)
+  call void @llvm.x86.tileloadd64(i8 6, ptr %b0, i64 %ldb)
+  call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
+  call void @llvm.x86.tileloadd64(i8 7, ptr %b1, i64 %ldb)
+  call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 7)
+  call void @llvm.x86.tileloadd64(i8 5, ptr %a1, i64 %lda)
+  call void @llvm.x86.tdpbf16ps(i8 2, i8 5, i8 6)
+  call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 7)
+  %a_next = getelementptr i8, ptr %a0, i64 64
+  %b_next = getelementptr i8, ptr %b0, i64 %b_step
+  %i_next = add i64 %i, 1
+  %more = icmp slt i64 %i_next, %steps
+  br i1 %more, label %loop, label %done
+done:
+  %c_half = shl i64 %ldc, 4
+  %c1 = getelementptr i8, ptr %c, i64 64
+  %c2 = getelementptr i8, ptr %c, i64 %c_half
+  %c3 = getelementptr i8, ptr %c2, i64 64
+  call void @llvm.x86.tilestored64(i8 0, ptr %c, i64 %ldc)
+  call void @llvm.x86.tilestored64(i8 1, ptr %c1, i64 %ldc)
+  call void @llvm.x86.tilestored64(i8 2, ptr %c2, i64 %ldc)
+  call void @llvm.x86.tilestored64(i8 3, ptr %c3, i64 %ldc)
+  ret i32 0
+}}
+"""
+
+
+def _whole(width):
+    """Rounded up to what a tile product sums."""
+    return (width + (BLOCK - 1)) // BLOCK * BLOCK
+
+
+def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_dim_v: int) -> SimpleNamespace:
+    """The same as :func:`schedules.families.cpu.floats.float_products`, on tile registers."""
+    M, N, V = config.block_m, config.block_n, config.row_vectors
+    G = V * lanes
+    macros = make_pair_macros(config)
+
+    def product(c, ldc, a, lda, b, ldb, steps):
+        arguments = (T.address_of(c), T.int64(ldc), a, lda, T.address_of(b), T.int64(ldb), steps)
+        return T.call_extern("int32", "tvm_flash_tile_product", *arguments)
+
+    @T.inline
+    def load_queries(P: Problem, QT, b, h, row0, rows, count):
+        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_begin"))
+        macros.load_queries(P, QT, b, h, row0, rows, count)
+        for d in T.serial(P.head_dim // 2, _whole(P.head_dim) // 2):
+            for i in T.serial(count):
+                QT[d, i] = T.uint32(0)
+
+    @T.inline
+    def load_tile(P: Problem, KT, VT, largest, k_at, v_at, keys):
+        for lane in T.vectorized(8):
+            largest[lane] = T.uint16(0)
+        if keys < N or P.head_dim % BLOCK != 0:
+            for j in T.serial(N):
+                for d in T.serial(_whole(P.head_dim) // 8):
+                    for lane in T.vectorized(8):
+                        KT[j, d * 8 + lane] = T.uint16(0)
+            for j in T.serial(keys):
+                for d in T.serial(P.head_dim // 8):
+                    for lane in T.vectorized(8):
+                        KT[j, d * 8 + lane] = bits(P.k.flat[k_at + j * P.k.strides[2] + d * 8 + lane])
+        for j in T.serial(keys):
+            for e in T.serial(P.head_dim_v // 8):
+                for lane in T.vectorized(8):
+                    largest[lane] = T.max(
+                        largest[lane], macros.magnitude(P.v.flat[v_at + j * P.v.strides[2] + e * 8 + lane])
+                    )
+            for e in T.serial(P.head_dim_v):
+                VT[e, j] = bits(P.v.flat[v_at + j * P.v.strides[2] + e])
+        for j in T.serial(keys, _whole(keys)):
+            for e in T.serial(P.head_dim_v):
+                VT[e, j] = T.uint16(0)
+
+    @T.inline
+    def scores(P: Problem, QT, KT, ST, acc, row, k_at, column, keys):
+        steps: T.int64 = _whole(P.head_dim) // BLOCK
+        for block in T.serial(_whole(keys) // BLOCK):
+            if keys < N or P.head_dim % BLOCK != 0:
+                T.evaluate(
+                    product(
+                        *(ST[block * BLOCK, 0], 4 * G),
+                        *(T.address_of(KT[block * BLOCK, 0]), T.int64(2 * KT.shape[1])),
+                        *(QT[0, column], 4 * M, steps),
+                    )
+                )
+            else:
+                T.evaluate(
+                    product(
+                        *(ST[block * BLOCK, 0], 4 * G),
+                        *(T.address_of(P.k.flat[k_at + block * BLOCK * P.k.strides[2]]), 2 * P.k.strides[2]),
+                        *(QT[0, column], 4 * M, steps),
+                    )
+                )
+
+    @T.inline
+    def output_of_all(P: Problem, PT, VT, OT, acc, correction, column, keys):
+        for block in T.serial(_whole(P.head_dim_v) // BLOCK):
+            T.evaluate(
+                product(
+                    *(acc[0], 4 * G),
+                    *(T.address_of(VT[block * BLOCK, 0]), T.int64(2 * N)),
+                    *(PT[0, 0], 4 * G, _whole(keys) // BLOCK),
+                )
+            )
+            for r in T.serial(T.min(T.int64(BLOCK), P.head_dim_v - block * BLOCK)):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        OT[block * BLOCK + r, column + n * lanes + lane] = (
+                            OT[block * BLOCK + r, column + n * lanes + lane] * correction[n * lanes + lane]
+                            + acc[r * G + n * lanes + lane]
+                        )
+
+    @T.inline
+    def output(P: Problem, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
+        if full or macros.is_finite(largest):
+            macros.round_probabilities(ST, PT, keys, _whole(keys))
+            output_of_all(P, PT, VT, OT, acc, correction, column, keys)
+        else:
+            macros.output_of_visible(P, ST, OT, correction, v_at, column, keys)
+
+    @T.inline
+    def finish():
+        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_end"))
+
+    return SimpleNamespace(
+        queries=((_whole(head_dim) // 2, M), "uint32"),
+        keys=((N, _whole(head_dim)), "uint16"),
+        values=((_whole(head_dim_v), N), "uint16"),
+        probabilities=((N // 2, G), "uint32"),
+        accumulators=(BLOCK * G,),
+        load_queries=load_queries,
+        load_tile=load_tile,
+        scores=scores,
+        output=output,
+        finish=finish,
+    )

@@ -1,0 +1,126 @@
+"""The two products of a tile in float32: 16-bit K and V become float32, once for all rows of a work item.
+
+=========== ========== =========================================
+buffer      shape      holds
+=========== ========== =========================================
+QT          (D, M)     queries
+KT, VT      (N, D)     keys and values; unused if they are float32
+acc         (R * G,)   the register tile
+=========== ========== =========================================
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tvm.script import tirx as T
+
+from schedules.families.cpu.config import Config
+from schedules.families.cpu.problem import Problem
+from schedules.families.cpu.steps import accumulate, accumulate_visible, f32
+
+
+def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_dim_v: int) -> SimpleNamespace:
+    """Macros ``load_queries``, ``load_tile``, ``scores``, ``output``, and the shapes and dtypes of their buffers."""
+    M, N, R, V = config.block_m, config.block_n, config.tile_rows, config.row_vectors
+    converts = dtype != "float32"
+
+    @T.inline
+    def load_queries(P: Problem, QT, b, h, row0, rows, count):
+        """``QT[d, i] = q[row0 + i, d]``; queries past ``rows`` repeat the last one."""
+        for i in T.serial(count):
+            q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
+            for d in T.serial(P.head_dim):
+                QT[d, i] = f32(P.q.flat[q_row + d])
+
+    @T.inline
+    def convert(tile, tensor, base, keys, width):
+        """``tile[j, d] = float32(tensor[base + j * stride + d])``; widths are multiples of 8."""
+        for j in T.serial(keys):
+            for d in T.serial(width // 8):
+                for lane in T.vectorized(8):
+                    tile[j, d * 8 + lane] = f32(tensor.flat[base + j * tensor.strides[2] + d * 8 + lane])
+
+    @T.inline
+    def load_tile(P: Problem, KT, VT, largest, k_at, v_at, keys):
+        if converts:
+            convert(KT, P.k, k_at, keys, P.head_dim)
+            convert(VT, P.v, v_at, keys, P.head_dim_v)
+
+    @T.inline
+    def zero(acc):
+        for x in T.unroll(R * V):
+            for lane in T.vectorized(lanes):
+                acc[x * lanes + lane] = T.float32(0)
+
+    @T.inline
+    def scores(P: Problem, QT, KT, ST, acc, row, k_at, column, keys):
+        """``ST[j, i] = sum_d k[j, d] * QT[d, column + i]``.
+
+        Register tiles may reach past the last key, and repeat it; those rows of ``ST`` are never read.
+        """
+        for tile in T.serial((keys + (R - 1)) // R):
+            zero(acc)
+            for r in T.unroll(R):
+                row[r] = k_at + T.min(tile * R + r, keys - 1) * P.k.strides[2]
+            for d in T.serial(P.head_dim):
+                for r in T.unroll(R):
+                    element: T.let[T.float32] = KT[tile * R + r, d] if converts else P.k.flat[row[r] + d]
+                    for n in T.unroll(V):
+                        for lane in T.vectorized(lanes):
+                            acc[(r * V + n) * lanes + lane] += element * QT[d, column + n * lanes + lane]
+            for r in T.unroll(R):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        ST[tile * R + r, n * lanes + lane] = acc[(r * V + n) * lanes + lane]
+
+    @T.inline
+    def output_with(P: Problem, ST, VT, OT, acc, correction, v_at, column, keys, update):
+        for tile in T.serial(P.head_dim_v // R):
+            zero(acc)
+            for j in T.serial(keys):
+                for r in T.unroll(R):
+                    element: T.let[T.float32] = (
+                        VT[j, tile * R + r] if converts else P.v.flat[v_at + j * P.v.strides[2] + tile * R + r]
+                    )
+                    for n in T.unroll(V):
+                        for lane in T.vectorized(lanes):
+                            acc[(r * V + n) * lanes + lane] = update(
+                                acc[(r * V + n) * lanes + lane], ST[j, n * lanes + lane], element
+                            )
+            for r in T.unroll(R):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        OT[tile * R + r, column + n * lanes + lane] = (
+                            OT[tile * R + r, column + n * lanes + lane] * correction[n * lanes + lane]
+                            + acc[(r * V + n) * lanes + lane]
+                        )
+
+    @T.inline
+    def output(P: Problem, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
+        """``OT[e, i] = OT[e, i] * correction[i] + sum_j v[j, e] * ST[j, i]``.
+
+        A tile is summed by itself first: a chain of N additions and one of tiles, not one of all keys, which was seven
+        times less accurate at 2048 keys.
+        """
+        if full:
+            output_with(P, ST, VT, OT, acc, correction, v_at, column, keys, accumulate)
+        else:
+            output_with(P, ST, VT, OT, acc, correction, v_at, column, keys, accumulate_visible)
+
+    @T.inline
+    def finish():
+        pass
+
+    return SimpleNamespace(
+        queries=((head_dim, M), "float32"),
+        keys=((N if converts else 1, head_dim), "float32"),
+        values=((N if converts else 1, head_dim_v), "float32"),
+        probabilities=((1, 1), "float32"),
+        accumulators=(R * V * lanes,),
+        load_queries=load_queries,
+        load_tile=load_tile,
+        scores=scores,
+        output=output,
+        finish=finish,
+    )

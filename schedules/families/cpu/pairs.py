@@ -1,0 +1,216 @@
+"""bfloat16 with native dot products: the two products of a tile on pairs of elements, without a conversion to float32.
+
+``vdpbf16ps`` adds the products of two pairs to a float32.  A pair of elements is one 32-bit word, the first in its low
+half: of a query along head_dim, of a probability and of a value along the keys.  A pair of a key is broadcast from
+where the caller has it.
+
+=========== ============= ==================================
+buffer      shape         holds
+=========== ============= ==================================
+QT          (D / 2, M)    pairs of queries
+PT          (N / 2, G)    pairs of probabilities, of one group
+VT          (N / 2, E)    pairs of values
+=========== ============= ==================================
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tvm.script import tirx as T
+
+from schedules.families.cpu.config import Config
+from schedules.families.cpu.problem import Problem
+from schedules.families.cpu.steps import accumulate_visible, f32
+
+#: acc[i] += a[i].low * pair.low + a[i].high * pair.high, all lanes with the one pair.
+DOT_PAIRS = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define linkonce_odr <16 x float>
+@tvm_flash_dot_pairs(<16 x float> %acc, <16 x i32> %a, i32 %pair) alwaysinline nounwind {
+  %one = insertelement <16 x i32> poison, i32 %pair, i64 0
+  %all = shufflevector <16 x i32> %one, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %all to <32 x bfloat>
+  %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %sum
+}
+"""
+_LANES = 16
+#: The bits of infinity.
+_INF = 0x7F80
+
+
+def _dot(acc, a, pair):
+    return T.call_extern(f"float32x{_LANES}", "tvm_flash_dot_pairs", acc, a, pair)
+
+
+def bits(x, dtype="uint16"):
+    return T.reinterpret(dtype, x)
+
+
+def _magnitude(x):
+    """A bfloat16 without its sign, as bits: ordered like the number, and from ``_INF`` on not finite."""
+    return T.bitwise_and(bits(x), T.uint16(0x7FFF))
+
+
+def pair(low, high):
+    """Two 16-bit words as one of 32."""
+    return T.bitwise_or(T.cast(low, "uint32"), T.shift_left(T.cast(high, "uint32"), T.uint32(16)))
+
+
+def _rounded_pair(low, high):
+    """Two non-negative float32 as a pair of bfloat16, rounded to nearest."""
+    low, high = (bits(x, "uint32") + T.uint32(0x8000) for x in (low, high))
+    return T.bitwise_or(T.shift_right(low, T.uint32(16)), T.bitwise_and(high, T.uint32(0xFFFF0000)))
+
+
+def make_pair_macros(config: Config) -> SimpleNamespace:
+    """What the products on pairs and on tile registers share."""
+    V = config.row_vectors
+
+    @T.inline
+    def load_queries(P: Problem, QT, b, h, row0, rows, count):
+        for i in T.serial(count):
+            q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
+            for d in T.serial(P.head_dim // 2):
+                QT[d, i] = pair(bits(P.q.flat[q_row + 2 * d]), bits(P.q.flat[q_row + 2 * d + 1]))
+
+    @T.inline
+    def round_probabilities(ST, PT, keys, end):
+        """Pairs of probabilities, with zeros from ``keys`` to ``end``, which is even."""
+        for j in T.serial(keys, end):
+            for n in T.unroll(V):
+                for lane in T.vectorized(_LANES):
+                    ST[j, n * _LANES + lane] = T.float32(0)
+        for j in T.serial(end // 2):
+            for n in T.unroll(V):
+                for lane in T.vectorized(_LANES):
+                    PT[j, n * _LANES + lane] = _rounded_pair(
+                        ST[2 * j, n * _LANES + lane], ST[2 * j + 1, n * _LANES + lane]
+                    )
+
+    @T.inline
+    def output_of_visible(P: Problem, ST, OT, correction, v_at, column, keys):
+        """Key by key, for a masked tile with an inf or NaN among its values: a masked key must not bring it in."""
+        for e in T.serial(P.head_dim_v):
+            for n in T.unroll(V):
+                for lane in T.vectorized(_LANES):
+                    OT[e, column + n * _LANES + lane] *= correction[n * _LANES + lane]
+                for j in T.serial(keys):
+                    for lane in T.vectorized(_LANES):
+                        OT[e, column + n * _LANES + lane] = accumulate_visible(
+                            OT[e, column + n * _LANES + lane],
+                            ST[j, n * _LANES + lane],
+                            f32(P.v.flat[v_at + j * P.v.strides[2] + e]),
+                        )
+
+    def is_finite(largest):
+        """Whether eight largest magnitudes are those of finite numbers."""
+        bound = largest[0]
+        for lane in range(1, 8):
+            bound = T.max(bound, largest[lane])
+        return bound < T.uint16(_INF)
+
+    return SimpleNamespace(
+        load_queries=load_queries,
+        round_probabilities=round_probabilities,
+        output_of_visible=output_of_visible,
+        magnitude=_magnitude,
+        is_finite=is_finite,
+    )
+
+
+def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_dim_v: int) -> SimpleNamespace:
+    """The same as :func:`schedules.families.cpu.floats.float_products`, on pairs."""
+    M, N, R, V = config.block_m, config.block_n, config.tile_rows, config.row_vectors
+    G = V * _LANES
+    macros = make_pair_macros(config)
+
+    @T.inline
+    def load_tile(P: Problem, KT, VT, largest, k_at, v_at, keys):
+        """Values as pairs, the last one with 0 if ``keys`` is odd; ``largest`` of their magnitudes, as bits."""
+        for lane in T.vectorized(8):
+            largest[lane] = T.uint16(0)
+        for j in T.serial((keys + 1) // 2):
+            low: T.int64 = v_at + 2 * j * P.v.strides[2]
+            high: T.int64 = v_at + T.min(2 * j + 1, keys - 1) * P.v.strides[2]
+            whole: T.uint16 = T.Select(2 * j + 1 < keys, T.uint16(0xFFFF), T.uint16(0))
+            for d in T.serial(P.head_dim_v // 8):
+                for lane in T.vectorized(8):
+                    VT[j, d * 8 + lane] = pair(
+                        bits(P.v.flat[low + d * 8 + lane]),
+                        T.bitwise_and(bits(P.v.flat[high + d * 8 + lane]), whole),
+                    )
+                    largest[lane] = T.max(
+                        largest[lane],
+                        T.max(_magnitude(P.v.flat[low + d * 8 + lane]), _magnitude(P.v.flat[high + d * 8 + lane])),
+                    )
+
+    @T.inline
+    def zero(acc):
+        for x in T.unroll(R * V):
+            acc[T.Ramp(x * _LANES, 1, _LANES)] = T.Broadcast(T.float32(0), _LANES)
+
+    @T.inline
+    def scores(P: Problem, QT, KT, ST, acc, row, k_at, column, keys):
+        for tile in T.serial((keys + (R - 1)) // R):
+            zero(acc)
+            for r in T.unroll(R):
+                row[r] = k_at + T.min(tile * R + r, keys - 1) * P.k.strides[2]
+            for d in T.serial(P.head_dim // 2):
+                for r in T.unroll(R):
+                    for n in T.unroll(V):
+                        acc[T.Ramp((r * V + n) * _LANES, 1, _LANES)] = _dot(
+                            acc[T.Ramp((r * V + n) * _LANES, 1, _LANES)],
+                            QT[d, T.Ramp(column + n * _LANES, 1, _LANES)],
+                            T.reinterpret("uint32", P.k.flat[T.Ramp(row[r] + 2 * d, 1, 2)]),
+                        )
+            for r in T.unroll(R):
+                for n in T.unroll(V):
+                    ST[tile * R + r, T.Ramp(n * _LANES, 1, _LANES)] = acc[T.Ramp((r * V + n) * _LANES, 1, _LANES)]
+
+    @T.inline
+    def output_of_all(P: Problem, PT, VT, OT, acc, correction, column, keys):
+        for tile in T.serial(P.head_dim_v // R):
+            zero(acc)
+            for j in T.serial((keys + 1) // 2):
+                for r in T.unroll(R):
+                    for n in T.unroll(V):
+                        acc[T.Ramp((r * V + n) * _LANES, 1, _LANES)] = _dot(
+                            acc[T.Ramp((r * V + n) * _LANES, 1, _LANES)],
+                            PT[j, T.Ramp(n * _LANES, 1, _LANES)],
+                            VT[j, tile * R + r],
+                        )
+            for r in T.unroll(R):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(_LANES):
+                        OT[tile * R + r, column + n * _LANES + lane] = (
+                            OT[tile * R + r, column + n * _LANES + lane] * correction[n * _LANES + lane]
+                            + acc[(r * V + n) * _LANES + lane]
+                        )
+
+    @T.inline
+    def output(P: Problem, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
+        if full or macros.is_finite(largest):
+            macros.round_probabilities(ST, PT, keys, (keys + 1) // 2 * 2)
+            output_of_all(P, PT, VT, OT, acc, correction, column, keys)
+        else:
+            macros.output_of_visible(P, ST, OT, correction, v_at, column, keys)
+
+    @T.inline
+    def finish():
+        pass
+
+    return SimpleNamespace(
+        queries=((head_dim // 2, M), "uint32"),
+        keys=((1, 1), "uint32"),
+        values=((N // 2, head_dim_v), "uint32"),
+        probabilities=((N // 2, G), "uint32"),
+        accumulators=(R * G,),
+        load_queries=macros.load_queries,
+        load_tile=load_tile,
+        scores=scores,
+        output=output,
+        finish=finish,
+    )
