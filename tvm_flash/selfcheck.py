@@ -140,7 +140,7 @@ def _compare(kernel: Installed, device: Device, identity: tuple[str, str, str], 
     usual = usual_attention(q, k, v, dtype=entry.dtype, **what)
     figures = [
         *(largest_error(out, want), bound(usual, want, entry.dtype)),
-        *(largest_error(lse, want_lse), lse_bound(want_lse, lse_tolerance(entry))),
+        *(largest_error(lse, want_lse), lse_bound(want_lse)),
     ]
     ok = figures[0] <= figures[1] and figures[2] <= figures[3]  # false for NaN
     return Result(*identity, ok, time.perf_counter() - start, *figures)
@@ -157,18 +157,9 @@ def bound(usual: np.ndarray, exact: np.ndarray, dtype: str) -> float:
     return 2 * largest_error(usual, exact) + EPSILON[dtype] * _magnitude(exact)
 
 
-def lse_tolerance(entry: KernelEntry) -> float:
-    """Allowed error of a kernel's log-sum-exp, which is float32 for every dtype, relative to the largest (at least 1).
-
-    Kernels for sm_90a may sum probabilities as the second product takes them, rounded to the dtype: then the
-    log-sum-exp is as exact as the output.  Elsewhere the sum is float32.
-    """
-    return EPSILON[entry.dtype] / 2 if entry.arch == "sm_90a" else LSE_TOLERANCE
-
-
-def lse_bound(exact: np.ndarray, tolerance: float = LSE_TOLERANCE) -> float:
+def lse_bound(exact: np.ndarray) -> float:
     """How large an error of the log-sum-exp may be."""
-    return tolerance * max(1.0, _magnitude(exact))
+    return LSE_TOLERANCE * max(1.0, _magnitude(exact))
 
 
 def _magnitude(x: np.ndarray) -> float:
