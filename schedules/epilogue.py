@@ -31,34 +31,34 @@ def normalise(softmax: OnlineSoftmax, O, stride):
             for g in T.unroll(stride // 4):
                 for e in T.unroll(2):
                     i = T.meta_var(t * stride + g * 4 + r * 2 + e)
-                    # a row that saw nothing may still hold the NaN of a value that it doesn't see
-                    O[i] = T.Select(inverse == T.float32(0), T.float32(0), O[i] * inverse)
+                    if softmax.pattern.is_unmasked:
+                        O[i] = O[i] * inverse
+                    else:
+                        # a row that saw nothing may still hold the NaN of a value that it doesn't see
+                        O[i] = T.Select(inverse == T.float32(0), T.float32(0), O[i] * inverse)
 
 
 @T.inline
-def store_rows(geometry: Geometry, at, O, tile, tile_row, row, rows, columns, lane):
-    """One warp copies ``rows`` x ``columns`` 16-bit elements from shared memory to the output, 16 bytes a lane.
+def store_rows(geometry: Geometry, at, O, tile, tile_row, row_first, lane, groups, group_step, rows):
+    """One warp copies 16-bit rows from shared memory to the output, 16 bytes a lane and 128 a row at a time.
 
-    ``tile.pointer(0, r, chunk)`` is where 8 elements are; rows from ``tile_row`` of the tile go to rows from ``row`` of
-    the output ``O`` (a flat view); what is past seqlen_q or head_dim_v isn't written.
+    These are ``groups`` times ``rows`` rows (a multiple of 8), ``group_step`` apart, from row ``tile_row`` of ``tile``;
+    row 0 of the tile is row ``row_first`` of the output ``O`` (a flat view).  What is past seqlen_q or head_dim_v isn't
+    written.
     """
-    chunks = T.meta_var(columns // 8)
+    chunks = T.meta_var(tile.panel_chunks)
+    row: T.int32 = tile_row + lane // chunks
+    column: T.int32 = lane % chunks * 8
+    shared: T.uint32 = tile.address(row, lane % chunks)
+    memory: T.int64 = geometry.o.offset(at.b, at.h, row_first + row, column)
     words = T.alloc_local([4], "uint32")
-    for i in T.unroll(rows * chunks // 32):
-        r = T.meta_var((i * 32 + lane) // chunks)
-        chunk = T.meta_var((i * 32 + lane) % chunks)
-        if T.And(row + r < geometry.seqlen_q, chunk * 8 < geometry.head_dim_v):
-            T.ptx["ld.shared.v4.b32"](words[0], words[1], words[2], words[3], tile.pointer(0, tile_row + r, chunk))
-            T.ptx["st.global.v4.b32"](
-                O.ptr_to(
-                    [
-                        geometry.o.offset(at.b, at.h, row, 0)
-                        + wide(r) * wide(geometry.o.strides["seq"])
-                        + wide(chunk * 8)
-                    ]
-                ),
-                words[0],
-                words[1],
-                words[2],
-                words[3],
-            )
+    for g in T.unroll(groups):
+        for i in T.unroll(rows * chunks // 32):
+            down = T.meta_var(g * group_step + i * (32 // chunks))
+            for p in T.unroll(tile.panels):
+                if T.And(row_first + row + down < geometry.seqlen_q, column + p * tile.panel < geometry.head_dim_v):
+                    T.ptx["ld.shared.v4.b32"](*[words[x] for x in range(4)], tile.at(shared, down, p * chunks))
+                    T.ptx["st.global.v4.b32"](
+                        O.ptr_to([memory + wide(down) * wide(geometry.o.strides["seq"]) + p * tile.panel]),
+                        *[words[x] for x in range(4)],
+                    )

@@ -4,7 +4,7 @@ A warp's accumulator of ``m_tiles`` times ``tile_rows`` rows and ``columns`` col
 floats a lane.  Register ``t * registers(columns) + g * 4 + r * 2 + e`` of a lane stands at
 
 * row ``t * tile_rows + row(lane) + r * row_step``,
-* column ``g * group + column(lane) + e`` of a score tile, ``output_column(g, lane) + e`` of the output.
+* column ``g * group + column(lane) + e`` of a score tile, ``output_column(g) + column(lane) + e`` of the output.
 
 Every lane holds two rows of an m-tile, and the lanes that share them differ in the bits of ``row_lanes``.
 Source: the layouts of mma and wgmma fragments in the PTX ISA; Volta's is that of m8n8k4 with the four quad pairs of a
@@ -33,7 +33,7 @@ class Fragment:
     row_lanes: tuple[int, ...]
     row: Callable[[Expr], Expr]
     column: Callable[[Expr], Expr]
-    output_column: Callable[[Expr, Expr], Expr]
+    output_column: Callable[[int], int]
 
     def registers(self, columns: int) -> int:
         """Registers of a lane for one m-tile with that many columns."""
@@ -48,7 +48,7 @@ M16N8 = Fragment(
     row_lanes=(1, 2),
     row=lambda lane: lane // 4,
     column=lambda lane: lane % 4 * 2,
-    output_column=lambda g, lane: g * 8 + lane % 4 * 2,
+    output_column=lambda g: g * 8,
 )
 
 #: mma.sync m8n8k4 of Volta.  The output's columns are permuted: one 128-bit load of V serves two instructions.
@@ -59,5 +59,5 @@ VOLTA = Fragment(
     row_lanes=(2,),
     row=lambda lane: lane % 16 // 8 * 16 + lane // 16 * 8 + lane // 4 % 2 * 4 + lane % 2,
     column=lambda lane: lane // 2 % 2 * 2,
-    output_column=lambda g, lane: g // 4 * 16 + g % 2 * 8 + g % 4 // 2 * 4 + lane // 2 % 2 * 2,
+    output_column=lambda g: g // 4 * 16 + g % 2 * 8 + g % 4 // 2 * 4,
 )

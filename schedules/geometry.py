@@ -159,6 +159,17 @@ class KeyTiles:
         first = T.truncdiv(full_lo + (block_n - 1), block_n) if self.has_left else self.begin
         self.full_begin = local(T.min(T.max(first, self.begin), self.end))
         self.full_end = local(T.max(T.min(T.truncdiv(full_hi, block_n), self.end), self.full_begin))
+        self._full_hi, self._block_n = full_hi, block_n
+
+    def seen_end(self) -> Expr:
+        """The tile with which a walk from right to left has shown every row a key, in ``full_begin .. full_end``.
+
+        The last key that all rows see is in a masked tile, or else in the last full one.
+        """
+        if not self.has_full:
+            return self.end
+        masked = T.And(self._full_hi > self.full_end * self._block_n, self.full_end < self.end)
+        return T.max(self.full_end - T.Select(masked, 0, 1), self.full_begin)
 
 
 def parameterised(pattern: Pattern, make) -> PrimFunc:

@@ -20,7 +20,7 @@ def elements(fragment):
     for lane, g, r, e in itertools.product(range(32), range(COLUMNS // fragment.group), range(2), range(2)):
         row = fragment.row(lane) + r * fragment.row_step
         score = g * fragment.group + fragment.column(lane) + e
-        yield lane, g * 4 + r * 2 + e, row, score, fragment.output_column(g, lane) + e
+        yield lane, g * 4 + r * 2 + e, row, score, fragment.output_column(g) + fragment.column(lane) + e
 
 
 @pytest.mark.parametrize("fragment", FRAGMENTS.values(), ids=FRAGMENTS)

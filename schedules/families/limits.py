@@ -23,10 +23,12 @@ _MOST_REGISTERS = 255  # of a thread
 _OTHER_REGISTERS = 40
 
 
-def shared_memory(pattern: Pattern, config, num_stages: int) -> int:
-    """Bytes of a block's tiles of Q, K and V."""
+def shared_memory(pattern: Pattern, config, num_stages: int, parts: int = 1, cursors_in_shared: bool = False) -> int:
+    """Bytes of a block's tiles of Q, K and V, of what warps that share rows hand to each other, and of cursors."""
     keys = num_stages * config.block_n * (pattern.head_dim + pattern.head_dim_v)
-    return 2 * (config.block_m * pattern.head_dim + keys)
+    exchanged = config.block_m * (2 * config.block_n + 8) if parts == 2 else 0
+    cursors = config.num_warps * 32 * 16 if cursors_in_shared else 0
+    return 2 * (config.block_m * pattern.head_dim + keys) + exchanged + cursors
 
 
 def registers_for(config) -> int:
@@ -44,26 +46,31 @@ def check(
     num_stages: int,
     m_tiles: tuple[int, ...],
     more: int,
+    parts: int = 1,
+    cursors_in_shared: bool = False,
 ) -> Rejected | None:
     """Whether a block can be divided among its warps, and fits the machine.
 
-    ``m_tiles``: how many row tiles a warp may have; ``more``: registers beside S, P and O that the family knows of.
+    ``m_tiles``: how many row tiles a warp may have; ``more``: registers beside S, P and O that the family knows of;
+    ``parts``: how many warps share the keys and columns of their rows; ``cursors_in_shared``: as in the machine.
     """
     D, E = pattern.head_dim, pattern.head_dim_v
     if D % 32 or E % 32:
         return Rejected(f"head_dim {D} and head_dim_v {E} must be multiples of 32; build for the next larger one")
     if E > D:
         return Rejected(f"head_dim_v {E} exceeds head_dim {D}; the output is staged in the memory of Q")
-    tiles, rest = divmod(config.block_m, fragment.tile_rows * config.num_warps)
+    tiles, rest = divmod(config.block_m * parts, fragment.tile_rows * config.num_warps)
     if rest or tiles not in m_tiles:
         rows = " or ".join(str(n * fragment.tile_rows) for n in m_tiles)
         return Rejected(f"block_m {config.block_m} doesn't give each of {config.num_warps} warps {rows} rows")
     if config.block_n % 16:
         return Rejected(f"block_n {config.block_n} must be a multiple of 16")
-    shared, available = shared_memory(pattern, config, num_stages), SHARED_MEMORY[target.arch]
+    shared, available = shared_memory(pattern, config, num_stages, parts, cursors_in_shared), SHARED_MEMORY[target.arch]
     if shared > available:
         return Rejected(f"needs {shared // 1024} KiB of shared memory, {target.arch} has {available // 1024}")
-    fragments = fragment.registers(config.block_n) + fragment.registers(E) + fragment.registers(16) // 2
+    fragments = (
+        fragment.registers(config.block_n // parts) + fragment.registers(E // parts) + fragment.registers(16) // 2
+    )
     registers = tiles * fragments + more + _OTHER_REGISTERS
     if registers > registers_for(config):
         return Rejected(f"needs about {registers} registers a thread, {registers_for(config)} are to be had")

@@ -1,10 +1,13 @@
 """What the mma.sync families share: grid order, swizzled shared tiles, the walk over key tiles, the epilogue.
 
 A family brings a machine (:mod:`schedules.families.machine`): how tiles are copied and multiplied, with ``start()``,
-``step(tile, masked)`` for each tile of keys from right to left, and ``finish()``.
+``step(tile, masked, tracked)`` for each tile of keys from right to left, and ``finish()``.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -37,6 +40,19 @@ def fresh(register: str) -> Expr:
     name = register.replace(".", "_")
     source = _FRESH_INDEX.format(name=name, register=register)
     return T.cuda.func_call(f"fresh_{name}", source_code=source, return_type="int32")
+
+
+_ANEW = """
+__forceinline__ __device__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+"""
+
+
+def anew(value: Expr) -> Expr:
+    """The value, as if it had just been read: what is computed from it isn't kept either."""
+    return T.cuda.func_call("anew", value, source_code=_ANEW, return_type="int32")
 
 
 def panel_columns(columns: int) -> int:
@@ -76,32 +92,56 @@ class SharedTile:
             "uint32", row * (self.panel * 2) + self.swizzled(row, chunk) * 16
         )
 
-    def at(self, address: Expr, row: int, step: int):
-        """The operand ``row`` rows (a multiple of 8) and ``step`` pairs of chunks on from ``address``.
+    def at(self, address: Expr, row: int, chunk: int, byte: int = 0):
+        """The operand ``row`` rows, ``chunk`` chunks and ``byte`` bytes on from ``address``.
 
-        A pair of chunks is 16 columns, what one k-step takes; the swizzle makes the way within a panel an exclusive or.
+        The swizzle makes the way within a panel an exclusive or: of the bits of row and chunk that it mixes, those that
+        are set here must not be set at ``address``.
         """
-        pairs = self.panel_chunks // 2
+        mixed = T.bitwise_xor(chunk % self.panel_chunks, row % 8 // (8 // self.panel_chunks))
         return T.ptx.addr(
-            T.bitwise_xor(address, T.Cast("uint32", step % pairs * 32)),
-            step // pairs * self.panel_bytes + row * self.panel * 2,
+            T.bitwise_xor(address, T.Cast("uint32", mixed * 16)),
+            chunk // self.panel_chunks * self.panel_bytes + row * self.panel * 2 + byte,
         )
 
 
-def grid(traversal: Traversal, geometry: Geometry, block_m: int) -> list[Expr]:
-    """Blocks of a launch; the first is the fastest."""
-    strips = T.truncdiv(geometry.seqlen_q + (block_m - 1), block_m)
-    if traversal is SEQ_OUTER:
-        return [geometry.heads, geometry.batch, strips]
-    return [strips, geometry.heads, geometry.batch]
+def _section(pattern: Pattern, geometry: Geometry, mib: int) -> Expr:
+    """How many heads, over all batches, are a section: their keys and values have ``mib`` MiB, or it is one head."""
+    keys = T.truncdiv(mib * 2**20 // (2 * (pattern.head_dim + pattern.head_dim_v)), T.max(geometry.seqlen_kv, 1))
+    group = T.truncdiv(geometry.heads, geometry.kv_heads)
+    return T.min(T.max(keys, 1) * group, geometry.batch * geometry.heads)
 
 
-def block_of(traversal: Traversal, geometry: Geometry, block_m: int, x, y, z) -> tuple[Expr, Expr, Expr]:
+def _strips(geometry: Geometry, block_m: int) -> Expr:
+    return T.truncdiv(geometry.seqlen_q + (block_m - 1), block_m)
+
+
+def grid(pattern: Pattern, config, traversal: Traversal, geometry: Geometry) -> list[Expr]:
+    """Blocks of a launch; the first is the fastest.
+
+    Heads-outer takes all strips of a head, then those of the next; seq-outer one strip of all heads of a section.
+    """
+    strips = _strips(geometry, config.block_m)
+    if traversal is not SEQ_OUTER:
+        return [strips, geometry.heads, geometry.batch]
+    section = _section(pattern, geometry, config.section_mib)
+    return [section, strips, T.truncdiv(geometry.batch * geometry.heads + (section - 1), section)]
+
+
+def block_of(config, traversal: Traversal, geometry: Geometry, x, y, z) -> tuple[Expr, Expr, Expr]:
     """Batch, head and row strip of a block.  Strips descend: under a causal mask the longest come first."""
-    strips = T.truncdiv(geometry.seqlen_q + (block_m - 1), block_m)
-    if traversal is SEQ_OUTER:
-        return y, x, strips - 1 - z
-    return z, y, strips - 1 - x
+    last = _strips(geometry, config.block_m) - 1
+    if traversal is not SEQ_OUTER:
+        return z, y, last - x
+    pair = z * fresh("nctaid.x") + x
+    return T.truncdiv(pair, geometry.heads), T.truncmod(pair, geometry.heads), last - y
+
+
+def exists(traversal: Traversal, geometry: Geometry) -> Expr:
+    """Whether a block has anything to do: the last section may have fewer heads than the others."""
+    if traversal is not SEQ_OUTER:
+        return T.bool(True)
+    return fresh("ctaid.z") * fresh("nctaid.x") + fresh("ctaid.x") < geometry.batch * geometry.heads
 
 
 @T.inline
@@ -117,25 +157,31 @@ def move_left(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, tile):
 
 
 @T.inline
-def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, step):
-    """``step(tile, masked)`` for all tiles, from right to left; ``rows`` are the first and the last row."""
+def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, careful, step):
+    """``step(tile, masked, tracked)`` for all tiles, from right to left; ``rows`` are the first and the last row.
+
+    Tiles that every row sees whole go without mask and, once every row has a reference, without maxima, unless
+    ``careful``.
+    """
     if pattern.has_gaps:
         tile: T.int32 = tiles.end - 1
         while tile >= tiles.begin:
             if pattern.tile_full(at, rows[0], rows[1], tile * block_n, tile * block_n + (block_n - 1)):
-                step(tile, False)
+                step(tile, False, True)
             else:
-                step(tile, True)
+                step(tile, True, True)
             move_left(pattern, at, tiles, rows, block_n, tile)
     else:
-        for i in T.serial(tiles.end - tiles.full_end):
-            step(tiles.end - 1 - i, True)
+        plain_end: T.int32 = T.Select(careful != 0, tiles.begin, tiles.seen_end())
+        plain_begin: T.int32 = T.min(tiles.full_begin, plain_end)
+        for i in T.serial(tiles.end - plain_end):
+            step(tiles.end - 1 - i, True, True)
         if tiles.has_full:
-            for i in T.serial(tiles.full_end - tiles.full_begin):
-                step(tiles.full_end - 1 - i, False)
+            for i in T.serial(plain_end - plain_begin):
+                step(plain_end - 1 - i, False, False)
             if tiles.has_left:
-                for i in T.serial(tiles.full_begin - tiles.begin):
-                    step(tiles.full_begin - 1 - i, True)
+                for i in T.serial(plain_begin - tiles.begin):
+                    step(plain_begin - 1 - i, True, True)
 
 
 @T.inline
@@ -147,31 +193,44 @@ def store_output(machine, O):
     stride = T.meta_var(machine.o_stride)
     normalise(machine.softmax, machine.O, stride)
     word = T.alloc_local([1], "uint32")
-    T.cuda.warp_sync()
+    first = T.meta_var(machine.q.tile.address(machine.warp_row + fragment.row(lane), machine.part * 2))
+    to: T.uint32 = first + T.Cast("uint32", fragment.column(lane) * 2)
+    machine.meet()
     for t in T.unroll(machine.m_tiles):
         for i in T.unroll(stride // 4):
             for r in T.unroll(2):
-                row = T.meta_var(
-                    machine.warp_row + fragment.row(lane) + (t * fragment.tile_rows + r * fragment.row_step)
-                )
-                column = T.meta_var(fragment.output_column(i, lane))
-                machine.pack_pair(
-                    word, 0, machine.O[t * stride + i * 4 + r * 2], machine.O[t * stride + i * 4 + r * 2 + 1]
-                )
-                T.ptx["st.shared.b32"](machine.q.tile.pointer(0, row, column // CHUNK, column % CHUNK), word[0])
-    T.cuda.warp_sync()
-    rows = T.meta_var(machine.m_tiles * fragment.tile_rows)
+                o = T.meta_var(t * stride + i * 4 + r * 2)
+                row = T.meta_var(t * machine.tile_step + r * fragment.row_step)
+                column = T.meta_var(machine.output_column(i))
+                machine.pack_pair(word, 0, machine.O[o], machine.O[o + 1])
+                T.ptx["st.shared.b32"](machine.q.tile.at(to, row, column // CHUNK, column % CHUNK * 2), word[0])
+    machine.meet()
+    rows = T.meta_var(fragment.tile_rows // machine.parts)
     store_rows(
-        g,
-        machine.at,
-        O,
-        machine.q.tile,
-        machine.warp_row,
-        machine.row_first + machine.warp_row,
-        rows,
-        machine.head_dim_v,
-        lane,
-    )
+        g, machine.at, O, machine.q.tile, machine.warp_row + machine.part * rows, machine.row_first, lane,
+        machine.m_tiles, machine.tile_step, rows,
+    )  # fmt: skip
+
+
+@T.inline
+def look_for_faults(machine, careful):
+    """Set ``careful`` if some row of the block has to be computed again, with maxima; else clear it.
+
+    Without maxima a probability may have left the range of the input's type.  It has become infinite then, and whatever
+    it was multiplied with, the row's output isn't finite: one element of each row tells, and the row sum, which is a
+    wider type's.
+    """
+    bad: T.int32 = 0
+    if careful == 0:
+        for t in T.unroll(machine.m_tiles):
+            for r in T.unroll(2):
+                i = T.meta_var(t * machine.o_stride + r * 2)
+                row = T.meta_var(machine.softmax.position(machine.row0, 0, t, 0, r, 0)[0])
+                size = T.meta_var(T.abs(machine.O[i]) + machine.softmax.row_sum[t * 2 + r])
+                # not the negation of a comparison, which would be turned into one that NaN fails
+                fault = T.meta_var(T.Select(size < T.float32(math.inf), 0, 1))
+                bad = T.bitwise_or(bad, T.Select(row < machine.geometry.seqlen_q, fault, 0))
+    careful = T.cuda.syncthreads_or(bad)
 
 
 def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
@@ -185,34 +244,47 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_ty
             geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, values, ALIGNMENT)
             T.device_entry()
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
-            # 2. Which rows of which head this block computes, and which tiles of keys they see.
-            x, y, z = T.cta_id(grid(traversal, geometry, M))
-            tid = T.thread_id([32 * W])
-            block = T.meta_var(block_of(traversal, geometry, M, x, y, z))
-            b = T.meta_var(block[0])
-            h = T.meta_var(block[1])
-            row_first: T.int32 = block[2] * M
-            row_last: T.int32 = T.min(row_first + M, geometry.seqlen_q) - 1
-            kv_head: T.int32 = T.truncdiv(h, T.truncdiv(geometry.heads, geometry.kv_heads))
-            parameters = Parameters(geometry, b, h)
-            at = T.meta_var(site(geometry, parameters, b, h))
-            rows = T.meta_var((row_first, row_last))
-            tiles = KeyTiles(pattern, at, row_first, row_last, N)
-            # 3. The online softmax over the tiles, from right to left.
-            machine = machine_type(pattern, config, geometry, at, rows, tiles, kv_head, block, tid)
-            machine.start()
-            walk(pattern, at, tiles, rows, N, machine.step)
-            machine.finish()
-            # 4. Log-sum-exp and output.
-            LSE = flat(geometry.lse)
-            O = flat(geometry.o.buffer)
-            thread: T.int32 = fresh("tid.x")
-            x1: T.int32 = fresh("ctaid.x")
-            y1: T.int32 = fresh("ctaid.y")
-            z1: T.int32 = fresh("ctaid.z")
-            machine.place_block(*block_of(traversal, geometry, M, x1, y1, z1), thread)
-            store_lse(geometry, machine.softmax, LSE, machine.row0, machine.lane)
-            store_output(machine, O)
+            _x, _y, _z = T.cta_id(grid(pattern, config, traversal, geometry))
+            _tid = T.thread_id([32 * W])
+            careful: T.int32 = 0
+            again: T.int32 = T.Cast("int32", exists(traversal, geometry))
+            while again != 0:
+                # 2. Which rows of which head this block computes, and which tiles of keys they see.
+                x: T.int32 = fresh("ctaid.x")
+                y: T.int32 = fresh("ctaid.y")
+                z: T.int32 = fresh("ctaid.z")
+                tid: T.int32 = fresh("tid.x")
+                block = T.meta_var(block_of(config, traversal, geometry, x, y, z))
+                b: T.int32 = block[0]
+                h: T.int32 = block[1]
+                row_first: T.int32 = block[2] * M
+                row_last: T.int32 = T.min(row_first + M, geometry.seqlen_q) - 1
+                kv_head: T.int32 = T.truncdiv(h * geometry.kv_heads, geometry.heads)
+                parameters = Parameters(geometry, b, h)
+                # Without a mask ranges are the same for every block, and would be kept from outside the loop.
+                seqlen_kv: T.int32 = anew(geometry.seqlen_kv) if pattern.is_unmasked else geometry.seqlen_kv
+                at = T.meta_var(replace(site(geometry, parameters, b, h), seqlen_kv=seqlen_kv))
+                rows = T.meta_var((row_first, row_last))
+                tiles = KeyTiles(pattern, at, row_first, row_last, N)
+                # 3. The online softmax over the tiles, from right to left.
+                machine = machine_type(pattern, config, geometry, at, rows, tiles, kv_head, (b, h, block[2]), tid)
+                machine.start()
+                walk(pattern, at, tiles, rows, N, careful, machine.step)
+                # 4. Once more, with care, if that went wrong.  Indices are read anew, so that none is kept until here.
+                thread: T.int32 = fresh("tid.x")
+                x1: T.int32 = fresh("ctaid.x")
+                y1: T.int32 = fresh("ctaid.y")
+                z1: T.int32 = fresh("ctaid.z")
+                machine.place_block(*block_of(config, traversal, geometry, x1, y1, z1), thread)
+                look_for_faults(machine, careful)
+                again = careful
+                # 5. Log-sum-exp and output.
+                if again == 0:
+                    machine.finish()
+                    LSE = flat(geometry.lse)
+                    O = flat(geometry.o.buffer)
+                    store_lse(geometry, machine.softmax, LSE, machine.row0, machine.lane)
+                    store_output(machine, O)
 
         return attention.with_attr("global_symbol", name)
 

@@ -22,6 +22,9 @@ DTYPES = ("float16",)  # tensor cores know bfloat16 from sm_80 on
 TEMPLATES = ("v1",)
 INDEX_DTYPE = "int32"
 
+#: 2 KiB of shared memory are to be had, and four registers are what head_dim 128 would spill.
+CURSORS_IN_SHARED = True
+
 _QK = "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32"
 _PV = "mma.sync.aligned.m8n8k4.row.row.f32.f16.f16.f32"
 
@@ -41,7 +44,9 @@ class Machine(StagedCopies, BlockMachine):
     """Staged copies, m8n8k4; operands come by 16-byte loads that serve two products each."""
 
     def __init__(self, pattern, config, *args):
-        BlockMachine.__init__(self, pattern, config, *args, fragment=VOLTA, num_stages=1, bases_in_shared=False)
+        BlockMachine.__init__(
+            self, pattern, config, *args, fragment=VOLTA, num_stages=1, cursors_in_shared=CURSORS_IN_SHARED
+        )
         self.place_staging()
 
     def place_operands(self):
@@ -66,7 +71,7 @@ class Machine(StagedCopies, BlockMachine):
         T.ptx["ld.shared.v4.b32"](to[0], to[1], to[2], to[3], tile.pointer(0, row, chunk))
 
     @T.inline
-    def scores(self):
+    def scores(self, first=0):
         """S = Q K, 8 columns of the head at a time."""
         row_a = T.meta_var(self.warp_row + self.lane % 8 + self.lane % 16 // 8 * 16 + self.lane // 16 * 8)
         row_b = T.meta_var(self.lane % 4 + self.lane // 16 * 4)
@@ -80,10 +85,10 @@ class Machine(StagedCopies, BlockMachine):
                     self.multiply(_QK, self.S, n * 8, self.A, e * 2, e)
 
     @T.inline
-    def probabilities(self, k):
+    def probabilities(self, k, scale, first=0):
         """P of the k-th 16 keys: lanes l and l ^ 2 exchange halves of their rows, from accumulator to A operand."""
         left = T.meta_var(self.column0 == 0)
-        self.softmax.exponentials(self.S, k * 4, 4)
+        self.softmax.exponentials(self.S, k * 4, 4, scale)
         for g in T.unroll(4):
             s = T.meta_var((k * 4 + g) * 4)
             for r in T.unroll(2):
@@ -93,7 +98,7 @@ class Machine(StagedCopies, BlockMachine):
             self.P[g * 2 + 1] = T.Select(left, self.pair[2], self.pair[1])
 
     @T.inline
-    def accumulate(self, k):
+    def accumulate(self, k, first=0):
         """O += P V for the k-th 16 keys, 4 keys a product."""
         for g in T.unroll(4):
             row = T.meta_var(k * 16 + g * 4 + self.lane % 4)
@@ -137,7 +142,9 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
     """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
     more = staging_registers(pattern, config)
-    return limits.check(pattern, config, target, VOLTA, num_stages=1, m_tiles=(1,), more=more)
+    return limits.check(
+        pattern, config, target, VOLTA, num_stages=1, m_tiles=(1,), more=more, cursors_in_shared=CURSORS_IN_SHARED
+    )
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

@@ -39,7 +39,7 @@ class Machine(LdmatrixProducts, StagedCopies, BlockMachine):
     q_in_registers = False
 
     def __init__(self, pattern, config, *args):
-        BlockMachine.__init__(self, pattern, config, *args, fragment=M16N8, num_stages=1, bases_in_shared=False)
+        BlockMachine.__init__(self, pattern, config, *args, fragment=M16N8, num_stages=1)
         self.place_staging()
 
     @T.inline

@@ -23,6 +23,7 @@ from tvm.script import tirx as T
 from schedules.families import limits, mma
 from schedules.families.ldmatrix import LdmatrixProducts
 from schedules.families.machine import BlockMachine
+from schedules.families.paired import PairedProducts
 from schedules.fragment import M16N8
 from schedules.pattern import Pattern
 from schedules.template import Program, Rejected, Target, Traversal
@@ -40,7 +41,10 @@ class Config:
     """``block_m`` rows and ``block_n`` keys a tile, ``num_warps`` warps, ``num_stages`` buffers of K and V each.
 
     ``min_blocks_per_sm`` bounds the registers so that this many blocks fit one multiprocessor.  ``q_in_registers``
-    loads the fragments of Q once instead of once a tile.
+    loads the fragments of Q once instead of once a tile.  ``cursors_in_shared`` saves four registers for 16 bytes of
+    shared memory a thread.  ``warps_per_tile`` is 2 where pairs of warps share their rows
+    (:mod:`schedules.families.paired`).  ``section_mib``: in seq-outer order, heads go in sections whose keys and values
+    have that size, so that they stay in the L2 cache while strip follows strip.
     """
 
     block_m: int
@@ -49,39 +53,51 @@ class Config:
     num_stages: int
     min_blocks_per_sm: int
     q_in_registers: bool = False
+    cursors_in_shared: bool = False
+    warps_per_tile: int = 1
+    section_mib: int = 16
 
 
 @T.meta_class
-class Machine(LdmatrixProducts, BlockMachine):
+class _AsynchronousMachine(BlockMachine):
     """Asynchronous copies, m16n8k16."""
 
     def __init__(self, pattern, config, *args):
         self.q_in_registers = config.q_in_registers
         BlockMachine.__init__(
-            self, pattern, config, *args, fragment=M16N8, num_stages=config.num_stages, bases_in_shared=True
-        )
+            self, pattern, config, *args, fragment=M16N8, num_stages=config.num_stages,
+            parts=config.warps_per_tile, cursors_in_shared=config.cursors_in_shared,
+        )  # fmt: skip
 
     @T.inline
-    def copy(self, matrix, first, stage):
-        """Start copying a tile of rows from ``first``; what doesn't exist is filled with zeros."""
+    def copy(self, matrix, stage, live, ragged=None):
+        """Start copying the tile at a cursor; what doesn't exist is filled with zeros, so that nothing branches."""
 
         @T.inline
         def row(n, memory, shared, inside):
             size = T.meta_var(T.Select(inside, T.uint32(16), T.uint32(0)))
             T.ptx[_COPY](shared, matrix.memory.ptr_to([memory]), 16, size)
 
-        self.each_row(matrix, first, stage, row)
+        self.each_row(matrix, stage, live, ragged, row)
 
     @T.inline
-    def fetch(self):
-        """Start the next group of copies, if a tile is left: K and V, or with one stage K alone."""
-        if self.fetched >= self.tiles.begin:
-            self.copy(self.k, self.fetched * self.config.block_n, self.fill)
-            if self.stages > 1:
-                self.copy(self.v, self.fetched * self.config.block_n, self.fill)
-                self.fill = T.Select(self.fill == self.stages - 1, 0, self.fill + 1)
-            mma.move_left(self.pattern, self.at, self.tiles, self.rows, self.config.block_n, self.fetched)
+    def fetch(self, stage, live, ragged=None):
+        """Start the next group of copies if it is ``live``: K and V, or with one stage K alone."""
+        self.copy(self.k, stage, live, ragged)
+        if self.stages > 1:
+            self.copy(self.v, stage, live, ragged)
+            before: T.int32 = self.fetched
+            self.fetch_done()
+            self.retreat(self.v, before, self.fetched)
+        else:
+            self.fetch_done()
         T.ptx.cp.async_.commit_group()
+
+    def is_live(self, tile):
+        """Whether the tile that is copied next, in the step of ``tile``, exists."""
+        if self.pattern.has_gaps:
+            return self.fetched >= self.tiles.begin
+        return tile - max(self.stages - 1, 1) >= self.tiles.begin
 
     @T.inline
     def arrive(self, in_flight):
@@ -106,49 +122,74 @@ class Machine(LdmatrixProducts, BlockMachine):
     def start(self):
         """Fill the pipeline."""
         self.clear()
-        self.copy(self.q, self.rows[0], 0)
+        self.copy(self.q, 0, True, self.rows[0])
         if self.q_in_registers:
             T.ptx.cp.async_.commit_group()
-        for _ in T.unroll(max(self.stages - 1, 1)):
-            self.fetch()
+        # Only the rightmost tile may go beyond the last key.
+        self.fetch(0, self.fetched >= self.tiles.begin, self.fetched * self.config.block_n)
+        for stage in T.unroll(1, max(self.stages - 1, 1)):
+            self.fetch(stage, self.fetched >= self.tiles.begin)
         if self.q_in_registers:
             self.arrive(max(self.stages - 1, 1))
             self.keep_q()
 
     @T.inline
-    def step(self, tile, masked):
+    def step(self, tile, masked, tracked):
         """One tile of keys."""
         self.arrive(max(self.stages - 2, 0))
         if self.stages > 1:
-            self.fetch()
+            self.fetch(T.Select(self.use == 0, self.stages, self.use) - 1, self.is_live(tile))
         else:
-            self.copy(self.v, tile * self.config.block_n, 0)
+            self.copy(self.v, 0, True, tile * self.config.block_n if masked else None)
+            self.retreat(self.v, tile, self.fetched)
             T.ptx.cp.async_.commit_group()
-        self.scores()
-        self.softmax.modify(self.S, self.row0, tile * self.config.block_n + self.column0, masked)
-        if self.stages == 1:
-            self.arrive(0)
-            self.fetch()
-        self.absorb()
         if self.stages > 1:
-            self.use = T.Select(self.use == self.stages - 1, 0, self.use + 1)
 
-    @T.inline
-    def finish(self):
-        """Nothing is in flight any more, not even Q of a block without tiles; the row sums are complete."""
-        self.arrive(0)
-        self.softmax.finish()
+            @T.inline
+            def compute(first):
+                self.scores(first)
+                self.score_tile(tile, masked, tracked, first)
+                self.absorb(tracked, first)
+
+            self.if_seen(tile, masked, compute)
+            self.use = T.Select(self.use == self.stages - 1, 0, self.use + 1)
+        else:
+
+            @T.inline
+            def score(first):
+                self.scores(first)
+                self.score_tile(tile, masked, tracked, first)
+
+            @T.inline
+            def absorb(first):
+                self.absorb(tracked, first)
+
+            self.if_seen(tile, masked, score)
+            self.arrive(0)
+            self.fetch(0, self.is_live(tile))
+            self.if_seen(tile, masked, absorb)
+
+
+@T.meta_class
+class Machine(LdmatrixProducts, _AsynchronousMachine):
+    """Each warp has rows of its own."""
+
+
+@T.meta_class
+class PairedMachine(PairedProducts, _AsynchronousMachine):
+    """Two warps share the rows."""
 
 
 #: By arch and head_dim, the first that is large enough.  sm_80 has 163 KiB of shared memory, so that two blocks of
 #: 80 KiB or one of 8 warps fit a multiprocessor; the others have 99 KiB, for two blocks of 48 KiB.  Figures: TFLOP/s of
-#: sm_80 code recompiled for an H200, V2, fp16, full attention over 16k keys, hidden size 2048.
+#: sm_80 code recompiled for an H200, V2, fp16, full attention over 16k keys, hidden size 2048; FlashAttention-2 has
+#: 290, 335 and 312 at 64, 128 and 256.
 _LARGE = {
-    64: Config(128, 64, 4, 2, 2, q_in_registers=True),  # 331 to 347; block_n 48 318, 32 with three blocks 328
-    96: Config(128, 48, 4, 2, 2),
-    128: Config(128, 48, 4, 2, 2),  # 396 to 413; block_n 64 with one stage 383 to 401, 32 366
-    192: Config(128, 64, 8, 1, 1),
-    256: Config(128, 64, 8, 1, 1),  # 309 to 328, bound by shared memory (77% busy); block_n 48 312
+    64: Config(128, 64, 4, 2, 2, q_in_registers=True),  # 380; block_n 32 382 but 302 for 336 at 1k, 48 367
+    96: Config(128, 64, 4, 2, 2),
+    128: Config(128, 48, 4, 2, 2),  # 382 to 397; block_n 64 with one stage 404 but spills, 32 379
+    192: Config(128, 64, 8, 1, 1, cursors_in_shared=True, warps_per_tile=2),
+    256: Config(128, 64, 8, 1, 1, cursors_in_shared=True, warps_per_tile=2),  # 393; a warp to a row tile 334
 }
 _SMALL = {
     64: Config(128, 64, 4, 2, 2, q_in_registers=True),
@@ -157,15 +198,17 @@ _SMALL = {
     192: Config(64, 32, 4, 1, 2),
     256: Config(128, 32, 8, 1, 1),
 }
-#: Parameters of masks and scores live in registers too: fewer keys at once leave room for them.
+#: Parameters of masks and scores live in registers too: fewer keys at once leave room for them.  Two warps that share
+#: their rows have room for some.
 _BLOCK_N_WITH_PARAMETERS = 32
+_ROOM_FOR_PARAMETERS = {1: 0, 2: 4}  # by warps_per_tile
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     table = _LARGE if target.arch == "sm_80" else _SMALL
     config = table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
-    if pattern.params:
+    if len(pattern.params) > _ROOM_FOR_PARAMETERS[config.warps_per_tile]:
         config = dataclasses.replace(config, block_n=_BLOCK_N_WITH_PARAMETERS)
     return {0: config}
 
@@ -178,7 +221,10 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
         "min_blocks_per_sm": (1, 2, 3),
-        "q_in_registers": (False, True),
+        "q_in_registers": (False, True) if pattern.head_dim <= 64 else (False,),
+        "cursors_in_shared": (False, True),
+        "warps_per_tile": (1, 2) if pattern.head_dim > 128 else (1,),
+        "section_mib": (4, 16, 64, 1024) if template == "v2" else (16,),
     }
 
 
@@ -186,12 +232,21 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
     if config.num_stages < 1:
         return Rejected(f"num_stages {config.num_stages} must be at least 1")
-    m_tiles = config.block_m // (M16N8.tile_rows * config.num_warps)
+    parts = config.warps_per_tile
+    if parts not in (1, 2):
+        return Rejected(f"warps_per_tile {parts} must be 1 or 2")
+    if parts == 2 and (config.num_warps % 2 or config.block_n not in (32, 64)):
+        return Rejected(f"pairs of warps need an even num_warps, and a block_n of 32 or 64, not {config.block_n}")
+    m_tiles = config.block_m * parts // (M16N8.tile_rows * config.num_warps)
     operands = m_tiles * 4 * (pattern.head_dim // 16 if config.q_in_registers else 1)
-    return limits.check(pattern, config, target, M16N8, num_stages=config.num_stages, m_tiles=(1, 2), more=operands)
+    return limits.check(
+        pattern, config, target, M16N8, num_stages=config.num_stages, m_tiles=(1, 2), more=operands, parts=parts,
+        cursors_in_shared=config.cursors_in_shared,
+    )  # fmt: skip
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    func = mma.kernel(pattern, config, traversal, name, Machine)
+    machine = PairedMachine if config.warps_per_tile == 2 else Machine
+    func = mma.kernel(pattern, config, traversal, name, machine)
     return Program(func, "tirx", mma.ALIGNMENT, mma.INDEX_BITS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.families import mma
 from schedules.families.mma import CHUNK
 from schedules.pattern import Pattern
 
@@ -55,18 +54,18 @@ class StagedCopies:
 
     def place_staging(self):
         """Registers for this thread's part of the largest tile of keys."""
-        words = 4 * max(self.passes(x.tile) * x.tile.panels for x in (self.k, self.v))
+        words = 4 * max(x.passes * x.tile.panels for x in (self.k, self.v))
         self.staging = T.alloc_local([words], "uint32")
 
     @T.inline
-    def load(self, matrix, first):
-        """Start loading a tile of rows from ``first`` to registers; what doesn't exist is zero."""
+    def load(self, matrix, live, ragged=None):
+        """Start loading the tile at a cursor to registers; what doesn't exist is zero."""
 
         @T.inline
         def row(n, memory, shared, inside):
             load_or_zero(self.staging, n * 4, matrix.memory.ptr_to([memory]), inside)
 
-        self.each_row(matrix, first, 0, row)
+        self.each_row(matrix, 0, live, ragged, row)
 
     @T.inline
     def store(self, matrix):
@@ -76,46 +75,40 @@ class StagedCopies:
         def row(n, memory, shared, inside):
             T.ptx["st.shared.v4.b32"](shared, *[self.staging[n * 4 + x] for x in range(4)])
 
-        self.each_row(matrix, 0, 0, row)
+        self.each_row(matrix, 0, True, None, row)
 
     @T.inline
-    def copy(self, matrix, first):
-        """All rows of a tile from ``first``, at once."""
+    def copy(self, matrix, live, ragged):
+        """All rows of the tile at a cursor, at once."""
 
         @T.inline
         def row(n, memory, shared, inside):
             load_or_zero(self.staging, 0, matrix.memory.ptr_to([memory]), inside)
             T.ptx["st.shared.v4.b32"](shared, *[self.staging[x] for x in range(4)])
 
-        self.each_row(matrix, first, 0, row)
+        self.each_row(matrix, 0, live, ragged, row)
 
     @T.inline
     def start(self):
         """Q and the first K."""
         self.clear()
-        self.copy(self.q, self.rows[0])
-        if self.fetched >= self.tiles.begin:
-            self.copy(self.k, self.fetched * self.config.block_n)
-            mma.move_left(self.pattern, self.at, self.tiles, self.rows, self.config.block_n, self.fetched)
+        self.copy(self.q, True, self.rows[0])
+        self.copy(self.k, self.fetched >= self.tiles.begin, self.fetched * self.config.block_n)
+        self.fetch_done()
 
     @T.inline
-    def step(self, tile, masked):
+    def step(self, tile, masked, tracked):
         """One tile of keys."""
         T.cuda.cta_sync()
-        self.load(self.v, tile * self.config.block_n)
+        self.load(self.v, True, tile * self.config.block_n if masked else None)
+        self.retreat(self.v, tile, self.fetched)
         self.scores()
-        self.softmax.modify(self.S, self.row0, tile * self.config.block_n + self.column0, masked)
+        self.score_tile(tile, masked, tracked)
         self.store(self.v)
         T.cuda.cta_sync()
-        if self.fetched >= self.tiles.begin:
-            self.load(self.k, self.fetched * self.config.block_n)
-        self.absorb()
-        if self.fetched >= self.tiles.begin:
+        more: T.bool = self.fetched >= self.tiles.begin
+        self.load(self.k, more)
+        self.absorb(tracked)
+        if more:
             self.store(self.k)
-            mma.move_left(self.pattern, self.at, self.tiles, self.rows, self.config.block_n, self.fetched)
-
-    @T.inline
-    def finish(self):
-        """All of Q is in its place, also in a block without tiles; the row sums are complete."""
-        T.cuda.cta_sync()
-        self.softmax.finish()
+        self.fetch_done()
