@@ -199,16 +199,16 @@ _SMALL = {
     256: Config(128, 32, 8, 1, 1),
 }
 #: Parameters of masks and scores live in registers too: fewer keys at once leave room for them.  Two warps that share
-#: their rows have room for some.
+#: their rows have room, but not for two of the parameters that differ from head to head.
 _BLOCK_N_WITH_PARAMETERS = 32
-_ROOM_FOR_PARAMETERS = {1: 0, 2: 4}  # by warps_per_tile
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     table = _LARGE if target.arch == "sm_80" else _SMALL
     config = table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
-    if len(pattern.params) > _ROOM_FOR_PARAMETERS[config.warps_per_tile]:
+    crowded = sum(p.per_head for p in pattern.params) > 1 if config.warps_per_tile == 2 else bool(pattern.params)
+    if crowded:
         config = dataclasses.replace(config, block_n=_BLOCK_N_WITH_PARAMETERS)
     return {0: config}
 
