@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from schedules import pack
+from schedules.support import support_files
 from schedules.toolchain import cuda
 from tvm_flash.manifest import KernelEntry, Manifest
 
@@ -81,6 +82,7 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
             versions=versions,
             modules=tuple(modules),
             kernels=tuple(sorted(entries, key=lambda e: e.symbol)),
+            support_files=support_files(arch, output / arch, work, ()),
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         pack.publish(output / arch, manifest)

@@ -24,6 +24,7 @@ from schedules.compile import Built, Failed, Job, compile_spec, versions_for
 from schedules.families import family_of
 from schedules.plan import Plan, Request, Result, key_of, plan, select, write_record
 from schedules.suite import KernelSpec
+from schedules.support import support_files
 from schedules.template import Target
 from schedules.toolchain import cpu, cuda, nvcc
 from schedules.toolchain.process import ToolchainError, die_with_parent
@@ -142,9 +143,7 @@ def _write_pack(request: Request, plan_: Plan, results: Mapping[KernelSpec, tupl
     for spec in plan_.specs:
         if spec not in failed:
             groups.setdefault(spec.group, []).extend(r for r in results[spec] if isinstance(r, Built))
-    support = old.support_files if merge else ()
-    if target.arch == "cpu":
-        support = (_cpu_runtime(folder, work, support),)
+    support = support_files(target.arch, folder, work, old.support_files if merge else ())
     modules, linked, up_to_date = dict(intact), [], []
     for group, built in groups.items():
         old_entries = [_entry_in(present, b.entry) for b in built]
@@ -198,17 +197,6 @@ def _link(work: Path, folder: Path, target: Target, group: str, built: list[Buil
     else:
         cuda.link_module(objects, draft)
     return pack.store(draft, folder, group)
-
-
-def _cpu_runtime(folder: Path, work: Path, support: tuple[ModuleFile, ...]) -> ModuleFile:
-    """The thread pool in the pack: the one that is there if it is the same, else a new one."""
-    name = cpu.runtime_name()
-    for file in support:
-        if file.file == name and pack.is_intact(folder, file):
-            return file
-    draft = work / name
-    cpu.build_runtime(draft, soname=name)
-    return pack.store(draft, folder, name)
 
 
 def _sweep(work: Path, plan_: Plan, results: Mapping[KernelSpec, tuple[Result, ...]]) -> None:

@@ -61,6 +61,7 @@ class Pattern:
     is_scale_only: the score is ``s * softmax_scale`` and nothing more, so that the scale folds into the exponential.
     is_unmasked: every query sees every key.
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
+    depends_on_head: score or mask differ from head to head.
     is_interval: row i sees exactly the keys of ``visible_range(site, i, i)``, so that no other test of a key is needed.
     """
 
@@ -79,6 +80,8 @@ class Pattern:
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
         self.is_interval = self._mask is None or self._mask.is_interval
+        parts = [self._value] if predicate is None else [self._value, predicate]
+        self.depends_on_head = any(_mentions(part, self._index[1]) for part in parts)
 
     def parameter_symbols(self):
         """Fresh arguments for a kernel: ``(arguments, {name: Var or (batch, heads) Buffer})``."""
@@ -271,6 +274,12 @@ def _split_score(value: Expr, block: s_tir.SBlock, func: PrimFunc):
             "block 'score': the mask depends on the score; it may depend on positions and parameters only"
         )
     return raw, value, predicate
+
+
+def _mentions(expr: Expr, var) -> bool:
+    found = []
+    tvm_ffi.structural_walk(expr, [(tirx.Var, found.append)])
+    return any(x.same_as(var) for x in found)
 
 
 def _param(argument) -> Param:

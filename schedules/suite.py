@@ -57,7 +57,7 @@ class HeadDim:
 HEAD_DIMS = tuple(HeadDim(d, d) for d in (64, 128, 256))
 
 #: Sizes of models that lie between those.  A GPU multiplies a padded column as it does a real one, so that it gets
-#: kernels for them too, of plain scores; with other scores the next larger kernel serves.
+#: kernels for them too, of plain scores; with other scores or padding the next larger kernel serves.
 HEAD_DIMS_BETWEEN = (HeadDim(96, 96), HeadDim(192, 192), HeadDim(192, 128))
 
 
@@ -142,5 +142,5 @@ class Selection:
             for dtype in self.dtypes or dtypes
             for dim in (*(self.head_dims or HEAD_DIMS), *(HEAD_DIMS_BETWEEN if between else ()))
             for mask, score in variants or self.variants()
-            if score == "identity" or not between or dim not in HEAD_DIMS_BETWEEN
+            if not between or dim not in HEAD_DIMS_BETWEEN or (score == "identity" and mask != "padded")
         ]

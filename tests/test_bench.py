@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from tests.conftest import ROOT
-from tvm_flash import demo
+from tvm_flash import cuda, demo
 from tvm_flash.bench import accuracy, measure, plots, ratios, recorded, results, tables, timing, workloads
 from tvm_flash.bench.results import Cell, Implementation, Measurement, Peak, Run
 from tvm_flash.bench.workloads import Workload
@@ -186,16 +186,17 @@ def test_wrong_options_are_one_line(arguments, says, capsys):
     assert status == 2 and out == "" and says in err and err.startswith("tvm_flash: ") and err.count("\n") == 1
 
 
-def test_without_torch(cpu_pack, python):
-    program = """
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_without_torch(command, cpu_pack, python):
+    program = f"""
 import sys
 sys.modules["torch"] = None
 from tvm_flash.cli import main
 from tvm_flash.display import Entry
 sys.stderr = sys.stdout
-print(main(["bench", "--device", "cpu", "--quick"]))
+print(main([{command!r}, "--device", "cpu"]))
 """
-    says = 'tvm_flash: bench: needs torch, which isn\'t installed; pip install "tvm-flash[bench]"'
+    says = f'tvm_flash: {command}: needs torch; pip install "tvm-flash[bench]"'
     assert python(program) == f"{says}\n2\n"
 
 
@@ -353,3 +354,24 @@ def test_a_page_has_every_cell(tmp_path, capsys):
     text = (tmp_path / "page.md").read_text()
     assert status == 0 and text.count("▼0.80") == 24 + 2 and text.count("| 256 | causal |") == 12
     assert "Measured 2026-01-02" in text and "how burst is taken" in text
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cuda.device_count(), reason="there is no CUDA device")
+def test_a_run_on_a_gpu(tmp_path, capsys):
+    import torch
+
+    file = tmp_path / "gpu.json"
+    short = ("--dims", "64", "--seqs", "512", "--rounds", "1", "--seconds", "0.01")
+    status, _, err = bench(capsys, "--device", "cuda", *short, "--json", file)
+    run = results.read(file)
+    assert status == 0, err
+    assert run.modes == ("steady", "burst") and len(run.cells) == 4
+    for cell in run.cells:
+        usual = max(m.error for m in map(cell.of, ratios.peers(run)) if m)
+        assert all(
+            cell.of(t).error <= accuracy.allowed_error(usual, getattr(torch, cell.workload.dtype)) for t in ("v1", "v2")
+        )

@@ -22,6 +22,7 @@ from schedules.plan import Request, parse_targets, plan
 from schedules.suite import CORE_VARIANTS, HeadDim, KernelSpec, Selection
 from schedules.template import Rejected, Target
 from tests import toy_family
+from tvm_flash.fast import STEM
 from tvm_flash.manifest import MANIFEST_NAME
 
 CPU = Target("cpu", "toy")
@@ -427,7 +428,8 @@ def test_cuda_pack_names_its_resources(tmp_path):
     selection = Selection(("v1",), ("float32",), (D64,), ("full", "causal"))
     (report,) = build(Request((Target("sm_90"),), selection, output=tmp_path, jobs=1))
     assert not report.failed
-    assert len(report.manifest.modules) == 1 and not report.manifest.support_files
+    assert len(report.manifest.modules) == 1
+    assert [f.file.rpartition("-")[0] for f in report.manifest.support_files] == [STEM]
     assert report.manifest.versions["cuda"].count(".") == 2
     for entry in report.manifest.kernels:
         assert 0 < entry.registers < 64 and entry.spills == 0 and entry.shared_memory == 0

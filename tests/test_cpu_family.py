@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -26,15 +27,14 @@ from schedules.template import Program, Rejected, Target
 from schedules.toolchain import cpu as toolchain
 from tests import cases, torch_cases
 from tests.cases import CASES, Case
+from tvm_flash.cpu import features
 from tvm_flash.manifest import LAYOUT_OF_TEMPLATE
 
 TEMPLATES = {"v1": v1, "v2": v2}
 
 
 def runnable_isas() -> list[str]:
-    with open("/proc/cpuinfo") as f:
-        flags = next(line for line in f if line.startswith("flags")).split()
-    return [name for name, isa in cpu.ISAS.items() if set(isa.features) <= set(flags)]
+    return [name for name, isa in cpu.ISAS.items() if set(isa.features) <= features()]
 
 
 @functools.cache
@@ -46,12 +46,16 @@ def runtime() -> Path:
     return path
 
 
+def compile_for(isa: str, program: Program):
+    return tvm.compile(program.func, target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline)
+
+
 @functools.cache
 def kernel(template: str, dtype: str, mask: str, score: str, isa: str, head_dim: int = 64):
     pattern = match(Attention(SCORES[score], MASKS[mask])(head_dim, dtype, index_dtype=cpu.INDEX_DTYPE))
     program = TEMPLATES[template].apply(pattern, Target("cpu", isa), "kernel")
     assert isinstance(program, Program)
-    compiled = tvm.compile(program.func, target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline)
+    compiled = compile_for(isa, program)
     with tempfile.TemporaryDirectory(dir=runtime().parent) as scratch:
         part, module = Path(scratch) / "kernel.o", runtime().parent / f"{Path(scratch).name}.so"
         compiled.mod.write_to_file(str(part), "o")
@@ -81,6 +85,32 @@ def test_every_isa(dtype, isa):
     for case in CASES:
         if case.dtype == dtype and (case.mask, case.score) in (("causal", "identity"), ("window", "softcap")):
             check(case, cases.inputs(case), "v1", isa)
+
+
+#: What the assembly of a causal bfloat16 kernel must hold, and what would be illegal where there is no more than that.
+INSTRUCTIONS = {
+    "amx": (r"\tsttilecfg[^#]*\tldtilecfg(.|\n)*\ttdpbf16ps\t.*%tmm(.|\n)*\tldtilecfg", r"\ttilerelease"),
+    "avx512_bf16": (r"\tvdpbf16ps\t.*%zmm", r"\tt(dp|ile)"),
+    "avx512": (r"\tvfmadd\w+ps\t.*%zmm", r"\tt(dp|ile)|\tvdpbf16|\tvcvtneps2bf16"),
+    "avx2": (r"\tvfmadd\w+ps\t.*%ymm", r"%zmm|%[xy]mm(1[6-9]|[23]\d)|%k[0-7]\b|\{%k|\tvdp"),
+    "baseline": (
+        r"\tmulps\t.*%xmm",
+        r"\tv[a-z]+\w*\t|%ymm|%zmm|\t(andn[lq]|bextr|blsr|mulx|rorx|sarx|shlx|shrx|lzcnt|tzcnt)",
+    ),
+}
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
+def test_instructions(isa):
+    """Compiled only: also for machines that are not this one."""
+    program = v1.apply(
+        match(Attention(mask=MASKS["causal"])(64, "bfloat16", index_dtype="int64")), Target("cpu", isa), "f"
+    )
+    text = compile_for(isa, program).mod.inspect_source("asm")
+    wanted, illegal = INSTRUCTIONS[isa]
+    assert re.search(wanted, text)
+    found = re.search(illegal, text)
+    assert not found, f"{isa}: {text[found.start() : found.end() + 40]!r}"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -223,11 +253,14 @@ def elementwise(function, isa: str):
         ({"block_m": 1 << 14}, "scratch"),
         ({"block_n": 72}, "lanes"),
         ({"block_n": 0}, "positive"),
+        ({"isa": "amx", "tile_rows": 8}, "tile registers"),
     ),
 )
 def test_refusals_say_why(change, reason):
-    pattern = match(Attention()(64, "float32"))
-    target = Target("cpu", "avx512")
+    change = dict(change)
+    isa = change.pop("isa", "avx512")
+    pattern = match(Attention()(64, "bfloat16" if isa == "amx" else "float32"))
+    target = Target("cpu", isa)
     config = replace(cpu.default_configs("v1", pattern, target)[0], **change)
     refusal = cpu.feasible(pattern, config, target)
     assert isinstance(refusal, Rejected)

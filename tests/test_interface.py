@@ -145,7 +145,7 @@ def test_expanded_tensors_are_read_in_place():
 @pytest.mark.parametrize("variant", ("v1", "v2"))
 def test_the_variant_that_was_asked_for_runs(layout, variant):
     q, k, v = tensors(CASE, inputs(CASE), layout)
-    call._plans.clear()
+    call.forget()
     FUNCTIONS[layout](q, k, v, variant=variant)
     (plan,) = call._plans.values()
     assert plan.choice.kernel.entry.template == variant
@@ -153,7 +153,7 @@ def test_the_variant_that_was_asked_for_runs(layout, variant):
 
 def test_each_function_has_its_own_variant():
     for layout, template in (("bhsd", "v1"), ("bshd", "v2")):
-        call._plans.clear()
+        call.forget()
         FUNCTIONS[layout](*tensors(CASE, inputs(CASE), layout))
         (plan,) = call._plans.values()
         assert plan.choice.kernel.entry.template == template

@@ -87,25 +87,33 @@ def test_grouped_heads(device):
     agree(*tensors(heads=(6, 2), device=device), enable_gqa=True, is_causal=True)
 
 
-def masks(device="cpu"):
-    """Over 70 keys, for a batch of 2: padding at the right, at the left, on both sides, with gaps, of both alike."""
-    keys = torch.arange(70)
-    right, left = keys < torch.tensor([[70], [31]]), keys >= torch.tensor([[5], [69]])
-    named = {"right": right, "left": left, "both": left & (keys < 70), "gaps": torch.rand(2, 70) > 0.4}
-    named |= {"same": right[1:], "all": torch.ones(2, 70, dtype=torch.bool), "one": keys[None] == 12}
+def masks(device="cpu", length=70):
+    """Over keys, for a batch of 2: padding at the right, at the left, on both sides, with gaps, of both alike."""
+    keys = torch.arange(length)
+    right, left = keys < torch.tensor([[length], [31]]), keys >= torch.tensor([[5], [length - 9]])
+    named = {"right": right, "left": left, "both": left & (keys < length - 3), "gaps": torch.rand(2, length) > 0.4}
+    named |= {"same": right[1:], "all": torch.ones(2, length, dtype=torch.bool), "one": keys[None] == 12}
     return {name: mask[:, None, None].to(device) for name, mask in named.items()}
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", masks())
 def test_padding_masks(name, device):
-    mask = masks(device)[name]
-    q, k, v = tensors(device=device)
+    length = 70 if device == "cpu" else 1600
+    mask = masks(device, length)[name]
+    q, k, v = tensors((33, length), device=device)
     agree(q, k, v, attn_mask=mask)
     agree(q, k, v, attn_mask=mask.expand(-1, 4, 33, -1))
     agree(q[:, :, :1], k, v, attn_mask=mask)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")(q, k, v, attn_mask=mask)
     assert (compiled - ours(q, k, v, attn_mask=mask)).abs().max() <= 4 * torch.finfo(q.dtype).eps
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_few_keys_on_a_gpu_are_left_to_torch(device):
+    q, k, v = tensors(device=device)
+    with pytest.warns(FallbackWarning, match=r"sorting fewer than 1536 keys.*padded_attention"):
+        ours(q, k, v, attn_mask=masks(device)["gaps"])
 
 
 @pytest.mark.parametrize("hidden", (-math.inf, torch.finfo(torch.float32).min))
@@ -141,7 +149,7 @@ def only_torch():
         ((q, k, v), {"attn_mask": torch.rand(2, 1, 1, 70)}, "adds a bias"),
         ((q, k, v), {"attn_mask": torch.full((2, 1, 1, 70), torch.finfo(torch.float32).min)}, "adds a bias"),
         ((q, k, v), {"attn_mask": square, "is_causal": True}, "attn_mask and is_causal are both given"),
-        ((q[None], k[None], v[None]), {}, "5, 5 and 5 dimensions"),
+        ((q[None], k[None], v[None]), {}, "5, 5, 5 dimensions"),
         ((q, k, v), {"scale": -0.1}, "scale is -0.1"),
         (tensors(head_dims=(512, 512)), {}, "head dimensions up to"),
     ]

@@ -63,7 +63,7 @@ def test_the_search_path(monkeypatch, tmp_path):
 def test_the_first_pack_on_the_path_wins(copy, use_packs, cpu_pack):
     for order in ((copy, cpu_pack), (cpu_pack, copy)):
         use_packs(*order)
-        call._plans.clear()
+        call.forget()
         attend()
         (plan,) = call._plans.values()
         assert plan.choice.kernel.pack.folder == order[0]

@@ -59,7 +59,7 @@ def compiler():
 @pytest.mark.parametrize(
     ("template", "pattern"),
     [
-        (v2, {"mask": "causal"}),
+        (v2, {"mask": "causal", "head_dim": 64}),
         (v2, {"mask": "window", "score": "softcap_alibi", "head_dim": 64, "dtype": "bfloat16"}),
         (v1, {"head_dim": 256}),
         (v2, {"mask": "sink_window", "head_dim": 192, "head_dim_v": 128}),
@@ -73,6 +73,8 @@ def test_machine_code(template, pattern, tmp_path):
     report, count = compiled(program, tmp_path)
     (kernel,) = report.kernels
     assert kernel.spills == kernel.stack == 0
+    config = sm90.default_configs(template.__name__.rpartition(".")[2], pattern, TARGET)[0]
+    assert kernel.registers * config.threads * config.blocks_per_sm <= 65536
     # Twice a step: head_dim / 16 products for the scores; each of the tensors has a load, the output a store.
     assert count["HGMMA"] >= pattern.head_dim // 16 + 2
     assert count["UTMALDG"] >= 3
@@ -81,7 +83,16 @@ def test_machine_code(template, pattern, tmp_path):
 
 @pytest.mark.parametrize("template", ["v1", "v2"])
 @pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
-@pytest.mark.parametrize(("mask", "score"), [("full", "identity"), ("causal", "identity"), ("window", "softcap_alibi")])
+@pytest.mark.parametrize(
+    ("mask", "score"),
+    [
+        ("full", "identity"),
+        ("causal", "identity"),
+        ("padded", "identity"),
+        ("sink_window", "identity"),
+        ("window", "softcap_alibi"),
+    ],
+)
 def test_defaults_are_feasible(template, head_dims, mask, score):
     for dtype in sm90.DTYPES:
         pattern = pattern_of(mask, score, dtype, *head_dims)
@@ -95,12 +106,18 @@ def test_defaults_are_feasible(template, head_dims, mask, score):
     ("pattern", "change", "reason"),
     [
         ({}, {"block_n": 100}, "block_n 100"),
-        ({}, {"num_consumer_warpgroups": 4}, "num_consumer_warpgroups 4"),
+        ({}, {"num_consumer_warpgroups": 5}, "num_consumer_warpgroups 5"),
+        ({}, {"blocks_per_sm": 3}, "blocks_per_sm 3"),
+        ({}, {"num_consumer_warpgroups": 1, "blocks_per_sm": 2}, "pingpong"),
+        ({"head_dim": 64}, {"num_consumer_warpgroups": 4, "pingpong": False}, "registers"),
+        ({}, {"overlap_tiles": True}, "overlap_tiles"),
+        ({"head_dim": 256}, {"block_n": 64, "waves": 1, "overlap_tiles": True}, "overlap_tiles"),
         ({}, {"num_stages": 3}, "num_stages 3"),
         ({}, {"num_stages": 4}, "bytes of shared memory"),
         ({}, {"tiles_per_cta": 3}, "tiles_per_cta 3"),
         ({}, {"num_consumer_warpgroups": 3}, "registers"),
         ({"mask": "sink_window"}, {"tiles_per_cta": 2}, "gaps"),
+        ({"mask": "padded"}, {"waves": 1}, "waves 0"),
         ({"head_dim": 72}, {}, "head_dim 72"),
         ({"head_dim": 64, "head_dim_v": 128}, {}, "head_dim_v 128 exceeds"),
     ],
@@ -109,3 +126,16 @@ def test_refusals_say_why(pattern, change, reason):
     refusal = sm90.feasible(pattern_of(**pattern), replace(sm90.Config(tiles_per_cta=1), **change), TARGET)
     assert isinstance(refusal, Rejected)
     assert reason in refusal.reason
+
+
+@pytest.mark.parametrize(
+    ("mask", "score", "depends"),
+    [
+        ("full", "identity", False),
+        ("window", "softcap", False),
+        ("causal", "alibi", True),
+        ("padded", "identity", True),
+    ],
+)
+def test_heads_share_a_tile_unless_they_are_told_apart(mask, score, depends):
+    assert pattern_of(mask, score).depends_on_head is depends

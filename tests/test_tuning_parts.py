@@ -17,6 +17,7 @@ from schedules.attention import Attention
 from schedules.catalogue import MASKS, SCORES
 from schedules.configs import NO_RECORDS, Proposal, with_proposals
 from schedules.families import FAMILY, family_of
+from schedules.families.cpu.isa import ISAS
 from schedules.pattern import match
 from schedules.records import Measurement
 from schedules.suite import KernelSpec
@@ -94,14 +95,14 @@ def test_wrong_budgets(text):
 # ---------------------------------------------------------------- spaces and strategies
 
 
-@pytest.mark.parametrize("arch", FAMILY)
-def test_every_family_declares_a_space_with_its_default_in_it(arch):
-    target = Target(arch, "avx512" if arch == "cpu" else "")
+TARGETS = [Target(arch) for arch in FAMILY if arch != "cpu"] + [Target("cpu", isa) for isa in ISAS]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_every_family_declares_a_space_with_its_default_in_it(target):
     family = family_of(target)
-    for template in family.TEMPLATES:
-        pattern = match(
-            Attention(SCORES["identity"], MASKS["causal"])(128, family.DTYPES[0], index_dtype=family.INDEX_DTYPE)
-        )
+    for template, dtype in itertools.product(family.TEMPLATES, {family.DTYPES[0], family.DTYPES[-1]}):
+        pattern = match(Attention(SCORES["identity"], MASKS["causal"])(128, dtype, index_dtype=family.INDEX_DTYPE))
         space = Space.of(template, pattern, target)
         fields = {f.name for f in dataclasses.fields(family.Config)}
         assert set(space.axes) <= fields
@@ -110,7 +111,7 @@ def test_every_family_declares_a_space_with_its_default_in_it(arch):
         for config in family.default_configs(template, pattern, target).values():
             assert space.refusal(config) is None
             for name, values in space.axes.items():
-                assert getattr(config, name) in values, f"{arch} {template}: the default {name} isn't in the space"
+                assert getattr(config, name) in values, f"the default {name} isn't in the space"
         refused = sum(space.rejections().values())
         assert refused + len(feasible) == len(list(space.combinations()))
 

@@ -85,7 +85,6 @@ def check(
     out: np.ndarray,
     lse: np.ndarray,
     device: str = "cpu",
-    lse_tolerance: float = selfcheck.LSE_TOLERANCE,
 ) -> float:
     """Assert that an output is right; its largest error as a share of what is allowed."""
     expected, expected_lse = cases.expected(case, data)
@@ -97,6 +96,6 @@ def check(
     assert not out[blind].any()
     if not blind.all():
         lse_error = np.abs(lse[~blind] - expected_lse[~blind]).max()
-        lse_allowed = lse_tolerance * max(1, np.abs(expected_lse[~blind]).max())
+        lse_allowed = selfcheck.LSE_TOLERANCE * max(1, np.abs(expected_lse[~blind]).max())
         assert lse_error <= lse_allowed, f"lse differs by {lse_error:.3g}, allowed {lse_allowed:.3g}"
     return float(error / allowed)

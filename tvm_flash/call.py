@@ -7,10 +7,11 @@ import threading
 import warnings
 from typing import Any
 
+from tvm_flash import fast
 from tvm_flash.errors import LayoutWarning
 from tvm_flash.frameworks import Traced, framework_of
 from tvm_flash.plan import EmptyPlan, Plan
-from tvm_flash.prepare import Options, prepare, same_framework
+from tvm_flash.prepare import Options, Site, prepare, same_framework
 from tvm_flash.registry import on_refresh
 
 #: Plans that are kept; the oldest goes first.  One takes about 6 KB.
@@ -22,21 +23,55 @@ _PACKAGE = __name__.partition(".")[0]
 
 _plans: dict[Any, Plan | EmptyPlan] = {}
 _lock = threading.Lock()
-on_refresh(_plans.clear)
 
 
-def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
+def attend(*arguments: Any) -> Any:
     """What every public function does; see :func:`tvm_flash.flash_attention`.
 
-    ``per_head`` are the parameters that are tensors, by name.
+    The arguments are a :class:`Site`; how many tensors follow; q, k, v, one for each of ``site.per_head``, and out,
+    with None for what isn't given; then the options in the order of :meth:`Site.options`.  Passing them on by position
+    and as one tuple saves 0.2 µs.
+    """
+    return fast.call(*arguments)
+
+
+def slow(site: Site, tensors: int, *arguments: Any) -> Any:
+    """:func:`attend` without the fast path, and for it if there is one."""
+    q, k, v, *given, out = arguments[:tensors]
+    per_head = {name: x for name, x in zip(site.per_head, given, strict=True) if x is not None}
+    return attention(site.options(*arguments[tensors:]), q, k, v, per_head, out, (site, tensors, *arguments))
+
+
+fast.install(slow)
+attend._torchdynamo_inline = slow  # torch.compile can't look into C
+
+
+def forget() -> None:
+    """Forget all plans."""
+    _plans.clear()
+    fast.forget()
+
+
+on_refresh(forget)
+
+
+def attention(
+    options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any, call: tuple | None = None
+) -> Any:
+    """Attention by a plan, an old or a new one.
+
+    ``per_head`` are the parameters that are tensors, by name.  ``call`` are the arguments of :func:`attend`, which the
+    fast path shall know from now on.
     """
     try:
-        return _on_memory(options, q, k, v, per_head, out)
+        return _on_memory(options, q, k, v, per_head, out, call)
     except Traced as e:
         return e.framework.traced(options, q, k, v, per_head, out)
 
 
-def _torch_program(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
+def _torch_program(
+    options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any, call: tuple | None = None
+) -> Any:
     """What ``torch.compile`` sees in place of :func:`attention`."""
     from tvm_flash import torch_ops
 
@@ -46,7 +81,7 @@ def _torch_program(options: Options, q: Any, k: Any, v: Any, per_head: dict[str,
 attention._torchdynamo_inline = _torch_program
 
 
-def _on_memory(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
+def _on_memory(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any, call: tuple | None) -> Any:
     framework, like, result_to = framework_of(q, "q"), q, out
     if framework.adopts:
         if framework.traces:
@@ -72,6 +107,8 @@ def _on_memory(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any
     if plan.suspicion is not None:
         _warn(plan.suspicion, options.layout)
     result, lse = plan.run(q, k, v, tuple(per_head.values()), out)
+    if call is not None and not framework.adopts:
+        fast.remember(call, framework, plan)
     if result_to is not None:
         result = result_to
     elif framework.adopts:

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_arguments(commands.add_parser("bench", help="speed beside PyTorch's backends, on this device"))
 
     demo = commands.add_parser("demo", help="a real model's attention through both layouts, beside PyTorch")
-    demo.add_argument("--device", choices=("cpu", "cuda"))
+    demo.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if torch sees one")
     demo.set_defaults(run=_demo)
     return parser
 

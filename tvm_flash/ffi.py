@@ -136,6 +136,12 @@ def _stream_functions():
     return get, set_
 
 
+def addresses() -> tuple[int, ...]:
+    """Where the functions are that call a kernel, and get and set tvm-ffi's current stream."""
+    names = ("TVMFFIFunctionCall", "TVMFFIEnvGetStream", "TVMFFIEnvSetStream")
+    return tuple(ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value for name in names)
+
+
 def _raised() -> str:
     """Kind and message of the error that the last call of this thread left behind."""
     handle = ctypes.c_void_p()
@@ -176,7 +182,7 @@ class Frame:
     ``set_pointer`` is indexed by tensor, in the order of the arguments.
     """
 
-    __slots__ = ("_arguments", "_call", "_device", "_kernel", "_memory", "_pointers", "_result", "_tensors")
+    __slots__ = ("_arguments", "_call", "_kernel", "_memory", "_pointers", "_result", "_tensors", "device")
 
     def __init__(self, kernel: Kernel, arguments: Sequence[TensorSpec | int | float]):
         """``arguments`` in the order of the kernel's parameters; data pointers are set before each call."""
@@ -201,7 +207,13 @@ class Frame:
         self._arguments = (ctypes.c_void_p(ctypes.addressof(values)), ctypes.c_int32(len(arguments)))
         self._result = ctypes.c_void_p(ctypes.addressof(result))
         self._call = _library().TVMFFIFunctionCall
-        self._device = (DL_DEVICES[specs[0].device_kind], specs[0].device_index)
+        self.device = (DL_DEVICES[specs[0].device_kind], specs[0].device_index)
+
+    def parts(self) -> tuple[int, int, int, int, int]:
+        """The function, then addresses of the arguments and of the tensors among them, then their numbers."""
+        arguments, count = self._arguments
+        tensors = ctypes.addressof(self._tensors)
+        return self._kernel.handle.value, arguments.value, tensors, count.value, len(self._tensors)
 
     def run(self, pointers: Sequence[int]) -> None:
         """Call the kernel on the processor, or on a GPU's default stream.
@@ -221,7 +233,7 @@ class Frame:
     def run_on_stream(self, pointers: Sequence[int], stream: int) -> None:
         """Call the kernel with ``stream`` (a ``CUstream`` as an integer) as tvm-ffi's current one, for this call."""
         get, set_ = _stream_functions()
-        kind, index = self._device
+        kind, index = self.device
         before = get(kind, index) or 0
         if before == stream:
             self.run(pointers)

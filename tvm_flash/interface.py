@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tvm_flash.call import attention
+from tvm_flash.call import attend
 from tvm_flash.checks import check_layout, check_variant
 from tvm_flash.errors import ArgumentTypeError
-from tvm_flash.prepare import Options, params_of
+from tvm_flash.prepare import params_of, site
+
+_BHSD, _BSHD = site("bhsd"), site("bshd")
 
 
 def flash_attention(
@@ -58,8 +60,10 @@ def flash_attention(
     The method is FlashAttention (Dao et al., 2022; Dao, 2023).  The kernel runs on the framework's current stream,
     never waits, and can be captured in a CUDA graph.
     """
-    options = Options("bhsd", variant, return_lse, softmax_scale, causal, window_size, softcap)
-    return attention(options, q, k, v, {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}, out)
+    # fmt: off
+    return attend(_BHSD, 5, q, k, v, alibi_slopes, out,
+                  variant, return_lse, softmax_scale, causal, window_size, softcap)
+    # fmt: on
 
 
 def flash_attention_v2(
@@ -81,8 +85,10 @@ def flash_attention_v2(
     Parameters, results and errors are those of :func:`flash_attention`, with dimensions 1 and 2 of q, k, v and the
     result swapped; the log-sum-exp stays ``(batch, heads, seqlen_q)``.
     """
-    options = Options("bshd", variant, return_lse, softmax_scale, causal, window_size, softcap)
-    return attention(options, q, k, v, {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}, out)
+    # fmt: off
+    return attend(_BSHD, 5, q, k, v, alibi_slopes, out,
+                  variant, return_lse, softmax_scale, causal, window_size, softcap)
+    # fmt: on
 
 
 def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") -> Callable[..., Any]:
@@ -107,6 +113,9 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
     check_layout(layout)
     check_variant(variant)
     declared = params_of(name)
+    per_head = tuple(p for p in declared if declared[p].per_head)
+    scalars = tuple(p for p in declared if not declared[p].per_head)
+    at, tensors = site(layout, name, per_head, scalars), 4 + len(per_head)
 
     def fn(q, k, v, *, softmax_scale=None, return_lse=False, out=None, **params):
         if params.keys() != declared.keys():
@@ -114,10 +123,8 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
                 f"{', '.join(sorted(params.keys() ^ declared.keys()))}: missing or unknown; the definition {name!r} "
                 f"takes {', '.join(declared) or 'no parameters'}"
             )
-        scalars = tuple((p, params[p]) for p in declared if not declared[p].per_head)
-        per_head = {p: params[p] for p in declared if declared[p].per_head}
-        options = Options(layout, variant, return_lse, softmax_scale, definition=name, params=scalars)
-        return attention(options, q, k, v, per_head, out)
+        given, numbers = [params[p] for p in per_head], [params[p] for p in scalars]
+        return attend(at, tensors, q, k, v, *given, out, variant, return_lse, softmax_scale, *numbers)
 
     fn.__name__ = fn.__qualname__ = name
     fn.__doc__ = f"Attention as the definition {name!r} says, over tensors in the layout {layout!r}."

@@ -26,6 +26,10 @@ class Footprint:
     item_size: int
 
 
+#: Of a tensor without elements.
+NOWHERE = Footprint(0, 0, (0,), (0,), 1)
+
+
 def footprint(x: TensorView) -> Footprint:
     """The footprint of a tensor; empty (``low == high``) if it has no elements."""
     item = ITEM_SIZE[x.dtype]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm_flash.call import attention
+from tvm_flash.call import attend
 from tvm_flash.checks import check_layout
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
-from tvm_flash.prepare import Options
+from tvm_flash.prepare import site
+from tvm_flash.problem import LAYOUTS
+
+_SITES = {layout: site(layout, per_head=("kv_start", "kv_end"), layout_known=True) for layout in LAYOUTS}
 
 
 def padded_attention(
@@ -47,5 +50,7 @@ def padded_attention(
             f"key_range: has shape {tuple(key_range.shape)}, expected (batch, 2): where the keys of each batch entry "
             f"start and end"
         )
-    options = Options(layout, variant, return_lse, softmax_scale, causal, window_size, layout_known=True)
-    return attention(options, q, k, v, {"kv_start": key_range[:, :1], "kv_end": key_range[:, 1:]}, out)
+    # fmt: off
+    return attend(_SITES[layout], 6, q, k, v, key_range[:, :1], key_range[:, 1:], out,
+                  variant, return_lse, softmax_scale, causal, window_size, 0.0)
+    # fmt: on

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tvm_flash import memory
+from tvm_flash import fast, memory
 from tvm_flash.checks import Sizes
 from tvm_flash.choice import Choice, choose
 from tvm_flash.device import Device
@@ -63,6 +63,9 @@ class EmptyPlan:
 
     def __init__(self, request: Request):
         self._request = request
+
+    def recipe(self, tensors: int, q: Any, k: Any, v: Any, out: Any) -> None:
+        """What the fast path needs: it leaves empty problems alone."""
 
     def run(self, q: Any, k: Any, v: Any, per_head: tuple[Any, ...], out: Any) -> tuple[Any, Any]:
         """The result and the log-sum-exp (None unless it was asked for)."""
@@ -143,10 +146,7 @@ class Plan:
         pointers = [at_q, at_k, at_v, at_out, at_lse]
         if self._per_head:
             pointers += [pointer(per_head[i]) for i in self._per_head]
-        try:
-            frame = self._frames.pop()
-        except IndexError:
-            frame = Frame(self._kernel, self._arguments)
+        frame = self._frame()
         if self._gpu is None:
             frame.run(pointers)
         else:
@@ -154,6 +154,37 @@ class Plan:
             framework.finish(self._gpu)
         self._frames.append(frame)
         return out, (lse if self._return_lse else None)
+
+    def _frame(self) -> Frame:
+        """A frame that no other call uses."""
+        try:
+            return self._frames.pop()
+        except IndexError:
+            return Frame(self._kernel, self._arguments)
+
+    def recipe(self, tensors: int, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, ...] | None:
+        """What the fast path needs to do the same for tensors of this alignment; None if each call must warn.
+
+        ``tensors`` is how many a call has, those that are None included.  The answer is that of
+        :func:`tvm_flash.fast.recipe`, and what makes the result and the log-sum-exp (None: nothing is to be made).
+        """
+        if self.suspicion is not None:
+            return None
+        bits = 0
+        for x in (q, k, v) if out is None else (q, k, v, out):
+            bits |= self._framework.pointer(x)
+        if bits & self._misaligned:
+            return self._for_alignment(memory.alignment_of(bits)).recipe(tensors, q, k, v, out)
+        footprints = [
+            *self._inputs,
+            *[memory.NOWHERE] * (tensors - 1 - len(self._inputs)),
+            self._output or memory.NOWHERE,
+        ]
+        used = [3 + i for i in self._per_head]
+        made = fast.recipe(self._frame(), used, self._return_lse, footprints)
+        # On the processor the fast path has room of its own for an lse that nobody asked for.
+        makes_lse = self._return_lse or (self._lse_needed and self._gpu is not None)
+        return *made, self._make_out if out is None else None, self._make_lse if makes_lse else None
 
     def _check_overlap(self, pointers: tuple[int, ...], at_out: int) -> None:
         names = ("q", "k", "v", *self._request.per_head)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tvm_flash import checks, memory
@@ -56,6 +58,38 @@ class Options(NamedTuple):
     params: tuple[tuple[str, Any], ...] = ()
     accept: Callable[[Choice], None] = accept_any
     layout_known: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a function of the package has decided before it is called.
+
+    ``per_head`` and ``scalars`` are the names of the parameters that are tensors and, for a definition of the user's
+    own, of those that are numbers; the others are as in :class:`Options`.
+    """
+
+    layout: str
+    definition: str = BUILTIN_DEFINITION
+    per_head: tuple[str, ...] = ("alibi_slopes",)
+    scalars: tuple[str, ...] = ()
+    accept: Callable[[Choice], None] = accept_any
+    layout_known: bool = False
+
+    def options(self, variant: Any, return_lse: Any, softmax_scale: Any, *rest: Any) -> Options:
+        """The options of a call; ``rest`` is causal, window_size and softcap, or the values of ``scalars``."""
+        builtin = self.definition == BUILTIN_DEFINITION
+        return Options(
+            *(self.layout, variant, return_lse, softmax_scale),
+            *(rest if builtin else ()),
+            definition=self.definition,
+            params=() if builtin else tuple(zip(self.scalars, rest, strict=True)),
+            accept=self.accept,
+            layout_known=self.layout_known,
+        )
+
+
+#: A site, the same one for the same arguments: the fast path knows it by its address.
+site = functools.lru_cache(maxsize=256)(Site)
 
 
 def prepare(

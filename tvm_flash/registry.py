@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tvm_flash import cpu, ffi
+from tvm_flash import cpu, fast, ffi
 from tvm_flash.errors import PackError
 from tvm_flash.manifest import MANIFEST_NAME, KernelEntry, Manifest, ModuleFile
 
@@ -177,6 +177,8 @@ class Registry:
                 raise _damaged(pack, f"{MANIFEST_NAME} doesn't list {name}")
             for file in (*pack.manifest.support_files, files[name]):
                 _verify(pack, file)
+                if file.file.startswith(fast.STEM):
+                    fast.load(path.with_name(file.file))
             try:
                 self._modules[path] = ffi.load_module(path)
             except OSError as e:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvm_flash import checks
-from tvm_flash.call import attention
+from tvm_flash.call import attend
 from tvm_flash.choice import Choice, Explanation, choose, explain
 from tvm_flash.device import Device, parse
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
-from tvm_flash.prepare import Options
+from tvm_flash.prepare import Site, site
 from tvm_flash.problem import DTYPES, HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem, normalise_mask
 
 PREFERENCES = ("speed", "compatibility")
 
 #: dtype for a device when none is given: what one would run there.
 _USUAL_DTYPE = {"cpu": "float32", "cuda": "float16"}
+
+
+@dataclass(frozen=True)
+class _LikeSelected:
+    """Refuses a kernel for another kind of device than the selected one's; equal for kernels that are."""
+
+    arch: str
+    device: Device
+
+    def __call__(self, choice: Choice) -> None:
+        arch = choice.kernel.entry.arch
+        if (arch == "cpu") != (self.arch == "cpu"):
+            raise InvalidArgumentError(
+                f"q: is on a device of arch {arch}, but this kernel was selected for {self.device}; move the tensors, "
+                f"or select with BackendSelector(q.device)"
+            )
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class SelectedKernel:
     arch: str
     reason: str
     device: Device
+    _site: Site = field(init=False, repr=False, compare=False)
 
     def __call__(
         self,
@@ -60,18 +77,14 @@ class SelectedKernel:
         ------
         InvalidArgumentError: the tensors are on a device of another arch than this kernel was selected for.
         """
-        options = Options(
-            self.layout, self.variant, return_lse, softmax_scale, causal, window_size, softcap, accept=self._accept
-        )
-        return attention(options, q, k, v, {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}, out)
+        # fmt: off
+        return attend(self._site, 5, q, k, v, alibi_slopes, out,
+                      self.variant, return_lse, softmax_scale, causal, window_size, softcap)
+        # fmt: on
 
-    def _accept(self, choice: Choice) -> None:
-        arch = choice.kernel.entry.arch
-        if (arch == "cpu") != (self.arch == "cpu"):
-            raise InvalidArgumentError(
-                f"q: is on a device of arch {arch}, but this kernel was selected for {self.device}; move the tensors, "
-                f"or select with BackendSelector(q.device)"
-            )
+    def __post_init__(self):
+        found = site(self.layout, accept=_LikeSelected(self.arch, self.device))
+        object.__setattr__(self, "_site", found)  # once, not in every call
 
 
 class BackendSelector:

@@ -14,7 +14,7 @@ import torch
 from tvm_flash import call
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.manifest import BUILTIN_DEFINITION
-from tvm_flash.prepare import NO_BACKWARD, Options
+from tvm_flash.prepare import NO_BACKWARD, Options, site
 
 _MINIMUM = (2, 4)
 
@@ -89,26 +89,28 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
 # ---------------------------------------------------------------- on real tensors
 
 
-def _run(options: Options, q, k, v, per_head):
-    result = call.attention(options, q, k, v, per_head, None)
-    return result if options.return_lse else (result, q.new_empty(0, dtype=torch.float32))
+def _run(what, tensors, options, *, layout="bhsd", variant="auto", softmax_scale=None, return_lse=False):
+    at = site(layout, **what, layout_known=True)
+    result = call.attend(at, len(tensors) + 1, *tensors, None, variant, return_lse, softmax_scale, *options)
+    return result if return_lse else (result, tensors[0].new_empty(0, dtype=torch.float32))
 
 
-def _attention(q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, *, window_left=-1, window_right=-1, **options):
-    given = {"alibi_slopes": alibi_slopes, "kv_start": kv_start, "kv_end": kv_end}
-    per_head = {name: x for name, x in given.items() if x is not None}
-    return _run(_options(window_size=(window_left, window_right), **options), q, k, v, per_head)
+# Arguments have the defaults of the operators: a dispatcher leaves those out that have them.
 
 
-def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, number_names, **options):
-    params = tuple(zip(number_names, numbers, strict=True))
-    options = _options(definition=name, params=params, **options)
-    return _run(options, q, k, v, dict(zip(per_head_names, per_head, strict=True)))
+def _attention(
+    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, *, causal=False, window_left=-1, window_right=-1,
+    softcap=0.0, **others,
+):  # fmt: skip
+    what = {"per_head": ("alibi_slopes", "kv_start", "kv_end")}
+    return _run(
+        what, (q, k, v, alibi_slopes, kv_start, kv_end), (causal, (window_left, window_right), softcap), **others
+    )
 
 
-def _options(*, layout="bhsd", variant="auto", softmax_scale=None, return_lse=False, **others) -> Options:
-    """Options with the defaults of the operators: a dispatcher leaves arguments out that have them."""
-    return Options(layout, variant, return_lse, softmax_scale, layout_known=True, **others)
+def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, number_names, **others):
+    what = {"definition": name, "per_head": tuple(per_head_names), "scalars": tuple(number_names)}
+    return _run(what, (q, k, v, *per_head), numbers, **others)
 
 
 # ---------------------------------------------------------------- on fake tensors

@@ -128,6 +128,16 @@ class Kernel {
 
 }  // namespace device_image
 
+// How many multiprocessors the current device has; kernels whose blocks stay for more than one tile ask for it.
+extern "C" inline int32_t multiprocessors() {
+  CUdevice device;
+  int count = 0;
+  device_image::check(cuCtxGetDevice(&device), "there is no current device");
+  device_image::check(cuDeviceGetAttribute(&count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device),
+                      "the device doesn't say how many multiprocessors it has");
+  return count;
+}
+
 constexpr CUfunction_attribute cudaFuncAttributeMaxDynamicSharedMemorySize =
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 

@@ -11,6 +11,7 @@ from schedules.toolchain.process import ToolchainError
 SERIALISATION_WARNINGS = {
     "C7508": "setmaxnreg is ignored",
     "C7510": "wgmma is serialised",
+    "C7512": "wgmma is serialised for want of registers",
     "C7519": "a wgmma fence was injected",
     "C7520": "wgmma is serialised because of divergent code",
 }

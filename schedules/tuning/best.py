@@ -19,6 +19,7 @@ from schedules.families import FAMILY
 from schedules.records import Line, Measurement
 from schedules.suite import KernelSpec
 from schedules.template import Target
+from schedules.tuning import tables
 from schedules.tuning.workload import Workload
 from tvm_flash import cpu, cuda
 from tvm_flash.manifest import Speed
@@ -124,7 +125,7 @@ def proposals(measured: Sequence[Measurement], exact: bool) -> tuple[Proposal, .
 
     ``exact``: whether the records are of the arch that is built for.
     """
-    current = _of_newest_source(measured)
+    current = tables.of_newest_source(measured)
     lengths = sorted({Workload.parse(r.problem).seqlen_kv for r in current})
     costs, found = _costs(current)
     segments = _segments(lengths, costs)
@@ -139,14 +140,6 @@ def proposals(measured: Sequence[Measurement], exact: bool) -> tuple[Proposal, .
             record = found[config, first]
             chosen.append(Proposal(bucket, record.config, record.kernel_hash if exact else "", record.name))
     return tuple(chosen)
-
-
-def _of_newest_source(measured: Sequence[Measurement]) -> list[Measurement]:
-    """Records whose default is the newest one's: when kernels change, earlier ones are no longer compared."""
-    newest: dict[str, Measurement] = {}
-    for r in sorted(measured, key=lambda r: r.date):
-        newest[r.problem] = r
-    return [r for r in measured if r.incumbent == newest[r.problem].incumbent]
 
 
 def _costs(measured: Sequence[Measurement]) -> tuple[dict, dict]:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--arch", default="", help="only what was measured for this arch")
     options = parser.parse_args(arguments)
     lines = [line for path in options.logs for line in records.read(path)]
-    measured = [r for r in tables.usable(lines) if options.arch in ("", r.arch)]
+    measured = [r for r in tables.of_newest_source(tables.usable(lines)) if options.arch in ("", r.arch)]
     if not measured:
         raise ValueError(f"{', '.join(map(str, options.logs))}: nothing was measured successfully")
     peers = [r for r in lines if isinstance(r, PeerMeasurement)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from schedules.records import Line, Measurement
 from schedules.tuning.strategy import geometric_mean
@@ -13,6 +13,17 @@ def usable(lines: Iterable[Line], problems: Collection[str] = ()) -> list[Measur
     """Successful measurements, of some problems or of all."""
     found = (r for r in lines if isinstance(r, Measurement) and r.status == "ok")
     return [r for r in found if not problems or r.problem in problems]
+
+
+def of_newest_source(measured: Sequence[Measurement]) -> list[Measurement]:
+    """Records whose default is the newest one's of their template and problem.
+
+    When kernels change, what was measured before is no longer compared.
+    """
+    newest: dict[tuple[str, str, str], Measurement] = {}
+    for r in sorted(measured, key=lambda r: r.date):
+        newest[r.arch, r.template, r.problem] = r
+    return [r for r in measured if r.incumbent == newest[r.arch, r.template, r.problem].incumbent]
 
 
 def by_cell(measured: Iterable[Measurement]) -> dict[tuple[str, str, str], list[Measurement]]:
@@ -40,7 +51,7 @@ def gains(lines: Iterable[Line], problems: Collection[str] = ()) -> str:
     """For each template and problem the default and the best, and the geometric mean of the gains."""
     rows = [("template", "problem", "tried", "default µs", "best µs", "TFLOP/s", "gain", "best configuration")]
     ratios = []
-    for (arch, template, problem), cell in by_cell(usable(lines, problems)).items():
+    for (arch, template, problem), cell in by_cell(of_newest_source(usable(lines, problems))).items():
         best = best_of(cell)
         defaults = [r for r in cell if r.default]
         gain = best.gain or 1.0

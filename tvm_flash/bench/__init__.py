@@ -15,6 +15,22 @@
 ``command``     the options
 =============== ================================================================
 
-Needs torch and rich (and matplotlib for pictures): ``pip install "tvm-flash[bench]"``.  Nothing of them is imported
-before a command needs it.
+Needs torch, and matplotlib for pictures: ``pip install "tvm-flash[bench]"``.  Nothing of them is imported before a
+command needs it.
 """
+
+import importlib.util
+
+from tvm_flash.errors import NotSupportedError
+
+
+def require(what: str, *modules: str) -> None:
+    """See that what a command needs is installed.
+
+    Raises
+    ------
+    NotSupportedError: it isn't; the message names what is missing, and the command that installs it.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise NotSupportedError(f'{what}: needs {", ".join(missing)}; pip install "tvm-flash[bench]"')

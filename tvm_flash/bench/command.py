@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tvm_flash.bench import workloads
+from tvm_flash.bench import require, workloads
 from tvm_flash.display import Screen, progress
 from tvm_flash.errors import InvalidArgumentError, NotSupportedError
 from tvm_flash.problem import DTYPES
@@ -95,10 +95,9 @@ def _check_peers(options: argparse.Namespace, known) -> None:
 
 def _measure(options: argparse.Namespace):
     """A new run, written to ``--json`` as it grows."""
-    try:
-        import torch
-    except ModuleNotFoundError as e:
-        raise NotSupportedError('bench: needs torch, which isn\'t installed; pip install "tvm-flash[bench]"') from e
+    require("bench", "torch")
+    import torch
+
     from tvm_flash import device as devices
     from tvm_flash.bench import peers, results
     from tvm_flash.bench.measure import Bench

@@ -8,7 +8,7 @@ import platform
 import re
 from pathlib import Path
 
-from tvm_flash import __version__, cpu, cuda
+from tvm_flash import __version__, cuda
 from tvm_flash.device import Device
 from tvm_flash.registry import registry
 
@@ -21,8 +21,9 @@ def describe(device: Device) -> dict[str, str]:
 
     about = {"device": device.name, "arch": device.native_arch}
     if device.kind == "cpu":
-        about["instructions"] = ", ".join(sorted({p.manifest.isa for p in registry().packs if p.manifest.isa}))
-        about["threads"] = f"{cpu.threads()} (torch: {torch.get_num_threads()})"
+        best = registry().kernels("cpu")[:1]
+        about["instructions"] = best[0].pack.manifest.isa if best else "no pack"
+        about["threads"] = f"{torch.get_num_threads()}, torch's own"
     else:
         about["driver"] = f"{_kernel_module()} (CUDA {cuda.driver_version()})".removeprefix(" ")
         about["torch's CUDA"] = str(torch.version.cuda)
@@ -30,7 +31,8 @@ def describe(device: Device) -> dict[str, str]:
     about["torch"] = torch.__version__
     about["tvm_flash"] = __version__
     about |= {package: importlib.metadata.version(package) for package in ("apache-tvm-ffi", "numpy")}
-    about |= {f"{p.arch} pack": _pack(p.manifest.versions) for p in registry().packs if p.arch in device.archs()}
+    usable = [p for p in registry().packs if p.arch in device.archs() and p.unusable is None]
+    about |= {f"{p.arch} pack": _pack(p.manifest.versions) for p in usable}
     about["python"] = platform.python_version()
     return about
 

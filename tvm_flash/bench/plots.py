@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tvm_flash.bench import ratios, tables
+from tvm_flash.bench import ratios, require, tables
 from tvm_flash.bench.results import Cell, Implementation, Run
-from tvm_flash.errors import InvalidArgumentError, NotSupportedError
+from tvm_flash.errors import InvalidArgumentError
 
 #: Inches and dots an inch: twice the width at which a README shows a picture.
 WIDTH, DPI = 10.0, 160
@@ -43,10 +43,9 @@ def write(runs: Sequence[Run], path: Path) -> list[Path]:
     NotSupportedError: there is no matplotlib.
     InvalidArgumentError: there are several runs, or one without figures.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as e:
-        raise NotSupportedError(f'--plot: needs {e.name}; pip install "tvm-flash[bench]"') from e
+    require("--plot", "matplotlib")
+    from matplotlib.figure import Figure
+
     if len(runs) != 1 or not runs[0].cells:
         raise InvalidArgumentError(
             f"--plot: draws one run with figures, not {len(runs)}; name the files of one machine"

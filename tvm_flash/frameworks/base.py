@@ -108,6 +108,14 @@ class Framework(ABC):
     def fill(self, tensor: Any, value: float) -> None:
         """Set every element."""
 
+    def fast_reader(self, cls: type) -> tuple[Any, Callable[[], bool] | None, Any] | None:
+        """How the fast path reads tensors of exactly the type ``cls``; None if it can't.
+
+        The capsule of the type's ``DLPackExchangeAPI``, or None for ``__array_struct__``; what says whether gradients
+        are recorded, if the framework has them; and the one dtype of the kind "V" that is known, if any.
+        """
+        return None
+
     def differentiated(self, q: Any, k: Any, v: Any) -> bool:
         """Whether the caller expects a gradient for one of the tensors."""
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -43,6 +44,11 @@ class NumPy(Framework):
             pointer=tensor.__array_interface__["data"][0],
             writable=tensor.flags.writeable,
         )
+
+    def fast_reader(self, cls):
+        if cls not in _PLAIN:
+            return None
+        return None, None, dtype_of("bfloat16") if "ml_dtypes" in sys.modules else None
 
     def allocator(self, shape, dtype, like):
         return partial(_empty, shape, dtype_of(dtype))

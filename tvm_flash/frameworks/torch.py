@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from functools import partial
 
@@ -49,11 +50,18 @@ class Torch(Framework):
 
     def allocator(self, shape, dtype, like):
         device = torch.device("cpu") if like.device_kind == "cpu" else torch.device("cuda", like.device_index)
-        # empty_strided, since it takes 1.0 µs and torch.empty 1.5.
+        # On a GPU empty_like takes 1.6 µs, empty_strided 2.0, empty 2.4.
+        if (prototype := _prototype(shape, _DTYPES[dtype], device)) is not None:
+            return partial(torch.empty_like, prototype)
         return partial(torch.empty_strided, shape, contiguous_strides(shape), dtype=_DTYPES[dtype], device=device)
 
     def fill(self, tensor, value):
         tensor.fill_(value)
+
+    def fast_reader(self, cls):
+        api = getattr(cls, "__dlpack_c_exchange_api__", None)  # since torch 2.10
+        # Subclasses may stand for something else.
+        return (api, _is_grad_enabled, None) if api and cls in (torch.Tensor, torch.nn.Parameter) else None
 
     def differentiated(self, q, k, v):
         return _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -65,6 +73,27 @@ class Torch(Framework):
 
     def stream(self, device_index):
         return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+_elements: dict = {}
+
+
+@functools.cache
+def _becomes_contiguous(ones):
+    """Whether ``empty_like`` makes contiguous tensors of expanded ones; ``ones`` says which sizes are 1."""
+    shape = tuple(1 if one else 2 for one in ones)
+    return torch.empty_like(torch.empty(1).expand(shape)).stride() == contiguous_strides(shape)
+
+
+def _prototype(shape, dtype, device):
+    """A tensor with one element's memory, of which ``empty_like`` makes contiguous ones; None if there can't be one."""
+    if not _becomes_contiguous(tuple(n == 1 for n in shape)):
+        return None
+    if (dtype, device) not in _elements:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # the element would live in the graph's memory
+        _elements[dtype, device] = torch.empty(1, dtype=dtype, device=device)
+    return _elements[dtype, device].expand(shape)
 
 
 class TracedTorch(Torch):

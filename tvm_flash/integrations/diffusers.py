@@ -46,9 +46,9 @@ class TvmFlashAttnProcessor:
         context = x if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        if attention_mask is not None:  # (batch * heads, 1 or seq, keys)
+        if attention_mask is not None:  # comes as (batch * heads, 1 or seq, keys), the same for all heads
             attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], batch)
-            attention_mask = attention_mask.unflatten(0, (batch, attn.heads))
+            attention_mask = attention_mask.unflatten(0, (batch, attn.heads))[:, :1]
         q, k, v = (
             projection(source).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (batch, heads, seq, head_dim)
             for projection, source in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm_flash.call import attention
-from tvm_flash.prepare import Options
+from tvm_flash import call
+from tvm_flash.prepare import site
+from tvm_flash.problem import LAYOUTS
+
+_SITES = {layout: site(layout, layout_known=True) for layout in LAYOUTS}
 
 
 def attend(
@@ -23,5 +26,7 @@ def attend(
     out: Any = None,
 ) -> Any:
     """:func:`tvm_flash.flash_attention` in a layout, by whichever template is better, without a look at the layout."""
-    options = Options(layout, "auto", return_lse, softmax_scale, causal, window_size, softcap, layout_known=True)
-    return attention(options, q, k, v, {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}, out)
+    # fmt: off
+    return call.attend(_SITES[layout], 5, q, k, v, alibi_slopes, out,
+                       "auto", return_lse, softmax_scale, causal, window_size, softcap)
+    # fmt: on

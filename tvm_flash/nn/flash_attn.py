@@ -39,7 +39,7 @@ def flash_attn_func(
         :func:`tvm_flash.flash_attention_v2` raises.
     """
     _refuse_dropout(dropout_p)
-    out, lse = attend(
+    result = attend(
         "bshd",
         q,
         k,
@@ -49,9 +49,9 @@ def flash_attn_func(
         window_size=tuple(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
-        return_lse=True,
+        return_lse=return_attn_probs,
     )
-    return (out, lse, None) if return_attn_probs else out
+    return (*result, None) if return_attn_probs else result
 
 
 def flash_attn_qkvpacked_func(qkv: torch.Tensor, *args, **kwargs):

@@ -92,8 +92,9 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         return "a gradient is required, and there is no backward pass yet"
     if query.is_nested or key.is_nested or value.is_nested:
         return "the tensors are nested"
-    if not (query.ndim == key.ndim == value.ndim and query.ndim in (3, 4)):
-        return f"the tensors have {query.ndim}, {key.ndim} and {value.ndim} dimensions, expected 4, or 3, of each"
+    shapes = q, k, v = query.shape, key.shape, value.shape
+    if not (len(q) == len(k) == len(v) and len(q) in (3, 4)):
+        return f"the tensors have {', '.join(str(len(x)) for x in shapes)} dimensions, expected 4, or 3, of each"
     if not query.dtype == key.dtype == value.dtype:
         return f"the dtypes differ: {query.dtype}, {key.dtype}, {value.dtype}"
     if not query.device == key.device == value.device:
@@ -102,9 +103,9 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         return f"scale is {scale}, and these kernels take positive ones"
     if is_causal and attn_mask is not None:
         return "attn_mask and is_causal are both given"
-    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2] or key.shape[-3] != value.shape[-3]:
+    if q[-1] != k[-1] or k[-2] != v[-2] or k[-3] != v[-3] or 0 in (q[-1], v[-1]):
         return "the shapes don't fit"
-    heads, kv_heads = query.shape[-3], key.shape[-3]
+    heads, kv_heads = q[-3], k[-3]
     if heads != kv_heads and not (enable_gqa and kv_heads and heads % kv_heads == 0):
         return f"query has {heads} heads and key {kv_heads}"
     return None
@@ -164,12 +165,12 @@ def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: fl
     whole = query.ndim == 4
     if not whole:  # (heads, seqlen, head_dim)
         query, key, value = query[None], key[None], value[None]
-    batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])
-    query, key, value = (_readable(x.expand(*batch, -1, -1, -1)) for x in (query, key, value))
-    head_dim, head_dim_v = asked_dims = query.shape[-1], value.shape[-1]
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])
+        query, key, value = (x.expand(*batch, -1, -1, -1) for x in (query, key, value))
+    (_, _, seqlen_q, head_dim), (_, _, seqlen_kv, head_dim_v) = query.shape, value.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    query, key, value = _widen(query), _widen(key), _widen(value)
-    seqlen_q, seqlen_kv = query.shape[2], key.shape[2]
+    query, key, value = _fit(query, head_dim), _fit(key, head_dim), _fit(value, head_dim_v)
     if mask is not None:
         key, value = mask.arrange(key), mask.arrange(value)
         out = padded_attention(query, key, value, mask.key_range(), softmax_scale=scale)
@@ -179,22 +180,16 @@ def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: fl
         window = (-1, seqlen_q - seqlen_kv)
         out = attend("bhsd", query, key, value, window_size=window, softmax_scale=scale)
     else:  # keys after the last query are never seen
-        key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
+        if seqlen_kv > seqlen_q:
+            key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
         out = attend("bhsd", query, key, value, causal=True, softmax_scale=scale)
-    out = out if asked_dims[1] == out.shape[-1] else out[..., :head_dim_v]
+    out = out if head_dim_v % HEAD_DIM_MULTIPLE == 0 else out[..., :head_dim_v]
     return out if whole else out[0]
 
 
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    """The same with a contiguous last dimension."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _padded(size: int) -> int:
-    return max(1, -(-size // HEAD_DIM_MULTIPLE)) * HEAD_DIM_MULTIPLE
-
-
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    """The same with zeros up to a head_dim that kernels take."""
-    size = x.shape[-1]
-    return x if size % HEAD_DIM_MULTIPLE == 0 and size else pad(x, (0, _padded(size) - size))
+def _fit(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The same as kernels take it: a contiguous last dimension, with zeros up to a multiple of what they count in."""
+    beyond = -size % HEAD_DIM_MULTIPLE
+    if beyond:
+        return pad(x, (0, beyond))
+    return x if x.stride(-1) == 1 or size == 1 else x.contiguous()

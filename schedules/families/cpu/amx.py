@@ -5,6 +5,9 @@ A tile product adds ``A B`` to a tile of float32, with 16 rows of 32 elements in
 as the caller has it, but for a last tile that isn't whole and for head dims that aren't a multiple of 32, and V
 transposed.
 
+A thread's tile configuration is put back as it was: oneDNN, which may have used the same thread, doesn't look whether
+its own is still there.
+
 =========== =================== =================================================
 buffer      shape               holds
 =========== =================== =================================================
@@ -13,6 +16,7 @@ KT          (N, D')             keys with zeros around, where the caller's won't
 VT          (E', N)             values transposed, 0 past the last key
 PT          (N / 2, G)          pairs of probabilities, of one group
 acc         (32 * G,)           four tiles of the second product
+state       (64,)               the thread's tile configuration, as it was
 =========== =================== =================================================
 """
 
@@ -23,7 +27,7 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 
 from schedules.families.cpu.config import Config
-from schedules.families.cpu.pairs import bits, make_pair_macros, pair
+from schedules.families.cpu.pairs import bits, make_pair_macros
 from schedules.families.cpu.problem import Problem
 
 #: Rows and columns of four tiles, and elements that a tile product sums.
@@ -34,17 +38,18 @@ _TILE_CONFIG = 'c"\\01' + "\\00" * 15 + "\\40\\00" * 8 + "\\00" * 16 + "\\10" * 
 TILE_PRODUCT = f"""
 @tvm_flash_tile_config = linkonce_odr hidden constant [64 x i8] {_TILE_CONFIG}, align 64
 declare void @llvm.x86.ldtilecfg(ptr)
-declare void @llvm.x86.tilerelease()
+declare void @llvm.x86.sttilecfg(ptr)
 declare void @llvm.x86.tilezero(i8)
 declare void @llvm.x86.tileloadd64(i8, ptr, i64)
 declare void @llvm.x86.tilestored64(i8, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8, i8, i8)
-define linkonce_odr i32 @tvm_flash_tiles_begin() alwaysinline nounwind {{
+define linkonce_odr i32 @tvm_flash_tiles_begin(ptr %before) alwaysinline nounwind {{
+  call void @llvm.x86.sttilecfg(ptr %before)
   call void @llvm.x86.ldtilecfg(ptr @tvm_flash_tile_config)
   ret i32 0
 }}
-define linkonce_odr i32 @tvm_flash_tiles_end() alwaysinline nounwind {{
-  call void @llvm.x86.tilerelease()
+define linkonce_odr i32 @tvm_flash_tiles_end(ptr %before) alwaysinline nounwind {{
+  call void @llvm.x86.ldtilecfg(ptr %before)
   ret i32 0
 }}
 define linkonce_odr i32
@@ -106,9 +111,9 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
         return T.call_extern("int32", "tvm_flash_tile_product", *arguments)
 
     @T.inline
-    def load_queries(P: Problem, QT, b, h, row0, rows, count):
-        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_begin"))
-        macros.load_queries(P, QT, b, h, row0, rows, count)
+    def load_queries(P: Problem, QT, state, b, h, row0, rows, count):
+        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_begin", T.address_of(state[0])))
+        macros.load_queries(P, QT, state, b, h, row0, rows, count)
         for d in T.serial(P.head_dim // 2, _whole(P.head_dim) // 2):
             for i in T.serial(count):
                 QT[d, i] = T.uint32(0)
@@ -186,8 +191,8 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             macros.output_of_visible(P, ST, OT, correction, v_at, column, keys)
 
     @T.inline
-    def finish():
-        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_end"))
+    def finish(state):
+        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_end", T.address_of(state[0])))
 
     return SimpleNamespace(
         queries=((_whole(head_dim) // 2, M), "uint32"),
@@ -195,6 +200,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
         values=((_whole(head_dim_v), N), "uint16"),
         probabilities=((N // 2, G), "uint32"),
         accumulators=(BLOCK * G,),
+        state=((64,), "uint8"),
         load_queries=load_queries,
         load_tile=load_tile,
         scores=scores,

@@ -38,12 +38,13 @@ def multiplication(isa: Isa, dtype: str) -> str:
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for any length; both templates share it.
 
-    GFLOP/s of one Zen 4 core, where torch's matrix product reaches 95 in float32 and 210 in bfloat16.  AVX-512, float32,
-    block_n 64, at head_dim 64, 128 and 32 (sequences of 2048, 4096 and 384): row_vectors x tile_rows 2 x 8 gave 101,
-    104, 86; 4 x 4 gave 95, 98, 84; 3 x 8 gave 94, 91, 79; block_n 32 and 128 up to 10 less.  At head_dim 64, a block_m
-    of 256, 128, 64 and 32 gave 96, 99, 95, 91 in bfloat16 as float32, and causal float32 at 128 and 64 gave 90, 87.
-    bfloat16 in pairs, 2 x 8: 158 at 512 keys.  AVX2, 512 keys: 2 x 4 gave 84, 3 x 4 82, 1 x 8 73; block_n 128 and 32
-    gave 85, 83.  Baseline, 2 x 4: 31.
+    GFLOP/s of one Zen 4 core, where torch's matrix product reaches 95 in float32 and 210 in bfloat16:
+
+    * AVX-512, float32, block_n 64, at head_dim 64, 128 and 32 (sequences of 2048, 4096, 384): row_vectors x tile_rows
+      2 x 8 gave 101, 104, 86; 4 x 4 gave 95, 98, 84; 3 x 8 gave 94, 91, 79; block_n 32 and 128 up to 10 less.
+    * A block_m of 256, 128, 64 and 32 gave 96, 99, 95, 91 at head_dim 64; causal float32 at 128 and 64 gave 90, 87.
+    * bfloat16 in pairs, 2 x 8, sequences of 512: 158.
+    * AVX2, sequences of 512: 2 x 4 gave 84, 3 x 4 82, 1 x 8 73; block_n 128 and 32 gave 85, 83.  Baseline, 2 x 4: 31.
     """
     isa = ISAS[target.isa]
     if multiplication(isa, pattern.dtype) == "tiles":

@@ -26,7 +26,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
     converts = dtype != "float32"
 
     @T.inline
-    def load_queries(P: Problem, QT, b, h, row0, rows, count):
+    def load_queries(P: Problem, QT, state, b, h, row0, rows, count):
         """``QT[d, i] = q[row0 + i, d]``; queries past ``rows`` repeat the last one."""
         for i in T.serial(count):
             q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
@@ -109,7 +109,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
             output_with(P, ST, VT, OT, acc, correction, v_at, column, keys, accumulate_visible)
 
     @T.inline
-    def finish():
+    def finish(state):
         pass
 
     return SimpleNamespace(
@@ -118,6 +118,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
         values=((N if converts else 1, head_dim_v), "float32"),
         probabilities=((1, 1), "float32"),
         accumulators=(R * V * lanes,),
+        state=((1,), "uint8"),
         load_queries=load_queries,
         load_tile=load_tile,
         scores=scores,

@@ -70,7 +70,7 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
     V = config.row_vectors
 
     @T.inline
-    def load_queries(P: Problem, QT, b, h, row0, rows, count):
+    def load_queries(P: Problem, QT, state, b, h, row0, rows, count):
         for i in T.serial(count):
             q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
             for d in T.serial(P.head_dim // 2):
@@ -199,7 +199,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             macros.output_of_visible(P, ST, OT, correction, v_at, column, keys)
 
     @T.inline
-    def finish():
+    def finish(state):
         pass
 
     return SimpleNamespace(
@@ -208,6 +208,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
         values=((N // 2, head_dim_v), "uint32"),
         probabilities=((N // 2, G), "uint32"),
         accumulators=(R * G,),
+        state=((1,), "uint8"),
         load_queries=macros.load_queries,
         load_tile=load_tile,
         scores=scores,

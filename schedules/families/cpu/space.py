@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from schedules.families.cpu.config import multiplication
 from schedules.families.cpu.isa import ISAS
 from schedules.pattern import Pattern
 from schedules.template import Target
@@ -11,9 +12,11 @@ from schedules.template import Target
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling."""
-    lanes = ISAS[target.isa].lanes
+    isa = ISAS[target.isa]
+    if multiplication(isa, pattern.dtype) == "tiles":
+        return {"block_m": (64, 128, 256, 512), "block_n": (32, 64, 128, 256)}
     return {
-        "block_m": tuple(lanes * vectors for vectors in (2, 3, 4, 6, 8, 12, 16, 24, 32)),
+        "block_m": tuple(isa.lanes * vectors for vectors in (2, 3, 4, 6, 8, 12, 16, 24, 32)),
         "block_n": (32, 64, 128, 256),
         "row_vectors": (1, 2, 3, 4),
         "tile_rows": (2, 4, 8),

@@ -41,6 +41,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         KT = T.sblock_alloc_buffer(*products.keys)
         VT = T.sblock_alloc_buffer(*products.values)
         PT = T.sblock_alloc_buffer(*products.probabilities)
+        state = T.sblock_alloc_buffer(*products.state)
         OT = T.sblock_alloc_buffer((head_dim_v, M), "float32")
         ST = T.sblock_alloc_buffer((N, G), "float32")
         row_max = T.sblock_alloc_buffer((M,), "float32")
@@ -61,7 +62,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         site = T.meta_var(P.site(b, h))
 
         # 1. Queries transposed; rows past the end repeat the last one and are never stored.
-        products.load_queries(P, QT, b, h, row0, rows, groups * G)
+        products.load_queries(P, QT, state, b, h, row0, rows, groups * G)
         for e in T.serial(P.head_dim_v):
             for i in T.serial(groups * G // lanes):
                 for lane in T.vectorized(lanes):
@@ -97,7 +98,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                     steps.online_softmax(ST, row_max, row_sum, correction, highest, total, column, keys, scale)
                     products.output(P, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full)
 
-        products.finish()
+        products.finish(state)
 
         # 3. The log-sum-exp, before row_sum becomes the divisor.
         if P.wants_lse():

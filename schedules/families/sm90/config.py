@@ -13,11 +13,21 @@ PANEL = 64
 WARPGROUP_ROWS = 64
 #: Shared memory that a block can have, bytes.
 SHARED_MEMORY = 227 * 1024
+#: Registers beside accumulators and probabilities: addresses, row state, temporaries.
+OTHER_REGISTERS = 32
 #: Room for the barriers.
-BARRIER_BYTES = 256
-#: Registers of a producer's and of a consumer's thread, for each number of consumer warpgroups: all that the 64 Ki of a
-#: multiprocessor allow.
-REGISTERS = {2: (24, 240), 3: (32, 160)}
+BARRIER_BYTES = 512
+#: Registers of a producer's and of a consumer's thread, by consumer warpgroups and blocks of a multiprocessor: all that
+#: its 64 Ki allow.
+REGISTERS = {
+    (1, 2): (24, 232),
+    (1, 3): (24, 136),
+    (1, 4): (24, 104),
+    (2, 1): (40, 232),
+    (2, 2): (24, 104),
+    (3, 1): (32, 160),
+    (4, 1): (32, 112),
+}
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,13 @@ class Config:
     num_consumer_warpgroups: each computes 64 rows of a row tile.
     block_n: keys of a tile, a multiple of 16 up to 256.
     num_stages: depth of each of the two rings, of K and of V, in shared memory; a power of two.
+    blocks_per_sm: blocks that share a multiprocessor.
     pingpong: consumer warpgroups take turns at the tensor cores, so that one's softmax meets the other's products.
-    tiles_per_cta: row tiles that a block computes one after the other, 1 or 2: the first product of the second tile is
-        issued beside the last one of the first.
+    tiles_per_cta: row tiles at a place of the grid, 1 or 2: two are taken one from each end, which makes places of
+        equal length under a causal mask.
+    waves: places are visited by that many blocks for each that the device runs at a time, one place after the other;
+        0 starts a block for each place.
+    overlap_tiles: the first product of a row tile is issued beside the last one of that before.
     running_max: take the row maximum in every step; else unmasked steps rely on the exact maximum of a row's first tile
         and take another only when the row sum of a step shows that it has been far exceeded.
     head_section: heads whose row tiles are visited together, strip by strip; 1 visits all row tiles of a head first.
@@ -40,8 +54,11 @@ class Config:
     num_consumer_warpgroups: int = 2
     block_n: int = 128
     num_stages: int = 2
+    blocks_per_sm: int = 1
     pingpong: bool = True
     tiles_per_cta: int = 1
+    waves: int = 0
+    overlap_tiles: bool = False
     running_max: bool = False
     head_section: int = 1
 
@@ -55,18 +72,44 @@ class Config:
         """Threads of a block: the producer's and the consumers' warpgroups."""
         return 128 * (self.num_consumer_warpgroups + 1)
 
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a producer's and of a consumer's thread."""
+        return REGISTERS[self.num_consumer_warpgroups, self.blocks_per_sm]
+
+    @property
+    def persistent(self) -> bool:
+        """Whether blocks go on to other places."""
+        return self.waves > 0
+
+    @property
+    def several_tiles(self) -> bool:
+        """Whether blocks may compute more than one row tile."""
+        return self.tiles_per_cta > 1 or self.persistent
+
 
 def panels(head_dim: int) -> int:
     """Panels of a tile with rows of ``head_dim`` elements."""
     return -(-head_dim // PANEL)
 
 
-def shared_memory(pattern: Pattern, config: Config) -> int:
-    """Bytes of shared memory that a block needs."""
+def shared_memory(pattern: Pattern, config: Config, q_stages: int) -> int:
+    """Bytes of shared memory that a block needs with room for the queries of ``q_stages`` row tiles."""
     row = 2 * PANEL
-    q = config.tiles_per_cta * config.block_m * panels(pattern.head_dim)
+    q = q_stages * config.block_m * panels(pattern.head_dim)
     k_and_v = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
     return (q + k_and_v) * row + BARRIER_BYTES
+
+
+def q_stages(pattern: Pattern, config: Config) -> int:
+    """Row tiles whose queries a block has room for: 2 if it computes several, so that the next one's can come early."""
+    fits = shared_memory(pattern, config, 2) <= available_memory(config)
+    return 2 if config.several_tiles and fits else 1
+
+
+def available_memory(config: Config) -> int:
+    """Bytes of shared memory that a block may have; each of those on a multiprocessor costs 1 KiB more."""
+    return (SHARED_MEMORY + 1024) // config.blocks_per_sm - 1024
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
@@ -79,23 +122,31 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
             f"head_dim_v {pattern.head_dim_v} exceeds head_dim {pattern.head_dim}; "
             "outputs are staged in the place of the queries"
         )
-    if config.num_consumer_warpgroups not in REGISTERS:
-        return Rejected(f"num_consumer_warpgroups {config.num_consumer_warpgroups} is not one of {sorted(REGISTERS)}")
+    if (config.num_consumer_warpgroups, config.blocks_per_sm) not in REGISTERS:
+        return Rejected(
+            f"num_consumer_warpgroups {config.num_consumer_warpgroups} with blocks_per_sm {config.blocks_per_sm} is "
+            f"not one of {sorted(REGISTERS)}"
+        )
+    if config.pingpong and config.num_consumer_warpgroups not in (2, 3):
+        return Rejected("pingpong needs 2 or 3 consumer warpgroups")
     if config.block_n % 16 or not 16 <= config.block_n <= 256:
         return Rejected(f"block_n {config.block_n} is not a multiple of 16 from 16 to 256")
     if config.num_stages not in (2, 4, 8):
         return Rejected(f"num_stages {config.num_stages} is not 2, 4 or 8")
     if config.tiles_per_cta not in (1, 2):
         return Rejected(f"tiles_per_cta {config.tiles_per_cta} is not 1 or 2")
-    if pattern.has_gaps and config.tiles_per_cta != 1:
-        return Rejected("a mask with gaps needs tiles_per_cta 1: its tiles are counted as they come")
-    needed = shared_memory(pattern, config)
-    if needed > SHARED_MEMORY:
-        return Rejected(f"needs {needed} bytes of shared memory, a block of {target} has {SHARED_MEMORY}")
+    if pattern.has_gaps and config.several_tiles:
+        return Rejected("a mask with gaps needs tiles_per_cta 1 and waves 0: its tiles are counted as they come")
+    if any(p.per_head for p in pattern.params) and config.persistent:
+        return Rejected("parameters of each head need waves 0: a block reads them once")
+    if config.overlap_tiles and not (config.several_tiles and q_stages(pattern, config) == 2):
+        return Rejected("overlap_tiles needs tiles_per_cta 2 or waves, and room for the queries of two row tiles")
+    needed = shared_memory(pattern, config, q_stages(pattern, config))
+    if needed > available_memory(config):
+        return Rejected(f"needs {needed} bytes of shared memory, a block of {target} has {available_memory(config)}")
     # Scores and output are float32 accumulators (a warpgroup's thread holds 1/2 element per row of a column), the
     # probabilities are packed in pairs; about 30 registers are addresses, row state and temporaries.
-    registers = config.block_n // 2 + config.block_n // 4 + pattern.head_dim_v // 2 + 30
-    available = REGISTERS[config.num_consumer_warpgroups][1]
-    if registers > available:
-        return Rejected(f"needs about {registers} registers a thread, a consumer warpgroup has {available}")
+    needed = config.block_n // 2 + config.block_n // 4 + pattern.head_dim_v // 2 + OTHER_REGISTERS
+    if needed > config.registers[1]:
+        return Rejected(f"needs about {needed} registers a thread, a consumer warpgroup has {config.registers[1]}")
     return None

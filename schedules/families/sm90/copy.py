@@ -6,10 +6,11 @@ from tvm.backend.cuda.lang import MBarrier
 from tvm.script import tirx as T
 
 from schedules.families.sm90.config import PANEL
+from schedules.families.sm90.rows import Rows
 from schedules.geometry import Tensor
 
-_LOAD = "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-_STORE = "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group"
+_LOAD = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
+_STORE = "cp.async.bulk.tensor.{}d.global.shared::cta.tile.bulk_group"
 _SWIZZLE_128B = 3
 _L2_PROMOTION_128B = 2
 
@@ -19,8 +20,8 @@ WAIT_STORED = (
 )
 
 
-def encode(descriptor, tensor: Tensor, box_rows: int):
-    """Make the TMA descriptor of a tensor, on the host: its box is one panel of ``box_rows`` rows of a head.
+def encode_keys(descriptor, tensor: Tensor, box_rows: int):
+    """Make the TMA descriptor of k or v, on the host: its box is one panel of ``box_rows`` rows of a head.
 
     What of a box lies outside the tensor reads as zero and isn't written.
     """
@@ -32,6 +33,19 @@ def encode(descriptor, tensor: Tensor, box_rows: int):
         PANEL, box_rows, 1, 1,
         1, 1, 1, 1,
         descriptor_dtype=str(tensor.buffer.dtype), rank=4, swizzle=_SWIZZLE_128B, l2_promotion=_L2_PROMOTION_128B,
+    )  # fmt: skip
+
+
+def encode_queries(descriptor, tensor: Tensor, rows: Rows, box_rows: int):
+    """The same of q or o, with the query heads of a group as an axis: a box is ``box_rows`` rows of a row tile."""
+    seq, heads, batch = (_stride_bytes(tensor.sizes[axis], tensor.strides[axis]) for axis in ("seq", "heads", "batch"))
+    return T.tensormap_encode_tiled(
+        descriptor, tensor.buffer.data,
+        tensor.sizes["dim"], tensor.sizes["seq"], rows.group, rows.geometry.kv_heads, tensor.sizes["batch"],
+        seq, heads, heads * T.Cast("int64", rows.group), batch,
+        PANEL, *rows.box(box_rows), 1, 1,
+        1, 1, 1, 1, 1,
+        descriptor_dtype=str(tensor.buffer.dtype), rank=5, swizzle=_SWIZZLE_128B, l2_promotion=_L2_PROMOTION_128B,
     )  # fmt: skip
 
 
@@ -54,13 +68,13 @@ class Ring:
 
     def add_barriers(self, pool):
         """Take the barriers from the pool, once it has the tiles of all rings."""
-        self.full = MBarrier(pool, self.stages)
-        self.empty = MBarrier(pool, self.stages)
+        self.full = MBarrier(pool, self.stages, leader=T.bool(True))
+        self.empty = MBarrier(pool, self.stages, leader=T.bool(True))
 
-    def init(self, consumers: int):
-        """Initialise the barriers: a slot is empty when that many warps have released it."""
+    def init(self, releases: int):
+        """One thread: initialise the barriers; a slot is empty when it has been released that many times."""
         self.full.init(1)
-        self.empty.init(consumers)
+        self.empty.init(releases)
 
     def slot(self, n):
         """Where tile ``n`` stands."""
@@ -75,21 +89,21 @@ class Ring:
         return lambda panel, row, column: self.tiles.ptr_to([self.slot(n), panel, row, column])
 
     @T.inline
-    def load(self, n, descriptor, row, head, batch):
+    def load(self, n, descriptor, place):
         """Producer: fill the slot of tile ``n`` once it is empty."""
         self.empty.wait(self.slot(n), T.bitwise_xor(self.phase(n), 1))
-        self.fetch(n, descriptor, row, head, batch)
+        self.fetch(n, descriptor, place)
 
     @T.inline
-    def fetch(self, n, descriptor, row, head, batch):
-        """Producer: fill the slot of tile ``n``, which is known to be empty."""
+    def fetch(self, n, descriptor, place):
+        """Producer: fill the slot of tile ``n``, which is known to be empty, from ``place`` (a box's coordinates)."""
         T.ptx.mbarrier.arrive.expect_tx.shared.b64(
             self.full.ptr_to([self.slot(n)]), T.uint32(self.panels * self.rows * PANEL * 2)
         )
         for p in T.unroll(self.panels):
-            T.ptx[_LOAD](
+            T.ptx[_LOAD.format(len(place) + 1)](
                 self.pointer(n)(p, 0, 0), T.address_of(descriptor),
-                p * PANEL, row, head, batch, self.full.ptr_to([self.slot(n)]),
+                p * PANEL, *place, self.full.ptr_to([self.slot(n)]),
             )  # fmt: skip
 
     @T.inline
@@ -104,8 +118,10 @@ class Ring:
             self.empty.arrive(self.slot(n))
 
     @T.inline
-    def store(self, n, descriptor, panels, row_in_tile, row, head, batch):
-        """One thread: write the box of tile ``n`` from ``row_in_tile`` on to global memory, as one bulk group."""
+    def store(self, n, descriptor, panels, row, place):
+        """One thread: write the box of tile ``n`` from ``row`` on to global memory, as one bulk group."""
         for p in T.unroll(panels):
-            T.ptx[_STORE](T.address_of(descriptor), p * PANEL, row, head, batch, self.pointer(n)(p, row_in_tile, 0))
+            T.ptx[_STORE.format(len(place) + 1)](
+                T.address_of(descriptor), p * PANEL, *place, self.pointer(n)(p, row, 0)
+            )
         T.ptx.cp.async_.bulk.commit_group()

@@ -16,9 +16,15 @@ from schedules.template import Target
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """Configurations by the fewest keys that they are meant for."""
     configs = _configs(pattern)
-    if template == "v1" or pattern.has_gaps:
-        # V1 is the plain schedule: a head after the other, a row tile a block.  A mask with gaps can't chain row tiles.
-        configs = {bucket: replace(c, tiles_per_cta=1, head_section=1) for bucket, c in configs.items()}
+    if template == "v1":  # one head after the other
+        configs = {bucket: replace(c, head_section=1) for bucket, c in configs.items()}
+    if any(p.per_head for p in pattern.params):  # read once, for one place
+        configs = {
+            b: replace(c, waves=0, overlap_tiles=c.overlap_tiles and c.tiles_per_cta > 1) for b, c in configs.items()
+        }
+    if pattern.has_gaps:
+        alone = {"tiles_per_cta": 1, "waves": 0, "overlap_tiles": False}
+        configs = {bucket: replace(c, **alone) for bucket, c in configs.items()}
     # A bucket that has become the same as the one below it needs no kernel of its own.
     buckets = sorted(configs)
     same = {b for a, b in pairwise(buckets) if configs[a] == configs[b]}
@@ -29,33 +35,46 @@ def _configs(pattern: Pattern) -> dict[int, Config]:
     if pattern.head_dim <= 64:
         return _head_dim_64(pattern)
     if pattern.head_dim <= 128:
-        # Two row tiles a block, the second begun beside the end of the first: full 512 434 to 464, 8k 688 to 701;
-        # causal 512 276 to 294, 1k 385 to 407.  Not taking the maximum: full 8k 635 to 701, causal 8k 593 to 618.
-        return {0: Config(tiles_per_cta=2 if pattern.is_scale_only else 1)}
+        return _head_dim_128(pattern)
     if pattern.head_dim <= 192:
         # All that fits beside 192 columns of output; more registers are needed for masks and modified scores.
         wide = 112 if pattern.is_unmasked and pattern.is_scale_only else 96
         block_n = 128 if pattern.head_dim_v <= 128 and pattern.is_scale_only else wide
-        return {0: Config(block_n=block_n, pingpong=False, running_max=not pattern.is_scale_only)}
+        return {0: Config(block_n=block_n, running_max=not pattern.is_scale_only)}
     return _head_dim_256(pattern)
 
 
 def _head_dim_64(pattern: Pattern) -> dict[int, Config]:
-    short = Config(tiles_per_cta=2)
+    if not pattern.is_scale_only or pattern.has_gaps:
+        return {0: Config(tiles_per_cta=2, overlap_tiles=True)}  # four consumer warpgroups have too few registers
+    # Four consumer warpgroups hide each other's waits where two take turns; blocks that stay have the next tile's
+    # queries and keys there in time.  Two with 128 keys, four, four that stay: full 512 348, 390, 434;
+    # 1k 406, 437, 490; causal (places of two tiles are equally long) 512 220, 268, 310; 1k 289, 358, 395; 2k 358, 438,
+    # 466.  Three with 128 keys: full 16k 567 to 570, causal 16k 545 to 554.
+    blocks = Config(num_consumer_warpgroups=4, block_n=64, num_stages=4, pingpong=False, waves=1)
+    return {0: blocks if pattern.is_unmasked else replace(blocks, tiles_per_cta=2)}
+
+
+def _head_dim_128(pattern: Pattern) -> dict[int, Config]:
     if not pattern.is_scale_only:
-        return {0: short}  # three consumer warpgroups have too few registers for more than a scale
-    # Two against three consumer warpgroups: full 512 352 : 324, 1k 413 : 401, 2k 461 : 486, 8k 510 : 554;
-    # causal 512 220 : 182, 2k 375 : 369, 4k 426 : 429, 8k 453 : 494.
-    return {0: short, 2048 if pattern.is_unmasked else 4096: Config(num_consumer_warpgroups=3, num_stages=4)}
+        # Parameters of a head (ALiBi's slope) take registers, with 128 keys they would spill.
+        return {0: Config(block_n=96 if any(p.per_head for p in pattern.params) else 128)}
+    # Blocks for one place of two tiles against blocks that stay: full 512 449 to 496, 1k 545 to 581, 8k 672 to 682.
+    wide = Config(waves=1, overlap_tiles=True)
+    if pattern.is_unmasked:
+        return {0: wide}
+    # Warpgroups that see nothing of a tile of 64 keys leave it out, where one of 128 would be masked.  128 keys against
+    # 64: causal 512 314 to 343, 1k 425 to 456, 2k 525 to 535, 4k 587 to 608, 16k 650 to 633.
+    wide = replace(wide, tiles_per_cta=2)
+    return {0: replace(wide, block_n=64, num_stages=4, overlap_tiles=False), 8192: wide}
 
 
 def _head_dim_256(pattern: Pattern) -> dict[int, Config]:
-    # Scores and output leave no registers for taking turns.  With modified scores the step without maximum would spill.
-    plain = Config(block_n=64, pingpong=False, running_max=not pattern.is_scale_only)
-    if not pattern.is_scale_only:
-        return {0: replace(plain, head_section=8)}  # the sections below were measured on plain scores only
-    if pattern.is_unmasked:
-        return {0: plain}  # sections of 4 heads: 2k 645 to 609, 8k 713 to 695
+    if pattern.is_unmasked and pattern.is_scale_only:
+        # Taking turns or not: 1k 585 to 579, 4k 706 to 692, 8k 726 to 683.  Sections of 4 heads: 2k 645 to 609.  Blocks
+        # that stay: 512 479 to 486, 1k 580 to 589, 8k 726 to 719; with 48 keys and two tiles' queries 492, 572, 673.
+        return {0: Config(block_n=64, waves=1), 2048: Config(block_n=64)}
     # Where masks make row tiles of different length, strips over a few heads keep what is read in the cache:
-    # sections of 1, 4, 8 heads: causal 1k 421, 425, 435; 2k 503, 523, 538; 4k 567, 627, 620; 8k 620, 672, 652.
-    return {0: replace(plain, head_section=8), 4096: replace(plain, head_section=4)}
+    # sections of 1, 4, 8 heads: causal 1k 421, 425, 435; 2k 503, 532, 552; 8k 620, 661, 676.  Turns gain nothing.
+    # With modified scores the step without maximum would spill.
+    return {0: Config(block_n=64, pingpong=False, head_section=8, running_max=not pattern.is_scale_only)}

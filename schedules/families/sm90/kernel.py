@@ -1,15 +1,20 @@
-"""The Hopper kernel: one producer warpgroup, two or three consumers, and rings of K and V tiles between them."""
+"""The Hopper kernel: one to four consumer warpgroups, one that feeds them, and rings of tiles between them.
+
+Each warp of the feeding warpgroup has one task, which one thread of it does: fetch K, fetch V, fetch the queries of
+further row tiles, store what the consumers have written.  So none of these waits for another.
+"""
 
 from __future__ import annotations
 
-from tvm.backend.cuda.lang import SMEMPool
+from tvm.backend.cuda.lang import MBarrier, SMEMPool
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from schedules.families.sm90.block import Block, Walk, grid
-from schedules.families.sm90.config import REGISTERS, WARPGROUP_ROWS, Config, panels
+from schedules.families.sm90.block import Block, Places, Walk
+from schedules.families.sm90.config import WARPGROUP_ROWS, Config, panels, q_stages
 from schedules.families.sm90.consumer import Consumer
-from schedules.families.sm90.copy import Ring, encode
+from schedules.families.sm90.copy import WAIT_STORED, Ring, encode_keys, encode_queries
+from schedules.families.sm90.rows import Rows
 from schedules.geometry import Geometry, parameterised
 from schedules.pattern import Pattern
 from schedules.template import Traversal
@@ -25,87 +30,118 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> 
 
 
 @T.inline
-def _open(block, rings, descriptors):
-    """One thread, before any other needs to be ready: fetch the first tiles of Q and K."""
-    row_first: T.int32 = block.row_first(0)
-    walk = Walk(block, row_first)
-    rings[0].fetch(0, descriptors[0], row_first, block.head, block.batch)
-    rings[1].fetch(0, descriptors[1], walk.key_first(0), block.kv_head, block.batch)
+def _open(block, q, k, q_map, k_map):
+    """Fetch the first tiles of Q and K, before any other thread needs to be ready."""
+    walk = Walk(block, 0, block.config.block_m)
+    q.fetch(0, q_map, block.queries(0))
+    k.fetch(0, k_map, block.keys(walk.key_first(0)))
 
 
 @T.inline
-def _produce(pattern, config, block, rings, descriptors):
-    """One thread: fill the rings after that, K(n) before V(n−1), the order in which consumers ask for them."""
-    q, k, v = rings
-    q_map, k_map, v_map = descriptors
+def _fetch_keys(block, ring, descriptor, first):
+    """Fill the ring of K or of V, from tile ``first`` on."""
     n: T.int32 = 0
-    v_row: T.int32 = 0
-    for turn in T.serial(config.tiles_per_cta):
-        row_first: T.int32 = block.row_first(turn)
-        walk = Walk(block, row_first)
+    for t in T.serial(block.tiles):
+        if block.config.several_tiles:  # noqa: SIM102, decided when the kernel is made
+            if t > 0:
+                block.advance()
+        walk = Walk(block, 0, block.config.block_m)
         for i in T.serial(walk.steps):
-            if T.Or(i == 0, walk.live(row_first, i)) if pattern.has_gaps else True:
-                if n > 0:
-                    k.load(n, k_map, walk.key_first(i), block.kv_head, block.batch)
-                    if config.tiles_per_cta == 2:  # noqa: SIM102, decided when the kernel is made
-                        if i == 0:
-                            q.fetch(1, q_map, row_first, block.head, block.batch)
-                    v.load(n - 1, v_map, v_row, block.kv_head, block.batch)
-                v_row = walk.key_first(i)
+            if T.Or(i == 0, walk.live(i)) if block.pattern.has_gaps else True:
+                if n >= first:
+                    ring.load(n, descriptor, block.keys(walk.key_first(i)))
                 n = n + 1
-    v.load(n - 1, v_map, v_row, block.kv_head, block.batch)
+
+
+@T.inline
+def _fetch_queries(block, q, q_map):
+    """Fetch the queries of each row tile after the first."""
+    for t in T.serial(1, block.tiles):
+        block.advance()
+        q.load(t, q_map, block.queries(0))
+
+
+@T.inline
+def _store(block, q, written, o_map):
+    """Store finished row tiles from the shared memory of their queries, and give that back."""
+    consumers = T.meta_var(block.config.num_consumer_warpgroups)
+    for t in T.serial(block.tiles):
+        if block.config.several_tiles:  # noqa: SIM102, decided when the kernel is made
+            if t > 0:
+                block.advance()
+        for w in T.unroll(consumers):
+            written.wait(q.slot(t) * consumers + w, q.phase(t))
+            q.store(t, o_map, panels(block.pattern.head_dim_v), w * WARPGROUP_ROWS, block.queries(w * WARPGROUP_ROWS))
+        T.evaluate(T.cuda.func_call("wait_stored", source_code=WAIT_STORED))
+        if block.config.several_tiles:
+            q.empty.arrive(q.slot(t))
 
 
 def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
     dtype = pattern.dtype
-    producer_registers, consumer_registers = REGISTERS[config.num_consumer_warpgroups]
+    feeder_registers, consumer_registers = config.registers
+    consumers = config.num_consumer_warpgroups
+    feeder = 4 * consumers  # the first warp after theirs
 
     @T.prim_func(check_well_formed=False)
     def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
         geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, parameters, ALIGNMENT)
+        rows = Rows(pattern, geometry)
+        places = Places(geometry, rows, config)
         # 1. Descriptors of the tensors, made on the host.
         q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode(q_map, geometry.q, config.block_m))
+        T.evaluate(encode_queries(q_map, geometry.q, rows, config.block_m))
         k_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode(k_map, geometry.k, config.block_n))
+        T.evaluate(encode_keys(k_map, geometry.k, config.block_n))
         v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode(v_map, geometry.v, config.block_n))
+        T.evaluate(encode_keys(v_map, geometry.v, config.block_n))
         o_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode(o_map, geometry.o, WARPGROUP_ROWS))
-        # 2. Blocks, warpgroups, warps.
+        T.evaluate(encode_queries(o_map, geometry.o, rows, WARPGROUP_ROWS))
+        # 2. Blocks, warps, lanes.
         T.device_entry()
-        T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
-        x, y, z = T.cta_id(grid(geometry, config))
-        warpgroup = T.warpgroup_id([config.num_consumer_warpgroups + 1])
-        warp = T.warp_id_in_wg([4])
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
+        x, y, z = T.cta_id(places.grid())
+        warp = T.warp_id([config.threads // 32])
         lane = T.lane_id([32])
         T.thread_id([config.threads])
-        # 3. Shared memory: queries of each row tile, rings of keys and values, barriers.
+        # 3. Shared memory: queries of row tiles, rings of keys and values, barriers.
         pool = SMEMPool()
-        q_ring = Ring(pool, config.tiles_per_cta, panels(pattern.head_dim), config.block_m, dtype)
+        q_ring = Ring(pool, q_stages(pattern, config), panels(pattern.head_dim), config.block_m, dtype)
         k_ring = Ring(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
         v_ring = Ring(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
         q_ring.add_barriers(pool)
         k_ring.add_barriers(pool)
         v_ring.add_barriers(pool)
+        written = MBarrier(pool, q_ring.stages * consumers, leader=T.bool(True))
         pool.commit()
-        q_ring.init(4 * config.num_consumer_warpgroups)
-        k_ring.init(4 * config.num_consumer_warpgroups)
-        v_ring.init(4 * config.num_consumer_warpgroups)
-        T.ptx.fence.mbarrier_init.release.cluster()
-        block = Block(pattern, config, geometry, x, y, z)
-        if T.cuda.thread_rank() == 0:
-            _open(block, (q_ring, k_ring, v_ring), (q_map, k_map, v_map))
+        if warp == feeder:  # noqa: SIM102, only a whole warp may elect
+            if T.cuda.elect_sync():
+                q_ring.init(1)
+                k_ring.init(4 * consumers)
+                v_ring.init(4 * consumers)
+                written.init(4)
+                T.ptx.fence.mbarrier_init.release.cluster()
+                _open(Block(pattern, config, geometry, rows, places, (x, y, z)), q_ring, k_ring, q_map, k_map)
         T.cuda.cta_sync()
-        # 4. Roles.
-        if warpgroup == 0:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
-            if warp == 0:  # noqa: SIM102, only a whole warp may elect
+        # 4. Tasks.
+        block = Block(pattern, config, geometry, rows, places, (x, y, z))
+        if warp >= feeder:
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](feeder_registers)
+            if warp == feeder:  # noqa: SIM102, as above
                 if T.cuda.elect_sync():
-                    _produce(pattern, config, block, (q_ring, k_ring, v_ring), (q_map, k_map, v_map))
+                    _fetch_keys(block, k_ring, k_map, 1)
+            if warp == feeder + 1:  # noqa: SIM102, as above
+                if T.cuda.elect_sync():
+                    _fetch_keys(block, v_ring, v_map, 0)
+            if warp == feeder + 2:  # noqa: SIM102, as above
+                if T.cuda.elect_sync():
+                    _fetch_queries(block, q_ring, q_map)
+            if warp == feeder + 3:  # noqa: SIM102, as above
+                if T.cuda.elect_sync():
+                    _store(block, q_ring, written, o_map)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
-            consumer = Consumer(pattern, config, block, (q_ring, k_ring, v_ring), warpgroup - 1, warp, lane)
-            consumer.run(o_map)
+            consumer = Consumer(pattern, config, block, (q_ring, k_ring, v_ring), written, warp // 4, warp % 4, lane)
+            consumer.run()
 
     return attention

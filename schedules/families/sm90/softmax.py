@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from schedules.families.sm90.rows import Rows
 from schedules.fragment import M16N8
+from schedules.geometry import flat
 from schedules.pattern import Pattern, Site
 from schedules.softmax import LN_2, LOG2_E, OnlineSoftmax
 
@@ -34,10 +36,6 @@ _ALL_LANES = 0xFFFFFFFF
 PACK = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 
 
-def _float16(bits):
-    return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", bits)))
-
-
 @T.meta_class
 class Softmax(OnlineSoftmax):
     """The shared softmax's scores and masks on one m-tile of wgmma's accumulator, with other references.
@@ -45,9 +43,15 @@ class Softmax(OnlineSoftmax):
     ``row_max`` is the reference; ``step_sum`` a step's share of ``row_sum``, in this lane.
     """
 
-    def __init__(self, pattern: Pattern, at: Site, columns: int):
+    def __init__(self, pattern: Pattern, at: Site, rows: Rows, columns: int):
+        self.rows = rows
         OnlineSoftmax.__init__(self, pattern, at, M16N8, 1, columns)
         self.step_sum = T.alloc_local([2], "float32")
+
+    def position(self, row0, column0, t, g, r, e):
+        """Query and key of a register, from row and key of this lane's first one."""
+        row, column = OnlineSoftmax.position(self, row0, column0, t, g, r, e)
+        return self.rows.position(row), column
 
     def signed_scale(self):
         """From raw products (or modified scores, which are in powers of two already) to powers of two."""
@@ -64,10 +68,6 @@ class Softmax(OnlineSoftmax):
     @T.inline
     def scores(self, S, row0, column0, masked):
         """Raw products to scores that ``scale``, which is positive, brings to powers of two; −inf where hidden."""
-        if self.folded:  # noqa: SIM102, decided when the kernel is made
-            if self.at.softmax_scale < T.float32(0):
-                for i in T.unroll(self.stride):
-                    S[i] = T.float32(0) - S[i]
         self.modify(S, row0, column0, masked)
 
     @T.inline
@@ -101,31 +101,11 @@ class Softmax(OnlineSoftmax):
                     S[g * 4 + r * 2 + e] = T.exp2(S[g * 4 + r * 2 + e] * scale - self.row_max[r])
 
     @T.inline
-    def pack(self, S, P, exact):
-        """Probabilities to 16 bits, and their sums to ``step_sum``: ``exact`` ones, or of the rounded probabilities.
-
-        Rounding shows where a row has few keys, and those it meets in masked and first steps.
-        """
+    def pack(self, S, P):
+        """Probabilities to 16 bits, and their sums to ``step_sum``."""
         for i in T.unroll(self.stride // 2):
             T.ptx[PACK[self.pattern.dtype]](P[i], S[2 * i + 1], S[2 * i])
-        if exact or self.pattern.dtype != "float16":
-            self._sum(S)
-        else:
-            self._sum_packed(P)
-
-    @T.inline
-    def _sum_packed(self, P):
-        # Packed additions are half the instructions of float32: head_dim 64 went from 492 to 523 TFLOP/s.  Short
-        # chains, whose sums are added in float32, keep a row sum's error near 1e-4.  bfloat16 has too few bits for it.
-        chain = T.alloc_local([CHAINS], "uint32")
-        for r in T.unroll(2):
-            for c in T.unroll(CHAINS):
-                chain[c] = P[2 * c + r]
-            for g in T.unroll(CHAINS, self.groups):
-                T.ptx["add.rn.f16x2"](chain[g % CHAINS], chain[g % CHAINS], P[2 * g + r])
-            self.step_sum[r] = _float16(chain[0]) + _float16(chain[0] >> T.uint32(16))
-            for c in T.unroll(1, CHAINS):
-                self.step_sum[r] = self.step_sum[r] + (_float16(chain[c]) + _float16(chain[c] >> T.uint32(16)))
+        self._sum(S)
 
     @T.inline
     def _sum(self, S):
@@ -159,6 +139,7 @@ class Finished(OnlineSoftmax):
     """Row sums and references of a finished row tile, kept while the next one has begun."""
 
     def __init__(self, softmax: Softmax):
+        self.rows = softmax.rows
         OnlineSoftmax.__init__(self, softmax.pattern, softmax.at, softmax.fragment, 1, softmax.fragment.group)
 
     @T.inline
@@ -172,3 +153,16 @@ class Finished(OnlineSoftmax):
     def lse(self, row):
         """Natural logarithm of the row's sum of exponentials; −inf if it saw nothing."""
         return (self.row_max[row] + T.log2(self.row_sum[row])) * T.float32(LN_2)
+
+    @T.inline
+    def store_lse(self, block, tile, row, lane):
+        """Write the log-sum-exp of this lane's rows of a row tile, from row ``row`` on, if anyone asked."""
+        geometry = T.meta_var(block.geometry)
+        if T.And(geometry.lse_wanted, self.fragment.column(lane) == 0):
+            where = T.meta_var(block.where(tile))
+            to = flat(geometry.lse)
+            for r in T.unroll(2):
+                at: T.int32 = block.first_row(where[0], tile) + row + r * self.fragment.row_step
+                position = T.meta_var(self.rows.position(at))
+                if T.And(at < self.rows.count, position < geometry.seqlen_q):
+                    to[geometry.lse_offset(where[2], where[1] + self.rows.head(at), position)] = self.lse(r)

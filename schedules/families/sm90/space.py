@@ -11,15 +11,18 @@ from schedules.template import Target
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling.
 
-    V1 is the plain schedule: a head after the other, a row tile a block.
+    V1 visits one head after the other.
     """
-    chained = template == "v2" and not pattern.has_gaps
+    several = not pattern.has_gaps
     return {
-        "num_consumer_warpgroups": (2, 3),
-        "block_n": (48, 64, 80, 96, 112, 128, 144, 160, 176, 192),
+        "num_consumer_warpgroups": (1, 2, 3, 4),
+        "block_n": (48, 64, 80, 96, 112, 128),
         "num_stages": (2, 4),
+        "blocks_per_sm": (1, 2, 3),
         "pingpong": (True, False),
-        "tiles_per_cta": (1, 2) if chained else (1,),
-        "running_max": (False, True),
+        "tiles_per_cta": (1, 2) if several else (1,),
+        "waves": (0, 1, 2) if several else (0,),
+        "overlap_tiles": (False, True) if several else (False,),
+        "running_max": (False,) if pattern.is_scale_only else (False, True),
         "head_section": (1, 2, 4, 8) if template == "v2" else (1,),
     }

@@ -1,0 +1,40 @@
+"""The C half of a call's fast path (``call.c``), which every pack brings along; ``tvm_flash/fast.py`` loads it.
+
+It needs neither Python's headers nor a certain version of Python: ``python_abi.h`` declares what it uses of the stable
+ABI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from schedules.toolchain import inspection
+from schedules.toolchain.host import tvm_ffi_include
+from schedules.toolchain.process import host_compiler, run
+from tvm_flash.fast import STEM
+
+_HERE = Path(__file__).parent
+_FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wl,--strip-debug")
+_SOURCES = ("call.c", "call_key.h", "python_abi.h")
+
+
+def call_path_name() -> str:
+    """File name of the library; it changes with the source and with the compiler."""
+    version = run([host_compiler(), "--version"], "asking the C compiler for its version")
+    digest = hashlib.sha256(version.encode() + " ".join(_FLAGS).encode())
+    for source in _SOURCES:
+        digest.update((_HERE / source).read_bytes())
+    return f"{STEM}-{digest.hexdigest()[:8]}.so"
+
+
+def build_call_path(target: Path) -> None:
+    """Compile the library.
+
+    Raises
+    ------
+    ToolchainError: there is no C compiler, or it fails.
+    """
+    include = (f"-I{folder}" for folder in tvm_ffi_include())
+    run([host_compiler(), *_FLAGS, *include, _HERE / "call.c", "-o", target], "compiling call.c")
+    inspection.check_module(target)

@@ -1,0 +1,308 @@
+"""Random calls of the public functions, compared with float64.  A call follows from its seed alone:
+
+python -m tests.random_cases --seed 1234                 # one call again, with what it is
+python -m tests.random_cases --count 5000 --device cuda  # many; a failure is one line
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tvm_flash import flash_attention, flash_attention_v2, padded_attention, selfcheck
+
+DTYPES = {"cpu": ("float32", "float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
+MAX_HEAD_DIM = {"cpu": 256, "cuda": 128}
+#: Scores of one call, so that float64 takes milliseconds.
+MAX_SCORES = {"cpu": 80_000, "cuda": 4_000_000}
+#: How a tensor lies in memory; ``flipped`` is NumPy's only.
+STRIDES = ("contiguous", "transposed", "gaps", "shared batch", "flipped")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: sizes as in :func:`tvm_flash.flash_attention`, and how it is made.
+
+    ``layout``, ``variant``, ``dtype``, ``strides`` (of q, k, v), ``options`` (keyword arguments that are numbers),
+    ``slopes`` and ``ranges`` (whether there are per-head slopes, of one or two dimensions, and key ranges),
+    ``magnitude`` (of q), ``out`` (how a given result lies in memory; empty if none is given).
+    """
+
+    seed: int
+    device: str
+    layout: str
+    variant: str
+    dtype: str
+    batch: int
+    heads: int
+    kv_heads: int
+    seqlen_q: int
+    seqlen_kv: int
+    head_dim: int
+    head_dim_v: int
+    strides: tuple[str, str, str]
+    options: tuple[tuple[str, object], ...]
+    slopes: int
+    ranges: bool
+    magnitude: float
+    out: str
+
+
+def call_of(seed: int, device: str = "cpu") -> Call:
+    """The call that belongs to a seed."""
+    rng = random.Random(seed)
+    length_q, length_kv = _length(rng), _length(rng)
+    if rng.random() < 0.4:
+        length_kv = length_q
+    kv_heads, batch = rng.choice((1, 1, 2, 3)), rng.choice((1, 1, 2, 3, 5))
+    heads = kv_heads * rng.choice((1, 1, 1, 2, 4))
+    while batch * heads * length_q * length_kv > MAX_SCORES[device]:
+        length_q, length_kv = max(1, length_q // 2), max(1, length_kv // 2)
+    head_dim = rng.choice((64, 64, 128, 8 * rng.randint(1, MAX_HEAD_DIM[device] // 8)))
+    head_dim_v = head_dim if rng.random() < 0.7 else 8 * rng.randint(1, MAX_HEAD_DIM[device] // 8)
+    numpy = device == "cpu" and rng.random() < 0.2
+    dtypes = DTYPES[device][:2] if numpy else DTYPES[device]
+    strides = STRIDES if numpy else STRIDES[:-1]
+    ranges = rng.random() < 0.2
+    options: dict[str, object] = {}
+    if rng.random() < 0.4:
+        options["causal"] = True
+    if rng.random() < 0.3:
+        options["window_size"] = tuple(rng.choice((-1, 0, 1, 7, rng.randint(0, length_kv + 2))) for _ in range(2))
+    if rng.random() < 0.3:
+        options["softmax_scale"] = rng.choice((0.01, 0.1, 0.5, 1.0))
+    if rng.random() < 0.2 and not ranges:
+        options["softcap"] = rng.choice((0.5, 5.0, 50.0))
+    return Call(
+        seed=seed,
+        device="numpy" if numpy else device,
+        layout=rng.choice(("bhsd", "bshd")),
+        variant=rng.choice(("v1", "v2", "auto")),
+        dtype=rng.choice(dtypes),
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        seqlen_q=length_q,
+        seqlen_kv=length_kv,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        strides=tuple(rng.choice(strides) for _ in range(3)),
+        options=tuple(options.items()),
+        slopes=0 if ranges else rng.choice((0, 0, 0, 1, 2)),
+        ranges=ranges,
+        magnitude=rng.choice((0.1, 1.0, 1.0, 3.0)),
+        out=rng.choice(("", "", "contiguous", "transposed", "gaps")),
+    )
+
+
+def _length(rng: random.Random) -> int:
+    """1 to 1500, small ones and those beside multiples of tiles more often; 0 now and then."""
+    kind = rng.random()
+    if kind < 0.02:
+        return 0
+    if kind < 0.2:
+        return rng.randint(1, 9)
+    if kind < 0.4:
+        return max(1, 64 * rng.randint(1, 8) + rng.choice((-1, 0, 1)))
+    return int(math.exp(rng.uniform(0, math.log(1500))))
+
+
+# ---------------------------------------------------------------- running one
+
+
+def check(call: Call) -> float:
+    """Make the call; its error as a share of what is allowed.
+
+    Raises
+    ------
+    AssertionError: a number is wrong, or not the same when asked again, or memory was written that isn't the result's.
+    """
+    rng = np.random.default_rng(call.seed)
+    device = "cpu" if call.device == "numpy" else call.device
+    dtype = getattr(torch, call.dtype)
+
+    def random_tensor(heads, length, dim, factor=1.0):
+        x = rng.standard_normal((call.batch, heads, length, dim), np.float32) * np.float32(factor)
+        return torch.from_numpy(x).to(device, dtype)
+
+    logical = [
+        random_tensor(call.heads, call.seqlen_q, call.head_dim, call.magnitude),
+        random_tensor(call.kv_heads, call.seqlen_kv, call.head_dim),
+        random_tensor(call.kv_heads, call.seqlen_kv, call.head_dim_v),
+    ]
+    for x, strides in zip(logical, call.strides, strict=True):
+        if strides == "shared batch":
+            x[:] = x[:1].clone()
+    slopes = ranges = None
+    if call.slopes:
+        shape = (call.heads,) if call.slopes == 1 else (call.batch, call.heads)
+        slopes = torch.from_numpy(rng.random(shape, np.float32)).to(device)
+    if call.ranges:
+        ends = np.sort(rng.integers(-2, call.seqlen_kv + 3, (call.batch, 2)), axis=1).astype(np.int32)
+        ranges = torch.from_numpy(ends).to(device)
+    q, k, v = (_placed(x, s, call) for x, s in zip(logical, call.strides, strict=True))
+    results = [_run(call, q, k, v, slopes, ranges, return_lse) for return_lse in (True, False)]
+    (out, lse), (again, _) = results
+    assert torch.equal(out, again), "other bits when asked again without the log-sum-exp"
+    return _compare(call, out, lse, *_expected(call, *logical, slopes, ranges))
+
+
+def _placed(x: torch.Tensor, strides: str, call: Call):
+    """``(batch, heads, seq, dim)`` in the call's layout, lying in memory as ``strides`` says; NumPy's if it asks so."""
+    x = x if call.layout == "bhsd" else x.transpose(1, 2)
+    if strides == "transposed":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    elif strides == "gaps":
+        x = _with_gaps(x)[0]
+    elif strides == "shared batch":
+        x = x[:1].contiguous().expand(x.shape)
+    elif strides == "flipped":
+        return np.flip(np.ascontiguousarray(np.flip(x.numpy(), 1)), 1)
+    else:
+        x = x.contiguous()
+    return x.numpy() if call.device == "numpy" else x
+
+
+def _with_gaps(x: torch.Tensor):
+    """The same amid NaN, and the whole memory."""
+    before, columns = (1, 9) if x.device.type == "cpu" else (0, 8)
+    room = torch.full([n + 2 for n in x.shape[:3]] + [x.shape[3] + columns], torch.nan, dtype=x.dtype, device=x.device)
+    view = room[tuple(slice(before, before + n) for n in x.shape)]
+    view.copy_(x)
+    return view, room
+
+
+def _run(call: Call, q, k, v, slopes, ranges, return_lse: bool):
+    """Result and log-sum-exp (None if not asked for) as torch tensors ``(batch, heads, seq, …)``."""
+    options = {**dict(call.options), "variant": call.variant, "return_lse": return_lse}
+    out = room = None
+    if call.out:
+        shape = (call.batch, call.heads, call.seqlen_q, call.head_dim_v)
+        device = "cpu" if call.device == "numpy" else call.device
+        blank = torch.full(shape, torch.nan, dtype=getattr(torch, call.dtype), device=device)
+        if call.out == "gaps":
+            out, room = _with_gaps(blank if call.layout == "bhsd" else blank.transpose(1, 2))
+            out = out.numpy() if call.device == "numpy" else out
+        else:
+            out = _placed(blank, call.out, call)
+    as_given = (lambda x: x if x is None else x.numpy()) if call.device == "numpy" else (lambda x: x)
+    if ranges is not None:
+        result = padded_attention(q, k, v, as_given(ranges), layout=call.layout, out=out, **options)
+    else:
+        function = flash_attention if call.layout == "bhsd" else flash_attention_v2
+        result = function(q, k, v, alibi_slopes=as_given(slopes), out=out, **options)
+    found, lse = result if return_lse else (result, None)
+    assert out is None or found is out
+    found, lse = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in (found, lse))
+    if room is not None:
+        written = int((~room.isnan()).sum())
+        assert written <= found.numel(), f"{written - found.numel()} elements beside the result were written"
+    return found if call.layout == "bhsd" else found.transpose(1, 2), lse
+
+
+def _expected(call: Call, q, k, v, slopes, ranges):
+    """Result and log-sum-exp in float64, the largest score, and results that one would expect of the call's own dtype.
+
+    The latter are torch's, and that of the formula with one product added after another, as kernels sum.  All is
+    written out, and not taken from the package.
+    """
+    options = dict(call.options)
+    device, group = q.device, call.heads // call.kv_heads
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scale = options.get("softmax_scale", 1 / math.sqrt(call.head_dim))
+    i = torch.arange(call.seqlen_q, device=device)[:, None] + call.seqlen_kv - call.seqlen_q
+    j = torch.arange(call.seqlen_kv, device=device)[None]
+    left, right = options.get("window_size", (-1, -1))
+    visible = torch.ones(call.batch, 1, call.seqlen_q, call.seqlen_kv, dtype=torch.bool, device=device)
+    visible &= (j <= i) if options.get("causal") else True
+    visible &= (j >= i - left) if left >= 0 else True
+    visible &= (j <= i + right) if right >= 0 else True
+    if ranges is not None:
+        start, end = (x[:, None, None, None] for x in ranges.unbind(1))
+        visible &= (j >= start) & (j < end)
+
+    def scores(s):
+        s = s * scale
+        cap = options.get("softcap", 0.0)
+        s = cap * torch.tanh(s / cap) if cap else s
+        if slopes is not None:
+            s = s - slopes.to(s.dtype)[..., None, None] * (i - j).abs().to(s.dtype)
+        return s.masked_fill(~visible, -torch.inf)
+
+    s = scores(q.double() @ k.double().transpose(-1, -2))
+    lse = torch.logsumexp(s, -1)
+    largest = s[s.isfinite()].abs().max().item() if s.isfinite().any() else 0.0
+    exact = torch.exp(s - torch.where(lse.isneginf(), 0, lse)[..., None]) @ v.double()
+    if slopes is None and "softcap" not in options:
+        usual = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=scale)
+    else:
+        usual = torch.softmax(scores(q @ k.transpose(-1, -2)), -1) @ v
+    usuals = [usual]
+    if call.dtype == "float32":
+        s = torch.zeros(s.shape)
+        for d in range(call.head_dim):
+            s += q[..., :, None, d] * k[..., None, :, d]
+        usuals.append(torch.softmax(scores(s), -1) @ v)
+    return exact, lse, largest, [torch.where(lse.isneginf()[..., None], 0, x) for x in usuals]
+
+
+def _compare(call: Call, out, lse, exact, exact_lse, largest_score, usuals) -> float:
+    assert out.shape == exact.shape and lse.shape == exact_lse.shape and lse.dtype == torch.float32
+    if not out.numel():
+        return 0.0
+    rounding = selfcheck.EPSILON[call.dtype] * exact.abs().max().item()
+    allowed = 2 * max((usual - exact).abs().max().item() for usual in usuals) + rounding
+    error = (out - exact).abs().max().item()
+    assert error <= allowed, f"differs by {error:.3g}, allowed {allowed:.3g}"
+    blind = exact_lse.isneginf()
+    assert torch.equal(lse.isneginf(), blind), "−inf in the log-sum-exp of other rows than those that see nothing"
+    assert not out[blind].any(), "not zero in a row that sees nothing"
+    if not blind.all():
+        tolerance = selfcheck.LSE_TOLERANCE if call.device != "cuda" else selfcheck.EPSILON[call.dtype] / 2
+        lse_error = (lse - exact_lse)[~blind].abs().max().item()
+        lse_allowed = tolerance * max(1.0, largest_score, exact_lse[~blind].abs().max().item())
+        assert lse_error <= lse_allowed, f"the log-sum-exp differs by {lse_error:.3g}, allowed {lse_allowed:.3g}"
+    return error / allowed if allowed else 0.0
+
+
+def failures(seeds, device: str = "cpu", seconds: float = math.inf):
+    """Check the calls of many seeds: how many there were, the largest share of the allowed error, and a line for each
+    that failed."""
+    lines, worst, count, start = [], 0.0, 0, time.monotonic()
+    for seed in seeds:
+        call = call_of(seed, device)
+        try:
+            worst = max(worst, check(call))
+        except Exception as e:  # whatever goes wrong is told with the call that it happened in
+            lines.append(f"{type(e).__name__}: {e}  [python -m tests.random_cases --seed {seed} --device {device}]")
+        count += 1
+        if time.monotonic() - start > seconds:
+            break
+    return count, worst, lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1, help="calls, of this seed and those after it")
+    parser.add_argument("--device", choices=tuple(DTYPES), default="cpu")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
+    options = parser.parse_args()
+    if options.count == 1:
+        print(call_of(options.seed, options.device))
+    seeds = range(options.seed, options.seed + options.count)
+    count, worst, lines = failures(seeds, options.device, options.seconds)
+    print(*lines, sep="\n", end="\n" if lines else "")
+    print(f"{count} calls, {len(lines)} failed; largest error {worst:.2f} of what is allowed")
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
