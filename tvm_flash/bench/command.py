@@ -55,14 +55,14 @@ def run(options: argparse.Namespace) -> int:
     screen = Screen()
     reference = recorded.read(options.reference) if options.reference else None
     runs = _read(options) if options.files else [_measure(options)]
-    if reference:
-        runs = reference.beside_all(runs)
-    for one in runs:
-        _show(screen, one)
     if options.json and options.files:
         if len(runs) != 1:
             raise InvalidArgumentError(f"--json: takes one run, and --from has {len(runs)}, of several machines")
         results.write(runs[0], options.json)
+    if reference:
+        runs = reference.beside_all(runs)
+    for one in runs:
+        _show(screen, one)
     if options.plot:
         from tvm_flash.bench import plots
 
