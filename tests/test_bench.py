@@ -320,6 +320,8 @@ def test_peers_can_be_left_out(tmp_path, capsys):
     results.write(grid_run(), file)
     status, out, _ = bench(capsys, "--from", file, "--peers", "flash")
     assert status == 0 and "FLASH" in out and "CUDNN" not in out and "2.000 × the best peer" in out and "0 lost" in out
+    status, out, _ = bench(capsys, "--from", file, "--dtype", "bfloat16")
+    assert status == 1 and "float16, steady" not in out
     status, _, err = bench(capsys, "--from", file, "--peers", "flash,fa4")
     assert status == 2 and "--peers: has fa4, expected cudnn, flash" in err
 

@@ -78,10 +78,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _read(options: argparse.Namespace):
-    """The runs of ``--from``, with the peers that are asked for."""
+    """The runs of ``--from``, with the dtypes and peers that are asked for."""
     from tvm_flash.bench import results
 
     runs = results.join([results.read(file) for file in options.files])
+    if options.dtype:
+        runs = [one.of_dtypes(options.dtype) for one in runs]
     if options.peers is None:
         return runs
     _check_peers(options, {i.key for one in runs for i in one.implementations if not i.ours})

@@ -134,6 +134,13 @@ class Run:
     def peak(self, dtype: str) -> Peak | None:
         return next((p for p in self.peaks if p.dtype == dtype), None)
 
+    def of_dtypes(self, dtypes: Collection[str]) -> Run:
+        """The run with no other dtypes than these."""
+        cells, calls = (tuple(c for c in x if c.workload.dtype in dtypes) for x in (self.cells, self.calls))
+        return dataclasses.replace(
+            self, peaks=tuple(p for p in self.peaks if p.dtype in dtypes), cells=cells, calls=calls
+        )
+
     def only(self, peers: Collection[str]) -> Run:
         """The run with no other peers than these."""
         kept = tuple(i for i in self.implementations if i.ours or i.key in peers)
