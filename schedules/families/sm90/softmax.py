@@ -1,15 +1,7 @@
-"""Online softmax of a consumer warpgroup: references that are powers of two, and steps without a maximum.
+"""Online softmax of a consumer warpgroup: what :mod:`schedules.softmax` has, and steps without a maximum.
 
-A row has a *reference*, an integer: probabilities are ``p = exp2(x - reference)`` for scores x in powers of two.  All
-that is accumulated is linear in ``2^-reference``, so a reference may be raised at any time, exactly, by multiplying the
-row sum and the output with a power of two.  It need not be the maximum, only so near it that nothing overflows or
-vanishes:
-
-* ``track`` raises the reference where a score exceeds it by more than ``LAZY``;
-* between such steps a row is checked afterwards: ``pack`` sums a lane's probabilities of the step, and ``overflowed``
-  says whether a sum has left the range in which float16 certainly held every probability.
-
-An integer also makes ``x * scale - reference`` exact up to one rounding, however large the scores are.
+A row is checked after such a step: ``pack`` sums a lane's probabilities of the step, and ``overflowed`` says whether a
+sum has left the range in which float16 certainly held every probability.
 """
 
 from __future__ import annotations
@@ -20,12 +12,8 @@ from schedules.families.sm90.rows import Rows
 from schedules.fragment import M16N8
 from schedules.geometry import flat
 from schedules.pattern import Pattern, Site
-from schedules.softmax import LN_2, LOG2_E, OnlineSoftmax
+from schedules.softmax import OnlineSoftmax
 
-#: Reference of a row that has seen nothing: finite, so that a hidden score minus it is −inf and not NaN.
-LOWEST = -3e38
-#: Smallest |scale|: keeps 0 * −inf out of the exponent, and brings no finite product anywhere.
-SMALLEST_SCALE = 1e-37
 #: Largest sum of a lane's probabilities in a step without a maximum; a float16 holds 65504.
 SUM_LIMIT = 8192.0
 #: Independent chains of additions in a row sum.
@@ -38,9 +26,9 @@ PACK = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 
 @T.meta_class
 class Softmax(OnlineSoftmax):
-    """The shared softmax's scores and masks on one m-tile of wgmma's accumulator, with other references.
+    """The shared softmax on one m-tile of wgmma's accumulator.
 
-    ``row_max`` is the reference; ``step_sum`` a step's share of ``row_sum``, in this lane.
+    ``step_sum`` is a step's share of ``row_sum``, in this lane; ``rows`` tells which query a row is.
     """
 
     def __init__(self, pattern: Pattern, at: Site, rows: Rows, columns: int):
@@ -53,21 +41,9 @@ class Softmax(OnlineSoftmax):
         row, column = OnlineSoftmax.position(self, row0, column0, t, g, r, e)
         return self.rows.position(row), column
 
-    def signed_scale(self):
-        """From raw products (or modified scores, which are in powers of two already) to powers of two."""
-        return self.at.softmax_scale * T.float32(LOG2_E) if self.folded else T.float32(1)
-
-    @T.inline
-    def reset(self):
-        """Before the first tile of a row tile."""
-        self.scale = T.max(T.abs(self.signed_scale()), T.float32(SMALLEST_SCALE))
-        for r in T.unroll(2):
-            self.row_max[r] = T.float32(LOWEST)
-            self.row_sum[r] = T.float32(0)
-
     @T.inline
     def scores(self, S, row0, column0, masked):
-        """Raw products to scores that ``scale``, which is positive, brings to powers of two; −inf where hidden."""
+        """Raw products to scores, −inf where hidden; no negative scale, which would turn them round, gets here."""
         self.modify(S, row0, column0, masked)
 
     @T.inline
@@ -149,10 +125,6 @@ class Finished(OnlineSoftmax):
             self.row_max[r] = softmax.row_max[r]
             self.row_sum[r] = softmax.row_sum[r]
         self.finish()
-
-    def lse(self, row):
-        """Natural logarithm of the row's sum of exponentials; −inf if it saw nothing."""
-        return (self.row_max[row] + T.log2(self.row_sum[row])) * T.float32(LN_2)
 
     @T.inline
     def store_lse(self, block, tile, row, lane):
