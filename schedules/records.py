@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+#: In the folder of the logs: kernels without a record.
+AWAITING_NAME = "awaiting.txt"
 LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
 
 
@@ -232,6 +234,16 @@ def merge(sources: Iterable[Path], target: Path, devices: Collection[str] | None
     append(draft, after)
     os.replace(draft, target)
     return len(before), len(after)
+
+
+def awaiting(folder: Path = LOGS) -> frozenset[tuple[str, str]]:
+    """Kernels of the core set that no GPU has run in their present form, as ``(arch, symbol)``: what must not ship.
+
+    The list is kept by hand beside the logs, and a test holds it to be neither too short nor too long.
+    """
+    path = folder / AWAITING_NAME
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return frozenset(tuple(line.split()) for line in lines if line and not line.startswith("#"))
 
 
 def verified(folder: Path = LOGS) -> dict[str, Record]:

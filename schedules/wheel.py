@@ -9,8 +9,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from schedules.plan import ROOT
+from schedules import pack, records
+from schedules.plan import PACKS, ROOT
 from schedules.toolchain.process import ToolchainError, run
+from tvm_flash.manifest import MANIFEST_NAME
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,13 @@ def build_wheel(output: Path) -> Wheel:
 
     Raises
     ------
-    ToolchainError: there are no packs, or a tool is missing or fails.
+    ToolchainError: there are no packs, one holds kernels that no GPU has run, or a tool is missing or fails.
     """
-    if not list((ROOT / "tvm_flash" / "packs").glob("*/manifest.json")):
+    folders = [path.parent for path in sorted(PACKS.glob(f"*/{MANIFEST_NAME}"))]
+    if not folders:
         raise ToolchainError("there are no packs to put into a wheel; run scripts/build_kernels.py first")
+    for folder in folders:
+        check_verified(folder)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as scratch:
         run([sys.executable, "-m", "build", "--wheel", "--outdir", scratch, ROOT], "building the wheel")
@@ -40,6 +45,25 @@ def build_wheel(output: Path) -> Wheel:
         path = output / run(tag, "tagging the wheel").split()[-1]
         shutil.move(plain.with_name(path.name), path)
     return Wheel(path, path.stat().st_size)
+
+
+def check_verified(folder: Path) -> None:
+    """Refuse a pack with CUDA kernels that were never run on hardware in exactly their form: they must not ship.
+
+    Raises
+    ------
+    ToolchainError: it has such kernels, or can't be read.
+    """
+    manifest = pack.read_manifest(folder)
+    if manifest is None:
+        raise ToolchainError(f"{folder}: its manifest can't be read; build the pack anew")
+    known = records.verified()
+    missing = [k.symbol for k in manifest.kernels if k.arch != "cpu" and k.source_hash not in known]
+    if missing:
+        raise ToolchainError(
+            f"{folder}: {len(missing)} kernels were never run on a GPU in this form ({missing[0]}, …) and may not "
+            f"ship; run scripts/verify_kernels.py on one, or take the pack away"
+        )
 
 
 def platform_of(wheel: Path) -> str:

@@ -218,12 +218,6 @@ def test_gradients():
             assert torch.equal(flash_attention(**needs), flash_attention(**arguments))
 
 
-def test_transforms():
-    arguments = good()
-    with pytest.raises(ArgumentTypeError, match=r"without memory of its own"):
-        torch.vmap(lambda q: flash_attention(q, arguments["k"], arguments["v"]))(torch.zeros(3, 2, 4, 17, 64))
-
-
 def test_swapped_layouts_that_make_no_sense():
     q, k = torch.zeros(2, 8, 512, 64), torch.zeros(2, 8, 500, 64)
     with pytest.raises(

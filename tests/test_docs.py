@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/layout_guide.md", "docs/layout_guide.zh.md")
+PAGES = (
+    *("README.md", "docs/layout_guide.md", "docs/layout_guide.zh.md"),
+    *("docs/pytorch.md", "docs/models.md", "docs/frameworks.md"),
+)
+
+#: What the code of a page needs beside torch.
+NEEDS = {"docs/models.md": ("transformers",), "docs/frameworks.md": ("jax", "jax_tvm_ffi")}
 
 
 def python_blocks(page):
@@ -16,12 +22,25 @@ def python_blocks(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_code_of_a_page_runs(page, cpu_pack):
-    pytest.importorskip("torch")
+    for name in ("torch", *NEEDS.get(page, ())):
+        pytest.importorskip(name)
     blocks = python_blocks(page)
     assert blocks
     namespace = {}
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
+
+
+def test_messages_that_are_explained_exist():
+    """Each message of the troubleshooting page stands in the source, but for what a call puts into it."""
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tvm_flash").rglob("*.py")]
+    # Adjacent string literals are one message.
+    whole = "\n".join(re.sub(r'"\s*\n\s*f?"', "", source) for source in sources)
+    assert len(messages) > 10
+    for message in messages:
+        assert message in whole, f"no error says {message!r}"
 
 
 def test_translation_has_the_same_code():

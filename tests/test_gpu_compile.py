@@ -105,7 +105,8 @@ def test_volta(tmp_path):
         ("sm_70", v1, {"dtype": "bfloat16"}, "bfloat16"),
         ("sm_75", v2, {}, "v2"),
         ("sm_80", v1, {"dtype": "float32"}, "float32"),
-        ("sm_70", v1, {"head_dim": 256}, "registers"),
+        ("sm_70", v1, {"head_dim": 192}, "registers"),
+        ("sm_70", v1, {"head_dim": 256}, "shared memory"),
         ("sm_80", v2, {"head_dim": 72}, "multiples of 32"),
         ("sm_80", v2, {"head_dim": 64, "head_dim_v": 128}, "head_dim_v 128 exceeds"),
         ("sm_86", v1, {"head_dim": 512}, "shared memory"),
@@ -135,6 +136,8 @@ def test_configurations_that_do_not_fit_are_refused():
         ({"num_stages": 0}, "num_stages"),
         ({"num_stages": 9}, "shared memory"),
         ({"block_n": 128}, "registers"),
+        ({"warps_per_tile": 3}, "warps_per_tile"),
+        ({"warps_per_tile": 2, "block_m": 64}, "block_n of 32 or 64"),
     ):
         refused = sm80.feasible(pattern, replace(config, **change), target)
         assert isinstance(refused, Rejected)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT
 from tvm_flash import PackError, call, cpu, flash_attention
+from tvm_flash import registry as packs
 from tvm_flash.manifest import MANIFEST_NAME, Manifest
 from tvm_flash.registry import PACKAGE_PACKS, arch_of, by_closeness, refresh, registry, runs_on, search_path
 
@@ -138,6 +144,80 @@ def test_a_damaged_file(copy, spoil, says, which):
             flash_attention(x, x, x, out=out)
         assert says in str(e.value) and path.name in str(e.value) and str(copy) in str(e.value)
     assert np.isnan(out).all()
+
+
+def test_a_pack_that_every_user_may_write(copy, cpu_pack, monkeypatch):
+    path = module_of(copy)
+    for spoiled, says in ((copy, "chmod -R o-w"), (copy / MANIFEST_NAME, "chmod -R o-w"), (path, path.name)):
+        mode = spoiled.stat().st_mode
+        spoiled.chmod(mode | 0o002)
+        refresh()
+        with pytest.raises(PackError, match=r"can be written by every user of this machine") as e:
+            attend()
+        assert says in str(e.value)
+        spoiled.chmod(mode)
+    refresh()
+    attend()
+    path.chmod(0o777)
+    monkeypatch.setattr(packs, "PACKAGE_PACKS", copy.parent)  # as open as the Python files beside it
+    refresh()
+    attend()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable to root")
+def test_a_file_that_cannot_be_read(copy):
+    path = module_of(copy)
+    path.chmod(0)
+    with pytest.raises(PackError, match=rf"{path.name} can't be read: Permission denied"):
+        attend()
+    (copy / MANIFEST_NAME).chmod(0)
+    refresh()
+    with pytest.raises(PackError, match=r"manifest.json can't be read: .*Permission denied"):
+        attend()
+
+
+def test_a_pack_that_cannot_be_read_for_whatever_reason(copy, monkeypatch):
+    """As root sees no permissions: the system says no."""
+    path, read = module_of(copy), Path.read_bytes
+
+    def refuse(self):
+        if self.name == path.name:
+            raise PermissionError(13, "Permission denied")
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PackError, match=rf"{path.name} can't be read: Permission denied"):
+        attend()
+
+
+def test_processes_that_load_while_another_publishes(copy, python):
+    """Every reader finds a whole pack, the old one or a new one, whatever the moment."""
+    program = f"""
+import dataclasses, sys, time
+from pathlib import Path
+from schedules import pack
+folder, end = Path({str(copy)!r}), time.monotonic() + 8
+manifest = pack.read_manifest(folder)
+while time.monotonic() < end:
+    for name in ("a", "b"):
+        modules = tuple(
+            dataclasses.replace(m, file=f"{{m.file.split('.')[0]}}.{{name}}.so") for m in manifest.modules
+        )
+        new = {{m.file: n.file for m, n in zip(manifest.modules, modules)}}
+        for old in manifest.modules:
+            (folder / new[old.file]).write_bytes((folder / old.file).read_bytes())
+        kernels = tuple(dataclasses.replace(k, module=new[k.module]) for k in manifest.kernels)
+        manifest = dataclasses.replace(manifest, modules=modules, kernels=kernels)
+        pack.publish(folder, manifest)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    builder = subprocess.Popen([sys.executable, "-c", program], env=environment)
+    loaded = set()
+    while builder.poll() is None:
+        refresh()
+        assert attend().shape == (1, 2, 9, 64)
+        loaded.add(registry().kernels("cpu")[0].entry.module)
+    assert builder.returncode == 0 and len(loaded) > 1
 
 
 def test_a_module_that_is_no_library(copy):

@@ -1,5 +1,6 @@
 """The wheel, installed where there is nothing but its two dependencies."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from schedules.wheel import build_wheel
-from tvm_flash.manifest import Manifest
+from schedules import records
+from schedules.toolchain.process import ToolchainError
+from schedules.wheel import build_wheel, check_verified
+from tvm_flash.manifest import KernelEntry, Manifest
 
 #: Runs in the clean environment: both layouts on strided numpy arrays, against float64.
 PROGRAM = """
@@ -91,3 +94,28 @@ def test_commands_of_the_wheel(clean_python, tmp_path):
     json.loads(info.stdout)
     check = run_clean(clean_python, "-m", "tvm_flash", "check", "--json", tmp_path=tmp_path)
     assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_kernels_that_no_gpu_has_run_do_not_ship(tmp_path):
+    entry = KernelEntry(
+        **dict.fromkeys(("module", "mask", "score", "config_source"), ""),
+        symbol="new",
+        template="v2",
+        arch="sm_80",
+        dtype="float16",
+        head_dim=64,
+        head_dim_v=64,
+        definition="attention",
+        params=(),
+        bucket=0,
+        alignment=16,
+        index_bits=32,
+        config={},
+        source_hash="0" * 64,
+    )
+    (tmp_path / "manifest.json").write_text(Manifest("sm_80", {}, (), (entry,)).to_json())
+    with pytest.raises(ToolchainError, match="1 kernels were never run on a GPU in this form"):
+        check_verified(tmp_path)
+    verified = dataclasses.replace(entry, source_hash=next(iter(records.verified())))
+    (tmp_path / "manifest.json").write_text(Manifest("sm_80", {}, (), (verified,)).to_json())
+    check_verified(tmp_path)

@@ -88,6 +88,9 @@ def threads(runtime: Path) -> int:
 
     Raises
     ------
-    OSError: the file isn't there or can't be loaded.
+    OSError: the file isn't there, can't be loaded, or is of a version that can't say.
     """
-    return ctypes.CDLL(str(runtime.absolute())).tvm_flash_threads()
+    library = ctypes.CDLL(str(runtime.absolute()))
+    if not hasattr(library, "tvm_flash_threads"):
+        raise OSError(f"{runtime} is of another version of this package")
+    return library.tvm_flash_threads()

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from tvm_flash.choice import Explanation
+from tvm_flash.device import Imagined
 from tvm_flash.display import Screen, table
 from tvm_flash.manifest import KernelEntry
 
@@ -35,7 +36,8 @@ def show(explanation: Explanation, screen: Screen) -> None:
         screen.line()
     else:
         screen.line(f"✓ {explanation.chosen.symbol} [{explanation.chosen.arch}]: {explanation.reason}", "good")
-        for name, value in (*_behind(explanation.chosen), ("measured", explanation.measured)):
+        here = [] if isinstance(device, Imagined) else [("measured", explanation.measured)]
+        for name, value in (*_behind(explanation.chosen), *here):
             screen.line(f"  {name:<9} {value}")
         screen.line()
     reasons: dict[tuple[str, str], list[str]] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -205,7 +206,20 @@ def _read(folder: Path) -> Pack:
             unusable = f"it is for {manifest.isa} and needs {', '.join(lacking)}, which this processor lacks"
     elif not _CUDA_ARCH.fullmatch(manifest.arch):
         unusable = f"its arch {manifest.arch!r} is unknown to this version"
+    if _written_by_anyone(folder) or _written_by_anyone(folder / MANIFEST_NAME):
+        unusable = f"it {_BY_ANYONE}; run `chmod -R o-w {folder}` if you trust it"
     return Pack(folder, manifest, unusable)
+
+
+_BY_ANYONE = "can be written by every user of this machine"
+
+
+def _written_by_anyone(path: Path) -> bool:
+    """Whether code that this process would run may be replaced by anyone.
+
+    Not asked in the package's own folder, whose Python files would be as open.
+    """
+    return not path.is_relative_to(PACKAGE_PACKS) and bool(path.stat().st_mode & stat.S_IWOTH)
 
 
 def _verify(pack: Pack, file: ModuleFile) -> None:
@@ -216,6 +230,8 @@ def _verify(pack: Pack, file: ModuleFile) -> None:
         data = path.read_bytes()
     except OSError as e:
         raise _damaged(pack, f"{file.file} can't be read: {e.strerror}") from e
+    if _written_by_anyone(path):
+        raise _damaged(pack, f"{file.file} {_BY_ANYONE}; take that right away with chmod o-w if you trust it")
     if len(data) != file.size:
         raise _damaged(pack, f"{file.file} has {len(data)} bytes, expected {file.size}: truncated or replaced")
     if hashlib.sha256(data).hexdigest() != file.sha256:

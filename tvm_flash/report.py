@@ -64,7 +64,7 @@ def _threads() -> dict[str, int]:
     """How many threads the kernels would use; nothing if there are none that can be loaded."""
     for kernel in registry().kernels("cpu")[:1]:
         files = [f.file for f in kernel.pack.manifest.support_files if f.file.startswith(cpu.RUNTIME_STEM)]
-        with contextlib.suppress(PackError):
+        with contextlib.suppress(PackError, OSError):
             registry().load(kernel)  # checks the files
             return {"threads": cpu.threads(kernel.pack.folder / files[0])}
     return {}

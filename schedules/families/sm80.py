@@ -198,19 +198,27 @@ _SMALL = {
     192: Config(64, 32, 4, 1, 2),
     256: Config(128, 32, 8, 1, 1),
 }
-#: Parameters of masks and scores live in registers too: fewer keys at once leave room for them.  Two warps that share
-#: their rows have room for some.
-_BLOCK_N_WITH_PARAMETERS = 32
-_ROOM_FOR_PARAMETERS = {1: 0, 2: 4}  # by warps_per_tile
+
+
+def _with_parameters(config: Config, pattern: Pattern, target: Target) -> Config:
+    """Fewer keys at once where parameters of masks and scores take registers too.
+
+    Those that differ from head to head are kept in registers: two of them, a padded batch's, made paired warps spill
+    28 bytes with 64 keys, and head_dim 128 on sm_120 16 bytes with 32.
+    """
+    crowded = sum(p.per_head for p in pattern.params) > 1
+    if config.warps_per_tile == 2:
+        return dataclasses.replace(config, block_n=32) if crowded else config
+    if crowded and 96 < pattern.head_dim <= 128 and target.arch != "sm_80":
+        return dataclasses.replace(config, block_n=16)
+    return dataclasses.replace(config, block_n=32) if pattern.params else config
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     table = _LARGE if target.arch == "sm_80" else _SMALL
     config = table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
-    if len(pattern.params) > _ROOM_FOR_PARAMETERS[config.warps_per_tile]:
-        config = dataclasses.replace(config, block_n=_BLOCK_N_WITH_PARAMETERS)
-    return {0: config}
+    return {0: _with_parameters(config, pattern, target)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:

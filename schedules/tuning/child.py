@@ -52,7 +52,8 @@ class Child:
         """Everything, or up to the first fault of a device."""
         # 1. The device must be well: another's kernel may just have been killed on it.
         self.say("begin", what="health")
-        self.say("healthy", torch=torch.__version__, peaks=self.peaks())
+        threads = torch.get_num_threads() if self.kind == "cpu" else 0  # kernels run on torch's own
+        self.say("healthy", torch=torch.__version__, threads=threads, peaks=self.peaks())
         # 2. Right numbers first.
         for id, entry in self.entries.items():
             self.say("begin", what="check", id=id)

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Name, driver, threads and compute capability of ``"cpu"`` or ``"cuda:0"``."""
+    """Name, driver and compute capability of ``"cpu"`` or ``"cuda:0"``; threads are what a child has."""
     if device == "cpu":
-        return {"name": cpu.name(), "driver": "", "threads": cpu.threads(), "capability": None}
+        return {"name": cpu.name(), "driver": "", "threads": 0, "capability": None}
     gpu = cuda.gpu(int(device.partition(":")[2] or 0))
     return {"name": gpu.name, "driver": cuda.driver_version(), "threads": 0, "capability": gpu.capability}
 

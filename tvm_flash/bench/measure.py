@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -67,11 +68,13 @@ class Bench:
 
     def peak(self, dtype: str) -> Peak:
         """The speed of torch.matmul on large square matrices, the second transposed or not; timed as all else is."""
-        sizes, calls = {}, {}
+        sizes, calls, slow = {}, {}, set()
         for size in PEAK_SIZES[self.device.kind]:
             for name, call in self._products(size, dtype).items():
-                if sizes.get(name, size // 2) == size // 2 and timing.cpu_times(call, 1)[0] <= SLOW_PRODUCT:
-                    sizes[name], calls[name] = size, call
+                if name not in slow:
+                    slow |= {name} if timing.cpu_times(call, 1)[0] > SLOW_PRODUCT else set()
+                    if name not in slow or name not in calls:
+                        sizes[name], calls[name] = size, call
         rounds = self._rounds(calls)
         flops = {
             mode: {name: _digits(2.0 * sizes[name] ** 3 / min(times)) for name, times in rounds[mode].items()}
@@ -90,49 +93,35 @@ class Bench:
         """All implementations on one workload; one that can't run it has its reason in place of figures."""
         tensors = self._tensors(workload)
         exact = accuracy.exact_rows(*tensors["bshd"], workload)
-        calls, errors, failures = {}, {}, {}
+        found: dict[str, Measurement] = {}
+        calls = {}
         for contestant in self.contestants:
-            key = contestant.about.key
-            try:
+            with _failing(contestant, found):
                 call = _inside(contestant, contestant.prepare(*tensors[contestant.layout], workload))
-                rows = accuracy.same_rows(call(), contestant.result, workload)
-                errors[key] = accuracy.relative_error(rows, exact)
-                calls[key] = call
-            except Exception as e:  # an implementation that can't run here has that for its result
-                failures[key] = f"{type(e).__name__}: {e}".split("\n")[0]
+                error = accuracy.relative_error(accuracy.same_rows(call(), contestant.result, workload), exact)
+                kernel = kernel_of(contestant, workload, str(self.device))
+                found[contestant.about.key] = Measurement(contestant.about.key, {}, {}, _digits(error), *kernel)
+                calls[contestant.about.key] = call
         rounds = self._rounds(calls) if calls else {}
-        return Cell(
-            workload,
-            tuple(
-                Measurement(key, failure=failures[key])
-                if key in failures
-                else Measurement(
-                    key,
-                    {mode: _digits(timing.figure(mode, rounds[mode][key])) for mode in rounds},
-                    {mode: (_digits(min(rounds[mode][key])), _digits(max(rounds[mode][key]))) for mode in rounds},
-                    _digits(errors[key]),
-                    *kernel_of(contestant, workload, str(self.device)),
-                )
-                for contestant in self.contestants
-                for key in (contestant.about.key,)
-            ),
-        )
+        for key in calls:
+            seconds = {mode: _digits(timing.figure(mode, times[key])) for mode, times in rounds.items()}
+            spread = {mode: (_digits(min(times[key])), _digits(max(times[key]))) for mode, times in rounds.items()}
+            found[key] = dataclasses.replace(found[key], seconds=seconds, spread=spread)
+        return Cell(workload, tuple(found.values()))
 
     def smallest_call(self, workload: Workload) -> Cell:
         """How long the caller of a function is held up."""
         tensors = self._tensors(workload)
-        found = []
+        found: dict[str, Measurement] = {}
         for contestant in self.contestants:
-            key = contestant.about.key
-            try:
+            with _failing(contestant, found), contestant.around():
                 call = contestant.prepare(*tensors[contestant.layout], workload)
-                with contestant.around():
-                    call()
-                    seconds = _digits(timing.call_time(call))
-                found.append(Measurement(key, {"call": seconds}, {"call": (seconds, seconds)}))
-            except Exception as e:  # as above
-                found.append(Measurement(key, failure=f"{type(e).__name__}: {e}".split("\n")[0]))
-        return Cell(workload, tuple(found))
+                call()
+                seconds = _digits(timing.call_time(call))
+                found[contestant.about.key] = Measurement(
+                    contestant.about.key, {"call": seconds}, {"call": (seconds, seconds)}
+                )
+        return Cell(workload, tuple(found.values()))
 
     def _rounds(self, calls) -> timing.Rounds:
         return timing.measure(self.device.kind, calls, self.effort, self._order)
@@ -160,6 +149,16 @@ def _faster(first: Peak, second: Peak) -> Peak:
     main = next(iter(first.flops))
     winner = first if first.flops[main] >= second.flops[main] else second
     return dataclasses.replace(winner, flops={m: max(first.flops[m], second.flops[m]) for m in first.flops})
+
+
+@contextlib.contextmanager
+def _failing(contestant: Contestant, found: dict[str, Measurement]) -> Iterator[None]:
+    """Notes the failure of an implementation, which is what it has for a result where it can't run."""
+    try:
+        yield
+    except Exception as e:  # whatever a peer raises
+        reason = f"{type(e).__name__}: {e}".split("\n")[0]
+        found[contestant.about.key] = Measurement(contestant.about.key, failure=reason)
 
 
 def _inside(contestant: Contestant, call: Callable[[], object]) -> Callable[[], object]:

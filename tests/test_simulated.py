@@ -1,0 +1,109 @@
+"""Kernels of the mma.sync families compute the shared cases, their CUDA sources run on the processor (tests/simt)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("tvm")
+pytest.importorskip("torch")
+
+import numpy as np
+import tvm_ffi
+
+from schedules.compile import lower, pattern_of
+from schedules.families import family_of
+from schedules.suite import KernelSpec
+from schedules.template import Target
+from tests import cases, torch_cases
+from tests.cases import CASES, Case
+from tests.simt import simulate
+from tvm_flash.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
+
+#: Arch, template, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to multiply and to copy.
+KERNELS = (
+    ("sm_70", "v1", 64, 64, "causal", "identity", "float16"),
+    ("sm_75", "v1", 128, 128, "window", "softcap", "float16"),
+    ("sm_80", "v2", 64, 64, "full", "identity", "bfloat16"),
+    ("sm_80", "v1", 128, 128, "causal", "identity", "float16"),
+    ("sm_80", "v2", 256, 256, "causal", "identity", "float16"),  # pairs of warps
+    ("sm_80", "v2", 192, 128, "full", "alibi", "bfloat16"),
+    ("sm_86", "v1", 96, 96, "sink_window", "identity", "float16"),  # a mask with gaps
+    ("sm_86", "v2", 256, 256, "window", "identity", "float16"),
+)
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=lambda k: "-".join(map(str, k)))
+def kernel(request, tmp_path_factory):
+    """A kernel's spec and its function on CPU tensors."""
+    arch, template, head_dim, head_dim_v, mask, score, dtype = request.param
+    spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v)
+    target = Target(arch)
+    pattern = pattern_of(spec, target)
+    config = family_of(target).default_configs(template, pattern, target)[0]
+    module = simulate.build(lower(spec, pattern, target, config).text, tmp_path_factory.mktemp(arch))
+    function = tvm_ffi.load_module(str(module))[spec.symbol]
+    return SimpleNamespace(spec=spec, params=pattern.params, function=function)
+
+
+def attend(kernel, case: Case, data: cases.Inputs):
+    """Output and lse of a case."""
+    layout = LAYOUT_OF_TEMPLATE[kernel.spec.template]
+    return torch_cases.run(case, data, kernel.function, kernel.params, layout)
+
+
+def test_the_shared_cases(kernel):
+    spec, count = kernel.spec, 0
+    for case in CASES:
+        if (case.dtype, case.mask, case.score) != (spec.dtype, spec.mask, spec.score) or case.strides == "gaps":
+            continue
+        if case.head_dim > spec.head_dim or case.head_dim_v > spec.head_dim_v or case.seqlen_kv > 500:
+            continue
+        data = cases.inputs(case)
+        torch_cases.check(case, data, *attend(kernel, case, data))
+        count += 1
+    assert count
+
+
+def own_case(kernel, **sizes) -> Case:
+    """A case of the kernel's own kind and full width."""
+    spec = kernel.spec
+    params = {"window_left": 90, "window_right": 3, "sink_tokens": 5, "softcap": 2.0}
+    return Case(
+        1,
+        2,
+        head_dim=spec.head_dim,
+        head_dim_v=spec.head_dim_v,
+        dtype=spec.dtype,
+        mask=spec.mask,
+        score=spec.score,
+        params=tuple((p.name, params[p.name]) for p in kernel.params if p.name in params),
+        **sizes,
+    )
+
+
+def test_full_width_and_grouped_heads(kernel):
+    case = own_case(kernel, kv_heads=1, seqlen_q=150, seqlen_kv=213)
+    data = cases.inputs(case)
+    torch_cases.check(case, data, *attend(kernel, case, data))
+
+
+def test_scores_that_outgrow_a_row_s_first_maximum(kernel):
+    """Keys are walked from the last to the first: the first are far larger, so that steps without maxima overflow."""
+    if kernel.spec.score != "identity":
+        pytest.skip("modified scores are bounded, or grow with the distance")
+    case = own_case(kernel, seqlen_q=140, seqlen_kv=400)
+    data = cases.inputs(case)
+    data.k[:, :, :120] = cases.rounded(data.k[:, :, :120] * 200, case.dtype)
+    torch_cases.check(case, data, *attend(kernel, case, data))
+
+
+def test_a_negative_scale(kernel):
+    """The smallest products have the largest scores: the same as with a positive scale and negated queries."""
+    case = own_case(kernel, seqlen_q=70, seqlen_kv=200)
+    data = cases.inputs(case)
+    negative = SimpleNamespace(**vars(kernel))
+    negative.function = lambda q, k, v, o, lse, scale, *values: kernel.function(-q, k, v, o, lse, -scale, *values)
+    for one, other in zip(attend(kernel, case, data), attend(negative, case, data), strict=True):
+        assert np.array_equal(one, other, equal_nan=True)
