@@ -91,7 +91,7 @@ class Measurement:
         same dtype reached in the same process.
     gain: time of the incumbent over this time, both as medians of the same rounds.
     incumbent: kernel hash of that incumbent; ``default`` tells that this configuration is the family's default here.
-    rounds: how many there were; slow ones are given up early.
+    rounds: how many there were; ``given_up`` if that is fewer than the others had, since it was clearly slower.
     error: the largest error, as a share of what is allowed (2 × the usual error of the dtype plus one rounding).
     kernel_hash: of the source without the kernel's name, which contains a bucket; ``source_hash`` is as in the
         manifest.
@@ -130,6 +130,7 @@ class Measurement:
     search: str
     versions: dict[str, str]
     date: str
+    given_up: bool = False
     schema: int = SCHEMA
 
     @property

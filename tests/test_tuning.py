@@ -18,7 +18,7 @@ from schedules.build import build
 from schedules.plan import Request
 from schedules.suite import HeadDim, Selection
 from schedules.template import Target
-from schedules.tuning import emit
+from schedules.tuning import emit, tables
 from schedules.tuning.best import Tuning
 from schedules.tuning.candidate import Batch
 from schedules.tuning.emit import Proposal, tasks_for
@@ -31,7 +31,7 @@ torch = pytest.importorskip("torch")
 
 PROGRAM = [sys.executable, str(Path(rigged_family.__file__))]
 PROBLEM = "b=1 h=1 s=16 d=8 full float32"
-QUICK = ("--effort", "rounds=3 block=0.004 warm_up=0.01", "--jobs", "1")
+QUICK = ("--effort", "rounds=5 block=0.004 warm_up=0.01", "--jobs", "1")
 TARGET = Target("cpu", "toy")
 
 
@@ -45,7 +45,7 @@ def key(record) -> tuple[int, int]:
     return record.config["block_m"], record.config["num_stages"]
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -78,7 +78,7 @@ def test_a_search_survives_everything_and_decides_what_is_built(tmp_path, rigged
     # 3. The best is the one that was rigged to be, and the default is told apart.
     ok = [r for r in found if r.status == "ok"]
     best = min(ok, key=lambda r: r.microseconds)
-    assert best.config == BEST and max(ok, key=lambda r: r.gain) == best and best.gain > 1.5
+    assert best.config == BEST and tables.best_of(ok) == best and best.gain > 1.5
     assert [key(r) for r in found if r.default] == [(16, 1)]
     assert "block_m=48 num_stages=2" in resumed.stdout
 
@@ -117,7 +117,7 @@ def test_two_processes_measure_a_folder_without_doing_anything_twice(tmp_path, r
     assert len(folder.batches()) == 3
     command = [*PROGRAM, "--measure", str(folder.path), *QUICK]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     found = list(folder.records())
     assert len(found) == len({r.kernel_hash for r in found}) == 6

@@ -426,6 +426,12 @@ def test_the_table_of_gains():
     assert tables.gains([]) == "nothing was measured successfully"
 
 
+def test_what_was_given_up_early_is_never_the_best():
+    lucky = measured(16, 512, 9.9, given_up=True)
+    assert tables.best_of([*TRIED, lucky]) == TRIED[1]
+    assert [p.config for p in best.proposals([*TRIED, lucky], exact=True)] == [TRIED[1].config]
+
+
 def test_the_difference_of_two_logs():
     newer = [dataclasses.replace(TRIED[1], microseconds=50.0), measured(32, 1024, 1.0)]
     text = tables.difference(TRIED, newer)

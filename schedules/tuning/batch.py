@@ -213,6 +213,7 @@ class BatchRun:
             percent_of_peak=round(100 * flops / peak, 1),
             gain=gain and round(gain, 4),
             rounds=len(seconds),
+            given_up=len(seconds) < max(len(s) for (_, of), s in self.seconds.items() if of == workload),
             error=round(self.errors[id, workload], 3),
         )
 

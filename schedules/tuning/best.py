@@ -148,7 +148,7 @@ def _costs(measured: Sequence[Measurement]) -> tuple[dict, dict]:
     ratios: dict[tuple[str | None, int], dict[str, float]] = {}
     found: dict[tuple[str | None, int], Measurement] = {}
     for r in sorted(measured, key=lambda r: r.date):
-        if r.default or r.gain:
+        if r.default or (r.gain and not r.given_up):
             key = (None if r.default else json.dumps(r.config, sort_keys=True), Workload.parse(r.problem).seqlen_kv)
             ratios.setdefault(key, {})[r.problem] = 0.0 if r.default else -math.log(r.gain)
             found[key] = r

@@ -41,8 +41,12 @@ def by_cell(measured: Iterable[Measurement]) -> dict[tuple[str, str, str], list[
 
 
 def best_of(cell: Iterable[Measurement]) -> Measurement:
-    """The fastest: by gain over the incumbent, which is measured in the same rounds; else by time."""
+    """The fastest: by gain over the incumbent, which is measured in the same rounds; else by time.
+
+    What was given up early has too few rounds for a figure that could be the best.
+    """
     cell = list(cell)
+    cell = [r for r in cell if not r.given_up] or cell
     with_gain = [r for r in cell if r.gain]
     return max(with_gain, key=lambda r: r.gain) if with_gain else min(cell, key=lambda r: r.microseconds)
 
