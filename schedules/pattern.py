@@ -61,7 +61,7 @@ class Pattern:
     is_scale_only: the score is ``s * softmax_scale`` and nothing more, so that the scale folds into the exponential.
     is_unmasked: every query sees every key.
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
-    depends_on_head: score or mask differ from head to head.
+    depends_on_head: what is made of the raw score, or the mask, differs from head to head.
     is_interval: row i sees exactly the keys of ``visible_range(site, i, i)``, so that no other test of a key is needed.
     """
 
@@ -80,8 +80,9 @@ class Pattern:
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
         self.is_interval = self._mask is None or self._mask.is_interval
-        parts = [self._value] if predicate is None else [self._value, predicate]
-        self.depends_on_head = any(_mentions(part, self._index[1]) for part in parts)
+        self.depends_on_head = _reads_head(self._value, self._raw_score, self._index[1]) or (
+            predicate is not None and _reads_head(predicate, self._raw_score, self._index[1])
+        )
 
     def parameter_symbols(self):
         """Fresh arguments for a kernel: ``(arguments, {name: Var or (batch, heads) Buffer})``."""
@@ -276,10 +277,16 @@ def _split_score(value: Expr, block: s_tir.SBlock, func: PrimFunc):
     return raw, value, predicate
 
 
-def _mentions(expr: Expr, var) -> bool:
+def _reads_head(expr: Expr, raw_score: Expr, head) -> bool:
+    """Whether an expression has the head anywhere but in the position of the raw score."""
+    zero = tirx.const(0.0, raw_score.ty.dtype)
+
+    def replace(node):
+        return zero if isinstance(node, TensorLoad) and node.source.same_as(raw_score.source) else node
+
     found = []
-    tvm_ffi.structural_walk(expr, [(tirx.Var, found.append)])
-    return any(x.same_as(var) for x in found)
+    tvm_ffi.structural_walk(tvm_ffi.structural_map(expr, replace, order="post"), [(tirx.Var, found.append)])
+    return any(x.same_as(head) for x in found)
 
 
 def _param(argument) -> Param:

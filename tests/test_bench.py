@@ -266,6 +266,21 @@ def reference_file(tmp_path, **changes):
     return file, w
 
 
+def test_cells_in_which_the_device_slowed_down_are_marked_and_not_counted():
+    run = grid_run(modes=("steady", "burst"))
+    first = run.cells[0]
+    ours = first.measurements[0]
+    ours = dataclasses.replace(ours, seconds={"steady": ours.seconds["steady"], "burst": ours.seconds["steady"] / 2})
+    slow = dataclasses.replace(first, measurements=(ours, *first.measurements[1:]))
+    run = dataclasses.replace(run, cells=(slow, *run.cells[1:]))
+    assert slow.disturbed and not first.disturbed
+    best = ratios.summary(run, "v2", "", "float16", "steady")
+    assert len(best.ratios) == 35 and len(best.lost) == 5
+    row = [e.text for e in tables.speeds(run, "float16", "steady").rows[0]]
+    assert row[3].startswith("~") and row[6] == row[7] == "–"
+    assert any("d64 full 512 float16" in line for line in tables.failures(run))
+
+
 def test_recorded_figures_are_scaled_by_the_bridge(tmp_path):
     file, w = reference_file(tmp_path)
     other = dataclasses.replace(grid_run(), implementations=())
@@ -305,6 +320,8 @@ def test_peers_can_be_left_out(tmp_path, capsys):
     results.write(grid_run(), file)
     status, out, _ = bench(capsys, "--from", file, "--peers", "flash")
     assert status == 0 and "FLASH" in out and "CUDNN" not in out and "2.000 × the best peer" in out and "0 lost" in out
+    status, out, _ = bench(capsys, "--from", file, "--dtype", "bfloat16")
+    assert status == 1 and "float16, steady" not in out
     status, _, err = bench(capsys, "--from", file, "--peers", "flash,fa4")
     assert status == 2 and "--peers: has fa4, expected cudnn, flash" in err
 

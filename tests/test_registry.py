@@ -193,22 +193,22 @@ def test_a_pack_that_cannot_be_read_for_whatever_reason(copy, monkeypatch):
 def test_processes_that_load_while_another_publishes(copy, python):
     """Every reader finds a whole pack, the old one or a new one, whatever the moment."""
     program = f"""
-import dataclasses, sys, time
+import dataclasses, itertools, time
 from pathlib import Path
 from schedules import pack
-folder, end = Path({str(copy)!r}), time.monotonic() + 8
+folder, end = Path({str(copy)!r}), time.monotonic() + 6
 manifest = pack.read_manifest(folder)
-while time.monotonic() < end:
-    for name in ("a", "b"):
-        modules = tuple(
-            dataclasses.replace(m, file=f"{{m.file.split('.')[0]}}.{{name}}.so") for m in manifest.modules
-        )
-        new = {{m.file: n.file for m, n in zip(manifest.modules, modules)}}
-        for old in manifest.modules:
-            (folder / new[old.file]).write_bytes((folder / old.file).read_bytes())
-        kernels = tuple(dataclasses.replace(k, module=new[k.module]) for k in manifest.kernels)
-        manifest = dataclasses.replace(manifest, modules=modules, kernels=kernels)
-        pack.publish(folder, manifest)
+for number in itertools.count():
+    if time.monotonic() > end:
+        break
+    new = {{m.file: f"{{m.file.split('.')[0]}}.{{number}}.so" for m in manifest.modules}}
+    for old, name in new.items():
+        (folder / name).write_bytes((folder / old).read_bytes())
+    modules = tuple(dataclasses.replace(m, file=new[m.file]) for m in manifest.modules)
+    kernels = tuple(dataclasses.replace(k, module=new[k.module]) for k in manifest.kernels)
+    manifest = dataclasses.replace(manifest, modules=modules, kernels=kernels)
+    pack.publish(folder, manifest)
+    time.sleep(1)  # no two builds are faster: the files of the one before the last are gone
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     builder = subprocess.Popen([sys.executable, "-c", program], env=environment)

@@ -107,3 +107,16 @@ def test_a_negative_scale(kernel):
     negative.function = lambda q, k, v, o, lse, scale, *values: kernel.function(-q, k, v, o, lse, -scale, *values)
     for one, other in zip(attend(kernel, case, data), attend(negative, case, data), strict=True):
         assert np.array_equal(one, other, equal_nan=True)
+
+
+def test_nan_in_a_key_that_is_not_seen(kernel):
+    """Rows that see it have no finite output; all others, also those of the same tiles, have theirs."""
+    if kernel.spec.mask != "causal":
+        pytest.skip("needs rows that don't see a key")
+    case = own_case(kernel, seqlen_q=150, seqlen_kv=150)
+    data = cases.inputs(case)
+    right, _ = cases.expected(case, data)
+    data.k[:, :, 70] = np.nan
+    out, _ = attend(kernel, case, data)
+    assert not np.isfinite(out[:, :, 70:]).any()
+    assert np.abs(out[:, :, :70] - right[:, :, :70]).max() < 0.01

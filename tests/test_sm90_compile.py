@@ -118,6 +118,7 @@ def test_defaults_are_feasible(template, head_dims, mask, score):
         ({}, {"num_consumer_warpgroups": 3}, "registers"),
         ({"mask": "sink_window"}, {"tiles_per_cta": 2}, "gaps"),
         ({"mask": "padded"}, {"waves": 1}, "waves 0"),
+        ({"score": "alibi"}, {"pack_heads": True}, "from head to head"),
         ({"head_dim": 72}, {}, "head_dim 72"),
         ({"head_dim": 64, "head_dim_v": 128}, {}, "head_dim_v 128 exceeds"),
     ],
@@ -137,5 +138,5 @@ def test_refusals_say_why(pattern, change, reason):
         ("padded", "identity", True),
     ],
 )
-def test_heads_share_a_tile_unless_they_are_told_apart(mask, score, depends):
+def test_heads_can_share_a_tile_unless_they_are_told_apart(mask, score, depends):
     assert pattern_of(mask, score).depends_on_head is depends

@@ -23,6 +23,9 @@ ALIGNMENT = 16
 INDEX_BITS = 32
 
 
+#: Size of row sum and output from which a row is computed again.
+_LARGEST_SUM = {"float16": math.inf, "bfloat16": 1e30}
+
 _FRESH_INDEX = """
 __forceinline__ __device__ int fresh_{name}() {{
   int x;
@@ -217,8 +220,8 @@ def look_for_faults(machine, careful):
     """Set ``careful`` if some row of the block has to be computed again, with maxima; else clear it.
 
     Without maxima a probability may have left the range of the input's type.  It has become infinite then, and whatever
-    it was multiplied with, the row's output isn't finite: one element of each row tells, and the row sum, which is a
-    wider type's.
+    it was multiplied with, the row's output isn't finite: one element of each row tells.  With bfloat16, whose range is
+    float32's, the row sum tells first: below ``_LARGEST_SUM`` neither it nor the output has lost anything.
     """
     bad: T.int32 = 0
     if careful == 0:
@@ -228,7 +231,7 @@ def look_for_faults(machine, careful):
                 row = T.meta_var(machine.softmax.position(machine.row0, 0, t, 0, r, 0)[0])
                 size = T.meta_var(T.abs(machine.O[i]) + machine.softmax.row_sum[t * 2 + r])
                 # not the negation of a comparison, which would be turned into one that NaN fails
-                fault = T.meta_var(T.Select(size < T.float32(math.inf), 0, 1))
+                fault = T.meta_var(T.Select(size < T.float32(_LARGEST_SUM[machine.pattern.dtype]), 0, 1))
                 bad = T.bitwise_or(bad, T.Select(row < machine.geometry.seqlen_q, fault, 0))
     careful = T.cuda.syncthreads_or(bad)
 

@@ -55,14 +55,14 @@ def run(options: argparse.Namespace) -> int:
     screen = Screen()
     reference = recorded.read(options.reference) if options.reference else None
     runs = _read(options) if options.files else [_measure(options)]
-    if reference:
-        runs = reference.beside_all(runs)
-    for one in runs:
-        _show(screen, one)
     if options.json and options.files:
         if len(runs) != 1:
             raise InvalidArgumentError(f"--json: takes one run, and --from has {len(runs)}, of several machines")
         results.write(runs[0], options.json)
+    if reference:
+        runs = reference.beside_all(runs)
+    for one in runs:
+        _show(screen, one)
     if options.plot:
         from tvm_flash.bench import plots
 
@@ -78,10 +78,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _read(options: argparse.Namespace):
-    """The runs of ``--from``, with the peers that are asked for."""
+    """The runs of ``--from``, with the dtypes and peers that are asked for."""
     from tvm_flash.bench import results
 
     runs = results.join([results.read(file) for file in options.files])
+    if options.dtype:
+        runs = [one.of_dtypes(options.dtype) for one in runs]
     if options.peers is None:
         return runs
     _check_peers(options, {i.key for one in runs for i in one.implementations if not i.ours})

@@ -77,7 +77,7 @@ def _title(run: Run, what: str) -> str:
 def _lines(run: Run, figure, theme: Theme) -> None:
     """A panel for each mask and head_dim: speed by sequence length, of the run's first dtype."""
     dtype, mode = run.dtypes()[0], run.modes[0]
-    cells = [c for c in run.cells if c.workload.dtype == dtype]
+    cells = [c for c in run.cells if c.workload.dtype == dtype and not c.disturbed]
     dims, masks = (sorted({f(c) for c in cells}) for f in (lambda c: c.workload.head_dim, lambda c: c.workload.causal))
     figure.set_size_inches(WIDTH, 0.9 + 2.45 * len(masks))
     axes = figure.subplots(len(masks), len(dims), sharex=True, sharey=True, squeeze=False)
@@ -88,7 +88,7 @@ def _lines(run: Run, figure, theme: Theme) -> None:
             panel = [c for c in cells if (c.workload.head_dim, c.workload.causal) == (dim, causal)]
             for number, implementation in enumerate(_shown(run)):
                 _line(axis, panel, implementation, number, mode, one, theme)
-            if peak:
+            if peak and not peak.disturbed:
                 axis.axhline(
                     peak.flops[mode] / one, color=theme.text, lw=1, ls=(0, (1, 2)), label=f"torch.matmul, {peak.size}³"
                 )

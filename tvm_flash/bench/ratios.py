@@ -43,7 +43,9 @@ class Summary:
 
 
 def ratio(cell: Cell, ours: str, peers: Iterable[str], mode: str) -> float | None:
-    """Speed of ours over that of the fastest of the peers; None without figures."""
+    """Speed of ours over that of the fastest of the peers; None without figures, or where they can't be compared."""
+    if cell.disturbed:
+        return None
     mine = cell.of(ours)
     others = [m.seconds[mode] for m in map(cell.of, peers) if m and mode in m.seconds]
     return min(others) / mine.seconds[mode] if mine and others else None

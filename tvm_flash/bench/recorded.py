@@ -73,7 +73,7 @@ class Reference:
 
     def _beside(self, cell: Cell, mode: str) -> Cell:
         figure, bridge = self.figures.get(cell.workload), cell.of(self.bridge)
-        if figure is None or bridge is None:
+        if figure is None or bridge is None or cell.disturbed:
             return cell
         seconds = bridge.seconds[mode] * figure.bridge_flops / figure.flops
         recorded = Measurement(self.implementation.key, {mode: seconds}, {mode: (seconds, seconds)}, figure.error)

@@ -19,6 +19,10 @@ from tvm_flash.errors import InvalidArgumentError
 
 SCHEMA = 1
 
+#: The steady clock of a GPU at its power cap makes calls up to 1.13 times as long as after a pause (65 cells of an
+#: H200); more than this is something else that slows the device down: 2.4 and 3.2 times for some seconds of one run.
+DISTURBED = 1.3
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -50,6 +54,12 @@ class Cell:
     workload: Workload
     measurements: tuple[Measurement, ...]
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether the device slowed down meanwhile, whoever was running; then nothing can be compared."""
+        times = (m.seconds for m in self.measurements)
+        return any(t["steady"] > DISTURBED * t["burst"] for t in times if "steady" in t and "burst" in t)
+
     def of(self, implementation: str) -> Measurement | None:
         """The measurement of an implementation; None if there are no times of it."""
         return next((m for m in self.measurements if m.implementation == implementation and m.seconds), None)
@@ -62,6 +72,11 @@ class Peak:
     dtype: str
     size: int
     flops: dict[str, float]
+
+    @property
+    def disturbed(self) -> bool:
+        """As of a cell."""
+        return self.flops.get("burst", 0) > DISTURBED * self.flops.get("steady", float("inf"))
 
 
 @dataclass(frozen=True)
@@ -118,6 +133,13 @@ class Run:
 
     def peak(self, dtype: str) -> Peak | None:
         return next((p for p in self.peaks if p.dtype == dtype), None)
+
+    def of_dtypes(self, dtypes: Collection[str]) -> Run:
+        """The run with no other dtypes than these."""
+        cells, calls = (tuple(c for c in x if c.workload.dtype in dtypes) for x in (self.cells, self.calls))
+        return dataclasses.replace(
+            self, peaks=tuple(p for p in self.peaks if p.dtype in dtypes), cells=cells, calls=calls
+        )
 
     def only(self, peers: Collection[str]) -> Run:
         """The run with no other peers than these."""
@@ -204,6 +226,9 @@ def join(runs: list[Run]) -> list[Run]:
         commands = dict.fromkeys((*first.command.split("\n"), *run.command.split("\n")))
         joined[key] = dataclasses.replace(
             first,
+            method={
+                m: " / ".join(dict.fromkeys((*text.split(" / "), run.method[m]))) for m, text in first.method.items()
+            },
             command="\n".join(commands),
             peaks=tuple({p.dtype: p for p in (*first.peaks, *run.peaks)}.values()),
             cells=tuple({c.workload: c for c in (*first.cells, *run.cells)}.values()),

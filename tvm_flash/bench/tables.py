@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 
 from tvm_flash.bench import ratios
-from tvm_flash.bench.results import Cell, Implementation, Run
+from tvm_flash.bench.results import DISTURBED, Cell, Implementation, Run
 from tvm_flash.bench.workloads import Workload
 from tvm_flash.display import Entry, Table
 
 #: A loss, in front of its ratio.
 LOSS = "▼"
+
+#: A figure of a moment in which the device had slowed down, in front of it.
+SLOWED = "~"
 
 #: Speed by kind of device: unit, and operations a second of one.
 _UNITS = {"gpu": ("TFLOP/s", 1e12), "cpu": ("GFLOP/s", 1e9)}
@@ -74,9 +77,12 @@ def shape(w: Workload) -> str:
 def _speeds_of(run: Run, cell: Cell, mode: str, one: float) -> list[Entry]:
     measured = [cell.of(i.key) for i in run.implementations]
     times = [m.seconds.get(mode) if m else None for m in measured]
-    shortest = min((t for t in times if t), default=None)
+    shortest = None if cell.disturbed else min((t for t in times if t), default=None)
+    mark = SLOWED if cell.disturbed else ""
     return [
-        Entry("–") if t is None else Entry(f"{cell.workload.flops / t / one:.0f}", "best" if t == shortest else "")
+        Entry("–")
+        if t is None
+        else Entry(f"{mark}{cell.workload.flops / t / one:.0f}", "best" if t == shortest else "")
         for t in times
     ]
 
@@ -85,6 +91,8 @@ def share_of_peak(run: Run, cell: Cell, implementation: str, mode: str) -> str:
     """Speed over that of the largest matrix product of the dtype, as ``"87%"``."""
     peak, measured = run.peak(cell.workload.dtype), cell.of(implementation)
     if peak is None or measured is None or mode not in peak.flops or mode not in measured.seconds:
+        return "–"
+    if cell.disturbed or peak.disturbed:
         return "–"
     return f"{cell.workload.flops / measured.seconds[mode] / peak.flops[mode]:.0%}"
 
@@ -161,7 +169,7 @@ def short(run: Run, w: Workload) -> str:
 
 
 def failures(run: Run) -> list[str]:
-    """What couldn't be run, each reason once, with how many cells it kept empty."""
+    """What couldn't be run or compared, each reason once, with how many cells it kept empty."""
     found: dict[tuple[str, str], int] = {}
     names = {i.key: i.name for i in run.implementations}
     for cell in (*run.cells, *run.calls):
@@ -169,7 +177,17 @@ def failures(run: Run) -> list[str]:
             if m.failure:
                 key = (names[m.implementation], m.failure)
                 found[key] = found.get(key, 0) + 1
-    return [f"{name} has no figure in {count} cells: {why}" for (name, why), count in found.items()]
+    lines = [f"{name} has no figure in {count} cells: {why}" for (name, why), count in found.items()]
+    slowed = [f"{short(run, c.workload)} {c.workload.dtype}" for c in run.cells if c.disturbed]
+    slowed += [f"torch.matmul {p.dtype}" for p in run.peaks if p.disturbed]
+    if slowed:
+        lines.append(
+            f"{SLOWED}: the device had slowed down (steady more than {DISTURBED} × burst), whoever ran; "
+            f"not compared: {', '.join(slowed)}"
+        )
+    if run.cells and not run.calls:
+        lines.append("the run was stopped before its end; the cells that would follow are missing")
+    return lines
 
 
 def legend(run: Run) -> list[str]:

@@ -48,6 +48,7 @@ class Config:
     overlap_tiles: the first product of a row tile is issued beside the last one of that before.
     running_max: take the row maximum in every step; else unmasked steps rely on the exact maximum of a row's first tile
         and take another only when the row sum of a step shows that it has been far exceeded.
+    pack_heads: query heads of a group share a row tile where there are few queries (``rows.py``).
     head_section: heads whose row tiles are visited together, strip by strip; 1 visits all row tiles of a head first.
     """
 
@@ -61,6 +62,7 @@ class Config:
     overlap_tiles: bool = False
     running_max: bool = False
     head_section: int = 1
+    pack_heads: bool = False
 
     @property
     def block_m(self) -> int:
@@ -137,6 +139,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected(f"tiles_per_cta {config.tiles_per_cta} is not 1 or 2")
     if pattern.has_gaps and config.several_tiles:
         return Rejected("a mask with gaps needs tiles_per_cta 1 and waves 0: its tiles are counted as they come")
+    if pattern.depends_on_head and config.pack_heads:
+        return Rejected("a score or a mask that differs from head to head can't have heads packed")
     if any(p.per_head for p in pattern.params) and config.persistent:
         return Rejected("parameters of each head need waves 0: a block reads them once")
     if config.overlap_tiles and not (config.several_tiles and q_stages(pattern, config) == 2):

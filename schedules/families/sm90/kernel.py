@@ -86,7 +86,7 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
     @T.prim_func(check_well_formed=False)
     def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
         geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, parameters, ALIGNMENT)
-        rows = Rows(pattern, geometry)
+        rows = Rows(config, geometry)
         places = Places(geometry, rows, config)
         # 1. Descriptors of the tensors, made on the host.
         q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)

@@ -3,15 +3,16 @@
 Usually a row is a position.  But a row tile is as high as up to four warpgroups, and a decoding step has one query:
 where several query heads read the same head of keys and there are at most ``MOST_PACKED`` queries, the rows are the
 queries of one head after those of the other, each head padded to a power of two.  Keys and values are then read once
-for the group and not once for each of its heads.  The host decides at each call.
+for the group and not once for each of its heads.  With ``pack_heads`` the host decides so at each call; no default has
+it yet, since it has not run on hardware.
 """
 
 from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from schedules.families.sm90.config import Config
 from schedules.geometry import Geometry
-from schedules.pattern import Pattern
 
 #: Queries up to which heads are packed: the rows of a warpgroup, so that what one stores is whole heads or one.
 MOST_PACKED = 64
@@ -27,12 +28,11 @@ class Rows:
     heads; ``group`` query heads read one head of keys.
     """
 
-    def __init__(self, pattern: Pattern, geometry: Geometry):
+    def __init__(self, config: Config, geometry: Geometry):
         self.geometry = geometry
         seqlen_q = geometry.seqlen_q
         self.group = T.bind(T.truncdiv(geometry.heads, geometry.kv_heads))
-        # Rows of a tile can't be told which head they are, where a score or a mask asks.
-        packed = T.bool(False) if pattern.depends_on_head else T.And(self.group > 1, seqlen_q <= MOST_PACKED)
+        packed = T.And(self.group > 1, seqlen_q <= MOST_PACKED) if config.pack_heads else T.bool(False)
         shift = T.int32(0)
         for bits in range(MOST_PACKED.bit_length() - 1):
             shift = shift + T.Cast("int32", seqlen_q > 1 << bits)
