@@ -25,8 +25,8 @@ from tvm_flash import cpu, cuda
 from tvm_flash.manifest import Speed
 
 #: A configuration replaces the default, and a further bucket is made, only for more than the noise of a measurement:
-#: repeated medians of one kernel on an H200 differ by up to 0.5%.
-WORTH = math.log(1.01)
+#: medians of one kernel differ by up to 0.5% on an H200, and by some 2% on a processor that others use too.
+WORTH = {"cuda": math.log(1.01), "cpu": math.log(1.03)}
 
 #: How tuned configurations are used: those that may ship, none, or all that were measured.
 MODES = ("auto", "default", "measured")
@@ -128,7 +128,8 @@ def proposals(measured: Sequence[Measurement], exact: bool) -> tuple[Proposal, .
     current = tables.of_newest_source(measured)
     lengths = sorted({Workload.parse(r.problem).seqlen_kv for r in current})
     costs, found = _costs(current)
-    segments = _segments(lengths, costs)
+    worth = WORTH["cpu" if any(r.arch == "cpu" for r in current) else "cuda"]
+    segments = _segments(lengths, costs, worth)
     if all(config is None for _, config in segments):
         return ()
     chosen = []
@@ -163,7 +164,9 @@ def _costs(measured: Sequence[Measurement]) -> tuple[dict, dict]:
     return costs, found
 
 
-def _segments(lengths: Sequence[int], costs: Mapping[str | None, Mapping[int, float]]) -> list[tuple[int, str | None]]:
+def _segments(
+    lengths: Sequence[int], costs: Mapping[str | None, Mapping[int, float]], worth: float
+) -> list[tuple[int, str | None]]:
     """The cheapest division of the lengths into ranges with one configuration each: their first lengths, and which."""
     best: list[tuple[float, list[tuple[int, str | None]]]] = [(0.0, [])]
     for end in range(1, len(lengths) + 1):
@@ -172,7 +175,7 @@ def _segments(lengths: Sequence[int], costs: Mapping[str | None, Mapping[int, fl
             inside = lengths[start:end]
             for config, by_length in costs.items():
                 if all(length in by_length for length in inside):
-                    price = WORTH * (config is not None) * len(inside) + WORTH * (start > 0)
+                    price = worth * (config is not None) * len(inside) + worth * (start > 0)
                     total = best[start][0] + sum(by_length[length] for length in inside) + price
                     options.append((total, [*best[start][1], (lengths[start], config)]))
         best.append(min(options, key=lambda option: option[0]))
