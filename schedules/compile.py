@@ -162,18 +162,20 @@ def _objection(spec: KernelSpec, pattern: Pattern, target: Target, tuned: Tuned)
     for proposal in tuned.proposals:
         if proposal.config is None:
             continue
-        name = f"the configuration of {proposal.source}"
+        log = proposal.source.partition("#")[0]
         try:
             config = family_of(target).Config(**proposal.config)
         except TypeError:
-            return f"{name} isn't used: the family's configurations have other fields now"
+            return f"{log} isn't followed: the family's configurations have other fields now"
         lowered = lower(spec.with_bucket(proposal.bucket), pattern, target, config)
         if isinstance(lowered, Rejected):
-            return f"{name} isn't used: {lowered.reason}"
+            return f"{log} isn't followed: {lowered.reason}"
         if proposal.kernel_hash not in ("", lowered.kernel_hash):
-            return f"{name} isn't used: the kernel has changed since it was measured"
+            return f"{log} isn't followed: the kernel has changed since it was measured"
         if tuned.verified is not None and lowered.source_hash not in tuned.verified:
-            return f"{name} isn't used: this kernel wasn't verified on a GPU; --configs measured builds it nevertheless"
+            return (
+                f"{log} isn't followed: not verified on a GPU in this form; --configs measured builds it nevertheless"
+            )
     return ""
 
 
