@@ -19,7 +19,7 @@ if __name__ == "__main__":  # worker processes import this file
     parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes (default: %(default)s)")
     options = parser.parse_args()
     begin = time.monotonic()
-    status = build_kernels(["--arch", options.arch, "--jobs", str(options.jobs)])
+    status = build_kernels(["--arch", options.arch, "--isa", "all", "--jobs", str(options.jobs)])
     if status == 0:
         wheel = build_wheel(options.output)
         minutes = (time.monotonic() - begin) / 60

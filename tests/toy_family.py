@@ -32,6 +32,7 @@ class Isa:
     """As in the CPU family."""
 
     features: tuple[str, ...] = ()
+    tried: bool = True
 
     def tvm_target(self) -> tvm.target.Target:
         return tvm.target.Target("llvm")
