@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schedules import pack
-from schedules.compile import Built, Failed, Job, compile_spec, versions_for
+from schedules.compile import IMAGES, Built, Failed, Job, compile_spec, versions_for
 from schedules.families import family_of
 from schedules.plan import Plan, Request, Result, key_of, plan, select, write_record
 from schedules.suite import KernelSpec
@@ -200,7 +201,8 @@ def _link(work: Path, folder: Path, target: Target, group: str, built: list[Buil
 
 
 def _sweep(work: Path, plan_: Plan, results: Mapping[KernelSpec, tuple[Result, ...]]) -> None:
-    """Remove object files of earlier versions of the kernels of this build."""
+    """Remove object files of earlier versions of the kernels of this build, and what only served to make objects."""
+    shutil.rmtree(work / IMAGES, ignore_errors=True)
     for spec in plan_.specs:
         keep = {r.object_file for r in results[spec] if isinstance(r, Built)}
         symbols = {r.entry.symbol for r in results[spec] if isinstance(r, Built)}

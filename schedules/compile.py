@@ -39,6 +39,9 @@ _TEMPLATES = {"v1": v1, "v2": v2}
 #: Headers by what a source that needs them says.
 _LARGE_HEADERS = {"cuda/barrier": r"\bcuda::(?!std)", "cooperative_groups.h": r"\bcooperative_groups\b(?!\.h)"}
 
+#: Folder beside object files for the device images of a build.
+IMAGES = "images"
+
 tvmscript.install()
 
 
@@ -368,5 +371,10 @@ def _make_cuda_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> d
     source = draft.with_name(f"{symbol}.cu")
     source.write_text(lowered.text)
     spills_allowed = getattr(family_of(job.target), "SPILLS_ALLOWED", False)
-    report = cuda.compile_object(source, draft, job.target.arch, run_on=job.run_on, spills_allowed=spills_allowed)
+    report = cuda.compile_object(
+        *(source, draft, job.target.arch),
+        run_on=job.run_on,
+        spills_allowed=spills_allowed,
+        images=job.objects / IMAGES,
+    )
     return report.resources(cuda.dynamic_shared_memory(lowered.text))

@@ -141,6 +141,29 @@ def test_spilling_kernel_is_refused(tmp_path):
     assert report.kernels[0].spills > 0
 
 
+def test_templates_with_the_same_device_half_share_an_image(tmp_path, monkeypatch):
+    compiled, image = [], nvcc.image
+
+    def counted(device, *arguments, **options):
+        compiled.append(device.name)
+        return image(device, *arguments, **options)
+
+    monkeypatch.setattr(nvcc, "image", counted)
+    reports = []
+    for name in ("v1_scale", "v2_scale", "v2_other"):
+        text = small_source().replace("scale_kernel", f"{name}_kernel").replace("__tvm_ffi_scale", f"__tvm_ffi_{name}")
+        (tmp_path / f"{name}.cu").write_text(text)
+        target = tmp_path / f"{name}.o"
+        reports.append(
+            cuda.compile_object(tmp_path / f"{name}.cu", target, "sm_80", images=tmp_path / "images").kernels[0]
+        )
+    assert compiled == ["v1_scale.cu", "v2_other.cu"]
+    assert reports[0] == reports[1]
+    assert [r.name for r in reports] == ["scale_kernel", "scale_kernel", "other_kernel"]
+    cuda.link_module([tmp_path / "v1_scale.o", tmp_path / "v2_scale.o"], tmp_path / "k.so")
+    assert exports(tmp_path / "k.so") >= {"__tvm_ffi_v1_scale", "__tvm_ffi_v2_scale"}
+
+
 def test_dynamic_shared_memory_is_read_from_the_launch():
     launch = (
         "cudaFuncSetAttribute(::k, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536)); x.dynamicSmemBytes = 65536;"

@@ -10,13 +10,16 @@ Works on any machine with the compilers and the headers of tvm-ffi; no GPU, driv
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 from schedules.toolchain import inspection, nvcc, nvrtc, ptxas
-from schedules.toolchain.host import compile_host, embed, split
+from schedules.toolchain.host import compile_host, embed, split, without_template
 from schedules.toolchain.process import ToolchainError, host_compiler, run
 
 #: What a module calls of the driver, which is found when the module is loaded.
@@ -50,6 +53,7 @@ def compile_object(
     run_on: str = "",
     recompile_for: str = "",
     spills_allowed: bool = False,
+    images: Path | None = None,
 ) -> ptxas.Report:
     """Compile one exported source to an object file.
 
@@ -60,16 +64,20 @@ def compile_object(
     run_on: a newer arch on which the kernel shall also run, for verification: adds PTX.
     recompile_for: another arch whose machine code is made instead, for verification; its spills don't count.
     spills_allowed: whether a kernel may spill registers.
+    images: a folder in which device images are kept, so that kernels with the same device half are compiled once.
 
     Raises
     ------
     ToolchainError: there is no compiler, it fails, or ptxas reports spills or serialised wgmma.
     """
-    device, host = split(source.read_text(), source.name)
+    device, host = without_template(*split(source.read_text(), source.name))
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         half = Path(scratch) / source.name
         half.write_text(device)
-        image, log = device_compiler(arch).image(half, arch, run_on=run_on, recompile_for=recompile_for)
+        compiler = device_compiler(arch)
+        make = partial(compiler.image, half, arch, run_on=run_on, recompile_for=recompile_for)
+        key = source_hash("\0".join((device, run_on, recompile_for)), arch)
+        image, log = _kept(images / key, make) if images else make()
         report = ptxas.parse(log)
         if not report.kernels:
             raise ToolchainError(f"compiling {source.name} for {arch}: the compiler reported no kernel\n{log[-2000:]}")
@@ -77,6 +85,19 @@ def compile_object(
         compile_host(embed(device, host, image), half.with_suffix(".cpp"), target)
     weaken_symbols(target)
     return report
+
+
+def _kept(place: Path, make: Callable[[], tuple[Path, str]]) -> tuple[Path, str]:
+    """An image and what its compiler said, from ``place`` (without suffix) or made and put there."""
+    image, log = place.with_suffix(".image"), place.with_suffix(".log")
+    if not log.exists():
+        made, said = make()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(made, image)
+        draft = made.with_suffix(".log")
+        draft.write_text(said)
+        os.replace(draft, log)  # the last: who finds it finds the image too
+    return image, log.read_text()
 
 
 def weaken_symbols(target: Path) -> None:

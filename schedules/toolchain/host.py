@@ -17,6 +17,7 @@ HOST_HEADER = Path(__file__).resolve().with_name("launch.h")
 
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w")
 _DECLARATION = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^;{]*)\);')
+_TEMPLATE = re.compile(r"^v\d_")
 _LAUNCHER = re.compile(
     r"template <typename\.\.\. Params, typename\.\.\. Args>\nstatic cudaError_t tvm_cuda_host_launch.*?\n}\n", re.S
 )
@@ -52,6 +53,17 @@ def split(text: str, name: str) -> tuple[str, str]:
     if not marker:
         raise ToolchainError(f"{name}: has no host half that begins with {HOST_HALF}")
     return device, marker + host
+
+
+def without_template(device: str, host: str) -> tuple[str, str]:
+    """Both halves with device functions whose names don't say for which template they were made.
+
+    What V1 and V2 run on a GPU often differs in nothing else.
+    """
+    for name in dict(_DECLARATION.findall(device)):
+        shared = _TEMPLATE.sub("", name)
+        device, host = (re.sub(rf"\b{name}\b", shared, half) for half in (device, host))
+    return device, host
 
 
 def embed(device: str, host: str, image: Path) -> str:
