@@ -112,6 +112,7 @@ def test_defaults_are_feasible(template, head_dims, mask, score):
         ({"head_dim": 64}, {"num_consumer_warpgroups": 4, "pingpong": False}, "registers"),
         ({}, {"overlap_tiles": True}, "overlap_tiles"),
         ({"head_dim": 256}, {"block_n": 64, "waves": 1, "overlap_tiles": True}, "overlap_tiles"),
+        ({}, {"separate_output": True}, "separate_output"),
         ({}, {"num_stages": 3}, "num_stages 3"),
         ({}, {"num_stages": 4}, "bytes of shared memory"),
         ({}, {"tiles_per_cta": 3}, "tiles_per_cta 3"),

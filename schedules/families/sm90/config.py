@@ -46,6 +46,8 @@ class Config:
     waves: places are visited by that many blocks for each that the device runs at a time, one place after the other;
         0 starts a block for each place.
     overlap_tiles: the first product of a row tile is issued beside the last one of that before.
+    separate_output: finished rows are staged in shared memory of their own and not in the place of the queries, so that
+        the next row tile's queries come while the last product and the output are computed.
     running_max: take the row maximum in every step; else unmasked steps rely on the exact maximum of a row's first tile
         and take another only when the row sum of a step shows that it has been far exceeded.
     pack_heads: query heads of a group share a row tile where there are few queries (``rows.py``).
@@ -60,6 +62,7 @@ class Config:
     tiles_per_cta: int = 1
     waves: int = 0
     overlap_tiles: bool = False
+    separate_output: bool = False
     running_max: bool = False
     head_section: int = 1
     pack_heads: bool = False
@@ -100,7 +103,8 @@ def shared_memory(pattern: Pattern, config: Config, q_stages: int) -> int:
     row = 2 * PANEL
     q = q_stages * config.block_m * panels(pattern.head_dim)
     k_and_v = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
-    return (q + k_and_v) * row + BARRIER_BYTES
+    output = WARPGROUP_ROWS * panels(pattern.head_dim_v) if config.separate_output else 0
+    return (q + k_and_v + output) * row + BARRIER_BYTES
 
 
 def q_stages(pattern: Pattern, config: Config) -> int:
@@ -119,7 +123,7 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
         if head_dim % 16 or not 16 <= head_dim <= 256:
             return Rejected(f"{name} {head_dim} is not a multiple of 16 from 16 to 256")
-    if panels(pattern.head_dim_v) > panels(pattern.head_dim):
+    if panels(pattern.head_dim_v) > panels(pattern.head_dim) and not config.separate_output:
         return Rejected(
             f"head_dim_v {pattern.head_dim_v} exceeds head_dim {pattern.head_dim}; "
             "outputs are staged in the place of the queries"
@@ -137,6 +141,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected(f"num_stages {config.num_stages} is not 2, 4 or 8")
     if config.tiles_per_cta not in (1, 2):
         return Rejected(f"tiles_per_cta {config.tiles_per_cta} is not 1 or 2")
+    if config.separate_output and not config.several_tiles:
+        return Rejected("separate_output gains nothing with one row tile a block: tiles_per_cta 2 or waves")
     if pattern.has_gaps and config.several_tiles:
         return Rejected("a mask with gaps needs tiles_per_cta 1 and waves 0: its tiles are counted as they come")
     if pattern.depends_on_head and config.pack_heads:

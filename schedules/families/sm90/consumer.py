@@ -32,11 +32,11 @@ class Consumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``."""
 
     def __init__(
-        self, pattern: Pattern, config: Config, block: Block, rings: tuple[Ring, Ring, Ring], written, index, warp, lane
+        self, pattern: Pattern, config: Config, block: Block, rings: tuple[Ring, Ring, Ring], output, index, warp, lane
     ):
         self.pattern, self.config, self.block = pattern, config, block
         self.q, self.k, self.v = rings
-        self.written = written
+        self.output = output
         self.index, self.warp, self.lane = index, warp, lane
         self.products = Products(pattern.dtype, config.block_m, config.block_n, pattern.head_dim, pattern.head_dim_v)
         # A product of the row tile before may still need its V tile.
@@ -255,6 +255,8 @@ class Consumer:
     @T.inline
     def end(self):
         """The last product of a row tile, and its output."""
+        if self.config.separate_output:
+            self.q.release(self.block.tile, self.lane)
         self.issue_pv()
         T.ptx.wgmma.wait_group.sync.aligned(0)
         if self.config.several_tiles:
@@ -290,6 +292,8 @@ class Consumer:
     @T.inline
     def change_tile(self):
         """The first step of the next row tile, beside which this one is finished."""
+        if self.config.separate_output:
+            self.q.release(self.block.tile, self.lane)
         self.block.advance()
         walk = self.walk()
         self.q.wait(self.block.tile)
@@ -306,26 +310,21 @@ class Consumer:
 
     @T.inline
     def write(self, tile):
-        """Normalise the output of row tile number ``tile``, and leave it where its queries were, to be stored."""
+        """Normalise the output of row tile number ``tile``, and leave it in shared memory, to be stored."""
         self.finished.store_lse(self.block, tile, self.row + self.softmax.fragment.row(self.lane), self.lane)
         normalise(self.finished, self.acc_o, self.outputs)
-        self.meet()  # no warp reads these queries any more
+        self.output.take(tile, self.index, TURN + self.config.num_consumer_warpgroups + self.index)
         packed = T.alloc_local([4], "uint32")
         for c in T.unroll(self.pattern.head_dim_v // 16):
             for i in T.unroll(4):
                 T.ptx[PACK[self.pattern.dtype]](packed[i], self.acc_o[c * 8 + i * 2 + 1], self.acc_o[c * 8 + i * 2])
             T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](
-                self.q.pointer(tile)(
-                    c // 4, self.row + self.lane % 16, swizzled(c % 4 * 2 + self.lane // 16, self.lane % 8)
+                self.output.pointer(tile, self.index)(
+                    c // 4, self.warp * 16 + self.lane % 16, swizzled(c % 4 * 2 + self.lane // 16, self.lane % 8)
                 ),
                 *[packed[x] for x in range(4)],
             )
         T.ptx.fence.proxy.async_.shared__cta()
         T.cuda.warp_sync()
         if self.lane == 0:
-            self.written.arrive(self.q.slot(tile) * self.config.num_consumer_warpgroups + self.index)
-
-    @T.inline
-    def meet(self):
-        """The four warps of this warpgroup wait for each other."""
-        T.ptx.bar.sync(T.Cast("uint32", TURN + self.config.num_consumer_warpgroups + self.index), 128)
+            self.output.hand_over(tile, self.index)

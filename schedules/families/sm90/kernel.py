@@ -6,14 +6,15 @@ further row tiles, store what the consumers have written.  So none of these wait
 
 from __future__ import annotations
 
-from tvm.backend.cuda.lang import MBarrier, SMEMPool
+from tvm.backend.cuda.lang import SMEMPool
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.families.sm90.block import Block, Places, Walk
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, panels, q_stages
 from schedules.families.sm90.consumer import Consumer
-from schedules.families.sm90.copy import WAIT_STORED, Ring, encode_keys, encode_queries
+from schedules.families.sm90.copy import Ring, encode_keys, encode_queries
+from schedules.families.sm90.output import output
 from schedules.families.sm90.rows import Rows
 from schedules.geometry import Geometry, parameterised
 from schedules.pattern import Pattern
@@ -62,19 +63,13 @@ def _fetch_queries(block, q, q_map):
 
 
 @T.inline
-def _store(block, q, written, o_map):
-    """Store finished row tiles from the shared memory of their queries, and give that back."""
-    consumers = T.meta_var(block.config.num_consumer_warpgroups)
+def _store(block, finished, o_map):
+    """Store finished row tiles."""
     for t in T.serial(block.tiles):
         if block.config.several_tiles:  # noqa: SIM102, decided when the kernel is made
             if t > 0:
                 block.advance()
-        for w in T.unroll(consumers):
-            written.wait(q.slot(t) * consumers + w, q.phase(t))
-            q.store(t, o_map, panels(block.pattern.head_dim_v), w * WARPGROUP_ROWS, block.queries(w * WARPGROUP_ROWS))
-        T.evaluate(T.cuda.func_call("wait_stored", source_code=WAIT_STORED))
-        if block.config.several_tiles:
-            q.empty.arrive(q.slot(t))
+        finished.store(block, t, o_map)
 
 
 def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
@@ -104,22 +99,23 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         warp = T.warp_id([config.threads // 32])
         lane = T.lane_id([32])
         T.thread_id([config.threads])
-        # 3. Shared memory: queries of row tiles, rings of keys and values, barriers.
+        # 3. Shared memory: queries of row tiles, rings of keys and values, perhaps outputs, barriers.
         pool = SMEMPool()
         q_ring = Ring(pool, q_stages(pattern, config), panels(pattern.head_dim), config.block_m, dtype)
         k_ring = Ring(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
         v_ring = Ring(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
+        finished = output(pattern, config, pool, q_ring)
         q_ring.add_barriers(pool)
         k_ring.add_barriers(pool)
         v_ring.add_barriers(pool)
-        written = MBarrier(pool, q_ring.stages * consumers, leader=T.bool(True))
+        finished.add_barriers(pool)
         pool.commit()
         if warp == feeder:  # noqa: SIM102, only a whole warp may elect
             if T.cuda.elect_sync():
-                q_ring.init(1)
+                q_ring.init(finished.releases)
                 k_ring.init(4 * consumers)
                 v_ring.init(4 * consumers)
-                written.init(4)
+                finished.init()
                 T.ptx.fence.mbarrier_init.release.cluster()
                 _open(Block(pattern, config, geometry, rows, places, (x, y, z)), q_ring, k_ring, q_map, k_map)
         T.cuda.cta_sync()
@@ -138,10 +134,10 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
                     _fetch_queries(block, q_ring, q_map)
             if warp == feeder + 3:  # noqa: SIM102, as above
                 if T.cuda.elect_sync():
-                    _store(block, q_ring, written, o_map)
+                    _store(block, finished, o_map)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
-            consumer = Consumer(pattern, config, block, (q_ring, k_ring, v_ring), written, warp // 4, warp % 4, lane)
+            consumer = Consumer(pattern, config, block, (q_ring, k_ring, v_ring), finished, warp // 4, warp % 4, lane)
             consumer.run()
 
     return attention

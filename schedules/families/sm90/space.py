@@ -11,7 +11,7 @@ from schedules.template import Target
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling.
 
-    V1 visits one head after the other.
+    V1 visits one head after the other.  ``pack_heads`` concerns only grouped heads, and is the default's.
     """
     several = not pattern.has_gaps
     return {
@@ -23,6 +23,7 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "tiles_per_cta": (1, 2) if several else (1,),
         "waves": (0, 1, 2) if several else (0,),
         "overlap_tiles": (False, True) if several else (False,),
+        "separate_output": (False, True) if several else (False,),
         "running_max": (False,) if pattern.is_scale_only else (False, True),
         "head_section": (1, 2, 4, 8) if template == "v2" else (1,),
     }
