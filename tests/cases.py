@@ -164,6 +164,8 @@ CASES: tuple[Case, ...] = _in_all_dtypes(
     # Grouped heads.
     Case(2, 6, 65, 64, kv_heads=2, seqlen_kv=97, mask="causal"),
     Case(1, 8, 33, 64, kv_heads=1),
+    Case(2, 8, 5, 64, kv_heads=2, seqlen_kv=150, mask="causal"),
+    Case(1, 12, 3, 64, kv_heads=2, seqlen_kv=90),
     # Few queries, one key.
     Case(2, 4, 1, 64, seqlen_kv=300),
     Case(2, 4, 1, 64, kv_heads=2, seqlen_kv=300, mask="causal"),

@@ -16,15 +16,15 @@ from schedules.template import Target
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """Configurations by the fewest keys that they are meant for."""
     configs = _configs(pattern)
-    if template == "v1":  # one head after the other
-        configs = {bucket: replace(c, head_section=1) for bucket, c in configs.items()}
     if any(p.per_head for p in pattern.params):  # read once, for one place
         configs = {
             b: replace(c, waves=0, overlap_tiles=c.overlap_tiles and c.tiles_per_cta > 1) for b, c in configs.items()
         }
     if pattern.has_gaps:
-        alone = {"tiles_per_cta": 1, "waves": 0, "overlap_tiles": False}
+        alone = {"tiles_per_cta": 1, "waves": 0, "overlap_tiles": False, "separate_output": False}
         configs = {bucket: replace(c, **alone) for bucket, c in configs.items()}
+    if pattern.head_dim <= 128 and not pattern.depends_on_head:  # with more it would spill
+        configs = {bucket: replace(c, pack_heads=True) for bucket, c in configs.items()}
     # A bucket that has become the same as the one below it needs no kernel of its own.
     buckets = sorted(configs)
     same = {b for a, b in pairwise(buckets) if configs[a] == configs[b]}
@@ -37,10 +37,7 @@ def _configs(pattern: Pattern) -> dict[int, Config]:
     if pattern.head_dim <= 128:
         return _head_dim_128(pattern)
     if pattern.head_dim <= 192:
-        # All that fits beside 192 columns of output; more registers are needed for masks and modified scores.
-        wide = 112 if pattern.is_unmasked and pattern.is_scale_only else 96
-        block_n = 128 if pattern.head_dim_v <= 128 and pattern.is_scale_only else wide
-        return {0: Config(block_n=block_n, running_max=not pattern.is_scale_only)}
+        return _head_dim_192(pattern)
     return _head_dim_256(pattern)
 
 
@@ -62,19 +59,36 @@ def _head_dim_128(pattern: Pattern) -> dict[int, Config]:
     # Blocks for one place of two tiles against blocks that stay: full 512 449 to 496, 1k 545 to 581, 8k 672 to 682.
     wide = Config(waves=1, overlap_tiles=True)
     if pattern.is_unmasked:
-        return {0: wide}
+        # Without overlap and with: full 512 542, 514; 1k 587, 576; 2k 613, 619; 8k 660, 669.
+        return {0: replace(wide, overlap_tiles=False), 2048: wide}
     # Warpgroups that see nothing of a tile of 64 keys leave it out, where one of 128 would be masked.  128 keys against
     # 64: causal 512 314 to 343, 1k 425 to 456, 2k 525 to 535, 4k 587 to 608, 16k 650 to 633.
     wide = replace(wide, tiles_per_cta=2)
     return {0: replace(wide, block_n=64, num_stages=4, overlap_tiles=False), 8192: wide}
 
 
+def _head_dim_192(pattern: Pattern) -> dict[int, Config]:
+    # All that fits beside 192 columns of output.
+    block_n = 128 if pattern.head_dim_v <= 128 and pattern.is_scale_only else 96
+    return _stays(pattern, Config(block_n=block_n))
+
+
 def _head_dim_256(pattern: Pattern) -> dict[int, Config]:
-    if pattern.is_unmasked and pattern.is_scale_only:
-        # Taking turns or not: 1k 585 to 579, 4k 706 to 692, 8k 726 to 683.  Sections of 4 heads: 2k 645 to 609.  Blocks
-        # that stay: 512 479 to 486, 1k 580 to 589, 8k 726 to 719; with 48 keys and two tiles' queries 492, 572, 673.
-        return {0: Config(block_n=64, waves=1), 2048: Config(block_n=64)}
-    # Where masks make row tiles of different length, strips over a few heads keep what is read in the cache:
-    # sections of 1, 4, 8 heads: causal 1k 421, 425, 435; 2k 503, 532, 552; 8k 620, 661, 676.  Turns gain nothing.
+    # Taking turns gains nothing here.  80 keys without room for outputs: 8k 692 to 703.
+    return _stays(pattern, Config(block_n=64, pingpong=False))
+
+
+def _stays(pattern: Pattern, config: Config) -> dict[int, Config]:
+    """Blocks that stay, where there is room for the queries of one row tile, but for outputs beside them.
+
+    In place of a block for each row tile, with outputs in the place of the queries, each kind at its best: head_dim 256
+    full 512 470 to 538, 2k 633 to 667, 8k 705 to 714; causal (single tiles a place are 0.69 of it) 512 329 to 364, 2k
+    537 to 560, 8k 650 to 653; sections of 1, 4, 8 heads: causal 512 364, 357, 357; 8k 653, 650, 650.  192 full 512 436
+    to 493, 2k 604 to 642, 8k 692 to 716; causal 512 302 to 329, 2k 488 to 551, 8k 627 to 664.  192 with values of 128
+    full 512 455 to 505, 8k 701 to 710; causal 512 291 to 340, 2k 497 to 556, 8k 607 to 638.
+    """
+    tiles = 1 if pattern.is_unmasked and pattern.is_scale_only else 2
     # With modified scores the step without maximum would spill.
-    return {0: Config(block_n=64, pingpong=False, head_section=8, running_max=not pattern.is_scale_only)}
+    return {
+        0: replace(config, tiles_per_cta=tiles, waves=1, separate_output=True, running_max=not pattern.is_scale_only)
+    }
