@@ -52,6 +52,29 @@ def wait_for(condition, seconds=300):
         time.sleep(0.05)
 
 
+def test_variations_of_the_default_are_tried_first(tmp_path, rigged):
+    log = tmp_path / "this.jsonl"
+    command = [
+        *PROGRAM,
+        "--arch",
+        "cpu",
+        "--problem",
+        PROBLEM,
+        *QUICK,
+        "--log",
+        str(log),
+        "--work",
+        str(tmp_path / "w"),
+    ]
+    wanted = ["--variation", "block_m=48 num_stages=2", "--variation", "block_m=16"]  # the second is the default
+    done = subprocess.run([*command, *wanted], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {key(r): r.search for r in records.read(log)} == {(16, 1): "default", (48, 2): "variation 0"}
+    wrong = subprocess.run([*command, "--variation", "block_k=3"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "--variation block_k: unknown; a configuration for cpu" in wrong.stderr
+
+
 def test_a_search_survives_everything_and_decides_what_is_built(tmp_path, rigged):
     log = tmp_path / "logs" / "this.jsonl"
     command = [*PROGRAM, "--arch", "cpu", "--problem", PROBLEM, "--strategy", "exhaustive", "--budget", "50", *QUICK]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 import os
 import sys
@@ -97,12 +98,13 @@ def _tune(arguments: Sequence[str]) -> int:
         target=target,
         tasks=tasks,
         strategy=options.strategy,
-        budget=Budget.parse(options.budget),
+        budget=Budget(configs=0) if options.variation and not options.budget else Budget.parse(options.budget or "100"),
         folder=options.emit or options.work / "_".join(filter(None, (target.arch, target.isa))),
         generation=options.generation,
         seed=options.seed,
         jobs=options.jobs,
         resume=options.resume,
+        variations=options.variation,
         log=log,
     )
     if options.emit:
@@ -191,6 +193,11 @@ def _effort(text: str) -> dict[str, float]:
     return {name: int(value) if name in ("rounds", "trial") else float(value) for name, value in words.items()}
 
 
+def _variation(text: str) -> dict[str, bool | int]:
+    """``"block_n=64 pingpong=False"`` as fields of a family's ``Config``."""
+    return {name: ast.literal_eval(value) for name, value in (word.split("=") for word in text.split())}
+
+
 def _print_spaces(tasks, target) -> None:
     from schedules.tuning.emit import space_of
 
@@ -238,7 +245,17 @@ def _parser() -> argparse.ArgumentParser:
         default="evolutionary",
         help="default: evolutionary",
     )
-    parser.add_argument("--budget", default="100", help="configurations, or a time: 200, 10min, 90s (default: 100)")
+    parser.add_argument(
+        "--variation",
+        type=_variation,
+        action="append",
+        default=[],
+        metavar="NAME=X …",
+        help="these fields of the defaults otherwise; may be repeated, and comes before what the strategy proposes",
+    )
+    parser.add_argument(
+        "--budget", default="", help="configurations, or a time: 200, 10min, 90s (default: 100, or 0 with --variation)"
+    )
     parser.add_argument("--generation", type=int, default=8, help="configurations of a kernel at a time (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the strategy's random numbers")
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, or was killed")

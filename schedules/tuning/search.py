@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import time
@@ -38,6 +39,7 @@ class Search:
     generation: configurations of a kernel that are built and measured before the strategy is asked again.
     jobs: processes that build.
     resume: go on with what the folder and the log know.
+    variations: fields of each kernel's defaults, and their values, that are tried before what the strategy proposes.
     log: of the device; all of ``tuning_logs/`` if it isn't known.
     """
 
@@ -50,6 +52,7 @@ class Search:
     seed: int = 0
     jobs: int = 1
     resume: bool = False
+    variations: Sequence[Mapping[str, Any]] = ()
     log: Path | None = None
     not_made: list[NotMade] = field(default_factory=list)
 
@@ -82,7 +85,8 @@ class Search:
         folder = self.prepare()
         known = self._known(folder)
         strategies = self._strategies(known)
-        proposals = self._propose(strategies, known, math.ceil(self.budget.configs / len(self.tasks)))
+        proposals = self._variations(known)
+        proposals += self._propose(strategies, known, math.ceil(self.budget.configs / len(self.tasks)))
         self._emit(folder, proposals, "000", progress)
         return len(proposals)
 
@@ -93,6 +97,10 @@ class Search:
         folder = self.prepare()
         measure(folder, options, devices, progress)  # what an earlier run left
         known = self._known(folder)
+        if variations := self._variations(known):
+            self._emit(folder, variations, f"{len(folder.batches()):05d}", progress)
+            measure(folder, options, devices, progress)
+            known = self._known(folder)
         strategies = self._strategies(known)
         tried = sum(map(len, known.values()))
         number = len(folder.batches())
@@ -110,6 +118,25 @@ class Search:
             known = self._known(folder)
             for spec, strategy in strategies.items():
                 strategy.tell(known[spec])
+
+    def _variations(self, known) -> list[Proposal]:
+        """The variations that nobody has measured yet.
+
+        Raises
+        ------
+        ValueError: the family's configurations have no such field.
+        """
+        names = [f.name for f in dataclasses.fields(family_of(self.target).Config)]
+        for name in sorted({name for fields in self.variations for name in fields} - set(names)):
+            raise ValueError(f"--variation {name}: unknown; a configuration for {self.target} has {', '.join(names)}")
+        proposals = {}
+        for spec in self.tasks:
+            for fields in self.variations:
+                for base in defaults_of(spec, self.target).values():
+                    config = replace(base, **fields)
+                    if config not in known[spec]:
+                        proposals[spec, config] = Proposal(spec, config, f"variation {len(proposals)}")
+        return list(proposals.values())
 
     def _strategies(self, known) -> dict[KernelSpec, Any]:
         make = STRATEGIES[self.strategy]
