@@ -109,6 +109,23 @@ def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
         yield variant(edit.__name__, edit)
 
 
+def not_finite(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs, Inputs]]:
+    """Inputs with NaN or infinity in some queries, or in a key that only the last query sees; and the same without."""
+    if entry.score != "identity" or entry.mask == "padded":
+        return
+    params = (("window_left", 100), ("window_right", 0)) if entry.mask == "window" else ()
+    sizes = {"seqlen_kv": 300, "head_dim_v": entry.head_dim_v, "dtype": entry.dtype, "mask": entry.mask}
+    case = Case(1, 2, 140, entry.head_dim, **sizes)
+    clean = dataclasses.replace(cases.inputs(case), params=dict(params))
+    q = clean.q.copy()
+    q[0, 0, 5, 3], q[0, 1, 77, 0], q[0, 1, 78, 1] = np.nan, np.inf, -np.inf
+    yield "queries not finite", case, clean, dataclasses.replace(clean, q=q)
+    if entry.mask in ("causal", "window"):
+        k = clean.k.copy()
+        k[0, 1, -1, 2] = np.nan
+        yield "a key not finite", case, clean, dataclasses.replace(clean, k=k)
+
+
 def verify(kernel: Installed) -> tuple[int, float]:
     """Run all cases of a kernel; how many, and the largest error as a share of what is allowed.
 
@@ -129,6 +146,13 @@ def verify(kernel: Installed) -> tuple[int, float]:
             raise AssertionError(f"{entry.symbol} [{entry.arch}], {label}: {e}") from e
         same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*runs, strict=True))
         assert same, f"{entry.symbol} [{entry.arch}], {label}: two runs differ"
+        count += 1
+    for label, case, clean, data in not_finite(entry):
+        out, lse = torch_cases.run(case, data, function, entry.params, entry.layout, device="cuda")
+        try:
+            worst = max(worst, torch_cases.check_confined(case, clean, data, out, lse, "cuda"))
+        except AssertionError as e:
+            raise AssertionError(f"{entry.symbol} [{entry.arch}], {label} {case.id}: {e}") from e
         count += 1
     assert count, f"{entry.symbol} [{entry.arch}]: no case applies to it"
     return count, worst
