@@ -59,10 +59,11 @@ def many_places(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
     """More row tiles than a GPU has room for, where a kernel's blocks go on to others when they have done one."""
     if not entry.config.get("waves"):
         return
-    case = Case(3, 50, 150, 40, kv_heads=25, seqlen_kv=200, dtype=entry.dtype, mask=entry.mask)
+    case = Case(3, 50, 150, 40, kv_heads=25, seqlen_kv=200, dtype=entry.dtype, mask=entry.mask, score=entry.score)
     data = cases.inputs(case)
-    params = {"window_left": 60, "window_right": 5} if entry.mask == "window" else {}
-    yield "many places", case, dataclasses.replace(data, params={**data.params, **params})
+    params = {"window_left": 60, "window_right": 5, "softcap": 2.0}
+    own = {p.name: params[p.name] for p in entry.params if p.name in params}
+    yield "many places", case, dataclasses.replace(data, params={**data.params, **own})
 
 
 def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
@@ -111,7 +112,7 @@ def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
 
 def not_finite(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs, Inputs]]:
     """Inputs with NaN or infinity in some queries, or in a key that only the last query sees; and the same without."""
-    if entry.score != "identity" or entry.mask == "padded":
+    if entry.score != "identity" or entry.mask not in ("full", "causal", "window"):
         return
     params = (("window_left", 100), ("window_right", 0)) if entry.mask == "window" else ()
     sizes = {"seqlen_kv": 300, "head_dim_v": entry.head_dim_v, "dtype": entry.dtype, "mask": entry.mask}

@@ -151,6 +151,10 @@ class BlockMachine:
         return self.fragment.output_column(group)
 
     @T.inline
+    def settle(self):
+        """Wait for this thread's copies that no step has waited for."""
+
+    @T.inline
     def meet(self):
         """The warps that share rows wait for each other."""
         T.cuda.warp_sync()

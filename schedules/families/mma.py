@@ -273,6 +273,7 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_ty
                 machine = machine_type(pattern, config, geometry, at, rows, tiles, kv_head, (b, h, block[2]), tid)
                 machine.start()
                 walk(pattern, at, tiles, rows, N, careful, machine.step)
+                machine.settle()
                 # 4. Once more, with care, if that went wrong.  Indices are read anew, so that none is kept until here.
                 thread: T.int32 = fresh("tid.x")
                 x1: T.int32 = fresh("ctaid.x")

@@ -106,6 +106,11 @@ class _AsynchronousMachine(BlockMachine):
         T.cuda.cta_sync()
 
     @T.inline
+    def settle(self):
+        """Wait for this thread's copies that no step has waited for: all of them, where a block sees no key."""
+        T.ptx.cp.async_.wait_group(0)
+
+    @T.inline
     def multiply(self, C, c, A, a, B, b):
         """One m16n8k16 product."""
         dt = T.meta_var(_PTX_DTYPE[self.pattern.dtype])

@@ -174,7 +174,21 @@ static void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()>
 
 // ------------------------------------------------------------------ memory
 
+// Copies land when they are waited for, and those that nobody has waited for just before their thread loads 16 bytes (as it
+// does of its output): so that what was written to their place too early is lost, as it may be on hardware.
+static void land(const std::vector<Copy>& copies) {
+  for (const Copy& c : copies) {
+    memset(at(c.to), 0, 16);
+    memcpy(at(c.to), c.from, c.size);
+  }
+}
+static void wait(size_t in_flight) {
+  for (auto& groups = self().groups; groups.size() > in_flight; groups.pop_front()) land(groups.front());
+}
 static void load4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from) {
+  wait(0);
+  land(self().open);
+  self().open.clear();
   const uint32_t* p = (const uint32_t*)at(from);
   a = p[0], b = p[1], c = p[2], d = p[3];
 }
@@ -187,13 +201,6 @@ static void copy_later(uint32_t to, const void* from, uint32_t size) { self().op
 static void commit() {
   self().groups.push_back(std::move(self().open));
   self().open.clear();
-}
-static void wait(size_t in_flight) {
-  for (auto& groups = self().groups; groups.size() > in_flight; groups.pop_front())
-    for (const Copy& c : groups.front()) {
-      memset(at(c.to), 0, 16);
-      memcpy(at(c.to), c.from, c.size);
-    }
 }
 static void load_or_zero(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from, int exists) {
   uint32_t values[4] = {0, 0, 0, 0};
