@@ -162,7 +162,7 @@ def _print_report(console: Console, report: PackReport) -> None:
     if not report.manifest:
         console.print(f"{report.target}: no kernel could be built", style="red")
         return
-    if unverified := _unverified(report):
+    if unverified := records.unverified(report.manifest.kernels):
         console.print(
             f"{len(unverified)} of them were never run on a GPU in this form; scripts/verify_kernels.py does that",
             style="yellow",
@@ -188,14 +188,6 @@ def _print_tuning(console: Console, request: Request, report: PackReport) -> Non
     elif not any(e.speeds for e in report.manifest.kernels):
         command = f"scripts/tune.py --arch {report.target.arch} --suite standard"
         console.print(f"nothing measured of these kernels: default configurations; to tune: {command}", soft_wrap=True)
-
-
-def _unverified(report: PackReport) -> list[str]:
-    """CUDA kernels of a pack that no record says were run on a GPU in this form."""
-    if not report.manifest or report.target.arch == "cpu":
-        return []
-    known = records.verified()
-    return [e.symbol for e in report.manifest.kernels if e.source_hash not in known]
 
 
 def _print_reasons(console: Console, results: Sequence[Refused | Failed], style: str) -> None:

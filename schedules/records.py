@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tvm_flash.manifest import KernelEntry
+
 SCHEMA = 1
 #: In the folder of the logs: kernels without a record.
 AWAITING_NAME = "awaiting.txt"
@@ -255,6 +257,12 @@ def verified(folder: Path = LOGS) -> dict[str, Record]:
             if isinstance(record, Record):
                 found[record.source_hash] = record
     return found
+
+
+def unverified(kernels: Iterable[KernelEntry]) -> list[KernelEntry]:
+    """The CUDA kernels among those of a manifest that no GPU has run in exactly their form: what must not ship."""
+    known = verified()
+    return [k for k in kernels if k.arch != "cpu" and k.source_hash not in known]
 
 
 def measured(folder: Path = LOGS) -> list[Measurement]:

@@ -78,7 +78,7 @@ def find_disassembler() -> str:
     ------
     ToolchainError: there is none.
     """
-    beside = find_toolkit().nvcc.parent / "nvdisasm"
+    beside = find_toolkit().compiler.parent / "nvdisasm"
     found = str(beside) if beside.exists() else shutil.which("nvdisasm")
     if not found:
         raise ToolchainError("--stage sass: needs nvdisasm; pip install nvidia-cuda-nvdisasm")

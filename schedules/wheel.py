@@ -57,12 +57,11 @@ def check_verified(folder: Path) -> None:
     manifest = pack.read_manifest(folder)
     if manifest is None:
         raise ToolchainError(f"{folder}: its manifest can't be read; build the pack anew")
-    known = records.verified()
-    missing = [k.symbol for k in manifest.kernels if k.arch != "cpu" and k.source_hash not in known]
+    missing = records.unverified(manifest.kernels)
     if missing:
         raise ToolchainError(
-            f"{folder}: {len(missing)} kernels were never run on a GPU in this form ({missing[0]}, …) and may not "
-            f"ship; run scripts/verify_kernels.py on one, or take the pack away"
+            f"{folder}: {len(missing)} kernels were never run on a GPU in this form ({missing[0].symbol}, …) and may "
+            f"not ship; run scripts/verify_kernels.py on one, or take the pack away"
         )
 
 

@@ -5,10 +5,14 @@ synccheck: wrong barriers.  Needs a pack, a GPU and compute-sanitizer (of the CU
 """
 
 import argparse
+import collections
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,31 +36,53 @@ SHAPES = (
 #: More row tiles than a GPU has room for, for kernels whose blocks go on to others.
 MANY = ((4, 50, 50), (20, 140))
 
+#: How many lines of a tool's reports are shown, and of what else was printed.
+SHOWN_REPORTS, SHOWN_ELSE = 30, 8
+
 
 def run(arch: str, symbol: str) -> int:
-    """Run the kernels once on each shape; how many there were."""
+    """Run the kernels once on each shape, and name each before it runs; how many there were."""
     device = Device("cuda", 0)
     kernels = [k for k in registry().kernels(arch) if re.search(symbol, k.entry.symbol)]
-    for kernel in kernels:
+    for number, kernel in enumerate(kernels, start=1):
         for heads, seqlens in (*SHAPES, *([MANY] if kernel.entry.config.get("waves") else [])):
+            print(f"{number} of {len(kernels)}: {kernel.entry.symbol}, {heads}, {seqlens}", flush=True)
             q, k, v = selfcheck.random_inputs(kernel.entry, heads, seqlens)
             out, _ = selfcheck.run(kernel, device, q, k, v, 1 / math.sqrt(kernel.entry.head_dim))
-            assert np.isfinite(out).all(), (
-                f"{kernel.entry.symbol}, {heads}, {seqlens}: not all of the output is written"
-            )
-    print(f"{len(kernels)} kernels")
+            assert np.isfinite(out).all(), "not all of the output is written"
+    if not kernels:
+        print(f"there are no kernels for {arch} that match {symbol!r}; the packs are of {sorted(registry().archs())}")
     return len(kernels)
 
 
-def sanitize(sanitizer: str, tool: str, arguments: list[str]) -> bool:
-    """Run this script under one tool; whether it found nothing."""
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--run", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = (done.stdout + done.stderr).splitlines()
-    print(f"{'✗' if done.returncode else '✓'} {tool}: {lines[-1] if lines else 'no output'}", flush=True)
-    if done.returncode:
-        print("\n".join(lines[:40]))
-    return done.returncode == 0
+def sanitize(command: list[str], tool: str, seconds: float, log: Path | None) -> bool:
+    """Run a command under one tool and tell in a few lines what came of it; whether it ended and the tool found
+    nothing."""
+    start, late = time.monotonic(), ""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # also the program under the tool
+            output, _ = process.communicate()
+            late = f"stopped after {seconds:.0f} s; "
+    if log:
+        log.write_text(output)
+    lines = output.splitlines()
+    reports = [line for line in lines if line.startswith("=========")]
+    others = [line for line in lines if line and not line.startswith("=========")]
+    summary = next((line.strip("= ") for line in reversed(reports) if "SUMMARY:" in line), "the tool gave no summary")
+    clean = process.returncode == 0 and "SUMMARY: 0 " in summary
+    told = [f"{'✓' if clean else '✗'} {tool}: {late}{summary} ({time.monotonic() - start:.0f} s)"]
+    if not clean:
+        found = collections.Counter(name for line in reports for name in re.findall(r"\b(\w+)_kernel\b", line))
+        told += [f"  exit status {process.returncode}; last: {others[-1] if others else 'nothing was printed'}"]
+        told += [f"  {count} lines name {name}" for name, count in found.most_common()]
+        told += reports[:SHOWN_REPORTS] + others[-SHOWN_ELSE:]
+    print("\n".join(told), flush=True)
+    return clean
 
 
 def main() -> int:
@@ -65,6 +91,8 @@ def main() -> int:
     parser.add_argument("--symbol", default="", metavar="REGEX", help="only kernels whose symbol matches")
     parser.add_argument("--tool", action="append", choices=TOOLS, help="only this tool; may be repeated")
     parser.add_argument("--jobs", type=int, default=1, help="tools that run at a time")
+    parser.add_argument("--seconds", type=float, default=3600, help="how long a tool may take (default: %(default)s)")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="write there all that the tools print")
     parser.add_argument("--run", action="store_true", help="run the kernels without a tool")
     options = parser.parse_args()
     if options.run:
@@ -72,9 +100,17 @@ def main() -> int:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         parser.error("compute-sanitizer isn't on PATH; it comes with the CUDA toolkit")
-    arguments = ["--arch", options.arch, "--symbol", options.symbol]
+    if options.logs:
+        options.logs.mkdir(parents=True, exist_ok=True)
+
+    def one(tool: str) -> bool:
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__]
+        command += ["--run", "--arch", options.arch, "--symbol", options.symbol]
+        log = options.logs and options.logs / f"{options.arch}_{tool}.log"
+        return sanitize(command, tool, options.seconds, log)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        clean = list(pool.map(lambda tool: sanitize(sanitizer, tool, arguments), options.tool or TOOLS))
+        clean = list(pool.map(one, options.tool or TOOLS))
     return int(not all(clean))
 
 

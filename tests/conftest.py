@@ -60,3 +60,24 @@ def python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Families whose kernels compile in no time stand for the processor and for sm_90."""
+    from schedules import families
+    from tests import toy_family
+
+    for module in toy_family.families_by_name().values():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for arch, name in toy_family.FAMILY.items():
+        monkeypatch.setitem(families.FAMILY, arch, name)
+
+
+@pytest.fixture
+def request_(tmp_path):
+    """A request for six kernels of the toy families."""
+    from schedules.plan import Request
+    from tests.toy_packs import CPU, TWO_GROUPS
+
+    return Request((CPU,), TWO_GROUPS, output=tmp_path / "packs", jobs=1)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import tvm_flash
-from tests.cases import CASES, Case, expected, inputs
+from tests import torch_cases
+from tests.cases import CASES, Case, inputs
 from tvm_flash import call, flash_attention, flash_attention_v2, reference, selfcheck
 from tvm_flash.registry import registry
 
@@ -39,37 +40,7 @@ def options(case: Case, data) -> dict:
 
 def tensors(case: Case, data, layout: str) -> list[torch.Tensor]:
     """q, k, v in a layout, lying in memory as the case says."""
-    result = []
-    for x in (data.q, data.k, data.v):
-        x = torch.from_numpy(x if layout == "bhsd" else np.ascontiguousarray(x.swapaxes(1, 2)))
-        x = x.to(getattr(torch, case.dtype))
-        if case.strides == "transposed":
-            x = x.transpose(1, 2).contiguous().transpose(1, 2)
-        elif case.strides == "gaps":
-            room = torch.full([n + 1 for n in x.shape[:3]] + [x.shape[3] + 8], torch.nan, dtype=x.dtype)
-            x = room[tuple(slice(n) for n in x.shape)].copy_(x)
-        result.append(x)
-    return result
-
-
-def assert_right(case: Case, data, out, lse, layout: str) -> None:
-    """Out and lse (torch, in a layout) are within the error bound."""
-    want, want_lse = expected(case, data)
-    usual = selfcheck.usual_attention(
-        data.q,
-        data.k,
-        data.v,
-        softmax_scale=case.softmax_scale,
-        mask=reference.MASKS[case.mask],
-        score=reference.SCORES[case.score],
-        params=data.params,
-        dtype=case.dtype,
-    )
-    out = out.double().numpy()
-    out = out if layout == "bhsd" else out.swapaxes(1, 2)
-    assert out.shape == want.shape
-    assert selfcheck.largest_error(out, want) <= selfcheck.bound(usual, want, case.dtype)
-    assert selfcheck.largest_error(lse.numpy(), want_lse) <= selfcheck.lse_bound(want_lse)
+    return [torch_cases.tensor(x, case.dtype, layout, case.strides) for x in (data.q, data.k, data.v)]
 
 
 @pytest.mark.filterwarnings("ignore::tvm_flash.LayoutWarning")
@@ -82,7 +53,8 @@ def test_numbers(case, layout, variant):
     q, k, v = tensors(case, data, layout)
     out, lse = FUNCTIONS[layout](q, k, v, variant=variant, return_lse=True, **options(case, data))
     assert out.dtype == q.dtype and out.is_contiguous() and lse.dtype == torch.float32 and lse.is_contiguous()
-    assert_right(case, data, out, lse, layout)
+    logical = out if layout == "bhsd" else out.transpose(1, 2)
+    torch_cases.check(case, data, logical.double().numpy(), lse.double().numpy())
     again = FUNCTIONS[layout](q, k, v, variant=variant, **options(case, data))
     assert torch.equal(again, out), "not the same bits without lse, or on a repeat"
 

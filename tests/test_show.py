@@ -47,7 +47,7 @@ def test_code_of_a_processor():
 
 
 def test_without_a_disassembler(monkeypatch, tmp_path):
-    monkeypatch.setattr(show, "find_toolkit", lambda: type("Kit", (), {"nvcc": tmp_path / "nvcc"}))
+    monkeypatch.setattr(show, "find_toolkit", lambda: type("Kit", (), {"compiler": tmp_path / "nvcc"}))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ToolchainError, match="pip install nvidia-cuda-nvdisasm"):
         show.find_disassembler()

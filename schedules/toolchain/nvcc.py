@@ -21,9 +21,9 @@ _QUIET = ("-diag-suppress", "174,177,550,1046")
 
 @dataclass(frozen=True)
 class Toolkit:
-    """Where nvcc is, the folders of its headers, and its version (``"13.0.88"``)."""
+    """A CUDA compiler: the program (of NVRTC the library), the folders of its headers, its version (``"13.0.88"``)."""
 
-    nvcc: Path
+    compiler: Path
     include: tuple[Path, ...]
     version: str
 
@@ -111,7 +111,7 @@ def image(device: Path, arch: str, *, run_on: str = "", recompile_for: str = "")
     ToolchainError: there is no compiler, or it fails.
     """
     kit, target = find_toolkit(), device.with_suffix(".image")
-    command = [kit.nvcc, "-fatbin" if run_on else "-cubin", "-gencode=" + code_for(arch, run_on, recompile_for)]
+    command = [kit.compiler, "-fatbin" if run_on else "-cubin", "-gencode=" + code_for(arch, run_on, recompile_for)]
     command += [*COMPILE_FLAGS, *_QUIET, "-Xptxas", "-v", *(f"-I{p}" for p in kit.include), device, "-o", target]
     return target, run(command, f"compiling {device.name} for {recompile_for or arch}")
 
@@ -124,6 +124,6 @@ def ptx(device: Path, arch: str) -> str:
     ToolchainError: there is no compiler, or it fails.
     """
     kit, target = find_toolkit(), device.with_suffix(".ptx")
-    command = [kit.nvcc, "-ptx", f"-arch={virtual(arch)}", *COMPILE_FLAGS, *_QUIET]
+    command = [kit.compiler, "-ptx", f"-arch={virtual(arch)}", *COMPILE_FLAGS, *_QUIET]
     run([*command, *(f"-I{p}" for p in kit.include), device, "-o", target], f"compiling {device.name} for {arch}")
     return target.read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,18 +13,9 @@ from schedules.toolchain.process import ToolchainError, run
 _FLAGS = ("--std=c++17", "--use_fast_math", "-default-device")
 
 
-@dataclass(frozen=True)
-class Toolkit:
-    """NVRTC's library, the headers of CUDA 12, and NVRTC's version."""
-
-    nvrtc: Path
-    include: tuple[Path, ...]
-    version: str
-
-
 @lru_cache(maxsize=1)
-def find_toolkit() -> Toolkit:
-    """The wheels of CUDA 12.
+def find_toolkit() -> nvcc.Toolkit:
+    """NVRTC and headers of CUDA 12, from their wheels.
 
     Raises
     ------
@@ -47,7 +37,7 @@ def find_toolkit() -> Toolkit:
     )
     major, minor = ctypes.c_int(), ctypes.c_int()
     ctypes.CDLL(str(nvrtc)).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    return Toolkit(nvrtc, include, f"{major.value}.{minor.value} (NVRTC)")
+    return nvcc.Toolkit(nvrtc, include, f"{major.value}.{minor.value} (NVRTC)")
 
 
 def compiler_version() -> str:
@@ -75,7 +65,7 @@ def ptx(device: Path, arch: str) -> str:
 def _compile(device: str, name: str, arch: str, kind: str) -> tuple[bytes, str]:
     """Compile device code; the image of ``kind`` (``"CUBIN"`` or ``"PTX"``) and the log."""
     kit = find_toolkit()
-    lib = ctypes.CDLL(str(kit.nvrtc))
+    lib = ctypes.CDLL(str(kit.compiler))
     program = ctypes.c_void_p()
     if lib.nvrtcCreateProgram(ctypes.byref(program), device.encode(), name.encode(), 0, None, None):
         raise ToolchainError(f"compiling {name} for {arch}: NVRTC can't start")
@@ -107,5 +97,8 @@ def _both(cubin: Path, ptx: bytes, arch: str) -> Path:
     text.write_bytes(ptx)
     version = nvcc.generation(arch)
     images = (f"--image3=kind=elf,sm={version},file={cubin}", f"--image3=kind=ptx,sm={version},file={text}")
-    run([nvcc.find_toolkit().nvcc.parent / "fatbinary", "-64", f"--create={joined}", *images], "joining device images")
+    run(
+        [nvcc.find_toolkit().compiler.parent / "fatbinary", "-64", f"--create={joined}", *images],
+        "joining device images",
+    )
     return joined

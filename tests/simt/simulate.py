@@ -26,52 +26,62 @@ _ASM = re.compile(r'asm volatile\(\s*((?:"[^"]*"\s*)+)(.*?)\);', re.S)
 _OPERAND = re.compile(r'"[=+&]*[rlf]"\((\w+)\)')
 _OFFSET = r"\[%\d+\+?(\d*)\]"
 
+#: PTX by how it begins, and the call of the machine that it becomes: its operands by number, the constant in its
+#: address, whether it is of bfloat16, and what the pattern names.  The first that matches counts.
+_INSTRUCTIONS = {
+    r"$": "",
+    r"mov\.u32 %0, %%tid\.(?P<axis>\w);": "{0} = threadIdx.{axis};",
+    r"mov\.u32 %0, %%ctaid\.(?P<axis>\w);": "{0} = blockIdx.{axis};",
+    r"mov\.u32 %0, %%nctaid\.(?P<axis>\w);": "{0} = gridDim.{axis};",
+    r"ld\.shared\.v4": "simt::load4({0}, {1}, {2}, {3}, {4} + {offset});",
+    r"st\.shared\.b32": "simt::store1({0} + {offset}, {1});",
+    r"st\.shared\.v4": "simt::store4(simt::at({0} + {offset}), {1}, {2}, {3}, {4});",
+    r"st\.global\.v4": "simt::store4((void*){0}, {1}, {2}, {3}, {4});",
+    r"cp\.async\.cg": "simt::copy_later({0} + {offset}, {1}, {2});",
+    r"cp\.async\.commit": "simt::commit();",
+    r"cp\.async\.wait_group (?P<groups>\d+);": "simt::wait({groups});",
+    r"ldmatrix\S*\.trans\b": "simt::ldmatrix({0}, {1}, {2}, {3}, {4} + {offset}, true);",
+    r"ldmatrix": "simt::ldmatrix({0}, {1}, {2}, {3}, {4} + {offset}, false);",
+    r"bar\.sync": "simt::barrier({0}, {1});",
+    r"cvt\.rn": "{0} = simt::pack({1}, {2}, {brain});",
+    r"\{\.reg \.pred p; setp\.ne\.s32 p, %5, 0;": "simt::load_or_zero({0}, {1}, {2}, {3}, {4}, {5});",
+}
+
+#: Matrix products by shape: the machine's function, and how many registers of d, a and b a thread holds.
+_PRODUCTS = {
+    "m16n8k16": ("mma_m16n8<16>", 4, 4, 2),
+    "m16n8k8": ("mma_m16n8<8>", 4, 2, 1),
+    "m8n8k4": ("mma_m8n8k4", 8, 2, 2),
+}
+_PRODUCT = re.compile(r"mma\.sync\.aligned\.(?P<shape>m\d+n8k\d+)\.row\.(?P<b_order>\w+)")
+
 
 def _instruction(match: re.Match) -> str:
     """One PTX instruction as a call of the machine."""
     text = "".join(re.findall(r'"([^"]*)"', match.group(1)))
-    x = _OPERAND.findall(match.group(2))
-    offset = int((re.search(_OFFSET, text) or [0, ""])[1] or 0)
+    operands = _OPERAND.findall(match.group(2))
     brain = "true" if "bf16" in text else "false"
-
-    def array(kind: str, name: str, values: list[str]) -> str:
-        return f"{kind} {name}[] = {{{', '.join(values)}}};"
-
-    if not text:
-        return ""
-    if found := re.match(r"mov\.u32 %0, %%(\w+)\.(\w);", text):
-        name = {"tid": "threadIdx", "ctaid": "blockIdx", "nctaid": "gridDim"}[found[1]]
-        return f"{x[0]} = {name}.{found[2]};"
-    if text.startswith("ld.shared.v4"):
-        return f"simt::load4({', '.join(x[:4])}, {x[4]} + {offset});"
-    if text.startswith("st.shared.b32"):
-        return f"simt::store1({x[0]} + {offset}, {x[1]});"
-    if text.startswith("st.shared.v4"):
-        return f"simt::store4(simt::at({x[0]} + {offset}), {', '.join(x[1:5])});"
-    if text.startswith("st.global.v4"):
-        return f"simt::store4((void*){x[0]}, {', '.join(x[1:5])});"
-    if text.startswith("cp.async.cg"):
-        return f"simt::copy_later({x[0]} + {offset}, {x[1]}, {x[2]});"
-    if text.startswith("cp.async.commit"):
-        return "simt::commit();"
-    if found := re.match(r"cp\.async\.wait_group (\d+);", text):
-        return f"simt::wait({found[1]});"
-    if text.startswith("ldmatrix"):
-        return f"simt::ldmatrix({', '.join(x[:4])}, {x[4]} + {offset}, {'true' if '.trans' in text else 'false'});"
-    if text.startswith("bar.sync"):
-        return f"simt::barrier({x[0]}, {x[1]});"
-    if text.startswith("cvt.rn"):
-        return f"{x[0]} = simt::pack({x[1]}, {x[2]}, {brain});"
-    if text.startswith("{.reg .pred p; setp.ne.s32 p, %5, 0;"):
-        return f"simt::load_or_zero({', '.join(x)});"
-    if found := re.match(r"mma\.sync\.aligned\.(m\d+n8k\d+)\.row\.(\w+)", text):
-        m, a, b = {"m16n8k16": (4, 4, 2), "m16n8k8": (4, 2, 1), "m8n8k4": (8, 2, 2)}[found[1]]
-        call = "mma_m8n8k4" if m == 8 else f"mma_m16n8<{a * 4}>"
-        last = ("true" if found[2] == "row" else "false") if m == 8 else brain
-        code = array("float", "d", x[m + a + b : 2 * m + a + b]) + array("uint32_t", "a", x[m : m + a])
-        code += array("uint32_t", "b", x[m + a : m + a + b]) + f"simt::{call}(d, a, b, {last});"
-        return "{" + code + "".join(f"{x[i]} = d[{i}];" for i in range(m)) + "}"
+    if found := _PRODUCT.match(text):
+        return _product(found["shape"], found["b_order"], operands, brain)
+    offset = int((re.search(_OFFSET, text) or [0, ""])[1] or 0)
+    for pattern, call in _INSTRUCTIONS.items():
+        if found := re.match(pattern, text):
+            return call.format(*operands, offset=offset, brain=brain, **found.groupdict())
     raise ValueError(f"the machine has no instruction {text}")
+
+
+def _product(shape: str, b_order: str, operands: list[str], brain: str) -> str:
+    """A matrix product: registers in and out of the arrays that the machine's function takes."""
+    function, d, a, b = _PRODUCTS[shape]
+    flag = ("true" if b_order == "row" else "false") if shape == "m8n8k4" else brain
+    # operands: d, a, b, c
+    arrays = (
+        f"float d[] = {{{', '.join(operands[d + a + b : d + a + b + d])}}};",
+        f"uint32_t a[] = {{{', '.join(operands[d : d + a])}}};",
+        f"uint32_t b[] = {{{', '.join(operands[d + a : d + a + b])}}};",
+    )
+    results = (f"{operands[i]} = d[{i}];" for i in range(d))
+    return "{" + "".join(arrays) + f"simt::{function}(d, a, b, {flag});" + "".join(results) + "}"
 
 
 def translate(text: str, name: str) -> str:

@@ -98,8 +98,13 @@ def _lines(run: Run, figure, theme: Theme) -> None:
         row[0].set_ylabel(name, color=theme.text, fontsize=12)
     axes[-1][len(dims) // 2].set_xlabel("positions", color=theme.text, fontsize=12)
     axes[0][0].set_ylim(bottom=0)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.suptitle(_title(run, f"Forward attention, {dtype},"), color=theme.text, fontsize=13)
+    _around(figure, axes[0][0], _title(run, f"Forward attention, {dtype},"), theme)
+
+
+def _around(figure, axis, title: str, theme: Theme):
+    """The title of a figure, and the legend of one of its panels below them all."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.suptitle(title, color=theme.text, fontsize=13)
     figure.legend(
         handles,
         labels,
@@ -169,17 +174,7 @@ def _bars(run: Run, figure, theme: Theme) -> None:
         _plain(axis, theme, "x")
     panels[0].invert_yaxis()
     panels[0].set_ylabel("batch, heads, positions, head_dim", color=theme.text, fontsize=11)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.suptitle(_title(run, f"Times as fast as PyTorch ({ours.name}, {mode})"), color=theme.text, fontsize=13)
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=len(labels),
-        frameon=False,
-        labelcolor=theme.text,
-        fontsize=12,
-    )
+    _around(figure, panels[0], _title(run, f"Times as fast as PyTorch ({ours.name}, {mode})"), theme)
 
 
 def _shape(run: Run, cell: Cell) -> str:

@@ -1,0 +1,135 @@
+"""The builder's command: what it prints, refuses and leaves alone; and definitions of one's own, which it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from schedules import build_command
+from schedules.build import build
+from schedules.definition_file import DefinitionFile
+from schedules.pattern import DefinitionError
+from schedules.suite import CORE_VARIANTS
+from tests.toy_packs import CPU, D64, TWO_GROUPS, added, assert_whole
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+def test_list_and_dry_run_write_nothing(tmp_path, capsys):
+    arguments = ["--arch", "cpu", "--output", str(tmp_path / "packs"), "--template", "v1", "--head-dim", "64"]
+    assert build_command.main([*arguments, "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 2 * len(CORE_VARIANTS)
+    assert listed[0] == "cpu v1_float32_d64_full_identity"
+    assert build_command.main([*arguments, "--dry-run"]) == 0
+    assert f"{len(listed)} kernels selected, 0 up to date, {len(listed)} to compile" in capsys.readouterr().out
+    assert not (tmp_path / "packs").exists()
+
+
+def test_command_prints_a_table_and_refusals(tmp_path, capsys):
+    arguments = [
+        "--arch=cpu",
+        f"--output={tmp_path}",
+        "--template=v1",
+        "--head-dim=64,256",
+        "--dtype=float32",
+        "--mask=full",
+    ]
+    assert build_command.main([*arguments, "--jobs=1"]) == 0
+    out = capsys.readouterr().out
+    assert "v1_float32_d64_full_identity" in out and "seconds" in out
+    assert "refused: head_dim 256 is above 128" in out
+    assert build_command.main([*arguments, "--jobs=1"]) == 0
+    assert "1 up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "sm_10"], "--arch sm_10: unknown"),
+        (["--isa", "mmx"], "--isa mmx: unknown"),
+        (["--mask", "diagonal"], "--mask diagonal: unknown; expected one of full, causal"),
+        (["--score", "x"], "--score x: unknown"),
+        (["--dtype", "float8"], "--dtype float8: unknown"),
+        (["--template", "v3"], "--template v3: unknown"),
+        (["--head-dim", "65"], "multiples of 8"),
+        (["--head-dim", "big"], "expected a number"),
+        (["--jobs", "0"], "--jobs 0"),
+        (["--definition", "x.py"], "expected file.py:name"),
+    ],
+)
+def test_wrong_requests_name_the_option(tmp_path, capsys, arguments, message):
+    assert build_command.main(["--output", str(tmp_path / "packs"), *(arguments)]) == 2
+    assert message in capsys.readouterr().out
+    assert not (tmp_path / "packs").exists()
+
+
+# ---------------------------------------------------------------- definitions
+
+DEFINITIONS = """
+from tvm.script import tirx as T
+from schedules.attention import Attention
+from schedules.catalogue import MASKS, ScoreModification
+
+squared = Attention(ScoreModification("square", lambda s, at: s * s, lambda s, at: s * s), MASKS["causal"])
+
+def plain(head_dim, dtype, *, head_dim_v=None, index_dtype="int64"):
+    return Attention()(head_dim, dtype, head_dim_v=head_dim_v, index_dtype=index_dtype)
+
+def no_attention(head_dim, dtype, *, head_dim_v=None, index_dtype="int64"):
+    @T.prim_func(s_tir=True)
+    def f(x: T.handle):
+        X = T.match_buffer(x, (4,), "float32")
+        X[0] = T.float32(0)
+    return f
+
+number = 3
+"""
+
+
+@pytest.fixture
+def definitions(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(DEFINITIONS)
+    return path
+
+
+@pytest.mark.parametrize(("name", "mask", "score"), [("squared", "causal", "square"), ("plain", "custom", "custom")])
+def test_definition_is_added_to_the_pack(request_, definitions, name, mask, score):
+    (first,) = build(request_)
+    selection = dataclasses.replace(TWO_GROUPS, head_dims=(D64,), masks=())
+    mine = dataclasses.replace(request_, selection=selection, definition=DefinitionFile(definitions, name))
+    (second,) = build(mine)
+    (entry,) = added(first, second)
+    assert (entry.definition, entry.mask, entry.score) == (name, mask, score)
+    assert entry.symbol == f"{name}_v1_float32_d64_{mask}_{score}"
+    assert_whole(request_.output / CPU.folder)
+    # Another text of the definition is another kernel.
+    definitions.write_text(DEFINITIONS.replace("s * s,", "s * s + s,", 1).replace("Attention()(", "squared("))
+    (third,) = build(mine)
+    assert {e.source_hash for e in third.manifest.kernels} - {e.source_hash for e in second.manifest.kernels}
+    assert len(third.manifest.kernels) == len(second.manifest.kernels)
+
+
+def test_definition_errors_name_what_is_wrong(request_, definitions):
+    for text, message in (
+        ("mine.py", "expected file.py:name"),
+        (f"{definitions}:not a name", "expected file.py:name"),
+        (f"{definitions.with_name('none.py')}:squared", "there is no file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DefinitionFile.parse(text)
+    for name, message in (
+        ("absent", "defines no 'absent'; its definitions are squared"),
+        ("number", "number is int; expected an Attention"),
+    ):
+        with pytest.raises(DefinitionError, match=message):
+            DefinitionFile.parse(f"{definitions}:{name}").load()
+    wrong = dataclasses.replace(request_, definition=DefinitionFile(definitions, "no_attention"))
+    with pytest.raises(DefinitionError, match="arguments: expected"):
+        build(wrong)
+    definitions.write_text("import no_such_module")
+    with pytest.raises(DefinitionError, match="can't be loaded: ModuleNotFoundError"):
+        DefinitionFile(definitions, "squared").load()
+    assert not (request_.output / CPU.folder).exists()
