@@ -274,3 +274,31 @@ def test_the_report_draws_what_was_measured(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 kernels in 3 measurements: 1 hung, 2 ok" in out and "1.5000" in out
     assert main(["report", str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_a_peer_is_timed_in_its_own_surroundings(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from contextlib import contextmanager
+
+    from schedules.tuning import peers
+    from schedules.tuning.workload import Workload
+    from tvm_flash.bench.peers import Contestant
+    from tvm_flash.bench.results import Implementation
+
+    inside = []
+
+    @contextmanager
+    def around():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def prepare(q, k, v, workload):
+        return lambda: len(inside)
+
+    peer = Contestant(Implementation("other", "Other", "a function", ours=False), "bshd", "bhsd", prepare, around)
+    monkeypatch.setattr(peers, "contestants", lambda kind: [peer])
+    workload = Workload.parse("b=1 h=2 s=8 d=16 fp32")
+    found = peers.peers_of(workload, tuple(torch.zeros(1, 2, 8, 16) for _ in range(3)), "cpu")
+    assert found["other"].call() == 1
+    assert not inside

@@ -9,7 +9,7 @@ import torch
 
 from schedules.tuning.workload import Workload
 from tvm_flash.bench import workloads
-from tvm_flash.bench.peers import contestants
+from tvm_flash.bench.peers import Contestant, contestants
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,20 @@ def peers_of(workload: Workload, qkv: tuple[torch.Tensor, ...], kind: str) -> di
         if contestant.about.ours:
             continue
         tensors = qkv if contestant.layout == "bhsd" else (x.transpose(1, 2).contiguous() for x in qkv)
-        call = contestant.prepare(*tensors, usual)
+        call = _where_it_runs(contestant, contestant.prepare(*tensors, usual))
         try:
             call()
         except RuntimeError:  # this backend can't run the problem, or isn't there
             continue
         found[contestant.about.key] = Peer(contestant.about.about, call)
     return found
+
+
+def _where_it_runs(contestant: Contestant, call: Callable[[], object]) -> Callable[[], object]:
+    """The call in the contestant's own surroundings, which choose PyTorch's backend."""
+
+    def run():
+        with contestant.around():
+            return call()
+
+    return run
