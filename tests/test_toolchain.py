@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -249,6 +250,14 @@ def doubled(tmp_path_factory):
     cpu.link_module([folder / "f.o"], folder / "f.so", runtime)
     (folder / "f.o").unlink()
     return folder / "f.so"
+
+
+def test_the_runtime_loads_on_old_systems(doubled):
+    """It asks for no version of a symbol that glibc 2.17, of manylinux2014, lacks."""
+    (runtime,) = doubled.parent.glob("lib*.so")
+    symbols = subprocess.run(("objdump", "-T", runtime), capture_output=True, text=True, check=True).stdout
+    versions = {tuple(map(int, text.split("."))) for text in re.findall(r"GLIBC_([\d.]+)", symbols)}
+    assert max(versions) <= (2, 17)
 
 
 CALLS = """

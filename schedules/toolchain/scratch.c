@@ -3,6 +3,8 @@
  * A few blocks that a thread has given back are kept, since kernels ask for the same sizes again and again, and fresh memory
  * from the system costs a page fault every 4 KB.
  */
+#include "old_glibc.h"
+
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>

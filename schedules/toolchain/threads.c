@@ -15,6 +15,8 @@
  * processors that the process may run on, or fewer if its control group has less time than that.
  */
 #define _GNU_SOURCE
+#include "old_glibc.h"
+
 #include <dlfcn.h>
 #include <limits.h>
 #include <link.h>
