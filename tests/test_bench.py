@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 from tests.conftest import ROOT
 from tvm_flash import cuda, demo
-from tvm_flash.bench import accuracy, measure, plots, ratios, recorded, results, tables, timing, workloads
+from tvm_flash.bench import accuracy, measure, others, plots, ratios, recorded, results, tables, timing, workloads
 from tvm_flash.bench.results import Cell, Implementation, Measurement, Peak, Run
 from tvm_flash.bench.workloads import Workload
 from tvm_flash.cli import main
@@ -105,6 +105,26 @@ def test_blocks_do_not_count_the_first_call_and_turns_do():
     last = []
     rounds = timing.on_cpu({"a": slow_at_first, "b": other}, timing.Effort(rounds=3, seconds=0.05))
     assert timing.figure("blocks", rounds["blocks"]["a"]) < 0.01 < timing.figure("turns", rounds["turns"]["a"])
+
+
+def test_a_round_that_others_disturb_is_repeated(monkeypatch):
+    taken = iter((0.0, 1.0, 1.0, 1.0))  # processor seconds when a round begins and ends: the first is disturbed
+    monkeypatch.setattr(others, "busy_seconds", lambda: next(taken))
+    monkeypatch.setattr(others, "REST", 0.0)
+    monkeypatch.setattr(others, "_spent", 0.0)
+    rounds = iter(("disturbed", "calm"))
+    assert others.undisturbed(lambda: next(rounds)) == "calm"
+
+
+def test_patience_with_others_ends(monkeypatch):
+    monkeypatch.setattr(others, "busy_seconds", iter(range(0, 10**6, 10**3)).__next__)
+    monkeypatch.setattr(others, "_spent", others.PATIENCE + 1)
+    assert others.undisturbed(lambda: "disturbed") == "disturbed"
+
+
+def test_without_figures_of_the_system_nobody_disturbs(monkeypatch):
+    monkeypatch.setattr(others, "busy_seconds", lambda: None)
+    assert others.Watch().share() == 0
 
 
 def test_figures():

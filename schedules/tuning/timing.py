@@ -2,7 +2,8 @@
 
 A card at its power cap, and a processor whose clock changes, favour whoever runs after a pause.  So all take turns in
 random order, round after round, each for a block of calls; a function's time is the median over the rounds of the mean
-of a block.  Those that are clearly slower than the best are given up after a few rounds.
+of a block, on a processor of its median.  Those that are clearly slower than the best are given up after a few rounds.
+On a processor, a round that other processes disturbed is repeated.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+from tvm_flash.bench.others import undisturbed
+from tvm_flash.bench.timing import cpu_times
 
 Call = Callable[[], object]
 
@@ -38,12 +42,9 @@ EFFORT = {"cuda": Effort(rounds=7, block=0.005, warm_up=0.5), "cpu": Effort(roun
 
 
 def seconds_of(call: Call, count: int, device: str) -> float:
-    """Mean time of ``count`` calls in a row."""
+    """Time of one of ``count`` calls in a row: their mean; on a processor, which others may take, their median."""
     if device == "cpu":
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        return (time.perf_counter() - start) / count
+        return statistics.median(cpu_times(call, count))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(count):
@@ -82,10 +83,17 @@ def in_turn(
         counts[name] = max(1, min(2000, round(effort.block / seconds_of(call, 1, device))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     left = set(calls)
-    for number in range(effort.rounds):
+
+    def one_round() -> dict[str, float]:
+        seconds = {}
         for name in order.sample(sorted(left), len(left)):
             begins(name)
-            times[name].append(seconds_of(calls[name], counts[name], device))
+            seconds[name] = seconds_of(calls[name], counts[name], device)
+        return seconds
+
+    for number in range(effort.rounds):
+        for name, seconds in (undisturbed(one_round) if device == "cpu" else one_round()).items():
+            times[name].append(seconds)
         if number + 1 == effort.trial:
             best = min(statistics.median(t) for t in times.values())
             left = {n for n in left if n in always or statistics.median(times[n]) <= effort.hopeless * best}

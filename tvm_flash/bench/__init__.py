@@ -4,6 +4,7 @@
 ``workloads``   what is computed: the grids of problems, and their operations
 ``peers``       who computes it: ours, and the backends of PyTorch
 ``timing``      how it is timed
+``others``      other processes, which disturb a timing
 ``accuracy``    how far results are from float64
 ``measure``     one run: all workloads, the device's matmul peak, the machine
 ``results``     what a run found, as JSON

@@ -6,7 +6,8 @@ median over the rounds of the median of each round's second half, ``burst`` the 
 
 On a CPU (:func:`on_cpu`): implementations take turns, so that a slow moment hits all; ``blocks`` are several calls of
 each in turn, whose first doesn't count, as the threads of the one before still spin; ``turns`` are single calls in
-turn, each after another implementation's, which is how a model that uses several sees them.
+turn, each after another implementation's, which is how a model that uses several sees them.  A round that other
+processes disturbed is repeated (:mod:`tvm_flash.bench.others`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+from tvm_flash.bench.others import undisturbed
 
 Call = Callable[[], object]
 #: Times of calls by mode, then by name: a list with one figure for each round, in seconds.
@@ -111,22 +114,30 @@ def in_blocks(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float
     longest = _longest(calls)
     count = max(1, min(LARGEST_BLOCK, int(effort.seconds / longest)))
     affordable = int(effort.rounds * effort.seconds / (longest * (1 + count)))
-    rounds = {name: [] for name in calls}
-    for _ in range(min(effort.rounds, max(3, affordable))):
+
+    def one_round() -> dict[str, float]:
+        medians = {}
         for name, call in calls.items():
             call()
-            rounds[name].append(statistics.median(cpu_times(call, count)))
-    return rounds
+            medians[name] = statistics.median(cpu_times(call, count))
+        return medians
+
+    return _by_name(undisturbed(one_round) for _ in range(min(effort.rounds, max(3, affordable))))
 
 
 def in_turns(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]:
     """Single calls, by name, each right after another implementation's; at least 5 of each."""
     count = int(effort.rounds * effort.seconds / _longest(calls))
-    rounds = {name: [] for name in calls}
-    for _ in range(max(5, min(LARGEST_BLOCK, count))):
-        for name, call in calls.items():
-            rounds[name] += cpu_times(call, 1)
-    return rounds
+
+    def one_turn() -> dict[str, float]:
+        return {name: cpu_times(call, 1)[0] for name, call in calls.items()}
+
+    return _by_name(undisturbed(one_turn) for _ in range(max(5, min(LARGEST_BLOCK, count))))
+
+
+def _by_name(rounds: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+    rounds = list(rounds)
+    return {name: [one[name] for one in rounds] for name in rounds[0]}
 
 
 def _longest(calls: Mapping[str, Call]) -> float:
