@@ -25,6 +25,8 @@ FEW = 8
 _W = 8
 #: Keys whose dot products are computed together.
 _R = 8
+#: Keys of a tile at least: with tiles of 32, a query of 32 heads with 4096 keys took 1.2 (causal) to 1.8 times as long.
+_TILE = 64
 #: The keys of a head are split until there are this many work items, into parts of at least so many keys.
 _ITEMS, _PART_KEYS = 32, 1024
 
@@ -40,7 +42,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
 
     ``workspace`` is ``(outputs, maxima, sums)``, flat buffers over (batch, heads, part, query[, head_dim_v]).
     """
-    N, itemsize = block_n, 4 if dtype == "float32" else 2
+    N, itemsize = max(block_n, _TILE), 4 if dtype == "float32" else 2
     chunks = N // lanes
 
     @T.inline
