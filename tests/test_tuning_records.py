@@ -101,6 +101,15 @@ def test_merge_sorts_devices_apart(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------- what records decide
 
 
+def test_what_was_measured_beside_an_older_default_does_not_count():
+    """Neither for its own problem nor for another of the same length; at other lengths it does."""
+    old, new = {"date": "2026-01-01", "incumbent": "e" * 64}, {"date": "2026-01-02"}
+    other = "b=1 h=2 s=512 d=128 full float16"
+    stale = [measured(32, 512, 1.5, **old), measured(32, 512, 1.5, problem=other, **old)]
+    kept = [measured(96, 512, 1.1, **new), measured(32, 2048, 1.2, **old)]
+    assert tables.of_newest_source([*stale, *kept]) == kept
+
+
 def test_each_length_gets_its_best_and_the_default_stays_where_nothing_is_worth_it():
     found = best.proposals(
         [

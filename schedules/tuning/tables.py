@@ -16,14 +16,17 @@ def usable(lines: Iterable[Line], problems: Collection[str] = ()) -> list[Measur
 
 
 def of_newest_source(measured: Sequence[Measurement]) -> list[Measurement]:
-    """Records whose default is the newest one's of their template and problem.
+    """Records whose default is the newest one's of their kernel and length.
 
-    When kernels change, what was measured before is no longer compared.
+    When kernels or defaults change, what was measured before is no longer compared.
     """
-    newest: dict[tuple[str, str, str], Measurement] = {}
-    for r in sorted(measured, key=lambda r: r.date):
-        newest[r.arch, r.template, r.problem] = r
-    return [r for r in measured if r.incumbent == newest[r.arch, r.template, r.problem].incumbent]
+    newest = {_default_of(r): r for r in sorted(measured, key=lambda r: r.date)}
+    return [r for r in measured if r.incumbent == newest[_default_of(r)].incumbent]
+
+
+def _default_of(r: Measurement) -> tuple[object, ...]:
+    """What has one default: a kernel at a length."""
+    return r.arch, r.template, r.dtype, r.head_dim, r.head_dim_v, r.mask, r.score, Workload.parse(r.problem).seqlen_kv
 
 
 def by_cell(measured: Iterable[Measurement]) -> dict[tuple[str, str, str], list[Measurement]]:

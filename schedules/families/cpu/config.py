@@ -46,12 +46,13 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     * bfloat16 in pairs, 2 x 8, sequences of 512: 158.
     * AVX2, sequences of 512: 2 x 4 gave 84, 3 x 4 82, 1 x 8 73; block_n 128 and 32 gave 85, 83.  Baseline, 2 x 4: 31.
 
-    Times of both cores, of 36 kernels with 13 to 18 configurations each (``tuning_logs/``):
+    Both cores, 36 kernels with 13 to 15 configurations each:
 
-    * Causal, a block_n of 32 is faster than 64 by 7 to 15% at lengths of 384 and 512, and by 0 to 4% at 2048 and 4096,
-      but in bfloat16 slower by up to 3% there.
-    * Six groups of rows are faster than four where they share a conversion of K and V, by 1 to 6% if causal; and where
-      rows of K lie far apart, as for V2, by 1 to 9%.  Elsewhere it is less than 2%, and work items are fewer.
+    * Under a causal mask, a block_n of 32 is faster than 64 by 7 to 15% at lengths of 384 and 512 and by 0 to 4% at 2048
+      and 4096, but for bfloat16 up to 3% slower there; in a window of 256 keys it is faster by 12%.
+    * Six groups of rows are faster than four where they share a conversion of K and V, by 1 to 6% if causal.  V2, whose
+      rows of K lie far apart, gains 7 to 15% in float32 and up to 4% in 16 bits.  Elsewhere it is less than 2%, and
+      there would be fewer work items.
     """
     isa = ISAS[target.isa]
     if multiplication(isa, pattern.dtype) == "tiles":
