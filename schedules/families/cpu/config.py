@@ -48,8 +48,8 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
     Both cores, 36 kernels with 13 to 15 configurations each:
 
-    * Under a causal mask, a block_n of 32 is faster than 64 by 7 to 15% at lengths of 384 and 512 and by 0 to 4% at 2048
-      and 4096, but for bfloat16 up to 3% slower there; in a window of 256 keys it is faster by 12%.
+    * Under a causal mask, a block_n of 32 is faster than 64 by 7 to 15% at lengths of 384 and 512, and by 0 to 4% at
+      2048 and 4096, but for bfloat16 up to 3% slower there; in a window of 256 keys it is faster by 12%.
     * Six groups of rows are faster than four where they share a conversion of K and V, by 1 to 6% if causal.  V2, whose
       rows of K lie far apart, gains 7 to 15% in float32 and up to 4% in 16 bits.  Elsewhere it is less than 2%, and
       there would be fewer work items.
