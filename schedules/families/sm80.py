@@ -205,7 +205,8 @@ _SMALL = {
 }
 
 
-#: The same for sm_120, whose compiler spilled 4 to 28 bytes at 64 and 128 with the configurations above.
+#: The same for sm_120, whose compiler spilled 4 to 28 bytes at 64 and 128 with the configurations above; and for a
+#: padded batch's parameters, with which V2 spilled 24 bytes at 128 on sm_86.
 _BLACKWELL = {
     **_SMALL,
     64: Config(128, 64, 4, 2, 2),
@@ -214,15 +215,19 @@ _BLACKWELL = {
 _TABLES = {"sm_80": _LARGE, "sm_120": _BLACKWELL}
 
 
+def _is_crowded(pattern: Pattern) -> bool:
+    """Whether parameters that differ from head to head take more than one register."""
+    return sum(p.per_head for p in pattern.params) > 1
+
+
 def _with_parameters(config: Config, pattern: Pattern) -> Config:
     """Fewer keys at once where parameters of masks and scores take registers too.
 
     Those that differ from head to head are kept in registers: two of them, a padded batch's, made paired warps spill
     28 bytes with 64 keys.
     """
-    crowded = sum(p.per_head for p in pattern.params) > 1
     if config.warps_per_tile == 2:
-        return dataclasses.replace(config, block_n=32) if crowded else config
+        return dataclasses.replace(config, block_n=32) if _is_crowded(pattern) else config
     if not pattern.params:
         return config
     return dataclasses.replace(config, block_n=32, q_in_registers=pattern.head_dim <= 64)
@@ -230,7 +235,7 @@ def _with_parameters(config: Config, pattern: Pattern) -> Config:
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
-    table = _TABLES.get(target.arch, _SMALL)
+    table = _TABLES.get(target.arch, _BLACKWELL if _is_crowded(pattern) else _SMALL)
     config = table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
     return {0: _with_parameters(config, pattern)}
 
