@@ -59,6 +59,7 @@ def count_opcodes(data: bytes) -> dict[str, int]:
         ("sm_80", "v2", {"mask": "causal"}),
         ("sm_80", "v1", {"head_dim": 256, "mask": "window", "score": "softcap_alibi", "dtype": "bfloat16"}),
         ("sm_86", "v2", {"head_dim": 128}),
+        ("sm_86", "v2", {"head_dim": 128, "mask": "padded"}),
         ("sm_89", "v2", {"head_dim": 64, "mask": "window", "score": "alibi"}),
         ("sm_120", "v1", {"head_dim": 96, "mask": "sink_window", "head_dim_v": 64}),
     ],
