@@ -100,6 +100,14 @@ def _whole(width):
     return (width + (BLOCK - 1)) // BLOCK * BLOCK
 
 
+def _at(buffer, access, *index):
+    """Where an element of a buffer is, for a function outside TIR that reads ("r") or writes ("w") from there on.
+
+    TVM shrinks a buffer to what it sees accessed: after ``T.address_of`` to that one element, after this not at all.
+    """
+    return buffer.access_ptr(access, offset=buffer.offset_of(index)[0])
+
+
 def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_dim_v: int) -> SimpleNamespace:
     """The same as :func:`schedules.families.cpu.floats.float_products`, on tile registers."""
     M, N, V = config.block_m, config.block_n, config.row_vectors
@@ -107,12 +115,11 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
     macros = make_pair_macros(config)
 
     def product(c, ldc, a, lda, b, ldb, steps):
-        arguments = (T.address_of(c), T.int64(ldc), a, lda, T.address_of(b), T.int64(ldb), steps)
-        return T.call_extern("int32", "tvm_flash_tile_product", *arguments)
+        return T.call_extern("int32", "tvm_flash_tile_product", c, T.int64(ldc), a, lda, b, T.int64(ldb), steps)
 
     @T.inline
     def load_queries(P: Problem, QT, state, b, h, row0, rows, count):
-        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_begin", T.address_of(state[0])))
+        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_begin", _at(state, "w", 0)))
         macros.load_queries(P, QT, state, b, h, row0, rows, count)
         for d in T.serial(P.head_dim // 2, _whole(P.head_dim) // 2):
             for i in T.serial(count):
@@ -150,17 +157,17 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             if keys < N or P.head_dim % BLOCK != 0:
                 T.evaluate(
                     product(
-                        *(ST[block * BLOCK, 0], 4 * G),
-                        *(T.address_of(KT[block * BLOCK, 0]), T.int64(2 * KT.shape[1])),
-                        *(QT[0, column], 4 * M, steps),
+                        *(_at(ST, "w", block * BLOCK, 0), 4 * G),
+                        *(_at(KT, "r", block * BLOCK, 0), T.int64(2 * KT.shape[1])),
+                        *(_at(QT, "r", 0, column), 4 * M, steps),
                     )
                 )
             else:
                 T.evaluate(
                     product(
-                        *(ST[block * BLOCK, 0], 4 * G),
+                        *(_at(ST, "w", block * BLOCK, 0), 4 * G),
                         *(T.address_of(P.k.flat[k_at + block * BLOCK * P.k.strides[2]]), 2 * P.k.strides[2]),
-                        *(QT[0, column], 4 * M, steps),
+                        *(_at(QT, "r", 0, column), 4 * M, steps),
                     )
                 )
 
@@ -169,9 +176,9 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
         for block in T.serial(_whole(P.head_dim_v) // BLOCK):
             T.evaluate(
                 product(
-                    *(acc[0], 4 * G),
-                    *(T.address_of(VT[block * BLOCK, 0]), T.int64(2 * N)),
-                    *(PT[0, 0], 4 * G, _whole(keys) // BLOCK),
+                    *(_at(acc, "w", 0), 4 * G),
+                    *(_at(VT, "r", block * BLOCK, 0), T.int64(2 * N)),
+                    *(_at(PT, "r", 0, 0), 4 * G, _whole(keys) // BLOCK),
                 )
             )
             for r in T.serial(T.min(T.int64(BLOCK), P.head_dim_v - block * BLOCK)):
@@ -192,7 +199,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
 
     @T.inline
     def finish(state):
-        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_end", T.address_of(state[0])))
+        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_end", _at(state, "r", 0)))
 
     return SimpleNamespace(
         queries=((_whole(head_dim) // 2, M), "uint32"),

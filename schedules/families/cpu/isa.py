@@ -18,7 +18,7 @@ class Isa:
     lanes: float32 elements of a vector register.
     registers: how many vector registers there are.
     bfloat16: how it multiplies bfloat16: as ``floats``, in ``pairs``, or in ``tiles``.
-    tried: whether its kernels have been run; else they are only built if it is named.
+    tried: whether its kernels have passed on a processor that has it; else they are only built if it is named.
     """
 
     mcpu: str

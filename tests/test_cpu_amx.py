@@ -1,0 +1,108 @@
+"""Kernels for AMX compute the shared cases on any processor, its instructions emulated (tests/amx)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("tvm")
+pytest.importorskip("torch")
+
+import numpy as np
+import tvm_ffi
+
+from schedules.compile import pattern_of
+from schedules.families import cpu
+from schedules.suite import KernelSpec
+from tests import cases, torch_cases
+from tests.amx import emulate
+from tests.cases import CASES, Case
+from tvm_flash.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
+
+#: Template, head_dim, head_dim_v, mask, score, and what differs from the default configuration.
+KERNELS = (
+    ("v1", 64, 64, "causal", "identity", {}),
+    ("v2", 64, 64, "causal", "identity", {"block_m": 64, "block_n": 32}),
+    ("v1", 64, 64, "full", "identity", {"block_n": 64}),
+    ("v2", 64, 64, "full", "identity", {}),
+    ("v1", 64, 64, "window", "identity", {}),
+    ("v2", 64, 64, "window", "softcap", {}),
+    ("v1", 64, 64, "padded", "identity", {}),
+    ("v2", 128, 128, "causal", "identity", {}),
+    ("v1", 40, 56, "full", "identity", {}),  # neither is whole tiles
+    ("v2", 72, 104, "causal", "identity", {"block_n": 32}),
+    ("v1", 256, 256, "causal", "identity", {}),
+)
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=lambda k: "-".join(map(str, (*k[:-1], *k[-1].values()))))
+def kernel(request, tmp_path_factory):
+    """A kernel's spec and its function."""
+    template, head_dim, head_dim_v, mask, score, changes = request.param
+    spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, "bfloat16", head_dim, head_dim_v)
+    pattern = pattern_of(spec, emulate.TARGET)
+    config = replace(cpu.default_configs(template, pattern, emulate.TARGET)[0], **changes)
+    module = emulate.build(spec, pattern, config, tmp_path_factory.mktemp("amx"))
+    function = tvm_ffi.load_module(str(module))[spec.symbol]
+    return SimpleNamespace(spec=spec, params=pattern.params, function=function)
+
+
+def attend(kernel, case: Case, data: cases.Inputs):
+    """Output and lse of a case."""
+    return torch_cases.run(case, data, kernel.function, kernel.params, LAYOUT_OF_TEMPLATE[kernel.spec.template])
+
+
+def own_case(kernel, **sizes) -> Case:
+    """A case of the kernel's own kind and full width."""
+    spec, params = kernel.spec, {"window_left": 90, "window_right": 3, "softcap": 2.0}
+    return Case(
+        *(1, 2),
+        head_dim=spec.head_dim,
+        head_dim_v=spec.head_dim_v,
+        dtype=spec.dtype,
+        mask=spec.mask,
+        score=spec.score,
+        params=tuple((p.name, params.get(p.name, 1 << 20)) for p in kernel.params if not p.per_head),
+        **sizes,
+    )
+
+
+def test_the_shared_cases(kernel):
+    spec = kernel.spec
+    for case in CASES:
+        fits = case.head_dim <= spec.head_dim and case.head_dim_v <= spec.head_dim_v
+        if fits and (case.dtype, case.mask, case.score) == (spec.dtype, spec.mask, spec.score):
+            data = cases.inputs(case)
+            torch_cases.check(case, data, *attend(kernel, case, data))
+
+
+@pytest.mark.parametrize("seqlen_kv", (32, 128, 256, 257, 287))
+def test_full_width(kernel, seqlen_kv):
+    case = own_case(kernel, kv_heads=1, seqlen_q=97, seqlen_kv=seqlen_kv)
+    data = cases.inputs(case)
+    torch_cases.check(case, data, *attend(kernel, case, data))
+
+
+@pytest.mark.parametrize(("tensor", "bad"), (("q", np.inf), ("k", np.nan), ("v", np.inf), ("v", np.nan)))
+def test_inf_and_nan_stay_in_the_rows_that_see_them(kernel, tensor, bad):
+    if kernel.spec.mask != "causal":
+        pytest.skip("needs rows that don't see a key")
+    case = own_case(kernel, seqlen_q=100, seqlen_kv=100)
+    clean = cases.inputs(case)
+    data = replace(clean, **{tensor: getattr(clean, tensor).copy()})
+    getattr(data, tensor)[0, 0, 70, 7] = bad
+    seeing = (0, 0, slice(70, 71 if tensor == "q" else None))
+    out, lse = attend(kernel, case, data)
+    assert not np.isfinite(out[seeing]).all(axis=-1).any()
+    expected, expected_lse = cases.expected(case, clean)
+    out[seeing], lse[seeing] = expected[seeing], expected_lse[seeing]
+    torch_cases.check(case, clean, out, lse)
+
+
+def test_repeats_are_bit_equal(kernel):
+    case = own_case(kernel, seqlen_q=130, seqlen_kv=200)
+    data = cases.inputs(case)
+    for one, other in zip(attend(kernel, case, data), attend(kernel, case, data), strict=True):
+        assert np.array_equal(one, other, equal_nan=True)
