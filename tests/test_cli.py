@@ -24,7 +24,7 @@ def small_pack(cpu_pack, tmp_path, use_packs):
     folder = tmp_path / "packs" / "cpu"
     shutil.copytree(cpu_pack, folder)
     manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text())
-    chosen = [k for k in manifest.kernels if (k.template, k.dtype, k.head_dim) == ("v1", "float32", 64)]
+    chosen = [k for k in manifest.kernels if (k.template, k.dtype, k.head_dim, k.bucket) == ("v1", "float32", 64, 0)]
     chosen = [k for k in chosen if k.score == "identity" and k.mask in ("full", "causal", "window")]
 
     def write(change=lambda k: k):
