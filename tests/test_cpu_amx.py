@@ -18,8 +18,9 @@ from schedules.families import cpu
 from schedules.suite import KernelSpec
 from tests import cases, torch_cases
 from tests.amx import emulate
-from tests.cases import CASES, Case
-from tvm_flash.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
+from tests.cases import CASES
+from tests.torch_cases import attend, own_case
+from tvm_flash.manifest import BUILTIN_DEFINITION
 
 #: Template, head_dim, head_dim_v, mask, score, and what differs from the default configuration.
 KERNELS = (
@@ -47,26 +48,6 @@ def kernel(request, tmp_path_factory):
     module = emulate.build(spec, pattern, config, tmp_path_factory.mktemp("amx"))
     function = tvm_ffi.load_module(str(module))[spec.symbol]
     return SimpleNamespace(spec=spec, params=pattern.params, function=function)
-
-
-def attend(kernel, case: Case, data: cases.Inputs):
-    """Output and lse of a case."""
-    return torch_cases.run(case, data, kernel.function, kernel.params, LAYOUT_OF_TEMPLATE[kernel.spec.template])
-
-
-def own_case(kernel, **sizes) -> Case:
-    """A case of the kernel's own kind and full width."""
-    spec, params = kernel.spec, {"window_left": 90, "window_right": 3, "softcap": 2.0}
-    return Case(
-        *(1, 2),
-        head_dim=spec.head_dim,
-        head_dim_v=spec.head_dim_v,
-        dtype=spec.dtype,
-        mask=spec.mask,
-        score=spec.score,
-        params=tuple((p.name, params.get(p.name, 1 << 20)) for p in kernel.params if not p.per_head),
-        **sizes,
-    )
 
 
 def test_the_shared_cases(kernel):

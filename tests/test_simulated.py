@@ -17,9 +17,10 @@ from schedules.families import family_of
 from schedules.suite import KernelSpec
 from schedules.template import Target
 from tests import cases, torch_cases
-from tests.cases import CASES, Case
+from tests.cases import CASES
 from tests.simt import simulate
-from tvm_flash.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
+from tests.torch_cases import attend, own_case
+from tvm_flash.manifest import BUILTIN_DEFINITION
 
 #: Arch, template, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to multiply and to copy.
 KERNELS = (
@@ -47,12 +48,6 @@ def kernel(request, tmp_path_factory):
     return SimpleNamespace(spec=spec, params=pattern.params, function=function)
 
 
-def attend(kernel, case: Case, data: cases.Inputs):
-    """Output and lse of a case."""
-    layout = LAYOUT_OF_TEMPLATE[kernel.spec.template]
-    return torch_cases.run(case, data, kernel.function, kernel.params, layout)
-
-
 def test_the_shared_cases(kernel):
     spec, count = kernel.spec, 0
     for case in CASES:
@@ -64,23 +59,6 @@ def test_the_shared_cases(kernel):
         torch_cases.check(case, data, *attend(kernel, case, data))
         count += 1
     assert count
-
-
-def own_case(kernel, **sizes) -> Case:
-    """A case of the kernel's own kind and full width."""
-    spec = kernel.spec
-    params = {"window_left": 90, "window_right": 3, "sink_tokens": 5, "softcap": 2.0}
-    return Case(
-        1,
-        2,
-        head_dim=spec.head_dim,
-        head_dim_v=spec.head_dim_v,
-        dtype=spec.dtype,
-        mask=spec.mask,
-        score=spec.score,
-        params=tuple((p.name, params[p.name]) for p in kernel.params if p.name in params),
-        **sizes,
-    )
 
 
 def test_full_width_and_grouped_heads(kernel):

@@ -10,6 +10,7 @@ import torch
 from tests import cases
 from tests.cases import Case, Inputs
 from tvm_flash import reference, selfcheck
+from tvm_flash.manifest import LAYOUT_OF_TEMPLATE
 
 
 def tensor(x: np.ndarray, dtype: str, layout: str, strides: str, device: str = "cpu") -> torch.Tensor:
@@ -47,6 +48,28 @@ def run(case: Case, data: Inputs, kernel: Callable, params, layout: str, lse_len
     o = o if layout == "bhsd" else o.transpose(1, 2)
     lse = lse.reshape(case.batch, case.heads, case.seqlen_q) if lse_length is None else lse
     return o.double().cpu().numpy(), lse.double().cpu().numpy()
+
+
+def attend(kernel, case: Case, data: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Output and lse of a case, of a kernel that stands alone: its ``spec``, ``params`` and ``function``."""
+    return run(case, data, kernel.function, kernel.params, LAYOUT_OF_TEMPLATE[kernel.spec.template])
+
+
+def own_case(kernel, **sizes) -> Case:
+    """A case of such a kernel's own kind and full width."""
+    spec = kernel.spec
+    params = {"window_left": 90, "window_right": 3, "sink_tokens": 5, "softcap": 2.0}
+    return Case(
+        1,
+        2,
+        head_dim=spec.head_dim,
+        head_dim_v=spec.head_dim_v,
+        dtype=spec.dtype,
+        mask=spec.mask,
+        score=spec.score,
+        params=tuple((p.name, params[p.name]) for p in kernel.params if p.name in params),
+        **sizes,
+    )
 
 
 def torch_error(case: Case, data: Inputs, expected: np.ndarray, device: str = "cpu") -> float:
