@@ -255,8 +255,7 @@ class Consumer:
     @T.inline
     def end(self):
         """The last product of a row tile, and its output."""
-        if self.config.separate_output:
-            self.q.release(self.block.tile, self.lane)
+        self.output.scored(self.block.tile, self.lane)
         self.issue_pv()
         T.ptx.wgmma.wait_group.sync.aligned(0)
         if self.config.several_tiles:
@@ -292,8 +291,7 @@ class Consumer:
     @T.inline
     def change_tile(self):
         """The first step of the next row tile, beside which this one is finished."""
-        if self.config.separate_output:
-            self.q.release(self.block.tile, self.lane)
+        self.output.scored(self.block.tile, self.lane)
         self.block.advance()
         walk = self.walk()
         self.q.wait(self.block.tile)

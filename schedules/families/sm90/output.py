@@ -46,6 +46,10 @@ class InPlace:
         self.written.init(WARPS)
 
     @T.inline
+    def scored(self, tile, lane):
+        """A warp: the last scores of row tile ``tile`` are computed; its queries have to stay for the store."""
+
+    @T.inline
     def take(self, tile, index, barrier):
         """A warpgroup: until none of its warps reads the queries of row tile ``tile``."""
         T.ptx.bar.sync(T.Cast("uint32", barrier), 128)
@@ -82,7 +86,7 @@ class Apart:
     """
 
     def __init__(self, pattern: Pattern, config: Config, pool, q: Ring, columns: int):
-        self.consumers, self.columns = config.num_consumer_warpgroups, columns
+        self.consumers, self.q, self.columns = config.num_consumer_warpgroups, q, columns
         self.releases = WARPS * self.consumers  # by the consumers
         self.ring = Ring(pool, 1, columns, WARPGROUP_ROWS, pattern.dtype)
 
@@ -97,6 +101,11 @@ class Apart:
         self.written.init(WARPS)
         self.turn.init(1)
         self.turn.arrive(0)
+
+    @T.inline
+    def scored(self, tile, lane):
+        """A warp: the last scores of row tile ``tile`` are computed, so its queries may go."""
+        self.q.release(tile, lane)
 
     @T.inline
     def take(self, tile, index, barrier):

@@ -22,6 +22,14 @@ MOST_PACKED = 64
 _UNPACKED, _ALL_POSITIONS = 31, 0x7FFFFFFF
 
 
+def _opaque(x):
+    """``x``, and nothing of what it was computed from.
+
+    The simplifier would follow it into the bounds of every tile: a kernel with a mask took 9 s to lower, not 0.9.
+    """
+    return T.bind(T.call_extern("int32", "opaque", x))
+
+
 @T.meta_class
 class Rows:
     """How rows stand for queries; made before ``T.device_entry()``, of host expressions.
@@ -32,21 +40,29 @@ class Rows:
 
     def __init__(self, config: Config, geometry: Geometry):
         self.geometry = geometry
-        seqlen_q = geometry.seqlen_q
         self.group = T.bind(T.truncdiv(geometry.heads, geometry.kv_heads))
-        shift = T.int32(0)
-        for bits in range(MOST_PACKED.bit_length() - 1):
-            shift = shift + T.Cast("int32", seqlen_q > 1 << bits)
-        shift = T.bind(shift)
-        packed = T.bool(False)
+        self.shift, self.mask, self.head_step, self.count = (
+            T.int32(_UNPACKED),
+            T.int32(_ALL_POSITIONS),
+            1,
+            geometry.seqlen_q,
+        )
         if config.pack_heads:
-            fits = T.And(seqlen_q <= MOST_PACKED, T.shift_left(self.group, shift) <= config.block_m)
-            packed = T.bind(T.And(self.group > 1, fits))
-        self.shift = T.bind(T.Select(packed, shift, _UNPACKED))
-        self.mask = T.bind(T.Select(packed, T.shift_left(T.int32(1), shift) - 1, _ALL_POSITIONS))
-        self.head_step = T.bind(T.Select(packed, self.group, 1))
-        self.count = T.bind(T.Select(packed, T.shift_left(self.group, shift), seqlen_q))
+            self._pack(config.block_m)
         self.heads = T.bind(T.truncdiv(geometry.heads, self.head_step))
+
+    def _pack(self, block_m: int):
+        """Let the heads of a group share a row tile, if all fit into one."""
+        seqlen_q = self.geometry.seqlen_q
+        shift = T.bind(
+            sum((T.Cast("int32", seqlen_q > 1 << bits) for bits in range(MOST_PACKED.bit_length() - 1)), T.int32(0))
+        )
+        rows = T.bind(T.shift_left(self.group, shift))
+        packed = T.bind(T.And(T.And(seqlen_q <= MOST_PACKED, rows <= block_m), self.group > 1))
+        self.shift = _opaque(T.Select(packed, shift, self.shift))
+        self.mask = _opaque(T.Select(packed, T.shift_left(T.int32(1), shift) - 1, self.mask))
+        self.head_step = _opaque(T.Select(packed, self.group, self.head_step))
+        self.count = _opaque(T.Select(packed, rows, self.count))
 
     @property
     def packed(self):
