@@ -78,8 +78,8 @@ class Plan:
 def parse_targets(names: Iterable[str], isa: str = "") -> tuple[Target, ...]:
     """Targets of arch names; ``native`` is this machine's processor and its GPUs.
 
-    ``isa`` is for the processor: instruction sets, separated by commas, or ``all`` that have been
-    tried; this machine's best of those if empty.
+    ``isa`` is for the processor: instruction sets, separated by commas, or ``all``; this machine's best
+    if empty.
 
     Raises
     ------
@@ -101,10 +101,9 @@ def parse_targets(names: Iterable[str], isa: str = "") -> tuple[Target, ...]:
 
 def _isas(text: str) -> list[str]:
     known = family_of(Target("cpu")).ISAS
-    tried = {name: isa for name, isa in known.items() if isa.tried}
     if text == "all":
-        return list(tried)
-    names = text.split(",") if text else [machine.best_isa(tried)]
+        return list(known)
+    names = text.split(",") if text else [machine.best_isa(known)]
     for name in names:
         if name not in known:
             raise ValueError(f"--isa {name}: unknown; expected all or some of {', '.join(known)}")

@@ -18,7 +18,6 @@ class Isa:
     lanes: float32 elements of a vector register.
     registers: how many vector registers there are.
     bfloat16: how it multiplies bfloat16: as ``floats``, in ``pairs``, or in ``tiles``.
-    tried: whether its kernels have passed on a processor that has it; else they are only built if it is named.
     """
 
     mcpu: str
@@ -27,7 +26,6 @@ class Isa:
     lanes: int
     registers: int
     bfloat16: str = "floats"
-    tried: bool = True
 
     def tvm_target(self) -> tvm.target.Target:
         """The target that kernels for it are compiled with."""
@@ -46,7 +44,7 @@ _WIDE = ("-prefer-256-bit",)
 
 #: By name, the most capable first; the last three are the x86-64 levels 4, 3 and 2 of the psABI.
 ISAS = {
-    "amx": Isa("x86-64-v4", (*_WIDE, "+avx512bf16", "+amx-tile", "+amx-bf16"), _AMX, 16, 32, "tiles", tried=False),
+    "amx": Isa("x86-64-v4", (*_WIDE, "+avx512bf16", "+amx-tile", "+amx-bf16"), _AMX, 16, 32, "tiles"),
     "avx512_bf16": Isa("x86-64-v4", (*_WIDE, "+avx512bf16"), _BF16, 16, 32, "pairs"),
     "avx512": Isa("x86-64-v4", _WIDE, _V4, 16, 32),
     "avx2": Isa("x86-64-v3", (), _V3, 8, 16),
