@@ -33,6 +33,9 @@ static CUlibrary image_library() {
 }
 """
 
+#: A place in a host half that makes a tensor map, on the thread's own memory of the last one that it made.
+_TENSOR_MAP = "[] { static thread_local device_image::TensorMap last; return &last; }()->encode("
+
 _KERNEL = """\
 typedef void (*signature_@NAME@)(@PARAMETERS@);
 static device_image::Kernel& image_@NAME@() {
@@ -82,6 +85,7 @@ def embed(device: str, host: str, image: Path) -> str:
         if launch not in host:
             raise ToolchainError(f"the host half doesn't launch {name} in the way that is known here")
         host = host.replace(launch, f"image_{name}().launch((signature_{name})nullptr,")
+    host = host.replace("cuTensorMapEncodeTiled(", _TENSOR_MAP)
     host, replaced = _LAUNCHER.subn(lambda _: glue, host)
     if not kernels or replaced != 1:
         raise ToolchainError("the exported source has another form than the one that is known here")
