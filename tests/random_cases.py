@@ -194,7 +194,7 @@ def _with_gaps(x: torch.Tensor):
     """The same amid NaN, and the whole memory; aligned as little as kernels of the device allow."""
     before, columns = (1, 9) if x.device.type == "cpu" else (8, 16)
     room = torch.full([n + 2 for n in x.shape[:3]] + [x.shape[3] + columns], torch.nan, dtype=x.dtype, device=x.device)
-    view = room[tuple(slice(1, 1 + n) for n in x.shape[:3]) + (slice(before, before + x.shape[3]),)]
+    view = room[(*(slice(1, 1 + n) for n in x.shape[:3]), slice(before, before + x.shape[3]))]
     view.copy_(x)
     return view, room
 
