@@ -27,6 +27,8 @@ HEAD_DIMS = ((64, None), (64, None), (128, None), (96, None), (192, None), (192,
 MAX_HEAD_DIM = 256
 #: Scores of one call, so that float64 takes milliseconds.
 MAX_SCORES = {"cpu": 80_000, "cuda": 4_000_000}
+#: Elements of a result that are few: of them, the largest error is a matter of chance.
+FEW = 20_000
 #: How many query heads share a key head.
 GROUPS = (1, 1, 1, 2, 3, 4, 7, 8, 16)
 #: How a tensor lies in memory; ``flipped`` is NumPy's only.
@@ -230,8 +232,8 @@ def _run(call: Call, q, k, v, slopes, ranges, return_lse: bool):
 def _expected(call: Call, q, k, v, slopes, ranges):
     """Result and log-sum-exp in float64, the largest score, and results that one would expect of the call's own dtype.
 
-    The latter are torch's, and that of the formula with one product added after another, as kernels sum.  All is
-    written out, and not taken from the package.
+    The latter are torch's, and those of the formula with one product added after another, as kernels sum; where there
+    are few results, with the terms of a score in several orders.  All is written out, and not taken from the package.
     """
     options = dict(call.options)
     device, group = q.device, call.heads // call.kv_heads
@@ -260,17 +262,37 @@ def _expected(call: Call, q, k, v, slopes, ranges):
     lse = torch.logsumexp(s, -1)
     largest = s[s.isfinite()].abs().max().item() if s.isfinite().any() else 0.0
     exact = torch.exp(s - torch.where(lse.isneginf(), 0, lse)[..., None]) @ v.double()
-    if slopes is None and "softcap" not in options:
-        usual = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=scale)
-    else:
-        usual = torch.softmax(scores(q @ k.transpose(-1, -2)), -1) @ v
-    usuals = [usual]
-    if call.dtype == "float32":
-        s = torch.zeros(s.shape)
-        for d in range(call.head_dim):
-            s += q[..., :, None, d] * k[..., None, :, d]
-        usuals.append(torch.softmax(scores(s), -1) @ v)
+
+    def usual(order):
+        a, b = q[..., order], k[..., order]
+        if slopes is None and "softcap" not in options:
+            return torch.nn.functional.scaled_dot_product_attention(a, b, v, visible, scale=scale)
+        return torch.softmax(scores(a @ b.transpose(-1, -2)), -1) @ v
+
+    generator = torch.Generator().manual_seed(call.seed)
+    orders = [torch.arange(call.head_dim)]
+    if exact.numel() <= FEW:
+        orders += [torch.randperm(call.head_dim, generator=generator) for _ in range(7)]
+    usuals = [usual(order.to(device)) for order in orders]
+    if call.dtype == "float32" and call.seqlen_kv:
+        usuals += _one_after_another(q, k, v, scores, orders)
     return exact, lse, largest, [torch.where(lse.isneginf()[..., None], 0, x) for x in usuals]
+
+
+def _one_after_another(q, k, v, scores, orders):
+    """Attention in float32 with all sums taken term by term; once for each order of the terms of a score."""
+    q, k = (torch.stack([x[..., order] for order in orders]) for x in (q, k))
+    s = torch.zeros(*q.shape[:4], k.shape[3])
+    for d in range(q.shape[4]):
+        s += q[..., :, None, d] * k[..., None, :, d]
+    s = scores(s)
+    largest = s.amax(-1, keepdim=True)
+    p = torch.exp(s - torch.where(largest.isneginf(), 0, largest))
+    row_sum, acc = torch.zeros(*q.shape[:4], 1), torch.zeros(*q.shape[:4], v.shape[3])
+    for j in range(k.shape[3]):
+        row_sum += p[..., j, None]
+        acc += p[..., j, None] * v[..., None, j, :]
+    return [*(acc / row_sum)]
 
 
 def _compare(call: Call, out, lse, exact, exact_lse, largest_score, usuals) -> float:

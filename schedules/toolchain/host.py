@@ -15,7 +15,7 @@ HOST_HALF = "#include <tvm/ffi/c_api.h>"
 #: What the host half needs of CUDA.
 HOST_HEADER = Path(__file__).resolve().with_name("launch.h")
 
-_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w")
+_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w")
 _DECLARATION = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^;{]*)\);')
 _TEMPLATE = re.compile(r"^v\d_")
 _LAUNCHER = re.compile(
