@@ -122,7 +122,8 @@ class TracedTorch(Torch):
 
 def stands_for_others(cls: type) -> bool:
     """Whether tensors of a type have no memory to read, but answer operators in their own way."""
-    return cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    own, usual = (getattr(c, "__torch_dispatch__", None) for c in (cls, torch.Tensor))  # torch 1.11 has no usual one
+    return own is not usual
 
 
 def _is_wrapper(tensor) -> bool:
