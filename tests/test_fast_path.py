@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import random
 import sys
@@ -295,12 +296,49 @@ def test_an_allocation_that_fails(monkeypatch):
         raise MemoryError("no room")
 
     recipe = plan.Plan.recipe
-    monkeypatch.setattr(plan.Plan, "recipe", lambda *a: (*recipe(*a)[:2], fail, None))
+    monkeypatch.setattr(plan.Plan, "recipe", lambda *a: (*recipe(*a)[:2], fast.ways(fail, fail), None))
     q, k, v = three()
     call.forget()
     flash_attention(q, k, v)
     with pytest.raises(MemoryError, match="no room"):
         flash_attention(q, k, v)
+    call.forget()
+
+
+def test_a_result_is_made_on_the_tensors_device(monkeypatch, slow_calls):
+    """The quick way serves on the current device alone, and only if it made a tensor there."""
+    current, recipe, used = [0], plan.Plan.recipe, []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.POINTER(ctypes.c_int32))
+    def current_device(answer):
+        answer[0] = max(current[0], 0)
+        return current[0] < 0
+
+    def way(name, device):
+        return lambda: used.append(name) or torch.empty(2, 3, 17, 64, device=device)
+
+    q, k, v = three()
+    want = flash_attention(q, k, v)
+    for quick, here, expected in (
+        ("cpu", 0, ["quick"]),
+        ("cpu", 1, ["sure"]),
+        ("cpu", -1, ["sure"]),
+        ("meta", 0, ["quick", "sure"]),
+    ):
+
+        def counted(self, *arguments, quick=quick):
+            made = recipe(self, *arguments)
+            made[1][0].current_device = ctypes.cast(current_device, ctypes.c_void_p).value
+            return *made[:2], fast.ways(way("quick", quick), way("sure", "cpu")), None
+
+        monkeypatch.setattr(plan.Plan, "recipe", counted)
+        call.forget()
+        flash_attention(q, k, v)
+        current[0] = here
+        used.clear()
+        slow_calls.clear()
+        assert torch.equal(flash_attention(q, k, v), want)
+        assert used == expected and not slow_calls
     call.forget()
 
 

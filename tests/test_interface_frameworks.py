@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,6 +165,17 @@ def test_mixed_frameworks_are_refused():
         flash_attention(q, torch.from_numpy(k), v)
     with pytest.raises(ArgumentTypeError, match=r"^v: is a numpy tensor, but q is one of torch; convert"):
         flash_attention(torch.from_numpy(q), torch.from_numpy(k), v)
+
+
+def test_a_torch_whose_tensors_know_nothing_of_dispatch(monkeypatch):
+    """1.11 is one: a type that stands for other tensors is one that says so itself."""
+    pytest.importorskip("torch")
+    from tvm_flash.frameworks import torch as adapter
+
+    usual = type("Tensor", (), {})
+    monkeypatch.setattr(adapter, "torch", SimpleNamespace(Tensor=usual))
+    assert not adapter.stands_for_others(usual)
+    assert adapter.stands_for_others(type("Wrapper", (usual,), {"__torch_dispatch__": classmethod(len)}))
 
 
 def test_this_file_needs_no_framework_to_be_imported_by_the_package():

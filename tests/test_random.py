@@ -33,6 +33,31 @@ def test_a_call_follows_from_its_seed():
     assert len({random_cases.call_of(seed) for seed in range(50)}) == 50
 
 
+@pytest.mark.parametrize("device", random_cases.DTYPES)
+def test_every_kind_of_call_is_drawn(device):
+    """Kernels and their paths: head dimensions, packed and grouped heads, split keys, masks, layouts, memory."""
+    calls = [random_cases.call_of(seed, device) for seed in range(4000)]
+    options = [dict(call.options) for call in calls]
+
+    def drawn(of):
+        return {of(call) for call in calls}
+
+    assert drawn(lambda c: c.variant) == {"v1", "v2", "auto"} and drawn(lambda c: c.layout) == {"bhsd", "bshd"}
+    assert drawn(lambda c: c.dtype) == set(random_cases.DTYPES[device])
+    assert drawn(lambda c: (c.head_dim, c.head_dim_v)) >= {(d, d) for d in (64, 96, 128, 192, 256)} | {(192, 128)}
+    assert any(c.head_dim_v > c.head_dim for c in calls) and any(c.head_dim % 64 % 16 for c in calls)
+    assert drawn(lambda c: c.heads // c.kv_heads) >= set(random_cases.GROUPS)
+    assert any(c.seqlen_q < 10 and c.seqlen_kv > 8192 for c in calls), "keys that are split"
+    assert any(c.seqlen_q < 10 and c.heads > 4 * c.kv_heads and c.kv_heads > 1 for c in calls), "heads that are packed"
+    assert any(c.seqlen_q > c.seqlen_kv and o.get("causal") for c, o in zip(calls, options, strict=True))
+    assert drawn(lambda c: 0 in (c.seqlen_q, c.seqlen_kv)) == {True, False}
+    for option in ("causal", "window_size", "softmax_scale", "softcap"):
+        assert any(option in o for o in options)
+    assert drawn(lambda c: (c.slopes, c.ranges)) == {(0, False), (1, False), (2, False), (0, True)}
+    assert {x for c in calls for x in c.strides} == set(random_cases.STRIDES[: None if device == "cpu" else -1])
+    assert drawn(lambda c: c.out) == {"", "contiguous", "transposed", "gaps"}
+
+
 def test_a_wrong_result_is_found(monkeypatch):
     """The comparison can fail: one key more or less, one element, one row."""
     seed = next(s for s in range(100) if random_cases.call_of(s).seqlen_q > 20 and not random_cases.call_of(s).out)

@@ -19,18 +19,23 @@ THREADS = 8
 pytestmark = [pytest.mark.usefixtures("cpu_pack"), pytest.mark.filterwarnings("ignore::tvm_flash.LayoutWarning")]
 
 
-def problems(device: str, count: int = 24) -> list:
-    """Calls of several shapes, dtypes, masks and templates, and what each gives when nothing else runs."""
+def problems(device: str, count: int = 40) -> list:
+    """Calls of several shapes, dtypes, masks, scores and templates, and what each gives when nothing else runs."""
     rng, found = random.Random(3), []
     generator = torch.Generator().manual_seed(3)
     for _ in range(count):
         dtype = rng.choice((torch.float32, torch.bfloat16) if device == "cpu" else (torch.float16, torch.bfloat16))
         heads, length_q, length_kv = 2 * rng.randint(1, 4), rng.randint(1, 200), rng.randint(1, 400)
-        shapes = ((2, heads, length_q, 64), (2, 2, length_kv, 64), (2, 2, length_kv, 64))
+        if rng.random() < 0.25:
+            length_q, length_kv = rng.randint(1, 8), rng.randint(2000, 9000)  # few queries: the keys are split
+        dim, dim_v = rng.choice(((64, 64), (64, 64), (128, 128), (96, 96), (192, 128), (256, 256)))
+        shapes = ((2, heads, length_q, dim), (2, 2, length_kv, dim), (2, 2, length_kv, dim_v))
         q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
         options = {"causal": rng.random() < 0.5, "variant": rng.choice(("v1", "v2", "auto"))}
         if rng.random() < 0.5:
             options["window_size"] = (rng.randint(0, 50), -1)
+        if rng.random() < 0.2:
+            options["softcap"] = 5.0
         function, order = rng.choice(((flash_attention, (1, 1)), (flash_attention_v2, (1, 2))))
         arguments = [x.transpose(*order) for x in (q, k, v)]
         found.append((function, arguments, options, function(*arguments, **options)))

@@ -78,6 +78,12 @@ def gpu(index: int) -> Gpu:
     return Gpu(index, name.value.decode(errors="replace"), (major.value, minor.value))
 
 
+@functools.cache
+def current_device_function() -> int:
+    """Address of the driver's ``cuCtxGetDevice``: the device that this thread uses now; fails if it has used none."""
+    return ctypes.cast(_driver().cuCtxGetDevice, ctypes.c_void_p).value
+
+
 def driver_version() -> str | None:
     """Newest CUDA version that the driver can run, as ``"13.0"``; None without a driver."""
     driver = _driver()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tvm_flash import ffi, memory
+from tvm_flash import cuda, ffi, memory
 from tvm_flash.frameworks import Framework
 
 #: Set to 0 to do without the fast path.
@@ -24,7 +24,7 @@ VARIABLE = "TVM_FLASH_FAST_PATH"
 #: How the library's file names begin.
 STEM = "libtvm_flash_call"
 
-_ABI = 1
+_ABI = 2
 _MAX_TENSORS = 12
 
 
@@ -40,6 +40,7 @@ class _Recipe(ctypes.Structure):
         ("device_type", ctypes.c_int32),
         ("device_index", ctypes.c_int32),
         ("returns_lse", ctypes.c_int32),
+        ("current_device", ctypes.c_void_p),
         ("per_head", ctypes.c_int32 * _MAX_TENSORS),
         ("low", ctypes.c_int64 * _MAX_TENSORS),
         ("high", ctypes.c_int64 * _MAX_TENSORS),
@@ -130,8 +131,22 @@ def recipe(
     footprints: of all tensors of the call, ``out`` last.
     """
     function, arguments, tensors, argument_count, tensor_count = frame.parts()
-    found = _Recipe(function, arguments, tensors, argument_count, tensor_count, *frame.device, returns_lse)
+    current_device = None if frame.device[0] == ffi.DL_DEVICES["cpu"] else cuda.current_device_function()
+    found = _Recipe(
+        *(function, arguments, tensors, argument_count, tensor_count),
+        *(*frame.device, returns_lse, current_device),
+    )
     found.per_head[: len(per_head)] = per_head
     found.low[: len(footprints)] = [f.low for f in footprints]
     found.high[: len(footprints)] = [f.high for f in footprints]
     return ctypes.addressof(found), (found, frame)
+
+
+def ways(quick: Callable[[], Any], sure: Callable[[], Any]) -> tuple[Any, ...]:
+    """How the library makes a tensor: by the first, if the framework's current device is that of the call, or by the
+    second."""
+    calls = []
+    for make in (quick, sure):
+        plain = isinstance(make, functools.partial) and not make.keywords
+        calls += (make.func, make.args) if plain else (make, ())  # the library calls through a partial at no cost
+    return tuple(calls)

@@ -166,7 +166,8 @@ class Plan:
         """What the fast path needs to do the same for tensors of this alignment; None if each call must warn.
 
         ``tensors`` is how many a call has, those that are None included.  The answer is that of
-        :func:`tvm_flash.fast.recipe`, and what makes the result and the log-sum-exp (None: nothing is to be made).
+        :func:`tvm_flash.fast.recipe`, and the :func:`tvm_flash.fast.ways` of making the result and the log-sum-exp
+        (None: nothing is to be made).
         """
         if self.suspicion is not None:
             return None
@@ -184,7 +185,15 @@ class Plan:
         made = fast.recipe(self._frame(), used, self._return_lse, footprints)
         # On the processor the fast path has room of its own for an lse that nobody asked for.
         makes_lse = self._return_lse or (self._lse_needed and self._gpu is not None)
-        return *made, self._make_out if out is None else None, self._make_lse if makes_lse else None
+        request, like = self._request, self._request.q
+        make_out = make_lse = None
+        if out is None:
+            quick = self._framework.quick_allocator(request.out_shape, request.problem.dtype, like)
+            make_out = fast.ways(quick or self._make_out, self._make_out)
+        if makes_lse:
+            quick = self._framework.quick_allocator(request.sizes.lse_shape, "float32", like)
+            make_lse = fast.ways(quick or self._make_lse, self._make_lse)
+        return *made, make_out, make_lse
 
     def _check_overlap(self, pointers: tuple[int, ...], at_out: int) -> None:
         names = ("q", "k", "v", *self._request.per_head)

@@ -14,7 +14,7 @@
 #include "call_key.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define ABI 1 /* of the functions below and of Recipe; tvm_flash/fast.py asks for the one that it knows */
+#define ABI 2 /* of the functions below and of Recipe; tvm_flash/fast.py asks for the one that it knows */
 #define MAX_ARGUMENTS 32
 #define MAX_ENTRIES 1024 /* the oldest goes first; one takes about 1.5 KB */
 #define BUCKETS 2048
@@ -34,6 +34,7 @@ typedef struct {
   int32_t argument_count, tensor_count;
   int32_t device_type, device_index;
   int32_t returns_lse;
+  int32_t (*current_device)(int32_t*);          /* of the driver; NULL on the processor */
   int32_t per_head[MAX_TENSORS];                /* which of the call's tensors each of the last ones is */
   int64_t low[MAX_TENSORS], high[MAX_TENSORS]; /* bytes that each of the call's tensors touches, from its pointer */
 } Recipe;
@@ -44,23 +45,27 @@ typedef struct Entry {
   int references, words;
   const Recipe* recipe;
   PyObject *owner, *site; /* owner of the recipe, of what it points to, and of the two functions */
-  PyObject *make_out, *make_lse;
+  PyObject *make_out, *make_lse; /* None, or tuples as make() takes them */
   uint64_t key[];
 } Entry;
 
 static Entry* buckets[BUCKETS];
 static Entry* ring[MAX_ENTRIES]; /* in the order of their arrival */
 static int ring_at;
+static Entry* recent; /* what the last call found: most calls are like the one before */
 
 /* Of libtvm_ffi. */
 static int (*call_function)(TVMFFIObjectHandle, TVMFFIAny*, int32_t, TVMFFIAny*);
 static void* (*get_stream)(int32_t, int32_t);
 static int (*set_stream)(int32_t, int32_t, void*, void**);
 
+static int is_of(const Entry* entry, const Call* call) {
+  return entry->words == call->words && !memcmp(entry->key, call->key, 8 * call->words);
+}
+
 static Entry* find(const Call* call, uint64_t hash) {
   Entry* entry = buckets[hash % BUCKETS];
-  while (entry && !(entry->hash == hash && entry->words == call->words && !memcmp(entry->key, call->key, 8 * call->words)))
-    entry = entry->next;
+  while (entry && !(entry->hash == hash && is_of(entry, call))) entry = entry->next;
   return entry;
 }
 
@@ -75,6 +80,7 @@ static void evict(int at) {
   Entry* entry = ring[at];
   if (!entry) return;
   ring[at] = NULL;
+  if (recent == entry) recent = NULL;
   Entry** link = &buckets[entry->hash % BUCKETS];
   while (*link != entry) link = &(*link)->next;
   *link = entry->next;
@@ -108,14 +114,25 @@ static int may_overlap(const Call* call, const Recipe* recipe) {
   return 0;
 }
 
-/* A new tensor and its address. */
-static PyObject* make(PyObject* function, uint64_t* pointer) {
+/* Whether the device that new tensors are made on, if nobody names one, is the recipe's. */
+static int is_current(const Recipe* recipe) {
+  int32_t device;
+  return !recipe->current_device || (!recipe->current_device(&device) && device == recipe->device_index);
+}
+
+/* A new tensor and its address.  `ways` is (function, arguments, function, arguments): the first is quick and makes it on
+ * the current device, the second is sure. */
+static PyObject* make(const Recipe* recipe, PyObject* ways, uint64_t* pointer) {
   uint64_t words[1 + 2 * MAX_DIMS];
-  PyObject* tensor = PyObject_CallNoArgs(function);
-  if (!tensor) return NULL;
-  const Reader* reader = reader_of(tensor);
-  if (reader && read_tensor(reader, tensor, words, pointer)) return tensor;
-  Py_DecRef(tensor);
+  for (int sure = !is_current(recipe); sure < 2; sure++) {
+    PyObject* tensor = PyObject_CallObject(PyTuple_GetItem(ways, 2 * sure), PyTuple_GetItem(ways, 2 * sure + 1));
+    if (!tensor) return NULL;
+    const Reader* reader = reader_of(tensor);
+    if (reader && read_tensor(reader, tensor, words, pointer) &&
+        (sure || !reader->api || is_on(words, recipe->device_type, recipe->device_index)))
+      return tensor;
+    Py_DecRef(tensor);
+  }
   PyErr_SetString(PyExc_TypeError, "a new tensor isn't of the type that was seen before");
   return NULL;
 }
@@ -160,11 +177,11 @@ static PyObject* follow(const Call* call, const Entry* entry) {
   }
   if (out != none)
     Py_IncRef(out);
-  else if (!(out = make(entry->make_out, &pointers[3])))
+  else if (!(out = make(recipe, entry->make_out, &pointers[3])))
     return NULL;
   float unread; /* of a single row, the kernel writes lse even if nobody asked for it */
   pointers[4] = recipe->device_type == kDLCPU ? (uint64_t)&unread : pointers[3];
-  if (entry->make_lse != none && !(lse = make(entry->make_lse, &pointers[4]))) {
+  if (entry->make_lse != none && !(lse = make(recipe, entry->make_lse, &pointers[4]))) {
     Py_DecRef(out);
     return NULL;
   }
@@ -197,8 +214,10 @@ static PyObject* slow;
 static PyObject* call_(PyObject* self, PyObject* const* arguments, ptrdiff_t count) {
   (void)self;
   Call call;
-  Entry* entry = read_call(&call, arguments, count) ? find(&call, hash_of(&call)) : NULL;
+  Entry* entry = NULL;
+  if (read_call(&call, arguments, count)) entry = recent && is_of(recent, &call) ? recent : find(&call, hash_of(&call));
   if (entry && !gradient_expected(&call)) {
+    recent = entry;
     entry->references++;
     PyObject* result = follow(&call, entry);
     release(entry);

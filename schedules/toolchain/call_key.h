@@ -93,6 +93,11 @@ static int read_tensor(const Reader* reader, PyObject* tensor, uint64_t* words, 
   return 1 + 2 * x.ndim;
 }
 
+/* Whether the tensor that words of a DLTensor tell of is on a device. */
+static int is_on(const uint64_t* words, int32_t type, int32_t index) {
+  return words[0] >> 40 == ((uint64_t)(uint8_t)type | (uint64_t)(uint16_t)index << 8);
+}
+
 /* ---------------------------------------------------------------- keys */
 
 /* A call, read: its key, and its pointers in the order q, k, v, per-head parameters, out (0 for what isn't given). */

@@ -27,6 +27,7 @@ _DRIVER_CALLS = (
     *("cuInit", "cuGetErrorString", "cuCtxGetDevice", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"),
     *("cuDevicePrimaryCtxRetain", "cuThreadExchangeStreamCaptureMode", "cuLibraryLoadData", "cuLibraryGetKernel"),
     *("cuDeviceGetAttribute", "cuKernelSetAttribute", "cuLaunchKernel", "cuTensorMapEncodeTiled"),
+    "cuTensorMapReplaceAddress",
 )
 
 

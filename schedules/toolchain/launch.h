@@ -11,8 +11,12 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <utility>
+
+// What a host half calls where a check fails: the compiler puts such places out of the way of what runs.
+extern "C" __attribute__((cold)) void TVMFFIErrorSetRaisedFromCStrParts(const char*, const char**, int32_t);
 
 // The host half only casts pointers to these.
 struct __half;
@@ -48,7 +52,18 @@ static const char* cudaGetErrorString(CUresult error) {
 
 static CUresult cudaGetLastError() { return CUDA_SUCCESS; }  // the driver keeps no last error
 
-static CUresult cudaGetDevice(int* device) { return cuCtxGetDevice(device); }
+namespace device_image {
+
+// The device that a guard of this thread has made current; -1 outside of guards.
+static thread_local int guarded = -1;
+
+}  // namespace device_image
+
+static CUresult cudaGetDevice(int* device) {
+  if (device_image::guarded < 0) return cuCtxGetDevice(device);
+  *device = device_image::guarded;
+  return CUDA_SUCCESS;
+}
 
 namespace device_image {
 
@@ -94,8 +109,8 @@ class Kernel {
 
   // Sets an attribute once for each device.
   CUresult prepare(CUfunction_attribute attribute, int value) {
-    CUdevice device;
-    CUresult error = cuCtxGetDevice(&device);
+    int device;
+    CUresult error = cudaGetDevice(&device);
     if (error != CUDA_SUCCESS) return error;
     uint64_t bit = device < kDevices ? uint64_t(1) << device : 0;
     if (prepared_.load(std::memory_order_acquire) & bit) return CUDA_SUCCESS;
@@ -107,7 +122,7 @@ class Kernel {
 
   // The arguments as the kernel declares them.
   template <typename... Params, typename... Args>
-  CUresult launch(void (*)(Params...), const cudaLaunchConfig_t* config, Args... arguments) {
+  CUresult launch(void (*)(Params...), const cudaLaunchConfig_t* config, const Args&... arguments) {
     static_assert(sizeof...(Params) == sizeof...(Args), "kernel argument count mismatch");
     std::tuple<Params...> values((Params)arguments...);
     return launch(config, values, std::make_index_sequence<sizeof...(Params)>());
@@ -126,6 +141,60 @@ class Kernel {
   std::atomic<uint64_t> prepared_{0};
 };
 
+// The tensor map that one place in a kernel's host half made last.
+class TensorMap {
+ public:
+  // cuTensorMapEncodeTiled; if nothing but the address has changed, that is replaced: 0.014 µs in place of 0.07.
+  CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
+                  const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
+                  CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                  CUtensorMapFloatOOBfill fill) {
+    const uint32_t kinds[kKinds] = {rank,         uint32_t(type),      uint32_t(interleave),
+                                    uint32_t(swizzle), uint32_t(promotion), uint32_t(fill)};
+    CUresult error = CUDA_SUCCESS;
+    if (!is_like(kinds, sizes, strides, box, steps)) {
+      error = cuTensorMapEncodeTiled(&map_, type, rank, address, sizes, strides, box, steps, interleave, swizzle,
+                                     promotion, fill);
+      if (rank <= kRank) remember(kinds, sizes, strides, box, steps);
+    } else if (address != address_) {
+      error = cuTensorMapReplaceAddress(&map_, address);
+    }
+    address_ = address;
+    if (error != CUDA_SUCCESS) kinds_[0] = 0;
+    *map = map_;
+    return error;
+  }
+
+ private:
+  static constexpr int kKinds = 6, kRank = 5;
+
+  bool is_like(const uint32_t* kinds, const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+               const cuuint32_t* steps) const {
+    uint64_t differs = 0;
+    for (int i = 0; i < kKinds; i++) differs |= kinds[i] ^ kinds_[i];
+    if (differs) return false;
+    for (uint32_t i = 0; i < kinds[0]; i++) differs |= (sizes[i] ^ sizes_[i]) | (box[i] ^ box_[i]) | (steps[i] ^ steps_[i]);
+    for (uint32_t i = 0; i + 1 < kinds[0]; i++) differs |= strides[i] ^ strides_[i];
+    return !differs;
+  }
+
+  void remember(const uint32_t* kinds, const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                const cuuint32_t* steps) {
+    const uint32_t rank = kinds[0];
+    memcpy(kinds_, kinds, sizeof kinds_);
+    memcpy(sizes_, sizes, rank * sizeof *sizes);
+    memcpy(strides_, strides, (rank - 1) * sizeof *strides);
+    memcpy(box_, box, rank * sizeof *box);
+    memcpy(steps_, steps, rank * sizeof *steps);
+  }
+
+  CUtensorMap map_;
+  void* address_;
+  uint32_t kinds_[kKinds];  // the first, the rank, is 0 if there is none
+  cuuint64_t sizes_[kRank], strides_[kRank - 1];
+  cuuint32_t box_[kRank], steps_[kRank];
+};
+
 }  // namespace device_image
 
 // What a number is, and not how it was computed: TVM's simplifier sees no further.
@@ -133,11 +202,14 @@ extern "C" inline int32_t opaque(int32_t value) { return value; }
 
 // How many multiprocessors the current device has; kernels whose blocks stay for more than one tile ask for it.
 extern "C" inline int32_t multiprocessors() {
-  CUdevice device;
-  int count = 0;
-  device_image::check(cuCtxGetDevice(&device), "there is no current device");
+  static std::array<std::atomic<int>, device_image::kDevices> kept = {};
+  int device;
+  device_image::check(cudaGetDevice(&device), "there is no current device");
+  int count = device < device_image::kDevices ? kept[device].load(std::memory_order_relaxed) : 0;
+  if (count) return count;
   device_image::check(cuDeviceGetAttribute(&count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device),
                       "the device doesn't say how many multiprocessors it has");
+  if (device < device_image::kDevices) kept[device].store(count, std::memory_order_relaxed);
   return count;
 }
 
@@ -152,17 +224,21 @@ class CUDADeviceGuard {
  public:
   explicit CUDADeviceGuard(int device) {
     CUdevice current;
-    if (cuCtxGetDevice(&current) == CUDA_SUCCESS && current == device) return;
-    device_image::check(cuCtxPushCurrent(device_image::primary_context(device)), "cannot use the device");
-    pushed_ = true;
+    if (cuCtxGetDevice(&current) != CUDA_SUCCESS || current != device) {
+      device_image::check(cuCtxPushCurrent(device_image::primary_context(device)), "cannot use the device");
+      pushed_ = true;
+    }
+    device_image::guarded = device;
   }
   ~CUDADeviceGuard() {
+    device_image::guarded = before_;
     CUcontext context;
     if (pushed_) cuCtxPopCurrent(&context);
   }
   CUDADeviceGuard(const CUDADeviceGuard&) = delete;
 
  private:
+  int before_ = device_image::guarded;
   bool pushed_ = false;
 };
 

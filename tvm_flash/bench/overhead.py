@@ -1,8 +1,9 @@
 """What a call costs the caller before the kernel runs, part by part, beside PyTorch's functions on the same tensors.
 
 All calls take turns: in each round every one is called some hundred times in a row, and the round gives the mean; the
-figure is the median of the rounds.  On a GPU a row begins with an empty queue, which so many calls don't fill.  C
-functions are called through ctypes, less what ctypes takes to call a function that does nothing.
+figure is the median of the rounds, less that of a function that does nothing.  On a GPU a row begins with an empty
+queue, which so many calls don't fill.  C functions are called through ctypes, less what ctypes takes to call one that
+does nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def in_turns(calls: Mapping[str, Timed], wait: Callable[[], object] = lambda: None) -> dict[str, float]:
-    """Seconds of a call, by name; ``wait`` empties the queue of a GPU."""
+    """Seconds of a call, by name, without the loop around it; ``wait`` empties the queue of a GPU."""
+    empty = "the loop"
+    calls = {**calls, empty: Timed(lambda: None)}
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     was_enabled = gc.isenabled()
     gc.disable()
@@ -75,7 +78,8 @@ def in_turns(calls: Mapping[str, Timed], wait: Callable[[], object] = lambda: No
     finally:
         if was_enabled:
             gc.enable()
-    return {name: statistics.median(times) for name, times in rounds.items()}
+    found = {name: statistics.median(times) for name, times in rounds.items()}
+    return {name: seconds - found[empty] for name, seconds in found.items() if name != empty}
 
 
 def _on_cpu() -> dict[str, dict[str, float]]:
@@ -150,7 +154,7 @@ def _parts(arguments: tuple) -> dict[str, Timed]:
     if fast.call is call.slow:
         raise SystemExit("the installed packs have no fast path; build one with scripts/build_kernels.py")
     (plan,) = call._plans.values()
-    _, (_, frame), make_out, _ = plan.recipe(arguments[1], *arguments[2:5], None)
+    _, (_, frame), (make_out, of_what, *_), _ = plan.recipe(arguments[1], *arguments[2:5], None)
     frame.run([*(x.data_ptr() for x in (*arguments[2:5], out)), out.data_ptr()])
     function, values, _, count, _ = frame.parts()
     kernel_call, nothing = ctypes.CDLL(ffi.tvm_ffi().LIB._name).TVMFFIFunctionCall, ctypes.CDLL(None).labs
@@ -159,7 +163,7 @@ def _parts(arguments: tuple) -> dict[str, Timed]:
     entry, alive = fast.call, (frame, out)
     return {
         "entry": Timed(lambda: entry(*arguments)),
-        "allocation": Timed(make_out),
+        "allocation": Timed(lambda: make_out(*of_what)),
         "kernel": Timed(lambda: (kernel_call(*given), alive)),
         "nothing": Timed(lambda: (nothing(*given), alive)),
     }

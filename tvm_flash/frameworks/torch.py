@@ -55,6 +55,10 @@ class Torch(Framework):
             return partial(torch.empty_like, prototype)
         return partial(torch.empty_strided, shape, contiguous_strides(shape), dtype=_DTYPES[dtype], device=device)
 
+    def quick_allocator(self, shape, dtype, like):
+        make = _empty_strided(like.device_kind)
+        return make and partial(make, shape, contiguous_strides(shape), _DTYPES[dtype])
+
     def fill(self, tensor, value):
         tensor.fill_(value)
 
@@ -73,6 +77,20 @@ class Torch(Framework):
 
     def stream(self, device_index):
         return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+@functools.cache
+def _empty_strided(device_kind):
+    """What torch has for the programs that it compiles: ``(shape, strides, dtype)`` to a new tensor on the current
+    device, without a dispatcher; None if it isn't there, or is another than it was."""
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    make = getattr(guards, f"_empty_strided_{device_kind}", None)
+    try:
+        x = make((0, 8), (8, 1), torch.float16)
+    except (TypeError, RuntimeError):
+        return None
+    same = (x.shape, x.stride(), x.dtype, x.device.type) == ((0, 8), (8, 1), torch.float16, device_kind)
+    return make if same else None
 
 
 _elements: dict = {}
@@ -104,7 +122,8 @@ class TracedTorch(Torch):
 
 def stands_for_others(cls: type) -> bool:
     """Whether tensors of a type have no memory to read, but answer operators in their own way."""
-    return cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    own, usual = (getattr(c, "__torch_dispatch__", None) for c in (cls, torch.Tensor))  # torch 1.11 has no usual one
+    return own is not usual
 
 
 def _is_wrapper(tensor) -> bool:
