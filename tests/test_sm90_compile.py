@@ -57,23 +57,26 @@ def compiler():
 
 
 @pytest.mark.parametrize(
-    ("template", "pattern"),
+    ("template", "bucket", "pattern"),
     [
-        (v2, {"mask": "causal", "head_dim": 64}),
-        (v2, {"mask": "window", "score": "softcap_alibi", "head_dim": 64, "dtype": "bfloat16"}),
-        (v1, {"head_dim": 256}),
-        (v2, {"mask": "sink_window", "head_dim": 192, "head_dim_v": 128}),
+        (v2, 0, {"mask": "causal", "head_dim": 64}),
+        (v2, 0, {"mask": "window", "score": "softcap_alibi", "head_dim": 64, "dtype": "bfloat16"}),
+        (v1, 0, {"head_dim": 256}),
+        (v1, 4096, {"mask": "causal", "head_dim": 256}),
+        (v2, 0, {"mask": "sink_window", "head_dim": 192, "head_dim_v": 128}),
     ],
-    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else x.__name__.rpartition(".")[2],
+    ids=lambda x: (
+        "-".join(map(str, x.values())) if isinstance(x, dict) else str(getattr(x, "__name__", x)).split(".")[-1]
+    ),
 )
-def test_machine_code(template, pattern, tmp_path):
+def test_machine_code(template, bucket, pattern, tmp_path):
     pattern = pattern_of(**pattern)
-    program = template.apply(pattern, TARGET, "kernel")
+    config = sm90.default_configs(template.__name__.rpartition(".")[2], pattern, TARGET)[bucket]
+    program = template.apply(pattern, TARGET, "kernel", config)
     assert isinstance(program, Program), program
     report, count = compiled(program, tmp_path)
     (kernel,) = report.kernels
     assert kernel.spills == kernel.stack == 0
-    config = sm90.default_configs(template.__name__.rpartition(".")[2], pattern, TARGET)[0]
     assert kernel.registers * config.threads * config.blocks_per_sm <= 65536
     # Twice a step: head_dim / 16 products for the scores; each of the tensors has a load, the output a store.
     assert count["HGMMA"] >= pattern.head_dim // 16 + 2

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.families.sm90.config import Config
+from schedules.families.mma import anew
+from schedules.families.sm90.config import ALL, Config
 from schedules.families.sm90.rows import Rows
 from schedules.geometry import Geometry, KeyTiles, Parameters, local, site
 from schedules.pattern import Pattern
@@ -14,8 +15,12 @@ from schedules.pattern import Pattern
 class Places:
     """The places of work, ``(x, y, z)`` with x the fastest: a row tile of a head each, or two of them.
 
-    Row tiles are the fastest, so that a head's K and V stay in the cache; with head sections, the heads of one are.
-    Either each place has a block, or there are ``blocks``, and each visits every ``blocks``-th place from its own on.
+    Row tiles are the fastest, so that a head's K and V stay in the cache; with head sections, the heads of one are.  If
+    one section is all heads, row tiles are the slowest, from the longest of a causal mask to the shortest.
+
+    Either each place has a block, or there are ``blocks``, which go over the places to and fro: the first of a round
+    takes the last place of the next.  So lengths that fall add up to nearly the same for every block.
+
     Made before ``T.device_entry()``, of host expressions.
     """
 
@@ -24,6 +29,8 @@ class Places:
         self.groups = T.bind(_ceildiv(rows.count, config.block_m * config.tiles_per_cta))
         if config.head_section == 1:
             self.x, self.y, self.z = self.groups, rows.heads, geometry.batch
+        elif config.head_section == ALL:
+            self.x, self.y, self.z = rows.heads, geometry.batch, self.groups
         else:
             # Heads that don't divide into sections form one that is as wide as all of them.
             whole = T.truncmod(rows.heads, config.head_section) == 0
@@ -39,11 +46,20 @@ class Places:
         """Blocks along each axis."""
         return [self.blocks, 1, 1] if self.config.persistent else [self.x, self.y, self.z]
 
-    def place(self, n):
-        """Place number ``n``."""
+    def visits(self, block):
+        """How many places a block of ``blocks`` visits."""
+        whole = T.truncdiv(self.count, self.blocks)
+        return whole + T.Cast("int32", whole * self.blocks + self._turn(block, whole) < self.count)
+
+    def visit(self, block, i):
+        """Place number ``i`` of a block of ``blocks``."""
+        n = i * self.blocks + self._turn(block, i)
         rest = T.truncdiv(n, self.x)
         z = T.truncdiv(rest, self.y)
         return n - rest * self.x, rest - z * self.y, z
+
+    def _turn(self, block, i):
+        return T.Select(T.bitwise_and(i, 1) == 0, block, self.blocks - 1 - block)
 
 
 def _ceildiv(a, b):
@@ -67,8 +83,7 @@ class Block:
         self.tile = local(T.int32(0))
         self.tiles = config.tiles_per_cta
         if config.persistent:
-            visits = T.truncdiv(places.count - 1 - at[0], places.blocks) + 1
-            self.tiles = local(visits * config.tiles_per_cta)
+            self.tiles = local(places.visits(at[0]) * config.tiles_per_cta)
         group, head, batch = self.where(0)
         self.head, self.batch, self.row_first = local(head), local(batch), local(self.first_row(group, T.int32(0)))
         self.kv_head = local(T.truncdiv(self.head, rows.group))
@@ -80,9 +95,11 @@ class Block:
         config, places = self.config, self.places
         x, y, z = self.at
         if config.persistent:
-            x, y, z = places.place(T.shift_right(tile, config.tiles_per_cta - 1) * places.blocks + x)
+            x, y, z = places.visit(x, T.shift_right(anew(tile), config.tiles_per_cta - 1))
         if config.head_section == 1:
             return x, y * self.rows.head_step, z
+        if config.head_section == ALL:
+            return z, x * self.rows.head_step, y
         batch = T.truncdiv(z, places.sections)
         return y, ((z - batch * places.sections) * places.x + x) * self.rows.head_step, batch
 

@@ -15,6 +15,8 @@ WARPGROUP_ROWS = 64
 SHARED_MEMORY = 227 * 1024
 #: Registers beside accumulators and probabilities: addresses, row state, temporaries.
 OTHER_REGISTERS = 32
+#: The head section that is all heads of all batches.
+ALL = 0
 #: Room for the barriers.
 BARRIER_BYTES = 512
 #: Registers of a producer's and of a consumer's thread, by consumer warpgroups and blocks of a multiprocessor: all that
@@ -51,7 +53,8 @@ class Config:
     running_max: take the row maximum in every step; else unmasked steps rely on the exact maximum of a row's first tile
         and take another only when the row sum of a step shows that it has been far exceeded.
     pack_heads: query heads of a group share a row tile where there are few queries (``rows.py``).
-    head_section: heads whose row tiles are visited together, strip by strip; 1 visits all row tiles of a head first.
+    head_section: heads whose row tiles are visited together, strip by strip; 1 visits all row tiles of a head first,
+        ``ALL`` a strip of all heads and batches.
     """
 
     num_consumer_warpgroups: int = 2

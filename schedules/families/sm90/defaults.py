@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-from schedules.families.sm90.config import Config
+from schedules.families.sm90.config import ALL, Config
 from schedules.pattern import Pattern
 from schedules.template import Target
 
@@ -49,7 +49,10 @@ def _head_dim_64(pattern: Pattern) -> dict[int, Config]:
     # 1k 406, 437, 490; causal (places of two tiles are equally long) 512 220, 268, 310; 1k 289, 358, 395; 2k 358, 438,
     # 466.  Three with 128 keys: full 16k 567 to 570, causal 16k 545 to 554.
     blocks = Config(num_consumer_warpgroups=4, block_n=64, num_stages=4, pingpong=False, waves=1)
-    return {0: blocks if pattern.is_unmasked else replace(blocks, tiles_per_cta=2)}
+    if pattern.is_unmasked:
+        return {0: blocks}
+    # A strip of all heads at a time: causal 4k 512 to 505, 8k 527 to 537, 16k 546 to 562.
+    return {0: replace(blocks, tiles_per_cta=2)} | ({8192: _by_strips(blocks)} if _is_triangle(pattern) else {})
 
 
 def _head_dim_128(pattern: Pattern) -> dict[int, Config]:
@@ -57,28 +60,33 @@ def _head_dim_128(pattern: Pattern) -> dict[int, Config]:
         # Parameters of a head (ALiBi's slope) take registers, with 128 keys they would spill.
         return {0: Config(block_n=96 if any(p.per_head for p in pattern.params) else 128)}
     # Blocks for one place of two tiles against blocks that stay: full 512 449 to 496, 1k 545 to 581, 8k 672 to 682.
-    wide = Config(waves=1, overlap_tiles=True)
+    wide = Config(waves=1)
+    narrow = replace(wide, num_stages=4, block_n=80)
     if pattern.is_unmasked:
-        # Without overlap and with: full 512 542, 514; 1k 587, 576; 2k 613, 619; 8k 660, 669.
-        return {0: replace(wide, overlap_tiles=False), 2048: wide}
+        # 128 keys, 128 with overlap of row tiles, 64, 80: full 512 534, 508, 524, 499; 1k 584, 568, 578, 593; 2k 615,
+        # 617, 604, 624; 8k 655, 660, 632, 666; 16k 675, 681, 644, 682.
+        return {0: wide, 1024: narrow}
     # Warpgroups that see nothing of a tile of 64 keys leave it out, where one of 128 would be masked.  128 keys against
-    # 64: causal 512 314 to 343, 1k 425 to 456, 2k 525 to 535, 4k 587 to 608, 16k 650 to 633.
-    wide = replace(wide, tiles_per_cta=2)
-    return {0: replace(wide, block_n=64, num_stages=4, overlap_tiles=False), 8192: wide}
+    # 64: causal 512 314 to 343, 1k 425 to 456, 2k 525 to 535.  Pairs with 64, 80, 128 keys, strips with 64, 80: causal
+    # 4k 571, 568, 577, 576, 573; 8k 579, 600, 598, 598, 613; 16k 607, 631, 627, 634, 650.
+    pairs = replace(narrow, tiles_per_cta=2)
+    return {0: replace(pairs, block_n=64), 8192: _by_strips(narrow) if _is_triangle(pattern) else pairs}
 
 
 def _head_dim_192(pattern: Pattern) -> dict[int, Config]:
     # All that fits beside 192 columns of output.
     block_n = 128 if pattern.head_dim_v <= 128 and pattern.is_scale_only else 96
-    return _stays(pattern, Config(block_n=block_n))
+    # A strip of all heads at a time: causal 2k 538 to 497, 4k 623 to 618, 8k 681 to 676, 16k 669 to 692.
+    return _stays(pattern, Config(block_n=block_n), 16384)
 
 
 def _head_dim_256(pattern: Pattern) -> dict[int, Config]:
     # Taking turns gains nothing here.  80 keys without room for outputs: 8k 692 to 703.
-    return _stays(pattern, Config(block_n=64, pingpong=False))
+    # A strip of all heads at a time: causal 2k 552 to 522, 4k 602 to 623, 8k 657 to 665, 16k 677 to 697.
+    return _stays(pattern, Config(block_n=64, pingpong=False), 4096)
 
 
-def _stays(pattern: Pattern, config: Config) -> dict[int, Config]:
+def _stays(pattern: Pattern, config: Config, strips_from: int) -> dict[int, Config]:
     """Blocks that stay, where there is room for the queries of one row tile, but for outputs beside them.
 
     In place of a block for each row tile, with outputs in the place of the queries, each kind at its best: head_dim 256
@@ -87,8 +95,20 @@ def _stays(pattern: Pattern, config: Config) -> dict[int, Config]:
     to 493, 2k 604 to 642, 8k 692 to 716; causal 512 302 to 329, 2k 488 to 551, 8k 627 to 664.  192 with values of 128
     full 512 455 to 505, 8k 701 to 710; causal 512 291 to 340, 2k 497 to 556, 8k 607 to 638.
     """
-    tiles = 1 if pattern.is_unmasked and pattern.is_scale_only else 2
     # With modified scores the step without maximum would spill.
-    return {
-        0: replace(config, tiles_per_cta=tiles, waves=1, separate_output=True, running_max=not pattern.is_scale_only)
-    }
+    single = replace(config, waves=1, separate_output=True, running_max=not pattern.is_scale_only)
+    if pattern.is_unmasked and pattern.is_scale_only:
+        return {0: single}
+    pairs = {0: replace(single, tiles_per_cta=2)}
+    return pairs | ({strips_from: _by_strips(single)} if _is_triangle(pattern) else {})
+
+
+def _by_strips(config: Config) -> Config:
+    """Single row tiles, strip after strip of all heads, the longest first: no block is without work at the end, where
+    places of two tiles leave 3% of the machine so.  It reads keys and values more often."""
+    return replace(config, tiles_per_cta=1, head_section=ALL)
+
+
+def _is_triangle(pattern: Pattern) -> bool:
+    """Whether each row sees more than the one before, as with a causal mask; the rows of a window are equally long."""
+    return pattern.is_scale_only and not pattern.is_unmasked and not pattern.params

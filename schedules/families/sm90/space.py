@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from schedules.families.sm90.config import ALL
 from schedules.pattern import Pattern
 from schedules.template import Target
 
@@ -25,5 +26,5 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "overlap_tiles": (False, True) if several else (False,),
         "separate_output": (False, True) if several else (False,),
         "running_max": (False,) if pattern.is_scale_only else (False, True),
-        "head_section": (1, 2, 4, 8) if template == "v2" else (1,),
+        "head_section": (1, ALL, 2, 4, 8) if template == "v2" else (1, ALL),
     }
