@@ -46,6 +46,7 @@ typedef struct Entry {
   const Recipe* recipe;
   PyObject *owner, *site; /* owner of the recipe, of what it points to, and of the two functions */
   PyObject *make_out, *make_lse; /* None, or tuples as make() takes them */
+  Options options;
   uint64_t key[];
 } Entry;
 
@@ -71,6 +72,7 @@ static Entry* find(const Call* call, uint64_t hash) {
 
 static void release(Entry* entry) {
   if (--entry->references) return;
+  for (int i = 0; i < entry->options.count; i++) Py_DecRef(entry->options.options[i]);
   Py_DecRef(entry->site);
   Py_DecRef(entry->owner);
   free(entry);
@@ -215,7 +217,8 @@ static PyObject* call_(PyObject* self, PyObject* const* arguments, ptrdiff_t cou
   (void)self;
   Call call;
   Entry* entry = NULL;
-  if (read_call(&call, arguments, count)) entry = recent && is_of(recent, &call) ? recent : find(&call, hash_of(&call));
+  if (read_call(&call, arguments, count, recent ? &recent->options : NULL))
+    entry = recent && is_of(recent, &call) ? recent : find(&call, hash_of(&call));
   if (entry && !gradient_expected(&call)) {
     recent = entry;
     entry->references++;
@@ -243,7 +246,7 @@ static PyObject* add(PyObject* self, PyObject* const* arguments, ptrdiff_t count
   if (size > (ptrdiff_t)(sizeof items / sizeof *items)) return done();
   for (ptrdiff_t i = 0; i < size; i++) items[i] = PyTuple_GetItem(arguments[0], i);
   Call call;
-  if (!read_call(&call, items, size)) return done();
+  if (!read_call(&call, items, size, NULL)) return done();
   uint64_t hash = hash_of(&call);
   if (find(&call, hash)) return done();
   PyObject* recipe = PyObject_CallNoArgs(arguments[1]); /* may run other threads */
@@ -266,6 +269,13 @@ static PyObject* add(PyObject* self, PyObject* const* arguments, ptrdiff_t count
       .make_lse = PyTuple_GetItem(recipe, 3),
   };
   memcpy(entry->key, call.key, 8 * call.words);
+  PyObject** options = items + 2 + call.tensor_count;
+  if (items + size - options <= MAX_OPTIONS) {
+    entry->options.count = (int)(items + size - options);
+    entry->options.words = call.words - call.option_word;
+    entry->options.key = entry->key + call.option_word;
+    for (int i = 0; i < entry->options.count; i++) Py_IncRef(entry->options.options[i] = options[i]);
+  }
   Py_IncRef(entry->site);
   buckets[hash % BUCKETS] = entry;
   evict(ring_at);

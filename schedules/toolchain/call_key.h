@@ -11,6 +11,7 @@
 #define MAX_WORDS 192
 #define MAX_ALIGNMENT 128 /* as in tvm_flash/memory.py */
 #define MAX_READERS 8
+#define MAX_OPTIONS 16 /* that are known again */
 
 static PyObject* const none = &_Py_NoneStruct;
 
@@ -104,10 +105,17 @@ static int is_on(const uint64_t* words, int32_t type, int32_t index) {
 typedef struct {
   const Reader* reader;
   PyObject* const* tensors;
-  int tensor_count, words;
+  int tensor_count, words, option_word; /* the last: where those of the options begin */
   uint64_t pointers[MAX_TENSORS];
   uint64_t key[MAX_WORDS + 1 + 2 * MAX_DIMS];
 } Call;
+
+/* Options of an earlier call, and the words of its key that they gave: nothing that can be an option ever changes. */
+typedef struct {
+  int count, words;
+  uint64_t* key;
+  PyObject* options[MAX_OPTIONS];
+} Options;
 
 enum { NOTHING, FALSE_, TRUE_, INTEGER, REAL, TEXT, TUPLE };
 
@@ -158,9 +166,21 @@ static int append_option(Call* call, PyObject* x) {
   return 0;
 }
 
+static int append_options(Call* call, PyObject* const* options, ptrdiff_t count, const Options* known) {
+  if (known && known->count == count && call->words + known->words <= MAX_WORDS &&
+      !memcmp(known->options, options, count * sizeof *options)) {
+    memcpy(call->key + call->words, known->key, 8 * known->words);
+    call->words += known->words;
+    return 1;
+  }
+  for (ptrdiff_t i = 0; i < count; i++)
+    if (!append_option(call, options[i])) return 0;
+  return 1;
+}
+
 /* Read the arguments (site, number of tensors, tensors …, options …); false if they are none for the fast path.  A site
- * is an object that stands for what its caller has decided once and for all. */
-static int read_call(Call* call, PyObject* const* arguments, ptrdiff_t count) {
+ * is an object that stands for what its caller has decided once and for all.  `known` may be NULL. */
+static int read_call(Call* call, PyObject* const* arguments, ptrdiff_t count, const Options* known) {
   long long tensors = count > 1 ? PyLong_AsLongLong(arguments[1]) : 0;
   if (tensors < 4 || tensors > MAX_TENSORS || count < 2 + tensors) return 0;
   call->tensors = arguments + 2;
@@ -183,8 +203,8 @@ static int read_call(Call* call, PyObject* const* arguments, ptrdiff_t count) {
     }
     if (i < 3 || i == tensors - 1) bits |= call->pointers[i]; /* per-head parameters may lie anywhere */
   }
-  for (ptrdiff_t i = 2 + tensors; i < count; i++)
-    if (!append_option(call, arguments[i])) return 0;
+  call->option_word = call->words;
+  if (!append_options(call, arguments + 2 + tensors, count - 2 - tensors, known)) return 0;
   call->key[0] = (uint64_t)arguments[0];
   call->key[1] = (uint64_t)call->reader->framework << 32 | (bits & -bits);
   return 1;

@@ -144,23 +144,23 @@ class Kernel {
 // The tensor map that one place in a kernel's host half made last.
 class TensorMap {
  public:
-  // cuTensorMapEncodeTiled; if nothing but the address has changed, that is replaced: 0.014 µs in place of 0.07.
+  // cuTensorMapEncodeTiled; if nothing but the address has changed, that is replaced: 0.02 µs in place of 0.07.
   CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
                   const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
                   CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                   CUtensorMapFloatOOBfill fill) {
-    const uint32_t kinds[kKinds] = {rank,         uint32_t(type),      uint32_t(interleave),
-                                    uint32_t(swizzle), uint32_t(promotion), uint32_t(fill)};
+    const uint32_t kinds[kKinds] = {rank, uint32_t(type), uint32_t(interleave), uint32_t(swizzle), uint32_t(promotion),
+                                    uint32_t(fill)};
     CUresult error = CUDA_SUCCESS;
     if (!is_like(kinds, sizes, strides, box, steps)) {
       error = cuTensorMapEncodeTiled(&map_, type, rank, address, sizes, strides, box, steps, interleave, swizzle,
                                      promotion, fill);
-      if (rank <= kRank) remember(kinds, sizes, strides, box, steps);
+      if (error == CUDA_SUCCESS) remember(kinds, sizes, strides, box, steps);
     } else if (address != address_) {
       error = cuTensorMapReplaceAddress(&map_, address);
     }
-    address_ = address;
     if (error != CUDA_SUCCESS) kinds_[0] = 0;
+    address_ = address;
     *map = map_;
     return error;
   }
@@ -172,8 +172,9 @@ class TensorMap {
                const cuuint32_t* steps) const {
     uint64_t differs = 0;
     for (int i = 0; i < kKinds; i++) differs |= kinds[i] ^ kinds_[i];
-    if (differs) return false;
-    for (uint32_t i = 0; i < kinds[0]; i++) differs |= (sizes[i] ^ sizes_[i]) | (box[i] ^ box_[i]) | (steps[i] ^ steps_[i]);
+    if (differs || !kinds[0]) return false;
+    for (uint32_t i = 0; i < kinds[0]; i++)
+      differs |= (sizes[i] ^ sizes_[i]) | (box[i] ^ box_[i]) | (steps[i] ^ steps_[i]);
     for (uint32_t i = 0; i + 1 < kinds[0]; i++) differs |= strides[i] ^ strides_[i];
     return !differs;
   }

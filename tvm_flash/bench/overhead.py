@@ -210,7 +210,7 @@ def _tables(
         "the kernel's host function": kernel,
     }
     if "launch" in parts:
-        rows["— of that, four tensor maps"] = 4 * (found["tensor map"] - found["no tensor map"])
+        rows["— for comparison, four tensor maps encoded"] = 4 * (found["tensor map"] - found["no tensor map"])
         rows["— for comparison, the launch of an empty kernel"] = found["launch"] - found["no launch"]
     rows["together"] = found[ours]
     return {"call": {name: found[name] for name in calls}, "part of the first call": rows}
