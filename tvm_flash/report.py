@@ -77,6 +77,7 @@ def _pack(pack: Pack) -> dict[str, Any]:
         "isa": manifest.isa,
         "folder": str(pack.folder),
         "usable": pack.unusable is None,
+        "for_this_processor": cpu.features().issuperset(manifest.cpu_features),
         "reason": pack.unusable or "",
         "bytes": sum(m.size for m in (*manifest.modules, *manifest.support_files)),
         "created": manifest.created,
@@ -123,7 +124,8 @@ def show(report: dict[str, Any], screen: Screen) -> None:
         screen.line("packs: none")
     for pack in report["packs"]:
         if not pack["usable"]:
-            screen.line(f"✗ {pack['folder']}: {pack['reason']}", "warning", whole=True)
+            style = "warning" if pack["for_this_processor"] else ""
+            screen.line(f"{_mark(pack)} {pack['folder']}: {pack['reason']}", style, whole=True)
     for broken in report["broken"]:
         screen.line(f"✗ {broken['folder']}: {broken['reason']}", "bad", whole=True)
     for gap in report["missing"]:
@@ -137,10 +139,9 @@ def _device_row(device: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _pack_row(pack: dict[str, Any]) -> tuple[str, ...]:
-    mark = "✓" if pack["usable"] else "✗"
     size = f"{pack['bytes'] / 2**20:.1f} MB"
     return (
-        f"{mark} {pack['arch']}",
+        f"{_mark(pack)} {pack['arch']}",
         pack["isa"],
         str(len(pack["kernels"])),
         size,
@@ -149,13 +150,20 @@ def _pack_row(pack: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _mark(pack: dict[str, Any]) -> str:
+    """A pack for better processors is no fault."""
+    if pack["usable"]:
+        return "✓"
+    return "✗" if pack["for_this_processor"] else "–"
+
+
 def _minute(moment: str) -> str:
     return moment[:16].replace("T", " ")
 
 
 def _kernel_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row for each set of kernels that differ in nothing but dtype, head_dim, mask and score."""
-    rows = []
+    sets: dict[tuple[str, ...], list[str]] = {}  # instruction sets that have the same kernels
     for pack in report["packs"]:
         kinds: dict[tuple[str, str, str], dict[str, dict]] = {}
         for kernel in pack["kernels"]:
@@ -168,11 +176,10 @@ def _kernel_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         for (definition, template, dtype), found in kinds.items():
             dims = ", ".join(str(d) if d == e else f"{d}:{e}" for d, e in sorted(found["dims"]))
             merged.setdefault((definition, template, dims, _masks(found["what"])), []).append(dtype)
-        rows += [
-            (pack["arch"], definition, template, ", ".join(dtypes), dims, what)
-            for (definition, template, dims, what), dtypes in merged.items()
-        ]
-    return rows
+        for (definition, template, dims, what), dtypes in merged.items():
+            row = (pack["arch"], definition, template, ", ".join(dtypes), dims, what)
+            sets.setdefault(row, []).append(pack["isa"])
+    return [(f"{arch} {', '.join(isas)}".rstrip(), *rest) for (arch, *rest), isas in sets.items()]
 
 
 def _masks(kinds: Iterable[tuple[str, str]]) -> str:
