@@ -79,7 +79,16 @@ def test_ampere_and_later(arch, template, pattern, tmp_path):
     assert count["LDGSTS"] >= 3
 
 
-@pytest.mark.parametrize("pattern", [{"mask": "causal"}, {"head_dim": 256}, {"head_dim": 64, "score": "softcap_alibi"}])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"mask": "causal"},
+        {"mask": "padded"},
+        {"head_dim": 256},
+        {"head_dim": 256, "mask": "window", "score": "softcap_alibi"},
+        {"head_dim": 64, "score": "softcap_alibi"},
+    ],
+)
 def test_turing(pattern, tmp_path):
     pattern = pattern_of(**pattern)
     program = v1.apply(pattern, Target("sm_75"), "kernel")
@@ -143,6 +152,15 @@ def test_configurations_that_do_not_fit_are_refused():
         refused = sm80.feasible(pattern, replace(config, **change), target)
         assert isinstance(refused, Rejected)
         assert reason in refused.reason
+
+
+def test_what_pairs_of_warps_exchange_must_fit_the_memory_of_k():
+    target, pattern = Target("sm_75"), pattern_of()
+    config = sm75.Config(128, 32, 8, 1, warps_per_tile=2)
+    refused = sm75.feasible(pattern, config, target)
+    assert isinstance(refused, Rejected)
+    assert "too small" in refused.reason
+    assert sm75.feasible(pattern, replace(config, block_m=64, num_warps=4), target) is None
 
 
 def test_families_share_what_an_arch_does_not_decide():

@@ -25,9 +25,11 @@ from tvm_flash.manifest import BUILTIN_DEFINITION
 #: Arch, template, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to multiply and to copy.
 KERNELS = (
     ("sm_70", "v1", 64, 64, "causal", "identity", "float16"),
+    ("sm_75", "v1", 64, 64, "causal", "identity", "float16"),
     ("sm_75", "v1", 128, 128, "window", "softcap", "float16"),
+    ("sm_75", "v1", 256, 256, "causal", "identity", "float16"),  # pairs of warps
     ("sm_80", "v2", 64, 64, "full", "identity", "bfloat16"),
-    ("sm_80", "v1", 128, 128, "causal", "identity", "float16"),
+    ("sm_80", "v2", 128, 128, "causal", "identity", "float16"),
     ("sm_80", "v2", 256, 256, "causal", "identity", "float16"),  # pairs of warps
     ("sm_80", "v2", 192, 128, "full", "alibi", "bfloat16"),
     ("sm_86", "v1", 96, 96, "sink_window", "identity", "float16"),  # a mask with gaps

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from schedules.fragment import M16N8
 from schedules.geometry import local
+from schedules.pattern import Pattern
 
 LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
 
+def operand_registers(pattern: Pattern, config) -> int:
+    """Registers of the fragments of Q that a warp holds at a time."""
+    m_tiles = config.block_m * config.warps_per_tile // (M16N8.tile_rows * config.num_warps)
+    return m_tiles * 4 * (pattern.head_dim // 16 if config.q_in_registers else 1)
+
+
 class LdmatrixProducts:
     """Mixed into a :class:`schedules.families.machine.BlockMachine`.
 
-    The machine brings ``multiply(C, c, A, a, B, b)``, one m16n8k16 product into ``C[c .. c + 3]``, and
-    ``q_in_registers``: whether it calls ``keep_q`` once, or Q is to be loaded for every tile.
+    The machine brings ``multiply(C, c, A, a, B, b)``, one m16n8k16 product into ``C[c .. c + 3]``,
+    ``q_in_registers``: whether it calls ``keep_q`` once, or Q is to be loaded for every tile; and ``v_ahead``: whether
+    every fragment of V is loaded one before its products, and none earlier.  Else the compiler decides, which takes the
+    registers it finds, and spills addresses and counters where there are none.
     """
 
     def place_operands(self):
@@ -26,7 +36,7 @@ class LdmatrixProducts:
         """The registers of operands."""
         steps = self.head_dim // 16 if self.q_in_registers else 1
         self.A = T.alloc_local([steps * self.m_tiles * 4], "uint32")
-        self.B = T.alloc_local([4], "uint32")
+        self.B = T.alloc_local([8 if self.v_ahead else 4], "uint32")
         self.P = T.alloc_local([self.m_tiles * 4], "uint32")  # of 16 keys
 
     def sources(self, lane, part, warp_row):
@@ -56,15 +66,32 @@ class LdmatrixProducts:
             self.load_q(self.q_from, k, k * self.m_tiles * 4, 0)
 
     @T.inline
-    def load_v(self, v_from, key, n):
-        """Fragments of 16 keys from ``key`` and the n-th 16 columns of V."""
-        T.ptx[LOAD_TRANSPOSED](*[self.B[x] for x in range(4)], self.v.tile.at(v_from, key, n * 2))
+    def load_v(self, v_from, key, n, b=0):
+        """Fragments of 16 keys from ``key`` and the n-th 16 columns of V, to ``B[b]`` and on."""
+        T.ptx[LOAD_TRANSPOSED](*[self.B[b + x] for x in range(4)], self.v.tile.at(v_from, key, n * 2))
 
     @T.inline
-    def multiply_pair(self, C, c, A, a):
+    def multiply_pair(self, C, c, A, a, b=0):
         """16 columns: a pair of B fragments must be neighbours among the outputs of ldmatrix, or moves cost 8%."""
-        self.multiply(C, c, A, a, self.B, 0)
-        self.multiply(C, c + 4, A, a, self.B, 2)
+        self.multiply(C, c, A, a, self.B, b)
+        self.multiply(C, c + 4, A, a, self.B, b + 2)
+
+    @T.inline
+    def multiply_v(self, v_from, key, count, stride, first):
+        """O += P V for 16 keys from ``key``, and ``count`` times 16 columns, of every ``stride``-th."""
+        if self.v_ahead:
+            self.load_v(v_from, key, 0)
+            for n in T.unroll(count):
+                if n + 1 < count:
+                    self.load_v(v_from, key, (n + 1) * stride, (n + 1) % 2 * 4)
+                T.cuda.warp_sync()  # no load comes before it
+                for t in T.unroll(first, self.m_tiles):
+                    self.multiply_pair(self.O, t * self.o_stride + n * 8, self.P, t * 4, n % 2 * 4)
+        else:
+            for n in T.unroll(count):
+                self.load_v(v_from, key, n * stride)
+                for t in T.unroll(first, self.m_tiles):
+                    self.multiply_pair(self.O, t * self.o_stride + n * 8, self.P, t * 4)
 
     @T.inline
     def scores_from(self, q_place, k_place, first):
@@ -95,7 +122,4 @@ class LdmatrixProducts:
     def accumulate(self, k, first=0):
         """O += P V for the k-th 16 keys of the tile in use."""
         v_from: T.uint32 = self.v_from + T.Cast("uint32", self.use * self.v.tile.stage_bytes)
-        for n in T.unroll(self.head_dim_v // 16):
-            self.load_v(v_from, k * 16, n)
-            for t in T.unroll(first, self.m_tiles):
-                self.multiply_pair(self.O, t * self.o_stride + n * 8, self.P, t * 4)
+        self.multiply_v(v_from, k * 16, self.head_dim_v // 16, 1, first)

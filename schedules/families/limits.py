@@ -23,10 +23,22 @@ _MOST_REGISTERS = 255  # of a thread
 _OTHER_REGISTERS = 40
 
 
-def shared_memory(pattern: Pattern, config, num_stages: int, parts: int = 1, cursors_in_shared: bool = False) -> int:
+def exchanged_bytes(config) -> int:
+    """Shared memory in which pairs of warps hand to each other P, and a float for each row and warp."""
+    return config.block_m * (2 * config.block_n + 8)
+
+
+def shared_memory(
+    pattern: Pattern,
+    config,
+    num_stages: int,
+    parts: int = 1,
+    cursors_in_shared: bool = False,
+    exchange_in_k: bool = False,
+) -> int:
     """Bytes of a block's tiles of Q, K and V, of what warps that share rows hand to each other, and of cursors."""
     keys = num_stages * config.block_n * (pattern.head_dim + pattern.head_dim_v)
-    exchanged = config.block_m * (2 * config.block_n + 8) if parts == 2 else 0
+    exchanged = exchanged_bytes(config) if parts == 2 and not exchange_in_k else 0
     cursors = config.num_warps * 32 * 16 if cursors_in_shared else 0
     return 2 * (config.block_m * pattern.head_dim + keys) + exchanged + cursors
 
@@ -48,11 +60,13 @@ def check(
     more: int,
     parts: int = 1,
     cursors_in_shared: bool = False,
+    exchange_in_k: bool = False,
 ) -> Rejected | None:
     """Whether a block can be divided among its warps, and fits the machine.
 
     ``m_tiles``: how many row tiles a warp may have; ``more``: registers beside S, P and O that the family knows of;
-    ``parts``: how many warps share the keys and columns of their rows; ``cursors_in_shared``: as in the machine.
+    ``parts``: how many warps share the keys and columns of their rows; ``cursors_in_shared``: as in the machine;
+    ``exchange_in_k``: what they hand to each other lies in the memory of K.
     """
     D, E = pattern.head_dim, pattern.head_dim_v
     if D % 32 or E % 32:
@@ -65,7 +79,14 @@ def check(
         return Rejected(f"block_m {config.block_m} doesn't give each of {config.num_warps} warps {rows} rows")
     if config.block_n % 16:
         return Rejected(f"block_n {config.block_n} must be a multiple of 16")
-    shared, available = shared_memory(pattern, config, num_stages, parts, cursors_in_shared), SHARED_MEMORY[target.arch]
+    if parts not in (1, 2):
+        return Rejected(f"warps_per_tile {parts} must be 1 or 2")
+    if parts == 2 and (config.num_warps % 2 or config.block_n not in (32, 64)):
+        return Rejected(f"pairs of warps need an even num_warps, and a block_n of 32 or 64, not {config.block_n}")
+    if parts == 2 and exchange_in_k and exchanged_bytes(config) > 2 * config.block_n * D:
+        return Rejected(f"a tile of {config.block_n} keys is too small for what pairs of warps hand to each other")
+    shared = shared_memory(pattern, config, num_stages, parts, cursors_in_shared, exchange_in_k)
+    available = SHARED_MEMORY[target.arch]
     if shared > available:
         return Rejected(f"needs {shared // 1024} KiB of shared memory, {target.arch} has {available // 1024}")
     fragments = (

@@ -109,10 +109,7 @@ class PairedProducts(LdmatrixProducts):
     @T.inline
     def accumulate_from(self, v_from, k, first):
         """O += P V for the k-th 16 keys from ``v_from`` on, and this warp's columns."""
-        for n in T.unroll(self.head_dim_v // 32):
-            self.load_v(v_from, k * 16, n * 2)
-            for t in T.unroll(first, self.m_tiles):
-                self.multiply_pair(self.O, t * self.o_stride + n * 8, self.P, t * 4)
+        self.multiply_v(v_from, k * 16, self.head_dim_v // 32, 2, first)
 
     @T.inline
     def finish(self):

@@ -1,7 +1,7 @@
 """Copies of Volta and Turing, which have no cp.async: to registers early, from there to shared memory late.
 
 K and V have one buffer each.  V of a tile is on its way to registers during Q K, K of the next tile during softmax and
-P V; a step has two barriers.
+P V; a step has two barriers.  Pairs of warps hand P to each other in the memory of K, and K waits for a third.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def pack_halves(to, i, low, high):
 class StagedCopies:
     """Mixed into a :class:`schedules.families.machine.BlockMachine` with one stage."""
 
+    q_in_registers = False
+
     def place_staging(self):
         """Registers for this thread's part of the largest tile of keys."""
         words = 4 * max(x.passes * x.tile.panels for x in (self.k, self.v))
@@ -95,6 +97,9 @@ class StagedCopies:
         self.copy(self.q, True, self.rows[0])
         self.copy(self.k, self.fetched >= self.tiles.begin, self.fetched * self.config.block_n)
         self.fetch_done()
+        if self.q_in_registers:
+            T.cuda.cta_sync()
+            self.keep_q()
 
     @T.inline
     def step(self, tile, masked, tracked):
@@ -109,6 +114,8 @@ class StagedCopies:
         more: T.bool = self.fetched >= self.tiles.begin
         self.load(self.k, more)
         self.absorb(tracked)
+        if self.parts > 1:
+            T.cuda.cta_sync()
         if more:
             self.store(self.k)
         self.fetch_done()
