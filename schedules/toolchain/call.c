@@ -82,7 +82,7 @@ static void evict(int at) {
   Entry* entry = ring[at];
   if (!entry) return;
   ring[at] = NULL;
-  if (recent == entry) recent = NULL;
+  if (recent == entry) recent = NULL, known = NULL;
   Entry** link = &buckets[entry->hash % BUCKETS];
   while (*link != entry) link = &(*link)->next;
   *link = entry->next;
@@ -217,12 +217,12 @@ static PyObject* call_(PyObject* self, PyObject* const* arguments, ptrdiff_t cou
   (void)self;
   Call call;
   Entry* entry = NULL;
-  if (read_call(&call, arguments, count, recent ? &recent->options : NULL))
+  if (read_call(&call, arguments, count)) /* may run other threads, and garbage collection any code */
     entry = recent && is_of(recent, &call) ? recent : find(&call, hash_of(&call));
-  if (entry && !gradient_expected(&call)) {
-    recent = entry;
+  if (entry) {
+    recent = entry, known = &entry->options;
     entry->references++;
-    PyObject* result = follow(&call, entry);
+    PyObject* result = gradient_expected(&call) ? NULL : follow(&call, entry);
     release(entry);
     if (result || PyErr_Occurred()) return result;
   }
@@ -246,7 +246,7 @@ static PyObject* add(PyObject* self, PyObject* const* arguments, ptrdiff_t count
   if (size > (ptrdiff_t)(sizeof items / sizeof *items)) return done();
   for (ptrdiff_t i = 0; i < size; i++) items[i] = PyTuple_GetItem(arguments[0], i);
   Call call;
-  if (!read_call(&call, items, size, NULL)) return done();
+  if (!read_call(&call, items, size)) return done();
   uint64_t hash = hash_of(&call);
   if (find(&call, hash)) return done();
   PyObject* recipe = PyObject_CallNoArgs(arguments[1]); /* may run other threads */

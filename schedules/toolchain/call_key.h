@@ -117,6 +117,8 @@ typedef struct {
   PyObject* options[MAX_OPTIONS];
 } Options;
 
+static const Options* known; /* of the last call that was found, while it is kept; NULL if there is none */
+
 enum { NOTHING, FALSE_, TRUE_, INTEGER, REAL, TEXT, TUPLE };
 
 /* Append an option to a key; false for one that no key can hold.  Only what is equal in type and value is equal in
@@ -166,7 +168,7 @@ static int append_option(Call* call, PyObject* x) {
   return 0;
 }
 
-static int append_options(Call* call, PyObject* const* options, ptrdiff_t count, const Options* known) {
+static int append_options(Call* call, PyObject* const* options, ptrdiff_t count) {
   if (known && known->count == count && call->words + known->words <= MAX_WORDS &&
       !memcmp(known->options, options, count * sizeof *options)) {
     memcpy(call->key + call->words, known->key, 8 * known->words);
@@ -179,8 +181,8 @@ static int append_options(Call* call, PyObject* const* options, ptrdiff_t count,
 }
 
 /* Read the arguments (site, number of tensors, tensors …, options …); false if they are none for the fast path.  A site
- * is an object that stands for what its caller has decided once and for all.  `known` may be NULL. */
-static int read_call(Call* call, PyObject* const* arguments, ptrdiff_t count, const Options* known) {
+ * is an object that stands for what its caller has decided once and for all. */
+static int read_call(Call* call, PyObject* const* arguments, ptrdiff_t count) {
   long long tensors = count > 1 ? PyLong_AsLongLong(arguments[1]) : 0;
   if (tensors < 4 || tensors > MAX_TENSORS || count < 2 + tensors) return 0;
   call->tensors = arguments + 2;
@@ -204,7 +206,7 @@ static int read_call(Call* call, PyObject* const* arguments, ptrdiff_t count, co
     if (i < 3 || i == tensors - 1) bits |= call->pointers[i]; /* per-head parameters may lie anywhere */
   }
   call->option_word = call->words;
-  if (!append_options(call, arguments + 2 + tensors, count - 2 - tensors, known)) return 0;
+  if (!append_options(call, arguments + 2 + tensors, count - 2 - tensors)) return 0;
   call->key[0] = (uint64_t)arguments[0];
   call->key[1] = (uint64_t)call->reader->framework << 32 | (bits & -bits);
   return 1;
