@@ -73,16 +73,16 @@ def check(
         return Rejected(f"head_dim {D} and head_dim_v {E} must be multiples of 32; build for the next larger one")
     if E > D:
         return Rejected(f"head_dim_v {E} exceeds head_dim {D}; the output is staged in the memory of Q")
+    if parts not in (1, 2):
+        return Rejected(f"warps_per_tile {parts} must be 1 or 2")
+    if parts == 2 and (config.num_warps % 2 or config.block_n not in (32, 64)):
+        return Rejected(f"pairs of warps need an even num_warps, and a block_n of 32 or 64, not {config.block_n}")
     tiles, rest = divmod(config.block_m * parts, fragment.tile_rows * config.num_warps)
     if rest or tiles not in m_tiles:
         rows = " or ".join(str(n * fragment.tile_rows) for n in m_tiles)
         return Rejected(f"block_m {config.block_m} doesn't give each of {config.num_warps} warps {rows} rows")
     if config.block_n % 16:
         return Rejected(f"block_n {config.block_n} must be a multiple of 16")
-    if parts not in (1, 2):
-        return Rejected(f"warps_per_tile {parts} must be 1 or 2")
-    if parts == 2 and (config.num_warps % 2 or config.block_n not in (32, 64)):
-        return Rejected(f"pairs of warps need an even num_warps, and a block_n of 32 or 64, not {config.block_n}")
     if parts == 2 and exchange_in_k and exchanged_bytes(config) > 2 * config.block_n * D:
         return Rejected(f"a tile of {config.block_n} keys is too small for what pairs of warps hand to each other")
     shared = shared_memory(pattern, config, num_stages, parts, cursors_in_shared, exchange_in_k)
