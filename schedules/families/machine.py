@@ -13,7 +13,8 @@ from tvm.backend.cuda.lang import SMEMPool
 from tvm.script import tirx as T
 
 from schedules.families import mma
-from schedules.families.mma import CHUNK, SharedTile, fresh
+from schedules.families.mma import CHUNK, SharedTile
+from schedules.families.registers import fresh
 from schedules.fragment import Fragment
 from schedules.geometry import Geometry, KeyTiles, Tensor, flat, local, wide
 from schedules.pattern import Pattern

@@ -14,6 +14,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.epilogue import normalise, store_lse, store_rows
+from schedules.families.registers import anew, fresh
 from schedules.geometry import Geometry, KeyTiles, Parameters, flat, parameterised, site
 from schedules.pattern import Pattern
 from schedules.template import SEQ_OUTER, Traversal
@@ -25,37 +26,6 @@ INDEX_BITS = 32
 
 #: Size of row sum and output from which a row is computed again.
 _LARGEST_SUM = {"float16": math.inf, "bfloat16": 1e30}
-
-_FRESH_INDEX = """
-__forceinline__ __device__ int fresh_{name}() {{
-  int x;
-  asm volatile("mov.u32 %0, %%{register};" : "=r"(x));
-  return x;
-}}
-"""
-
-
-def fresh(register: str) -> Expr:
-    """A special register such as ``"tid.x"``, read anew: nothing computed from it stays in registers across a loop.
-
-    With S, P and O in registers there is no room for addresses, and ptxas would spill them.
-    """
-    name = register.replace(".", "_")
-    source = _FRESH_INDEX.format(name=name, register=register)
-    return T.cuda.func_call(f"fresh_{name}", source_code=source, return_type="int32")
-
-
-_ANEW = """
-__forceinline__ __device__ int anew(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-"""
-
-
-def anew(value: Expr) -> Expr:
-    """The value, as if it had just been read: what is computed from it isn't kept either."""
-    return T.cuda.func_call("anew", value, source_code=_ANEW, return_type="int32")
 
 
 def panel_columns(columns: int) -> int:

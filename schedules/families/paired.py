@@ -17,7 +17,8 @@ import operator
 from tvm.script import tirx as T
 
 from schedules.families.ldmatrix import LOAD, LdmatrixProducts
-from schedules.families.mma import SharedTile, fresh
+from schedules.families.mma import SharedTile
+from schedules.families.registers import fresh
 
 #: Named barriers of the pairs begin here; barrier 0 is the whole block's.
 _FIRST_BARRIER = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.families.mma import anew
+from schedules.families.registers import anew
 from schedules.families.sm90.config import ALL, Config
 from schedules.families.sm90.rows import Rows
 from schedules.geometry import Geometry, KeyTiles, Parameters, local, site
