@@ -65,7 +65,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
     parser.add_argument(
         "--isa",
         default="",
-        help="of CPU packs: some of avx512_bf16,avx512,avx2,baseline, or all (default: this machine's best)",
+        help="of CPU packs: some of amx,avx512_bf16,avx512,avx2,baseline, or all (default: this machine's best)",
     )
     parser.add_argument("--head-dim", **several, help="64, 128, …; 192:128 if values have a size of their own")
     parser.add_argument("--dtype", **several, help="float32, float16, bfloat16")

@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     several = {"action": "extend", "default": []}
     parser.add_argument("--arch", default="native", help="native (default: the GPU, else the CPU), cpu, sm_80, …")
-    parser.add_argument("--isa", default="", help="of CPU kernels: avx512, avx2, baseline; else this machine's best")
+    parser.add_argument("--isa", default="", help="of CPU kernels: amx, avx512, avx2, …; else this machine's best")
     parser.add_argument("--template", type=values, **several, help="v1, v2 (default: both)")
     parser.add_argument("--problem", action="append", default=[], help='such as "b=4 h=16 s=4096 d=128 causal fp16"')
     parser.add_argument("--suite", choices=("standard",), help="the usual problems; these options keep some of them:")
