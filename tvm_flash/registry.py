@@ -14,7 +14,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tvm_flash import cpu, fast, ffi
@@ -38,6 +38,11 @@ class Pack:
     @property
     def arch(self) -> str:
         return self.manifest.arch
+
+    @property
+    def lacking(self) -> list[str]:
+        """Instructions that its code needs and this processor lacks."""
+        return sorted(set(self.manifest.cpu_features) - cpu.features())
 
 
 @dataclass(frozen=True)
@@ -198,17 +203,16 @@ def _pack_folders(folders: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def _read(folder: Path) -> Pack:
-    manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text())
-    unusable = None
+    pack = Pack(folder, Manifest.from_json((folder / MANIFEST_NAME).read_text()))
+    manifest, unusable = pack.manifest, None
     if manifest.arch == "cpu":
-        lacking = sorted(set(manifest.cpu_features) - cpu.features())
-        if lacking:
-            unusable = f"it is for {manifest.isa} and needs {', '.join(lacking)}, which this processor lacks"
+        if pack.lacking:
+            unusable = f"it is for {manifest.isa} and needs {', '.join(pack.lacking)}, which this processor lacks"
     elif not _CUDA_ARCH.fullmatch(manifest.arch):
         unusable = f"its arch {manifest.arch!r} is unknown to this version"
     if _written_by_anyone(folder) or _written_by_anyone(folder / MANIFEST_NAME):
         unusable = f"it {_BY_ANYONE}; run `chmod -R o-w {folder}` if you trust it"
-    return Pack(folder, manifest, unusable)
+    return replace(pack, unusable=unusable)
 
 
 _BY_ANYONE = "can be written by every user of this machine"

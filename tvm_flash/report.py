@@ -77,7 +77,7 @@ def _pack(pack: Pack) -> dict[str, Any]:
         "isa": manifest.isa,
         "folder": str(pack.folder),
         "usable": pack.unusable is None,
-        "for_this_processor": cpu.features().issuperset(manifest.cpu_features),
+        "for_this_processor": not pack.lacking,
         "reason": pack.unusable or "",
         "bytes": sum(m.size for m in (*manifest.modules, *manifest.support_files)),
         "created": manifest.created,
