@@ -185,15 +185,16 @@ class Plan:
         made = fast.recipe(self._frame(), used, self._return_lse, footprints)
         # On the processor the fast path has room of its own for an lse that nobody asked for.
         makes_lse = self._return_lse or (self._lse_needed and self._gpu is not None)
-        request, like = self._request, self._request.q
-        make_out = make_lse = None
-        if out is None:
-            quick = self._framework.quick_allocator(request.out_shape, request.problem.dtype, like)
-            make_out = fast.ways(quick or self._make_out, self._make_out)
-        if makes_lse:
-            quick = self._framework.quick_allocator(request.sizes.lse_shape, "float32", like)
-            make_lse = fast.ways(quick or self._make_lse, self._make_lse)
-        return *made, make_out, make_lse
+        request = self._request
+
+        def ways(shape, dtype, make):
+            return fast.ways(self._framework.quick_allocator(shape, dtype, request.q) or make, make)
+
+        return (
+            *made,
+            ways(request.out_shape, request.problem.dtype, self._make_out) if out is None else None,
+            ways(request.sizes.lse_shape, "float32", self._make_lse) if makes_lse else None,
+        )
 
     def _check_overlap(self, pointers: tuple[int, ...], at_out: int) -> None:
         names = ("q", "k", "v", *self._request.per_head)
