@@ -78,8 +78,7 @@ class Plan:
 def parse_targets(names: Iterable[str], isa: str = "") -> tuple[Target, ...]:
     """Targets of arch names; ``native`` is this machine's processor and its GPUs.
 
-    ``isa`` is for the processor: instruction sets, separated by commas, or ``all``; this machine's best
-    if empty.
+    ``isa`` is for the processor: instruction sets, separated by commas, or ``all``; this machine's best if empty.
 
     Raises
     ------

@@ -1,4 +1,7 @@
-"""The fast path of a repeated call: it answers what the slow path would, and leaves to it what it can't answer."""
+"""The fast path of a repeated call: it answers what the slow path would, and leaves to it what it can't answer.
+
+Long because each thing that it looks at in a call, and each that it must leave alone, has a test.
+"""
 
 from __future__ import annotations
 

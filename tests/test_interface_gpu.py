@@ -100,9 +100,8 @@ def test_the_same_call_on_other_addresses():
         results.append(flash_attention(*data[-1], causal=True))
     torch.cuda.synchronize()
     for (q, k, v), out in zip(data, results, strict=True):
-        copies = (
-            x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)
-        )  # other strides: another tensor map
+        # Other strides: another tensor map.
+        copies = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
         assert torch.equal(flash_attention(*copies, causal=True), out)
     assert len({out.data_ptr() for out in results}) == len(results)
 

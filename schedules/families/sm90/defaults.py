@@ -108,5 +108,6 @@ def _by_strips(config: Config) -> Config:
 
 
 def _is_triangle(pattern: Pattern) -> bool:
-    """Whether each row sees more than the one before, as with a causal mask; the rows of a window are equally long."""
+    """Whether each row sees more than the one before, as with a causal mask.  A mask with parameters may be a window,
+    whose rows are equally long."""
     return pattern.is_scale_only and not pattern.is_unmasked and not pattern.params

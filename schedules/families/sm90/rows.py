@@ -41,12 +41,8 @@ class Rows:
     def __init__(self, config: Config, geometry: Geometry):
         self.geometry = geometry
         self.group = T.bind(T.truncdiv(geometry.heads, geometry.kv_heads))
-        self.shift, self.mask, self.head_step, self.count = (
-            T.int32(_UNPACKED),
-            T.int32(_ALL_POSITIONS),
-            1,
-            geometry.seqlen_q,
-        )
+        self.shift, self.mask = T.int32(_UNPACKED), T.int32(_ALL_POSITIONS)
+        self.head_step, self.count = 1, geometry.seqlen_q
         if config.pack_heads:
             self._pack(config.block_m)
         self.heads = T.bind(T.truncdiv(geometry.heads, self.head_step))
@@ -54,9 +50,8 @@ class Rows:
     def _pack(self, block_m: int):
         """Let the heads of a group share a row tile, if all fit into one."""
         seqlen_q = self.geometry.seqlen_q
-        shift = T.bind(
-            sum((T.Cast("int32", seqlen_q > 1 << bits) for bits in range(MOST_PACKED.bit_length() - 1)), T.int32(0))
-        )
+        doublings = (T.Cast("int32", seqlen_q > 1 << bits) for bits in range(MOST_PACKED.bit_length() - 1))
+        shift = T.bind(sum(doublings, T.int32(0)))
         rows = T.bind(T.shift_left(self.group, shift))
         packed = T.bind(T.And(T.And(seqlen_q <= MOST_PACKED, rows <= block_m), self.group > 1))
         self.shift = _opaque(T.Select(packed, shift, self.shift))
