@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from schedules.assemble import assemble
+from schedules.builder.assemble import assemble
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

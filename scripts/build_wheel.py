@@ -8,10 +8,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":  # worker processes import this file
-    from schedules.build_command import main as build_kernels
+    from schedules.builder.plan import default_jobs
+    from schedules.builder.wheel import build_wheel
+    from schedules.commands.build import main as build_kernels
     from schedules.families import FAMILY
-    from schedules.plan import default_jobs
-    from schedules.wheel import build_wheel
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default=",".join(FAMILY), help="a comma list (default: %(default)s)")

@@ -22,9 +22,9 @@ import math
 
 import numpy as np
 
-from tvm_flash import selfcheck
-from tvm_flash.device import Device
-from tvm_flash.registry import registry
+from tvm_flash.commands import check as selfcheck
+from tvm_flash.machine.device import Device
+from tvm_flash.packs.registry import registry
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 

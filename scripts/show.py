@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from schedules.show import main
+from schedules.commands.show import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from schedules import assemble, records
+from schedules.builder import assemble, records
 from tests import verification
 
 

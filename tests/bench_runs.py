@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm_flash.bench import workloads
 from tvm_flash.bench.results import Cell, Implementation, Measurement, Peak, Run
-from tvm_flash.cli import main
+from tvm_flash.commands.cli import main
 
 
 def bench(capsys, *arguments):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tvm_flash import registry as packs
-from tvm_flash.registry import PATH_VARIABLE
+from tvm_flash.packs import registry as packs
+from tvm_flash.packs.registry import PATH_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,7 +77,7 @@ def toys(monkeypatch):
 @pytest.fixture
 def request_(tmp_path):
     """A request for six kernels of the toy families."""
-    from schedules.plan import Request
+    from schedules.builder.plan import Request
     from tests.toy_packs import CPU, TWO_GROUPS
 
     return Request((CPU,), TWO_GROUPS, output=tmp_path / "packs", jobs=1)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tvm_flash import flash_attention, flash_attention_v2, padded_attention, selfcheck
-from tvm_flash.device import parse
-from tvm_flash.manifest import BUILTIN_DEFINITION
-from tvm_flash.registry import registry
+from tvm_flash import flash_attention, flash_attention_v2, padded_attention
+from tvm_flash.commands import check as selfcheck
+from tvm_flash.machine.device import parse
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.registry import registry
 
 DTYPES = {"cpu": ("float32", "float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
 #: Those that models have, and, as None, any; of q and k, then of v: None is the same.

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tvm.script import tirx as T
 
 from schedules import families
-from schedules.template import Program, Rejected
+from schedules.families.interface import Program, Rejected
 from tests.toy_family import Isa
 
 #: Microseconds of sleep by (block_m, num_stages), all different, since equal kernels are measured once.
@@ -103,6 +103,6 @@ if __name__ in ("__main__", "__mp_main__"):  # also in the worker processes of t
     families.FAMILY["cpu"] = "rigged"
 
 if __name__ == "__main__":
-    from schedules.tuning.command import main
+    from schedules.commands.tune import main
 
     sys.exit(main())

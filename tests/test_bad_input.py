@@ -18,11 +18,11 @@ from tvm_flash import (
     LayoutWarning,
     NotSupportedError,
     TvmFlashError,
-    call,
     custom_attention,
     flash_attention,
     flash_attention_v2,
 )
+from tvm_flash.call import eager
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
@@ -155,14 +155,14 @@ def test_a_wrong_call(case):
         plain = all(isinstance(x, torch.Tensor) and x.ndim == 4 and x.numel() < 2**20 for x in (q, v))
         arguments["out"] = torch.full((*q.shape[:3], v.shape[3]) if plain else (2, 4, 17, 64), torch.nan)
     before = arguments["out"].copy() if isinstance(arguments["out"], np.ndarray) else arguments["out"].clone()
-    plans = len(call._plans)
+    plans = len(eager._plans)
     for _ in range(2):  # the second time, nothing that was remembered lets it through
         with pytest.raises(case.error) as caught:
             flash_attention(**arguments)
         assert isinstance(caught.value, TvmFlashError) and isinstance(caught.value, case.builtin)
         for part in case.says:
             assert part in str(caught.value)
-    assert len(call._plans) <= plans + 1
+    assert len(eager._plans) <= plans + 1
     after = arguments["out"]
     assert np.array_equal(np.asarray(after), np.asarray(before), equal_nan=True)
     flash_attention(**good())

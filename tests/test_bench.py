@@ -9,11 +9,12 @@ import pytest
 pytest.importorskip("torch")
 
 from tests.bench_runs import bench
-from tvm_flash import cuda, demo
 from tvm_flash.bench import accuracy, measure, others, ratios, results, timing, workloads
 from tvm_flash.bench.results import Run
 from tvm_flash.bench.workloads import Workload
-from tvm_flash.cli import main
+from tvm_flash.commands import demo
+from tvm_flash.commands.cli import main
+from tvm_flash.machine import cuda
 
 SMALL = ["--device", "cpu", "--rounds", "1", "--seconds", "0.01"]
 
@@ -171,8 +172,8 @@ def test_without_torch(command, cpu_pack, python):
     program = f"""
 import sys
 sys.modules["torch"] = None
-from tvm_flash.cli import main
-from tvm_flash.display import Entry
+from tvm_flash.commands.cli import main
+from tvm_flash.commands.display import Entry
 sys.stderr = sys.stdout
 print(main([{command!r}, "--device", "cpu"]))
 """

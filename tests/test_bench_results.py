@@ -13,7 +13,7 @@ from tests.bench_runs import bench, grid_run, run_of
 from tests.conftest import ROOT
 from tvm_flash.bench import plots, ratios, recorded, results, tables, workloads
 from tvm_flash.bench.workloads import Workload
-from tvm_flash.display import Entry
+from tvm_flash.commands.display import Entry
 from tvm_flash.errors import InvalidArgumentError
 
 

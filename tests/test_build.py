@@ -6,16 +6,16 @@ import dataclasses
 
 import pytest
 
-from schedules import pack
-from schedules.build import build
-from schedules.compile import ChosenConfig, Failed, Refused, cuda_source
-from schedules.plan import Request, parse_targets
-from schedules.suite import HeadDim, KernelSpec, Selection
-from schedules.template import Rejected, Target
+from schedules.builder import pack
+from schedules.builder.build import build
+from schedules.builder.compile import ChosenConfig, Failed, Refused, cuda_source
+from schedules.builder.plan import Request, parse_targets
+from schedules.builder.suite import HeadDim, KernelSpec, Selection
+from schedules.families.interface import Rejected, Target
 from tests import toy_family
 from tests.toy_packs import CPU, D64, added, assert_whole, contents
-from tvm_flash.fast import STEM
-from tvm_flash.manifest import MANIFEST_NAME
+from tvm_flash.call.fast import STEM
+from tvm_flash.packs.manifest import MANIFEST_NAME
 
 pytestmark = pytest.mark.usefixtures("toys")
 

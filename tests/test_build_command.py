@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from schedules import build_command
-from schedules.build import build
-from schedules.definition_file import DefinitionFile
-from schedules.pattern import DefinitionError
-from schedules.suite import CORE_VARIANTS
+from schedules.builder.build import build
+from schedules.builder.suite import CORE_VARIANTS
+from schedules.commands import build as build_command
+from schedules.definition.definition_file import DefinitionFile
+from schedules.definition.pattern import DefinitionError
 from tests.toy_packs import CPU, D64, TWO_GROUPS, added, assert_whole
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -69,8 +69,8 @@ def test_wrong_requests_name_the_option(tmp_path, capsys, arguments, message):
 
 DEFINITIONS = """
 from tvm.script import tirx as T
-from schedules.attention import Attention
-from schedules.catalogue import MASKS, ScoreModification
+from schedules.definition.attention import Attention
+from schedules.definition.catalogue import MASKS, ScoreModification
 
 squared = Attention(ScoreModification("square", lambda s, at: s * s, lambda s, at: s * s), MASKS["causal"])
 

@@ -12,14 +12,14 @@ import time
 
 import pytest
 
-from schedules import pack
-from schedules.build import build
-from schedules.compile import ChosenConfig
-from schedules.plan import Request, plan
-from schedules.suite import Selection
+from schedules.builder import pack
+from schedules.builder.build import build
+from schedules.builder.compile import ChosenConfig
+from schedules.builder.plan import Request, plan
+from schedules.builder.suite import Selection
 from tests import toy_family
 from tests.toy_packs import CPU, D64, TWO_GROUPS, assert_whole
-from tvm_flash.manifest import MANIFEST_NAME
+from tvm_flash.packs.manifest import MANIFEST_NAME
 
 pytestmark = pytest.mark.usefixtures("toys")
 

@@ -11,11 +11,11 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tvm_flash import selfcheck
-from tvm_flash.cli import main
-from tvm_flash.device import Device
-from tvm_flash.manifest import MANIFEST_NAME, Manifest
-from tvm_flash.registry import registry
+from tvm_flash.commands import check as selfcheck
+from tvm_flash.commands.cli import main
+from tvm_flash.machine.device import Device
+from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest
+from tvm_flash.packs.registry import registry
 
 
 @pytest.fixture
@@ -122,14 +122,16 @@ def test_without_rich_torch_and_matplotlib(cpu_pack, python):
 import sys
 for name in ("rich", "torch", "matplotlib", "tvm"):
     sys.modules[name] = None
-from tvm_flash.cli import main
+from tvm_flash.commands.cli import main
 assert main(["info"]) == main(["check"]) == main(["explain", "--shape", "2,8,512,64", "--device", "cpu"]) == 0
 """
     assert "kernels ✓" in python(program)
 
 
 def test_the_commands_are_light(cpu_pack, python):
-    program = "import sys, tvm_flash.cli; tvm_flash.cli._parser(); print([m for m in sys.modules if '.' not in m])"
+    program = (
+        "import sys; from tvm_flash.commands import cli; cli._parser(); print([m for m in sys.modules if '.' not in m])"
+    )
     assert not {"rich", "torch", "matplotlib", "tvm", "transformers"} & set(eval(python(program)))
 
 

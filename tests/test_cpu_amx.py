@@ -13,14 +13,14 @@ pytest.importorskip("torch")
 import numpy as np
 import tvm_ffi
 
-from schedules.compile import pattern_of
+from schedules.builder.compile import pattern_of
+from schedules.builder.suite import KernelSpec
 from schedules.families import cpu
-from schedules.suite import KernelSpec
 from tests import cases, torch_cases
 from tests.amx import emulate
 from tests.cases import CASES
 from tests.torch_cases import attend, own_case
-from tvm_flash.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Template, head_dim, head_dim_v, mask, score, and what differs from the default configuration.
 KERNELS = (

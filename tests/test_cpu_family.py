@@ -17,18 +17,18 @@ import tvm
 import tvm_ffi
 from tvm.script import tirx as T
 
-from schedules import v1, v2
-from schedules.attention import Attention
-from schedules.catalogue import MASKS, SCORES
+from schedules.definition.attention import Attention
+from schedules.definition.catalogue import MASKS, SCORES
+from schedules.definition.pattern import match
 from schedules.families import cpu
 from schedules.families.cpu import vector_math
-from schedules.pattern import match
-from schedules.template import Program, Rejected, Target
+from schedules.families.interface import Program, Rejected, Target
+from schedules.templates import v1, v2
 from schedules.toolchain import cpu as toolchain
 from tests import cases, torch_cases
 from tests.cases import CASES, Case
-from tvm_flash.cpu import features
-from tvm_flash.manifest import LAYOUT_OF_TEMPLATE
+from tvm_flash.machine.cpu import features
+from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE
 
 TEMPLATES = {"v1": v1, "v2": v2}
 

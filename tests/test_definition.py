@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tvm
 
-from schedules.attention import BLOCKS, Attention
-from schedules.catalogue import MASKS, SCORES
+from schedules.definition.attention import BLOCKS, Attention
+from schedules.definition.catalogue import MASKS, SCORES
 from tvm_flash import reference
 
 PARAMS = {"window_left": 5, "window_right": 2, "sink_tokens": 3, "softcap": 2.5}

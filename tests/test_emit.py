@@ -2,11 +2,11 @@
 
 import pytest
 
-from schedules.assemble import EMISSION_NAME, assemble, twins
-from schedules.emit import emit
-from schedules.plan import Request
-from schedules.suite import HeadDim, Selection
-from schedules.template import Target
+from schedules.builder.assemble import EMISSION_NAME, assemble, twins
+from schedules.builder.emit import emit
+from schedules.builder.plan import Request
+from schedules.builder.suite import HeadDim, Selection
+from schedules.families.interface import Target
 from schedules.toolchain import cuda
 from schedules.toolchain.process import ToolchainError
 

@@ -24,14 +24,12 @@ from tvm_flash import (
     LayoutWarning,
     NotSupportedError,
     TvmFlashError,
-    call,
-    fast,
-    ffi,
     flash_attention,
     flash_attention_v2,
-    plan,
-    registry,
 )
+from tvm_flash.call import eager, fast, plan
+from tvm_flash.machine import ffi
+from tvm_flash.packs import registry
 
 pytestmark = pytest.mark.usefixtures("fast_path")
 
@@ -40,21 +38,21 @@ pytestmark = pytest.mark.usefixtures("fast_path")
 def fast_path(cpu_pack, tmp_path_factory):
     """The library is loaded: that of the installed pack, or one that is made here if the pack has none."""
     flash_attention(*(np.zeros((1, 1, 1, 64), np.float32) for _ in range(3)))
-    if fast.call is call.slow:
+    if fast.call is eager.slow:
         library = tmp_path_factory.mktemp("fast") / "call.so"
         build_call_path(library)
         with pytest.MonkeyPatch.context() as environment:
             environment.delenv(fast.VARIABLE, raising=False)
             fast.load(library)
     yield
-    call.forget()
+    eager.forget()
 
 
 @pytest.fixture
 def slow_calls(monkeypatch):
     """What the slow path is called with."""
-    found, attention = [], call.attention
-    monkeypatch.setattr(call, "attention", lambda *a: found.append(a) or attention(*a))
+    found, attention = [], eager.attention
+    monkeypatch.setattr(eager, "attention", lambda *a: found.append(a) or attention(*a))
     return found
 
 
@@ -92,7 +90,7 @@ def test_both_paths_answer_the_same(case, layout, monkeypatch):
         slowly = FUNCTIONS[layout](*arguments, **asked)
         again = FUNCTIONS[layout](*arguments, **asked)
         with monkeypatch.context() as without:
-            without.setattr(fast, "call", call.slow)
+            without.setattr(fast, "call", eager.slow)
             assert bits(again) == bits(slowly) == bits(FUNCTIONS[layout](*arguments, **asked))
 
 
@@ -119,7 +117,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_repeated_call_is_fast(name, slow_calls):
-    call.forget()
+    eager.forget()
     attend = CALLS[name]()
     for _ in range(3):
         attend()
@@ -128,7 +126,7 @@ def test_a_repeated_call_is_fast(name, slow_calls):
 
 def test_equal_options_are_the_same_call(slow_calls):
     q, k, v = three()
-    call.forget()
+    eager.forget()
     for _ in range(3):
         flash_attention(q, k, v, window_size=tuple(int(x) for x in "53"), variant="".join(["v", "1"]))
         BackendSelector("cpu").select_attention(2, 3, 17, 64)(q, k, v)
@@ -138,7 +136,7 @@ def test_equal_options_are_the_same_call(slow_calls):
 def test_bfloat16_of_numpy_is_fast(slow_calls):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     q, k, v = (x.astype(ml_dtypes.bfloat16) for x in numpy_three())
-    call.forget()
+    eager.forget()
     results = [flash_attention(q, k, v) for _ in range(3)]
     assert len(slow_calls) == 1 and results[2].dtype == q.dtype
     assert np.array_equal(results[0].view(np.uint16), results[2].view(np.uint16))
@@ -170,7 +168,7 @@ def test_random_calls_answer_as_the_slow_path_does(monkeypatch):
         }
         found = flash_attention(q, k, v, **asked)
         with monkeypatch.context() as without:
-            without.setattr(fast, "call", call.slow)
+            without.setattr(fast, "call", eager.slow)
             assert bits(found) == bits(flash_attention(q, k, v, **asked)), asked
 
 
@@ -217,7 +215,7 @@ def test_an_array_that_has_become_read_only():
 def test_misaligned_data(slow_calls):
     room = torch.zeros(3 * 2 * 17 * 64 + 1)
     q, k, v = three()
-    call.forget()
+    eager.forget()
     for start in (0, 1, 0, 1):
         moved = room[start : start + q.numel()].view(q.shape).copy_(q)
         assert torch.equal(flash_attention(moved, k, v), flash_attention(q, k, v))
@@ -227,7 +225,7 @@ def test_misaligned_data(slow_calls):
 def test_a_suspicious_layout_still_warns():
     q, k, v = three(1, 9, 4, 64)
     for _ in range(2):
-        call._warned.clear()
+        eager._warned.clear()
         with pytest.warns(LayoutWarning):
             flash_attention(q, k, v)
 
@@ -285,13 +283,13 @@ def test_a_kernel_that_fails_is_reported_by_the_slow_path(monkeypatch, slow_call
 
     q, k, v = three()
     want = flash_attention(q, k, v)
-    call.forget()
+    eager.forget()
     monkeypatch.setattr(plan.Plan, "recipe", with_refusal)
     slow_calls.clear()
     for _ in range(3):
         assert torch.equal(flash_attention(q, k, v), want)
     assert len(slow_calls) == 3
-    call.forget()
+    eager.forget()
 
 
 def test_an_allocation_that_fails(monkeypatch):
@@ -301,11 +299,11 @@ def test_an_allocation_that_fails(monkeypatch):
     recipe = plan.Plan.recipe
     monkeypatch.setattr(plan.Plan, "recipe", lambda *a: (*recipe(*a)[:2], fast.ways(fail, fail), None))
     q, k, v = three()
-    call.forget()
+    eager.forget()
     flash_attention(q, k, v)
     with pytest.raises(MemoryError, match="no room"):
         flash_attention(q, k, v)
-    call.forget()
+    eager.forget()
 
 
 def test_a_result_is_made_on_the_tensors_device(monkeypatch, slow_calls):
@@ -335,14 +333,14 @@ def test_a_result_is_made_on_the_tensors_device(monkeypatch, slow_calls):
             return *made[:2], fast.ways(way("quick", quick), way("sure", "cpu")), None
 
         monkeypatch.setattr(plan.Plan, "recipe", counted)
-        call.forget()
+        eager.forget()
         flash_attention(q, k, v)
         current[0] = here
         used.clear()
         slow_calls.clear()
         assert torch.equal(flash_attention(q, k, v), want)
         assert used == expected and not slow_calls
-    call.forget()
+    eager.forget()
 
 
 def test_nothing_leaks():
@@ -368,7 +366,7 @@ def test_nothing_leaks():
 
 def test_what_is_kept_is_bounded_and_forgotten(slow_calls):
     q, k, v = three(1, 1, 1, 64)
-    call.forget()
+    eager.forget()
     for n in range(1100):
         flash_attention(q, k, v, softmax_scale=1 + n / 4096)
     slow_calls.clear()
@@ -383,10 +381,10 @@ def test_what_is_kept_is_bounded_and_forgotten(slow_calls):
 @pytest.mark.parametrize("switch", ("0", "1"))
 def test_the_switch(python, switch):
     program = """
-import numpy as np, tvm_flash.fast
+import numpy as np, tvm_flash.call.fast
 from tvm_flash import call, flash_attention
 q, k, v = (np.random.default_rng(i).standard_normal((1, 2, 9, 64), np.float32) for i in range(3))
-print(flash_attention(q, k, v).tobytes() == flash_attention(q, k, v).tobytes(), tvm_flash.fast.call is call.slow)
+print(flash_attention(q, k, v).tobytes() == flash_attention(q, k, v).tobytes(), tvm_flash.call.fast.call is eager.slow)
 """
     has = any(f.file.startswith(fast.STEM) for p in registry.registry().packs for f in p.manifest.support_files)
     assert python(program, **{fast.VARIABLE: switch}).split() == ["True", str(switch == "0" or not has)]
@@ -398,10 +396,10 @@ def test_a_library_of_another_version_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.delenv(fast.VARIABLE, raising=False)
     for change in ({"_ABI": fast._ABI + 1}, {"_supported": lambda: False}):
         with monkeypatch.context() as other:
-            for name, value in {"_add": None, "call": call.slow, **change}.items():
+            for name, value in {"_add": None, "call": eager.slow, **change}.items():
                 other.setattr(fast, name, value)
             fast.load(library)
-            assert fast.call is call.slow and fast._add is None
+            assert fast.call is eager.slow and fast._add is None
 
 
 def test_interpreters_without_a_global_lock_are_refused(monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from schedules.families.mma import panel_columns
-from schedules.fragment import M16N8, VOLTA
+from schedules.families.mma.mma import panel_columns
+from schedules.tile.fragment import M16N8, VOLTA
 
 FRAGMENTS = {"m16n8": M16N8, "volta": VOLTA}
 COLUMNS = 64

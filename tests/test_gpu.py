@@ -7,7 +7,7 @@ if it was built with ``--run-on`` or assembled with ``--recompile-for``.
 import numpy as np
 import pytest
 
-from tvm_flash import cuda
+from tvm_flash.machine import cuda
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.device_count(), reason="there is no CUDA device")]

@@ -11,12 +11,13 @@ pytest.importorskip("tvm")
 import tvm
 from tvm.backend.cuda import export_cuda_host
 
-from schedules import v1, v2
-from schedules.attention import Attention
-from schedules.catalogue import MASKS, SCORES
-from schedules.families import family_of, sm70, sm75, sm80
-from schedules.pattern import match
-from schedules.template import Program, Rejected, Target
+from schedules.definition.attention import Attention
+from schedules.definition.catalogue import MASKS, SCORES
+from schedules.definition.pattern import match
+from schedules.families import family_of
+from schedules.families.interface import Program, Rejected, Target
+from schedules.families.mma import sm70, sm75, sm80
+from schedules.templates import v1, v2
 from schedules.toolchain import cuda
 from schedules.toolchain.process import ToolchainError
 

@@ -11,8 +11,10 @@ import torch
 import tvm_flash
 from tests import torch_cases
 from tests.cases import CASES, Case, inputs
-from tvm_flash import call, flash_attention, flash_attention_v2, reference, selfcheck
-from tvm_flash.registry import registry
+from tvm_flash import flash_attention, flash_attention_v2, reference
+from tvm_flash.call import eager
+from tvm_flash.commands import check as selfcheck
+from tvm_flash.packs.registry import registry
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
@@ -117,17 +119,17 @@ def test_expanded_tensors_are_read_in_place():
 @pytest.mark.parametrize("variant", ("v1", "v2"))
 def test_the_variant_that_was_asked_for_runs(layout, variant):
     q, k, v = tensors(CASE, inputs(CASE), layout)
-    call.forget()
+    eager.forget()
     FUNCTIONS[layout](q, k, v, variant=variant)
-    (plan,) = call._plans.values()
+    (plan,) = eager._plans.values()
     assert plan.choice.kernel.entry.template == variant
 
 
 def test_each_function_has_its_own_variant():
     for layout, template in (("bhsd", "v1"), ("bshd", "v2")):
-        call.forget()
+        eager.forget()
         FUNCTIONS[layout](*tensors(CASE, inputs(CASE), layout))
-        (plan,) = call._plans.values()
+        (plan,) = eager._plans.values()
         assert plan.choice.kernel.entry.template == template
 
 
@@ -163,10 +165,10 @@ def test_one_row_without_lse():
 
 
 def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(call, "MAX_PLANS", 5)
+    monkeypatch.setattr(eager, "MAX_PLANS", 5)
     for n in range(1, 20):
         flash_attention(*(torch.randn(1, 1, n, 64) for _ in range(3)))
-    assert len(call._plans) <= 5
+    assert len(eager._plans) <= 5
 
 
 def test_options_that_cannot_be_remembered_still_work():

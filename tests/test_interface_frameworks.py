@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tvm_flash import ArgumentTypeError, flash_attention, flash_attention_v2, reference, selfcheck
+from tvm_flash import ArgumentTypeError, flash_attention, flash_attention_v2, reference
+from tvm_flash.commands import check as selfcheck
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 pytestmark = pytest.mark.usefixtures("cpu_pack")

@@ -14,12 +14,12 @@ from tvm_flash import (
     BackendSelector,
     InvalidArgumentError,
     NotSupportedError,
-    cuda,
     flash_attention,
     flash_attention_v2,
-    selfcheck,
 )
-from tvm_flash.device import Device
+from tvm_flash.commands import check as selfcheck
+from tvm_flash.machine import cuda
+from tvm_flash.machine.device import Device
 
 torch = pytest.importorskip("torch")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tvm_flash import reference
-from tvm_flash.problem import Mask, normalise_mask
+from tvm_flash.call.problem import Mask, normalise_mask
 
 
 def visible(mask: Mask, seqlen_q: int, seqlen_kv: int) -> np.ndarray:

@@ -9,11 +9,11 @@ from tvm_flash import (
     ArgumentTypeError,
     InvalidArgumentError,
     NotSupportedError,
-    cuda,
     flash_attention,
     flash_attention_v2,
     padded_attention,
 )
+from tvm_flash.machine import cuda
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("jax_tvm_ffi")

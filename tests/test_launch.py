@@ -1,4 +1,4 @@
-"""What the host half of a kernel asks of the driver (``schedules/toolchain/launch.h``), with a driver that counts."""
+"""What the host half of a kernel asks of the driver (``schedules/runtime_c/launch.h``), with a driver that counts."""
 
 from __future__ import annotations
 

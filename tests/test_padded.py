@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.cases import CASES, expected, inputs
-from tvm_flash import ArgumentTypeError, InvalidArgumentError, padded_attention, reference, selfcheck
+from tvm_flash import ArgumentTypeError, InvalidArgumentError, padded_attention, reference
+from tvm_flash.commands import check as selfcheck
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 

@@ -9,11 +9,11 @@ import tvm_ffi
 from tvm import s_tir, sym, tirx
 from tvm.script import tirx as T
 
-from schedules.attention import Attention
-from schedules.catalogue import FULL, IDENTITY, MASKS, SCORES, Mask
-from schedules.pattern import DefinitionError, Site, match
+from schedules.definition.attention import Attention
+from schedules.definition.catalogue import FULL, IDENTITY, MASKS, SCORES, Mask
+from schedules.definition.pattern import DefinitionError, Site, match
 from tvm_flash import reference
-from tvm_flash.manifest import Param
+from tvm_flash.packs.manifest import Param
 
 TILE_M, TILE_N = 4, 3
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schedules.catalogue import MASKS, SCORES
+from schedules.definition.catalogue import MASKS, SCORES
 from tests.definitions.prefix_attention import fading_twin, prefix_attention, prefix_or_causal_twin
 from tvm_flash import reference
 

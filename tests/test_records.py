@@ -7,13 +7,13 @@ import re
 
 import pytest
 
-from schedules import records
-from schedules.compile import lower_for_each
+from schedules.builder import records
+from schedules.builder.compile import lower_for_each
+from schedules.builder.records import Measurement, PeerMeasurement, Record
+from schedules.builder.suite import KernelSpec, Selection
 from schedules.families import FAMILY, family_of
-from schedules.records import Measurement, PeerMeasurement, Record
-from schedules.suite import KernelSpec, Selection
-from schedules.template import Rejected, Target
-from tvm_flash.registry import registry
+from schedules.families.interface import Rejected, Target
+from tvm_flash.packs.registry import registry
 
 RECORD = Record(
     kind="verified",

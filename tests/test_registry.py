@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tvm_flash import PackError, call, cpu, flash_attention
-from tvm_flash import registry as packs
-from tvm_flash.manifest import MANIFEST_NAME, Manifest
-from tvm_flash.registry import PACKAGE_PACKS, arch_of, by_closeness, refresh, registry, runs_on, search_path
+from tvm_flash import PackError, flash_attention
+from tvm_flash.call import eager
+from tvm_flash.machine import cpu
+from tvm_flash.packs import registry as packs
+from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest
+from tvm_flash.packs.registry import PACKAGE_PACKS, arch_of, by_closeness, refresh, registry, runs_on, search_path
 
 
 @pytest.fixture
@@ -69,9 +71,9 @@ def test_the_search_path(monkeypatch, tmp_path):
 def test_the_first_pack_on_the_path_wins(copy, use_packs, cpu_pack):
     for order in ((copy, cpu_pack), (cpu_pack, copy)):
         use_packs(*order)
-        call.forget()
+        eager.forget()
         attend()
-        (plan,) = call._plans.values()
+        (plan,) = eager._plans.values()
         assert plan.choice.kernel.pack.folder == order[0]
 
 

@@ -7,18 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tvm_flash import (
-    BackendSelector,
-    InvalidArgumentError,
-    KernelNotFoundError,
-    NotSupportedError,
-    cuda,
-    flash_attention,
-)
-from tvm_flash.choice import choose, explain
-from tvm_flash.device import Device, default_device
-from tvm_flash.manifest import MANIFEST_NAME, KernelEntry, Manifest, Param, Speed
-from tvm_flash.problem import MASK_FALLBACKS, Problem
+from tvm_flash import BackendSelector, InvalidArgumentError, KernelNotFoundError, NotSupportedError, flash_attention
+from tvm_flash.call.choice import choose, explain
+from tvm_flash.call.problem import MASK_FALLBACKS, Problem
+from tvm_flash.machine import cuda
+from tvm_flash.machine.device import Device, default_device
+from tvm_flash.packs.manifest import MANIFEST_NAME, KernelEntry, Manifest, Param, Speed
 
 WINDOW = (Param("window_left", "int32"), Param("window_right", "int32"))
 GPU = Device("cuda", 0)

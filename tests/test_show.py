@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from schedules import show
-from schedules.plan import Request
-from schedules.suite import KernelSpec
-from schedules.template import Target
+from schedules.builder.plan import Request
+from schedules.builder.suite import KernelSpec
+from schedules.commands import show
+from schedules.families.interface import Target
 from schedules.toolchain.nvcc import find_toolkit
 from schedules.toolchain.process import ToolchainError
 

@@ -12,15 +12,15 @@ pytest.importorskip("torch")
 import numpy as np
 import tvm_ffi
 
-from schedules.compile import lower, pattern_of
+from schedules.builder.compile import lower, pattern_of
+from schedules.builder.suite import KernelSpec
 from schedules.families import family_of
-from schedules.suite import KernelSpec
-from schedules.template import Target
+from schedules.families.interface import Target
 from tests import cases, torch_cases
 from tests.cases import CASES
 from tests.simt import simulate
 from tests.torch_cases import attend, own_case
-from tvm_flash.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Arch, template, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to multiply and to copy.
 KERNELS = (

@@ -1,6 +1,6 @@
 """What a kernel is made from: the files of its own family and of what all share, and no others."""
 
-from schedules import sources
+from schedules.builder import sources
 from schedules.families import FAMILY
 
 
@@ -9,18 +9,19 @@ def names(*modules: str) -> set[str]:
 
 
 def test_a_family_depends_on_what_it_imports_and_on_no_other_family():
-    hopper = names("schedules.compile", "schedules.families.sm90")
-    assert {"schedules/softmax.py", "schedules/families/sm90/consumer.py", "schedules/catalogue.py"} <= hopper
+    hopper = names("schedules.builder.compile", "schedules.families.sm90")
+    shared = {"schedules/tile/softmax.py", "schedules/definition/catalogue.py"}
+    assert {*shared, "schedules/families/sm90/consumer.py"} <= hopper
     assert not {n for n in hopper if "/cpu/" in n or "sm80" in n or n.startswith("tvm_flash")}
-    assert "schedules/families/mma.py" in names("schedules.families.sm75")
+    assert "schedules/families/mma/mma.py" in names("schedules.families.mma.sm75")
 
 
 def test_what_only_runs_a_build_decides_no_kernel():
     for family in set(FAMILY.values()):
-        assert not names("schedules.compile", f"schedules.families.{family}") & {
-            "schedules/build_command.py",
-            "schedules/plan.py",
-            "schedules/records.py",
+        assert not names("schedules.builder.compile", f"schedules.families.{family}") & {
+            "schedules/commands/build.py",
+            "schedules/builder/plan.py",
+            "schedules/builder/records.py",
         }
 
 

@@ -9,7 +9,10 @@ import time
 
 import pytest
 
-from tvm_flash import call, cuda, flash_attention, flash_attention_v2, registry
+from tvm_flash import flash_attention, flash_attention_v2
+from tvm_flash.call import eager
+from tvm_flash.machine import cuda
+from tvm_flash.packs import registry
 
 torch = pytest.importorskip("torch")
 
@@ -76,7 +79,7 @@ def test_threads_on_the_processor():
             assert torch.equal(function(*arguments, **options), want)
             count[number] += 1
             if number == 0:
-                call._plans.clear()
+                eager._plans.clear()
             if number == 1 and rng.random() < 0.05:
                 registry.refresh()
 

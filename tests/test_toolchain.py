@@ -15,7 +15,7 @@ import tvm
 import tvm_ffi
 from tvm.script import tirx as T
 
-from schedules.compile import without_unused_headers
+from schedules.builder.compile import without_unused_headers
 from schedules.toolchain import compile_cuda, cpu, cuda, host, inspection, machine, nvcc, nvrtc, ptxas
 from schedules.toolchain.process import ToolchainError, run
 

@@ -9,11 +9,11 @@ from tvm_flash import (
     BackendSelector,
     InvalidArgumentError,
     NotSupportedError,
-    cuda,
     flash_attention,
     flash_attention_v2,
     padded_attention,
 )
+from tvm_flash.machine import cuda
 
 torch = pytest.importorskip("torch")
 
@@ -130,7 +130,7 @@ def test_a_selected_kernel_in_a_compiled_program():
 
 
 def operator():
-    from tvm_flash import torch_ops  # noqa: F401, registers the operators
+    from tvm_flash.tracing import torch_ops  # noqa: F401, registers the operators
 
     return torch.ops.tvm_flash.attention.default
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from schedules import families, records
-from schedules.build import build
-from schedules.plan import Request
-from schedules.suite import HeadDim, Selection
-from schedules.template import Target
+from schedules import families
+from schedules.builder import records
+from schedules.builder.build import build
+from schedules.builder.plan import Request
+from schedules.builder.suite import HeadDim, Selection
+from schedules.families.interface import Target
 from schedules.tuning import emit, tables
 from schedules.tuning.best import Tuning
 from schedules.tuning.candidate import Batch

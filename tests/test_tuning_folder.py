@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from schedules.tuning.command import main
+from schedules.commands.tune import main
 from schedules.tuning.folder import Claims, Folder
 
 

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from schedules import records
-from schedules.configs import NO_RECORDS, Proposal, with_proposals
-from schedules.records import Measurement
-from schedules.suite import KernelSpec
-from schedules.template import Target
+from schedules.builder import records
+from schedules.builder.configs import NO_RECORDS, Proposal, with_proposals
+from schedules.builder.records import Measurement
+from schedules.builder.suite import KernelSpec
+from schedules.commands.tune import main
+from schedules.families.interface import Target
 from schedules.tuning import best, tables
-from schedules.tuning.command import main
 from tests.toy_family import Config
 
 MEASURED = Measurement(

@@ -8,12 +8,12 @@ import random
 
 import pytest
 
-from schedules.attention import Attention
-from schedules.catalogue import MASKS, SCORES
+from schedules.definition.attention import Attention
+from schedules.definition.catalogue import MASKS, SCORES
+from schedules.definition.pattern import match
 from schedules.families import FAMILY, family_of
 from schedules.families.cpu.isa import ISAS
-from schedules.pattern import match
-from schedules.template import Target
+from schedules.families.interface import Target
 from schedules.tuning.budget import Budget
 from schedules.tuning.space import Space
 from schedules.tuning.strategy import STRATEGIES, Evolutionary, geometric_mean

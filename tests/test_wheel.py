@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from schedules import records
+from schedules.builder import records
+from schedules.builder.wheel import build_wheel, check_verified
 from schedules.toolchain.process import ToolchainError
-from schedules.wheel import build_wheel, check_verified
-from tvm_flash.manifest import KernelEntry, Manifest
+from tvm_flash.packs.manifest import KernelEntry, Manifest
 
 #: Runs in the clean environment: both layouts on strided numpy arrays, against float64.
 PROGRAM = """

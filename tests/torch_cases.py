@@ -9,8 +9,9 @@ import torch
 
 from tests import cases
 from tests.cases import Case, Inputs
-from tvm_flash import reference, selfcheck
-from tvm_flash.manifest import LAYOUT_OF_TEMPLATE
+from tvm_flash import reference
+from tvm_flash.commands import check as selfcheck
+from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE
 
 
 def tensor(x: np.ndarray, dtype: str, layout: str, strides: str, device: str = "cpu") -> torch.Tensor:
@@ -31,7 +32,7 @@ def tensor(x: np.ndarray, dtype: str, layout: str, strides: str, device: str = "
 
 
 def run(case: Case, data: Inputs, kernel: Callable, params, layout: str, lse_length: int | None = None, device="cpu"):
-    """Call a kernel by its ABI (:mod:`tvm_flash.manifest`) on a case, with outputs full of NaN beforehand.
+    """Call a kernel by its ABI (:mod:`tvm_flash.packs.manifest`) on a case, with outputs full of NaN beforehand.
 
     Returns
     -------

@@ -17,7 +17,7 @@ import tvm
 from tvm.script import tirx as T
 
 from schedules import families
-from schedules.template import Program, Rejected
+from schedules.families.interface import Program, Rejected
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,6 @@ if __name__ in ("__main__", "__mp_main__"):  # also in the worker processes of t
     families.FAMILY.update(FAMILY)
 
 if __name__ == "__main__":
-    from schedules.build_command import main
+    from schedules.commands.build import main
 
     sys.exit(main())

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import tvm_ffi
 
-from schedules import pack
-from schedules.suite import HeadDim, Selection
-from schedules.template import Target
+from schedules.builder import pack
+from schedules.builder.suite import HeadDim, Selection
+from schedules.families.interface import Target
 
 CPU = Target("cpu", "toy")
 D64, D128 = HeadDim(64, 64), HeadDim(128, 128)

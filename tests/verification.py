@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from schedules.records import Record
+from schedules.builder.records import Record
 from tests import cases, torch_cases
 from tests.cases import CASES, Case, Inputs
-from tvm_flash import cuda
-from tvm_flash.manifest import BUILTIN_DEFINITION, KernelEntry
-from tvm_flash.registry import Installed, registry, runs_on
+from tvm_flash.machine import cuda
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
+from tvm_flash.packs.registry import Installed, registry, runs_on
 
 #: What is timed: 16k tokens and a hidden size of 2048, 4096 positions; a window of 1024 keys where there is one.
 TOKENS, HIDDEN, SEQLEN, WINDOW = 16384, 2048, 4096, 1024

@@ -2,7 +2,7 @@
 
 import sys
 
-from tvm_flash.cli import main
+from tvm_flash.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tvm_flash.call import attend
-from tvm_flash.checks import check_layout, check_variant
+from tvm_flash.call.checks import check_layout, check_variant
+from tvm_flash.call.eager import attend
+from tvm_flash.call.prepare import params_of, site
 from tvm_flash.errors import ArgumentTypeError
-from tvm_flash.prepare import params_of, site
 
 _BHSD, _BSHD = site("bhsd"), site("bshd")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm_flash.call import attend
-from tvm_flash.checks import check_layout
+from tvm_flash.call.checks import check_layout
+from tvm_flash.call.eager import attend
+from tvm_flash.call.prepare import site
+from tvm_flash.call.problem import LAYOUTS
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
-from tvm_flash.prepare import site
-from tvm_flash.problem import LAYOUTS
 
 _SITES = {layout: site(layout, per_head=("kv_start", "kv_end"), layout_known=True) for layout in LAYOUTS}
 

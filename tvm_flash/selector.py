@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tvm_flash import checks
-from tvm_flash.call import attend
-from tvm_flash.choice import Choice, Explanation, choose, explain
-from tvm_flash.device import Device, parse
+from tvm_flash.call import checks
+from tvm_flash.call.choice import Choice, Explanation, choose, explain
+from tvm_flash.call.eager import attend
+from tvm_flash.call.prepare import Site, site
+from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem, normalise_mask
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
-from tvm_flash.prepare import Site, site
-from tvm_flash.problem import DTYPES, HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem, normalise_mask
+from tvm_flash.machine.device import Device, parse
 
 PREFERENCES = ("speed", "compatibility")
 

@@ -1,25 +1,25 @@
 """Arch families: one module each for how tiles are copied, multiplied and laid out on a machine.
 
-The interface of a family is described in :mod:`schedules.template`.
+The interface of a family is described in :mod:`schedules.families.interface`.
 """
 
 from __future__ import annotations
 
 import importlib
 
-from schedules.pattern import Pattern
-from schedules.template import Program, Rejected, Target, Traversal
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Program, Rejected, Target, Traversal
 
 #: Family module for each arch that packs can be built for.
 FAMILY = {
     "cpu": "cpu",
-    "sm_70": "sm70",
-    "sm_75": "sm75",
-    "sm_80": "sm80",
-    "sm_86": "sm80",
-    "sm_89": "sm80",
+    "sm_70": "mma.sm70",
+    "sm_75": "mma.sm75",
+    "sm_80": "mma.sm80",
+    "sm_86": "mma.sm80",
+    "sm_89": "mma.sm80",
     "sm_90a": "sm90",
-    "sm_120": "sm80",
+    "sm_120": "mma.sm80",
 }
 
 

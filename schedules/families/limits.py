@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from schedules.fragment import Fragment
-from schedules.pattern import Pattern
-from schedules.template import Rejected, Target
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Rejected, Target
+from schedules.tile.fragment import Fragment
 
 #: Bytes of shared memory that one block may have (CUDA programming guide, compute capabilities).
 SHARED_MEMORY = {

@@ -12,12 +12,13 @@ import re
 import tempfile
 from pathlib import Path
 
+from schedules.runtime_c import SOURCES
 from schedules.toolchain import inspection
 from schedules.toolchain.process import ToolchainError, host_compiler, run
-from tvm_flash.cpu import RUNTIME_STEM
+from tvm_flash.machine.cpu import RUNTIME_STEM
 
-_SOURCES = tuple(Path(__file__).parent / name for name in ("threads.c", "scratch.c"))
-_HEADERS = (Path(__file__).parent / "old_glibc.h",)
+_RUNTIME_SOURCES = tuple(SOURCES / name for name in ("threads.c", "scratch.c"))
+_HEADERS = (SOURCES / "old_glibc.h",)
 _RUNTIME_FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra")
 
 #: The calls of TVM's code that it answers.
@@ -27,7 +28,7 @@ _BACKEND_CALLS = ("AllocWorkspace", "FreeWorkspace", "ParallelLaunch", "Parallel
 def runtime_name() -> str:
     """File name and soname of the runtime; it changes with the source and with the compiler."""
     version = run([host_compiler(), "--version"], "asking the C compiler for its version")
-    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS)))
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in (*_RUNTIME_SOURCES, *_HEADERS)))
     digest.update(version.encode() + " ".join(_RUNTIME_FLAGS).encode())
     return f"{RUNTIME_STEM}-{digest.hexdigest()[:8]}.so"
 
@@ -40,7 +41,7 @@ def build_runtime(target: Path, soname: str) -> None:
     ToolchainError: there is no C compiler, or it fails.
     """
     run(
-        [host_compiler(), *_RUNTIME_FLAGS, f"-Wl,-soname,{soname}", *_SOURCES, "-ldl", "-o", target],
+        [host_compiler(), *_RUNTIME_FLAGS, f"-Wl,-soname,{soname}", *_RUNTIME_SOURCES, "-ldl", "-o", target],
         "compiling the CPU runtime",
     )
     inspection.check_module(target)

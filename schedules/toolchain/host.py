@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 from pathlib import Path
 
+from schedules.runtime_c import SOURCES
 from schedules.toolchain import nvcc
 from schedules.toolchain.process import ToolchainError, host_compiler, run
 
@@ -13,7 +14,7 @@ from schedules.toolchain.process import ToolchainError, host_compiler, run
 HOST_HALF = "#include <tvm/ffi/c_api.h>"
 
 #: What the host half needs of CUDA.
-HOST_HEADER = Path(__file__).resolve().with_name("launch.h")
+HOST_HEADER = SOURCES / "launch.h"
 
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w")
 _DECLARATION = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^;{]*)\);')

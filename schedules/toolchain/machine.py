@@ -6,7 +6,7 @@ import ctypes
 import re
 from collections.abc import Iterable, Mapping
 
-from tvm_flash.cpu import features as cpu_features
+from tvm_flash.machine.cpu import features as cpu_features
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 

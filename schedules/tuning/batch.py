@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from schedules import records
-from schedules.records import Measurement, PeerMeasurement
+from schedules.builder import records
+from schedules.builder.records import Measurement, PeerMeasurement
 from schedules.tuning.candidate import Batch, Candidate
 from schedules.tuning.folder import Folder
 from schedules.tuning.process import Process, describe
 from schedules.tuning.workload import Workload
-from tvm_flash.registry import runs_on
+from tvm_flash.packs.registry import runs_on
 
 #: Seconds until a step (a check, one block of calls) counts as hung; for the first, which starts torch and the device.
 STEP_LIMIT, START_LIMIT = 20.0, 180.0

@@ -13,16 +13,16 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from schedules import records
-from schedules.configs import NO_RECORDS, Proposal, Tuned
+from schedules.builder import records
+from schedules.builder.configs import NO_RECORDS, Proposal, Tuned
+from schedules.builder.records import Line, Measurement
+from schedules.builder.suite import KernelSpec
 from schedules.families import FAMILY
-from schedules.records import Line, Measurement
-from schedules.suite import KernelSpec
-from schedules.template import Target
+from schedules.families.interface import Target
 from schedules.tuning import tables
 from schedules.tuning.workload import Workload
-from tvm_flash import cpu, cuda
-from tvm_flash.manifest import Speed
+from tvm_flash.machine import cpu, cuda
+from tvm_flash.packs.manifest import Speed
 
 #: A configuration replaces the default, and a further bucket is made, only for more than the noise of a measurement:
 #: medians of one kernel differ by up to 0.5% on an H200, and by some 2% on a processor that others use too.

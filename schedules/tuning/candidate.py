@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from tvm_flash.manifest import KernelEntry
+from tvm_flash.packs.manifest import KernelEntry
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Candidate:
     id: its symbol and the beginning of its kernel hash; the name of its files.
     isa: of a CPU kernel.
     entry: how it is called, and what it was made from.
-    kernel_hash: as in :class:`schedules.records.Measurement`.
+    kernel_hash: as in :class:`schedules.builder.records.Measurement`.
     search: which strategy proposed it, and as the how-manieth.
     """
 

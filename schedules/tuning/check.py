@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from schedules.tuning.workload import Workload
-from tvm_flash import reference, selfcheck
-from tvm_flash.manifest import KernelEntry
+from tvm_flash import reference
+from tvm_flash.commands import check as selfcheck
+from tvm_flash.packs.manifest import KernelEntry
 
 #: The small problem: grouped heads, lengths that divide no tile, more keys than queries.
 BATCH, HEADS, KV_HEADS, SEQLEN_Q, SEQLEN_KV = 1, 4, 2, 150, 333

@@ -28,7 +28,7 @@ from schedules.tuning import check, timing
 from schedules.tuning.check import WrongNumbersError
 from schedules.tuning.peers import peers_of
 from schedules.tuning.workload import Workload
-from tvm_flash.manifest import KernelEntry
+from tvm_flash.packs.manifest import KernelEntry
 
 
 class Child:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from schedules.assemble import compile_source
+from schedules.builder.assemble import compile_source
 from schedules.toolchain import cuda
 from schedules.toolchain.process import ToolchainError
 from schedules.tuning.candidate import Emission

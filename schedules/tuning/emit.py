@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from schedules import compile as compiling
-from schedules.build import worker_pool
+from schedules.builder import compile as compiling
+from schedules.builder.build import worker_pool
+from schedules.builder.plan import sources_digest
+from schedules.builder.suite import HEAD_DIMS, HEAD_DIMS_BETWEEN, HeadDim, KernelSpec
+from schedules.definition.pattern import Pattern
 from schedules.families import family_of
-from schedules.pattern import Pattern
-from schedules.plan import sources_digest
-from schedules.suite import HEAD_DIMS, HEAD_DIMS_BETWEEN, HeadDim, KernelSpec
-from schedules.template import Rejected, Target
+from schedules.families.interface import Rejected, Target
 from schedules.toolchain import cpu
 from schedules.toolchain.process import ToolchainError
 from schedules.tuning.candidate import Batch, Candidate, Emission
 from schedules.tuning.folder import Folder
 from schedules.tuning.space import Space
 from schedules.tuning.workload import Workload
-from tvm_flash.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Candidates of one batch: enough to share the start of a process, few enough to lose little with it.
 BATCH = 24

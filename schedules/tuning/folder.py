@@ -22,8 +22,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from schedules import records
-from schedules.pack import write_atomically
+from schedules.builder import records
+from schedules.builder.pack import write_atomically
 from schedules.tuning.candidate import Batch, Candidate, Emission
 
 #: Seconds after which a claim that nobody touches may be taken over, and between touches.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from schedules import records
+from schedules.builder import records
 from schedules.tuning.batch import BatchRun, Options
 from schedules.tuning.candidate import Batch
 from schedules.tuning.compiler import Compiler

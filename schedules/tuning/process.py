@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tvm_flash import cpu, cuda
+from tvm_flash.machine import cpu, cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,8 +6,8 @@ import math
 import sys
 import threading
 
-from schedules import records
-from schedules.records import Measurement
+from schedules.builder import records
+from schedules.builder.records import Measurement
 
 
 def short(config: dict) -> str:

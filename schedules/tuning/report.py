@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from schedules import records
-from schedules.records import Line, Measurement, PeerMeasurement
+from schedules.builder import records
+from schedules.builder.records import Line, Measurement, PeerMeasurement
 from schedules.tuning import tables
 from schedules.tuning.strategy import geometric_mean
 from schedules.tuning.workload import Workload

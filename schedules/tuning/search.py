@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from schedules import records
+from schedules.builder import records
+from schedules.builder.plan import sources_digest
+from schedules.builder.records import Measurement
+from schedules.builder.suite import KernelSpec
 from schedules.families import family_of
-from schedules.plan import sources_digest
-from schedules.records import Measurement
-from schedules.suite import KernelSpec
-from schedules.template import Target
+from schedules.families.interface import Target
 from schedules.tuning.batch import Options
 from schedules.tuning.budget import Budget
 from schedules.tuning.emit import NotMade, Proposal, begin, defaults_of, emit, space_of

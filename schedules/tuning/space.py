@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from schedules.definition.pattern import Pattern
 from schedules.families import family_of
-from schedules.pattern import Pattern
-from schedules.template import Rejected, Target
+from schedules.families.interface import Rejected, Target
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from schedules.records import Line, Measurement
+from schedules.builder.records import Line, Measurement
 from schedules.tuning.strategy import geometric_mean
 from schedules.tuning.workload import Workload
 

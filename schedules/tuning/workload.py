@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from tvm_flash.bench import workloads
-from tvm_flash.problem import DTYPES, score_kind
+from tvm_flash.call.problem import DTYPES, score_kind
 
 _SIZES = {"b": "batch", "h": "heads", "hk": "kv_heads", "s": "seqlen_q", "sk": "seqlen_kv", "d": "head_dim"}
 _SIZES["dv"] = "head_dim_v"

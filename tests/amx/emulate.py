@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from schedules.compile import lower, make_cpu_object
+from schedules.builder.compile import lower, make_cpu_object
+from schedules.builder.suite import KernelSpec
+from schedules.definition.pattern import Pattern
 from schedules.families import cpu
 from schedules.families.cpu.amx import TILE_PRODUCT
 from schedules.families.cpu.kernel import LLVM_FUNCTIONS
-from schedules.pattern import Pattern
-from schedules.suite import KernelSpec
-from schedules.template import Target
+from schedules.families.interface import Target
 from schedules.toolchain.cpu import build_runtime, link_module, runtime_name
 from schedules.toolchain.machine import best_isa
 from schedules.toolchain.process import host_compiler, run

@@ -7,9 +7,9 @@ distance, by a rate that each head has of its own.
 import numpy as np
 from tvm.script import tirx as T
 
-from schedules.attention import Attention
-from schedules.catalogue import Mask, ScoreModification
-from tvm_flash.manifest import Param
+from schedules.definition.attention import Attention
+from schedules.definition.catalogue import Mask, ScoreModification
+from tvm_flash.packs.manifest import Param
 
 
 def fading(s, at):

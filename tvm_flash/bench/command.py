@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tvm_flash.bench import require, workloads
-from tvm_flash.display import Screen, progress
+from tvm_flash.call.problem import DTYPES
+from tvm_flash.commands.display import Screen, progress
 from tvm_flash.errors import InvalidArgumentError, NotSupportedError
-from tvm_flash.problem import DTYPES
 
 #: Columns that a full table takes.
 _WIDTH = 118
@@ -100,9 +100,9 @@ def _measure(options: argparse.Namespace):
     require("bench", "torch")
     import torch
 
-    from tvm_flash import device as devices
     from tvm_flash.bench import peers, results
     from tvm_flash.bench.measure import Bench
+    from tvm_flash.machine import device as devices
 
     device = devices.parse(options.device)
     if device.kind == "cuda":

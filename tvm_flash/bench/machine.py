@@ -8,9 +8,10 @@ import platform
 import re
 from pathlib import Path
 
-from tvm_flash import __version__, cuda
-from tvm_flash.device import Device
-from tvm_flash.registry import registry
+from tvm_flash import __version__
+from tvm_flash.machine import cuda
+from tvm_flash.machine.device import Device
+from tvm_flash.packs.registry import registry
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 

@@ -13,7 +13,7 @@ from tvm_flash.bench.peers import Contestant, kernel_of
 from tvm_flash.bench.results import Cell, Measurement, Peak, Run
 from tvm_flash.bench.timing import Effort
 from tvm_flash.bench.workloads import Workload, smallest
-from tvm_flash.device import Device
+from tvm_flash.machine.device import Device
 
 #: Rows of the square matrices, of whose products the largest that isn't slow is the peak: of a GPU always 8192; of a
 #: CPU 2048, but for dtypes in which torch.matmul does less than a hundredth of what it does in others.

@@ -20,8 +20,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tvm_flash import BackendSelector, __version__, call, cpu, cuda, fast, ffi, flash_attention, flash_attention_v2
-from tvm_flash.prepare import site
+from tvm_flash import BackendSelector, __version__, flash_attention, flash_attention_v2
+from tvm_flash.call import eager, fast
+from tvm_flash.call.prepare import site
+from tvm_flash.machine import cpu, cuda, ffi
 
 ROUNDS, CALLS = 31, 200
 
@@ -137,7 +139,7 @@ def _on_gpu() -> dict[str, dict[str, float]]:
 
 @contextlib.contextmanager
 def _slow_path():
-    usual, fast.call = fast.call, call.slow
+    usual, fast.call = fast.call, eager.slow
     try:
         yield
     finally:
@@ -149,11 +151,11 @@ def _slow_path():
 
 def _parts(arguments: tuple) -> dict[str, Timed]:
     """What a call with such arguments does, in pieces that can be called alone."""
-    call.forget()
-    out = call.attend(*arguments)
-    if fast.call is call.slow:
+    eager.forget()
+    out = eager.attend(*arguments)
+    if fast.call is eager.slow:
         raise SystemExit("the installed packs have no fast path; build one with scripts/build_kernels.py")
-    (plan,) = call._plans.values()
+    (plan,) = eager._plans.values()
     _, (_, frame), (make_out, of_what, *_), _ = plan.recipe(arguments[1], *arguments[2:5], None)
     frame.run([*(x.data_ptr() for x in (*arguments[2:5], out)), out.data_ptr()])
     function, values, _, count, _ = frame.parts()

@@ -10,7 +10,7 @@ from typing import Any
 from tvm_flash import flash_attention, flash_attention_v2
 from tvm_flash.bench.results import Implementation
 from tvm_flash.bench.workloads import Workload
-from tvm_flash.problem import FUNCTION_OF_LAYOUT
+from tvm_flash.call.problem import FUNCTION_OF_LAYOUT
 from tvm_flash.selector import BackendSelector
 
 #: Layout of the template's own function.

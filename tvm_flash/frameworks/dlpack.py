@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 
-from tvm_flash import ffi
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks.base import Framework, TensorView
 from tvm_flash.frameworks.numpy import NUMPY
+from tvm_flash.machine import ffi
 
 _KINDS = {code: kind for kind, code in ffi.DL_DEVICES.items()}
 

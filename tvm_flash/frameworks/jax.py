@@ -1,4 +1,4 @@
-"""JAX arrays; in ``jax.jit`` and the like, where there are none, :mod:`tvm_flash.jax_ops` takes over.
+"""JAX arrays; in ``jax.jit`` and the like, where there are none, :mod:`tvm_flash.tracing.jax_ops` takes over.
 
 On the CPU an array's memory is read as a NumPy array, and the result becomes a JAX array.  On a GPU the kernel writes
 to a new array of JAX's own; as JAX's streams can't be seen from here, the inputs are waited for before the call and the
@@ -11,10 +11,10 @@ import sys
 
 import numpy as np
 
-from tvm_flash import cuda
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks.base import Framework, TensorView, Traced, contiguous_strides
 from tvm_flash.frameworks.numpy import NUMPY, dtype_of
+from tvm_flash.machine import cuda
 
 jax = sys.modules["jax"]
 
@@ -79,7 +79,7 @@ class Jax(Framework):
         tensor.fill(value)
 
     def traced(self, options, q, k, v, per_head, out):
-        from tvm_flash import jax_ops
+        from tvm_flash.tracing import jax_ops
 
         return jax_ops.attention(options, q, k, v, per_head, out)
 

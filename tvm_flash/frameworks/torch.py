@@ -71,7 +71,7 @@ class Torch(Framework):
         return _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
     def traced(self, options, q, k, v, per_head, out):
-        from tvm_flash import torch_ops
+        from tvm_flash.tracing import torch_ops
 
         return torch_ops.attention(options, q, k, v, per_head, out)
 

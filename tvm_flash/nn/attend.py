@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm_flash import call
-from tvm_flash.prepare import site
-from tvm_flash.problem import LAYOUTS
+from tvm_flash.call import eager
+from tvm_flash.call.prepare import site
+from tvm_flash.call.problem import LAYOUTS
 
 _SITES = {layout: site(layout, layout_known=True) for layout in LAYOUTS}
 
@@ -27,6 +27,6 @@ def attend(
 ) -> Any:
     """:func:`tvm_flash.flash_attention` in a layout, by whichever template is better, without a look at the layout."""
     # fmt: off
-    return call.attend(_SITES[layout], 5, q, k, v, alibi_slopes, out,
+    return eager.attend(_SITES[layout], 5, q, k, v, alibi_slopes, out,
                        "auto", return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on

@@ -14,14 +14,14 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
-from tvm_flash.choice import choose
-from tvm_flash.device import Device
+from tvm_flash.call.choice import choose
+from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem
 from tvm_flash.errors import TvmFlashError
+from tvm_flash.machine.device import Device
 from tvm_flash.nn.attend import attend
 from tvm_flash.nn.masks import KeyMask, key_mask_of
+from tvm_flash.packs.registry import on_refresh, registry
 from tvm_flash.padded import padded_attention
-from tvm_flash.problem import HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem
-from tvm_flash.registry import on_refresh, registry
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 

@@ -1,6 +1,6 @@
 """The CPU: vector lanes over queries, scratch in the cache, work items over threads.
 
-The interface of a family is described in :mod:`schedules.template`.
+The interface of a family is described in :mod:`schedules.families.interface`.
 """
 
 from schedules.families.cpu.config import Config, default_configs, feasible

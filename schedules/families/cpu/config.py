@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from schedules.definition.pattern import Pattern
 from schedules.families.cpu.isa import ISAS, Isa
-from schedules.pattern import Pattern
-from schedules.template import Rejected, Target
+from schedules.families.interface import Rejected, Target
 
 #: Scratch of one thread, in bytes, that still leaves room for K and V in a 1 MiB second-level cache.
 _SCRATCH_LIMIT = 1 << 20

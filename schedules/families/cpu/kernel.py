@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.attention import append_arguments
+from schedules.definition.attention import append_arguments
+from schedules.definition.pattern import Pattern
 from schedules.families.cpu.amx import TILE_PRODUCT
 from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.few import FEW, few_queries_macros, parts
@@ -12,8 +13,7 @@ from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pairs import DOT_PAIRS
 from schedules.families.cpu.problem import Problem, Tensor
 from schedules.families.cpu.tiles import row_tile_macro
-from schedules.pattern import Pattern
-from schedules.template import Program, Target, Traversal
+from schedules.families.interface import Program, Target, Traversal
 
 #: What the multiplications need beyond TIR, as LLVM's assembly: instructions that LLVM doesn't find by itself.
 LLVM_FUNCTIONS = {"pairs": DOT_PAIRS, "tiles": TILE_PRODUCT}
@@ -22,7 +22,7 @@ _UNBOUNDED = 1 << 60
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
-    """The kernel of one pattern, in the order and layout of a template (see :mod:`schedules.template`)."""
+    """The kernel of one pattern, in the order and layout of a template (see :mod:`schedules.families.interface`)."""
     arguments, values = pattern.parameter_symbols()
     func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
     itemsize = 4 if pattern.dtype == "float32" else 2

@@ -10,8 +10,8 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from schedules.definition.pattern import Pattern, Site
 from schedules.families.cpu.vector_math import LOG2E, vectorizable
-from schedules.pattern import Pattern, Site
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from schedules.definition.pattern import Pattern
 from schedules.families.cpu.config import multiplication
 from schedules.families.cpu.isa import ISAS
-from schedules.pattern import Pattern
-from schedules.template import Target
+from schedules.families.interface import Target
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:

@@ -6,12 +6,12 @@ turns, softmax overlapped with products.
 
 from __future__ import annotations
 
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Program, Target, Traversal
 from schedules.families.sm90.config import Config, feasible
 from schedules.families.sm90.defaults import default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
 from schedules.families.sm90.space import space
-from schedules.pattern import Pattern
-from schedules.template import Program, Target, Traversal
 
 __all__ = ["DTYPES", "INDEX_DTYPE", "TEMPLATES", "Config", "default_configs", "feasible", "program", "space"]
 

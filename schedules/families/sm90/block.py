@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.families.registers import anew
+from schedules.definition.pattern import Pattern
+from schedules.families.mma.registers import anew
 from schedules.families.sm90.config import ALL, Config
 from schedules.families.sm90.rows import Rows
-from schedules.geometry import Geometry, KeyTiles, Parameters, local, site
-from schedules.pattern import Pattern
+from schedules.tile.geometry import Geometry, KeyTiles, Parameters, local, site
 
 
 @T.meta_class

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from schedules.pattern import Pattern
-from schedules.template import Rejected, Target
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Rejected, Target
 
 #: Elements of a shared-memory panel: 64 16-bit elements are the 128 bytes of the swizzle atom.
 PANEL = 64

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.epilogue import normalise
+from schedules.definition.pattern import Pattern
 from schedules.families.sm90.block import Block, Walk
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
 from schedules.families.sm90.copy import Ring
 from schedules.families.sm90.multiply import Products, k_major, mn_major, rows_offset, swizzled
 from schedules.families.sm90.softmax import PACK, Finished, Softmax
-from schedules.pattern import Pattern
-from schedules.softmax import LAZY
+from schedules.tile.epilogue import normalise
+from schedules.tile.softmax import LAZY
 
 #: First of the named barriers of the warpgroups' turns; barrier 0 is the whole block's.
 TURN = 1

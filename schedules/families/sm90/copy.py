@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 
 from schedules.families.sm90.config import PANEL
 from schedules.families.sm90.rows import Rows
-from schedules.geometry import Tensor
+from schedules.tile.geometry import Tensor
 
 _LOAD = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 _STORE = "cp.async.bulk.tensor.{}d.global.shared::cta.tile.bulk_group"

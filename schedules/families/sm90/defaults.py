@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Target
 from schedules.families.sm90.config import ALL, Config
-from schedules.pattern import Pattern
-from schedules.template import Target
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:

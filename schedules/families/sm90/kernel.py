@@ -10,15 +10,15 @@ from tvm.backend.cuda.lang import SMEMPool
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Traversal
 from schedules.families.sm90.block import Block, Places, Walk
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, panels, q_stages
 from schedules.families.sm90.consumer import Consumer
 from schedules.families.sm90.copy import Ring, encode_keys, encode_queries
 from schedules.families.sm90.output import output
 from schedules.families.sm90.rows import Rows
-from schedules.geometry import Geometry, parameterised
-from schedules.pattern import Pattern
-from schedules.template import Traversal
+from schedules.tile.geometry import Geometry, parameterised
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from tvm.backend.cuda.lang import MBarrier
 from tvm.script import tirx as T
 
+from schedules.definition.pattern import Pattern
 from schedules.families.sm90.block import Block
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, panels
 from schedules.families.sm90.copy import WAIT_STORED, Ring
-from schedules.pattern import Pattern
 
 #: Warps of a warpgroup, each of which hands its rows over.
 WARPS = 4

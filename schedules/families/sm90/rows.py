@@ -14,7 +14,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.sm90.config import Config
-from schedules.geometry import Geometry
+from schedules.tile.geometry import Geometry
 
 #: Queries up to which heads may be packed: the rows of a warpgroup, so that what one stores is whole heads or one.
 MOST_PACKED = 64

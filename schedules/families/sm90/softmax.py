@@ -1,4 +1,4 @@
-"""Online softmax of a consumer warpgroup: what :mod:`schedules.softmax` has, and steps without a maximum.
+"""Online softmax of a consumer warpgroup: what :mod:`schedules.tile.softmax` has, and steps without a maximum.
 
 A row is checked after such a step: ``pack`` sums a lane's probabilities of the step, and ``overflowed`` says whether a
 sum has left the range in which float16 certainly held every probability.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from schedules.definition.pattern import Pattern, Site
 from schedules.families.sm90.rows import Rows
-from schedules.fragment import M16N8
-from schedules.geometry import flat
-from schedules.pattern import Pattern, Site
-from schedules.softmax import OnlineSoftmax
+from schedules.tile.fragment import M16N8
+from schedules.tile.geometry import flat
+from schedules.tile.softmax import OnlineSoftmax
 
 #: Largest sum of a lane's probabilities in a step without a maximum; a float16 holds 65504.
 SUM_LIMIT = 8192.0

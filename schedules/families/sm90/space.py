@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Target
 from schedules.families.sm90.config import ALL
-from schedules.pattern import Pattern
-from schedules.template import Target
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:

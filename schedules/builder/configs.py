@@ -1,0 +1,81 @@
+"""Where a kernel's configurations come from: the family's defaults, a request, or tuning records.
+
+What the records say is worked out in :mod:`schedules.tuning.best`; here is the form in which the builder takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm_flash.packs.manifest import Speed
+
+
+@dataclass(frozen=True)
+class ChosenConfig:
+    """A configuration as JSON, and the tuning record that it comes from."""
+
+    config: Mapping[str, object]
+    source: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What records say of a range of lengths: a configuration from ``bucket`` keys on.
+
+    ``config`` is None where nothing beats the family's default.  ``kernel_hash`` is what must come out of it, empty if
+    it was measured for another arch.  ``source`` names the record.
+    """
+
+    bucket: int
+    config: Mapping[str, Any] | None
+    kernel_hash: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """All that records say of a kernel.
+
+    Attributes
+    ----------
+    proposals: by rising bucket from 0 on; none if there are no records, or the default is the best everywhere.
+    verified: source hashes of this kernel that may ship; None if any may.
+    speeds: by kernel hash.
+    """
+
+    proposals: tuple[Proposal, ...] = ()
+    verified: tuple[str, ...] | None = None
+    speeds: Mapping[str, tuple[Speed, ...]] = field(default_factory=dict)
+
+
+#: Nothing was measured.
+NO_RECORDS = Tuned()
+
+
+def with_proposals(
+    defaults: Mapping[int, Any], proposals: tuple[Proposal, ...], config: type
+) -> dict[int, tuple[Any, str]]:
+    """Configurations and their origins by bucket: the proposals', and within a range without one the defaults.
+
+    Parameters
+    ----------
+    defaults: of the family, by bucket.
+    config: the family's ``Config``.
+
+    Raises
+    ------
+    TypeError: the configuration of a record has other fields than the family has now.
+    """
+    found: dict[int, tuple[Any, str]] = {}
+    ends = [p.bucket for p in proposals[1:]] + [None]
+    for proposal, end in zip(proposals, ends, strict=True):
+        if proposal.config is not None:
+            found[proposal.bucket] = (config(**proposal.config), proposal.source)
+            continue
+        for bucket, next_bucket in zip(sorted(defaults), [*sorted(defaults)[1:], None], strict=True):
+            reaches = next_bucket is None or next_bucket > proposal.bucket
+            if reaches and (end is None or bucket < end):
+                found[max(bucket, proposal.bucket)] = (defaults[bucket], "default")
+    return found

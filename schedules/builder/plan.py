@@ -1,0 +1,206 @@
+"""What a build has to do: the kernels that are asked for, and which of them earlier builds have left.
+
+A kernel is known to be up to date by a hash of all that it is made from (the files of this package, the definition, the
+configuration, the compilers), so that nothing has to be scheduled to find out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from schedules.builder import pack, sources
+from schedules.builder.compile import Built, Failed, Job, Refused, versions_for
+from schedules.builder.configs import NO_RECORDS, ChosenConfig, Tuned
+from schedules.builder.suite import TEMPLATES, KernelSpec, Selection
+from schedules.definition.catalogue import MASKS, SCORES
+from schedules.definition.definition_file import DefinitionFile
+from schedules.families import FAMILY, family_of
+from schedules.families.interface import Target
+from schedules.toolchain import machine
+from schedules.toolchain.host import HOST_HEADER
+from tvm_flash.packs.manifest import KernelEntry
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKS = ROOT / "tvm_flash" / "packs"
+DTYPES = ("float32", "float16", "bfloat16")
+
+Result = Built | Refused | Failed
+
+
+def default_jobs() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build: which kernels, for which machines, with which configurations, and where to.
+
+    ``configs`` gives configurations by kernel symbol in place of the families' defaults, and ``tuning`` what records
+    say of a kernel.  ``run_on`` adds code with
+    which the kernels also run on a newer arch.
+    """
+
+    targets: tuple[Target, ...]
+    selection: Selection = field(default_factory=Selection)
+    definition: DefinitionFile | None = None
+    output: Path = PACKS
+    jobs: int = field(default_factory=default_jobs)
+    run_on: str = ""
+    configs: Mapping[str, ChosenConfig] = field(default_factory=dict)
+    tuning: Callable[[KernelSpec, Target], Tuned] | None = None
+
+    def tuned(self, spec: KernelSpec, target: Target) -> Tuned:
+        """What records say of a kernel of the package's own definition."""
+        return NO_RECORDS if self.tuning is None or self.definition else self.tuning(spec, target)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For one target: every kernel asked for, what of it has to be compiled, and what earlier builds left."""
+
+    target: Target
+    specs: tuple[KernelSpec, ...]
+    jobs: tuple[Job, ...]
+    cached: Mapping[KernelSpec, tuple[Result, ...]]
+
+
+# ---------------------------------------------------------------- targets and specs
+
+
+def parse_targets(names: Iterable[str], isa: str = "") -> tuple[Target, ...]:
+    """Targets of arch names; ``native`` is this machine's processor and its GPUs.
+
+    ``isa`` is for the processor: instruction sets, separated by commas, or ``all``; this machine's best if empty.
+
+    Raises
+    ------
+    ValueError: an arch or an instruction set is unknown.
+    """
+    targets = []
+    for name in names:
+        if name in ("native", "cpu"):
+            targets += [Target("cpu", name) for name in _isas(isa)]
+        if name == "native":
+            archs = (machine.arch_of(capability, FAMILY) for capability in machine.gpu_capabilities())
+            targets += [Target(arch) for arch in archs if arch]
+        elif name != "cpu":
+            if name not in FAMILY:
+                raise ValueError(f"--arch {name}: unknown; expected native or one of {', '.join(FAMILY)}")
+            targets.append(Target(name))
+    return tuple(dict.fromkeys(targets))
+
+
+def _isas(text: str) -> list[str]:
+    known = family_of(Target("cpu")).ISAS
+    if text == "all":
+        return list(known)
+    names = text.split(",") if text else [machine.best_isa(known)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--isa {name}: unknown; expected all or some of {', '.join(known)}")
+    return names
+
+
+def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
+    """The kernels that a request names for a target.
+
+    Raises
+    ------
+    ValueError: a template, dtype, mask or score is unknown.
+    DefinitionError: the definition can't be loaded.
+    """
+    family, chosen = family_of(target), request.selection
+    for option, values, known in (
+        ("--template", chosen.templates, TEMPLATES),
+        ("--mask", chosen.masks, MASKS),
+        ("--score", chosen.scores, SCORES),
+        ("--dtype", chosen.dtypes, DTYPES),
+    ):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"{option} {value}: unknown; expected one of {', '.join(known)}")
+    if request.definition:
+        return tuple(chosen.specs(family.DTYPES, request.definition.name, [request.definition.variant()]))
+    return tuple(chosen.specs(family.DTYPES, between=target.arch != "cpu"))
+
+
+# ---------------------------------------------------------------- what is there already
+
+
+@cache
+def sources_digest(arch: str) -> str:
+    """Hash of every file that decides what a kernel for an arch becomes, and of its manifest entry's form."""
+    files = sources.closure("schedules.builder.compile", f"schedules.families.{FAMILY[arch]}")
+    return sources.digest(files | {HOST_HEADER, ROOT / "tvm_flash" / "manifest.py"})
+
+
+def key_of(request: Request, target: Target, spec: KernelSpec) -> str:
+    """Hash of all that a spec's kernels are made from; as long as it stays the same, so do they."""
+    parts = {
+        "sources": sources_digest(target.arch),
+        "spec": dataclasses.asdict(spec),
+        "target": dataclasses.asdict(target),
+        "versions": versions_for(target),
+        "run_on": request.run_on,
+        "configs": {
+            symbol: dataclasses.asdict(config)
+            for symbol, config in request.configs.items()
+            if symbol.startswith(spec.symbol)
+        },
+        "tuned": dataclasses.asdict(request.tuned(spec, target)),
+        "definition": request.definition.path.read_text() if request.definition else "",
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
+
+
+def _record_path(work: Path, spec: KernelSpec) -> Path:
+    return work / f"{spec.symbol}.record.json"
+
+
+def write_record(work: Path, spec: KernelSpec, key: str, results: Iterable[Result]) -> None:
+    results = tuple(results)
+    if any(isinstance(r, Failed) for r in results):
+        return
+    built = [dataclasses.asdict(r) for r in results if isinstance(r, Built)]
+    refused = [dataclasses.asdict(r) for r in results if isinstance(r, Refused)]
+    record = {"key": key, "built": built, "refused": refused}
+    pack.write_atomically(_record_path(work, spec), json.dumps(record, indent=1))
+
+
+def _read_record(work: Path, spec: KernelSpec, key: str) -> tuple[Result, ...] | None:
+    """The results of an earlier build of the same sources, if its objects are still there."""
+    try:
+        record = json.loads(_record_path(work, spec).read_text())
+        if record["key"] != key:
+            return None
+        built = [Built(**{**r, "entry": KernelEntry.from_dict(r["entry"])}) for r in record["built"]]
+        refused = [Refused(**r) for r in record["refused"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (*built, *refused) if all((work / r.object_file).exists() for r in built) else None
+
+
+def plan(request: Request, target: Target) -> Plan:
+    """What has to be compiled for a target; writes nothing."""
+    work = request.output / pack.WORK_FOLDER / target.folder
+    specs = select(request, target)
+    cached, jobs = {}, []
+    for spec in specs:
+        results = _read_record(work, spec, key_of(request, target, spec))
+        if results is None:
+            jobs.append(
+                Job(
+                    spec, target, work, request.definition, request.configs, request.run_on, request.tuned(spec, target)
+                )
+            )
+        else:
+            cached[spec] = results
+    return Plan(target, specs, tuple(jobs), cached)

@@ -1,0 +1,146 @@
+"""Which kernels exist: one :class:`KernelSpec` each, and the core set that is built for every arch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+
+#: (mask, score) of the core set; a sliding window with unbounded sides serves full and causal attention as well.
+CORE_VARIANTS = (
+    ("full", "identity"),
+    ("causal", "identity"),
+    ("window", "identity"),
+    ("window", "softcap"),
+    ("window", "alibi"),
+    ("window", "softcap_alibi"),
+    ("padded", "identity"),
+)
+
+TEMPLATES = ("v1", "v2")
+
+#: Mask and score of a definition of the user's that isn't made of a mask and a score modification.
+CUSTOM = "custom"
+
+
+@dataclass(frozen=True)
+class HeadDim:
+    """Elements of a query or key row, and of a value row; ``"128"`` or ``"192:128"`` in text."""
+
+    qk: int
+    v: int
+
+    @staticmethod
+    def parse(text: str) -> HeadDim:
+        """Read ``"128"`` or ``"192:128"``.
+
+        Raises
+        ------
+        ValueError: it is neither, or a size isn't a positive multiple of 8.
+        """
+        qk, _, v = text.partition(":")
+        try:
+            dims = HeadDim(int(qk), int(v or qk))
+        except ValueError:
+            raise ValueError(f"head_dim {text!r}: expected a number, or two such as 192:128") from None
+        if any(d <= 0 or d % 8 for d in (dims.qk, dims.v)):
+            raise ValueError(f"head_dim {text!r}: expected positive multiples of 8")
+        return dims
+
+    def __str__(self) -> str:
+        return str(self.qk) if self.qk == self.v else f"{self.qk}v{self.v}"
+
+
+#: A kernel serves every head_dim up to its own, so that few sizes cover all.
+HEAD_DIMS = tuple(HeadDim(d, d) for d in (64, 128, 256))
+
+#: Sizes of models that lie between those.  A GPU multiplies a padded column as it does a real one, so that it gets
+#: kernels for them too, of plain scores; with other scores or padding the next larger kernel serves.
+HEAD_DIMS_BETWEEN = (HeadDim(96, 96), HeadDim(192, 192), HeadDim(192, 128))
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel, apart from the arch: what it computes, in which order, and for which problems.
+
+    ``bucket`` is as in the manifest; a spec with bucket 0 stands for all buckets that its family has.
+    """
+
+    template: str
+    definition: str
+    mask: str
+    score: str
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    bucket: int = 0
+
+    @property
+    def group(self) -> str:
+        """Kernels of one group share a module, which has this name."""
+        prefix = "" if self.definition == BUILTIN_DEFINITION else f"{self.definition}_"
+        return f"{prefix}{self.template}_{self.dtype}_d{HeadDim(self.head_dim, self.head_dim_v)}"
+
+    @property
+    def symbol(self) -> str:
+        """Global symbol of the kernel."""
+        bucket = f"_s{self.bucket}" if self.bucket else ""
+        return f"{self.group}_{self.mask}_{self.score}{bucket}"
+
+    def with_bucket(self, bucket: int) -> KernelSpec:
+        """The same for longer sequences."""
+        return dataclasses.replace(self, bucket=bucket)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Filters of a build; an empty one selects the core set's values.
+
+    A mask that is named alone comes with the scores that the core set has for it, or else without one; likewise a score
+    that is named alone, which else comes with a window.
+    """
+
+    templates: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    head_dims: tuple[HeadDim, ...] = ()
+    masks: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
+
+    def variants(self) -> tuple[tuple[str, str], ...]:
+        """The (mask, score) pairs that are selected."""
+        if not self.masks and not self.scores:
+            return CORE_VARIANTS
+        if self.masks and self.scores:
+            return tuple((m, s) for m in self.masks for s in self.scores)
+        chosen = tuple((m, s) for m, s in CORE_VARIANTS if m in self.masks or s in self.scores)
+        missing = [(m, "identity") for m in self.masks if m not in {c[0] for c in chosen}]
+        missing += [("window", s) for s in self.scores if s not in {c[1] for c in chosen}]
+        return (*chosen, *missing)
+
+    def specs(
+        self,
+        dtypes: Sequence[str],
+        definition: str = BUILTIN_DEFINITION,
+        variants: Iterable[tuple[str, str]] = (),
+        *,
+        between: bool = False,
+    ) -> list[KernelSpec]:
+        """The kernels selected, in order.
+
+        Parameters
+        ----------
+        dtypes: what the arch computes.
+        definition, variants: of a definition of the user's own.
+        between: whether the core set has ``HEAD_DIMS_BETWEEN``, as that of a GPU does.
+        """
+        between = between and not self.head_dims and definition == BUILTIN_DEFINITION
+        return [
+            KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v)
+            for template in self.templates or TEMPLATES
+            for dtype in self.dtypes or dtypes
+            for dim in (*(self.head_dims or HEAD_DIMS), *(HEAD_DIMS_BETWEEN if between else ()))
+            for mask, score in variants or self.variants()
+            if not between or dim not in HEAD_DIMS_BETWEEN or (score == "identity" and mask != "padded")
+        ]

@@ -1,0 +1,225 @@
+"""``scripts/build_kernels.py``: arguments in, progress and a table out."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from schedules.builder import records
+from schedules.builder.build import PackReport, build
+from schedules.builder.compile import Built, Failed, Job, Refused
+from schedules.builder.emit import emit
+from schedules.builder.pack import PackBusyError
+from schedules.builder.plan import PACKS, Plan, Request, default_jobs, parse_targets, plan
+from schedules.builder.suite import HeadDim, Selection
+from schedules.definition.definition_file import DefinitionFile
+from schedules.toolchain.process import ToolchainError
+from schedules.tuning.best import MODES, Tuning
+
+#: Columns where the output is no terminal: room for a kernel's name and six numbers.
+_WIDTH = 110
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command: 0 if all that can be built is in the packs, 1 if a kernel failed, 2 for a wrong request."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH
+    try:
+        request, options = _request(arguments)
+        if options.list or options.dry_run:
+            for target in request.targets:
+                (_print_list if options.list else _print_plan)(console, request, plan(request, target))
+            return 0
+        if options.emit:
+            _emit(console, request, options.emit)
+            return 0
+        reports = _build(console, request)
+    except (ValueError, ToolchainError, PackBusyError) as e:  # DefinitionError is a ValueError
+        console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1 if isinstance(e, ToolchainError) else 2
+    except KeyboardInterrupt:
+        console.print("stopped; the packs are as they were, finished kernels are kept for the next build")
+        return 130
+    for report in reports:
+        _print_report(console, report)
+        _print_tuning(console, request, report)
+    return int(any(report.failed for report in reports))
+
+
+def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespace]:
+    def values(text: str) -> list[str]:
+        return [word for word in text.split(",") if word]
+
+    parser = argparse.ArgumentParser(
+        prog="build_kernels.py", description="Compile attention kernels for this machine or for others."
+    )
+    several = {"type": values, "action": "extend", "default": []}
+    parser.add_argument("--arch", **several, help="native (default), cpu, sm_80, sm_90a, …; a comma list, or repeated")
+    parser.add_argument(
+        "--isa",
+        default="",
+        help="of CPU packs: some of amx,avx512_bf16,avx512,avx2,baseline, or all (default: this machine's best)",
+    )
+    parser.add_argument("--head-dim", **several, help="64, 128, …; 192:128 if values have a size of their own")
+    parser.add_argument("--dtype", **several, help="float32, float16, bfloat16")
+    parser.add_argument("--template", **several, help="v1, v2")
+    parser.add_argument("--mask", **several, help="full, causal, window, …")
+    parser.add_argument("--score", **several, help="identity, softcap, alibi, …")
+    parser.add_argument(
+        "--definition", metavar="FILE.py:NAME", help="kernels of your own definition, added to the pack"
+    )
+    parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=PACKS, help="folder of the packs (default: in the package)")
+    parser.add_argument(
+        "--run-on", default="", metavar="ARCH", help="add code that newer GPUs run too, for verification"
+    )
+    parser.add_argument(
+        "--emit", type=Path, metavar="DIR", help="write CUDA sources for scripts/assemble_packs.py, and compile nothing"
+    )
+    parser.add_argument(
+        "--configs",
+        choices=MODES,
+        default="auto",
+        help="auto: what tuning_logs/ found to be the fastest, if it may ship; default: the families' own; measured: "
+        "also kernels that weren't verified",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and write nothing")
+    parser.add_argument("--list", action="store_true", help="name the kernels that are selected, and write nothing")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs}: expected at least 1")
+    selection = Selection(
+        templates=tuple(options.template),
+        dtypes=tuple(options.dtype),
+        head_dims=tuple(HeadDim.parse(text) for text in options.head_dim),
+        masks=tuple(options.mask),
+        scores=tuple(options.score),
+    )
+    request = Request(
+        targets=parse_targets(options.arch or ["native"], options.isa),
+        selection=selection,
+        definition=DefinitionFile.parse(options.definition) if options.definition else None,
+        output=options.output.resolve(),
+        jobs=options.jobs,
+        run_on=options.run_on,
+        tuning=Tuning(options.configs),
+    )
+    return request, options
+
+
+def _emit(console: Console, request: Request, folder: Path) -> None:
+    with console.status("scheduling") as status:
+        refused = emit(request, folder, status.update)
+    _print_reasons(console, refused, "yellow")
+    console.print(f"sources of {', '.join(t.arch for t in request.targets)} are in {folder}", soft_wrap=True)
+
+
+def _print_list(console: Console, request: Request, planned: Plan) -> None:
+    for spec in planned.specs:
+        console.print(f"{planned.target.arch} {spec.symbol}", highlight=False, soft_wrap=True)
+
+
+def _print_plan(console: Console, request: Request, planned: Plan) -> None:
+    console.print(
+        f"{planned.target}: {len(planned.specs)} kernels selected, {len(planned.cached)} up to date, "
+        f"{len(planned.jobs)} to compile, into {request.output / planned.target.folder}",
+        soft_wrap=True,
+    )
+    for job in planned.jobs:
+        console.print(f"  {job.spec.symbol}", highlight=False, soft_wrap=True)
+
+
+def _build(console: Console, request: Request) -> list[PackReport]:
+    total = sum(len(plan(request, target).jobs) for target in request.targets)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("compiling", total=total)
+
+        def progress(job: Job, results) -> None:
+            bar.update(task, advance=1, description=f"{job.target.arch} {job.spec.symbol}")
+
+        return build(request, progress)
+
+
+def _print_report(console: Console, report: PackReport) -> None:
+    built = {r.entry.symbol: r for r in report.results if isinstance(r, Built)}
+    entries = {e.symbol: e for e in report.manifest.kernels} if report.manifest else {}
+    linked = {m.file: m for m in report.linked}
+    rows = [(entries[s], b, linked[entries[s].module]) for s, b in built.items() if _module(entries, s) in linked]
+    if rows:
+        console.print(_table(report, rows))
+    for kind, style in ((Refused, "yellow"), (Failed, "red")):
+        _print_reasons(console, [r for r in report.results if isinstance(r, kind)], style)
+    if report.dropped:
+        console.print(f"dropped {len(report.dropped)} kernels of the old pack: made by other compilers, or refused now")
+    if not report.manifest:
+        console.print(f"{report.target}: no kernel could be built", style="red")
+        return
+    if unverified := records.unverified(report.manifest.kernels):
+        console.print(
+            f"{len(unverified)} of them were never run on a GPU in this form; scripts/verify_kernels.py does that",
+            style="yellow",
+        )
+    files = (*report.manifest.modules, *report.manifest.support_files)
+    console.print(
+        f"{report.target}: {len(entries)} kernels in {report.folder} ({_kilobytes(sum(f.size for f in files))}); "
+        f"{len(report.up_to_date)} up to date, {len(entries) - len(report.up_to_date)} new or kept",
+        soft_wrap=True,
+    )
+
+
+def _print_tuning(console: Console, request: Request, report: PackReport) -> None:
+    """What records decided, and the command where there are none."""
+    if not report.manifest:
+        return
+    notes = Counter(r.note for r in report.results if isinstance(r, Built) and r.note)
+    for note, count in notes.items():
+        console.print(f"{count} kernels: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    tuned = sum(e.config_source != "default" for e in report.manifest.kernels)
+    if tuned:
+        console.print(f"{tuned} kernels have configurations from tuning_logs/")
+    elif not any(e.speeds for e in report.manifest.kernels):
+        command = f"scripts/tune.py --arch {report.target.arch} --suite standard"
+        console.print(f"nothing measured of these kernels: default configurations; to tune: {command}", soft_wrap=True)
+
+
+def _print_reasons(console: Console, results: Sequence[Refused | Failed], style: str) -> None:
+    """Each reason once, with the kernels that it holds for."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        by_reason.setdefault((type(result).__name__.lower(), result.reason), []).append(result.symbol)
+    for (kind, reason), symbols in by_reason.items():
+        console.print(f"{kind}: {reason}", style=style, markup=False, highlight=False)
+        console.print("  " + ", ".join(symbols), style=style, markup=False, highlight=False)
+
+
+def _module(entries, symbol: str) -> str | None:
+    return entries[symbol].module if symbol in entries else None
+
+
+def _table(report: PackReport, rows) -> Table:
+    gpu = report.target.arch != "cpu"
+    table = Table(title=f"built for {report.target}", title_justify="left")
+    table.add_column("kernel", overflow="fold")
+    for name in ("seconds", "object", *(("registers", "shared", "spills") if gpu else ())):
+        table.add_column(name, justify="right")
+    module = None
+    for entry, built, file in rows:
+        if entry.module != module:
+            module = entry.module
+            table.add_section()
+            table.add_row(module, "", _kilobytes(file.size), *([""] * 3 if gpu else []), style="bold")
+        resources = (str(entry.registers), _kilobytes(entry.shared_memory), str(entry.spills)) if gpu else ()
+        table.add_row("  " + entry.symbol, f"{built.seconds:.1f}", _kilobytes(built.size), *resources)
+    return table
+
+
+def _kilobytes(size: int) -> str:
+    return f"{size / 1024:,.0f} KB"

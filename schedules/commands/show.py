@@ -1,0 +1,228 @@
+"""``scripts/show.py``: the same attention at each stage on its way from mathematics to machine code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm
+
+from schedules.builder.compile import Lowered, cpu_target, definition_of, lower_for_each
+from schedules.builder.plan import Request, parse_targets, select
+from schedules.builder.suite import HeadDim, KernelSpec, Selection
+from schedules.definition.definition_file import DefinitionFile
+from schedules.definition.pattern import DefinitionError
+from schedules.families import family_of
+from schedules.families.interface import Rejected, Target
+from schedules.toolchain import cuda
+from schedules.toolchain.host import split
+from schedules.toolchain.nvcc import find_toolkit
+from schedules.toolchain.process import ToolchainError, run
+from schedules.tuning.best import Tuning
+from tvm_flash.commands.display import Screen, interruptible
+
+#: Columns that two listings need beside one another.
+_SIDE_BY_SIDE = 140
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: what its text is, in words; its language for highlighting; and how it is made of a lowered kernel.
+
+    ``make`` takes the lowered kernel and its target.
+    """
+
+    about: str
+    language: str
+    make: Callable[[Lowered, Target], str]
+
+
+def _tir(lowered: Lowered, _: Target) -> str:
+    return lowered.program.func.script()
+
+
+def _cuda(lowered: Lowered, _: Target) -> str:
+    """The kernel itself, without the helpers before it and the host code after it."""
+    device, _ = split(lowered.text, lowered.program.func.attrs["global_symbol"])
+    return device[device.rindex('extern "C" __global__') :]
+
+
+def _ptx(lowered: Lowered, target: Target) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        return cuda.device_compiler(target.arch).ptx(_device_file(lowered, Path(scratch)), target.arch)
+
+
+def _sass(lowered: Lowered, target: Target) -> str:
+    disassembler = find_disassembler()
+    with tempfile.TemporaryDirectory() as scratch:
+        image, _ = cuda.device_compiler(target.arch).image(_device_file(lowered, Path(scratch)), target.arch)
+        return run([disassembler, "-c", image], "disassembling")
+
+
+def _device_file(lowered: Lowered, folder: Path) -> Path:
+    file = folder / "kernel.cu"
+    file.write_text(split(lowered.text, file.name)[0])
+    return file
+
+
+def find_disassembler() -> str:
+    """nvdisasm: beside nvcc, else on ``PATH``.
+
+    Raises
+    ------
+    ToolchainError: there is none.
+    """
+    beside = find_toolkit().compiler.parent / "nvdisasm"
+    found = str(beside) if beside.exists() else shutil.which("nvdisasm")
+    if not found:
+        raise ToolchainError("--stage sass: needs nvdisasm; pip install nvidia-cuda-nvdisasm")
+    return found
+
+
+def _cpu_text(kind: str) -> Callable[[Lowered, Target], str]:
+    def make(lowered: Lowered, target: Target) -> str:
+        module = tvm.IRModule({"kernel": lowered.program.func})
+        compiled = tvm.compile(module, target=cpu_target(target), tir_pipeline=lowered.program.pipeline)
+        return compiled.mod.inspect_source(kind)
+
+    return make
+
+
+GPU_STAGES = {
+    "tir": Stage("TensorIR after scheduling", "python", _tir),
+    "cuda": Stage("CUDA C++", "cuda", _cuda),
+    "ptx": Stage("PTX", "ptx", _ptx),
+    "sass": Stage("machine code", "sass", _sass),
+}
+CPU_STAGES = {
+    "tir": Stage("TensorIR after scheduling", "python", _tir),
+    "llvm": Stage("LLVM IR", "llvm", _cpu_text("ll")),
+    "asm": Stage("machine code", "gas", _cpu_text("asm")),
+}
+
+#: The stage before there is a template.
+DEFINITION = "definition"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One kernel at one stage: a title, the text, and its language."""
+
+    title: str
+    text: str
+    language: str
+
+
+def listing(spec: KernelSpec, request: Request, stage: str) -> Listing:
+    """A kernel, as a build of the request would make it for its first target, at a stage.
+
+    Raises
+    ------
+    ValueError, DefinitionError: the target has no such stage, or the definition can't be scheduled.
+    ToolchainError: a compiler or the disassembler is missing or fails.
+    """
+    target = request.targets[0]
+    stages = CPU_STAGES if target.arch == "cpu" else GPU_STAGES
+    if stage == DEFINITION:
+        text = definition_of(spec, target, request.definition).script()
+        title = (
+            f"definition: head_dim {HeadDim(spec.head_dim, spec.head_dim_v)}, {spec.dtype}, {spec.mask}, {spec.score}"
+        )
+        return Listing(title, text, "python")
+    if stage not in stages:
+        raise ValueError(f"--stage {stage}: {target.arch} has {', '.join((DEFINITION, *stages))}")
+    buckets = {}
+    kernels = lower_for_each(spec.with_bucket(0), (target,), request.configs, request.definition, request.tuned)
+    for one, _, _, lowered, _ in kernels:
+        buckets[one.bucket] = lowered
+        if one.bucket == spec.bucket:
+            break
+    else:
+        raise ValueError(f"--bucket {spec.bucket}: there are {', '.join(map(str, buckets))}")
+    if isinstance(lowered, Rejected):
+        raise ValueError(f"{spec.symbol}: {lowered.reason}")
+    config = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(lowered.config).items())
+    title = f"{spec.symbol} for {target}, {stages[stage].about} ({config})"
+    return Listing(title, stages[stage].make(lowered, target), stages[stage].language)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command: 0, or 2 for a request that can't be carried out."""
+    options = _parser().parse_args(arguments)
+    try:
+        target = parse_targets([options.arch or "native"])[-1]
+        request = _request(options, target)
+        spec = select(request, target)[0].with_bucket(options.bucket)
+        templates = options.templates or (["v2"] if "v2" in family_of(target).TEMPLATES else ["v1"])
+        templates = templates[:1] if options.stage == DEFINITION else templates
+        listings = [listing(dataclasses.replace(spec, template=t), request, options.stage) for t in templates]
+    except (ValueError, ToolchainError, DefinitionError) as e:
+        print(f"show: {e}", file=sys.stderr)
+        return 2
+    return interruptible(lambda: show(listings, Screen()) or 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="show.py", description="A kernel at a stage of its making: as mathematics, scheduled, as code."
+    )
+    parser.add_argument(
+        "templates", nargs="*", type=str.lower, metavar="V1|V2", help="one, or both beside one another (default: V2)"
+    )
+    stages = (DEFINITION, *dict.fromkeys((*GPU_STAGES, *CPU_STAGES)))
+    parser.add_argument("--stage", choices=stages, default="tir", help="default: tir; llvm and asm are the CPU's")
+    parser.add_argument("--arch", help="cpu, sm_80, sm_90a, …; default: this machine's GPU, or its processor")
+    parser.add_argument("--head-dim", default="128", help="128, or 192:128 if values have a size of their own")
+    parser.add_argument("--dtype", help="default: float16, on a processor float32")
+    parser.add_argument("--mask", default="full", help="full, causal, window, …")
+    parser.add_argument("--score", default="identity", help="identity, softcap, alibi, …")
+    parser.add_argument("--bucket", type=int, default=0, help="the kernel for sequences of so many keys or more")
+    parser.add_argument("--definition", metavar="FILE.py:NAME", help="a definition of your own")
+    return parser
+
+
+def _request(options: argparse.Namespace, target: Target) -> Request:
+    for template in options.templates:
+        if template not in ("v1", "v2"):
+            raise ValueError(f"{template}: unknown; expected V1 or V2")
+    dtype = options.dtype or ("float32" if target.arch == "cpu" else "float16")
+    chosen = Selection(("v2",), (dtype,), (HeadDim.parse(options.head_dim),), (options.mask,), (options.score,))
+    definition = DefinitionFile.parse(options.definition) if options.definition else None
+    return Request((target,), chosen, definition, tuning=Tuning("auto"))
+
+
+def show(listings: Sequence[Listing], screen: Screen) -> None:
+    """Listings with highlighting on a terminal, two beside one another if it is wide; else plain, one after another."""
+    if not screen.fancy:
+        for one in listings:
+            screen.line(f"# {one.title}\n{one.text.rstrip()}\n")
+        return
+    from rich.syntax import Syntax
+    from rich.table import Table
+
+    drawn = [Syntax(one.text.strip(), _lexer(one.language), theme="ansi_dark", word_wrap=True) for one in listings]
+    if len(listings) > 1 and screen.width >= _SIDE_BY_SIDE:
+        grid = Table.grid(*(one.title for one in listings), padding=(0, 2), expand=True)
+        grid.show_header = True
+        for column in grid.columns:
+            column.ratio = 1
+        grid.add_row(*drawn)
+        screen.console.print(grid)
+        return
+    for one, code in zip(listings, drawn, strict=True):
+        screen.line(one.title, "best")
+        screen.console.print(code)
+
+
+def _lexer(language: str) -> str:
+    """The nearest lexer that Pygments has: it knows CUDA and LLVM, but no PTX or SASS."""
+    return {"ptx": "gas", "sass": "gas"}.get(language, language)

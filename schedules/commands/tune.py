@@ -1,0 +1,307 @@
+"""``scripts/tune.py``: arguments in, progress and tables out."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from schedules.builder import records
+from schedules.tuning import tables
+from schedules.tuning.batch import Options, UnhealthyDeviceError
+from schedules.tuning.budget import Budget
+from schedules.tuning.folder import Folder
+from schedules.tuning.measure import measure
+from schedules.tuning.process import describe
+from schedules.tuning.progress import Progress
+from schedules.tuning.workload import Workload, standard_suite
+from tvm_flash.errors import TvmFlashError
+from tvm_flash.machine import cuda
+from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE
+from tvm_flash.packs.registry import runs_on
+
+TEMPLATES = tuple(LAYOUT_OF_TEMPLATE)
+WORK = records.LOGS / ".work"
+
+_EXAMPLES = """\
+examples:
+  scripts/tune.py --arch native --problem "b=4 h=16 s=4096 d=128 causal fp16"
+  scripts/tune.py --arch cpu --suite standard --dtype float32 --strategy evolutionary --budget 10min
+  scripts/tune.py --arch sm_86 --suite standard --budget 200 --emit DIR       on a machine without a GPU, then
+  scripts/tune.py --measure DIR                                               on one or several with it, without TVM
+  scripts/tune.py merge DIR/records/*.jsonl                                   into tuning_logs/<device>.jsonl
+  scripts/tune.py report tuning_logs/nvidia_h200.jsonl --output report.png
+  scripts/tune.py diff OLD.jsonl NEW.jsonl
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command: 0 if all went well, 1 if the device failed, 2 for a wrong request, 130 if interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"merge": _merge, "report": _report, "diff": _diff}
+    try:
+        if arguments and arguments[0] in commands:
+            return commands[arguments[0]](arguments[1:])
+        return _tune(arguments)
+    except UnhealthyDeviceError as e:
+        print(f"error: {e}\neverything measured so far is kept; --resume goes on", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, TvmFlashError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; everything measured so far is kept, --resume goes on", file=sys.stderr)
+        return 130
+
+
+# ---------------------------------------------------------------- searching
+
+
+def _tune(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    measuring = Options(
+        device="",
+        jobs=options.jobs,
+        peers=options.peers,
+        recompile_for=options.recompile_for,
+        log=options.log,
+        step_limit=options.step_limit,
+        effort=_effort(options.effort),
+    )
+    if options.measure:
+        return _measure(options, measuring)
+    # TVM is needed from here on, and only from here on.
+    from schedules.builder.plan import parse_targets
+    from schedules.tuning.emit import tasks_for
+    from schedules.tuning.search import Search
+
+    for template in options.template:
+        if template not in TEMPLATES:
+            raise ValueError(f"--template {template}: unknown; expected one of {', '.join(TEMPLATES)}")
+    target = parse_targets([options.arch], options.isa)[-1]  # of "native", the GPU if there is one
+    workloads = _workloads(options, target)
+    tasks = tasks_for(workloads, options.template or TEMPLATES, target)
+    if not tasks:
+        raise ValueError(f"{target} has no kernel for any of the problems")
+    if options.dry_run:
+        _print_spaces(tasks, target)
+        return 0
+    devices = _devices(options, target.arch)
+    log = options.log or records.log_of(describe(devices[0])["name"]) if devices and not options.emit else options.log
+    search = Search(
+        target=target,
+        tasks=tasks,
+        strategy=options.strategy,
+        budget=Budget(configs=0) if options.variation and not options.budget else Budget.parse(options.budget or "100"),
+        folder=options.emit or options.work / "_".join(filter(None, (target.arch, target.isa))),
+        generation=options.generation,
+        seed=options.seed,
+        jobs=options.jobs,
+        resume=options.resume,
+        variations=options.variation,
+        log=log,
+    )
+    if options.emit:
+        return _emit(search)
+    if not devices:
+        raise ValueError(f"--arch {target}: no such device here; --emit DIR writes what another machine measures")
+    start = time.monotonic()
+    with Progress() as progress:
+        search.run(replace(measuring, log=log), devices, progress)
+    _print_not_made(search)
+    print(f"{time.monotonic() - start:.0f} s; records are in {log}")
+    print(tables.gains(records.read(log), {str(w) for w in workloads}))
+    print(f"scripts/build_kernels.py --arch {target.arch} builds with what was found")
+    return 0
+
+
+def _emit(search) -> int:
+    if search.budget.configs == math.inf:
+        raise ValueError("--emit: needs a --budget in configurations, as nothing is timed here")
+    with Progress() as progress:
+        count = search.emit(progress)
+    _print_not_made(search)
+    print(f"{count} configurations are in {search.folder}; measure them with scripts/tune.py --measure {search.folder}")
+    return 0
+
+
+def _measure(options: argparse.Namespace, measuring: Options) -> int:
+    folder = Folder(options.measure)
+    emission = folder.emission()
+    devices = _devices(options, emission.arch)
+    if not devices:
+        raise ValueError(f"--measure {options.measure}: is for {emission.arch}, and no GPU here runs that")
+    if options.budget.endswith(("s", "min")):
+        measuring = replace(measuring, deadline=time.monotonic() + Budget.parse(options.budget).seconds)
+    with Progress() as progress:
+        measure(folder, measuring, devices, progress)
+    left = [b.name for b in folder.batches() if not folder.is_done(b.name)]
+    print(f"{len(left)} batches are left, or with other processes" if left else "all batches are measured")
+    print(tables.gains(folder.records()))
+    print(f"scripts/tune.py merge {options.measure}/records/*.jsonl puts the records into tuning_logs/")
+    return 0
+
+
+def _devices(options: argparse.Namespace, arch: str) -> list[str]:
+    """The devices that run an arch's kernels: those that were named, else all of this machine."""
+    if options.device:
+        return options.device
+    if arch == "cpu":
+        return ["cpu"]
+    code = options.recompile_for or arch
+    gpus = [index for index in range(cuda.device_count()) if runs_on(code, cuda.gpu(index).capability)]
+    return [f"cuda:{index}" for index in gpus]
+
+
+def _workloads(options: argparse.Namespace, target) -> list[Workload]:
+    from schedules.families import family_of
+
+    dtypes = options.dtype or family_of(target).DTYPES
+    if bool(options.problem) == bool(options.suite):
+        raise ValueError("either --problem or --suite is needed: what is to be fast?")
+    if options.suite:
+        return standard_suite(target.arch, dtypes, options.head_dim, options.seqlen, options.mask)
+    named = [_parse_problem(text) for text in options.problem]
+    return list(dict.fromkeys(w for text in named for w in _in_dtypes(text, options.dtype)))
+
+
+def _parse_problem(text: str) -> tuple[str, bool]:
+    """A problem, and whether it names a dtype itself."""
+    try:
+        Workload.parse(text)
+    except ValueError as e:
+        if "names no dtype" not in str(e):
+            raise
+        return text, False
+    return text, True
+
+
+def _in_dtypes(problem: tuple[str, bool], dtypes: Sequence[str]) -> list[Workload]:
+    text, named = problem
+    return [Workload.parse(text)] if named else [Workload.parse(text, dtype) for dtype in dtypes or ("float16",)]
+
+
+def _effort(text: str) -> dict[str, float]:
+    """``"rounds=3 block=0.01"`` as fields of :class:`schedules.tuning.timing.Effort`."""
+    words = dict(word.split("=") for word in text.split())
+    return {name: int(value) if name in ("rounds", "trial") else float(value) for name, value in words.items()}
+
+
+def _variation(text: str) -> dict[str, bool | int]:
+    """``"block_n=64 pingpong=False"`` as fields of a family's ``Config``."""
+    return {name: ast.literal_eval(value) for name, value in (word.split("=") for word in text.split())}
+
+
+def _print_spaces(tasks, target) -> None:
+    from schedules.tuning.emit import space_of
+
+    for spec, workloads in tasks.items():
+        space = space_of(spec, target)
+        rejections = space.rejections()
+        print(f"{spec.symbol}: {len(space.feasible())} configurations, for {', '.join(map(str, workloads))}")
+        for name, values in space.axes.items():
+            print(f"  {name}: {', '.join(map(str, values))}")
+        for reason, count in rejections.most_common():
+            print(f"  {count} refused: {reason}")
+
+
+def _print_not_made(search) -> None:
+    for failed in search.not_made:
+        print(f"not made: {failed.proposal.spec.symbol} {failed.proposal.config}: {failed.reason}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    def values(text: str) -> list[str]:
+        return [word for word in text.split(",") if word]
+
+    def numbers(text: str) -> list[int]:
+        return [int(word) for word in values(text)]
+
+    parser = argparse.ArgumentParser(
+        prog="tune.py",
+        description="Search for fast configurations of attention kernels on this machine, or for another.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    several = {"action": "extend", "default": []}
+    parser.add_argument("--arch", default="native", help="native (default: the GPU, else the CPU), cpu, sm_80, …")
+    parser.add_argument("--isa", default="", help="of CPU kernels: amx, avx512, avx2, …; else this machine's best")
+    parser.add_argument("--template", type=values, **several, help="v1, v2 (default: both)")
+    parser.add_argument("--problem", action="append", default=[], help='such as "b=4 h=16 s=4096 d=128 causal fp16"')
+    parser.add_argument("--suite", choices=("standard",), help="the usual problems; these options keep some of them:")
+    parser.add_argument("--dtype", type=values, **several, help="float32, float16, bfloat16")
+    parser.add_argument("--head-dim", type=numbers, **several, help="64, 128, 256")
+    parser.add_argument("--seqlen", type=numbers, **several, help="512, 1024, …")
+    parser.add_argument("--mask", type=values, **several, help="full, causal")
+    parser.add_argument(
+        "--strategy",
+        choices=("exhaustive", "random", "evolutionary"),
+        default="evolutionary",
+        help="default: evolutionary",
+    )
+    parser.add_argument(
+        "--variation",
+        type=_variation,
+        action="append",
+        default=[],
+        metavar="NAME=X …",
+        help="these fields of the defaults otherwise; may be repeated, and comes before what the strategy proposes",
+    )
+    parser.add_argument(
+        "--budget", default="", help="configurations, or a time: 200, 10min, 90s (default: 100, or 0 with --variation)"
+    )
+    parser.add_argument("--generation", type=int, default=8, help="configurations of a kernel at a time (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the strategy's random numbers")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, or was killed")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="kernels built at a time")
+    parser.add_argument("--emit", type=Path, metavar="DIR", help="write what is to be measured, and measure nothing")
+    parser.add_argument("--measure", type=Path, metavar="DIR", help="measure what --emit wrote; several may at once")
+    parser.add_argument("--device", action="append", default=[], help="cuda:0, …, cpu (default: every GPU of the arch)")
+    parser.add_argument("--peers", action="store_true", help="time PyTorch's attention beside ours")
+    parser.add_argument("--log", type=Path, help="where records go (default: tuning_logs/<device>.jsonl)")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for what is built (default: in tuning_logs/)")
+    parser.add_argument("--dry-run", action="store_true", help="show the space and what is refused, and why")
+    parser.add_argument(
+        "--recompile-for", default="", metavar="ARCH", help="make a newer arch's code from the same sources"
+    )
+    parser.add_argument("--step-limit", type=float, default=20.0, help="seconds until a kernel counts as hung")
+    parser.add_argument("--effort", default="", metavar="NAME=X …", help="rounds, block, warm_up, trial, hopeless")
+    return parser
+
+
+# ---------------------------------------------------------------- records
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tune.py merge", description="Put records into the logs of their devices.")
+    parser.add_argument("logs", type=Path, nargs="+", help="files of records; a log itself is only rid of duplicates")
+    parser.add_argument("--into", type=Path, help="one file for all (default: tuning_logs/<device>.jsonl)")
+    options = parser.parse_args(arguments)
+    devices = {record.device for path in options.logs for record in records.read(path)}
+    targets = {options.into} if options.into else {records.log_of(device) for device in devices}
+    for target in sorted(targets):
+        keep = None if options.into else {d for d in devices if records.log_of(d) == target}
+        before, after = records.merge(options.logs, target, keep)
+        print(f"{target}: {before} records before, {after} after")
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from schedules.tuning import report
+
+    return report.main(arguments)
+
+
+def _diff(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tune.py diff", description="Compare two logs, problem by problem.")
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    options = parser.parse_args(arguments)
+    print(tables.difference(records.read(options.old), records.read(options.new)))
+    return 0

@@ -1,0 +1,1 @@
+"""Attention as mathematics, and what can be read out of it: nothing here knows a machine."""

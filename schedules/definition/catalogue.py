@@ -1,0 +1,125 @@
+"""Masks and score modifications: a few lines of TIR expression each, with a float64 numpy twin beside it.
+
+A score modification is a function ``(s, at) -> expression`` of the scaled score ``s``; a mask is ``at -> predicate``,
+true where a query may see a key.  ``at`` is a :class:`Position`: the indices of the score and the run-time parameters
+by name.  To add one, write the function, write its twin, and make a :class:`ScoreModification` or a :class:`Mask` of
+the two; no template has to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from tvm_flash import reference
+from tvm_flash.packs.manifest import Param
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where one score is: TIR expressions.
+
+    ``b, h, i, j`` are batch, query head, query and key index.  ``param["name"]`` is a run-time parameter, for a
+    per-head one the value that belongs to ``(b, h)``.
+    """
+
+    b: Expr
+    h: Expr
+    i: Expr
+    j: Expr
+    seqlen_q: Expr
+    seqlen_kv: Expr
+    param: Mapping[str, Expr]
+
+    @property
+    def diagonal(self) -> Expr:
+        """The key position that query ``i`` stands on when the last query and the last key are aligned."""
+        return self.i + self.seqlen_kv - self.seqlen_q
+
+
+@dataclass(frozen=True)
+class ScoreModification:
+    """``expr(s, at)``: the modified score as float32; ``twin``: the same in numpy (:mod:`tvm_flash.reference`)."""
+
+    name: str
+    expr: Callable[[Expr, Position], Expr]
+    twin: Callable
+    params: tuple[Param, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mask:
+    """``expr(at)`` is a predicate, or None for "always"; ``twin`` is the same in numpy.
+
+    Comparisons that are affine in ``i`` and ``j``, joined by ``T.And`` and ``T.Or``, let the templates skip and unmask
+    whole tiles; anything else is computed element by element.
+    """
+
+    name: str
+    expr: Callable[[Position], Expr | None]
+    twin: Callable
+    params: tuple[Param, ...] = ()
+
+
+def _softcap(s, at):
+    return at.param["softcap"] * T.tanh(s / at.param["softcap"])
+
+
+def _alibi(s, at):
+    return s - at.param["alibi_slopes"] * T.abs(T.Cast("float32", at.diagonal - at.j))
+
+
+def _softcap_alibi(s, at):
+    return _alibi(_softcap(s, at), at)
+
+
+def _causal(at):
+    return at.j <= at.diagonal
+
+
+def _window(at):
+    return T.And(at.j >= at.diagonal - at.param["window_left"], at.j <= at.diagonal + at.param["window_right"])
+
+
+def _sink_window(at):
+    near = T.Or(at.j >= at.diagonal - at.param["window_left"], at.j < at.param["sink_tokens"])
+    return T.And(at.j <= at.diagonal + at.param["window_right"], near)
+
+
+def _padded(at):
+    return T.And(T.And(at.j >= at.param["kv_start"], at.j < at.param["kv_end"]), _window(at))
+
+
+SOFTCAP = Param("softcap", "float32")
+ALIBI_SLOPES = Param("alibi_slopes", "float32", per_head=True)
+WINDOW = (Param("window_left", "int32"), Param("window_right", "int32"))
+KEY_RANGE = (Param("kv_start", "int32", per_head=True), Param("kv_end", "int32", per_head=True))
+
+IDENTITY = ScoreModification("identity", lambda s, at: s, reference.identity)
+FULL = Mask("full", lambda at: None, reference.full)
+
+#: Score modifications by name.
+SCORES: Mapping[str, ScoreModification] = {
+    m.name: m
+    for m in (
+        IDENTITY,
+        ScoreModification("softcap", _softcap, reference.softcap, (SOFTCAP,)),
+        ScoreModification("alibi", _alibi, reference.alibi, (ALIBI_SLOPES,)),
+        ScoreModification("softcap_alibi", _softcap_alibi, reference.softcap_alibi, (SOFTCAP, ALIBI_SLOPES)),
+    )
+}
+
+#: Masks by name.
+MASKS: Mapping[str, Mask] = {
+    m.name: m
+    for m in (
+        FULL,
+        Mask("causal", _causal, reference.causal),
+        Mask("window", _window, reference.window, WINDOW),
+        Mask("sink_window", _sink_window, reference.sink_window, (*WINDOW, Param("sink_tokens", "int32"))),
+        Mask("padded", _padded, reference.padded, (*WINDOW, *KEY_RANGE)),
+    )
+}

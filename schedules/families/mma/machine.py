@@ -1,0 +1,262 @@
+"""One block's work on any mma.sync machine: where its threads copy from and to, its registers, the order of a step.
+
+What differs is mixed in: ``LdmatrixProducts`` (Turing and later) or Volta's products, asynchronous or staged copies.
+A machine brings ``place_operands()``, ``scores()``, ``probabilities(k, scale)``, ``accumulate(k)`` and ``pack_pair(to,
+i, low, high)``; the kernel calls its ``start()``, ``step(tile, masked, tracked)`` and ``finish()``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tvm.backend.cuda.lang import SMEMPool
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern
+from schedules.families.mma import mma
+from schedules.families.mma.mma import CHUNK, SharedTile
+from schedules.families.mma.registers import fresh
+from schedules.tile.fragment import Fragment
+from schedules.tile.geometry import Geometry, KeyTiles, Tensor, flat, local, wide
+from schedules.tile.softmax import OnlineSoftmax
+
+
+@T.meta_class
+class Matrix:
+    """One head's rows of q, k or v in global memory, the shared tile that they are copied to, and a thread's part.
+
+    A thread copies 16 bytes of every ``step``-th row of each panel.  ``cursor`` is the offset of the first of them in
+    the tile that is next, ``to`` their shared address in stage 0.  Cursors are registers, or in a shared buffer with
+    an element for each thread.
+    """
+
+    def __init__(self, tensor: Tensor, b, head, tile: SharedTile, threads: int, thread, cursors=None):
+        self.memory, self.tile = flat(tensor.buffer), tile
+        self.rows, self.row_stride = tensor.sizes["seq"], tensor.strides["seq"]
+        self.step = threads // tile.panel_chunks
+        row, chunk = thread // tile.panel_chunks, thread % tile.panel_chunks
+        self.cursors = cursors if cursors is not None else T.alloc_local([1], "int64")
+        self.own = (lambda: fresh("tid.x")) if cursors is not None else (lambda: 0)
+        T.buffer_store(self.cursors, tensor.offset(b, head, row, chunk * CHUNK), [self.own()])
+        place = tile.address(row, chunk)
+        self.to = local(place) if cursors is None else tile.address(self.row(), self.column() // CHUNK)
+        self.dim = tensor.sizes["dim"]
+
+    @property
+    def passes(self) -> int:
+        """How many rows of a panel one thread copies at most."""
+        return -(-self.tile.rows // self.step)
+
+    def row(self):
+        """First row of this thread."""
+        return fresh("tid.x") // self.tile.panel_chunks
+
+    def column(self):
+        """First column of this thread."""
+        return fresh("tid.x") % self.tile.panel_chunks * CHUNK
+
+    @property
+    def cursor(self):
+        """Offset of this thread's first element in the tile that is next."""
+        return self.cursors[self.own()]
+
+    @T.inline
+    def move(self, rows):
+        """Let the cursor go ``rows`` rows down."""
+        self.cursors[self.own()] = self.cursor + wide(rows) * wide(self.row_stride)
+
+
+@T.meta_class
+class BlockMachine:
+    """Shared tiles, copy cursors, registers and softmax state of one block.
+
+    ``rows`` are its first and last row, ``block`` its batch, head and strip of rows, ``thread`` an index in it.
+    ``parts`` warps share the rows of ``m_tiles`` m-tiles: each computes the scores of its part of the keys, and the
+    output of its part of the columns.  A warp's m-tiles are ``tile_step`` rows apart.  ``cursors_in_shared`` keeps
+    where threads copy from in shared memory, 16 bytes a thread, where it costs no registers.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        config,
+        geometry: Geometry,
+        at,
+        rows,
+        tiles: KeyTiles,
+        kv_head,
+        block,
+        thread,
+        *,
+        fragment: Fragment,
+        num_stages: int,
+        parts: int = 1,
+        cursors_in_shared: bool = False,
+    ):
+        D, E, M, N = pattern.head_dim, pattern.head_dim_v, config.block_m, config.block_n
+        self.pattern, self.config, self.geometry, self.at = pattern, config, geometry, at
+        self.rows, self.tiles, self.fragment = rows, tiles, fragment
+        self.head_dim, self.head_dim_v, self.stages, self.parts = D, E, num_stages, parts
+        self.threads = 32 * config.num_warps
+        self.tile_step = fragment.tile_rows * (config.num_warps // parts)
+        self.m_tiles = M // self.tile_step
+        pool = SMEMPool()
+        tiles_of = [
+            SharedTile(pool, *shape, pattern.dtype) for shape in ((1, M, D), (num_stages, N, D), (num_stages, N, E))
+        ]
+        self.place_shared(pool)
+        self.k_cursors, self.v_cursors = (
+            pool.alloc((self.threads,), "int64") if cursors_in_shared else None for _ in range(2)
+        )
+        pool.commit()
+        heads = ((geometry.q, at.h), (geometry.k, kv_head), (geometry.v, kv_head))
+        self.q, self.k, self.v = (
+            Matrix(tensor, at.b, head, tile, self.threads, thread, buffer)
+            for (tensor, head), tile, buffer in zip(
+                heads, tiles_of, (None, self.k_cursors, self.v_cursors), strict=True
+            )
+        )
+        self.s_stride, self.o_stride = fragment.registers(N // parts), fragment.registers(E // parts)
+        self.S = T.alloc_local([self.m_tiles * self.s_stride], "float32")
+        self.O = T.alloc_local([self.m_tiles * self.o_stride], "float32")
+        self.softmax = OnlineSoftmax(pattern, at, fragment, self.m_tiles, N // parts, self.tile_step)
+        self.place_block(*block, thread)
+        # the tile that is copied next, and the buffer in use
+        self.fetched, self.use = (local(T.int32(0)) for _ in range(2))
+        self.place_operands()
+
+    def place_shared(self, pool):
+        """Shared memory beside the tiles."""
+
+    def place_block(self, b, h, strip, thread):
+        """Set head, rows and lane from the indices of block and thread."""
+        self.at = self.softmax.at = dataclasses.replace(self.at, b=b, h=h)
+        self.row_first = strip * self.config.block_m
+        self.lane, self.part, self.warp_row = self.place_of(thread)
+        self.row0, self.column0 = self.position_of(thread)
+
+    def place_of(self, thread):
+        """Lane, part, and first row of the warp of a thread."""
+        warp = thread // 32
+        part = warp % self.parts if self.parts > 1 else 0
+        return thread % 32, part, warp // self.parts * self.fragment.tile_rows
+
+    def position_of(self, thread):
+        """Row and column of a thread's first score in the first tile of keys."""
+        lane, part, warp_row = self.place_of(thread)
+        column = self.fragment.column(lane) + part * (self.config.block_n // self.parts)
+        return self.row_first + warp_row + self.fragment.row(lane), column
+
+    def output_column(self, group):
+        """First output column of a register group, counted from the first of this lane's."""
+        return self.fragment.output_column(group)
+
+    @T.inline
+    def settle(self):
+        """Wait for this thread's copies that no step has waited for."""
+
+    @T.inline
+    def meet(self):
+        """The warps that share rows wait for each other."""
+        T.cuda.warp_sync()
+
+    @T.inline
+    def each_row(self, matrix, stage, live, ragged, body):
+        """``body(n, memory, shared, inside)`` for all that this thread copies of the tile at the cursor.
+
+        ``n`` counts; ``memory`` is the global element, ``shared`` the operand for shared memory; ``inside`` tells
+        whether the element exists: where it doesn't, zeros are to be filled in.  ``live`` says whether there is such a
+        tile at all, ``ragged`` is its first row if it may go beyond the last one, else None.
+        """
+        tile = T.meta_var(matrix.tile)
+        start: T.int64 = matrix.cursor
+        to: T.uint32 = matrix.to + T.Cast("uint32", stage * tile.stage_bytes)
+        column: T.int32 = matrix.column()
+        first: T.int32 = matrix.row() + (0 if ragged is None else ragged)
+        for i in T.unroll(matrix.passes):
+            for p in T.unroll(tile.panels):
+                memory = T.meta_var(start + wide(i * matrix.step) * wide(matrix.row_stride) + T.int64(p * tile.panel))
+                shared = T.meta_var(T.ptx.addr(to, p * tile.panel_bytes + i * matrix.step * tile.panel * 2))
+                in_row = T.meta_var(T.And(live, column + p * tile.panel < matrix.dim))
+                inside = T.meta_var(in_row if ragged is None else T.And(in_row, first + i * matrix.step < matrix.rows))
+                if tile.rows % matrix.step == 0:
+                    body(i * tile.panels + p, memory, shared, inside)
+                else:
+                    if matrix.row() + i * matrix.step < tile.rows:
+                        body(i * tile.panels + p, memory, shared, inside)
+
+    @T.inline
+    def absorb(self, tracked, first=0):
+        """S to P, and O += P V, 16 keys at a time: the next exponentials run between these products."""
+        if tracked:
+            self.softmax.track(self.S, first=first)
+            if self.softmax.grown != 0:
+                self.softmax.rescale(self.O, self.o_stride, first)
+        scale = T.meta_var(self.softmax.scale if tracked else self.softmax.signed_scale())
+        for k in T.unroll(self.config.block_n // 16):
+            self.probabilities(k, scale, first)
+            self.accumulate(k, first)
+
+    @T.inline
+    def score_tile(self, tile, masked, tracked, first=0):
+        """Raw products to scores of the tile, masked if need be; references only matter if ``tracked``."""
+        thread: T.int32 = fresh("tid.x")
+        place = T.meta_var(self.position_of(thread))
+        if tracked:
+            self.softmax.scores(self.S, place[0], tile * self.config.block_n + place[1], masked, first)
+        else:
+            self.softmax.modify(self.S, place[0], tile * self.config.block_n + place[1], masked, first)
+
+    def is_blind(self, tile):
+        """Whether a warp's first m-tile sees nothing of a tile, though others of the block do."""
+        _, _, warp_row = self.place_of(fresh("tid.x"))
+        row = self.row_first + warp_row
+        _, end = self.pattern.visible_range(self.at, row, row + (self.fragment.tile_rows - 1))
+        return end <= tile * self.config.block_n
+
+    @T.inline
+    def if_seen(self, tile, masked, body):
+        """``body(first)`` from the first m-tile on, or from the last if a mask hides the tile from those before it.
+
+        A warp's m-tiles are as far apart as possible: under a causal mask, one of two sees nothing of what is right of
+        the middle of the diagonal.
+        """
+        if masked and self.m_tiles > 1 and not (self.pattern.is_unmasked or self.pattern.has_gaps):
+            if self.is_blind(tile):
+                body(self.m_tiles - 1)
+            else:
+                body(0)
+        else:
+            body(0)
+
+    @T.inline
+    def clear(self):
+        """No output, no softmax state; the rightmost tile is the next to be copied."""
+        for i in T.unroll(self.m_tiles * self.o_stride):
+            self.O[i] = T.float32(0)
+        self.softmax.reset()
+        self.fetched = self.tiles.end - 1
+        self.use = 0
+        self.q.move(self.rows[0])
+        self.k.move(self.fetched * self.config.block_n)
+        self.v.move(self.fetched * self.config.block_n)
+
+    @T.inline
+    def fetch_done(self):
+        """Let ``fetched`` and the cursor of K go to the next tile on the left."""
+        before: T.int32 = self.fetched
+        mma.move_left(self.pattern, self.at, self.tiles, self.rows, self.config.block_n, self.fetched)
+        self.retreat(self.k, before, self.fetched)
+
+    @T.inline
+    def retreat(self, matrix, tile, following):
+        """Let a cursor go from a tile to the one that follows on the left."""
+        if self.pattern.has_gaps:
+            matrix.move((following - tile) * self.config.block_n)
+        else:
+            matrix.move(-self.config.block_n)
+
+    @T.inline
+    def finish(self):
+        """The row sums are complete."""
+        self.softmax.finish()

@@ -1,0 +1,154 @@
+"""Volta: mma.sync m8n8k4 on 32-row tiles without ldmatrix, copies staged in registers, 96 KiB of shared memory.
+
+A warp holds 32 rows: its four quad pairs make a 2 x 2 arrangement of m8n8 products, and share operands by broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern
+from schedules.families import limits
+from schedules.families.interface import Program, Rejected, Target, Traversal
+from schedules.families.mma import mma
+from schedules.families.mma.machine import BlockMachine
+from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
+from schedules.tile.fragment import VOLTA
+from schedules.tile.softmax import from_lane
+
+DTYPES = ("float16",)  # tensor cores know bfloat16 from sm_80 on
+TEMPLATES = ("v1",)
+INDEX_DTYPE = "int32"
+
+#: 2 KiB of shared memory are to be had, and four registers are what head_dim 128 would spill.
+CURSORS_IN_SHARED = True
+
+_QK = "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32"
+_PV = "mma.sync.aligned.m8n8k4.row.row.f32.f16.f16.f32"
+
+
+@dataclass(frozen=True)
+class Config:
+    """``block_m`` rows and ``block_n`` keys a tile, ``num_warps`` warps; ``min_blocks_per_sm`` bounds the registers."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    min_blocks_per_sm: int
+
+
+@T.meta_class
+class Machine(StagedCopies, BlockMachine):
+    """Staged copies, m8n8k4; operands come by 16-byte loads that serve two products each."""
+
+    def __init__(self, pattern, config, *args):
+        BlockMachine.__init__(
+            self, pattern, config, *args, fragment=VOLTA, num_stages=1, cursors_in_shared=CURSORS_IN_SHARED
+        )
+        self.place_staging()
+
+    def place_operands(self):
+        """The registers of operands: one load of A and B, and P of 16 keys."""
+        self.A, self.B, self.P = (T.alloc_local([n], "uint32") for n in (4, 4, 8))
+        self.pair = T.alloc_local([3], "uint32")
+
+    @T.inline
+    def multiply(self, instruction, C, c, A, a, e):
+        """Products of k = 4 for the quad pairs: 8 accumulators, 2 registers of A, 2 of the loaded B."""
+        T.ptx[instruction](
+            *[C[c + x] for x in range(8)],
+            A[a],
+            A[a + 1],
+            self.B[e * 2],
+            self.B[e * 2 + 1],
+            *[C[c + x] for x in range(8)],
+        )
+
+    @T.inline
+    def load_operand(self, to, tile, row, chunk):
+        T.ptx["ld.shared.v4.b32"](to[0], to[1], to[2], to[3], tile.pointer(0, row, chunk))
+
+    @T.inline
+    def scores(self, first=0):
+        """S = Q K, 8 columns of the head at a time."""
+        row_a = T.meta_var(self.warp_row + self.lane % 8 + self.lane % 16 // 8 * 16 + self.lane // 16 * 8)
+        row_b = T.meta_var(self.lane % 4 + self.lane // 16 * 4)
+        for i in T.unroll(self.s_stride):
+            self.S[i] = T.float32(0)
+        for k in T.unroll(self.head_dim // 8):
+            self.load_operand(self.A, self.q.tile, row_a, k)
+            for n in T.unroll(self.config.block_n // 8):
+                self.load_operand(self.B, self.k.tile, row_b + n * 8, k)
+                for e in T.unroll(2):
+                    self.multiply(_QK, self.S, n * 8, self.A, e * 2, e)
+
+    @T.inline
+    def probabilities(self, k, scale, first=0):
+        """P of the k-th 16 keys: lanes l and l ^ 2 exchange halves of their rows, from accumulator to A operand."""
+        left = T.meta_var(self.column0 == 0)
+        self.softmax.exponentials(self.S, k * 4, 4, scale)
+        for g in T.unroll(4):
+            s = T.meta_var((k * 4 + g) * 4)
+            for r in T.unroll(2):
+                self.pack_pair(self.pair, r, self.S[s + r * 2], self.S[s + r * 2 + 1])
+            self.pair[2] = from_lane(T.Select(left, self.pair[1], self.pair[0]), 2)
+            self.P[g * 2] = T.Select(left, self.pair[0], self.pair[2])
+            self.P[g * 2 + 1] = T.Select(left, self.pair[2], self.pair[1])
+
+    @T.inline
+    def accumulate(self, k, first=0):
+        """O += P V for the k-th 16 keys, 4 keys a product."""
+        for g in T.unroll(4):
+            row = T.meta_var(k * 16 + g * 4 + self.lane % 4)
+            for n in T.unroll(self.head_dim_v // 16):
+                self.load_operand(self.B, self.v.tile, row, n * 2 + self.lane // 16)
+                for e in T.unroll(2):
+                    self.multiply(_PV, self.O, n * 16 + e * 8, self.P, g * 2, e)
+
+    @T.inline
+    def pack_pair(self, to, i, low, high):
+        """Two float32 as one register of halves."""
+        pack_halves(to, i, low, high)
+
+
+#: By head_dim, the first that is large enough; beyond 128 the output of 32 rows doesn't fit the registers of a warp.
+_CONFIGS = {
+    64: Config(128, 64, 4, 1),
+    96: Config(128, 32, 4, 1),
+    128: Config(128, 32, 4, 1),
+}
+
+
+def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """The configuration for each bucket of sequence length."""
+    config = _CONFIGS[min((d for d in _CONFIGS if d >= pattern.head_dim), default=max(_CONFIGS))]
+    if pattern.params and pattern.head_dim > 96:
+        config = replace(config, block_n=16)  # with 32, parameters of masks and scores made it spill
+    return {0: config}
+
+
+def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+    """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling."""
+    return {
+        "block_m": (64, 128, 256),
+        "block_n": (16, 32, 48, 64, 96, 128),
+        "num_warps": (4, 8),
+        "min_blocks_per_sm": (1, 2),
+    }
+
+
+def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+    """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
+    more = staging_registers(pattern, config)
+    return limits.check(
+        pattern, config, target, VOLTA, num_stages=1, m_tiles=(1,), more=more, cursors_in_shared=CURSORS_IN_SHARED
+    )
+
+
+def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+    """The kernel."""
+    func = mma.kernel(pattern, config, traversal, name, Machine)
+    return Program(func, "tirx", mma.ALIGNMENT, mma.INDEX_BITS)

@@ -1,0 +1,130 @@
+"""Turing: ldmatrix and mma.sync m16n8k8 in fp16, copies staged in registers, 64 KiB of shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern
+from schedules.families import limits
+from schedules.families.interface import Program, Rejected, Target, Traversal
+from schedules.families.mma import ldmatrix, mma
+from schedules.families.mma.ldmatrix import LdmatrixProducts
+from schedules.families.mma.machine import BlockMachine
+from schedules.families.mma.paired import PairedProducts
+from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
+from schedules.tile.fragment import M16N8
+
+DTYPES = ("float16",)  # tensor cores know bfloat16 from sm_80 on
+TEMPLATES = ("v1",)
+INDEX_DTYPE = "int32"
+
+_MMA = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
+
+
+@dataclass(frozen=True)
+class Config:
+    """``block_m`` rows and ``block_n`` keys a tile, ``num_warps`` warps; ``min_blocks_per_sm`` bounds the registers.
+
+    ``q_in_registers``, ``cursors_in_shared``, ``warps_per_tile``: as for sm_80.  ``v_ahead``: as in
+    :class:`LdmatrixProducts`.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    min_blocks_per_sm: int
+    q_in_registers: bool = False
+    cursors_in_shared: bool = False
+    v_ahead: bool = False
+    warps_per_tile: int = 1
+
+
+@T.meta_class
+class Machine(LdmatrixProducts, StagedCopies, BlockMachine):
+    """Staged copies, two m16n8k8 for one k of 16: the registers are those of one m16n8k16."""
+
+    def __init__(self, pattern, config, *args):
+        self.q_in_registers, self.v_ahead = config.q_in_registers, config.v_ahead
+        BlockMachine.__init__(
+            self, pattern, config, *args, fragment=M16N8, num_stages=1,
+            parts=config.warps_per_tile, cursors_in_shared=config.cursors_in_shared,
+        )  # fmt: skip
+        self.place_staging()
+
+    @T.inline
+    def multiply(self, C, c, A, a, B, b):
+        """A product of k = 16."""
+        for k in T.unroll(2):
+            T.ptx[_MMA](
+                *[C[c + x] for x in range(4)], A[a + k * 2], A[a + k * 2 + 1], B[b + k], *[C[c + x] for x in range(4)]
+            )
+
+    @T.inline
+    def pack_pair(self, to, i, low, high):
+        """Two float32 as one register of halves."""
+        pack_halves(to, i, low, high)
+
+
+@T.meta_class
+class PairedMachine(PairedProducts, Machine):
+    """Two warps share the rows."""
+
+    def place_shared(self, pool):
+        """What they hand to each other is in the memory of K, between its last use in a step and the next tile."""
+        end = pool.offset
+        pool.move_base_to(2 * self.config.block_m * self.head_dim)
+        PairedProducts.place_shared(self, pool)
+        pool.move_base_to(end)
+
+
+#: By head_dim, the first that is large enough; 64 KiB of shared memory hold no more than 64 rows and 32 keys at 256.
+#: Figures: recompiled for an H200, TFLOP/s of 2k and 8k positions without a mask; PyTorch's memory-efficient kernel has
+#: 125 to 131, 162 to 167 and 147.
+_CONFIGS = {
+    64: Config(128, 64, 4, 1, q_in_registers=True),  # 298, 310; Q loaded for every tile 286, 295
+    96: Config(128, 32, 8, 1),
+    128: Config(128, 32, 4, 1, cursors_in_shared=True, v_ahead=True),  # 293, 307; 8 warps and 64 keys 256, 266
+    192: Config(64, 32, 4, 1),
+    256: Config(64, 32, 4, 1, v_ahead=True, warps_per_tile=2),  # 230, 238; a warp to a row tile and 16 keys 197, 202
+}
+#: The same with parameters that differ from head to head, with which the configurations above spill 12 to 172 bytes.
+_WITH_PARAMETERS = {**_CONFIGS, 64: Config(128, 64, 4, 1), 256: Config(64, 16, 4, 1)}
+
+
+def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """The configuration for each bucket of sequence length."""
+    table = _WITH_PARAMETERS if any(p.per_head for p in pattern.params) else _CONFIGS
+    return {0: table[min((d for d in table if d >= pattern.head_dim), default=max(table))]}
+
+
+def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+    """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling."""
+    return {
+        "block_m": (64, 128, 256),
+        "block_n": (16, 32, 48, 64, 96, 128),
+        "num_warps": (4, 8),
+        "min_blocks_per_sm": (1, 2),
+        "q_in_registers": (False, True) if pattern.head_dim <= 64 else (False,),
+        "cursors_in_shared": (False, True),
+        "v_ahead": (False, True),
+        "warps_per_tile": (1, 2) if pattern.head_dim > 128 else (1,),
+    }
+
+
+def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+    """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
+    more = staging_registers(pattern, config) + ldmatrix.operand_registers(pattern, config)
+    return limits.check(
+        pattern, config, target, M16N8, num_stages=1, m_tiles=(1, 2), more=more, parts=config.warps_per_tile,
+        exchange_in_k=True, cursors_in_shared=config.cursors_in_shared,
+    )  # fmt: skip
+
+
+def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+    """The kernel."""
+    machine = PairedMachine if config.warps_per_tile == 2 else Machine
+    func = mma.kernel(pattern, config, traversal, name, machine)
+    return Program(func, "tirx", mma.ALIGNMENT, mma.INDEX_BITS)

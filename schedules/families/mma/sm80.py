@@ -1,0 +1,292 @@
+"""Ampere to Ada and consumer Blackwell: cp.async, ldmatrix, mma.sync m16n8k16 with S, P and O in registers.
+
+One block computes ``block_m`` rows of one head.  Its warps own 16 or 32 rows each and share the key tiles.  A step
+takes one tile of keys, and overlaps inside a warp: the exponentials of the next 16 keys run between the instructions
+that multiply P and V of these 16, so that tensor cores and exponentials are busy together::
+
+    S = Q K                            tensor cores
+    mask, row maximum, vote            arithmetic; O *= correction in the rare step in which a maximum grew
+    P = exp2(S), O += P V              both, 16 keys at a time
+
+With ``num_stages = 1`` K and V have one buffer each: V is copied during Q K, the next K after it (two barriers a step).
+With more, a group of copies brings K and V of one tile, and ``num_stages - 1`` groups are in flight (one barrier).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern
+from schedules.families import limits
+from schedules.families.interface import Program, Rejected, Target, Traversal
+from schedules.families.mma import ldmatrix, mma
+from schedules.families.mma.ldmatrix import LdmatrixProducts
+from schedules.families.mma.machine import BlockMachine
+from schedules.families.mma.paired import PairedProducts
+from schedules.tile.fragment import M16N8
+
+DTYPES = ("float16", "bfloat16")
+TEMPLATES = ("v1", "v2")
+INDEX_DTYPE = "int32"
+
+_COPY = "cp.async.cg.shared.global.L2::128B"
+_PTX_DTYPE = {"float16": "f16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """``block_m`` rows and ``block_n`` keys a tile, ``num_warps`` warps, ``num_stages`` buffers of K and V each.
+
+    ``min_blocks_per_sm`` bounds the registers so that this many blocks fit one multiprocessor.  ``q_in_registers``
+    loads the fragments of Q once instead of once a tile.  ``cursors_in_shared`` saves four registers for 16 bytes of
+    shared memory a thread.  ``warps_per_tile`` is 2 where pairs of warps share their rows
+    (:mod:`schedules.families.mma.paired`).  ``section_mib``: in seq-outer order, heads go in sections whose keys and
+    values have that size, so that they stay in the L2 cache while strip follows strip.  ``v_ahead``: as in
+    :class:`LdmatrixProducts`.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    min_blocks_per_sm: int
+    q_in_registers: bool = False
+    cursors_in_shared: bool = False
+    warps_per_tile: int = 1
+    section_mib: int = 16
+    v_ahead: bool = False
+
+
+@T.meta_class
+class _AsynchronousMachine(BlockMachine):
+    """Asynchronous copies, m16n8k16."""
+
+    def __init__(self, pattern, config, *args):
+        self.q_in_registers, self.v_ahead = config.q_in_registers, config.v_ahead
+        BlockMachine.__init__(
+            self, pattern, config, *args, fragment=M16N8, num_stages=config.num_stages,
+            parts=config.warps_per_tile, cursors_in_shared=config.cursors_in_shared,
+        )  # fmt: skip
+
+    @T.inline
+    def copy(self, matrix, stage, live, ragged=None):
+        """Start copying the tile at a cursor; what doesn't exist is filled with zeros, so that nothing branches."""
+
+        @T.inline
+        def row(n, memory, shared, inside):
+            size = T.meta_var(T.Select(inside, T.uint32(16), T.uint32(0)))
+            T.ptx[_COPY](shared, matrix.memory.ptr_to([memory]), 16, size)
+
+        self.each_row(matrix, stage, live, ragged, row)
+
+    @T.inline
+    def fetch(self, stage, live, ragged=None):
+        """Start the next group of copies if it is ``live``: K and V, or with one stage K alone."""
+        self.copy(self.k, stage, live, ragged)
+        if self.stages > 1:
+            self.copy(self.v, stage, live, ragged)
+            before: T.int32 = self.fetched
+            self.fetch_done()
+            self.retreat(self.v, before, self.fetched)
+        else:
+            self.fetch_done()
+        T.ptx.cp.async_.commit_group()
+
+    def is_live(self, tile):
+        """Whether the tile that is copied next, in the step of ``tile``, exists."""
+        if self.pattern.has_gaps:
+            return self.fetched >= self.tiles.begin
+        return tile - max(self.stages - 1, 1) >= self.tiles.begin
+
+    @T.inline
+    def arrive(self, in_flight):
+        """Wait until at most ``in_flight`` groups of copies are, and every warp is here."""
+        T.ptx.cp.async_.wait_group(in_flight)
+        T.cuda.cta_sync()
+
+    @T.inline
+    def settle(self):
+        """Wait for this thread's copies that no step has waited for: all of them, where a block sees no key."""
+        T.ptx.cp.async_.wait_group(0)
+
+    @T.inline
+    def multiply(self, C, c, A, a, B, b):
+        """One m16n8k16 product."""
+        dt = T.meta_var(_PTX_DTYPE[self.pattern.dtype])
+        T.ptx[f"mma.sync.aligned.m16n8k16.row.col.f32.{dt}.{dt}.f32"](
+            *[C[c + x] for x in range(4)], *[A[a + x] for x in range(4)], B[b], B[b + 1], *[C[c + x] for x in range(4)]
+        )
+
+    @T.inline
+    def pack_pair(self, to, i, low, high):
+        """Two float32 as one register of 16-bit elements."""
+        T.ptx[f"cvt.rn.{_PTX_DTYPE[self.pattern.dtype]}x2.f32"](to[i], high, low)
+
+    @T.inline
+    def start(self):
+        """Fill the pipeline."""
+        self.clear()
+        self.copy(self.q, 0, True, self.rows[0])
+        if self.q_in_registers:
+            T.ptx.cp.async_.commit_group()
+        # Only the rightmost tile may go beyond the last key.
+        self.fetch(0, self.fetched >= self.tiles.begin, self.fetched * self.config.block_n)
+        for stage in T.unroll(1, max(self.stages - 1, 1)):
+            self.fetch(stage, self.fetched >= self.tiles.begin)
+        if self.q_in_registers:
+            self.arrive(max(self.stages - 1, 1))
+            self.keep_q()
+
+    @T.inline
+    def step(self, tile, masked, tracked):
+        """One tile of keys."""
+        self.arrive(max(self.stages - 2, 0))
+        if self.stages > 1:
+            self.fetch(T.Select(self.use == 0, self.stages, self.use) - 1, self.is_live(tile))
+        else:
+            self.copy(self.v, 0, True, tile * self.config.block_n if masked else None)
+            self.retreat(self.v, tile, self.fetched)
+            T.ptx.cp.async_.commit_group()
+        if self.stages > 1:
+
+            @T.inline
+            def compute(first):
+                self.scores(first)
+                self.score_tile(tile, masked, tracked, first)
+                self.absorb(tracked, first)
+
+            self.if_seen(tile, masked, compute)
+            self.use = T.Select(self.use == self.stages - 1, 0, self.use + 1)
+        else:
+
+            @T.inline
+            def score(first):
+                self.scores(first)
+                self.score_tile(tile, masked, tracked, first)
+
+            @T.inline
+            def absorb(first):
+                self.absorb(tracked, first)
+
+            self.if_seen(tile, masked, score)
+            self.arrive(0)
+            self.fetch(0, self.is_live(tile))
+            self.if_seen(tile, masked, absorb)
+
+
+@T.meta_class
+class Machine(LdmatrixProducts, _AsynchronousMachine):
+    """Each warp has rows of its own."""
+
+
+@T.meta_class
+class PairedMachine(PairedProducts, _AsynchronousMachine):
+    """Two warps share the rows."""
+
+
+#: By arch and head_dim, the first that is large enough.  sm_80 has 163 KiB of shared memory, so that two blocks of
+#: 80 KiB or one of 8 warps fit a multiprocessor; the others have 99 KiB, for two blocks of 48 KiB.  Figures: TFLOP/s of
+#: sm_80 code recompiled for an H200, V2, fp16, full attention over 16k keys, hidden size 2048; FlashAttention-2 has
+#: 290, 335 and 312 at 64, 128 and 256.
+_LARGE = {
+    64: Config(128, 64, 4, 2, 2, q_in_registers=True),  # 380; block_n 32 382 but 302 for 336 at 1k, 48 367
+    96: Config(128, 64, 4, 2, 2),
+    128: Config(128, 48, 4, 2, 2),  # 382 to 397; block_n 64 with one stage 404 but spills, 32 379
+    192: Config(128, 64, 8, 1, 1, cursors_in_shared=True, warps_per_tile=2),
+    256: Config(128, 64, 8, 1, 1, cursors_in_shared=True, warps_per_tile=2),  # 393; a warp to a row tile 334
+}
+_SMALL = {
+    64: Config(128, 64, 4, 2, 2, q_in_registers=True),
+    96: Config(128, 32, 4, 2, 2),
+    128: Config(128, 32, 4, 1, 2),
+    192: Config(64, 32, 4, 1, 2),
+    256: Config(128, 32, 8, 1, 1),
+}
+
+
+#: The same for sm_120, whose compiler spilled 4 to 28 bytes at 64 and 128 with the configurations above; and for a
+#: padded batch's parameters, with which V2 spilled 24 bytes at 128 on sm_86.
+_BLACKWELL = {
+    **_SMALL,
+    64: Config(128, 64, 4, 2, 2),
+    128: Config(128, 32, 8, 2, 1),
+}
+_TABLES = {"sm_80": _LARGE, "sm_120": _BLACKWELL}
+
+
+def _is_crowded(pattern: Pattern) -> bool:
+    """Whether parameters that differ from head to head take more than one register."""
+    return sum(p.per_head for p in pattern.params) > 1
+
+
+def _with_parameters(config: Config, pattern: Pattern) -> Config:
+    """Fewer keys at once where parameters of masks and scores take registers too.
+
+    Those that differ from head to head are kept in registers: two of them, a padded batch's, made paired warps spill
+    28 bytes with 64 keys.
+    """
+    if config.warps_per_tile == 2:
+        return dataclasses.replace(config, block_n=32) if _is_crowded(pattern) else config
+    if not pattern.params:
+        return config
+    return dataclasses.replace(config, block_n=32, q_in_registers=pattern.head_dim <= 64)
+
+
+def _for_v2(config: Config, pattern: Pattern) -> Config:
+    """What suits V2 better on sm_80: at 64 under a mask 1.02 times as fast (V1 1.006), at 128 without one 1.047.
+
+    Under a mask it is 1.012 at 128; V1 is 0.977 without one and 1.014 under it.  Recompiled for an H200, V2 had spilled
+    136 bytes at 128.
+    """
+    if pattern.head_dim <= 64 and not pattern.is_unmasked:
+        return dataclasses.replace(config, num_stages=3)
+    if 96 < pattern.head_dim <= 128:
+        return dataclasses.replace(config, v_ahead=True)
+    return config
+
+
+def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """The configuration for each bucket of sequence length."""
+    table = _TABLES.get(target.arch, _BLACKWELL if _is_crowded(pattern) else _SMALL)
+    config = table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
+    if template == "v2" and target.arch == "sm_80" and not pattern.params:
+        config = _for_v2(config, pattern)
+    return {0: _with_parameters(config, pattern)}
+
+
+def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+    """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling."""
+    return {
+        "block_m": (64, 128, 256),
+        "block_n": (16, 32, 48, 64, 80, 96, 128),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+        "min_blocks_per_sm": (1, 2, 3),
+        "q_in_registers": (False, True) if pattern.head_dim <= 64 else (False,),
+        "cursors_in_shared": (False, True),
+        "warps_per_tile": (1, 2) if pattern.head_dim > 128 else (1,),
+        "section_mib": (4, 16, 64, 1024) if template == "v2" else (16,),
+        "v_ahead": (False, True),
+    }
+
+
+def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+    """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
+    if config.num_stages < 1:
+        return Rejected(f"num_stages {config.num_stages} must be at least 1")
+    return limits.check(
+        pattern, config, target, M16N8, num_stages=config.num_stages, m_tiles=(1, 2),
+        more=ldmatrix.operand_registers(pattern, config), parts=config.warps_per_tile,
+        cursors_in_shared=config.cursors_in_shared,
+    )  # fmt: skip
+
+
+def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+    """The kernel."""
+    machine = PairedMachine if config.warps_per_tile == 2 else Machine
+    func = mma.kernel(pattern, config, traversal, name, machine)
+    return Program(func, "tirx", mma.ALIGNMENT, mma.INDEX_BITS)

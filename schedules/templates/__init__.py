@@ -1,0 +1,1 @@
+"""The two templates: in which order row tiles are visited, and in which physical layout."""

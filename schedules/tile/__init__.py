@@ -1,0 +1,1 @@
+"""What the kernels of all GPU families share: fragments, masks and softmax on them, geometry, the way out."""

@@ -1,0 +1,64 @@
+"""The end of a row tile: log-sum-exp, normalisation, and 16-byte stores of the output."""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from schedules.tile.geometry import Geometry, wide
+from schedules.tile.softmax import OnlineSoftmax
+
+
+@T.inline
+def store_lse(geometry: Geometry, softmax: OnlineSoftmax, LSE, row0, lane):
+    """Write the log-sum-exp of this lane's rows if anyone asked; ``LSE`` is a flat view of the tensor.
+
+    ``row0`` is this lane's first row; after ``softmax.finish()``.  One lane of those that share a row writes.
+    """
+    if T.And(geometry.lse_wanted, softmax.fragment.column(lane) == 0):
+        for t in T.unroll(softmax.m_tiles):
+            for r in T.unroll(2):
+                row = T.meta_var(softmax.position(row0, 0, t, 0, r, 0)[0])
+                if row < geometry.seqlen_q:
+                    LSE[geometry.lse_offset(softmax.at.b, softmax.at.h, row)] = softmax.lse(t * 2 + r)
+
+
+@T.inline
+def normalise(softmax: OnlineSoftmax, O, stride):
+    """Divide the output's registers, ``stride`` an m-tile, by the row sums; rows that saw nothing become 0."""
+    for t in T.unroll(softmax.m_tiles):
+        for r in T.unroll(2):
+            inverse: T.float32 = softmax.inverse(t * 2 + r)
+            for g in T.unroll(stride // 4):
+                for e in T.unroll(2):
+                    i = T.meta_var(t * stride + g * 4 + r * 2 + e)
+                    if softmax.pattern.is_unmasked:
+                        O[i] = O[i] * inverse
+                    else:
+                        # a row that saw nothing may still hold the NaN of a value that it doesn't see
+                        O[i] = T.Select(inverse == T.float32(0), T.float32(0), O[i] * inverse)
+
+
+@T.inline
+def store_rows(geometry: Geometry, at, O, tile, tile_row, row_first, lane, groups, group_step, rows):
+    """One warp copies 16-bit rows from shared memory to the output, 16 bytes a lane and 128 a row at a time.
+
+    These are ``groups`` times ``rows`` rows (a multiple of 8), ``group_step`` apart, from row ``tile_row`` of ``tile``;
+    row 0 of the tile is row ``row_first`` of the output ``O`` (a flat view).  What is past seqlen_q or head_dim_v isn't
+    written.
+    """
+    chunks = T.meta_var(tile.panel_chunks)
+    row: T.int32 = tile_row + lane // chunks
+    column: T.int32 = lane % chunks * 8
+    shared: T.uint32 = tile.address(row, lane % chunks)
+    memory: T.int64 = geometry.o.offset(at.b, at.h, row_first + row, column)
+    words = T.alloc_local([4], "uint32")
+    for g in T.unroll(groups):
+        for i in T.unroll(rows * chunks // 32):
+            down = T.meta_var(g * group_step + i * (32 // chunks))
+            for p in T.unroll(tile.panels):
+                if T.And(row_first + row + down < geometry.seqlen_q, column + p * tile.panel < geometry.head_dim_v):
+                    T.ptx["ld.shared.v4.b32"](*[words[x] for x in range(4)], tile.at(shared, down, p * chunks))
+                    T.ptx["st.global.v4.b32"](
+                        O.ptr_to([memory + wide(down) * wide(geometry.o.strides["seq"]) + p * tile.panel]),
+                        *[words[x] for x in range(4)],
+                    )

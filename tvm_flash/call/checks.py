@@ -1,0 +1,254 @@
+"""Every check of an argument.  Nothing here writes, and nothing is written before all of it has passed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from tvm_flash.call.problem import DTYPES, FUNCTION_OF_LAYOUT, HEAD_DIM_MULTIPLE, LAYOUTS, VARIANTS
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, LayoutError, NotSupportedError
+from tvm_flash.frameworks import TensorView
+
+_DIMENSIONS = {"bhsd": "(batch, heads, seq, head_dim)", "bshd": "(batch, seq, heads, head_dim)"}
+_OTHER_LAYOUT = {"bhsd": "bshd", "bshd": "bhsd"}
+_DEVICES = ("cpu", "cuda")
+
+#: Smallest and largest normal float32: kernels take the scale and the soft cap as one.
+_FLOAT32_RANGE = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Logical sizes of a problem."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    seqlen_q: int
+    seqlen_kv: int
+    head_dim: int
+    head_dim_v: int
+
+    def out_shape(self, layout: str) -> tuple[int, int, int, int]:
+        """Shape of the result in a layout."""
+        middle = (self.heads, self.seqlen_q) if layout == "bhsd" else (self.seqlen_q, self.heads)
+        return (self.batch, *middle, self.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        return self.batch, self.heads, self.seqlen_q
+
+
+# ---------------------------------------------------------------- q, k, v
+
+
+def check_tensors(layout: str, q: TensorView, k: TensorView, v: TensorView) -> Sizes:
+    """Ranks, dtypes, devices, shapes and strides of the inputs, alone and together.
+
+    Raises
+    ------
+    ArgumentTypeError, InvalidArgumentError, LayoutError, NotSupportedError
+    """
+    named = {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if len(x.shape) != 4:
+            raise InvalidArgumentError(
+                f"{name}: has shape {x.shape} of rank {len(x.shape)}, expected 4 dimensions {_DIMENSIONS[layout]}; "
+                f"reshape it, as with {name}[None] for a missing batch dimension"
+            )
+        if x.dtype not in DTYPES:
+            raise ArgumentTypeError(
+                f"{name}: has dtype {x.dtype}, expected one of {', '.join(DTYPES)}; convert it, "
+                f"as with {name}.to(torch.float32) or {name}.astype('float32')"
+            )
+        if x.device_kind not in _DEVICES:
+            raise NotSupportedError(f"{name}: is on {x.device}, expected a tensor on the CPU or a CUDA device; move it")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, but q has {q.dtype}; convert one to the other's")
+        if x.device != q.device:
+            raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
+    _check_shapes(layout, q.shape, k.shape, v.shape)
+    for name, x in named.items():
+        check_strides(name, x)
+    return _sizes(layout, q.shape, k.shape, v.shape)
+
+
+def _sizes(layout: str, q: tuple, k: tuple, v: tuple) -> Sizes:
+    head, seq = (1, 2) if layout == "bhsd" else (2, 1)
+    return Sizes(q[0], q[head], k[head], q[seq], k[seq], q[3], v[3])
+
+
+def _check_shapes(layout: str, q: tuple, k: tuple, v: tuple) -> None:
+    fault = _fault(layout, q, k, v)
+    if fault is None:
+        return
+    other = _OTHER_LAYOUT[layout]
+    if _fault(other, q, k, v) is None:
+        raise LayoutError(
+            f"{fault}. In the layout {_DIMENSIONS[other]} the shapes q {q}, k {k}, v {v} make sense: call "
+            f"{FUNCTION_OF_LAYOUT[other]}, or transpose dimensions 1 and 2"
+        )
+    raise InvalidArgumentError(f"{fault}; the layout of {FUNCTION_OF_LAYOUT[layout]} is {_DIMENSIONS[layout]}")
+
+
+def _fault(layout: str, q: tuple, k: tuple, v: tuple) -> str | None:
+    """What is wrong with shapes in a layout, or None."""
+    for name, shape in (("k", k), ("v", v)):
+        if shape[0] != q[0]:
+            return f"{name}: has batch {shape[0]}, but q has {q[0]}; expected the same"
+    if k[3] != q[3]:
+        return f"k: has head_dim {k[3]}, but q has {q[3]}; expected the same"
+    for name, size in (("q", q[3]), ("v", v[3])):
+        if size == 0 or size % HEAD_DIM_MULTIPLE:
+            up = max(1, -(-size // HEAD_DIM_MULTIPLE)) * HEAD_DIM_MULTIPLE
+            return (
+                f"{name}: has head_dim {size}, expected a multiple of {HEAD_DIM_MULTIPLE}; pad q, k and v with zeros "
+                f"to {up}, give softmax_scale for the size before padding, and cut the result"
+            )
+    head, seq = (1, 2) if layout == "bhsd" else (2, 1)
+    if v[head] != k[head]:
+        return f"v: has {v[head]} heads, but k has {k[head]}; expected the same"
+    if v[seq] != k[seq]:
+        return f"v: has length {v[seq]}, but k has {k[seq]}; expected the same"
+    if q[head] and (k[head] == 0 or q[head] % k[head]):
+        return f"k: has {k[head]} heads, expected a divisor of q's {q[head]}"
+    return None
+
+
+def check_strides(name: str, x: TensorView) -> None:
+    """The last dimension is contiguous, and a GPU's strides aren't negative."""
+    if 0 in x.shape:
+        return
+    if x.shape[-1] > 1 and x.strides[-1] != 1:
+        raise InvalidArgumentError(
+            f"{name}: has strides {x.strides}, expected a contiguous last dimension (stride 1); "
+            f"use {name}.contiguous() or numpy.ascontiguousarray({name})"
+        )
+    if x.device_kind == "cuda" and min(x.strides) < 0:
+        raise InvalidArgumentError(f"{name}: has negative strides {x.strides}, which GPU kernels don't take; copy it")
+
+
+def layout_suspicion(layout: str, sizes: Sizes, q: TensorView) -> str | None:
+    """The text of a warning if the shapes look as if they were meant for the other function, else None.
+
+    More heads than positions, for queries and keys, is rare, but for a single query (a decoder's step).  A tensor whose
+    memory order says that dimensions 1 and 2 were swapped on purpose (a transposed view) isn't suspicious.
+    """
+    swapped = sizes.heads > sizes.seqlen_q > 1 and sizes.kv_heads > sizes.seqlen_kv
+    if not swapped or q.strides[1] < q.strides[2]:
+        return None
+    other = _OTHER_LAYOUT[layout]
+    return (
+        f"{FUNCTION_OF_LAYOUT[layout]} takes {_DIMENSIONS[layout]} and reads q {q.shape} as {sizes.heads} heads and "
+        f"{sizes.seqlen_q} positions; if it is {_DIMENSIONS[other]}, call {FUNCTION_OF_LAYOUT[other]}"
+    )
+
+
+# ---------------------------------------------------------------- options
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """A truth value: a bool of Python or NumPy, or 0 or 1."""
+    if type(value).__name__ in ("bool", "bool_") or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise ArgumentTypeError(f"{name}: is {value!r}, expected True or False")
+
+
+def check_variant(variant: Any) -> str:
+    """One of the variants."""
+    if not isinstance(variant, str) or variant not in VARIANTS:
+        raise InvalidArgumentError(f"variant: is {variant!r}, expected one of {', '.join(map(repr, VARIANTS))}")
+    return variant
+
+
+def check_layout(layout: Any) -> str:
+    """One of the layouts."""
+    if layout not in LAYOUTS:
+        raise InvalidArgumentError(f"layout: is {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
+    return layout
+
+
+def check_scale(scale: Any, head_dim: int) -> float:
+    """``softmax_scale``, or ``1/sqrt(head_dim)`` for None."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    scale = check_real("softmax_scale", scale)
+    if not _FLOAT32_RANGE[0] <= scale <= _FLOAT32_RANGE[1]:
+        raise InvalidArgumentError(
+            f"softmax_scale: is {scale}, expected a positive float32; leave it out for 1/sqrt(head_dim)"
+        )
+    return scale
+
+
+def check_softcap(softcap: Any) -> float:
+    """``softcap``; 0 is none."""
+    softcap = check_real("softcap", softcap)
+    if softcap != 0 and not _FLOAT32_RANGE[0] <= softcap <= _FLOAT32_RANGE[1]:
+        raise InvalidArgumentError(f"softcap: is {softcap}, expected a positive float32, or 0 for no soft cap")
+    return softcap
+
+
+def check_real(name: str, value: Any) -> float:
+    """A number of Python or NumPy as a float; not a tensor, whose value might be on a GPU."""
+    if not isinstance(value, numbers.Real):
+        raise ArgumentTypeError(f"{name}: is a {type(value).__qualname__}, expected a number; use float({name})")
+    return float(value)
+
+
+def check_window(window_size: Any) -> tuple[int, int]:
+    """``(left, right)``, each −1 (unbounded) or more."""
+    try:
+        left, right = (operator.index(x) for x in window_size)
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(
+            f"window_size: is {window_size!r}, expected two integers (left, right), −1 for unbounded"
+        ) from None
+    if min(left, right) < -1:
+        raise InvalidArgumentError(
+            f"window_size: is ({left}, {right}), expected sizes of 0 or more, or −1 for unbounded; "
+            f"use (-1, -1) for no window"
+        )
+    return left, right
+
+
+# ---------------------------------------------------------------- out and per-head tensors
+
+
+def check_out(out: TensorView, shape: tuple[int, ...], q: TensorView) -> None:
+    """That ``out`` can take the result: shape, dtype, device, strides, no element twice, not read-only."""
+    if out.shape != shape:
+        raise InvalidArgumentError(f"out: has shape {out.shape}, expected {shape}; leave it out to get a new tensor")
+    if out.dtype != q.dtype:
+        raise ArgumentTypeError(f"out: has dtype {out.dtype}, expected {q.dtype} as q has")
+    if out.device != q.device:
+        raise ArgumentTypeError(f"out: is on {out.device}, expected {q.device}, where q is")
+    if not out.writable:
+        raise InvalidArgumentError("out: is read-only; leave it out to get a new tensor")
+    check_strides("out", out)
+    reach = 1
+    for stride, size in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
+        if 0 not in out.shape and stride < reach:
+            raise InvalidArgumentError(
+                f"out: has strides {out.strides}, in which elements share memory; use a tensor that isn't expanded"
+            )
+        reach += stride * (size - 1)
+
+
+def check_per_head(name: str, x: TensorView, dtype: str, sizes: Sizes, q: TensorView) -> None:
+    """A parameter with one value a head, or one a batch entry and head; a size of 1 stands for all of a dimension."""
+    whole = (sizes.batch, sizes.heads)
+    if x.shape != whole[1:] and not (
+        len(x.shape) == 2 and all(n in (1, m) for n, m in zip(x.shape, whole, strict=True))
+    ):
+        raise InvalidArgumentError(
+            f"{name}: has shape {x.shape}, expected ({sizes.heads},) or ({sizes.batch}, {sizes.heads}): "
+            f"one value for each head"
+        )
+    if x.dtype != dtype:
+        raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected {dtype}; convert it")
+    if x.device != q.device:
+        raise ArgumentTypeError(f"{name}: is on {x.device}, expected {q.device}, where q is; move it")

@@ -1,0 +1,273 @@
+"""Which kernel runs: the candidates, why each is refused, and the order of those that are left.
+
+The order: the template that this device's measurements favour or else the policy, then the arch that is closest to the
+device, then the smallest head_dim that fits, the cheapest mask, the largest bucket that the sequence reaches, the first
+pack on the search path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm_flash.call.measured import compare, nearest, tune_command
+from tvm_flash.call.problem import MASK_FALLBACKS, Problem
+from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
+from tvm_flash.machine.device import Device
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, KernelEntry
+from tvm_flash.packs.registry import Installed, build_command, registry
+
+_TEMPLATE_OF_LAYOUT = {layout: template for template, layout in LAYOUT_OF_TEMPLATE.items()}
+_AMPERE = (8, 0)
+
+#: From here on a batch is large and a sequence long, for the rule "large batch with long sequence → V2".  On the CPU
+#: the rule decides only which order of the same work is used; both templates give the same numbers.
+LARGE_BATCH = 8
+LONG_SEQUENCE = 2048
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A kernel that wasn't chosen, and why.  ``stage`` says how far it came, the larger the nearer to being chosen."""
+
+    kernel: KernelEntry
+    stage: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was chosen for a problem, and why each other candidate was not; ``str()`` is a page of text.
+
+    ``others`` is the number of installed kernels of other dtypes and definitions, which were not looked at;
+    ``measured`` says how fast the chosen kernel was on this device, or how to find out.
+    """
+
+    problem: Problem
+    device: Device
+    chosen: KernelEntry | None
+    reason: str
+    rejected: tuple[Rejection, ...]
+    others: int
+    measured: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem} ({self.problem.layout}) on {self.device} ({self.device.name})"]
+        lines.append(
+            f"  ✓ {self.chosen.symbol} [{self.chosen.arch}]: {self.reason}" if self.chosen else f"  ✗ {self.reason}"
+        )
+        if self.chosen:
+            lines += [f"    configuration: {self.chosen.config_source}", f"    measured: {self.measured}"]
+        lines += [f"  · {r.kernel.symbol} [{r.kernel.arch}]: {r.reason}" for r in self.rejected]
+        if self.others:
+            lines.append(f"  · {self.others} kernels of other dtypes, definitions or archs")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen kernel, and the reason in words."""
+
+    kernel: Installed
+    reason: str
+
+
+# Stages of a rejection: what a kernel failed at.
+_SCORE, _HEAD_DIM, _MASK, _INDEX, _ALIGNMENT, _ORDER = range(6)
+
+
+def template_order(problem: Problem, device: Device, variant: str, prefer: str) -> tuple[tuple[str, str], str]:
+    """The two templates, the preferred one first, and why."""
+    v1, v2 = ("v1", "v2"), ("v2", "v1")
+    if variant != "auto":
+        return (v1 if variant == "v1" else v2), f"variant={variant!r} was asked for"
+    if prefer == "compatibility":
+        return v1, "prefer='compatibility': V1 is there on every arch"
+    if device.kind == "cuda":
+        if device.capability >= _AMPERE:
+            return v2, "V2 is made for Ampere and later"
+        return v1, "on Volta and Turing V1 is the tuned one"
+    if problem.batch >= LARGE_BATCH and problem.seqlen_kv >= LONG_SEQUENCE:
+        return v2, "large batch with long sequences"
+    template = _TEMPLATE_OF_LAYOUT[problem.layout]
+    return (v1 if template == "v1" else v2), f"the tensors are in {template.upper()}'s layout"
+
+
+def choose(problem: Problem, device: Device, variant: str, prefer: str = "speed") -> Choice:
+    """The kernel that runs a problem.
+
+    Raises
+    ------
+    PackError: there is no usable pack for the device.
+    KernelNotFoundError: the packs have no kernel for the problem.
+    InvalidArgumentError: there is one, but it can't take data that is aligned so badly.
+    NotSupportedError: there is one, but it can't take sizes or strides this large.
+    """
+    order, why, fitting, rejected = _in_order(problem, device, variant, prefer)
+    if not fitting:
+        raise _nothing_fits(problem, device, rejected)
+    return Choice(fitting[0], _reason(fitting[0].entry, problem, device, order, why, rejected))
+
+
+def explain(problem: Problem, device: Device, variant: str, prefer: str = "speed") -> Explanation:
+    """The same choice with every candidate's fate.
+
+    Raises
+    ------
+    PackError: there is no usable pack for the device.
+    """
+    order, why, fitting, rejected = _in_order(problem, device, variant, prefer)
+    others = sum(len(p.manifest.kernels) for p in registry().packs) - len(fitting) - len(rejected)
+    if not fitting:
+        return Explanation(
+            problem, device, None, str(_nothing_fits(problem, device, rejected)), tuple(rejected), others
+        )
+    best = fitting[0].entry
+    reason = _reason(best, problem, device, order, why, rejected)
+    after = [Rejection(k.entry, _ORDER, _why_after(k.entry, best, order)) for k in fitting[1:]]
+    rejected.sort(key=lambda r: -r.stage)
+    return Explanation(problem, device, best, reason, (*after, *rejected), others, _measured(best, problem, device))
+
+
+def _in_order(
+    problem: Problem, device: Device, variant: str, prefer: str
+) -> tuple[tuple[str, str], str, list[Installed], list[Rejection]]:
+    """The order of the templates and why, the kernels that fit in order, and those that don't."""
+    order, why = template_order(problem, device, variant, prefer)
+    fitting, rejected = _sort_out(problem, device, order)
+    if variant == "auto" and prefer == "speed":
+        first = {t: next((k.entry for k in fitting if k.entry.template == t), None) for t in order}
+        if all(first.values()) and (found := compare(*first.values(), problem, device)):
+            order, why = (found.faster.template, found.slower.template), str(found)
+            fitting.sort(key=lambda k: order.index(k.entry.template))
+    return order, why, fitting, rejected
+
+
+def _measured(entry: KernelEntry, problem: Problem, device: Device) -> str:
+    """How fast a kernel was on the nearest problem that was measured, or the command that measures and tunes it."""
+    if speed := nearest(entry, problem, device):
+        return str(speed)
+    return f"never on {device.name}; {tune_command(problem, device)} does that, and finds what is faster"
+
+
+def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple[list[Installed], list[Rejection]]:
+    archs = device.archs()
+    packs = registry()
+    if not any(packs.kernels(arch) for arch in archs):
+        raise packs.missing(archs, device.native_arch)
+    fitting, rejected = [], []
+    for distance, arch in enumerate(archs):
+        for kernel in packs.candidates(arch, problem.definition, problem.dtype):
+            refusal = _refusal(kernel.entry, problem)
+            if refusal:
+                rejected.append(refusal)
+            else:
+                fitting.append((_rank(kernel, problem, order, distance), kernel))
+    fitting.sort(key=lambda x: x[0])
+    return [kernel for _, kernel in fitting], rejected
+
+
+def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:
+    entry = kernel.entry
+    mask = problem.masks.index(entry.mask) if problem.masks else 0
+    features = len(kernel.pack.manifest.cpu_features)
+    return (
+        *(order.index(entry.template), distance, -features, entry.head_dim, entry.head_dim_v),
+        *(mask, -entry.bucket, kernel.rank),
+    )
+
+
+def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
+    """Why a kernel of the right dtype and definition can't run the problem; None if it can."""
+    if problem.masks and entry.score != problem.score:
+        return Rejection(entry, _SCORE, f"computes the score {entry.score}, not {problem.score}")
+    for name in ("head_dim", "head_dim_v"):
+        wanted, limit = getattr(problem, name), getattr(entry, name)
+        if wanted > limit:
+            return Rejection(entry, _HEAD_DIM, f"takes {name} up to {limit}, not {wanted}")
+    if problem.masks and entry.mask not in problem.masks:
+        return Rejection(entry, _MASK, f"computes the mask {entry.mask}, which can't stand in for {problem.masks[0]}")
+    if entry.bucket > problem.seqlen_kv:
+        return Rejection(entry, _MASK, f"is for {entry.bucket} keys or more, not {problem.seqlen_kv}")
+    if entry.index_bits < problem.index_bits:
+        return Rejection(entry, _INDEX, f"counts in {entry.index_bits} bits, and a size or stride needs more")
+    if problem.alignment % entry.alignment:
+        return Rejection(
+            entry,
+            _ALIGNMENT,
+            f"needs data and strides at multiples of {entry.alignment} bytes, not {problem.alignment}",
+        )
+    return None
+
+
+def _reason(
+    entry: KernelEntry, problem: Problem, device: Device, order: tuple[str, str], why: str, rejected: list[Rejection]
+) -> str:
+    """Why a kernel was chosen, in words."""
+    reason = why
+    if entry.template != order[0]:
+        nearest = max(
+            (r for r in rejected if r.kernel.template == order[0]),
+            key=lambda r: (r.stage, r.kernel.head_dim),
+            default=None,
+        )
+        because = f"the nearest, {nearest.kernel.symbol}, {nearest.reason}" if nearest else "none is installed"
+        reason += (
+            f", but no {order[0].upper()} kernel fits ({because}): "
+            f"{entry.template.upper()}'s kernel runs on the same tensors"
+        )
+    if device.kind == "cuda" and entry.arch != device.native_arch:
+        reason += f"; {entry.arch} code runs on {device.native_arch}, whose own pack has no kernel for this"
+    if problem.masks and entry.mask != problem.masks[0]:
+        reason += f"; the mask {entry.mask} stands in for {problem.masks[0]}"
+    return reason
+
+
+def _why_after(entry: KernelEntry, best: KernelEntry, order: tuple[str, str]) -> str:
+    """Why a kernel that fits comes after the best."""
+    if entry.template != best.template:
+        return f"fits, but {order[0].upper()} is preferred"
+    if entry.arch != best.arch:
+        return f"fits, but {best.arch} is closer to the device"
+    if (entry.head_dim, entry.head_dim_v) != (best.head_dim, best.head_dim_v):
+        return f"fits, but its head_dim {entry.head_dim} is larger than needed"
+    if entry.mask != best.mask:
+        return f"fits, but the mask {best.mask} is cheaper"
+    if entry.bucket != best.bucket:
+        return f"fits, but the kernel for {best.bucket} keys or more is meant for this length"
+    return "fits, but another pack's comes first"
+
+
+def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -> TvmFlashError:
+    """The error that names what the nearest kernel lacked, and the command that builds one."""
+    arch = device.native_arch
+    custom = problem.definition != BUILTIN_DEFINITION
+    options = ["--definition", f"<file.py>:{problem.definition}"] if custom else []
+    dims = str(problem.head_dim)
+    dims += f":{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else ""
+    nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
+    if nearest is None:
+        of = f" of the definition {problem.definition!r}" if custom else ""
+        command = build_command(arch, *options, "--dtype", problem.dtype)
+        return KernelNotFoundError(f"no {arch} kernel{of} for {problem.dtype}; run `{command}`")
+    if nearest.stage == _ALIGNMENT:
+        return InvalidArgumentError(
+            f"q, k, v, out: an address or a stride is a multiple of {problem.alignment} bytes only, and every {arch} "
+            f"kernel for this needs {nearest.kernel.alignment}; copy the misaligned tensor, "
+            f"as with .clone() or numpy.copy"
+        )
+    if nearest.stage == _INDEX:
+        return NotSupportedError(
+            f"q, k, v, out: a size or a stride needs more than 32 bits, and the {arch} kernels count in 32; "
+            f"split the batch or the heads over several calls"
+        )
+    if nearest.stage == _MASK:
+        command = build_command(arch, *options, "--head-dim", dims, "--mask", MASK_FALLBACKS[problem.masks[0]][-1])
+        return KernelNotFoundError(f"no {arch} kernel for the mask {problem.masks[0]}; run `{command}`")
+    if nearest.stage == _HEAD_DIM:
+        command = build_command(arch, *options, "--head-dim", dims)
+        largest = nearest.kernel.head_dim, nearest.kernel.head_dim_v
+        return KernelNotFoundError(
+            f"no {arch} kernel for head_dim {dims} (the largest takes {':'.join(map(str, largest))}); run `{command}`"
+        )
+    command = build_command(arch, "--head-dim", dims, "--score", problem.score)
+    return KernelNotFoundError(f"no {arch} kernel for the score {problem.score}; run `{command}`")

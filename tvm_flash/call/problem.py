@@ -1,0 +1,107 @@
+"""One attention problem, without tensors: sizes, dtype, mask and score kind, as the selector and the checks see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+
+DTYPES = ("float32", "float16", "bfloat16")
+LAYOUTS = ("bhsd", "bshd")
+VARIANTS = ("v1", "v2", "auto")
+
+#: Function that takes each layout.
+FUNCTION_OF_LAYOUT = {"bhsd": "flash_attention", "bshd": "flash_attention_v2"}
+
+#: head_dim must be a multiple of this many elements.
+HEAD_DIM_MULTIPLE = 8
+
+#: Masks of the builtin definition that can stand in for one another, the cheapest first: every one of them computes the
+#: first, given wide enough windows.
+MASK_FALLBACKS = {
+    "full": ("full", "window"),
+    "causal": ("causal", "window"),
+    "window": ("window",),
+    "padded": ("padded",),
+}
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A sliding window, causal or full mask in one normal form.
+
+    ``left`` and ``right`` are how many keys before and after its own position a query sees; None is unbounded.
+    ``kind`` is the cheapest mask of the catalogue that computes it.
+    """
+
+    left: int | None = None
+    right: int | None = None
+
+    @property
+    def kind(self) -> str:
+        if self.left is not None:
+            return "window"
+        return {None: "full", 0: "causal"}.get(self.right, "window")
+
+    def widths(self, seqlen_q: int, seqlen_kv: int) -> tuple[int, int]:
+        """``(window_left, window_right)`` for a kernel that has a window: unbounded becomes wider than any distance."""
+        unbounded = seqlen_q + seqlen_kv
+        return tuple(unbounded if x is None else x for x in (self.left, self.right))
+
+
+def normalise_mask(causal: bool, window_size: tuple[int, int], seqlen_q: int, seqlen_kv: int) -> Mask:
+    """``causal`` and ``window_size`` as FlashAttention reads them, with bounds that cut nothing off taken away.
+
+    Causal means that nothing after a query's own position is seen, whatever the window says.  A query ``i`` stands on
+    the key position ``i + seqlen_kv - seqlen_q``, which is at most ``seqlen_kv - 1`` and at least ``seqlen_kv -
+    seqlen_q``.
+    """
+    left, right = (None if x == -1 else x for x in window_size)
+    right = 0 if causal else right
+    if left is not None and left >= seqlen_kv - 1:
+        left = None
+    if right is not None and right >= seqlen_q - 1:
+        right = None
+    return Mask(left, right)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel is chosen for.
+
+    ``head_dim`` and ``head_dim_v`` in elements; ``masks`` are the mask kinds that would do, the best first, and empty
+    for a definition of the user's own, which has its mask built in.  ``layout`` is that of the caller's tensors.
+    ``alignment`` is the number of bytes (a power of two) that all pointers and strides are multiples of.
+    ``index_bits`` is 32 if every size and stride fits an int32, else 64.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    seqlen_q: int
+    seqlen_kv: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    layout: str
+    masks: tuple[str, ...] = MASK_FALLBACKS["full"]
+    score: str = "identity"
+    definition: str = BUILTIN_DEFINITION
+    alignment: int = 128
+    index_bits: int = 32
+
+    def __str__(self) -> str:
+        kv = f", kv_heads {self.kv_heads}" if self.kv_heads != self.heads else ""
+        lengths = str(self.seqlen_q) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}×{self.seqlen_kv}"
+        dims = str(self.head_dim) if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        what = f"{self.masks[0]}, {self.score}" if self.masks else self.definition
+        return f"batch {self.batch}, heads {self.heads}{kv}, seq {lengths}, head_dim {dims}, {self.dtype}, {what}"
+
+
+def score_kind(softcap: bool, alibi: bool) -> str:
+    """Name of the score modification of the catalogue."""
+    return {(False, False): "identity", (True, False): "softcap", (False, True): "alibi"}.get(
+        (softcap, alibi), "softcap_alibi"
+    )

@@ -1,0 +1,1 @@
+"""``python -m tvm_flash``: a module for each command, and what they show."""

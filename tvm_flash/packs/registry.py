@@ -1,0 +1,276 @@
+"""Where packs are, what is in them, and how their modules are loaded.
+
+A pack is a folder with a ``manifest.json``, either a folder on the search path itself or right under one.  Folders are
+searched in this order: those of the environment variable ``TVM_FLASH_PACKS``, the user's own
+(``~/.cache/tvm_flash/packs``), and ``packs/`` of the package.  Reading manifests loads nothing; a module is loaded when
+a kernel of it is first called, after its sha256 was compared with the manifest's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tvm_flash.call import fast
+from tvm_flash.errors import PackError
+from tvm_flash.machine import cpu, ffi
+from tvm_flash.packs.manifest import MANIFEST_NAME, KernelEntry, Manifest, ModuleFile
+
+PATH_VARIABLE = "TVM_FLASH_PACKS"
+PACKAGE_PACKS = Path(__file__).parent
+
+_CUDA_ARCH = re.compile(r"sm_(\d+)(\d)([af]?)")
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One folder of kernels.  ``unusable`` says why this machine can't run it; None if it can."""
+
+    folder: Path
+    manifest: Manifest
+    unusable: str | None = None
+
+    @property
+    def arch(self) -> str:
+        return self.manifest.arch
+
+    @property
+    def lacking(self) -> list[str]:
+        """Instructions that its code needs and this processor lacks."""
+        return sorted(set(self.manifest.cpu_features) - cpu.features())
+
+
+@dataclass(frozen=True)
+class BrokenPack:
+    """A folder whose manifest can't be read, and why."""
+
+    folder: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A kernel and the pack that it is in; ``rank`` grows with the distance from the front of the search path."""
+
+    entry: KernelEntry
+    pack: Pack
+    rank: int
+
+
+def search_path() -> tuple[Path, ...]:
+    """Folders that are searched for packs, in order; they need not exist."""
+    given = [p for p in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if p]
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tvm_flash", "packs")
+    return (*(Path(os.path.expanduser(p)) for p in (*given, cache)), PACKAGE_PACKS)
+
+
+def build_command(arch: str, *options: str) -> str:
+    """The command that builds what is missing; ``options`` are further arguments."""
+    return " ".join(("scripts/build_kernels.py --arch", arch, *options))
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """The arch that is built for a compute capability: ``(9, 0)`` → ``"sm_90a"``."""
+    major, minor = capability
+    return f"sm_{major}{minor}" + ("a" if capability == (9, 0) else "")
+
+
+def capability_of(arch: str) -> tuple[int, int] | None:
+    """The compute capability that an arch is built for: ``"sm_90a"`` → ``(9, 0)``; None if it is no CUDA arch."""
+    parts = _CUDA_ARCH.fullmatch(arch)
+    return (int(parts[1]), int(parts[2])) if parts else None
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for ``arch`` runs on a GPU.
+
+    It runs on every later minor version of its major version; code with the suffix ``a`` only on exactly its own
+    (CUDA C++ Programming Guide, "Compute Capability" and "Family-Specific Features").
+    """
+    parts = _CUDA_ARCH.fullmatch(arch)
+    if not parts:
+        return False
+    own, suffix = (int(parts[1]), int(parts[2])), parts[3]
+    return own == capability if suffix == "a" else own[0] == capability[0] and own[1] <= capability[1]
+
+
+def by_closeness(archs: set[str], capability: tuple[int, int]) -> list[str]:
+    """The archs that run on a GPU, the one made for it first, then ever older ones."""
+
+    def closeness(arch):
+        major, minor, suffix = _CUDA_ARCH.fullmatch(arch).groups()
+        return int(major), int(minor), suffix == "a", suffix == "f"
+
+    return sorted((a for a in archs if runs_on(a, capability)), key=closeness, reverse=True)
+
+
+class Registry:
+    """The packs that one search finds; thread-safe."""
+
+    def __init__(self, folders: tuple[Path, ...]):
+        self.folders = folders
+        self.packs: list[Pack] = []
+        self.broken: list[BrokenPack] = []
+        self._usable: dict[str, list[Installed]] = {}
+        self._candidates: dict[tuple[str, str, str], list[Installed]] = {}
+        self._kernels: dict[tuple[Path, str], ffi.Kernel] = {}
+        self._modules: dict[Path, object] = {}
+        self._lock = threading.Lock()
+        for folder in _pack_folders(folders):
+            try:
+                self.packs.append(_read(folder))
+            except (OSError, ValueError) as e:
+                self.broken.append(BrokenPack(folder, f"{MANIFEST_NAME} can't be read: {e}"))
+
+    def archs(self) -> set[str]:
+        """Archs that there are packs for, whether this machine can run them or not."""
+        return {p.arch for p in self.packs}
+
+    def kernels(self, arch: str) -> list[Installed]:
+        """Kernels for an arch that this machine can run.  Of CPU packs, that with the most instructions comes first."""
+        found = self._usable.get(arch)
+        if found is None:
+            packs = [p for p in self.packs if p.arch == arch and p.unusable is None]
+            packs.sort(key=lambda p: -len(p.manifest.cpu_features))
+            found = [Installed(entry, pack, rank) for rank, pack in enumerate(packs) for entry in pack.manifest.kernels]
+            self._usable[arch] = found
+        return found
+
+    def candidates(self, arch: str, definition: str, dtype: str) -> list[Installed]:
+        """The kernels for an arch that compute a definition in a dtype."""
+        key = (arch, definition, dtype)
+        found = self._candidates.get(key)
+        if found is None:
+            found = [k for k in self.kernels(arch) if (k.entry.definition, k.entry.dtype) == (definition, dtype)]
+            self._candidates[key] = found  # as many as packs have dtypes and definitions
+        return found
+
+    def missing(self, archs: list[str], wanted: str) -> PackError:
+        """The error for a device without a pack; ``archs`` are those that would do, ``wanted`` the one to build."""
+        reasons = [f"{p.folder}: {p.unusable}" for p in self.packs if p.arch in archs and p.unusable]
+        reasons += [f"{b.folder}: {b.reason}" for b in self.broken]
+        found = "; ".join(reasons) or "looked in " + ", ".join(map(str, self.folders))
+        return PackError(f"no usable pack for {wanted} ({found}); run `{build_command(wanted)}`")
+
+    def load(self, kernel: Installed) -> ffi.Kernel:
+        """The function of a kernel, its module loaded and checked at the first use.
+
+        Raises
+        ------
+        PackError: a file of the pack is missing, truncated or edited, or the loader refuses it.
+        """
+        key = (kernel.pack.folder, kernel.entry.symbol)
+        with self._lock:
+            function = self._kernels.get(key)
+            if function is None:
+                module = self._module(kernel.pack, kernel.entry.module)
+                try:
+                    function = self._kernels[key] = ffi.Kernel(module, kernel.entry.symbol)
+                except AttributeError as e:
+                    raise _damaged(kernel.pack, f"{kernel.entry.module} has no function {kernel.entry.symbol}") from e
+        return function
+
+    def _module(self, pack: Pack, name: str):
+        path = pack.folder / name
+        if path not in self._modules:
+            files = {m.file: m for m in pack.manifest.modules}
+            if name not in files:
+                raise _damaged(pack, f"{MANIFEST_NAME} doesn't list {name}")
+            for file in (*pack.manifest.support_files, files[name]):
+                _verify(pack, file)
+                if file.file.startswith(fast.STEM):
+                    fast.load(path.with_name(file.file))
+            try:
+                self._modules[path] = ffi.load_module(path)
+            except OSError as e:
+                raise _damaged(pack, f"{name} can't be loaded: {e}") from e
+        return self._modules[path]
+
+
+def _pack_folders(folders: tuple[Path, ...]) -> Iterator[Path]:
+    seen = set()
+    for folder in folders:
+        for manifest in (folder / MANIFEST_NAME, *sorted(folder.glob(f"*/{MANIFEST_NAME}"))):
+            place = manifest.parent.resolve()
+            if manifest.is_file() and place not in seen and not manifest.parent.name.startswith("."):
+                seen.add(place)
+                yield manifest.parent
+
+
+def _read(folder: Path) -> Pack:
+    pack = Pack(folder, Manifest.from_json((folder / MANIFEST_NAME).read_text()))
+    manifest, unusable = pack.manifest, None
+    if manifest.arch == "cpu":
+        if pack.lacking:
+            unusable = f"it is for {manifest.isa} and needs {', '.join(pack.lacking)}, which this processor lacks"
+    elif not _CUDA_ARCH.fullmatch(manifest.arch):
+        unusable = f"its arch {manifest.arch!r} is unknown to this version"
+    if _written_by_anyone(folder) or _written_by_anyone(folder / MANIFEST_NAME):
+        unusable = f"it {_BY_ANYONE}; run `chmod -R o-w {folder}` if you trust it"
+    return replace(pack, unusable=unusable)
+
+
+_BY_ANYONE = "can be written by every user of this machine"
+
+
+def _written_by_anyone(path: Path) -> bool:
+    """Whether code that this process would run may be replaced by anyone.
+
+    Not asked in the package's own folder, whose Python files would be as open.
+    """
+    return not path.is_relative_to(PACKAGE_PACKS) and bool(path.stat().st_mode & stat.S_IWOTH)
+
+
+def _verify(pack: Pack, file: ModuleFile) -> None:
+    path = pack.folder / file.file
+    if path.name != file.file:
+        raise _damaged(pack, f"{MANIFEST_NAME} names {file.file!r}, which isn't a plain file name")
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise _damaged(pack, f"{file.file} can't be read: {e.strerror}") from e
+    if _written_by_anyone(path):
+        raise _damaged(pack, f"{file.file} {_BY_ANYONE}; take that right away with chmod o-w if you trust it")
+    if len(data) != file.size:
+        raise _damaged(pack, f"{file.file} has {len(data)} bytes, expected {file.size}: truncated or replaced")
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise _damaged(pack, f"{file.file} isn't what was built: its sha256 differs from the manifest's")
+
+
+def _damaged(pack: Pack, what: str) -> PackError:
+    return PackError(f"pack {pack.folder}: {what}; run `{build_command(pack.arch)}`")
+
+
+_current: Registry | None = None
+_current_lock = threading.Lock()
+_on_refresh: list[Callable[[], None]] = []
+
+
+def registry() -> Registry:
+    """The packs of this process, found at the first call."""
+    global _current
+    if _current is None:
+        with _current_lock:
+            if _current is None:
+                _current = Registry(search_path())
+    return _current
+
+
+def refresh() -> None:
+    """Forget the packs that were found; the next use searches again.  Modules that were loaded stay loaded."""
+    global _current
+    with _current_lock:
+        _current = None
+        for forget in _on_refresh:
+            forget()
+
+
+def on_refresh(forget: Callable[[], None]) -> None:
+    """Have ``forget`` called at each :func:`refresh`: for what was decided from the packs."""
+    _on_refresh.append(forget)

@@ -1,0 +1,1 @@
+"""Attention as a step of a program that torch or JAX traces."""

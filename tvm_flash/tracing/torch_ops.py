@@ -1,0 +1,181 @@
+"""Attention as operators of PyTorch: what compiled, exported and otherwise traced programs call.
+
+Importing this module imports torch and registers ``torch.ops.tvm_flash.attention`` and
+``torch.ops.tvm_flash.custom_attention``.  The public functions call kernels directly and come here for tensors that
+have no memory: under ``torch.compile`` and ``torch.export``, on fake and meta tensors, in ``torch.vmap``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tvm_flash.call import eager
+from tvm_flash.call.prepare import NO_BACKWARD, Options, site
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+
+_MINIMUM = (2, 4)
+
+if tuple(int(x) for x in torch.__version__.split(".")[:2]) < _MINIMUM:
+    raise NotSupportedError(
+        f"torch: is version {torch.__version__}, expected {'.'.join(map(str, _MINIMUM))} or later for compiled and "
+        f"traced programs; plain calls work with any version"
+    )
+
+_library = torch.library.Library("tvm_flash", "DEF")
+# Inductor may otherwise hand over tensors whose last dimension isn't contiguous.
+_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes=None, Tensor? kv_start=None, "
+    "Tensor? kv_end=None, *, "
+    'str layout="bhsd", str variant="auto", float? softmax_scale=None, bool causal=False, SymInt window_left=-1, '
+    "SymInt window_right=-1, float softcap=0.0, bool return_lse=False) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "custom_attention(Tensor q, Tensor k, Tensor v, Tensor[] per_head, float[] numbers, *, str name, "
+    'str[] per_head_names, str[] number_names, str layout="bhsd", str variant="auto", float? softmax_scale=None, '
+    "bool return_lse=False) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
+    """:func:`tvm_flash.call.eager.attention` by way of the operators; can be traced."""
+    if options.definition == BUILTIN_DEFINITION:
+        left, right = options.window_size
+        result, lse = torch.ops.tvm_flash.attention(
+            q,
+            k,
+            v,
+            per_head.get("alibi_slopes"),
+            per_head.get("kv_start"),
+            per_head.get("kv_end"),
+            layout=options.layout,
+            variant=options.variant,
+            softmax_scale=options.softmax_scale,
+            causal=options.causal,
+            window_left=left,
+            window_right=right,
+            softcap=options.softcap,
+            return_lse=options.return_lse,
+        )
+    else:
+        result, lse = torch.ops.tvm_flash.custom_attention(
+            q,
+            k,
+            v,
+            list(per_head.values()),
+            [float(value) for _, value in options.params],
+            name=options.definition,
+            per_head_names=list(per_head),
+            number_names=[name for name, _ in options.params],
+            layout=options.layout,
+            variant=options.variant,
+            softmax_scale=options.softmax_scale,
+            return_lse=options.return_lse,
+        )
+    if out is not None:
+        if out.shape != result.shape:
+            raise InvalidArgumentError(f"out: has shape {tuple(out.shape)}, expected {tuple(result.shape)}")
+        if out.dtype != result.dtype:
+            raise ArgumentTypeError(f"out: has dtype {out.dtype}, expected {result.dtype} as q has")
+        result = out.copy_(result)
+    return (result, lse) if options.return_lse else result
+
+
+# ---------------------------------------------------------------- on real tensors
+
+
+def _run(what, tensors, options, *, layout="bhsd", variant="auto", softmax_scale=None, return_lse=False):
+    at = site(layout, **what, layout_known=True)
+    result = eager.attend(at, len(tensors) + 1, *tensors, None, variant, return_lse, softmax_scale, *options)
+    return result if return_lse else (result, tensors[0].new_empty(0, dtype=torch.float32))
+
+
+# Arguments have the defaults of the operators: a dispatcher leaves those out that have them.
+
+
+def _attention(
+    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, *, causal=False, window_left=-1, window_right=-1,
+    softcap=0.0, **others,
+):  # fmt: skip
+    what = {"per_head": ("alibi_slopes", "kv_start", "kv_end")}
+    return _run(
+        what, (q, k, v, alibi_slopes, kv_start, kv_end), (causal, (window_left, window_right), softcap), **others
+    )
+
+
+def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, number_names, **others):
+    what = {"definition": name, "per_head": tuple(per_head_names), "scalars": tuple(number_names)}
+    return _run(what, (q, k, v, *per_head), numbers, **others)
+
+
+# ---------------------------------------------------------------- on fake tensors
+
+
+def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
+    for name, x in (("k", k), ("v", v)):
+        if x.device != q.device:
+            raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
+        if x.dtype != q.dtype:
+            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, but q has {q.dtype}; convert one to the other's")
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    rows = (q.shape[0], q.shape[1], q.shape[2]) if layout == "bhsd" else (q.shape[0], q.shape[2], q.shape[1])
+    return out, q.new_empty(rows if return_lse else (0,), dtype=torch.float32)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def _without_gradients(operator):
+    def call_below(q, k, v, *others, **options):
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise NotSupportedError(NO_BACKWARD)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(q, k, v, *others, **options)
+
+    return call_below
+
+
+# ---------------------------------------------------------------- vmap
+
+
+def _vmap(operator):
+    """A rule that makes one batch of the mapped and the own batch dimension."""
+
+    def rule(info, in_dims, *arguments, **options):
+        size = info.batch_size
+
+        def merged(x, dim):
+            if isinstance(x, (list, tuple)):
+                dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(x)
+                return [merged(*pair) for pair in zip(x, dims, strict=True)]
+            if not isinstance(x, torch.Tensor):
+                return x
+            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            if x.ndim < 4:  # one value a head, or also a batch entry
+                x = (x[:, None] if x.ndim == 2 else x).expand(size, batch, -1)
+            return x.flatten(0, 1)
+
+        q, q_dim = arguments[0], in_dims[0]
+        batch = q.movedim(q_dim, 0).shape[1] if q_dim is not None else q.shape[0]
+        merged_arguments = [merged(x, dim) for x, dim in zip(arguments, in_dims, strict=True)]
+        out, lse = operator(*merged_arguments, **options)
+        out = out.unflatten(0, (size, batch))
+        if not options.get("return_lse", False):
+            return (out, lse.expand(size, 0)), (0, 0)
+        return (out, lse.unflatten(0, (size, batch))), (0, 0)
+
+    return rule
+
+
+for _name, _function in (("attention", _attention), ("custom_attention", _custom_attention)):
+    _operator = getattr(torch.ops.tvm_flash, _name).default
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _key)
+    _library.impl(_name, _without_gradients(_operator), "Autograd")
+    torch.library.register_fake(f"tvm_flash::{_name}", _shapes, lib=_library)
+    torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
