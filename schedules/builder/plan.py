@@ -139,7 +139,7 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
 def sources_digest(arch: str) -> str:
     """Hash of every file that decides what a kernel for an arch becomes, and of its manifest entry's form."""
     files = sources.closure("schedules.builder.compile", f"schedules.families.{FAMILY[arch]}")
-    return sources.digest(files | {HOST_HEADER, ROOT / "tvm_flash" / "manifest.py"})
+    return sources.digest(files | {HOST_HEADER, ROOT / "tvm_flash" / "packs" / "manifest.py"})
 
 
 def key_of(request: Request, target: Target, spec: KernelSpec) -> str:
