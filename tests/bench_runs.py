@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tvm_flash.bench import workloads
 from tvm_flash.bench.results import Cell, Implementation, Measurement, Peak, Run
 from tvm_flash.commands.cli import main
+from tvm_flash.measure import workloads
 
 
 def bench(capsys, *arguments):

@@ -9,12 +9,13 @@ import pytest
 pytest.importorskip("torch")
 
 from tests.bench_runs import bench
-from tvm_flash.bench import accuracy, measure, others, ratios, results, timing, workloads
+from tvm_flash.bench import ratios, results
 from tvm_flash.bench.results import Run
-from tvm_flash.bench.workloads import Workload
 from tvm_flash.commands import demo
 from tvm_flash.commands.cli import main
 from tvm_flash.machine import cuda
+from tvm_flash.measure import accuracy, others, peaks, timing, workloads
+from tvm_flash.measure.workloads import Workload
 
 SMALL = ["--device", "cpu", "--rounds", "1", "--seconds", "0.01"]
 
@@ -29,17 +30,17 @@ def test_the_gpu_grid_has_the_cells_of_the_paper():
 
 
 def test_operations():
-    square = Workload(2, 3, 128, 128, 64, "float16", False)
+    square = Workload(2, 3, 128, 64, "float16", "full")
     assert square.flops == 4 * 2 * 3 * 128 * 128 * 64
-    assert dataclasses.replace(square, causal=True).flops == square.flops / 2
-    one_query = Workload(1, 1, 1, 4096, 64, "float16", True)
+    assert dataclasses.replace(square, mask="causal").flops == square.flops / 2
+    one_query = Workload(1, 1, 1, 64, "float16", "causal", seqlen_kv=4096)
     assert one_query.flops == pytest.approx(4 * 4096 * 64, rel=1e-3)  # it sees all keys, causal or not
 
 
 def test_exact_rows_are_attention_in_float64():
     import torch
 
-    w = Workload(1, 2, 5, 9, 8, "float32", True)
+    w = Workload(1, 2, 5, 8, "float32", "causal", seqlen_kv=9)
     q, k, v = (torch.randn(1, s, 2, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 9, 9))
     mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
     bhsd = (x.transpose(1, 2).double() for x in (q, k, v))
@@ -104,7 +105,7 @@ def measured(cpu_pack, tmp_path_factory):
     file = tmp_path_factory.mktemp("bench") / "cpu.json"
     shapes = ["--shape", "1,2,64,64", "--shape", "1,2,1,32,100", "--dtype", "float32,bfloat16", "--json", str(file)]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pytest.MonkeyPatch.context()).setitem(measure.PEAK_SIZES, "cpu", (128,))
+        stack.enter_context(pytest.MonkeyPatch.context()).setitem(peaks.SIZES, "cpu", (128,))
         out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         err = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         status = main(["bench", *SMALL, *shapes])
@@ -132,7 +133,7 @@ def test_what_a_run_prints(measured):
     _, out, err = measured
     for part in ("device:", "torch:", "V1 ×", "turns", "1, 2, 1 → 100, 32", "causal", "geometric mean of 4", "again:"):
         assert part in out
-    assert "(1, 2, 64, 64) full float32" in err and "…" not in out
+    assert "b=1 h=2 s=64 d=64 full float32" in err and "…" not in out
 
 
 def test_results_survive_json(measured):
@@ -147,7 +148,7 @@ def test_the_tables_can_be_made_from_the_file(measured, capsys):
 
 
 def test_a_kernel_that_is_missing_is_a_failure_with_its_reason(cpu_pack, capsys, monkeypatch):
-    monkeypatch.setitem(measure.PEAK_SIZES, "cpu", (128,))
+    monkeypatch.setitem(peaks.SIZES, "cpu", (128,))
     status, out, _ = bench(capsys, *SMALL, "--shape", "1,1,8,320", "--dtype", "float32", "--causal", "no")
     assert status == 1 and "V1 has no figure in 1 cells: KernelNotFoundError" in out and "--head-dim 320" in out
 

@@ -11,10 +11,11 @@ pytest.importorskip("torch")
 
 from tests.bench_runs import bench, grid_run, run_of
 from tests.conftest import ROOT
-from tvm_flash.bench import plots, ratios, recorded, results, tables, workloads
-from tvm_flash.bench.workloads import Workload
+from tvm_flash.bench import plots, ratios, recorded, results, tables
 from tvm_flash.commands.display import Entry
 from tvm_flash.errors import InvalidArgumentError
+from tvm_flash.measure import workloads
+from tvm_flash.measure.workloads import Workload
 
 
 def test_ratios():
@@ -46,7 +47,7 @@ def test_table_shows_losses_and_the_fastest():
 
 
 def test_cells_without_figures_are_dashes():
-    w = Workload(1, 1, 8, 8, 64, "float16", False)
+    w = Workload(1, 1, 8, 64, "float16", "full")
     run = run_of([(w, {"v2": 1e-3})])
     run = dataclasses.replace(run, peaks=())
     row = tables.speeds(run, "float16", "steady").rows[0]

@@ -24,9 +24,9 @@ from schedules.tuning.best import Tuning
 from schedules.tuning.candidate import Batch
 from schedules.tuning.emit import Proposal, tasks_for
 from schedules.tuning.folder import Folder
-from schedules.tuning.workload import Workload
 from tests import rigged_family
 from tests.rigged_family import BEST, CRASHES, HANGS, WRONG
+from tvm_flash.measure.workloads import Workload
 
 torch = pytest.importorskip("torch")
 

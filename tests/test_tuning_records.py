@@ -290,9 +290,9 @@ def test_a_peer_is_timed_in_its_own_surroundings(monkeypatch):
     from contextlib import contextmanager
 
     from schedules.tuning import peers
-    from schedules.tuning.workload import Workload
-    from tvm_flash.bench.peers import Contestant
     from tvm_flash.bench.results import Implementation
+    from tvm_flash.measure.peers import Contestant
+    from tvm_flash.measure.workloads import Workload
 
     inside = []
 

@@ -17,7 +17,7 @@ from schedules.families.interface import Target
 from schedules.tuning.budget import Budget
 from schedules.tuning.space import Space
 from schedules.tuning.strategy import STRATEGIES, Evolutionary, geometric_mean
-from schedules.tuning.workload import Workload, standard_suite
+from tvm_flash.measure.workloads import Workload, standard_suite
 
 # ---------------------------------------------------------------- problems and budgets
 
@@ -61,11 +61,11 @@ def test_operations_of_a_workload():
 
 
 def test_the_standard_suite_has_the_grid():
-    suite = standard_suite("sm_90a", ["float16"])
+    suite = standard_suite("cuda", ["float16"])
     assert len(suite) == 36 and len(set(suite)) == 36
     assert {w.batch * w.seqlen_q for w in suite} == {16384}
     assert {w.heads * w.head_dim for w in suite} == {2048}
-    kept = standard_suite("sm_90a", ["float16"], head_dims=[64], seqlens=[512], masks=["causal"])
+    kept = standard_suite("cuda", ["float16"], head_dims=[64], seqlens=[512], masks=["causal"])
     assert [str(w) for w in kept] == ["b=32 h=32 s=512 d=64 causal float16"]
 
 

@@ -85,7 +85,7 @@ class Measurement:
     kind: ``"measured"``.
     device, driver, arch, run_as: as in :class:`Record`; ``isa`` and ``threads`` are of a processor.
     template, dtype, head_dim, head_dim_v, mask, score: of the kernel, as in the manifest.
-    problem: what was timed, as :class:`schedules.tuning.workload.Workload` reads it.
+    problem: what was timed, as :class:`tvm_flash.measure.workloads.Workload` reads it.
     config: the configuration as JSON.
     status: ``"ok"``; ``"wrong"`` numbers; ``"hung"``, ``"crashed"``; ``"not built"``: by ``reason``.
     microseconds: the median; ``spread`` the 10th to the 90th percentile; None unless ``"ok"``, as all figures below.

@@ -20,9 +20,9 @@ from schedules.tuning.folder import Folder
 from schedules.tuning.measure import measure
 from schedules.tuning.process import describe
 from schedules.tuning.progress import Progress
-from schedules.tuning.workload import Workload, standard_suite
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.machine import cuda
+from tvm_flash.measure.workloads import Workload, standard_suite
 from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE
 from tvm_flash.packs.registry import runs_on
 
@@ -166,7 +166,9 @@ def _workloads(options: argparse.Namespace, target) -> list[Workload]:
     if bool(options.problem) == bool(options.suite):
         raise ValueError("either --problem or --suite is needed: what is to be fast?")
     if options.suite:
-        return standard_suite(target.arch, dtypes, options.head_dim, options.seqlen, options.mask)
+        return standard_suite(
+            "cpu" if target.arch == "cpu" else "cuda", dtypes, options.head_dim, options.seqlen, options.mask
+        )
     named = [_parse_problem(text) for text in options.problem]
     return list(dict.fromkeys(w for text in named for w in _in_dtypes(text, options.dtype)))
 

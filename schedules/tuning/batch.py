@@ -16,7 +16,8 @@ from schedules.builder.records import Measurement, PeerMeasurement
 from schedules.tuning.candidate import Batch, Candidate
 from schedules.tuning.folder import Folder
 from schedules.tuning.process import Process, describe
-from schedules.tuning.workload import Workload
+from tvm_flash.measure.timing import digits
+from tvm_flash.measure.workloads import Workload
 from tvm_flash.packs.registry import runs_on
 
 #: Seconds until a step (a check, one block of calls) counts as hung; for the first, which starts torch and the device.
@@ -209,7 +210,7 @@ class BatchRun:
             status="ok",
             microseconds=round(median, 2),
             spread=_deciles(microseconds),
-            tflops=_digits(flops / 1e12),
+            tflops=digits(flops / 1e12, 4),
             percent_of_peak=round(100 * flops / peak, 1),
             gain=gain and round(gain, 4),
             rounds=len(seconds),
@@ -258,7 +259,7 @@ class BatchRun:
                 problem=event["workload"],
                 microseconds=round(median, 2),
                 spread=_deciles(microseconds),
-                tflops=_digits(Workload.parse(event["workload"]).flops / median / 1e6),
+                tflops=digits(Workload.parse(event["workload"]).flops / median / 1e6, 4),
             )
         )
 
@@ -279,11 +280,6 @@ class BatchRun:
             return f"recompiled for {self.options.recompile_for}"
         capability = self.about["capability"]
         return "ptx" if capability and not runs_on(self.emission.arch, capability) else "native"
-
-
-def _digits(value: float) -> float:
-    """Four of them."""
-    return float(f"{value:.4g}")
 
 
 def _deciles(values: list[float]) -> tuple[float, float]:

@@ -20,8 +20,8 @@ from schedules.builder.suite import KernelSpec
 from schedules.families import FAMILY
 from schedules.families.interface import Target
 from schedules.tuning import tables
-from schedules.tuning.workload import Workload
 from tvm_flash.machine import cpu, cuda
+from tvm_flash.measure.workloads import Workload
 from tvm_flash.packs.manifest import Speed
 
 #: A configuration replaces the default, and a further bucket is made, only for more than the noise of a measurement:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from schedules.tuning.workload import Workload
 from tvm_flash import reference
 from tvm_flash.commands import check as selfcheck
+from tvm_flash.measure.workloads import Workload
 from tvm_flash.packs.manifest import KernelEntry
 
 #: The small problem: grouped heads, lengths that divide no tile, more keys than queries.

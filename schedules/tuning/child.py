@@ -27,7 +27,9 @@ from schedules.toolchain.process import die_with_parent
 from schedules.tuning import check, timing
 from schedules.tuning.check import WrongNumbersError
 from schedules.tuning.peers import peers_of
-from schedules.tuning.workload import Workload
+from tvm_flash.measure.peaks import matmul_peak
+from tvm_flash.measure.timing import Rounds
+from tvm_flash.measure.workloads import Workload
 from tvm_flash.packs.manifest import KernelEntry
 
 
@@ -76,8 +78,14 @@ class Child:
         if (ones @ ones).sum().item() != 512**3:
             raise RuntimeError("a product of matrices is wrong")
         return {
-            dtype: timing.matmul_peak(dtype, self.device) for dtype in dict.fromkeys(w.dtype for w in self.workloads)
+            dtype: matmul_peak(dtype, self.device, self._rounds)[1]["steady"]
+            for dtype in dict.fromkeys(w.dtype for w in self.workloads)
         }
+
+    def _rounds(self, calls) -> Rounds:
+        """Times of products on a device that is warm."""
+        timing.keep_busy(next(iter(calls.values())), self.effort.warm_up, self.kind)
+        return {"steady": timing.in_turn(calls, set(), self.effort, self.kind, self.order)}
 
     def measure(self, workload: Workload) -> None:
         """All candidates on one workload."""

@@ -22,7 +22,7 @@ from schedules.toolchain.process import ToolchainError
 from schedules.tuning.candidate import Batch, Candidate, Emission
 from schedules.tuning.folder import Folder
 from schedules.tuning.space import Space
-from schedules.tuning.workload import Workload
+from tvm_flash.measure.workloads import Workload
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Candidates of one batch: enough to share the start of a process, few enough to lose little with it.

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from schedules.tuning.workload import Workload
-from tvm_flash.bench import workloads
-from tvm_flash.bench.peers import Contestant, contestants
+from tvm_flash.measure.peers import contestants
+from tvm_flash.measure.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -27,26 +26,15 @@ def peers_of(workload: Workload, qkv: tuple[torch.Tensor, ...], kind: str) -> di
     square = w.mask == "full" or (w.mask == "causal" and w.seqlen_q == w.seqlen_kv)  # other causal masks differ
     if not (same and square and w.score == "identity"):
         return {}
-    usual = workloads.Workload(w.batch, w.heads, w.seqlen_q, w.seqlen_kv, w.head_dim, w.dtype, w.mask == "causal")
     found = {}
     for contestant in contestants(kind):
         if contestant.about.ours:
             continue
         tensors = qkv if contestant.layout == "bhsd" else (x.transpose(1, 2).contiguous() for x in qkv)
-        call = _where_it_runs(contestant, contestant.prepare(*tensors, usual))
+        call = contestant.call(*tensors, w)
         try:
             call()
         except RuntimeError:  # this backend can't run the problem, or isn't there
             continue
         found[contestant.about.key] = Peer(contestant.about.about, call)
     return found
-
-
-def _where_it_runs(contestant: Contestant, call: Callable[[], object]) -> Callable[[], object]:
-    """The call in the contestant's own surroundings, which choose PyTorch's backend."""
-
-    def run():
-        with contestant.around():
-            return call()
-
-    return run

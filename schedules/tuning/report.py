@@ -17,7 +17,7 @@ from schedules.builder import records
 from schedules.builder.records import Line, Measurement, PeerMeasurement
 from schedules.tuning import tables
 from schedules.tuning.strategy import geometric_mean
-from schedules.tuning.workload import Workload
+from tvm_flash.measure.workloads import Workload
 
 #: Okabe and Ito, "Color Universal Design", 2008: colour-blind people can tell them apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")

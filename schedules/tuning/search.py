@@ -24,7 +24,7 @@ from schedules.tuning.folder import Folder
 from schedules.tuning.measure import measure
 from schedules.tuning.progress import Progress
 from schedules.tuning.strategy import STRATEGIES, geometric_mean
-from schedules.tuning.workload import Workload
+from tvm_flash.measure.workloads import Workload
 
 
 @dataclass(frozen=True)

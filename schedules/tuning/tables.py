@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from schedules.builder.records import Line, Measurement
 from schedules.tuning.strategy import geometric_mean
-from schedules.tuning.workload import Workload
+from tvm_flash.measure.workloads import Workload
 
 
 def usable(lines: Iterable[Line], problems: Collection[str] = ()) -> list[Measurement]:

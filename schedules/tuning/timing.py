@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tvm_flash.bench.others import undisturbed
-from tvm_flash.bench.timing import cpu_times
+from tvm_flash.measure.others import undisturbed
+from tvm_flash.measure.timing import cpu_times
 
 Call = Callable[[], object]
 
@@ -98,13 +98,3 @@ def in_turn(
             best = min(statistics.median(t) for t in times.values())
             left = {n for n in left if n in always or statistics.median(times[n]) <= effort.hopeless * best}
     return times
-
-
-def matmul_peak(dtype: str, device: str) -> float:
-    """Operations a second of torch.matmul on large square matrices, after as long as it takes to get warm."""
-    size, seconds = (8192, 0.4) if device != "cpu" else (1536, 0.3)
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    call = lambda: a @ b  # noqa: E731
-    call()
-    keep_busy(call, seconds, device)
-    return 2.0 * size**3 / min(seconds_of(call, 3, device) for _ in range(3))

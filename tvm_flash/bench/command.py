@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tvm_flash.bench import require, workloads
+from tvm_flash.bench import require
 from tvm_flash.call.problem import DTYPES
 from tvm_flash.commands.display import Screen, progress
 from tvm_flash.errors import InvalidArgumentError, NotSupportedError
+from tvm_flash.measure import workloads
 
 #: Columns that a full table takes.
 _WIDTH = 118
@@ -100,9 +101,10 @@ def _measure(options: argparse.Namespace):
     require("bench", "torch")
     import torch
 
-    from tvm_flash.bench import peers, results
-    from tvm_flash.bench.measure import Bench
+    from tvm_flash.bench import results
+    from tvm_flash.bench.run import Bench
     from tvm_flash.machine import device as devices
+    from tvm_flash.measure import peers
 
     device = devices.parse(options.device)
     if device.kind == "cuda":
@@ -147,7 +149,7 @@ def _again(words: Sequence[str]) -> str:
 
 
 def _grid(options: argparse.Namespace, kind: str) -> list[workloads.Workload]:
-    masks = {"yes": [True], "no": [False], "both": []}[options.causal]
+    masks = {"yes": ["causal"], "no": ["full"], "both": []}[options.causal]
     if options.shape:
         default = workloads.CPU_DTYPES if kind == "cpu" else workloads.GPU_DTYPES
         return workloads.of_shapes(options.shape, options.dtype or default, masks)
@@ -163,7 +165,7 @@ def _grid(options: argparse.Namespace, kind: str) -> list[workloads.Workload]:
 
 
 def _effort(options: argparse.Namespace, kind: str):
-    from tvm_flash.bench.timing import Effort
+    from tvm_flash.measure.timing import Effort
 
     usual = _EFFORT[kind]
     rounds = usual[0] if options.rounds is None else options.rounds

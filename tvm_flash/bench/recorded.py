@@ -6,15 +6,15 @@ They become comparable by a *bridge*: an implementation that was measured in bot
 
 cell by cell.  The file is JSON::
 
-    {"schema": 1,
+    {"schema": 2,
      "key": "fa4", "name": "FA4",                  how tables call it
      "about": "FlashAttention-4 …",                what it is, in words
      "bridge": "cudnn",                            key of an implementation of the run
      "device": "NVIDIA H200", "date": "2026-11-22",
      "versions": {"flash-attn-4": "4.0.0b36", …},
      "method": "steady state, …",
-     "figures": [{"batch": 32, "heads": 32, "seqlen_q": 512, "seqlen_kv": 512, "head_dim": 64, "dtype": "float16",
-                  "causal": false, "tflops": 317.1, "bridge_tflops": 353.9, "error": 2.7e-4}, …]}
+     "figures": [{"workload": "b=32 h=32 s=512 d=64 full float16",
+                  "tflops": 317.1, "bridge_tflops": 353.9, "error": 2.7e-4}, …]}
 
 A cell without a figure, or in which the bridge didn't run, has none.  Only the main mode of a run is compared.
 """
@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tvm_flash.bench.results import Cell, Implementation, Measurement, Run
-from tvm_flash.bench.workloads import Workload
 from tvm_flash.errors import InvalidArgumentError
+from tvm_flash.measure.workloads import Workload
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,8 @@ def read(path: Path) -> Reference:
             f"{raw['about']}, as recorded on one {raw['device']} on {raw['date']} ({versions}), "
             f"scaled in each cell by {raw['bridge']}'s speed here over its speed there"
         )
-        fields = [f.name for f in dataclasses.fields(Workload)]
         figures = {
-            Workload(**{name: entry[name] for name in fields}): Figure(
+            Workload.parse(entry["workload"]): Figure(
                 entry["tflops"] * 1e12, entry["bridge_tflops"] * 1e12, entry.get("error")
             )
             for entry in raw["figures"]

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tvm_flash.bench.workloads import Workload
 from tvm_flash.errors import InvalidArgumentError
+from tvm_flash.measure.peers import Implementation
+from tvm_flash.measure.workloads import Workload
 
-SCHEMA = 1
+SCHEMA = 2
 
 #: The steady clock of a GPU at its power cap makes calls up to 1.13 times as long as after a pause (65 cells of an
 #: H200); more than this is something else that slows the device down: 2.4 and 3.2 times for some seconds of one run.
@@ -77,20 +78,6 @@ class Peak:
     def disturbed(self) -> bool:
         """As of a cell."""
         return self.flops.get("burst", 0) > DISTURBED * self.flops.get("steady", float("inf"))
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """Who computed: ``key`` in the measurements, ``name`` in tables, ``about`` in words; ours or a peer.
-
-    ``recorded`` peers were measured in another run.
-    """
-
-    key: str
-    name: str
-    about: str
-    ours: bool
-    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +142,11 @@ class Run:
         return dataclasses.replace(self, implementations=kept, cells=of(self.cells), calls=of(self.calls))
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        raw = dataclasses.asdict(self)
+        for name in ("cells", "calls"):
+            for cell, fields in zip(getattr(self, name), raw[name], strict=True):
+                fields["workload"] = str(cell.workload)
+        return json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Run:
@@ -188,7 +179,7 @@ def _cell(raw: dict[str, Any]) -> Cell:
         spread = {mode: tuple(ends) for mode, ends in fields["spread"].items()}
         return Measurement(**{**fields, "spread": spread})
 
-    return Cell(Workload(**raw["workload"]), tuple(map(measurement, raw["measurements"])))
+    return Cell(Workload.parse(raw["workload"]), tuple(map(measurement, raw["measurements"])))
 
 
 def write(run: Run, path: Path) -> None:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tvm_flash import flash_attention, flash_attention_v2, reference
-from tvm_flash.bench import accuracy, require, timing
+from tvm_flash.bench import require
 from tvm_flash.commands.display import Entry, Screen, progress, table
+from tvm_flash.measure import accuracy, timing
 from tvm_flash.selector import BackendSelector
 
 #: Positions that MiniLM was trained with, and how many batches of them are enough.

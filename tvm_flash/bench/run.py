@@ -8,17 +8,15 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tvm_flash.bench import accuracy, machine, timing
-from tvm_flash.bench.peers import Contestant, kernel_of
+from tvm_flash.bench import machine
 from tvm_flash.bench.results import Cell, Measurement, Peak, Run
-from tvm_flash.bench.timing import Effort
-from tvm_flash.bench.workloads import Workload, smallest
 from tvm_flash.machine.device import Device
-
-#: Rows of the square matrices, of whose products the largest that isn't slow is the peak: of a GPU always 8192; of a
-#: CPU 2048, but for dtypes in which torch.matmul does less than a hundredth of what it does in others.
-PEAK_SIZES = {"cuda": (8192,), "cpu": (256, 512, 1024, 2048)}
-SLOW_PRODUCT = 0.25  # seconds
+from tvm_flash.measure import accuracy, timing
+from tvm_flash.measure.peaks import matmul_peak
+from tvm_flash.measure.peers import Contestant
+from tvm_flash.measure.timing import Effort, digits
+from tvm_flash.measure.workloads import Workload, smallest
+from tvm_flash.selector import BackendSelector
 
 
 @dataclass(frozen=True)
@@ -67,27 +65,9 @@ class Bench:
         return len(self.workloads) + 3 * len({w.dtype for w in self.workloads})
 
     def peak(self, dtype: str) -> Peak:
-        """The speed of torch.matmul on large square matrices, the second transposed or not; timed as all else is."""
-        sizes, calls, slow = {}, {}, set()
-        for size in PEAK_SIZES[self.device.kind]:
-            for name, call in self._products(size, dtype).items():
-                if name not in slow:
-                    slow |= {name} if timing.cpu_times(call, 1)[0] > SLOW_PRODUCT else set()
-                    if name not in slow or name not in calls:
-                        sizes[name], calls[name] = size, call
-        rounds = self._rounds(calls)
-        flops = {
-            mode: {name: _digits(2.0 * sizes[name] ** 3 / min(times)) for name, times in rounds[mode].items()}
-            for mode in rounds
-        }
-        best = {mode: max(speeds, key=speeds.get) for mode, speeds in flops.items()}
-        return Peak(dtype, sizes[next(iter(best.values()))], {mode: flops[mode][best[mode]] for mode in flops})
-
-    def _products(self, size: int, dtype: str) -> dict[str, Callable[[], object]]:
-        import torch
-
-        a, b = (torch.randn(size, size, device=str(self.device)).to(getattr(torch, dtype)) for _ in range(2))
-        return {"a @ b": lambda: a @ b, "a @ b.T": lambda: a @ b.T}
+        """The speed of torch.matmul, timed as all else is."""
+        size, flops = matmul_peak(dtype, str(self.device), self._rounds)
+        return Peak(dtype, size, {mode: digits(x) for mode, x in flops.items()})
 
     def cell(self, workload: Workload) -> Cell:
         """All implementations on one workload; one that can't run it has its reason in place of figures."""
@@ -97,15 +77,15 @@ class Bench:
         calls = {}
         for contestant in self.contestants:
             with _failing(contestant, found):
-                call = _inside(contestant, contestant.prepare(*tensors[contestant.layout], workload))
+                call = contestant.call(*tensors[contestant.layout], workload)
                 error = accuracy.relative_error(accuracy.same_rows(call(), contestant.result, workload), exact)
                 kernel = kernel_of(contestant, workload, str(self.device))
-                found[contestant.about.key] = Measurement(contestant.about.key, {}, {}, _digits(error), *kernel)
+                found[contestant.about.key] = Measurement(contestant.about.key, {}, {}, digits(error), *kernel)
                 calls[contestant.about.key] = call
         rounds = self._rounds(calls) if calls else {}
         for key in calls:
-            seconds = {mode: _digits(timing.figure(mode, times[key])) for mode, times in rounds.items()}
-            spread = {mode: (_digits(min(times[key])), _digits(max(times[key]))) for mode, times in rounds.items()}
+            seconds = {mode: digits(timing.figure(mode, times[key])) for mode, times in rounds.items()}
+            spread = {mode: (digits(min(times[key])), digits(max(times[key]))) for mode, times in rounds.items()}
             found[key] = dataclasses.replace(found[key], seconds=seconds, spread=spread)
         return Cell(workload, tuple(found.values()))
 
@@ -117,7 +97,7 @@ class Bench:
             with _failing(contestant, found), contestant.around():
                 call = contestant.prepare(*tensors[contestant.layout], workload)
                 call()
-                seconds = _digits(timing.call_time(call))
+                seconds = digits(timing.call_time(call))
                 found[contestant.about.key] = Measurement(
                     contestant.about.key, {"call": seconds}, {"call": (seconds, seconds)}
                 )
@@ -139,9 +119,23 @@ class Bench:
         return {"bshd": (q, k, v), "bhsd": tuple(x.transpose(1, 2).contiguous() for x in (q, k, v))}
 
 
-def _digits(x: float) -> float:
-    """A measured number with the five digits that it has, at most."""
-    return float(f"{x:.5g}")
+def kernel_of(contestant: Contestant, workload: Workload, device: str) -> tuple[str, str]:
+    """Symbol and source hash of the kernel that one of ours runs for a workload; empty for a peer."""
+    if not contestant.about.ours:
+        return "", ""
+    explanation = BackendSelector(device).explain(
+        workload.batch,
+        workload.heads,
+        workload.seqlen_q,
+        workload.head_dim,
+        seq_len_kv=workload.seqlen_kv,
+        dtype=workload.dtype,
+        causal=workload.causal,
+        layout=contestant.layout,
+        variant=contestant.about.key,
+    )
+    chosen = explanation.chosen
+    return (chosen.symbol, chosen.source_hash) if chosen else ("", "")
 
 
 def _faster(first: Peak, second: Peak) -> Peak:
@@ -159,13 +153,3 @@ def _failing(contestant: Contestant, found: dict[str, Measurement]) -> Iterator[
     except Exception as e:  # whatever a peer raises
         reason = f"{type(e).__name__}: {e}".split("\n")[0]
         found[contestant.about.key] = Measurement(contestant.about.key, failure=reason)
-
-
-def _inside(contestant: Contestant, call: Callable[[], object]) -> Callable[[], object]:
-    """The call with what has to be around it."""
-
-    def inside():
-        with contestant.around():
-            return call()
-
-    return inside

@@ -1,17 +1,35 @@
-"""One attention problem to be timed, as text: ``"b=4 h=16 s=4096 d=128 causal float16"``."""
+"""One attention problem to be measured, as data and as text, and the grids of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
-from tvm_flash.bench import workloads
 from tvm_flash.call.problem import DTYPES, score_kind
 
 _SIZES = {"b": "batch", "h": "heads", "hk": "kv_heads", "s": "seqlen_q", "sk": "seqlen_kv", "d": "head_dim"}
 _SIZES["dv"] = "head_dim_v"
 _SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+#: Sizes of the GPU grid follow the FlashAttention-3 paper (Shah et al., 2024): 16k tokens a batch, hidden size 2048.
+TOKENS, HIDDEN = 16384, 2048
+GPU_HEAD_DIMS = (64, 128, 256)
+GPU_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+GPU_DTYPES = ("float16", "bfloat16")
+
+#: (batch, heads, seqlen_q, head_dim, seqlen_kv) of the CPU grid: a batch of prompts, a long one, a longer one with wide
+#: heads, a sentence encoder's batch, and one new token with a cache of 4096.
+CPU_SHAPES = (
+    (2, 8, 512, 64, 512),
+    (1, 16, 2048, 64, 2048),
+    (1, 8, 4096, 128, 4096),
+    (4, 12, 384, 32, 384),
+    (1, 32, 1, 128, 4096),
+)
+CPU_DTYPES = ("float32", "bfloat16", "float16")
+
+MASKS = ("full", "causal")
 
 
 @dataclass(frozen=True)
@@ -114,8 +132,9 @@ class Workload:
         """Values of the scalar parameters that the catalogue's masks and scores may have."""
         return {"window_left": self.window, "window_right": 0, "softcap": self.softcap}
 
-    def with_dtype(self, dtype: str) -> Workload:
-        return replace(self, dtype=dtype)
+    @property
+    def causal(self) -> bool:
+        return self.mask == "causal"
 
 
 def _is_positive(text: str) -> bool:
@@ -125,18 +144,50 @@ def _is_positive(text: str) -> bool:
         return False
 
 
-def standard_suite(
-    arch: str,
-    dtypes: Iterable[str],
-    head_dims: Iterable[int] = (),
-    seqlens: Iterable[int] = (),
-    masks: Collection[str] = (),
+def smallest(kind: str, dtype: str) -> Workload:
+    """A call whose time is that of calling: one query and one key; on a GPU 64, since cuDNN wants more than one."""
+    return Workload(1, 1, 1 if kind == "cpu" else 64, 64, dtype)
+
+
+def gpu_grid(
+    head_dims: Sequence[int] = (), seqlens: Sequence[int] = (), dtypes: Sequence[str] = (), masks: Sequence[str] = ()
 ) -> list[Workload]:
-    """The problems of ``python -m tvm_flash bench``: full and causal, short to long; the filters keep some of them."""
-    grid = workloads.cpu_grid if arch == "cpu" else workloads.gpu_grid
-    found = (
-        Workload(w.batch, w.heads, w.seqlen_q, w.head_dim, w.dtype, w.mask, seqlen_kv=w.seqlen_kv)
-        for w in grid(tuple(head_dims), tuple(seqlens), tuple(dtypes))
-    )
+    """The GPU grid: for each dtype, head_dim and length, full and causal; an empty argument takes the usual values."""
+    return [
+        Workload(max(1, TOKENS // s), max(1, HIDDEN // d), s, d, dtype, mask)
+        for dtype in dtypes or GPU_DTYPES
+        for d in head_dims or GPU_HEAD_DIMS
+        for mask in masks or MASKS
+        for s in seqlens or GPU_SEQLENS
+    ]
+
+
+def of_shapes(shapes: Iterable[Sequence[int]], dtypes: Sequence[str] = (), masks: Sequence[str] = ()) -> list[Workload]:
+    """Workloads of shapes ``(batch, heads, seqlen_q, head_dim[, seqlen_kv])``, full and causal, in each dtype."""
+    return [
+        Workload(b, h, s, d, dtype, mask, seqlen_kv=kv[0] if kv else s)
+        for dtype in dtypes or CPU_DTYPES
+        for b, h, s, d, *kv in shapes
+        for mask in masks or MASKS
+    ]
+
+
+def cpu_grid(
+    head_dims: Sequence[int] = (), seqlens: Sequence[int] = (), dtypes: Sequence[str] = (), masks: Sequence[str] = ()
+) -> list[Workload]:
+    """The CPU grid; ``head_dims`` and ``seqlens`` (of the queries) keep the shapes that have them."""
+    shapes = [s for s in CPU_SHAPES if (not head_dims or s[3] in head_dims) and (not seqlens or s[2] in seqlens)]
+    return of_shapes(shapes, dtypes, masks)
+
+
+def standard_suite(
+    kind: str,
+    dtypes: Collection[str],
+    head_dims: Sequence[int] = (),
+    seqlens: Sequence[int] = (),
+    masks: Sequence[str] = (),
+) -> list[Workload]:
+    """The problems of ``python -m tvm_flash bench`` on ``"cpu"`` or ``"cuda"``; the filters keep some of them."""
+    found = (cpu_grid if kind == "cpu" else gpu_grid)(head_dims, seqlens, tuple(dtypes), masks)
     # For one query a causal mask hides nothing.
-    return [w for w in found if w.mask in (masks or (w.mask,)) and (w.seqlen_q > 1 or w.mask == "full")]
+    return [w for w in found if w.seqlen_q > 1 or w.mask == "full"]

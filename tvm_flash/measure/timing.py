@@ -7,7 +7,7 @@ median over the rounds of the median of each round's second half, ``burst`` the 
 On a CPU (:func:`on_cpu`): implementations take turns, so that a slow moment hits all; ``blocks`` are several calls of
 each in turn, whose first doesn't count, as the threads of the one before still spin; ``turns`` are single calls in
 turn, each after another implementation's, which is how a model that uses several sees them.  A round that other
-processes disturbed is repeated (:mod:`tvm_flash.bench.others`).
+processes disturbed is repeated (:mod:`tvm_flash.measure.others`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from tvm_flash.bench.others import undisturbed
+from tvm_flash.measure.others import undisturbed
 
 Call = Callable[[], object]
 #: Times of calls by mode, then by name: a list with one figure for each round, in seconds.
@@ -153,6 +153,11 @@ def measure(kind: str, calls: Mapping[str, Call], effort: Effort, order: random.
 def figure(mode: str, rounds: list[float]) -> float:
     """One figure of a mode's rounds."""
     return min(rounds) if mode == "burst" else statistics.median(rounds)
+
+
+def digits(x: float, count: int = 5) -> float:
+    """A measured number with the digits that it has, at most."""
+    return float(f"{x:.{count}g}")
 
 
 def call_time(call: Call, count: int = 200, repeats: int = 7) -> float:

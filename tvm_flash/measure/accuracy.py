@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tvm_flash.bench.workloads import Workload
+from tvm_flash.measure.workloads import Workload
 
 #: So many of the last rows are compared; they see the most keys.
 ROWS = 1024

@@ -8,13 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm_flash import flash_attention, flash_attention_v2
-from tvm_flash.bench.results import Implementation
-from tvm_flash.bench.workloads import Workload
 from tvm_flash.call.problem import FUNCTION_OF_LAYOUT
-from tvm_flash.selector import BackendSelector
+from tvm_flash.measure.workloads import Workload
 
 #: Layout of the template's own function.
 _LAYOUT = {"v1": "bhsd", "v2": "bshd"}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Who computed: ``key`` in the measurements, ``name`` in tables, ``about`` in words; ours or a peer.
+
+    ``recorded`` peers were measured in another run.
+    """
+
+    key: str
+    name: str
+    about: str
+    ours: bool
+    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,16 @@ class Contestant:
     result: str
     prepare: Callable[[Any, Any, Any, Workload], Callable[[], Any]]
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def call(self, q: Any, k: Any, v: Any, workload: Workload) -> Callable[[], Any]:
+        """A function that computes the workload, with around it what chooses the implementation."""
+        prepared = self.prepare(q, k, v, workload)
+
+        def call() -> Any:
+            with self.around():
+                return prepared()
+
+        return call
 
 
 def contestants(device: str) -> list[Contestant]:
@@ -95,22 +117,3 @@ def _torch_backend(key: str, name: str, backend: str) -> Contestant:
 
     about = f"torch.nn.functional.scaled_dot_product_attention, SDPBackend.{backend}"
     return Contestant(Implementation(key, name, about, ours=False), "bshd", "bhsd", prepare, around)
-
-
-def kernel_of(contestant: Contestant, workload: Workload, device: str) -> tuple[str, str]:
-    """Symbol and source hash of the kernel that one of ours runs for a workload; empty for a peer."""
-    if not contestant.about.ours:
-        return "", ""
-    explanation = BackendSelector(device).explain(
-        workload.batch,
-        workload.heads,
-        workload.seqlen_q,
-        workload.head_dim,
-        seq_len_kv=workload.seqlen_kv,
-        dtype=workload.dtype,
-        causal=workload.causal,
-        layout=contestant.layout,
-        variant=contestant.about.key,
-    )
-    chosen = explanation.chosen
-    return (chosen.symbol, chosen.source_hash) if chosen else ("", "")
