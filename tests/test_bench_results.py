@@ -56,8 +56,8 @@ def test_cells_without_figures_are_dashes():
 
 def reference_file(tmp_path, **changes):
     w = workloads.gpu_grid(dtypes=["float16"])[1]
-    figure = {**dataclasses.asdict(w), "tflops": 300.0, "bridge_tflops": 200.0, "error": 1e-4}
-    entry = {"schema": 1, "key": "fa4", "name": "FA4", "about": "A peer", "bridge": "cudnn", "device": "B", "date": "D"}
+    figure = {"workload": str(w), "tflops": 300.0, "bridge_tflops": 200.0, "error": 1e-4}
+    entry = {"schema": 2, "key": "fa4", "name": "FA4", "about": "A peer", "bridge": "cudnn", "device": "B", "date": "D"}
     file = tmp_path / "reference.json"
     file.write_text(json.dumps({**entry, "versions": {"peer": "1"}, "method": "m", "figures": [figure], **changes}))
     return file, w
@@ -123,7 +123,7 @@ def test_peers_can_be_left_out(tmp_path, capsys):
     assert status == 2 and "--peers: has fa4, expected cudnn, flash" in err
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1, "peaks": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 2, "peaks": 3}'])
 def test_a_file_that_is_no_result_is_refused(text, tmp_path):
     file = tmp_path / "x.json"
     file.write_text(text)

@@ -129,25 +129,35 @@ def test_a_search_survives_everything_and_decides_what_is_built(tmp_path, rigged
     assert stale.config == default.config and "has changed since it was measured" in note
 
 
-def test_two_processes_measure_a_folder_without_doing_anything_twice(tmp_path, rigged, monkeypatch):
+@pytest.fixture
+def emitted(tmp_path, rigged, monkeypatch):
+    """A folder with three batches of two configurations, of which one crashes and one is wrong."""
     monkeypatch.setattr(emit, "BATCH", 2)
     folder = Folder(tmp_path / "folder").make()
     tasks = tasks_for([Workload.parse(PROBLEM)], ["v1"], TARGET)
     (spec,) = tasks
-    configs = [rigged_family.Config(m, s) for m in (16, 32, 48) for s in (1, 2)]
+    configs = [rigged_family.Config(*key) for key in ((16, 1), (16, 2), (48, 1), (48, 2), CRASHES, WRONG)]
     emit.begin(folder, TARGET, tasks)
     made, not_made = emit.emit(folder, TARGET, tasks, [Proposal(spec, c, "test") for c in configs], "000", jobs=1)
-    assert len(made) == 6 and not not_made
-    assert len(folder.batches()) == 3
-    command = [*PROGRAM, "--measure", str(folder.path), *QUICK]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    found = list(folder.records())
-    assert len(found) == len({r.kernel_hash for r in found}) == 6
-    assert len(folder.logs()) == 2, "each of them measured something"
-    assert not list((folder.path / "claims").iterdir())
-    assert all(folder.is_done(batch.name) for batch in folder.batches())
+    assert len(made) == 6 and not not_made and len(folder.batches()) == 3
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_an_emitted_folder_is_measured_once(emitted, engine):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    command = [*PROGRAM, "--measure", str(emitted.path), *QUICK, "--engine", engine]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {key(r): r for r in emitted.records()}
+    assert len(list(emitted.records())) == len(found) == 6 and not emitted.left()
+    assert {k: r.status for k, r in found.items() if r.status != "ok"} == {CRASHES: "crashed", WRONG: "wrong"}
+    assert tables.best_of([r for r in found.values() if r.status == "ok"]).config == BEST
+    assert found[16, 1].default and found[48, 2].gain > 1.5
+    assert "all batches are measured" in done.stdout and "block_m=48 num_stages=2" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and len(list(emitted.records())) == 6, again.stdout + again.stderr
 
 
 def test_a_configuration_that_a_family_fails_on_is_no_candidate(tmp_path, rigged, monkeypatch):

@@ -1,57 +1,30 @@
-"""A tuner's folder: several processes share its tasks, and what is not a tuner's is left alone."""
+"""A tuner's folder: one process at a time measures it, and what is not a tuner's is left alone."""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import subprocess
 import sys
 
+import pytest
+
 from schedules.commands.tune import main
-from schedules.tuning.folder import Claims, Folder
+from schedules.tuning.folder import Folder, FolderBusyError
 
 
-def test_a_task_is_claimed_once_and_done_once(tmp_path):
+def test_one_process_at_a_time_measures_a_folder(tmp_path):
     folder = Folder(tmp_path).make()
-    with Claims(folder) as mine, Claims(folder) as other:
-        assert mine.take("a") and not other.take("a")
-        mine.release("a")
-        assert other.take("a")
-        other.finish("a")
-        assert not mine.take("a") and folder.is_done("a")
-        assert mine.take("b")
-    assert not list((tmp_path / "claims").glob("[!.]*"))
-
-
-def test_a_claim_that_nobody_keeps_alive_is_taken_over(tmp_path):
-    folder = Folder(tmp_path).make()
-    with Claims(folder, stale=30) as claims:
-        path = tmp_path / "claims" / "a"
-        path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "x", "started": "1"}))
-        assert not claims.take("a")
-        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 31))
-        assert claims.take("a")
-
-
-def test_a_claim_of_a_process_of_this_host_that_is_gone_is_taken_at_once(tmp_path):
-    program = "import sys; from pathlib import Path; from schedules.tuning.folder import *; import os\n"
-    program += "claims = Claims(Folder(Path(sys.argv[1])).make()); assert claims.take('a'); os._exit(9)"
-    assert subprocess.run([sys.executable, "-c", program, tmp_path]).returncode == 9
-    with Claims(Folder(tmp_path)) as claims:
-        assert claims.take("a")
-
-
-def test_claims_are_kept_alive(tmp_path):
-    folder = Folder(tmp_path).make()
-    with Claims(folder, stale=0.4) as claims, Claims(folder, stale=0.4) as other:
-        claims.take("a")
-        path = tmp_path / "claims" / "a"
-        os.utime(path, (0, 0))
-        for _ in range(100):
-            if path.stat().st_mtime > 0:
-                break
-            claims.ended.wait(0.05)
-        assert not other.take("a")
+    program = "import sys, time; from pathlib import Path; from schedules.tuning.folder import Folder\n"
+    program += "with Folder(Path(sys.argv[1])).locked(): print('mine', flush=True); time.sleep(300)"
+    other = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "mine\n"
+    with pytest.raises(FolderBusyError, match="wait until it has ended"), folder.locked():
+        pass
+    os.kill(other.pid, signal.SIGKILL)  # the lock goes with its process, however that ends
+    other.communicate()
+    with folder.locked():
+        pass
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, capsys):
@@ -59,3 +32,17 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, capsys):
     problem = ["--arch", "cpu", "--problem", "b=1 h=1 s=16 d=8 fp32", "--budget", "2"]
     assert main([*problem, "--emit", str(tmp_path)]) == 2
     assert (tmp_path / "thesis.txt").exists() and "holds something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--engine", "ray", "--device", "cpu"], "--device: names devices of this host"),
+        (["--address", "somewhere:6379"], "are for --engine ray"),
+        (["--engine", "ray", "--resources", "big"], "expected NAME=AMOUNT"),
+    ],
+)
+def test_engines_refuse_what_they_would_not_hear(words, expected, tmp_path, capsys):
+    problem = ["--arch", "cpu", "--problem", "b=1 h=1 s=16 d=8 fp32", "--budget", "2", "--work", str(tmp_path)]
+    assert main([*problem, *words]) == 2
+    assert expected in capsys.readouterr().err

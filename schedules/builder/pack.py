@@ -27,10 +27,24 @@ class PackBusyError(RuntimeError):
 
 
 @contextlib.contextmanager
+def exclusive(path: Path, busy: Exception) -> Iterator[None]:
+    """Hold a lock file; it goes with the process that holds it, however that ends.
+
+    Raises
+    ------
+    The exception ``busy``: somebody else holds it.
+    """
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        yield
+
+
+@contextlib.contextmanager
 def locked(output: Path, arch: str) -> Iterator[Path]:
     """Hold the right to write ``output/arch``; gives a folder for intermediate files on the same file system.
-
-    The lock goes with the process that holds it, however it ends.
 
     Raises
     ------
@@ -38,13 +52,8 @@ def locked(output: Path, arch: str) -> Iterator[Path]:
     """
     work = output / WORK_FOLDER / arch
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PackBusyError(
-                f"another process is building the pack {output / arch}; wait until it has ended"
-            ) from None
+    busy = PackBusyError(f"another process is building the pack {output / arch}; wait until it has ended")
+    with exclusive(work / "lock", busy):
         for leftover in work.glob("tmp*"):  # of a builder that was killed
             shutil.rmtree(leftover)
         yield work

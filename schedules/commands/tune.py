@@ -16,8 +16,9 @@ from schedules.builder import records
 from schedules.tuning import tables
 from schedules.tuning.batch import Options, UnhealthyDeviceError
 from schedules.tuning.budget import Budget
-from schedules.tuning.folder import Folder
-from schedules.tuning.measure import measure
+from schedules.tuning.cluster import RayCluster, parse_resources, require_ray
+from schedules.tuning.folder import Folder, FolderBusyError
+from schedules.tuning.measure import Engine, ThisHost
 from schedules.tuning.process import describe
 from schedules.tuning.progress import Progress
 from tvm_flash.errors import TvmFlashError
@@ -34,7 +35,8 @@ examples:
   scripts/tune.py --arch native --problem "b=4 h=16 s=4096 d=128 causal fp16"
   scripts/tune.py --arch cpu --suite standard --dtype float32 --strategy evolutionary --budget 10min
   scripts/tune.py --arch sm_86 --suite standard --budget 200 --emit DIR       on a machine without a GPU, then
-  scripts/tune.py --measure DIR                                               on one or several with it, without TVM
+  scripts/tune.py --measure DIR                                               on one with it, without TVM; or on many:
+  scripts/tune.py --measure DIR --engine ray --address HOST:6379
   scripts/tune.py merge DIR/records/*.jsonl                                   into tuning_logs/<device>.jsonl
   scripts/tune.py report tuning_logs/nvidia_h200.jsonl --output report.png
   scripts/tune.py diff OLD.jsonl NEW.jsonl
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnhealthyDeviceError as e:
         print(f"error: {e}\neverything measured so far is kept; --resume goes on", file=sys.stderr)
         return 1
-    except (ValueError, OSError, TvmFlashError) as e:
+    except (ValueError, OSError, FolderBusyError, TvmFlashError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -66,7 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tune(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     measuring = Options(
-        device="",
         jobs=options.jobs,
         peers=options.peers,
         recompile_for=options.recompile_for,
@@ -92,8 +93,10 @@ def _tune(arguments: Sequence[str]) -> int:
     if options.dry_run:
         _print_spaces(tasks, target)
         return 0
-    devices = _devices(options, target.arch)
-    log = options.log or records.log_of(describe(devices[0])["name"]) if devices and not options.emit else options.log
+    engine = None if options.emit else _engine(options, target.arch)
+    log = options.log
+    if isinstance(engine, ThisHost):
+        log = log or records.log_of(describe(engine.devices[0])["name"])
     search = Search(
         target=target,
         tasks=tasks,
@@ -109,14 +112,15 @@ def _tune(arguments: Sequence[str]) -> int:
     )
     if options.emit:
         return _emit(search)
-    if not devices:
-        raise ValueError(f"--arch {target}: no such device here; --emit DIR writes what another machine measures")
     start = time.monotonic()
     with Progress() as progress:
-        search.run(replace(measuring, log=log), devices, progress)
+        search.run(replace(measuring, log=log), engine, progress)
     _print_not_made(search)
-    print(f"{time.monotonic() - start:.0f} s; records are in {log}")
-    print(tables.gains(records.read(log), {str(w) for w in workloads}))
+    found = records.read(log) if log else Folder(search.folder).records()
+    print(f"{time.monotonic() - start:.0f} s; records are in {log or search.folder / 'records'}")
+    print(tables.gains(found, {str(w) for w in workloads}))
+    if not log:
+        _print_how_to_merge(search.folder)
     print(f"scripts/build_kernels.py --arch {target.arch} builds with what was found")
     return 0
 
@@ -134,18 +138,43 @@ def _emit(search) -> int:
 def _measure(options: argparse.Namespace, measuring: Options) -> int:
     folder = Folder(options.measure)
     emission = folder.emission()
-    devices = _devices(options, emission.arch)
-    if not devices:
-        raise ValueError(f"--measure {options.measure}: is for {emission.arch}, and no GPU here runs that")
+    engine = _engine(options, emission.arch)
     if options.budget.endswith(("s", "min")):
         measuring = replace(measuring, deadline=time.monotonic() + Budget.parse(options.budget).seconds)
     with Progress() as progress:
-        measure(folder, measuring, devices, progress)
-    left = [b.name for b in folder.batches() if not folder.is_done(b.name)]
-    print(f"{len(left)} batches are left, or with other processes" if left else "all batches are measured")
+        engine.measure(folder, measuring, progress)
+    left = folder.left()
+    print(f"{len(left)} batches are left" if left else "all batches are measured")
     print(tables.gains(folder.records()))
-    print(f"scripts/tune.py merge {options.measure}/records/*.jsonl puts the records into tuning_logs/")
+    _print_how_to_merge(options.measure)
     return 0
+
+
+def _print_how_to_merge(folder: Path) -> None:
+    print(f"scripts/tune.py merge {folder}/records/*.jsonl puts the records into tuning_logs/")
+
+
+def _engine(options: argparse.Namespace, arch: str) -> Engine:
+    """What measures an arch's kernels.
+
+    Raises
+    ------
+    ValueError: this host has no device for them, or no Ray.
+    """
+    if options.engine == "ray":
+        if options.device:
+            raise ValueError("--device: names devices of this host, and --engine ray finds those of a cluster")
+        require_ray()
+        return RayCluster(options.address, parse_resources(options.resources))
+    if options.address or options.resources:
+        raise ValueError("--address, --resources: are for --engine ray")
+    devices = _devices(options, arch)
+    if not devices:
+        raise ValueError(
+            f"no device of this host runs kernels for {arch}; --emit DIR writes what another host measures, and "
+            f"--engine ray finds hosts of a cluster"
+        )
+    return ThisHost(devices)
 
 
 def _devices(options: argparse.Namespace, arch: str) -> list[str]:
@@ -263,8 +292,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run stopped, or was killed")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="kernels built at a time")
     parser.add_argument("--emit", type=Path, metavar="DIR", help="write what is to be measured, and measure nothing")
-    parser.add_argument("--measure", type=Path, metavar="DIR", help="measure what --emit wrote; several may at once")
+    parser.add_argument("--measure", type=Path, metavar="DIR", help="measure what --emit wrote")
     parser.add_argument("--device", action="append", default=[], help="cuda:0, …, cpu (default: every GPU of the arch)")
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="this host (default), or a Ray cluster's hosts"
+    )
+    parser.add_argument("--address", default="", help="of the Ray cluster; else one is started on this host")
+    parser.add_argument(
+        "--resources", default="", metavar="NAME=X …", help="that a task needs of the cluster, as Ray names them"
+    )
     parser.add_argument("--peers", action="store_true", help="time PyTorch's attention beside ours")
     parser.add_argument("--log", type=Path, help="where records go (default: tuning_logs/<device>.jsonl)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for what is built (default: in tuning_logs/)")

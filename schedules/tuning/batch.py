@@ -36,17 +36,15 @@ class Options:
 
     Attributes
     ----------
-    device: ``"cpu"``, ``"cuda:0"``, ….
     jobs: compilers at a time.
     peers: time PyTorch's attention too.
-    recompile_for: as for :class:`Compiler`.
+    recompile_for: as for :func:`schedules.tuning.compiler.compile_module`.
     log: a file that gets every record too, beside the folder's own.
     deadline: of :func:`time.monotonic`; no batch is begun after it.
     step_limit: seconds until a step counts as hung.
     effort: fields of :class:`schedules.tuning.timing.Effort`, in place of the usual ones.
     """
 
-    device: str
     jobs: int = 1
     peers: bool = False
     recompile_for: str = ""
@@ -62,6 +60,7 @@ class BatchRun:
     Parameters
     ----------
     folder, batch: whose candidates have modules, or reasons why not.
+    device: ``"cpu"``, ``"cuda:0"``, ….
     process: gives a fresh child.
     write: puts a record on disk.
     """
@@ -71,15 +70,16 @@ class BatchRun:
         folder: Folder,
         batch: Batch,
         options: Options,
+        device: str,
         process: Callable[[], Process],
         write: Callable[[records.Line], None],
     ):
         self.folder, self.batch, self.options, self.process, self.write = folder, batch, options, process, write
         self.emission = folder.emission()
-        ids = dict.fromkeys((*batch.incumbent_ids(), *batch.candidates))
-        self.candidates: dict[str, Candidate] = {id: self.folder.candidate(id) for id in ids}
+        self.device = device
+        self.candidates: dict[str, Candidate] = {id: self.folder.candidate(id) for id in batch.all_ids()}
         self.done = {(r.kernel_hash, r.problem) for r in self.folder.records() if isinstance(r, Measurement)}
-        self.about = describe(self.options.device)
+        self.about = describe(self.device)
         self.reason = "nothing came out of it"
         self.seconds: dict[tuple[str, str], list[float]] = {}  # by candidate and workload, until a workload is complete
         self.errors: dict[tuple[str, str], float] = {}
@@ -101,7 +101,7 @@ class BatchRun:
             self._run_process()
             sick = 0 if len(self._left()) < before else sick + 1
             if sick == HEALTH_TRIES:
-                raise UnhealthyDeviceError(f"{self.options.device}: doesn't work (any more): {self.reason}")
+                raise UnhealthyDeviceError(f"{self.device}: doesn't work (any more): {self.reason}")
             if sick:
                 time.sleep(HEALTH_PAUSE)
         return not self._left()
@@ -147,7 +147,7 @@ class BatchRun:
         usable = [id for id in self.candidates if id in left and id not in self.failed]
         todo = set(self._left())
         return {
-            "device": self.options.device,
+            "device": self.device,
             "candidates": [
                 [id, str(self.folder.module(id).resolve()), json.loads(self.candidates[id].to_json())["entry"]]
                 for id in usable

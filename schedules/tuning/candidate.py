@@ -20,7 +20,7 @@ class Candidate:
     isa: of a CPU kernel.
     entry: how it is called, and what it was made from.
     kernel_hash: as in :class:`schedules.builder.records.Measurement`.
-    search: which strategy proposed it, and as the how-manieth.
+    search: which strategy proposed it, and how many it had proposed before.
     """
 
     id: str
@@ -58,6 +58,10 @@ class Batch:
     def incumbent_ids(self) -> tuple[str, ...]:
         """All that are the default for some workload."""
         return tuple(dict.fromkeys(i for by_workload in self.incumbents.values() for i in by_workload.values()))
+
+    def all_ids(self) -> tuple[str, ...]:
+        """The incumbents and the candidates."""
+        return tuple(dict.fromkeys((*self.incumbent_ids(), *self.candidates)))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

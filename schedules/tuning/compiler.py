@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 import os
-import socket
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from schedules.builder.assemble import compile_source
 from schedules.toolchain import cuda
 from schedules.toolchain.process import ToolchainError
 from schedules.tuning.candidate import Emission
-from schedules.tuning.folder import Claims, Folder
+from schedules.tuning.folder import Folder
+
+
+def compile_module(source: Path, module: Path, emission: Emission, recompile_for: str = "") -> str | None:
+    """Compile one candidate's source; the reason if it can't be, or None.
+
+    Parameters
+    ----------
+    source, module: the ``.cu`` file that is there, and the module to write.
+    emission: says for which arch, and whether spills are allowed.
+    recompile_for: a newer arch whose machine code is made instead, so that the kernel runs on a GPU of that arch.
+    """
+    draft, object_file = module.with_suffix(".draft"), module.with_suffix(".o")
+    try:
+        compile_source(source, object_file, emission.arch, emission.spills_allowed, recompile_for)
+        cuda.link_module([object_file], draft)
+        os.replace(draft, module)
+    except ToolchainError as e:
+        return str(e).split("\n$ ")[0]
+    finally:
+        object_file.unlink(missing_ok=True)
+    return None
 
 
 class Compiler:
-    """Compiles candidates in the background; a context that stops doing so at its end.
+    """Compiles the candidates of a folder in the background; a context that stops doing so at its end.
 
     Parameters
     ----------
     jobs: compilers at a time.
-    recompile_for: a newer arch whose machine code is made instead, so that kernels run on a GPU of that arch.
+    recompile_for: as for :func:`compile_module`.
     """
 
-    def __init__(self, folder: Folder, claims: Claims, emission: Emission, jobs: int, recompile_for: str = ""):
-        self.folder, self.claims, self.emission, self.recompile_for = folder, claims, emission, recompile_for
+    def __init__(self, folder: Folder, jobs: int, recompile_for: str = ""):
+        self.folder, self.emission, self.recompile_for = folder, folder.emission(), recompile_for
         self.pool = ThreadPoolExecutor(jobs)
         self.started: dict[str, Future] = {}
 
@@ -38,35 +58,17 @@ class Compiler:
     def start(self, ids: Sequence[str]) -> None:
         """Begin with candidates, in this order."""
         for id in ids:
-            if id not in self.started and not self._has_result(id):
+            if id not in self.started and not self.folder.is_compiled(id):
                 self.started[id] = self.pool.submit(self._compile, id)
 
     def wait(self, ids: Sequence[str]) -> None:
-        """Until each of the candidates has a module or a reason why not, wherever it is compiled."""
-        self.start(ids)
+        """Until each of the candidates, which were started, has a module or a reason why not."""
         for id in ids:
-            while not self._has_result(id):
-                if id in self.started:
-                    self.started.pop(id).result()
-                else:  # another process is at it; if it dies, its claim can be taken
-                    time.sleep(0.2)
-                    self.start([id])
-
-    def _has_result(self, id: str) -> bool:
-        return self.folder.module(id).exists() or self.folder.failure(id) is not None
+            if id in self.started:
+                self.started[id].result()
 
     def _compile(self, id: str) -> None:
-        task = f"compile-{id}"
-        if not self.claims.take(task):
-            return
-        draft = self.folder.module(id).with_name(f"{id}.{socket.gethostname()}-{os.getpid()}")
-        object_file, arch = draft.with_suffix(".o"), self.emission.arch
-        try:
-            compile_source(self.folder.source(id), object_file, arch, self.emission.spills_allowed, self.recompile_for)
-            cuda.link_module([object_file], draft)
-            os.replace(draft, self.folder.module(id))
-        except ToolchainError as e:
-            self.folder.fail(id, str(e).split("\n$ ")[0])
-        finally:
-            object_file.unlink(missing_ok=True)
-            self.claims.release(task)
+        folder = self.folder
+        reason = compile_module(folder.source(id), folder.module(id), self.emission, self.recompile_for)
+        if reason is not None:
+            folder.fail(id, reason)

@@ -1,119 +1,125 @@
-"""Measuring a folder of candidates, on one device, batch by batch.
+"""Measuring a folder of candidates on the devices of this host, batch by batch.
 
-Needs no TVM: candidates come as sources or modules.
+Needs no TVM: candidates come as sources or modules.  :mod:`schedules.tuning.cluster` does the same on many hosts.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import Protocol
 
 from schedules.builder import records
 from schedules.tuning.batch import BatchRun, Options
 from schedules.tuning.candidate import Batch
 from schedules.tuning.compiler import Compiler
-from schedules.tuning.folder import Claims, Folder
+from schedules.tuning.folder import Folder
 from schedules.tuning.process import Process
 from schedules.tuning.progress import Progress
 
 
-class Measurer:
-    """Measures what is left in a folder, batch by batch; a context.
+class Engine(Protocol):
+    """What measures a folder."""
 
-    Parameters
-    ----------
-    told: hears every record as it is written.
-    """
-
-    def __init__(self, folder: Folder, options: Options, told: Callable[[records.Line], None] = lambda _: None):
-        self.folder, self.options, self.told = folder, options, told
-        self.log = folder.log(options.device)
-        self.emission = folder.emission()
-        self.claims = Claims(folder)
-        self.compiler = Compiler(folder, self.claims, self.emission, options.jobs, options.recompile_for)
-        self.spare: Process | None = None
-
-    def __enter__(self) -> Measurer:
-        self.claims.__enter__()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self.spare:
-            self.spare.kill()
-        self.compiler.__exit__(*exception)
-        self.claims.__exit__(*exception)
-
-    def run(self) -> None:
-        """All batches that nobody has measured or is measuring.
+    def measure(self, folder: Folder, options: Options, progress: Progress) -> None:
+        """Measure what is left.
 
         Raises
         ------
-        UnhealthyDeviceError: the device doesn't recover from a kernel.
+        UnhealthyDeviceError: a device doesn't recover from a kernel; whatever else could be measured has been.
+        FolderBusyError: another process measures the folder.
         """
-        batches = [b for b in self.folder.batches() if not self.folder.is_done(b.name)]
-        for batch in batches:
-            self.compiler.start((*batch.incumbent_ids(), *batch.candidates))
-        for batch in batches:
-            if time.monotonic() > self.options.deadline:
-                return
-            if self.claims.take(batch.name):
-                if self._measure(batch):
-                    self.claims.finish(batch.name)
-                else:
-                    self.claims.release(batch.name)
 
-    def _measure(self, batch: Batch) -> bool:
-        ids = tuple(dict.fromkeys((*batch.incumbent_ids(), *batch.candidates)))
-        self.compiler.wait(ids)
-        return BatchRun(self.folder, batch, self.options, self.process, self.write).run()
+
+class Recorder:
+    """Puts each record on disk before anything else happens; threads may share it.
+
+    Parameters
+    ----------
+    log: a file that gets every record too, beside the folder's own.
+    told: hears every record.
+    """
+
+    def __init__(self, folder: Folder, options: Options, told: Callable[[records.Line], None]):
+        self.paths = [folder.log(), *([options.log] if options.log else [])]
+        self.told, self.lock = told, threading.Lock()
+
+    def write(self, record: records.Line) -> None:
+        with self.lock:
+            for path in self.paths:
+                records.append(path, [record])
+        self.told(record)
+
+
+def begin(folder: Folder, progress: Progress, where: str) -> list[Batch]:
+    """What is left of a folder, after telling how much that is."""
+    left = folder.left()
+    if left:
+        progress.begin(f"measuring on {where}", sum(len(b.candidates) * len(b.workloads) for b in left))
+    return left
+
+
+@dataclass(frozen=True)
+class ThisHost:
+    """Measures on devices of this host, several at a time: ``"cpu"``, ``"cuda:0"``, …."""
+
+    devices: Sequence[str]
+
+    def measure(self, folder: Folder, options: Options, progress: Progress) -> None:
+        """See :meth:`Engine.measure`."""
+        with folder.locked():
+            left = begin(folder, progress, ", ".join(self.devices))
+            if not left:
+                return
+            recorder = Recorder(folder, options, progress.record)
+            batches: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+            with Compiler(folder, options.jobs, options.recompile_for) as compiler:
+                for batch in left:
+                    compiler.start(batch.all_ids())
+                    batches.put(batch)
+                workers = [_Worker(folder, options, device, compiler, recorder, batches) for device in self.devices]
+                for worker in workers:
+                    worker.start()
+                for worker in workers:
+                    worker.join()
+            for worker in workers:
+                if worker.failure:
+                    raise worker.failure
+
+
+class _Worker(threading.Thread):
+    """Measures batch after batch on one device; ``failure`` is what ended it early."""
+
+    def __init__(self, folder: Folder, options: Options, device: str, compiler: Compiler, recorder: Recorder, batches):
+        super().__init__(daemon=True)
+        self.folder, self.options, self.device = folder, options, device
+        self.compiler, self.recorder, self.batches = compiler, recorder, batches
+        self.spare: Process | None = None
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            while time.monotonic() <= self.options.deadline:
+                batch = self.batches.get_nowait()
+                self.compiler.wait(batch.all_ids())
+                run = BatchRun(self.folder, batch, self.options, self.device, self.process, self.recorder.write)
+                if run.run():
+                    self.folder.finish(batch)
+        except queue.Empty:
+            pass
+        except Exception as e:  # told by the main thread, when the other devices have ended
+            self.failure = e
+        finally:
+            if self.spare:
+                self.spare.kill()
 
     def process(self) -> Process:
         """A fresh child; the next one starts meanwhile, unless its start would take time from the CPU's kernels."""
         log = self.folder.path / "child.log"
-        if self.options.device == "cpu":
+        if self.device == "cpu":
             return Process(log)
         process, self.spare = self.spare or Process(log), Process(log)
         return process
-
-    def write(self, record: records.Line) -> None:
-        """Put a record on disk before anything else happens."""
-        records.append(self.log, [record])
-        if self.options.log:
-            records.append(self.options.log, [record])
-        self.told(record)
-
-
-def measure(folder: Folder, options: Options, devices: Sequence[str], progress: Progress) -> None:
-    """Measure what is left in a folder, on several devices at a time.
-
-    Raises
-    ------
-    UnhealthyDeviceError: a device doesn't recover from a kernel; the others have ended.
-    """
-    left = sum(len(b.candidates) * len(b.workloads) for b in folder.batches() if not folder.is_done(b.name))
-    if not left:
-        return
-    progress.begin(f"measuring on {', '.join(devices)}", left)
-    measurers = [Measurer(folder, replace(options, device=device), progress.record) for device in devices]
-    failures: list[BaseException] = []
-
-    def work(measurer: Measurer) -> None:
-        try:
-            with measurer:
-                measurer.run()
-        except Exception as e:  # told below, when the others have ended
-            failures.append(e)
-
-    if len(measurers) == 1:
-        with measurers[0] as measurer:
-            measurer.run()
-        return
-    threads = [threading.Thread(target=work, args=[m], daemon=True) for m in measurers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]

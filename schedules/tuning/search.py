@@ -21,7 +21,7 @@ from schedules.tuning.batch import Options
 from schedules.tuning.budget import Budget
 from schedules.tuning.emit import NotMade, Proposal, begin, defaults_of, emit, space_of
 from schedules.tuning.folder import Folder
-from schedules.tuning.measure import measure
+from schedules.tuning.measure import Engine
 from schedules.tuning.progress import Progress
 from schedules.tuning.strategy import STRATEGIES, geometric_mean
 from tvm_flash.measure.workloads import Workload
@@ -90,16 +90,16 @@ class Search:
         self._emit(folder, proposals, "000", progress)
         return len(proposals)
 
-    def run(self, options: Options, devices: Sequence[str], progress: Progress) -> None:
+    def run(self, options: Options, engine: Engine, progress: Progress) -> None:
         """Search until the budget is used up or there is nothing left to try."""
         start = time.monotonic()
         options = replace(options, deadline=start + self.budget.seconds)
         folder = self.prepare()
-        measure(folder, options, devices, progress)  # what an earlier run left
+        engine.measure(folder, options, progress)  # what an earlier run left
         known = self._known(folder)
         if variations := self._variations(known):
             self._emit(folder, variations, f"{len(folder.batches()):05d}", progress)
-            measure(folder, options, devices, progress)
+            engine.measure(folder, options, progress)
             known = self._known(folder)
         strategies = self._strategies(known)
         tried = sum(map(len, known.values()))
@@ -114,7 +114,7 @@ class Search:
             tried += len(proposals)
             self._emit(folder, proposals, f"{number:05d}", progress)
             number += 1
-            measure(folder, options, devices, progress)
+            engine.measure(folder, options, progress)
             known = self._known(folder)
             for spec, strategy in strategies.items():
                 strategy.tell(known[spec])
