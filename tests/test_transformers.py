@@ -17,6 +17,7 @@ from transformers import masking_utils  # noqa: E402
 
 from tvm_flash import NotSupportedError  # noqa: E402
 from tvm_flash.integrations import transformers as integration  # noqa: E402
+from tvm_flash.integrations.transformers import attention, masks  # noqa: E402
 from tvm_flash.nn import FallbackWarning, sdpa  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("cpu_pack"), pytest.mark.filterwarnings("error::tvm_flash.nn.FallbackWarning")]
@@ -35,8 +36,8 @@ def registered(monkeypatch):
     sdpa._warned.clear()
     torch._dynamo.reset()
     calls = []
-    attend = integration._attend
-    monkeypatch.setattr(integration, "_attend", lambda *a: calls.append(a) or attend(*a))
+    attend = attention._compute
+    monkeypatch.setattr(attention, "_compute", lambda *a: calls.append(a) or attend(*a))
     return calls
 
 

@@ -23,7 +23,7 @@ HARMLESS = frozenset(
     """
     position_ids cache_position seq_idx deterministic use_cache return_dict output_hidden_states output_router_logits
     num_items_in_batch logits_to_keep num_logits_to_keep use_top_left_mask target_dtype attn_implementation layer_idx
-    read_index write_index logits_indices carry_over_ids position_embeddings padding_side preserve_rng_state
+    read_index write_index logits_indices logits_processor_args carry_over_ids position_embeddings input_ids padding_side preserve_rng_state
     """.split()
 )
 
