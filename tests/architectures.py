@@ -7,6 +7,7 @@ with a cache, with beams, with a static cache) and compares what comes out.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ LARGEST = 60e6
 #: Relative to the largest value of the result: float32 sums over some layers in another order.
 TOLERANCE = 2e-4
 
+_LAYERS = r"(^|_)(layers|n_layers?|num_blocks|depth|num_hidden_layers)$"
+
 #: What a number of a configuration becomes, by its name; the first that matches.
 _SIZES = (
     (r"vocab_size", 128),
@@ -46,7 +49,7 @@ _SIZES = (
     (r"(experts_per_tok|topk_group|top_k|moe_topk|num_experts_per)", 2),
     (r"n_group$", 1),
     (r"(num_(local_|routed_)?experts|n_routed_experts|num_experts)$", 4),
-    (r"(^|_)(layers|n_layers?|num_blocks|depth|num_hidden_layers)$", 2),
+    (_LAYERS, 2),
     (r"(qk_rope_head_dim|qk_nope_head_dim|v_head_dim|head_dim|head_size|d_kv|kv_channels|attention_head_size)$", 16),
     (r"(kv_lora_rank|q_lora_rank)", 32),
     (r"(intermediate_size|ffn_dim|d_ff|n_inner|inner_dim|mlp_dim|intermediate_dim|ffn_hidden_size)", 64),
@@ -95,8 +98,7 @@ def model_class(model_type: str) -> type | None:
 
 def _shrunk(name: str, x: Any, layers: int | None) -> Any:
     if isinstance(x, dict):
-        count = next((n for k, n in x.items() if re.search(_SIZES[6][0], k) and isinstance(n, int)), None)
-        return {k: _shrunk(k, v, count) for k, v in x.items()}
+        return {k: _shrunk(str(k), v, _layers(x)) for k, v in x.items()}
     if isinstance(x, bool) or x is None or isinstance(x, str):
         return x
     if isinstance(x, (list, tuple)):
@@ -113,15 +115,18 @@ def _shrunk(name: str, x: Any, layers: int | None) -> Any:
     return x
 
 
+def _layers(config: dict) -> int | None:
+    """How many layers a configuration has, so that lists of one entry a layer are known."""
+    return next((n for k, n in config.items() if re.search(_LAYERS, str(k)) and isinstance(n, int)), None)
+
+
 def configurations(model_type: str) -> Iterator[Callable[[], Any]]:
     """Ways to a small configuration, the smallest first."""
     cls = configuration_auto.CONFIG_MAPPING[model_type]
 
     def small():
         given = {k: v for k, v in cls().to_dict().items() if k not in ("model_type", "transformers_version")}
-        layers = next((n for k, n in given.items() if re.search(_SIZES[6][0], k) and isinstance(n, int)), None)
-        config = cls(**{k: _shrunk(k, v, layers) for k, v in given.items()})
-        return _tidy(config)
+        return _tidy(cls(**_shrunk("", given, None)))
 
     def shallow():
         config = cls()
@@ -290,6 +295,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def ways(model: Any) -> Iterator[tuple[str, Callable[[Any], list[torch.Tensor]]]]:
     """Names and functions that run a model and return tensors to compare."""
+    torch.set_num_threads(1)
     name = model.main_input_name
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     if name == "input_ids":
@@ -308,7 +314,8 @@ def _first(output: Any) -> torch.Tensor:
 def _text(model: Any, config: Any):
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(5, 90, (2, 21), generator=generator)
-    both = getattr(model.config, "is_encoder_decoder", False)
+    asked = inspect.signature(model.forward).parameters
+    both = getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in asked
     more = {"decoder_input_ids": torch.randint(5, 90, (2, 9), generator=generator)} if both else {}
     right, left = torch.ones_like(ids), torch.ones_like(ids)
     right[1, 12:], left[1, :9] = 0, 0
@@ -317,10 +324,13 @@ def _text(model: Any, config: Any):
         x = _first(model(input_ids=ids, attention_mask=mask, **more))
         return [x if mask is None or x.shape[:2] != mask.shape else x[mask.bool()]]
 
+    if "pixel_values" in asked and not model.can_generate():
+        yield from _images(model)
+        return
     yield "no mask", lambda m: seen(m, None)
     yield "padded right", lambda m: seen(m, right)
     yield "padded left", lambda m: seen(m, left)
-    if not both:
+    if not both and "position_ids" in asked:
         positions = torch.cat((torch.arange(12), torch.arange(9)))[None]
         yield "packed", lambda m: [_first(m(input_ids=ids[:1], position_ids=positions, use_cache=False))]
     if not model.can_generate():
@@ -348,25 +358,30 @@ def _images(model: Any):
     for shape in ((2, channels, *size), (2, getattr(part, "num_frames", 2) or 2, channels, *size)):
         x = torch.randn(*shape, generator=generator)
         yield "images" if len(shape) == 4 else "video", lambda m, x=x: [_first(m(pixel_values=x))]
+    asked = inspect.signature(model.forward).parameters
     ids = torch.randint(5, 90, (2, 12), generator=generator)
     image = torch.randn(2, channels, *size, generator=generator)
-    yield "images and text", lambda m: [_first(m(pixel_values=image, input_ids=ids))]
-    yield "images and a decoder", lambda m: [_first(m(pixel_values=image, decoder_input_ids=ids))]
+    if "input_ids" in asked:
+        yield "images and text", lambda m: [_first(m(pixel_values=image, input_ids=ids))]
+    if "decoder_input_ids" in asked:
+        yield "images and a decoder", lambda m: [_first(m(pixel_values=image, decoder_input_ids=ids))]
 
 
 def _sounds(model: Any, name: str):
     generator = torch.Generator().manual_seed(3)
-    both = getattr(model.config, "is_encoder_decoder", False)
+    asked = inspect.signature(model.forward).parameters
+    both = getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in asked
     more = {"decoder_input_ids": torch.randint(5, 90, (2, 9), generator=generator)} if both else {}
     if name == "input_values":
         x = torch.randn(2, 4000, generator=generator)
     else:
-        bins = next((b for b in ("num_mel_bins", "feature_size", "input_feat_per_channel") if hasattr(model.config, b)), "")
-        bins = getattr(model.config, bins, 80)
+        names = ("num_mel_bins", "feature_size", "input_feat_per_channel", "input_size")
+        bins = next((getattr(model.config, b) for b in names if hasattr(model.config, b)), 80)
         length = 2 * getattr(model.config, "max_source_positions", 100)
         x = torch.randn(2, bins, length, generator=generator)
     mask = torch.ones(x.shape[0], x.shape[-1], dtype=torch.long)
     mask[1, x.shape[-1] // 2 :] = 0
     for way, y, m in (("sound", x, mask), ("sound", x.transpose(1, -1), torch.ones(2, x.shape[1], dtype=torch.long))):
         yield way, lambda model, y=y: [_first(model(**{name: y}, **more))]
-        yield f"padded {way}", lambda model, y=y, m=m: [_first(model(**{name: y}, attention_mask=m, **more))]
+        if "attention_mask" in asked:
+            yield f"padded {way}", lambda model, y=y, m=m: [_first(model(**{name: y}, attention_mask=m, **more))]
