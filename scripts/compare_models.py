@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Run every architecture of the installed transformers, small, with our attention and with torch's: docs/architectures.md.
+"""Run every architecture of transformers, small, with our attention and with torch's: writes docs/architectures.md.
 
-    python scripts/compare_models.py                     all of them, about 20 minutes on two cores
-    python scripts/compare_models.py llama bert          these, printed
+python scripts/compare_models.py                     all of them, about 20 minutes on two cores
+python scripts/compare_models.py llama bert          these, printed
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ def page(outcomes: list[dict]) -> str:
     lines = [
         "# Architectures of transformers",
         "",
-        f"Every architecture of transformers {transformers.__version__}, made small with random weights, in float32 on the CPU with "
-        f"`attn_implementation=\"tvm\"`,",
-        f"compared with `\"eager\"` (torch {torch.__version__.partition('+')[0]}) in each way that its inputs allow. Written by "
+        f"Every architecture of transformers {transformers.__version__}, made small with random weights, in float32 on",
+        'the CPU with `attn_implementation="tvm"`, compared with `"eager"` '
+        f"(torch {torch.__version__.partition('+')[0]})",
+        "in each way that its inputs allow. Written by",
         "`python scripts/compare_models.py`.",
         "",
         "| outcome | architectures | means |",
@@ -101,12 +102,14 @@ def page(outcomes: list[dict]) -> str:
             lines += [f"| {x['model_type']} | {_cell(x['why'])} |" for x in some]
         else:
             lines += ["| architecture | model | ways | largest difference | by torch |", "|---|---|---|---|---|"]
-            lines += [
-                f"| {x['model_type']} | {x['model']} | {', '.join(dict.fromkeys(x['ways']))} | {x['worst']:.0e} | {_cell(x['why'])} |"
-                for x in some
-            ]
+            lines += [_row(x) for x in some]
         lines.append("")
     return "\n".join(lines)
+
+
+def _row(x: dict) -> str:
+    ways = ", ".join(dict.fromkeys(x["ways"]))
+    return f"| {x['model_type']} | {x['model']} | {ways} | {x['worst']:.0e} | {_cell(x['why'])} |"
 
 
 def _cell(text: str) -> str:

@@ -17,7 +17,7 @@ from transformers import masking_utils  # noqa: E402
 
 from tvm_flash import NotSupportedError  # noqa: E402
 from tvm_flash.integrations import transformers as integration  # noqa: E402
-from tvm_flash.integrations.transformers import attention, masks  # noqa: E402
+from tvm_flash.integrations.transformers import attention  # noqa: E402
 from tvm_flash.nn import FallbackWarning, sdpa  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("cpu_pack"), pytest.mark.filterwarnings("error::tvm_flash.nn.FallbackWarning")]

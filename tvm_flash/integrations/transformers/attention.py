@@ -20,11 +20,30 @@ from tvm_flash.padded import padded_attention
 
 #: Arguments that models hand to every layer and that say nothing which the mask, the keys and the values don't say.
 HARMLESS = frozenset(
-    """
-    position_ids cache_position seq_idx deterministic use_cache return_dict output_hidden_states output_router_logits
-    num_items_in_batch logits_to_keep num_logits_to_keep use_top_left_mask target_dtype attn_implementation layer_idx
-    read_index write_index logits_indices logits_processor_args carry_over_ids position_embeddings input_ids padding_side preserve_rng_state
-    """.split()
+    [
+        "position_ids",
+        "cache_position",
+        "seq_idx",
+        "deterministic",
+        "use_cache",
+        "return_dict",
+        "output_hidden_states",
+        "output_router_logits",
+        "num_items_in_batch",
+        "logits_to_keep",
+        "num_logits_to_keep",
+        "use_top_left_mask",
+        "target_dtype",
+        "attn_implementation",
+        "layer_idx",
+        "read_index",
+        "write_index",
+        "logits_indices",
+        "logits_processor_args",
+        "carry_over_ids",
+        "position_embeddings",
+        "input_ids",
+    ]
 )
 
 _PADDED_SOFTCAP = "softcap" in inspect.signature(padded_attention).parameters
@@ -99,12 +118,16 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = ranges.window if ranges is not None else _window(bool(causal), sliding_window, mask, query, sequences)
     if block_indices is not None:
-        mask, ranges, window = _block_mask(module, block_indices, attention_mask, query, key, others), None, by_torch.ALL
+        mask, ranges, window = (
+            _block_mask(module, block_indices, attention_mask, query, key, others),
+            None,
+            by_torch.ALL,
+        )
     wants = {"position_bias": position_bias, "indices": indices, "output_attentions": output_attentions or None}
     reason = next((f"the layer has {name}" for name, x in wants.items() if x is not None), None)
     reason = reason or refusal(query, key, value, None, dropout, False, scaling, True)
     if reason is None and mask is not None:
-        ranges, key, value, reason = _as_ranges(mask, query, key, value)
+        ranges, key, value, reason = _as_ranges(mask, query, key, value, scaling)
     reason = reason or _no_kernel(query, value, ranges, window, softcap, sequences)
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     if reason is None:
@@ -192,11 +215,11 @@ def _block_mask(module, block_indices, attention_mask, query, key, others) -> to
     return indexer.build_block_mask(block_indices, mask, key.shape[2], query.dtype, query.device, positions)
 
 
-def _as_ranges(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+def _as_ranges(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None):
     """A mask that is the same for all queries and heads as key ranges, with keys in an order that they are for."""
     if mask.ndim == 4 and mask.shape[-1] != key.shape[2]:
         return None, key, value, "attn_mask and the keys differ in length"
-    found = key_mask_of(mask, query, key)
+    found = key_mask_of(mask, query, key, scaling)
     if isinstance(found, str):
         return None, key, value, found
     return KeyRanges(key.shape[2], found.key_range()), found.arrange(key), found.arrange(value), None

@@ -1,12 +1,13 @@
 """Masks of transformers' models: made once in each forward pass, handed to every layer's attention.
 
 A model makes its mask by the function that is registered for its attention.  Ours, :func:`make_mask`, returns a
-:class:`Mask`: for whoever looks into it, it is the tensor that models with eager attention get, which is only made then;
-to our own attention it says in a few numbers which keys are seen, wherever that can be said so (:class:`KeyRanges`).
+:class:`Mask`: for whoever looks into it, it is the tensor that models with eager attention get, made only then; to our
+own attention it says in a few numbers which keys are seen, wherever that can be said so (:class:`KeyRanges`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,29 @@ def within(ends: torch.Tensor | None, keys: int, device: torch.device) -> torch.
     return (j >= start) & (j < end)
 
 
+class _Content:
+    """What a :class:`Mask` and its views stand for."""
+
+    def __init__(self, shape, dtype, device, ranges: KeyRanges | None, make: Callable[[], torch.Tensor]):
+        self.shape, self.dtype, self.device, self.ranges, self.make = shape, dtype, device, ranges, make
+        self.changed = False
+
+    @functools.cached_property
+    def visible(self) -> torch.Tensor:
+        return self.make()
+
+    @functools.cached_property
+    def numbers(self) -> torch.Tensor:
+        lowest, zero = torch.finfo(self.dtype).min, torch.zeros((), device=self.device, dtype=self.dtype)
+        return torch.where(self.visible, zero, lowest).expand(self.shape)
+
+    def release(self) -> None:
+        """From now on the numbers alone count: somebody may write into them."""
+        if not self.changed:
+            self.numbers = self.numbers.contiguous()
+            self.changed, self.ranges = True, None
+
+
 class Mask(torch.Tensor):
     """A mask ``(batch, 1, seqlen_q, seqlen_kv)`` of 0 and the dtype's lowest number, made when somebody looks into it.
 
@@ -94,12 +118,10 @@ class Mask(torch.Tensor):
     with ``"eager"``; :func:`attention_forward` asks for :attr:`ranges` and :meth:`visible` instead.
     """
 
-    ranges: KeyRanges | None
-
     @staticmethod
-    def __new__(cls, shape, dtype, device, ranges: KeyRanges | None, make: Callable[[], torch.Tensor]):
-        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        mask.ranges, mask._make, mask._visible, mask._numbers, mask._changed = ranges, make, None, None, False
+    def __new__(cls, content: _Content):
+        mask = torch.Tensor._make_wrapper_subclass(cls, content.shape, dtype=content.dtype, device=content.device)
+        mask._content = content
         return mask
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -107,36 +129,34 @@ class Mask(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func in _UNTOUCHED or (func is torch.ops.aten.slice.Tensor and _takes_all(*args)):
-            return args[0]
-        if any(x.alias_info is not None for x in (*func._schema.arguments, *func._schema.returns)):
-            # Writes to it, or makes a view that may be written to.
-            tree_map(lambda x: x._release() if isinstance(x, cls) else x, (args, kwargs or {}))
-        args, kwargs = tree_map(lambda x: x.numbers() if isinstance(x, cls) else x, (args, kwargs or {}))
+            return cls(args[0]._content)
+        aliases = any(x.alias_info is not None for x in (*func._schema.arguments, *func._schema.returns))
+
+        def tensor(x: Any) -> Any:
+            if not isinstance(x, cls):
+                return x
+            if aliases:  # writes to it, or makes a view that may be written to
+                x._content.release()
+            return x._content.numbers
+
+        args, kwargs = tree_map(tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:
         return f"Mask(shape={tuple(self.shape)}, ranges={self.ranges})"
 
+    @property
+    def ranges(self) -> KeyRanges | None:
+        """The keys in a few numbers, where that can be said so."""
+        return self._content.ranges
+
     def numbers(self) -> torch.Tensor:
         """What is added to the scores."""
-        if self._numbers is None:
-            lowest = torch.finfo(self.dtype).min
-            zero = torch.zeros((), device=self.device, dtype=self.dtype)
-            self._numbers = torch.where(self.visible(), zero, lowest).expand(self.shape)
-        return self._numbers
+        return self._content.numbers
 
     def visible(self) -> torch.Tensor:
         """Boolean: true where a key is seen; the numbers, once something may have been written into them."""
-        if self._changed:
-            return self.numbers()
-        if self._visible is None:
-            self._visible = self._make()
-        return self._visible
-
-    def _release(self) -> None:
-        if not self._changed:
-            self._numbers = self.numbers().contiguous()
-            self._changed, self.ranges = True, None
+        return self._content.numbers if self._content.changed else self._content.visible
 
 
 _UNTOUCHED = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
@@ -177,7 +197,7 @@ def make_mask(
             return None
     options = {**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     shape, dtype = (batch_size, 1, q_length, kv_length), others.get("dtype", torch.float32)
-    mask = Mask(shape, dtype, device, ranges, lambda: sdpa_mask(**asked, **options))
+    mask = Mask(_Content(shape, dtype, device, ranges, lambda: sdpa_mask(**asked, **options)))
     if ranges is None:  # mask functions are tensors' owners, which may have changed by then
         mask.visible()
     return mask

@@ -1,9 +1,9 @@
 """What the code of a model asks for: transformers' attention interface, or nothing, having attention of its own.
 
-The functions of a model's class are read, as bytecode: the names that they use, and so on with the classes and functions
-that these names stand for.  That holds for models of transformers, for code that comes with a checkpoint, and for
-subclasses of either.  Modules that a model makes by an ``Auto`` class are models with a configuration of their own, and
-looked at when they are made.
+The functions of a model's class are read, as bytecode: the names that they use, and so on with the classes and
+functions that these names stand for.  That holds for models of transformers, for code that comes with a checkpoint, and
+for subclasses of either.  Modules that a model makes by an ``Auto`` class are models with a configuration of their own,
+and looked at when they are made.
 """
 
 from __future__ import annotations

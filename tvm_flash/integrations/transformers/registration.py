@@ -20,6 +20,9 @@ from tvm_flash.nn.sdpa import FallbackWarning
 NAME = "tvm"
 OLD_NAME = "tvm_flash"
 
+#: What a model says that is ready for other attention than eager.
+_DECLARED = ("_supports_sdpa", "_supports_flash_attn", "_supports_flash_attn_2", "_supports_attention_backend")
+
 _names: set[str] = set()
 _told: set[tuple[type, str]] = set()
 
@@ -107,16 +110,23 @@ def _can_ask(model: PreTrainedModel, name: str) -> bool:
     found = findings(type(model))
     if found.own:
         note_reader(model.config)
-    if found.asks and not found.own:
-        return True
     parts = any(getattr(model.config, part, None) is not None for part in getattr(model.config, "sub_configs", ()))
     if not found.asks and not found.own and parts:
         return True  # made of other models, each of which is asked by itself
     kind = type(model).__name__
+    # Without either, None for a mask need not mean what it means to "sdpa": causal, unless the layer says otherwise.
+    declared = any(getattr(model, flag, False) for flag in _DECLARED)
+    if found.asks and declared and not found.own:
+        return True
+    if found.asks and not declared:
+        _tell(model, f"{kind} declares no other than eager attention ({_DECLARED[0]}), and runs with that")
+        return False
     if found.asks:
         _tell(model, f"{', '.join(found.own)} of {kind}: attention code of their own, which computes these layers")
         return True
-    why = f"its layers ({', '.join(found.own)}) have attention code of their own" if found.own else "it has no attention"
+    why = (
+        f"its layers ({', '.join(found.own)}) have attention code of their own" if found.own else "it has no attention"
+    )
     _tell(model, f"{kind} never asks for an attention implementation: {why}, and it runs as it does without {name!r}")
     return False
 
