@@ -7,11 +7,13 @@ with a cache, with beams, with a static cache) and compares what comes out.
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,7 +94,23 @@ def model_class(model_type: str) -> type | None:
         name = name[0] if isinstance(name, (tuple, list)) else name
         if name and hasattr(transformers, name):
             return getattr(transformers, name)
-    return None
+    return _class_of_part(configuration_auto.CONFIG_MAPPING[model_type])
+
+
+def _class_of_part(config: type) -> type | None:
+    """The model class of a configuration that is a part of others, in the same folder."""
+    folder = Path(inspect.getfile(config)).parent
+    found = []
+    for file in sorted(folder.glob("modeling_*.py")):
+        try:
+            module = importlib.import_module(f"{config.__module__.rpartition('.')[0]}.{file.stem}")
+        except ImportError:
+            continue
+        found += [
+            x for x in vars(module).values() if isinstance(x, type) and getattr(x, "config_class", None) is config
+        ]
+    found = [x for x in found if not x.__name__.endswith("PreTrainedModel")]
+    return max(found, key=lambda x: len(x.__name__), default=None)
 
 
 # ---------------------------------------------------------------- small configurations

@@ -15,14 +15,20 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    eager_mask,
-    sdpa_mask,
-    sliding_window_bidirectional_mask_function,
-    sliding_window_causal_mask_function,
-)
+
+try:
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        eager_mask,
+        sdpa_mask,
+        sliding_window_bidirectional_mask_function,
+        sliding_window_causal_mask_function,
+    )
+except ImportError as e:
+    raise ImportError(
+        "transformers: is older than what is known here (5.17 and newer); pip install -U transformers"
+    ) from e
 
 from tvm_flash.integrations.transformers.models import reads_masks
 from tvm_flash.nn.masks import KeyMask, side_by_side

@@ -7,7 +7,6 @@ import sys
 import warnings
 from typing import Any
 
-import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_utils
 from transformers.utils import generic
 
@@ -135,7 +134,3 @@ def _tell(model: PreTrainedModel, text: str) -> None:
     if (type(model), text) not in _told:
         _told.add((type(model), text))
         warnings.warn(f"attn_implementation: {text}", FallbackWarning, stacklevel=5)
-
-
-if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < (4, 54):
-    raise ImportError(f"transformers {transformers.__version__}: needs 4.54 or newer; pip install -U transformers")
