@@ -252,7 +252,7 @@ def _for_v2(config: Config, pattern: Pattern) -> Config:
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     table = _TABLES.get(target.arch, _BLACKWELL if _is_crowded(pattern) else _SMALL)
-    config = table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
+    config = limits.by_head_dim(table, pattern)
     if template == "v2" and target.arch == "sm_80" and not pattern.params:
         config = _for_v2(config, pattern)
     return {0: _with_parameters(config, pattern)}
