@@ -1,4 +1,5 @@
-"""Rows that several query heads share: where few queries read the same head of keys, a tile's rows are those of a group.
+"""Rows that several query heads share: where few queries read the same head of keys, a tile's rows are those of a
+group.
 
 Packed row ``r`` is query ``r % seqlen_q`` of the group's head ``r // seqlen_q``.  The keys are then read once for the
 group, and not once for each of its heads.

@@ -1,26 +1,24 @@
 """Decoding on the mma.sync families: few query rows for each head of keys, so that the keys are split among blocks.
 
-Two launches.  The first (:func:`partial`) has a block for each split of the keys, head of keys and batch: the machine of
-the forward kernel with the one m-tile that the packed rows of a group of heads fill, restricted to the split's keys.  It
-leaves a normalised output in float32 and its log-sum-exp.  The second combines the splits (:mod:`schedules.tile.combine`).
+Two launches.  The first (:func:`partial`) has a block for each split of the keys, head of keys and batch: the machine
+of the forward kernel with the one m-tile that the packed rows of a group of heads fill, restricted to the split's
+keys.  It leaves a normalised output in float32 and its log-sum-exp.  The second combines the splits
+(:mod:`schedules.tile.combine`).
 
 What limits these kernels is how fast keys come: a block is a single warp, which waits for nobody, and as many of them
-share a multiprocessor as have room for their pipelines.  Every step masks and takes the maximum, so that no step is ever
-repeated.  Splits are at fixed positions, multiples of a length that follows from the number of keys alone, so that a
-sequence has the same bits in any batch.
+share a multiprocessor as have room for their pipelines.  Every step masks and takes the maximum, so that no step is
+ever repeated.  Splits are at fixed positions, multiples of a length that follows from the number of keys alone, so that
+a sequence has the same bits in any batch.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Rejected, Target, Traversal
-from schedules.families.mma.mma import ALIGNMENT, INDEX_BITS, this_place
+from schedules.families.interface import Traversal
+from schedules.families.mma.mma import ALIGNMENT, this_place
 from schedules.tile.epilogue import normalise
 from schedules.tile.geometry import Geometry, Parameters, flat, parameterised, site, wide
 from schedules.tile.key_range import KeyTiles, next_visible
@@ -85,8 +83,8 @@ def store_partial(machine, rows, geometry, O, LSE, splits, split):
 def partial(pattern: Pattern, config, traversal: Traversal, name: str, machine_type, packs: bool) -> PrimFunc:
     """``(q, k, v, o_partial, lse_partial, softmax_scale, split_length, *params)``.
 
-    ``o_partial`` is ``(rows, splits, head_dim_v)`` and ``lse_partial`` ``(rows, splits)``, float32, with the rows of o in
-    the order (batch, heads, seqlen_q).  ``split_length`` keys are a split, a multiple of ``block_n``.
+    ``o_partial`` is ``(rows, splits, head_dim_v)`` and ``lse_partial`` ``(rows, splits)``, float32, with the rows of o
+    in the order (batch, heads, seqlen_q).  ``split_length`` keys are a split, a multiple of ``block_n``.
     """
     M, N, W, E = config.block_m, config.block_n, config.num_warps, pattern.head_dim_v
 
