@@ -186,7 +186,7 @@ class BlockMachine:
             for p in T.unroll(tile.panels):
                 row = T.meta_var(matrix.source.moved(start, tile_first + matrix.row(), i * matrix.step))
                 memory = T.meta_var(row + T.int64(p * tile.panel))
-                shared = T.meta_var(T.ptx.addr(to, p * tile.panel_bytes + i * matrix.step * tile.row_bytes))
+                shared = T.meta_var(tile.below(to, i, matrix.step, p))
                 in_row = T.meta_var(T.And(live, column + p * tile.panel < matrix.dim))
                 inside = T.meta_var(T.And(in_row, first + i * matrix.step < matrix.rows) if ragged else in_row)
                 if tile.rows % matrix.step == 0:
