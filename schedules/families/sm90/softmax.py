@@ -9,7 +9,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
-from schedules.families.sm90.rows import Rows
+from schedules.families.sm90.packing import Rows
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat
 from schedules.tile.softmax import OnlineSoftmax
@@ -112,7 +112,7 @@ class Softmax(OnlineSoftmax):
 
 @T.meta_class
 class Finished(OnlineSoftmax):
-    """Row sums and references of a finished row tile, kept while the next one has begun."""
+    """Row sums and references of a finished work tile, kept while the next one has begun."""
 
     def __init__(self, softmax: Softmax):
         self.rows = softmax.rows
@@ -128,13 +128,13 @@ class Finished(OnlineSoftmax):
 
     @T.inline
     def store_lse(self, block, tile, row, lane):
-        """Write the log-sum-exp of this lane's rows of a row tile, from row ``row`` on, if anyone asked."""
+        """Write the log-sum-exp of this lane's rows of a work tile, from row ``row`` on, if anyone asked."""
         geometry = T.meta_var(block.geometry)
         if T.And(geometry.lse_wanted, self.fragment.column(lane) == 0):
-            where = T.meta_var(block.where(tile))
+            where = T.meta_var(block.scheduler.work_tile(block.at, tile))
             to = flat(geometry.lse)
             for r in T.unroll(2):
-                at: T.int32 = block.first_row(where[0], tile) + row + r * self.fragment.row_step
+                at: T.int32 = block.scheduler.first_row(where[0], tile) + row + r * self.fragment.row_step
                 position = T.meta_var(self.rows.position(at))
                 if T.And(at < self.rows.count, position < geometry.seqlen_q):
                     to[geometry.lse_offset(where[2], where[1] + self.rows.head(at), position)] = self.lse(r)
