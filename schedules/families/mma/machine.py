@@ -14,10 +14,11 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.mma import mma
-from schedules.families.mma.mma import CHUNK, SharedTile
 from schedules.families.mma.registers import fresh
+from schedules.tile.dtypes import tensor_types
 from schedules.tile.fragment import Fragment
 from schedules.tile.geometry import Geometry, KeyTiles, Tensor, flat, local, wide
+from schedules.tile.smem import SharedTile
 from schedules.tile.softmax import OnlineSoftmax
 
 
@@ -37,9 +38,9 @@ class Matrix:
         row, chunk = thread // tile.panel_chunks, thread % tile.panel_chunks
         self.cursors = cursors if cursors is not None else T.alloc_local([1], "int64")
         self.own = (lambda: fresh("tid.x")) if cursors is not None else (lambda: 0)
-        T.buffer_store(self.cursors, tensor.offset(b, head, row, chunk * CHUNK), [self.own()])
+        T.buffer_store(self.cursors, tensor.offset(b, head, row, chunk * tile.chunk), [self.own()])
         place = tile.address(row, chunk)
-        self.to = local(place) if cursors is None else tile.address(self.row(), self.column() // CHUNK)
+        self.to = local(place) if cursors is None else tile.address(self.row(), self.column() // tile.chunk)
         self.dim = tensor.sizes["dim"]
 
     @property
@@ -53,7 +54,7 @@ class Matrix:
 
     def column(self):
         """First column of this thread."""
-        return fresh("tid.x") % self.tile.panel_chunks * CHUNK
+        return fresh("tid.x") % self.tile.panel_chunks * self.tile.chunk
 
     @property
     def cursor(self):
@@ -101,8 +102,14 @@ class BlockMachine:
         self.tile_step = fragment.tile_rows * (config.num_warps // parts)
         self.m_tiles = M // self.tile_step
         pool = SMEMPool()
+        types = self.types = tensor_types(pattern)
         tiles_of = [
-            SharedTile(pool, *shape, pattern.dtype) for shape in ((1, M, D), (num_stages, N, D), (num_stages, N, E))
+            SharedTile(pool, stages, rows, columns, element)
+            for stages, rows, columns, element in (
+                (1, M, D, types.q),
+                (num_stages, N, D, types.k),
+                (num_stages, N, E, types.v),
+            )
         ]
         self.place_shared(pool)
         self.k_cursors, self.v_cursors = (
@@ -176,7 +183,7 @@ class BlockMachine:
         for i in T.unroll(matrix.passes):
             for p in T.unroll(tile.panels):
                 memory = T.meta_var(start + wide(i * matrix.step) * wide(matrix.row_stride) + T.int64(p * tile.panel))
-                shared = T.meta_var(T.ptx.addr(to, p * tile.panel_bytes + i * matrix.step * tile.panel * 2))
+                shared = T.meta_var(T.ptx.addr(to, p * tile.panel_bytes + i * matrix.step * tile.row_bytes))
                 in_row = T.meta_var(T.And(live, column + p * tile.panel < matrix.dim))
                 inside = T.meta_var(in_row if ragged is None else T.And(in_row, first + i * matrix.step < matrix.rows))
                 if tile.rows % matrix.step == 0:

@@ -16,10 +16,10 @@ from tvm.tirx import PrimFunc
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import SEQ_OUTER, Traversal
 from schedules.families.mma.registers import anew, fresh
+from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import normalise, store_lse, store_rows
 from schedules.tile.geometry import Geometry, KeyTiles, Parameters, flat, parameterised, site
 
-CHUNK = 8  # 16-bit elements in 16 bytes
 ALIGNMENT = 16
 INDEX_BITS = 32
 
@@ -28,59 +28,11 @@ INDEX_BITS = 32
 _LARGEST_SUM = {"float16": math.inf, "bfloat16": 1e30}
 
 
-def panel_columns(columns: int) -> int:
-    """Columns of a shared-memory panel: 128 bytes where that divides the tile, else 64."""
-    return 64 if columns % 64 == 0 else 32
-
-
-@T.meta_class
-class SharedTile:
-    """``stages`` tiles of ``rows`` x ``columns`` 16-bit elements in shared memory.
-
-    A tile is stored in panels of 64 (or 32) columns, ``[columns / panel][rows][panel]``; within a panel the 16-byte
-    chunk ``c`` of a row stands at ``c ^ row`` (mod 8; for 32 columns ``c ^ row / 2`` mod 4): the eight rows that an
-    ldmatrix or a warp's 16-byte stores touch lie in different banks.
-    """
-
-    def __init__(self, pool, stages: int, rows: int, columns: int, dtype: str):
-        self.rows, self.columns, self.panel = rows, columns, panel_columns(columns)
-        self.panel_chunks = self.panel // CHUNK
-        self.panels = columns // self.panel
-        self.panel_bytes = rows * self.panel * 2
-        self.stage_bytes = rows * columns * 2
-        self.buffer = pool.alloc((stages, self.panels, rows, self.panel), dtype, align=1024)
-
-    def swizzled(self, row: Expr, chunk: Expr) -> Expr:
-        """Where chunk ``chunk`` of a panel's row stands."""
-        return T.bitwise_xor(chunk, row // (8 // self.panel_chunks) % self.panel_chunks)
-
-    def pointer(self, stage, row: Expr, chunk: Expr, element: Expr = 0):
-        """Pointer to element ``element`` of the 8 from column ``8 * chunk``."""
-        within = self.swizzled(row, chunk % self.panel_chunks)
-        return self.buffer.ptr_to([stage, chunk // self.panel_chunks, row, within * CHUNK + element])
-
-    def address(self, row: Expr, chunk: Expr) -> Expr:
-        """Shared address (uint32) of a chunk of the first panel, stage 0: ``at`` leads from it to any other step."""
-        return T.cuda.cvta_generic_to_shared(self.buffer.ptr_to([0, 0, 0, 0])) + T.Cast(
-            "uint32", row * (self.panel * 2) + self.swizzled(row, chunk) * 16
-        )
-
-    def at(self, address: Expr, row: int, chunk: int, byte: int = 0):
-        """The operand ``row`` rows, ``chunk`` chunks and ``byte`` bytes on from ``address``.
-
-        The swizzle makes the way within a panel an exclusive or: of the bits of row and chunk that it mixes, those that
-        are set here must not be set at ``address``.
-        """
-        mixed = T.bitwise_xor(chunk % self.panel_chunks, row % 8 // (8 // self.panel_chunks))
-        return T.ptx.addr(
-            T.bitwise_xor(address, T.Cast("uint32", mixed * 16)),
-            chunk // self.panel_chunks * self.panel_bytes + row * self.panel * 2 + byte,
-        )
-
-
 def _section(pattern: Pattern, geometry: Geometry, mib: int) -> Expr:
     """How many heads, over all batches, are a section: their keys and values have ``mib`` MiB, or it is one head."""
-    keys = T.truncdiv(mib * 2**20 // (2 * (pattern.head_dim + pattern.head_dim_v)), T.max(geometry.seqlen_kv, 1))
+    types = tensor_types(pattern)
+    row_bytes = types.k.bytes * pattern.head_dim + types.v.bytes * pattern.head_dim_v
+    keys = T.truncdiv(mib * 2**20 // row_bytes, T.max(geometry.seqlen_kv, 1))
     group = T.truncdiv(geometry.heads, geometry.kv_heads)
     return T.min(T.max(keys, 1) * group, geometry.batch * geometry.heads)
 
@@ -165,9 +117,10 @@ def store_output(machine, O):
     fragment = T.meta_var(machine.fragment)
     stride = T.meta_var(machine.o_stride)
     normalise(machine.softmax, machine.O, stride)
+    element = T.meta_var(machine.types.o)
     word = T.alloc_local([1], "uint32")
     first = T.meta_var(machine.q.tile.address(machine.warp_row + fragment.row(lane), machine.part * 2))
-    to: T.uint32 = first + T.Cast("uint32", fragment.column(lane) * 2)
+    to: T.uint32 = first + T.Cast("uint32", fragment.column(lane) * element.bytes)
     machine.meet()
     for t in T.unroll(machine.m_tiles):
         for i in T.unroll(stride // 4):
@@ -176,7 +129,8 @@ def store_output(machine, O):
                 row = T.meta_var(t * machine.tile_step + r * fragment.row_step)
                 column = T.meta_var(machine.output_column(i))
                 machine.pack_pair(word, 0, machine.O[o], machine.O[o + 1])
-                T.ptx["st.shared.b32"](machine.q.tile.at(to, row, column // CHUNK, column % CHUNK * 2), word[0])
+                at = T.meta_var((column // element.chunk, column % element.chunk * element.bytes))
+                T.ptx["st.shared.b32"](machine.q.tile.at(to, row, *at), word[0])
     machine.meet()
     rows = T.meta_var(fragment.tile_rows // machine.parts)
     store_rows(

@@ -34,7 +34,6 @@ TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
 
 _COPY = "cp.async.cg.shared.global.L2::128B"
-_PTX_DTYPE = {"float16": "f16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class _AsynchronousMachine(BlockMachine):
     @T.inline
     def multiply(self, C, c, A, a, B, b):
         """One m16n8k16 product."""
-        dt = T.meta_var(_PTX_DTYPE[self.pattern.dtype])
+        dt = T.meta_var(self.types.v.ptx)
         T.ptx[f"mma.sync.aligned.m16n8k16.row.col.f32.{dt}.{dt}.f32"](
             *[C[c + x] for x in range(4)], *[A[a + x] for x in range(4)], B[b], B[b + 1], *[C[c + x] for x in range(4)]
         )
@@ -124,7 +123,7 @@ class _AsynchronousMachine(BlockMachine):
     @T.inline
     def pack_pair(self, to, i, low, high):
         """Two float32 as one register of 16-bit elements."""
-        T.ptx[f"cvt.rn.{_PTX_DTYPE[self.pattern.dtype]}x2.f32"](to[i], high, low)
+        T.ptx[self.types.v.pack](to[i], high, low)
 
     @T.inline
     def start(self):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
-from schedules.families.mma.mma import CHUNK
+from schedules.tile.dtypes import tensor_types
 
 _PACK = """
 __forceinline__ __device__ void pack_halves(unsigned int& to, float low, float high) {
@@ -31,7 +31,8 @@ __forceinline__ __device__ void load_or_zero(
 
 def staging_registers(pattern: Pattern, config) -> int:
     """Registers that hold a thread's part of a tile of keys on its way to shared memory."""
-    chunks = config.block_n * max(pattern.head_dim, pattern.head_dim_v) // CHUNK
+    types = tensor_types(pattern)
+    chunks = config.block_n * max(pattern.head_dim // types.k.chunk, pattern.head_dim_v // types.v.chunk)
     return 4 * -(-chunks // (32 * config.num_warps))
 
 
