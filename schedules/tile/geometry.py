@@ -69,29 +69,35 @@ class Tensor:
 
 @T.meta_class
 class Geometry:
-    """The arguments of a kernel: tensors ``q, k, v, o``, flat ``lse``, ``softmax_scale`` and their symbols."""
+    """The arguments of a kernel: tensors ``q, k, v, o``, flat ``lse``, ``softmax_scale`` and their symbols.
+
+    A kernel that computes partial results has no ``o`` and ``lse``.
+    """
 
     def __init__(
         self, pattern: Pattern, traversal: Traversal, handles, softmax_scale, parameters: dict, alignment: int
     ):
-        q, k, v, o, lse = handles
+        q, k, v, *results = handles
         names = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_kv", "head_dim", "head_dim_v")
         self.batch, self.heads, self.kv_heads, self.seqlen_q, self.seqlen_kv, self.head_dim, self.head_dim_v = (
             tirx.Var(name, "int32") for name in names
         )
         queries = {"batch": self.batch, "heads": self.heads, "seq": self.seqlen_q}
         keys = {"batch": self.batch, "heads": self.kv_heads, "seq": self.seqlen_kv}
-        self.q, self.k, self.v, self.o = (
+        tensors = [
+            (q, "q", queries, self.head_dim),
+            (k, "k", keys, self.head_dim),
+            (v, "v", keys, self.head_dim_v),
+            *((o, "o", queries, self.head_dim_v) for o in results[:1]),
+        ]
+        self.q, self.k, self.v, *rest = (
             Tensor(handle, name, {**sizes, "dim": dim}, pattern.dtype, traversal.layout, alignment)
-            for handle, name, sizes, dim in (
-                (q, "q", queries, self.head_dim),
-                (k, "k", keys, self.head_dim),
-                (v, "v", keys, self.head_dim_v),
-                (o, "o", queries, self.head_dim_v),
-            )
+            for handle, name, sizes, dim in tensors
         )
-        self.lse_length = tirx.Var("lse_length", "int32")
-        self.lse = T.match_buffer(lse, (self.lse_length,), "float32", align=4)
+        if results:
+            (self.o,) = rest
+            self.lse_length = tirx.Var("lse_length", "int32")
+            self.lse = T.match_buffer(results[1], (self.lse_length,), "float32", align=4)
         self.softmax_scale = softmax_scale
         self.parameters = parameters
 
@@ -144,15 +150,27 @@ class KeyTiles:
     Tiles ``begin .. end`` (exclusive) may be seen by some row; of these, ``full_begin .. full_end`` are seen whole by
     every row and need no mask.  ``begin <= full_begin <= full_end <= end`` always holds.  ``has_full`` and ``has_left``
     say whether there can be full tiles at all, and masked ones to the left of them: known when the kernel is made.
+    ``within`` are the tiles, first and end, of a part of the keys; there ``begin`` may be beyond its end.
     """
 
-    def __init__(self, pattern: Pattern, at: Site, row_first: Expr, row_last: Expr, block_n: int):
+    def __init__(
+        self,
+        pattern: Pattern,
+        at: Site,
+        row_first: Expr,
+        row_last: Expr,
+        block_n: int,
+        within: tuple[Expr, Expr] | None = None,
+    ):
         lo, hi = pattern.visible_range(at, row_first, row_last)
         full_lo, full_hi = pattern.full_range(at, row_first, row_last)
         self.has_full = constant(full_hi) != 0
         self.has_left = self.has_full and constant(full_lo) != 0
-        self.begin = local(T.truncdiv(lo, block_n))
-        self.end = local(T.max(T.truncdiv(hi + (block_n - 1), block_n), self.begin))
+        begin, end = T.truncdiv(lo, block_n), T.truncdiv(hi + (block_n - 1), block_n)
+        if within is not None:
+            begin, end = T.max(begin, within[0]), T.min(end, within[1])
+        self.begin = local(begin)
+        self.end = local(T.max(end, self.begin))
         if not self.has_full:
             self.full_begin, self.full_end = self.end, self.end
             return

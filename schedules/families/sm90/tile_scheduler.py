@@ -71,6 +71,10 @@ class TileScheduler:
         batch = T.truncdiv(z, self.sections)
         return y, ((z - batch * self.sections) * self.x + x) * self.rows.head_step, batch
 
+    def key_tiles(self, at):
+        """First and end of the tiles of keys that are a block's share; None if it has all."""
+        return None
+
     def first_row(self, place, tile):
         """First row of work tile number ``tile``, which is in place ``place`` of its head.
 

@@ -82,7 +82,8 @@ class KeyWalk:
 
     def _tiles(self, row, rows):
         block = self.block
-        return KeyTiles(block.pattern, block.site, *block.rows.span(block.row_first + row, rows), block.config.block_n)
+        span = block.rows.span(block.row_first + row, rows)
+        return KeyTiles(block.pattern, block.site, *span, block.config.block_n, block.scheduler.key_tiles(block.at))
 
     def key_first(self, step):
         """First key of a step's tile."""
