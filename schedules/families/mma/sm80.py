@@ -72,7 +72,7 @@ class _AsynchronousMachine(BlockMachine):
         )  # fmt: skip
 
     @T.inline
-    def copy(self, matrix, stage, live, ragged=None):
+    def copy(self, matrix, stage, tile_first, live, ragged=False):
         """Start copying the tile at a cursor; what doesn't exist is filled with zeros, so that nothing branches."""
 
         @T.inline
@@ -80,14 +80,15 @@ class _AsynchronousMachine(BlockMachine):
             size = T.meta_var(T.Select(inside, T.uint32(16), T.uint32(0)))
             T.ptx[_COPY](shared, matrix.memory.ptr_to([memory]), 16, size)
 
-        self.each_row(matrix, stage, live, ragged, row)
+        self.each_row(matrix, stage, tile_first, live, ragged, row)
 
     @T.inline
-    def fetch(self, stage, live, ragged=None):
+    def fetch(self, stage, live, ragged=False):
         """Start the next group of copies if it is ``live``: K and V, or with one stage K alone."""
-        self.copy(self.k, stage, live, ragged)
+        key_first = T.meta_var(self.fetched * self.config.block_n)
+        self.copy(self.k, stage, key_first, live, ragged)
         if self.stages > 1:
-            self.copy(self.v, stage, live, ragged)
+            self.copy(self.v, stage, key_first, live, ragged)
             before: T.int32 = self.fetched
             self.fetch_done()
             self.retreat(self.v, before, self.fetched)
@@ -129,11 +130,11 @@ class _AsynchronousMachine(BlockMachine):
     def start(self):
         """Fill the pipeline."""
         self.clear()
-        self.copy(self.q, 0, True, self.rows[0])
+        self.copy(self.q, 0, self.rows[0], True, True)
         if self.q_in_registers:
             T.ptx.cp.async_.commit_group()
         # Only the rightmost tile may go beyond the last key.
-        self.fetch(0, self.fetched >= self.tiles.begin, self.fetched * self.config.block_n)
+        self.fetch(0, self.fetched >= self.tiles.begin, True)
         for stage in T.unroll(1, max(self.stages - 1, 1)):
             self.fetch(stage, self.fetched >= self.tiles.begin)
         if self.q_in_registers:
@@ -147,7 +148,7 @@ class _AsynchronousMachine(BlockMachine):
         if self.stages > 1:
             self.fetch(T.Select(self.use == 0, self.stages, self.use) - 1, self.is_live(tile))
         else:
-            self.copy(self.v, 0, True, tile * self.config.block_n if masked else None)
+            self.copy(self.v, 0, tile * self.config.block_n, True, masked)
             self.retreat(self.v, tile, self.fetched)
             T.ptx.cp.async_.commit_group()
         if self.stages > 1:

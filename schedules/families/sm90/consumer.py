@@ -31,9 +31,10 @@ from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
 from schedules.families.sm90.pipeline import Pipeline, PipelineState, TileCounter
-from schedules.families.sm90.softmax import PACK, Finished, Softmax
+from schedules.families.sm90.softmax import Finished, Softmax
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset, swizzled
 from schedules.families.sm90.work_tile import Block, KeyWalk
+from schedules.tile.dtypes import element_type
 from schedules.tile.epilogue import normalise
 from schedules.tile.softmax import LAZY
 from schedules.tile.static import static
@@ -360,9 +361,10 @@ class Consumer:
         normalise(self.finished, self.acc_o, self.outputs)
         self.epilogue.acquire(tile, self.index, self.barriers)
         packed = T.alloc_local([4], "uint32")
+        pack = T.meta_var(element_type(self.pattern.dtype).pack)
         for c in T.unroll(self.pattern.head_dim_v // 16):
             for i in T.unroll(4):
-                T.ptx[PACK[self.pattern.dtype]](packed[i], self.acc_o[c * 8 + i * 2 + 1], self.acc_o[c * 8 + i * 2])
+                T.ptx[pack](packed[i], self.acc_o[c * 8 + i * 2 + 1], self.acc_o[c * 8 + i * 2])
             T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](
                 self.epilogue.pointer(tile, self.index)(
                     c // 4, self.warp * 16 + self.lane % 16, swizzled(c % 4 * 2 + self.lane // 16, self.lane % 8)

@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import SEQ_OUTER, Rejected, Target, Traversal
+from schedules.families.interface import Rejected, Target, Traversal
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
@@ -31,12 +31,13 @@ from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block, KeyWalk
 from schedules.tile.epilogue import normalise
 from schedules.tile.geometry import Geometry, flat, parameterised, wide
-from schedules.tile.softmax import LAZY, NEGATIVE_INFINITY
+from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.tile_scheduler import ceildiv
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
 
-#: Keys of a split, by the fewest keys of the sequence: the fewest that leave no cell of the table in docs/hopper.md
-#: ("Decoding") with a block's start and end longer than what it reads.
+#: Keys of a split, by the fewest keys of the sequence: about the shortest whose blocks read for longer than they take to
+#: start and end, so that one sequence fills the machine (the table in docs/hopper.md, "Decoding").
 SPLIT_LENGTHS = ((0, 64), (1024, 128), (4096, 256), (8192, 512), (65536, 1024), (131072, 2048))
 
 _REGISTER_FILE = 65536
@@ -128,9 +129,10 @@ class SplitScheduler:
     """
 
     def __init__(self, geometry: Geometry, rows: Rows, config: Config, traversal: Traversal, splits, split_length):
-        self.config, self.rows, self.seq_outer, self.splits = config, rows, traversal is SEQ_OUTER, splits
+        self.config, self.rows, self.splits = config, rows, splits
+        self.seq_outer = traversal.layout == "bshd"  # the heads of a position lie one after the other
         self.batch = geometry.batch
-        self.m_blocks = T.bind(T.truncdiv(rows.count + (config.block_m - 1), config.block_m))
+        self.m_blocks = T.bind(ceildiv(rows.count, config.block_m))
         self.tiles = T.bind(T.truncdiv(split_length, config.block_n))
 
     def grid(self):

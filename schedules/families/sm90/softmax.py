@@ -10,6 +10,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
 from schedules.families.sm90.packing import Rows
+from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat
 from schedules.tile.softmax import OnlineSoftmax
@@ -20,8 +21,6 @@ SUM_LIMIT = 8192.0
 CHAINS = 4
 
 _ALL_LANES = 0xFFFFFFFF
-#: Packs two float32 into the A operand of the next product, the second argument into the upper half.
-PACK = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 
 
 @T.meta_class
@@ -80,7 +79,7 @@ class Softmax(OnlineSoftmax):
     def pack(self, S, P):
         """Probabilities to 16 bits, and their sums to ``step_sum``."""
         for i in T.unroll(self.stride // 2):
-            T.ptx[PACK[self.pattern.dtype]](P[i], S[2 * i + 1], S[2 * i])
+            T.ptx[element_type(self.pattern.dtype).pack](P[i], S[2 * i + 1], S[2 * i])
         self._sum(S)
 
     @T.inline

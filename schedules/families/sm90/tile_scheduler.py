@@ -8,6 +8,7 @@ from schedules.families.mma.registers import anew
 from schedules.families.sm90.config import ALL, Config
 from schedules.families.sm90.packing import Rows
 from schedules.tile.geometry import Geometry
+from schedules.tile.tile_scheduler import ceildiv
 
 
 @T.meta_class
@@ -26,7 +27,7 @@ class TileScheduler:
 
     def __init__(self, geometry: Geometry, rows: Rows, config: Config):
         self.config, self.rows = config, rows
-        self.m_blocks = T.bind(_ceildiv(rows.count, config.block_m * config.tiles_per_cta))
+        self.m_blocks = T.bind(ceildiv(rows.count, config.block_m * config.tiles_per_cta))
         if config.head_section == 1:
             self.x, self.y, self.z = self.m_blocks, rows.heads, geometry.batch
         elif config.head_section == ALL:
@@ -73,7 +74,7 @@ class TileScheduler:
 
     def key_tiles(self, at):
         """First and end of the tiles of keys that are a block's share; None if it has all."""
-        return None
+        return
 
     def first_row(self, place, tile):
         """First row of work tile number ``tile``, which is in place ``place`` of its head.
@@ -87,7 +88,3 @@ class TileScheduler:
 
     def _position(self, block, i):
         return T.Select(T.bitwise_and(i, 1) == 0, block, self.blocks - 1 - block)
-
-
-def _ceildiv(a, b):
-    return T.truncdiv(a + (b - 1), b)

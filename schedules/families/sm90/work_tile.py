@@ -8,7 +8,9 @@ from schedules.definition.pattern import Pattern
 from schedules.families.sm90.config import Config
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.tile_scheduler import TileScheduler
-from schedules.tile.geometry import Geometry, KeyTiles, Parameters, local, site
+from schedules.tile.geometry import Geometry, Parameters, local, site
+from schedules.tile.key_range import KeyTiles
+from schedules.tile.key_source import ContiguousRows
 
 
 @T.meta_class
@@ -42,8 +44,9 @@ class Block:
         return self.rows.position(row), head, self.kv_head, self.batch
 
     def keys(self, key):
-        """Where keys from ``key`` on are: position, head, batch."""
-        return key, self.kv_head, self.batch
+        """Where keys from ``key`` on are, as a box of TMA."""
+        geometry = self.geometry
+        return ContiguousRows(geometry.k, self.batch, self.kv_head, geometry.keys.of(self.batch)).box(key)
 
     @T.inline
     def advance(self):
