@@ -99,7 +99,6 @@ def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_
     assert max(kernel.registers for kernel in report.kernels) <= config.registers
     assert count["HGMMA"] >= pattern.head_dim // 16 + config.block_n // 16
     assert count["UTMALDG"] >= 3
-    assert count["UTMASTG"] == 0  # partial results go from registers to memory
     host = next(tmp_path.glob("*.cu")).read_text()
     assert "griddepcontrol.wait" in host
     embedded = embed(*split(host, "kernel.cu"), tmp_path / "image")

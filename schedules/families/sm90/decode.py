@@ -36,8 +36,8 @@ from schedules.tile.tile_scheduler import ceildiv
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
 
-#: Keys of a split, by the fewest keys of the sequence: about the shortest whose blocks read for longer than they take to
-#: start and end, so that one sequence fills the machine (the table in docs/hopper.md, "Decoding").
+#: Keys of a split, by the fewest keys of the sequence: as few as fill the machine with one sequence, unless its blocks
+#: would take longer to start and end than to read (the table in docs/hopper.md, "Decoding").
 SPLIT_LENGTHS = ((0, 64), (1024, 128), (4096, 256), (8192, 512), (65536, 1024), (131072, 2048))
 
 _REGISTER_FILE = 65536
