@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.fragment import Fragment
+
+Config = TypeVar("Config")
 
 #: Bytes of shared memory that one block may have (CUDA programming guide, compute capabilities).
 SHARED_MEMORY = {
@@ -22,6 +27,11 @@ _MOST_REGISTERS = 255  # of a thread
 #: Registers beside fragments and staging: addresses, cursors, softmax state, operands in flight.  The leanest kernel
 #: that was found to compile without spills, sm_80 at head_dim 128 with 64 keys a tile, leaves this many.
 _OTHER_REGISTERS = 40
+
+
+def by_head_dim(table: Mapping[int, Config], pattern: Pattern) -> Config:
+    """Of configurations by head_dim the first that is large enough for a pattern, or else the largest."""
+    return table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
 
 
 def exchanged_bytes(pattern: Pattern, config) -> int:

@@ -72,6 +72,13 @@ class SharedTile:
             "uint32", row * self.row_bytes + self.swizzled(row, chunk) * CHUNK_BYTES
         )
 
+    def below(self, address: Expr, i, step: int, panel):
+        """The operand ``i * step`` rows and ``panel`` panels on from ``address``, in whose row only bits below ``step``
+        count, a power of two."""
+        if step % _ROWS == 0:  # the swizzle is the same there
+            return T.ptx.addr(address, panel * self.panel_bytes + i * step * self.row_bytes)
+        return self.at(address, i * step, panel * self.panel_chunks)
+
     def at(self, address: Expr, row: int, chunk: int, byte: int = 0):
         """The operand ``row`` rows, ``chunk`` chunks and ``byte`` bytes on from ``address``.
 

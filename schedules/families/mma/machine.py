@@ -80,6 +80,8 @@ class BlockMachine:
     where threads copy from in shared memory, 16 bytes a thread, where it costs no registers.
     """
 
+    softmax_type = OnlineSoftmax
+
     def __init__(
         self,
         pattern: Pattern,
@@ -126,7 +128,7 @@ class BlockMachine:
         self.s_stride, self.o_stride = fragment.registers(N // parts), fragment.registers(E // parts)
         self.S = T.alloc_local([self.m_tiles * self.s_stride], "float32")
         self.O = T.alloc_local([self.m_tiles * self.o_stride], "float32")
-        self.softmax = OnlineSoftmax(pattern, at, fragment, self.m_tiles, N // parts, self.tile_step)
+        self.softmax = self.softmax_type(pattern, at, fragment, self.m_tiles, N // parts, self.tile_step)
         self.place_block(block, thread)
         # the tile that is copied next, and the buffer in use
         self.fetched, self.use = (local(T.int32(0)) for _ in range(2))
@@ -184,7 +186,7 @@ class BlockMachine:
             for p in T.unroll(tile.panels):
                 row = T.meta_var(matrix.source.moved(start, tile_first + matrix.row(), i * matrix.step))
                 memory = T.meta_var(row + T.int64(p * tile.panel))
-                shared = T.meta_var(T.ptx.addr(to, p * tile.panel_bytes + i * matrix.step * tile.row_bytes))
+                shared = T.meta_var(tile.below(to, i, matrix.step, p))
                 in_row = T.meta_var(T.And(live, column + p * tile.panel < matrix.dim))
                 inside = T.meta_var(T.And(in_row, first + i * matrix.step < matrix.rows) if ragged else in_row)
                 if tile.rows % matrix.step == 0:

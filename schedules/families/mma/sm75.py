@@ -97,7 +97,7 @@ _WITH_PARAMETERS = {**_CONFIGS, 64: Config(128, 64, 4, 1), 256: Config(64, 16, 4
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     table = _WITH_PARAMETERS if any(p.per_head for p in pattern.params) else _CONFIGS
-    return {0: table[min((d for d in table if d >= pattern.head_dim), default=max(table))]}
+    return {0: limits.by_head_dim(table, pattern)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:

@@ -24,6 +24,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families import limits
 from schedules.families.interface import Program, Rejected, Target, Traversal
 from schedules.families.mma import ldmatrix, mma
+from schedules.families.mma.decode import PackedSoftmax
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
@@ -184,6 +185,13 @@ class Machine(LdmatrixProducts, _AsynchronousMachine):
 
 
 @T.meta_class
+class DecodeMachine(Machine):
+    """The packed rows of a group of heads, against one split of the keys."""
+
+    softmax_type = PackedSoftmax
+
+
+@T.meta_class
 class PairedMachine(PairedProducts, _AsynchronousMachine):
     """Two warps share the rows."""
 
@@ -216,6 +224,16 @@ _BLACKWELL = {
     128: Config(128, 32, 8, 2, 1),
 }
 _TABLES = {"sm_80": _LARGE, "sm_120": _BLACKWELL}
+
+
+#: For few query rows (:mod:`schedules.families.mma.decode`).  Microseconds of sm_80 code recompiled for an H100, bf16,
+#: V2, beside FlashAttention-2's: 32 heads on 8 at 128, 1 x 8k keys 10.5 (21.2; 16 keys and 4 stages 12.0), 32 x 4k 187
+#: (202), 1 x 128k 190 (188); 64 on 8 at 64, 4 x 16k 56 (59); 16 on 8 at 256, 8 x 8k 189 (182).
+DECODE_CONFIGS = {
+    64: Config(16, 32, 1, 3, 8, q_in_registers=True),
+    128: Config(16, 32, 1, 2, 6, q_in_registers=True),
+    256: Config(16, 16, 1, 3, 3),
+}
 
 
 def _is_crowded(pattern: Pattern) -> bool:
@@ -252,7 +270,7 @@ def _for_v2(config: Config, pattern: Pattern) -> Config:
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     table = _TABLES.get(target.arch, _BLACKWELL if _is_crowded(pattern) else _SMALL)
-    config = table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
+    config = limits.by_head_dim(table, pattern)
     if template == "v2" and target.arch == "sm_80" and not pattern.params:
         config = _for_v2(config, pattern)
     return {0: _with_parameters(config, pattern)}
