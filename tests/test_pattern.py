@@ -159,13 +159,29 @@ def test_renamed_block_is_refused():
         match(edit_block(Attention()(8, "float32"), "prob", rename))
 
 
-def test_mask_that_depends_on_the_score_is_refused():
+@pytest.mark.parametrize(
+    ("block", "says"), [("score", "block 'score': hides keys"), ("mask", "block 'mask': the mask depends on the score")]
+)
+def test_mask_that_depends_on_the_score_is_refused(block, says):
     def threshold(b):
         value = b.body.value
         return store(b, T.if_then_else(value > 0, value, T.float32(-math.inf)))
 
-    with pytest.raises(DefinitionError, match="block 'score': the mask depends on the score"):
-        match(edit_block(Attention()(8, "float32"), "score", threshold))
+    with pytest.raises(DefinitionError, match=says):
+        match(edit_block(Attention()(8, "float32"), block, threshold))
+
+
+def test_mask_that_changes_scores_is_refused():
+    with pytest.raises(DefinitionError, match="block 'mask': expected if_then_else"):
+        match(edit_block(Attention()(8, "float32"), "mask", lambda b: store(b, b.body.value * 2)))
+
+
+def test_product_without_its_scale_is_refused():
+    def raw(b):
+        return store(b, b.body.value.a + T.float32(1))
+
+    with pytest.raises(DefinitionError, match="multiplied by softmax_scale"):
+        match(edit_block(Attention()(8, "float32"), "score", raw))
 
 
 def test_score_that_ignores_the_product_is_refused():
