@@ -94,8 +94,8 @@ class Pattern:
         return self._substitute(self._score_gradient, site, i, j, s)
 
     def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
-        """The derivative of the score with respect to a parameter that asks for it; else as ``score_gradient``."""
-        return self._substitute(self._parameter_gradients[name], site, i, j, s)
+        """The derivative of the score with respect to a float parameter; else as ``score_gradient``."""
+        return self._substitute(self._parameter_derivative(name), site, i, j, s)
 
     def differentiate(self) -> None:
         """Take the derivatives of the score with respect to ``s`` and to the parameters that ask for it.
@@ -104,19 +104,20 @@ class Pattern:
         ------
         DefinitionError: one isn't known, or a parameter that asks for a gradient isn't a float.
         """
-        _ = self._score_gradient, self._parameter_gradients
+        _ = self._score_gradient
+        for p in self.params:
+            if p.gradient:
+                self._parameter_derivative(p.name)
 
     @cached_property
     def _score_gradient(self) -> Expr:
         return derivative(self._found.score, self._variables.s)
 
-    @cached_property
-    def _parameter_gradients(self) -> dict[str, Expr]:
-        asked = [p for p in self.params if p.gradient]
-        for p in asked:
-            if not p.dtype.startswith("float"):
-                raise DefinitionError(f"parameter {p.name!r}: is {p.dtype}; only a float parameter has a gradient")
-        return {p.name: derivative(self._found.score, self._variables.params[p.name]) for p in asked}
+    def _parameter_derivative(self, name: str) -> Expr:
+        param = next(p for p in self.params if p.name == name)
+        if not param.dtype.startswith("float"):
+            raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
+        return derivative(self._found.score, self._variables.params[name])
 
     def visible(self, site: Site, i: Expr, j: Expr) -> Expr | None:
         """The definition's mask: whether query ``i`` sees key ``j``, both of which exist; None for "always"."""
