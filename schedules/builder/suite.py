@@ -21,9 +21,6 @@ CORE_VARIANTS = (
 
 TEMPLATES = ("v1", "v2")
 
-#: Mask and score of a definition of the user's that isn't made of a mask and a score modification.
-CUSTOM = "custom"
-
 
 @dataclass(frozen=True)
 class HeadDim:

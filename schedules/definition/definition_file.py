@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from schedules.builder.suite import CUSTOM
 from schedules.definition.attention import Attention
 from schedules.definition.pattern import DefinitionError
+
+#: Mask and score of a definition of the user's that isn't made of a mask and a score modification.
+CUSTOM = "custom"
 
 
 @dataclass(frozen=True)
