@@ -47,7 +47,9 @@ def runtime() -> Path:
 
 
 def compile_for(isa: str, program: Program):
-    return tvm.compile(program.func, target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline)
+    return tvm.compile(
+        tvm.IRModule(program.functions), target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline
+    )
 
 
 @functools.cache

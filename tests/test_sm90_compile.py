@@ -33,7 +33,7 @@ def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, hea
 
 def compiled(program: Program, folder):
     """The report of ptxas and how often each of ``_OPCODES`` occurs; ptxas.check has passed."""
-    module = tvm.IRModule({"kernel": program.func})
+    module = tvm.IRModule(program.functions)
     target = tvm.target.Target({"kind": "cuda", "arch": TARGET.arch}, host={"kind": "cuda_host"})
     source = folder / "kernel.cu"
     source.write_text(export_cuda_host(tvm.compile(module, target=target, tir_pipeline=program.pipeline).mod))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from tvm_flash.call.checks import check_layout
-from tvm_flash.call.eager import attend
-from tvm_flash.call.prepare import site
+from tvm_flash.call.eager import entrance
 from tvm_flash.call.problem import LAYOUTS
+from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 
-_SITES = {layout: site(layout, per_head=("kv_start", "kv_end"), layout_known=True) for layout in LAYOUTS}
+_attend = {
+    layout: entrance(signature(layout, parameters=("kv_start", "kv_end"), layout_known=True)) for layout in LAYOUTS
+}
 
 
 def padded_attention(
@@ -51,6 +53,6 @@ def padded_attention(
             f"start and end"
         )
     # fmt: off
-    return attend(_SITES[layout], 6, q, k, v, key_range[:, :1], key_range[:, 1:], out,
-                  variant, return_lse, softmax_scale, causal, window_size, 0.0)
+    return _attend[layout](q, k, v, key_range[:, :1], key_range[:, 1:], out,
+                           variant, return_lse, softmax_scale, causal, window_size, 0.0)
     # fmt: on

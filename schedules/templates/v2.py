@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
 from schedules.families import schedule
-from schedules.families.interface import SEQ_OUTER, Program, Rejected, Target
+from schedules.families.interface import FORWARD, SEQ_OUTER, Program, Rejected, Target
 
 
-def apply(pattern: Pattern, target: Target, name: str, config=None) -> Program | Rejected:
+def apply(pattern: Pattern, target: Target, name: str, config=None, kind: str = FORWARD) -> Program | Rejected:
     """Schedule a matched definition as a V2 kernel.
 
     Parameters
@@ -19,6 +19,7 @@ def apply(pattern: Pattern, target: Target, name: str, config=None) -> Program |
     pattern: what the matcher found in the definition.
     target: the machine.
     name: global symbol of the kernel.
-    config: the family's ``Config``; its default for this pattern and target if not given.
+    config: the kind's ``Config``; its default for this pattern and target if not given.
+    kind: of kernel, one of those that the target's family makes.
     """
-    return schedule(pattern, target, name, SEQ_OUTER, config)
+    return schedule(pattern, target, name, SEQ_OUTER, config, kind)

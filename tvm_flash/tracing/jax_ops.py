@@ -18,7 +18,8 @@ import numpy as np
 
 from tvm_flash.call.choice import choose
 from tvm_flash.call.plan import Request
-from tvm_flash.call.prepare import Options, request_of
+from tvm_flash.call.prepare import request_of
+from tvm_flash.call.signature import Options
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError, TvmFlashError
 from tvm_flash.frameworks.base import TensorView, contiguous_strides
 from tvm_flash.frameworks.jax import Jax
@@ -154,7 +155,8 @@ def _register(name: str, kernel: Installed, platform: str) -> None:
             "or call outside of jax.jit"
         ) from e
     entry = kernel.entry
-    function = registry().load(kernel).function
+    (kernel_function,) = registry().load(kernel)
+    function = kernel_function.function
     numbers = [f"attrs.{p.name}" for p in entry.params if not p.per_head]
     if any(p.per_head for p in entry.params):
         function = ffi.tvm_ffi().convert(_in_order(function, entry.params))

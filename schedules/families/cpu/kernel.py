@@ -13,7 +13,7 @@ from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pairs import DOT_PAIRS
 from schedules.families.cpu.problem import Problem, Tensor
 from schedules.families.cpu.tiles import row_tile_macro
-from schedules.families.interface import Program, Target, Traversal
+from schedules.families.interface import Program, Target, Traversal, forward_program
 
 #: What the multiplications need beyond TIR, as LLVM's assembly: instructions that LLVM doesn't find by itself.
 LLVM_FUNCTIONS = {"pairs": DOT_PAIRS, "tiles": TILE_PRODUCT}
@@ -26,7 +26,8 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     arguments, values = pattern.parameter_symbols()
     func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
     itemsize = 4 if pattern.dtype == "float32" else 2
-    return Program(append_arguments(func, arguments), "s_tir", alignment=itemsize, index_bits=64)
+    func = append_arguments(func, arguments)
+    return forward_program(func, pattern.params, "s_tir", alignment=itemsize, index_bits=64)
 
 
 def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
