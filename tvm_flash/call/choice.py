@@ -157,7 +157,7 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
         raise packs.missing(archs, device.native_arch)
     fitting, rejected = [], []
     for distance, arch in enumerate(archs):
-        for kernel in packs.candidates(arch, problem.op, problem.definition, problem.dtype):
+        for kernel in packs.candidates(arch, problem.definition, problem.dtype, problem.op):
             refusal = _refusal(kernel.entry, problem)
             if refusal:
                 rejected.append(refusal)

@@ -142,9 +142,9 @@ class Registry:
             self._usable[arch] = found
         return found
 
-    def candidates(self, arch: str, op: str, definition: str, dtype: str) -> list[Installed]:
+    def candidates(self, arch: str, definition: str, dtype: str, op: str = "forward") -> list[Installed]:
         """The kernels for an arch that compute an operator of a definition in a dtype."""
-        key = (arch, op, definition, dtype)
+        key = (arch, definition, dtype, op)
         found = self._candidates.get(key)
         if found is None:
             wanted = (op, definition, dtype)
