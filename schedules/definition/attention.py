@@ -87,6 +87,9 @@ class _Parameters:
     def __init__(self, values, b, h):
         self._values, self._b, self._h = values, b, h
 
+    def __contains__(self, name):
+        return name in self._values
+
     def __getitem__(self, name):
         value = self._values[name]
         return value if isinstance(value.ty, PrimType) else value[self._b, self._h]

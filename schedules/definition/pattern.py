@@ -59,6 +59,7 @@ class Pattern:
     head_dim, head_dim_v, dtype, index_dtype: as in the definition.
     params: the run-time parameters, in the order of the definition's arguments.
     is_scale_only: the score is ``s * softmax_scale`` and nothing more, so that the scale folds into the exponential.
+    has_choice: the score is one of two, and which of them is the same throughout a batch entry and head.
     is_unmasked: every query sees every key.
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
     depends_on_head: what is made of the raw score, or the mask, differs from head to head.
@@ -76,6 +77,7 @@ class Pattern:
         self._index = [x.var for x in block.iter_vars]
         self._raw_score, self._value, predicate = _split_score(block.body.value, block, func)
         self._mask = None if predicate is None else decompose(predicate, self._index)
+        self._choice = _split_choice(self._value, self._index, self._raw_score)
         self.is_scale_only = tvm_ffi.structural_equal(self._value, self._raw_score * func.params[_SCALE])
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
@@ -88,9 +90,22 @@ class Pattern:
         """Fresh arguments for a kernel: ``(arguments, {name: Var or (batch, heads) Buffer})``."""
         return parameter_symbols(self.params, self.index_dtype)
 
-    def score(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
-        """The scaled and modified score (float32, natural units) of the raw product ``s = q · k``."""
-        return self._substitute(self._value, site, i, j, s)
+    @property
+    def has_choice(self) -> bool:
+        return self._choice is not None
+
+    def choice(self, site: Site) -> Expr:
+        """Which of the two scores it is, where ``has_choice``: true for the first."""
+        zero = tirx.IntImm(self.index_dtype, 0)
+        return self._substitute(self._choice[0], site, zero, zero)
+
+    def score(self, site: Site, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
+        """The scaled and modified score (float32, natural units) of the raw product ``s = q · k``.
+
+        ``chosen`` says that ``choice`` is known to be so, and leaves out the other score.
+        """
+        value = self._value if chosen is None or not self.has_choice else self._choice[1 if chosen else 2]
+        return self._substitute(value, site, i, j, s)
 
     def mask(self, site: Site, i: Expr, j: Expr) -> Expr:
         """Whether query ``i`` sees key ``j``; also false for ``j >= seqlen_kv``."""
@@ -266,7 +281,7 @@ def _split_score(value: Expr, block: s_tir.SBlock, func: PrimFunc):
         if load.source.name in per_head and not all(a.same_as(b) for a, b in zip(load.indices, index[:2], strict=True)):
             raise DefinitionError(f"block 'score': parameter {load.source.name!r} is read elsewhere than at [b, h]")
     predicate = None
-    if getattr(value, "op", None) is not None and value.op.name.endswith("if_then_else"):
+    if _is_if(value):
         condition, chosen, other = value.args
         if isinstance(other, tirx.FloatImm) and other.value == -float("inf"):
             predicate, value = condition, chosen
@@ -275,6 +290,21 @@ def _split_score(value: Expr, block: s_tir.SBlock, func: PrimFunc):
             "block 'score': the mask depends on the score; it may depend on positions and parameters only"
         )
     return raw, value, predicate
+
+
+def _is_if(expr: Expr) -> bool:
+    return getattr(expr, "op", None) is not None and expr.op.name.endswith("if_then_else")
+
+
+def _split_choice(value: Expr, index: list, raw_score: Expr):
+    """``(condition, score, other score)`` if the score is one of two by a condition that knows no query and no key."""
+    if not _is_if(value):
+        return None
+    condition, found = value.args[0], []
+    tvm_ffi.structural_walk(condition, [(tirx.Var, found.append)])
+    depends = any(x.same_as(y) for x in found for y in index[2:])
+    depends |= any(x.source.same_as(raw_score.source) for x in _loads(condition))
+    return None if depends else tuple(value.args)
 
 
 def _reads_head(expr: Expr, raw_score: Expr, head) -> bool:

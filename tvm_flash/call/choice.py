@@ -168,17 +168,17 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
 
 def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:
     entry = kernel.entry
-    mask = problem.masks.index(entry.mask) if problem.masks else 0
+    mask, score = (problem.masks.index(entry.mask), problem.scores.index(entry.score)) if problem.masks else (0, 0)
     features = len(kernel.pack.manifest.cpu_features)
     return (
         *(order.index(entry.template), distance, -features, entry.head_dim, entry.head_dim_v),
-        *(mask, -entry.bucket, kernel.rank),
+        *(mask, score, -entry.bucket, kernel.rank),
     )
 
 
 def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
     """Why a kernel of the right dtype and definition can't run the problem; None if it can."""
-    if problem.masks and entry.score != problem.score:
+    if problem.masks and entry.score not in problem.scores:
         return Rejection(entry, _SCORE, f"computes the score {entry.score}, not {problem.score}")
     for name in ("head_dim", "head_dim_v"):
         wanted, limit = getattr(problem, name), getattr(entry, name)

@@ -142,7 +142,7 @@ def _look_up(mask: str, score: str, kind: str, index: int, dtype: torch.dtype) -
     kernels = [
         k.entry for arch in device.archs() for k in registry().candidates(arch, problem.definition, problem.dtype)
     ]
-    fitting = [e for e in kernels if e.mask in problem.masks and e.score == problem.score]
+    fitting = [e for e in kernels if e.mask in problem.masks and e.score in problem.scores]
     return tuple(sorted({(e.head_dim, e.head_dim_v) for e in fitting}))
 
 
