@@ -25,7 +25,7 @@ from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupport
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry, Param
-from tvm_flash.packs.registry import registry
+from tvm_flash.packs.registry import build_command, registry
 
 #: Parameters of the builtin definition that are tensors.
 _BUILTIN_PER_HEAD = {
@@ -229,7 +229,7 @@ def params_of(definition: str) -> dict[str, Param]:
     known = sorted({e.definition for e in entries if e.definition != BUILTIN_DEFINITION})
     raise InvalidArgumentError(
         f"name: no pack has kernels of the definition {definition!r} (there are: {', '.join(known) or 'none'}); "
-        f"run `scripts/build_kernels.py --definition <file.py>:{definition}`"
+        f"run `{build_command('native', '--definition', f'<file.py>:{definition}')}`"
     )
 
 
