@@ -16,8 +16,11 @@ from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.families import sm90
 from schedules.families.interface import Program, Rejected, Target
+from schedules.families.sm90 import decode
 from schedules.templates import v1, v2
+from schedules.tile.combine import combine
 from schedules.toolchain import cuda
+from schedules.toolchain.host import embed, split
 from schedules.toolchain.process import ToolchainError
 
 TARGET = Target("sm_90a")
@@ -31,12 +34,11 @@ def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, hea
     return match(definition(head_dim, dtype, head_dim_v=head_dim_v, index_dtype=sm90.INDEX_DTYPE))
 
 
-def compiled(program: Program, folder):
+def compiled(functions: dict, folder):
     """The report of ptxas and how often each of ``_OPCODES`` occurs; ptxas.check has passed."""
-    module = tvm.IRModule({"kernel": program.func})
     target = tvm.target.Target({"kind": "cuda", "arch": TARGET.arch}, host={"kind": "cuda_host"})
     source = folder / "kernel.cu"
-    source.write_text(export_cuda_host(tvm.compile(module, target=target, tir_pipeline=program.pipeline).mod))
+    source.write_text(export_cuda_host(tvm.compile(tvm.IRModule(functions), target=target, tir_pipeline="tirx").mod))
     report = cuda.compile_object(source, folder / "kernel.o", TARGET.arch)
     return report, _count_opcodes((folder / "kernel.o").read_bytes())
 
@@ -74,7 +76,7 @@ def test_machine_code(template, bucket, pattern, tmp_path):
     config = sm90.default_configs(template.__name__.rpartition(".")[2], pattern, TARGET)[bucket]
     program = template.apply(pattern, TARGET, "kernel", config)
     assert isinstance(program, Program), program
-    report, count = compiled(program, tmp_path)
+    report, count = compiled({"kernel": program.func}, tmp_path)
     (kernel,) = report.kernels
     assert kernel.spills == kernel.stack == 0
     assert kernel.registers * config.threads * config.blocks_per_sm <= 65536
@@ -82,6 +84,53 @@ def test_machine_code(template, bucket, pattern, tmp_path):
     assert count["HGMMA"] >= pattern.head_dim // 16 + 2
     assert count["UTMALDG"] >= 3
     assert count["UTMASTG"] >= 1
+
+
+def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_path):
+    pattern = pattern_of("window", dtype="bfloat16")
+    (config,) = decode.default_configs("v2", pattern, TARGET).values()
+    functions = {
+        "kernel": decode.partial(pattern, config, v2.TRAVERSAL, "kernel"),
+        "kernel_combine": combine(pattern, v2.TRAVERSAL, "kernel_combine", decode.ALIGNMENT, waits=True),
+    }
+    report, count = compiled(functions, tmp_path)
+    assert len(report.kernels) == 2
+    assert all(kernel.spills == kernel.stack == 0 for kernel in report.kernels)
+    assert max(kernel.registers for kernel in report.kernels) <= config.registers
+    assert count["HGMMA"] >= pattern.head_dim // 16 + config.block_n // 16
+    assert count["UTMALDG"] >= 3
+    host = next(tmp_path.glob("*.cu")).read_text()
+    assert "griddepcontrol.wait" in host
+    embedded = embed(*split(host, "kernel.cu"), tmp_path / "image")
+    assert 'kernel(image_library(), "kernel_kernel", false)' in embedded
+    assert 'kernel(image_library(), "kernel_combine_kernel", true)' in embedded
+
+
+@pytest.mark.parametrize("dtype", sm90.DTYPES)
+@pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+@pytest.mark.parametrize(
+    ("mask", "score"), [("window", "identity"), ("padded", "identity"), ("window", "softcap_alibi")]
+)
+def test_decoding_is_feasible(head_dims, dtype, mask, score):
+    pattern = pattern_of(mask, score, dtype, *head_dims)
+    for config in decode.default_configs("v2", pattern, TARGET).values():
+        assert decode.feasible(pattern, config, TARGET) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "reason"),
+    [
+        ({}, {"block_n": 48}, "divides every split"),
+        ({}, {"num_stages": 3}, "num_stages 3"),
+        ({}, {"num_stages": 4}, "bytes of shared memory"),
+        ({"head_dim": 256}, {"block_n": 32}, "registers"),
+        ({"score": "alibi"}, {}, "from head to head"),
+    ],
+)
+def test_refusals_of_decoding_say_why(pattern, change, reason):
+    refusal = decode.feasible(pattern_of(**pattern), replace(decode.Config(), **change), TARGET)
+    assert isinstance(refusal, Rejected)
+    assert reason in refusal.reason
 
 
 @pytest.mark.parametrize("template", ["v1", "v2"])
