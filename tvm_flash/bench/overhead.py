@@ -145,7 +145,7 @@ def _parts(signature: Signature, arguments: tuple) -> dict[str, Timed]:
     eager.forget()
     out = signature.call(*arguments)
     if not fast.is_loaded():
-        raise SystemExit("the installed packs have no fast path; build one with scripts/build_kernels.py")
+        raise SystemExit("the installed packs have no fast path; run `python -m tvm_flash build`")
     (plan,) = eager._plans.values()
     q, k, v = arguments[:3]
     _, (_, call, *_), ((make_out, of_what, *_), _) = plan.recipe(signature, {"q": q, "k": k, "v": v, "o": None})

@@ -74,6 +74,10 @@ def arguments_of(
     found["lse"] = TensorSpec((lse_elements,), (1,), "float32", device.kind, device.index)
     for name, x in request.per_head.items():
         found[name] = _per_head(x, request)
+    heads = (request.sizes.batch, request.sizes.heads)
+    for param in entry.params:  # one that isn't given, and that the kernel doesn't use then
+        if param.per_head and param.name not in found and request.scalars.get(f"has_{param.name}") == 0:
+            found[param.name] = TensorSpec(heads, (0, 0), param.dtype, device.kind, device.index)
     for scalar in entry.scalars:
         found[scalar.name] = extents[scalar.name]
     for workspace in entry.workspaces:

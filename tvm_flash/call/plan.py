@@ -23,7 +23,7 @@ from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.frameworks import Framework, TensorView
 from tvm_flash.machine.device import Device
 from tvm_flash.machine.ffi import Frame
-from tvm_flash.packs.manifest import Launch
+from tvm_flash.packs.manifest import KernelEntry, Launch
 from tvm_flash.packs.registry import registry
 
 
@@ -102,7 +102,7 @@ class Plan:
         arguments = arguments_of(entry, request, extents)
         functions = registry().load(self.choice.kernel)
         self._launches = [
-            (function, [arguments[x.role] for x in launch.arguments], _tensor_roles(launch))
+            (function, [arguments[x.role] for x in launch.arguments], _tensor_roles(launch, entry, request))
             for function, launch in zip(functions, entry.launches, strict=True)
         ]
         self._misaligned = entry.alignment - 1
@@ -242,6 +242,7 @@ def _with_alignment(problem: Problem, alignment: int) -> Problem:
     return problem if problem.alignment == alignment else dataclasses.replace(problem, alignment=alignment)
 
 
-def _tensor_roles(launch: Launch) -> tuple[str, ...]:
-    """The roles of a launch's tensors, in the order of its arguments."""
-    return tuple(x.role for x in launch.arguments if x.rank)
+def _tensor_roles(launch: Launch, entry: KernelEntry, request: Request) -> tuple[str, ...]:
+    """The roles of a launch's tensors, in the order of its arguments; q's memory stands for what isn't given."""
+    absent = {p.name for p in entry.params if p.per_head} - request.per_head.keys()
+    return tuple("q" if x.role in absent else x.role for x in launch.arguments if x.rank)

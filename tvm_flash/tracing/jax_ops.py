@@ -117,6 +117,9 @@ class _Abstract(Jax):
     def __init__(self, kind: str):
         self._kind = kind
 
+    def allocates(self, device_kind):
+        return False  # a foreign function is one launch, which gets no workspace
+
     def view(self, tensor, name):
         shape = tuple(tensor.shape)
         return TensorView(shape, contiguous_strides(shape), tensor.dtype.name, self._kind, 0, pointer=0)
@@ -189,7 +192,11 @@ def _call_kernel(target: str, request: Request, kernel: Installed, *arrays):
         return jnp.swapaxes(x, 1, 2) if swap else x
 
     named = dict(zip(request.per_head, arrays[3:], strict=True))
-    per_head = [jnp.broadcast_to(named[p.name], (sizes.batch, sizes.heads)) for p in entry.params if p.per_head]
+    per_head = [
+        jnp.broadcast_to(named.get(p.name, jnp.zeros((), p.dtype)), (sizes.batch, sizes.heads))
+        for p in entry.params
+        if p.per_head
+    ]
     numbers = {p.name: _number(p.dtype, request.scalars[p.name]) for p in entry.params if not p.per_head}
     results = (
         jax.ShapeDtypeStruct(sizes.out_shape(entry.layout), arrays[0].dtype),
