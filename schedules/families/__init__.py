@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import FORWARD, Program, Rejected, Target, Traversal
+from schedules.families.interface import FORWARD, Program, Rejected, Target
+from schedules.tile.tile_scheduler import Traversal
 
 #: Family module for each arch that packs can be built for.
 FAMILY = {

@@ -18,13 +18,12 @@ sits.  It is a module with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tvm.ir import Expr, PrimType
+from tvm.ir import PrimType
 from tvm.tirx import PrimFunc
 
-from schedules.tile.tile_scheduler import Order, Work
 from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 
 #: Kinds of kernels: the usual one, and the one for few query rows, with the keys split among blocks.
@@ -48,19 +47,6 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.arch} ({self.isa})" if self.isa else self.arch
-
-
-@dataclass(frozen=True)
-class Traversal:
-    """What a template decides: the order in which work tiles are visited, and the physical layout of q, k, v and o.
-
-    ``order(work, section)`` is the tile scheduler's order of a launch's work; ``section()`` is how many heads the
-    caches have room for, asked only by an order that wants to know.
-    """
-
-    template: str
-    layout: str
-    order: Callable[[Work, Callable[[], Expr]], Order]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
 from schedules.families import schedule
-from schedules.families.interface import FORWARD, Program, Rejected, Target, Traversal
-from schedules.tile.tile_scheduler import HeadsOuter
+from schedules.families.interface import FORWARD, Program, Rejected, Target
+from schedules.tile.tile_scheduler import HeadsOuter, Traversal
 
 TRAVERSAL = Traversal("v1", layout="bhsd", order=lambda work, section: HeadsOuter(work))
 

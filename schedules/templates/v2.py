@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
 from schedules.families import schedule
-from schedules.families.interface import FORWARD, Program, Rejected, Target, Traversal
-from schedules.tile.tile_scheduler import SeqOuter
+from schedules.families.interface import FORWARD, Program, Rejected, Target
+from schedules.tile.tile_scheduler import SeqOuter, Traversal
 
 TRAVERSAL = Traversal("v2", layout="bshd", order=lambda work, section: SeqOuter(work, section()))
 

@@ -15,11 +15,11 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Traversal
 from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import Tensor, flat, wide
 from schedules.tile.score import LN_2, LOG2_E
 from schedules.tile.softmax import LOWEST, from_lane
+from schedules.tile.tile_scheduler import Traversal
 
 THREADS = 256
 #: Splits that a thread reads before it adds them.

@@ -15,9 +15,9 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern, Site
-from schedules.families.interface import Traversal
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.sequences import Dense
+from schedules.tile.tile_scheduler import Traversal
 
 _UNBOUNDED = 1 << 60  # extent of a flat view
 

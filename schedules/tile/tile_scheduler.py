@@ -16,6 +16,7 @@ Sizes and indices are expressions of whatever integer type the family computes a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -119,3 +120,16 @@ def from_both_ends(m_block: Expr, m_blocks: Expr) -> Expr:
 def ceildiv(a, b):
     """``a / b`` rounded up, for non-negative numbers."""
     return T.truncdiv(a + (b - 1), b)
+
+
+@dataclass(frozen=True)
+class Traversal:
+    """What a template decides: the order in which work tiles are visited, and the physical layout of q, k, v and o.
+
+    ``order(work, section)`` is the tile scheduler's order of a launch's work; ``section()`` is how many heads the
+    caches have room for, asked only by an order that wants to know.
+    """
+
+    template: str
+    layout: str
+    order: Callable[[Work, Callable[[], Expr]], Order]

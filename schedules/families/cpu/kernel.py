@@ -13,9 +13,9 @@ from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pairs import DOT_PAIRS
 from schedules.families.cpu.problem import Problem, Tensor
 from schedules.families.cpu.tiles import row_tile_macro
-from schedules.families.interface import Program, Target, Traversal, forward_program
+from schedules.families.interface import Program, Target, forward_program
 from schedules.tile.dtypes import element_type
-from schedules.tile.tile_scheduler import Work, from_both_ends, place_of_item
+from schedules.tile.tile_scheduler import Traversal, Work, from_both_ends, place_of_item
 
 #: What the multiplications need beyond TIR, as LLVM's assembly: instructions that LLVM doesn't find by itself.
 LLVM_FUNCTIONS = {"pairs": DOT_PAIRS, "tiles": TILE_PRODUCT}

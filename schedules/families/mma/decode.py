@@ -17,7 +17,6 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Traversal
 from schedules.families.mma.mma import ALIGNMENT, this_place
 from schedules.tile.epilogue import normalise
 from schedules.tile.geometry import Geometry, Parameters, flat, parameterised, site, wide
@@ -25,7 +24,7 @@ from schedules.tile.key_range import KeyTiles, next_visible
 from schedules.tile.key_source import ContiguousRows
 from schedules.tile.packing import PackedRows
 from schedules.tile.softmax import OnlineSoftmax
-from schedules.tile.tile_scheduler import Work, WorkTile, ceildiv
+from schedules.tile.tile_scheduler import Traversal, Work, WorkTile, ceildiv
 
 #: Keys of a split, by the fewest keys of the sequence.
 SPLIT_LENGTHS = ((0, 64), (2048, 128), (4096, 256), (131072, 512))

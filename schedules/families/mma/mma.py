@@ -14,14 +14,13 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Traversal
 from schedules.families.mma.registers import anew, fresh
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import normalise, store_lse, store_rows
 from schedules.tile.geometry import Geometry, Parameters, flat, parameterised, site
 from schedules.tile.key_range import KeyTiles, in_parts, is_full, next_visible
 from schedules.tile.key_source import ContiguousRows
-from schedules.tile.tile_scheduler import Order, Place, Work, WorkTile, ceildiv, longest_first
+from schedules.tile.tile_scheduler import Order, Place, Traversal, Work, WorkTile, ceildiv, longest_first
 
 ALIGNMENT = 16
 INDEX_BITS = 32

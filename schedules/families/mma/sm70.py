@@ -12,12 +12,13 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import Program, Rejected, Target, Traversal, forward_program
+from schedules.families.interface import Program, Rejected, Target, forward_program
 from schedules.families.mma import mma
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
 from schedules.tile.fragment import VOLTA
 from schedules.tile.softmax import from_lane
+from schedules.tile.tile_scheduler import Traversal
 
 DTYPES = ("float16",)  # tensor cores know bfloat16 from sm_80 on
 TEMPLATES = ("v1",)

@@ -9,13 +9,14 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import Program, Rejected, Target, Traversal, forward_program
+from schedules.families.interface import Program, Rejected, Target, forward_program
 from schedules.families.mma import ldmatrix, mma
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
 from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
 from schedules.tile.fragment import M16N8
+from schedules.tile.tile_scheduler import Traversal
 
 DTYPES = ("float16",)  # tensor cores know bfloat16 from sm_80 on
 TEMPLATES = ("v1",)

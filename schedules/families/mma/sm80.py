@@ -22,13 +22,14 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import Program, Rejected, Target, Traversal, forward_program
+from schedules.families.interface import Program, Rejected, Target, forward_program
 from schedules.families.mma import ldmatrix, mma
 from schedules.families.mma.decode import PackedSoftmax
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
 from schedules.tile.fragment import M16N8
+from schedules.tile.tile_scheduler import Traversal
 
 DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")

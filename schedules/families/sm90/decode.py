@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Rejected, Target, Traversal
+from schedules.families.interface import Rejected, Target
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
@@ -32,7 +32,7 @@ from schedules.families.sm90.work_tile import Block, KeyWalk
 from schedules.tile.epilogue import normalise
 from schedules.tile.geometry import Geometry, flat, parameterised, wide
 from schedules.tile.score import NEGATIVE_INFINITY
-from schedules.tile.tile_scheduler import ceildiv
+from schedules.tile.tile_scheduler import Traversal, ceildiv
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
 

@@ -10,7 +10,6 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Traversal
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, panels, q_stages
 from schedules.families.sm90.consumer import Consumer
@@ -22,6 +21,7 @@ from schedules.families.sm90.tile_scheduler import TileScheduler
 from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import Geometry, parameterised
+from schedules.tile.tile_scheduler import Traversal
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
 
