@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests import entries
 from tests.conftest import ROOT
 from tvm_flash.commands import check as selfcheck
 from tvm_flash.commands.cli import main
@@ -63,7 +64,7 @@ def test_info_without_packs_says_what_makes_them(use_packs, tmp_path, capsys):
     (broken / MANIFEST_NAME).write_text("{")
     use_packs(broken)
     status, out, _ = run(capsys, "info")
-    assert status == 0 and "missing: cpu; run `scripts/build_kernels.py --arch cpu`" in out
+    assert status == 0 and "missing: cpu; run `python -m tvm_flash build --arch cpu`" in out
     assert "packs: none" in out and f"✗ {broken}" in out
 
 
@@ -150,7 +151,13 @@ def test_check_finds_a_kernel_that_computes_something_else(small_pack, capsys):
 
 
 def test_check_finds_a_kernel_that_is_not_there(small_pack, capsys):
-    small_pack(lambda k: dataclasses.replace(k, symbol="gone") if k.mask == "causal" else k)
+    small_pack(
+        lambda k: (
+            dataclasses.replace(k, symbol="gone", launches=(entries.launch("gone", "float32"),))
+            if k.mask == "causal"
+            else k
+        )
+    )
     status, out, _ = run(capsys, "check")
     assert status == 1 and "✗ cpu gone" in out and "has no function gone" in out
 
@@ -164,7 +171,7 @@ def test_check_says_which_kernels_it_cannot_judge(small_pack, capsys):
 def test_check_without_packs(use_packs, tmp_path, capsys):
     use_packs(tmp_path)
     status, out, err = run(capsys, "check")
-    assert status == 2 and out == "" and "no usable pack" in err and "build_kernels.py" in err
+    assert status == 2 and out == "" and "no usable pack" in err and "tvm_flash build" in err
 
 
 def test_every_installed_kernel_is_right(cpu_pack):
@@ -207,7 +214,7 @@ def test_explain_an_arch_that_is_not_there(small_pack, capsys, tmp_path, use_pac
         dataclasses.replace(
             entry,
             arch="sm_80",
-            dtype="float16",
+            launches=(entries.launch(f"{t}_gpu", "float16"),),
             template=t,
             symbol=f"{t}_gpu",
             registers=168,

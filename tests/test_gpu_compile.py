@@ -39,7 +39,7 @@ def compiled(program: Program, arch: str, folder):
     except ToolchainError as missing:
         pytest.skip(str(missing))
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host={"kind": "cuda_host"})
-    module = tvm.IRModule({"kernel": program.func})
+    module = tvm.IRModule(program.functions)
     text = export_cuda_host(tvm.compile(module, target=target, tir_pipeline=program.pipeline).mod)
     source, target_file = folder / "kernel.cu", folder / "kernel.o"
     source.write_text(text)

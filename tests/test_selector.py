@@ -7,12 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests import entries
 from tvm_flash import BackendSelector, InvalidArgumentError, KernelNotFoundError, NotSupportedError, flash_attention
 from tvm_flash.call.choice import choose, explain
 from tvm_flash.call.problem import MASK_FALLBACKS, Problem
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device, default_device
-from tvm_flash.packs.manifest import MANIFEST_NAME, KernelEntry, Manifest, Param, Speed
+from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest, Param, Speed
 
 WINDOW = (Param("window_left", "int32"), Param("window_right", "int32"))
 GPU = Device("cuda", 0)
@@ -20,21 +21,9 @@ GPU = Device("cuda", 0)
 
 def kernel(template="v1", arch="sm_80", dtype="float16", head_dim=64, mask="window", score="identity", **more):
     symbol = f"{template}_{dtype}_d{head_dim}_{mask}_{score}" + (f"_s{more['bucket']}" if more.get("bucket") else "")
-    fields = {
-        "symbol": symbol,
-        "module": "m.so",
-        "head_dim_v": head_dim,
-        "definition": "attention",
-        "params": WINDOW if mask == "window" else (),
-        "bucket": 0,
-        "alignment": 16,
-        "index_bits": 32,
-        "config": {},
-        "config_source": "default",
-        "source_hash": "",
-        **more,
-    }
-    return KernelEntry(template=template, arch=arch, dtype=dtype, head_dim=head_dim, mask=mask, score=score, **fields)
+    fields = {"head_dim_v": head_dim, "params": WINDOW if mask == "window" else (), **more}
+    what = {"template": template, "arch": arch, "head_dim": head_dim, "mask": mask, "score": score}
+    return entries.forward(symbol, dtype, **what, **fields)
 
 
 @pytest.fixture
@@ -200,13 +189,13 @@ def test_sizes_beyond_32_bits(packs):
     [
         (
             {"dtype": "bfloat16"},
-            "no sm_89 kernel for bfloat16; run `scripts/build_kernels.py --arch sm_89 --dtype bfloat16`",
+            "no sm_89 kernel for bfloat16; run `python -m tvm_flash build --arch sm_89 --dtype bfloat16`",
         ),
         ({"head_dim": 160, "head_dim_v": 160}, "no sm_89 kernel for head_dim 160 (the largest takes 64:64)"),
-        ({"head_dim": 160, "head_dim_v": 160}, "run `scripts/build_kernels.py --arch sm_89 --head-dim 160`"),
+        ({"head_dim": 160, "head_dim_v": 160}, "run `python -m tvm_flash build --arch sm_89 --head-dim 160`"),
         ({"head_dim_v": 128}, "--arch sm_89 --head-dim 64:128`"),
-        ({"score": "softcap"}, "no sm_89 kernel for the score softcap; run `scripts/build_kernels.py --arch sm_89"),
-        ({"masks": ("window",)}, "no sm_89 kernel for the mask window; run `scripts/build_kernels.py --arch sm_89"),
+        ({"score": "softcap"}, "no sm_89 kernel for the score softcap; run `python -m tvm_flash build --arch sm_89"),
+        ({"masks": ("window",)}, "no sm_89 kernel for the mask window; run `python -m tvm_flash build --arch sm_89"),
         ({"definition": "mine", "masks": ()}, "no sm_89 kernel of the definition 'mine'"),
         ({"definition": "mine", "masks": ()}, "--definition <file.py>:mine --dtype float16`"),
     ],

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from tvm_flash.call import checks, memory
-from tvm_flash.call.choice import Choice
 from tvm_flash.call.plan import EmptyPlan, Plan, Request
-from tvm_flash.call.problem import INT32_MAX, MASK_FALLBACKS, Problem, normalise_mask, score_kind
+from tvm_flash.call.problem import (
+    INT32_MAX,
+    MASK_FALLBACKS,
+    MAX_POSITIONED,
+    UNBOUNDED,
+    Problem,
+    normalise_mask,
+    score_kind,
+)
+from tvm_flash.call.signature import Options
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry, Param
-from tvm_flash.packs.registry import registry
+from tvm_flash.packs.registry import build_command, registry
 
 #: Parameters of the builtin definition that are tensors.
 _BUILTIN_PER_HEAD = {
@@ -26,70 +32,18 @@ _BUILTIN_PER_HEAD = {
         Param("alibi_slopes", "float32", per_head=True),
         Param("kv_start", "int32", per_head=True),
         Param("kv_end", "int32", per_head=True),
+        Param("query_start", "int32", per_head=True),
     )
 }
+
+#: Of these, what a kernel can do without: such a one has a number, ``has_`` and the name.
+_OPTIONAL = ("alibi_slopes", "query_start")
 
 
 NO_BACKWARD = (
     "q, k, v: a gradient is required of them, and there is no backward pass yet; call under torch.no_grad() or "
     "torch.inference_mode(), or pass q.detach() and so on"
 )
-
-
-def accept_any(choice: Choice) -> None:
-    """Whatever kernel was chosen will do."""
-
-
-class Options(NamedTuple):
-    """What a call asks for, apart from tensors; not yet checked.  A tuple, since it is the key of plans in every call.
-
-    ``params`` are names and values of the numbers that a definition of the user's own takes.  ``accept`` may raise for
-    a kernel that was chosen.  ``layout_known`` says that no shape is to be taken for one of the other layout.
-    """
-
-    layout: str
-    variant: Any
-    return_lse: Any
-    softmax_scale: Any
-    causal: Any = False
-    window_size: Any = (-1, -1)
-    softcap: Any = 0.0
-    definition: str = BUILTIN_DEFINITION
-    params: tuple[tuple[str, Any], ...] = ()
-    accept: Callable[[Choice], None] = accept_any
-    layout_known: bool = False
-
-
-@dataclass(frozen=True)
-class Site:
-    """What a function of the package has decided before it is called.
-
-    ``per_head`` and ``scalars`` are the names of the parameters that are tensors and, for a definition of the user's
-    own, of those that are numbers; the others are as in :class:`Options`.
-    """
-
-    layout: str
-    definition: str = BUILTIN_DEFINITION
-    per_head: tuple[str, ...] = ("alibi_slopes",)
-    scalars: tuple[str, ...] = ()
-    accept: Callable[[Choice], None] = accept_any
-    layout_known: bool = False
-
-    def options(self, variant: Any, return_lse: Any, softmax_scale: Any, *rest: Any) -> Options:
-        """The options of a call; ``rest`` is causal, window_size and softcap, or the values of ``scalars``."""
-        builtin = self.definition == BUILTIN_DEFINITION
-        return Options(
-            *(self.layout, variant, return_lse, softmax_scale),
-            *(rest if builtin else ()),
-            definition=self.definition,
-            params=() if builtin else tuple(zip(self.scalars, rest, strict=True)),
-            accept=self.accept,
-            layout_known=self.layout_known,
-        )
-
-
-#: A site, the same one for the same arguments: the fast path knows it by its address.
-site = functools.lru_cache(maxsize=256)(Site)
 
 
 def prepare(
@@ -133,6 +87,7 @@ def request_of(
             **what,
             dtype=q.dtype,
             layout=options.layout,
+            workspaces=framework.allocates(q.device_kind),
             index_bits=_index_bits(sizes, (q, k, v, out_view), options.layout),
         ),
         device=Device(q.device_kind, q.device_index),
@@ -183,12 +138,23 @@ def _computation(
         scalars = {name: _scalar(params[name], x) for name, x in options.params}
         return {"definition": options.definition, "masks": (), "score": ""}, scalars, params
     causal = checks.check_flag("causal", options.causal)
-    mask = normalise_mask(causal, checks.check_window(options.window_size), sizes.seqlen_q, sizes.seqlen_kv)
-    softcap = checks.check_softcap(options.softcap)
+    window = checks.check_window(options.window_size)
+    mask = normalise_mask(causal, window, sizes.seqlen_q, sizes.seqlen_kv)
     left, right = (min(x, INT32_MAX) for x in mask.widths(sizes.seqlen_q, sizes.seqlen_kv))
     kind = "padded" if "kv_end" in per_head else mask.kind
+    if "query_start" in per_head:  # queries may stand anywhere, so that no bound is known to cut nothing off
+        kind = "positioned"
+        if sizes.seqlen_q + sizes.seqlen_kv > MAX_POSITIONED:
+            raise NotSupportedError(
+                f"query_start: there are {sizes.seqlen_q} queries and {sizes.seqlen_kv} keys, and with it at most "
+                f"{MAX_POSITIONED} together; split the queries over several calls"
+            )
+        left, right = (UNBOUNDED if x == -1 else min(x, UNBOUNDED) for x in window)
+        right = 0 if causal else right
+    softcap = checks.check_softcap(options.softcap)
     what = {"masks": MASK_FALLBACKS[kind], "score": score_kind(softcap != 0, "alibi_slopes" in per_head)}
     scalars = {"softcap": softcap, "window_left": left, "window_right": right}
+    scalars |= {f"has_{name}": int(name in per_head) for name in _OPTIONAL}
     return what, scalars, _BUILTIN_PER_HEAD
 
 
@@ -206,7 +172,7 @@ def params_of(definition: str) -> dict[str, Param]:
     known = sorted({e.definition for e in entries if e.definition != BUILTIN_DEFINITION})
     raise InvalidArgumentError(
         f"name: no pack has kernels of the definition {definition!r} (there are: {', '.join(known) or 'none'}); "
-        f"run `scripts/build_kernels.py --definition <file.py>:{definition}`"
+        f"run `{build_command('native', '--definition', f'<file.py>:{definition}')}`"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, FARTHEST_START
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("bhsd", "bshd")
@@ -22,10 +22,19 @@ MASK_FALLBACKS = {
     "full": ("full", "window"),
     "causal": ("causal", "window"),
     "window": ("window",),
-    "padded": ("padded",),
+    "padded": ("padded", "positioned"),
+    "positioned": ("positioned",),
 }
 
+#: The same for score modifications: ``optional`` has a soft cap and slopes that may be off.
+SCORE_FALLBACKS = {name: (name, "optional") for name in ("identity", "softcap", "alibi", "softcap_alibi")}
+
 INT32_MAX = 2**31 - 1
+
+#: A side of a window that is wider than any distance from a ``query_start``, in sequences of ``MAX_POSITIONED`` queries
+#: and keys together; no sum of the two leaves int32.
+UNBOUNDED = 2 * FARTHEST_START - 2
+MAX_POSITIONED = FARTHEST_START - 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,8 @@ class Problem:
     ``head_dim`` and ``head_dim_v`` in elements; ``masks`` are the mask kinds that would do, the best first, and empty
     for a definition of the user's own, which has its mask built in.  ``layout`` is that of the caller's tensors.
     ``alignment`` is the number of bytes (a power of two) that all pointers and strides are multiples of.
-    ``index_bits`` is 32 if every size and stride fits an int32, else 64.
+    ``index_bits`` is 32 if every size and stride fits an int32, else 64.  ``op`` is the operator that is asked for, and
+    ``workspaces`` says whether memory for them can be allocated.
     """
 
     batch: int
@@ -91,6 +101,18 @@ class Problem:
     definition: str = BUILTIN_DEFINITION
     alignment: int = 128
     index_bits: int = 32
+    op: str = "forward"
+    workspaces: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a key: those of all heads of a group."""
+        return self.seqlen_q * (self.heads // max(1, self.kv_heads))
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The score modifications that would do, the best first."""
+        return SCORE_FALLBACKS.get(self.score, (self.score,))
 
     def __str__(self) -> str:
         kv = f", kv_heads {self.kv_heads}" if self.kv_heads != self.heads else ""

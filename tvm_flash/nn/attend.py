@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm_flash.call import eager
-from tvm_flash.call.prepare import site
-from tvm_flash.call.problem import LAYOUTS
+import torch
 
-_SITES = {layout: site(layout, layout_known=True) for layout in LAYOUTS}
+from tvm_flash.call.eager import entrance
+from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, LAYOUTS
+from tvm_flash.call.signature import signature
+
+_attend = {layout: entrance(signature(layout, layout_known=True)) for layout in LAYOUTS}
 
 
 def attend(
@@ -27,6 +29,14 @@ def attend(
 ) -> Any:
     """:func:`tvm_flash.flash_attention` in a layout, by whichever template is better, without a look at the layout."""
     # fmt: off
-    return eager.attend(_SITES[layout], 5, q, k, v, alibi_slopes, out,
-                       "auto", return_lse, softmax_scale, causal, window_size, softcap)
+    return _attend[layout](q, k, v, alibi_slopes, out,
+                           "auto", return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on
+
+
+def fit(x: torch.Tensor) -> torch.Tensor:
+    """The same as kernels take it: a contiguous last dimension, with zeros up to a multiple of what they count in."""
+    beyond = -x.shape[-1] % HEAD_DIM_MULTIPLE
+    if beyond:
+        return torch.nn.functional.pad(x, (0, beyond))
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from tvm_flash.call import eager
-from tvm_flash.call.prepare import NO_BACKWARD, Options, site
+from tvm_flash.call.eager import entrance
+from tvm_flash.call.prepare import NO_BACKWARD
+from tvm_flash.call.signature import Options, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
@@ -29,7 +30,7 @@ _library = torch.library.Library("tvm_flash", "DEF")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes=None, Tensor? kv_start=None, "
-    "Tensor? kv_end=None, *, "
+    "Tensor? kv_end=None, Tensor? query_start=None, *, "
     'str layout="bhsd", str variant="auto", float? softmax_scale=None, bool causal=False, SymInt window_left=-1, '
     "SymInt window_right=-1, float softcap=0.0, bool return_lse=False) -> (Tensor, Tensor)",
     tags=_TAGS,
@@ -53,6 +54,7 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
             per_head.get("alibi_slopes"),
             per_head.get("kv_start"),
             per_head.get("kv_end"),
+            per_head.get("query_start"),
             layout=options.layout,
             variant=options.variant,
             softmax_scale=options.softmax_scale,
@@ -90,8 +92,8 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
 
 
 def _run(what, tensors, options, *, layout="bhsd", variant="auto", softmax_scale=None, return_lse=False):
-    at = site(layout, **what, layout_known=True)
-    result = eager.attend(at, len(tensors) + 1, *tensors, None, variant, return_lse, softmax_scale, *options)
+    attend = entrance(signature(layout, **what, layout_known=True))
+    result = attend(*tensors, None, variant, return_lse, softmax_scale, *options)
     return result if return_lse else (result, tensors[0].new_empty(0, dtype=torch.float32))
 
 
@@ -99,17 +101,16 @@ def _run(what, tensors, options, *, layout="bhsd", variant="auto", softmax_scale
 
 
 def _attention(
-    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, *, causal=False, window_left=-1, window_right=-1,
-    softcap=0.0, **others,
+    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, query_start=None, *, causal=False, window_left=-1,
+    window_right=-1, softcap=0.0, **others,
 ):  # fmt: skip
-    what = {"per_head": ("alibi_slopes", "kv_start", "kv_end")}
-    return _run(
-        what, (q, k, v, alibi_slopes, kv_start, kv_end), (causal, (window_left, window_right), softcap), **others
-    )
+    what = {"parameters": ("alibi_slopes", "kv_start", "kv_end", "query_start")}
+    tensors = (q, k, v, alibi_slopes, kv_start, kv_end, query_start)
+    return _run(what, tensors, (causal, (window_left, window_right), softcap), **others)
 
 
 def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, number_names, **others):
-    what = {"definition": name, "per_head": tuple(per_head_names), "scalars": tuple(number_names)}
+    what = {"definition": name, "parameters": tuple(per_head_names), "scalars": tuple(number_names)}
     return _run(what, (q, k, v, *per_head), numbers, **others)
 
 
