@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm_flash.call.checks import check_layout, check_variant
-from tvm_flash.call.eager import entrance
+from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.prepare import params_of
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError

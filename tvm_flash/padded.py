@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm_flash.call.checks import check_layout
-from tvm_flash.call.eager import entrance
+from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.problem import LAYOUTS
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError

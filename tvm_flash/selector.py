@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm_flash.call import checks
 from tvm_flash.call.choice import Choice, Explanation, choose, explain
-from tvm_flash.call.eager import entrance
+from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem, normalise_mask
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError

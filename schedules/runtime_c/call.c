@@ -1,10 +1,10 @@
 /* The fast path of a repeated call, from Python's arguments to the kernel.
  *
  * Whatever the checks and the choice of a kernel depend on becomes a key of 64-bit words: shapes, strides, dtypes and
- * devices, the alignment of the pointers, and the options.  The slow path (tvm_flash/call/eager.py) does all the checks and
+ * devices, the alignment of the pointers, and the options.  The slow path (tvm_flash/call/dispatch.py) does all the checks and
  * then leaves a recipe under the call's key; a call that finds one has passed them.  What depends on pointers and modes
- * is looked at here each time: alignment (in the key), overlap with `out`, and gradients.  Whatever isn't simple, and
- * whatever fails, goes to the slow path, which takes it from the start and says what is wrong.
+ * is looked at here each time: alignment (in the key), overlap with `out`, gradients, and whether somebody watches.  Whatever
+ * isn't simple, and whatever fails, goes to the slow path, which takes it from the start and says what is wrong.
  *
  * All state belongs to the GIL, which is released while a kernel runs.
  */
@@ -14,7 +14,7 @@
 #include "call_key.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define ABI 3 /* of the functions below and of Recipe; tvm_flash/call/fast.py asks for the one that it knows */
+#define ABI 4 /* of the functions below and of Recipe; tvm_flash/call/fast.py asks for the one that it knows */
 #define MAX_ARGUMENTS 32 /* of a launch */
 #define MAX_MADE 8       /* tensors that a call makes: results, and memory for workspaces */
 #define MAX_SLOTS 32     /* pointers of a call: those of its tensors, of what it makes, and of workspaces */
@@ -119,9 +119,17 @@ static int is_true(PyObject* owned) {
 
 static int gradient_expected(const Call* call) {
   if (!call->reader->is_grad_enabled || !is_true(PyObject_CallNoArgs(call->reader->is_grad_enabled))) return 0;
-  for (int i = 0; i < call->signature->inputs; i++)
-    if (is_true(PyObject_GetAttr(call->tensors[i], name_requires_grad))) return 1;
+  for (int i = 0; i < call->tensor_count; i++)
+    if (call->tensors[i] != none && is_true(PyObject_GetAttr(call->tensors[i], name_requires_grad))) return 1;
   return 0;
+}
+
+/* Whether somebody may have to see the call as an operator.  What the dispatch keys tell is in the call's key. */
+static int is_watched(const Call* call) {
+  if (!call->reader->watched || call->signature->below) return 0;
+  if (watch.observed() || watch.function_mode()) return 1;
+  PyObject* level = PyDict_GetItemWithError(watch.forward_ad, name_level);
+  return !level || PyLong_AsLongLong(level) >= 0; /* -1: no tensor has a tangent */
 }
 
 /* Whether the bytes of a result may be some of another tensor's; the slow path looks closer. */
@@ -143,7 +151,7 @@ static int is_current(const Recipe* recipe) {
 /* A new tensor and its address.  `ways` is (function, arguments, function, arguments): the first is quick and makes it on
  * the current device, the second is sure. */
 static PyObject* make(const Recipe* recipe, PyObject* ways, uint64_t* pointer) {
-  uint64_t words[1 + 2 * MAX_DIMS];
+  uint64_t words[TENSOR_WORDS];
   for (int sure = !is_current(recipe); sure < 2; sure++) {
     PyObject* tensor = PyObject_CallObject(PyTuple_GetItem(ways, 2 * sure), PyTuple_GetItem(ways, 2 * sure + 1));
     if (!tensor) return NULL;
@@ -250,7 +258,7 @@ static PyObject* call_(PyObject* self, PyObject* const* arguments, ptrdiff_t cou
   if (entry) {
     recent = entry, known = &entry->options;
     entry->references++;
-    PyObject* result = gradient_expected(&call) ? NULL : follow(&call, entry);
+    PyObject* result = is_watched(&call) || gradient_expected(&call) ? NULL : follow(&call, entry);
     release(entry);
     if (result || PyErr_Occurred()) return result;
   }
@@ -276,7 +284,7 @@ static void unbind(PyObject* capsule) {
 
 static PyMethodDef call_method = {"call", call_, METH_FASTCALL, NULL};
 
-/* bind(signature, tensors, inputs, outputs): the function that answers calls of a signature, sooner. */
+/* bind(signature, tensors, inputs, outputs, below): the function that answers calls of a signature, sooner. */
 static PyObject* bind(PyObject* self, PyObject* const* arguments, ptrdiff_t count) {
   (void)self, (void)count;
   Signature* signature = malloc(sizeof *signature);
@@ -286,6 +294,7 @@ static PyObject* bind(PyObject* self, PyObject* const* arguments, ptrdiff_t coun
       .tensors = (int)PyLong_AsLongLong(arguments[1]),
       .inputs = (int)PyLong_AsLongLong(arguments[2]),
       .outputs = (int)PyLong_AsLongLong(arguments[3]),
+      .below = arguments[4] == &_Py_TrueStruct,
   };
   if (signature->tensors > MAX_TENSORS) { /* too many for a key: every call goes the slow way */
     free(signature);
@@ -351,8 +360,8 @@ static PyObject* add(PyObject* self, PyObject* const* arguments, ptrdiff_t count
   return done();
 }
 
-/* read(type, framework, capsule of its DLPackExchangeAPI or None, is_grad_enabled or None, dtype of kind "V" or None):
- * how tensors of a type are read from now on. */
+/* read(type, framework, capsule of its DLPackExchangeAPI or None, is_grad_enabled or None, dtype of kind "V" or None,
+ * the fields of Watch as a tuple or None): how tensors of a type are read from now on. */
 static PyObject* read_(PyObject* self, PyObject* const* arguments, ptrdiff_t count) {
   (void)self, (void)count;
   const DLPackExchangeAPI* api = NULL;
@@ -365,14 +374,29 @@ static PyObject* read_(PyObject* self, PyObject* const* arguments, ptrdiff_t cou
   while (at < reader_count && readers[at].type != arguments[0]) at++;
   if (at == MAX_READERS) return done();
   if (at == reader_count) reader_count++;
-  for (int i = 0; i < 5; i++) Py_IncRef(arguments[i]); /* for ever: types of frameworks, which stay loaded */
+  for (int i = 0; i < 6; i++) Py_IncRef(arguments[i]); /* for ever: types of frameworks, which stay loaded */
   readers[at] = (Reader){
       .type = arguments[0],
       .framework = (int)PyLong_AsLongLong(arguments[1]),
       .api = api,
       .is_grad_enabled = arguments[3] == none ? NULL : arguments[3],
       .void_dtype = arguments[4],
+      .watched = arguments[5] != none,
   };
+  if (arguments[5] != none) {
+    void* fields[6];
+    for (int i = 0; i < 6; i++) fields[i] = PyLong_AsVoidPtr(PyTuple_GetItem(arguments[5], i));
+    watch = (Watch){
+        .impl = (ptrdiff_t)fields[0],
+        .keys = (ptrdiff_t)fields[1],
+        .symbol = (void* (*)(void*, const char*))fields[2],
+        .library = fields[3],
+        .observed = (_Bool(*)(void))fields[4],
+        .function_mode = (_Bool(*)(void))fields[5],
+        .thread_keys = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(arguments[5], 6), NULL),
+        .forward_ad = PyTuple_GetItem(arguments[5], 7),
+    };
+  }
   return done();
 }
 
@@ -408,6 +432,7 @@ EXPORT PyObject* tvm_flash_call_functions(int abi, PyObject* slow_path, void* fu
   set_stream = (int (*)(int32_t, int32_t, void*, void**))env_set_stream;
   slow = slow_path;
   Py_IncRef(slow);
+  name_level = PyUnicode_InternFromString("_current_level");
   name_array_struct = PyUnicode_InternFromString("__array_struct__");
   name_dtype = PyUnicode_InternFromString("dtype");
   name_requires_grad = PyUnicode_InternFromString("requires_grad");

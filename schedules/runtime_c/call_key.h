@@ -7,6 +7,7 @@
 #include "python_abi.h"
 
 #define MAX_DIMS 4
+#define TENSOR_WORDS (2 + 2 * MAX_DIMS)
 #define MAX_TENSORS 16 /* of a call: an operator's inputs, parameters that are tensors, results that may be given */
 #define MAX_WORDS 192
 #define MAX_ALIGNMENT 128 /* as in tvm_flash/call/memory.py */
@@ -28,6 +29,28 @@ typedef struct {
 
 enum { NATIVE_ORDER = 0x200, WRITABLE = 0x400 }; /* of ArrayStruct.flags */
 
+/* Where PyTorch keeps what it decides by how a call of an operator is answered.  None of this is a stable interface:
+ * tvm_flash/frameworks/torch_watch.py finds each of it by trial, and gives up the fast path where it can't. */
+typedef struct {
+  ptrdiff_t impl, keys;                /* in a tensor's object, of its implementation's address; in that, of its keys */
+  void* (*symbol)(void*, const char*); /* dlsym */
+  void* library;
+  _Bool (*observed)(void);      /* whether a profiler or another observer listens */
+  _Bool (*function_mode)(void); /* whether a TorchFunctionMode is on */
+  const char* thread_keys;      /* name of the thread's own keys: two words */
+  PyObject* forward_ad;         /* dictionary of the module that counts levels of forward-mode derivatives */
+} Watch;
+
+static Watch watch;
+static PyObject* name_level;
+
+/* The dispatch keys that a thread has switched on and off: a trace, a mode or a transform does. */
+static const uint64_t* thread_keys(void) {
+  static __thread const uint64_t* found;
+  if (!found) found = watch.symbol(watch.library, watch.thread_keys);
+  return found;
+}
+
 /* How tensors of one Python type are read. */
 typedef struct {
   PyObject* type;
@@ -35,6 +58,7 @@ typedef struct {
   const DLPackExchangeAPI* api; /* NULL: through __array_struct__ */
   PyObject* is_grad_enabled;    /* NULL: the framework has no gradients that we could miss */
   PyObject* void_dtype;         /* the one dtype of kind "V" that is known: bfloat16 */
+  int watched;                  /* whether tensors have dispatch keys, and others may listen: see Watch */
 } Reader;
 
 static Reader readers[MAX_READERS];
@@ -47,8 +71,8 @@ static const Reader* reader_of(PyObject* tensor) {
   return NULL;
 }
 
-/* A tensor in words: one of kind, dtype and device, then its shape and strides.  Gives the number of words; 0 for what
- * can't be read, with no error set. */
+/* A tensor in words: one of kind, dtype and device, then its shape and strides, and its dispatch keys, if it has some.
+ * Gives the number of words; 0 for what can't be read, with no error set. */
 static int read_array(const Reader* reader, PyObject* tensor, uint64_t* words, uint64_t* pointer) {
   PyObject* capsule = PyObject_GetAttr(tensor, name_array_struct);
   const ArrayStruct* array = capsule ? PyCapsule_GetPointer(capsule, NULL) : NULL;
@@ -91,7 +115,12 @@ static int read_tensor(const Reader* reader, PyObject* tensor, uint64_t* words, 
     words[2 + 2 * i] = (uint64_t)x.strides[i];
   }
   *pointer = (uint64_t)x.data + x.byte_offset;
-  return 1 + 2 * x.ndim;
+  int count = 1 + 2 * x.ndim;
+  if (reader->watched) { /* whatever isn't just memory (negated, batched, functional, …) has keys of its own */
+    const char* impl = *(const char* const*)((const char*)tensor + watch.impl);
+    words[count++] = *(const uint64_t*)(impl + watch.keys);
+  }
+  return count;
 }
 
 /* Whether the tensor that words of a DLTensor tell of is on a device. */
@@ -105,6 +134,7 @@ static int is_on(const uint64_t* words, int32_t type, int32_t index) {
 typedef struct {
   PyObject* signature; /* stands for what the caller has decided once and for all; never changes */
   int tensors, inputs, outputs;
+  int below; /* whether calls come from an operator, which whoever watches has seen */
 } Signature;
 
 /* A call, read: its key, and the pointers of its tensors (0 for what isn't given). */
@@ -114,7 +144,7 @@ typedef struct {
   PyObject* const* tensors;
   int tensor_count, words, option_word; /* the last: where those of the options begin */
   uint64_t pointers[MAX_TENSORS];
-  uint64_t key[MAX_WORDS + 1 + 2 * MAX_DIMS];
+  uint64_t key[MAX_WORDS + TENSOR_WORDS];
 } Call;
 
 /* Options of an earlier call, and the words of its key that they gave: nothing that can be an option ever changes. */
@@ -207,10 +237,16 @@ static int read_call(Call* call, const Signature* signature, PyObject* const* ar
       const Reader* reader = x->type == call->tensors[0]->type ? call->reader : reader_of(x);
       if (!reader || reader->framework != call->reader->framework || call->words > MAX_WORDS) return 0;
       int words = read_tensor(reader, x, call->key + call->words, &call->pointers[i]);
-      if (!words) return 0;
+      if (!words || (i < signature->inputs && !call->pointers[i])) return 0; /* memory that was given back: no address */
       call->words += words;
     }
     if (i < signature->inputs || i >= first_output) bits |= call->pointers[i]; /* parameters may lie anywhere */
+  }
+  if (call->reader->watched) {
+    const uint64_t* keys = thread_keys();
+    if (!keys || call->words + 2 > MAX_WORDS) return 0;
+    call->key[call->words++] = keys[0];
+    call->key[call->words++] = keys[1];
   }
   call->option_word = call->words;
   if (!append_options(call, arguments + tensors, count - tensors)) return 0;

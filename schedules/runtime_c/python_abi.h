@@ -32,6 +32,7 @@ PyObject* PyCFunction_GetSelf(PyObject* function); /* borrowed */
 PyObject* PyObject_CallNoArgs(PyObject*);
 PyObject* PyObject_CallObject(PyObject*, PyObject* tuple);
 PyObject* PyObject_GetAttr(PyObject*, PyObject* name);
+PyObject* PyDict_GetItemWithError(PyObject*, PyObject* key); /* borrowed */
 PyObject* PyUnicode_InternFromString(const char*);
 const char* PyUnicode_AsUTF8AndSize(PyObject*, ptrdiff_t* size);
 long long PyLong_AsLongLong(PyObject*);

@@ -1,18 +1,16 @@
-"""One call: find its plan or make it, and run it."""
+"""One call over tensors in memory: find its plan or make it, and run it."""
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from tvm_flash.call import fast
 from tvm_flash.call.plan import EmptyPlan, Plan
 from tvm_flash.call.prepare import prepare, same_framework
-from tvm_flash.call.signature import Options, Signature
+from tvm_flash.call.signature import Options
 from tvm_flash.errors import LayoutWarning
 from tvm_flash.frameworks import Traced, framework_of
 from tvm_flash.packs.registry import on_refresh
@@ -28,36 +26,6 @@ _plans: dict[Any, Plan | EmptyPlan] = {}
 _lock = threading.Lock()
 
 
-def slow(signature: Signature, *arguments: Any) -> Any:
-    """What :func:`entrance` gives, without the fast path, and for it if there is one."""
-    given = dict(zip(signature.tensors, arguments, strict=False))
-    q, k, v, out = (given[name] for name in ("q", "k", "v", "out"))
-    parameters = {name: given[name] for name in signature.parameters if given[name] is not None}
-    options = signature.options(*arguments[len(signature.tensors) :])
-    return attention(options, q, k, v, parameters, out, (signature, arguments))
-
-
-fast.install(slow)
-
-
-@functools.cache
-def entrance(signature: Signature) -> Callable[..., Any]:
-    """The function that a public one calls: ``attend(tensors …, options …)``.
-
-    The tensors are those of ``signature.tensors``, with None for what isn't given, the options those of
-    :meth:`Signature.options`, all by position: passing them on as one tuple costs the least.
-    """
-
-    def attend(*arguments: Any) -> Any:
-        return signature.call(*arguments)
-
-    def inlined(*arguments: Any) -> Any:
-        return slow(signature, *arguments)
-
-    attend._torchdynamo_inline = inlined  # torch.compile can't look into C
-    return attend
-
-
 def forget() -> None:
     """Forget all plans."""
     _plans.clear()
@@ -70,34 +38,16 @@ on_refresh(forget)
 def attention(
     options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any, call: tuple | None = None
 ) -> Any:
-    """Attention by a plan, an old or a new one.
+    """Attention by a plan, an old or a new one; arguments as for :func:`tvm_flash.call.dispatch.attention`.
 
-    ``per_head`` are the parameters that are tensors, by name.  ``call`` are a signature and a call's arguments, which
-    the fast path shall know from now on.
+    Raises
+    ------
+    Traced: a tensor has no memory, but stands for others in a program that is being traced.
     """
-    try:
-        return _on_memory(options, q, k, v, per_head, out, call)
-    except Traced as e:
-        return e.framework.traced(options, q, k, v, per_head, out)
-
-
-def _torch_program(
-    options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any, call: tuple | None = None
-) -> Any:
-    """What ``torch.compile`` sees in place of :func:`attention`."""
-    from tvm_flash.tracing import torch_ops
-
-    return torch_ops.attention(options, q, k, v, per_head, out)
-
-
-attention._torchdynamo_inline = _torch_program
-
-
-def _on_memory(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any, call: tuple | None) -> Any:
     framework, like, result_to = framework_of(q, "q"), q, out
     if framework.adopts:
         if framework.traces:
-            return framework.traced(options, q, k, v, per_head, out)
+            raise Traced(framework, f"q: is a {type(q).__qualname__} without memory of its own")
         same_framework(_named(q, k, v, per_head, out))
         q, k, v = framework.adopt(q), framework.adopt(k), framework.adopt(v)
         per_head = {name: framework.adopt(x) for name, x in per_head.items()}
@@ -106,7 +56,8 @@ def _on_memory(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any
         key = (options, framework.key_of_three(q, k, v), out if out is None else framework.key(out))
         if per_head:
             key += tuple([framework.key(x) for x in per_head.values()])
-        plan = None if framework.differentiated(q, k, v) else _plans.get(key)
+        given = (q, k, v, *per_head.values(), *(() if out is None else (out,)))
+        plan = None if framework.differentiated(*given) else _plans.get(key)
     except (TypeError, AttributeError, RuntimeError):
         # Not tensors of one framework, or options that can't be a key: the checks say what is wrong, if anything is.
         key = plan = None

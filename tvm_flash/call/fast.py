@@ -30,7 +30,7 @@ VARIABLE = "TVM_FLASH_FAST_PATH"
 #: How the library's file names begin.
 STEM = "libtvm_flash_call"
 
-_ABI = 3
+_ABI = 4
 _MAX_TENSORS, _MAX_ARGUMENTS, _MAX_MADE, _MAX_SLOTS = 16, 32, 8, 32
 
 
@@ -105,7 +105,7 @@ def enter(signature: Signature) -> None:
 def _connect(signature: Signature) -> None:
     call = None
     if _bind is not None:
-        call = _bind(signature, len(signature.tensors), len(signature.inputs), len(signature.outputs))
+        call = _bind(signature, len(signature.tensors), len(signature.inputs), len(signature.outputs), signature.below)
     signature.call = signature.fast_call = call
     if call is None:
         signature.call = functools.partial(_slow, signature)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tvm_flash.call import memory
+from tvm_flash.call.request import Request
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.machine.ffi import TensorSpec
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import KernelEntry
-
-if TYPE_CHECKING:
-    from tvm_flash.call.plan import Request
 
 #: Role of the memory that workspaces are in: those that hold anything at first, and those that hold zeros.
 UNDEFINED, ZEROED = "workspaces", "zeroed workspaces"

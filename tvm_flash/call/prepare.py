@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tvm_flash.call import checks, memory
-from tvm_flash.call.plan import EmptyPlan, Plan, Request
+from tvm_flash.call.plan import EmptyPlan, Plan
 from tvm_flash.call.problem import (
     INT32_MAX,
     MASK_FALLBACKS,
@@ -18,6 +18,7 @@ from tvm_flash.call.problem import (
     normalise_mask,
     score_kind,
 )
+from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
@@ -46,6 +47,11 @@ NO_BACKWARD = (
 )
 
 
+def no_backward_of(name: str) -> str:
+    """The same for a tensor other than q, k and v."""
+    return f"{name}: a gradient is required of it, and there is no backward pass yet; pass {name}.detach()"
+
+
 def prepare(
     options: Options, framework: Framework, tensors: Mapping[str, Any], per_head: Mapping[str, Any], out: Any
 ) -> Plan | EmptyPlan:
@@ -70,7 +76,7 @@ def request_of(
     ------
     TvmFlashError: see :mod:`tvm_flash.errors`.
     """
-    _check_gradients(framework, tensors)
+    _check_gradients(framework, {**tensors, **per_head, **({} if out is None else {"out": out})})
     q, k, v = (framework.view(x, name) for name, x in tensors.items())
     sizes = checks.check_tensors(options.layout, q, k, v)
     per_head_views = {name: framework.view(x, name) for name, x in per_head.items()}
@@ -105,8 +111,8 @@ def request_of(
     )
 
 
-def same_framework(tensors: Mapping[str, Any]) -> Framework:
-    """The framework of all the tensors.
+def same_framework(tensors: Mapping[str, Any], watched: bool = False) -> Framework:
+    """The framework of all the tensors; in a program that is ``watched`` some may have no memory.
 
     Raises
     ------
@@ -115,6 +121,8 @@ def same_framework(tensors: Mapping[str, Any]) -> Framework:
     framework = framework_of(tensors["q"], "q")
     for name, x in tensors.items():
         other = framework_of(x, name)
+        if watched and other.name == framework.name:
+            continue
         if other.traces and isinstance(other, type(framework)):
             raise Traced(other, f"{name}: is a {type(x).__qualname__} without memory of its own")
         if other is not framework:
@@ -125,8 +133,9 @@ def same_framework(tensors: Mapping[str, Any]) -> Framework:
 
 
 def _check_gradients(framework: Framework, tensors: Mapping[str, Any]) -> None:
-    if framework.differentiated(*tensors.values()):
-        raise NotSupportedError(NO_BACKWARD)
+    for name, x in tensors.items():
+        if framework.differentiated(x):
+            raise NotSupportedError(NO_BACKWARD if name in ("q", "k", "v") else no_backward_of(name))
 
 
 def _computation(

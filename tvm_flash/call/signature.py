@@ -51,6 +51,7 @@ class Signature:
     outputs: names of the results that may be given, None in a call that doesn't.
     tensors: all of those, in the order of a call; ``roles`` are their roles in a kernel.
     scalars: for a definition of the user's own, the names of its parameters that are numbers.
+    below: whether calls come from an operator of a framework, which whoever watches a program has seen.
     call: ``call(tensors …, options …)`` computes; the options are in the order of :meth:`options`.
     """
 
@@ -63,9 +64,10 @@ class Signature:
         accept: Callable[[Choice], None] = accept_any,
         layout_known: bool = False,
         op: str = "forward",
+        below: bool = False,
     ):
         self.layout, self.definition, self.accept, self.layout_known = layout, definition, accept, layout_known
-        self.op, self.parameters, self.scalars = op, parameters, scalars
+        self.op, self.parameters, self.scalars, self.below = op, parameters, scalars, below
         self.inputs, self.outputs = OPERATORS[op].inputs, OPERATORS[op].outputs
         self.tensors = (*self.inputs, *parameters, *self.outputs)
         self.roles = tuple(map(role_of, self.tensors))

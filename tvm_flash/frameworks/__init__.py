@@ -30,7 +30,9 @@ def framework_of(tensor: Any, name: str) -> Framework:
 
 def _find(tensor: Any, name: str) -> Framework:
     loaded = sys.modules
-    if (torch := loaded.get("torch")) and isinstance(tensor, torch.Tensor):
+    if (torch := loaded.get("torch")) and (
+        isinstance(tensor, torch.Tensor) or hasattr(type(tensor), "__torch_function__")  # as torch.fx.Proxy
+    ):
         from tvm_flash.frameworks.torch import TORCH, TRACED_TORCH, stands_for_others
 
         return TRACED_TORCH if stands_for_others(type(tensor)) else TORCH

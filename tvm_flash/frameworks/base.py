@@ -58,7 +58,7 @@ class Framework(ABC):
     adopts = False
     #: Whether arrays may be written: ``out=`` needs it.
     mutable = True
-    #: Whether no tensor of this kind has memory, so that a call with one always goes to :meth:`traced`; then ``adopts``
+    #: Whether no tensor of this kind has memory, so that a call with one is always a step of a program; then ``adopts``
     #: is set too.
     traces = False
 
@@ -93,12 +93,8 @@ class Framework(ABC):
         Raises
         ------
         TvmFlashError: it is of a kind that can't be read.
-        Traced: it has no memory yet; :meth:`traced` can do with it.
+        Traced: it has no memory yet.
         """
-
-    def traced(self, options: Any, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
-        """The whole call as a step of a program that is being traced, for tensors of which one has no memory."""
-        raise NotImplementedError
 
     @abstractmethod
     def allocator(self, shape: tuple[int, ...], dtype: str, like: TensorView) -> Callable[[], Any]:
@@ -127,16 +123,22 @@ class Framework(ABC):
     def fill(self, tensor: Any, value: float) -> None:
         """Set every element."""
 
-    def fast_reader(self, cls: type) -> tuple[Any, Callable[[], bool] | None, Any] | None:
+    def fast_reader(self, cls: type) -> tuple[Any, Callable[[], bool] | None, Any, tuple | None] | None:
         """How the fast path reads tensors of exactly the type ``cls``; None if it can't.
 
         The capsule of the type's ``DLPackExchangeAPI``, or None for ``__array_struct__``; what says whether gradients
-        are recorded, if the framework has them; and the one dtype of the kind "V" that is known, if any.
+        are recorded, if the framework has them; the one dtype of the kind "V" that is known, if any; and where the
+        library sees that somebody watches (the fields of ``Watch`` in ``call_key.h``), if anybody can.
         """
         return None
 
-    def differentiated(self, q: Any, k: Any, v: Any) -> bool:
-        """Whether the caller expects a gradient for one of the tensors."""
+    def differentiated(self, *tensors: Any) -> bool:
+        """Whether the caller expects a derivative by one of the tensors."""
+        return False
+
+    def watched(self, tensors: tuple[Any, ...]) -> bool:
+        """Whether a call with such tensors (None among them) must be an operator of the framework: because somebody
+        traces, records or transforms the program, or a tensor isn't just memory."""
         return False
 
     def stream(self, device_index: int) -> int:

@@ -1,4 +1,4 @@
-"""JAX arrays; in ``jax.jit`` and the like, where there are none, :mod:`tvm_flash.tracing.jax_ops` takes over.
+"""JAX arrays; in ``jax.jit`` and the like, where there are none, :mod:`tvm_flash.call.dispatch` finds what takes over.
 
 On the CPU an array's memory is read as a NumPy array, and the result becomes a JAX array.  On a GPU the kernel writes
 to a new array of JAX's own; as JAX's streams can't be seen from here, the inputs are waited for before the call and the
@@ -85,11 +85,6 @@ class Jax(Framework):
         if not isinstance(tensor, np.ndarray):
             raise NotSupportedError("q: has a size of 0, which JAX arrays on a GPU may not; call with NumPy arrays")
         tensor.fill(value)
-
-    def traced(self, options, q, k, v, per_head, out):
-        from tvm_flash.tracing import jax_ops
-
-        return jax_ops.attention(options, q, k, v, per_head, out)
 
     def finish(self, device_index):
         cuda.synchronize(device_index)

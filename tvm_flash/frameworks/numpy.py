@@ -48,7 +48,7 @@ class NumPy(Framework):
     def fast_reader(self, cls):
         if cls not in _PLAIN:
             return None
-        return None, None, dtype_of("bfloat16") if "ml_dtypes" in sys.modules else None
+        return None, None, dtype_of("bfloat16") if "ml_dtypes" in sys.modules else None, None
 
     def allocator(self, shape, dtype, like):
         return partial(_empty, shape, dtype_of(dtype))

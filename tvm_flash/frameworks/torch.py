@@ -7,6 +7,7 @@ import sys
 from functools import partial
 
 from tvm_flash.errors import ArgumentTypeError
+from tvm_flash.frameworks import torch_watch
 from tvm_flash.frameworks.base import Framework, TensorView, Traced, contiguous_strides
 
 torch = sys.modules["torch"]
@@ -15,6 +16,12 @@ _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 _is_grad_enabled = torch.is_grad_enabled
+
+#: What is wrong with a nested tensor, after its name.
+NESTED = (
+    "is nested, expected a dense tensor; use torch.nested.to_padded_tensor and padded_attention, or call for each "
+    "sequence"
+)
 
 
 class Torch(Framework):
@@ -34,6 +41,8 @@ class Torch(Framework):
         # fmt: on
 
     def view(self, tensor, name):
+        if tensor.is_nested:
+            raise ArgumentTypeError(f"{name}: {NESTED}")
         if tensor.layout is not torch.strided:
             raise ArgumentTypeError(f"{name}: has the layout {tensor.layout}, expected a dense tensor; use .to_dense()")
         if _is_wrapper(tensor):
@@ -65,15 +74,17 @@ class Torch(Framework):
     def fast_reader(self, cls):
         api = getattr(cls, "__dlpack_c_exchange_api__", None)  # since torch 2.10
         # Subclasses may stand for something else.
-        return (api, _is_grad_enabled, None) if api and cls in (torch.Tensor, torch.nn.Parameter) else None
+        if not api or cls not in (torch.Tensor, torch.nn.Parameter) or (watch := torch_watch.fields()) is None:
+            return None
+        return api, _is_grad_enabled, None, watch
 
-    def differentiated(self, q, k, v):
-        return _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    def differentiated(self, *tensors):
+        if _is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return True
+        return any(map(torch_watch.has_tangent, tensors))
 
-    def traced(self, options, q, k, v, per_head, out):
-        from tvm_flash.tracing import torch_ops
-
-        return torch_ops.attention(options, q, k, v, per_head, out)
+    def watched(self, tensors):
+        return torch_watch.is_watched(tensors)
 
     def stream(self, device_index):
         return torch._C._cuda_getCurrentRawStream(device_index)

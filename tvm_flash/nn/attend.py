@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tvm_flash.call.eager import entrance
+from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, LAYOUTS
 from tvm_flash.call.signature import signature
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvm_flash.call.choice import choose
-from tvm_flash.call.plan import Request
 from tvm_flash.call.prepare import request_of
+from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError, TvmFlashError
 from tvm_flash.frameworks.base import TensorView, contiguous_strides
@@ -37,7 +37,7 @@ _NO_GRADIENT = (
 
 
 def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
-    """:func:`tvm_flash.call.eager.attention` as a step of a program.
+    """:func:`tvm_flash.call.dispatch.attention` as a step of a program.
 
     Raises
     ------

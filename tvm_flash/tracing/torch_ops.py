@@ -10,11 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import register_flop_formula
 
-from tvm_flash.call.eager import entrance
-from tvm_flash.call.prepare import NO_BACKWARD
+from tvm_flash.call.prepare import NO_BACKWARD, no_backward_of
 from tvm_flash.call.signature import Options, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
+from tvm_flash.frameworks.torch import NESTED
+from tvm_flash.frameworks.torch_watch import is_differentiated
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 _MINIMUM = (2, 4)
@@ -44,10 +47,18 @@ _library.define(
 
 
 def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
-    """:func:`tvm_flash.call.eager.attention` by way of the operators; can be traced."""
+    """:func:`tvm_flash.call.dispatch.attention` by way of the operators; can be traced.
+
+    Raises
+    ------
+    ArgumentTypeError, NotSupportedError: a tensor is of a kind that the operators don't know.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v), *per_head.items(), ("out", out)):
+        if isinstance(x, torch.Tensor):
+            _check_kind(name, x)
     if options.definition == BUILTIN_DEFINITION:
         left, right = options.window_size
-        result, lse = torch.ops.tvm_flash.attention(
+        results = torch.ops.tvm_flash.attention(
             q,
             k,
             v,
@@ -65,7 +76,7 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
             return_lse=options.return_lse,
         )
     else:
-        result, lse = torch.ops.tvm_flash.custom_attention(
+        results = torch.ops.tvm_flash.custom_attention(
             q,
             k,
             v,
@@ -79,7 +90,10 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
             softmax_scale=options.softmax_scale,
             return_lse=options.return_lse,
         )
+    result, lse = results[0], results[1]  # a proxy of torch.fx can't be unpacked
     if out is not None:
+        if out.requires_grad and torch.is_grad_enabled():
+            raise NotSupportedError(no_backward_of("out"))
         if out.shape != result.shape:
             raise InvalidArgumentError(f"out: has shape {tuple(out.shape)}, expected {tuple(result.shape)}")
         if out.dtype != result.dtype:
@@ -88,11 +102,22 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
     return (result, lse) if options.return_lse else result
 
 
+def _check_kind(name: str, x: torch.Tensor) -> None:
+    if x.is_nested:
+        raise ArgumentTypeError(f"{name}: {NESTED}")
+    if x.layout is not torch.strided:
+        raise ArgumentTypeError(f"{name}: has the layout {x.layout}, expected a dense tensor; use .to_dense()")
+    if x.is_quantized or x.is_complex():
+        raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected float32, float16 or bfloat16; convert it")
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise NotSupportedError(f"{name}: is on {x.device}, expected a tensor on the CPU or a CUDA device; move it")
+
+
 # ---------------------------------------------------------------- on real tensors
 
 
 def _run(what, tensors, options, *, layout="bhsd", variant="auto", softmax_scale=None, return_lse=False):
-    attend = entrance(signature(layout, **what, layout_known=True))
+    attend = signature(layout, **what, layout_known=True, below=True).call
     result = attend(*tensors, None, variant, return_lse, softmax_scale, *options)
     return result if return_lse else (result, tensors[0].new_empty(0, dtype=torch.float32))
 
@@ -133,8 +158,9 @@ def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
 
 def _without_gradients(operator):
     def call_below(q, k, v, *others, **options):
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise NotSupportedError(NO_BACKWARD)
+        for x in pytree.tree_leaves((q, k, v, others, options)):
+            if isinstance(x, torch.Tensor) and is_differentiated(x):
+                raise NotSupportedError(NO_BACKWARD)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(q, k, v, *others, **options)
 
@@ -180,3 +206,12 @@ for _name, _function in (("attention", _attention), ("custom_attention", _custom
     _library.impl(_name, _without_gradients(_operator), "Autograd")
     torch.library.register_fake(f"tvm_flash::{_name}", _shapes, lib=_library)
     torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
+
+
+def _flops(q_shape, k_shape, v_shape, *_, layout="bhsd", **__) -> int:
+    """Operations of both products, whatever is masked, as torch counts them for its own attention."""
+    heads, queries = (1, 2) if layout == "bhsd" else (2, 1)
+    return 2 * q_shape[0] * q_shape[heads] * q_shape[queries] * v_shape[queries] * (q_shape[3] + v_shape[3])
+
+
+register_flop_formula((torch.ops.tvm_flash.attention, torch.ops.tvm_flash.custom_attention))(_flops)
