@@ -20,6 +20,7 @@ from tests import cases, torch_cases
 from tests.cases import CASES
 from tests.simt import simulate
 from tests.torch_cases import attend, own_case
+from tvm_flash import numerics
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Arch, template, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to multiply and to copy.
@@ -75,7 +76,7 @@ def test_scores_that_outgrow_a_row_s_first_maximum(kernel):
         pytest.skip("modified scores are bounded, or grow with the distance")
     case = own_case(kernel, seqlen_q=140, seqlen_kv=400)
     data = cases.inputs(case)
-    data.k[:, :, :120] = cases.rounded(data.k[:, :, :120] * 200, case.dtype)
+    data.k[:, :, :120] = numerics.round_to(data.k[:, :, :120] * 200, case.dtype)
     torch_cases.check(case, data, *attend(kernel, case, data))
 
 
