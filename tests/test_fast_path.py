@@ -382,7 +382,8 @@ def test_what_is_kept_is_bounded_and_forgotten(slow_calls):
 def test_the_switch(python, switch):
     program = """
 import numpy as np, tvm_flash.call.fast
-from tvm_flash import call, flash_attention
+from tvm_flash.call import eager
+from tvm_flash import flash_attention
 q, k, v = (np.random.default_rng(i).standard_normal((1, 2, 9, 64), np.float32) for i in range(3))
 print(flash_attention(q, k, v).tobytes() == flash_attention(q, k, v).tobytes(), tvm_flash.call.fast.call is eager.slow)
 """

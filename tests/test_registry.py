@@ -197,7 +197,7 @@ def test_processes_that_load_while_another_publishes(copy, python):
     program = f"""
 import dataclasses, itertools, time
 from pathlib import Path
-from schedules import pack
+from schedules.builder import pack
 folder, end = Path({str(copy)!r}), time.monotonic() + 6
 manifest = pack.read_manifest(folder)
 for number in itertools.count():
