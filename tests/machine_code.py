@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from schedules.toolchain.process import ToolchainError
 #: operands.
 OPCODES = {
     "HMMA": (0x23C,),
+    "HMMA.884": (0x236,),  # m8n8k4, of Volta
     "LDSM": (0x83B,),
     "LDGSTS": (0xFAE,),
     "HGMMA": (0x9F0, 0xDF0),
@@ -52,7 +54,20 @@ def compiled(program: Program, arch: str, folder: Path):
 
 
 def count_opcodes(data: bytes) -> dict[str, int]:
-    """Instructions are 16 bytes long and aligned; the cubin lies somewhere in the object file."""
-    start = data.index(b"\x7fELF", 4)  # the object file itself is the first
-    words = [int.from_bytes(data[i : i + 2], "little") & 0xFFF for i in range(start, len(data) - 16, 16)]
+    """How often each of ``OPCODES`` occurs in the code of the cubin that lies somewhere in an object file."""
+    code = _code(data[data.index(b"\x7fELF", 4) :])  # the object file itself is the first
+    assert code
+    # Instructions are 16 bytes long and aligned.
+    words = [int.from_bytes(code[i : i + 2], "little") & 0xFFF for i in range(0, len(code), 16)]
     return {name: sum(words.count(code) for code in codes) for name, codes in OPCODES.items()}
+
+
+def _code(elf: bytes) -> bytes:
+    """The sections of an ELF file (64 bits, little-endian) whose names begin with ``.text``."""
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names = struct.unpack_from("<3H", elf, 0x3A)
+    sections = [struct.unpack_from("<2I4Q", elf, table + i * size) for i in range(count)]
+    names_at = sections[names][4]
+    return b"".join(
+        elf[at : at + length] for name, _, _, _, at, length in sections if elf[names_at + name :].startswith(b".text")
+    )
