@@ -8,7 +8,11 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from schedules.families.mma.mma import panel_columns
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.sym import Analyzer
+
+from schedules.families.mma.mma import SharedTile, panel_columns
 from schedules.tile.fragment import M16N8, VOLTA
 
 FRAGMENTS = {"m16n8": M16N8, "volta": VOLTA}
@@ -42,12 +46,27 @@ def test_lanes_that_share_a_row_are_those_of_the_masks(fragment):
         assert sharing == reached
 
 
+class Pool:
+    """Shared memory that nobody needs."""
+
+    def alloc(self, shape, dtype, align):
+        return tirx.decl_buffer(shape, dtype)
+
+
+def number(expr) -> int:
+    """The value of an expression without variables."""
+    return int(Analyzer().simplify(expr))
+
+
 @pytest.mark.parametrize("columns", (32, 64, 96, 128, 192, 256))
 def test_a_swizzled_panel_has_no_bank_conflicts(columns):
-    chunks = panel_columns(columns) // 8
+    tile = SharedTile(Pool(), 1, 64, columns, "float16")
+    chunks = tile.panel_chunks
+    assert chunks * 8 == panel_columns(columns)
+    places = {
+        (row, chunk): row * chunks + number(tile.swizzled(T.int32(row), T.int32(chunk)))
+        for row, chunk in itertools.product(range(64), range(chunks))
+    }
+    assert sorted(places.values()) == list(range(64 * chunks)), "two chunks in one place"
     for first, chunk in itertools.product(range(0, 64, 8), range(chunks)):
-        banks = set()
-        for row in range(first, first + 8):
-            at = row * chunks + (chunk ^ (row // (8 // chunks) % chunks))
-            banks.add(at % 8)
-        assert len(banks) == 8
+        assert len({places[row, chunk] % 8 for row in range(first, first + 8)}) == 8

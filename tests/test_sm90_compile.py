@@ -8,22 +8,15 @@ import pytest
 
 pytest.importorskip("tvm")
 
-import tvm
-from tvm.backend.cuda import export_cuda_host
-
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.families import sm90
 from schedules.families.interface import Program, Rejected, Target
 from schedules.templates import v1, v2
-from schedules.toolchain import cuda
-from schedules.toolchain.process import ToolchainError
+from tests.machine_code import compiled, needs_compiler
 
 TARGET = Target("sm_90a")
-
-#: Low 12 bits of an instruction word of sm_90: the operation, and in the upper three the kinds of its operands.
-_OPCODES = {"HGMMA": (0x9F0, 0xDF0), "UTMALDG": (0x5B4,), "UTMASTG": (0x3B5,), "LDL": (0x983,), "STL": (0x387,)}
 
 
 def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, head_dim_v=None):
@@ -31,29 +24,9 @@ def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, hea
     return match(definition(head_dim, dtype, head_dim_v=head_dim_v, index_dtype=sm90.INDEX_DTYPE))
 
 
-def compiled(program: Program, folder):
-    """The report of ptxas and how often each of ``_OPCODES`` occurs; ptxas.check has passed."""
-    module = tvm.IRModule({"kernel": program.func})
-    target = tvm.target.Target({"kind": "cuda", "arch": TARGET.arch}, host={"kind": "cuda_host"})
-    source = folder / "kernel.cu"
-    source.write_text(export_cuda_host(tvm.compile(module, target=target, tir_pipeline=program.pipeline).mod))
-    report = cuda.compile_object(source, folder / "kernel.o", TARGET.arch)
-    return report, _count_opcodes((folder / "kernel.o").read_bytes())
-
-
-def _count_opcodes(data: bytes) -> dict[str, int]:
-    """Instructions are 16 bytes long and aligned; the cubin lies somewhere in the object file."""
-    start = data.index(b"\x7fELF", 4)  # the object file itself is the first
-    words = [int.from_bytes(data[i : i + 2], "little") & 0xFFF for i in range(start, len(data) - 16, 16)]
-    return {name: sum(words.count(code) for code in codes) for name, codes in _OPCODES.items()}
-
-
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
-    try:
-        cuda.compiler_version(TARGET.arch)
-    except ToolchainError as missing:
-        pytest.skip(str(missing))
+    needs_compiler(TARGET.arch)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +47,9 @@ def test_machine_code(template, bucket, pattern, tmp_path):
     config = sm90.default_configs(template.__name__.rpartition(".")[2], pattern, TARGET)[bucket]
     program = template.apply(pattern, TARGET, "kernel", config)
     assert isinstance(program, Program), program
-    report, count = compiled(program, tmp_path)
+    _, report, count = compiled(program, TARGET.arch, tmp_path)
     (kernel,) = report.kernels
-    assert kernel.spills == kernel.stack == 0
+    assert kernel.stack == count["LDL"] == count["STL"] == 0  # ptxas reports spills, and not a stack that is indexed
     assert kernel.registers * config.threads * config.blocks_per_sm <= 65536
     # Twice a step: head_dim / 16 products for the scores; each of the tensors has a load, the output a store.
     assert count["HGMMA"] >= pattern.head_dim // 16 + 2
