@@ -77,8 +77,8 @@ def test_volta(tmp_path):
     assert isinstance(program, Program), program
     text, _, count = compiled(program, "sm_70", tmp_path)
     assert "mma.sync.aligned.m8n8k4" in text
-    # One step of 16 rows and 8 keys at least: four instructions for each 16 columns of a product; nothing in local memory,
-    # and no copies that Volta lacks.
+    # One step at least: four instructions for each 16 columns of a product.  Nothing in local memory, and no copies
+    # that Volta lacks.
     assert count["HMMA.884"] >= (128 + 128) // 16 * 4
     assert count["LDL"] == count["STL"] == count["LDSM"] == count["LDGSTS"] == 0
 
