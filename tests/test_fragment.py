@@ -8,12 +8,9 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from tvm import tirx
-from tvm.script import tirx as T
-from tvm.sym import Analyzer
-
-from schedules.families.mma.mma import SharedTile, panel_columns
+from schedules.tile.dtypes import CHUNK_BYTES, ELEMENT_TYPES
 from schedules.tile.fragment import M16N8, VOLTA
+from schedules.tile.smem import PANEL_BYTES, padded_columns, panel_columns, swizzled
 
 FRAGMENTS = {"m16n8": M16N8, "volta": VOLTA}
 COLUMNS = 64
@@ -46,27 +43,26 @@ def test_lanes_that_share_a_row_are_those_of_the_masks(fragment):
         assert sharing == reached
 
 
-class Pool:
-    """Shared memory that nobody needs."""
-
-    def alloc(self, shape, dtype, align):
-        return tirx.decl_buffer(shape, dtype)
-
-
-def number(expr) -> int:
-    """The value of an expression without variables."""
-    return int(Analyzer().simplify(expr))
-
-
-@pytest.mark.parametrize("columns", (32, 64, 96, 128, 192, 256))
-def test_a_swizzled_panel_has_no_bank_conflicts(columns):
-    tile = SharedTile(Pool(), 1, 64, columns, "float16")
-    chunks = tile.panel_chunks
-    assert chunks * 8 == panel_columns(columns)
-    places = {
-        (row, chunk): row * chunks + number(tile.swizzled(T.int32(row), T.int32(chunk)))
-        for row, chunk in itertools.product(range(64), range(chunks))
-    }
-    assert sorted(places.values()) == list(range(64 * chunks)), "two chunks in one place"
+@pytest.mark.parametrize("element", ELEMENT_TYPES.values(), ids=ELEMENT_TYPES)
+@pytest.mark.parametrize("columns", (64, 96, 128, 192, 256))
+def test_a_swizzled_panel_has_no_bank_conflicts(columns, element):
+    chunks = panel_columns(columns, element) // element.chunk
+    assert columns % panel_columns(columns, element) == 0
     for first, chunk in itertools.product(range(0, 64, 8), range(chunks)):
-        assert len({places[row, chunk] % 8 for row in range(first, first + 8)}) == 8
+        banks = {(row * chunks + swizzled(row, chunk, chunks)) % 8 for row in range(first, first + 8)}
+        assert len(banks) == 8
+
+
+@pytest.mark.parametrize("chunks", (4, 8))
+def test_a_swizzled_row_holds_each_chunk_once(chunks):
+    for row in range(16):
+        assert sorted(swizzled(row, chunk, chunks) for chunk in range(chunks)) == list(range(chunks))
+
+
+@pytest.mark.parametrize("element", ELEMENT_TYPES.values(), ids=ELEMENT_TYPES)
+def test_sizes_of_an_element_type(element):
+    assert element.chunk * element.bytes == CHUNK_BYTES
+    for columns in range(8, 257, 8):
+        padded = padded_columns(columns, element)
+        assert columns <= padded < columns + PANEL_BYTES // element.bytes
+        assert padded * element.bytes % PANEL_BYTES == 0

@@ -15,9 +15,13 @@ sits.  It is a module with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from tvm.ir import Expr
 from tvm.tirx import PrimFunc
+
+from schedules.tile.tile_scheduler import Order, Work
 
 
 @dataclass(frozen=True)
@@ -41,19 +45,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Traversal:
-    """The order in which a template visits row tiles, and the physical layout of q, k, v and o.
+    """What a template decides: the order in which work tiles are visited, and the physical layout of q, k, v and o.
 
-    ``heads_outer``: all row tiles of one head, then the next head.  ``seq_outer``: one strip of rows across all heads,
-    then the next strip.
+    ``order(work, section)`` is the tile scheduler's order of a launch's work; ``section()`` is how many heads the
+    caches have room for, asked only by an order that wants to know.
     """
 
     template: str
-    order: str
     layout: str
-
-
-HEADS_OUTER = Traversal("v1", "heads_outer", "bhsd")
-SEQ_OUTER = Traversal("v2", "seq_outer", "bshd")
+    order: Callable[[Work, Callable[[], Expr]], Order]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
+from schedules.tile.dtypes import tensor_types
 from schedules.tile.fragment import Fragment
+
+Config = TypeVar("Config")
 
 #: Bytes of shared memory that one block may have (CUDA programming guide, compute capabilities).
 SHARED_MEMORY = {
@@ -23,9 +29,14 @@ _MOST_REGISTERS = 255  # of a thread
 _OTHER_REGISTERS = 40
 
 
-def exchanged_bytes(config) -> int:
+def by_head_dim(table: Mapping[int, Config], pattern: Pattern) -> Config:
+    """Of configurations by head_dim the first that is large enough for a pattern, or else the largest."""
+    return table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
+
+
+def exchanged_bytes(pattern: Pattern, config) -> int:
     """Shared memory in which pairs of warps hand to each other P, and a float for each row and warp."""
-    return config.block_m * (2 * config.block_n + 8)
+    return config.block_m * (tensor_types(pattern).v.bytes * config.block_n + 2 * 4)
 
 
 def shared_memory(
@@ -37,10 +48,12 @@ def shared_memory(
     exchange_in_k: bool = False,
 ) -> int:
     """Bytes of a block's tiles of Q, K and V, of what warps that share rows hand to each other, and of cursors."""
-    keys = num_stages * config.block_n * (pattern.head_dim + pattern.head_dim_v)
-    exchanged = exchanged_bytes(config) if parts == 2 and not exchange_in_k else 0
+    types, D, E = tensor_types(pattern), pattern.head_dim, pattern.head_dim_v
+    tiles = types.q.bytes * config.block_m * D
+    tiles += num_stages * config.block_n * (types.k.bytes * D + types.v.bytes * E)
+    exchanged = exchanged_bytes(pattern, config) if parts == 2 and not exchange_in_k else 0
     cursors = config.num_warps * 32 * 16 if cursors_in_shared else 0
-    return 2 * (config.block_m * pattern.head_dim + keys) + exchanged + cursors
+    return tiles + exchanged + cursors
 
 
 def registers_for(config) -> int:
@@ -83,7 +96,11 @@ def check(
         return Rejected(f"block_m {config.block_m} doesn't give each of {config.num_warps} warps {rows} rows")
     if config.block_n % 16:
         return Rejected(f"block_n {config.block_n} must be a multiple of 16")
-    if parts == 2 and exchange_in_k and exchanged_bytes(config) > 2 * config.block_n * D:
+    if (
+        parts == 2
+        and exchange_in_k
+        and exchanged_bytes(pattern, config) > tensor_types(pattern).k.bytes * config.block_n * D
+    ):
         return Rejected(f"a tile of {config.block_n} keys is too small for what pairs of warps hand to each other")
     shared = shared_memory(pattern, config, num_stages, parts, cursors_in_shared, exchange_in_k)
     available = SHARED_MEMORY[target.arch]

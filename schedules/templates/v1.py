@@ -1,14 +1,20 @@
 """Template V1, heads-outer: layout ``(batch, heads, seq, head_dim)``, for every arch.
 
-Work is ordered by head: all row tiles of one head before the next head, so that a head's K and V stay in the cache that
-the tiles share.
+A head's rows lie one after the other in memory, so a head is the natural unit of work: all m-blocks of one are taken
+before those of the next.  They read the same keys and values, which stay in the cache that the blocks (or threads)
+share, whatever a head's size is, and of many heads only as many as run at a time need room there.  The price is that
+blocks of a causal mask, which differ in length, follow each other head by head: the longest of each head comes first,
+and a family may pair a long one with a short one.
 """
 
 from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
 from schedules.families import schedule
-from schedules.families.interface import HEADS_OUTER, Program, Rejected, Target
+from schedules.families.interface import Program, Rejected, Target, Traversal
+from schedules.tile.tile_scheduler import HeadsOuter
+
+TRAVERSAL = Traversal("v1", layout="bhsd", order=lambda work, section: HeadsOuter(work))
 
 
 def apply(pattern: Pattern, target: Target, name: str, config=None) -> Program | Rejected:
@@ -21,4 +27,4 @@ def apply(pattern: Pattern, target: Target, name: str, config=None) -> Program |
     name: global symbol of the kernel.
     config: the family's ``Config``; its default for this pattern and target if not given.
     """
-    return schedule(pattern, target, name, HEADS_OUTER, config)
+    return schedule(pattern, target, name, TRAVERSAL, config)

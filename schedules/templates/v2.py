@@ -1,14 +1,20 @@
 """Template V2, seq-outer: layout ``(batch, seq, heads, head_dim)``, tensor cores, from Ampere on (and the CPU).
 
-Work is ordered by row strip: the same rows of all heads before the next rows, as a row of all heads is contiguous in
-memory, and the longest strips of a causal mask start first.
+A position's rows of all heads lie one after the other in memory, so an m-block of all heads is one stretch of it: the
+same rows of every head of a section are taken before the next rows.  A section is as many heads as the second-level
+cache has room for with their keys and values, which are read again for each m-block.  M-blocks go from the last to the
+first: under a causal mask a launch starts with the longest of all heads and ends with the shortest, so that no
+processor is left with a long one at the end.
 """
 
 from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
 from schedules.families import schedule
-from schedules.families.interface import SEQ_OUTER, Program, Rejected, Target
+from schedules.families.interface import Program, Rejected, Target, Traversal
+from schedules.tile.tile_scheduler import SeqOuter
+
+TRAVERSAL = Traversal("v2", layout="bshd", order=lambda work, section: SeqOuter(work, section()))
 
 
 def apply(pattern: Pattern, target: Target, name: str, config=None) -> Program | Rejected:
@@ -21,4 +27,4 @@ def apply(pattern: Pattern, target: Target, name: str, config=None) -> Program |
     name: global symbol of the kernel.
     config: the family's ``Config``; its default for this pattern and target if not given.
     """
-    return schedule(pattern, target, name, SEQ_OUTER, config)
+    return schedule(pattern, target, name, TRAVERSAL, config)

@@ -40,7 +40,7 @@ def normalise(softmax: OnlineSoftmax, O, stride):
 
 @T.inline
 def store_rows(geometry: Geometry, at, O, tile, tile_row, row_first, lane, groups, group_step, rows):
-    """One warp copies 16-bit rows from shared memory to the output, 16 bytes a lane and 128 a row at a time.
+    """One warp copies rows from shared memory to the output, 16 bytes a lane and 128 a row at a time.
 
     These are ``groups`` times ``rows`` rows (a multiple of 8), ``group_step`` apart, from row ``tile_row`` of ``tile``;
     row 0 of the tile is row ``row_first`` of the output ``O`` (a flat view).  What is past seqlen_q or head_dim_v isn't
@@ -48,7 +48,7 @@ def store_rows(geometry: Geometry, at, O, tile, tile_row, row_first, lane, group
     """
     chunks = T.meta_var(tile.panel_chunks)
     row: T.int32 = tile_row + lane // chunks
-    column: T.int32 = lane % chunks * 8
+    column: T.int32 = lane % chunks * tile.chunk
     shared: T.uint32 = tile.address(row, lane % chunks)
     memory: T.int64 = geometry.o.offset(at.b, at.h, row_first + row, column)
     words = T.alloc_local([4], "uint32")

@@ -3,7 +3,7 @@
 ``Geometry`` declares the arguments of the ABI (:mod:`tvm_flash.packs.manifest`); make it before ``T.device_entry()``.
 ``Tensor`` addresses one argument by its run-time strides: sizes and strides are int32, offsets int64, and computed by
 hand, since a TIRx buffer ignores the strides that it was matched with.  ``site`` gives what the definition's variables
-are in this block, ``KeyTiles`` which tiles of keys a row tile has to visit.
+are in this block.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from tvm.tirx import PrimFunc
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern, Site
 from schedules.families.interface import Traversal
+from schedules.tile.dtypes import tensor_types
+from schedules.tile.sequences import Dense
 
 _UNBOUNDED = 1 << 60  # extent of a flat view
 
@@ -66,34 +68,50 @@ class Tensor:
         at = {"batch": b, "heads": h, "seq": row}
         return sum((wide(at[axis]) * wide(stride) for axis, stride in self.strides.items()), wide(column))
 
+    def rows_offset(self, rows: Expr) -> Expr:
+        """Elements from a row to the one that is ``rows`` rows on, int64."""
+        return wide(rows) * wide(self.strides["seq"])
+
 
 @T.meta_class
 class Geometry:
-    """The arguments of a kernel: tensors ``q, k, v, o``, flat ``lse``, ``softmax_scale`` and their symbols."""
+    """The arguments of a kernel: tensors ``q, k, v, o``, flat ``lse``, ``softmax_scale`` and their symbols.
+
+    A kernel that computes partial results has no ``o`` and ``lse``.
+    """
 
     def __init__(
         self, pattern: Pattern, traversal: Traversal, handles, softmax_scale, parameters: dict, alignment: int
     ):
-        q, k, v, o, lse = handles
+        q, k, v, *results = handles
         names = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_kv", "head_dim", "head_dim_v")
         self.batch, self.heads, self.kv_heads, self.seqlen_q, self.seqlen_kv, self.head_dim, self.head_dim_v = (
             tirx.Var(name, "int32") for name in names
         )
         queries = {"batch": self.batch, "heads": self.heads, "seq": self.seqlen_q}
         keys = {"batch": self.batch, "heads": self.kv_heads, "seq": self.seqlen_kv}
-        self.q, self.k, self.v, self.o = (
-            Tensor(handle, name, {**sizes, "dim": dim}, pattern.dtype, traversal.layout, alignment)
-            for handle, name, sizes, dim in (
-                (q, "q", queries, self.head_dim),
-                (k, "k", keys, self.head_dim),
-                (v, "v", keys, self.head_dim_v),
-                (o, "o", queries, self.head_dim_v),
-            )
+        types = tensor_types(pattern)
+        tensors = [
+            (q, "q", queries, self.head_dim, types.q),
+            (k, "k", keys, self.head_dim, types.k),
+            (v, "v", keys, self.head_dim_v, types.v),
+            *((o, "o", queries, self.head_dim_v, types.o) for o in results[:1]),
+        ]
+        self.q, self.k, self.v, *rest = (
+            Tensor(handle, name, {**sizes, "dim": dim}, element.name, traversal.layout, alignment)
+            for handle, name, sizes, dim, element in tensors
         )
-        self.lse_length = tirx.Var("lse_length", "int32")
-        self.lse = T.match_buffer(lse, (self.lse_length,), "float32", align=4)
+        if results:
+            (self.o,) = rest
+            self.lse_length = tirx.Var("lse_length", "int32")
+            self.lse = T.match_buffer(results[1], (self.lse_length,), "float32", align=4)
+        self.queries, self.keys = Dense(self.seqlen_q), Dense(self.seqlen_kv)
         self.softmax_scale = softmax_scale
         self.parameters = parameters
+
+    def kv_head(self, h: Expr) -> Expr:
+        """The head of k and v that query head ``h`` reads."""
+        return T.truncdiv(h * self.kv_heads, self.heads)
 
     @property
     def lse_wanted(self) -> Expr:
@@ -123,53 +141,21 @@ class Parameters:
 
 
 def site(geometry: Geometry, parameters: Parameters, b: Expr, h: Expr) -> Site:
-    """What the definition's variables are in a block that computes rows of head ``h`` of batch ``b``."""
+    """What the definition's variables are in a block that computes rows of head ``h`` of batch ``b``.
+
+    Its lengths are those of the batch's own sequences.
+    """
     return Site(
         b,
         h,
         geometry.batch,
         geometry.heads,
         geometry.kv_heads,
-        geometry.seqlen_q,
-        geometry.seqlen_kv,
+        geometry.queries.of(b).length,
+        geometry.keys.of(b).length,
         geometry.softmax_scale,
         parameters.values,
     )
-
-
-@T.meta_class
-class KeyTiles:
-    """Tiles of ``block_n`` keys that rows ``row_first .. row_last`` (inclusive) have to visit.
-
-    Tiles ``begin .. end`` (exclusive) may be seen by some row; of these, ``full_begin .. full_end`` are seen whole by
-    every row and need no mask.  ``begin <= full_begin <= full_end <= end`` always holds.  ``has_full`` and ``has_left``
-    say whether there can be full tiles at all, and masked ones to the left of them: known when the kernel is made.
-    """
-
-    def __init__(self, pattern: Pattern, at: Site, row_first: Expr, row_last: Expr, block_n: int):
-        lo, hi = pattern.visible_range(at, row_first, row_last)
-        full_lo, full_hi = pattern.full_range(at, row_first, row_last)
-        self.has_full = constant(full_hi) != 0
-        self.has_left = self.has_full and constant(full_lo) != 0
-        self.begin = local(T.truncdiv(lo, block_n))
-        self.end = local(T.max(T.truncdiv(hi + (block_n - 1), block_n), self.begin))
-        if not self.has_full:
-            self.full_begin, self.full_end = self.end, self.end
-            return
-        first = T.truncdiv(full_lo + (block_n - 1), block_n) if self.has_left else self.begin
-        self.full_begin = local(T.min(T.max(first, self.begin), self.end))
-        self.full_end = local(T.max(T.min(T.truncdiv(full_hi, block_n), self.end), self.full_begin))
-        self._full_hi, self._block_n = full_hi, block_n
-
-    def seen_end(self) -> Expr:
-        """The tile with which a walk from right to left has shown every row a key, in ``full_begin .. full_end``.
-
-        The last key that all rows see is in a masked tile, or else in the last full one.
-        """
-        if not self.has_full:
-            return self.end
-        masked = T.And(self._full_hi > self.full_end * self._block_n, self.full_end < self.end)
-        return T.max(self.full_end - T.Select(masked, 0, 1), self.full_begin)
 
 
 def parameterised(pattern: Pattern, make) -> PrimFunc:

@@ -1,4 +1,4 @@
-"""Scores, masks and the online softmax on accumulator fragments: once for every GPU.
+"""The online softmax on accumulator fragments of scores (:mod:`schedules.tile.score`): once for every GPU.
 
 The online softmax is that of FlashAttention (Dao et al., 2022), with references in place of maxima.  Everything
 exponential is in powers of two.  A row has a *reference*, an integer, and its probabilities are
@@ -10,26 +10,18 @@ that nothing overflows or vanishes, hence
 * once a row has one, steps may go on without looking for maxima, if overflow is noticed afterwards.
 
 An integer also makes ``S * scale - reference``, one multiply-add, exact up to one rounding, however large scores are.
-Where the definition only scales the score, ``S`` keeps raw products; otherwise it holds scores times log2(e), and the
-scale is 1.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 
-import tvm_ffi
-from tvm.ir import Call, Expr
+from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
 from schedules.tile.fragment import Fragment
-from schedules.tile.geometry import constant
-
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2)
-NEGATIVE_INFINITY = -math.inf
+from schedules.tile.score import LN_2, ScoreTile
 
 #: Powers of two by which a score may exceed its row's reference; 2^8 leaves P and the row sum far from overflow.
 LAZY = 8.0
@@ -43,27 +35,13 @@ SMALLEST_SCALE = 1e-37
 _ALL_LANES = 0xFFFFFFFF
 
 
-def accurate_tanh(x: Expr) -> Expr:
-    """tanh to about 1e-7 absolute; --use_fast_math would make it tanh.approx, which is good to 5e-4 only."""
-    return T.float32(1) - T.float32(2) / (T.exp2(x * T.float32(2 * LOG2_E)) + T.float32(1))
-
-
-def _with_accurate_tanh(expr: Expr) -> Expr:
-    def replace(node):
-        if isinstance(node, Call) and getattr(node.op, "name", "").endswith("tanh"):
-            return accurate_tanh(node.args[0])
-        return node
-
-    return tvm_ffi.structural_map(expr, replace, order="post")
-
-
 def from_lane(value: Expr, mask: int) -> Expr:
     """``value`` of the lane whose number differs in the bits of ``mask``."""
     return T.cuda.__shfl_xor_sync(T.uint32(_ALL_LANES), value, mask, 32)
 
 
 @T.meta_class
-class OnlineSoftmax:
+class OnlineSoftmax(ScoreTile):
     """The softmax state of the rows that one lane shares in: ``2 * m_tiles`` rows of ``columns`` columns a step.
 
     A step with maxima is ``scores``, ``track``, ``rescale`` of the output if ``grown`` isn't 0, and ``exponentials`` of
@@ -72,11 +50,7 @@ class OnlineSoftmax:
     """
 
     def __init__(self, pattern: Pattern, at: Site, fragment: Fragment, m_tiles: int, columns: int, tile_step: int = 0):
-        self.pattern, self.at, self.fragment = pattern, at, fragment
-        self.m_tiles, self.groups = m_tiles, columns // fragment.group
-        self.tile_step = tile_step or fragment.tile_rows
-        self.stride = fragment.registers(columns)
-        self.folded = pattern.is_scale_only
+        ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)
         rows = 2 * m_tiles
         self.row_max = T.alloc_local([rows], "float32")  # the reference
         self.row_sum = T.alloc_local([rows], "float32")  # of this lane's columns; complete after ``finish``
@@ -84,19 +58,6 @@ class OnlineSoftmax:
         self.peak = T.alloc_local([rows], "float32")
         self.scale = T.local_scalar("float32")
         self.grown = T.local_scalar("int32")
-
-    def position(self, row0: Expr, column0: Expr, t, g, r, e) -> tuple[Expr, Expr]:
-        """Row and column of a register, from those of this lane's first one."""
-        f = self.fragment
-        return row0 + (t * self.tile_step + r * f.row_step), column0 + (g * f.group + e)
-
-    def modified(self, s: Expr, i: Expr, j: Expr) -> Expr:
-        """The modified score in powers of two."""
-        return _with_accurate_tanh(self.pattern.score(self.at, s, i, j)) * T.float32(LOG2_E)
-
-    def signed_scale(self) -> Expr:
-        """From raw products (or modified scores, which are in powers of two already) to powers of two."""
-        return self.at.softmax_scale * T.float32(LOG2_E) if self.folded else T.float32(1)
 
     def reduce_rows(self, values, combine, first=0):
         """Combine each row's value over the lanes that share the row."""
@@ -112,60 +73,6 @@ class OnlineSoftmax:
         for i in T.unroll(2 * self.m_tiles):
             self.row_max[i] = T.float32(LOWEST)
             self.row_sum[i] = T.float32(0)
-
-    @T.inline
-    def scores(self, S, row0, column0, masked, first=0):
-        """Raw products to scores that ``scale``, which is positive, brings to powers of two; −inf where hidden."""
-        if self.folded:  # noqa: SIM102, decided when the kernel is made
-            if self.at.softmax_scale < T.float32(0):
-                for i in T.unroll(first * self.stride, self.m_tiles * self.stride):
-                    S[i] = T.float32(0) - S[i]
-        self.modify(S, row0, column0, masked, first)
-
-    @T.inline
-    def modify(self, S, row0, column0, masked, first=0):
-        """Raw products to scores, −inf where the mask hides them; ``row0``, ``column0`` are this lane's first ones."""
-        if not self.folded:
-            for t in T.unroll(first, self.m_tiles):
-                for g in T.unroll(self.groups):
-                    for r in T.unroll(2):
-                        for e in T.unroll(2):
-                            at = T.meta_var(self.position(row0, column0, t, g, r, e))
-                            i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                            S[i] = self.modified(S[i], at[0], at[1])
-        if masked:
-            if self.pattern.is_interval:
-                self._mask_interval(S, row0, column0, first)
-            else:
-                self._mask_elements(S, row0, column0, first)
-
-    @T.inline
-    def _mask_interval(self, S, row0, column0, first):
-        # the visible keys of a row are an interval: two comparisons of a constant with a register, or one
-        for t in T.unroll(first, self.m_tiles):
-            for r in T.unroll(2):
-                row = T.meta_var(self.position(row0, column0, t, 0, r, 0)[0])
-                keys = T.meta_var(self.pattern.visible_range(self.at, row, row))
-                end: T.int32 = keys[1] - column0
-                begin: T.int32 = keys[0] - column0
-                for g in T.unroll(self.groups):
-                    for e in T.unroll(2):
-                        i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                        column = T.meta_var(g * self.fragment.group + e)
-                        if constant(keys[0]) == 0:
-                            S[i] = T.Select(column < end, S[i], T.float32(NEGATIVE_INFINITY))
-                        else:
-                            S[i] = T.Select(T.And(column < end, column >= begin), S[i], T.float32(NEGATIVE_INFINITY))
-
-    @T.inline
-    def _mask_elements(self, S, row0, column0, first):
-        for t in T.unroll(first, self.m_tiles):
-            for g in T.unroll(self.groups):
-                for r in T.unroll(2):
-                    for e in T.unroll(2):
-                        at = T.meta_var(self.position(row0, column0, t, g, r, e))
-                        i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                        S[i] = T.Select(self.pattern.mask(self.at, at[0], at[1]), S[i], T.float32(NEGATIVE_INFINITY))
 
     @T.inline
     def local_max(self, S, peak, first=0):

@@ -37,6 +37,7 @@ _INSTRUCTIONS = {
     r"st\.shared\.b32": "simt::store1({0} + {offset}, {1});",
     r"st\.shared\.v4": "simt::store4(simt::at({0} + {offset}), {1}, {2}, {3}, {4});",
     r"st\.global\.v4": "simt::store4((void*){0}, {1}, {2}, {3}, {4});",
+    r"st\.global\.v2\.f32": "simt::store2((float*){0}, {1}, {2});",
     r"cp\.async\.cg": "simt::copy_later({0} + {offset}, {1}, {2});",
     r"cp\.async\.commit": "simt::commit();",
     r"cp\.async\.wait_group (?P<groups>\d+);": "simt::wait({groups});",

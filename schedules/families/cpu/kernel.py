@@ -14,6 +14,8 @@ from schedules.families.cpu.pairs import DOT_PAIRS
 from schedules.families.cpu.problem import Problem, Tensor
 from schedules.families.cpu.tiles import row_tile_macro
 from schedules.families.interface import Program, Target, Traversal
+from schedules.tile.dtypes import element_type
+from schedules.tile.tile_scheduler import Work, from_both_ends, place_of_item
 
 #: What the multiplications need beyond TIR, as LLVM's assembly: instructions that LLVM doesn't find by itself.
 LLVM_FUNCTIONS = {"pairs": DOT_PAIRS, "tiles": TILE_PRODUCT}
@@ -25,7 +27,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     """The kernel of one pattern, in the order and layout of a template (see :mod:`schedules.families.interface`)."""
     arguments, values = pattern.parameter_symbols()
     func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
-    itemsize = 4 if pattern.dtype == "float32" else 2
+    itemsize = element_type(pattern.dtype).bytes
     return Program(append_arguments(func, arguments), "s_tir", alignment=itemsize, index_bits=64)
 
 
@@ -33,7 +35,6 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
     dtype = pattern.dtype
     M = config.block_m
     one = T.int64(1)
-    heads_outer = traversal.order == "heads_outer"
     row_tile = row_tile_macro(config, isa, dtype, pattern.head_dim, pattern.head_dim_v)
     part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim, pattern.head_dim_v)
 
@@ -41,15 +42,11 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         return (b, s, h, d) if traversal.layout == "bshd" else (b, h, s, d)
 
     def work_item(w, batch, heads, tiles):
-        """Batch, head and row tile of a work item, in the template's order."""
-        middle, last = (heads, tiles) if heads_outer else (tiles, heads)
-        indices = w // last % middle, w % last
-        head, tile = indices if heads_outer else reversed(indices)
-        # A mask leaves some row tiles more to do than others, and a thread gets a contiguous part of the work items:
-        # take the tiles in the order first, last, second, second to last, ...
-        if not pattern.is_unmasked:
-            tile = T.Select(tile % 2 == 0, tile // 2, tiles - 1 - tile // 2)
-        return w // (heads * tiles), head, tile
+        """The work tile of a work item, in the template's order; a section is all heads of a batch."""
+        order = traversal.order(Work(tiles, heads, batch), lambda: heads)
+        tile = order.work_tile(place_of_item(order.grid(), w))
+        # A mask leaves some m-blocks more to do than others, and a thread gets a contiguous part of the work items.
+        return tile if pattern.is_unmasked else tile._replace(m_block=from_both_ends(tile.m_block, tiles))
 
     def announce(problem, items):
         """Tell the thread pool what the next loop is; a small one is not worth sharing."""
@@ -122,9 +119,9 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                     T.reads()
                     T.writes()
                     item = T.meta_var(work_item(w, batch, heads, (seqlen_q + (M - 1)) // M))
-                    b: T.int64 = item[0]
-                    h: T.int64 = item[1]
-                    row0: T.int64 = item[2] * M
+                    b: T.int64 = item.batch
+                    h: T.int64 = item.head
+                    row0: T.int64 = item.m_block * M
                     row_tile(problem, b, h, row0)
 
     return attention

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,10 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
-from schedules.families.cpu.vector_math import LOG2E, vectorizable
+from schedules.families.cpu.vector_math import vectorizable
+from schedules.tile.key_source import ContiguousRows
+from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
+from schedules.tile.sequences import Dense
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,14 @@ class Tensor:
     def row(self, b: Expr, h: Expr, s: Expr) -> Expr:
         """Offset of the first element of a row."""
         return b * self.strides[0] + h * self.strides[1] + s * self.strides[2]
+
+    def offset(self, b: Expr, h: Expr, s: Expr, d: Expr) -> Expr:
+        """Offset of an element."""
+        return self.row(b, h, s) + d
+
+    def rows_offset(self, rows: Expr) -> Expr:
+        """Elements from a row to the one that is ``rows`` rows on."""
+        return rows * self.strides[2]
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,14 @@ class Problem:
         """The head of k and v that query head ``h`` reads."""
         return h // (self.heads // self.kv_heads)
 
+    def key_rows(self, b: Expr, h: Expr) -> ContiguousRows:
+        """Where the keys are that query head ``h`` reads."""
+        return ContiguousRows(self.k, b, self.kv_head(h), Dense(self.seqlen_kv).of(b))
+
+    def value_rows(self, b: Expr, h: Expr) -> ContiguousRows:
+        """Where their values are."""
+        return ContiguousRows(self.v, b, self.kv_head(h), Dense(self.seqlen_kv).of(b))
+
     def scale(self) -> Expr:
         """What turns a stored score into a natural one.
 
@@ -74,7 +92,7 @@ class Problem:
 
     def exponent_scale(self) -> Expr:
         """What turns a stored score into an exponent of 2."""
-        return self.scale() * T.float32(LOG2E)
+        return self.scale() * T.float32(LOG2_E)
 
     def stored_score(self, site: Site, product: Expr, i: Expr, j: Expr) -> Expr:
         """The score of a raw product as it is stored."""
@@ -82,7 +100,9 @@ class Problem:
 
     def masked_score(self, site: Site, product: Expr, i: Expr, j: Expr) -> Expr:
         """The same, −inf where query ``i`` doesn't see key ``j``."""
-        return T.Select(self.pattern.mask(site, i, j), self.stored_score(site, product, i, j), T.float32(-math.inf))
+        return T.Select(
+            self.pattern.mask(site, i, j), self.stored_score(site, product, i, j), T.float32(NEGATIVE_INFINITY)
+        )
 
     def wants_lse(self) -> Expr:
         """Whether the caller asked for the log-sum-exp."""

@@ -15,15 +15,13 @@ correction  (G,)       what a tile scales a group's earlier results with
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 from tvm.script import tirx as T
 
 from schedules.families.cpu.config import Config
 from schedules.families.cpu.vector_math import exp2
-
-_MINUS_INF = -math.inf
+from schedules.tile.score import NEGATIVE_INFINITY
 
 
 def f32(x):
@@ -81,7 +79,7 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
 
 def finite_or_zero(x):
     """0 in place of −inf."""
-    return T.Select(x == T.float32(_MINUS_INF), T.float32(0), x)
+    return T.Select(x == T.float32(NEGATIVE_INFINITY), T.float32(0), x)
 
 
 def accumulate(acc, p, v):

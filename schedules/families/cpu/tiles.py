@@ -12,8 +12,6 @@ vectors) the product, the score and mask, the online softmax, and the second pro
 
 from __future__ import annotations
 
-import math
-
 from tvm.script import tirx as T
 
 from schedules.families.cpu.amx import tile_products
@@ -23,8 +21,8 @@ from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.pairs import pair_products
 from schedules.families.cpu.problem import Problem
 from schedules.families.cpu.steps import make_steps
+from schedules.tile.score import NEGATIVE_INFINITY
 
-_MINUS_INF = -math.inf
 MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products, "tiles": tile_products}
 
 
@@ -56,8 +54,10 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         # Mutable scalars, not let-bindings: TVM's index analysis would follow those through everything below.
         rows: T.int64 = T.min(T.int64(M), P.seqlen_q - row0)
         groups: T.int64 = (rows + (G - 1)) // G
-        k_base: T.int64 = P.k.row(b, P.kv_head(h), T.int64(0))
-        v_base: T.int64 = P.v.row(b, P.kv_head(h), T.int64(0))
+        key_rows = T.meta_var(P.key_rows(b, h))
+        value_rows = T.meta_var(P.value_rows(b, h))
+        k_base: T.int64 = key_rows.offset(T.int64(0), T.int64(0))
+        v_base: T.int64 = value_rows.offset(T.int64(0), T.int64(0))
         scale: T.float32 = P.exponent_scale()
         site = T.meta_var(P.site(b, h))
 
@@ -69,7 +69,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                     OT[e, i * lanes + lane] = T.float32(0)
         for i in T.serial(M // lanes):
             for lane in T.vectorized(lanes):
-                row_max[i * lanes + lane] = T.float32(_MINUS_INF)
+                row_max[i * lanes + lane] = T.float32(NEGATIVE_INFINITY)
                 row_sum[i * lanes + lane] = T.float32(0)
 
         # 2. The kv tiles in which some row may see something, and in each the groups of rows that may.
@@ -79,8 +79,8 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         for tile in T.serial(first_tile, end_tile):
             key0: T.int64 = tile * N
             keys: T.int64 = T.min(T.int64(N), P.seqlen_kv - key0)
-            k_at: T.int64 = k_base + key0 * P.k.strides[2]
-            v_at: T.int64 = v_base + key0 * P.v.strides[2]
+            k_at: T.int64 = key_rows.moved(k_base, T.int64(0), key0)
+            v_at: T.int64 = value_rows.moved(v_base, T.int64(0), key0)
             products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
             for group in T.serial(groups):
                 column: T.int64 = group * G

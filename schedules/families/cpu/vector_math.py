@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import tvm_ffi
 from tvm.ir import Expr
 from tvm.ir.expr import Call
 from tvm.script import tirx as T
 
-LOG2E = math.log2(math.e)
+from schedules.tile.score import LOG2_E
 
 #: Below this, 2**x is zero: with denormal probabilities a causal run took ten times as long.
 _SMALLEST_EXPONENT = -126.0
@@ -58,7 +56,7 @@ def tanh(x: Expr) -> Expr:
     size = T.Select(x < T.float32(0), -x, x)
     series = _horner(_TANH, x * x) * x
     limited = T.Select(size > T.float32(_TANH_LIMIT), T.float32(_TANH_LIMIT), size)
-    large = T.float32(1) - T.float32(2) / (exp2(limited * T.float32(2 * LOG2E)) + T.float32(1))
+    large = T.float32(1) - T.float32(2) / (exp2(limited * T.float32(2 * LOG2_E)) + T.float32(1))
     return T.Select(size < T.float32(_TANH_SERIES_LIMIT), series, T.Select(x < T.float32(0), -large, large))
 
 

@@ -13,12 +13,15 @@ from tvm.backend.cuda.lang import SMEMPool
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
-from schedules.families.mma import mma
-from schedules.families.mma.mma import CHUNK, SharedTile
 from schedules.families.mma.registers import fresh
+from schedules.tile.dtypes import tensor_types
 from schedules.tile.fragment import Fragment
-from schedules.tile.geometry import Geometry, KeyTiles, Tensor, flat, local, wide
+from schedules.tile.geometry import Geometry, flat, local
+from schedules.tile.key_range import KeyTiles, next_visible
+from schedules.tile.key_source import ContiguousRows
+from schedules.tile.smem import SharedTile
 from schedules.tile.softmax import OnlineSoftmax
+from schedules.tile.tile_scheduler import WorkTile
 
 
 @T.meta_class
@@ -30,16 +33,17 @@ class Matrix:
     an element for each thread.
     """
 
-    def __init__(self, tensor: Tensor, b, head, tile: SharedTile, threads: int, thread, cursors=None):
-        self.memory, self.tile = flat(tensor.buffer), tile
-        self.rows, self.row_stride = tensor.sizes["seq"], tensor.strides["seq"]
+    def __init__(self, source: ContiguousRows, tile: SharedTile, threads: int, thread, cursors=None):
+        tensor = source.tensor
+        self.source, self.memory, self.tile = source, flat(tensor.buffer), tile
+        self.rows = source.sequence.length
         self.step = threads // tile.panel_chunks
         row, chunk = thread // tile.panel_chunks, thread % tile.panel_chunks
         self.cursors = cursors if cursors is not None else T.alloc_local([1], "int64")
         self.own = (lambda: fresh("tid.x")) if cursors is not None else (lambda: 0)
-        T.buffer_store(self.cursors, tensor.offset(b, head, row, chunk * CHUNK), [self.own()])
+        T.buffer_store(self.cursors, source.offset(row, chunk * tile.chunk), [self.own()])
         place = tile.address(row, chunk)
-        self.to = local(place) if cursors is None else tile.address(self.row(), self.column() // CHUNK)
+        self.to = local(place) if cursors is None else tile.address(self.row(), self.column() // tile.chunk)
         self.dim = tensor.sizes["dim"]
 
     @property
@@ -53,7 +57,7 @@ class Matrix:
 
     def column(self):
         """First column of this thread."""
-        return fresh("tid.x") % self.tile.panel_chunks * CHUNK
+        return fresh("tid.x") % self.tile.panel_chunks * self.tile.chunk
 
     @property
     def cursor(self):
@@ -61,20 +65,22 @@ class Matrix:
         return self.cursors[self.own()]
 
     @T.inline
-    def move(self, rows):
-        """Let the cursor go ``rows`` rows down."""
-        self.cursors[self.own()] = self.cursor + wide(rows) * wide(self.row_stride)
+    def move(self, first, distance):
+        """Let the cursor go from the tile whose first row is ``first`` to the one ``distance`` rows further down."""
+        self.cursors[self.own()] = self.source.moved(self.cursor, first + self.row(), distance)
 
 
 @T.meta_class
 class BlockMachine:
     """Shared tiles, copy cursors, registers and softmax state of one block.
 
-    ``rows`` are its first and last row, ``block`` its batch, head and strip of rows, ``thread`` an index in it.
+    ``rows`` are its first and last row, ``sources`` where q, k and v are, ``thread`` an index in it.
     ``parts`` warps share the rows of ``m_tiles`` m-tiles: each computes the scores of its part of the keys, and the
     output of its part of the columns.  A warp's m-tiles are ``tile_step`` rows apart.  ``cursors_in_shared`` keeps
     where threads copy from in shared memory, 16 bytes a thread, where it costs no registers.
     """
+
+    softmax_type = OnlineSoftmax
 
     def __init__(
         self,
@@ -84,8 +90,8 @@ class BlockMachine:
         at,
         rows,
         tiles: KeyTiles,
-        kv_head,
-        block,
+        sources,
+        block: WorkTile,
         thread,
         *,
         fragment: Fragment,
@@ -101,26 +107,29 @@ class BlockMachine:
         self.tile_step = fragment.tile_rows * (config.num_warps // parts)
         self.m_tiles = M // self.tile_step
         pool = SMEMPool()
+        types = self.types = tensor_types(pattern)
         tiles_of = [
-            SharedTile(pool, *shape, pattern.dtype) for shape in ((1, M, D), (num_stages, N, D), (num_stages, N, E))
+            SharedTile(pool, stages, rows, columns, element)
+            for stages, rows, columns, element in (
+                (1, M, D, types.q),
+                (num_stages, N, D, types.k),
+                (num_stages, N, E, types.v),
+            )
         ]
         self.place_shared(pool)
         self.k_cursors, self.v_cursors = (
             pool.alloc((self.threads,), "int64") if cursors_in_shared else None for _ in range(2)
         )
         pool.commit()
-        heads = ((geometry.q, at.h), (geometry.k, kv_head), (geometry.v, kv_head))
         self.q, self.k, self.v = (
-            Matrix(tensor, at.b, head, tile, self.threads, thread, buffer)
-            for (tensor, head), tile, buffer in zip(
-                heads, tiles_of, (None, self.k_cursors, self.v_cursors), strict=True
-            )
+            Matrix(source, tile, self.threads, thread, buffer)
+            for source, tile, buffer in zip(sources, tiles_of, (None, self.k_cursors, self.v_cursors), strict=True)
         )
         self.s_stride, self.o_stride = fragment.registers(N // parts), fragment.registers(E // parts)
         self.S = T.alloc_local([self.m_tiles * self.s_stride], "float32")
         self.O = T.alloc_local([self.m_tiles * self.o_stride], "float32")
-        self.softmax = OnlineSoftmax(pattern, at, fragment, self.m_tiles, N // parts, self.tile_step)
-        self.place_block(*block, thread)
+        self.softmax = self.softmax_type(pattern, at, fragment, self.m_tiles, N // parts, self.tile_step)
+        self.place_block(block, thread)
         # the tile that is copied next, and the buffer in use
         self.fetched, self.use = (local(T.int32(0)) for _ in range(2))
         self.place_operands()
@@ -128,10 +137,10 @@ class BlockMachine:
     def place_shared(self, pool):
         """Shared memory beside the tiles."""
 
-    def place_block(self, b, h, strip, thread):
-        """Set head, rows and lane from the indices of block and thread."""
-        self.at = self.softmax.at = dataclasses.replace(self.at, b=b, h=h)
-        self.row_first = strip * self.config.block_m
+    def place_block(self, block: WorkTile, thread):
+        """Set head, rows and lane from work tile and thread."""
+        self.at = self.softmax.at = dataclasses.replace(self.at, b=block.batch, h=block.head)
+        self.row_first = block.m_block * self.config.block_m
         self.lane, self.part, self.warp_row = self.place_of(thread)
         self.row0, self.column0 = self.position_of(thread)
 
@@ -161,24 +170,25 @@ class BlockMachine:
         T.cuda.warp_sync()
 
     @T.inline
-    def each_row(self, matrix, stage, live, ragged, body):
+    def each_row(self, matrix, stage, tile_first, live, ragged, body):
         """``body(n, memory, shared, inside)`` for all that this thread copies of the tile at the cursor.
 
         ``n`` counts; ``memory`` is the global element, ``shared`` the operand for shared memory; ``inside`` tells
-        whether the element exists: where it doesn't, zeros are to be filled in.  ``live`` says whether there is such a
-        tile at all, ``ragged`` is its first row if it may go beyond the last one, else None.
+        whether the element exists: where it doesn't, zeros are to be filled in.  ``tile_first`` is the tile's first
+        row; ``live`` says whether there is such a tile at all, ``ragged`` whether it may go beyond the last row.
         """
         tile = T.meta_var(matrix.tile)
         start: T.int64 = matrix.cursor
         to: T.uint32 = matrix.to + T.Cast("uint32", stage * tile.stage_bytes)
         column: T.int32 = matrix.column()
-        first: T.int32 = matrix.row() + (0 if ragged is None else ragged)
+        first: T.int32 = matrix.row() + (tile_first if ragged else 0)
         for i in T.unroll(matrix.passes):
             for p in T.unroll(tile.panels):
-                memory = T.meta_var(start + wide(i * matrix.step) * wide(matrix.row_stride) + T.int64(p * tile.panel))
-                shared = T.meta_var(T.ptx.addr(to, p * tile.panel_bytes + i * matrix.step * tile.panel * 2))
+                row = T.meta_var(matrix.source.moved(start, tile_first + matrix.row(), i * matrix.step))
+                memory = T.meta_var(row + T.int64(p * tile.panel))
+                shared = T.meta_var(tile.below(to, i, matrix.step, p))
                 in_row = T.meta_var(T.And(live, column + p * tile.panel < matrix.dim))
-                inside = T.meta_var(in_row if ragged is None else T.And(in_row, first + i * matrix.step < matrix.rows))
+                inside = T.meta_var(T.And(in_row, first + i * matrix.step < matrix.rows) if ragged else in_row)
                 if tile.rows % matrix.step == 0:
                     body(i * tile.panels + p, memory, shared, inside)
                 else:
@@ -237,24 +247,25 @@ class BlockMachine:
         self.softmax.reset()
         self.fetched = self.tiles.end - 1
         self.use = 0
-        self.q.move(self.rows[0])
-        self.k.move(self.fetched * self.config.block_n)
-        self.v.move(self.fetched * self.config.block_n)
+        self.q.move(0, self.rows[0])
+        self.k.move(0, self.fetched * self.config.block_n)
+        self.v.move(0, self.fetched * self.config.block_n)
 
     @T.inline
     def fetch_done(self):
         """Let ``fetched`` and the cursor of K go to the next tile on the left."""
         before: T.int32 = self.fetched
-        mma.move_left(self.pattern, self.at, self.tiles, self.rows, self.config.block_n, self.fetched)
+        next_visible(self.pattern, self.at, self.tiles, self.rows, self.config.block_n, self.fetched)
         self.retreat(self.k, before, self.fetched)
 
     @T.inline
     def retreat(self, matrix, tile, following):
         """Let a cursor go from a tile to the one that follows on the left."""
+        key = T.meta_var(tile * self.config.block_n)
         if self.pattern.has_gaps:
-            matrix.move((following - tile) * self.config.block_n)
+            matrix.move(key, (following - tile) * self.config.block_n)
         else:
-            matrix.move(-self.config.block_n)
+            matrix.move(key, -self.config.block_n)
 
     @T.inline
     def finish(self):

@@ -1,4 +1,4 @@
-"""What the mma.sync families share: grid order, swizzled shared tiles, the walk over key tiles, the epilogue.
+"""What the mma.sync families share: the order of work tiles, the walk over key tiles, the epilogue.
 
 A family brings a machine (:mod:`schedules.families.mma.machine`): how tiles are copied and multiplied, with
 ``start()``, ``step(tile, masked, tracked)`` for each tile of keys from right to left, and ``finish()``.
@@ -14,12 +14,15 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import SEQ_OUTER, Traversal
+from schedules.families.interface import Traversal
 from schedules.families.mma.registers import anew, fresh
+from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import normalise, store_lse, store_rows
-from schedules.tile.geometry import Geometry, KeyTiles, Parameters, flat, parameterised, site
+from schedules.tile.geometry import Geometry, Parameters, flat, parameterised, site
+from schedules.tile.key_range import KeyTiles, in_parts, is_full, next_visible
+from schedules.tile.key_source import ContiguousRows
+from schedules.tile.tile_scheduler import Order, Place, Work, WorkTile, ceildiv, longest_first
 
-CHUNK = 8  # 16-bit elements in 16 bytes
 ALIGNMENT = 16
 INDEX_BITS = 32
 
@@ -28,105 +31,33 @@ INDEX_BITS = 32
 _LARGEST_SUM = {"float16": math.inf, "bfloat16": 1e30}
 
 
-def panel_columns(columns: int) -> int:
-    """Columns of a shared-memory panel: 128 bytes where that divides the tile, else 64."""
-    return 64 if columns % 64 == 0 else 32
+def scheduler(pattern: Pattern, config, traversal: Traversal, geometry: Geometry) -> Order:
+    """The order in which a template takes the work tiles.
 
-
-@T.meta_class
-class SharedTile:
-    """``stages`` tiles of ``rows`` x ``columns`` 16-bit elements in shared memory.
-
-    A tile is stored in panels of 64 (or 32) columns, ``[columns / panel][rows][panel]``; within a panel the 16-byte
-    chunk ``c`` of a row stands at ``c ^ row`` (mod 8; for 32 columns ``c ^ row / 2`` mod 4): the eight rows that an
-    ldmatrix or a warp's 16-byte stores touch lie in different banks.
+    A section of a seq-outer order is as many heads as ``section_mib`` MiB of keys and values are, or one.
     """
+    work = Work(ceildiv(geometry.seqlen_q, config.block_m), geometry.heads, geometry.batch)
+    types = tensor_types(pattern)
+    row_bytes = types.k.bytes * pattern.head_dim + types.v.bytes * pattern.head_dim_v
 
-    def __init__(self, pool, stages: int, rows: int, columns: int, dtype: str):
-        self.rows, self.columns, self.panel = rows, columns, panel_columns(columns)
-        self.panel_chunks = self.panel // CHUNK
-        self.panels = columns // self.panel
-        self.panel_bytes = rows * self.panel * 2
-        self.stage_bytes = rows * columns * 2
-        self.buffer = pool.alloc((stages, self.panels, rows, self.panel), dtype, align=1024)
+    def section() -> Expr:
+        keys = T.truncdiv(config.section_mib * 2**20 // row_bytes, T.max(geometry.seqlen_kv, 1))
+        group = T.truncdiv(geometry.heads, geometry.kv_heads)
+        return T.min(T.max(keys, 1) * group, geometry.batch * geometry.heads)
 
-    def swizzled(self, row: Expr, chunk: Expr) -> Expr:
-        """Where chunk ``chunk`` of a panel's row stands."""
-        return T.bitwise_xor(chunk, row // (8 // self.panel_chunks) % self.panel_chunks)
-
-    def pointer(self, stage, row: Expr, chunk: Expr, element: Expr = 0):
-        """Pointer to element ``element`` of the 8 from column ``8 * chunk``."""
-        within = self.swizzled(row, chunk % self.panel_chunks)
-        return self.buffer.ptr_to([stage, chunk // self.panel_chunks, row, within * CHUNK + element])
-
-    def address(self, row: Expr, chunk: Expr) -> Expr:
-        """Shared address (uint32) of a chunk of the first panel, stage 0: ``at`` leads from it to any other step."""
-        return T.cuda.cvta_generic_to_shared(self.buffer.ptr_to([0, 0, 0, 0])) + T.Cast(
-            "uint32", row * (self.panel * 2) + self.swizzled(row, chunk) * 16
-        )
-
-    def at(self, address: Expr, row: int, chunk: int, byte: int = 0):
-        """The operand ``row`` rows, ``chunk`` chunks and ``byte`` bytes on from ``address``.
-
-        The swizzle makes the way within a panel an exclusive or: of the bits of row and chunk that it mixes, those that
-        are set here must not be set at ``address``.
-        """
-        mixed = T.bitwise_xor(chunk % self.panel_chunks, row % 8 // (8 // self.panel_chunks))
-        return T.ptx.addr(
-            T.bitwise_xor(address, T.Cast("uint32", mixed * 16)),
-            chunk // self.panel_chunks * self.panel_bytes + row * self.panel * 2 + byte,
-        )
+    return traversal.order(work, section)
 
 
-def _section(pattern: Pattern, geometry: Geometry, mib: int) -> Expr:
-    """How many heads, over all batches, are a section: their keys and values have ``mib`` MiB, or it is one head."""
-    keys = T.truncdiv(mib * 2**20 // (2 * (pattern.head_dim + pattern.head_dim_v)), T.max(geometry.seqlen_kv, 1))
-    group = T.truncdiv(geometry.heads, geometry.kv_heads)
-    return T.min(T.max(keys, 1) * group, geometry.batch * geometry.heads)
+def this_place(x: Expr | None = None, y: Expr | None = None, z: Expr | None = None) -> Place:
+    """This block's place; indices that aren't given are read anew."""
+    x, y, z = (fresh(f"ctaid.{axis}") if i is None else i for axis, i in zip("xyz", (x, y, z), strict=True))
+    return Place(x, y, z, fresh("nctaid.x"))
 
 
-def _strips(geometry: Geometry, block_m: int) -> Expr:
-    return T.truncdiv(geometry.seqlen_q + (block_m - 1), block_m)
-
-
-def grid(pattern: Pattern, config, traversal: Traversal, geometry: Geometry) -> list[Expr]:
-    """Blocks of a launch; the first is the fastest.
-
-    Heads-outer takes all strips of a head, then those of the next; seq-outer one strip of all heads of a section.
-    """
-    strips = _strips(geometry, config.block_m)
-    if traversal is not SEQ_OUTER:
-        return [strips, geometry.heads, geometry.batch]
-    section = _section(pattern, geometry, config.section_mib)
-    return [section, strips, T.truncdiv(geometry.batch * geometry.heads + (section - 1), section)]
-
-
-def block_of(config, traversal: Traversal, geometry: Geometry, x, y, z) -> tuple[Expr, Expr, Expr]:
-    """Batch, head and row strip of a block.  Strips descend: under a causal mask the longest come first."""
-    last = _strips(geometry, config.block_m) - 1
-    if traversal is not SEQ_OUTER:
-        return z, y, last - x
-    pair = z * fresh("nctaid.x") + x
-    return T.truncdiv(pair, geometry.heads), T.truncmod(pair, geometry.heads), last - y
-
-
-def exists(traversal: Traversal, geometry: Geometry) -> Expr:
-    """Whether a block has anything to do: the last section may have fewer heads than the others."""
-    if traversal is not SEQ_OUTER:
-        return T.bool(True)
-    return fresh("ctaid.z") * fresh("nctaid.x") + fresh("ctaid.x") < geometry.batch * geometry.heads
-
-
-@T.inline
-def move_left(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, tile):
-    """``tile`` to the next tile on the left that has something to see, or below ``tiles.begin``."""
-    tile = tile - 1
-    if pattern.has_gaps:
-        while T.And(
-            tile >= tiles.begin,
-            T.Not(pattern.tile_live(at, rows[0], rows[1], tile * block_n, tile * block_n + (block_n - 1))),
-        ):
-            tile = tile - 1
+def work_tile(order: Order, place: Place) -> WorkTile:
+    """The work tile of a place, the longest under a causal mask first."""
+    tile = order.work_tile(place)
+    return tile._replace(m_block=longest_first(tile.m_block, order.work.m_blocks))
 
 
 @T.inline
@@ -139,22 +70,27 @@ def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, careful, step):
     if pattern.has_gaps:
         tile: T.int32 = tiles.end - 1
         while tile >= tiles.begin:
-            if pattern.tile_full(at, rows[0], rows[1], tile * block_n, tile * block_n + (block_n - 1)):
+            if is_full(pattern, at, rows, tile * block_n, block_n):
                 step(tile, False, True)
             else:
                 step(tile, True, True)
-            move_left(pattern, at, tiles, rows, block_n, tile)
+            next_visible(pattern, at, tiles, rows, block_n, tile)
     else:
         plain_end: T.int32 = T.Select(careful != 0, tiles.begin, tiles.seen_end())
         plain_begin: T.int32 = T.min(tiles.full_begin, plain_end)
-        for i in T.serial(tiles.end - plain_end):
-            step(tiles.end - 1 - i, True, True)
-        if tiles.has_full:
-            for i in T.serial(plain_end - plain_begin):
-                step(plain_end - 1 - i, False, False)
-            if tiles.has_left:
-                for i in T.serial(plain_begin - tiles.begin):
-                    step(plain_begin - 1 - i, True, True)
+
+        @T.inline
+        def partly(first, last):
+            for i in T.serial(first - last):
+                step(first - 1 - i, True, True)
+
+        @T.inline
+        def fully(first, last):
+            for i in T.serial(first - last):
+                step(first - 1 - i, False, False)
+
+        bounds = T.meta_var((tiles.end, plain_end, plain_begin, tiles.begin))
+        in_parts(bounds, tiles.has_full, tiles.has_left, partly, fully)
 
 
 @T.inline
@@ -165,9 +101,10 @@ def store_output(machine, O):
     fragment = T.meta_var(machine.fragment)
     stride = T.meta_var(machine.o_stride)
     normalise(machine.softmax, machine.O, stride)
+    element = T.meta_var(machine.types.o)
     word = T.alloc_local([1], "uint32")
     first = T.meta_var(machine.q.tile.address(machine.warp_row + fragment.row(lane), machine.part * 2))
-    to: T.uint32 = first + T.Cast("uint32", fragment.column(lane) * 2)
+    to: T.uint32 = first + T.Cast("uint32", fragment.column(lane) * element.bytes)
     machine.meet()
     for t in T.unroll(machine.m_tiles):
         for i in T.unroll(stride // 4):
@@ -176,7 +113,8 @@ def store_output(machine, O):
                 row = T.meta_var(t * machine.tile_step + r * fragment.row_step)
                 column = T.meta_var(machine.output_column(i))
                 machine.pack_pair(word, 0, machine.O[o], machine.O[o + 1])
-                T.ptx["st.shared.b32"](machine.q.tile.at(to, row, column // CHUNK, column % CHUNK * 2), word[0])
+                at = T.meta_var((column // element.chunk, column % element.chunk * element.bytes))
+                T.ptx["st.shared.b32"](machine.q.tile.at(to, row, *at), word[0])
     machine.meet()
     rows = T.meta_var(fragment.tile_rows // machine.parts)
     store_rows(
@@ -217,30 +155,40 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_ty
             geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, values, ALIGNMENT)
             T.device_entry()
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
-            _x, _y, _z = T.cta_id(grid(pattern, config, traversal, geometry))
+            order = T.meta_var(scheduler(pattern, config, traversal, geometry))
+            _x, _y, _z = T.cta_id([*order.grid()])
             _tid = T.thread_id([32 * W])
             careful: T.int32 = 0
-            again: T.int32 = T.Cast("int32", exists(traversal, geometry))
+            again: T.int32 = T.Cast("int32", order.exists(this_place()))
             while again != 0:
                 # 2. Which rows of which head this block computes, and which tiles of keys they see.
                 x: T.int32 = fresh("ctaid.x")
                 y: T.int32 = fresh("ctaid.y")
                 z: T.int32 = fresh("ctaid.z")
                 tid: T.int32 = fresh("tid.x")
-                block = T.meta_var(block_of(config, traversal, geometry, x, y, z))
-                b: T.int32 = block[0]
-                h: T.int32 = block[1]
-                row_first: T.int32 = block[2] * M
-                row_last: T.int32 = T.min(row_first + M, geometry.seqlen_q) - 1
-                kv_head: T.int32 = T.truncdiv(h * geometry.kv_heads, geometry.heads)
+                block = T.meta_var(work_tile(order, this_place(x, y, z)))
+                b: T.int32 = block.batch
+                h: T.int32 = block.head
+                queries = T.meta_var(geometry.queries.of(b))
+                keys = T.meta_var(geometry.keys.of(b))
+                row_first: T.int32 = block.m_block * M
+                row_last: T.int32 = T.min(row_first + M, queries.length) - 1
+                kv_head: T.int32 = geometry.kv_head(h)
                 parameters = Parameters(geometry, b, h)
                 # Without a mask ranges are the same for every block, and would be kept from outside the loop.
-                seqlen_kv: T.int32 = anew(geometry.seqlen_kv) if pattern.is_unmasked else geometry.seqlen_kv
+                seqlen_kv: T.int32 = anew(keys.length) if pattern.is_unmasked else keys.length
                 at = T.meta_var(replace(site(geometry, parameters, b, h), seqlen_kv=seqlen_kv))
                 rows = T.meta_var((row_first, row_last))
                 tiles = KeyTiles(pattern, at, row_first, row_last, N)
                 # 3. The online softmax over the tiles, from right to left.
-                machine = machine_type(pattern, config, geometry, at, rows, tiles, kv_head, (b, h, block[2]), tid)
+                sources = T.meta_var(
+                    (
+                        ContiguousRows(geometry.q, b, h, queries),
+                        ContiguousRows(geometry.k, b, kv_head, keys),
+                        ContiguousRows(geometry.v, b, kv_head, keys),
+                    )
+                )
+                machine = machine_type(pattern, config, geometry, at, rows, tiles, sources, block, tid)
                 machine.start()
                 walk(pattern, at, tiles, rows, N, careful, machine.step)
                 machine.settle()
@@ -249,7 +197,7 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_ty
                 x1: T.int32 = fresh("ctaid.x")
                 y1: T.int32 = fresh("ctaid.y")
                 z1: T.int32 = fresh("ctaid.z")
-                machine.place_block(*block_of(config, traversal, geometry, x1, y1, z1), thread)
+                machine.place_block(work_tile(order, this_place(x1, y1, z1)), thread)
                 look_for_faults(machine, careful)
                 again = careful
                 # 5. Log-sum-exp and output.

@@ -17,8 +17,8 @@ import operator
 from tvm.script import tirx as T
 
 from schedules.families.mma.ldmatrix import LOAD, LdmatrixProducts
-from schedules.families.mma.mma import SharedTile
 from schedules.families.mma.registers import fresh
+from schedules.tile.smem import SharedTile
 
 #: Named barriers of the pairs begin here; barrier 0 is the whole block's.
 _FIRST_BARRIER = 1
@@ -29,7 +29,7 @@ class PairedProducts(LdmatrixProducts):
 
     def place_shared(self, pool):
         """P of the whole tile, and a float for each row and part."""
-        self.p_tile = SharedTile(pool, 1, self.config.block_m, self.config.block_n, self.pattern.dtype)
+        self.p_tile = SharedTile(pool, 1, self.config.block_m, self.config.block_n, self.types.v)
         self.exchange = pool.alloc((2, self.config.block_m), "float32")
 
     def place_operands(self):
@@ -90,7 +90,7 @@ class PairedProducts(LdmatrixProducts):
         p_from: T.uint32 = self.p_tile.address(row0 + lane % 16, (1 - part) * chunks + lane // 16)
         stage = T.meta_var(T.Cast("uint32", self.use * self.v.tile.stage_bytes))
         v_own: T.uint32 = self.sources(lane, part, row0)[2] + stage
-        down = T.meta_var(keys * self.v.tile.panel * 2)
+        down = T.meta_var(keys * self.v.tile.row_bytes)
         v_other: T.uint32 = v_own + T.Select(part == 0, T.uint32(down), T.uint32(2**32 - down))
         # 2. This warp's probabilities, also to the partner.
         for k in T.unroll(keys // 16):

@@ -124,7 +124,7 @@ _CONFIGS = {
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
-    config = _CONFIGS[min((d for d in _CONFIGS if d >= pattern.head_dim), default=max(_CONFIGS))]
+    config = limits.by_head_dim(_CONFIGS, pattern)
     if pattern.params and pattern.head_dim > 96:
         config = replace(config, block_n=16)  # with 32, parameters of masks and scores made it spill
     return {0: config}

@@ -75,7 +75,7 @@ class PairedMachine(PairedProducts, Machine):
     def place_shared(self, pool):
         """What they hand to each other is in the memory of K, between its last use in a step and the next tile."""
         end = pool.offset
-        pool.move_base_to(2 * self.config.block_m * self.head_dim)
+        pool.move_base_to(self.types.q.bytes * self.config.block_m * self.head_dim)
         PairedProducts.place_shared(self, pool)
         pool.move_base_to(end)
 
@@ -97,7 +97,7 @@ _WITH_PARAMETERS = {**_CONFIGS, 64: Config(128, 64, 4, 1), 256: Config(64, 16, 4
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     table = _WITH_PARAMETERS if any(p.per_head for p in pattern.params) else _CONFIGS
-    return {0: table[min((d for d in table if d >= pattern.head_dim), default=max(table))]}
+    return {0: limits.by_head_dim(table, pattern)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:

@@ -24,6 +24,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families import limits
 from schedules.families.interface import Program, Rejected, Target, Traversal
 from schedules.families.mma import ldmatrix, mma
+from schedules.families.mma.decode import PackedSoftmax
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
@@ -34,7 +35,6 @@ TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
 
 _COPY = "cp.async.cg.shared.global.L2::128B"
-_PTX_DTYPE = {"float16": "f16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class _AsynchronousMachine(BlockMachine):
         )  # fmt: skip
 
     @T.inline
-    def copy(self, matrix, stage, live, ragged=None):
+    def copy(self, matrix, stage, tile_first, live, ragged=False):
         """Start copying the tile at a cursor; what doesn't exist is filled with zeros, so that nothing branches."""
 
         @T.inline
@@ -81,14 +81,15 @@ class _AsynchronousMachine(BlockMachine):
             size = T.meta_var(T.Select(inside, T.uint32(16), T.uint32(0)))
             T.ptx[_COPY](shared, matrix.memory.ptr_to([memory]), 16, size)
 
-        self.each_row(matrix, stage, live, ragged, row)
+        self.each_row(matrix, stage, tile_first, live, ragged, row)
 
     @T.inline
-    def fetch(self, stage, live, ragged=None):
+    def fetch(self, stage, live, ragged=False):
         """Start the next group of copies if it is ``live``: K and V, or with one stage K alone."""
-        self.copy(self.k, stage, live, ragged)
+        key_first = T.meta_var(self.fetched * self.config.block_n)
+        self.copy(self.k, stage, key_first, live, ragged)
         if self.stages > 1:
-            self.copy(self.v, stage, live, ragged)
+            self.copy(self.v, stage, key_first, live, ragged)
             before: T.int32 = self.fetched
             self.fetch_done()
             self.retreat(self.v, before, self.fetched)
@@ -116,7 +117,7 @@ class _AsynchronousMachine(BlockMachine):
     @T.inline
     def multiply(self, C, c, A, a, B, b):
         """One m16n8k16 product."""
-        dt = T.meta_var(_PTX_DTYPE[self.pattern.dtype])
+        dt = T.meta_var(self.types.v.ptx)
         T.ptx[f"mma.sync.aligned.m16n8k16.row.col.f32.{dt}.{dt}.f32"](
             *[C[c + x] for x in range(4)], *[A[a + x] for x in range(4)], B[b], B[b + 1], *[C[c + x] for x in range(4)]
         )
@@ -124,17 +125,17 @@ class _AsynchronousMachine(BlockMachine):
     @T.inline
     def pack_pair(self, to, i, low, high):
         """Two float32 as one register of 16-bit elements."""
-        T.ptx[f"cvt.rn.{_PTX_DTYPE[self.pattern.dtype]}x2.f32"](to[i], high, low)
+        T.ptx[self.types.v.pack](to[i], high, low)
 
     @T.inline
     def start(self):
         """Fill the pipeline."""
         self.clear()
-        self.copy(self.q, 0, True, self.rows[0])
+        self.copy(self.q, 0, self.rows[0], True, True)
         if self.q_in_registers:
             T.ptx.cp.async_.commit_group()
         # Only the rightmost tile may go beyond the last key.
-        self.fetch(0, self.fetched >= self.tiles.begin, self.fetched * self.config.block_n)
+        self.fetch(0, self.fetched >= self.tiles.begin, True)
         for stage in T.unroll(1, max(self.stages - 1, 1)):
             self.fetch(stage, self.fetched >= self.tiles.begin)
         if self.q_in_registers:
@@ -148,7 +149,7 @@ class _AsynchronousMachine(BlockMachine):
         if self.stages > 1:
             self.fetch(T.Select(self.use == 0, self.stages, self.use) - 1, self.is_live(tile))
         else:
-            self.copy(self.v, 0, True, tile * self.config.block_n if masked else None)
+            self.copy(self.v, 0, tile * self.config.block_n, True, masked)
             self.retreat(self.v, tile, self.fetched)
             T.ptx.cp.async_.commit_group()
         if self.stages > 1:
@@ -181,6 +182,13 @@ class _AsynchronousMachine(BlockMachine):
 @T.meta_class
 class Machine(LdmatrixProducts, _AsynchronousMachine):
     """Each warp has rows of its own."""
+
+
+@T.meta_class
+class DecodeMachine(Machine):
+    """The packed rows of a group of heads, against one split of the keys."""
+
+    softmax_type = PackedSoftmax
 
 
 @T.meta_class
@@ -218,6 +226,16 @@ _BLACKWELL = {
 _TABLES = {"sm_80": _LARGE, "sm_120": _BLACKWELL}
 
 
+#: For few query rows (:mod:`schedules.families.mma.decode`).  Microseconds of sm_80 code recompiled for an H100, bf16,
+#: V2, beside FlashAttention-2's: 32 heads on 8 at 128, 1 x 8k keys 10.5 (21.2; 16 keys and 4 stages 12.0), 32 x 4k 187
+#: (202), 1 x 128k 190 (188); 64 on 8 at 64, 4 x 16k 56 (59); 16 on 8 at 256, 8 x 8k 189 (182).
+DECODE_CONFIGS = {
+    64: Config(16, 32, 1, 3, 8, q_in_registers=True),
+    128: Config(16, 32, 1, 2, 6, q_in_registers=True),
+    256: Config(16, 16, 1, 3, 3),
+}
+
+
 def _is_crowded(pattern: Pattern) -> bool:
     """Whether parameters that differ from head to head take more than one register."""
     return sum(p.per_head for p in pattern.params) > 1
@@ -252,7 +270,7 @@ def _for_v2(config: Config, pattern: Pattern) -> Config:
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     table = _TABLES.get(target.arch, _BLACKWELL if _is_crowded(pattern) else _SMALL)
-    config = table[min((d for d in table if d >= pattern.head_dim), default=max(table))]
+    config = limits.by_head_dim(table, pattern)
     if template == "v2" and target.arch == "sm_80" and not pattern.params:
         config = _for_v2(config, pattern)
     return {0: _with_parameters(config, pattern)}

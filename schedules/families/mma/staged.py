@@ -9,7 +9,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
-from schedules.families.mma.mma import CHUNK
+from schedules.tile.dtypes import tensor_types
 
 _PACK = """
 __forceinline__ __device__ void pack_halves(unsigned int& to, float low, float high) {
@@ -31,7 +31,8 @@ __forceinline__ __device__ void load_or_zero(
 
 def staging_registers(pattern: Pattern, config) -> int:
     """Registers that hold a thread's part of a tile of keys on its way to shared memory."""
-    chunks = config.block_n * max(pattern.head_dim, pattern.head_dim_v) // CHUNK
+    types = tensor_types(pattern)
+    chunks = config.block_n * max(pattern.head_dim // types.k.chunk, pattern.head_dim_v // types.v.chunk)
     return 4 * -(-chunks // (32 * config.num_warps))
 
 
@@ -60,14 +61,14 @@ class StagedCopies:
         self.staging = T.alloc_local([words], "uint32")
 
     @T.inline
-    def load(self, matrix, live, ragged=None):
+    def load(self, matrix, tile_first, live, ragged=False):
         """Start loading the tile at a cursor to registers; what doesn't exist is zero."""
 
         @T.inline
         def row(n, memory, shared, inside):
             load_or_zero(self.staging, n * 4, matrix.memory.ptr_to([memory]), inside)
 
-        self.each_row(matrix, 0, live, ragged, row)
+        self.each_row(matrix, 0, tile_first, live, ragged, row)
 
     @T.inline
     def store(self, matrix):
@@ -77,25 +78,25 @@ class StagedCopies:
         def row(n, memory, shared, inside):
             T.ptx["st.shared.v4.b32"](shared, *[self.staging[n * 4 + x] for x in range(4)])
 
-        self.each_row(matrix, 0, True, None, row)
+        self.each_row(matrix, 0, 0, True, False, row)
 
     @T.inline
-    def copy(self, matrix, live, ragged):
-        """All rows of the tile at a cursor, at once."""
+    def copy(self, matrix, tile_first, live):
+        """All rows of the tile at a cursor, at once; it may go beyond the last row."""
 
         @T.inline
         def row(n, memory, shared, inside):
             load_or_zero(self.staging, 0, matrix.memory.ptr_to([memory]), inside)
             T.ptx["st.shared.v4.b32"](shared, *[self.staging[x] for x in range(4)])
 
-        self.each_row(matrix, 0, live, ragged, row)
+        self.each_row(matrix, 0, tile_first, live, True, row)
 
     @T.inline
     def start(self):
         """Q and the first K."""
         self.clear()
-        self.copy(self.q, True, self.rows[0])
-        self.copy(self.k, self.fetched >= self.tiles.begin, self.fetched * self.config.block_n)
+        self.copy(self.q, self.rows[0], True)
+        self.copy(self.k, self.fetched * self.config.block_n, self.fetched >= self.tiles.begin)
         self.fetch_done()
         if self.q_in_registers:
             T.cuda.cta_sync()
@@ -105,14 +106,14 @@ class StagedCopies:
     def step(self, tile, masked, tracked):
         """One tile of keys."""
         T.cuda.cta_sync()
-        self.load(self.v, True, tile * self.config.block_n if masked else None)
+        self.load(self.v, tile * self.config.block_n, True, masked)
         self.retreat(self.v, tile, self.fetched)
         self.scores()
         self.score_tile(tile, masked, tracked)
         self.store(self.v)
         T.cuda.cta_sync()
         more: T.bool = self.fetched >= self.tiles.begin
-        self.load(self.k, more)
+        self.load(self.k, self.fetched * self.config.block_n, more)
         self.absorb(tracked)
         if self.parts > 1:
             T.cuda.cta_sync()

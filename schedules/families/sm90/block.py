@@ -8,7 +8,8 @@ from schedules.definition.pattern import Pattern
 from schedules.families.mma.registers import anew
 from schedules.families.sm90.config import ALL, Config
 from schedules.families.sm90.rows import Rows
-from schedules.tile.geometry import Geometry, KeyTiles, Parameters, local, site
+from schedules.tile.geometry import Geometry, Parameters, local, site
+from schedules.tile.key_range import KeyTiles
 
 
 @T.meta_class

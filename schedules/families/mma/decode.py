@@ -1,0 +1,158 @@
+"""Decoding on the mma.sync families: few query rows for each head of keys, so that the keys are split among blocks.
+
+Two launches.  The first (:func:`partial`) has a block for each split of the keys, head of keys and batch: the machine
+of the forward kernel with the one m-tile that the packed rows of a group of heads fill, restricted to the split's
+keys.  It leaves a normalised output in float32 and its log-sum-exp.  The second combines the splits
+(:mod:`schedules.tile.combine`).
+
+What limits these kernels is how fast keys come: a block is a single warp, which waits for nobody, and as many of them
+share a multiprocessor as have room for their pipelines.  Every step masks and takes the maximum, so that no step is
+ever repeated.  Splits are at fixed positions, multiples of a length that follows from the number of keys alone, so that
+a sequence has the same bits in any batch.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Traversal
+from schedules.families.mma.mma import ALIGNMENT, this_place
+from schedules.tile.epilogue import normalise
+from schedules.tile.geometry import Geometry, Parameters, flat, parameterised, site, wide
+from schedules.tile.key_range import KeyTiles, next_visible
+from schedules.tile.key_source import ContiguousRows
+from schedules.tile.packing import PackedRows
+from schedules.tile.softmax import OnlineSoftmax
+from schedules.tile.tile_scheduler import Work, WorkTile, ceildiv
+
+#: Keys of a split, by the fewest keys of the sequence.
+SPLIT_LENGTHS = ((0, 64), (2048, 128), (4096, 256), (131072, 512))
+#: Packed rows up to which these kernels are meant: beyond, several m-blocks read the same keys.
+MAX_ROWS = 64
+
+
+@T.meta_class
+class PackedSoftmax(OnlineSoftmax):
+    """The shared softmax on packed rows: the query of each row is computed once and kept."""
+
+    def __init__(self, *args):
+        OnlineSoftmax.__init__(self, *args)
+        self.queries = T.alloc_local([2 * self.m_tiles], "int32")
+
+    def position(self, row0, column0, t, g, r, e):
+        """Query and key of a register, from this lane's first key."""
+        return self.queries[t * 2 + r], OnlineSoftmax.position(self, row0, column0, t, g, r, e)[1]
+
+    def row(self, row0, t, r):
+        """The packed row of a register, from that of this lane's first one."""
+        return OnlineSoftmax.position(self, row0, 0, t, 0, r, 0)[0]
+
+    @T.inline
+    def place(self, rows, row0):
+        """Set the queries of this lane's rows."""
+        for t in T.unroll(self.m_tiles):
+            for r in T.unroll(2):
+                self.queries[t * 2 + r] = rows.position(self.row(row0, t, r))
+
+
+@T.inline
+def store_partial(machine, rows, geometry, O, LSE, splits, split):
+    """Write this lane's elements of a finished split: float32, normalised, and the log-sum-exp of its rows."""
+    softmax = T.meta_var(machine.softmax)
+    fragment = T.meta_var(machine.fragment)
+    stride = T.meta_var(machine.o_stride)
+    columns = T.meta_var(machine.head_dim_v)
+    normalise(softmax, machine.O, stride)
+    for t in T.unroll(machine.m_tiles):
+        for r in T.unroll(2):
+            row = T.meta_var(softmax.row(machine.row0, t, r))
+            if row < rows.sequence.length:
+                index: T.int64 = rows.number(geometry, row) * wide(splits) + wide(split)
+                if fragment.column(machine.lane) == 0:
+                    LSE[index] = softmax.lse(t * 2 + r)
+                for g in T.unroll(stride // 4):
+                    i = T.meta_var(t * stride + g * 4 + r * 2)
+                    column = T.meta_var(machine.output_column(g) + fragment.column(machine.lane))
+                    T.ptx["st.global.v2.f32"](
+                        O.ptr_to([index * columns + wide(column)]), machine.O[i], machine.O[i + 1]
+                    )
+
+
+def partial(pattern: Pattern, config, traversal: Traversal, name: str, machine_type, packs: bool) -> PrimFunc:
+    """``(q, k, v, o_partial, lse_partial, softmax_scale, split_length, *params)``.
+
+    ``o_partial`` is ``(rows, splits, head_dim_v)`` and ``lse_partial`` ``(rows, splits)``, float32, with the rows of o
+    in the order (batch, heads, seqlen_q).  ``split_length`` keys are a split, a multiple of ``block_n``.
+    """
+    M, N, W, E = config.block_m, config.block_n, config.num_warps, pattern.head_dim_v
+
+    def make(values):
+        @T.prim_func(check_well_formed=False)
+        def attention(
+            q: T.handle,
+            k: T.handle,
+            v: T.handle,
+            o_partial: T.handle,
+            lse_partial: T.handle,
+            softmax_scale: T.float32,
+            split_length: T.int32,
+        ):
+            # 1. Arguments, and a block for each split, m-block of a group's rows, group and batch.
+            geometry = Geometry(pattern, traversal, (q, k, v), softmax_scale, values, ALIGNMENT)
+            splits = T.int32()
+            partial_rows = T.int32()
+            o_parts = T.match_buffer(o_partial, (partial_rows, splits, E), "float32", align=16)
+            lse_parts = T.match_buffer(lse_partial, (partial_rows, splits), "float32", align=4)
+            group = T.meta_var(T.truncdiv(geometry.heads, geometry.kv_heads) if packs else T.int32(1))
+            m_blocks = T.meta_var(ceildiv(group * geometry.seqlen_q, M))
+            work = T.meta_var(Work(splits, T.truncdiv(geometry.heads, group) * m_blocks, geometry.batch))
+            order = T.meta_var(traversal.order(work, lambda: work.heads))
+            T.device_entry()
+            T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
+            x, y, z = T.cta_id([*order.grid()])
+            tid = T.thread_id([32 * W])
+            # 2. Which rows of which group of heads this block computes, and which keys.
+            item = T.meta_var(order.work_tile(this_place(x, y, z)))
+            b: T.int32 = item.batch
+            split: T.int32 = item.m_block
+            unit: T.int32 = item.head
+            first_unit: T.int32 = T.truncdiv(unit, m_blocks)
+            h: T.int32 = first_unit * group
+            m_block: T.int32 = unit - first_unit * m_blocks
+            kv_head: T.int32 = geometry.kv_head(h)
+            keys = T.meta_var(geometry.keys.of(b))
+            parameters = Parameters(geometry, b, h)
+            at = T.meta_var(site(geometry, parameters, b, h))
+            rows = T.meta_var(PackedRows(geometry.q, b, h, group, geometry.queries.of(b).length))
+            positions = T.meta_var((T.int32(0), geometry.queries.of(b).length - 1))
+            first_tile: T.int32 = split * T.truncdiv(split_length, N)
+            end_tile: T.int32 = first_tile + T.truncdiv(split_length, N)
+            tiles = KeyTiles(pattern, at, *positions, N, (first_tile, end_tile))
+            # 3. The online softmax over the split's tiles, from right to left.
+            sources = T.meta_var(
+                (
+                    rows,
+                    ContiguousRows(geometry.k, b, kv_head, keys),
+                    ContiguousRows(geometry.v, b, kv_head, keys),
+                )
+            )
+            span = T.meta_var((m_block * M, positions[1]))
+            machine = machine_type(pattern, config, geometry, at, span, tiles, sources, WorkTile(b, h, m_block), tid)
+            machine.softmax.place(rows, machine.row0)
+            machine.start()
+            tile: T.int32 = tiles.end - 1
+            while tile >= tiles.begin:
+                machine.step(tile, True, True)
+                next_visible(pattern, at, tiles, positions, N, tile)
+            machine.settle()
+            # 4. The split's output and log-sum-exp.
+            machine.finish()
+            O = flat(o_parts)
+            LSE = flat(lse_parts)
+            store_partial(machine, rows, geometry, O, LSE, splits, split)
+
+        return attention.with_attr("global_symbol", name)
+
+    return parameterised(pattern, make)

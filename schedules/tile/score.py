@@ -1,0 +1,120 @@
+"""Scores and masks on accumulator fragments: once for every GPU, and whatever is made of the scores afterwards.
+
+The pattern says what the score and the mask are; a :class:`ScoreTile` says where each register of a fragment stands,
+and applies them to all of it.  Everything that is exponential later is in powers of two: where the definition only
+scales the score, a fragment keeps raw products and ``signed_scale`` brings them to powers of two, in the multiplication
+that is there anyway; otherwise it holds scores times log2(e), and the scale is 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import tvm_ffi
+from tvm.ir import Call, Expr
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern, Site
+from schedules.tile.fragment import Fragment
+from schedules.tile.geometry import constant
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
+NEGATIVE_INFINITY = -math.inf
+
+
+def accurate_tanh(x: Expr) -> Expr:
+    """tanh to about 1e-7 absolute; --use_fast_math would make it tanh.approx, which is good to 5e-4 only."""
+    return T.float32(1) - T.float32(2) / (T.exp2(x * T.float32(2 * LOG2_E)) + T.float32(1))
+
+
+def _with_accurate_tanh(expr: Expr) -> Expr:
+    def replace(node):
+        if isinstance(node, Call) and getattr(node.op, "name", "").endswith("tanh"):
+            return accurate_tanh(node.args[0])
+        return node
+
+    return tvm_ffi.structural_map(expr, replace, order="post")
+
+
+@T.meta_class
+class ScoreTile:
+    """The scores of the rows that one lane shares in: ``2 * m_tiles`` rows of ``columns`` columns.
+
+    All can begin with m-tile ``first``, if those before it see nothing.  ``tile_step``: rows from one m-tile of a warp
+    to the next.
+    """
+
+    def __init__(self, pattern: Pattern, at: Site, fragment: Fragment, m_tiles: int, columns: int, tile_step: int = 0):
+        self.pattern, self.at, self.fragment = pattern, at, fragment
+        self.m_tiles, self.groups = m_tiles, columns // fragment.group
+        self.tile_step = tile_step or fragment.tile_rows
+        self.stride = fragment.registers(columns)
+        self.folded = pattern.is_scale_only
+
+    def position(self, row0: Expr, column0: Expr, t, g, r, e) -> tuple[Expr, Expr]:
+        """Row and column of a register, from those of this lane's first one."""
+        f = self.fragment
+        return row0 + (t * self.tile_step + r * f.row_step), column0 + (g * f.group + e)
+
+    def modified(self, s: Expr, i: Expr, j: Expr) -> Expr:
+        """The modified score in powers of two."""
+        return _with_accurate_tanh(self.pattern.score(self.at, s, i, j)) * T.float32(LOG2_E)
+
+    def signed_scale(self) -> Expr:
+        """From raw products (or modified scores, which are in powers of two already) to powers of two."""
+        return self.at.softmax_scale * T.float32(LOG2_E) if self.folded else T.float32(1)
+
+    @T.inline
+    def scores(self, S, row0, column0, masked, first=0):
+        """Raw products to scores that ``scale``, which is positive, brings to powers of two; −inf where hidden."""
+        if self.folded:  # noqa: SIM102, decided when the kernel is made
+            if self.at.softmax_scale < T.float32(0):
+                for i in T.unroll(first * self.stride, self.m_tiles * self.stride):
+                    S[i] = T.float32(0) - S[i]
+        self.modify(S, row0, column0, masked, first)
+
+    @T.inline
+    def modify(self, S, row0, column0, masked, first=0):
+        """Raw products to scores, −inf where the mask hides them; ``row0``, ``column0`` are this lane's first ones."""
+        if not self.folded:
+            for t in T.unroll(first, self.m_tiles):
+                for g in T.unroll(self.groups):
+                    for r in T.unroll(2):
+                        for e in T.unroll(2):
+                            at = T.meta_var(self.position(row0, column0, t, g, r, e))
+                            i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
+                            S[i] = self.modified(S[i], at[0], at[1])
+        if masked:
+            if self.pattern.is_interval:
+                self._mask_interval(S, row0, column0, first)
+            else:
+                self._mask_elements(S, row0, column0, first)
+
+    @T.inline
+    def _mask_interval(self, S, row0, column0, first):
+        # the visible keys of a row are an interval: two comparisons of a constant with a register, or one
+        for t in T.unroll(first, self.m_tiles):
+            for r in T.unroll(2):
+                row = T.meta_var(self.position(row0, column0, t, 0, r, 0)[0])
+                keys = T.meta_var(self.pattern.visible_range(self.at, row, row))
+                end: T.int32 = keys[1] - column0
+                begin: T.int32 = keys[0] - column0
+                for g in T.unroll(self.groups):
+                    for e in T.unroll(2):
+                        i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
+                        column = T.meta_var(g * self.fragment.group + e)
+                        if constant(keys[0]) == 0:
+                            S[i] = T.Select(column < end, S[i], T.float32(NEGATIVE_INFINITY))
+                        else:
+                            S[i] = T.Select(T.And(column < end, column >= begin), S[i], T.float32(NEGATIVE_INFINITY))
+
+    @T.inline
+    def _mask_elements(self, S, row0, column0, first):
+        for t in T.unroll(first, self.m_tiles):
+            for g in T.unroll(self.groups):
+                for r in T.unroll(2):
+                    for e in T.unroll(2):
+                        at = T.meta_var(self.position(row0, column0, t, g, r, e))
+                        i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
+                        S[i] = T.Select(self.pattern.mask(self.at, at[0], at[1]), S[i], T.float32(NEGATIVE_INFINITY))
