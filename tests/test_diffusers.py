@@ -1,35 +1,94 @@
-"""A UNet of diffusers with our attention gives what it gives with torch's."""
+"""Models of diffusers with our attention give what they give with torch's."""
+
+import copy
+import pickle
+import warnings
 
 import pytest
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from tests.diffusion_models import MODELS, make, run  # noqa: E402
+from tvm_flash import NotSupportedError  # noqa: E402
 from tvm_flash.integrations import diffusers as integration  # noqa: E402
+from tvm_flash.nn import FallbackWarning, sdpa  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("cpu_pack"), pytest.mark.filterwarnings("error::tvm_flash.nn.FallbackWarning")]
 
+#: Of these, masks that transformers' layers expand over their heads, and linear attention, are torch's.
+PARTLY = ("SanaTransformer2DModel", "LTXVideoTransformer3DModel", "HunyuanVideoTransformer3DModel")
 
-def test_a_small_unet(monkeypatch):
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
-    blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "block_out_channels": (32, 64)}
-    sizes = {"sample_size": 16, "cross_attention_dim": 24, "attention_head_dim": 4, "layers_per_block": 1}
-    model = diffusers.UNet2DConditionModel(norm_num_groups=8, **sizes, **blocks).eval()
-    image, text = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 24)
-    with torch.no_grad():
-        want = model(image, 3, text).sample
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that our kernels compute."""
+    found, compute = [], sdpa._compute
+    monkeypatch.setattr(sdpa, "_compute", lambda *a: found.append(a) or compute(*a))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_gives_the_same(name, calls):
+    model, inputs = make(name), MODELS[name][1]()
+    want = run(model, inputs)
+    with warnings.catch_warnings():
+        if name in PARTLY:
+            warnings.simplefilter("ignore", FallbackWarning)
         count = integration.use(model)
-        calls = []
-        attend = integration.scaled_dot_product_attention
-        monkeypatch.setattr(integration, "scaled_dot_product_attention", lambda *a: calls.append(a) or attend(*a))
-        got = model(image, 3, text).sample
-    assert count == len(calls) > 4
-    assert (got - want).abs().max() < 1e-5
+        got = run(model, inputs)
+    assert count and (got - want).abs().max() < 1e-5 * want.abs().max().clamp(min=1)
+    assert name in PARTLY or len(calls) >= count
+    assert integration.use(copy.deepcopy(model)) == count if name not in PARTLY else True
+
+
+@pytest.mark.parametrize("name", ("FluxTransformer2DModel", "WanTransformer3DModel", "QwenImageTransformer2DModel"))
+@pytest.mark.parametrize("way", ("model", "context"))
+def test_the_dispatcher_knows_us(name, way, calls):
+    model, inputs = make(name), MODELS[name][1]()
+    want = run(model, inputs)
+    if way == "model":
+        model.set_attention_backend(integration.NAME)
+        try:
+            got = run(model, inputs)
+        finally:
+            model.set_attention_backend("native")
+    else:
+        with diffusers.attention_backend(integration.NAME):
+            got = run(model, inputs)
+    assert calls and (got - want).abs().max() < 1e-5
+    calls.clear()
+    assert torch.equal(run(model, inputs), want) and not calls
+
+
+def test_after_attention_slicing(calls):
+    model, inputs = make("UNet2DConditionModel"), MODELS["UNet2DConditionModel"][1]()
+    want = run(model, inputs)
+    model.set_attention_slice("max")
+    count = integration.use(model)
+    assert (run(model, inputs) - want).abs().max() < 1e-5 and len(calls) == count == 8
+
+
+def test_a_model_that_was_changed_can_be_pickled():
+    for name in ("AuraFlowTransformer2DModel", "VQModel", "UNet2DConditionModel"):
+        model, inputs = make(name), MODELS[name][1]()
+        integration.use(model)
+        want = run(model, inputs)
+        assert torch.equal(run(pickle.loads(pickle.dumps(model)), inputs), want)
+
+
+def test_a_model_without_attention_is_refused():
+    model = diffusers.UNet2DModel(
+        block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False
+    )
+    with pytest.raises(NotSupportedError, match=r"^model: UNet2DModel has no attention layer"):
+        integration.use(model)
+    with pytest.raises(NotSupportedError, match=r"^return_lse: .*set_attention_backend"):
+        integration.attention(*[torch.randn(1, 8, 2, 16)] * 3, return_lse=True)
 
 
 def test_images_and_masks():
-    """A layer that takes images, with normalisation and a residual connection; one with a mask over the text."""
+    """A layer that takes images, with normalisation and a residual connection; one with masks over the text."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     torch.manual_seed(0)
@@ -37,13 +96,16 @@ def test_images_and_masks():
     image = Attention(32, norm_num_groups=8, residual_connection=True, rescale_output_factor=2.0, **options).eval()
     cross = Attention(32, cross_attention_dim=24, **options).eval()
     mask = torch.where(torch.arange(9) < torch.tensor([[9], [4]]), 0.0, -torch.inf)[:, None]
+    each = torch.randn(8, 11, 9)  # another one for each head
     for layer, inputs in (
         (image, (torch.randn(2, 32, 6, 5),)),
         (cross, (torch.randn(2, 11, 32), torch.randn(2, 9, 24))),
         (cross, (torch.randn(2, 11, 32), torch.randn(2, 9, 24), mask)),
+        (cross, (torch.randn(2, 11, 32), torch.randn(2, 9, 24), each)),
     ):
         layer.set_processor(AttnProcessor2_0())
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
             want = layer(*inputs)
             layer.set_processor(integration.TvmFlashAttnProcessor())
             assert (layer(*inputs) - want).abs().max() < 1e-5

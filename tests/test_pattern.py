@@ -1,5 +1,6 @@
 """The matcher: kv ranges against brute force over the numpy twins, and refusals with the block's name."""
 
+import dataclasses
 import itertools
 import math
 
@@ -11,6 +12,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import FULL, MASKS, SCORES, Mask
+from schedules.definition.derive import KEY_RANGE, derive
 from schedules.definition.pattern import DefinitionError, Site, match
 from tvm_flash import reference
 from tvm_flash.packs.manifest import Param
@@ -26,8 +28,38 @@ def steep(at):
     return 2 * at.j <= 3 * at.i + 1
 
 
-CHECKERBOARD = Mask("checkerboard", lambda at: T.truncmod(at.i + at.j, T.Cast(at.i.ty.dtype, 2)) == 0, checkerboard)
-STEEP = Mask("steep", lambda at: 2 * at.j <= 3 * at.i + 1, steep)
+def later_rows(at):
+    return (at.i >= at.params["window_left"]) & (at.j < at.seqlen_kv - 1)
+
+
+def strided(at):
+    return (3 * at.i >= 2 * at.j - 4) & (5 * at.j >= 2 * at.i - 3)
+
+
+def upwards(at):
+    return (at.i + at.j >= 6) & (at.i + at.j <= 11)
+
+
+def two_blocks(at):
+    return ((at.i < 4) & (at.j < 5)) | ((at.i >= 4) & (at.j >= 5))
+
+
+#: Masks that the catalogue doesn't have: opaque, with steps of their own, of rows or keys alone, with gaps.
+ODD = (
+    Mask("checkerboard", lambda at: T.truncmod(at.i + at.j, T.Cast(at.i.ty.dtype, 2)) == 0, checkerboard),
+    Mask("steep", lambda at: 2 * at.j <= 3 * at.i + 1, steep),
+    Mask(
+        "later_rows",
+        lambda at: T.And(at.i >= at.param["window_left"], at.j < at.seqlen_kv - 1),
+        later_rows,
+        (Param("window_left", "int32"),),
+    ),
+    Mask("strided", lambda at: T.And(3 * at.i >= 2 * at.j - 4, 5 * at.j >= 2 * at.i - 3), strided),
+    Mask("upwards", lambda at: T.And(at.i + at.j >= 6, at.i + at.j <= 11), upwards),
+    Mask("two_blocks", lambda at: T.Or(T.And(at.i < 4, at.j < 5), T.And(at.i >= 4, at.j >= 5)), two_blocks),
+)
+#: Masks whose ranges must be as narrow as can be, and not only right.
+EXACT = ("full", "causal", "window", "steep", "later_rows")
 
 
 def constant(value):
@@ -50,30 +82,41 @@ def site_of(pattern, seqlen_q, seqlen_kv, params):
     )
 
 
-@pytest.mark.parametrize("mask", (*MASKS.values(), CHECKERBOARD, STEEP), ids=lambda m: m.name)
-@pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), ((9, 9), (5, 13), (13, 5), (1, 10)))
+PARAMS = {"window_left": 3, "window_right": 1, "sink_tokens": 2, "kv_start": 2, "kv_end": 9}
+SIZES = ((9, 9), (5, 13), (13, 5), (1, 10))
+
+
+def visible_of(mask, seqlen_q, seqlen_kv):
+    at = reference.Positions(np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)[None, :], seqlen_q, seqlen_kv, PARAMS)
+    return np.broadcast_to(mask.twin(at), (seqlen_q, seqlen_kv))
+
+
+def check_ranges(ranges, seen, exact, whole=True):
+    """Compare the ranges of a span with ``seen (span, others)``; ``whole``: all of the span exists."""
+    some, every, others = seen.any(axis=0), seen.all(axis=0) & whole, seen.shape[1]
+    lo, hi = map(evaluate, ranges.visible)
+    assert 0 <= lo <= hi <= others
+    assert not some[:lo].any()
+    assert not some[hi:].any()
+    full_lo, full_hi = map(evaluate, ranges.full)
+    assert 0 <= full_lo <= full_hi <= others
+    assert every[full_lo:full_hi].all()
+    if exact:
+        assert hi - lo == some.sum()
+        assert full_hi - full_lo == every.sum()
+
+
+@pytest.mark.parametrize("mask", (*MASKS.values(), *ODD), ids=lambda m: m.name)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), SIZES)
 def test_ranges_against_brute_force(mask, seqlen_q, seqlen_kv):
-    params = {"window_left": 3, "window_right": 1, "sink_tokens": 2, "kv_start": 2, "kv_end": 9}
     pattern = match(Attention(mask=mask)(8, "float32"))
-    site = site_of(pattern, seqlen_q, seqlen_kv, params)
-    at = reference.Positions(np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)[None, :], seqlen_q, seqlen_kv, params)
-    visible = np.broadcast_to(mask.twin(at), (seqlen_q, seqlen_kv))
+    site = site_of(pattern, seqlen_q, seqlen_kv, PARAMS)
+    visible = visible_of(mask, seqlen_q, seqlen_kv)
 
     for first in range(0, seqlen_q, TILE_M):
         last = min(first + TILE_M, seqlen_q) - 1
-        rows = visible[first : last + 1]
         bounds = constant(first), constant(last)
-        lo, hi = map(evaluate, pattern.visible_range(site, *bounds))
-        assert 0 <= lo <= hi <= seqlen_kv
-        seen = np.flatnonzero(rows.any(axis=0))
-        assert not len(seen) or (lo <= seen[0] and seen[-1] < hi)
-        if mask.name in ("full", "causal", "window"):
-            assert (lo, hi) == ((seen[0], seen[-1] + 1) if len(seen) else (lo, lo))
-        full_lo, full_hi = map(evaluate, pattern.full_range(site, *bounds))
-        assert 0 <= full_lo <= full_hi <= seqlen_kv
-        assert rows[:, full_lo:full_hi].all()
-        if mask.name in ("full", "causal", "window"):
-            assert full_hi - full_lo == rows.all(axis=0).sum()
+        check_ranges(pattern.keys_of(site, *bounds), visible[first : last + 1], mask.name in EXACT)
 
         for col in range(0, seqlen_kv, TILE_N):
             tile = visible[first : last + 1, col : col + TILE_N]
@@ -85,7 +128,34 @@ def test_ranges_against_brute_force(mask, seqlen_q, seqlen_kv):
             if mask.name in ("full", "causal", "window"):
                 assert full == (inside and tile.all())
 
+    for first in range(0, seqlen_kv, TILE_N):
+        last = first + TILE_N - 1  # which need not exist
+        ranges = pattern.rows_of(site, constant(first), constant(last))
+        check_ranges(ranges, visible[:, first : last + 1].T, mask.name in EXACT, whole=last < seqlen_kv)
+
     for i, j in itertools.product(range(seqlen_q), range(seqlen_kv + 2)):
+        expected = j < seqlen_kv and visible[i, j]
+        assert bool(evaluate(pattern.mask(site, constant(i), constant(j)))) == expected
+
+
+@pytest.mark.parametrize("mask", (*MASKS.values(), *ODD), ids=lambda m: m.name)
+@pytest.mark.parametrize("keys", ((3, 8), (5, 5), (9, 20), (-2, 3)))
+def test_ranges_of_a_part(mask, keys):
+    seqlen_q, seqlen_kv = 9, 11
+    pattern = match(derive(match(Attention(mask=mask)(8, "float32")), "partial"))
+    site = site_of(pattern, seqlen_q, seqlen_kv, PARAMS)
+    within = {name: tirx.IntImm("int32", key) for name, key in zip(KEY_RANGE, keys, strict=True)}
+    site = dataclasses.replace(site, params={**site.params, **within})
+    inside = (np.arange(seqlen_kv) >= keys[0]) & (np.arange(seqlen_kv) < keys[1])
+    visible = visible_of(mask, seqlen_q, seqlen_kv) & inside
+    for first in range(0, seqlen_q, TILE_M):
+        last = min(first + TILE_M, seqlen_q) - 1
+        check_ranges(pattern.keys_of(site, constant(first), constant(last)), visible[first : last + 1], False)
+    for first in range(0, seqlen_kv, TILE_N):
+        last = first + TILE_N - 1
+        ranges = pattern.rows_of(site, constant(first), constant(last))
+        check_ranges(ranges, visible[:, first : last + 1].T, False, whole=last < seqlen_kv)
+    for i, j in itertools.product((0, 4, 8), range(seqlen_kv + 2)):
         expected = j < seqlen_kv and visible[i, j]
         assert bool(evaluate(pattern.mask(site, constant(i), constant(j)))) == expected
 
@@ -159,13 +229,29 @@ def test_renamed_block_is_refused():
         match(edit_block(Attention()(8, "float32"), "prob", rename))
 
 
-def test_mask_that_depends_on_the_score_is_refused():
+@pytest.mark.parametrize(
+    ("block", "says"), [("score", "block 'score': hides keys"), ("mask", "block 'mask': the mask depends on the score")]
+)
+def test_mask_that_depends_on_the_score_is_refused(block, says):
     def threshold(b):
         value = b.body.value
         return store(b, T.if_then_else(value > 0, value, T.float32(-math.inf)))
 
-    with pytest.raises(DefinitionError, match="block 'score': the mask depends on the score"):
-        match(edit_block(Attention()(8, "float32"), "score", threshold))
+    with pytest.raises(DefinitionError, match=says):
+        match(edit_block(Attention()(8, "float32"), block, threshold))
+
+
+def test_mask_that_changes_scores_is_refused():
+    with pytest.raises(DefinitionError, match="block 'mask': expected if_then_else"):
+        match(edit_block(Attention()(8, "float32"), "mask", lambda b: store(b, b.body.value * 2)))
+
+
+def test_product_without_its_scale_is_refused():
+    def raw(b):
+        return store(b, b.body.value.a + T.float32(1))
+
+    with pytest.raises(DefinitionError, match="multiplied by softmax_scale"):
+        match(edit_block(Attention()(8, "float32"), "score", raw))
 
 
 def test_score_that_ignores_the_product_is_refused():

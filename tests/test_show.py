@@ -9,6 +9,7 @@ pytest.importorskip("tvm")
 from schedules.builder.plan import Request
 from schedules.builder.suite import KernelSpec
 from schedules.commands import show
+from schedules.definition.derive import OPERATORS
 from schedules.families.interface import Target
 from schedules.toolchain.nvcc import find_toolkit
 from schedules.toolchain.process import ToolchainError
@@ -22,6 +23,37 @@ def test_definition_and_schedule_are_before_and_after():
     after = show.listing(SPEC, SM_80, "tir").text
     assert 'T.sblock("qk")' in before and "T.thread_id" not in before
     assert "T.thread_id" in after and 'T.sblock("qk")' not in after
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_each_operator_as_mathematics(op, capsys):
+    assert (
+        show.main(["--arch", "cpu", "--head-dim", "64", "--mask", "causal", "--op", op, "--stage", "definition"]) == 0
+    )
+    text = capsys.readouterr().out
+    assert text.startswith(f"# definition of {op}: head_dim 64, float32, causal, identity\n")
+    assert all(f'T.sblock("{block}")' in text for block in OPERATORS[op].blocks)
+
+
+def test_the_derivative_of_a_score(capsys):
+    options = ["--arch", "cpu", "--mask", "window", "--score", "softcap_alibi", "--stage", "gradient"]
+    assert show.main(options) == 0
+    lines = dict(line.split(" = ") for line in capsys.readouterr().out.splitlines() if " = " in line)
+    assert lines["d_score_d_s"] == "T.float32(1.0) - T.tanh(s / softcap) * T.tanh(s / softcap)"
+    assert "T.fabs" in lines["d_score_d_alibi_slopes"] and "s" not in lines["d_score_d_alibi_slopes"].split()
+    assert set(lines) == {"# s", "score", "d_score_d_s", "d_score_d_softcap", "d_score_d_alibi_slopes"}
+
+
+def test_a_score_without_a_derivative_is_one_line(tmp_path, capsys):
+    file = tmp_path / "odd.py"
+    file.write_text(
+        "from tvm.script import tirx as T\n"
+        "from schedules.definition.attention import Attention\n"
+        "from schedules.definition.catalogue import ScoreModification\n"
+        "odd = Attention(ScoreModification('odd', lambda s, at: T.copysign(s, s), None))\n"
+    )
+    assert show.main(["--arch", "cpu", "--definition", f"{file}:odd", "--stage", "gradient"]) == 2
+    assert "no derivative with respect to s is known of T.copysign(s, s)" in capsys.readouterr().err
 
 
 def test_cuda_is_the_kernel_alone():
@@ -78,7 +110,8 @@ def test_two_templates_on_a_wide_terminal(monkeypatch):
     [
         (["V3"], "expected V1 or V2"),
         (["V2", "--arch", "sm_75", "--head-dim", "64"], "sm_75 has no v2 kernels"),
-        (["V1", "--arch", "cpu", "--stage", "sass"], "cpu has definition, tir, llvm, asm"),
+        (["V1", "--arch", "cpu", "--stage", "sass"], "cpu has definition, gradient, tir, llvm, asm"),
+        (["--arch", "cpu", "--op", "delta", "--stage", "tir"], "delta has definition"),
         (["--arch", "sm_99"], "unknown"),
         (["--arch", "sm_80", "--mask", "wrong"], "wrong"),
         (["--arch", "sm_80", "--dtype", "float64"], "float64"),

@@ -7,11 +7,15 @@ A twin sees whole arrays: ``s`` is ``(batch, heads, seqlen_q, seqlen_kv)`` after
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+#: Step of central differences: at values around 1 their error is about 1e-10, half of it from rounding.
+STEP = 2.0**-16
 
 
 @dataclass(frozen=True)
@@ -108,20 +112,119 @@ def attention(
     out: ``(batch, heads, seqlen_q, head_dim_v)`` float64; zeros in a row that may attend to nothing.
     lse: ``(batch, heads, seqlen_q)`` float64, natural logarithm; −inf in such a row.
     """
-    q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
-    heads, seqlen_q, seqlen_kv = q.shape[1], q.shape[2], k.shape[2]
-    group = heads // k.shape[1]
-    k, v = (np.repeat(x, group, axis=1) for x in (k, v))
-    values = {
-        n: x if np.ndim(x) == 0 else np.asarray(x, np.float64)[..., None, None] for n, x in (params or {}).items()
-    }
-    at = Positions(np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)[None, :], seqlen_q, seqlen_kv, values)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        s = score(np.einsum("bhid,bhjd->bhij", q, k) * softmax_scale, at)
-        s = np.where(mask(at), s, -np.inf)
-        row_max = s.max(axis=-1, keepdims=True, initial=-np.inf)
-        prob = np.where(row_max == -np.inf, 0.0, np.exp(s - row_max))
+        state = _Forward.of(q, k, v, softmax_scale, mask, score, params)
+        out = np.where(state.row_sum == 0, 0.0, np.einsum("bhij,bhjd->bhid", state.prob, state.v))
+    return out, state.lse
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the inputs, in their shapes, float64; ``params`` has those of the parameters that were asked for."""
+
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+    params: Mapping[str, np.ndarray]
+
+
+def attention_backward(
+    dout: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    softmax_scale: float,
+    dlse: np.ndarray | None = None,
+    mask: Callable = full,
+    score: Callable = identity,
+    params: Mapping[str, Any] | None = None,
+    gradients: Sequence[str] = (),
+) -> Gradients:
+    """Gradients of attention in float64, given those of its output and of its log-sum-exp.
+
+    A twin needs no derivative of its own: that of the score, with respect to the scaled product and to a parameter, is
+    taken by central differences with the step ``STEP`` times the larger of 1 and the value, relative error about 1e-10.
+    They need no more than that the twin takes arrays, as complex steps would not: NumPy's ``abs`` and ``maximum`` of
+    complex numbers are other functions.  At a corner they have the mean of both sides.
+
+    Parameters
+    ----------
+    dout: ``(batch, heads, seqlen_q, head_dim_v)``; dlse: ``(batch, heads, seqlen_q)``, zero if not given.  What they
+        hold in a row that may attend to nothing doesn't count.
+    q, k, v, softmax_scale, mask, score, params: as in :func:`attention`.
+    gradients: names of the float parameters whose gradients are wanted.
+
+    Returns
+    -------
+    dq, dk, dv, and the parameters' gradients by name, in the shapes of the parameters.
+    """
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        state = _Forward.of(q, k, v, softmax_scale, mask, score, params)
+        dout = np.where(state.row_sum == 0, 0.0, np.asarray(dout, np.float64))
+        dp = np.einsum("bhid,bhjd->bhij", dout, state.v)
+        delta = np.einsum("bhij,bhij->bhi", state.prob, np.where(state.prob == 0, 0.0, dp))
+        delta = delta - (0.0 if dlse is None else np.asarray(dlse, np.float64))
+        dscore = np.where(state.prob == 0, 0.0, state.prob * (dp - delta[..., None]))
+        slope = _difference(lambda s: score(s, state.at), state.s)
+        ds = np.where(state.prob == 0, 0.0, dscore * slope) * softmax_scale
+        found = {n: _parameter_gradient(n, score, state, dscore, np.shape((params or {})[n])) for n in gradients}
+    dq = np.einsum("bhij,bhjd->bhid", ds, state.k)
+    dk, dv = np.einsum("bhij,bhid->bhjd", ds, state.q), np.einsum("bhij,bhid->bhjd", state.prob, dout)
+    grouped = (state.q.shape[0], state.kv_heads, -1)
+    dk, dv = (x.reshape(*grouped, *x.shape[2:]).sum(axis=2) for x in (dk, dv))
+    return Gradients(dq, dk, dv, found)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What both directions compute: keys and values expanded to all heads, scaled products ``s``, probabilities."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    kv_heads: int
+    at: Positions
+    s: np.ndarray
+    prob: np.ndarray
+    row_sum: np.ndarray
+    lse: np.ndarray
+
+    @staticmethod
+    def of(q, k, v, softmax_scale, mask, score, params) -> _Forward:
+        q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+        heads, seqlen_q, kv_heads, seqlen_kv = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
+        k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
+        values = {
+            n: x if np.ndim(x) == 0 else np.asarray(x, np.float64)[..., None, None] for n, x in (params or {}).items()
+        }
+        at = Positions(np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)[None, :], seqlen_q, seqlen_kv, values)
+        s = np.einsum("bhid,bhjd->bhij", q, k) * softmax_scale
+        x = np.where(mask(at), score(s, at), -np.inf)
+        row_max = x.max(axis=-1, keepdims=True, initial=-np.inf)
+        prob = np.where(row_max == -np.inf, 0.0, np.exp(x - row_max))
         row_sum = prob.sum(axis=-1, keepdims=True)
-        out = np.where(row_sum == 0, 0.0, np.einsum("bhij,bhjd->bhid", prob, v) / row_sum)
         lse = np.where(row_sum == 0, -np.inf, row_max + np.log(row_sum))
-    return out, lse[..., 0]
+        return _Forward(q, k, v, kv_heads, at, s, np.where(row_sum == 0, 0.0, prob / row_sum), row_sum, lse[..., 0])
+
+
+def _difference(function: Callable, x: np.ndarray) -> np.ndarray:
+    """The derivative of an elementwise function by central differences."""
+    step = STEP * np.maximum(1.0, np.abs(x))
+    return (function(x + step) - function(x - step)) / (2 * step)
+
+
+def _parameter_gradient(name: str, score: Callable, state: _Forward, dscore: np.ndarray, shape) -> np.ndarray:
+    """The sum of ``dscore * dscore/dparameter`` over the axes that the parameter doesn't have."""
+
+    def of_value(value):
+        return score(state.s, dataclasses.replace(state.at, params={**state.at.params, name: value}))
+
+    slope = _difference(of_value, np.asarray(state.at.params[name], np.float64))
+    shares = np.where(state.prob == 0, 0.0, dscore * slope)
+    if not shape:
+        return shares.sum()
+    shares = shares.sum(axis=(-1, -2))
+    extra = tuple(range(shares.ndim - len(shape)))
+    broadcast = tuple(a for a, size in enumerate(shape, len(extra)) if size == 1 and shares.shape[a] > 1)
+    return shares.sum(axis=(*extra, *broadcast)).reshape(shape)

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
+from tvm import tirx
 
 from schedules.builder.compile import Lowered, cpu_target, definition_of, lower_for_each
 from schedules.builder.plan import Request, parse_targets, select
 from schedules.builder.suite import HeadDim, KernelSpec, Selection
 from schedules.definition.definition_file import DefinitionFile
-from schedules.definition.pattern import DefinitionError
+from schedules.definition.derive import OPERATORS, derive
+from schedules.definition.parameters import Site
+from schedules.definition.pattern import DefinitionError, Pattern, match
 from schedules.families import family_of
 from schedules.families.interface import Rejected, Target
 from schedules.toolchain import cuda
@@ -106,8 +109,8 @@ CPU_STAGES = {
     "asm": Stage("machine code", "gas", _cpu_text("asm")),
 }
 
-#: The stage before there is a template.
-DEFINITION = "definition"
+#: The stages before there is a template: an operator's mathematics, and the derivative of the score.
+DEFINITION, GRADIENT = "definition", "gradient"
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,37 @@ class Listing:
     language: str
 
 
-def listing(spec: KernelSpec, request: Request, stage: str) -> Listing:
+def _before_templates(spec: KernelSpec, request: Request, stage: str, op: str) -> Listing:
+    pattern = match(definition_of(spec, request.targets[0], request.definition))
+    kind = f"head_dim {HeadDim(spec.head_dim, spec.head_dim_v)}, {spec.dtype}, {spec.mask}, {spec.score}"
+    if stage == GRADIENT:
+        return Listing(f"{stage}: {spec.score}", _derivatives(pattern), "python")
+    return Listing(f"{stage} of {op}: {kind}", derive(pattern, op).script(), "python")
+
+
+def _derivatives(pattern: Pattern) -> str:
+    """The score and its derivatives as expressions of the scaled product ``s``."""
+    names = ("b", "h", "batch", "heads", "kv_heads", "seqlen_q", "seqlen_kv")
+    params = {p.name: tirx.Var(p.name, p.dtype) for p in pattern.params}
+    site = Site(*(tirx.Var(n, pattern.index_dtype) for n in names), tirx.const(1.0, "float32"), params)
+    at = (site, tirx.Var("s", "float32"), *(tirx.Var(n, pattern.index_dtype) for n in ("i", "j")))
+    lines = [
+        "# s = softmax_scale * (q · k)",
+        f"score = {pattern.score(*at)}",
+        f"d_score_d_s = {pattern.score_gradient(*at)}",
+    ]
+    lines += [
+        f"d_score_d_{p.name} = {pattern.parameter_gradient(p.name, *at)}"
+        for p in pattern.params
+        if p.dtype.startswith("float")
+    ]
+    return "\n".join(lines)
+
+
+def listing(spec: KernelSpec, request: Request, stage: str, op: str = "forward") -> Listing:
     """A kernel, as a build of the request would make it for its first target, at a stage.
+
+    Operators other than ``forward`` have the stage ``definition`` only.
 
     Raises
     ------
@@ -129,14 +161,12 @@ def listing(spec: KernelSpec, request: Request, stage: str) -> Listing:
     """
     target = request.targets[0]
     stages = CPU_STAGES if target.arch == "cpu" else GPU_STAGES
-    if stage == DEFINITION:
-        text = definition_of(spec, target, request.definition).script()
-        title = (
-            f"definition: head_dim {HeadDim(spec.head_dim, spec.head_dim_v)}, {spec.dtype}, {spec.mask}, {spec.score}"
-        )
-        return Listing(title, text, "python")
+    if stage in (DEFINITION, GRADIENT):
+        return _before_templates(spec, request, stage, op)
+    if op != "forward":
+        raise ValueError(f"--stage {stage}: {op} has {DEFINITION}; kernels are made of forward")
     if stage not in stages:
-        raise ValueError(f"--stage {stage}: {target.arch} has {', '.join((DEFINITION, *stages))}")
+        raise ValueError(f"--stage {stage}: {target.arch} has {', '.join((DEFINITION, GRADIENT, *stages))}")
     buckets = {}
     kernels = lower_for_each(spec.with_bucket(0), (target,), request.configs, request.definition, request.tuned)
     for one, _, _, lowered, _ in kernels:
@@ -163,8 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         request = _request(options, target)
         spec = select(request, target)[0].with_bucket(options.bucket)
         templates = options.templates or (["v2"] if "v2" in family_of(target).TEMPLATES else ["v1"])
-        templates = templates[:1] if options.stage == DEFINITION else templates
-        listings = [listing(dataclasses.replace(spec, template=t), request, options.stage) for t in templates]
+        templates = templates[:1] if options.stage in (DEFINITION, GRADIENT) else templates
+        specs = [dataclasses.replace(spec, template=t) for t in templates]
+        listings = [listing(one, request, options.stage, options.op) for one in specs]
     except (ValueError, ToolchainError, DefinitionError) as e:
         print(f"show: {e}", file=sys.stderr)
         return 2
@@ -178,8 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "templates", nargs="*", type=str.lower, metavar="V1|V2", help="one, or both beside one another (default: V2)"
     )
-    stages = (DEFINITION, *dict.fromkeys((*GPU_STAGES, *CPU_STAGES)))
+    stages = (DEFINITION, GRADIENT, *dict.fromkeys((*GPU_STAGES, *CPU_STAGES)))
     parser.add_argument("--stage", choices=stages, default="tir", help="default: tir; llvm and asm are the CPU's")
+    parser.add_argument("--op", choices=tuple(OPERATORS), default="forward", help="an operator; default: forward")
     parser.add_argument("--arch", help="cpu, sm_80, sm_90a, …; default: this machine's GPU, or its processor")
     parser.add_argument("--head-dim", default="128", help="128, or 192:128 if values have a size of their own")
     parser.add_argument("--dtype", help="default: float16, on a processor float32")

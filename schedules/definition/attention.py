@@ -1,13 +1,15 @@
 """The definition: attention as plain mathematics in TensorIR.
 
 No tiles, no layout, no threads: logical tensors ``q(b, h, i, d)``, ``k(b, g, j, d)``, ``v(b, g, j, e)``, and one named
-block for each step.  The names are the contract between this file and the templates:
+block (:mod:`schedules.definition.blocks`) for each step.  The names are the contract between this file and the
+templates:
 
 ====== ========================================================================
 block  computes
 ====== ========================================================================
 qk     ``S[b, h, i, j] = sum_d q * k``, float32; head h reads kv head ``h // (heads // kv_heads)``
-score  ``X[b, h, i, j]`` = the modified, scaled score where the mask allows it, else −inf
+score  ``Z[b, h, i, j]`` = the scaled and modified score, a function of ``S * softmax_scale``
+mask   ``X[b, h, i, j]`` = ``Z`` where the mask allows it, else −inf
 row_max  ``M[b, h, i] = max_j X``
 prob   ``P[b, h, i, j] = exp(X - M)``
 row_sum  ``L[b, h, i] = sum_j P``
@@ -16,23 +18,29 @@ out    ``o = A / L``, zero in a row with nothing to attend to
 lse    ``M + log(L)``, natural logarithm, −inf in such a row
 ====== ========================================================================
 
-Compiled as it stands (``tvm.compile``, no schedule) it is the oracle that every template is tested against.
+Compiled as it stands (``tvm.compile``, no schedule) it is the oracle that every template is tested against.  The other
+operators are derived from it: :mod:`schedules.definition.derive`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from tvm import tirx
-from tvm.ir import PrimType
+from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from schedules.definition import blocks
+from schedules.definition.blocks import Formula, Sizes
 from schedules.definition.catalogue import FULL, IDENTITY, Mask, Position, ScoreModification
+from schedules.definition.parameters import Site, append_arguments, parameter_symbols
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
 
-BLOCKS = ("qk", "score", "row_max", "prob", "row_sum", "pv", "out", "lse")
+BLOCKS = ("qk", "score", "mask", "row_max", "prob", "row_sum", "pv", "out", "lse")
+
+#: Attribute of a definition: names of the parameters that ask for a gradient.
+GRADIENTS = "gradients"
 
 
 @dataclass(frozen=True)
@@ -69,51 +77,41 @@ class Attention:
         seqlen_kv.
         """
         arguments, values = parameter_symbols(self.params, index_dtype)
-
-        def position(b, h, i, j, seqlen_q, seqlen_kv):
-            return Position(b, h, i, j, seqlen_q, seqlen_kv, _Parameters(values, b, h))
-
-        def masked(s, at):
-            visible, value = self.mask.expr(at), self.score.expr(s, at)
-            return value if visible is None else T.if_then_else(visible, value, T.float32(-math.inf))
-
-        func = _plain(head_dim, head_dim_v or head_dim, dtype, index_dtype, position, masked)
-        return append_arguments(func, arguments)
+        formula = _Formula(self, head_dim, head_dim_v or head_dim, dtype, index_dtype)
+        func = append_arguments(attend(formula, values), arguments)
+        asked = [p.name for p in self.params if p.gradient]
+        return func.with_attr(GRADIENTS, asked) if asked else func
 
 
-class _Parameters:
-    """Parameters by name; a per-head one is read at this position's batch and head."""
+@dataclass(frozen=True)
+class _Formula:
+    """The formula of a definition that is made of a score modification and a mask."""
 
-    def __init__(self, values, b, h):
-        self._values, self._b, self._h = values, b, h
+    definition: Attention
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    index_dtype: str
 
-    def __getitem__(self, name):
-        value = self._values[name]
-        return value if isinstance(value.ty, PrimType) else value[self._b, self._h]
+    def score(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
+        return self.definition.score.expr(s * site.softmax_scale, _position(site, i, j))
 
-
-def parameter_symbols(params: tuple[Param, ...], index_dtype: str):
-    """Fresh TIR variables and buffers for run-time parameters: as a list of function arguments, and by name."""
-    values = {}
-    for p in params:
-        if p.per_head:
-            shape, strides = (
-                [tirx.Var(f"{p.name}_{suffix}", index_dtype) for suffix in suffixes]
-                for suffixes in (("batch", "heads"), ("batch_stride", "head_stride"))
-            )
-            values[p.name] = tirx.decl_buffer(shape, p.dtype, name=p.name, strides=strides)
-        else:
-            values[p.name] = tirx.Var(p.name, p.dtype)
-    return list(values.values()), values
+    def visible(self, site: Site, i: Expr, j: Expr) -> Expr | None:
+        return self.definition.mask.expr(_position(site, i, j))
 
 
-def append_arguments(func: PrimFunc, arguments: list) -> PrimFunc:
-    """``func`` with further arguments, which its body already mentions."""
-    return PrimFunc([*func.params, *arguments], func.body, func.ret_type, func.attrs)
+def _position(site: Site, i: Expr, j: Expr) -> Position:
+    return Position(site.b, site.h, i, j, site.seqlen_q, site.seqlen_kv, site.params)
 
 
-def _plain(head_dim, head_dim_v, dtype, index_dtype, position, masked) -> PrimFunc:
-    D, E = (tirx.IntImm(index_dtype, x) for x in (head_dim, head_dim_v))
+def attend(formula: Formula, values, keys: tuple[tirx.Var, tirx.Var] | None = None) -> PrimFunc:
+    """The operator ``forward``, or with ``keys``, the first and the end of a range, ``partial``.
+
+    ``values`` are the run-time parameters by name; neither they nor ``keys`` are among the function's arguments yet.
+    """
+    index_dtype, dtype = formula.index_dtype, formula.dtype
+    o_dtype = "float32" if keys else dtype
+    D, E = (tirx.IntImm(index_dtype, x) for x in (formula.head_dim, formula.head_dim_v))
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
@@ -126,59 +124,29 @@ def _plain(head_dim, head_dim_v, dtype, index_dtype, position, masked) -> PrimFu
         Q = T.match_buffer(q, (batch, heads, seqlen_q, D), dtype)
         K = T.match_buffer(k, (batch, kv_heads, seqlen_kv, D), dtype)
         V = T.match_buffer(v, (batch, kv_heads, seqlen_kv, E), dtype)
-        O = T.match_buffer(o, (batch, heads, seqlen_q, E), dtype)
+        O = T.match_buffer(o, (batch, heads, seqlen_q, E), o_dtype)
         LSE = T.match_buffer(lse, (batch, heads, seqlen_q), "float32")
         S = T.sblock_alloc_buffer((batch, heads, seqlen_q, seqlen_kv), "float32")
+        Z = T.sblock_alloc_buffer((batch, heads, seqlen_q, seqlen_kv), "float32")
         X = T.sblock_alloc_buffer((batch, heads, seqlen_q, seqlen_kv), "float32")
         M = T.sblock_alloc_buffer((batch, heads, seqlen_q), "float32")
         P = T.sblock_alloc_buffer((batch, heads, seqlen_q, seqlen_kv), "float32")
         L = T.sblock_alloc_buffer((batch, heads, seqlen_q), "float32")
         A = T.sblock_alloc_buffer((batch, heads, seqlen_q, E), "float32")
-        for b0, h0, i0, j0, d0 in T.grid(batch, heads, seqlen_q, seqlen_kv, D):
-            with T.sblock("qk"):
-                b, h, i, j, d = T.axis.remap("SSSSR", [b0, h0, i0, j0, d0])
-                with T.init():
-                    S[b, h, i, j] = T.float32(0)
-                S[b, h, i, j] += T.cast(Q[b, h, i, d], "float32") * T.cast(
-                    K[b, h // (heads // kv_heads), j, d], "float32"
-                )
-        for b0, h0, i0, j0 in T.grid(batch, heads, seqlen_q, seqlen_kv):
-            with T.sblock("score"):
-                b, h, i, j = T.axis.remap("SSSS", [b0, h0, i0, j0])
-                X[b, h, i, j] = masked(S[b, h, i, j] * softmax_scale, position(b, h, i, j, seqlen_q, seqlen_kv))
-        for b0, h0, i0, j0 in T.grid(batch, heads, seqlen_q, seqlen_kv):
-            with T.sblock("row_max"):
-                b, h, i, j = T.axis.remap("SSSR", [b0, h0, i0, j0])
-                with T.init():
-                    M[b, h, i] = T.float32(-math.inf)
-                M[b, h, i] = T.max(M[b, h, i], X[b, h, i, j])
-        for b0, h0, i0, j0 in T.grid(batch, heads, seqlen_q, seqlen_kv):
-            with T.sblock("prob"):
-                b, h, i, j = T.axis.remap("SSSS", [b0, h0, i0, j0])
-                P[b, h, i, j] = T.if_then_else(
-                    X[b, h, i, j] == T.float32(-math.inf), T.float32(0), T.exp(X[b, h, i, j] - M[b, h, i])
-                )
-        for b0, h0, i0, j0 in T.grid(batch, heads, seqlen_q, seqlen_kv):
-            with T.sblock("row_sum"):
-                b, h, i, j = T.axis.remap("SSSR", [b0, h0, i0, j0])
-                with T.init():
-                    L[b, h, i] = T.float32(0)
-                L[b, h, i] += P[b, h, i, j]
-        for b0, h0, i0, e0, j0 in T.grid(batch, heads, seqlen_q, E, seqlen_kv):
-            with T.sblock("pv"):
-                b, h, i, e, j = T.axis.remap("SSSSR", [b0, h0, i0, e0, j0])
-                with T.init():
-                    A[b, h, i, e] = T.float32(0)
-                A[b, h, i, e] += P[b, h, i, j] * T.cast(V[b, h // (heads // kv_heads), j, e], "float32")
-        for b0, h0, i0, e0 in T.grid(batch, heads, seqlen_q, E):
-            with T.sblock("out"):
-                b, h, i, e = T.axis.remap("SSSS", [b0, h0, i0, e0])
-                O[b, h, i, e] = T.cast(
-                    T.if_then_else(L[b, h, i] == T.float32(0), T.float32(0), A[b, h, i, e] / L[b, h, i]), dtype
-                )
-        for b0, h0, i0 in T.grid(batch, heads, seqlen_q):
-            with T.sblock("lse"):
-                b, h, i = T.axis.remap("SSS", [b0, h0, i0])
-                LSE[b, h, i] = M[b, h, i] + T.log(L[b, h, i])
+        n = T.meta_var(Sizes(batch, heads, seqlen_q, E, kv_heads, seqlen_kv, D, None, softmax_scale, values))
+        blocks.row_products("qk", S, Q, K, n, "d")
+        blocks.score(Z, S, n, formula)
+        if keys is None:
+            blocks.mask(X, Z, n, formula)
+        else:
+            Y = T.sblock_alloc_buffer((batch, heads, seqlen_q, seqlen_kv), "float32")
+            blocks.mask(Y, Z, n, formula)
+            blocks.key_range(X, Y, n, keys[0], keys[1])
+        blocks.row_max(M, X, n)
+        blocks.prob(P, X, M, n)
+        blocks.row_sum(L, P, n)
+        blocks.sum_over_keys("pv", A, P, V, n, "e")
+        blocks.out(O, A, L, n, o_dtype)
+        blocks.lse(LSE, M, L, n)
 
     return attention

@@ -1,88 +1,78 @@
-"""The matcher: from a definition to what a template needs to know of it.
+"""The matcher: from an operator's TensorIR to what a template needs to know of it.
 
-``match(func)`` checks that a PrimFunc is attention as ``schedules.definition.attention`` writes it, up to what the
-``score`` block computes, and takes from that block the score expression and the mask.  From the mask follows, by
-interval arithmetic (:mod:`schedules.definition.visibility`) and for any tile of rows,
+``match(func)`` is the inverse of :func:`schedules.definition.derive.derive`.  It tells by the blocks' names which
+operator a PrimFunc is, reads the score, the mask and the parameters out of the blocks that hold them, and makes sure
+that the operator of this score and this mask, written anew, is the PrimFunc that it was given.  From the mask follows,
+by interval arithmetic (:mod:`schedules.definition.visibility`),
 
-* ``visible_range``: the keys that some row of the tile may see: tiles outside are never visited;
-* ``full_range`` and ``tile_full``: the keys that every row sees: no masking inside;
-* ``tile_live``: whether a tile inside the visible range has anything to see (masks with gaps).
+* ``keys_of`` a tile of rows: the keys that some row may see, so that tiles outside are never visited, and the keys that
+  every row sees, so that no mask is needed inside;
+* ``rows_of`` a tile of keys: the same the other way round, for a kernel that walks along the rows;
+* ``tile_full``, ``tile_live``: whether a tile needs no mask, or has anything to see (masks with gaps).
 
 A predicate that isn't affine is always applied, and narrows nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import tvm_ffi
-from tvm import s_tir, sym, tirx
-from tvm.ir import Expr, PrimType
-from tvm.ir.expr import TensorLoad
+from tvm import sym, tirx
+from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 
-from schedules.definition.attention import BLOCKS, Attention, parameter_symbols
-from schedules.definition.visibility import Rows, Tile, decompose
-from tvm_flash.packs.manifest import Param
-
-_SCALE = 5  # position of softmax_scale among the arguments of a definition
-
-
-class DefinitionError(ValueError):
-    """A definition that no template can schedule; the message names the block and the reason."""
+from schedules.definition.derive import OPERATORS, Symbols
+from schedules.definition.errors import DefinitionError
+from schedules.definition.gradient import derivative
+from schedules.definition.parameters import Site, append_arguments, axes_of, parameter_symbols
+from schedules.definition.reading import Reading, blocks_of, read, without_regions
+from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
 
 
 @dataclass(frozen=True)
-class Site:
-    """What stands in a kernel for the definition's own variables: TIR expressions of the pattern's ``index_dtype``.
+class Ranges:
+    """Of keys or rows, ``[lo, hi)`` each: those outside ``visible`` see nothing; those in ``full`` see everything.
 
-    ``params`` has a value for each run-time parameter, for a per-head one the value that belongs to ``(b, h)``.
+    ``0 <= lo <= hi`` always holds, and ``hi`` is at most how many there are.
     """
 
-    b: Expr
-    h: Expr
-    batch: Expr
-    heads: Expr
-    kv_heads: Expr
-    seqlen_q: Expr
-    seqlen_kv: Expr
-    softmax_scale: Expr
-    params: Mapping[str, Expr]
+    visible: tuple[Expr, Expr]
+    full: tuple[Expr, Expr]
 
 
 class Pattern:
-    """Attention as a template sees it.
+    """An operator of attention as a template sees it.
 
     Attributes
     ----------
-    head_dim, head_dim_v, dtype, index_dtype: as in the definition.
+    op: which operator, one of ``OPERATORS``.
+    arguments: the function's own variables for its tensors and scalars, by role.
+    head_dim, head_dim_v, dtype, index_dtype: as in the definition; ``head_dim`` is that of values if there are no rows
+        of keys among the arguments.
     params: the run-time parameters, in the order of the definition's arguments.
     is_scale_only: the score is ``s * softmax_scale`` and nothing more, so that the scale folds into the exponential.
     is_unmasked: every query sees every key.
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
     depends_on_head: what is made of the raw score, or the mask, differs from head to head.
-    is_interval: row i sees exactly the keys of ``visible_range(site, i, i)``, so that no other test of a key is needed.
+    is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
+        needed.
     """
 
-    def __init__(self, func: PrimFunc):
-        self._blocks = _check(func)
-        self.func = func
-        q, _, v, _, _ = (p.ty for p in func.params[:_SCALE])
-        self.head_dim, self.head_dim_v = int(q.shape[3]), int(v.shape[3])
-        self.dtype, self.index_dtype = str(q.dtype), str(q.shape[0].ty.dtype)
-        self.params = tuple(_param(p) for p in func.params[_SCALE + 1 :])
-        block = self._blocks["score"]
-        self._index = [x.var for x in block.iter_vars]
-        self._raw_score, self._value, predicate = _split_score(block.body.value, block, func)
-        self._mask = None if predicate is None else decompose(predicate, self._index)
-        self.is_scale_only = tvm_ffi.structural_equal(self._value, self._raw_score * func.params[_SCALE])
+    def __init__(self, found: Reading):
+        self._found, self._variables = found, found.variables
+        self.func, self.op, self.params, self.arguments = found.func, found.op, found.params, found.arguments
+        self.dtype, self.head_dim, self.head_dim_v, self.index_dtype = _sizes_of(found.arguments)
+        seen = [x for x in (found.key_range, found.visible) if x is not None]
+        self._mask = decompose(tirx.all(*seen), self._variables.index) if seen else None
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
         self.is_interval = self._mask is None or self._mask.is_interval
-        self.depends_on_head = _reads_head(self._value, self._raw_score, self._index[1]) or (
-            predicate is not None and _reads_head(predicate, self._raw_score, self._index[1])
-        )
+        self.is_scale_only = found.score is None or found.score.same_as(self._variables.s)
+        self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
+
+    # ---- what a template asks
 
     def parameter_symbols(self):
         """Fresh arguments for a kernel: ``(arguments, {name: Var or (batch, heads) Buffer})``."""
@@ -90,30 +80,86 @@ class Pattern:
 
     def score(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
         """The scaled and modified score (float32, natural units) of the raw product ``s = q · k``."""
-        return self._substitute(self._value, site, i, j, s)
+        return self._substitute(self._found.score, site, i, j, s)
+
+    def score_gradient(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
+        """The derivative of the score with respect to ``s * softmax_scale``, for the raw product ``s = q · k``.
+
+        The constant 1 where something is added to the scaled product, or nothing.
+
+        Raises
+        ------
+        DefinitionError: the score has an operation whose derivative isn't known.
+        """
+        return self._substitute(self._score_gradient, site, i, j, s)
+
+    def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
+        """The derivative of the score with respect to a float parameter; else as ``score_gradient``."""
+        return self._substitute(self._parameter_derivative(name), site, i, j, s)
+
+    def differentiate(self) -> None:
+        """Take the derivatives of the score with respect to ``s`` and to the parameters that ask for it.
+
+        Raises
+        ------
+        DefinitionError: one isn't known, or a parameter that asks for a gradient isn't a float.
+        """
+        _ = self._score_gradient
+        for p in self.params:
+            if p.gradient:
+                self._parameter_derivative(p.name)
+
+    @cached_property
+    def _score_gradient(self) -> Expr:
+        return derivative(self._found.score, self._variables.s)
+
+    def _parameter_derivative(self, name: str) -> Expr:
+        param = next(p for p in self.params if p.name == name)
+        if not param.dtype.startswith("float"):
+            raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
+        return derivative(self._found.score, self._variables.params[name])
+
+    def visible(self, site: Site, i: Expr, j: Expr) -> Expr | None:
+        """The definition's mask: whether query ``i`` sees key ``j``, both of which exist; None for "always"."""
+        visible = self._found.visible
+        return None if visible is None else self._substitute(visible, site, i, j)
 
     def mask(self, site: Site, i: Expr, j: Expr) -> Expr:
-        """Whether query ``i`` sees key ``j``; also false for ``j >= seqlen_kv``."""
+        """Whether query ``i`` sees key ``j``; also false for ``j >= seqlen_kv``, and outside the keys of a part."""
         inside = j < site.seqlen_kv
         return inside if self._mask is None else tirx.all(inside, self._substitute(self._mask.predicate, site, i, j))
 
-    def visible_range(self, site: Site, row_first: Expr, row_last: Expr) -> tuple[Expr, Expr]:
-        """Keys ``[lo, hi)`` outside of which no row of ``row_first .. row_last`` (inclusive) sees anything.
+    def keys_of(self, site: Site, row_first: Expr, row_last: Expr) -> Ranges:
+        """Keys that some row, and that every row of ``row_first .. row_last`` (inclusive) sees."""
+        span = Span(ROWS, row_first, row_last, site.seqlen_kv, self._at(site, row_first, self._zero))
+        return Ranges(self._range(span, "visible_range"), self._range(span, "full_range"))
 
-        ``0 <= lo <= hi <= seqlen_kv`` always holds.
+    def rows_of(self, site: Site, key_first: Expr, key_last: Expr) -> Ranges:
+        """Rows that see some key, and that see every key of ``key_first .. key_last`` (inclusive).
+
+        ``key_first`` exists.  Keys past the last one are seen by no row, so that of a tile that has such no row is in
+        ``full``; ``visible`` leaves them out of account.
         """
-        return self._range(site, row_first, row_last, "visible")
+        last = tirx.min(key_last, site.seqlen_kv - 1)
+        span = Span(KEYS, key_first, last, site.seqlen_q, self._at(site, self._zero, key_first))
+        lo, hi = self._range(span, "full_range")
+        whole = tirx.Select(key_last < site.seqlen_kv, hi, lo)
+        return Ranges(self._range(span, "visible_range"), (lo, sym.Analyzer().simplify(whole)))
+
+    def visible_range(self, site: Site, row_first: Expr, row_last: Expr) -> tuple[Expr, Expr]:
+        """``keys_of(...).visible``."""
+        return self.keys_of(site, row_first, row_last).visible
 
     def full_range(self, site: Site, row_first: Expr, row_last: Expr) -> tuple[Expr, Expr]:
-        """Keys ``[lo, hi)`` that every row of ``row_first .. row_last`` (inclusive) sees; empty if in doubt."""
-        return self._range(site, row_first, row_last, "full")
+        """``keys_of(...).full``."""
+        return self.keys_of(site, row_first, row_last).full
 
     def tile_full(self, site: Site, row_first, row_last, col_first, col_last) -> Expr:
         """Whether every row of the tile certainly sees every column; all bounds inclusive."""
         inside = col_last < site.seqlen_kv
         if self._mask is None:
             return inside
-        tile = Tile(row_first, row_last, col_first, col_last, lambda e: self._substitute(e, site, row_first, col_first))
+        tile = Tile(row_first, row_last, col_first, col_last, self._at(site, row_first, col_first))
         return tirx.all(inside, self._mask.full(tile))
 
     def tile_live(self, site: Site, row_first, row_last, col_first, col_last) -> Expr:
@@ -121,43 +167,51 @@ class Pattern:
         inside = col_first < site.seqlen_kv
         if self._mask is None:
             return inside
-        tile = Tile(row_first, row_last, col_first, col_last, lambda e: self._substitute(e, site, row_first, col_first))
+        tile = Tile(row_first, row_last, col_first, col_last, self._at(site, row_first, col_first))
         return tirx.all(inside, self._mask.live(tile))
 
-    def _range(self, site, row_first, row_last, which):
-        zero = tirx.IntImm(self.index_dtype, 0)
+    @property
+    def _zero(self) -> Expr:
+        return tirx.IntImm(self.index_dtype, 0)
+
+    def _range(self, span: Span, which: str) -> tuple[Expr, Expr]:
         if self._mask is None:
-            return zero, site.seqlen_kv
-        rows = Rows(row_first, row_last, site.seqlen_kv, lambda e: self._substitute(e, site, row_first, zero))
-        lo, hi = getattr(self._mask, f"{which}_range")(rows)
-        hi = tirx.max(tirx.min(hi, site.seqlen_kv), zero)
-        lo = tirx.min(tirx.max(lo, zero), hi)
+            return self._zero, span.others
+        lo, hi = getattr(self._mask, which)(span)
+        hi = tirx.max(tirx.min(hi, span.others), self._zero)
+        lo = tirx.min(tirx.max(lo, self._zero), hi)
         simplify = sym.Analyzer().simplify
         return simplify(lo), simplify(hi)
 
+    def _at(self, site: Site, i: Expr, j: Expr):
+        return lambda expr: self._substitute(expr, site, i, j)
+
+    def _reads_head(self, expr: Expr | None) -> bool:
+        """Whether an expression differs from head to head, at the same scaled product."""
+        if expr is None:
+            return False
+        of_head = [self._variables.index[1]]
+        of_head += [self._variables.params[p.name] for p in self.params if "h" in axes_of(p)]
+        found = []
+        tvm_ffi.structural_walk(expr, [(tirx.Var, found.append)])
+        return any(x.same_as(v) for x in found for v in of_head)
+
     def _substitute(self, expr: Expr, site: Site, i: Expr, j: Expr, s: Expr | None = None) -> Expr:
-        """``expr`` of the score block with a kernel's values in place of the definition's variables."""
-        func = self.func
-        q, k = func.params[0].ty, func.params[1].ty
+        """``expr`` with a kernel's values in place of the definition's variables; ``s`` is the raw product."""
+        arguments, variables = self.arguments, self._variables
+        q, k = arguments["q"].ty, arguments["k"].ty
+        sizes = (site.batch, site.heads, site.seqlen_q, site.kv_heads, site.seqlen_kv)
+        named = {**variables.params, **{name: arguments[name] for name in OPERATORS[self.op].scalars}}
         pairs = [
-            *zip(self._index, (site.b, site.h, i, j), strict=True),
-            *zip(
-                (*q.shape[:3], *k.shape[1:3]),
-                (site.batch, site.heads, site.seqlen_q, site.kv_heads, site.seqlen_kv),
-                strict=True,
-            ),
-            (func.params[_SCALE], site.softmax_scale),
-            *(
-                (a, site.params[p.name])
-                for a, p in zip(func.params[_SCALE + 1 :], self.params, strict=True)
-                if not p.per_head
-            ),
+            *zip(variables.index, (site.b, site.h, i, j), strict=True),
+            *zip((*q.shape[:3], *k.shape[1:3]), sizes, strict=True),
+            (arguments["softmax_scale"], site.softmax_scale),
+            *((x, site.params[name]) for name, x in named.items() if name in site.params),
         ]
-        per_head = {p.name for p in self.params if p.per_head}
+        if s is not None:
+            pairs.append((variables.s, s * site.softmax_scale))
 
         def replace(node):
-            if isinstance(node, TensorLoad):
-                return site.params[node.source.name] if node.source.name in per_head else s
             if isinstance(node, tirx.Var):
                 return next((new for old, new in pairs if node.same_as(old)), node)
             return node
@@ -166,132 +220,64 @@ class Pattern:
 
 
 def match(func: PrimFunc) -> Pattern:
-    """Recognise a definition.
+    """Recognise an operator of attention.
 
     Parameters
     ----------
-    func: a PrimFunc as :class:`schedules.definition.attention.Attention` makes it; only its ``score`` block may differ.
+    func: a PrimFunc as :class:`schedules.definition.attention.Attention` or
+        :func:`schedules.definition.derive.derive` makes it; what its score and its mask compute is its own.
 
     Raises
     ------
-    DefinitionError: it is not attention in that form; names the block and says what was found.
+    DefinitionError: it is none in that form; names the block and says what was found.
     """
-    return Pattern(func)
+    found = read(func)
+    pattern = Pattern(found)
+    _check(found, pattern)
+    return pattern
 
 
-# ---------------------------------------------------------------- recognising the blocks
+# ---------------------------------------------------------------- making sure of the rest
 
 
-def _blocks_of(func: PrimFunc) -> dict[str, s_tir.SBlock]:
-    found = {}
-
-    def visit(block):
-        if block.name_hint in found:
-            raise DefinitionError(f"block {block.name_hint!r}: occurs twice; every step of attention is one block")
-        found[block.name_hint] = block
-
-    tvm_ffi.structural_walk(func.body, [(s_tir.SBlock, visit)])
-    found.pop("root", None)
-    return found
+def _sizes_of(arguments) -> tuple[str, int, int, str]:
+    """dtype, head_dim, head_dim_v and index dtype of an operator."""
+    keys, values = (arguments.get(role, arguments.get("o")) for role in ("k", "v"))
+    for role, x in arguments.items():
+        if not isinstance(x.ty, tirx.BufferType) or role in ("lse", "dlse", "delta", "lse_parts"):
+            continue
+        if len(x.ty.shape) != 4 + (role == "o_parts") or not isinstance(x.ty.shape[-1], tirx.IntImm):
+            raise DefinitionError(f"arguments: {role} is (batch, heads, seq, head_dim) with a constant head_dim")
+    return str(keys.ty.dtype), int(keys.ty.shape[3]), int(values.ty.shape[3]), str(keys.ty.shape[0].ty.dtype)
 
 
-def _check(func: PrimFunc) -> dict[str, s_tir.SBlock]:
-    """The blocks by name, once everything but the score is known to be attention."""
-    if not isinstance(func, PrimFunc):
-        raise DefinitionError(f"a definition is a TensorIR PrimFunc, this is {type(func).__name__}")
-    if len(func.params) <= _SCALE or not all(isinstance(p.ty, tirx.BufferType) for p in func.params[:_SCALE]):
-        raise DefinitionError(
-            "arguments: expected (q, k, v, o, lse, softmax_scale, *params), the first five of them tensors"
-        )
-    blocks = _blocks_of(func)
-    for name in BLOCKS:
-        if name not in blocks:
-            raise DefinitionError(f"block {name!r}: missing; a definition has the blocks {', '.join(BLOCKS)}")
-    for name in blocks:
-        if name not in BLOCKS:
-            raise DefinitionError(f"block {name!r}: unknown; a definition has the blocks {', '.join(BLOCKS)}")
-    q, v = func.params[0].ty, func.params[2].ty
-    if len(q.shape) != 4 or len(v.shape) != 4 or not all(isinstance(t.shape[3], tirx.IntImm) for t in (q, v)):
-        raise DefinitionError("arguments: q, k, v, o are (batch, heads, seq, head_dim) with a constant head_dim")
-    model = Attention()(int(q.shape[3]), str(q.dtype), head_dim_v=int(v.shape[3]), index_dtype=str(q.shape[0].ty.dtype))
-    expected = _blocks_of(model)
-    for name in BLOCKS:
-        if name != "score" and not tvm_ffi.structural_equal(blocks[name], expected[name], map_free_vars=True):
+def _check(found: Reading, pattern: Pattern) -> None:
+    """Make sure that the operator, written anew with the score and the mask that were read, is what was given."""
+    func, operator = found.func, OPERATORS[found.op]
+    asked = [p for p in found.params if p.gradient and operator.has_gradients]
+    symbols = Symbols(
+        {p.name: x for p, x in zip(found.params, found.parameters, strict=True)},
+        {p.name: x for p, x in zip(asked, found.gradients, strict=True)},
+        {name: found.arguments[name] for name in operator.scalars},
+    )
+    model = operator.write(pattern, symbols)
+    expected = blocks_of(model)
+    for name in (*expected, *found.blocks):
+        if name not in expected:
+            raise DefinitionError(f"block {name!r}: unknown; no such parameter asks for a gradient")
+        if name not in found.blocks:
+            raise DefinitionError(f"block {name!r}: missing; its parameter asks for a gradient")
+        if not tvm_ffi.structural_equal(found.blocks[name], expected[name], map_free_vars=True):
             raise DefinitionError(
                 f"block {name!r}: is not the step of attention that the templates know; expected\n"
-                f"{expected[name].script()}\nfound\n{blocks[name].script()}"
+                f"{expected[name].script()}\nfound\n{found.blocks[name].script()}"
             )
-    score = blocks["score"]
-    if len(score.iter_vars) != 4 or not isinstance(score.body, tirx.BufferStore):
-        raise DefinitionError("block 'score': expected one store X[b, h, i, j] = ..., found\n" + score.script())
-    common = _with_model_score(func, score), _with_model_score(model, expected["score"])
+    common = _plain(func), _plain(append_arguments(model, list(func.params[len(operator.arguments) :])))
     if not tvm_ffi.structural_equal(*common):
         where = tvm_ffi.get_first_structural_mismatch(*common)
         raise DefinitionError(f"the blocks are not connected as in attention; first difference at {where}")
-    return blocks
 
 
-def _with_model_score(func: PrimFunc, score: s_tir.SBlock) -> PrimFunc:
-    """``func`` with the plain scaled score in its score block and without further arguments: for comparison only."""
-    loads = _loads(score.body.value)
-    raw = next((x for x in loads if x.source.name not in {p.name for p in func.params[_SCALE + 1 :]}), None)
-    if raw is None:
-        raise DefinitionError("block 'score': never reads the product of block 'qk'")
-    plain = tirx.BufferStore(score.body.buffer, raw * func.params[_SCALE], score.body.indices)
-    block = s_tir.SBlock(score.iter_vars, [], [], score.name_hint, plain)
-
-    def replace(node):
-        if isinstance(node, s_tir.SBlock) and node.name_hint == "score":
-            return block
-        return node
-
-    return PrimFunc(func.params[: _SCALE + 1], tvm_ffi.structural_map(func.body, replace, order="post"), func.ret_type)
-
-
-def _loads(expr: Expr) -> list:
-    found = []
-    tvm_ffi.structural_walk(expr, [(TensorLoad, found.append)])
-    return found
-
-
-def _split_score(value: Expr, block: s_tir.SBlock, func: PrimFunc):
-    """The raw product that the score block reads, the score made of it, and the mask predicate or None."""
-    per_head = {p.name for p in func.params[_SCALE + 1 :]}
-    products = [x for x in _loads(value) if x.source.name not in per_head]
-    raw = products[0]
-    if not all(tvm_ffi.structural_equal(x, raw) for x in products):
-        raise DefinitionError("block 'score': reads the product of block 'qk' at more than one position")
-    index = [x.var for x in block.iter_vars]
-    for load in _loads(value):
-        if load.source.name in per_head and not all(a.same_as(b) for a, b in zip(load.indices, index[:2], strict=True)):
-            raise DefinitionError(f"block 'score': parameter {load.source.name!r} is read elsewhere than at [b, h]")
-    predicate = None
-    if getattr(value, "op", None) is not None and value.op.name.endswith("if_then_else"):
-        condition, chosen, other = value.args
-        if isinstance(other, tirx.FloatImm) and other.value == -float("inf"):
-            predicate, value = condition, chosen
-    if predicate is not None and any(x.source.name not in per_head for x in _loads(predicate)):
-        raise DefinitionError(
-            "block 'score': the mask depends on the score; it may depend on positions and parameters only"
-        )
-    return raw, value, predicate
-
-
-def _reads_head(expr: Expr, raw_score: Expr, head) -> bool:
-    """Whether an expression has the head anywhere but in the position of the raw score."""
-    zero = tirx.const(0.0, raw_score.ty.dtype)
-
-    def replace(node):
-        return zero if isinstance(node, TensorLoad) and node.source.same_as(raw_score.source) else node
-
-    found = []
-    tvm_ffi.structural_walk(tvm_ffi.structural_map(expr, replace, order="post"), [(tirx.Var, found.append)])
-    return any(x.same_as(head) for x in found)
-
-
-def _param(argument) -> Param:
-    if isinstance(argument.ty, PrimType):
-        return Param(argument.name, str(argument.ty.dtype))
-    if len(argument.ty.shape) != 2:
-        raise DefinitionError(f"argument {argument.name!r}: a tensor parameter has the shape (batch, heads)")
-    return Param(argument.name, str(argument.ty.dtype), per_head=True)
+def _plain(func: PrimFunc) -> PrimFunc:
+    """``func`` without attributes and regions: for comparison only."""
+    return PrimFunc(func.params, tvm_ffi.structural_map(func.body, without_regions, order="post"), func.ret_type)

@@ -1,9 +1,10 @@
-"""Which keys a tile of rows may see, and which it certainly sees: interval arithmetic on a mask.
+"""Which keys a tile of rows may see, and which rows see a tile of keys: interval arithmetic on a mask.
 
 ``decompose`` splits a predicate at its conjunctions and disjunctions into comparisons that are affine in the query
 index i and the key index j; whatever isn't affine stays as it is.  Every part answers the same questions:
 
-* ``visible_range(rows)``, ``full_range(rows)``: keys ``[lo, hi)`` that some row may see, that every row sees;
+* ``visible_range(span)``, ``full_range(span)``: of a span of rows, the keys ``[lo, hi)`` that some row may see, that
+  every row sees; of a span of keys, the rows that may see some key, that see every key;
 * ``live(tile)``, ``full(tile)``: whether some, whether every element of a tile is seen;
 * ``has_gaps``: the visible keys of a row need not be one interval; ``is_interval``: they are exactly its
   ``visible_range``.
@@ -19,14 +20,20 @@ from dataclasses import dataclass
 from tvm import sym, tirx
 from tvm.ir import Expr
 
+ROWS, KEYS = "rows", "keys"
+
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows ``first .. last``; ``substitute`` puts a kernel's values into an expression of the definition."""
+class Span:
+    """Rows or keys (``of``) ``first .. last``, and how many there are of the others, which are asked for.
 
+    ``substitute`` puts a kernel's values into an expression of the definition.
+    """
+
+    of: str
     first: Expr
     last: Expr
-    seqlen_kv: Expr
+    others: Expr
     substitute: Callable[[Expr], Expr]
 
 
@@ -45,6 +52,10 @@ def _always(value: bool) -> Expr:
     return tirx.const(value, "bool")
 
 
+def _zero(span: Span) -> Expr:
+    return tirx.const(0, span.others.ty.dtype)
+
+
 @dataclass(frozen=True)
 class _Affine:
     """``ci * i + cj * j + c >= 0`` with integer constants ci, cj and an expression c free of i and j."""
@@ -56,23 +67,21 @@ class _Affine:
     has_gaps = False
     is_interval = True
 
-    def _row_term(self, rows, largest: bool):
-        return rows.substitute(self.c) + self.ci * (rows.last if (self.ci > 0) == largest else rows.first)
-
-    def _range(self, rows, largest):
-        """Keys that satisfy the comparison for the most (``largest``) or the least permissive row."""
-        if self.cj == 0:
-            return _row_condition(self._row_term(rows, largest) >= 0, rows)
-        bound = self._row_term(rows, largest)
-        step = abs(self.cj)
+    def _range(self, span, largest):
+        """What satisfies the comparison with the most (``largest``) or the least permissive one of the span."""
+        own, other = (self.ci, self.cj) if span.of == ROWS else (self.cj, self.ci)
+        bound = span.substitute(self.c) + own * (span.last if (own > 0) == largest else span.first)
+        if other == 0:
+            return _zero(span), tirx.Select(bound >= 0, span.others, _zero(span))
+        step = abs(other)
         bound = bound if step == 1 else tirx.floordiv(bound, step)
-        return (-bound, rows.seqlen_kv) if self.cj > 0 else (tirx.const(0, bound.ty.dtype), bound + 1)
+        return (-bound, span.others) if other > 0 else (tirx.const(0, bound.ty.dtype), bound + 1)
 
-    def visible_range(self, rows):
-        return self._range(rows, True)
+    def visible_range(self, span):
+        return self._range(span, True)
 
-    def full_range(self, rows):
-        return self._range(rows, False)
+    def full_range(self, span):
+        return self._range(span, False)
 
     def _corner(self, tile, largest: bool):
         row = tile.row_last if (self.ci > 0) == largest else tile.row_first
@@ -84,12 +93,6 @@ class _Affine:
 
     def live(self, tile):
         return self._corner(tile, True)
-
-
-def _row_condition(holds, rows):
-    """All keys if a condition on rows alone holds, else none."""
-    zero = tirx.const(0, rows.seqlen_kv.ty.dtype)
-    return zero, tirx.Select(holds, rows.seqlen_kv, zero)
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,15 @@ class _All:
     def is_interval(self):
         return all(p.is_interval for p in self.parts)
 
-    def _range(self, rows, which):
-        los, his = zip(*(getattr(p, which)(rows) for p in self.parts), strict=True)
+    def _range(self, span, which):
+        los, his = zip(*(getattr(p, which)(span) for p in self.parts), strict=True)
         return _fold(tirx.max, los), _fold(tirx.min, his)
 
-    def visible_range(self, rows):
-        return self._range(rows, "visible_range")
+    def visible_range(self, span):
+        return self._range(span, "visible_range")
 
-    def full_range(self, rows):
-        return self._range(rows, "full_range")
+    def full_range(self, span):
+        return self._range(span, "full_range")
 
     def full(self, tile):
         return tirx.all(*(p.full(tile) for p in self.parts))
@@ -129,13 +132,12 @@ class _Any:
     has_gaps = True
     is_interval = False
 
-    def visible_range(self, rows):
-        los, his = zip(*(p.visible_range(rows) for p in self.parts), strict=True)
+    def visible_range(self, span):
+        los, his = zip(*(p.visible_range(span) for p in self.parts), strict=True)
         return _fold(tirx.min, los), _fold(tirx.max, his)
 
-    def full_range(self, rows):
-        zero = tirx.const(0, rows.seqlen_kv.ty.dtype)
-        return zero, zero  # a union of intervals is not an interval
+    def full_range(self, span):
+        return _zero(span), _zero(span)  # a union of intervals is not an interval
 
     def full(self, tile):
         return tirx.any(*(p.full(tile) for p in self.parts))
@@ -152,12 +154,11 @@ class _Opaque:
     has_gaps = False
     is_interval = False
 
-    def visible_range(self, rows):
-        return tirx.const(0, rows.seqlen_kv.ty.dtype), rows.seqlen_kv
+    def visible_range(self, span):
+        return _zero(span), span.others
 
-    def full_range(self, rows):
-        zero = tirx.const(0, rows.seqlen_kv.ty.dtype)
-        return zero, zero
+    def full_range(self, span):
+        return _zero(span), _zero(span)
 
     def full(self, tile):
         return _always(False)

@@ -1,7 +1,7 @@
 """A definition from outside the package: a score modification and a mask that the catalogue doesn't have.
 
 Prefix-LM attention (Raffel et al., 2020): a prefix is seen by everyone, the rest is causal; scores fade with the
-distance, by a rate that each head has of its own.
+distance, by a rate that each head has of its own and that is learnt.
 """
 
 import numpy as np
@@ -29,8 +29,10 @@ def prefix_or_causal_twin(at):
     return (at.j < at.params["prefix_length"]) | (at.j <= at.diagonal)
 
 
+FADING_RATE = Param("fading_rate", "float32", per_head=True, gradient=True)
+
 prefix_attention = Attention(
     name="prefix_attention",
-    score=ScoreModification("fading", fading, fading_twin, (Param("fading_rate", "float32", per_head=True),)),
+    score=ScoreModification("fading", fading, fading_twin, (FADING_RATE,)),
     mask=Mask("prefix_or_causal", prefix_or_causal, prefix_or_causal_twin, (Param("prefix_length", "int32"),)),
 )

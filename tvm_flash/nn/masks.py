@@ -37,8 +37,10 @@ class KeyMask:
         return x.gather(2, order[:, None, :, None].expand(x.shape))
 
 
-def key_mask_of(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> KeyMask | str:
-    """A mask of torch's as one over keys, or why it isn't one.
+def key_mask_of(
+    attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float | None = None
+) -> KeyMask | str:
+    """A mask of torch's as one over keys, or why it isn't one; ``scale`` of the scores, if it isn't the usual one.
 
     Nothing is read from a GPU, which would wait for it: there, and in a compiled program, no order of the keys is taken
     for granted, and a mask of numbers, which may hold more than visible and hidden, isn't looked at.
@@ -55,7 +57,7 @@ def key_mask_of(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor)
     if mask.dtype != torch.bool:
         if not readable:
             return "attn_mask holds numbers; give a boolean one"
-        visible = _visible(mask)
+        visible = _visible(mask, query, key, scale)
         if visible is None:
             return "attn_mask adds a bias to the scores"
         mask = visible
@@ -69,13 +71,22 @@ def key_mask_of(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor)
     return KeyMask(mask, ordered=readable and side_by_side(mask))
 
 
-def _visible(mask: torch.Tensor) -> torch.Tensor | None:
-    """A mask of numbers as a boolean one: 0 is visible, −inf or the dtype's lowest number is hidden, else None."""
+#: exp of less than this, times any number of keys, is nothing beside 1 in float32.
+_NOTHING = -120.0
+
+
+def _visible(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor | None:
+    """A mask of numbers as a boolean one: 0 is visible, −inf or what weighs nothing beside it is hidden, else None."""
     visible, gone = mask == 0, mask == -torch.inf
-    hidden = gone | (mask == torch.finfo(mask.dtype).min)
-    if not bool((visible | hidden).all()):
+    highest = mask.masked_fill(visible, -torch.inf).max().float().item() if mask.numel() else -torch.inf
+    if not highest < _NOTHING:
         return None
-    # Where nothing is visible, −inf gives zeros, and the lowest number gives weights that are all the same.
+    if highest > torch.finfo(mask.dtype).min:  # (1 − mask) · −10000, −1e9: nothing if no score can make up for it
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        bound = scale * float(query.norm(dim=-1).max()) * float(key.norm(dim=-1).max()) if query.numel() else 0.0
+        if not highest + 2 * bound < _NOTHING:
+            return None
+    # Where nothing is visible, −inf gives zeros, and other numbers give weights of their own.
     return visible if bool((visible.any(-1) | gone.all(-1)).all()) else None
 
 

@@ -72,7 +72,7 @@ def scaled_dot_product_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
-        mask = None if attn_mask is None else key_mask_of(attn_mask, query, key)
+        mask = None if attn_mask is None else key_mask_of(attn_mask, query, key, scale)
         reason = mask if isinstance(mask, str) else None
     if reason is None:
         kind = "full" if not is_causal else "window" if query.shape[-2] > key.shape[-2] else "causal"

@@ -40,12 +40,14 @@ LAYOUT_OF_TEMPLATE = {"v1": "bhsd", "v2": "bshd"}
 class Param:
     """A run-time parameter of a mask or a score modification.
 
-    ``dtype`` is ``"float32"`` or ``"int32"``.  A ``per_head`` parameter is a tensor ``(batch, heads)``.
+    ``dtype`` is ``"float32"`` or ``"int32"``.  A ``per_head`` parameter is a tensor ``(batch, heads)``.  A float one
+    may ask for its ``gradient``: then it is learnt, and the backward computes it.
     """
 
     name: str
     dtype: str
     per_head: bool = False
+    gradient: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,289 @@
+"""The named blocks of which every operator is made: plain mathematics over logical indices, a line or two each.
+
+Axes are letters: ``b`` batch, ``h`` query head, ``g`` head of keys and values, ``r`` query heads that read one, ``i``
+query, ``j`` key, ``d`` element of a query or key row, ``e`` of a value row, ``p`` part.  What lies between inputs and
+outputs is float32.  Of the buffers that a block is given, the first is what it writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+
+from schedules.definition.parameters import Site, axes_of, gradient_name
+from tvm_flash.packs.manifest import Param
+
+
+class Formula(Protocol):
+    """What a definition says: sizes, and the expressions that the blocks of its operators are written with.
+
+    ``s`` is the product ``q · k``, neither scaled nor modified.  ``visible`` is None where every query sees every key.
+    ``score_gradient`` is the derivative of the score with respect to the scaled product; ``differentiate`` raises a
+    DefinitionError where it, or that of a parameter, isn't known.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    index_dtype: str
+    params: tuple[Param, ...]
+
+    def score(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr: ...
+
+    def visible(self, site: Site, i: Expr, j: Expr) -> Expr | None: ...
+
+    def differentiate(self) -> None: ...
+
+    def score_gradient(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr: ...
+
+    def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr) -> Expr: ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one call, where it has them, and its run-time parameters by name, as numbers or tensors."""
+
+    batch: Expr
+    heads: Expr
+    seqlen_q: Expr
+    head_dim_v: Expr
+    kv_heads: Expr | None = None
+    seqlen_kv: Expr | None = None
+    head_dim: Expr | None = None
+    parts: Expr | None = None
+    softmax_scale: Expr | None = None
+    params: Mapping[str, Expr] | None = None
+
+    def extents(self, axes: str) -> list[Expr]:
+        """How many values an index of each axis has."""
+        sizes = {"b": self.batch, "h": self.heads, "g": self.kv_heads, "i": self.seqlen_q, "j": self.seqlen_kv}
+        sizes |= {"d": self.head_dim, "e": self.head_dim_v, "p": self.parts}
+        return [self.group if a == "r" else sizes[a] for a in axes]
+
+    @property
+    def group(self) -> Expr:
+        """How many query heads read one head of keys and values."""
+        return self.heads // self.kv_heads
+
+    def kv_head(self, h: Expr) -> Expr:
+        """The head of keys and values that query head ``h`` reads."""
+        return h // self.group
+
+    def query_head(self, g: Expr, r: Expr) -> Expr:
+        """Query head number ``r`` of those that read head ``g``."""
+        return g * self.group + r
+
+    def site(self, b: Expr, h: Expr) -> Site:
+        """The call at one batch entry and head."""
+        values = {n: x[b, h] if isinstance(x.ty, tirx.BufferType) else x for n, x in self.params.items()}
+        sizes = (self.batch, self.heads, self.kv_heads, self.seqlen_q, self.seqlen_kv)
+        return Site(b, h, *sizes, self.softmax_scale, values)
+
+
+# ---------------------------------------------------------------- how a block is written
+
+
+@contextlib.contextmanager
+def _block(name: str, n: Sizes, kept: str, summed: str = ""):
+    """A named block with its loops; gives its index variables, those it reduces over last."""
+    axes = kept + summed
+    with T.grid(*n.extents(axes)) as loops, T.sblock(name):
+        index = T.axis.remap("S" * len(kept) + "R" * len(summed), list(loops))
+        for axis, loop, var in zip(axes, loops, index, strict=True):
+            IRBuilder.name(f"{axis}0", loop)
+            IRBuilder.name(axis, var)
+        yield index
+
+
+def _store(place: Expr, value: Expr) -> None:
+    T.buffer_store(place.source, value, list(place.indices))
+
+
+def _add(place: Expr, value: Expr) -> None:
+    """Sum ``value`` over the block's reduced axes."""
+    with T.init():
+        _store(place, T.float32(0))
+    _store(place, place + value)
+
+
+def _largest(place: Expr, value: Expr) -> None:
+    """The maximum of ``value`` over the block's reduced axes, −inf of none."""
+    with T.init():
+        _store(place, T.float32(-math.inf))
+    _store(place, T.max(place, value))
+
+
+def _wide(x: Expr) -> Expr:
+    return T.cast(x, "float32")
+
+
+def _zero_if(condition: Expr, value: Expr) -> Expr:
+    return T.if_then_else(condition, T.float32(0), value)
+
+
+# ---------------------------------------------------------------- products
+
+
+def row_products(name: str, S, Q, K, n: Sizes, axis: str) -> None:
+    """``S[b, h, i, j] = sum_d Q[b, h, i, d] * K[b, g, j, d]``; ``axis`` is ``d``, or ``e`` of rows like values."""
+    with _block(name, n, "bhij", axis) as (b, h, i, j, d):
+        _add(S[b, h, i, j], _wide(Q[b, h, i, d]) * _wide(K[b, n.kv_head(h), j, d]))
+
+
+def sum_over_keys(name: str, A, P, V, n: Sizes, axis: str) -> None:
+    """``A[b, h, i, e] = sum_j P[b, h, i, j] * V[b, g, j, e]``."""
+    with _block(name, n, f"bhi{axis}", "j") as (b, h, i, e, j):
+        _add(A[b, h, i, e], P[b, h, i, j] * _wide(V[b, n.kv_head(h), j, e]))
+
+
+def sum_over_queries(name: str, A, P, Q, n: Sizes, axis: str) -> None:
+    """``A[b, g, j, d] = sum_{r, i} P[b, h, i, j] * Q[b, h, i, d]`` over the query heads ``h`` that read head ``g``."""
+    with _block(name, n, f"bgj{axis}", "ri") as (b, g, j, d, r, i):
+        h = n.query_head(g, r)
+        _add(A[b, g, j, d], P[b, h, i, j] * _wide(Q[b, h, i, d]))
+
+
+def rounded(name: str, O, A, n: Sizes, axes: str, factor: Expr, dtype: str) -> None:
+    """``O = A * factor``, in the dtype of an output."""
+    with _block(name, n, axes) as index:
+        _store(O[tuple(index)], T.cast(A[tuple(index)] * factor, dtype))
+
+
+# ---------------------------------------------------------------- scores
+
+
+def score(Z, S, n: Sizes, formula: Formula) -> None:
+    """The scaled and modified score."""
+    with _block("score", n, "bhij") as (b, h, i, j):
+        _store(Z[b, h, i, j], formula.score(n.site(b, h), S[b, h, i, j], i, j))
+
+
+def mask(X, Z, n: Sizes, formula: Formula) -> None:
+    """The score where query ``i`` sees key ``j``, else −inf."""
+    with _block("mask", n, "bhij") as (b, h, i, j):
+        visible, value = formula.visible(n.site(b, h), i, j), Z[b, h, i, j]
+        _store(X[b, h, i, j], value if visible is None else _hidden_unless(visible, value))
+
+
+def key_range(Y, X, n: Sizes, first_key: Expr, last_key: Expr) -> None:
+    """The masked scores of keys ``[first_key, last_key)``, −inf of all others."""
+    with _block("key_range", n, "bhij") as (b, h, i, j):
+        _store(Y[b, h, i, j], _hidden_unless(T.And(j >= first_key, j < last_key), X[b, h, i, j]))
+
+
+def _hidden_unless(visible: Expr, value: Expr) -> Expr:
+    return T.if_then_else(visible, value, T.float32(-math.inf))
+
+
+# ---------------------------------------------------------------- softmax
+
+
+def row_max(M, X, n: Sizes) -> None:
+    """``M[b, h, i] = max_j X[b, h, i, j]``."""
+    with _block("row_max", n, "bhi", "j") as (b, h, i, j):
+        _largest(M[b, h, i], X[b, h, i, j])
+
+
+def prob(P, X, M, n: Sizes) -> None:
+    """``P = exp(X - M)``, ``M`` being a row's maximum, or its log-sum-exp; 0 where the score is hidden."""
+    with _block("prob", n, "bhij") as (b, h, i, j):
+        x = X[b, h, i, j]
+        _store(P[b, h, i, j], _zero_if(x == T.float32(-math.inf), T.exp(x - M[b, h, i])))
+
+
+def row_sum(L, P, n: Sizes) -> None:
+    """``L[b, h, i] = sum_j P[b, h, i, j]``."""
+    with _block("row_sum", n, "bhi", "j") as (b, h, i, j):
+        _add(L[b, h, i], P[b, h, i, j])
+
+
+def out(O, A, L, n: Sizes, dtype: str) -> None:
+    """``O = A / L``, zero in a row with nothing to attend to."""
+    with _block("out", n, "bhie") as (b, h, i, e):
+        _store(O[b, h, i, e], T.cast(_zero_if(L[b, h, i] == T.float32(0), A[b, h, i, e] / L[b, h, i]), dtype))
+
+
+def lse(LSE, M, L, n: Sizes) -> None:
+    """``M + log(L)``, −inf in a row with nothing to attend to."""
+    with _block("lse", n, "bhi") as (b, h, i):
+        _store(LSE[b, h, i], M[b, h, i] + T.log(L[b, h, i]))
+
+
+# ---------------------------------------------------------------- merging parts
+
+
+def part_max(M, LSES, n: Sizes) -> None:
+    """``M[b, h, i] = max_p LSES[p, b, h, i]``."""
+    with _block("part_max", n, "bhi", "p") as (b, h, i, p):
+        _largest(M[b, h, i], LSES[p, b, h, i])
+
+
+def part_weight(W, LSES, M, n: Sizes) -> None:
+    """``W = exp(LSES - M)``: a part's sum of exponentials beside the largest one's; 0 if the part saw nothing."""
+    with _block("part_weight", n, "pbhi") as (p, b, h, i):
+        x = LSES[p, b, h, i]
+        _store(W[p, b, h, i], _zero_if(x == T.float32(-math.inf), T.exp(x - M[b, h, i])))
+
+
+def part_sum(L, W, n: Sizes) -> None:
+    """``L[b, h, i] = sum_p W[p, b, h, i]``."""
+    with _block("part_sum", n, "bhi", "p") as (b, h, i, p):
+        _add(L[b, h, i], W[p, b, h, i])
+
+
+def merge(A, W, OS, n: Sizes) -> None:
+    """``A[b, h, i, e] = sum_p W * OS``; the output of a part that saw nothing counts as zero, whatever it holds."""
+    with _block("merge", n, "bhie", "p") as (b, h, i, e, p):
+        w = W[p, b, h, i]
+        _add(A[b, h, i, e], _zero_if(w == T.float32(0), w * OS[p, b, h, i, e]))
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def out_products(R, O, dO, n: Sizes) -> None:
+    """``R[b, h, i] = sum_e O * dO``."""
+    with _block("out_products", n, "bhi", "e") as (b, h, i, e):
+        _add(R[b, h, i], _wide(O[b, h, i, e]) * _wide(dO[b, h, i, e]))
+
+
+def delta(D, R, dLSE, n: Sizes) -> None:
+    """``D = R - dLSE``: what the ``dp`` of a row are compared with."""
+    with _block("delta", n, "bhi") as (b, h, i):
+        _store(D[b, h, i], R[b, h, i] - dLSE[b, h, i])
+
+
+def dscore(dX, P, dP, D, n: Sizes) -> None:
+    """The gradient of the modified score: ``dX = P * (dP - D)``; 0 of a key without weight, whatever ``dP`` is."""
+    with _block("dscore", n, "bhij") as (b, h, i, j):
+        p = P[b, h, i, j]
+        _store(dX[b, h, i, j], _zero_if(p == T.float32(0), p * (dP[b, h, i, j] - D[b, h, i])))
+
+
+def ds(dS, dX, P, S, n: Sizes, formula: Formula) -> None:
+    """The gradient of the scaled product: ``dS = dX * ∂score/∂s``; 0 of a key without weight."""
+    with _block("ds", n, "bhij") as (b, h, i, j):
+        slope = formula.score_gradient(n.site(b, h), S[b, h, i, j], i, j)
+        _store(dS[b, h, i, j], _zero_if(P[b, h, i, j] == T.float32(0), dX[b, h, i, j] * slope))
+
+
+def parameter_gradient(dA, param: Param, dX, P, S, n: Sizes, formula: Formula) -> None:
+    """``dA = sum dX * ∂score/∂param`` over the axes that the parameter doesn't have."""
+    kept = axes_of(param)
+    summed = "".join(a for a in "bhij" if a not in kept)
+    with _block(gradient_name(param), n, kept, summed) as index:
+        at = dict(zip(kept + summed, index, strict=True))
+        b, h, i, j = (at[a] for a in "bhij")
+        place = tuple(at[a] for a in kept) or (tirx.const(0, b.ty.dtype),)
+        T.reads(dX[b, h, i, j], P[b, h, i, j], S[b, h, i, j])
+        T.writes(dA[place])  # not found by itself: this buffer becomes an argument later
+        slope = formula.parameter_gradient(param.name, n.site(b, h), S[b, h, i, j], i, j)
+        _add(dA[place], _zero_if(P[b, h, i, j] == T.float32(0), dX[b, h, i, j] * slope))

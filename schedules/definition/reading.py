@@ -1,0 +1,257 @@
+"""What an operator's TensorIR says: its blocks and arguments by name, and the expressions that are its own.
+
+``read(func)`` tells by the blocks' names which operator a PrimFunc is, and takes the score and the mask out of the
+blocks that hold them.  Whether everything else is as it must be is for :mod:`schedules.definition.pattern` to find out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.ir import Call, Expr, PrimType
+from tvm.ir.expr import TensorLoad
+from tvm.tirx import PrimFunc
+
+from schedules.definition.attention import GRADIENTS
+from schedules.definition.derive import OPERATORS, Operator
+from schedules.definition.errors import DefinitionError
+from schedules.definition.parameters import axes_of
+from tvm_flash.packs.manifest import Param
+
+
+@dataclass(frozen=True)
+class Variables:
+    """What expressions of the score and the mask are made of, whichever block they stood in.
+
+    ``index`` are b, h, i, j, ``s`` is the scaled product, and ``params`` has a number for each run-time parameter, for
+    a per-head one the value that belongs to ``(b, h)``.
+    """
+
+    index: tuple[tirx.Var, ...]
+    s: tirx.Var
+    params: dict[str, tirx.Var]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An operator as it was found.
+
+    Attributes
+    ----------
+    blocks: by name, without the regions that they read and write.
+    arguments: the function's variables for the operator's tensors and scalars, by role.
+    parameters, gradients: the variables for the run-time parameters, and for the gradients of those that ask for one.
+    params: the parameters as plain data, in the same order.
+    variables, score, visible, key_range: the score and the predicates of the mask, and of a part's keys; None where
+        there is none.
+    """
+
+    func: PrimFunc
+    op: str
+    blocks: dict[str, s_tir.SBlock]
+    arguments: dict[str, tirx.Var]
+    parameters: tuple[tirx.Var, ...]
+    gradients: tuple[tirx.Var, ...]
+    params: tuple[Param, ...]
+    variables: Variables | None = None
+    score: Expr | None = None
+    visible: Expr | None = None
+    key_range: Expr | None = None
+
+
+def read(func: PrimFunc) -> Reading:
+    """Take an operator apart.
+
+    Raises
+    ------
+    DefinitionError: it has not the blocks or the arguments of an operator, or its score or mask reads what it may not.
+    """
+    if not isinstance(func, PrimFunc):
+        raise DefinitionError(f"a definition is a TensorIR PrimFunc, this is {type(func).__name__}")
+    blocks = blocks_of(func)
+    op, operator = _operator_of(blocks)
+    arguments, parameters, gradients = _arguments_of(func, operator)
+    params = tuple(_param(p, asked_gradients(func)) for p in parameters)
+    found = Reading(func, op, blocks, arguments, parameters, gradients, params)
+    return _with_expressions(found) if operator.has_scores else found
+
+
+def asked_gradients(func: PrimFunc) -> tuple[str, ...]:
+    """Names of the parameters that ask for a gradient."""
+    return tuple((func.attrs or {}).get(GRADIENTS, ()))
+
+
+# ---------------------------------------------------------------- blocks and arguments
+
+
+def blocks_of(func: PrimFunc) -> dict[str, s_tir.SBlock]:
+    """The blocks by name, without the regions that they read and write: those follow from what they compute."""
+    found = {}
+
+    def visit(block):
+        if block.name_hint in found:
+            raise DefinitionError(f"block {block.name_hint!r}: occurs twice; every step of attention is one block")
+        found[block.name_hint] = without_regions(block)
+
+    tvm_ffi.structural_walk(func.body, [(s_tir.SBlock, visit)])
+    found.pop("root", None)
+    return found
+
+
+def without_regions(node):
+    """A block without the regions that it reads and writes; anything else as it is."""
+    if not isinstance(node, s_tir.SBlock):
+        return node
+    return s_tir.SBlock(node.iter_vars, [], [], node.name_hint, node.body, node.init, node.alloc_buffers)
+
+
+def _operator_of(blocks) -> tuple[str, Operator]:
+    """The operator that most of the blocks belong to, once it is sure that it has all of its own and no other."""
+    name, operator = max(OPERATORS.items(), key=lambda item: _likeness(item[1].blocks, blocks))
+    all_of = f"{'a definition' if name == 'forward' else name} has the blocks {', '.join(operator.blocks)}"
+    for block in operator.blocks:
+        if block not in blocks:
+            raise DefinitionError(f"block {block!r}: missing; {all_of}")
+    for block in blocks:
+        if block not in operator.blocks and not (operator.has_gradients and block.startswith("d_")):
+            raise DefinitionError(f"block {block!r}: unknown; {all_of}")
+    return name, operator
+
+
+def _likeness(expected, found) -> float:
+    return len(set(expected) & set(found)) / len(set(expected) | set(found))
+
+
+def _arguments_of(func: PrimFunc, operator: Operator):
+    """The arguments by role, the parameters, and the parameters' gradients."""
+    roles = (*operator.arguments, *operator.scalars)
+    fixed, others = func.params[: len(roles)], func.params[len(roles) :]
+    numbers = {"softmax_scale", *operator.scalars}
+    if len(fixed) < len(roles) or any(
+        isinstance(p.ty, tirx.BufferType) == (role in numbers) for role, p in zip(roles, fixed, strict=True)
+    ):
+        tensors = ", ".join(r for r in roles if r not in numbers)
+        raise DefinitionError(f"arguments: expected ({', '.join(roles)}, *params), of which {tensors} are tensors")
+    count = len((func.attrs or {}).get(GRADIENTS, ())) if operator.has_gradients else 0
+    split = len(others) - count
+    return dict(zip(roles, fixed, strict=True)), others[:split], others[split:]
+
+
+def _param(argument, asked: tuple[str, ...]) -> Param:
+    gradient = argument.name in asked
+    if isinstance(argument.ty, PrimType):
+        return Param(argument.name, str(argument.ty.dtype), gradient=gradient)
+    if len(argument.ty.shape) != 2:
+        raise DefinitionError(f"argument {argument.name!r}: a tensor parameter has the shape (batch, heads)")
+    return Param(argument.name, str(argument.ty.dtype), per_head=True, gradient=gradient)
+
+
+# ---------------------------------------------------------------- score and mask
+
+
+def _with_expressions(found: Reading) -> Reading:
+    """The same with the expressions of the score, of the mask, and of a part's range of keys."""
+    block = found.blocks["score"]
+    _expect_store(block, "score")
+    params = {
+        p.name: tirx.Var(p.name, p.dtype) if axes_of(p) else variable
+        for p, variable in zip(found.params, found.parameters, strict=True)
+    }
+    variables = Variables(tuple(x.var for x in block.iter_vars), tirx.Var("s", "float32"), params)
+    return replace(
+        found,
+        variables=variables,
+        score=_score(found, variables),
+        visible=_predicate(found, variables, "mask", optional=True),
+        key_range=_predicate(found, variables, "key_range") if "key_range" in found.blocks else None,
+    )
+
+
+def _score(found: Reading, variables: Variables) -> Expr:
+    block = found.blocks["score"]
+    if not _loads(block.body.value):
+        raise DefinitionError("block 'score': never reads the product of block 'qk'")
+    if _hides(block.body.value):
+        raise DefinitionError(
+            "block 'score': hides keys with -inf; that is what a mask is for, which may depend on positions and "
+            "parameters only"
+        )
+    value = _canonical(found, variables, block.body.value, block)
+    if left := _loads(value):
+        raise DefinitionError(
+            f"block 'score': reads {left[0]}; it may read the product of block 'qk' at [b, h, i, j], multiplied by "
+            f"softmax_scale, and parameters"
+        )
+    return value
+
+
+def _predicate(found: Reading, variables: Variables, name: str, *, optional: bool = False) -> Expr | None:
+    """When the block leaves a score as it is; None if it always does, where that may be."""
+    block = found.blocks[name]
+    _expect_store(block, name)
+    value = block.body.value
+    if optional and isinstance(value, TensorLoad):
+        return None
+    if not (_hides(value) and isinstance(value.args[1], TensorLoad)):
+        raise DefinitionError(
+            f"block {name!r}: expected if_then_else(visible, score, -inf), or the score as it is, found\n"
+            + block.script()
+        )
+    condition = _canonical(found, variables, value.args[0], block)
+    if _loads(condition):
+        raise DefinitionError(
+            f"block {name!r}: the mask depends on the score; it may depend on positions and parameters only"
+        )
+    return condition
+
+
+def _canonical(found: Reading, variables: Variables, expr: Expr, block: s_tir.SBlock) -> Expr:
+    """``expr`` of a block, in ``variables``."""
+    axes = {p.name: axes_of(p) for p in found.params}
+    index = tuple(zip((x.var for x in block.iter_vars), variables.index, strict=True))
+    at = dict(zip("bhij", variables.index, strict=True))
+    scale = found.arguments["softmax_scale"]
+
+    def reads(node, place):
+        return len(node.indices) == len(place) and all(a.same_as(b) for a, b in zip(node.indices, place, strict=True))
+
+    def is_product(node):
+        return isinstance(node, TensorLoad) and node.source.name not in axes and reads(node, variables.index)
+
+    def parameter(name, node):
+        if not reads(node, [at[a] for a in axes[name]]):
+            where = ", ".join(axes[name])
+            raise DefinitionError(f"block {block.name_hint!r}: parameter {name!r} is read elsewhere than at [{where}]")
+        return variables.params[name]
+
+    def rewrite(node):
+        if isinstance(node, tirx.Mul) and node.b.same_as(scale) and is_product(node.a):
+            return variables.s
+        if isinstance(node, TensorLoad) and node.source.name in axes:
+            return parameter(node.source.name, node)
+        if isinstance(node, tirx.Var):
+            return next((new for old, new in index if node.same_as(old)), node)
+        return node
+
+    return tvm_ffi.structural_map(expr, rewrite, order="post")
+
+
+def _expect_store(block: s_tir.SBlock, name: str) -> None:
+    if len(block.iter_vars) != 4 or not isinstance(block.body, tirx.BufferStore):
+        raise DefinitionError(f"block {name!r}: expected one store X[b, h, i, j] = ..., found\n" + block.script())
+
+
+def _loads(expr: Expr) -> list:
+    found = []
+    tvm_ffi.structural_walk(expr, [(TensorLoad, found.append)])
+    return found
+
+
+def _hides(value: Expr) -> bool:
+    """Whether it is ``if_then_else(.., .., -inf)``."""
+    if not (isinstance(value, Call) and value.op.name.endswith("if_then_else")):
+        return False
+    return isinstance(value.args[2], tirx.FloatImm) and value.args[2].value == -math.inf

@@ -1,0 +1,231 @@
+"""The operators that are derived from a definition, compiled naively, against float64 and against torch's autograd."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.script import tirx as T
+
+from schedules.definition.attention import Attention
+from schedules.definition.catalogue import FULL, MASKS, SCORES, ScoreModification
+from schedules.definition.derive import OPERATORS, derive
+from schedules.definition.pattern import DefinitionError, match
+from tests import oracle
+from tvm_flash import reference
+from tvm_flash.packs.manifest import Param
+
+SCALE = 0.3
+#: (batch, heads, kv_heads, seqlen_q, seqlen_kv); of the second, the first rows see nothing under a causal mask.
+SHAPES = ((2, 4, 2, 7, 15), (1, 3, 1, 13, 6), (1, 2, 2, 1, 9))
+HEAD_DIM, HEAD_DIM_V = 8, 12
+
+
+def asking(score: ScoreModification) -> ScoreModification:
+    """The same with parameters that all ask for their gradients."""
+    return dataclasses.replace(score, params=tuple(dataclasses.replace(p, gradient=True) for p in score.params))
+
+
+def problem(attention, shape, seed=5):
+    """q, k, v, gradients of the output and of lse, and the parameters."""
+    batch, heads, kv_heads, seqlen_q, seqlen_kv = shape
+    rng = np.random.default_rng(seed)
+
+    def normal(*sizes):
+        return rng.standard_normal(sizes, dtype=np.float32)
+
+    q, dout = normal(batch, heads, seqlen_q, HEAD_DIM), normal(batch, heads, seqlen_q, HEAD_DIM_V)
+    k, v = normal(batch, kv_heads, seqlen_kv, HEAD_DIM), normal(batch, kv_heads, seqlen_kv, HEAD_DIM_V)
+    values = {"window_left": 3, "window_right": 1, "sink_tokens": 2, "softcap": 1.5}
+    values["alibi_slopes"] = rng.random((batch, heads), dtype=np.float32)
+    values |= {name: rng.integers(0, seqlen_kv + 3, (batch, heads), np.int32) for name in ("kv_start", "kv_end")}
+    params = {p.name: values[p.name] for p in attention.params}
+    return q, k, v, dout, normal(batch, heads, seqlen_q), params
+
+
+def twins(attention):
+    return {"mask": attention.mask.twin, "score": attention.score.twin}
+
+
+#: Scores as torch computes them: an answer that owes nothing to the twins' differences.
+TORCH_SCORES = {
+    "identity": lambda s, p, distance: s,
+    "softcap": lambda s, p, distance: p["softcap"] * (s / p["softcap"]).tanh(),
+    "alibi": lambda s, p, distance: s - p["alibi_slopes"][..., None, None] * distance,
+    "softcap_alibi": lambda s, p, distance: (
+        p["softcap"] * (s / p["softcap"]).tanh() - p["alibi_slopes"][..., None, None] * distance
+    ),
+}
+
+
+def autograd(attention, q, k, v, dout, dlse, params):
+    """Gradients by torch in float64, by role."""
+    torch = pytest.importorskip("torch")
+    leaves = {"dq": q, "dk": k, "dv": v, **{f"d_{p.name}": params[p.name] for p in attention.score.params}}
+    leaves = {name: torch.tensor(np.float64(x), requires_grad=True) for name, x in leaves.items()}
+    i, j = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])[None]
+    wide = {n: x[..., None, None] if np.ndim(x) else x for n, x in params.items()}
+    at = reference.Positions(i, j, q.shape[2], k.shape[2], wide)
+    group = q.shape[1] // k.shape[1]
+    keys, values = (leaves[n].repeat_interleave(group, dim=1) for n in ("dk", "dv"))
+    s = leaves["dq"] @ keys.transpose(-1, -2) * SCALE
+    mods = {p.name: leaves[f"d_{p.name}"] for p in attention.score.params}
+    s = TORCH_SCORES[attention.score.name](s, mods, torch.tensor(np.abs(at.diagonal - at.j)).double())
+    visible = torch.tensor(np.broadcast_to(attention.mask.twin(at), s.shape).copy())
+    seen = visible.any(-1)
+    x = s.masked_fill(~visible, -torch.inf).masked_fill(~seen[..., None], 0.0)  # no NaN in torch where nothing is seen
+    out = torch.softmax(x, -1) @ values
+    loss = (out * torch.tensor(dout))[seen].sum() + (torch.logsumexp(x, -1) * torch.tensor(dlse))[seen].sum()
+    loss.backward()
+    return {name: np.zeros(x.shape) if x.grad is None else x.grad.numpy() for name, x in leaves.items()}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("score", SCORES)
+def test_gradients_against_float64_and_autograd(score, mask):
+    attention = Attention(asking(SCORES[score]), MASKS[mask])
+    names = [p.name for p in attention.score.params]
+    for shape in SHAPES:
+        q, k, v, dout, dlse, params = problem(attention, shape)
+        want = reference.attention_backward(
+            dout, q, k, v, softmax_scale=SCALE, dlse=dlse, params=params, gradients=names, **twins(attention)
+        )
+        want = {"dq": want.dq, "dk": want.dk, "dv": want.dv, **{f"d_{n}": want.params[n] for n in names}}
+        by_torch = autograd(attention, q, k, v, dout, dlse, params)
+        got = vars(oracle.gradients(attention, dout, q, k, v, SCALE, params, dlse))
+        assert set(got) == set(want) == set(by_torch)
+        for name, x in got.items():
+            size = max(1.0, np.abs(by_torch[name]).max())
+            np.testing.assert_allclose(want[name], by_torch[name], atol=2e-9 * size, rtol=0, err_msg=name)
+            np.testing.assert_allclose(x.reshape(want[name].shape), want[name], atol=1e-5 * size, rtol=0, err_msg=name)
+
+
+def test_a_row_that_sees_nothing_has_no_gradient():
+    attention = Attention(SCORES["softcap"], MASKS["causal"])
+    q, k, v, dout, dlse, params = problem(attention, SHAPES[1])
+    poisoned = dout.copy(), dlse.copy()
+    for x in poisoned:
+        x[:, :, :7] = 1e30  # of rows that see nothing
+    clean, got = (oracle.gradients(attention, do, q, k, v, SCALE, params, dl) for do, dl in ((dout, dlse), poisoned))
+    assert not got.dq[:, :, :7].any()
+    for name in ("dq", "dk", "dv"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(clean, name))
+
+
+@pytest.mark.parametrize("mask", ("full", "causal", "sink_window", "padded"))
+def test_parts_combine_to_the_whole(mask):
+    attention = Attention(SCORES["alibi"], MASKS[mask])
+    partial, combine = (oracle.operator(attention, op, HEAD_DIM, HEAD_DIM_V) for op in ("partial", "combine"))
+    for shape in SHAPES[:2]:
+        q, k, v, _, _, params = problem(attention, shape)
+        bounds = (0, 0, 1, 4, shape[4] + 5)  # the first part is empty, the last one ends past the last key
+        parts = [
+            partial(q=q, k=k, v=v, softmax_scale=SCALE, first_key=first, last_key=last, **params)
+            for first, last in itertools.pairwise(bounds)
+        ]
+        keys = np.arange(shape[4])
+        for part, (first, last) in zip(parts, itertools.pairwise(bounds), strict=True):
+            inside = (keys >= first) & (keys < last)
+            o, lse = reference.attention(
+                q,
+                k,
+                v,
+                softmax_scale=SCALE,
+                params=params,
+                score=attention.score.twin,
+                mask=lambda at, inside=inside: attention.mask.twin(at) & inside,
+            )
+            assert part.o.dtype == np.float32
+            np.testing.assert_allclose(part.o, o, atol=2e-6, rtol=0)
+            np.testing.assert_allclose(part.lse, lse, atol=3e-6, rtol=0)
+        os, lses = (np.stack([getattr(part, name) for part in parts]) for name in ("o", "lse"))
+        os[np.isneginf(lses)] = np.nan  # whoever saw nothing need not have written anything
+        got = combine(o_parts=os, lse_parts=lses)
+        o, lse = reference.attention(q, k, v, softmax_scale=SCALE, params=params, **twins(attention))
+        np.testing.assert_allclose(got.o, o, atol=2e-6, rtol=0)
+        np.testing.assert_allclose(got.lse, lse, atol=3e-6, rtol=0)
+
+
+def test_a_part_far_below_another_does_not_overflow():
+    combine = oracle.operator(Attention(), "combine", HEAD_DIM, HEAD_DIM_V)
+    os = np.stack([np.full((1, 1, 1, HEAD_DIM_V), value, np.float32) for value in (1, 2, 3)])
+    got = combine(o_parts=os, lse_parts=np.float32([500, -500, -np.inf]).reshape(3, 1, 1, 1))
+    assert (got.o == 1).all()
+    assert got.lse == 500
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("kind", (("identity", "full"), ("softcap_alibi", "padded")), ids="-".join)
+def test_match_recognises_what_is_derived(kind, op):
+    attention = Attention(asking(SCORES[kind[0]]), MASKS[kind[1]])
+    pattern = match(attention(64, "bfloat16", head_dim_v=32, index_dtype="int32"))
+    found = match(derive(pattern, op))
+    assert found.op == op
+    assert (found.head_dim_v, found.dtype, found.index_dtype) == (32, "bfloat16", "int32")
+    assert found.params == (pattern.params if OPERATORS[op].has_scores else ())
+    again = derive(found, op)
+    assert tvm_ffi.structural_equal(again.body, found.func.body, map_free_vars=True)
+
+
+def edited(func, name, edit):
+    def replace(node):
+        return edit(node) if isinstance(node, s_tir.SBlock) and node.name_hint == name else node
+
+    body = tvm_ffi.structural_map(func.body, replace, order="post")
+    return tirx.PrimFunc(func.params, body, func.ret_type, func.attrs)
+
+
+def doubled(block):
+    body = tirx.BufferStore(block.body.buffer, block.body.value * 2, block.body.indices)
+    return s_tir.SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, body, block.init)
+
+
+@pytest.mark.parametrize("op", ("partial", "combine", "delta", "backward"))
+def test_another_step_of_an_operator_is_refused_by_name(op):
+    attention = Attention(asking(SCORES["alibi"]), MASKS["causal"])
+    func = derive(match(attention(8, "float32")), op)
+    own = {"score", "mask", "key_range"}
+    blocks = [*OPERATORS[op].blocks, *(["d_alibi_slopes"] if op == "backward" else [])]
+    for block in blocks:
+        if block not in own:
+            with pytest.raises(DefinitionError, match=f"block '{block}'"):
+                match(edited(func, block, doubled))
+
+
+def test_the_derivative_of_another_score_is_refused():
+    """``ds`` must belong to the very score of its function."""
+    capped, plain = (derive(match(Attention(SCORES[n])(8, "float32")), "backward") for n in ("softcap", "identity"))
+    blocks = {}
+    tvm_ffi.structural_walk(capped.body, [(s_tir.SBlock, lambda b: blocks.update({b.name_hint: b}))])
+    with pytest.raises(DefinitionError, match="block 'ds'"):
+        match(edited(plain, "ds", lambda b: blocks["ds"]))
+
+
+def test_a_missing_gradient_of_a_parameter_is_refused():
+    func = derive(match(Attention(asking(SCORES["alibi"]))(8, "float32")), "backward")
+    with pytest.raises(DefinitionError, match="gradient"):
+        match(func.without_attr("gradients"))
+
+
+def test_only_what_has_a_derivative_can_be_derived():
+    def score(s, at):
+        return T.copysign(s, at.param["softcap"])
+
+    param = Param("softcap", "float32", gradient=True)
+    attention = Attention(ScoreModification("odd", score, reference.softcap, (param,)), FULL)
+    pattern = match(attention(8, "float32"))
+    derive(pattern, "partial")
+    with pytest.raises(DefinitionError, match=r"no derivative with respect to s is known of T.copysign\(s, softcap\)"):
+        derive(pattern, "backward")
+
+
+def test_only_a_float_parameter_has_a_gradient():
+    window = dataclasses.replace(
+        MASKS["window"], params=tuple(dataclasses.replace(p, gradient=True) for p in MASKS["window"].params)
+    )
+    with pytest.raises(DefinitionError, match="'window_left': is int32"):
+        derive(match(Attention(mask=window)(8, "float32")), "backward")

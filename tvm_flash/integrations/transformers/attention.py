@@ -1,0 +1,298 @@
+"""One layer's attention, as transformers asks for it: by our kernels where they can, else by torch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tvm_flash.errors import InvalidArgumentError, NotSupportedError
+from tvm_flash.integrations.transformers import by_torch
+from tvm_flash.integrations.transformers.masks import UNBOUNDED, KeyRanges, Mask
+from tvm_flash.nn.attend import attend
+from tvm_flash.nn.flash_attn import flash_attn_varlen_func
+from tvm_flash.nn.masks import key_mask_of
+from tvm_flash.nn.sdpa import no_kernel, refusal, warn_of_fallback
+from tvm_flash.padded import padded_attention
+
+#: Arguments that models hand to every layer and that say nothing which the mask, the keys and the values don't say.
+HARMLESS = frozenset(
+    [
+        "position_ids",
+        "cache_position",
+        "seq_idx",
+        "deterministic",
+        "use_cache",
+        "return_dict",
+        "output_hidden_states",
+        "output_router_logits",
+        "num_items_in_batch",
+        "logits_to_keep",
+        "num_logits_to_keep",
+        "use_top_left_mask",
+        "target_dtype",
+        "attn_implementation",
+        "layer_idx",
+        "read_index",
+        "write_index",
+        "logits_indices",
+        "logits_processor_args",
+        "carry_over_ids",
+        "position_embeddings",
+        "input_ids",
+    ]
+)
+
+_PADDED_SOFTCAP = "softcap" in inspect.signature(padded_attention).parameters
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences one after another in a batch of one: where each starts, int32 ``(count + 1,)``, and the longest."""
+
+    starts_q: torch.Tensor
+    starts_k: torch.Tensor
+    longest_q: int | None
+    longest_k: int | None
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    output_attentions: bool | None = False,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One layer's attention, with the arguments that transformers gives.
+
+    Parameters
+    ----------
+    query: ``(batch, heads, seqlen_q, head_dim)``; key, value: ``(batch, kv_heads, seqlen_kv, head_dim)``.
+    attention_mask: of :func:`make_mask`, or any that transformers' ``"sdpa"`` takes.
+    dropout, scaling, softcap: of the weights, and of the scores; ``1/sqrt(head_dim)`` if no scaling is given.
+    is_causal: of the module if not given; asked only without a mask.
+    sliding_window: how many keys a query sees, its own among them; asked only where the mask doesn't say it.
+    s_aux: ``(heads,)``, sinks: ``(batch, heads, seqlen_q, 1)``: the logit of a key without a value.
+    position_bias: added to the scores.
+    indices: ``(batch, seqlen_q, count)``, the keys that a query sees; those out of range are none.
+    block_indices: those of blocks of keys, which the module's ``indexer`` makes a mask of.
+    cu_seq_lens_q, cu_seq_lens_k: int32 ``(sequences + 1,)``: where each of several sequences starts in a batch of one.
+
+    Returns
+    -------
+    ``(batch, seqlen_q, heads, head_dim_v)`` and the weights, which are only made for ``output_attentions``, else None.
+
+    Raises
+    ------
+    NotSupportedError: an argument that isn't known here has a value.
+    """
+    for name, x in others.items():
+        if x is not None and x is not False and name not in HARMLESS:
+            raise NotSupportedError(
+                f"{name}: isn't known here, and leaving it out could change the result; "
+                f"use attn_implementation='eager' for {type(module).__name__}"
+            )
+    query, key, value = _cast(query, key, value)
+    sequences = _sequences(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    ranges, mask = _read(attention_mask, sequences)
+    sink = s_aux if s_aux is not None else sinks
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = ranges.window if ranges is not None else _window(bool(causal), sliding_window, mask, query, sequences)
+    if block_indices is not None:
+        mask, ranges, window = (
+            _block_mask(module, block_indices, attention_mask, query, key, others),
+            None,
+            by_torch.ALL,
+        )
+    wants = {"position_bias": position_bias, "indices": indices, "output_attentions": output_attentions or None}
+    reason = next((f"the layer has {name}" for name, x in wants.items() if x is not None), None)
+    reason = reason or refusal(query, key, value, None, dropout, False, scaling, True)
+    if reason is None and mask is not None:
+        ranges, key, value, reason = _as_ranges(mask, query, key, value, scaling)
+    reason = reason or _no_kernel(query, value, ranges, window, softcap, sequences)
+    scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    if reason is None:
+        return _compute(query, key, value, ranges, window, scaling, softcap or 0.0, sink, sequences), None
+    warn_of_fallback(reason)
+    if ranges is not None:
+        key, value = key[:, :, : ranges.keys], value[:, :, : ranges.keys]
+        position_bias = None if position_bias is None else position_bias[..., : ranges.keys]
+    return by_torch.attention(
+        query,
+        key,
+        value,
+        ends=None if ranges is None else ranges.ends,
+        window=window,
+        mask=mask,
+        indices=indices,
+        sequences=sequences,
+        position_bias=position_bias,
+        scaling=scaling,
+        softcap=softcap,
+        sink=sink,
+        dropout=dropout,
+        weights=bool(output_attentions),
+    )
+
+
+def _cast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As torch's attention does under autocast; and one entry of learned queries stands for a whole batch."""
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value))
+    if query.shape[0] != key.shape[0]:
+        batch = max(query.shape[0], key.shape[0])
+        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    return query, key, value
+
+
+def _sequences(starts_q, starts_k, longest_q, longest_k) -> Sequences | None:
+    if starts_q is None and starts_k is None:
+        return None
+    if starts_q is None or starts_k is None:
+        given, other = ("cu_seq_lens_k", "cu_seq_lens_q") if starts_q is None else ("cu_seq_lens_q", "cu_seq_lens_k")
+        raise InvalidArgumentError(f"{other}: is None, but {given} is given; give both")
+    return Sequences(starts_q.int(), starts_k.int(), longest_q, longest_k)
+
+
+def _read(
+    attention_mask: torch.Tensor | None, sequences: Sequences | None
+) -> tuple[KeyRanges | None, torch.Tensor | None]:
+    """A mask as key ranges, or as a tensor, or neither if it hides nothing that ``sequences`` don't."""
+    if attention_mask is None:
+        return None, None
+    if isinstance(attention_mask, Mask):
+        if sequences is not None and (attention_mask.ranges is None or attention_mask.ranges.ends is None):
+            return None, None  # positions that start anew and sequences one after another say the same
+        if attention_mask.ranges is not None:
+            return attention_mask.ranges, None
+        return None, attention_mask.visible()
+    if attention_mask.dtype == torch.uint32:
+        return KeyRanges.unpack(attention_mask), None
+    return None, attention_mask
+
+
+def _window(causal: bool, sliding_window: int | None, mask: Any, query: torch.Tensor, sequences: Sequences | None):
+    """What a layer sees without a mask that says it: as for "sdpa", and its window."""
+    if mask is not None:
+        return by_torch.ALL
+    causal = causal and (query.shape[2] > 1 or sequences is not None)
+    left = UNBOUNDED if sliding_window is None or sliding_window <= 0 else sliding_window - 1
+    return left, 0 if causal else left
+
+
+def _block_mask(module, block_indices, attention_mask, query, key, others) -> torch.Tensor:
+    indexer = getattr(module, "indexer", None)
+    if not hasattr(indexer, "build_block_mask"):
+        raise NotSupportedError(
+            f"block_indices: {type(module).__name__} has no indexer that makes a mask of them; "
+            f"use attn_implementation='sdpa'"
+        )
+    positions = others.get("position_ids")
+    if positions is None:
+        positions = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)
+    positions = (positions if positions.ndim > 1 else positions[None]).expand(query.shape[0], -1)
+    mask = attention_mask.numbers() if isinstance(attention_mask, Mask) else attention_mask
+    return indexer.build_block_mask(block_indices, mask, key.shape[2], query.dtype, query.device, positions)
+
+
+def _as_ranges(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None):
+    """A mask that is the same for all queries and heads as key ranges, with keys in an order that they are for."""
+    if mask.ndim == 4 and mask.shape[-1] != key.shape[2]:
+        return None, key, value, "attn_mask and the keys differ in length"
+    found = key_mask_of(mask, query, key, scaling)
+    if isinstance(found, str):
+        return None, key, value, found
+    return KeyRanges(key.shape[2], found.key_range()), found.arrange(key), found.arrange(value), None
+
+
+def _no_kernel(query, value, ranges, window, softcap, sequences) -> str | None:
+    """Why no kernel computes a call, or None if one does."""
+    if sequences is not None and (torch.compiler.is_compiling() or ranges is not None):
+        return "sequences one after another are compiled" if ranges is None else "packed sequences are padded"
+    if ranges is not None and ranges.ends is not None:
+        kind = "padded"
+        if softcap and not _PADDED_SOFTCAP:
+            return "there is no kernel that has both padding and a soft cap"
+    elif window == by_torch.ALL:
+        kind = "full"
+    else:
+        kind = "causal" if window == (UNBOUNDED, 0) else "window"
+    return no_kernel(kind, query, value, "softcap" if softcap else "identity")
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def _compute(query, key, value, ranges, window, scaling, softcap, sink, sequences) -> torch.Tensor:
+    head_dim_v = value.shape[-1]
+    query, key, value = (_fit(x).transpose(1, 2) for x in (query, key, value))  # (batch, seq, heads, head_dim)
+    if sequences is not None:
+        out, lse = _packed(query, key, value, sequences, window, scaling, softcap)
+    else:
+        out, lse = _attend(query, key, value, ranges, window, scaling, softcap, sink is not None)
+    if sink is not None:  # exp(lse) / (exp(lse) + exp(sink)) of the weight is that of the keys
+        sink = sink[:, None] if sink.ndim == 1 else sink.squeeze(-1)  # (heads, 1) or (batch, heads, seqlen_q)
+        share = torch.sigmoid(lse - sink.float()).transpose(1, 2)[..., None]
+        out = (out.float() * share).to(out.dtype)
+    return out[..., :head_dim_v].contiguous()
+
+
+def _attend(query, key, value, ranges: KeyRanges | None, window, scaling, softcap, return_lse):
+    if ranges is not None:
+        key, value = key[:, : ranges.keys], value[:, : ranges.keys]
+    options = {"causal": window[1] == 0, "window_size": (window[0], UNBOUNDED if window[1] == 0 else window[1])}
+    options |= {"softmax_scale": scaling, "return_lse": return_lse}
+    if softcap:
+        options["softcap"] = softcap
+    if ranges is None or ranges.ends is None:
+        result = attend("bshd", query, key, value, **options)
+    else:
+        ends = ranges.ends.expand(query.shape[0], 2)
+        result = padded_attention(query, key, value, ends, layout="bshd", **options)
+    return result if return_lse else (result, None)
+
+
+def _packed(query, key, value, sequences: Sequences, window, scaling, softcap):
+    """``(batch, seq, heads, head_dim)``: the batch, of one mostly, is a sequence more in the row of sequences."""
+    batch, seqlen_q = query.shape[:2]
+    longest = sequences.longest_q or seqlen_q * batch, sequences.longest_k or key.shape[1] * batch
+    out, lse, _ = flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (query, key, value)),
+        sequences.starts_q,
+        sequences.starts_k,
+        *longest,
+        causal=window[1] == 0,
+        window_size=(window[0], UNBOUNDED if window[1] == 0 else window[1]),
+        softmax_scale=scaling,
+        softcap=softcap,
+        return_attn_probs=True,
+    )
+    return out.unflatten(0, (batch, seqlen_q)), lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1)
+
+
+def _fit(x: torch.Tensor) -> torch.Tensor:
+    """The same as kernels take it: a contiguous last dimension, with zeros up to a multiple of 8."""
+    beyond = -x.shape[-1] % 8
+    if beyond:
+        return torch.nn.functional.pad(x, (0, beyond))
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,116 @@
+"""Attention that our kernels don't compute, with everything that transformers' models ask for, by torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
+
+from tvm_flash.integrations.transformers.masks import UNBOUNDED, band, within
+
+#: The window that hides nothing.
+ALL = (UNBOUNDED, UNBOUNDED)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    ends: torch.Tensor | None,
+    window: tuple[int, int],
+    mask: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    sequences: Any,
+    position_bias: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sink: torch.Tensor | None,
+    dropout: float,
+    weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``(batch, seqlen_q, heads, head_dim_v)``, and the weights ``(batch, heads, seqlen_q, seqlen_kv)`` or None.
+
+    Tensors are ``(batch, heads, seq, head_dim)``; everything that hides keys hides them together.
+    """
+    (batch, heads, seqlen_q, _), keys, device = query.shape, key.shape[2], query.device
+    if sequences is not None and batch > 1:  # one row of sequences
+        query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    plain = ends is None and mask is None and indices is None and sequences is None and position_bias is None
+    if key.shape[1] != heads and not (plain and window == ALL):
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    square = window == (UNBOUNDED, 0) and seqlen_q == keys  # torch aligns at the top left
+    if plain and (window == ALL or square) and not (softcap or weights or sink is not None):
+        group = {"enable_gqa": True} if key.shape[1] != heads else {}
+        out = scaled_dot_product_attention(query, key, value, None, dropout, square, scale=scaling, **group)
+        return out.transpose(1, 2).contiguous(), None
+    if key.shape[1] != heads:
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    visible = _visible(ends, window, indices, sequences, query.shape[2], key.shape[2], device)
+    if mask is not None and mask.dtype == torch.bool:
+        visible, mask = visible & mask, None
+    bias = _sum(position_bias, mask)
+    if softcap or weights or sink is not None:
+        out, found = _written_out(query, key, value, visible, bias, scaling, softcap, sink, dropout)
+    else:
+        added = visible
+        if bias is not None:
+            added = bias.to(query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
+        out, found = scaled_dot_product_attention(query, key, value, added, dropout, scale=scaling), None
+    out = out.transpose(1, 2)  # (batch, seqlen_q, heads, head_dim_v)
+    if sequences is not None and batch > 1:
+        out = out[0].unflatten(0, (batch, seqlen_q))
+    return out.contiguous(), found if weights else None
+
+
+def _visible(ends, window, indices, sequences, seqlen_q, keys, device) -> torch.Tensor:
+    """Boolean, to be broadcast over ``(batch, heads, seqlen_q, keys)``: what isn't hidden."""
+    if sequences is not None:
+        visible = _same_sequence(sequences, window, seqlen_q, keys, device)
+    else:
+        visible = band(seqlen_q, keys, window, device)
+    if ends is not None:
+        visible = visible & within(ends, keys, device)
+    if indices is not None:  # (batch, seqlen_q, count); one place more takes those that are out of range
+        places = torch.where((indices >= 0) & (indices < keys), indices, keys).long()
+        chosen = torch.zeros(*indices.shape[:2], keys + 1, dtype=torch.bool, device=device)
+        visible = visible & chosen.scatter(-1, places, True)[..., :keys][:, None]
+    return visible
+
+
+def _same_sequence(sequences, window, seqlen_q: int, keys: int, device) -> torch.Tensor:
+    """``(1, 1, seqlen_q, keys)``: true within a sequence, where the window, aligned to its end, lets a key through."""
+    i, j = torch.arange(seqlen_q, device=device), torch.arange(keys, device=device)
+    starts_q, starts_k = sequences.starts_q.to(device), sequences.starts_k.to(device)
+    of_q = torch.searchsorted(starts_q, i.int(), right=True) - 1
+    of_k = torch.searchsorted(starts_k, j.int(), right=True) - 1
+    last = starts_q.shape[0] - 2  # rows after the last sequence belong to none
+    ends_q, ends_k = (starts[(of_q + 1).clamp(max=last + 1)] for starts in (starts_q, starts_k))
+    position = i - ends_q + ends_k  # of a query among the keys
+    visible = (of_q[:, None] == of_k) & (of_q[:, None] <= last)
+    left, right = window
+    visible = visible if left == UNBOUNDED else visible & (j >= position[:, None] - left)
+    visible = visible if right == UNBOUNDED else visible & (j <= position[:, None] + right)
+    return visible[None, None]
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _written_out(query, key, value, visible, bias, scaling, softcap, sink, dropout):
+    """Attention step by step, with a soft cap, sinks, or for its weights."""
+    scores = query @ key.transpose(2, 3) * scaling
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    scores = scores if bias is None else scores + bias
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).float()
+    if sink is not None:
+        sink = sink.reshape(1, -1, 1, 1) if sink.ndim == 1 else sink
+        sink = sink.float().expand(scores.shape[0], scores.shape[1], scores.shape[2], 1)
+        scores = torch.cat((scores, sink), -1)
+    weights = torch.softmax(scores, -1)
+    weights = weights if sink is None else weights[..., :-1]
+    weights = drop(weights.to(query.dtype), dropout) if dropout else weights.to(query.dtype)
+    return weights @ value, weights

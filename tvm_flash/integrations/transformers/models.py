@@ -1,0 +1,139 @@
+"""What the code of a model asks for: transformers' attention interface, or nothing, having attention of its own.
+
+The functions of a model's class are read, as bytecode: the names that they use, and so on with the classes and
+functions that these names stand for.  That holds for models of transformers, for code that comes with a checkpoint, and
+for subclasses of either.  Modules that a model makes by an ``Auto`` class are models with a configuration of their own,
+and looked at when they are made.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+#: Names of what computes attention, in the code of a layer that takes a mask.
+_COMPUTES = {"softmax", "scaled_dot_product_attention", "Softmax", "flex_attention"}
+
+#: Packages and modules that are read no further.
+_LIBRARIES = ("torch", "transformers.modeling_", "transformers.utils", "transformers.generation", "transformers.cache_")
+_LIBRARIES += ("transformers.masking_utils", "transformers.integrations", "transformers.configuration_", "numpy")
+_LIBRARIES += ("transformers.models.auto", "builtins", "transformers.activations", "transformers.processing_")
+
+#: Names of the configurations of models that look into their masks.
+_READERS: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Of a model's class: whether its code asks the attention interface, and its layers with attention of their own."""
+
+    asks: bool
+    own: tuple[str, ...]
+
+
+def findings(model: type) -> Findings:
+    """What the code of a model's class asks for, and that of all modules that it makes."""
+    return _findings(model)
+
+
+@functools.lru_cache(maxsize=1024)
+def _findings(model: type) -> Findings:
+    seen: set[Any] = set()
+    waiting: list[Any] = [model]
+    asks, own = False, set()
+    while waiting:
+        thing = waiting.pop()
+        if thing in seen:
+            continue
+        seen.add(thing)
+        for function in _functions(thing):
+            used = list(_used(function))
+            asks = asks or any(isinstance(x, AttentionInterface) for x in used)
+            waiting += [x for x in used if _is_read(x) and x not in seen]
+        if isinstance(thing, type) and thing is not model and _attends(thing):
+            own.add(thing.__name__)
+    return Findings(asks, tuple(sorted(own)))
+
+
+def note_reader(config: Any) -> None:
+    """From now on, models with this kind of configuration get masks that they can look into, traced or not."""
+    _READERS.add(type(config).__name__)
+
+
+def reads_masks(config: Any) -> bool:
+    return type(config).__name__ in _READERS
+
+
+def _is_read(x: Any) -> bool:
+    if isinstance(x, type):
+        return issubclass(x, torch.nn.Module) and not x.__module__.startswith(_LIBRARIES)
+    return isinstance(x, types.FunctionType) and not (x.__module__ or "").startswith(_LIBRARIES)
+
+
+def _functions(thing: Any) -> Iterator[types.FunctionType]:
+    """A function, or the methods of a class and of its bases."""
+    if isinstance(thing, types.FunctionType):
+        yield thing
+        return
+    for cls in thing.__mro__:
+        if cls.__module__.startswith(_LIBRARIES) or cls is object:
+            continue
+        for x in vars(cls).values():
+            x = getattr(x, "__func__", x)
+            x = getattr(x, "fget", x) if isinstance(x, property) else x
+            while isinstance(x, types.FunctionType):
+                yield x
+                x = getattr(x, "__wrapped__", None)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for x in code.co_consts:
+        if isinstance(x, types.CodeType):
+            yield from _codes(x)
+
+
+def _used(function: types.FunctionType) -> Iterator[Any]:
+    """What the global names, the enclosing functions' variables and the defaults of a function stand for."""
+    names = {name for code in _codes(function.__code__) for name in code.co_names}
+    found = [function.__globals__[name] for name in names if name in function.__globals__]
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    found += list((function.__kwdefaults__ or {}).values()) + list(function.__defaults__ or ())
+    for x in found:
+        yield from _members(x)
+
+
+def _members(x: Any) -> Iterable[Any]:
+    if isinstance(x, dict) and not isinstance(x, AttentionInterface):
+        return x.values()
+    if isinstance(x, (list, tuple)):
+        return x
+    return (x,)
+
+
+def _attends(layer: type) -> bool:
+    """Whether a layer takes a mask and computes attention with it, without asking the interface."""
+    functions = list(_functions(layer))
+    parameters = {name for f in functions for name in _parameters(f)}
+    if not any("mask" in name for name in parameters):
+        return False
+    helpers = [x for f in functions for x in _used(f) if isinstance(x, types.FunctionType) and _is_read(x)]
+    if any(isinstance(x, AttentionInterface) for f in (*functions, *helpers) for x in _used(f)):
+        return False
+    names = {name for f in (*functions, *helpers) for code in _codes(f.__code__) for name in code.co_names}
+    return bool(names & _COMPUTES)
+
+
+def _parameters(function: types.FunctionType) -> tuple[str, ...]:
+    code = function.__code__
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
