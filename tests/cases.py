@@ -87,15 +87,21 @@ def inputs(case: Case) -> Inputs:
     k = tensor(case.kv_heads, case.seqlen_kv, case.head_dim)
     v = tensor(case.kv_heads, case.seqlen_kv, case.head_dim_v)
     params = dict(case.params)
-    if "alibi" in case.score:
+    if "alibi" in case.score or params.get("has_alibi_slopes"):
         slopes = 2.0 ** (-8 * (np.arange(case.heads) + 1) / case.heads) * (1 + np.arange(case.batch))[:, None]
         params["alibi_slopes"] = slopes.astype(np.float32)
-    if case.mask == "padded":
+    if case.mask in ("padded", "positioned"):
         # From all keys down to none, cut off at the left, at the right, and beyond both ends.
         step = np.arange(case.batch * case.heads).reshape(case.batch, case.heads) * case.seqlen_kv
         params["kv_start"] = (step // (3 * step.size) - 2).astype(np.int32)
         params["kv_end"] = (case.seqlen_kv + 2 - step // step.size).astype(np.int32)
         params["kv_end"][-1, -1] = params["kv_start"][-1, -1]
+    if case.mask == "positioned":
+        # From before the first key to beyond the last.
+        places = np.linspace(-case.seqlen_q, case.seqlen_kv + 3, case.batch * case.heads)
+        params["query_start"] = places.astype(np.int32).reshape(case.batch, case.heads)
+    if case.score == "optional":
+        params.setdefault("alibi_slopes", np.full((case.batch, case.heads), np.nan, np.float32))  # not to be used
     return Inputs(q, k, v, params)
 
 
@@ -122,6 +128,10 @@ _BAND = (("window_left", 17), ("window_right", 0))
 _SINK = (*_BAND, ("sink_tokens", 5))
 _CAP = (("softcap", 2.0),)
 _UNBOUNDED = (("window_left", 1 << 20), ("window_right", 1 << 20))
+_PLAIN = (("softcap", 0.0), ("has_alibi_slopes", 0), ("has_query_start", 1))
+_CAP_ONLY = (*_CAP, ("has_alibi_slopes", 0), ("has_query_start", 1))
+_ALL = (*_CAP, ("has_alibi_slopes", 1), ("has_query_start", 1))
+_ALIGNED = (("softcap", 0.0), ("has_alibi_slopes", 1), ("has_query_start", 0))
 
 #: What every kernel must get right: small, odd, and each for a reason.
 CASES: tuple[Case, ...] = _in_all_dtypes(
@@ -141,6 +151,18 @@ CASES: tuple[Case, ...] = _in_all_dtypes(
     Case(2, 4, 90, 64, seqlen_kv=100, score="alibi"),
     Case(1, 2, 77, 64, mask="causal", score="softcap_alibi", params=_CAP),
     Case(1, 2, 140, 64, mask="window", score="softcap", params=(*_WINDOW, *_CAP)),
+    # Everything in one kernel, each part on and off.
+    *(
+        Case(*sizes, seqlen_kv=seqlen_kv, kv_heads=kv_heads, mask="positioned", score="optional", params=params)
+        for sizes, seqlen_kv, kv_heads, params in (
+            ((3, 4, 130, 64), 330, 2, (*_BAND, *_PLAIN)),
+            ((2, 3, 70, 64), 150, 3, (*_WINDOW, *_ALL)),
+            ((3, 2, 40, 64), 90, 1, (*_UNBOUNDED, *_CAP_ONLY)),
+            ((2, 2, 77, 64), 60, 2, (*_BAND, *_ALIGNED)),
+            ((4, 2, 1, 64), 270, 2, (*_UNBOUNDED, *_PLAIN)),
+            ((4, 4, 3, 64), 270, 2, (*_BAND, *_ALL)),
+        )
+    ),
     # Grouped heads.
     Case(2, 6, 65, 64, kv_heads=2, seqlen_kv=97, mask="causal"),
     Case(1, 8, 33, 64, kv_heads=1),

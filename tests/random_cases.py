@@ -38,7 +38,8 @@ class Call:
     """One call: sizes as in :func:`tvm_flash.flash_attention`, and how it is made.
 
     ``layout``, ``variant``, ``dtype``, ``strides`` (of q, k, v), ``options`` (keyword arguments that are numbers),
-    ``slopes`` and ``ranges`` (whether there are per-head slopes, of one or two dimensions, and key ranges),
+    ``slopes`` and ``ranges`` (whether there are per-head slopes, of one or two dimensions, and key ranges), ``starts``
+    (with ranges, whether each entry says where its queries stand),
     ``magnitude`` (of q), ``out`` (how a given result lies in memory; empty if none is given).
     """
 
@@ -58,6 +59,7 @@ class Call:
     options: tuple[tuple[str, object], ...]
     slopes: int
     ranges: bool
+    starts: bool
     magnitude: float
     out: str
 
@@ -90,7 +92,7 @@ def call_of(seed: int, device: str = "cpu") -> Call:
         options["window_size"] = tuple(rng.choice((-1, 0, 1, 7, rng.randint(0, length_kv + 2))) for _ in range(2))
     if rng.random() < 0.3:
         options["softmax_scale"] = rng.choice((0.01, 0.1, 0.5, 1.0))
-    if rng.random() < 0.2 and not ranges:
+    if rng.random() < 0.2:
         options["softcap"] = rng.choice((0.5, 5.0, 50.0))
     return Call(
         seed=seed,
@@ -107,8 +109,9 @@ def call_of(seed: int, device: str = "cpu") -> Call:
         head_dim_v=head_dim_v,
         strides=tuple(rng.choice(strides) for _ in range(3)),
         options=tuple(options.items()),
-        slopes=0 if ranges else rng.choice((0, 0, 0, 1, 2)),
+        slopes=rng.choice((0, 0, 0, 1, 2)),
         ranges=ranges,
+        starts=ranges and rng.random() < 0.5,
         magnitude=rng.choice((0.1, 1.0, 1.0, 3.0)),
         out=rng.choice(("", "", "contiguous", "transposed", "gaps")),
     )
@@ -160,18 +163,21 @@ def check(call: Call) -> float:
     for x, strides in zip(logical, call.strides, strict=True):
         if strides == "shared batch":
             x[:] = x[:1].clone()
-    slopes = ranges = None
+    slopes = ranges = starts = None
     if call.slopes:
         shape = (call.heads,) if call.slopes == 1 else (call.batch, call.heads)
         slopes = torch.from_numpy(rng.random(shape, np.float32)).to(device)
     if call.ranges:
         ends = np.sort(rng.integers(-2, call.seqlen_kv + 3, (call.batch, 2)), axis=1).astype(np.int32)
         ranges = torch.from_numpy(ends).to(device)
+    if call.starts:
+        places = rng.integers(-call.seqlen_q - 2, call.seqlen_kv + 3, call.batch).astype(np.int32)
+        starts = torch.from_numpy(places).to(device)
     q, k, v = (_placed(x, s, call) for x, s in zip(logical, call.strides, strict=True))
-    results = [_run(call, q, k, v, slopes, ranges, return_lse) for return_lse in (True, False)]
+    results = [_run(call, q, k, v, slopes, ranges, starts, return_lse) for return_lse in (True, False)]
     (out, lse), (again, _) = results
     assert torch.equal(out, again), "other bits when asked again without the log-sum-exp"
-    return _compare(call, out, lse, *_expected(call, *logical, slopes, ranges))
+    return _compare(call, out, lse, *_expected(call, *logical, slopes, ranges, starts))
 
 
 def _placed(x: torch.Tensor, strides: str, call: Call):
@@ -199,7 +205,7 @@ def _with_gaps(x: torch.Tensor):
     return view, room
 
 
-def _run(call: Call, q, k, v, slopes, ranges, return_lse: bool):
+def _run(call: Call, q, k, v, slopes, ranges, starts, return_lse: bool):
     """Result and log-sum-exp (None if not asked for) as torch tensors ``(batch, heads, seq, …)``."""
     options = {**dict(call.options), "variant": call.variant, "return_lse": return_lse}
     out = room = None
@@ -213,11 +219,13 @@ def _run(call: Call, q, k, v, slopes, ranges, return_lse: bool):
         else:
             out = _placed(blank, call.out, call)
     as_given = (lambda x: x if x is None else x.numpy()) if call.device == "numpy" else (lambda x: x)
+    options |= {"alibi_slopes": as_given(slopes), "out": out}
     if ranges is not None:
-        result = padded_attention(q, k, v, as_given(ranges), layout=call.layout, out=out, **options)
+        options |= {"query_start": as_given(starts), "layout": call.layout}
+        result = padded_attention(q, k, v, as_given(ranges), **options)
     else:
         function = flash_attention if call.layout == "bhsd" else flash_attention_v2
-        result = function(q, k, v, alibi_slopes=as_given(slopes), out=out, **options)
+        result = function(q, k, v, **options)
     found, lse = result if return_lse else (result, None)
     assert out is None or found is out
     found, lse = (torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in (found, lse))
@@ -227,7 +235,7 @@ def _run(call: Call, q, k, v, slopes, ranges, return_lse: bool):
     return found if call.layout == "bhsd" else found.transpose(1, 2), lse
 
 
-def _expected(call: Call, q, k, v, slopes, ranges):
+def _expected(call: Call, q, k, v, slopes, ranges, starts):
     """Result and log-sum-exp in float64, the largest score, and results that one would expect of the call's own dtype.
 
     The latter are torch's, and those of the formula with one product added after another, as kernels sum; where there
@@ -237,7 +245,8 @@ def _expected(call: Call, q, k, v, slopes, ranges):
     device, group = q.device, call.heads // call.kv_heads
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     scale = options.get("softmax_scale", 1 / math.sqrt(call.head_dim))
-    i = torch.arange(call.seqlen_q, device=device)[:, None] + call.seqlen_kv - call.seqlen_q
+    first = call.seqlen_kv - call.seqlen_q if starts is None else starts[:, None, None, None]
+    i = torch.arange(call.seqlen_q, device=device)[:, None] + first
     j = torch.arange(call.seqlen_kv, device=device)[None]
     left, right = options.get("window_size", (-1, -1))
     visible = torch.ones(call.batch, 1, call.seqlen_q, call.seqlen_kv, dtype=torch.bool, device=device)
@@ -317,7 +326,7 @@ def wide_enough(call: Call) -> bool:
     return any(
         k.head_dim >= call.head_dim and k.head_dim_v >= call.head_dim_v
         for k in kernels
-        if k.mask == "padded"  # the head dimensions that have this kind have all
+        if k.mask == "positioned"  # the head dimensions that have this kind have all
     )
 
 

@@ -65,7 +65,7 @@ def test_info_without_packs_says_what_makes_them(use_packs, tmp_path, capsys):
     (broken / MANIFEST_NAME).write_text("{")
     use_packs(broken)
     status, out, _ = run(capsys, "info")
-    assert status == 0 and "missing: cpu; run `scripts/build_kernels.py --arch cpu`" in out
+    assert status == 0 and "missing: cpu; run `python -m tvm_flash build --arch cpu`" in out
     assert "packs: none" in out and f"✗ {broken}" in out
 
 
@@ -166,7 +166,7 @@ def test_check_says_which_kernels_it_cannot_judge(small_pack, capsys):
 def test_check_without_packs(use_packs, tmp_path, capsys):
     use_packs(tmp_path)
     status, out, err = run(capsys, "check")
-    assert status == 2 and out == "" and "no usable pack" in err and "build_kernels.py" in err
+    assert status == 2 and out == "" and "no usable pack" in err and "tvm_flash build" in err
 
 
 def test_every_installed_kernel_is_right(cpu_pack):

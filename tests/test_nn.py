@@ -241,11 +241,63 @@ def test_flash_attn_func_is_compiled():
     assert torch.equal(program(q, k, v, causal=True), nn.flash_attn_func(q, k, v, causal=True))
 
 
+@pytest.mark.parametrize("head_dims", ((20, 20), (36, 7), (1, 1), (250, 250), (7, 64)))
+def test_flash_attn_func_takes_any_head_dim(head_dims):
+    q, k, v = bshd(head_dims=head_dims)
+    want, want_lse = exact(q, k, v)
+    out, lse, _ = nn.flash_attn_func(q, k, v, return_attn_probs=True)
+    assert (out - want).abs().max() <= 3e-6 and (lse - want_lse).abs().max() <= 1e-5
+    starts = [torch.arange(3, dtype=torch.int32) * x.shape[1] for x in (q, k)]
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    assert torch.equal(nn.flash_attn_varlen_func(*packed, *starts, q.shape[1], k.shape[1]).view(out.shape), out)
+
+
+def test_flash_attn_func_takes_any_strides():
+    q, k, v = bshd()
+    want = nn.flash_attn_func(q, k, v)
+    channels_first = [x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for x in (q, k, v)]
+    every_second = [torch.stack((x, x), -1).flatten(-2)[..., ::2] for x in (q, k, v)]
+    for strided in (channels_first, every_second):
+        assert strided[0].stride(-1) != 1
+        assert torch.equal(nn.flash_attn_func(*strided), want)
+
+
+def test_windows_that_are_unbounded_in_words():
+    q, k, v = bshd()
+    for one, other in ((None, (-1, -1)), ((None, 3), (-1, 3)), ((5, -7), (5, -1))):
+        assert torch.equal(nn.flash_attn_func(q, k, v, window_size=one), nn.flash_attn_func(q, k, v, window_size=other))
+
+
+def exact(q, k, v):
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    s = q @ k.mT / q.shape[-1] ** 0.5
+    return (torch.softmax(s, -1) @ v).transpose(1, 2), torch.logsumexp(s, -1)
+
+
+def test_rows_outside_of_all_sequences():
+    q, k, v = (torch.randn(40, 2, 32) for _ in range(3))
+    starts = torch.tensor([2, 11, 11, 30], dtype=torch.int32)
+    out, lse, _ = nn.flash_attn_varlen_func(q, k, v, starts, starts, 19, 19, causal=True, return_attn_probs=True)
+    for first, last in ((2, 11), (11, 30)):
+        want = nn.flash_attn_func(*(x[None, first:last] for x in (q, k, v)), causal=True)[0]
+        assert torch.equal(out[first:last], want)
+    outside = torch.ones(40, dtype=torch.bool)
+    outside[2:30] = False
+    assert not out[outside].any() and lse[:, outside].isneginf().all() and lse[:, ~outside].isfinite().all()
+
+
 def test_packed_functions():
     q, k, v = bshd(lengths=(50, 50))
     want = nn.flash_attn_func(q, k, v, causal=True)
     assert torch.equal(nn.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), causal=True), want)
     assert torch.equal(nn.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=True), want)
+    starts, flat = torch.tensor([0, 50, 100], dtype=torch.int32), [x.flatten(0, 1) for x in (q, k, v)]
+    out = nn.flash_attn_varlen_qkvpacked_func(torch.stack(flat, 1), starts, 50, causal=True)
+    assert torch.equal(out.view(want.shape), want)
+    ends = (starts, starts, 50, 50)
+    out = nn.flash_attn_varlen_kvpacked_func(flat[0], torch.stack(flat[1:], 1), *ends, causal=True)
+    assert torch.equal(out.view(want.shape), want)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -286,12 +338,17 @@ def test_what_flash_attn_functions_refuse():
     packed = [x[0] for x in (q, k, v)]
     good = torch.tensor([0, 33]), torch.tensor([0, 70])
     for starts, says in (
-        ((torch.tensor([0, 30]), good[1]), r"^cu_seqlens_q: is \[0, 30\], expected numbers that grow from 0 to 33"),
+        (
+            (torch.tensor([0, 34]), good[1]),
+            r"^cu_seqlens_q: is \[0, 34\], expected numbers that grow from 0 to at most 33",
+        ),
         ((torch.tensor([0, 20, 10, 33]), good[1]), "^cu_seqlens_q"),
-        ((good[0], torch.tensor([1, 70])), "^cu_seqlens_k"),
+        ((good[0], torch.tensor([-1, 70])), "^cu_seqlens_k"),
         ((good[0], torch.tensor([0, 30, 70])), "^cu_seqlens_k: is of 2 sequences, but cu_seqlens_q of 1"),
     ):
         with pytest.raises(InvalidArgumentError, match=says):
             nn.flash_attn_varlen_func(*packed, *starts, 33, 70)
+    with pytest.raises(InvalidArgumentError, match=r"^max_seqlen_k: is 69, but cu_seqlens_k has a sequence of 70"):
+        nn.flash_attn_varlen_func(*packed, *good, 33, 69)
     with pytest.raises(NotSupportedError, match=r"^block_table"):
         nn.flash_attn_varlen_func(*packed, *good, 33, 70, block_table=torch.zeros(1, 1))

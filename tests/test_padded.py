@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from tests.cases import CASES, expected, inputs
-from tvm_flash import ArgumentTypeError, InvalidArgumentError, numerics, padded_attention, reference
+from tvm_flash import (
+    ArgumentTypeError,
+    InvalidArgumentError,
+    NotSupportedError,
+    numerics,
+    padded_attention,
+    reference,
+)
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
@@ -41,6 +48,82 @@ def test_numbers(layout, variant, options, window, seqlen_q):
     assert numerics.largest_error(out, exact) <= 2e-6
     assert numerics.largest_error(lse, exact_lse) <= numerics.lse_bound(exact_lse)
     assert not out[3].any() and np.isneginf(lse[3]).all()
+
+
+SLOPES = np.array([0.5, 0.25, 0.1, 1.0], np.float32)
+
+
+@pytest.mark.parametrize("seqlen_q", (1, 5, 33, 70))
+@pytest.mark.parametrize("softcap", (0.0, 2.0))
+@pytest.mark.parametrize("slopes", (None, SLOPES, SLOPES / np.arange(1, 5, dtype=np.float32)[:, None]))
+@pytest.mark.parametrize("start", (None, "end", (0, -3, 100, 2**31 - 1), (-(2**31), 5, 0, 1)))
+def test_every_option_goes_with_ranges(seqlen_q, softcap, slopes, start):
+    q, k, v = arrays(seqlen_q=seqlen_q)
+    first = np.array(RANGES[:, 1] - seqlen_q if start == "end" else start, np.int32) if start else None
+    if slopes is not None and first is not None:
+        first = np.clip(first, -60, 100)  # a score takes the rounding of its distance
+    for causal, window in ((False, (-1, -1)), (True, (-1, -1)), (False, (7, 2)), (True, (60, -1))):
+        options = {"causal": causal, "window_size": window, "softcap": softcap, "return_lse": True}
+        runs = [padded_attention(q, k, v, RANGES, alibi_slopes=slopes, query_start=first, **options) for _ in range(3)]
+        left, right = (2**40 if x == -1 else x for x in window)
+        params = {"kv_start": RANGES[:, :1], "kv_end": RANGES[:, 1:], "window_left": left}
+        params |= {"window_right": 0 if causal else right, "softcap": softcap, "has_alibi_slopes": slopes is not None}
+        params |= {} if slopes is None else {"alibi_slopes": np.broadcast_to(slopes, (4, 4))}
+        params |= {} if first is None else {"query_start": first[:, None]}
+        what = {"mask": reference.positioned, "score": reference.optional, "params": params}
+        exact, exact_lse = reference.attention(q, k, v, softmax_scale=0.125, **what)
+        for out, lse in runs:  # by the slow path, and as it was remembered
+            assert selfcheck.largest_error(out, exact) <= 5e-6
+            assert selfcheck.largest_error(lse, exact_lse) <= selfcheck.lse_bound(exact_lse)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+def test_options_that_are_off_leave_no_trace(dtype):
+    """The kernel that takes all options gives what the plain one does, infinities and NaN too."""
+    q, k, v = (x.astype(dtype) for x in arrays())
+    q[0, 0, 3, 5], q[0, 1, 4, 0], k[1, 0, 20, 1], v[2, 1, 69, 0] = np.nan, np.inf, -np.inf, np.inf
+    options = {"causal": True, "return_lse": True}
+    plain = padded_attention(q, k, v, RANGES, **options)
+    start = np.full(4, k.shape[2] - q.shape[2], np.int32)
+    for general in (
+        padded_attention(q, k, v, RANGES, query_start=start, **options),
+        padded_attention(q, k, v, RANGES, alibi_slopes=np.zeros(4, np.float32), **options),
+    ):
+        for x, y in zip(plain, general, strict=True):
+            assert np.array_equal(np.isnan(x), np.isnan(y)) and np.array_equal(np.isinf(x), np.isinf(y))
+            finite = np.isfinite(x)
+            rounding = 2e-3 if dtype == "float16" and x.dtype == dtype else 2e-6
+            assert np.abs(x[finite].astype(np.float64) - y[finite]).max() <= rounding
+
+
+def test_queries_of_any_alignment_stand_for_what_is_not_given():
+    """The kernel gets memory in place of slopes; two bytes from a multiple of four are as good."""
+    q, k, v = (x.astype(np.float16) for x in arrays())
+    room = np.zeros(q.size + 1, np.float16)
+    odd = room[1:].reshape(q.shape)
+    odd[:] = q
+    want = padded_attention(q, k, v, RANGES, softcap=2.0)
+    assert np.array_equal(padded_attention(odd, k, v, RANGES, softcap=2.0), want)
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "says"),
+    [
+        (np.zeros(4, np.int64), ArgumentTypeError, "query_start: is int64, expected an int32 tensor"),
+        ([0, 0, 0, 0], ArgumentTypeError, "query_start: is list"),
+        (np.zeros((4, 1), np.int32), InvalidArgumentError, r"query_start: has shape \(4, 1\), expected \(batch,\)"),
+        (np.zeros(3, np.int32), InvalidArgumentError, r"query_start: has shape \(3, 1\)"),
+    ],
+)
+def test_wrong_starts(start, error, says):
+    with pytest.raises(error, match=says):
+        padded_attention(*arrays(), RANGES, query_start=start)
+
+
+def test_positions_that_no_int32_can_count():
+    q = np.lib.stride_tricks.as_strided(np.zeros(64, np.float32), (1, 1, 2**29, 64), (0, 0, 0, 4))
+    with pytest.raises(NotSupportedError, match="query_start: there are 536870912 queries"):
+        padded_attention(q, q, q, np.array([[0, 2]], np.int32), query_start=np.zeros(1, np.int32))
 
 
 def test_ranges_beyond_the_ends_see_all_keys():

@@ -83,11 +83,13 @@ def site_of(pattern, seqlen_q, seqlen_kv, params):
 
 
 PARAMS = {"window_left": 3, "window_right": 1, "sink_tokens": 2, "kv_start": 2, "kv_end": 9}
+PARAMS |= {"query_start": 4, "has_query_start": 1}
 SIZES = ((9, 9), (5, 13), (13, 5), (1, 10))
 
 
 def visible_of(mask, seqlen_q, seqlen_kv):
-    at = reference.Positions(np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)[None, :], seqlen_q, seqlen_kv, PARAMS)
+    own = {p.name: PARAMS[p.name] for p in mask.params}
+    at = reference.Positions(np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)[None, :], seqlen_q, seqlen_kv, own)
     return np.broadcast_to(mask.twin(at), (seqlen_q, seqlen_kv))
 
 

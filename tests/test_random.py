@@ -5,6 +5,7 @@ The variables ``TVM_FLASH_RANDOM_CALLS`` and ``TVM_FLASH_RANDOM_SEED`` ask for m
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -53,7 +54,9 @@ def test_every_kind_of_call_is_drawn(device):
     assert drawn(lambda c: 0 in (c.seqlen_q, c.seqlen_kv)) == {True, False}
     for option in ("causal", "window_size", "softmax_scale", "softcap"):
         assert any(option in o for o in options)
-    assert drawn(lambda c: (c.slopes, c.ranges)) == {(0, False), (1, False), (2, False), (0, True)}
+    assert drawn(lambda c: (c.slopes, c.ranges)) == set(itertools.product((0, 1, 2), (False, True)))
+    assert drawn(lambda c: (c.ranges, c.starts)) == {(False, False), (True, False), (True, True)}
+    assert any("softcap" in o and c.starts for c, o in zip(calls, options, strict=True))
     assert {x for c in calls for x in c.strides} == set(random_cases.STRIDES[: None if device == "cpu" else -1])
     assert drawn(lambda c: c.out) == {"", "contiguous", "transposed", "gaps"}
 

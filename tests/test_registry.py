@@ -80,7 +80,7 @@ def test_the_first_pack_on_the_path_wins(copy, use_packs, cpu_pack):
 def test_no_pack(use_packs, tmp_path):
     use_packs(tmp_path / "nothing")
     with pytest.raises(
-        PackError, match=r"no usable pack for cpu \(looked in .*nothing.*build_kernels.py --arch cpu`"
+        PackError, match=r"no usable pack for cpu \(looked in .*nothing.*tvm_flash build --arch cpu`"
     ) as e:
         attend()
     assert isinstance(e.value, RuntimeError)

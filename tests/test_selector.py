@@ -200,13 +200,13 @@ def test_sizes_beyond_32_bits(packs):
     [
         (
             {"dtype": "bfloat16"},
-            "no sm_89 kernel for bfloat16; run `scripts/build_kernels.py --arch sm_89 --dtype bfloat16`",
+            "no sm_89 kernel for bfloat16; run `python -m tvm_flash build --arch sm_89 --dtype bfloat16`",
         ),
         ({"head_dim": 160, "head_dim_v": 160}, "no sm_89 kernel for head_dim 160 (the largest takes 64:64)"),
-        ({"head_dim": 160, "head_dim_v": 160}, "run `scripts/build_kernels.py --arch sm_89 --head-dim 160`"),
+        ({"head_dim": 160, "head_dim_v": 160}, "run `python -m tvm_flash build --arch sm_89 --head-dim 160`"),
         ({"head_dim_v": 128}, "--arch sm_89 --head-dim 64:128`"),
-        ({"score": "softcap"}, "no sm_89 kernel for the score softcap; run `scripts/build_kernels.py --arch sm_89"),
-        ({"masks": ("window",)}, "no sm_89 kernel for the mask window; run `scripts/build_kernels.py --arch sm_89"),
+        ({"score": "softcap"}, "no sm_89 kernel for the score softcap; run `python -m tvm_flash build --arch sm_89"),
+        ({"masks": ("window",)}, "no sm_89 kernel for the mask window; run `python -m tvm_flash build --arch sm_89"),
         ({"definition": "mine", "masks": ()}, "no sm_89 kernel of the definition 'mine'"),
         ({"definition": "mine", "masks": ()}, "--definition <file.py>:mine --dtype float16`"),
     ],

@@ -8,15 +8,25 @@ import pytest
 
 pytest.importorskip("tvm")
 
+import tvm
+from tvm.backend.cuda import export_cuda_host
+
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.families import sm90
 from schedules.families.interface import Program, Rejected, Target
+from schedules.families.sm90 import decode
 from schedules.templates import v1, v2
-from tests.machine_code import compiled, needs_compiler
+from schedules.tile.combine import combine
+from schedules.toolchain import cuda
+from schedules.toolchain.host import embed, split
+from schedules.toolchain.process import ToolchainError
 
 TARGET = Target("sm_90a")
+
+#: Low 12 bits of an instruction word of sm_90: the operation, and in the upper three the kinds of its operands.
+_OPCODES = {"HGMMA": (0x9F0, 0xDF0), "UTMALDG": (0x5B4,), "UTMASTG": (0x3B5,), "LDL": (0x983,), "STL": (0x387,)}
 
 
 def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, head_dim_v=None):
@@ -24,9 +34,28 @@ def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, hea
     return match(definition(head_dim, dtype, head_dim_v=head_dim_v, index_dtype=sm90.INDEX_DTYPE))
 
 
+def compiled(functions: dict, folder):
+    """The report of ptxas and how often each of ``_OPCODES`` occurs; ptxas.check has passed."""
+    target = tvm.target.Target({"kind": "cuda", "arch": TARGET.arch}, host={"kind": "cuda_host"})
+    source = folder / "kernel.cu"
+    source.write_text(export_cuda_host(tvm.compile(tvm.IRModule(functions), target=target, tir_pipeline="tirx").mod))
+    report = cuda.compile_object(source, folder / "kernel.o", TARGET.arch)
+    return report, _count_opcodes((folder / "kernel.o").read_bytes())
+
+
+def _count_opcodes(data: bytes) -> dict[str, int]:
+    """Instructions are 16 bytes long and aligned; the cubin lies somewhere in the object file."""
+    start = data.index(b"\x7fELF", 4)  # the object file itself is the first
+    words = [int.from_bytes(data[i : i + 2], "little") & 0xFFF for i in range(start, len(data) - 16, 16)]
+    return {name: sum(words.count(code) for code in codes) for name, codes in _OPCODES.items()}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
-    needs_compiler(TARGET.arch)
+    try:
+        cuda.compiler_version(TARGET.arch)
+    except ToolchainError as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.mark.parametrize(
@@ -47,14 +76,61 @@ def test_machine_code(template, bucket, pattern, tmp_path):
     config = sm90.default_configs(template.__name__.rpartition(".")[2], pattern, TARGET)[bucket]
     program = template.apply(pattern, TARGET, "kernel", config)
     assert isinstance(program, Program), program
-    _, report, count = compiled(program, TARGET.arch, tmp_path)
+    report, count = compiled({"kernel": program.func}, tmp_path)
     (kernel,) = report.kernels
-    assert kernel.stack == count["LDL"] == count["STL"] == 0  # ptxas reports spills, and not a stack that is indexed
+    assert kernel.spills == kernel.stack == 0
     assert kernel.registers * config.threads * config.blocks_per_sm <= 65536
     # Twice a step: head_dim / 16 products for the scores; each of the tensors has a load, the output a store.
     assert count["HGMMA"] >= pattern.head_dim // 16 + 2
     assert count["UTMALDG"] >= 3
     assert count["UTMASTG"] >= 1
+
+
+def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_path):
+    pattern = pattern_of("window", dtype="bfloat16")
+    (config,) = decode.default_configs("v2", pattern, TARGET).values()
+    functions = {
+        "kernel": decode.partial(pattern, config, v2.TRAVERSAL, "kernel"),
+        "kernel_combine": combine(pattern, v2.TRAVERSAL, "kernel_combine", decode.ALIGNMENT, waits=True),
+    }
+    report, count = compiled(functions, tmp_path)
+    assert len(report.kernels) == 2
+    assert all(kernel.spills == kernel.stack == 0 for kernel in report.kernels)
+    assert max(kernel.registers for kernel in report.kernels) <= config.registers
+    assert count["HGMMA"] >= pattern.head_dim // 16 + config.block_n // 16
+    assert count["UTMALDG"] >= 3
+    host = next(tmp_path.glob("*.cu")).read_text()
+    assert "griddepcontrol.wait" in host
+    embedded = embed(*split(host, "kernel.cu"), tmp_path / "image")
+    assert 'kernel(image_library(), "kernel_kernel", false)' in embedded
+    assert 'kernel(image_library(), "kernel_combine_kernel", true)' in embedded
+
+
+@pytest.mark.parametrize("dtype", sm90.DTYPES)
+@pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+@pytest.mark.parametrize(
+    ("mask", "score"), [("window", "identity"), ("padded", "identity"), ("window", "softcap_alibi")]
+)
+def test_decoding_is_feasible(head_dims, dtype, mask, score):
+    pattern = pattern_of(mask, score, dtype, *head_dims)
+    for config in decode.default_configs("v2", pattern, TARGET).values():
+        assert decode.feasible(pattern, config, TARGET) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "reason"),
+    [
+        ({}, {"block_n": 48}, "divides every split"),
+        ({}, {"num_stages": 3}, "num_stages 3"),
+        ({}, {"num_stages": 4}, "bytes of shared memory"),
+        ({"head_dim": 256}, {"block_n": 32}, "registers"),
+        ({"score": "alibi"}, {}, "from head to head"),
+    ],
+)
+def test_refusals_of_decoding_say_why(pattern, change, reason):
+    refusal = decode.feasible(pattern_of(**pattern), replace(decode.Config(), **change), TARGET)
+    assert isinstance(refusal, Rejected)
+    assert reason in refusal.reason
 
 
 @pytest.mark.parametrize("template", ["v1", "v2"])

@@ -21,6 +21,7 @@ from schedules.builder.records import Record
 from tests import cases, torch_cases
 from tests.cases import CASES, Case, Inputs
 from tvm_flash import numerics
+from tvm_flash.call.problem import SCORE_FALLBACKS
 from tvm_flash.machine import cuda
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
 from tvm_flash.packs.registry import Installed, registry, runs_on
@@ -32,28 +33,44 @@ WARM_UP, REPEATS = 3, 20
 #: Masks that a window with sides beyond the ends computes as well: (left, right) by the mask.
 _AS_WINDOW = {"full": (1 << 20, 1 << 20), "causal": (1 << 20, 0)}
 
+#: Masks that another one computes as well, with the right parameters.
+_NARROWER = {
+    "window": ("full", "causal"),
+    "padded": ("full", "causal", "window"),
+    "positioned": ("full", "causal", "window", "padded"),
+}
+
 
 def cases_of(entry: KernelEntry) -> Iterator[tuple[Case, Inputs]]:
     """The shared cases that a kernel must get right, at their own head_dim and at the kernel's largest."""
     for case in CASES:
-        if case.dtype != entry.dtype or case.score != entry.score:
-            continue
-        if case.mask == entry.mask:
-            params = case.params
-        elif entry.mask == "window" and case.mask in _AS_WINDOW:
-            left, right = _AS_WINDOW[case.mask]
-            params = (*case.params, ("window_left", left), ("window_right", right))
-        elif entry.mask == "padded" and case.mask == "window":
-            ends = {"kv_start": 0, "kv_end": case.seqlen_kv}
-            params = (*case.params, *((n, np.full((case.batch, case.heads), x, np.int32)) for n, x in ends.items()))
-        else:
+        params = _as_own(entry, case) if case.dtype == entry.dtype else None
+        if params is None:
             continue
         sizes = {(case.head_dim, case.head_dim_v), (entry.head_dim, entry.head_dim_v)}
         for head_dim, head_dim_v in sorted(sizes):
             if head_dim <= entry.head_dim and head_dim_v <= entry.head_dim_v:
                 own = dataclasses.replace(case, head_dim=head_dim, head_dim_v=head_dim_v)
                 data = cases.inputs(own)
-                yield own, dataclasses.replace(data, params={**data.params, **dict(params)})
+                yield own, dataclasses.replace(data, params={**params, **data.params})
+
+
+def _as_own(entry: KernelEntry, case: Case) -> dict[str, object] | None:
+    """The parameters with which a kernel computes a case, beside the case's own; None if it can't."""
+    params: dict[str, object] = {}
+    if case.score != entry.score:
+        if entry.score not in SCORE_FALLBACKS.get(case.score, ()):
+            return None
+        params |= {"softcap": 0.0, "has_alibi_slopes": int("alibi" in case.score)}
+        params["alibi_slopes"] = np.full((case.batch, case.heads), np.nan, np.float32)  # unless the case has its own
+    if case.mask != entry.mask:
+        if case.mask not in _NARROWER.get(entry.mask, ()):
+            return None
+        params |= zip(("window_left", "window_right"), _AS_WINDOW.get(case.mask, ()), strict=False)
+        ends = {"kv_start": 0, "kv_end": case.seqlen_kv, "query_start": 7}
+        params |= {n: np.full((case.batch, case.heads), x, np.int32) for n, x in ends.items()}
+        params["has_query_start"] = 0
+    return params
 
 
 def many_places(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
@@ -69,11 +86,10 @@ def many_places(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
 
 def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
     """Inputs with finite scores that an online softmax may stumble over; float64 has finite results for all."""
-    if entry.score != "identity":
+    if entry.score not in ("identity", "optional"):
         return
-    params = (("window_left", 150), ("window_right", 0)) if entry.mask in ("window", "padded") else ()
-    if entry.mask == "padded":
-        params += (("kv_start", np.full((1, 2), 3, np.int32)), ("kv_end", np.full((1, 2), 700, np.int32)))
+    params = {"window_left": 150, "window_right": 0, "kv_start": 3, "kv_end": 700, "query_start": 550}
+    params = _own(entry, params)
     case = Case(
         1, 2, 140, entry.head_dim, seqlen_kv=700, head_dim_v=entry.head_dim_v, dtype=entry.dtype, mask=entry.mask
     )
@@ -83,7 +99,7 @@ def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
         q, k, v = (x.copy() for x in (data.q, data.k, data.v))
         edit(q, k)
         rounded = (numerics.round_to(x, entry.dtype) for x in (q, k, v))
-        return name, case, Inputs(*rounded, dict(params))
+        return name, case, Inputs(*rounded, params)
 
     def huge_late_key(q, k):
         k[:, :, 600:] *= 400
@@ -113,19 +129,26 @@ def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
 
 def not_finite(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs, Inputs]]:
     """Inputs with NaN or infinity in some queries, or in a key that only the last query sees; and the same without."""
-    if entry.score != "identity" or entry.mask not in ("full", "causal", "window"):
+    if entry.score not in ("identity", "optional") or entry.mask not in ("full", "causal", "window", "positioned"):
         return
-    params = (("window_left", 100), ("window_right", 0)) if entry.mask == "window" else ()
+    params = {"window_left": 100, "window_right": 0, "kv_start": 0, "kv_end": 300, "query_start": 160}
+    params = _own(entry, params)
     sizes = {"seqlen_kv": 300, "head_dim_v": entry.head_dim_v, "dtype": entry.dtype, "mask": entry.mask}
     case = Case(1, 2, 140, entry.head_dim, **sizes)
-    clean = dataclasses.replace(cases.inputs(case), params=dict(params))
+    clean = dataclasses.replace(cases.inputs(case), params=params)
     q = clean.q.copy()
     q[0, 0, 5, 3], q[0, 1, 77, 0], q[0, 1, 78, 1] = np.nan, np.inf, -np.inf
     yield "queries not finite", case, clean, dataclasses.replace(clean, q=q)
-    if entry.mask in ("causal", "window"):
+    if entry.mask != "full":
         k = clean.k.copy()
         k[0, 1, -1, 2] = np.nan
         yield "a key not finite", case, clean, dataclasses.replace(clean, k=k)
+
+
+def _own(entry: KernelEntry, numbers: dict[str, int]) -> dict[str, object]:
+    """Parameters of a kernel for a batch of 1 and 2 heads, without a soft cap and slopes."""
+    values = {"softcap": 0.0, "alibi_slopes": np.nan, "has_alibi_slopes": 0, "has_query_start": 1, **numbers}
+    return {p.name: np.full((1, 2), values[p.name], p.dtype) if p.per_head else values[p.name] for p in entry.params}
 
 
 def verify(kernel: Installed) -> tuple[int, float]:
@@ -170,7 +193,8 @@ def measure(entry: KernelEntry, function) -> tuple[str, list[float], float]:
     q, k, v, o = (torch.randn(*order, dim, device="cuda", dtype=dtype) for dim in dims)
     values = {"window_left": WINDOW, "window_right": 0, "sink_tokens": 4, "softcap": 30.0}
     values["alibi_slopes"] = torch.rand(batch, heads, device="cuda")
-    ends = {"kv_start": 0, "kv_end": seqlen}
+    values |= {"has_alibi_slopes": 1, "has_query_start": 1}
+    ends = {"kv_start": 0, "kv_end": seqlen, "query_start": 0}
     values |= {n: torch.full((batch, heads), x, dtype=torch.int32, device="cuda") for n, x in ends.items()}
     arguments = (q, k, v, o, torch.empty(1, device="cuda"), 1 / math.sqrt(entry.head_dim))
     arguments += tuple(values[p.name] for p in entry.params)

@@ -96,7 +96,7 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
 
     Parameters
     ----------
-    name: the definition's name, as in ``build_kernels.py --definition file.py:name``.
+    name: the definition's name, as in ``python -m tvm_flash build --definition file.py:name``.
     layout: of the tensors that the function takes: ``"bhsd"`` or ``"bshd"``.
     variant: as in :func:`flash_attention`.
 

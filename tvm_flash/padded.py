@@ -10,7 +10,8 @@ from tvm_flash.call.prepare import site
 from tvm_flash.call.problem import LAYOUTS
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 
-_SITES = {layout: site(layout, per_head=("kv_start", "kv_end"), layout_known=True) for layout in LAYOUTS}
+_PER_HEAD = ("kv_start", "kv_end", "query_start", "alibi_slopes")
+_SITES = {layout: site(layout, per_head=_PER_HEAD, layout_known=True) for layout in LAYOUTS}
 
 
 def padded_attention(
@@ -22,6 +23,9 @@ def padded_attention(
     causal: bool = False,
     softmax_scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    query_start: Any = None,
     return_lse: bool = False,
     out: Any = None,
     layout: str = "bhsd",
@@ -36,21 +40,36 @@ def padded_attention(
     ----------
     key_range: int32 ``(batch, 2)`` on the device of q: entry b sees the keys ``key_range[b, 0]`` up to but not
         ``key_range[b, 1]``, as ``[[0, length], …]`` for padding at the right.
+    query_start: int32 ``(batch,)`` on the device of q: the key position that query 0 of each entry stands on;
+        ``causal``, ``window_size`` and ``alibi_slopes`` count from there.  ``key_range[:, 1] - seqlen_q`` lets the
+        queries end with their entry's keys; if ``lengths_q`` of them are followed by padding, it is
+        ``key_range[:, 1] - lengths_q``.  If not given, the last query stands on the last key of the whole tensors, as
+        if there were no padding.  Beyond 2^29 either way it counts as that.
     layout: of q, k, v and the result: ``"bhsd"`` or ``"bshd"``.
 
-    The others, the result and the errors are those of :func:`tvm_flash.flash_attention`.  ``causal`` and
-    ``window_size`` count positions of the whole tensors, as if there were no padding.
+    The others, the result and the errors are those of :func:`tvm_flash.flash_attention`.
     """
     check_layout(layout)
-    if not hasattr(key_range, "dtype") or not str(key_range.dtype).endswith("int32"):
-        found = getattr(key_range, "dtype", type(key_range).__qualname__)
-        raise ArgumentTypeError(f"key_range: is {found}, expected an int32 tensor; convert it")
+    _check_int32("key_range", key_range)
     if len(key_range.shape) != 2 or key_range.shape[1] != 2:
         raise InvalidArgumentError(
             f"key_range: has shape {tuple(key_range.shape)}, expected (batch, 2): where the keys of each batch entry "
             f"start and end"
         )
+    if query_start is not None:
+        _check_int32("query_start", query_start)
+        if len(query_start.shape) != 1:
+            raise InvalidArgumentError(
+                f"query_start: has shape {tuple(query_start.shape)}, expected (batch,): one position for each entry"
+            )
+        query_start = query_start[:, None]
     # fmt: off
-    return attend(_SITES[layout], 6, q, k, v, key_range[:, :1], key_range[:, 1:], out,
-                  variant, return_lse, softmax_scale, causal, window_size, 0.0)
+    return attend(_SITES[layout], 8, q, k, v, key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes, out,
+                  variant, return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on
+
+
+def _check_int32(name: str, x: Any) -> None:
+    if not hasattr(x, "dtype") or not str(x.dtype).endswith("int32"):
+        found = getattr(x, "dtype", type(x).__qualname__)
+        raise ArgumentTypeError(f"{name}: is {found}, expected an int32 tensor; convert it")

@@ -22,7 +22,8 @@ STEP = 2.0**-16
 class Positions:
     """Where the scores of one call are, and the values of the parameters.
 
-    ``diagonal`` is ``i + seqlen_kv - seqlen_q``: the key position that a query stands on (bottom-right alignment).
+    ``diagonal`` is the key position that a query stands on: ``i + seqlen_kv - seqlen_q`` (bottom-right alignment), or
+    ``i + query_start`` with a parameter of that name, unless ``has_query_start`` is 0.
     """
 
     i: np.ndarray
@@ -33,7 +34,9 @@ class Positions:
 
     @property
     def diagonal(self) -> np.ndarray:
-        return self.i + self.seqlen_kv - self.seqlen_q
+        aligned = self.seqlen_kv - self.seqlen_q
+        given = self.params.get("has_query_start", True)
+        return self.i + (self.params.get("query_start", aligned) if given else aligned)
 
 
 def identity(s, at):
@@ -55,6 +58,12 @@ def alibi(s, at):
 def softcap_alibi(s, at):
     """Softcap, then ALiBi: the order of FlashAttention."""
     return alibi(softcap(s, at), at)
+
+
+def optional(s, at):
+    """Softcap unless ``softcap`` is 0, then ALiBi unless ``has_alibi_slopes`` is 0."""
+    s = softcap(s, at) if at.params["softcap"] else s
+    return alibi(s, at) if at.params["has_alibi_slopes"] else s
 
 
 def full(at):
@@ -84,8 +93,13 @@ def padded(at):
     return (at.j >= at.params["kv_start"]) & (at.j < at.params["kv_end"]) & window(at)
 
 
-SCORES: Mapping[str, Callable] = {f.__name__: f for f in (identity, softcap, alibi, softcap_alibi)}
-MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window, padded)}
+def positioned(at):
+    """The same, where query 0 of each batch entry and head stands on a key position of its own, ``query_start``."""
+    return padded(at)
+
+
+SCORES: Mapping[str, Callable] = {f.__name__: f for f in (identity, softcap, alibi, softcap_alibi, optional)}
+MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window, padded, positioned)}
 
 
 def attention(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
-#: (mask, score) of the core set; a sliding window with unbounded sides serves full and causal attention as well.
+#: (mask, score) of the core set; a sliding window with unbounded sides serves full and causal attention as well, and
+#: the last pair everything that the public functions have arguments for.
 CORE_VARIANTS = (
     ("full", "identity"),
     ("causal", "identity"),
@@ -17,6 +18,7 @@ CORE_VARIANTS = (
     ("window", "alibi"),
     ("window", "softcap_alibi"),
     ("padded", "identity"),
+    ("positioned", "optional"),
 )
 
 TEMPLATES = ("v1", "v2")

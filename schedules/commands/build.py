@@ -1,8 +1,9 @@
-"""``scripts/build_kernels.py``: arguments in, progress and a table out."""
+"""``python -m tvm_flash build``, ``scripts/build_kernels.py``: arguments in, progress and a table out."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
         return [word for word in text.split(",") if word]
 
     parser = argparse.ArgumentParser(
-        prog="build_kernels.py", description="Compile attention kernels for this machine or for others."
+        prog="python -m tvm_flash build", description="Compile attention kernels for this machine or for others."
     )
     several = {"type": values, "action": "extend", "default": []}
     parser.add_argument("--arch", **several, help="native (default), cpu, sm_80, sm_90a, …; a comma list, or repeated")
@@ -223,3 +224,7 @@ def _table(report: PackReport, rows) -> Table:
 
 def _kilobytes(size: int) -> str:
     return f"{size / 1024:,.0f} KB"
+
+
+if __name__ == "__main__":  # worker processes import this file
+    sys.exit(main())

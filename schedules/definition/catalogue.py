@@ -15,7 +15,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from tvm_flash import reference
-from tvm_flash.packs.manifest import Param
+from tvm_flash.packs.manifest import FARTHEST_START, Param
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,16 @@ class Position:
 
     @property
     def diagonal(self) -> Expr:
-        """The key position that query ``i`` stands on when the last query and the last key are aligned."""
-        return self.i + self.seqlen_kv - self.seqlen_q
+        """The key position that query ``i`` stands on: the last query stands on the last key.
+
+        With a parameter ``query_start``, and unless ``has_query_start`` is 0, query 0 stands there instead.
+        """
+        if "query_start" not in self.param:
+            return self.i + self.seqlen_kv - self.seqlen_q
+        start = T.max(T.min(self.param["query_start"], FARTHEST_START), -FARTHEST_START)
+        dtype = self.seqlen_kv.ty.dtype
+        given = self.param["has_query_start"] != 0
+        return self.i + T.Select(given, T.Cast(str(dtype), start), self.seqlen_kv - self.seqlen_q)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,14 @@ def _softcap_alibi(s, at):
     return _alibi(_softcap(s, at), at)
 
 
+def _optional(s, at):
+    capped, biased = at.param["softcap"] != T.float32(0), at.param["has_alibi_slopes"] != 0
+    value = T.Select(capped, _softcap(s, at), s)
+    distance = T.abs(T.Cast("float32", at.diagonal - at.j))
+    value = value - T.Select(biased, at.param["alibi_slopes"], T.float32(0)) * distance
+    return T.if_then_else(T.Or(capped, biased), value, s)
+
+
 def _causal(at):
     return at.j <= at.diagonal
 
@@ -97,6 +113,9 @@ SOFTCAP = Param("softcap", "float32")
 ALIBI_SLOPES = Param("alibi_slopes", "float32", per_head=True)
 WINDOW = (Param("window_left", "int32"), Param("window_right", "int32"))
 KEY_RANGE = (Param("kv_start", "int32", per_head=True), Param("kv_end", "int32", per_head=True))
+#: A parameter of each head that a call need not give has a number beside it, ``has_`` and its name, 0 if it doesn't.
+QUERY_START = (Param("has_query_start", "int32"), Param("query_start", "int32", per_head=True))
+OPTIONAL_SLOPES = (Param("has_alibi_slopes", "int32"), ALIBI_SLOPES)
 
 IDENTITY = ScoreModification("identity", lambda s, at: s, reference.identity)
 FULL = Mask("full", lambda at: None, reference.full)
@@ -109,6 +128,7 @@ SCORES: Mapping[str, ScoreModification] = {
         ScoreModification("softcap", _softcap, reference.softcap, (SOFTCAP,)),
         ScoreModification("alibi", _alibi, reference.alibi, (ALIBI_SLOPES,)),
         ScoreModification("softcap_alibi", _softcap_alibi, reference.softcap_alibi, (SOFTCAP, ALIBI_SLOPES)),
+        ScoreModification("optional", _optional, reference.optional, (SOFTCAP, *OPTIONAL_SLOPES)),
     )
 }
 
@@ -121,5 +141,6 @@ MASKS: Mapping[str, Mask] = {
         Mask("window", _window, reference.window, WINDOW),
         Mask("sink_window", _sink_window, reference.sink_window, (*WINDOW, Param("sink_tokens", "int32"))),
         Mask("padded", _padded, reference.padded, (*WINDOW, *KEY_RANGE)),
+        Mask("positioned", _padded, reference.positioned, (*WINDOW, *KEY_RANGE, *QUERY_START)),
     )
 }

@@ -53,6 +53,7 @@ class Pattern:
         of keys among the arguments.
     params: the run-time parameters, in the order of the definition's arguments.
     is_scale_only: the score is ``s * softmax_scale`` and nothing more, so that the scale folds into the exponential.
+    has_choice: the score is one of two, and which of them it is depends on no query and no key.
     is_unmasked: every query sees every key.
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
     depends_on_head: what is made of the raw score, or the mask, differs from head to head.
@@ -70,6 +71,8 @@ class Pattern:
         self.has_gaps = self._mask is not None and self._mask.has_gaps
         self.is_interval = self._mask is None or self._mask.is_interval
         self.is_scale_only = found.score is None or found.score.same_as(self._variables.s)
+        self._choice = _split_choice(found.score, self._variables)
+        self.has_choice = self._choice is not None
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
 
     # ---- what a template asks
@@ -78,9 +81,17 @@ class Pattern:
         """Fresh arguments for a kernel: ``(arguments, {name: Var or (batch, heads) Buffer})``."""
         return parameter_symbols(self.params, self.index_dtype)
 
-    def score(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
-        """The scaled and modified score (float32, natural units) of the raw product ``s = q · k``."""
-        return self._substitute(self._found.score, site, i, j, s)
+    def choice(self, site: Site) -> Expr:
+        """Which of the two scores it is, where ``has_choice``: true for the first."""
+        return self._substitute(self._choice[0], site, self._zero, self._zero)
+
+    def score(self, site: Site, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
+        """The scaled and modified score (float32, natural units) of the raw product ``s = q · k``.
+
+        ``chosen`` says that ``choice`` is known to be so, and leaves out the other score.
+        """
+        value = self._found.score if chosen is None or not self.has_choice else self._choice[1 if chosen else 2]
+        return self._substitute(value, site, i, j, s)
 
     def score_gradient(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
         """The derivative of the score with respect to ``s * softmax_scale``, for the raw product ``s = q · k``.
@@ -217,6 +228,15 @@ class Pattern:
             return node
 
         return tvm_ffi.structural_map(expr, replace, order="post")
+
+
+def _split_choice(score: Expr | None, variables) -> tuple[Expr, Expr, Expr] | None:
+    """``(condition, score, other score)`` if a score is one of two by a condition that knows no query and no key."""
+    if score is None or not getattr(getattr(score, "op", None), "name", "").endswith("if_then_else"):
+        return None
+    found, varying = [], (*variables.index[2:], variables.s)
+    tvm_ffi.structural_walk(score.args[0], [(tirx.Var, found.append)])
+    return None if any(x.same_as(v) for x in found for v in varying) else tuple(score.args)
 
 
 def match(func: PrimFunc) -> Pattern:

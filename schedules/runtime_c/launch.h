@@ -105,7 +105,10 @@ inline CUlibrary load(const void* image) {
 // A kernel of an image, ready on every device on which it was prepared.
 class Kernel {
  public:
-  Kernel(CUlibrary library, const char* name) { check(cuLibraryGetKernel(&handle_, library, name), name); }
+  // ``early``: the kernel waits by itself for the launch before it, and may begin while that one ends.
+  Kernel(CUlibrary library, const char* name, bool early) : early_(early) {
+    check(cuLibraryGetKernel(&handle_, library, name), name);
+  }
 
   // Sets an attribute once for each device.
   CUresult prepare(CUfunction_attribute attribute, int value) {
@@ -133,11 +136,25 @@ class Kernel {
   CUresult launch(const cudaLaunchConfig_t* config, std::tuple<Params...>& values, std::index_sequence<I...>) {
     void* pointers[] = {(void*)&std::get<I>(values)...};
     const dim3 &grid = config->gridDim, &block = config->blockDim;
+    if (early_) {
+      CUlaunchAttribute attribute = {};
+      attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+      attribute.value.programmaticStreamSerializationAllowed = 1;
+      CUlaunchConfig launch = {};
+      launch.gridDimX = grid.x, launch.gridDimY = grid.y, launch.gridDimZ = grid.z;
+      launch.blockDimX = block.x, launch.blockDimY = block.y, launch.blockDimZ = block.z;
+      launch.sharedMemBytes = (unsigned)config->dynamicSmemBytes;
+      launch.hStream = config->stream;
+      launch.attrs = &attribute;
+      launch.numAttrs = 1;
+      return cuLaunchKernelEx(&launch, (CUfunction)handle_, pointers, nullptr);
+    }
     return cuLaunchKernel((CUfunction)handle_, grid.x, grid.y, grid.z, block.x, block.y, block.z,
                           (unsigned)config->dynamicSmemBytes, config->stream, pointers, nullptr);
   }
 
   CUkernel handle_ = nullptr;
+  const bool early_;
   std::atomic<uint64_t> prepared_{0};
 };
 

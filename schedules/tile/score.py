@@ -57,9 +57,9 @@ class ScoreTile:
         f = self.fragment
         return row0 + (t * self.tile_step + r * f.row_step), column0 + (g * f.group + e)
 
-    def modified(self, s: Expr, i: Expr, j: Expr) -> Expr:
-        """The modified score in powers of two."""
-        return _with_accurate_tanh(self.pattern.score(self.at, s, i, j)) * T.float32(LOG2_E)
+    def modified(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
+        """The modified score in powers of two; ``chosen`` as in :meth:`Pattern.score`."""
+        return _with_accurate_tanh(self.pattern.score(self.at, s, i, j, chosen)) * T.float32(LOG2_E)
 
     def signed_scale(self) -> Expr:
         """From raw products (or modified scores, which are in powers of two already) to powers of two."""
@@ -78,18 +78,29 @@ class ScoreTile:
     def modify(self, S, row0, column0, masked, first=0):
         """Raw products to scores, −inf where the mask hides them; ``row0``, ``column0`` are this lane's first ones."""
         if not self.folded:
-            for t in T.unroll(first, self.m_tiles):
-                for g in T.unroll(self.groups):
-                    for r in T.unroll(2):
-                        for e in T.unroll(2):
-                            at = T.meta_var(self.position(row0, column0, t, g, r, e))
-                            i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                            S[i] = self.modified(S[i], at[0], at[1])
+            if self.pattern.has_choice:
+                # asked once, not for every score
+                if self.pattern.choice(self.at):
+                    self._modify_elements(S, row0, column0, first, True)
+                else:
+                    self._modify_elements(S, row0, column0, first, False)
+            else:
+                self._modify_elements(S, row0, column0, first, None)
         if masked:
             if self.pattern.is_interval:
                 self._mask_interval(S, row0, column0, first)
             else:
                 self._mask_elements(S, row0, column0, first)
+
+    @T.inline
+    def _modify_elements(self, S, row0, column0, first, chosen):
+        for t in T.unroll(first, self.m_tiles):
+            for g in T.unroll(self.groups):
+                for r in T.unroll(2):
+                    for e in T.unroll(2):
+                        at = T.meta_var(self.position(row0, column0, t, g, r, e))
+                        i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
+                        S[i] = self.modified(S[i], at[0], at[1], chosen)
 
     @T.inline
     def _mask_interval(self, S, row0, column0, first):

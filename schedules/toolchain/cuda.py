@@ -26,7 +26,7 @@ from schedules.toolchain.process import ToolchainError, host_compiler, run
 _DRIVER_CALLS = (
     *("cuInit", "cuGetErrorString", "cuCtxGetDevice", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"),
     *("cuDevicePrimaryCtxRetain", "cuThreadExchangeStreamCaptureMode", "cuLibraryLoadData", "cuLibraryGetKernel"),
-    *("cuDeviceGetAttribute", "cuKernelSetAttribute", "cuLaunchKernel", "cuTensorMapEncodeTiled"),
+    *("cuDeviceGetAttribute", "cuKernelSetAttribute", "cuLaunchKernel", "cuLaunchKernelEx", "cuTensorMapEncodeTiled"),
     "cuTensorMapReplaceAddress",
 )
 

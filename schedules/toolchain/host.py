@@ -40,10 +40,15 @@ _TENSOR_MAP = "[] { static thread_local device_image::TensorMap last; return &la
 _KERNEL = """\
 typedef void (*signature_@NAME@)(@PARAMETERS@);
 static device_image::Kernel& image_@NAME@() {
-  static device_image::Kernel kernel(image_library(), "@NAME@");
+  static device_image::Kernel kernel(image_library(), "@NAME@", @EARLY@);
   return kernel;
 }
 """
+
+
+#: What a kernel calls to wait for the launch before, which has let it begin early.
+_WAITS = re.compile(r"\bgriddepcontrol_wait\w*\(\)")
+_BODY = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\([^;{]*\) \{(.*?)\n\}', re.S)
 
 
 def split(text: str, name: str) -> tuple[str, str]:
@@ -78,9 +83,11 @@ def embed(device: str, host: str, image: Path) -> str:
     ToolchainError: the source isn't of the form that TVM exports.
     """
     kernels = dict(_DECLARATION.findall(device))
+    begin_early = {name for name, body in _BODY.findall(device) if _WAITS.search(body)}
     glue = _IMAGE.replace("@IMAGE@", str(image))
     for name, parameters in kernels.items():
-        glue += _KERNEL.replace("@NAME@", name).replace("@PARAMETERS@", parameters)
+        early = "true" if name in begin_early else "false"
+        glue += _KERNEL.replace("@NAME@", name).replace("@PARAMETERS@", parameters).replace("@EARLY@", early)
         host = host.replace(f"cudaFuncSetAttribute(::{name}, ", f"image_{name}().prepare(")
         launch = f"tvm_cuda_host_launch(::{name},"
         if launch not in host:

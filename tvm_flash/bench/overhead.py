@@ -154,7 +154,7 @@ def _parts(arguments: tuple) -> dict[str, Timed]:
     eager.forget()
     out = eager.attend(*arguments)
     if fast.call is eager.slow:
-        raise SystemExit("the installed packs have no fast path; build one with scripts/build_kernels.py")
+        raise SystemExit("the installed packs have no fast path; run `python -m tvm_flash build`")
     (plan,) = eager._plans.values()
     _, (_, frame), (make_out, of_what, *_), _ = plan.recipe(arguments[1], *arguments[2:5], None)
     frame.run([*(x.data_ptr() for x in (*arguments[2:5], out)), out.data_ptr()])

@@ -168,17 +168,17 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
 
 def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:
     entry = kernel.entry
-    mask = problem.masks.index(entry.mask) if problem.masks else 0
+    mask, score = (problem.masks.index(entry.mask), problem.scores.index(entry.score)) if problem.masks else (0, 0)
     features = len(kernel.pack.manifest.cpu_features)
     return (
         *(order.index(entry.template), distance, -features, entry.head_dim, entry.head_dim_v),
-        *(mask, -entry.bucket, kernel.rank),
+        *(mask, score, -entry.bucket, kernel.rank),
     )
 
 
 def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
     """Why a kernel of the right dtype and definition can't run the problem; None if it can."""
-    if problem.masks and entry.score != problem.score:
+    if problem.masks and entry.score not in problem.scores:
         return Rejection(entry, _SCORE, f"computes the score {entry.score}, not {problem.score}")
     for name in ("head_dim", "head_dim_v"):
         wanted, limit = getattr(problem, name), getattr(entry, name)
@@ -245,6 +245,10 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     dims = str(problem.head_dim)
     dims += f":{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else ""
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
+    if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):
+        return KernelNotFoundError(
+            f"q, k, v: are {problem.dtype}, and GPU kernels take float16, from sm_80 on also bfloat16; convert them"
+        )
     if nearest is None:
         of = f" of the definition {problem.definition!r}" if custom else ""
         command = build_command(arch, *options, "--dtype", problem.dtype)
@@ -261,7 +265,7 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
             f"split the batch or the heads over several calls"
         )
     if nearest.stage == _MASK:
-        command = build_command(arch, *options, "--head-dim", dims, "--mask", MASK_FALLBACKS[problem.masks[0]][-1])
+        command = build_command(arch, "--head-dim", dims, *_kind(problem))
         return KernelNotFoundError(f"no {arch} kernel for the mask {problem.masks[0]}; run `{command}`")
     if nearest.stage == _HEAD_DIM:
         command = build_command(arch, *options, "--head-dim", dims)
@@ -269,5 +273,16 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         return KernelNotFoundError(
             f"no {arch} kernel for head_dim {dims} (the largest takes {':'.join(map(str, largest))}); run `{command}`"
         )
-    command = build_command(arch, "--head-dim", dims, "--score", problem.score)
+    command = build_command(arch, "--head-dim", dims, *_kind(problem))
     return KernelNotFoundError(f"no {arch} kernel for the score {problem.score}; run `{command}`")
+
+
+def _on_tensor_cores(dtype: str, device: Device) -> bool:
+    """Whether a GPU multiplies a dtype in the way of these kernels."""
+    return dtype == "float16" or (dtype == "bfloat16" and device.capability >= _AMPERE)
+
+
+def _kind(problem: Problem) -> tuple[str, ...]:
+    """Options of the build command for a kernel that serves a problem, and others of its kind."""
+    mask = MASK_FALLBACKS[problem.masks[0]][-1]
+    return "--mask", mask, "--score", "optional" if mask == "positioned" else problem.score

@@ -105,7 +105,8 @@ def remember(arguments: tuple, framework: Framework, plan: Any) -> None:
     """Keep what a plan has done for the next call with such arguments (those of :func:`call`)."""
     if _add is None or not _readable(type(arguments[2]), framework):
         return
-    _add(arguments, functools.partial(plan.recipe, *arguments[1:5], arguments[1 + arguments[1]]))
+    site, tensors = arguments[:2]
+    _add(arguments, functools.partial(plan.recipe, site.per_head, *arguments[2:5], arguments[1 + tensors]))
 
 
 def _readable(cls: type, framework: Framework) -> bool:

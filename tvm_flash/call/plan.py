@@ -64,7 +64,7 @@ class EmptyPlan:
     def __init__(self, request: Request):
         self._request = request
 
-    def recipe(self, tensors: int, q: Any, k: Any, v: Any, out: Any) -> None:
+    def recipe(self, per_head: tuple[str, ...], q: Any, k: Any, v: Any, out: Any) -> None:
         """What the fast path needs: it leaves empty problems alone."""
 
     def run(self, q: Any, k: Any, v: Any, per_head: tuple[Any, ...], out: Any) -> tuple[Any, Any]:
@@ -97,7 +97,9 @@ class Plan:
         request.accept(self.choice)
         entry = self.choice.kernel.entry
         self._kernel = registry().load(self.choice.kernel)
-        self._arguments, self._per_head = _arguments(request, entry)
+        self._arguments, self._named = _arguments(request, entry)
+        names = list(request.per_head)
+        self._per_head = [None if name is None else names.index(name) for name in self._named]
         self._misaligned = entry.alignment - 1
         self._realigned: dict[int, Plan] = {}
         self._frames: list[Frame] = []  # append and pop are atomic: threads never share a frame
@@ -145,7 +147,7 @@ class Plan:
             at_lse = pointer(lse)
         pointers = [at_q, at_k, at_v, at_out, at_lse]
         if self._per_head:
-            pointers += [pointer(per_head[i]) for i in self._per_head]
+            pointers += [at_q if i is None else pointer(per_head[i]) for i in self._per_head]
         frame = self._frame()
         if self._gpu is None:
             frame.run(pointers)
@@ -162,10 +164,10 @@ class Plan:
         except IndexError:
             return Frame(self._kernel, self._arguments)
 
-    def recipe(self, tensors: int, q: Any, k: Any, v: Any, out: Any) -> tuple[Any, ...] | None:
+    def recipe(self, per_head: tuple[str, ...], q: Any, k: Any, v: Any, out: Any) -> tuple[Any, ...] | None:
         """What the fast path needs to do the same for tensors of this alignment; None if each call must warn.
 
-        ``tensors`` is how many a call has, those that are None included.  The answer is that of
+        ``per_head`` are the parameters of each head that the call has room for, given or not.  The answer is that of
         :func:`tvm_flash.call.fast.recipe`, and the :func:`tvm_flash.call.fast.ways` of making the result and the
         log-sum-exp (None: nothing is to be made).
         """
@@ -175,13 +177,11 @@ class Plan:
         for x in (q, k, v) if out is None else (q, k, v, out):
             bits |= self._framework.pointer(x)
         if bits & self._misaligned:
-            return self._for_alignment(memory.alignment_of(bits)).recipe(tensors, q, k, v, out)
-        footprints = [
-            *self._inputs,
-            *[memory.NOWHERE] * (tensors - 1 - len(self._inputs)),
-            self._output or memory.NOWHERE,
-        ]
-        used = [3 + i for i in self._per_head]
+            return self._for_alignment(memory.alignment_of(bits)).recipe(per_head, q, k, v, out)
+        given = dict(zip(self._request.per_head, self._inputs[3:], strict=True))
+        footprints = [*self._inputs[:3], *(given.get(name, memory.NOWHERE) for name in per_head)]
+        footprints.append(self._output or memory.NOWHERE)
+        used = [0 if name is None else 3 + per_head.index(name) for name in self._named]
         made = fast.recipe(self._frame(), used, self._return_lse, footprints)
         # On the processor the fast path has room of its own for an lse that nobody asked for.
         makes_lse = self._return_lse or (self._lse_needed and self._gpu is not None)
@@ -217,8 +217,11 @@ def _with_alignment(problem: Problem, alignment: int) -> Problem:
     return problem if problem.alignment == alignment else dataclasses.replace(problem, alignment=alignment)
 
 
-def _arguments(request: Request, entry: KernelEntry) -> tuple[list, tuple[int, ...]]:
-    """The kernel's arguments in its order and layout; and which of the call's per-head tensors they name, in order."""
+def _arguments(request: Request, entry: KernelEntry) -> tuple[list, tuple[str | None, ...]]:
+    """The kernel's arguments in its order and layout; and the names of the per-head tensors among them, in order.
+
+    One that the call doesn't give, and the kernel doesn't use then, is None, and q's memory stands for it.
+    """
     sizes, swap = request.sizes, entry.layout != request.layout
     out = request.out
     out_strides = out.strides if out else contiguous_strides(request.out_shape)
@@ -231,17 +234,21 @@ def _arguments(request: Request, entry: KernelEntry) -> tuple[list, tuple[int, .
         ),
         request.softmax_scale,
     ]
-    names, used = list(request.per_head), []
+    used: list[str | None] = []
     for param in entry.params:
         if not param.per_head:
             arguments.append(request.scalars[param.name])
             continue
+        shape = (sizes.batch, sizes.heads)
+        if param.name not in request.per_head and request.scalars.get(f"has_{param.name}") == 0:
+            arguments.append(TensorSpec(shape, (0, 0), param.dtype, request.device.kind, request.device.index))
+            used.append(None)
+            continue
         x = request.per_head[param.name]
         strides = x.strides if len(x.shape) == 2 else (0, x.strides[0])
         strides = tuple(0 if n == 1 else s for n, s in zip((1, *x.shape)[-2:], strides, strict=True))
-        shape = (sizes.batch, sizes.heads)
         arguments.append(TensorSpec(shape, strides, x.dtype, request.device.kind, request.device.index))
-        used.append(names.index(param.name))
+        used.append(param.name)
     return arguments, tuple(used)
 
 

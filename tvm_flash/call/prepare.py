@@ -12,12 +12,20 @@ from typing import Any, NamedTuple
 from tvm_flash.call import checks, memory
 from tvm_flash.call.choice import Choice
 from tvm_flash.call.plan import EmptyPlan, Plan, Request
-from tvm_flash.call.problem import INT32_MAX, MASK_FALLBACKS, Problem, normalise_mask, score_kind
+from tvm_flash.call.problem import (
+    INT32_MAX,
+    MASK_FALLBACKS,
+    MAX_POSITIONED,
+    UNBOUNDED,
+    Problem,
+    normalise_mask,
+    score_kind,
+)
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry, Param
-from tvm_flash.packs.registry import registry
+from tvm_flash.packs.registry import build_command, registry
 
 #: Parameters of the builtin definition that are tensors.
 _BUILTIN_PER_HEAD = {
@@ -26,8 +34,12 @@ _BUILTIN_PER_HEAD = {
         Param("alibi_slopes", "float32", per_head=True),
         Param("kv_start", "int32", per_head=True),
         Param("kv_end", "int32", per_head=True),
+        Param("query_start", "int32", per_head=True),
     )
 }
+
+#: Of these, what a kernel can do without: such a one has a number, ``has_`` and the name.
+_OPTIONAL = ("alibi_slopes", "query_start")
 
 
 NO_BACKWARD = (
@@ -183,12 +195,23 @@ def _computation(
         scalars = {name: _scalar(params[name], x) for name, x in options.params}
         return {"definition": options.definition, "masks": (), "score": ""}, scalars, params
     causal = checks.check_flag("causal", options.causal)
-    mask = normalise_mask(causal, checks.check_window(options.window_size), sizes.seqlen_q, sizes.seqlen_kv)
-    softcap = checks.check_softcap(options.softcap)
+    window = checks.check_window(options.window_size)
+    mask = normalise_mask(causal, window, sizes.seqlen_q, sizes.seqlen_kv)
     left, right = (min(x, INT32_MAX) for x in mask.widths(sizes.seqlen_q, sizes.seqlen_kv))
     kind = "padded" if "kv_end" in per_head else mask.kind
+    if "query_start" in per_head:  # queries may stand anywhere, so that no bound is known to cut nothing off
+        kind = "positioned"
+        if sizes.seqlen_q + sizes.seqlen_kv > MAX_POSITIONED:
+            raise NotSupportedError(
+                f"query_start: there are {sizes.seqlen_q} queries and {sizes.seqlen_kv} keys, and with it at most "
+                f"{MAX_POSITIONED} together; split the queries over several calls"
+            )
+        left, right = (UNBOUNDED if x == -1 else min(x, UNBOUNDED) for x in window)
+        right = 0 if causal else right
+    softcap = checks.check_softcap(options.softcap)
     what = {"masks": MASK_FALLBACKS[kind], "score": score_kind(softcap != 0, "alibi_slopes" in per_head)}
     scalars = {"softcap": softcap, "window_left": left, "window_right": right}
+    scalars |= {f"has_{name}": int(name in per_head) for name in _OPTIONAL}
     return what, scalars, _BUILTIN_PER_HEAD
 
 
@@ -206,7 +229,7 @@ def params_of(definition: str) -> dict[str, Param]:
     known = sorted({e.definition for e in entries if e.definition != BUILTIN_DEFINITION})
     raise InvalidArgumentError(
         f"name: no pack has kernels of the definition {definition!r} (there are: {', '.join(known) or 'none'}); "
-        f"run `scripts/build_kernels.py --definition <file.py>:{definition}`"
+        f"run `{build_command('native', '--definition', f'<file.py>:{definition}')}`"
     )
 
 

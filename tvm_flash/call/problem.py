@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, FARTHEST_START
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("bhsd", "bshd")
@@ -22,10 +22,19 @@ MASK_FALLBACKS = {
     "full": ("full", "window"),
     "causal": ("causal", "window"),
     "window": ("window",),
-    "padded": ("padded",),
+    "padded": ("padded", "positioned"),
+    "positioned": ("positioned",),
 }
 
+#: The same for score modifications: ``optional`` has a soft cap and slopes that may be off.
+SCORE_FALLBACKS = {name: (name, "optional") for name in ("identity", "softcap", "alibi", "softcap_alibi")}
+
 INT32_MAX = 2**31 - 1
+
+#: A side of a window that is wider than any distance from a ``query_start``, in sequences of ``MAX_POSITIONED`` queries
+#: and keys together; no sum of the two leaves int32.
+UNBOUNDED = 2 * FARTHEST_START - 2
+MAX_POSITIONED = FARTHEST_START - 2
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,11 @@ class Problem:
     definition: str = BUILTIN_DEFINITION
     alignment: int = 128
     index_bits: int = 32
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The score modifications that would do, the best first."""
+        return SCORE_FALLBACKS.get(self.score, (self.score,))
 
     def __str__(self) -> str:
         kv = f", kv_heads {self.kv_heads}" if self.kv_heads != self.heads else ""

@@ -35,6 +35,9 @@ PARAMS = {
     "sink_tokens": 4,
     "kv_start": np.array([[2, 3, 0, 1], [11, 0, 5, 12]], np.int32),
     "kv_end": np.array([[70, 60, 50, 40], [70, 41, 52, 63]], np.int32),
+    "query_start": np.array([[37, 30, 21, 10], [40, 9, -2, 31]], np.int32),
+    "has_query_start": 1,
+    "has_alibi_slopes": 1,
 }
 
 #: Keys that a kernel for longer sequences gets beyond those of the case, at most: enough for several tiles.  Without a

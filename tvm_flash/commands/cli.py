@@ -1,11 +1,14 @@
-"""The command line: ``python -m tvm_flash info | check | explain | bench | demo``."""
+"""The command line: ``python -m tvm_flash info | check | explain | bench | demo | build``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +24,8 @@ FAILED, REFUSED = 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["build"]:  # its options are the builder's to read
+        arguments = ["build", "--", *arguments[1:]]
     options = _parser().parse_args(arguments, argparse.Namespace(words=arguments))
     try:
         return interruptible(lambda: options.run(options))
@@ -65,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="a real model's attention through both layouts, beside PyTorch")
     demo.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if torch sees one")
     demo.set_defaults(run=_demo)
+
+    build = commands.add_parser("build", help="compile kernels for this machine or for others", add_help=False)
+    build.add_argument("options", nargs="*")
+    build.set_defaults(run=_build)
     return parser
 
 
@@ -142,6 +151,21 @@ def _explain(options: argparse.Namespace) -> int:
     else:
         explanation_page.show(explanation, Screen())
     return 0 if explanation.chosen else FAILED
+
+
+def _build(options: argparse.Namespace) -> int:
+    """Run the builder in a process of its own: this package never imports it."""
+    from tvm_flash.packs.registry import PACKAGE_PACKS, own_packs
+
+    for module in ("schedules", "tvm", "rich"):
+        if importlib.util.find_spec(module) is None:
+            raise NotSupportedError(
+                f'build: the module {module!r} isn\'t installed; run `pip install "tvm-flash[build]"`'
+            )
+    words = options.options
+    if not os.access(PACKAGE_PACKS, os.W_OK) and not any(x.split("=")[0] == "--output" for x in words):
+        words = [*words, "--output", str(own_packs())]
+    return subprocess.run([sys.executable, "-m", "schedules.commands.build", *words]).returncode
 
 
 def _demo(options: argparse.Namespace) -> int:

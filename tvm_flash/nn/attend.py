@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tvm_flash.call import eager
 from tvm_flash.call.prepare import site
-from tvm_flash.call.problem import LAYOUTS
+from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, LAYOUTS
 
 _SITES = {layout: site(layout, layout_known=True) for layout in LAYOUTS}
 
@@ -30,3 +32,11 @@ def attend(
     return eager.attend(_SITES[layout], 5, q, k, v, alibi_slopes, out,
                        "auto", return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on
+
+
+def fit(x: torch.Tensor) -> torch.Tensor:
+    """The same as kernels take it: a contiguous last dimension, with zeros up to a multiple of what they count in."""
+    beyond = -x.shape[-1] % HEAD_DIM_MULTIPLE
+    if beyond:
+        return torch.nn.functional.pad(x, (0, beyond))
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

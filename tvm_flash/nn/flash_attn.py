@@ -6,8 +6,9 @@ import itertools
 
 import torch
 
+from tvm_flash.call.problem import HEAD_DIM_MULTIPLE
 from tvm_flash.errors import InvalidArgumentError, NotSupportedError
-from tvm_flash.nn.attend import attend
+from tvm_flash.nn.attend import attend, fit
 
 
 def flash_attn_func(
@@ -25,8 +26,10 @@ def flash_attn_func(
 ):
     """Attention over ``(batch, seqlen, heads, head_dim)``; k and v may have fewer heads.
 
-    Causal and window masks are aligned bottom-right, as in FlashAttention 2.1 and later.  ``deterministic`` changes
-    nothing: results are the same bits on every run.
+    Tensors whose head_dim is no multiple of 8, or whose last dimension isn't contiguous, are copied, as flash_attn
+    does; of a padded head_dim the result is a view.  A side of ``window_size`` that is negative or None is unbounded,
+    as is a ``window_size`` of None.  Causal and window masks are aligned bottom-right, as in FlashAttention 2.1 and
+    later.  ``deterministic`` changes nothing: results are the same bits on every run.
 
     Returns
     -------
@@ -41,17 +44,18 @@ def flash_attn_func(
     _refuse_dropout(dropout_p)
     result = attend(
         "bshd",
-        q,
-        k,
-        v,
-        softmax_scale=softmax_scale,
+        *_fitting(q, k, v),
+        softmax_scale=_scale(softmax_scale, q),
         causal=causal,
-        window_size=tuple(window_size),
+        window_size=_window(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         return_lse=return_attn_probs,
     )
-    return (*result, None) if return_attn_probs else result
+    if not return_attn_probs:
+        return _columns(result, v)
+    out, lse = result
+    return _columns(out, v), lse, None
 
 
 def flash_attn_qkvpacked_func(qkv: torch.Tensor, *args, **kwargs):
@@ -85,11 +89,13 @@ def flash_attn_varlen_func(
     """Attention over sequences that lie one after another: q ``(total_q, heads, head_dim)``.
 
     ``cu_seqlens_q`` and ``cu_seqlens_k`` (``(batch + 1,)``) say where each sequence starts and the last one ends.  They
-    are read on the host, so that a GPU is waited for; then each run of neighbours of one length is one call on views.
+    are read on the host, so that a GPU is waited for, and no CUDA graph can capture it; then each run of neighbours of
+    one length is one call on views.  No sequence may be longer than ``max_seqlen_q`` and ``max_seqlen_k``.
 
     Returns
     -------
     ``(total_q, heads, head_dim_v)``; with ``return_attn_probs`` also the log-sum-exp ``(heads, total_q)`` and None.
+    Rows outside of all sequences are zeros, with a log-sum-exp of −inf.
 
     Raises
     ------
@@ -100,14 +106,16 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise NotSupportedError("block_table: paged keys aren't supported; gather them, or call without it")
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    _check_starts("cu_seqlens_q", starts_q, q.shape[0])
-    _check_starts("cu_seqlens_k", starts_k, k.shape[0])
+    _check_starts("cu_seqlens_q", starts_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
+    _check_starts("cu_seqlens_k", starts_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
     if len(starts_q) != len(starts_k):
         raise InvalidArgumentError(
             f"cu_seqlens_k: is of {len(starts_k) - 1} sequences, but cu_seqlens_q of {len(starts_q) - 1}"
         )
+    scale, whole = _scale(softmax_scale, q), v
+    q, k, v = _fitting(q, k, v)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
     lengths = list(zip(*(_differences(x) for x in (starts_q, starts_k)), strict=True))
     first = 0
     for (length_q, length_k), run in itertools.groupby(lengths):
@@ -121,9 +129,9 @@ def flash_attn_varlen_func(
         _, run_lse = attend(
             "bshd",
             *views,
-            softmax_scale=softmax_scale,
+            softmax_scale=scale,
             causal=causal,
-            window_size=tuple(window_size),
+            window_size=_window(window_size),
             softcap=softcap,
             alibi_slopes=slopes,
             return_lse=True,
@@ -131,7 +139,41 @@ def flash_attn_varlen_func(
         )
         lse[:, rows] = run_lse.transpose(0, 1).flatten(1)
         first += count
+    out = _columns(out, whole)
     return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_varlen_qkvpacked_func(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *args, **kwargs):
+    """:func:`flash_attn_varlen_func` of ``(total, 3, heads, head_dim)``; nothing is copied."""
+    starts = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(*qkv.unbind(1), *starts, *args, **kwargs)
+
+
+def flash_attn_varlen_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *args, **kwargs):
+    """:func:`flash_attn_varlen_func` of q and ``(total_k, 2, kv_heads, head_dim)``; nothing is copied."""
+    return flash_attn_varlen_func(q, *kv.unbind(1), *args, **kwargs)
+
+
+def _fitting(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v as kernels take them; what isn't a tensor with rows is left for the checks to refuse."""
+    return tuple(fit(x) if isinstance(x, torch.Tensor) and x.ndim and x.shape[-1] else x for x in tensors)
+
+
+def _columns(out: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The result without the columns that :func:`fit` added to v."""
+    return out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]]
+
+
+def _scale(softmax_scale: float | None, q: torch.Tensor) -> float | None:
+    """The scale of a head_dim before padding; None where the kernel's own is the same."""
+    padded = softmax_scale is None and isinstance(q, torch.Tensor) and q.ndim and q.shape[-1] % HEAD_DIM_MULTIPLE
+    return q.shape[-1] ** -0.5 if padded else softmax_scale
+
+
+def _window(window_size: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """``(left, right)`` with −1 for a side that is None or negative."""
+    sides = (None, None) if window_size is None else tuple(window_size)
+    return tuple(-1 if x is None or x < 0 else x for x in sides)
 
 
 def _refuse_dropout(dropout_p: float) -> None:
@@ -141,9 +183,14 @@ def _refuse_dropout(dropout_p: float) -> None:
         )
 
 
-def _check_starts(name: str, starts: list[int], total: int) -> None:
-    if len(starts) < 1 or starts[0] != 0 or starts[-1] != total or any(n < 0 for n in _differences(starts)):
-        raise InvalidArgumentError(f"{name}: is {starts}, expected numbers that grow from 0 to {total}")
+def _check_starts(name: str, starts: list[int], total: int, longest_name: str, longest: int) -> None:
+    lengths = _differences(starts)
+    if len(starts) < 1 or starts[0] < 0 or starts[-1] > total or any(n < 0 for n in lengths):
+        raise InvalidArgumentError(f"{name}: is {starts}, expected numbers that grow from 0 to at most {total}")
+    if max(lengths, default=0) > longest:
+        raise InvalidArgumentError(
+            f"{longest_name}: is {longest}, but {name} has a sequence of {max(lengths)}; give at least that"
+        )
 
 
 def _differences(starts: list[int]) -> list[int]:

@@ -26,7 +26,8 @@ class KeyMask:
     def key_range(self) -> torch.Tensor:
         """int32 ``(batch, 2)``: where the visible keys of :meth:`arrange` start and end."""
         count = self.visible.sum(-1)
-        start = self.visible.int().argmax(-1) if self.ordered else torch.zeros_like(count)
+        ordered = self.ordered and self.visible.shape[-1]
+        start = self.visible.int().argmax(-1) if ordered else torch.zeros_like(count)
         return torch.stack((start, start + count), -1).int()
 
     def arrange(self, x: torch.Tensor) -> torch.Tensor:

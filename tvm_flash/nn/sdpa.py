@@ -11,14 +11,13 @@ import math
 import warnings
 
 import torch
-from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 from tvm_flash.call.choice import choose
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.machine.device import Device
-from tvm_flash.nn.attend import attend
+from tvm_flash.nn.attend import attend, fit
 from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.packs.registry import on_refresh, registry
 from tvm_flash.padded import padded_attention
@@ -142,7 +141,7 @@ def _look_up(mask: str, score: str, kind: str, index: int, dtype: torch.dtype) -
     kernels = [
         k.entry for arch in device.archs() for k in registry().candidates(arch, problem.definition, problem.dtype)
     ]
-    fitting = [e for e in kernels if e.mask in problem.masks and e.score == problem.score]
+    fitting = [e for e in kernels if e.mask in problem.masks and e.score in problem.scores]
     return tuple(sorted({(e.head_dim, e.head_dim_v) for e in fitting}))
 
 
@@ -170,7 +169,7 @@ def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: fl
         query, key, value = (x.expand(*batch, -1, -1, -1) for x in (query, key, value))
     (_, _, seqlen_q, head_dim), (_, _, seqlen_kv, head_dim_v) = query.shape, value.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    query, key, value = _fit(query, head_dim), _fit(key, head_dim), _fit(value, head_dim_v)
+    query, key, value = fit(query), fit(key), fit(value)
     if mask is not None:
         key, value = mask.arrange(key), mask.arrange(value)
         out = padded_attention(query, key, value, mask.key_range(), softmax_scale=scale)
@@ -185,11 +184,3 @@ def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: fl
         out = attend("bhsd", query, key, value, causal=True, softmax_scale=scale)
     out = out if head_dim_v % HEAD_DIM_MULTIPLE == 0 else out[..., :head_dim_v]
     return out if whole else out[0]
-
-
-def _fit(x: torch.Tensor, size: int) -> torch.Tensor:
-    """The same as kernels take it: a contiguous last dimension, with zeros up to a multiple of what they count in."""
-    beyond = -size % HEAD_DIM_MULTIPLE
-    if beyond:
-        return pad(x, (0, beyond))
-    return x if x.stride(-1) == 1 or size == 1 else x.contiguous()

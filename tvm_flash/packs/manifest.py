@@ -35,6 +35,10 @@ BUILTIN_DEFINITION = "attention"
 
 LAYOUT_OF_TEMPLATE = {"v1": "bhsd", "v2": "bshd"}
 
+#: Largest ``query_start`` of the mask ``positioned``, and the same below 0; those beyond count as it.  So no sum of a
+#: position and a window leaves int32.
+FARTHEST_START = 2**29
+
 
 @dataclass(frozen=True)
 class Param:

@@ -66,13 +66,17 @@ class Installed:
 def search_path() -> tuple[Path, ...]:
     """Folders that are searched for packs, in order; they need not exist."""
     given = [p for p in os.environ.get(PATH_VARIABLE, "").split(os.pathsep) if p]
-    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tvm_flash", "packs")
-    return (*(Path(os.path.expanduser(p)) for p in (*given, cache)), PACKAGE_PACKS)
+    return (*(Path(os.path.expanduser(p)) for p in given), own_packs(), PACKAGE_PACKS)
+
+
+def own_packs() -> Path:
+    """The user's own folder of packs; it need not exist."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "tvm_flash", "packs")
 
 
 def build_command(arch: str, *options: str) -> str:
     """The command that builds what is missing; ``options`` are further arguments."""
-    return " ".join(("scripts/build_kernels.py --arch", arch, *options))
+    return " ".join(("python -m tvm_flash build --arch", arch, *options))
 
 
 def arch_of(capability: tuple[int, int]) -> str:

@@ -187,7 +187,11 @@ def _call_kernel(target: str, request: Request, kernel: Installed, *arrays):
         return jnp.swapaxes(x, 1, 2) if swap else x
 
     named = dict(zip(request.per_head, arrays[3:], strict=True))
-    per_head = [jnp.broadcast_to(named[p.name], (sizes.batch, sizes.heads)) for p in entry.params if p.per_head]
+    per_head = [
+        jnp.broadcast_to(named.get(p.name, jnp.zeros((), p.dtype)), (sizes.batch, sizes.heads))
+        for p in entry.params
+        if p.per_head
+    ]
     numbers = {p.name: _number(p.dtype, request.scalars[p.name]) for p in entry.params if not p.per_head}
     results = (
         jax.ShapeDtypeStruct(sizes.out_shape(entry.layout), arrays[0].dtype),

@@ -29,7 +29,7 @@ _library = torch.library.Library("tvm_flash", "DEF")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes=None, Tensor? kv_start=None, "
-    "Tensor? kv_end=None, *, "
+    "Tensor? kv_end=None, Tensor? query_start=None, *, "
     'str layout="bhsd", str variant="auto", float? softmax_scale=None, bool causal=False, SymInt window_left=-1, '
     "SymInt window_right=-1, float softcap=0.0, bool return_lse=False) -> (Tensor, Tensor)",
     tags=_TAGS,
@@ -53,6 +53,7 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
             per_head.get("alibi_slopes"),
             per_head.get("kv_start"),
             per_head.get("kv_end"),
+            per_head.get("query_start"),
             layout=options.layout,
             variant=options.variant,
             softmax_scale=options.softmax_scale,
@@ -99,13 +100,12 @@ def _run(what, tensors, options, *, layout="bhsd", variant="auto", softmax_scale
 
 
 def _attention(
-    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, *, causal=False, window_left=-1, window_right=-1,
-    softcap=0.0, **others,
+    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, query_start=None, *, causal=False, window_left=-1,
+    window_right=-1, softcap=0.0, **others,
 ):  # fmt: skip
-    what = {"per_head": ("alibi_slopes", "kv_start", "kv_end")}
-    return _run(
-        what, (q, k, v, alibi_slopes, kv_start, kv_end), (causal, (window_left, window_right), softcap), **others
-    )
+    what = {"per_head": ("alibi_slopes", "kv_start", "kv_end", "query_start")}
+    tensors = (q, k, v, alibi_slopes, kv_start, kv_end, query_start)
+    return _run(what, tensors, (causal, (window_left, window_right), softcap), **others)
 
 
 def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, number_names, **others):

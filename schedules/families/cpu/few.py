@@ -72,10 +72,20 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                 S[block * _R + r] = (acc[r * _W] + acc[r * _W + 2]) + (acc[r * _W + 1] + acc[r * _W + 3])
 
     @T.inline
-    def apply_score(S, score, site, i, key0):
+    def apply_to_elements(S, score, site, i, key0, chosen):
         for c in T.unroll(chunks):
             for lane in T.vectorized(lanes):
-                S[c * lanes + lane] = score(site, S[c * lanes + lane], i, key0 + c * lanes + lane)
+                S[c * lanes + lane] = score(site, S[c * lanes + lane], i, key0 + c * lanes + lane, chosen)
+
+    @T.inline
+    def apply_score(S, pattern, score, site, i, key0):
+        if pattern.has_choice:
+            if pattern.choice(site):  # asked once, not for every score
+                apply_to_elements(S, score, site, i, key0, True)
+            else:
+                apply_to_elements(S, score, site, i, key0, False)
+        else:
+            apply_to_elements(S, score, site, i, key0, None)
 
     @T.inline
     def softmax(S, lanewise, maxima, sums, factor, r, scale):
@@ -165,9 +175,9 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                     dot_products(P, QF, S, acc, row, i, k_base, v_base, key0, keys)
                     if full:
                         if not P.pattern.is_scale_only:
-                            apply_score(S, P.stored_score, site, i, key0)
+                            apply_score(S, P.pattern, P.stored_score, site, i, key0)
                     else:
-                        apply_score(S, P.masked_score, site, i, key0)
+                        apply_score(S, P.pattern, P.masked_score, site, i, key0)
                     softmax(S, lanewise, maxima, sums, factor, r0 + i, scale)
                     output = T.meta_var((outputs, (r0 + i) * P.head_dim_v))
                     accumulate(P, S, tile_output, factor, output, k_base, v_base, key0, keys)

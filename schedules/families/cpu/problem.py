@@ -94,15 +94,14 @@ class Problem:
         """What turns a stored score into an exponent of 2."""
         return self.scale() * T.float32(LOG2_E)
 
-    def stored_score(self, site: Site, product: Expr, i: Expr, j: Expr) -> Expr:
-        """The score of a raw product as it is stored."""
-        return product if self.pattern.is_scale_only else vectorizable(self.pattern.score(site, product, i, j))
+    def stored_score(self, site: Site, product: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
+        """The score of a raw product as it is stored; ``chosen`` as in :meth:`Pattern.score`."""
+        return product if self.pattern.is_scale_only else vectorizable(self.pattern.score(site, product, i, j, chosen))
 
-    def masked_score(self, site: Site, product: Expr, i: Expr, j: Expr) -> Expr:
+    def masked_score(self, site: Site, product: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
         """The same, −inf where query ``i`` doesn't see key ``j``."""
-        return T.Select(
-            self.pattern.mask(site, i, j), self.stored_score(site, product, i, j), T.float32(NEGATIVE_INFINITY)
-        )
+        value = self.stored_score(site, product, i, j, chosen)
+        return T.Select(self.pattern.mask(site, i, j), value, T.float32(NEGATIVE_INFINITY))
 
     def wants_lse(self) -> Expr:
         """Whether the caller asked for the log-sum-exp."""

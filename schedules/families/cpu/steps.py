@@ -34,12 +34,24 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
     V = config.row_vectors
 
     @T.inline
-    def apply_score(ST, score, site, first, key0, keys):
-        """``ST[j, i] = score(site, ST[j, i], first + i, key0 + j)``."""
+    def apply_to_elements(ST, score, site, first, key0, keys, chosen):
         for j in T.serial(keys):
             for n in T.unroll(V):
                 for lane in T.vectorized(lanes):
-                    ST[j, n * lanes + lane] = score(site, ST[j, n * lanes + lane], first + n * lanes + lane, key0 + j)
+                    ST[j, n * lanes + lane] = score(
+                        site, ST[j, n * lanes + lane], first + n * lanes + lane, key0 + j, chosen
+                    )
+
+    @T.inline
+    def apply_score(ST, pattern, score, site, first, key0, keys):
+        """``ST[j, i] = score(site, ST[j, i], first + i, key0 + j)``."""
+        if pattern.has_choice:
+            if pattern.choice(site):  # asked once, not for every score
+                apply_to_elements(ST, score, site, first, key0, keys, True)
+            else:
+                apply_to_elements(ST, score, site, first, key0, keys, False)
+        else:
+            apply_to_elements(ST, score, site, first, key0, keys, None)
 
     @T.inline
     def online_softmax(ST, row_max, row_sum, correction, highest, total, column, keys, scale):

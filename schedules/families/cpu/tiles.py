@@ -92,9 +92,9 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                     products.scores(P, QT, KT, ST, acc, row, k_at, column, keys)
                     if full:
                         if not P.pattern.is_scale_only:
-                            steps.apply_score(ST, P.stored_score, site, first, key0, keys)
+                            steps.apply_score(ST, P.pattern, P.stored_score, site, first, key0, keys)
                     else:
-                        steps.apply_score(ST, P.masked_score, site, first, key0, keys)
+                        steps.apply_score(ST, P.pattern, P.masked_score, site, first, key0, keys)
                     steps.online_softmax(ST, row_max, row_sum, correction, highest, total, column, keys, scale)
                     products.output(P, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full)
 

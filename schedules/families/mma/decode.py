@@ -146,7 +146,7 @@ def partial(pattern: Pattern, config, traversal: Traversal, name: str, machine_t
             while tile >= tiles.begin:
                 machine.step(tile, True, True)
                 next_visible(pattern, at, tiles, positions, N, tile)
-            machine.settle()
+            machine.wait_for_copies()
             # 4. The split's output and log-sum-exp.
             machine.finish()
             O = flat(o_parts)

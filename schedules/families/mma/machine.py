@@ -161,11 +161,11 @@ class BlockMachine:
         return self.fragment.output_column(group)
 
     @T.inline
-    def settle(self):
+    def wait_for_copies(self):
         """Wait for this thread's copies that no step has waited for."""
 
     @T.inline
-    def meet(self):
+    def sync_sharing_warps(self):
         """The warps that share rows wait for each other."""
         T.cuda.warp_sync()
 
@@ -196,7 +196,7 @@ class BlockMachine:
                         body(i * tile.panels + p, memory, shared, inside)
 
     @T.inline
-    def absorb(self, tracked, first=0):
+    def softmax_pv(self, tracked, first=0):
         """S to P, and O += P V, 16 keys at a time: the next exponentials run between these products."""
         if tracked:
             self.softmax.track(self.S, first=first)
@@ -217,7 +217,7 @@ class BlockMachine:
         else:
             self.softmax.modify(self.S, place[0], tile * self.config.block_n + place[1], masked, first)
 
-    def is_blind(self, tile):
+    def is_fully_masked(self, tile):
         """Whether a warp's first m-tile sees nothing of a tile, though others of the block do."""
         _, _, warp_row = self.place_of(fresh("tid.x"))
         row = self.row_first + warp_row
@@ -225,14 +225,14 @@ class BlockMachine:
         return end <= tile * self.config.block_n
 
     @T.inline
-    def if_seen(self, tile, masked, body):
+    def from_first_visible(self, tile, masked, body):
         """``body(first)`` from the first m-tile on, or from the last if a mask hides the tile from those before it.
 
         A warp's m-tiles are as far apart as possible: under a causal mask, one of two sees nothing of what is right of
         the middle of the diagonal.
         """
         if masked and self.m_tiles > 1 and not (self.pattern.is_unmasked or self.pattern.has_gaps):
-            if self.is_blind(tile):
+            if self.is_fully_masked(tile):
                 body(self.m_tiles - 1)
             else:
                 body(0)
@@ -256,10 +256,10 @@ class BlockMachine:
         """Let ``fetched`` and the cursor of K go to the next tile on the left."""
         before: T.int32 = self.fetched
         next_visible(self.pattern, self.at, self.tiles, self.rows, self.config.block_n, self.fetched)
-        self.retreat(self.k, before, self.fetched)
+        self.move_to_next(self.k, before, self.fetched)
 
     @T.inline
-    def retreat(self, matrix, tile, following):
+    def move_to_next(self, matrix, tile, following):
         """Let a cursor go from a tile to the one that follows on the left."""
         key = T.meta_var(tile * self.config.block_n)
         if self.pattern.has_gaps:

@@ -105,7 +105,7 @@ def store_output(machine, O):
     word = T.alloc_local([1], "uint32")
     first = T.meta_var(machine.q.tile.address(machine.warp_row + fragment.row(lane), machine.part * 2))
     to: T.uint32 = first + T.Cast("uint32", fragment.column(lane) * element.bytes)
-    machine.meet()
+    machine.sync_sharing_warps()
     for t in T.unroll(machine.m_tiles):
         for i in T.unroll(stride // 4):
             for r in T.unroll(2):
@@ -115,7 +115,7 @@ def store_output(machine, O):
                 machine.pack_pair(word, 0, machine.O[o], machine.O[o + 1])
                 at = T.meta_var((column // element.chunk, column % element.chunk * element.bytes))
                 T.ptx["st.shared.b32"](machine.q.tile.at(to, row, *at), word[0])
-    machine.meet()
+    machine.sync_sharing_warps()
     rows = T.meta_var(fragment.tile_rows // machine.parts)
     store_rows(
         g, machine.at, O, machine.q.tile, machine.warp_row + machine.part * rows, machine.row_first, lane,
@@ -191,7 +191,7 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_ty
                 machine = machine_type(pattern, config, geometry, at, rows, tiles, sources, block, tid)
                 machine.start()
                 walk(pattern, at, tiles, rows, N, careful, machine.step)
-                machine.settle()
+                machine.wait_for_copies()
                 # 4. Once more, with care, if that went wrong.  Indices are read anew, so that none is kept until here.
                 thread: T.int32 = fresh("tid.x")
                 x1: T.int32 = fresh("ctaid.x")

@@ -52,7 +52,7 @@ class PairedProducts(LdmatrixProducts):
         return group // 2 * 32 + group % 2 * 8
 
     @T.inline
-    def meet(self):
+    def sync_sharing_warps(self):
         """The two warps wait for each other."""
         T.ptx.bar.sync(T.Cast("uint32", _FIRST_BARRIER + self.pair()), 64)
 
@@ -66,13 +66,13 @@ class PairedProducts(LdmatrixProducts):
             row = T.meta_var(self.softmax.position(row0, 0, i // 2, 0, i % 2, 0)[0])
             if lane % 4 == 0:
                 self.exchange[part, row] = values[i]
-        self.meet()
+        self.sync_sharing_warps()
         for i in T.unroll(2 * first, 2 * self.m_tiles):
             row = T.meta_var(self.softmax.position(row0, 0, i // 2, 0, i % 2, 0)[0])
             values[i] = combine(values[i], self.exchange[1 - part, row])
 
     @T.inline
-    def absorb(self, tracked, first=0):
+    def softmax_pv(self, tracked, first=0):
         """S to P, and O += P V: first the probabilities of this warp's keys, then the partner's."""
         if tracked:
             self.softmax.local_max(self.S, self.softmax.peak, first)
@@ -100,7 +100,7 @@ class PairedProducts(LdmatrixProducts):
                     to = T.meta_var(self.p_tile.at(p_to, t * self.tile_step + x % 2 * 8, k * 2 + x // 2))
                     T.ptx["st.shared.b32"](to, self.P[t * 4 + x])
             self.accumulate_from(v_own, k, first)
-        self.meet()
+        self.sync_sharing_warps()
         # 3. The partner's.
         for k in T.unroll(keys // 16):
             for t in T.unroll(first, self.m_tiles):

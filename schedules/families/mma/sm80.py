@@ -92,7 +92,7 @@ class _AsynchronousMachine(BlockMachine):
             self.copy(self.v, stage, key_first, live, ragged)
             before: T.int32 = self.fetched
             self.fetch_done()
-            self.retreat(self.v, before, self.fetched)
+            self.move_to_next(self.v, before, self.fetched)
         else:
             self.fetch_done()
         T.ptx.cp.async_.commit_group()
@@ -110,7 +110,7 @@ class _AsynchronousMachine(BlockMachine):
         T.cuda.cta_sync()
 
     @T.inline
-    def settle(self):
+    def wait_for_copies(self):
         """Wait for this thread's copies that no step has waited for: all of them, where a block sees no key."""
         T.ptx.cp.async_.wait_group(0)
 
@@ -150,7 +150,7 @@ class _AsynchronousMachine(BlockMachine):
             self.fetch(T.Select(self.use == 0, self.stages, self.use) - 1, self.is_live(tile))
         else:
             self.copy(self.v, 0, tile * self.config.block_n, True, masked)
-            self.retreat(self.v, tile, self.fetched)
+            self.move_to_next(self.v, tile, self.fetched)
             T.ptx.cp.async_.commit_group()
         if self.stages > 1:
 
@@ -158,9 +158,9 @@ class _AsynchronousMachine(BlockMachine):
             def compute(first):
                 self.scores(first)
                 self.score_tile(tile, masked, tracked, first)
-                self.absorb(tracked, first)
+                self.softmax_pv(tracked, first)
 
-            self.if_seen(tile, masked, compute)
+            self.from_first_visible(tile, masked, compute)
             self.use = T.Select(self.use == self.stages - 1, 0, self.use + 1)
         else:
 
@@ -170,13 +170,13 @@ class _AsynchronousMachine(BlockMachine):
                 self.score_tile(tile, masked, tracked, first)
 
             @T.inline
-            def absorb(first):
-                self.absorb(tracked, first)
+            def softmax_pv(first):
+                self.softmax_pv(tracked, first)
 
-            self.if_seen(tile, masked, score)
+            self.from_first_visible(tile, masked, score)
             self.arrive(0)
             self.fetch(0, self.is_live(tile))
-            self.if_seen(tile, masked, absorb)
+            self.from_first_visible(tile, masked, softmax_pv)
 
 
 @T.meta_class

@@ -107,14 +107,14 @@ class StagedCopies:
         """One tile of keys."""
         T.cuda.cta_sync()
         self.load(self.v, tile * self.config.block_n, True, masked)
-        self.retreat(self.v, tile, self.fetched)
+        self.move_to_next(self.v, tile, self.fetched)
         self.scores()
         self.score_tile(tile, masked, tracked)
         self.store(self.v)
         T.cuda.cta_sync()
         more: T.bool = self.fetched >= self.tiles.begin
         self.load(self.k, self.fetched * self.config.block_n, more)
-        self.absorb(tracked)
+        self.softmax_pv(tracked)
         if self.parts > 1:
             T.cuda.cta_sync()
         if more:

@@ -1,4 +1,4 @@
-"""Schedule parameters of the Hopper family, their defaults, and what fits into the machine."""
+"""Schedule parameters of the Hopper family, and what fits into the machine."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ class Config:
 
     Attributes
     ----------
-    num_consumer_warpgroups: each computes 64 rows of a row tile.
+    num_consumer_warpgroups: each computes 64 rows of a work tile.
     block_n: keys of a tile, a multiple of 16 up to 256.
-    num_stages: depth of each of the two rings, of K and of V, in shared memory; a power of two.
+    num_stages: stages of each of the two pipelines, of K and of V; a power of two.
     blocks_per_sm: blocks that share a multiprocessor.
-    pingpong: consumer warpgroups take turns at the tensor cores, so that one's softmax meets the other's products.
-    tiles_per_cta: row tiles at a place of the grid, 1 or 2: two are taken one from each end, which makes places of
+    pingpong: consumer warpgroups take turns at issuing products, so that one's softmax overlaps the other's products.
+    tiles_per_cta: work tiles at a place of the grid, 1 or 2: two are taken one from each end, which makes places of
         equal length under a causal mask.
-    waves: places are visited by that many blocks for each that the device runs at a time, one place after the other;
-        0 starts a block for each place.
-    overlap_tiles: the first product of a row tile is issued beside the last one of that before.
+    waves: the kernel is persistent with that many blocks for each that the device runs at a time, which take one place
+        after the other; 0 starts a block for each place.
+    overlap_tiles: the first product of a work tile is issued beside the last one of that before.
     separate_output: finished rows are staged in shared memory of their own and not in the place of the queries, so that
-        the next row tile's queries come while the last product and the output are computed.
+        the next work tile's queries come while the last product and the output are computed.
     running_max: take the row maximum in every step; else unmasked steps rely on the exact maximum of a row's first tile
         and take another only when the row sum of a step shows that it has been far exceeded.
-    pack_heads: query heads of a group share a row tile where there are few queries (``rows.py``).
-    head_section: heads whose row tiles are visited together, strip by strip; 1 visits all row tiles of a head first,
+    pack_heads: query heads of a group share a work tile where there are few queries (``rows.py``).
+    head_section: heads whose work tiles are visited together, strip by strip; 1 visits all work tiles of a head first,
         ``ALL`` a strip of all heads and batches.
     """
 
@@ -72,7 +72,7 @@ class Config:
 
     @property
     def block_m(self) -> int:
-        """Rows of a row tile."""
+        """Rows of a work tile."""
         return WARPGROUP_ROWS * self.num_consumer_warpgroups
 
     @property
@@ -92,7 +92,7 @@ class Config:
 
     @property
     def several_tiles(self) -> bool:
-        """Whether blocks may compute more than one row tile."""
+        """Whether blocks may compute more than one work tile."""
         return self.tiles_per_cta > 1 or self.persistent
 
 
@@ -102,7 +102,7 @@ def panels(head_dim: int) -> int:
 
 
 def shared_memory(pattern: Pattern, config: Config, q_stages: int) -> int:
-    """Bytes of shared memory that a block needs with room for the queries of ``q_stages`` row tiles."""
+    """Bytes of shared memory that a block needs with room for the queries of ``q_stages`` work tiles."""
     row = 2 * PANEL
     q = q_stages * config.block_m * panels(pattern.head_dim)
     k_and_v = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
@@ -145,7 +145,7 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     if config.tiles_per_cta not in (1, 2):
         return Rejected(f"tiles_per_cta {config.tiles_per_cta} is not 1 or 2")
     if config.separate_output and not config.several_tiles:
-        return Rejected("separate_output gains nothing with one row tile a block: tiles_per_cta 2 or waves")
+        return Rejected("separate_output gains nothing with one work tile a block: tiles_per_cta 2 or waves")
     if pattern.has_gaps and config.several_tiles:
         return Rejected("a mask with gaps needs tiles_per_cta 1 and waves 0: its tiles are counted as they come")
     if pattern.depends_on_head and config.pack_heads:
@@ -153,7 +153,7 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     if any(p.per_head for p in pattern.params) and config.persistent:
         return Rejected("parameters of each head need waves 0: a block reads them once")
     if config.overlap_tiles and not (config.several_tiles and q_stages(pattern, config) == 2):
-        return Rejected("overlap_tiles needs tiles_per_cta 2 or waves, and room for the queries of two row tiles")
+        return Rejected("overlap_tiles needs tiles_per_cta 2 or waves, and room for the queries of two work tiles")
     needed = shared_memory(pattern, config, q_stages(pattern, config))
     if needed > available_memory(config):
         return Rejected(f"needs {needed} bytes of shared memory, a block of {target} has {available_memory(config)}")

@@ -4,7 +4,23 @@ A step of a warpgroup, for tile n of keys, overlaps its own softmax with its own
 
 1. issue ``S = Q K(n)ᵀ``, then ``O += P V(n−1)`` (with ping-pong: when the other warpgroup has issued its own);
 2. wait for S, score and mask it, make probabilities of it while the second product runs;
-3. wait for O, release V(n−1), pack P, bring O to the reference if that was raised.
+3. wait for O, release V(n−1), pack P, rescale O if the reference was raised.
+
+Two consumer warpgroups with ping-pong and two stages, from left to right; ``▸`` is a wait that ends::
+
+               step n−1                      step n                        step n+1
+    producer K ▸empty  load K(n)             ▸empty  load K(n+1)           ▸empty  load K(n+2)
+    producer V ▸empty  load V(n−1)           ▸empty  load V(n)             ▸empty  load V(n+1)
+    WG0 issues  QK(n−1) PV(n−2)               QK(n) PV(n−1)                 QK(n+1) PV(n)
+    WG0                         ▸S softmax ▸K(n) ▸O      ▸S softmax ▸K(n+1) ▸O       ▸S softmax …
+    WG0 releases                K(n−1)      V(n−2)       K(n)        V(n−1)          K(n+1)
+    tensor     [WG0 n−1        ][WG1 n−1    ][WG0 n      ][WG1 n     ][WG0 n+1     ][WG1 n+1 …
+    WG1 issues                   QK(n−1) PV(n−2)          QK(n) PV(n−1)
+    WG1 softmax … of n−2                     … of n−1                  … of n
+
+K(n) is released as soon as S is there (in a step without maximum only at its end: the step may need it again), V(n−1)
+when O is.  The producer is ahead by as many tiles as there are stages: K(n + stages) is loaded when the last of the
+consumers' warps has released K(n).
 """
 
 from __future__ import annotations
@@ -12,16 +28,17 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
-from schedules.families.sm90.block import Block, Walk
+from schedules.families.sm90.barriers import NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
-from schedules.families.sm90.copy import Ring
-from schedules.families.sm90.multiply import Products, k_major, mn_major, rows_offset, swizzled
-from schedules.families.sm90.softmax import PACK, Finished, Softmax
+from schedules.families.sm90.pipeline import Pipeline, PipelineState, TileCounter
+from schedules.families.sm90.softmax import Finished, Softmax
+from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset, swizzled
+from schedules.families.sm90.work_tile import Block, KeyWalk
+from schedules.tile.dtypes import element_type
 from schedules.tile.epilogue import normalise
 from schedules.tile.softmax import LAZY
+from schedules.tile.static import static
 
-#: First of the named barriers of the warpgroups' turns; barrier 0 is the whole block's.
-TURN = 1
 #: Largest head_dim at which descriptors of Q may be kept from step to step: beyond it they take registers that scores
 #: and output need (110 moves to uniform registers against 73, and spills).
 MANY_COLUMNS = 128
@@ -32,95 +49,118 @@ class Consumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``."""
 
     def __init__(
-        self, pattern: Pattern, config: Config, block: Block, rings: tuple[Ring, Ring, Ring], output, index, warp, lane
+        self,
+        pattern: Pattern,
+        config: Config,
+        block: Block,
+        pipelines: tuple[Pipeline, Pipeline, Pipeline],
+        epilogue,
+        index,
+        warp,
+        lane,
     ):
         self.pattern, self.config, self.block = pattern, config, block
-        self.q, self.k, self.v = rings
-        self.output = output
+        self.q, self.k, self.v = pipelines
+        self.epilogue = epilogue
         self.index, self.warp, self.lane = index, warp, lane
+        self.barriers = NamedBarriers(config.num_consumer_warpgroups)
         self.products = Products(pattern.dtype, config.block_m, config.block_n, pattern.head_dim, pattern.head_dim_v)
-        # A product of the row tile before may still need its V tile.
-        self.may_skip = not (pattern.is_unmasked or pattern.has_gaps or config.overlap_tiles)
+        # A product of the work tile before may still need its V tile.
+        several = config.num_consumer_warpgroups > 1
+        self.may_skip = several and not (pattern.is_unmasked or pattern.has_gaps or config.overlap_tiles)
         self.outputs = pattern.head_dim_v // 2
+        # Of a warpgroup's 64 rows, 128 threads: (64, block_n), (64, head_dim_v) float32; (64, block_n) 16-bit in pairs.
         self.acc_s = T.alloc_local([config.block_n // 2], "float32")
         self.acc_o = T.alloc_local([self.outputs], "float32")
         self.p = T.alloc_local([config.block_n // 4], "uint32")
         self.softmax = Softmax(pattern, block.site, block.rows, config.block_n)
         self.finished = Finished(self.softmax)
-        self.n = T.local_scalar("int32")  # tile of keys whose scores are next, counted over all row tiles
-        self.first = T.local_scalar("int32")  # step that a row tile begins with, for this warpgroup
+        self.n = T.local_scalar("int32")  # tiles of keys that were scored, over all work tiles
+        self.counter = TileCounter(self.n)
+        self.first = T.local_scalar("int32")  # step that a work tile begins with, for this warpgroup
         self.total = T.local_scalar("int32")  # of all steps, where they have to be counted
-        self.row = index * WARPGROUP_ROWS + warp * 16  # first row of this warp in the row tile
+        self.row = index * WARPGROUP_ROWS + warp * 16  # first row of this warp in the work tile
+
+    # ------------------------------------------------------------ tiles
+
+    def k_state(self) -> PipelineState:
+        """Of K(n), the tile of keys that is scored next."""
+        return self.counter.state(self.k.stages)
+
+    def v_state(self) -> PipelineState:
+        """Of V(n−1), which the probabilities that are packed belong to."""
+        return self.counter.state(self.v.stages, behind=1)
+
+    def q_state(self) -> PipelineState:
+        """Of the work tile's queries."""
+        return self.q.state(self.block.tile)
 
     # ------------------------------------------------------------ products
 
     @T.inline
-    def issue_qk(self):
-        """Start the scores of the row tile and the K tile that is next."""
+    def issue_qk(self, k):
+        """Start the scores of the work tile and K tile ``k``."""
         T.ptx.wgmma.fence.sync.aligned()
-        self.products.qk(self.acc_s, self._q(), self._k())
+        self.products.qk(self.acc_s, self._q_descriptor(), self._k_descriptor(k))
         T.ptx.wgmma.commit_group.sync.aligned()
 
     @T.inline
-    def issue_pv(self):
-        """Start the product of the packed probabilities and the V tile of the scores before."""
-        self.v.wait(self.n - 1)
+    def issue_pv(self, v):
+        """Start the product of the packed probabilities and V tile ``v``."""
+        self.v.consumer_wait(v)
         T.ptx.wgmma.fence.sync.aligned()
-        self.products.pv(self.acc_o, self.p, self._v())
+        self.products.pv(self.acc_o, self.p, self._v_descriptor(v))
         T.ptx.wgmma.commit_group.sync.aligned()
 
     @T.inline
-    def issue(self):
+    def issue(self, k, v):
         """Start both products of a step, and wait for the scores."""
-        if self.config.pingpong:
-            T.ptx.bar.sync(T.Cast("uint32", TURN + self.index), 256)
-        self.issue_qk()
-        self.issue_pv()
-        if self.config.pingpong:
-            T.ptx.bar.arrive(T.Cast("uint32", TURN + self._next()), 256)
+        if static(self.config.pingpong):
+            self.barriers.await_turn(self.index)
+        self.issue_qk(k)
+        self.issue_pv(v)
+        if static(self.config.pingpong):
+            self.barriers.pass_turn(self.index)
         T.ptx.wgmma.wait_group.sync.aligned(1)
 
-    def _next(self):
-        return T.Select(self.index == self.config.num_consumer_warpgroups - 1, 0, self.index + 1)
-
-    def _q(self):
+    def _q_descriptor(self):
         first = k_major(self.q.tiles.ptr_to([0, 0, 0, 0])) + rows_offset(self.index * WARPGROUP_ROWS, 1)
         if self.pattern.head_dim > MANY_COLUMNS:  # add 0, which only looks as if it changed from step to step
-            first = first + T.Cast("uint64", T.shift_right(self.n, 31))
-        return first + T.Cast("uint64", self.q.slot(self.block.tile)) * rows_offset(self.config.block_m, self.q.panels)
+            first = first + T.Cast("uint64", T.shift_right(self.counter.count, 31))
+        return first + T.Cast("uint64", self.q_state().index) * rows_offset(self.config.block_m, self.q.panels)
 
-    def _k(self):
+    def _k_descriptor(self, k):
         first = k_major(self.k.tiles.ptr_to([0, 0, 0, 0]))
-        return first + T.Cast("uint64", self.k.slot(self.n)) * rows_offset(self.config.block_n, self.k.panels)
+        return first + T.Cast("uint64", k.index) * rows_offset(self.config.block_n, self.k.panels)
 
-    def _v(self):
+    def _v_descriptor(self, v):
         first = mn_major(self.v.tiles.ptr_to([0, 0, 0, 0]), self.config.block_n)
-        return first + T.Cast("uint64", self.v.slot(self.n - 1)) * rows_offset(self.config.block_n, self.v.panels)
+        return first + T.Cast("uint64", v.index) * rows_offset(self.config.block_n, self.v.panels)
 
     def _more(self, walk, i):
-        """Whether another tile of keys comes after step ``i`` of the row tile."""
+        """Whether another tile of keys comes after step ``i`` of the work tile."""
         if self.pattern.has_gaps:
-            return self.n + 1 < self.total
+            return self.counter.count + 1 < self.total
         if not self.config.overlap_tiles:
             return i + 1 < walk.steps
         return T.Or(i + 1 < walk.steps, self.block.tile < self.block.tiles - 1)
 
     @T.inline
-    def next_k(self, more):
-        """Wait for the next K tile if there is one.
+    def next_k(self, k, more):
+        """Wait for the K tile after ``k`` if there is one; it is the one to be scored next.
 
         It stands between softmax and the wait for O on purpose: a branch is what keeps ptxas from moving that wait up
         in front of the exponentials (72 to 77% of the tensor cores' time).
         """
         if more:
-            self.k.wait(self.n + 1)
-        self.n = self.n + 1
+            self.k.consumer_wait(k.next())
+        self.counter.advance()
 
     @T.inline
-    def finish_pv(self):
-        """After ``next_k``: wait for the output and let its V tile go."""
+    def finish_pv(self, v):
+        """Wait for the output and let V tile ``v`` go."""
         T.ptx.wgmma.wait_group.sync.aligned(0)
-        self.v.release(self.n - 2, self.lane)
+        self.v.consumer_release(v, self.lane)
 
     # ------------------------------------------------------------ steps
 
@@ -132,15 +172,17 @@ class Consumer:
 
     @T.inline
     def step(self, walk, i, masked):
-        """Step ``i`` of the row tile, with the maximum."""
+        """Step ``i`` of the work tile, with the maximum."""
         key_first = T.meta_var(walk.key_first(i))
-        self.issue()
-        self.k.release(self.n, self.lane)
+        k = T.meta_var(self.k_state())
+        v = T.meta_var(self.v_state())
+        self.issue(k, v)
+        self.k.consumer_release(k, self.lane)
         self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), masked)
         self.softmax.track(self.acc_s, LAZY)
         self.softmax.probabilities(self.acc_s, self.softmax.scale)
-        self.next_k(self._more(walk, i))
-        self.finish_pv()
+        self.next_k(k, self._more(walk, i))
+        self.finish_pv(v)
         self.softmax.pack(self.acc_s, self.p)
         self.softmax.add_sums()
         if self.softmax.grown != 0:
@@ -150,31 +192,31 @@ class Consumer:
     def step_unchecked(self, walk, i):
         """A step without mask and maximum; a warp whose references are too low takes it again from the scores on."""
         key_first = T.meta_var(walk.key_first(i))
-        self.issue()
+        k = T.meta_var(self.k_state())
+        v = T.meta_var(self.v_state())
+        self.issue(k, v)
         self.softmax.modify(self.acc_s, self._row0(), self._column0(key_first), False)
         self.softmax.probabilities(self.acc_s, self.softmax.signed_scale())
-        self.next_k(self._more(walk, i))
-        self.finish_pv()
+        self.next_k(k, self._more(walk, i))
+        self.finish_pv(v)
         self.softmax.pack(self.acc_s, self.p)
         if self.softmax.overflowed():
             # The scores are lost, and a probability may be infinite; K and Q are still in place.
-            self.products.qk_again(
-                self.acc_s, self.q.pointer(self.block.tile), self.k.pointer(self.n - 1), self.row, self.lane
-            )
+            self.products.qk_again(self.acc_s, self.q.pointer(self.q_state()), self.k.pointer(k), self.row, self.lane)
             self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), False)
             self.softmax.track(self.acc_s, 0.0)
             self.softmax.probabilities(self.acc_s, self.softmax.scale)
             self.softmax.pack(self.acc_s, self.p)
             if self.softmax.grown != 0:
                 self.softmax.rescale(self.acc_o, self.outputs)
-        self.k.release(self.n - 1, self.lane)
+        self.k.consumer_release(k, self.lane)
         self.softmax.add_sums()
 
     @T.inline
-    def first_softmax(self, walk):
-        """Probabilities of a row tile's first step, with the exact maximum."""
+    def first_softmax(self, walk, k):
+        """Probabilities of a work tile's first step, with the exact maximum; ``k`` is its tile of keys."""
         column0 = T.meta_var(self._column0(walk.key_first(self.first)))
-        self.k.release(self.n, self.lane)
+        self.k.consumer_release(k, self.lane)
         self.softmax.reset()
         if T.And(walk.full_begin <= self.first, self.first < walk.full_end):
             self.softmax.scores(self.acc_s, self._row0(), column0, False)
@@ -188,7 +230,7 @@ class Consumer:
         """Steps ``begin .. end`` (exclusive) with the mask; those that see nothing are left out."""
         for i in T.serial(begin, end):
             if self.pattern.has_gaps:
-                if walk.live(i):
+                if walk.visible(i):
                     self.step(walk, i, True)
             else:
                 self.step(walk, i, True)
@@ -197,17 +239,17 @@ class Consumer:
 
     @T.inline
     def run(self):
-        """Compute the block's row tiles."""
-        self.n = 0
-        if self.config.pingpong:  # noqa: SIM102, decided when the kernel is made
+        """Compute the block's work tiles."""
+        self.counter.start()
+        if static(self.config.pingpong):
             if self.index == self.config.num_consumer_warpgroups - 1:
-                T.ptx.bar.arrive(TURN, 256)
+                self.barriers.start_turns()
         if self.config.overlap_tiles:
             self.start()
         for t in T.serial(self.block.tiles):
-            # 1. The first tile of keys, unless it was begun beside the row tile before.
+            # 1. The first tile of keys, unless it was begun beside the work tile before.
             if not self.config.overlap_tiles:
-                if self.config.several_tiles:  # noqa: SIM102, decided when the kernel is made
+                if static(self.config.several_tiles):
                     if t > 0:
                         self.block.advance()
                 self.start()
@@ -223,7 +265,7 @@ class Consumer:
                         self.step_unchecked(walk, i)
             if walk.has_left:
                 self.masked_steps(walk, T.max(walk.full_end, self.first + 1), walk.steps)
-            # 3. The last product, perhaps beside the first of the next row tile.
+            # 3. The last product, perhaps beside the first of the next work tile.
             if self.config.overlap_tiles:
                 if t + 1 < self.block.tiles:
                     self.change_tile()
@@ -234,7 +276,7 @@ class Consumer:
 
     @T.inline
     def start(self):
-        """The first step of a row tile, which has no earlier product beside it."""
+        """The first step of a work tile, which has no earlier product beside it."""
         for i in T.unroll(self.outputs):
             self.acc_o[i] = T.float32(0)
         walk = self.walk()
@@ -242,64 +284,70 @@ class Consumer:
             self.count(walk)
         self.first = 0
         if self.may_skip:
-            self.skip(walk.blind)
-        self.q.wait(self.block.tile)
-        self.k.wait(self.n)
-        self.issue_qk()
+            self.skip(walk.hidden)
+        k = T.meta_var(self.k_state())
+        self.q.consumer_wait(self.q_state())
+        self.k.consumer_wait(k)
+        self.issue_qk(k)
         T.ptx.wgmma.wait_group.sync.aligned(0)
-        self.first_softmax(walk)
+        self.first_softmax(walk, k)
         self.softmax.pack(self.acc_s, self.p)
         self.softmax.add_sums()
-        self.next_k(self._more(walk, self.first))
+        self.next_k(k, self._more(walk, self.first))
 
     @T.inline
     def end(self):
-        """The last product of a row tile, and its output."""
-        self.output.scored(self.block.tile, self.lane)
-        self.issue_pv()
+        """The last product of a work tile, and its output."""
+        v = T.meta_var(self.v_state())
+        self.epilogue.scores_done(self.block.tile, self.lane)
+        self.issue_pv(v)
         T.ptx.wgmma.wait_group.sync.aligned(0)
-        if self.config.several_tiles:
-            self.v.release(self.n - 1, self.lane)
+        if static(self.config.several_tiles):
+            self.v.consumer_release(v, self.lane)
         self.finished.keep(self.softmax)
         self.write(self.block.tile)
 
     def walk(self):
-        """The steps of the row tile, as this warpgroup's rows see them."""
-        return Walk(self.block, self.index * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        """The steps of the work tile, as this warpgroup's rows see them."""
+        return KeyWalk(self.block, self.index * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
     @T.inline
-    def skip(self, steps):
-        """Let tiles of keys pass that this warpgroup's rows don't see, though others of the row tile do."""
-        for _ in T.serial(steps):
-            self.k.wait(self.n)
-            self.k.release(self.n, self.lane)
-            if self.config.pingpong:
-                T.ptx.bar.sync(T.Cast("uint32", TURN + self.index), 256)
-                T.ptx.bar.arrive(T.Cast("uint32", TURN + self._next()), 256)
-            self.v.wait(self.n)
-            self.v.release(self.n, self.lane)
-            self.n = self.n + 1
-        self.first = steps
+    def skip(self, hidden):
+        """Let tiles of keys pass that this warpgroup's rows don't see, though others of the work tile do."""
+        for _ in T.serial(hidden):
+            k = T.meta_var(self.k_state())
+            v = T.meta_var(self.v_state().next())  # of the same keys
+            self.k.consumer_wait(k)
+            self.k.consumer_release(k, self.lane)
+            if static(self.config.pingpong):
+                self.barriers.await_turn(self.index)
+                self.barriers.pass_turn(self.index)
+            self.v.consumer_wait(v)
+            self.v.consumer_release(v, self.lane)
+            self.counter.advance()
+        self.first = hidden
 
     @T.inline
     def count(self, walk):
         """How many steps there are to take, of a mask with gaps."""
         self.total = 1
         for i in T.serial(1, walk.steps):
-            self.total = self.total + T.Cast("int32", walk.live(i))
+            self.total = self.total + T.Cast("int32", walk.visible(i))
 
     @T.inline
     def change_tile(self):
-        """The first step of the next row tile, beside which this one is finished."""
-        self.output.scored(self.block.tile, self.lane)
+        """The first step of the next work tile, beside which this one is finished."""
+        k = T.meta_var(self.k_state())
+        v = T.meta_var(self.v_state())
+        self.epilogue.scores_done(self.block.tile, self.lane)
         self.block.advance()
         walk = self.walk()
-        self.q.wait(self.block.tile)
-        self.issue()
+        self.q.consumer_wait(self.q_state())
+        self.issue(k, v)
         self.finished.keep(self.softmax)
-        self.first_softmax(walk)
-        self.next_k(self._more(walk, 0))
-        self.finish_pv()
+        self.first_softmax(walk, k)
+        self.next_k(k, self._more(walk, 0))
+        self.finish_pv(v)
         self.write(self.block.tile - 1)
         self.softmax.pack(self.acc_s, self.p)
         self.softmax.add_sums()
@@ -308,16 +356,17 @@ class Consumer:
 
     @T.inline
     def write(self, tile):
-        """Normalise the output of row tile number ``tile``, and leave it in shared memory, to be stored."""
+        """Normalise the output of work tile number ``tile``, and leave it in shared memory, to be stored."""
         self.finished.store_lse(self.block, tile, self.row + self.softmax.fragment.row(self.lane), self.lane)
         normalise(self.finished, self.acc_o, self.outputs)
-        self.output.take(tile, self.index, TURN + self.config.num_consumer_warpgroups + self.index)
+        self.epilogue.acquire(tile, self.index, self.barriers)
         packed = T.alloc_local([4], "uint32")
+        pack = T.meta_var(element_type(self.pattern.dtype).pack)
         for c in T.unroll(self.pattern.head_dim_v // 16):
             for i in T.unroll(4):
-                T.ptx[PACK[self.pattern.dtype]](packed[i], self.acc_o[c * 8 + i * 2 + 1], self.acc_o[c * 8 + i * 2])
+                T.ptx[pack](packed[i], self.acc_o[c * 8 + i * 2 + 1], self.acc_o[c * 8 + i * 2])
             T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](
-                self.output.pointer(tile, self.index)(
+                self.epilogue.pointer(tile, self.index)(
                     c // 4, self.warp * 16 + self.lane % 16, swizzled(c % 4 * 2 + self.lane // 16, self.lane % 8)
                 ),
                 *[packed[x] for x in range(4)],
@@ -325,4 +374,4 @@ class Consumer:
         T.ptx.fence.proxy.async_.shared__cta()
         T.cuda.warp_sync()
         if self.lane == 0:
-            self.output.hand_over(tile, self.index)
+            self.epilogue.commit(tile, self.index)

@@ -1,7 +1,6 @@
-"""The Hopper kernel: one to four consumer warpgroups, one that feeds them, and rings of tiles between them.
+"""The Hopper kernel: one to four consumer warpgroups, the producer's warpgroup, and pipelines of tiles between them.
 
-Each warp of the feeding warpgroup has one task, which one thread of it does: fetch K, fetch V, fetch the queries of
-further row tiles, store what the consumers have written.  So none of these waits for another.
+Who waits for whom is in ``barriers.py``, what happens when in ``consumer.py``.
 """
 
 from __future__ import annotations
@@ -12,12 +11,16 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Traversal
-from schedules.families.sm90.block import Block, Places, Walk
+from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, panels, q_stages
 from schedules.families.sm90.consumer import Consumer
-from schedules.families.sm90.copy import Ring, encode_keys, encode_queries
-from schedules.families.sm90.output import output
-from schedules.families.sm90.rows import Rows
+from schedules.families.sm90.epilogue import epilogue
+from schedules.families.sm90.packing import Rows
+from schedules.families.sm90.pipeline import Pipeline
+from schedules.families.sm90.producer import fetch_keys, fetch_queries, prologue, store_outputs
+from schedules.families.sm90.tile_scheduler import TileScheduler
+from schedules.families.sm90.tma import encode_keys, encode_queries
+from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import Geometry, parameterised
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
@@ -30,59 +33,17 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> 
     )
 
 
-@T.inline
-def _open(block, q, k, q_map, k_map):
-    """Fetch the first tiles of Q and K, before any other thread needs to be ready."""
-    walk = Walk(block, 0, block.config.block_m)
-    q.fetch(0, q_map, block.queries(0))
-    k.fetch(0, k_map, block.keys(walk.key_first(0)))
-
-
-@T.inline
-def _fetch_keys(block, ring, descriptor, first):
-    """Fill the ring of K or of V, from tile ``first`` on."""
-    n: T.int32 = 0
-    for t in T.serial(block.tiles):
-        if block.config.several_tiles:  # noqa: SIM102, decided when the kernel is made
-            if t > 0:
-                block.advance()
-        walk = Walk(block, 0, block.config.block_m)
-        for i in T.serial(walk.steps):
-            if T.Or(i == 0, walk.live(i)) if block.pattern.has_gaps else True:
-                if n >= first:
-                    ring.load(n, descriptor, block.keys(walk.key_first(i)))
-                n = n + 1
-
-
-@T.inline
-def _fetch_queries(block, q, q_map):
-    """Fetch the queries of each row tile after the first."""
-    for t in T.serial(1, block.tiles):
-        block.advance()
-        q.load(t, q_map, block.queries(0))
-
-
-@T.inline
-def _store(block, finished, o_map):
-    """Store finished row tiles."""
-    for t in T.serial(block.tiles):
-        if block.config.several_tiles:  # noqa: SIM102, decided when the kernel is made
-            if t > 0:
-                block.advance()
-        finished.store(block, t, o_map)
-
-
 def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
     dtype = pattern.dtype
-    feeder_registers, consumer_registers = config.registers
+    producer_registers, consumer_registers = config.registers
     consumers = config.num_consumer_warpgroups
-    feeder = 4 * consumers  # the first warp after theirs
+    producer = WARPS * consumers  # the first warp after theirs
 
     @T.prim_func(check_well_formed=False)
     def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
         geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, parameters, ALIGNMENT)
         rows = Rows(config, geometry)
-        places = Places(geometry, rows, config)
+        scheduler = TileScheduler(geometry, rows, config)
         # 1. Descriptors of the tensors, made on the host.
         q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         T.evaluate(encode_queries(q_map, geometry.q, rows, config.block_m))
@@ -95,49 +56,52 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         # 2. Blocks, warps, lanes.
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
-        x, y, z = T.cta_id(places.grid())
+        x, y, z = T.cta_id(scheduler.grid())
         warp = T.warp_id([config.threads // 32])
         lane = T.lane_id([32])
         T.thread_id([config.threads])
-        # 3. Shared memory: queries of row tiles, rings of keys and values, perhaps outputs, barriers.
+        # 3. Shared memory: queries of work tiles, pipelines of keys and values, perhaps outputs, barriers.
         pool = SMEMPool()
-        q_ring = Ring(pool, q_stages(pattern, config), panels(pattern.head_dim), config.block_m, dtype)
-        k_ring = Ring(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
-        v_ring = Ring(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
-        finished = output(pattern, config, pool, q_ring)
-        q_ring.add_barriers(pool)
-        k_ring.add_barriers(pool)
-        v_ring.add_barriers(pool)
+        q_pipeline = Pipeline(pool, q_stages(pattern, config), panels(pattern.head_dim), config.block_m, dtype)
+        k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
+        v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
+        finished = epilogue(pattern, config, pool, q_pipeline)
+        q_pipeline.add_barriers(pool)
+        k_pipeline.add_barriers(pool)
+        v_pipeline.add_barriers(pool)
         finished.add_barriers(pool)
         pool.commit()
-        if warp == feeder:  # noqa: SIM102, only a whole warp may elect
+        if warp == producer:  # only a whole warp may elect
             if T.cuda.elect_sync():
-                q_ring.init(finished.releases)
-                k_ring.init(4 * consumers)
-                v_ring.init(4 * consumers)
+                q_pipeline.init(finished.releases)
+                k_pipeline.init(consumer_arrivals(consumers))
+                v_pipeline.init(consumer_arrivals(consumers))
                 finished.init()
                 T.ptx.fence.mbarrier_init.release.cluster()
-                _open(Block(pattern, config, geometry, rows, places, (x, y, z)), q_ring, k_ring, q_map, k_map)
+                prologue(
+                    Block(pattern, config, geometry, rows, scheduler, (x, y, z)), q_pipeline, k_pipeline, q_map, k_map
+                )
         T.cuda.cta_sync()
         # 4. Tasks.
-        block = Block(pattern, config, geometry, rows, places, (x, y, z))
-        if warp >= feeder:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](feeder_registers)
-            if warp == feeder:  # noqa: SIM102, as above
+        block = Block(pattern, config, geometry, rows, scheduler, (x, y, z))
+        if warp >= producer:
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
+            if warp == producer:
                 if T.cuda.elect_sync():
-                    _fetch_keys(block, k_ring, k_map, 1)
-            if warp == feeder + 1:  # noqa: SIM102, as above
+                    fetch_keys(block, k_pipeline, k_map, 1)
+            if warp == producer + 1:
                 if T.cuda.elect_sync():
-                    _fetch_keys(block, v_ring, v_map, 0)
-            if warp == feeder + 2:  # noqa: SIM102, as above
+                    fetch_keys(block, v_pipeline, v_map, 0)
+            if warp == producer + 2:
                 if T.cuda.elect_sync():
-                    _fetch_queries(block, q_ring, q_map)
-            if warp == feeder + 3:  # noqa: SIM102, as above
+                    fetch_queries(block, q_pipeline, q_map)
+            if warp == producer + 3:
                 if T.cuda.elect_sync():
-                    _store(block, finished, o_map)
+                    store_outputs(block, finished, o_map)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
-            consumer = Consumer(pattern, config, block, (q_ring, k_ring, v_ring), finished, warp // 4, warp % 4, lane)
+            pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
+            consumer = Consumer(pattern, config, block, pipelines, finished, warp // 4, warp % 4, lane)
             consumer.run()
 
     return attention

@@ -9,7 +9,8 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
-from schedules.families.sm90.rows import Rows
+from schedules.families.sm90.packing import Rows
+from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat
 from schedules.tile.softmax import OnlineSoftmax
@@ -20,8 +21,6 @@ SUM_LIMIT = 8192.0
 CHAINS = 4
 
 _ALL_LANES = 0xFFFFFFFF
-#: Packs two float32 into the A operand of the next product, the second argument into the upper half.
-PACK = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 
 
 @T.meta_class
@@ -80,7 +79,7 @@ class Softmax(OnlineSoftmax):
     def pack(self, S, P):
         """Probabilities to 16 bits, and their sums to ``step_sum``."""
         for i in T.unroll(self.stride // 2):
-            T.ptx[PACK[self.pattern.dtype]](P[i], S[2 * i + 1], S[2 * i])
+            T.ptx[element_type(self.pattern.dtype).pack](P[i], S[2 * i + 1], S[2 * i])
         self._sum(S)
 
     @T.inline
@@ -112,7 +111,7 @@ class Softmax(OnlineSoftmax):
 
 @T.meta_class
 class Finished(OnlineSoftmax):
-    """Row sums and references of a finished row tile, kept while the next one has begun."""
+    """Row sums and references of a finished work tile, kept while the next one has begun."""
 
     def __init__(self, softmax: Softmax):
         self.rows = softmax.rows
@@ -128,13 +127,13 @@ class Finished(OnlineSoftmax):
 
     @T.inline
     def store_lse(self, block, tile, row, lane):
-        """Write the log-sum-exp of this lane's rows of a row tile, from row ``row`` on, if anyone asked."""
+        """Write the log-sum-exp of this lane's rows of a work tile, from row ``row`` on, if anyone asked."""
         geometry = T.meta_var(block.geometry)
         if T.And(geometry.lse_wanted, self.fragment.column(lane) == 0):
-            where = T.meta_var(block.where(tile))
+            where = T.meta_var(block.scheduler.work_tile(block.at, tile))
             to = flat(geometry.lse)
             for r in T.unroll(2):
-                at: T.int32 = block.first_row(where[0], tile) + row + r * self.fragment.row_step
+                at: T.int32 = block.scheduler.first_row(where[0], tile) + row + r * self.fragment.row_step
                 position = T.meta_var(self.rows.position(at))
                 if T.And(at < self.rows.count, position < geometry.seqlen_q):
                     to[geometry.lse_offset(where[2], where[1] + self.rows.head(at), position)] = self.lse(r)

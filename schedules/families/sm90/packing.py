@@ -1,7 +1,7 @@
-"""Which queries the rows of a row tile are: the query heads of one group may share a tile.
+"""Which queries the rows of a work tile are: the query heads of one group may share a tile.
 
-Usually a row is a position.  But a row tile is as high as up to four warpgroups, and a decoding step has one query:
-where several query heads read the same head of keys, and their queries fit into one row tile, the rows are the queries
+Usually a row is a position.  But a work tile is as high as up to four warpgroups, and a decoding step has one query:
+where several query heads read the same head of keys, and their queries fit into one work tile, the rows are the queries
 of one head after those of the other, each head padded to a power of two.  Keys and values are then read once for the
 group and not once for each of its heads.  The host decides so at each call.
 
@@ -48,7 +48,7 @@ class Rows:
         self.heads = T.bind(T.truncdiv(geometry.heads, self.head_step))
 
     def _pack(self, block_m: int):
-        """Let the heads of a group share a row tile, if all fit into one."""
+        """Let the heads of a group share a work tile, if all fit into one."""
         seqlen_q = self.geometry.seqlen_q
         doublings = (T.Cast("int32", seqlen_q > 1 << bits) for bits in range(MOST_PACKED.bit_length() - 1))
         shift = T.bind(sum(doublings, T.int32(0)))

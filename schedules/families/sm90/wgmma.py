@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from schedules.families.sm90.config import PANEL
-
-PTX_DTYPE = {"float16": "f16", "bfloat16": "bf16"}
+from schedules.tile.dtypes import element_type
 
 # Matrix descriptor fields (PTX ISA, "Matrix descriptor format"), in units of 16 bytes: 128-byte swizzle, and 8 rows of
 # 128 bytes from one swizzle atom to the next.
@@ -59,7 +58,7 @@ class Products:
     head_dim_v: int
 
     def _wgmma(self, n):
-        t = PTX_DTYPE[self.dtype]
+        t = element_type(self.dtype).ptx
         return f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{t}.{t}"
 
     @T.inline
@@ -115,5 +114,5 @@ class Products:
                     )  # fmt: skip
 
     def _mma(self):
-        t = PTX_DTYPE[self.dtype]
+        t = element_type(self.dtype).ptx
         return f"mma.sync.aligned.m16n8k16.row.col.f32.{t}.{t}.f32"

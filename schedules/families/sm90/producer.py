@@ -1,0 +1,55 @@
+"""The producer's warpgroup.  Each of its warps has one task, which one thread does, so that none waits for another.
+
+Warp 0 fetches K, warp 1 V, warp 2 the queries of further work tiles, and warp 3 stores what the consumers have written.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from schedules.families.sm90.work_tile import KeyWalk
+from schedules.tile.static import static
+
+
+@T.inline
+def prologue(block, q, k, q_map, k_map):
+    """Fetch the first tiles of Q and K, before any other thread needs to be ready; their stages are empty."""
+    walk = KeyWalk(block, 0, block.config.block_m)
+    q.load(q.state(0), q_map, block.queries(0))
+    k.load(k.state(0), k_map, block.keys(walk.key_first(0)))
+
+
+@T.inline
+def fetch_keys(block, pipeline, descriptor, first):
+    """Fill the pipeline of K or of V, from tile ``first`` on."""
+    n: T.int32 = 0
+    for t in T.serial(block.tiles):
+        if static(block.config.several_tiles):
+            if t > 0:
+                block.advance()
+        walk = KeyWalk(block, 0, block.config.block_m)
+        for i in T.serial(walk.steps):
+            if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
+                if n >= first:
+                    pipeline.producer_acquire(pipeline.state(n))
+                    pipeline.load(pipeline.state(n), descriptor, block.keys(walk.key_first(i)))
+                n = n + 1
+
+
+@T.inline
+def fetch_queries(block, q, q_map):
+    """Fetch the queries of each work tile after the first."""
+    for t in T.serial(1, block.tiles):
+        block.advance()
+        q.producer_acquire(q.state(t))
+        q.load(q.state(t), q_map, block.queries(0))
+
+
+@T.inline
+def store_outputs(block, epilogue, o_map):
+    """Store finished work tiles."""
+    for t in T.serial(block.tiles):
+        if static(block.config.several_tiles):
+            if t > 0:
+                block.advance()
+        epilogue.store(block, t, o_map)

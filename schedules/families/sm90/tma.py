@@ -1,0 +1,69 @@
+"""TMA: descriptors of the tensors, made on the host, and copies of boxes between global and shared memory."""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from schedules.families.sm90.config import PANEL
+from schedules.families.sm90.packing import Rows
+from schedules.tile.geometry import Tensor
+
+_LOAD = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
+_STORE = "cp.async.bulk.tensor.{}d.global.shared::cta.tile.bulk_group"
+_SWIZZLE_128B = 3
+_L2_PROMOTION_128B = 2
+
+_WAIT_STORED = (
+    '__forceinline__ __device__ void wait_stored() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }\n'
+)
+
+
+def encode_keys(descriptor, tensor: Tensor, box_rows: int):
+    """Make the TMA descriptor of k or v, on the host: its box is one panel of ``box_rows`` rows of a head.
+
+    What of a box lies outside the tensor reads as zero and isn't written.
+    """
+    axes = ("seq", "heads", "batch")
+    return T.tensormap_encode_tiled(
+        descriptor, tensor.buffer.data,
+        tensor.sizes["dim"], *(tensor.sizes[axis] for axis in axes),
+        *(_stride_bytes(tensor.sizes[axis], tensor.strides[axis]) for axis in axes),
+        PANEL, box_rows, 1, 1,
+        1, 1, 1, 1,
+        descriptor_dtype=str(tensor.buffer.dtype), rank=4, swizzle=_SWIZZLE_128B, l2_promotion=_L2_PROMOTION_128B,
+    )  # fmt: skip
+
+
+def encode_queries(descriptor, tensor: Tensor, rows: Rows, box_rows: int):
+    """The same of q or o, with the query heads of a group as an axis: a box is ``box_rows`` rows of a work tile."""
+    seq, heads, batch = (_stride_bytes(tensor.sizes[axis], tensor.strides[axis]) for axis in ("seq", "heads", "batch"))
+    return T.tensormap_encode_tiled(
+        descriptor, tensor.buffer.data,
+        tensor.sizes["dim"], tensor.sizes["seq"], rows.group, rows.geometry.kv_heads, tensor.sizes["batch"],
+        seq, heads, heads * T.Cast("int64", rows.group), batch,
+        PANEL, *rows.box(box_rows), 1, 1,
+        1, 1, 1, 1, 1,
+        descriptor_dtype=str(tensor.buffer.dtype), rank=5, swizzle=_SWIZZLE_128B, l2_promotion=_L2_PROMOTION_128B,
+    )  # fmt: skip
+
+
+def _stride_bytes(size, stride):
+    """A stride in bytes; that of a dimension of size 1 is never used, but must be a multiple of 16 all the same."""
+    return T.Select(size > 1, T.Cast("int64", stride) * 2, T.int64(16))
+
+
+@T.inline
+def load_panel(shared, descriptor, panel, at, barrier):
+    """One thread: start to copy a panel of the box at ``at`` to shared memory; its bytes count at ``barrier``."""
+    T.ptx[_LOAD.format(len(at) + 1)](shared, T.address_of(descriptor), panel * PANEL, *at, barrier)
+
+
+@T.inline
+def store_panel(descriptor, panel, at, shared):
+    """One thread: start to copy a panel from shared memory to the box at ``at``, in the thread's open bulk group."""
+    T.ptx[_STORE.format(len(at) + 1)](T.address_of(descriptor), panel * PANEL, *at, shared)
+
+
+def wait_stored():
+    """Until the shared memory of all stores that this thread has committed has been read; a block can't end before."""
+    return T.cuda.func_call("wait_stored", source_code=_WAIT_STORED)
