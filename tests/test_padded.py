@@ -73,8 +73,8 @@ def test_every_option_goes_with_ranges(seqlen_q, softcap, slopes, start):
         what = {"mask": reference.positioned, "score": reference.optional, "params": params}
         exact, exact_lse = reference.attention(q, k, v, softmax_scale=0.125, **what)
         for out, lse in runs:  # by the slow path, and as it was remembered
-            assert selfcheck.largest_error(out, exact) <= 5e-6
-            assert selfcheck.largest_error(lse, exact_lse) <= selfcheck.lse_bound(exact_lse)
+            assert numerics.largest_error(out, exact) <= 5e-6
+            assert numerics.largest_error(lse, exact_lse) <= numerics.lse_bound(exact_lse)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16"))
