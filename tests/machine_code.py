@@ -44,7 +44,7 @@ def compiled(program: Program, arch: str, folder: Path):
     ToolchainError: ptxas reports what must not ship, such as a spill (:func:`schedules.toolchain.ptxas.check`).
     """
     needs_compiler(arch)
-    module = tvm.IRModule({"kernel": program.func})
+    module = tvm.IRModule(program.functions)
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host={"kind": "cuda_host"})
     text = export_cuda_host(tvm.compile(module, target=target, tir_pipeline=program.pipeline).mod)
     source, target_file = folder / "kernel.cu", folder / "kernel.o"

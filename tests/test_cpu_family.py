@@ -25,6 +25,7 @@ from schedules.families.cpu import vector_math
 from schedules.families.interface import Program, Rejected, Target
 from schedules.templates import v1, v2
 from schedules.toolchain import cpu as toolchain
+from schedules.toolchain.machine import best_isa
 from tests import cases, torch_cases
 from tests.cases import CASES, Case
 from tvm_flash import numerics
@@ -48,7 +49,9 @@ def runtime() -> Path:
 
 
 def compile_for(isa: str, program: Program):
-    return tvm.compile(program.func, target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline)
+    return tvm.compile(
+        tvm.IRModule(program.functions), target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline
+    )
 
 
 @functools.cache
@@ -266,3 +269,30 @@ def test_refusals_say_why(change, reason):
     refusal = cpu.feasible(pattern, config, target)
     assert isinstance(refusal, Rejected)
     assert reason in refusal.reason
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_a_sequence_has_the_same_bits_alone_in_a_batch_and_with_any_threads(dtype):
+    """Decoding, where the keys are split: where depends on their number alone."""
+    isa = best_isa(cpu.ISAS)
+    function, _ = kernel("v1", dtype, "full", "identity", isa)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(9, 8, n, 64).to(getattr(torch, dtype)) for n in (2, 5000, 5000))
+
+    def attend(*arguments):
+        q, _, v = arguments
+        out, lse = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype), torch.empty(q.shape[:3].numel())
+        function(*arguments, out, lse, 0.125)
+        return out, lse.view(q.shape[:3])
+
+    want = attend(q, k, v)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 16):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, attend(q, k, v), want))
+            for heads in (slice(0, 1), slice(3, 7)):
+                one = attend(*(x[4:5, heads] for x in (q, k, v)))
+                assert all(torch.equal(a, b[4:5, heads]) for a, b in zip(one, want, strict=True))
+    finally:
+        torch.set_num_threads(threads)

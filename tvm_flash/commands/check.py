@@ -20,6 +20,7 @@ from tvm_flash.frameworks import contiguous_strides
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device
 from tvm_flash.machine.ffi import Frame, TensorSpec
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
 from tvm_flash.packs.registry import Installed, registry
 
@@ -213,39 +214,52 @@ def run(
     entry, rows = kernel.entry, q.shape[:3]
     order = (0, 1, 2, 3) if entry.layout == "bhsd" else (0, 2, 1, 3)
     unwritten = np.full((*rows, entry.head_dim_v), np.nan, np.float32)
-    arrays = [numerics.encode(x.transpose(order), entry.dtype) for x in (q, k, v, unwritten)]
-    arrays.append(np.full(math.prod(rows), np.nan, np.float32))
-    dtypes = [entry.dtype] * 4 + ["float32"]
-    values: list = []
+    inputs = {"q": q, "k": k, "v": v, "o": unwritten}
+    arrays = {role: numerics.encode(x.transpose(order), entry.dtype_of(role)) for role, x in inputs.items()}
+    arrays["lse"] = np.full(math.prod(rows), np.nan, np.float32)
+    numbers: dict[str, float | int] = {"softmax_scale": scale}
     for param in entry.params:
         value = PARAMS[param.name]
-        values.append(len(arrays) if param.per_head else float(value) if param.dtype == "float32" else int(value))
         if param.per_head:
-            arrays.append(value)
-            dtypes.append(param.dtype)
-    specs = [
-        TensorSpec(a.shape, contiguous_strides(a.shape), dtype, device.kind, device.index)
-        for a, dtype in zip(arrays, dtypes, strict=True)
-    ]
-    tail = [specs[x] if p.per_head else x for x, p in zip(values, entry.params, strict=True)]
-    frame = Frame(registry().load(kernel), [*specs[:5], scale, *tail])
-    _run(frame, device, arrays)
-    out = numerics.decode(arrays[3], entry.dtype).transpose(order)
-    return out, arrays[4].reshape(rows)
+            arrays[param.name] = value
+        else:
+            numbers[param.name] = float(value) if param.dtype == "float32" else int(value)
+    extents = entry.extents(sizes.of(*rows, k.shape[1], k.shape[2], entry.head_dim, entry.head_dim_v))
+    numbers |= {scalar.name: extents[scalar.name] for scalar in entry.scalars}
+    for workspace in entry.workspaces:
+        shape = tuple(sizes.evaluate(n, extents) for n in workspace.shape)
+        arrays[workspace.name] = numerics.encode(
+            np.full(shape, 0.0 if workspace.zeroed else np.nan, np.float32), workspace.dtype
+        )
+    arguments: dict[str, TensorSpec | int | float] = dict(numbers)
+    for argument in entry.arguments:
+        if argument.role in arrays:
+            shape = arrays[argument.role].shape
+            strides = contiguous_strides(shape)
+            arguments[argument.role] = TensorSpec(shape, strides, argument.dtype, device.kind, device.index)
+    launches = []
+    for function, launch in zip(registry().load(kernel), entry.launches, strict=True):
+        roles = [x.role for x in launch.arguments]
+        launches.append((Frame(function, [arguments[role] for role in roles]), [r for r in roles if r in arrays]))
+    _run(launches, device, arrays)
+    out = numerics.decode(arrays["o"], entry.dtype_of("o")).transpose(order)
+    return out, arrays["lse"].reshape(rows)
 
 
-def _run(frame: Frame, device: Device, arrays: list[np.ndarray]) -> None:
-    """Run a kernel on host arrays; a GPU gets copies, and what it wrote comes back."""
-    addresses = [a.ctypes.data for a in arrays]
+def _run(launches: list[tuple[Frame, list[str]]], device: Device, arrays: dict[str, np.ndarray]) -> None:
+    """Run launches, each with the roles of its tensors, on host arrays; a GPU gets copies, and results come back."""
+    addresses = {role: a.ctypes.data for role, a in arrays.items()}
     if device.kind == "cpu":
-        frame.run(addresses)
+        for frame, roles in launches:
+            frame.run([addresses[role] for role in roles])
         return
     with cuda.primary_context(device.index) as driver:
-        buffers = [cuda.Buffer(driver, address, a.nbytes) for address, a in zip(addresses, arrays, strict=True)]
+        buffers = {role: cuda.Buffer(driver, addresses[role], a.nbytes) for role, a in arrays.items()}
         try:
-            frame.run([b.pointer for b in buffers])
-            for buffer, address in zip(buffers[3:5], addresses[3:5], strict=True):
-                buffer.download(address)
+            for frame, roles in launches:
+                frame.run([buffers[role].pointer for role in roles])
+            for role in ("o", "lse"):
+                buffers[role].download(addresses[role])
         finally:
-            for buffer in buffers:
+            for buffer in buffers.values():
                 buffer.free()

@@ -3,7 +3,8 @@
 With one query, lanes over queries would be empty.  Here a score is a dot product along head_dim, the scores of a tile
 fill vectors, and the output is accumulated along head_dim_v.  A work item is one part of the keys of one head, for all
 (at most ``FEW``) queries; it leaves its unnormalised output, maximum and sum in a workspace, and the parts are put
-together afterwards.  How many parts there are depends on sizes alone, so that the bits do not depend on the threads.
+together afterwards.  How many parts there are depends on the number of keys alone: a sequence has the same bits with
+any number of threads, and whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ _W = 8
 _R = 8
 #: Keys of a tile at least: with tiles of 32, a query of 32 heads with 4096 keys took 1.2 (causal) to 1.8 times as long.
 _TILE = 64
-#: The keys of a head are split until there are this many work items, into parts of at least so many keys.
-_ITEMS, _PART_KEYS = 32, 1024
+#: The keys of a head are split into parts of at least so many keys, and at most so many parts.
+_PART_KEYS, _MOST_PARTS = 1024, 32
 
 
 def parts(problem: Problem):
-    """Into how many parts the keys are split."""
-    wanted = (_ITEMS - 1 + problem.batch * problem.heads) // (problem.batch * problem.heads)
-    return T.max(T.min(wanted, problem.seqlen_kv // _PART_KEYS), T.int64(1))
+    """Into how many parts the keys are split: a function of their number alone."""
+    return T.max(T.min(T.int64(_MOST_PARTS), problem.seqlen_kv // _PART_KEYS), T.int64(1))
 
 
 def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head_dim_v: int):
@@ -186,7 +186,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
     def join(P: Problem, workspace, b, h, count):
         """Put the parts of one head together: output and log-sum-exp of its rows."""
         outputs, maxima, sums = workspace
-        weights = T.sblock_alloc_buffer((_ITEMS,), "float32", scope="local")
+        weights = T.sblock_alloc_buffer((_MOST_PARTS,), "float32", scope="local")
         scale: T.float32 = P.exponent_scale()
         for i in T.serial(P.seqlen_q):
             r0: T.int64 = (b * P.heads + h) * count * P.seqlen_q + i
