@@ -155,7 +155,8 @@ def _compare(kernel: Installed, device: Device, seqlen_q: int, seqlen_kv: int, *
 
 def _kind(entry: KernelEntry) -> tuple:
     """What the exact result of a kernel follows from, and its bucket: kernels of one kind share it."""
-    return entry.dtype, entry.head_dim, entry.head_dim_v, entry.mask, entry.score, entry.bucket
+    names = tuple(p.name for p in entry.params)
+    return entry.dtype, entry.head_dim, entry.head_dim_v, entry.mask, entry.score, names, entry.bucket
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,21 @@ class _Problem:
 
 @functools.lru_cache(maxsize=2)
 def _problem(
-    dtype: str, head_dim: int, head_dim_v: int, mask: str, score: str, seqlen_q: int, seqlen_kv: int
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    mask: str,
+    score: str,
+    params: tuple[str, ...],
+    seqlen_q: int,
+    seqlen_kv: int,
 ) -> _Problem:
     q, k, v = random_inputs(dtype, head_dim, head_dim_v, (BATCH, HEADS, KV_HEADS), (seqlen_q, seqlen_kv))
     what = {
         "softmax_scale": 1 / math.sqrt(head_dim),
         "mask": reference.MASKS[mask],
         "score": reference.SCORES[score],
-        "params": PARAMS,
+        "params": {name: PARAMS[name] for name in params},
     }
     out, lse = reference.attention(q, k, v, **what)
     usual = numerics.usual_attention(q, k, v, dtype=dtype, **what)
