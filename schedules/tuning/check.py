@@ -49,7 +49,9 @@ def oracle(dtype: str, head_dim: int, head_dim_v: int, mask: str, score: str) ->
     shapes = ((HEADS, SEQLEN_Q, head_dim), (KV_HEADS, SEQLEN_KV, head_dim), (KV_HEADS, SEQLEN_KV, head_dim_v))
     q, k, v = (numerics.round_to(rng.standard_normal((BATCH, *s), dtype=np.float32), dtype) for s in shapes)
     slopes = np.array([[2.0 ** -(2 + h) for h in range(HEADS)]] * BATCH, np.float32)
-    params = {**PARAMS, "alibi_slopes": slopes, "window_left": WINDOW_LEFT, "window_right": WINDOW_RIGHT}
+    # Where queries stand is said to the one mask that asks for it; to the others it would be another diagonal.
+    given = {name: x for name, x in PARAMS.items() if mask == "positioned" or "query_start" not in name}
+    params = {**given, "alibi_slopes": slopes, "window_left": WINDOW_LEFT, "window_right": WINDOW_RIGHT}
     what = {
         "softmax_scale": 1 / math.sqrt(head_dim),
         "mask": reference.MASKS[mask],
