@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tvm.script import tirx as T
 
 from schedules import families
-from schedules.families.interface import Program, Rejected
+from schedules.families.interface import Rejected, forward_program
 from tests.toy_family import Isa
 
 #: Microseconds of sleep by (block_m, num_stages), all different, since equal kernels are measured once.
@@ -86,7 +86,8 @@ def _program(pattern, config, target, traversal, name):
                 if lse_length >= batch * heads * rows:
                     L[(b * heads + h) * rows + i] = row[0] + T.log(row[1])
 
-    return Program(attention.with_attr("global_symbol", name), "s_tir", alignment=4, index_bits=64)
+    func = attention.with_attr("global_symbol", name)
+    return forward_program(func, (), "s_tir", alignment=4, index_bits=64)
 
 
 def module() -> types.ModuleType:

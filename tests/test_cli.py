@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests import entries
 from tests.conftest import ROOT
 from tvm_flash.commands import check as selfcheck
 from tvm_flash.commands.cli import main
@@ -46,7 +47,9 @@ def run(capsys, *arguments):
 def test_info(small_pack, capsys):
     status, out, _ = run(capsys, "info")
     assert status == 0
-    for part in ("tvm_flash 0.1.0", "apache-tvm-ffi", "threads", "✓ cpu", "avx", "causal, full, window"):
+    isa = registry().packs[0].manifest.isa
+    assert isa
+    for part in ("tvm_flash 0.1.0", "apache-tvm-ffi", "threads", "✓ cpu", isa, "causal, full, window"):
         assert part in out
 
 
@@ -150,7 +153,13 @@ def test_check_finds_a_kernel_that_computes_something_else(small_pack, capsys):
 
 
 def test_check_finds_a_kernel_that_is_not_there(small_pack, capsys):
-    small_pack(lambda k: dataclasses.replace(k, symbol="gone") if k.mask == "causal" else k)
+    small_pack(
+        lambda k: (
+            dataclasses.replace(k, symbol="gone", launches=(entries.launch("gone", "float32"),))
+            if k.mask == "causal"
+            else k
+        )
+    )
     status, out, _ = run(capsys, "check")
     assert status == 1 and "✗ cpu gone" in out and "has no function gone" in out
 
@@ -207,7 +216,7 @@ def test_explain_an_arch_that_is_not_there(small_pack, capsys, tmp_path, use_pac
         dataclasses.replace(
             entry,
             arch="sm_80",
-            dtype="float16",
+            launches=(entries.launch(f"{t}_gpu", "float16"),),
             template=t,
             symbol=f"{t}_gpu",
             registers=168,

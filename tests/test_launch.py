@@ -67,8 +67,16 @@ CUresult cuLibraryLoadData(CUlibrary*, const void*, CUjit_option*, void**, unsig
 CUresult cuLibraryGetKernel(CUkernel*, CUlibrary, const char*) { return CUDA_SUCCESS; }
 static int set;
 CUresult cuKernelSetAttribute(CUfunction_attribute, int, CUkernel, CUdevice) { return set++, CUDA_SUCCESS; }
+static int plain, early;
 CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
                         void**, void**) {
+  return plain++, CUDA_SUCCESS;
+}
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void** arguments, void**) {
+  const CUlaunchAttribute& only = config->attrs[0];
+  early += config->numAttrs == 1 && only.id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION &&
+           only.value.programmaticStreamSerializationAllowed == 1 && config->gridDimX == 7 && config->gridDimZ == 3 &&
+           config->blockDimX == 256 && config->sharedMemBytes == 4096 && *(int*)arguments[0] == 5;
   return CUDA_SUCCESS;
 }
 }
@@ -133,7 +141,7 @@ static void maps() {
 }
 
 static void devices() {
-  device_image::Kernel kernel(nullptr, "kernel");
+  device_image::Kernel kernel(nullptr, "kernel", false);
   for (int device = 0; device < 2; device++)
     for (int i = 0; i < 3; i++) {
       tvm::ffi::CUDADeviceGuard guard(device);
@@ -156,7 +164,14 @@ static void devices() {
   printf(", none %d\n", multiprocessors());
 }
 
-int main() { maps(), devices(); }
+static void launches() {
+  cudaLaunchConfig_t config = {dim3(7, 5, 3), dim3(256), 4096, nullptr};
+  device_image::Kernel(nullptr, "first", false).launch((void (*)(int))nullptr, &config, 5);
+  device_image::Kernel(nullptr, "second", true).launch((void (*)(int))nullptr, &config, 5);
+  printf("launches: plain %d, early %d\n", plain, early);
+}
+
+int main() { maps(), devices(), launches(); }
 """
 
 
@@ -199,7 +214,11 @@ def test_a_tensor_map_is_encoded_only_if_more_than_its_address_is_new(said):
 
 
 def test_the_driver_is_asked_for_the_device_once_in_a_call(said):
-    assert said[7:] == [
+    assert said[7:9] == [
         "guards: asked 6, pushed 3, attributes 2, prepared 2",
         "inner 100, outer 101, none 100",
     ]
+
+
+def test_a_kernel_that_waits_for_the_launch_before_it_may_begin_early(said):
+    assert said[-1] == "launches: plain 1, early 1"

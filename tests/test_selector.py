@@ -7,12 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests import entries
 from tvm_flash import BackendSelector, InvalidArgumentError, KernelNotFoundError, NotSupportedError, flash_attention
 from tvm_flash.call.choice import choose, explain
 from tvm_flash.call.problem import MASK_FALLBACKS, Problem
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device, default_device
-from tvm_flash.packs.manifest import MANIFEST_NAME, KernelEntry, Manifest, Param, Speed
+from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest, Param, Speed
 
 WINDOW = (Param("window_left", "int32"), Param("window_right", "int32"))
 GPU = Device("cuda", 0)
@@ -20,21 +21,9 @@ GPU = Device("cuda", 0)
 
 def kernel(template="v1", arch="sm_80", dtype="float16", head_dim=64, mask="window", score="identity", **more):
     symbol = f"{template}_{dtype}_d{head_dim}_{mask}_{score}" + (f"_s{more['bucket']}" if more.get("bucket") else "")
-    fields = {
-        "symbol": symbol,
-        "module": "m.so",
-        "head_dim_v": head_dim,
-        "definition": "attention",
-        "params": WINDOW if mask == "window" else (),
-        "bucket": 0,
-        "alignment": 16,
-        "index_bits": 32,
-        "config": {},
-        "config_source": "default",
-        "source_hash": "",
-        **more,
-    }
-    return KernelEntry(template=template, arch=arch, dtype=dtype, head_dim=head_dim, mask=mask, score=score, **fields)
+    fields = {"head_dim_v": head_dim, "params": WINDOW if mask == "window" else (), **more}
+    what = {"template": template, "arch": arch, "head_dim": head_dim, "mask": mask, "score": score}
+    return entries.forward(symbol, dtype, **what, **fields)
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_machine_code(template, bucket, pattern, tmp_path):
     config = sm90.default_configs(template.__name__.rpartition(".")[2], pattern, TARGET)[bucket]
     program = template.apply(pattern, TARGET, "kernel", config)
     assert isinstance(program, Program), program
-    report, count = compiled({"kernel": program.func}, tmp_path)
+    report, count = compiled(program.functions, tmp_path)
     (kernel,) = report.kernels
     assert kernel.spills == kernel.stack == 0
     assert kernel.registers * config.threads * config.blocks_per_sm <= 65536

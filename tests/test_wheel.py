@@ -14,7 +14,7 @@ import pytest
 from schedules.builder import records
 from schedules.builder.wheel import build_wheel, check_verified
 from schedules.toolchain.process import ToolchainError
-from tvm_flash.packs.manifest import KernelEntry, Manifest
+from tvm_flash.packs.manifest import Argument, KernelEntry, Launch, Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,7 +110,9 @@ def test_kernels_that_no_gpu_has_run_do_not_ship(tmp_path):
         symbol="new",
         template="v2",
         arch="sm_80",
-        dtype="float16",
+        op="forward",
+        kind="forward",
+        launches=(Launch("new", (Argument("q", 4, "float16"),)),),
         head_dim=64,
         head_dim_v=64,
         definition="attention",

@@ -17,7 +17,7 @@ import tvm
 from tvm.script import tirx as T
 
 from schedules import families
-from schedules.families.interface import Program, Rejected
+from schedules.families.interface import Program, Rejected, ScheduledLaunch
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _cpu_program(pattern, config, target, traversal, name):
                 O[at] = Q[at] * T.float32(factor)
 
     func = scale.with_attr("global_symbol", name).with_attr("definition", pattern.func.script())
-    return Program(func, "s_tir", alignment=4, index_bits=64)
+    return Program("forward", (ScheduledLaunch(func, ("q", "o")),), "s_tir", alignment=4, index_bits=64)
 
 
 def _cuda_program(pattern, config, target, traversal, name):
@@ -78,7 +78,8 @@ def _cuda_program(pattern, config, target, traversal, name):
         if column < columns:
             O[row, column] = Q[row, column] * factor
 
-    return Program(scale.with_attr("global_symbol", name), "tirx", alignment=16, index_bits=32)
+    launch = ScheduledLaunch(scale.with_attr("global_symbol", name), ("q", "o", "softmax_scale"))
+    return Program("forward", (launch,), "tirx", alignment=16, index_bits=32)
 
 
 def _family(name: str, program, **more):

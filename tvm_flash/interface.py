@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm_flash.call.checks import check_layout, check_variant
-from tvm_flash.call.eager import attend
-from tvm_flash.call.prepare import params_of, site
+from tvm_flash.call.eager import entrance
+from tvm_flash.call.prepare import params_of
+from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError
 
-_BHSD, _BSHD = site("bhsd"), site("bshd")
+_attend_bhsd, _attend_bshd = entrance(signature("bhsd")), entrance(signature("bshd"))
 
 
 def flash_attention(
@@ -61,8 +62,8 @@ def flash_attention(
     never waits, and can be captured in a CUDA graph.
     """
     # fmt: off
-    return attend(_BHSD, 5, q, k, v, alibi_slopes, out,
-                  variant, return_lse, softmax_scale, causal, window_size, softcap)
+    return _attend_bhsd(q, k, v, alibi_slopes, out,
+                        variant, return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on
 
 
@@ -86,8 +87,8 @@ def flash_attention_v2(
     result swapped; the log-sum-exp stays ``(batch, heads, seqlen_q)``.
     """
     # fmt: off
-    return attend(_BSHD, 5, q, k, v, alibi_slopes, out,
-                  variant, return_lse, softmax_scale, causal, window_size, softcap)
+    return _attend_bshd(q, k, v, alibi_slopes, out,
+                        variant, return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on
 
 
@@ -115,7 +116,7 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
     declared = params_of(name)
     per_head = tuple(p for p in declared if declared[p].per_head)
     scalars = tuple(p for p in declared if not declared[p].per_head)
-    at, tensors = site(layout, name, per_head, scalars), 4 + len(per_head)
+    attend = entrance(signature(layout, name, per_head, scalars))
 
     def fn(q, k, v, *, softmax_scale=None, return_lse=False, out=None, **params):
         if params.keys() != declared.keys():
@@ -124,7 +125,7 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
                 f"takes {', '.join(declared) or 'no parameters'}"
             )
         given, numbers = [params[p] for p in per_head], [params[p] for p in scalars]
-        return attend(at, tensors, q, k, v, *given, out, variant, return_lse, softmax_scale, *numbers)
+        return attend(q, k, v, *given, out, variant, return_lse, softmax_scale, *numbers)
 
     fn.__name__ = fn.__qualname__ = name
     fn.__doc__ = f"Attention as the definition {name!r} says, over tensors in the layout {layout!r}."

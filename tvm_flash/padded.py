@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from tvm_flash.call.checks import check_layout
-from tvm_flash.call.eager import attend
-from tvm_flash.call.prepare import site
+from tvm_flash.call.eager import entrance
 from tvm_flash.call.problem import LAYOUTS
+from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 
-_PER_HEAD = ("kv_start", "kv_end", "query_start", "alibi_slopes")
-_SITES = {layout: site(layout, per_head=_PER_HEAD, layout_known=True) for layout in LAYOUTS}
+_PARAMETERS = ("kv_start", "kv_end", "query_start", "alibi_slopes")
+_attend = {layout: entrance(signature(layout, parameters=_PARAMETERS, layout_known=True)) for layout in LAYOUTS}
 
 
 def padded_attention(
@@ -64,8 +64,8 @@ def padded_attention(
             )
         query_start = query_start[:, None]
     # fmt: off
-    return attend(_SITES[layout], 8, q, k, v, key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes, out,
-                  variant, return_lse, softmax_scale, causal, window_size, softcap)
+    return _attend[layout](q, k, v, key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes, out,
+                           variant, return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tvm_flash.call import checks
 from tvm_flash.call.choice import Choice, Explanation, choose, explain
-from tvm_flash.call.eager import attend
-from tvm_flash.call.prepare import Site, site
+from tvm_flash.call.eager import entrance
 from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem, normalise_mask
+from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.machine.device import Device, parse
 
@@ -53,7 +54,7 @@ class SelectedKernel:
     arch: str
     reason: str
     device: Device
-    _site: Site = field(init=False, repr=False, compare=False)
+    _attend: Callable[..., Any] = field(init=False, repr=False, compare=False)
 
     def __call__(
         self,
@@ -78,13 +79,13 @@ class SelectedKernel:
         InvalidArgumentError: the tensors are on a device of another arch than this kernel was selected for.
         """
         # fmt: off
-        return attend(self._site, 5, q, k, v, alibi_slopes, out,
-                      self.variant, return_lse, softmax_scale, causal, window_size, softcap)
+        return self._attend(q, k, v, alibi_slopes, out,
+                            self.variant, return_lse, softmax_scale, causal, window_size, softcap)
         # fmt: on
 
     def __post_init__(self):
-        found = site(self.layout, accept=_LikeSelected(self.arch, self.device))
-        object.__setattr__(self, "_site", found)  # once, not in every call
+        found = entrance(signature(self.layout, accept=_LikeSelected(self.arch, self.device)))
+        object.__setattr__(self, "_attend", found)  # once, not in every call
 
 
 class BackendSelector:

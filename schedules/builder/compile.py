@@ -28,13 +28,13 @@ from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.definition_file import DefinitionFile
 from schedules.definition.pattern import DefinitionError, Pattern, match
-from schedules.families import family_of
+from schedules.families import family_of, maker_of
 from schedules.families.interface import Program, Rejected, Target
 from schedules.templates import v1, v2
 from schedules.toolchain import cuda
 from schedules.toolchain.host import HOST_HEADER
 from schedules.toolchain.process import ToolchainError
-from tvm_flash.packs.manifest import KernelEntry, Speed
+from tvm_flash.packs.manifest import KernelEntry, Launch, Speed
 
 _TEMPLATES = {"v1": v1, "v2": v2}
 
@@ -149,16 +149,17 @@ def configs_of(
     family = family_of(target)
     if spec.template not in family.TEMPLATES or spec.dtype not in family.DTYPES:
         return {0: (None, "default")}, ""
-    defaults = family.default_configs(spec.template, pattern, target)
+    maker = maker_of(target, spec.kind)
+    defaults = maker.default_configs(spec.template, pattern, target)
     configs, note = {bucket: (config, "default") for bucket, config in defaults.items()}, ""
     if tuned.proposals:
         note = _objection(spec, pattern, target, tuned)
         if not note:
-            configs = with_proposals(defaults, tuned.proposals, family.Config)
+            configs = with_proposals(defaults, tuned.proposals, maker.Config)
     for bucket in configs:
         record = chosen.get(spec.with_bucket(bucket).symbol)
         if record:
-            configs[bucket] = (family.Config(**record.config), record.source)
+            configs[bucket] = (maker.Config(**record.config), record.source)
     return configs, note
 
 
@@ -169,7 +170,7 @@ def _objection(spec: KernelSpec, pattern: Pattern, target: Target, tuned: Tuned)
             continue
         log = proposal.source.partition("#")[0]
         try:
-            config = family_of(target).Config(**proposal.config)
+            config = maker_of(target, spec.kind).Config(**proposal.config)
         except TypeError:
             return f"{log} isn't followed: the family's configurations have other fields now"
         lowered = lower(spec.with_bucket(proposal.bucket), pattern, target, config)
@@ -186,10 +187,13 @@ def _objection(spec: KernelSpec, pattern: Pattern, target: Target, tuned: Tuned)
 
 def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lowered | Rejected:
     """Schedule one kernel and turn it into the text that its machine code is made from."""
-    program = _TEMPLATES[spec.template].apply(pattern, target, spec.symbol, config)
+    program = _TEMPLATES[spec.template].apply(pattern, target, spec.symbol, config, spec.kind)
     if isinstance(program, Rejected):
         return program
-    text = program.func.script(show_meta=True) if target.arch == "cpu" else _export_cuda(program, spec.symbol, target)
+    if target.arch == "cpu":
+        text = "\n".join(func.script(show_meta=True) for func in program.functions.values())
+    else:
+        text = _export_cuda(program, target)
     return _identified(program, text, spec, target, config)
 
 
@@ -214,9 +218,9 @@ def lower_for_each(
         pattern = pattern_of(spec, target, definition)
         configs, _ = configs_of(spec, pattern, target, chosen, tuned(spec, target))
         for bucket, (config, origin) in configs.items():
-            one, family = spec.with_bucket(bucket), family_of(target)
+            one, maker = spec.with_bucket(bucket), maker_of(target, spec.kind)
             if same := known.get((bucket, config)):
-                refusal = family.feasible(pattern, config, target)
+                refusal = maker.feasible(pattern, config, target)
                 lowered = refusal or _identified(same.program, same.text, one, target, config)
             else:
                 lowered = lower(one, pattern, target, config)
@@ -300,21 +304,27 @@ def entry_of(
     speeds: tuple[Speed, ...] = (),
 ) -> KernelEntry:
     """The manifest's entry of a kernel, without a module yet; ``resources`` are registers and so on, if any."""
+    program = lowered.program
     return KernelEntry(
         symbol=spec.symbol,
         module="",
+        op=program.op,
+        kind=spec.kind,
         template=spec.template,
         arch=target.arch,
-        dtype=spec.dtype,
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
         definition=spec.definition,
         mask=spec.mask,
         score=spec.score,
         params=pattern.params,
+        launches=tuple(Launch(x.symbol, x.arguments) for x in program.launches),
+        workspaces=program.workspaces,
+        scalars=program.scalars,
         bucket=spec.bucket,
-        alignment=lowered.program.alignment,
-        index_bits=lowered.program.index_bits,
+        max_rows=program.max_rows,
+        alignment=program.alignment,
+        index_bits=program.index_bits,
         config=dataclasses.asdict(lowered.config),
         config_source=config_source,
         source_hash=lowered.source_hash,
@@ -334,7 +344,7 @@ def _make_object(job: Job, lowered: Lowered, symbol: str, object_file: Path) -> 
     with tempfile.TemporaryDirectory(dir=job.objects) as scratch:
         draft = Path(scratch) / object_file.name
         if job.target.arch == "cpu":
-            make_cpu_object(lowered, symbol, job.target, draft)
+            make_cpu_object(lowered, job.target, draft)
             resources = {}
         else:
             resources = _make_cuda_object(job, lowered, symbol, draft)
@@ -348,16 +358,16 @@ def cpu_target(target: Target) -> tvm.target.Target:
     return family_of(target).ISAS[target.isa].tvm_target()
 
 
-def make_cpu_object(lowered: Lowered, symbol: str, target: Target, path: Path) -> None:
+def make_cpu_object(lowered: Lowered, target: Target, path: Path) -> None:
     """Compile a kernel for the CPU to an object file."""
-    module = tvm.IRModule({symbol: lowered.program.func})
+    module = tvm.IRModule(lowered.program.functions)
     executable = tvm.compile(module, target=cpu_target(target), tir_pipeline=lowered.program.pipeline)
     executable.mod.write_to_file(str(path), "o")
 
 
-def _export_cuda(program: Program, symbol: str, target: Target) -> str:
+def _export_cuda(program: Program, target: Target) -> str:
     options = tvm.target.Target({"kind": "cuda", "arch": target.arch}, host={"kind": "cuda_host"})
-    executable = tvm.compile(tvm.IRModule({symbol: program.func}), target=options, tir_pipeline=program.pipeline)
+    executable = tvm.compile(tvm.IRModule(program.functions), target=options, tir_pipeline=program.pipeline)
     return without_unused_headers(export_cuda_host(executable.mod))
 
 

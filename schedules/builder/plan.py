@@ -21,7 +21,7 @@ from schedules.builder.configs import NO_RECORDS, ChosenConfig, Tuned
 from schedules.builder.suite import TEMPLATES, KernelSpec, Selection
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.definition_file import DefinitionFile
-from schedules.families import FAMILY, family_of
+from schedules.families import FAMILY, family_of, kinds_of
 from schedules.families.interface import Target
 from schedules.toolchain import machine
 from schedules.toolchain.host import HOST_HEADER
@@ -128,8 +128,9 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
             if value not in known:
                 raise ValueError(f"{option} {value}: unknown; expected one of {', '.join(known)}")
     if request.definition:
-        return tuple(chosen.specs(family.DTYPES, request.definition.name, [request.definition.variant()]))
-    return tuple(chosen.specs(family.DTYPES, between=target.arch != "cpu"))
+        variants = [request.definition.variant()]
+        return tuple(chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds_of(target)))
+    return tuple(chosen.specs(family.DTYPES, between=target.arch != "cpu", kinds=kinds_of(target)))
 
 
 # ---------------------------------------------------------------- what is there already

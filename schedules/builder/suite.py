@@ -67,7 +67,8 @@ HEAD_DIMS_BETWEEN = (HeadDim(96, 96), HeadDim(192, 192), HeadDim(192, 128))
 class KernelSpec:
     """One kernel, apart from the arch: what it computes, in which order, and for which problems.
 
-    ``bucket`` is as in the manifest; a spec with bucket 0 stands for all buckets that its family has.
+    ``bucket`` is as in the manifest; a spec with bucket 0 stands for all buckets that its family has.  ``kind`` is one
+    of the kinds of kernels that a family makes (:mod:`schedules.families.interface`).
     """
 
     template: str
@@ -78,6 +79,7 @@ class KernelSpec:
     head_dim: int
     head_dim_v: int
     bucket: int = 0
+    kind: str = "forward"
 
     @property
     def group(self) -> str:
@@ -88,8 +90,9 @@ class KernelSpec:
     @property
     def symbol(self) -> str:
         """Global symbol of the kernel."""
+        kind = "" if self.kind == "forward" else f"_{self.kind}"
         bucket = f"_s{self.bucket}" if self.bucket else ""
-        return f"{self.group}_{self.mask}_{self.score}{bucket}"
+        return f"{self.group}_{self.mask}_{self.score}{kind}{bucket}"
 
     def with_bucket(self, bucket: int) -> KernelSpec:
         """The same for longer sequences."""
@@ -128,6 +131,7 @@ class Selection:
         variants: Iterable[tuple[str, str]] = (),
         *,
         between: bool = False,
+        kinds: Sequence[str] = ("forward",),
     ) -> list[KernelSpec]:
         """The kernels selected, in order.
 
@@ -136,13 +140,15 @@ class Selection:
         dtypes: what the arch computes.
         definition, variants: of a definition of the user's own.
         between: whether the core set has ``HEAD_DIMS_BETWEEN``, as that of a GPU does.
+        kinds: of kernels that the arch has.
         """
         between = between and not self.head_dims and definition == BUILTIN_DEFINITION
         return [
-            KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v)
+            KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v, kind=kind)
             for template in self.templates or TEMPLATES
             for dtype in self.dtypes or dtypes
             for dim in (*(self.head_dims or HEAD_DIMS), *(HEAD_DIMS_BETWEEN if between else ()))
             for mask, score in variants or self.variants()
             if not between or dim not in HEAD_DIMS_BETWEEN or (score == "identity" and mask != "padded")
+            for kind in kinds
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import shutil
 import sys
 import tempfile
@@ -47,13 +48,15 @@ class Stage:
 
 
 def _tir(lowered: Lowered, _: Target) -> str:
-    return lowered.program.func.script()
+    return "\n".join(func.script() for func in lowered.program.functions.values())
 
 
 def _cuda(lowered: Lowered, _: Target) -> str:
-    """The kernel itself, without the helpers before it and the host code after it."""
-    device, _ = split(lowered.text, lowered.program.func.attrs["global_symbol"])
-    return device[device.rindex('extern "C" __global__') :]
+    """The kernel itself, or its several launches, without the helpers before and the host code after them."""
+    launches = lowered.program.launches
+    device, _ = split(lowered.text, launches[0].symbol)
+    begins = [found.start() for found in re.finditer(r'extern "C" __global__[^;{]*{', device)]
+    return device[begins[-len(launches)] :]
 
 
 def _ptx(lowered: Lowered, target: Target) -> str:
@@ -90,7 +93,7 @@ def find_disassembler() -> str:
 
 def _cpu_text(kind: str) -> Callable[[Lowered, Target], str]:
     def make(lowered: Lowered, target: Target) -> str:
-        module = tvm.IRModule({"kernel": lowered.program.func})
+        module = tvm.IRModule(lowered.program.functions)
         compiled = tvm.compile(module, target=cpu_target(target), tir_pipeline=lowered.program.pipeline)
         return compiled.mod.inspect_source(kind)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Rejected, Target, Traversal
+from schedules.families.interface import FORWARD, Program, Rejected, Target, Traversal
 
 #: Family module for each arch that packs can be built for.
 FAMILY = {
@@ -35,18 +35,39 @@ def family_of(target: Target):
     return importlib.import_module(f"schedules.families.{FAMILY[target.arch]}")
 
 
-def schedule(pattern: Pattern, target: Target, name: str, traversal: Traversal, config=None) -> Program | Rejected:
+def kinds_of(target: Target) -> tuple[str, ...]:
+    """The kinds of kernels that a target's family makes, the usual one first."""
+    return (FORWARD, *getattr(family_of(target), "KINDS", {}))
+
+
+def maker_of(target: Target, kind: str = FORWARD):
+    """What makes the kernels of a kind: the family's module itself for the usual one, else one of its ``KINDS``.
+
+    Raises
+    ------
+    KeyError: the family makes no such kernels.
+    """
+    family = family_of(target)
+    return family if kind == FORWARD else family.KINDS[kind]
+
+
+def schedule(
+    pattern: Pattern, target: Target, name: str, traversal: Traversal, config=None, kind: str = FORWARD
+) -> Program | Rejected:
     """What both templates do: ask the family whether it can, then let it."""
     family = family_of(target)
-    # 1. The family must serve the template and the element type.
+    # 1. The family must serve the kind, the template and the element type.
+    if kind not in kinds_of(target):
+        return Rejected(f"{target} has no {kind} kernels; it has {', '.join(kinds_of(target))}")
     if traversal.template not in family.TEMPLATES:
         return Rejected(f"{target} has no {traversal.template} kernels; it has {', '.join(family.TEMPLATES)}")
     if pattern.dtype not in family.DTYPES:
         return Rejected(f"{target} can't compute {pattern.dtype}; it can {', '.join(family.DTYPES)}")
     # 2. The configuration must fit the machine.
-    config = config or family.default_configs(traversal.template, pattern, target)[0]
-    refusal = family.feasible(pattern, config, target)
+    maker = maker_of(target, kind)
+    config = config or maker.default_configs(traversal.template, pattern, target)[0]
+    refusal = maker.feasible(pattern, config, target)
     if refusal:
         return refusal
     # 3. The family writes the kernel in the template's order and layout.
-    return family.program(pattern, config, target, traversal, name)
+    return maker.program(pattern, config, target, traversal, name)

@@ -10,18 +10,25 @@ sits.  It is a module with
   sequence of at least that many keys is better served by another configuration;
 * ``space(template, pattern, target) -> {field of Config: values worth trying}``, for tuning;
 * ``feasible(pattern, config, target) -> Rejected | None``, before anything is compiled;
-* ``program(pattern, config, target, traversal, name) -> Program``.
+* ``program(pattern, config, target, traversal, name) -> Program``;
+* ``KINDS``, if it makes kernels of other kinds than the usual one, each a module (or object) with ``Config``,
+  ``default_configs``, ``space``, ``feasible`` and ``program`` as above, by name: :data:`DECODE` splits the keys for few
+  rows.  :func:`schedules.families.maker_of` finds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from tvm.ir import Expr
+from tvm.ir import Expr, PrimType
 from tvm.tirx import PrimFunc
 
 from schedules.tile.tile_scheduler import Order, Work
+from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
+
+#: Kinds of kernels: the usual one, and the one for few query rows, with the keys split among blocks.
+FORWARD, DECODE = "forward", "decode"
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,68 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Program:
-    """A scheduled kernel, ready to be compiled.
+class ScheduledLaunch:
+    """One function of a program, and the role of each of its parameters, in order.
 
-    ``func`` follows the ABI of :mod:`tvm_flash.packs.manifest`; its global symbol is the kernel's name.  ``pipeline``
-    is the lowering that it needs: ``"s_tir"`` or ``"tirx"``.  ``alignment`` (bytes) and ``index_bits`` are as in the
-    manifest.
+    The function's global symbol is the launch's.  Roles are those of :mod:`tvm_flash.packs.manifest`.
     """
 
     func: PrimFunc
+    roles: tuple[str, ...]
+
+    def __post_init__(self):
+        if len(self.func.params) != len(self.roles):
+            raise ValueError(f"{self.symbol}: has {len(self.func.params)} parameters for the roles {self.roles}")
+
+    @property
+    def symbol(self) -> str:
+        return self.func.attrs["global_symbol"]
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        """The parameters as the manifest names them: ranks and dtypes are the function's own."""
+        types = [x.ty for x in self.func.params]
+        ranks = [0 if isinstance(t, PrimType) else len(t.shape) for t in types]
+        return tuple(Argument(r, n, str(t.dtype)) for r, n, t in zip(self.roles, ranks, types, strict=True))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A scheduled kernel, ready to be compiled.
+
+    ``op`` is the operator that ``launches`` compute, in order; the first has the kernel's name, the others that name
+    with a suffix.  ``workspaces``, ``scalars``, ``max_rows``, ``alignment`` (bytes) and ``index_bits`` are as in the
+    manifest.  ``pipeline`` is the lowering that the functions need: ``"s_tir"`` or ``"tirx"``.
+    """
+
+    op: str
+    launches: tuple[ScheduledLaunch, ...]
     pipeline: str
     alignment: int
     index_bits: int
+    workspaces: tuple[Workspace, ...] = ()
+    scalars: tuple[Scalar, ...] = ()
+    max_rows: int | None = None
+
+    def __post_init__(self):
+        named = [x.name for x in (*self.workspaces, *self.scalars)]
+        taken = {role for launch in self.launches for role in launch.roles}
+        if len(set(named)) < len(named) or not {w.name for w in self.workspaces} <= taken:
+            raise ValueError(f"workspaces and scalars {named} must have different names, and launches {taken} use them")
+
+    @property
+    def functions(self) -> dict[str, PrimFunc]:
+        """The functions by symbol, as ``tvm.IRModule`` takes them."""
+        return {launch.symbol: launch.func for launch in self.launches}
+
+
+def forward_roles(params: Iterable[Param]) -> tuple[str, ...]:
+    """The roles of a forward kernel with a single launch, in order."""
+    return ("q", "k", "v", "o", "lse", "softmax_scale", *(p.name for p in params))
+
+
+def forward_program(
+    func: PrimFunc, params: Iterable[Param], pipeline: str, *, alignment: int, index_bits: int
+) -> Program:
+    """Attention in one launch."""
+    return Program("forward", (ScheduledLaunch(func, forward_roles(params)),), pipeline, alignment, index_bits)

@@ -14,9 +14,11 @@
 #include "call_key.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define ABI 2 /* of the functions below and of Recipe; tvm_flash/call/fast.py asks for the one that it knows */
-#define MAX_ARGUMENTS 32
-#define MAX_ENTRIES 1024 /* the oldest goes first; one takes about 1.5 KB */
+#define ABI 3 /* of the functions below and of Recipe; tvm_flash/call/fast.py asks for the one that it knows */
+#define MAX_ARGUMENTS 32 /* of a launch */
+#define MAX_MADE 8       /* tensors that a call makes: results, and memory for workspaces */
+#define MAX_SLOTS 32     /* pointers of a call: those of its tensors, of what it makes, and of workspaces */
+#define MAX_ENTRIES 1024 /* the oldest goes first; one takes about 2 KB */
 #define BUCKETS 2048
 
 static PyObject* done(void) {
@@ -26,16 +28,31 @@ static PyObject* done(void) {
 
 /* ---------------------------------------------------------------- recipes */
 
-/* What the slow path leaves; the same structure is in tvm_flash/call/fast.py. */
+/* What the slow path leaves; the same structures are in tvm_flash/call/fast.py.
+ *
+ * Pointers are numbered by slots: first the call's tensors in their order, then whatever else there is. */
 typedef struct {
   void* function; /* of tvm-ffi */
   const TVMFFIAny* arguments;
-  const DLTensor* tensors; /* those of the arguments, in their order: q, k, v, out, lse, per-head parameters */
+  const DLTensor* tensors; /* those of the arguments, in their order */
+  const int32_t* slots;    /* of their pointers */
   int32_t argument_count, tensor_count;
+} Launch;
+
+/* A workspace, in memory that was made for all of them. */
+typedef struct {
+  int32_t slot, memory; /* the slots of its pointer and of the memory */
+  int64_t offset;       /* in bytes, from the first address in the memory that is a multiple of MAX_ALIGNMENT */
+} Workspace;
+
+typedef struct {
+  const Launch* launches;
+  const Workspace* workspaces;
+  int32_t launch_count, workspace_count, slot_count;
   int32_t device_type, device_index;
-  int32_t returns_lse;
-  int32_t (*current_device)(int32_t*);          /* of the driver; NULL on the processor */
-  int32_t per_head[MAX_TENSORS];                /* which of the call's tensors each of the last ones is */
+  int32_t (*current_device)(int32_t*); /* of the driver; NULL on the processor */
+  int32_t made_count, returned_count;  /* tensors that are made if they aren't given; the first ones are returned */
+  int32_t made[MAX_MADE];              /* the slots of their pointers */
   int64_t low[MAX_TENSORS], high[MAX_TENSORS]; /* bytes that each of the call's tensors touches, from its pointer */
 } Recipe;
 
@@ -44,8 +61,8 @@ typedef struct Entry {
   uint64_t hash;
   int references, words;
   const Recipe* recipe;
-  PyObject *owner, *site; /* owner of the recipe, of what it points to, and of the two functions */
-  PyObject *make_out, *make_lse; /* None, or tuples as make() takes them */
+  PyObject *owner, *signature; /* owner of the recipe, of what it points to, and of what makes tensors */
+  PyObject* make[MAX_MADE];    /* None, or tuples as make() takes them */
   Options options;
   uint64_t key[];
 } Entry;
@@ -73,7 +90,7 @@ static Entry* find(const Call* call, uint64_t hash) {
 static void release(Entry* entry) {
   if (--entry->references) return;
   for (int i = 0; i < entry->options.count; i++) Py_DecRef(entry->options.options[i]);
-  Py_DecRef(entry->site);
+  Py_DecRef(entry->signature);
   Py_DecRef(entry->owner);
   free(entry);
 }
@@ -102,17 +119,18 @@ static int is_true(PyObject* owned) {
 
 static int gradient_expected(const Call* call) {
   if (!call->reader->is_grad_enabled || !is_true(PyObject_CallNoArgs(call->reader->is_grad_enabled))) return 0;
-  for (int i = 0; i < 3; i++)
+  for (int i = 0; i < call->signature->inputs; i++)
     if (is_true(PyObject_GetAttr(call->tensors[i], name_requires_grad))) return 1;
   return 0;
 }
 
-/* Whether the bytes of `out` may be some of an input's; the slow path looks closer. */
+/* Whether the bytes of a result may be some of another tensor's; the slow path looks closer. */
 static int may_overlap(const Call* call, const Recipe* recipe) {
-  int o = call->tensor_count - 1;
-  uint64_t out_low = call->pointers[o] + recipe->low[o], out_high = call->pointers[o] + recipe->high[o];
-  for (int i = 0; i < o; i++)
-    if (out_low < call->pointers[i] + recipe->high[i] && call->pointers[i] + recipe->low[i] < out_high) return 1;
+  for (int o = call->tensor_count - call->signature->outputs; o < call->tensor_count; o++) {
+    uint64_t out_low = call->pointers[o] + recipe->low[o], out_high = call->pointers[o] + recipe->high[o];
+    for (int i = 0; i < o; i++)
+      if (out_low < call->pointers[i] + recipe->high[i] && call->pointers[i] + recipe->low[i] < out_high) return 1;
+  }
   return 0;
 }
 
@@ -139,85 +157,95 @@ static PyObject* make(const Recipe* recipe, PyObject* ways, uint64_t* pointer) {
   return NULL;
 }
 
-/* Run a kernel without the GIL; pointers are those of the recipe's tensors. */
-static int run(const Recipe* recipe, const uint64_t* pointers, void* stream) {
-  DLTensor tensors[MAX_TENSORS + 1];
+static int run_launch(const Launch* launch, const uint64_t* pointers) {
+  DLTensor tensors[MAX_ARGUMENTS];
   TVMFFIAny arguments[MAX_ARGUMENTS], result = {0};
-  memcpy(tensors, recipe->tensors, recipe->tensor_count * sizeof *tensors);
-  memcpy(arguments, recipe->arguments, recipe->argument_count * sizeof *arguments);
-  for (int i = 0, at = 0; i < recipe->argument_count; i++)
+  memcpy(tensors, launch->tensors, launch->tensor_count * sizeof *tensors);
+  memcpy(arguments, launch->arguments, launch->argument_count * sizeof *arguments);
+  for (int i = 0, at = 0; i < launch->argument_count; i++)
     if (arguments[i].type_index == kTVMFFIDLTensorPtr) {
-      tensors[at].data = (void*)pointers[at];
+      tensors[at].data = (void*)pointers[launch->slots[at]];
       arguments[i].v_ptr = &tensors[at++];
     }
+  return call_function(launch->function, arguments, launch->argument_count, &result);
+}
+
+/* Run the launches in order, without the GIL. */
+static int run(const Recipe* recipe, const uint64_t* pointers, void* stream) {
   void* thread = PyEval_SaveThread();
-  int device = recipe->device_type, index = recipe->device_index, status;
+  int device = recipe->device_type, index = recipe->device_index, status = 0;
   void* before = device == kDLCPU ? NULL : get_stream(device, index);
-  if (before == stream) {
-    status = call_function(recipe->function, arguments, recipe->argument_count, &result);
-  } else {
-    set_stream(device, index, stream, NULL);
-    status = call_function(recipe->function, arguments, recipe->argument_count, &result);
-    set_stream(device, index, before, NULL);
-  }
+  if (before != stream) set_stream(device, index, stream, NULL);
+  for (int i = 0; i < recipe->launch_count && !status; i++) status = run_launch(&recipe->launches[i], pointers);
+  if (before != stream) set_stream(device, index, before, NULL);
   PyEval_RestoreThread(thread);
   return status;
+}
+
+/* The results as the caller gets them, from tensors that are given away; NULL with an error if there is no memory. */
+static PyObject* returned(PyObject** tensors, int count) {
+  if (count == 1) return tensors[0];
+  PyObject* all = PyTuple_New(count);
+  for (int i = 0; i < count; i++)
+    if (all)
+      PyTuple_SetItem(all, i, tensors[i]);
+    else
+      Py_DecRef(tensors[i]);
+  return all;
 }
 
 /* Do as a recipe says.  NULL with an error set if there is no memory, and with none if the slow path must do it. */
 static PyObject* follow(const Call* call, const Entry* entry) {
   const Recipe* recipe = entry->recipe;
-  int o = call->tensor_count - 1;
-  PyObject *out = call->tensors[o], *lse = NULL;
   void* stream = NULL;
-  uint64_t pointers[MAX_TENSORS + 1] = {call->pointers[0], call->pointers[1], call->pointers[2], call->pointers[o]};
-  if (out != none && may_overlap(call, recipe)) return NULL;
+  if (may_overlap(call, recipe)) return NULL;
   if (recipe->device_type != kDLCPU &&
       call->reader->api->current_work_stream(recipe->device_type, recipe->device_index, &stream)) {
     PyErr_Clear();
     return NULL;
   }
-  if (out != none)
-    Py_IncRef(out);
-  else if (!(out = make(recipe, entry->make_out, &pointers[3])))
-    return NULL;
-  float unread; /* of a single row, the kernel writes lse even if nobody asked for it */
-  pointers[4] = recipe->device_type == kDLCPU ? (uint64_t)&unread : pointers[3];
-  if (entry->make_lse != none && !(lse = make(recipe, entry->make_lse, &pointers[4]))) {
-    Py_DecRef(out);
-    return NULL;
+  /* Of a single row, a kernel on the processor writes the log-sum-exp even if nobody asked for it; on a GPU it is made
+   * then, and else an address must be there that nothing is written to. */
+  float unread;
+  uint64_t pointers[MAX_SLOTS], nowhere = recipe->device_type == kDLCPU ? (uint64_t)&unread : call->pointers[0];
+  memcpy(pointers, call->pointers, call->tensor_count * sizeof *pointers);
+  for (int i = call->tensor_count; i < recipe->slot_count; i++) pointers[i] = nowhere;
+  PyObject* tensors[MAX_MADE];
+  int made = 0;
+  for (; made < recipe->made_count; made++) {
+    int slot = recipe->made[made];
+    tensors[made] = NULL;
+    if (slot < call->tensor_count && call->tensors[slot] != none)
+      Py_IncRef(tensors[made] = call->tensors[slot]);
+    else if (entry->make[made] != none && !(tensors[made] = make(recipe, entry->make[made], &pointers[slot])))
+      break;
   }
-  for (int i = 5; i < recipe->tensor_count; i++) pointers[i] = call->pointers[recipe->per_head[i - 5]];
-  if (run(recipe, pointers, stream)) { /* the slow path runs it again and reports */
-    Py_DecRef(out);
-    if (lse) Py_DecRef(lse);
-    return NULL;
+  int done = made == recipe->made_count;
+  if (done) {
+    for (int i = 0; i < recipe->workspace_count; i++) {
+      const Workspace* workspace = &recipe->workspaces[i];
+      pointers[workspace->slot] = (pointers[workspace->memory] + (MAX_ALIGNMENT - 1)) / MAX_ALIGNMENT * MAX_ALIGNMENT +
+                                  (uint64_t)workspace->offset;
+    }
+    done = !run(recipe, pointers, stream); /* if it fails, the slow path runs it again and reports */
   }
-  if (!recipe->returns_lse) {
-    if (lse) Py_DecRef(lse);
-    return out;
-  }
-  PyObject* pair = PyTuple_New(2);
-  if (!pair) {
-    Py_DecRef(out);
-    Py_DecRef(lse);
-    return NULL;
-  }
-  PyTuple_SetItem(pair, 0, out);
-  PyTuple_SetItem(pair, 1, lse);
-  return pair;
+  for (int i = done ? recipe->returned_count : 0; i < made; i++)
+    if (tensors[i]) Py_DecRef(tensors[i]);
+  return done ? returned(tensors, recipe->returned_count) : NULL;
 }
 
 /* ---------------------------------------------------------------- what Python calls */
 
 static PyObject* slow;
 
-/* call(site, number of tensors, q, k, v, per-head …, out, options …): what slow(…) would answer. */
+static const char* const CAPSULE = "tvm_flash.signature";
+
+/* What bind() made: call(tensors …, options …) is what slow(signature, tensors …, options …) would answer. */
 static PyObject* call_(PyObject* self, PyObject* const* arguments, ptrdiff_t count) {
-  (void)self;
+  const Signature* signature = PyCapsule_GetPointer(self, CAPSULE);
   Call call;
   Entry* entry = NULL;
-  if (read_call(&call, arguments, count)) /* may run other threads, and garbage collection any code */
+  if (read_call(&call, signature, arguments, count)) /* may run other threads, and garbage collection any code */
     entry = recent && is_of(recent, &call) ? recent : find(&call, hash_of(&call));
   if (entry) {
     recent = entry, known = &entry->options;
@@ -226,33 +254,73 @@ static PyObject* call_(PyObject* self, PyObject* const* arguments, ptrdiff_t cou
     release(entry);
     if (result || PyErr_Occurred()) return result;
   }
-  PyObject* all = PyTuple_New(count);
+  PyObject* all = PyTuple_New(1 + count);
+  if (all) {
+    Py_IncRef(signature->signature);
+    PyTuple_SetItem(all, 0, signature->signature);
+  }
   for (ptrdiff_t i = 0; all && i < count; i++) {
     Py_IncRef(arguments[i]);
-    PyTuple_SetItem(all, i, arguments[i]);
+    PyTuple_SetItem(all, 1 + i, arguments[i]);
   }
   PyObject* result = all ? PyObject_CallObject(slow, all) : NULL;
   if (all) Py_DecRef(all);
   return result;
 }
 
-/* add(arguments of call as a tuple, function): keep what the function answers under the call's key, if there can be one
- * and it isn't known: None, or (address of a Recipe, what owns that and all it points to, make_out, make_lse), with None
- * for a result that is given or not wanted. */
+static void unbind(PyObject* capsule) {
+  Signature* signature = PyCapsule_GetPointer(capsule, CAPSULE);
+  Py_DecRef(signature->signature);
+  free(signature);
+}
+
+static PyMethodDef call_method = {"call", call_, METH_FASTCALL, NULL};
+
+/* bind(signature, tensors, inputs, outputs): the function that answers calls of a signature, sooner. */
+static PyObject* bind(PyObject* self, PyObject* const* arguments, ptrdiff_t count) {
+  (void)self, (void)count;
+  Signature* signature = malloc(sizeof *signature);
+  if (!signature) return PyErr_NoMemory();
+  *signature = (Signature){
+      .signature = arguments[0],
+      .tensors = (int)PyLong_AsLongLong(arguments[1]),
+      .inputs = (int)PyLong_AsLongLong(arguments[2]),
+      .outputs = (int)PyLong_AsLongLong(arguments[3]),
+  };
+  if (signature->tensors > MAX_TENSORS) { /* too many for a key: every call goes the slow way */
+    free(signature);
+    return done();
+  }
+  PyObject* capsule = PyCapsule_New(signature, CAPSULE, unbind);
+  if (!capsule) {
+    free(signature);
+    return NULL;
+  }
+  Py_IncRef(signature->signature);
+  PyObject* function = PyCFunction_NewEx(&call_method, capsule, NULL);
+  Py_DecRef(capsule);
+  return function;
+}
+
+/* add(function of bind, its arguments as a tuple, function): keep what the last function answers under the call's key, if
+ * there can be one and it isn't known: None, or (address of a Recipe, what owns that and all it points to, a tuple with
+ * what makes each tensor, or None if it is given or not wanted). */
 static PyObject* add(PyObject* self, PyObject* const* arguments, ptrdiff_t count) {
   (void)self, (void)count;
-  PyObject* items[2 + MAX_TENSORS + MAX_ARGUMENTS];
-  ptrdiff_t size = PyTuple_Size(arguments[0]);
+  PyObject* items[MAX_TENSORS + MAX_ARGUMENTS];
+  PyObject* capsule = PyCFunction_GetSelf(arguments[0]);
+  const Signature* signature = capsule ? PyCapsule_GetPointer(capsule, CAPSULE) : NULL;
+  if (!signature) return NULL;
+  ptrdiff_t size = PyTuple_Size(arguments[1]);
   if (size > (ptrdiff_t)(sizeof items / sizeof *items)) return done();
-  for (ptrdiff_t i = 0; i < size; i++) items[i] = PyTuple_GetItem(arguments[0], i);
+  for (ptrdiff_t i = 0; i < size; i++) items[i] = PyTuple_GetItem(arguments[1], i);
   Call call;
-  if (!read_call(&call, items, size)) return done();
+  if (!read_call(&call, signature, items, size)) return done();
   uint64_t hash = hash_of(&call);
   if (find(&call, hash)) return done();
-  PyObject* recipe = PyObject_CallNoArgs(arguments[1]); /* may run other threads */
+  PyObject* recipe = PyObject_CallNoArgs(arguments[2]); /* may run other threads */
   if (!recipe || recipe == none) return recipe;
-  const Recipe* content = PyLong_AsVoidPtr(PyTuple_GetItem(recipe, 0));
-  Entry* entry = find(&call, hash) || content->argument_count > MAX_ARGUMENTS ? NULL : malloc(sizeof *entry + 8 * call.words);
+  Entry* entry = find(&call, hash) ? NULL : malloc(sizeof *entry + 8 * call.words);
   if (!entry) {
     Py_DecRef(recipe);
     return done();
@@ -262,21 +330,20 @@ static PyObject* add(PyObject* self, PyObject* const* arguments, ptrdiff_t count
       .hash = hash,
       .references = 1,
       .words = call.words,
-      .recipe = content,
+      .recipe = PyLong_AsVoidPtr(PyTuple_GetItem(recipe, 0)),
       .owner = recipe,
-      .site = items[0],
-      .make_out = PyTuple_GetItem(recipe, 2),
-      .make_lse = PyTuple_GetItem(recipe, 3),
+      .signature = signature->signature,
   };
+  for (int i = 0; i < entry->recipe->made_count; i++) entry->make[i] = PyTuple_GetItem(PyTuple_GetItem(recipe, 2), i);
   memcpy(entry->key, call.key, 8 * call.words);
-  PyObject** options = items + 2 + call.tensor_count;
+  PyObject** options = items + call.tensor_count;
   if (items + size - options <= MAX_OPTIONS) {
     entry->options.count = (int)(items + size - options);
     entry->options.words = call.words - call.option_word;
     entry->options.key = entry->key + call.option_word;
     for (int i = 0; i < entry->options.count; i++) Py_IncRef(entry->options.options[i] = options[i]);
   }
-  Py_IncRef(entry->site);
+  Py_IncRef(entry->signature);
   buckets[hash % BUCKETS] = entry;
   evict(ring_at);
   ring[ring_at] = entry;
@@ -322,7 +389,7 @@ static PyObject* forget(PyObject* self, PyObject* const* arguments, ptrdiff_t co
 }
 
 static PyMethodDef methods[] = {
-    {"call", call_, METH_FASTCALL, NULL},
+    {"bind", bind, METH_FASTCALL, NULL},
     {"add", add, METH_FASTCALL, NULL},
     {"read", read_, METH_FASTCALL, NULL},
     {"forget", forget, METH_FASTCALL, NULL},

@@ -7,7 +7,7 @@
 #include "python_abi.h"
 
 #define MAX_DIMS 4
-#define MAX_TENSORS 12 /* of a call: q, k, v, per-head parameters, out */
+#define MAX_TENSORS 16 /* of a call: an operator's inputs, parameters that are tensors, results that may be given */
 #define MAX_WORDS 192
 #define MAX_ALIGNMENT 128 /* as in tvm_flash/call/memory.py */
 #define MAX_READERS 8
@@ -101,8 +101,15 @@ static int is_on(const uint64_t* words, int32_t type, int32_t index) {
 
 /* ---------------------------------------------------------------- keys */
 
-/* A call, read: its key, and its pointers in the order q, k, v, per-head parameters, out (0 for what isn't given). */
+/* What tensors a call has, in this order: `inputs` that must be given, parameters and `outputs` that may be None. */
 typedef struct {
+  PyObject* signature; /* stands for what the caller has decided once and for all; never changes */
+  int tensors, inputs, outputs;
+} Signature;
+
+/* A call, read: its key, and the pointers of its tensors (0 for what isn't given). */
+typedef struct {
+  const Signature* signature;
   const Reader* reader;
   PyObject* const* tensors;
   int tensor_count, words, option_word; /* the last: where those of the options begin */
@@ -180,13 +187,13 @@ static int append_options(Call* call, PyObject* const* options, ptrdiff_t count)
   return 1;
 }
 
-/* Read the arguments (site, number of tensors, tensors …, options …); false if they are none for the fast path.  A site
- * is an object that stands for what its caller has decided once and for all. */
-static int read_call(Call* call, PyObject* const* arguments, ptrdiff_t count) {
-  long long tensors = count > 1 ? PyLong_AsLongLong(arguments[1]) : 0;
-  if (tensors < 4 || tensors > MAX_TENSORS || count < 2 + tensors) return 0;
-  call->tensors = arguments + 2;
-  call->tensor_count = (int)tensors;
+/* Read the arguments (tensors …, options …) of a call with a signature; false if they are none for the fast path. */
+static int read_call(Call* call, const Signature* signature, PyObject* const* arguments, ptrdiff_t count) {
+  const int tensors = signature->tensors, first_output = tensors - signature->outputs;
+  if (count < tensors) return 0;
+  call->signature = signature;
+  call->tensors = arguments;
+  call->tensor_count = tensors;
   call->reader = reader_of(call->tensors[0]);
   call->words = 2;
   if (!call->reader) return 0;
@@ -194,7 +201,7 @@ static int read_call(Call* call, PyObject* const* arguments, ptrdiff_t count) {
   for (int i = 0; i < tensors; i++) {
     PyObject* x = call->tensors[i];
     call->pointers[i] = 0;
-    if (x == none && i > 2) {
+    if (x == none && i >= signature->inputs) {
       call->key[call->words++] = UINT64_MAX;
     } else {
       const Reader* reader = x->type == call->tensors[0]->type ? call->reader : reader_of(x);
@@ -203,11 +210,11 @@ static int read_call(Call* call, PyObject* const* arguments, ptrdiff_t count) {
       if (!words) return 0;
       call->words += words;
     }
-    if (i < 3 || i == tensors - 1) bits |= call->pointers[i]; /* per-head parameters may lie anywhere */
+    if (i < signature->inputs || i >= first_output) bits |= call->pointers[i]; /* parameters may lie anywhere */
   }
   call->option_word = call->words;
-  if (!append_options(call, arguments + 2 + tensors, count - 2 - tensors)) return 0;
-  call->key[0] = (uint64_t)arguments[0];
+  if (!append_options(call, arguments + tensors, count - tensors)) return 0;
+  call->key[0] = (uint64_t)signature->signature;
   call->key[1] = (uint64_t)call->reader->framework << 32 | (bits & -bits);
   return 1;
 }

@@ -28,6 +28,7 @@ extern PyObject* PyExc_TypeError;
 void Py_IncRef(PyObject*);
 void Py_DecRef(PyObject*);
 PyObject* PyCFunction_NewEx(PyMethodDef*, PyObject* self, PyObject* module);
+PyObject* PyCFunction_GetSelf(PyObject* function); /* borrowed */
 PyObject* PyObject_CallNoArgs(PyObject*);
 PyObject* PyObject_CallObject(PyObject*, PyObject* tuple);
 PyObject* PyObject_GetAttr(PyObject*, PyObject* name);
@@ -42,8 +43,10 @@ ptrdiff_t PyTuple_Size(PyObject*);
 PyObject* PyTuple_GetItem(PyObject*, ptrdiff_t);
 int PyTuple_SetItem(PyObject*, ptrdiff_t, PyObject* stolen);
 int PyType_IsSubtype(PyTypeObject*, PyTypeObject*);
+PyObject* PyCapsule_New(void*, const char* name, void (*destructor)(PyObject*));
 void* PyCapsule_GetPointer(PyObject*, const char* name);
 void PyErr_Clear(void);
+PyObject* PyErr_NoMemory(void);
 PyObject* PyErr_Occurred(void);
 void PyErr_SetString(PyObject* type, const char* message);
 void* PyEval_SaveThread(void);

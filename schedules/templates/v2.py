@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
 from schedules.families import schedule
-from schedules.families.interface import Program, Rejected, Target, Traversal
+from schedules.families.interface import FORWARD, Program, Rejected, Target, Traversal
 from schedules.tile.tile_scheduler import SeqOuter
 
 TRAVERSAL = Traversal("v2", layout="bshd", order=lambda work, section: SeqOuter(work, section()))
 
 
-def apply(pattern: Pattern, target: Target, name: str, config=None) -> Program | Rejected:
+def apply(pattern: Pattern, target: Target, name: str, config=None, kind: str = FORWARD) -> Program | Rejected:
     """Schedule a matched definition as a V2 kernel.
 
     Parameters
@@ -25,6 +25,7 @@ def apply(pattern: Pattern, target: Target, name: str, config=None) -> Program |
     pattern: what the matcher found in the definition.
     target: the machine.
     name: global symbol of the kernel.
-    config: the family's ``Config``; its default for this pattern and target if not given.
+    config: the kind's ``Config``; its default for this pattern and target if not given.
+    kind: of kernel, one of those that the target's family makes.
     """
-    return schedule(pattern, target, name, TRAVERSAL, config)
+    return schedule(pattern, target, name, TRAVERSAL, config, kind)

@@ -47,7 +47,7 @@ static device_image::Kernel& image_@NAME@() {
 
 
 #: What a kernel calls to wait for the launch before, which has let it begin early.
-_WAITS = re.compile(r"\bgriddepcontrol_wait\w*\(\)")
+_WAITS = re.compile(r"griddepcontrol_wait\w*\(\)")
 _BODY = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\([^;{]*\) \{(.*?)\n\}', re.S)
 
 

@@ -182,7 +182,7 @@ def _make(path: Path, target: Target, proposal: Proposal) -> Candidate | NotMade
 
 def _make_module(folder: Folder, target: Target, spec: KernelSpec, lowered, id: str) -> None:
     draft = folder.path / "modules" / f"{id}.{os.getpid()}"
-    compiling.make_cpu_object(lowered, spec.symbol, target, draft.with_suffix(".o"))
+    compiling.make_cpu_object(lowered, target, draft.with_suffix(".o"))
     try:
         cpu.link_module([draft.with_suffix(".o")], draft, _runtime(folder))
         os.replace(draft, folder.module(id))

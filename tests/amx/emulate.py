@@ -32,7 +32,7 @@ def build(spec: KernelSpec, pattern: Pattern, config: cpu.Config, folder: Path) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cpu.ISAS, TARGET.isa, replace(isa, mcpu=best.mcpu, mattr=best.mattr))
         patch.setitem(LLVM_FUNCTIONS, isa.bfloat16, TILE_PRODUCT.replace("@llvm.x86.", "@emulated_"))
-        make_cpu_object(lower(spec, pattern, TARGET, config), spec.symbol, TARGET, kernel)
+        make_cpu_object(lower(spec, pattern, TARGET, config), TARGET, kernel)
     module = folder / f"{spec.symbol}.so"
     link_module([kernel, instructions], module, runtime)
     return module

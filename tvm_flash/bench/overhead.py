@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from tvm_flash import BackendSelector, __version__, flash_attention, flash_attention_v2
 from tvm_flash.call import eager, fast
-from tvm_flash.call.prepare import site
+from tvm_flash.call.signature import Signature, signature
 from tvm_flash.machine import cpu, cuda, ffi
 
 ROUNDS, CALLS = 31, 200
@@ -95,16 +95,16 @@ def _on_cpu() -> dict[str, dict[str, float]]:
     ours = "`flash_attention(q, k, v)`"
     calls = {
         ours: Timed(lambda: flash_attention(q, k, v)),
-        "the same, slow path": Timed(lambda: flash_attention(q, k, v), _slow_path),
+        "the same, slow path": Timed(lambda: flash_attention(q, k, v), fast.switched_off),
         "the same, gradients not switched off": Timed(lambda: flash_attention(q, k, v), torch.enable_grad),
         "the same, `out=out`": Timed(lambda: flash_attention(q, k, v, out=out)),
         "the same, `return_lse=True`": Timed(lambda: flash_attention(q, k, v, return_lse=True)),
         "a kernel of `BackendSelector`": Timed(lambda: selected(q, k, v)),
         "NumPy arrays": Timed(lambda: flash_attention(*arrays)),
-        "NumPy arrays, slow path": Timed(lambda: flash_attention(*arrays), _slow_path),
+        "NumPy arrays, slow path": Timed(lambda: flash_attention(*arrays), fast.switched_off),
         "torch's `scaled_dot_product_attention`": Timed(lambda: scaled_dot_product_attention(q, k, v)),
     }
-    parts = _parts((site("bhsd"), 5, q, k, v, None, None, "v1", False, None, False, (-1, -1), 0.0))
+    parts = _parts(signature("bhsd"), (q, k, v, None, None, "v1", False, None, False, (-1, -1), 0.0))
     return _tables(calls, parts, in_turns(calls | parts), ours)
 
 
@@ -120,7 +120,7 @@ def _on_gpu() -> dict[str, dict[str, float]]:
     ours = "`flash_attention_v2(q, k, v, causal=True)`"
     calls = {
         ours: Timed(lambda: flash_attention_v2(q, k, v, causal=True)),
-        "the same, slow path": Timed(lambda: flash_attention_v2(q, k, v, causal=True), _slow_path),
+        "the same, slow path": Timed(lambda: flash_attention_v2(q, k, v, causal=True), fast.switched_off),
         "the same, gradients not switched off": Timed(
             lambda: flash_attention_v2(q, k, v, causal=True), torch.enable_grad
         ),
@@ -132,37 +132,30 @@ def _on_gpu() -> dict[str, dict[str, float]]:
         calls[f"torch's `{backend.name}`"] = Timed(
             lambda: scaled_dot_product_attention(*heads_first, is_causal=True), functools.partial(sdpa_kernel, backend)
         )
-    parts = _parts((site("bshd"), 5, q, k, v, None, None, "v2", False, None, True, (-1, -1), 0.0))
+    parts = _parts(signature("bshd"), (q, k, v, None, None, "v2", False, None, True, (-1, -1), 0.0))
     parts |= _driver_parts(q)
     return _tables(calls, parts, in_turns(calls | parts, torch.cuda.synchronize), ours)
-
-
-@contextlib.contextmanager
-def _slow_path():
-    usual, fast.call = fast.call, eager.slow
-    try:
-        yield
-    finally:
-        fast.call = usual
 
 
 # ---------------------------------------------------------------- parts of a call
 
 
-def _parts(arguments: tuple) -> dict[str, Timed]:
+def _parts(signature: Signature, arguments: tuple) -> dict[str, Timed]:
     """What a call with such arguments does, in pieces that can be called alone."""
     eager.forget()
-    out = eager.attend(*arguments)
-    if fast.call is eager.slow:
+    out = signature.call(*arguments)
+    if not fast.is_loaded():
         raise SystemExit("the installed packs have no fast path; run `python -m tvm_flash build`")
     (plan,) = eager._plans.values()
-    _, (_, frame), (make_out, of_what, *_), _ = plan.recipe(arguments[1], *arguments[2:5], None)
-    frame.run([*(x.data_ptr() for x in (*arguments[2:5], out)), out.data_ptr()])
+    q, k, v = arguments[:3]
+    _, (_, call, *_), ((make_out, of_what, *_), _) = plan.recipe(signature, {"q": q, "k": k, "v": v, "o": None})
+    ((frame, _),) = call.launches
+    frame.run([x.data_ptr() for x in (q, k, v, out, out)])
     function, values, _, count, _ = frame.parts()
     kernel_call, nothing = ctypes.CDLL(ffi.tvm_ffi().LIB._name).TVMFFIFunctionCall, ctypes.CDLL(None).labs
     result = (ctypes.c_uint64 * 2)()
     given = ctypes.c_void_p(function), ctypes.c_void_p(values), ctypes.c_int(count), ctypes.byref(result)
-    entry, alive = fast.call, (frame, out)
+    entry, alive = signature.call, (frame, out)
     return {
         "entry": Timed(lambda: entry(*arguments)),
         "allocation": Timed(lambda: make_out(*of_what)),

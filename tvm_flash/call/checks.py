@@ -11,6 +11,7 @@ from typing import Any
 from tvm_flash.call.problem import DTYPES, FUNCTION_OF_LAYOUT, HEAD_DIM_MULTIPLE, LAYOUTS, VARIANTS
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, LayoutError, NotSupportedError
 from tvm_flash.frameworks import TensorView
+from tvm_flash.packs import sizes
 
 _DIMENSIONS = {"bhsd": "(batch, heads, seq, head_dim)", "bshd": "(batch, seq, heads, head_dim)"}
 _OTHER_LAYOUT = {"bhsd": "bshd", "bshd": "bhsd"}
@@ -36,6 +37,11 @@ class Sizes:
         """Shape of the result in a layout."""
         middle = (self.heads, self.seqlen_q) if layout == "bhsd" else (self.seqlen_q, self.heads)
         return (self.batch, *middle, self.head_dim_v)
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        """The sizes as a kernel's manifest names them."""
+        return sizes.of(**vars(self))
 
     @property
     def lse_shape(self) -> tuple[int, int, int]:

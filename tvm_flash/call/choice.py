@@ -1,8 +1,9 @@
 """Which kernel runs: the candidates, why each is refused, and the order of those that are left.
 
 The order: the template that this device's measurements favour or else the policy, then the arch that is closest to the
-device, then the smallest head_dim that fits, the cheapest mask, the largest bucket that the sequence reaches, the first
-pack on the search path.
+device, then a kernel that is made for so few query rows, the smallest head_dim that fits, the cheapest mask, the
+largest bucket that the sequence reaches, the first pack on the search path.  Nothing of it but the order of the
+templates depends on the batch or on the number of processors: a sequence gets the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Choice:
 
 
 # Stages of a rejection: what a kernel failed at.
-_SCORE, _HEAD_DIM, _MASK, _INDEX, _ALIGNMENT, _ORDER = range(6)
+_ROWS, _SCORE, _HEAD_DIM, _MASK, _INDEX, _ALIGNMENT, _ORDER = range(7)
 
 
 def template_order(problem: Problem, device: Device, variant: str, prefer: str) -> tuple[tuple[str, str], str]:
@@ -156,7 +157,7 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
         raise packs.missing(archs, device.native_arch)
     fitting, rejected = [], []
     for distance, arch in enumerate(archs):
-        for kernel in packs.candidates(arch, problem.definition, problem.dtype):
+        for kernel in packs.candidates(arch, problem.definition, problem.dtype, problem.op):
             refusal = _refusal(kernel.entry, problem)
             if refusal:
                 rejected.append(refusal)
@@ -171,13 +172,17 @@ def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance:
     mask, score = (problem.masks.index(entry.mask), problem.scores.index(entry.score)) if problem.masks else (0, 0)
     features = len(kernel.pack.manifest.cpu_features)
     return (
-        *(order.index(entry.template), distance, -features, entry.head_dim, entry.head_dim_v),
-        *(mask, score, -entry.bucket, kernel.rank),
+        *(order.index(entry.template), distance, -features, entry.max_rows is None),
+        *(entry.head_dim, entry.head_dim_v, mask, score, -entry.bucket, kernel.rank),
     )
 
 
 def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
     """Why a kernel of the right dtype and definition can't run the problem; None if it can."""
+    if entry.max_rows is not None and problem.rows > entry.max_rows:
+        return Rejection(entry, _ROWS, f"is for {entry.max_rows} query rows a key or fewer, not {problem.rows}")
+    if entry.workspaces and not problem.workspaces:
+        return Rejection(entry, _ROWS, "needs a workspace, which this framework can't allocate there")
     if problem.masks and entry.score not in problem.scores:
         return Rejection(entry, _SCORE, f"computes the score {entry.score}, not {problem.score}")
     for name in ("head_dim", "head_dim_v"):
@@ -228,6 +233,8 @@ def _why_after(entry: KernelEntry, best: KernelEntry, order: tuple[str, str]) ->
         return f"fits, but {order[0].upper()} is preferred"
     if entry.arch != best.arch:
         return f"fits, but {best.arch} is closer to the device"
+    if (entry.max_rows is None) != (best.max_rows is None):
+        return "fits, but a kernel that splits the keys is meant for so few query rows"
     if (entry.head_dim, entry.head_dim_v) != (best.head_dim, best.head_dim_v):
         return f"fits, but its head_dim {entry.head_dim} is larger than needed"
     if entry.mask != best.mask:
@@ -273,6 +280,9 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         return KernelNotFoundError(
             f"no {arch} kernel for head_dim {dims} (the largest takes {':'.join(map(str, largest))}); run `{command}`"
         )
+    if nearest.stage == _ROWS:
+        command = build_command(arch, *options)
+        return KernelNotFoundError(f"no {arch} kernel: {nearest.kernel.symbol} {nearest.reason}; run `{command}`")
     command = build_command(arch, "--head-dim", dims, *_kind(problem))
     return KernelNotFoundError(f"no {arch} kernel for the score {problem.score}; run `{command}`")
 

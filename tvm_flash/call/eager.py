@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from tvm_flash.call import fast
 from tvm_flash.call.plan import EmptyPlan, Plan
-from tvm_flash.call.prepare import Options, Site, prepare, same_framework
+from tvm_flash.call.prepare import prepare, same_framework
+from tvm_flash.call.signature import Options, Signature
 from tvm_flash.errors import LayoutWarning
 from tvm_flash.frameworks import Traced, framework_of
 from tvm_flash.packs.registry import on_refresh
@@ -25,25 +28,34 @@ _plans: dict[Any, Plan | EmptyPlan] = {}
 _lock = threading.Lock()
 
 
-def attend(*arguments: Any) -> Any:
-    """What every public function does; see :func:`tvm_flash.flash_attention`.
-
-    The arguments are a :class:`Site`; how many tensors follow; q, k, v, one for each of ``site.per_head``, and out,
-    with None for what isn't given; then the options in the order of :meth:`Site.options`.  Passing them on by position
-    and as one tuple saves 0.2 µs.
-    """
-    return fast.call(*arguments)
-
-
-def slow(site: Site, tensors: int, *arguments: Any) -> Any:
-    """:func:`attend` without the fast path, and for it if there is one."""
-    q, k, v, *given, out = arguments[:tensors]
-    per_head = {name: x for name, x in zip(site.per_head, given, strict=True) if x is not None}
-    return attention(site.options(*arguments[tensors:]), q, k, v, per_head, out, (site, tensors, *arguments))
+def slow(signature: Signature, *arguments: Any) -> Any:
+    """What :func:`entrance` gives, without the fast path, and for it if there is one."""
+    given = dict(zip(signature.tensors, arguments, strict=False))
+    q, k, v, out = (given[name] for name in ("q", "k", "v", "out"))
+    parameters = {name: given[name] for name in signature.parameters if given[name] is not None}
+    options = signature.options(*arguments[len(signature.tensors) :])
+    return attention(options, q, k, v, parameters, out, (signature, arguments))
 
 
 fast.install(slow)
-attend._torchdynamo_inline = slow  # torch.compile can't look into C
+
+
+@functools.cache
+def entrance(signature: Signature) -> Callable[..., Any]:
+    """The function that a public one calls: ``attend(tensors …, options …)``.
+
+    The tensors are those of ``signature.tensors``, with None for what isn't given, the options those of
+    :meth:`Signature.options`, all by position: passing them on as one tuple costs the least.
+    """
+
+    def attend(*arguments: Any) -> Any:
+        return signature.call(*arguments)
+
+    def inlined(*arguments: Any) -> Any:
+        return slow(signature, *arguments)
+
+    attend._torchdynamo_inline = inlined  # torch.compile can't look into C
+    return attend
 
 
 def forget() -> None:
@@ -60,8 +72,8 @@ def attention(
 ) -> Any:
     """Attention by a plan, an old or a new one.
 
-    ``per_head`` are the parameters that are tensors, by name.  ``call`` are the arguments of :func:`attend`, which the
-    fast path shall know from now on.
+    ``per_head`` are the parameters that are tensors, by name.  ``call`` are a signature and a call's arguments, which
+    the fast path shall know from now on.
     """
     try:
         return _on_memory(options, q, k, v, per_head, out, call)
@@ -108,7 +120,7 @@ def _on_memory(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any
         _warn(plan.suspicion, options.layout)
     result, lse = plan.run(q, k, v, tuple(per_head.values()), out)
     if call is not None and not framework.adopts:
-        fast.remember(call, framework, plan)
+        fast.remember(*call, framework, plan)
     if result_to is not None:
         result = result_to
     elif framework.adopts:

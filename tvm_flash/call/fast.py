@@ -6,18 +6,23 @@ pack has none, or ``TVM_FLASH_FAST_PATH=0`` is set, the slow path serves, with t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm_flash.call import memory
 from tvm_flash.frameworks import Framework
 from tvm_flash.machine import cuda, ffi
+
+if TYPE_CHECKING:
+    from tvm_flash.call.signature import Signature
 
 #: Set to 0 to do without the fast path.
 VARIABLE = "TVM_FLASH_FAST_PATH"
@@ -25,38 +30,58 @@ VARIABLE = "TVM_FLASH_FAST_PATH"
 #: How the library's file names begin.
 STEM = "libtvm_flash_call"
 
-_ABI = 2
-_MAX_TENSORS = 12
+_ABI = 3
+_MAX_TENSORS, _MAX_ARGUMENTS, _MAX_MADE, _MAX_SLOTS = 16, 32, 8, 32
+
+
+class _Launch(ctypes.Structure):
+    """``Launch`` of ``call.c``."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("arguments", ctypes.c_void_p),
+        ("tensors", ctypes.c_void_p),
+        ("slots", ctypes.POINTER(ctypes.c_int32)),
+        ("argument_count", ctypes.c_int32),
+        ("tensor_count", ctypes.c_int32),
+    )
+
+
+class _Workspace(ctypes.Structure):
+    """``Workspace`` of ``call.c``."""
+
+    _fields_ = (("slot", ctypes.c_int32), ("memory", ctypes.c_int32), ("offset", ctypes.c_int64))
 
 
 class _Recipe(ctypes.Structure):
     """``Recipe`` of ``call.c``."""
 
     _fields_ = (
-        ("function", ctypes.c_void_p),
-        ("arguments", ctypes.c_void_p),
-        ("tensors", ctypes.c_void_p),
-        ("argument_count", ctypes.c_int32),
-        ("tensor_count", ctypes.c_int32),
+        ("launches", ctypes.POINTER(_Launch)),
+        ("workspaces", ctypes.POINTER(_Workspace)),
+        ("launch_count", ctypes.c_int32),
+        ("workspace_count", ctypes.c_int32),
+        ("slot_count", ctypes.c_int32),
         ("device_type", ctypes.c_int32),
         ("device_index", ctypes.c_int32),
-        ("returns_lse", ctypes.c_int32),
         ("current_device", ctypes.c_void_p),
-        ("per_head", ctypes.c_int32 * _MAX_TENSORS),
+        ("made_count", ctypes.c_int32),
+        ("returned_count", ctypes.c_int32),
+        ("made", ctypes.c_int32 * _MAX_MADE),
         ("low", ctypes.c_int64 * _MAX_TENSORS),
         ("high", ctypes.c_int64 * _MAX_TENSORS),
     )
 
 
-#: ``call(site, number of tensors, q, k, v, *per_head, out, *options)``: the slow path's answer, sooner.  A per-head
-#: tensor or ``out`` that isn't given is None; a site is an object that stands for what its caller has decided.
-call: Callable[..., Any]
-
 _slow: Callable[..., Any]
-_add: Callable[..., None] | None = None
+_bind: Callable[..., Any] | None = None
+_add: Callable[..., None]
 _read: Callable[..., None]
 _forget: Callable[[], int]
 _lock = threading.Lock()
+
+#: Every signature that there is.
+_signatures: list[Signature] = []
 
 #: The types whose tensors the library reads, and how.
 _readers: dict[type, tuple] = {}
@@ -64,18 +89,53 @@ _frameworks: list[Framework] = []
 
 
 def install(slow: Callable[..., Any]) -> None:
-    """Make ``slow`` what computes a call, until the library is there, and whatever the library can't."""
-    global call, _slow
-    call = _slow = slow
+    """Make ``slow(signature, tensors …, options …)`` what computes a call, until the library is there, and whatever the
+    library can't."""
+    global _slow
+    _slow = slow
+
+
+def enter(signature: Signature) -> None:
+    """Give a signature its ``call(tensors …, options …)``: the slow path's answer, sooner if the library is there."""
+    with _lock:
+        _signatures.append(signature)
+        _connect(signature)
+
+
+def _connect(signature: Signature) -> None:
+    call = None
+    if _bind is not None:
+        call = _bind(signature, len(signature.tensors), len(signature.inputs), len(signature.outputs))
+    signature.call = signature.fast_call = call
+    if call is None:
+        signature.call = functools.partial(_slow, signature)
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Every call goes the slow way for a while: to compare."""
+    before = [(signature, signature.call) for signature in _signatures]
+    for signature, _ in before:
+        signature.call = functools.partial(_slow, signature)
+    try:
+        yield
+    finally:
+        for signature, call in before:
+            signature.call = call
+
+
+def is_loaded() -> bool:
+    """Whether the library is there."""
+    return _bind is not None
 
 
 def load(path: Path) -> None:
     """Load the library, once; ``path`` has been verified.  What can't be loaded here leaves the slow path alone."""
-    global call, _add, _read, _forget
-    if _add is not None or os.environ.get(VARIABLE) == "0" or not _supported():
+    global _bind, _add, _read, _forget
+    if _bind is not None or os.environ.get(VARIABLE) == "0" or not _supported():
         return
     with _lock:
-        if _add is not None:
+        if _bind is not None:
             return
         try:
             functions = ctypes.PyDLL(str(path)).tvm_flash_call_functions
@@ -84,10 +144,11 @@ def load(path: Path) -> None:
         functions.restype = ctypes.py_object
         functions.argtypes = (ctypes.c_int, ctypes.py_object, *[ctypes.c_void_p] * 3)
         try:
-            fast_call, add, _read, _forget = functions(_ABI, _slow, *ffi.addresses())
+            _bind, _add, _read, _forget = functions(_ABI, _slow, *ffi.addresses())
         except TypeError:  # a pack of another version of this package
             return
-        call, _add = fast_call, add
+        for signature in _signatures:
+            _connect(signature)
 
 
 def _supported() -> bool:
@@ -97,16 +158,16 @@ def _supported() -> bool:
 
 def forget() -> None:
     """Drop everything that was remembered."""
-    if _add is not None:
+    if _bind is not None:
         _forget()
 
 
-def remember(arguments: tuple, framework: Framework, plan: Any) -> None:
-    """Keep what a plan has done for the next call with such arguments (those of :func:`call`)."""
-    if _add is None or not _readable(type(arguments[2]), framework):
+def remember(signature: Signature, arguments: tuple, framework: Framework, plan: Any) -> None:
+    """Keep what a plan has done for the next call with such arguments (those of ``signature.call``)."""
+    if signature.fast_call is None or not _readable(type(arguments[0]), framework):
         return
-    site, tensors = arguments[:2]
-    _add(arguments, functools.partial(plan.recipe, site.per_head, *arguments[2:5], arguments[1 + tensors]))
+    given = dict(zip(signature.roles, arguments, strict=False))
+    _add(signature.fast_call, arguments, functools.partial(plan.recipe, signature, given))
 
 
 def _readable(cls: type, framework: Framework) -> bool:
@@ -120,28 +181,57 @@ def _readable(cls: type, framework: Framework) -> bool:
     return how is not None
 
 
-def recipe(
-    frame: ffi.Frame, per_head: list[int], returns_lse: bool, footprints: list[memory.Footprint]
-) -> tuple[int, Any]:
-    """A recipe's address and what keeps it alive.
+@dataclass(frozen=True)
+class Call:
+    """How a call is done, in terms of roles: what the library has to know.
 
-    Parameters
+    Attributes
     ----------
-    frame: the arguments.
-    per_head: which of the call's tensors the kernel's per-head parameters are, by position from q = 0 on.
-    returns_lse: whether the caller gets the log-sum-exp too.
-    footprints: of all tensors of the call, ``out`` last.
+    launches: argument buffers, and the roles of the tensors among the arguments.
+    made: role and makers (:func:`ways`) of each tensor that may have to be made, None for one that is given or not
+        wanted: the results first, in the order in which they are returned.
+    returned: how many of those are returned.
+    workspaces: by role, the role of the memory that it is in, and the offset there in bytes.
+    footprints: of the tensors that are given, by role.
     """
-    function, arguments, tensors, argument_count, tensor_count = frame.parts()
-    current_device = None if frame.device[0] == ffi.DL_DEVICES["cpu"] else cuda.current_device_function()
-    found = _Recipe(
-        *(function, arguments, tensors, argument_count, tensor_count),
-        *(*frame.device, returns_lse, current_device),
+
+    launches: tuple[tuple[ffi.Frame, tuple[str, ...]], ...]
+    made: tuple[tuple[str, Any], ...]
+    returned: int
+    workspaces: Mapping[str, tuple[str, int]]
+    footprints: Mapping[str, memory.Footprint]
+
+
+def recipe(signature: Signature, call: Call) -> tuple[int, Any, tuple] | None:
+    """A recipe's address, what keeps it alive, and the makers; None if it is too large for the library."""
+    roles = [*signature.roles, *(role for role, _ in call.made), *call.workspaces]
+    roles += [role for _, launch_roles in call.launches for role in launch_roles]
+    slots = {role: slot for slot, role in enumerate(dict.fromkeys(roles))}
+    arguments = [frame.parts()[3] for frame, _ in call.launches]
+    if len(slots) > _MAX_SLOTS or len(call.made) > _MAX_MADE or max(arguments) > _MAX_ARGUMENTS:
+        return None
+    keep: list[Any] = []
+    launches = (_Launch * len(call.launches))()
+    for launch, (frame, launch_roles) in zip(launches, call.launches, strict=True):
+        numbers = (ctypes.c_int32 * len(launch_roles))(*(slots[role] for role in launch_roles))
+        function, values, tensors, argument_count, tensor_count = frame.parts()
+        launch.function, launch.arguments, launch.tensors, launch.slots = function, values, tensors, numbers
+        launch.argument_count, launch.tensor_count = argument_count, tensor_count
+        keep.append(numbers)
+    workspaces = (_Workspace * len(call.workspaces))(
+        *((slots[role], slots[at], offset) for role, (at, offset) in call.workspaces.items())
     )
-    found.per_head[: len(per_head)] = per_head
+    device = call.launches[0][0].device
+    found = _Recipe(
+        *(launches, workspaces, len(launches), len(workspaces), len(slots), *device),
+        None if device[0] == ffi.DL_DEVICES["cpu"] else cuda.current_device_function(),
+        *(len(call.made), call.returned),
+    )
+    found.made[: len(call.made)] = [slots[role] for role, _ in call.made]
+    footprints = [call.footprints.get(role, memory.NOWHERE) for role in signature.roles]
     found.low[: len(footprints)] = [f.low for f in footprints]
     found.high[: len(footprints)] = [f.high for f in footprints]
-    return ctypes.addressof(found), (found, frame)
+    return ctypes.addressof(found), (found, call, launches, workspaces, keep), tuple(ways for _, ways in call.made)
 
 
 def ways(quick: Callable[[], Any], sure: Callable[[], Any]) -> tuple[Any, ...]:

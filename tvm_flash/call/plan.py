@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tvm_flash.call import fast, memory
 from tvm_flash.call.checks import Sizes
 from tvm_flash.call.choice import Choice, choose
+from tvm_flash.call.launches import ZEROED, arguments_of, maker, workspaces_of
 from tvm_flash.call.problem import Problem
+from tvm_flash.call.signature import Signature
 from tvm_flash.errors import InvalidArgumentError
-from tvm_flash.frameworks import Framework, TensorView, contiguous_strides
+from tvm_flash.frameworks import Framework, TensorView
 from tvm_flash.machine.device import Device
-from tvm_flash.machine.ffi import Frame, TensorSpec
-from tvm_flash.packs.manifest import KernelEntry
+from tvm_flash.machine.ffi import Frame
+from tvm_flash.packs.manifest import KernelEntry, Launch
 from tvm_flash.packs.registry import registry
 
 
@@ -64,7 +66,7 @@ class EmptyPlan:
     def __init__(self, request: Request):
         self._request = request
 
-    def recipe(self, per_head: tuple[str, ...], q: Any, k: Any, v: Any, out: Any) -> None:
+    def recipe(self, signature: Signature, given: Mapping[str, Any]) -> None:
         """What the fast path needs: it leaves empty problems alone."""
 
     def run(self, q: Any, k: Any, v: Any, per_head: tuple[Any, ...], out: Any) -> tuple[Any, Any]:
@@ -96,14 +98,20 @@ class Plan:
         self.choice = choose(problem, request.device, request.variant)
         request.accept(self.choice)
         entry = self.choice.kernel.entry
-        self._kernel = registry().load(self.choice.kernel)
-        self._arguments, self._named = _arguments(request, entry)
-        names = list(request.per_head)
-        self._per_head = [None if name is None else names.index(name) for name in self._named]
+        extents = entry.extents(request.sizes.by_name)
+        arguments = arguments_of(entry, request, extents)
+        functions = registry().load(self.choice.kernel)
+        self._launches = [
+            (function, [arguments[x.role] for x in launch.arguments], _tensor_roles(launch, entry, request))
+            for function, launch in zip(functions, entry.launches, strict=True)
+        ]
         self._misaligned = entry.alignment - 1
         self._realigned: dict[int, Plan] = {}
-        self._frames: list[Frame] = []  # append and pop are atomic: threads never share a frame
-        self._inputs = tuple(memory.footprint(x) for x in (request.q, request.k, request.v, *request.per_head.values()))
+        self._frames: list[tuple[Frame, ...]] = []  # append and pop are atomic: threads never share a frame
+        self._inputs = {
+            name: memory.footprint(x)
+            for name, x in (("q", request.q), ("k", request.k), ("v", request.v), *request.per_head.items())
+        }
         self._output = memory.footprint(request.out) if request.out else None
         self._gpu = request.device.index if request.device.kind == "cuda" else None
         self._lock = threading.Lock()
@@ -111,9 +119,10 @@ class Plan:
         # A kernel that isn't asked for lse gets a tensor of one element, which must exist if that is all of lse.
         self._lse_needed = request.return_lse or math.prod(request.sizes.lse_shape) == 1
         if request.out is None:
-            self._make_out = self._framework.allocator(request.out_shape, request.problem.dtype, request.q)
+            self._make_out = self._framework.allocator(request.out_shape, entry.dtype_of("o"), request.q)
         if self._lse_needed:
             self._make_lse = self._framework.allocator(request.sizes.lse_shape, "float32", request.q)
+        self._workspaces = [(memory_, maker(memory_, request)) for memory_ in workspaces_of(entry, extents)]
 
     def run(self, q: Any, k: Any, v: Any, per_head: tuple[Any, ...], out: Any) -> tuple[Any, Any]:
         """The result and the log-sum-exp (None unless it was asked for).
@@ -145,60 +154,76 @@ class Plan:
         if self._lse_needed:
             lse = self._make_lse()
             at_lse = pointer(lse)
-        pointers = [at_q, at_k, at_v, at_out, at_lse]
-        if self._per_head:
-            pointers += [at_q if i is None else pointer(per_head[i]) for i in self._per_head]
-        frame = self._frame()
-        if self._gpu is None:
-            frame.run(pointers)
-        else:
-            frame.run_on_stream(pointers, framework.stream(self._gpu))
+        pointers = {"q": at_q, "k": at_k, "v": at_v, "o": at_out, "lse": at_lse}
+        pointers |= {name: pointer(x) for name, x in zip(self._request.per_head, per_head, strict=True)}
+        workspaces = [(memory_, make()) for memory_, make in self._workspaces]
+        for memory_, tensor in workspaces:
+            pointers |= memory_.pointers(pointer(tensor))
+        frames = self._frames_of_one_call()
+        for frame, (_, _, roles) in zip(frames, self._launches, strict=True):
+            if self._gpu is None:
+                frame.run([pointers[role] for role in roles])
+            else:
+                frame.run_on_stream([pointers[role] for role in roles], framework.stream(self._gpu))
+        if self._gpu is not None:
             framework.finish(self._gpu)
-        self._frames.append(frame)
+        self._frames.append(frames)
         return out, (lse if self._return_lse else None)
 
-    def _frame(self) -> Frame:
-        """A frame that no other call uses."""
+    def _frames_of_one_call(self) -> tuple[Frame, ...]:
+        """A frame for each launch that no other call uses."""
         try:
             return self._frames.pop()
         except IndexError:
-            return Frame(self._kernel, self._arguments)
+            return tuple(Frame(function, arguments) for function, arguments, _ in self._launches)
 
-    def recipe(self, per_head: tuple[str, ...], q: Any, k: Any, v: Any, out: Any) -> tuple[Any, ...] | None:
+    def recipe(self, signature: Signature, given: Mapping[str, Any]) -> tuple[int, Any, tuple] | None:
         """What the fast path needs to do the same for tensors of this alignment; None if each call must warn.
 
-        ``per_head`` are the parameters of each head that the call has room for, given or not.  The answer is that of
-        :func:`tvm_flash.call.fast.recipe`, and the :func:`tvm_flash.call.fast.ways` of making the result and the
-        log-sum-exp (None: nothing is to be made).
+        ``given`` are the call's tensors by role, None for what isn't given; the answer is that of
+        :func:`tvm_flash.call.fast.recipe`.
         """
         if self.suspicion is not None:
             return None
         bits = 0
-        for x in (q, k, v) if out is None else (q, k, v, out):
-            bits |= self._framework.pointer(x)
+        for role in ("q", "k", "v", "o"):
+            bits |= 0 if given[role] is None else self._framework.pointer(given[role])
         if bits & self._misaligned:
-            return self._for_alignment(memory.alignment_of(bits)).recipe(per_head, q, k, v, out)
-        given = dict(zip(self._request.per_head, self._inputs[3:], strict=True))
-        footprints = [*self._inputs[:3], *(given.get(name, memory.NOWHERE) for name in per_head)]
-        footprints.append(self._output or memory.NOWHERE)
-        used = [0 if name is None else 3 + per_head.index(name) for name in self._named]
-        made = fast.recipe(self._frame(), used, self._return_lse, footprints)
-        # On the processor the fast path has room of its own for an lse that nobody asked for.
-        makes_lse = self._return_lse or (self._lse_needed and self._gpu is not None)
-        request = self._request
+            return self._for_alignment(memory.alignment_of(bits)).recipe(signature, given)
+        request, framework = self._request, self._framework
 
         def ways(shape, dtype, make):
-            return fast.ways(self._framework.quick_allocator(shape, dtype, request.q) or make, make)
+            return fast.ways(framework.quick_allocator(shape, dtype, request.q) or make, make)
 
-        return (
-            *made,
-            ways(request.out_shape, request.problem.dtype, self._make_out) if out is None else None,
-            ways(request.sizes.lse_shape, "float32", self._make_lse) if makes_lse else None,
+        out = None
+        if request.out is None:
+            out = ways(request.out_shape, self.choice.kernel.entry.dtype_of("o"), self._make_out)
+        # On the processor the fast path has room of its own for an lse that nobody asked for.
+        makes_lse = self._return_lse or (self._lse_needed and self._gpu is not None)
+        lse = ways(request.sizes.lse_shape, "float32", self._make_lse) if makes_lse else None
+        made = [("o", out), ("lse", lse)]
+        for memory_, make in self._workspaces:
+            quick = (
+                None if memory_.role == ZEROED else framework.quick_allocator((memory_.elements,), "float32", request.q)
+            )
+            made.append((memory_.role, fast.ways(quick or make, make)))
+        call = fast.Call(
+            launches=tuple(
+                (frame, roles) for frame, (_, _, roles) in zip(self._frames_of_one_call(), self._launches, strict=True)
+            ),
+            made=tuple(made),
+            returned=2 if self._return_lse else 1,
+            workspaces={
+                name: (memory_.role, offset)
+                for memory_, _ in self._workspaces
+                for name, offset in memory_.offsets.items()
+            },
+            footprints={**self._inputs, **({"o": self._output} if self._output else {})},
         )
+        return fast.recipe(signature, call)
 
     def _check_overlap(self, pointers: tuple[int, ...], at_out: int) -> None:
-        names = ("q", "k", "v", *self._request.per_head)
-        for name, inputs, at in zip(names, self._inputs, pointers, strict=True):
+        for (name, inputs), at in zip(self._inputs.items(), pointers, strict=True):
             if memory.overlap(self._output, at_out, inputs, at):
                 raise InvalidArgumentError(
                     f"out: shares memory with {name}, which is read while out is written; give it memory of its own, "
@@ -217,49 +242,7 @@ def _with_alignment(problem: Problem, alignment: int) -> Problem:
     return problem if problem.alignment == alignment else dataclasses.replace(problem, alignment=alignment)
 
 
-def _arguments(request: Request, entry: KernelEntry) -> tuple[list, tuple[str | None, ...]]:
-    """The kernel's arguments in its order and layout; and the names of the per-head tensors among them, in order.
-
-    One that the call doesn't give, and the kernel doesn't use then, is None, and q's memory stands for it.
-    """
-    sizes, swap = request.sizes, entry.layout != request.layout
-    out = request.out
-    out_strides = out.strides if out else contiguous_strides(request.out_shape)
-    lse_elements = math.prod(sizes.lse_shape)
-    arguments = [
-        *(_spec(x.shape, x.strides, request, swap) for x in (request.q, request.k, request.v)),
-        _spec(request.out_shape, out_strides, request, swap),
-        TensorSpec(
-            (lse_elements if request.return_lse else 1,), (1,), "float32", request.device.kind, request.device.index
-        ),
-        request.softmax_scale,
-    ]
-    used: list[str | None] = []
-    for param in entry.params:
-        if not param.per_head:
-            arguments.append(request.scalars[param.name])
-            continue
-        shape = (sizes.batch, sizes.heads)
-        if param.name not in request.per_head and request.scalars.get(f"has_{param.name}") == 0:
-            arguments.append(TensorSpec(shape, (0, 0), param.dtype, request.device.kind, request.device.index))
-            used.append(None)
-            continue
-        x = request.per_head[param.name]
-        strides = x.strides if len(x.shape) == 2 else (0, x.strides[0])
-        strides = tuple(0 if n == 1 else s for n, s in zip((1, *x.shape)[-2:], strides, strict=True))
-        arguments.append(TensorSpec(shape, strides, x.dtype, request.device.kind, request.device.index))
-        used.append(param.name)
-    return arguments, tuple(used)
-
-
-def _spec(shape: tuple[int, ...], strides: tuple[int, ...], request: Request, swap: bool) -> TensorSpec:
-    """A tensor argument in the kernel's layout.
-
-    The stride of a dimension of size 1 is arbitrary and never used: it gets the value of a contiguous tensor, as
-    kernels may ask strides to be aligned.
-    """
-    plain = contiguous_strides(shape)
-    strides = tuple(p if n == 1 else s for n, s, p in zip(shape, strides, plain, strict=True))
-    if swap:
-        shape, strides = ((x[0], x[2], x[1], x[3]) for x in (shape, strides))
-    return TensorSpec(shape, strides, request.problem.dtype, request.device.kind, request.device.index)
+def _tensor_roles(launch: Launch, entry: KernelEntry, request: Request) -> tuple[str, ...]:
+    """The roles of a launch's tensors, in the order of its arguments; q's memory stands for what isn't given."""
+    absent = {p.name for p in entry.params if p.per_head} - request.per_head.keys()
+    return tuple("q" if x.role in absent else x.role for x in launch.arguments if x.rank)

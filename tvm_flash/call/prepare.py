@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from tvm_flash.call import checks, memory
-from tvm_flash.call.choice import Choice
 from tvm_flash.call.plan import EmptyPlan, Plan, Request
 from tvm_flash.call.problem import (
     INT32_MAX,
@@ -21,6 +18,7 @@ from tvm_flash.call.problem import (
     normalise_mask,
     score_kind,
 )
+from tvm_flash.call.signature import Options
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
@@ -46,62 +44,6 @@ NO_BACKWARD = (
     "q, k, v: a gradient is required of them, and there is no backward pass yet; call under torch.no_grad() or "
     "torch.inference_mode(), or pass q.detach() and so on"
 )
-
-
-def accept_any(choice: Choice) -> None:
-    """Whatever kernel was chosen will do."""
-
-
-class Options(NamedTuple):
-    """What a call asks for, apart from tensors; not yet checked.  A tuple, since it is the key of plans in every call.
-
-    ``params`` are names and values of the numbers that a definition of the user's own takes.  ``accept`` may raise for
-    a kernel that was chosen.  ``layout_known`` says that no shape is to be taken for one of the other layout.
-    """
-
-    layout: str
-    variant: Any
-    return_lse: Any
-    softmax_scale: Any
-    causal: Any = False
-    window_size: Any = (-1, -1)
-    softcap: Any = 0.0
-    definition: str = BUILTIN_DEFINITION
-    params: tuple[tuple[str, Any], ...] = ()
-    accept: Callable[[Choice], None] = accept_any
-    layout_known: bool = False
-
-
-@dataclass(frozen=True)
-class Site:
-    """What a function of the package has decided before it is called.
-
-    ``per_head`` and ``scalars`` are the names of the parameters that are tensors and, for a definition of the user's
-    own, of those that are numbers; the others are as in :class:`Options`.
-    """
-
-    layout: str
-    definition: str = BUILTIN_DEFINITION
-    per_head: tuple[str, ...] = ("alibi_slopes",)
-    scalars: tuple[str, ...] = ()
-    accept: Callable[[Choice], None] = accept_any
-    layout_known: bool = False
-
-    def options(self, variant: Any, return_lse: Any, softmax_scale: Any, *rest: Any) -> Options:
-        """The options of a call; ``rest`` is causal, window_size and softcap, or the values of ``scalars``."""
-        builtin = self.definition == BUILTIN_DEFINITION
-        return Options(
-            *(self.layout, variant, return_lse, softmax_scale),
-            *(rest if builtin else ()),
-            definition=self.definition,
-            params=() if builtin else tuple(zip(self.scalars, rest, strict=True)),
-            accept=self.accept,
-            layout_known=self.layout_known,
-        )
-
-
-#: A site, the same one for the same arguments: the fast path knows it by its address.
-site = functools.lru_cache(maxsize=256)(Site)
 
 
 def prepare(
@@ -145,6 +87,7 @@ def request_of(
             **what,
             dtype=q.dtype,
             layout=options.layout,
+            workspaces=framework.allocates(q.device_kind),
             index_bits=_index_bits(sizes, (q, k, v, out_view), options.layout),
         ),
         device=Device(q.device_kind, q.device_index),

@@ -83,7 +83,8 @@ class Problem:
     ``head_dim`` and ``head_dim_v`` in elements; ``masks`` are the mask kinds that would do, the best first, and empty
     for a definition of the user's own, which has its mask built in.  ``layout`` is that of the caller's tensors.
     ``alignment`` is the number of bytes (a power of two) that all pointers and strides are multiples of.
-    ``index_bits`` is 32 if every size and stride fits an int32, else 64.
+    ``index_bits`` is 32 if every size and stride fits an int32, else 64.  ``op`` is the operator that is asked for, and
+    ``workspaces`` says whether memory for them can be allocated.
     """
 
     batch: int
@@ -100,6 +101,13 @@ class Problem:
     definition: str = BUILTIN_DEFINITION
     alignment: int = 128
     index_bits: int = 32
+    op: str = "forward"
+    workspaces: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a key: those of all heads of a group."""
+        return self.seqlen_q * (self.heads // max(1, self.kv_heads))
 
     @property
     def scores(self) -> tuple[str, ...]:

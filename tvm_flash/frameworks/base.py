@@ -104,6 +104,21 @@ class Framework(ABC):
     def allocator(self, shape: tuple[int, ...], dtype: str, like: TensorView) -> Callable[[], Any]:
         """Makes new contiguous tensors on the device of ``like``, their data undefined, aligned to 64 bytes."""
 
+    def zeros_allocator(self, shape: tuple[int, ...], dtype: str, like: TensorView) -> Callable[[], Any]:
+        """The same for tensors that are all zeros."""
+        allocate = self.allocator(shape, dtype, like)
+
+        def zeros():
+            tensor = allocate()
+            self.fill(tensor, 0.0)
+            return tensor
+
+        return zeros
+
+    def allocates(self, device_kind: str) -> bool:
+        """Whether :meth:`allocator` can make tensors on devices of a kind: workspaces need it."""
+        return True
+
     def quick_allocator(self, shape: tuple[int, ...], dtype: str, like: TensorView) -> Callable[[], Any] | None:
         """The same, sooner, but on the framework's current device of that kind; None if there is no such way."""
         return None

@@ -62,6 +62,9 @@ class DLPack(Framework):
         allocate = NUMPY.allocator(shape, dtype, like)
         return lambda: ffi.tvm_ffi().from_dlpack(allocate())
 
+    def allocates(self, device_kind):
+        return device_kind == "cpu"
+
     def fill(self, tensor, value):
         if tensor.__dlpack_device__()[0] != ffi.DL_DEVICES["cpu"]:
             raise NotSupportedError("k: has no rows, and a result on a GPU can't be filled for this framework")

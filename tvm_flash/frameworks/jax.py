@@ -65,11 +65,19 @@ class Jax(Framework):
     def allocator(self, shape, dtype, like):
         if like.device_kind == "cpu":
             return NUMPY.allocator(shape, dtype, like)
+        return self._on_gpu(jax.numpy.empty, shape, dtype, like)
+
+    def zeros_allocator(self, shape, dtype, like):
+        if like.device_kind == "cpu":
+            return super().zeros_allocator(shape, dtype, like)
+        return self._on_gpu(jax.numpy.zeros, shape, dtype, like)
+
+    def _on_gpu(self, make, shape, dtype, like):
         device = next(d for d in jax.local_devices() if d.local_hardware_id == like.device_index)
 
         def allocate():
             with jax.default_device(device):
-                return jax.numpy.empty(shape, dtype_of(dtype)).block_until_ready()
+                return make(shape, dtype_of(dtype)).block_until_ready()
 
         return allocate
 

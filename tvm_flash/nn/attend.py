@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from tvm_flash.call import eager
-from tvm_flash.call.prepare import site
+from tvm_flash.call.eager import entrance
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, LAYOUTS
+from tvm_flash.call.signature import signature
 
-_SITES = {layout: site(layout, layout_known=True) for layout in LAYOUTS}
+_attend = {layout: entrance(signature(layout, layout_known=True)) for layout in LAYOUTS}
 
 
 def attend(
@@ -29,8 +29,8 @@ def attend(
 ) -> Any:
     """:func:`tvm_flash.flash_attention` in a layout, by whichever template is better, without a look at the layout."""
     # fmt: off
-    return eager.attend(_SITES[layout], 5, q, k, v, alibi_slopes, out,
-                       "auto", return_lse, softmax_scale, causal, window_size, softcap)
+    return _attend[layout](q, k, v, alibi_slopes, out,
+                           "auto", return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on
 
 

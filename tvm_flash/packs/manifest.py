@@ -3,31 +3,43 @@
 A pack is one folder ``packs/<arch>/`` with compiled modules and a ``manifest.json``.  The builder writes the manifest,
 the run time reads it; neither needs the other.  Every class here is a frozen dataclass of strings, numbers and tuples.
 
-How a kernel is called (the ABI that ``KernelEntry.symbol`` follows)::
+How a kernel is called
+----------------------
+A kernel computes one operator (``KernelEntry.op``) by one launch or several, in order.  Each :class:`Launch` names a
+function of the module and says what it takes, in order, by *role*: an :class:`Argument` with the role's rank (0 for a
+number) and dtype.  A tensor may have any strides unless its role says otherwise, and no size may be 0: the run time
+answers empty problems itself.  Roles are:
 
-    symbol(q, k, v, o, lse, softmax_scale, *params)
-
-* ``q``, ``o`` and ``k``, ``v``: rank-4 tensors in the template's physical layout, V1 ``(batch, heads, seq, dim)``, V2
-  ``(batch, seq, heads, dim)``; any strides with a contiguous last dimension.  The last dimension of ``q`` and ``k`` may
-  be any multiple of 8 up to ``head_dim``, that of ``v`` and ``o`` up to ``head_dim_v``: a kernel serves every smaller
-  size.
+* ``q``, ``o``, ``k``, ``v``: rank 4 in the template's physical layout, V1 ``(batch, heads, seq, dim)``, V2 ``(batch,
+  seq, heads, dim)``, with a contiguous last dimension.  The last dimension of ``q`` and ``k`` may be any multiple of 8
+  up to ``head_dim``, that of ``v`` and ``o`` up to ``head_dim_v``: a kernel serves every smaller size.
 * ``lse``: flat float32, ``batch * heads * seqlen_q`` values in ``(batch, heads, seqlen_q)`` order; a shorter tensor
   (one element, say) means that nobody asked for it, and then it isn't written.
-* ``softmax_scale``: float32.
-* ``params``: in the order of ``KernelEntry.params``; a scalar, or for a ``per_head`` parameter a ``(batch, heads)``
-  tensor with any strides (a stride of 0 broadcasts over the batch).
+* ``softmax_scale``: a float32.
+* a run-time parameter of the mask or the score by its name, one of ``KernelEntry.params``: a number, or for a
+  ``per_head`` parameter a ``(batch, heads)`` tensor (a stride of 0 broadcasts over the batch).
+* a workspace by its name, one of ``KernelEntry.workspaces``: a contiguous tensor that lives for the launches of one
+  call, of a shape that follows from the problem's sizes.  What a launch finds in it is what an earlier launch left
+  there, or zeros if it is ``zeroed``, or anything.
+* a number that the run time decides by its name, one of ``KernelEntry.scalars``: it follows from the problem's sizes
+  too (:mod:`tvm_flash.packs.sizes`).
 
-No size may be 0: the run time answers empty problems itself.
+The launches of ``forward`` kernels write ``o`` and ``lse``.  One with a single launch takes ``(q, k, v, o, lse,
+softmax_scale, *params)``; one that splits the keys has a launch that writes partial results into workspaces, and one
+that combines them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA = 1
+from tvm_flash.packs import sizes
+
+SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
 
 #: The name that the definition of the package itself has in manifests; a user's own has the name of its function.
@@ -52,6 +64,62 @@ class Param:
     dtype: str
     per_head: bool = False
     gradient: bool = False
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a launch takes at one place: its role, its rank (0 for a number) and its dtype."""
+
+    role: str
+    rank: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One function of a module, by its symbol, and its arguments in order."""
+
+    symbol: str
+    arguments: tuple[Argument, ...]
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> Launch:
+        """What :func:`dataclasses.asdict` made of a launch."""
+        return Launch(**{**raw, "arguments": tuple(Argument(**a) for a in raw["arguments"])})
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Memory for the launches of one call: a contiguous tensor, its sizes expressions of the problem's sizes.
+
+    ``zeroed`` says that it is all zeros when the first launch begins.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[sizes.Expression, ...]
+    zeroed: bool = False
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> Workspace:
+        """What :func:`dataclasses.asdict` made of a workspace, perhaps by way of JSON."""
+        return Workspace(**{**raw, "shape": tuple(map(sizes.from_json, raw["shape"]))})
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number that a kernel is given by the run time: an expression of the problem's sizes.
+
+    Shapes of workspaces, and further scalars, may name it like a size.
+    """
+
+    name: str
+    value: sizes.Expression
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> Scalar:
+        """What :func:`dataclasses.asdict` made of a scalar, perhaps by way of JSON."""
+        return Scalar(**{**raw, "value": sizes.from_json(raw["value"])})
 
 
 @dataclass(frozen=True)
@@ -94,16 +162,21 @@ class KernelEntry:
 
     Attributes
     ----------
-    symbol: name of the function in its module.
+    symbol: the kernel's name in its pack, and that of its first launch.
     module: file name of the module, one of ``Manifest.modules``.
+    op: the operator that it computes, one of ``tvm_flash.operators.OPERATORS``.
+    kind: which of its kinds of kernels for that the builder made, such as ``"forward"`` or ``"decode"``.
     template: ``"v1"`` (layout bhsd) or ``"v2"`` (layout bshd).
     arch: ``"cpu"`` or a CUDA arch such as ``"sm_90a"``.
-    dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``, of q, k, v and o.
     head_dim, head_dim_v: the largest sizes it takes, in elements.
     definition, mask, score: which attention it computes.
-    params: its run-time parameters, in order.
+    params: the run-time parameters of mask and score.
+    launches: what is called, in order.
+    workspaces, scalars: memory and numbers that the launches take beside the operator's own arguments.
     bucket: the fewest keys (``seqlen_kv``) it is meant for; of several kernels of one kind the one with the largest
         bucket that fits is the fastest.
+    max_rows: the most query rows that share a key (``seqlen_q * heads / kv_heads``) for which it is meant; None if any
+        number will do.  A kernel that is made for few rows is preferred where it fits.
     alignment: bytes; data pointers and all strides but the last must be multiples of it.
     index_bits: 32 if sizes and strides (in elements) must fit an int32, else 64.
     config: the schedule's configuration as JSON.
@@ -116,21 +189,26 @@ class KernelEntry:
 
     symbol: str
     module: str
+    op: str
+    kind: str
     template: str
     arch: str
-    dtype: str
     head_dim: int
     head_dim_v: int
     definition: str
     mask: str
     score: str
     params: tuple[Param, ...]
+    launches: tuple[Launch, ...]
     bucket: int
     alignment: int
     index_bits: int
     config: dict[str, Any]
     config_source: str
     source_hash: str
+    workspaces: tuple[Workspace, ...] = ()
+    scalars: tuple[Scalar, ...] = ()
+    max_rows: int | None = None
     registers: int | None = None
     shared_memory: int | None = None
     spills: int | None = None
@@ -142,11 +220,38 @@ class KernelEntry:
 
         Raises
         ------
-        KeyError, TypeError: a field is missing or unknown.
+        KeyError, TypeError, ValueError: a field is missing, unknown or not understood.
         """
-        params = tuple(Param(**p) for p in raw["params"])
-        speeds = tuple(Speed(**s) for s in raw.get("speeds", ()))
-        return KernelEntry(**{**raw, "params": params, "speeds": speeds})
+        parts = {
+            "params": tuple(Param(**p) for p in raw["params"]),
+            "launches": tuple(map(Launch.from_dict, raw["launches"])),
+            "workspaces": tuple(map(Workspace.from_dict, raw.get("workspaces", ()))),
+            "scalars": tuple(map(Scalar.from_dict, raw.get("scalars", ()))),
+            "speeds": tuple(Speed(**s) for s in raw.get("speeds", ())),
+        }
+        return KernelEntry(**{**raw, **parts})
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        """Arguments of all launches, each role once, in the order in which they first appear."""
+        found = {a.role: a for launch in self.launches for a in launch.arguments}
+        return tuple(found.values())
+
+    def dtype_of(self, role: str) -> str:
+        """The dtype of a role."""
+        return next(a.dtype for a in self.arguments if a.role == role)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype by which kernels are looked for, that of ``q``: ``"float32"``, ``"float16"`` or ``"bfloat16"``."""
+        return self.dtype_of("q")
+
+    def extents(self, problem: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of a problem (:func:`tvm_flash.packs.sizes.of`) and the values of the scalars."""
+        found = dict(problem)
+        for scalar in self.scalars:
+            found[scalar.name] = sizes.evaluate(scalar.value, found)
+        return found
 
     @property
     def layout(self) -> str:
@@ -194,5 +299,5 @@ class Manifest:
             files = {key: tuple(ModuleFile(**m) for m in raw.pop(key)) for key in ("modules", "support_files")}
             kernels = tuple(KernelEntry.from_dict(k) for k in raw.pop("kernels"))
             return Manifest(**{**raw, **files, "kernels": kernels, "cpu_features": tuple(raw["cpu_features"])})
-        except (KeyError, TypeError, AttributeError) as e:
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise ValueError(f"manifest field missing or not understood: {e}") from e

@@ -122,8 +122,8 @@ class Registry:
         self.packs: list[Pack] = []
         self.broken: list[BrokenPack] = []
         self._usable: dict[str, list[Installed]] = {}
-        self._candidates: dict[tuple[str, str, str], list[Installed]] = {}
-        self._kernels: dict[tuple[Path, str], ffi.Kernel] = {}
+        self._candidates: dict[tuple[str, ...], list[Installed]] = {}
+        self._kernels: dict[tuple[Path, str], tuple[ffi.Kernel, ...]] = {}
         self._modules: dict[Path, object] = {}
         self._lock = threading.Lock()
         for folder in _pack_folders(folders):
@@ -146,13 +146,14 @@ class Registry:
             self._usable[arch] = found
         return found
 
-    def candidates(self, arch: str, definition: str, dtype: str) -> list[Installed]:
-        """The kernels for an arch that compute a definition in a dtype."""
-        key = (arch, definition, dtype)
+    def candidates(self, arch: str, definition: str, dtype: str, op: str = "forward") -> list[Installed]:
+        """The kernels for an arch that compute an operator of a definition in a dtype."""
+        key = (arch, definition, dtype, op)
         found = self._candidates.get(key)
         if found is None:
-            found = [k for k in self.kernels(arch) if (k.entry.definition, k.entry.dtype) == (definition, dtype)]
-            self._candidates[key] = found  # as many as packs have dtypes and definitions
+            wanted = (op, definition, dtype)
+            found = [k for k in self.kernels(arch) if (k.entry.op, k.entry.definition, k.entry.dtype) == wanted]
+            self._candidates[key] = found  # as many as packs have operators, definitions and dtypes
         return found
 
     def missing(self, archs: list[str], wanted: str) -> PackError:
@@ -162,8 +163,8 @@ class Registry:
         found = "; ".join(reasons) or "looked in " + ", ".join(map(str, self.folders))
         return PackError(f"no usable pack for {wanted} ({found}); run `{build_command(wanted)}`")
 
-    def load(self, kernel: Installed) -> ffi.Kernel:
-        """The function of a kernel, its module loaded and checked at the first use.
+    def load(self, kernel: Installed) -> tuple[ffi.Kernel, ...]:
+        """The functions of a kernel's launches, in order, its module loaded and checked at the first use.
 
         Raises
         ------
@@ -171,14 +172,13 @@ class Registry:
         """
         key = (kernel.pack.folder, kernel.entry.symbol)
         with self._lock:
-            function = self._kernels.get(key)
-            if function is None:
+            functions = self._kernels.get(key)
+            if functions is None:
                 module = self._module(kernel.pack, kernel.entry.module)
-                try:
-                    function = self._kernels[key] = ffi.Kernel(module, kernel.entry.symbol)
-                except AttributeError as e:
-                    raise _damaged(kernel.pack, f"{kernel.entry.module} has no function {kernel.entry.symbol}") from e
-        return function
+                functions = self._kernels[key] = tuple(
+                    _function(module, kernel, launch.symbol) for launch in kernel.entry.launches
+                )
+        return functions
 
     def _module(self, pack: Pack, name: str):
         path = pack.folder / name
@@ -195,6 +195,13 @@ class Registry:
             except OSError as e:
                 raise _damaged(pack, f"{name} can't be loaded: {e}") from e
         return self._modules[path]
+
+
+def _function(module: object, kernel: Installed, symbol: str) -> ffi.Kernel:
+    try:
+        return ffi.Kernel(module, symbol)
+    except AttributeError as e:
+        raise _damaged(kernel.pack, f"{kernel.entry.module} has no function {symbol}") from e
 
 
 def _pack_folders(folders: tuple[Path, ...]) -> Iterator[Path]:

@@ -18,7 +18,8 @@ import numpy as np
 
 from tvm_flash.call.choice import choose
 from tvm_flash.call.plan import Request
-from tvm_flash.call.prepare import Options, request_of
+from tvm_flash.call.prepare import request_of
+from tvm_flash.call.signature import Options
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError, TvmFlashError
 from tvm_flash.frameworks.base import TensorView, contiguous_strides
 from tvm_flash.frameworks.jax import Jax
@@ -116,6 +117,9 @@ class _Abstract(Jax):
     def __init__(self, kind: str):
         self._kind = kind
 
+    def allocates(self, device_kind):
+        return False  # a foreign function is one launch, which gets no workspace
+
     def view(self, tensor, name):
         shape = tuple(tensor.shape)
         return TensorView(shape, contiguous_strides(shape), tensor.dtype.name, self._kind, 0, pointer=0)
@@ -154,7 +158,8 @@ def _register(name: str, kernel: Installed, platform: str) -> None:
             "or call outside of jax.jit"
         ) from e
     entry = kernel.entry
-    function = registry().load(kernel).function
+    (kernel_function,) = registry().load(kernel)
+    function = kernel_function.function
     numbers = [f"attrs.{p.name}" for p in entry.params if not p.per_head]
     if any(p.per_head for p in entry.params):
         function = ffi.tvm_ffi().convert(_in_order(function, entry.params))

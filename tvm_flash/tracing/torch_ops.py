@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from tvm_flash.call import eager
-from tvm_flash.call.prepare import NO_BACKWARD, Options, site
+from tvm_flash.call.eager import entrance
+from tvm_flash.call.prepare import NO_BACKWARD
+from tvm_flash.call.signature import Options, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
@@ -91,8 +92,8 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
 
 
 def _run(what, tensors, options, *, layout="bhsd", variant="auto", softmax_scale=None, return_lse=False):
-    at = site(layout, **what, layout_known=True)
-    result = eager.attend(at, len(tensors) + 1, *tensors, None, variant, return_lse, softmax_scale, *options)
+    attend = entrance(signature(layout, **what, layout_known=True))
+    result = attend(*tensors, None, variant, return_lse, softmax_scale, *options)
     return result if return_lse else (result, tensors[0].new_empty(0, dtype=torch.float32))
 
 
@@ -103,13 +104,13 @@ def _attention(
     q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, query_start=None, *, causal=False, window_left=-1,
     window_right=-1, softcap=0.0, **others,
 ):  # fmt: skip
-    what = {"per_head": ("alibi_slopes", "kv_start", "kv_end", "query_start")}
+    what = {"parameters": ("alibi_slopes", "kv_start", "kv_end", "query_start")}
     tensors = (q, k, v, alibi_slopes, kv_start, kv_end, query_start)
     return _run(what, tensors, (causal, (window_left, window_right), softcap), **others)
 
 
 def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, number_names, **others):
-    what = {"definition": name, "per_head": tuple(per_head_names), "scalars": tuple(number_names)}
+    what = {"definition": name, "parameters": tuple(per_head_names), "scalars": tuple(number_names)}
     return _run(what, (q, k, v, *per_head), numbers, **others)
 
 

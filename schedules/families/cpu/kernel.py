@@ -13,7 +13,7 @@ from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pairs import DOT_PAIRS
 from schedules.families.cpu.problem import Problem, Tensor
 from schedules.families.cpu.tiles import row_tile_macro
-from schedules.families.interface import Program, Target, Traversal
+from schedules.families.interface import Program, Target, Traversal, forward_program
 from schedules.tile.dtypes import element_type
 from schedules.tile.tile_scheduler import Work, from_both_ends, place_of_item
 
@@ -28,7 +28,8 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     arguments, values = pattern.parameter_symbols()
     func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
     itemsize = element_type(pattern.dtype).bytes
-    return Program(append_arguments(func, arguments), "s_tir", alignment=itemsize, index_bits=64)
+    func = append_arguments(func, arguments)
+    return forward_program(func, pattern.params, "s_tir", alignment=itemsize, index_bits=64)
 
 
 def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
@@ -36,7 +37,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
     M = config.block_m
     one = T.int64(1)
     row_tile = row_tile_macro(config, isa, dtype, pattern.head_dim, pattern.head_dim_v)
-    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim)
+    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim, pattern.head_dim_v)
 
     def physical(b, h, s, d):
         return (b, s, h, d) if traversal.layout == "bshd" else (b, h, s, d)

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import Program, Rejected, Target, Traversal
+from schedules.families.interface import Program, Rejected, Target, Traversal, forward_program
 from schedules.families.mma import mma
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
@@ -151,4 +151,4 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
     func = mma.kernel(pattern, config, traversal, name, Machine)
-    return Program(func, "tirx", mma.ALIGNMENT, mma.INDEX_BITS)
+    return forward_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)

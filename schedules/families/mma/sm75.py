@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import Program, Rejected, Target, Traversal
+from schedules.families.interface import Program, Rejected, Target, Traversal, forward_program
 from schedules.families.mma import ldmatrix, mma
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
@@ -127,4 +127,4 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     """The kernel."""
     machine = PairedMachine if config.warps_per_tile == 2 else Machine
     func = mma.kernel(pattern, config, traversal, name, machine)
-    return Program(func, "tirx", mma.ALIGNMENT, mma.INDEX_BITS)
+    return forward_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)

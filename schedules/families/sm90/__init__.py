@@ -7,7 +7,7 @@ turns, softmax overlapped with products.
 from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Target, Traversal
+from schedules.families.interface import Program, Target, Traversal, forward_program
 from schedules.families.sm90.config import Config, feasible
 from schedules.families.sm90.defaults import default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
@@ -22,4 +22,5 @@ INDEX_DTYPE = "int32"
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The scheduled kernel; ``config`` must be feasible."""
-    return Program(build(pattern, config, traversal, name), "tirx", alignment=ALIGNMENT, index_bits=32)
+    func = build(pattern, config, traversal, name)
+    return forward_program(func, pattern.params, "tirx", alignment=ALIGNMENT, index_bits=32)

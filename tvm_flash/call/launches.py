@@ -1,0 +1,110 @@
+"""The arguments of a kernel's launches, by role, and the memory of its workspaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tvm_flash.call import memory
+from tvm_flash.frameworks import TensorView, contiguous_strides
+from tvm_flash.machine.ffi import TensorSpec
+from tvm_flash.packs import sizes
+from tvm_flash.packs.manifest import KernelEntry
+
+if TYPE_CHECKING:
+    from tvm_flash.call.plan import Request
+
+#: Role of the memory that workspaces are in: those that hold anything at first, and those that hold zeros.
+UNDEFINED, ZEROED = "workspaces", "zeroed workspaces"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Workspaces of one call in one tensor.
+
+    ``offsets`` (by name, in bytes) count from the first address in it that is a multiple of ``memory.MAX_ALIGNMENT``;
+    ``elements`` float32 are room for all.
+    """
+
+    role: str
+    offsets: Mapping[str, int]
+    elements: int
+
+    def pointers(self, at: int) -> dict[str, int]:
+        """Addresses of the workspaces by name, of the tensor's address."""
+        start = -(-at // memory.MAX_ALIGNMENT) * memory.MAX_ALIGNMENT
+        return {name: start + offset for name, offset in self.offsets.items()}
+
+
+def workspaces_of(entry: KernelEntry, extents: Mapping[str, int]) -> tuple[Memory, ...]:
+    """Where the workspaces of a kernel are; ``extents`` are those of :meth:`KernelEntry.extents`."""
+    found = []
+    for role, zeroed in ((UNDEFINED, False), (ZEROED, True)):
+        offsets, size = {}, 0
+        for workspace in entry.workspaces:
+            if workspace.zeroed == zeroed:
+                offsets[workspace.name] = size
+                items = math.prod(sizes.evaluate(n, extents) for n in workspace.shape)
+                size += -(-items * memory.ITEM_SIZE[workspace.dtype] // memory.MAX_ALIGNMENT) * memory.MAX_ALIGNMENT
+        if offsets:
+            found.append(Memory(role, offsets, (size + memory.MAX_ALIGNMENT) // 4))
+    return tuple(found)
+
+
+def maker(memory_: Memory, request: Request) -> Callable[[], Any]:
+    """What makes the tensor of workspaces."""
+    framework = request.framework
+    allocator = framework.zeros_allocator if memory_.role == ZEROED else framework.allocator
+    return allocator((memory_.elements,), "float32", request.q)
+
+
+def arguments_of(
+    entry: KernelEntry, request: Request, extents: Mapping[str, int]
+) -> dict[str, TensorSpec | int | float]:
+    """Every argument of a kernel but for its pointers, by role, in the kernel's layout."""
+    device, swap = request.device, entry.layout != request.layout
+    found: dict[str, TensorSpec | int | float] = {"softmax_scale": request.softmax_scale, **request.scalars}
+    for name, x in (("q", request.q), ("k", request.k), ("v", request.v)):
+        found[name] = _in_layout(x.shape, x.strides, x.dtype, request, swap)
+    out_strides = request.out.strides if request.out else contiguous_strides(request.out_shape)
+    found["o"] = _in_layout(request.out_shape, out_strides, entry.dtype_of("o"), request, swap)
+    lse_elements = math.prod(request.sizes.lse_shape) if request.return_lse else 1
+    found["lse"] = TensorSpec((lse_elements,), (1,), "float32", device.kind, device.index)
+    for name, x in request.per_head.items():
+        found[name] = _per_head(x, request)
+    heads = (request.sizes.batch, request.sizes.heads)
+    for param in entry.params:  # one that isn't given, and that the kernel doesn't use then
+        if param.per_head and param.name not in found and request.scalars.get(f"has_{param.name}") == 0:
+            found[param.name] = TensorSpec(heads, (0, 0), param.dtype, device.kind, device.index)
+    for scalar in entry.scalars:
+        found[scalar.name] = extents[scalar.name]
+    for workspace in entry.workspaces:
+        shape = tuple(sizes.evaluate(n, extents) for n in workspace.shape)
+        strides = contiguous_strides(shape)
+        found[workspace.name] = TensorSpec(shape, strides, workspace.dtype, device.kind, device.index)
+    return found
+
+
+def _per_head(x: TensorView, request: Request) -> TensorSpec:
+    """A parameter with a value for each head as ``(batch, heads)``, strides of 0 where it has one for all."""
+    strides = x.strides if len(x.shape) == 2 else (0, x.strides[0])
+    strides = tuple(0 if n == 1 else s for n, s in zip((1, *x.shape)[-2:], strides, strict=True))
+    shape = (request.sizes.batch, request.sizes.heads)
+    return TensorSpec(shape, strides, x.dtype, request.device.kind, request.device.index)
+
+
+def _in_layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, request: Request, swap: bool
+) -> TensorSpec:
+    """A tensor of rank 4, dimensions 1 and 2 swapped if the kernel's layout is the other one.
+
+    The stride of a dimension of size 1 is arbitrary and never used: it gets the value of a contiguous tensor, as
+    kernels may ask strides to be aligned.
+    """
+    plain = contiguous_strides(shape)
+    strides = tuple(p if n == 1 else s for n, s, p in zip(shape, strides, plain, strict=True))
+    if swap:
+        shape, strides = ((x[0], x[2], x[1], x[3]) for x in (shape, strides))
+    return TensorSpec(shape, strides, dtype, request.device.kind, request.device.index)
