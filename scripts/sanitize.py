@@ -45,10 +45,11 @@ def run(arch: str, symbol: str) -> int:
     device = Device("cuda", 0)
     kernels = [k for k in registry().kernels(arch) if re.search(symbol, k.entry.symbol)]
     for number, kernel in enumerate(kernels, start=1):
-        for heads, seqlens in (*SHAPES, *([MANY] if kernel.entry.config.get("waves") else [])):
-            print(f"{number} of {len(kernels)}: {kernel.entry.symbol}, {heads}, {seqlens}", flush=True)
-            q, k, v = selfcheck.random_inputs(kernel.entry, heads, seqlens)
-            out, _ = selfcheck.run(kernel, device, q, k, v, 1 / math.sqrt(kernel.entry.head_dim))
+        e = kernel.entry
+        for heads, seqlens in (*SHAPES, *([MANY] if e.config.get("waves") else [])):
+            print(f"{number} of {len(kernels)}: {e.symbol}, {heads}, {seqlens}", flush=True)
+            q, k, v = selfcheck.random_inputs(e.dtype, e.head_dim, e.head_dim_v, heads, seqlens)
+            out, _ = selfcheck.run(kernel, device, q, k, v, 1 / math.sqrt(e.head_dim))
             assert np.isfinite(out).all(), "not all of the output is written"
     if not kernels:
         print(f"there are no kernels for {arch} that match {symbol!r}; the packs are of {sorted(registry().archs())}")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import numpy as np
 
-from tvm_flash import reference
+from tvm_flash import numerics, reference
 
-#: Unit roundoff by dtype: half the distance from 1 to its next larger neighbour.
-EPSILON = MappingProxyType({"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8})
+DTYPES = ("float32", "float16", "bfloat16")
 
 #: How q, k, v and o lie in memory, whatever the layout of the function that is called: its own; the other layout's,
 #: seen through a transposition; or with gaps between rows, heads and batches.
@@ -64,12 +62,6 @@ class Case:
     def softmax_scale(self) -> float:
         return 1 / math.sqrt(self.head_dim)
 
-    @property
-    def flops(self) -> float:
-        """Floating-point operations of the two products; half of them under a causal mask."""
-        pairs = self.seqlen_q * self.seqlen_kv / (2 if self.mask == "causal" else 1)
-        return 2.0 * self.batch * self.heads * pairs * (self.head_dim + self.head_dim_v)
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -84,24 +76,12 @@ class Inputs:
     params: dict
 
 
-def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 array of the values that ``x`` has in a dtype (round to nearest even)."""
-    x = np.asarray(x, np.float32)
-    if dtype == "float16":
-        return x.astype(np.float16).astype(np.float32)
-    if dtype == "bfloat16":
-        bits = x.view(np.uint32).astype(np.uint64)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return np.where(np.isfinite(x), bits.astype(np.uint32).view(np.float32), x)
-    return x
-
-
 def inputs(case: Case) -> Inputs:
     """Standard normal q, k, v and the parameters; the same for the same case on every machine."""
     rng = np.random.default_rng(zlib.crc32(case.id.encode()))
 
     def tensor(heads, seqlen, dim):
-        return rounded(rng.standard_normal((case.batch, heads, seqlen, dim), np.float32), case.dtype)
+        return numerics.round_to(rng.standard_normal((case.batch, heads, seqlen, dim), np.float32), case.dtype)
 
     q = tensor(case.heads, case.seqlen_q, case.head_dim)
     k = tensor(case.kv_heads, case.seqlen_kv, case.head_dim)
@@ -140,7 +120,7 @@ def expected(case: Case, data: Inputs | None = None) -> tuple[np.ndarray, np.nda
 
 
 def _in_all_dtypes(*cases: Case) -> tuple[Case, ...]:
-    return tuple(replace(c, dtype=dtype) for c in cases for dtype in EPSILON)
+    return tuple(replace(c, dtype=dtype) for c in cases for dtype in DTYPES)
 
 
 _WINDOW = (("window_left", 40), ("window_right", 3))
@@ -207,19 +187,4 @@ CASES: tuple[Case, ...] = _in_all_dtypes(
     Case(2, 4, 1, 64, kv_heads=2, seqlen_kv=66, strides="gaps"),
     # Many tiles.
     Case(1, 1, 600, 64, seqlen_kv=1100, mask="causal"),
-)
-
-#: What speed is measured on.
-SPEED_CASES: tuple[Case, ...] = _in_all_dtypes(
-    *(
-        Case(*shape, seqlen_kv=seqlen_kv, mask=mask)
-        for shape, seqlen_kv in (
-            ((2, 8, 512, 64), 0),
-            ((1, 16, 2048, 64), 0),
-            ((1, 8, 4096, 128), 0),
-            ((4, 12, 384, 32), 0),
-            ((1, 32, 1, 128), 4096),
-        )
-        for mask in ("full", "causal")
-    )
 )

@@ -10,10 +10,26 @@ from pathlib import Path
 
 import pytest
 
+from tests.expected_skips import StrictSkips
 from tvm_flash.packs import registry as packs
 from tvm_flash.packs.registry import PATH_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--strict-skips",
+        action="store_true",
+        help="fail if a test is skipped for a reason not in tests/expected_skips.py",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--strict-skips") and not hasattr(
+        config, "workerinput"
+    ):  # workers of xdist report to the first
+        config.pluginmanager.register(StrictSkips())
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,7 @@ from schedules.builder.suite import HeadDim, KernelSpec, Selection
 from schedules.families.interface import Rejected, Target
 from tests import toy_family
 from tests.toy_packs import CPU, D64, added, assert_whole, contents
-from tvm_flash.call.fast import STEM
-from tvm_flash.packs.manifest import MANIFEST_NAME
+from tvm_flash.packs.manifest import CALL_STEM, MANIFEST_NAME
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -150,7 +149,7 @@ def test_cuda_pack_names_its_resources(tmp_path):
     (report,) = build(Request((Target("sm_90"),), selection, output=tmp_path, jobs=1))
     assert not report.failed
     assert len(report.manifest.modules) == 1
-    assert [f.file.rpartition("-")[0] for f in report.manifest.support_files] == [STEM]
+    assert [f.file.rpartition("-")[0] for f in report.manifest.support_files] == [CALL_STEM]
     assert report.manifest.versions["cuda"].count(".") == 2
     for entry in report.manifest.kernels:
         assert 0 < entry.registers < 64 and entry.spills == 0 and entry.shared_memory == 0

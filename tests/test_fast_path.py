@@ -30,6 +30,7 @@ from tvm_flash import (
 from tvm_flash.call import eager, fast, plan
 from tvm_flash.machine import ffi
 from tvm_flash.packs import registry
+from tvm_flash.packs.manifest import CALL_STEM
 
 pytestmark = pytest.mark.usefixtures("fast_path")
 
@@ -385,7 +386,7 @@ from tvm_flash import flash_attention
 q, k, v = (np.random.default_rng(i).standard_normal((1, 2, 9, 64), np.float32) for i in range(3))
 print(flash_attention(q, k, v).tobytes() == flash_attention(q, k, v).tobytes(), not tvm_flash.call.fast.is_loaded())
 """
-    has = any(f.file.startswith(fast.STEM) for p in registry.registry().packs for f in p.manifest.support_files)
+    has = any(f.file.startswith(CALL_STEM) for p in registry.registry().packs for f in p.manifest.support_files)
     assert python(program, **{fast.VARIABLE: switch}).split() == ["True", str(switch == "0" or not has)]
 
 

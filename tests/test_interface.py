@@ -11,9 +11,8 @@ import torch
 import tvm_flash
 from tests import torch_cases
 from tests.cases import CASES, Case, inputs
-from tvm_flash import flash_attention, flash_attention_v2, reference
+from tvm_flash import flash_attention, flash_attention_v2, numerics, reference
 from tvm_flash.call import eager
-from tvm_flash.commands import check as selfcheck
 from tvm_flash.packs.registry import registry
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
@@ -69,7 +68,7 @@ def test_softmax_scale():
     q, k, v = tensors(CASE, data, "bhsd")
     out = flash_attention(q, k, v, causal=True, softmax_scale=0.5)
     want, _ = reference.attention(data.q, data.k, data.v, softmax_scale=0.5, mask=reference.causal)
-    assert selfcheck.largest_error(out.numpy(), want) < 6e-6  # the scores are four times as large as usual
+    assert numerics.largest_error(out.numpy(), want) < 6e-6  # the scores are four times as large as usual
 
 
 def test_one_alibi_slope_a_head():
@@ -82,7 +81,7 @@ def test_one_alibi_slope_a_head():
     want, _ = reference.attention(
         data.q, data.k, data.v, softmax_scale=0.125, score=reference.alibi, params={"alibi_slopes": slopes.numpy()}
     )
-    assert selfcheck.largest_error(shared[2:].numpy(), want) < 2e-6
+    assert numerics.largest_error(shared[2:].numpy(), want) < 2e-6
 
 
 @pytest.mark.parametrize("strides", ("contiguous", "transposed", "gaps"))

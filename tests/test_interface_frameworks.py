@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tvm_flash import ArgumentTypeError, flash_attention, flash_attention_v2, reference
-from tvm_flash.commands import check as selfcheck
+from tvm_flash import ArgumentTypeError, flash_attention, flash_attention_v2, numerics, reference
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 pytestmark = pytest.mark.usefixtures("cpu_pack")
@@ -47,8 +46,8 @@ def test_numpy(dtype):
     out, lse = flash_attention(q, k, v, causal=True, return_lse=True)
     assert type(out) is np.ndarray and out.dtype == q.dtype and lse.dtype == np.float32
     want, want_lse = expected(q, k, v)
-    assert selfcheck.largest_error(out.astype(np.float64), want) <= WANT_WITHIN[dtype]
-    assert selfcheck.largest_error(lse, want_lse) <= selfcheck.lse_bound(want_lse)
+    assert numerics.largest_error(out.astype(np.float64), want) <= WANT_WITHIN[dtype]
+    assert numerics.largest_error(lse, want_lse) <= numerics.lse_bound(want_lse)
 
 
 def test_numpy_arrays_that_others_cannot_export():

@@ -16,6 +16,7 @@ from tvm_flash import (
     NotSupportedError,
     flash_attention,
     flash_attention_v2,
+    numerics,
 )
 from tvm_flash.commands import check as selfcheck
 from tvm_flash.machine import cuda
@@ -46,8 +47,8 @@ def test_torch(dtype, variant, layout):
     assert out.is_cuda and out.is_contiguous() and lse.is_cuda
     want, want_lse = expected(case)
     got = out.transpose(*dims).double().cpu().numpy()
-    assert selfcheck.largest_error(got, want) <= 4 * selfcheck.EPSILON[dtype]
-    assert selfcheck.largest_error(lse.cpu().numpy(), want_lse) <= 1e-3
+    assert numerics.largest_error(got, want) <= 4 * numerics.EPSILON[dtype]
+    assert numerics.largest_error(lse.cpu().numpy(), want_lse) <= 1e-3
     assert torch.equal(function(q, k, v, causal=True, variant=variant), out)
 
 

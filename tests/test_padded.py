@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from tests.cases import CASES, expected, inputs
-from tvm_flash import ArgumentTypeError, InvalidArgumentError, NotSupportedError, padded_attention, reference
-from tvm_flash.commands import check as selfcheck
+from tvm_flash import (
+    ArgumentTypeError,
+    InvalidArgumentError,
+    NotSupportedError,
+    numerics,
+    padded_attention,
+    reference,
+)
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
@@ -39,8 +45,8 @@ def test_numbers(layout, variant, options, window, seqlen_q):
     out, lse = padded_attention(q, k, v, RANGES, layout=layout, variant=variant, return_lse=True, **options)
     exact, exact_lse = want(*arrays(seqlen_q=seqlen_q), window)
     out = out if layout == "bhsd" else out.swapaxes(1, 2)
-    assert selfcheck.largest_error(out, exact) <= 2e-6
-    assert selfcheck.largest_error(lse, exact_lse) <= selfcheck.lse_bound(exact_lse)
+    assert numerics.largest_error(out, exact) <= 2e-6
+    assert numerics.largest_error(lse, exact_lse) <= numerics.lse_bound(exact_lse)
     assert not out[3].any() and np.isneginf(lse[3]).all()
 
 
@@ -67,8 +73,8 @@ def test_every_option_goes_with_ranges(seqlen_q, softcap, slopes, start):
         what = {"mask": reference.positioned, "score": reference.optional, "params": params}
         exact, exact_lse = reference.attention(q, k, v, softmax_scale=0.125, **what)
         for out, lse in runs:  # by the slow path, and as it was remembered
-            assert selfcheck.largest_error(out, exact) <= 5e-6
-            assert selfcheck.largest_error(lse, exact_lse) <= selfcheck.lse_bound(exact_lse)
+            assert numerics.largest_error(out, exact) <= 5e-6
+            assert numerics.largest_error(lse, exact_lse) <= numerics.lse_bound(exact_lse)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16"))

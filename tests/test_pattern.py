@@ -11,7 +11,7 @@ from tvm import s_tir, sym, tirx
 from tvm.script import tirx as T
 
 from schedules.definition.attention import Attention
-from schedules.definition.catalogue import FULL, IDENTITY, MASKS, SCORES, Mask
+from schedules.definition.catalogue import FULL, MASKS, SCORES, Mask
 from schedules.definition.derive import KEY_RANGE, derive
 from schedules.definition.pattern import DefinitionError, Site, match
 from tvm_flash import reference
@@ -264,4 +264,3 @@ def test_score_that_ignores_the_product_is_refused():
 def test_not_a_definition():
     with pytest.raises(DefinitionError, match="PrimFunc"):
         match(FULL)
-    assert IDENTITY.name == "identity"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tvm_flash import PackError, flash_attention
+from tvm_flash import InvalidArgumentError, PackError, flash_attention
 from tvm_flash.call import eager
 from tvm_flash.machine import cpu
 from tvm_flash.packs import registry as packs
@@ -269,6 +269,40 @@ def test_a_pack_of_an_unknown_arch(copy):
     with pytest.raises(PackError, match=r"no usable pack for cpu"):
         attend()
     assert "unknown to this version" in registry().packs[0].unusable
+
+
+FLAGS = frozenset(("sse4_2", "popcnt", "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile"))
+
+
+@pytest.mark.parametrize(
+    ("isa", "without"),
+    [
+        ("", ()),
+        ("amx", ()),
+        ("avx512_bf16", ("amx_tile",)),
+        ("avx512", ("amx_tile", "avx512_bf16")),
+        ("avx2", ("amx_tile", "avx512_bf16", "avx512_vnni", "avx512f")),
+        ("baseline", FLAGS - {"sse4_2", "popcnt"}),
+    ],
+)
+def test_the_most_that_is_used_of_a_processor(isa, without):
+    assert cpu._restricted(FLAGS, isa) == FLAGS - set(without)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"TVM_FLASH_MAX_ISA: is 'avx9', expected one of baseline, avx2"):
+        cpu._restricted(FLAGS, "avx9")
+
+
+def test_a_pack_beyond_the_most_that_is_used(cpu_pack, python):
+    program = """
+from tvm_flash.packs.registry import registry
+print(registry().kernels("cpu") == [], *[p.unusable for p in registry().packs])
+"""
+    if "avx2" in registry().packs[0].manifest.cpu_features:
+        assert "which this processor lacks" in python(program, TVM_FLASH_MAX_ISA="baseline")
+    else:
+        assert "False None" in python(program, TVM_FLASH_MAX_ISA="baseline")
 
 
 def test_of_two_cpu_packs_the_richer_comes_first(cpu_pack, tmp_path, use_packs):

@@ -18,10 +18,10 @@ from schedules.families import sm90
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90 import decode
 from schedules.templates import v1, v2
-from schedules.tile.combine import combine
 from schedules.toolchain import cuda
 from schedules.toolchain.host import embed, split
 from schedules.toolchain.process import ToolchainError
+from tvm_flash.packs.sizes import evaluate
 
 TARGET = Target("sm_90a")
 
@@ -89,11 +89,12 @@ def test_machine_code(template, bucket, pattern, tmp_path):
 def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_path):
     pattern = pattern_of("window", dtype="bfloat16")
     (config,) = decode.default_configs("v2", pattern, TARGET).values()
-    functions = {
-        "kernel": decode.partial(pattern, config, v2.TRAVERSAL, "kernel"),
-        "kernel_combine": combine(pattern, v2.TRAVERSAL, "kernel_combine", decode.ALIGNMENT, waits=True),
-    }
-    report, count = compiled(functions, tmp_path)
+    program = decode.program(pattern, config, TARGET, v2.TRAVERSAL, "kernel")
+    sizes = {"batch": 2, "heads": 32, "seqlen_q": 3, "seqlen_kv": 5000}
+    sizes |= {scalar.name: evaluate(scalar.value, sizes) for scalar in program.scalars}
+    shapes = [tuple(evaluate(size, sizes) for size in workspace.shape) for workspace in program.workspaces]
+    assert shapes == [(192, 20, 128), (192, 20)]  # 5000 keys in splits of 256
+    report, count = compiled(program.functions, tmp_path)
     assert len(report.kernels) == 2
     assert all(kernel.spills == kernel.stack == 0 for kernel in report.kernels)
     assert max(kernel.registers for kernel in report.kernels) <= config.registers

@@ -20,6 +20,7 @@ import torch
 from schedules.builder.records import Record
 from tests import cases, torch_cases
 from tests.cases import CASES, Case, Inputs
+from tvm_flash import numerics
 from tvm_flash.call.problem import SCORE_FALLBACKS
 from tvm_flash.machine import cuda
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
@@ -97,7 +98,7 @@ def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
         data = cases.inputs(case)
         q, k, v = (x.copy() for x in (data.q, data.k, data.v))
         edit(q, k)
-        rounded = (cases.rounded(x, entry.dtype) for x in (q, k, v))
+        rounded = (numerics.round_to(x, entry.dtype) for x in (q, k, v))
         return name, case, Inputs(*rounded, params)
 
     def huge_late_key(q, k):

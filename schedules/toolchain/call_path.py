@@ -13,7 +13,7 @@ from schedules.runtime_c import SOURCES
 from schedules.toolchain import inspection
 from schedules.toolchain.host import tvm_ffi_include
 from schedules.toolchain.process import host_compiler, run
-from tvm_flash.call.fast import STEM
+from tvm_flash.packs.manifest import CALL_STEM
 
 _FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wl,--strip-debug")
 _SOURCES = ("call.c", "call_key.h", "python_abi.h")
@@ -25,7 +25,7 @@ def call_path_name() -> str:
     digest = hashlib.sha256(version.encode() + " ".join(_FLAGS).encode())
     for source in _SOURCES:
         digest.update((SOURCES / source).read_bytes())
-    return f"{STEM}-{digest.hexdigest()[:8]}.so"
+    return f"{CALL_STEM}-{digest.hexdigest()[:8]}.so"
 
 
 def build_call_path(target: Path) -> None:

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 #: Set to 0 to do without the fast path.
 VARIABLE = "TVM_FLASH_FAST_PATH"
 
-#: How the library's file names begin.
-STEM = "libtvm_flash_call"
-
 _ABI = 4
 _MAX_TENSORS, _MAX_ARGUMENTS, _MAX_MADE, _MAX_SLOTS = 16, 32, 8, 32
 

@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="run one small case for each installed kernel against float64")
     check.add_argument("--arch", help="only the kernels of this arch, such as cpu or sm_90a")
+    check.add_argument(
+        "--thorough", action="store_true", help="more and longer cases, each twice: minutes, not seconds"
+    )
     check.add_argument("--all", action="store_true", help="a line for each kernel, as in a pipe, on a terminal too")
     check.add_argument("--json", action="store_true", help="as JSON, one object a line")
     check.set_defaults(run=_check)
@@ -101,7 +104,7 @@ def _check(options: argparse.Namespace) -> int:
     lines = options.all or options.json or not screen.fancy
     bar = contextlib.nullcontext(Progress()) if lines else progress(selfcheck.count(options.arch))
     with bar as steps:
-        for result in selfcheck.check_kernels(options.arch, steps.begins):
+        for result in selfcheck.check_kernels(options.arch, steps.begins, thorough=options.thorough):
             steps.ends()
             results.append(result)
             if options.json:

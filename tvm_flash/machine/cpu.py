@@ -8,7 +8,20 @@ import os
 import re
 from pathlib import Path
 
+from tvm_flash.errors import InvalidArgumentError
+
 _CPUINFO = Path("/proc/cpuinfo")
+
+#: The variable that names the most capable instruction set which packs, builds and tests may use.
+MAX_ISA_VARIABLE = "TVM_FLASH_MAX_ISA"
+#: By instruction set, the least capable first: how the flags begin that it adds to those before it.
+_ADDED_FLAGS = {
+    "baseline": (),
+    "avx2": ("avx", "fma", "f16c"),
+    "avx512": ("avx512",),
+    "avx512_bf16": ("avx512_bf16",),
+    "amx": ("amx_",),
+}
 
 #: How the name of the runtime in a CPU pack begins.
 RUNTIME_STEM = "libtvm_flash_threads"
@@ -29,12 +42,30 @@ def _processors() -> tuple[dict[str, str], ...]:
 
 @functools.cache
 def features() -> frozenset[str]:
-    """Processor flags with the names of ``/proc/cpuinfo`` (``avx2``, ``avx512f``, …), of what this process may use."""
+    """Processor flags with the names of ``/proc/cpuinfo`` (``avx2``, ``avx512f``, …), of what this process may use.
+
+    Raises
+    ------
+    InvalidArgumentError: the variable ``TVM_FLASH_MAX_ISA`` names no instruction set.
+    """
     processors = _processors()
     flags = frozenset(processors[0].get("flags", "").split()) if processors else frozenset()
+    flags = _restricted(flags, os.environ.get(MAX_ISA_VARIABLE, ""))
     if "amx_tile" in flags and not _may_use_tiles():
         flags = frozenset(flag for flag in flags if not flag.startswith("amx_"))
     return flags
+
+
+def _restricted(flags: frozenset[str], isa: str) -> frozenset[str]:
+    """The flags without those of instruction sets beyond one; all of them if its name is empty."""
+    if not isa:
+        return flags
+    if isa not in _ADDED_FLAGS:
+        expected = ", ".join(_ADDED_FLAGS)
+        raise InvalidArgumentError(f"{MAX_ISA_VARIABLE}: is {isa!r}, expected one of {expected}, or unset")
+    names = list(_ADDED_FLAGS)
+    beyond = tuple(flag for name in names[names.index(isa) + 1 :] for flag in _ADDED_FLAGS[name])
+    return frozenset(flag for flag in flags if not flag.startswith(beyond)) if beyond else flags
 
 
 def _may_use_tiles() -> bool:

@@ -6,6 +6,7 @@
 ``others``    rounds that other processes disturbed are repeated
 ``peaks``     the speed of torch.matmul, which figures are shares of
 ``peers``     our functions and PyTorch's backends, to be called on a problem
+``sample``    a small case with a value of every run-time parameter
 ``accuracy``  how far a result is from float64
 ============= ======================================================================
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from tvm_flash import numerics
 from tvm_flash.measure.workloads import Workload
 
 #: So many of the last rows are compared; they see the most keys.
@@ -40,7 +41,5 @@ def relative_error(got, exact) -> float:
 
 
 def allowed_error(usual: float, dtype) -> float:
-    """Twice the error of the usual computation in the same dtype, plus one rounding of that torch dtype."""
-    import torch
-
-    return 2 * usual + torch.finfo(dtype).eps
+    """The rule of :mod:`tvm_flash.numerics` for relative errors and a torch dtype."""
+    return numerics.allowed_error(usual, 1.0, str(dtype).removeprefix("torch."))

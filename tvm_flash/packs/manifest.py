@@ -42,6 +42,9 @@ from tvm_flash.packs import sizes
 SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
 
+#: How the file names begin of the library with the fast path of a call, a support file of every pack.
+CALL_STEM = "libtvm_flash_call"
+
 #: The name that the definition of the package itself has in manifests; a user's own has the name of its function.
 BUILTIN_DEFINITION = "attention"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from tvm_flash.call import fast
 from tvm_flash.errors import PackError
 from tvm_flash.machine import cpu, ffi
-from tvm_flash.packs.manifest import MANIFEST_NAME, KernelEntry, Manifest, ModuleFile
+from tvm_flash.packs.manifest import CALL_STEM, MANIFEST_NAME, KernelEntry, Manifest, ModuleFile
 
 PATH_VARIABLE = "TVM_FLASH_PACKS"
 PACKAGE_PACKS = Path(__file__).parent
@@ -188,7 +188,7 @@ class Registry:
                 raise _damaged(pack, f"{MANIFEST_NAME} doesn't list {name}")
             for file in (*pack.manifest.support_files, files[name]):
                 _verify(pack, file)
-                if file.file.startswith(fast.STEM):
+                if file.file.startswith(CALL_STEM):
                     fast.load(path.with_name(file.file))
             try:
                 self._modules[path] = ffi.load_module(path)

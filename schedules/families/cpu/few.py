@@ -35,7 +35,7 @@ def parts(problem: Problem):
     return T.max(T.min(T.int64(_MOST_PARTS), problem.seqlen_kv // _PART_KEYS), T.int64(1))
 
 
-def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
+def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head_dim_v: int):
     """Macros ``part(problem, workspace, b, h, p, count)`` and ``join(problem, workspace, b, h, count)``.
 
     ``workspace`` is ``(outputs, maxima, sums)``, flat buffers over (batch, heads, part, query[, head_dim_v]).
@@ -88,9 +88,8 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
             apply_to_elements(S, score, site, i, key0, None)
 
     @T.inline
-    def softmax(P: Problem, S, lanewise, workspace, r, scale):
-        """Probabilities of a tile into ``S``; the row's maximum, sum and output so far follow."""
-        outputs, maxima, sums = workspace
+    def softmax(S, lanewise, maxima, sums, factor, r, scale):
+        """Probabilities of a tile into ``S``; the row's maximum and sum follow, and what its output is scaled with."""
         for lane in T.vectorized(lanes):
             lanewise[lane] = S[lane]
         for c in T.unroll(1, chunks):
@@ -108,24 +107,33 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
             for lane in T.vectorized(lanes):
                 S[c * lanes + lane] = exp2((S[c * lanes + lane] - subtract) * scale)
                 lanewise[lane] += S[c * lanes + lane]
-        total: T.float32 = sums[r] * correction
-        for lane in T.unroll(lanes):
+        total: T.float32 = lanewise[0]
+        for lane in T.unroll(1, lanes):
             total += lanewise[lane]
-        sums[r] = total
-        for e in T.serial(P.head_dim_v // _W):
-            for lane in T.vectorized(_W):
-                outputs[r * P.head_dim_v + e * _W + lane] *= correction
+        sums[r] = sums[r] * correction + total
+        factor[0] = correction
 
     @T.inline
-    def accumulate(P: Problem, S, output, k_base, v_base, key0, keys):
-        """Add the values of keys that have a probability: a masked one does nothing, whatever its value."""
+    def accumulate(P: Problem, S, tile_output, factor, output, k_base, v_base, key0, keys):
+        """Add the values of keys that have a probability: a masked one does nothing, whatever its value.
+
+        A tile is summed by itself first: a chain of N additions and one of tiles, not one of all keys of the part.
+        """
+        for e in T.serial(P.head_dim_v // _W):
+            for lane in T.vectorized(_W):
+                tile_output[e * _W + lane] = T.float32(0)
         for j in T.serial(keys):
             prefetch(P.k, k_base + (key0 + N + j) * P.k.strides[2], P.head_dim)
             if S[j] != T.float32(0):
                 v_row: T.int64 = v_base + (key0 + j) * P.v.strides[2]
                 for e in T.serial(P.head_dim_v // _W):
                     for lane in T.vectorized(_W):
-                        output[0][output[1] + e * _W + lane] += S[j] * f32(P.v.flat[v_row + e * _W + lane])
+                        tile_output[e * _W + lane] += S[j] * f32(P.v.flat[v_row + e * _W + lane])
+        for e in T.serial(P.head_dim_v // _W):
+            for lane in T.vectorized(_W):
+                output[0][output[1] + e * _W + lane] = (
+                    output[0][output[1] + e * _W + lane] * factor[0] + tile_output[e * _W + lane]
+                )
 
     @T.inline
     def part(P: Problem, workspace, b, h, p, count):
@@ -134,6 +142,8 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
         S = T.sblock_alloc_buffer((N,), "float32", scope="local")
         acc = T.sblock_alloc_buffer((_R * _W,), "float32", scope="local")
         lanewise = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        tile_output = T.sblock_alloc_buffer((head_dim_v,), "float32", scope="local")
+        factor = T.sblock_alloc_buffer((1,), "float32", scope="local")
         row = T.sblock_alloc_buffer((_R,), "int64", scope="local")
         k_base: T.int64 = P.key_rows(b, h).offset(T.int64(0), T.int64(0))
         v_base: T.int64 = P.value_rows(b, h).offset(T.int64(0), T.int64(0))
@@ -168,8 +178,9 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int):
                             apply_score(S, P.pattern, P.stored_score, site, i, key0)
                     else:
                         apply_score(S, P.pattern, P.masked_score, site, i, key0)
-                    softmax(P, S, lanewise, workspace, r0 + i, scale)
-                    accumulate(P, S, (outputs, (r0 + i) * P.head_dim_v), k_base, v_base, key0, keys)
+                    softmax(S, lanewise, maxima, sums, factor, r0 + i, scale)
+                    output = T.meta_var((outputs, (r0 + i) * P.head_dim_v))
+                    accumulate(P, S, tile_output, factor, output, k_base, v_base, key0, keys)
 
     @T.inline
     def join(P: Problem, workspace, b, h, count):

@@ -19,6 +19,11 @@ from schedules.families.cpu.config import Config
 from schedules.families.cpu.problem import Problem
 from schedules.families.cpu.steps import accumulate, accumulate_visible, f32
 
+#: So many products of a score are summed one after another; then the sums of such chains are added up.  At head_dim 256
+#: the error of a result falls from 1.5 to 0.95 of that of torch's attention (root mean square; the largest from 4 to
+#: 1.2) for less than 0.5% of the time.  Chains of 64 give 0.7 there and at 128, and cost up to 1%.
+_CHAIN = 128
+
 
 def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_dim_v: int) -> SimpleNamespace:
     """Macros ``load_queries``, ``load_tile``, ``scores``, ``output``, and the shapes and dtypes of their buffers."""
@@ -55,24 +60,31 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
 
     @T.inline
     def scores(P: Problem, QT, KT, ST, acc, row, k_at, column, keys):
-        """``ST[j, i] = sum_d k[j, d] * QT[d, column + i]``.
+        """``ST[j, i] = sum_d k[j, d] * QT[d, column + i]``, in chains of ``_CHAIN``.
 
         Register tiles may reach past the last key, and repeat it; those rows of ``ST`` are never read.
         """
         for tile in T.serial((keys + (R - 1)) // R):
-            zero(acc)
             for r in T.unroll(R):
                 row[r] = k_at + T.min(tile * R + r, keys - 1) * P.k.strides[2]
-            for d in T.serial(P.head_dim):
-                for r in T.unroll(R):
-                    element: T.let[T.float32] = KT[tile * R + r, d] if converts else P.k.flat[row[r] + d]
-                    for n in T.unroll(V):
-                        for lane in T.vectorized(lanes):
-                            acc[(r * V + n) * lanes + lane] += element * QT[d, column + n * lanes + lane]
-            for r in T.unroll(R):
-                for n in T.unroll(V):
-                    for lane in T.vectorized(lanes):
-                        ST[tile * R + r, n * lanes + lane] = acc[(r * V + n) * lanes + lane]
+            for chain in T.serial((P.head_dim + (_CHAIN - 1)) // _CHAIN):
+                zero(acc)
+                for d in T.serial(chain * _CHAIN, T.min(P.head_dim, (chain + 1) * _CHAIN)):
+                    for r in T.unroll(R):
+                        element: T.let[T.float32] = KT[tile * R + r, d] if converts else P.k.flat[row[r] + d]
+                        for n in T.unroll(V):
+                            for lane in T.vectorized(lanes):
+                                acc[(r * V + n) * lanes + lane] += element * QT[d, column + n * lanes + lane]
+                if chain == 0:
+                    for r in T.unroll(R):
+                        for n in T.unroll(V):
+                            for lane in T.vectorized(lanes):
+                                ST[tile * R + r, n * lanes + lane] = acc[(r * V + n) * lanes + lane]
+                else:
+                    for r in T.unroll(R):
+                        for n in T.unroll(V):
+                            for lane in T.vectorized(lanes):
+                                ST[tile * R + r, n * lanes + lane] += acc[(r * V + n) * lanes + lane]
 
     @T.inline
     def output_with(P: Problem, ST, VT, OT, acc, correction, v_at, column, keys, update):

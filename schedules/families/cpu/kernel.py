@@ -37,7 +37,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
     M = config.block_m
     one = T.int64(1)
     row_tile = row_tile_macro(config, isa, dtype, pattern.head_dim, pattern.head_dim_v)
-    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim)
+    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim, pattern.head_dim_v)
 
     def physical(b, h, s, d):
         return (b, s, h, d) if traversal.layout == "bshd" else (b, h, s, d)

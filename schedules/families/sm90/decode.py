@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Rejected, Target
+from schedules.families.interface import Program, Rejected, ScheduledLaunch, Target
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
@@ -29,10 +29,12 @@ from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block, KeyWalk
+from schedules.tile.combine import combine
 from schedules.tile.epilogue import normalise
 from schedules.tile.geometry import Geometry, flat, parameterised, wide
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.tile_scheduler import Traversal, ceildiv
+from tvm_flash.packs.manifest import Scalar, Workspace
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
 
@@ -328,3 +330,32 @@ def _partial(pattern: Pattern, config: Config, traversal: Traversal, parameters:
             consumer.run()
 
     return attention
+
+
+def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+    """The two launches; ``config`` must be feasible."""
+    rows = ("*", "batch", "heads", "seqlen_q")
+    splits = ("ceildiv", "seqlen_kv", "split_length")
+    params = tuple(p.name for p in pattern.params)
+    results = ("o_partial", "lse_partial")
+    return Program(
+        "forward",
+        (
+            ScheduledLaunch(
+                partial(pattern, config, traversal, name),
+                ("q", "k", "v", *results, "softmax_scale", "split_length", *params),
+            ),
+            ScheduledLaunch(
+                combine(pattern, traversal, f"{name}_combine", ALIGNMENT, waits=True), (*results, "o", "lse")
+            ),
+        ),
+        "tirx",
+        alignment=ALIGNMENT,
+        index_bits=32,
+        workspaces=(
+            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
+            Workspace("lse_partial", "float32", (rows, splits)),
+        ),
+        scalars=(Scalar("split_length", ("steps", "seqlen_kv", *SPLIT_LENGTHS)),),
+        max_rows=WARPGROUP_ROWS,
+    )

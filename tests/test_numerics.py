@@ -1,0 +1,110 @@
+"""The bound of an error lets the usual computation pass, in any order of its sums, and no mistake of a kernel's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tvm_flash import numerics, reference
+
+SCALE = 0.125
+PARAMS = {"softcap": 2.0}
+
+
+def problem(dtype, seqlen_kv, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        numerics.round_to(rng.standard_normal((1, 2, n, 64), np.float32), dtype) for n in (33, seqlen_kv, seqlen_kv)
+    ]
+
+
+def attend(q, k, v, dtype, *, scale=SCALE, score=reference.identity, mask=reference.full):
+    """One result of the usual computation; the mistakes below are made in its arguments."""
+    what = {"softmax_scale": scale, "mask": mask, "score": score, "params": PARAMS}
+    return numerics.usual_attention(q, k, v, dtype=dtype, **what)[0]
+
+
+def exact_and_bound(q, k, v, dtype, score=reference.identity):
+    what = {"softmax_scale": SCALE, "mask": reference.full, "score": score, "params": PARAMS}
+    exact, _ = reference.attention(q, k, v, **what)
+    return exact, numerics.bound(numerics.usual_attention(q, k, v, dtype=dtype, **what), exact, dtype)
+
+
+def without_a_key(q, k, v, dtype):
+    return attend(q, k, v, dtype, mask=lambda at: at.j != 40)
+
+
+def with_a_wrong_scale(q, k, v, dtype):
+    return attend(q, k, v, dtype, scale=SCALE * (1 + 1e-5))
+
+
+def with_an_approximate_tanh(q, k, v, dtype):
+    """``tanh.approx`` is good to 2^-11."""
+
+    def softcap(s, at):
+        return reference.softcap(s, at) * (1 + 2.0**-11 * np.sign(np.sin(1e4 * s)))
+
+    return attend(q, k, v, dtype, score=softcap)
+
+
+def without_a_rescale(q, k, v, dtype):
+    """The first 64 keys' sums aren't rescaled when the maximum of a row grows afterwards."""
+
+    def sums(keys):
+        s = np.matmul(q, np.swapaxes(k[:, :, keys], 2, 3)) * SCALE
+        return s, s.max(-1, keepdims=True)
+
+    (s0, max0), (s1, max1) = sums(slice(0, 64)), sums(slice(64, None))
+    p = np.concatenate([np.exp(s0 - max0), np.exp(s1 - np.maximum(max0, max1))], -1)
+    return numerics.round_to(np.matmul(p, v) / p.sum(-1, keepdims=True), dtype)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "dtype", "seqlen_kv"),
+    [
+        (without_a_key, "float32", 2500),
+        (without_a_key, "float16", 600),
+        (without_a_key, "bfloat16", 100),
+        (with_a_wrong_scale, "float32", 2500),
+        (with_an_approximate_tanh, "float32", 2500),
+        (without_a_rescale, "float32", 2500),
+        (without_a_rescale, "float16", 600),
+        (without_a_rescale, "bfloat16", 100),
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_a_mistake_exceeds_the_bound(mistake, dtype, seqlen_kv):
+    q, k, v = problem(dtype, seqlen_kv)
+    score = reference.softcap if mistake is with_an_approximate_tanh else reference.identity
+    exact, bound = exact_and_bound(q, k, v, dtype, score)
+    assert numerics.largest_error(attend(q, k, v, dtype, score=score), exact) <= bound
+    error = numerics.largest_error(mistake(q, k, v, dtype), exact)
+    assert error > 1.5 * bound, f"{error:.2e}, allowed {bound:.2e}"
+
+
+@pytest.mark.parametrize("dtype", numerics.EPSILON)
+@pytest.mark.parametrize("seqlen_kv", (3, 70, 1000))
+def test_any_order_of_the_sums_is_allowed(dtype, seqlen_kv):
+    q, k, v = problem(dtype, seqlen_kv)
+    exact, bound = exact_and_bound(q, k, v, dtype)
+    for seed in range(40):
+        rng = np.random.default_rng(1000 + seed)
+        terms, keys = rng.permutation(64), rng.permutation(seqlen_kv)
+        other = attend(q[..., terms], k[:, :, keys][..., terms], v[:, :, keys], dtype)
+        assert numerics.largest_error(other, exact) <= bound
+
+
+def test_nan_and_unwritten_results_exceed_every_bound():
+    assert not numerics.largest_error(np.array([1.0, np.nan]), np.ones(2)) <= 1e30
+    assert numerics.largest_error(np.array([np.inf, -np.inf]), np.array([np.inf, -np.inf])) == 0
+
+
+def test_rounding():
+    x = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, -0.0, np.inf, -np.inf, np.nan, 3.4e38], np.float32)
+    rounded = numerics.round_to(x, "bfloat16")
+    assert np.array_equal(rounded, np.array([1, 1 + 2.0**-6, -0.0, np.inf, -np.inf, np.nan, np.inf]), equal_nan=True)
+    assert np.array_equal(numerics.round_to(x[:1], "float16"), x[:1])
+    for dtype, epsilon in numerics.EPSILON.items():
+        one_more = np.array([1 + epsilon], np.float32)
+        assert numerics.round_to(one_more, dtype) == one_more
+        assert numerics.round_to(np.array([1 + 0.49 * epsilon]).astype(np.float32), dtype) == 1

@@ -1,0 +1,22 @@
+"""A small case that any kernel can be checked on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: The case: odd lengths, grouped heads, more keys than queries.
+BATCH, HEADS, KV_HEADS, SEQLEN_Q, SEQLEN_KV = 2, 4, 2, 33, 70
+
+#: Run-time parameters of the builtin definition: small enough that each of them changes the result.
+PARAMS = {
+    "softcap": 2.5,
+    "alibi_slopes": np.array([[2.0 ** -(2 + h + HEADS * b) for h in range(HEADS)] for b in range(BATCH)], np.float32),
+    "window_left": 40,
+    "window_right": 3,
+    "sink_tokens": 4,
+    "kv_start": np.array([[2, 3, 0, 1], [11, 0, 5, 12]], np.int32),
+    "kv_end": np.array([[70, 60, 50, 40], [70, 41, 52, 63]], np.int32),
+    "query_start": np.array([[37, 30, 21, 10], [40, 9, -2, 31]], np.int32),
+    "has_query_start": 1,
+    "has_alibi_slopes": 1,
+}
