@@ -174,7 +174,7 @@ def test_without_torch(command, cpu_pack, python):
 import sys
 sys.modules["torch"] = None
 from tvm_flash.commands.cli import main
-from tvm_flash.commands.display import Entry
+from tvm_flash.display import Entry
 sys.stderr = sys.stdout
 print(main([{command!r}, "--device", "cpu"]))
 """

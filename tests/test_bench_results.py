@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 from tests.bench_runs import bench, grid_run, run_of
 from tests.conftest import ROOT
 from tvm_flash.bench import plots, ratios, recorded, results, tables
-from tvm_flash.commands.display import Entry
+from tvm_flash.display import Entry
 from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.measure import workloads
 from tvm_flash.measure.workloads import Workload

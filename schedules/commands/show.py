@@ -29,7 +29,7 @@ from schedules.toolchain.host import split
 from schedules.toolchain.nvcc import find_toolkit
 from schedules.toolchain.process import ToolchainError, run
 from schedules.tuning.best import Tuning
-from tvm_flash.commands.display import Screen, interruptible
+from tvm_flash.display import Screen, interruptible
 
 #: Columns that two listings need beside one another.
 _SIDE_BY_SIDE = 140

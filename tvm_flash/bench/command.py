@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tvm_flash.bench import require
 from tvm_flash.call.problem import DTYPES
-from tvm_flash.commands.display import Screen, progress
+from tvm_flash.display import Screen, progress
 from tvm_flash.errors import InvalidArgumentError, NotSupportedError
 from tvm_flash.measure import workloads
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from tvm_flash.bench import tables
 from tvm_flash.bench.results import Run
-from tvm_flash.commands.display import as_markdown
+from tvm_flash.display import as_markdown
 
 _HEAD = """# Benchmarks
 

@@ -6,7 +6,7 @@ import math
 
 from tvm_flash.bench import ratios
 from tvm_flash.bench.results import DISTURBED, Cell, Implementation, Run
-from tvm_flash.commands.display import Entry, Table
+from tvm_flash.display import Entry, Table
 from tvm_flash.measure.workloads import Workload
 
 #: A loss, in front of its ratio.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvm_flash import numerics, reference
-from tvm_flash.commands.display import Entry, Table, table
+from tvm_flash.display import Entry, Table, table
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.frameworks import contiguous_strides
 from tvm_flash.machine import cuda

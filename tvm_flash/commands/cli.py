@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from tvm_flash.bench import command as bench
 from tvm_flash.call.problem import DTYPES, LAYOUTS, VARIANTS
-from tvm_flash.commands.display import Progress, Screen, interruptible, progress
+from tvm_flash.display import Progress, Screen, interruptible, progress
 from tvm_flash.errors import NotSupportedError, TvmFlashError
 
 #: Exit status of a check that failed, and of a command that couldn't be carried out.

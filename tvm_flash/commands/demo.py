@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tvm_flash import flash_attention, flash_attention_v2, reference
 from tvm_flash.bench import require
-from tvm_flash.commands.display import Entry, Screen, progress, table
+from tvm_flash.display import Entry, Screen, progress, table
 from tvm_flash.measure import accuracy, timing
 from tvm_flash.selector import BackendSelector
 

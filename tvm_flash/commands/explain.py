@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from tvm_flash.call.choice import Explanation
-from tvm_flash.commands.display import Screen, table
+from tvm_flash.display import Screen, table
 from tvm_flash.machine.device import Imagined
 from tvm_flash.packs.manifest import KernelEntry
 

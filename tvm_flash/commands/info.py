@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from tvm_flash import __version__
-from tvm_flash.commands.display import Screen, table
+from tvm_flash.display import Screen, table
 from tvm_flash.errors import PackError
 from tvm_flash.machine import cpu, cuda
 from tvm_flash.machine.device import Device
