@@ -360,7 +360,7 @@ def test_nothing_leaks():
     calls(1000)
     gc.collect()
     after = [sys.getrefcount(x) for x in held]
-    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) < 100
+    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) < 100, list(zip(before, after, strict=True))
 
 
 def test_what_is_kept_is_bounded_and_forgotten(slow_calls):

@@ -43,6 +43,8 @@ def has_tangent(tensor: Any) -> bool:
 
 def is_differentiated(tensor: Any) -> bool:
     """Whether a derivative by a tensor is asked for, in either mode, at any level of ``torch.func``."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and tensor.requires_grad
     functorch = getattr(_C, "_functorch", None)
     while True:
         if (torch.is_grad_enabled() and tensor.requires_grad) or has_tangent(tensor):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tvm_flash.frameworks.torch_watch import is_watched
+
 #: Keys from which on sorting them pays on a GPU.  H200, float16, torch's masked attention against ours with sorting:
 #: 118 : 239 µs at 512 keys (batch 32, 12 heads, head_dim 64), 677 : 564 at 2048 (8, 16, 128), 5297 : 2607 at 8192.
 MANY_KEYS = 1536
@@ -54,7 +56,7 @@ def key_mask_of(
         if mask.shape[axis] != 1 and mask.stride(axis) != 0:
             return f"attn_mask differs between {what}, and these kernels take masks over keys"
     mask = mask[:, 0, 0]
-    readable = mask.device.type == "cpu" and not torch.compiler.is_compiling() and type(mask) is torch.Tensor
+    readable = mask.device.type == "cpu" and not torch.compiler.is_compiling() and not is_watched((mask,))
     if mask.dtype != torch.bool:
         if not readable:
             return "attn_mask holds numbers; give a boolean one"

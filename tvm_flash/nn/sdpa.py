@@ -12,10 +12,12 @@ import warnings
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tvm_flash.call.choice import choose
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem
 from tvm_flash.errors import TvmFlashError
+from tvm_flash.frameworks.torch_watch import is_differentiated
 from tvm_flash.machine.device import Device
 from tvm_flash.nn.attend import attend, fit
 from tvm_flash.nn.masks import KeyMask, key_mask_of
@@ -65,10 +67,15 @@ def scaled_dot_product_attention(
     Under autocast the tensors are cast, as torch does.  A head_dim that is no multiple of 8 is padded with zeros, which
     copies the tensors.
     """
+    tensors = (query, key, value, attn_mask)
+    if has_torch_function(tensors):  # tensors and modes that answer functions in their own way, and torch.fx
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        return handle_torch_function(
+            scaled_dot_product_attention, tensors, query, key, value, **options, enable_gqa=enable_gqa
+        )
     asked = (query, key, value, attn_mask, dropout_p, is_causal)
     if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = (_as_autocast(x, query.device.type) for x in (query, key, value))
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
         mask = None if attn_mask is None else key_mask_of(attn_mask, query, key, scale)
@@ -83,11 +90,17 @@ def scaled_dot_product_attention(
     return _compute(query, key, value, mask, is_causal, scale)
 
 
+def _as_autocast(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """A tensor as autocast hands it on: float64, and what is on another kind of device, stays as it is."""
+    eligible = x.is_floating_point() and x.dtype is not torch.float64 and x.device.type == kind
+    return x.to(torch.get_autocast_dtype(kind)) if eligible else x
+
+
 def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> str | None:
     """Why torch must compute a call, as far as that doesn't depend on the mask and on the kernels."""
     if dropout_p:
         return "dropout_p isn't 0, and these kernels have no dropout"
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if any(is_differentiated(x) for x in (query, key, value, attn_mask) if isinstance(x, torch.Tensor)):
         return "a gradient is required, and there is no backward pass yet"
     if query.is_nested or key.is_nested or value.is_nested:
         return "the tensors are nested"

@@ -31,11 +31,12 @@ if tuple(int(x) for x in torch.__version__.split(".")[:2]) < _MINIMUM:
 _library = torch.library.Library("tvm_flash", "DEF")
 # Inductor may otherwise hand over tensors whose last dimension isn't contiguous.
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+# None and −1 are both unbounded, and calls pass −1: AOTInductor of torch 2.13 loses whole numbers that equal a default.
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes=None, Tensor? kv_start=None, "
     "Tensor? kv_end=None, Tensor? query_start=None, *, "
-    'str layout="bhsd", str variant="auto", float? softmax_scale=None, bool causal=False, SymInt window_left=-1, '
-    "SymInt window_right=-1, float softcap=0.0, bool return_lse=False) -> (Tensor, Tensor)",
+    'str layout="bhsd", str variant="auto", float? softmax_scale=None, bool causal=False, int? window_left=None, '
+    "int? window_right=None, float softcap=0.0, bool return_lse=False) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 _library.define(
@@ -126,12 +127,13 @@ def _run(what, tensors, options, *, layout="bhsd", variant="auto", softmax_scale
 
 
 def _attention(
-    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, query_start=None, *, causal=False, window_left=-1,
-    window_right=-1, softcap=0.0, **others,
+    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, query_start=None, *, causal=False, window_left=None,
+    window_right=None, softcap=0.0, **others,
 ):  # fmt: skip
     what = {"parameters": ("alibi_slopes", "kv_start", "kv_end", "query_start")}
     tensors = (q, k, v, alibi_slopes, kv_start, kv_end, query_start)
-    return _run(what, tensors, (causal, (window_left, window_right), softcap), **others)
+    window = tuple(-1 if x is None else x for x in (window_left, window_right))
+    return _run(what, tensors, (causal, window, softcap), **others)
 
 
 def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, number_names, **others):
