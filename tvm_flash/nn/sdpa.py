@@ -74,7 +74,7 @@ def scaled_dot_product_attention(
             scaled_dot_product_attention, tensors, query, key, value, **options, enable_gqa=enable_gqa
         )
     asked = (query, key, value, attn_mask, dropout_p, is_causal)
-    if torch.is_autocast_enabled(query.device.type):
+    if torch.amp.is_autocast_available(query.device.type) and torch.is_autocast_enabled(query.device.type):
         query, key, value = (_as_autocast(x, query.device.type) for x in (query, key, value))
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
@@ -111,8 +111,10 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         return f"the dtypes differ: {query.dtype}, {key.dtype}, {value.dtype}"
     if not query.device == key.device == value.device:
         return f"the devices differ: {query.device}, {key.device}, {value.device}"
-    if scale is not None and not scale > 0:
+    if scale is not None and not 0 < scale < math.inf:
         return f"scale is {scale}, and these kernels take positive ones"
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return f"attn_mask is {attn_mask.dtype}, and query {query.dtype}"
     if is_causal and attn_mask is not None:
         return "attn_mask and is_causal are both given"
     if q[-1] != k[-1] or k[-2] != v[-2] or k[-3] != v[-3] or 0 in (q[-1], v[-1]):
@@ -173,6 +175,19 @@ def warn_of_fallback(reason: str) -> None:
 _warned: set[str] = set()
 
 
+#: Dimensions in the order of their strides, the largest first.
+_HEADS_APART, _HEADS_SIDE_BY_SIDE = (0, 1, 2, 3), (0, 2, 1, 3)
+
+
+def _order(query: torch.Tensor) -> tuple[int, ...]:
+    """How the dimensions of a result lie, which is how the query's do, as with torch: models view one as the other."""
+    strides = query.stride()
+    if torch.compiler.is_compiling():  # sizes may be symbols there, which can be compared and not sorted
+        return _HEADS_SIDE_BY_SIDE if strides[1] < strides[2] else _HEADS_APART
+    order = tuple(sorted(range(4), key=lambda dim: -strides[dim]))
+    return order if order[3] == 3 else _HEADS_APART
+
+
 def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: float | None) -> torch.Tensor:
     whole = query.ndim == 4
     if not whole:  # (heads, seqlen, head_dim)
@@ -182,18 +197,26 @@ def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: fl
         query, key, value = (x.expand(*batch, -1, -1, -1) for x in (query, key, value))
     (_, _, seqlen_q, head_dim), (_, _, seqlen_kv, head_dim_v) = query.shape, value.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    order = _order(query)
+    layout = "bshd" if order == _HEADS_SIDE_BY_SIDE else "bhsd"
     query, key, value = fit(query), fit(key), fit(value)
     if mask is not None:
         key, value = mask.arrange(key), mask.arrange(value)
-        out = padded_attention(query, key, value, mask.key_range(), softmax_scale=scale)
+        call = functools.partial(padded_attention, layout=layout, key_range=mask.key_range())
     elif not is_causal:
-        out = attend("bhsd", query, key, value, softmax_scale=scale)
+        call = functools.partial(attend, layout)
     elif seqlen_q > seqlen_kv:  # the last queries see all keys: a window of what lies beyond the bottom-right diagonal
-        window = (-1, seqlen_q - seqlen_kv)
-        out = attend("bhsd", query, key, value, window_size=window, softmax_scale=scale)
+        call = functools.partial(attend, layout, window_size=(-1, seqlen_q - seqlen_kv))
     else:  # keys after the last query are never seen
         if seqlen_kv > seqlen_q:
             key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
-        out = attend("bhsd", query, key, value, causal=True, softmax_scale=scale)
-    out = out if head_dim_v % HEAD_DIM_MULTIPLE == 0 else out[..., :head_dim_v]
+        call = functools.partial(attend, layout, causal=True)
+    if layout == "bshd":
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out = call(q=query, k=key, v=value, softmax_scale=scale)
+    out = out.transpose(1, 2) if layout == "bshd" else out
+    if head_dim_v % HEAD_DIM_MULTIPLE or order not in (_HEADS_APART, _HEADS_SIDE_BY_SIDE):
+        shape = (*out.shape[:3], head_dim_v)
+        laid_out = torch.empty_permuted(shape, order, dtype=out.dtype, device=out.device)
+        out = laid_out.copy_(out[..., :head_dim_v])
     return out if whole else out[0]
