@@ -377,3 +377,13 @@ def test_what_torch_makes_of_odd_arguments(options):
                 return type(e)
 
     assert outcome(nn.scaled_dot_product_attention) == outcome(torch_sdpa)
+
+
+def test_jagged_tensors_are_left_to_torch():
+    q, k, v = (torch.nested.nested_tensor([torch.randn(n, 2, 16) for n in (3, 5)], layout=torch.jagged) for _ in "qkv")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, wanted = nn.scaled_dot_product_attention(q, k, v), torch_sdpa(q, k, v)
+    for a, b in zip(found.unbind(), wanted.unbind(), strict=True):
+        assert (a - b).abs().max() < 1e-5
