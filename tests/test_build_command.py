@@ -127,7 +127,7 @@ def test_definition_errors_name_what_is_wrong(request_, definitions):
         with pytest.raises(DefinitionError, match=message):
             DefinitionFile.parse(f"{definitions}:{name}").load()
     wrong = dataclasses.replace(request_, definition=DefinitionFile(definitions, "no_attention"))
-    with pytest.raises(DefinitionError, match="arguments: expected"):
+    with pytest.raises(DefinitionError, match="block 'qk': missing"):
         build(wrong)
     definitions.write_text("import no_such_module")
     with pytest.raises(DefinitionError, match="can't be loaded: ModuleNotFoundError"):

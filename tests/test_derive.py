@@ -26,8 +26,12 @@ HEAD_DIM, HEAD_DIM_V = 8, 12
 
 
 def asking(score: ScoreModification) -> ScoreModification:
-    """The same with parameters that all ask for their gradients."""
-    return dataclasses.replace(score, params=tuple(dataclasses.replace(p, gradient=True) for p in score.params))
+    """The same with float parameters that all ask for their gradients."""
+    return dataclasses.replace(score, params=tuple(dataclasses.replace(p, gradient=is_float(p)) for p in score.params))
+
+
+def is_float(param: Param) -> bool:
+    return param.dtype.startswith("float")
 
 
 def problem(attention, shape, seed=5):
@@ -42,7 +46,9 @@ def problem(attention, shape, seed=5):
     k, v = normal(batch, kv_heads, seqlen_kv, HEAD_DIM), normal(batch, kv_heads, seqlen_kv, HEAD_DIM_V)
     values = {"window_left": 3, "window_right": 1, "sink_tokens": 2, "softcap": 1.5}
     values["alibi_slopes"] = rng.random((batch, heads), dtype=np.float32)
-    values |= {name: rng.integers(0, seqlen_kv + 3, (batch, heads), np.int32) for name in ("kv_start", "kv_end")}
+    placed = ("kv_start", "kv_end", "query_start")
+    values |= {name: rng.integers(0, seqlen_kv + 3, (batch, heads), np.int32) for name in placed}
+    values |= {"has_query_start": 1, "has_alibi_slopes": 1}
     params = {p.name: values[p.name] for p in attention.params}
     return q, k, v, dout, normal(batch, heads, seqlen_q), params
 
@@ -60,12 +66,14 @@ TORCH_SCORES = {
         p["softcap"] * (s / p["softcap"]).tanh() - p["alibi_slopes"][..., None, None] * distance
     ),
 }
+TORCH_SCORES["optional"] = TORCH_SCORES["softcap_alibi"]  # with both options given
 
 
 def autograd(attention, q, k, v, dout, dlse, params):
     """Gradients by torch in float64, by role."""
     torch = pytest.importorskip("torch")
-    leaves = {"dq": q, "dk": k, "dv": v, **{f"d_{p.name}": params[p.name] for p in attention.score.params}}
+    asked = [p.name for p in attention.score.params if is_float(p)]
+    leaves = {"dq": q, "dk": k, "dv": v, **{f"d_{name}": params[name] for name in asked}}
     leaves = {name: torch.tensor(np.float64(x), requires_grad=True) for name, x in leaves.items()}
     i, j = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])[None]
     wide = {n: x[..., None, None] if np.ndim(x) else x for n, x in params.items()}
@@ -73,7 +81,7 @@ def autograd(attention, q, k, v, dout, dlse, params):
     group = q.shape[1] // k.shape[1]
     keys, values = (leaves[n].repeat_interleave(group, dim=1) for n in ("dk", "dv"))
     s = leaves["dq"] @ keys.transpose(-1, -2) * SCALE
-    mods = {p.name: leaves[f"d_{p.name}"] for p in attention.score.params}
+    mods = {name: leaves[f"d_{name}"] for name in asked}
     s = TORCH_SCORES[attention.score.name](s, mods, torch.tensor(np.abs(at.diagonal - at.j)).double())
     visible = torch.tensor(np.broadcast_to(attention.mask.twin(at), s.shape).copy())
     seen = visible.any(-1)
@@ -88,7 +96,7 @@ def autograd(attention, q, k, v, dout, dlse, params):
 @pytest.mark.parametrize("score", SCORES)
 def test_gradients_against_float64_and_autograd(score, mask):
     attention = Attention(asking(SCORES[score]), MASKS[mask])
-    names = [p.name for p in attention.score.params]
+    names = [p.name for p in attention.score.params if is_float(p)]
     for shape in SHAPES:
         q, k, v, dout, dlse, params = problem(attention, shape)
         want = reference.attention_backward(

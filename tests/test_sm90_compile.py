@@ -124,7 +124,7 @@ def test_decoding_is_feasible(head_dims, dtype, mask, score):
         ({}, {"block_n": 48}, "divides every split"),
         ({}, {"num_stages": 3}, "num_stages 3"),
         ({}, {"num_stages": 4}, "bytes of shared memory"),
-        ({"head_dim": 256}, {"block_n": 32}, "registers"),
+        ({}, {"block_n": 32, "num_stages": 2, "blocks_per_sm": 4}, "registers"),
         ({"score": "alibi"}, {}, "from head to head"),
     ],
 )

@@ -68,6 +68,10 @@ def scaled_dot_product_attention(
     copies the tensors.
     """
     tensors = (query, key, value, attn_mask)
+    if any(isinstance(x, torch.Tensor) and x.is_nested for x in tensors):
+        warn_of_fallback("the tensors are nested")
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        return torch_sdpa(query, key, value, **options, **({"enable_gqa": True} if enable_gqa else {}))
     if has_torch_function(tensors):  # tensors and modes that answer functions in their own way, and torch.fx
         options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
         return handle_torch_function(
@@ -102,8 +106,6 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         return "dropout_p isn't 0, and these kernels have no dropout"
     if any(is_differentiated(x) for x in (query, key, value, attn_mask) if isinstance(x, torch.Tensor)):
         return "a gradient is required, and there is no backward pass yet"
-    if query.is_nested or key.is_nested or value.is_nested:
-        return "the tensors are nested"
     shapes = q, k, v = query.shape, key.shape, value.shape
     if not (len(q) == len(k) == len(v) and len(q) in (3, 4)):
         return f"the tensors have {', '.join(str(len(x)) for x in shapes)} dimensions, expected 4, or 3, of each"
