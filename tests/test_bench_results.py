@@ -89,7 +89,7 @@ def test_recorded_figures_are_scaled_by_the_bridge(tmp_path):
     assert run.implementations[-1].recorded and "recorded on one B" in run.implementations[-1].about
 
 
-@pytest.mark.parametrize("changes", [{"schema": 2}, {"figures": [{}]}, {"bridge": "nobody"}, {"versions": 3}])
+@pytest.mark.parametrize("changes", [{"schema": 1}, {"figures": [{}]}, {"bridge": "nobody"}, {"versions": 3}])
 def test_a_wrong_reference_is_refused(changes, tmp_path):
     file, _ = reference_file(tmp_path, **changes)
     with pytest.raises(InvalidArgumentError, match="--reference"):
