@@ -37,16 +37,8 @@ MODULES = {**modules("tvm_flash"), **modules("schedules")}
 def imported(path: Path) -> set[str]:
     """This project's modules that a file imports, also inside functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = [
-        block
-        for n in ast.walk(tree)
-        if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"
-        for block in n.body
-    ]
     names = set()
     for node in ast.walk(tree):
-        if node in typing_only:  # never run
-            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -53,9 +53,19 @@ def maker_of(target: Target, kind: str = FORWARD):
 
 
 def schedule(
-    pattern: Pattern, target: Target, name: str, traversal: Traversal, config=None, kind: str = FORWARD
+    traversal: Traversal, pattern: Pattern, target: Target, name: str, config=None, kind: str = FORWARD
 ) -> Program | Rejected:
-    """What both templates do: ask the family whether it can, then let it."""
+    """What both templates do: ask the family whether it can, then let it.
+
+    Parameters
+    ----------
+    traversal: the template's.
+    pattern: what the matcher found in the definition.
+    target: the machine.
+    name: global symbol of the kernel.
+    config: the kind's ``Config``; its default for this pattern and target if not given.
+    kind: of kernel, one of those that the target's family makes.
+    """
     family = family_of(target)
     # 1. The family must serve the kind, the template and the element type.
     if kind not in kinds_of(target):

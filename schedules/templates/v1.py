@@ -9,23 +9,12 @@ and a family may pair a long one with a short one.
 
 from __future__ import annotations
 
-from schedules.definition.pattern import Pattern
+from functools import partial
+
 from schedules.families import schedule
-from schedules.families.interface import FORWARD, Program, Rejected, Target
 from schedules.tile.tile_scheduler import HeadsOuter, Traversal
 
 TRAVERSAL = Traversal("v1", layout="bhsd", order=lambda work, section: HeadsOuter(work))
 
-
-def apply(pattern: Pattern, target: Target, name: str, config=None, kind: str = FORWARD) -> Program | Rejected:
-    """Schedule a matched definition as a V1 kernel.
-
-    Parameters
-    ----------
-    pattern: what the matcher found in the definition.
-    target: the machine.
-    name: global symbol of the kernel.
-    config: the kind's ``Config``; its default for this pattern and target if not given.
-    kind: of kernel, one of those that the target's family makes.
-    """
-    return schedule(pattern, target, name, TRAVERSAL, config, kind)
+#: ``apply(pattern, target, name, config=None, kind=FORWARD)``: see :func:`schedules.families.schedule`.
+apply = partial(schedule, TRAVERSAL)

@@ -9,23 +9,12 @@ processor is left with a long one at the end.
 
 from __future__ import annotations
 
-from schedules.definition.pattern import Pattern
+from functools import partial
+
 from schedules.families import schedule
-from schedules.families.interface import FORWARD, Program, Rejected, Target
 from schedules.tile.tile_scheduler import SeqOuter, Traversal
 
 TRAVERSAL = Traversal("v2", layout="bshd", order=lambda work, section: SeqOuter(work, section()))
 
-
-def apply(pattern: Pattern, target: Target, name: str, config=None, kind: str = FORWARD) -> Program | Rejected:
-    """Schedule a matched definition as a V2 kernel.
-
-    Parameters
-    ----------
-    pattern: what the matcher found in the definition.
-    target: the machine.
-    name: global symbol of the kernel.
-    config: the kind's ``Config``; its default for this pattern and target if not given.
-    kind: of kernel, one of those that the target's family makes.
-    """
-    return schedule(pattern, target, name, TRAVERSAL, config, kind)
+#: ``apply(pattern, target, name, config=None, kind=FORWARD)``: see :func:`schedules.families.schedule`.
+apply = partial(schedule, TRAVERSAL)

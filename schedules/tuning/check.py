@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ import torch
 from tvm_flash import numerics, reference
 from tvm_flash.measure.sample import PARAMS
 from tvm_flash.measure.workloads import Workload
+from tvm_flash.packs import by_role, sizes
 from tvm_flash.packs.manifest import KernelEntry
 
 #: The small problem: grouped heads, lengths that divide no tile, more keys than queries.
@@ -63,7 +66,19 @@ def oracle(dtype: str, head_dim: int, head_dim_v: int, mask: str, score: str) ->
     return Oracle(q, k, v, params, out, lse, numerics.bound(usual, out, dtype))
 
 
-def check_small(entry: KernelEntry, function, device: str) -> float:
+def call_of(entry: KernelEntry, functions: Sequence, values: Mapping[str, Any], device: str) -> Callable[[], None]:
+    """A call of a kernel with tensors and numbers by role, those among them of its own layout."""
+    heads, seq = (1, 2) if entry.layout == "bhsd" else (2, 1)
+    q, k, v = (values[role].shape for role in "qkv")
+    problem = sizes.of(q[0], q[heads], q[seq], k[heads], k[seq], q[3], v[3])
+
+    def make(shape: tuple[int, ...], dtype: str, zeroed: bool) -> torch.Tensor:
+        return (torch.zeros if zeroed else torch.empty)(shape, dtype=getattr(torch, dtype), device=device)
+
+    return by_role.bind(entry, functions, values, problem, make)
+
+
+def check_small(entry: KernelEntry, functions: Sequence, device: str) -> float:
     """Run the small problem twice; the largest error as a share of what is allowed.
 
     Raises
@@ -76,9 +91,12 @@ def check_small(entry: KernelEntry, function, device: str) -> float:
     for _ in range(2):
         q, k, v, o = (_tensor(x, entry, device) for x in (exact.q, exact.k, exact.v, unwritten))
         lse = torch.full((BATCH * HEADS * SEQLEN_Q,), torch.nan, device=device)
-        params = [exact.params[p.name] for p in entry.params]
-        params = [torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x for x in params]
-        function(q, k, v, o, lse, 1 / math.sqrt(entry.head_dim), *params)
+        params = {
+            p.name: torch.from_numpy(x).to(device) if isinstance(x := exact.params[p.name], np.ndarray) else x
+            for p in entry.params
+        }
+        values = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "softmax_scale": 1 / math.sqrt(entry.head_dim)}
+        call_of(entry, functions, {**values, **params}, device)()
         o = o if entry.layout == "bhsd" else o.transpose(1, 2)
         runs.append((o.double().cpu().numpy(), lse.double().cpu().numpy().reshape(exact.lse.shape)))
     out, lse = runs[0]

@@ -17,7 +17,6 @@ import os
 import random
 import signal
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ class Child:
         self.with_peers = request["peers"]
         self.entries = {id: KernelEntry.from_dict(entry) for id, _, entry in request["candidates"]}
         self.modules = {id: module for id, module, _ in request["candidates"]}
-        self.functions: dict[str, Any] = {}
+        self.functions: dict[str, tuple] = {}
         self.errors: dict[str, float] = {}
 
     def run(self) -> None:
@@ -60,9 +59,10 @@ class Child:
         for id, entry in self.entries.items():
             self.say("begin", what="check", id=id)
             try:
-                function = tvm_ffi.load_module(self.modules[id])[entry.symbol]
-                self.errors[id] = check.check_small(entry, function, self.device)
-                self.functions[id] = function
+                module = tvm_ffi.load_module(self.modules[id])
+                functions = tuple(module[launch.symbol] for launch in entry.launches)
+                self.errors[id] = check.check_small(entry, functions, self.device)
+                self.functions[id] = functions
             except WrongNumbersError as e:
                 self.say("wrong", id=id, reason=str(e))
         # 3. Then time, workload by workload.
@@ -116,8 +116,9 @@ class Child:
         for id in wanted:
             entry = self.entries[id]
             o = outputs[entry.layout]
-            values = [params[p.name] for p in entry.params]
-            call = partial(self.functions[id], *by_layout[entry.layout], o, nobody_asked, w.softmax_scale, *values)
+            tensors = dict(zip(("q", "k", "v"), by_layout[entry.layout], strict=True))
+            values = {**tensors, "o": o, "lse": nobody_asked, "softmax_scale": w.softmax_scale, **params}
+            call = check.call_of(entry, self.functions[id], values, self.device)
             self.say("begin", what=f"first call on {text}", id=id, workload=text)
             o.fill_(torch.nan)
             call()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm_flash.call import eager, fast
-from tvm_flash.call.prepare import same_framework
+from tvm_flash.call.prepare import named, same_framework
 from tvm_flash.call.signature import Options, Signature
 from tvm_flash.frameworks import Framework, Traced, framework_of
 
@@ -57,7 +57,7 @@ def attention(
     """
     framework = framework_of(q, "q")
     if framework.watched((q, k, v, *per_head.values(), out)):
-        same_framework({"q": q, "k": k, "v": v, **per_head, **({} if out is None else {"out": out})}, watched=True)
+        same_framework(named(q, k, v, per_head, out), watched=True)
         return _tracing(framework).attention(options, q, k, v, per_head, out)
     try:
         return eager.attention(options, q, k, v, per_head, out, call)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tvm_flash.call import fast
 from tvm_flash.call.plan import EmptyPlan, Plan
-from tvm_flash.call.prepare import prepare, same_framework
+from tvm_flash.call.prepare import named, prepare, same_framework
 from tvm_flash.call.signature import Options
 from tvm_flash.errors import LayoutWarning
 from tvm_flash.frameworks import Traced, framework_of
@@ -48,7 +48,7 @@ def attention(
     if framework.adopts:
         if framework.traces:
             raise Traced(framework, f"q: is a {type(q).__qualname__} without memory of its own")
-        same_framework(_named(q, k, v, per_head, out))
+        same_framework(named(q, k, v, per_head, out))
         q, k, v = framework.adopt(q), framework.adopt(k), framework.adopt(v)
         per_head = {name: framework.adopt(x) for name, x in per_head.items()}
         out = out if out is None else framework.adopt(out)
@@ -56,14 +56,14 @@ def attention(
         key = (options, framework.key_of_three(q, k, v), out if out is None else framework.key(out))
         if per_head:
             key += tuple([framework.key(x) for x in per_head.values()])
-        given = (q, k, v, *per_head.values(), *(() if out is None else (out,)))
+        given = named(q, k, v, per_head, out).values()
         plan = None if framework.differentiated(*given) else _plans.get(key)
     except (TypeError, AttributeError, RuntimeError):
         # Not tensors of one framework, or options that can't be a key: the checks say what is wrong, if anything is.
         key = plan = None
     if plan is None:
         if not framework.adopts:
-            same_framework(_named(q, k, v, per_head, out))
+            same_framework(named(q, k, v, per_head, out))
         plan = prepare(options, framework, {"q": q, "k": k, "v": v}, per_head, out)
         if key is not None:
             _remember(key, plan)
@@ -90,10 +90,6 @@ def _warn(text: str, layout: str) -> None:
     if place not in _warned:
         _warned.add(place)
         warnings.warn(text, LayoutWarning, stacklevel=level)
-
-
-def _named(q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> dict[str, Any]:
-    return {"q": q, "k": k, "v": v, **per_head, **({} if out is None else {"out": out})}
 
 
 def _remember(key: Any, plan: Plan | EmptyPlan) -> None:

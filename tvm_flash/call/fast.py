@@ -15,14 +15,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tvm_flash.call import memory
 from tvm_flash.frameworks import Framework
 from tvm_flash.machine import cuda, ffi
-
-if TYPE_CHECKING:
-    from tvm_flash.call.signature import Signature
+from tvm_flash.packs.manifest import CALL_STEM
+from tvm_flash.packs.registry import on_support_file
 
 #: Set to 0 to do without the fast path.
 VARIABLE = "TVM_FLASH_FAST_PATH"
@@ -68,6 +67,18 @@ class _Recipe(ctypes.Structure):
         ("low", ctypes.c_int64 * _MAX_TENSORS),
         ("high", ctypes.c_int64 * _MAX_TENSORS),
     )
+
+
+class Signature(Protocol):
+    """What the library is told of a :class:`tvm_flash.call.signature.Signature`, and the functions that it gets."""
+
+    tensors: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    roles: tuple[str, ...]
+    below: bool
+    call: Callable[..., Any]
+    fast_call: Callable[..., Any] | None
 
 
 _slow: Callable[..., Any]
@@ -146,6 +157,9 @@ def load(path: Path) -> None:
             return
         for signature in _signatures:
             _connect(signature)
+
+
+on_support_file(CALL_STEM, load)
 
 
 def _supported() -> bool:

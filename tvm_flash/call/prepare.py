@@ -76,7 +76,7 @@ def request_of(
     ------
     TvmFlashError: see :mod:`tvm_flash.errors`.
     """
-    _check_gradients(framework, {**tensors, **per_head, **({} if out is None else {"out": out})})
+    _check_gradients(framework, named(**tensors, per_head=per_head, out=out))
     q, k, v = (framework.view(x, name) for name, x in tensors.items())
     sizes = checks.check_tensors(options.layout, q, k, v)
     per_head_views = {name: framework.view(x, name) for name, x in per_head.items()}
@@ -109,6 +109,11 @@ def request_of(
         suspicion=None if options.layout_known else checks.layout_suspicion(options.layout, sizes, q),
         accept=options.accept,
     )
+
+
+def named(q: Any, k: Any, v: Any, per_head: Mapping[str, Any], out: Any) -> dict[str, Any]:
+    """The tensors of a call by name, without ``out`` if it isn't given."""
+    return {"q": q, "k": k, "v": v, **per_head, **({} if out is None else {"out": out})}
 
 
 def same_framework(tensors: Mapping[str, Any], watched: bool = False) -> Framework:

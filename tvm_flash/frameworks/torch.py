@@ -17,12 +17,6 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 _is_grad_enabled = torch.is_grad_enabled
 
-#: What is wrong with a nested tensor, after its name.
-NESTED = (
-    "is nested, expected a dense tensor; use torch.nested.to_padded_tensor and padded_attention, or call for each "
-    "sequence"
-)
-
 
 class Torch(Framework):
     name = "torch"
@@ -41,10 +35,7 @@ class Torch(Framework):
         # fmt: on
 
     def view(self, tensor, name):
-        if tensor.is_nested:
-            raise ArgumentTypeError(f"{name}: {NESTED}")
-        if tensor.layout is not torch.strided:
-            raise ArgumentTypeError(f"{name}: has the layout {tensor.layout}, expected a dense tensor; use .to_dense()")
+        check_dense(tensor, name)
         if _is_wrapper(tensor):
             raise Traced(TORCH, f"{name}: is a {type(tensor).__qualname__} without memory of its own")
         device = tensor.device
@@ -123,6 +114,22 @@ def _prototype(shape, dtype, device):
             return None  # the element would live in the graph's memory
         _elements[dtype, device] = torch.empty(1, dtype=dtype, device=device)
     return _elements[dtype, device].expand(shape)
+
+
+def check_dense(tensor, name):
+    """That a tensor is one block of strided memory, or stands for one.
+
+    Raises
+    ------
+    ArgumentTypeError: it is nested or sparse.
+    """
+    if tensor.is_nested:
+        raise ArgumentTypeError(
+            f"{name}: is nested, expected a dense tensor; use torch.nested.to_padded_tensor and padded_attention, or "
+            f"call for each sequence"
+        )
+    if tensor.layout is not torch.strided:
+        raise ArgumentTypeError(f"{name}: has the layout {tensor.layout}, expected a dense tensor; use .to_dense()")
 
 
 class TracedTorch(Torch):

@@ -68,16 +68,13 @@ def scaled_dot_product_attention(
     copies the tensors.
     """
     tensors = (query, key, value, attn_mask)
+    asked = (query, key, value, attn_mask, dropout_p, is_causal)
+    options = {"scale": scale, **({"enable_gqa": True} if enable_gqa else {})}
     if any(isinstance(x, torch.Tensor) and x.is_nested for x in tensors):
         warn_of_fallback("the tensors are nested")
-        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-        return torch_sdpa(query, key, value, **options, **({"enable_gqa": True} if enable_gqa else {}))
+        return torch_sdpa(*asked, **options)
     if has_torch_function(tensors):  # tensors and modes that answer functions in their own way, and torch.fx
-        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-        return handle_torch_function(
-            scaled_dot_product_attention, tensors, query, key, value, **options, enable_gqa=enable_gqa
-        )
-    asked = (query, key, value, attn_mask, dropout_p, is_causal)
+        return handle_torch_function(scaled_dot_product_attention, tensors, *asked, **options)
     if torch.amp.is_autocast_available(query.device.type) and torch.is_autocast_enabled(query.device.type):
         query, key, value = (_as_autocast(x, query.device.type) for x in (query, key, value))
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -90,7 +87,7 @@ def scaled_dot_product_attention(
         reason = no_kernel(kind, query, value)
     if reason is not None:
         warn_of_fallback(reason)
-        return torch_sdpa(*asked, scale=scale, **({"enable_gqa": True} if enable_gqa else {}))
+        return torch_sdpa(*asked, **options)
     return _compute(query, key, value, mask, is_causal, scale)
 
 

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tvm_flash.call import fast
 from tvm_flash.errors import PackError
 from tvm_flash.machine import cpu, ffi
-from tvm_flash.packs.manifest import CALL_STEM, MANIFEST_NAME, KernelEntry, Manifest, ModuleFile
+from tvm_flash.packs.manifest import MANIFEST_NAME, KernelEntry, Manifest, ModuleFile
 
 PATH_VARIABLE = "TVM_FLASH_PACKS"
 PACKAGE_PACKS = Path(__file__).parent
@@ -188,8 +187,9 @@ class Registry:
                 raise _damaged(pack, f"{MANIFEST_NAME} doesn't list {name}")
             for file in (*pack.manifest.support_files, files[name]):
                 _verify(pack, file)
-                if file.file.startswith(CALL_STEM):
-                    fast.load(path.with_name(file.file))
+                for stem, load in _on_support_file.items():
+                    if file.file.startswith(stem):
+                        load(path.with_name(file.file))
             try:
                 self._modules[path] = ffi.load_module(path)
             except OSError as e:
@@ -261,6 +261,7 @@ def _damaged(pack: Pack, what: str) -> PackError:
 _current: Registry | None = None
 _current_lock = threading.Lock()
 _on_refresh: list[Callable[[], None]] = []
+_on_support_file: dict[str, Callable[[Path], None]] = {}
 
 
 def registry() -> Registry:
@@ -280,6 +281,11 @@ def refresh() -> None:
         _current = None
         for forget in _on_refresh:
             forget()
+
+
+def on_support_file(stem: str, load: Callable[[Path], None]) -> None:
+    """Have ``load`` called with a pack's support file whose name begins with ``stem``, once that is verified."""
+    _on_support_file[stem] = load
 
 
 def on_refresh(forget: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tvm_flash.call.prepare import NO_BACKWARD, no_backward_of
 from tvm_flash.call.signature import Options, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
-from tvm_flash.frameworks.torch import NESTED
+from tvm_flash.frameworks.torch import check_dense
 from tvm_flash.frameworks.torch_watch import is_differentiated
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
@@ -104,10 +104,7 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
 
 
 def _check_kind(name: str, x: torch.Tensor) -> None:
-    if x.is_nested:
-        raise ArgumentTypeError(f"{name}: {NESTED}")
-    if x.layout is not torch.strided:
-        raise ArgumentTypeError(f"{name}: has the layout {x.layout}, expected a dense tensor; use .to_dense()")
+    check_dense(x, name)
     if x.is_quantized or x.is_complex():
         raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected float32, float16 or bfloat16; convert it")
     if x.device.type not in ("cpu", "cuda", "meta"):
