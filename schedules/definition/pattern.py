@@ -157,14 +157,6 @@ class Pattern:
         whole = tirx.Select(key_last < site.seqlen_kv, hi, lo)
         return Ranges(self._range(span, "visible_range"), (lo, sym.Analyzer().simplify(whole)))
 
-    def visible_range(self, site: Site, row_first: Expr, row_last: Expr) -> tuple[Expr, Expr]:
-        """``keys_of(...).visible``."""
-        return self.keys_of(site, row_first, row_last).visible
-
-    def full_range(self, site: Site, row_first: Expr, row_last: Expr) -> tuple[Expr, Expr]:
-        """``keys_of(...).full``."""
-        return self.keys_of(site, row_first, row_last).full
-
     def tile_full(self, site: Site, row_first, row_last, col_first, col_last) -> Expr:
         """Whether every row of the tile certainly sees every column; all bounds inclusive."""
         inside = col_last < site.seqlen_kv

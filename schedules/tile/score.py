@@ -108,7 +108,7 @@ class ScoreTile:
         for t in T.unroll(first, self.m_tiles):
             for r in T.unroll(2):
                 row = T.meta_var(self.position(row0, column0, t, 0, r, 0)[0])
-                keys = T.meta_var(self.pattern.visible_range(self.at, row, row))
+                keys = T.meta_var(self.pattern.keys_of(self.at, row, row).visible)
                 end: T.int32 = keys[1] - column0
                 begin: T.int32 = keys[0] - column0
                 for g in T.unroll(self.groups):

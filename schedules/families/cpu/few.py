@@ -162,7 +162,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                 outputs[(r0 + i) * P.head_dim_v + e] = T.float32(0)
 
         # 2. This part's share of the kv tiles in which some row may see something.
-        visible = T.meta_var(P.pattern.visible_range(site, T.int64(0), P.seqlen_q - 1))
+        visible = T.meta_var(P.pattern.keys_of(site, T.int64(0), P.seqlen_q - 1).visible)
         first_tile: T.int64 = visible[0] // N
         tiles: T.int64 = (visible[1] + (N - 1)) // N - first_tile
         for tile in T.serial(first_tile + tiles * p // count, first_tile + tiles * (p + 1) // count):

@@ -73,7 +73,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                 row_sum[i * lanes + lane] = T.float32(0)
 
         # 2. The kv tiles in which some row may see something, and in each the groups of rows that may.
-        visible = T.meta_var(P.pattern.visible_range(site, row0, row0 + rows - 1))
+        visible = T.meta_var(P.pattern.keys_of(site, row0, row0 + rows - 1).visible)
         first_tile: T.int64 = visible[0] // N
         end_tile: T.int64 = (visible[1] + (N - 1)) // N
         for tile in T.serial(first_tile, end_tile):

@@ -221,7 +221,7 @@ class BlockMachine:
         """Whether a warp's first m-tile sees nothing of a tile, though others of the block do."""
         _, _, warp_row = self.place_of(fresh("tid.x"))
         row = self.row_first + warp_row
-        _, end = self.pattern.visible_range(self.at, row, row + (self.fragment.tile_rows - 1))
+        _, end = self.pattern.keys_of(self.at, row, row + (self.fragment.tile_rows - 1)).visible
         return end <= tile * self.config.block_n
 
     @T.inline
