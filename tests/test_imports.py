@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: What build time takes from the run time: plain data, numpy twins, what a machine is, and what is measured.
 _FROM_RUN_TIME = {
     "tvm_flash",
+    "tvm_flash.catalogue",
     "tvm_flash.display",
     "tvm_flash.errors",
     "tvm_flash.numerics",

@@ -10,7 +10,7 @@ import pytest
 from tests import entries
 from tvm_flash import BackendSelector, InvalidArgumentError, KernelNotFoundError, NotSupportedError, flash_attention
 from tvm_flash.call.choice import choose, explain
-from tvm_flash.call.problem import MASK_FALLBACKS, Problem
+from tvm_flash.call.problem import Problem
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device, default_device
 from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest, Param, Speed
@@ -152,9 +152,9 @@ def test_the_smallest_head_dim_that_fits(packs):
 def test_the_cheapest_mask(packs):
     packs(kernel(mask="full"), kernel(mask="window"))
     for kind, chosen in (("full", "full"), ("causal", "window"), ("window", "window")):
-        choice = choose(problem(masks=MASK_FALLBACKS[kind]), GPU, "v1")
+        choice = choose(problem(mask=kind), GPU, "v1")
         assert choice.kernel.entry.mask == chosen
-    assert "the mask window stands in for causal" in choose(problem(masks=MASK_FALLBACKS["causal"]), GPU, "v1").reason
+    assert "the mask window stands in for causal" in choose(problem(mask="causal"), GPU, "v1").reason
 
 
 def test_the_largest_bucket_that_is_reached(packs):
@@ -195,9 +195,9 @@ def test_sizes_beyond_32_bits(packs):
         ({"head_dim": 160, "head_dim_v": 160}, "run `python -m tvm_flash build --arch sm_89 --head-dim 160`"),
         ({"head_dim_v": 128}, "--arch sm_89 --head-dim 64:128`"),
         ({"score": "softcap"}, "no sm_89 kernel for the score softcap; run `python -m tvm_flash build --arch sm_89"),
-        ({"masks": ("window",)}, "no sm_89 kernel for the mask window; run `python -m tvm_flash build --arch sm_89"),
-        ({"definition": "mine", "masks": ()}, "no sm_89 kernel of the definition 'mine'"),
-        ({"definition": "mine", "masks": ()}, "--definition <file.py>:mine --dtype float16`"),
+        ({"mask": "window"}, "no sm_89 kernel for the mask window; run `python -m tvm_flash build --arch sm_89"),
+        ({"definition": "mine", "mask": "", "score": ""}, "no sm_89 kernel of the definition 'mine'"),
+        ({"definition": "mine", "mask": "", "score": ""}, "--definition <file.py>:mine --dtype float16`"),
     ],
 )
 def test_what_is_missing_and_the_command_that_makes_it(packs, changes, says):

@@ -21,7 +21,7 @@ from schedules.builder.records import Record
 from tests import cases, torch_cases
 from tests.cases import CASES, Case, Inputs
 from tvm_flash import numerics
-from tvm_flash.call.problem import SCORE_FALLBACKS
+from tvm_flash.catalogue import SCORES
 from tvm_flash.machine import cuda
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
 from tvm_flash.packs.registry import Installed, registry, runs_on
@@ -59,7 +59,7 @@ def _as_own(entry: KernelEntry, case: Case) -> dict[str, object] | None:
     """The parameters with which a kernel computes a case, beside the case's own; None if it can't."""
     params: dict[str, object] = {}
     if case.score != entry.score:
-        if entry.score not in SCORE_FALLBACKS.get(case.score, ()):
+        if entry.score not in SCORES[case.score].stand_ins:
             return None
         params |= {"softcap": 0.0, "has_alibi_slopes": int("alibi" in case.score)}
         params["alibi_slopes"] = np.full((case.batch, case.heads), np.nan, np.float32)  # unless the case has its own

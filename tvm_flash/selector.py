@@ -9,7 +9,7 @@ from typing import Any
 from tvm_flash.call import checks
 from tvm_flash.call.choice import Choice, Explanation, choose, explain
 from tvm_flash.call.dispatch import entrance
-from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem, normalise_mask
+from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, Problem, normalise_mask
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.machine.device import Device, parse
@@ -183,7 +183,7 @@ class BackendSelector:
             head_dim_v=head_dim,
             dtype=_USUAL_DTYPE[self.device.kind] if dtype is None else _dtype_name(dtype),
             layout=checks.check_layout(layout),
-            masks=MASK_FALLBACKS[mask.kind],
+            mask=mask.kind,
         )
 
 

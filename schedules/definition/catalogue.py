@@ -2,8 +2,8 @@
 
 A score modification is a function ``(s, at) -> expression`` of the scaled score ``s``; a mask is ``at -> predicate``,
 true where a query may see a key.  ``at`` is a :class:`Position`: the indices of the score and the run-time parameters
-by name.  To add one, write the function, write its twin, and make a :class:`ScoreModification` or a :class:`Mask` of
-the two; no template has to know.
+by name.  To add one, write the function, write its twin, and enter the name with its parameters in
+:mod:`tvm_flash.catalogue`; no template has to know.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from tvm_flash import reference
+from tvm_flash import catalogue, reference
 from tvm_flash.packs.manifest import FARTHEST_START, Param
 
 
@@ -109,26 +109,28 @@ def _padded(at):
     return T.And(T.And(at.j >= at.param["kv_start"], at.j < at.param["kv_end"]), _window(at))
 
 
-SOFTCAP = Param("softcap", "float32")
-ALIBI_SLOPES = Param("alibi_slopes", "float32", per_head=True)
-WINDOW = (Param("window_left", "int32"), Param("window_right", "int32"))
-KEY_RANGE = (Param("kv_start", "int32", per_head=True), Param("kv_end", "int32", per_head=True))
-#: A parameter of each head that a call need not give has a number beside it, ``has_`` and its name, 0 if it doesn't.
-QUERY_START = (Param("has_query_start", "int32"), Param("query_start", "int32", per_head=True))
-OPTIONAL_SLOPES = (Param("has_alibi_slopes", "int32"), ALIBI_SLOPES)
+def _score(expr: Callable[[Expr, Position], Expr], twin: Callable) -> ScoreModification:
+    name = twin.__name__
+    return ScoreModification(name, expr, twin, catalogue.SCORES[name].params)
 
-IDENTITY = ScoreModification("identity", lambda s, at: s, reference.identity)
-FULL = Mask("full", lambda at: None, reference.full)
+
+def _mask(expr: Callable[[Position], Expr | None], twin: Callable) -> Mask:
+    name = twin.__name__
+    return Mask(name, expr, twin, catalogue.MASKS[name].params)
+
+
+IDENTITY = _score(lambda s, at: s, reference.identity)
+FULL = _mask(lambda at: None, reference.full)
 
 #: Score modifications by name.
 SCORES: Mapping[str, ScoreModification] = {
     m.name: m
     for m in (
         IDENTITY,
-        ScoreModification("softcap", _softcap, reference.softcap, (SOFTCAP,)),
-        ScoreModification("alibi", _alibi, reference.alibi, (ALIBI_SLOPES,)),
-        ScoreModification("softcap_alibi", _softcap_alibi, reference.softcap_alibi, (SOFTCAP, ALIBI_SLOPES)),
-        ScoreModification("optional", _optional, reference.optional, (SOFTCAP, *OPTIONAL_SLOPES)),
+        _score(_softcap, reference.softcap),
+        _score(_alibi, reference.alibi),
+        _score(_softcap_alibi, reference.softcap_alibi),
+        _score(_optional, reference.optional),
     )
 }
 
@@ -137,10 +139,10 @@ MASKS: Mapping[str, Mask] = {
     m.name: m
     for m in (
         FULL,
-        Mask("causal", _causal, reference.causal),
-        Mask("window", _window, reference.window, WINDOW),
-        Mask("sink_window", _sink_window, reference.sink_window, (*WINDOW, Param("sink_tokens", "int32"))),
-        Mask("padded", _padded, reference.padded, (*WINDOW, *KEY_RANGE)),
-        Mask("positioned", _padded, reference.positioned, (*WINDOW, *KEY_RANGE, *QUERY_START)),
+        _mask(_causal, reference.causal),
+        _mask(_window, reference.window),
+        _mask(_sink_window, reference.sink_window),
+        _mask(_padded, reference.padded),
+        _mask(_padded, reference.positioned),
     )
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm_flash.call.measured import compare, nearest, tune_command
-from tvm_flash.call.problem import MASK_FALLBACKS, Problem
+from tvm_flash.call.problem import Problem
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, KernelEntry
@@ -190,7 +190,7 @@ def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
         if wanted > limit:
             return Rejection(entry, _HEAD_DIM, f"takes {name} up to {limit}, not {wanted}")
     if problem.masks and entry.mask not in problem.masks:
-        return Rejection(entry, _MASK, f"computes the mask {entry.mask}, which can't stand in for {problem.masks[0]}")
+        return Rejection(entry, _MASK, f"computes the mask {entry.mask}, which can't stand in for {problem.mask}")
     if entry.bucket > problem.seqlen_kv:
         return Rejection(entry, _MASK, f"is for {entry.bucket} keys or more, not {problem.seqlen_kv}")
     if entry.index_bits < problem.index_bits:
@@ -222,8 +222,8 @@ def _reason(
         )
     if device.kind == "cuda" and entry.arch != device.native_arch:
         reason += f"; {entry.arch} code runs on {device.native_arch}, whose own pack has no kernel for this"
-    if problem.masks and entry.mask != problem.masks[0]:
-        reason += f"; the mask {entry.mask} stands in for {problem.masks[0]}"
+    if problem.mask and entry.mask != problem.mask:
+        reason += f"; the mask {entry.mask} stands in for {problem.mask}"
     return reason
 
 
@@ -294,5 +294,5 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
-    mask = MASK_FALLBACKS[problem.masks[0]][-1]
+    mask = problem.masks[-1]
     return "--mask", mask, "--score", "optional" if mask == "positioned" else problem.score

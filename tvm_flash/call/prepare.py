@@ -11,35 +11,19 @@ from tvm_flash.call import checks, memory
 from tvm_flash.call.plan import EmptyPlan, Plan
 from tvm_flash.call.problem import (
     INT32_MAX,
-    MASK_FALLBACKS,
     MAX_POSITIONED,
     UNBOUNDED,
     Problem,
     normalise_mask,
-    score_kind,
 )
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
+from tvm_flash.catalogue import OPTIONAL, PER_HEAD, score_of
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry, Param
 from tvm_flash.packs.registry import build_command, registry
-
-#: Parameters of the builtin definition that are tensors.
-_BUILTIN_PER_HEAD = {
-    p.name: p
-    for p in (
-        Param("alibi_slopes", "float32", per_head=True),
-        Param("kv_start", "int32", per_head=True),
-        Param("kv_end", "int32", per_head=True),
-        Param("query_start", "int32", per_head=True),
-    )
-}
-
-#: Of these, what a kernel can do without: such a one has a number, ``has_`` and the name.
-_OPTIONAL = ("alibi_slopes", "query_start")
-
 
 NO_BACKWARD = (
     "q, k, v: a gradient is required of them, and there is no backward pass yet; call under torch.no_grad() or "
@@ -150,7 +134,7 @@ def _computation(
     if options.definition != BUILTIN_DEFINITION:
         params = params_of(options.definition)
         scalars = {name: _scalar(params[name], x) for name, x in options.params}
-        return {"definition": options.definition, "masks": (), "score": ""}, scalars, params
+        return {"definition": options.definition, "mask": "", "score": ""}, scalars, params
     causal = checks.check_flag("causal", options.causal)
     window = checks.check_window(options.window_size)
     mask = normalise_mask(causal, window, sizes.seqlen_q, sizes.seqlen_kv)
@@ -166,10 +150,10 @@ def _computation(
         left, right = (UNBOUNDED if x == -1 else min(x, UNBOUNDED) for x in window)
         right = 0 if causal else right
     softcap = checks.check_softcap(options.softcap)
-    what = {"masks": MASK_FALLBACKS[kind], "score": score_kind(softcap != 0, "alibi_slopes" in per_head)}
+    what = {"mask": kind, "score": score_of(softcap != 0, "alibi_slopes" in per_head)}
     scalars = {"softcap": softcap, "window_left": left, "window_right": right}
-    scalars |= {f"has_{name}": int(name in per_head) for name in _OPTIONAL}
-    return what, scalars, _BUILTIN_PER_HEAD
+    scalars |= {f"has_{name}": int(name in per_head) for name in OPTIONAL}
+    return what, scalars, PER_HEAD
 
 
 def params_of(definition: str) -> dict[str, Param]:

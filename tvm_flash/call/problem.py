@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tvm_flash.catalogue import MASKS, SCORES
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, FARTHEST_START
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -15,19 +16,6 @@ FUNCTION_OF_LAYOUT = {"bhsd": "flash_attention", "bshd": "flash_attention_v2"}
 
 #: head_dim must be a multiple of this many elements.
 HEAD_DIM_MULTIPLE = 8
-
-#: Masks of the builtin definition that can stand in for one another, the cheapest first: every one of them computes the
-#: first, given wide enough windows.
-MASK_FALLBACKS = {
-    "full": ("full", "window"),
-    "causal": ("causal", "window"),
-    "window": ("window",),
-    "padded": ("padded", "positioned"),
-    "positioned": ("positioned",),
-}
-
-#: The same for score modifications: ``optional`` has a soft cap and slopes that may be off.
-SCORE_FALLBACKS = {name: (name, "optional") for name in ("identity", "softcap", "alibi", "softcap_alibi")}
 
 INT32_MAX = 2**31 - 1
 
@@ -80,8 +68,8 @@ def normalise_mask(causal: bool, window_size: tuple[int, int], seqlen_q: int, se
 class Problem:
     """What a kernel is chosen for.
 
-    ``head_dim`` and ``head_dim_v`` in elements; ``masks`` are the mask kinds that would do, the best first, and empty
-    for a definition of the user's own, which has its mask built in.  ``layout`` is that of the caller's tensors.
+    ``head_dim`` and ``head_dim_v`` in elements; ``mask`` and ``score`` are names of the catalogue, and empty for a
+    definition of the user's own, which has them built in.  ``layout`` is that of the caller's tensors.
     ``alignment`` is the number of bytes (a power of two) that all pointers and strides are multiples of.
     ``index_bits`` is 32 if every size and stride fits an int32, else 64.  ``op`` is the operator that is asked for, and
     ``workspaces`` says whether memory for them can be allocated.
@@ -96,7 +84,7 @@ class Problem:
     head_dim_v: int
     dtype: str
     layout: str
-    masks: tuple[str, ...] = MASK_FALLBACKS["full"]
+    mask: str = "full"
     score: str = "identity"
     definition: str = BUILTIN_DEFINITION
     alignment: int = 128
@@ -110,20 +98,18 @@ class Problem:
         return self.seqlen_q * (self.heads // max(1, self.kv_heads))
 
     @property
+    def masks(self) -> tuple[str, ...]:
+        """The masks that would do, the best first; none for a definition of the user's own."""
+        return MASKS[self.mask].stand_ins if self.mask else ()
+
+    @property
     def scores(self) -> tuple[str, ...]:
-        """The score modifications that would do, the best first."""
-        return SCORE_FALLBACKS.get(self.score, (self.score,))
+        """The scores that would do, the best first; none for a definition of the user's own."""
+        return SCORES[self.score].stand_ins if self.score else ()
 
     def __str__(self) -> str:
         kv = f", kv_heads {self.kv_heads}" if self.kv_heads != self.heads else ""
         lengths = str(self.seqlen_q) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}×{self.seqlen_kv}"
         dims = str(self.head_dim) if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
-        what = f"{self.masks[0]}, {self.score}" if self.masks else self.definition
+        what = f"{self.mask}, {self.score}" if self.mask else self.definition
         return f"batch {self.batch}, heads {self.heads}{kv}, seq {lengths}, head_dim {dims}, {self.dtype}, {what}"
-
-
-def score_kind(softcap: bool, alibi: bool) -> str:
-    """Name of the score modification of the catalogue."""
-    return {(False, False): "identity", (True, False): "softcap", (False, True): "alibi"}.get(
-        (softcap, alibi), "softcap_alibi"
-    )

@@ -6,7 +6,8 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from tvm_flash.call.problem import DTYPES, score_kind
+from tvm_flash.call.problem import DTYPES
+from tvm_flash.catalogue import score_of
 
 _SIZES = {"b": "batch", "h": "heads", "hk": "kv_heads", "s": "seqlen_q", "sk": "seqlen_kv", "d": "head_dim"}
 _SIZES["dv"] = "head_dim_v"
@@ -96,7 +97,7 @@ class Workload:
             raise ValueError(f"problem {text!r}: lacks {', '.join(f'{m}=…' for m in missing)}")
         if not fields["dtype"]:
             raise ValueError(f"problem {text!r}: names no dtype; add {', '.join(_SHORT_DTYPES)}, or --dtype")
-        fields["score"] = score_kind("softcap" in fields, alibi)
+        fields["score"] = score_of("softcap" in fields, alibi)
         workload = Workload(**fields)
         if workload.heads % workload.kv_heads:
             raise ValueError(f"problem {text!r}: hk={workload.kv_heads} doesn't divide h={workload.heads}")

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 from torch.overrides import handle_torch_function, has_torch_function
 
 from tvm_flash.call.choice import choose
-from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, MASK_FALLBACKS, Problem
+from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, Problem
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.frameworks.torch_watch import is_differentiated
 from tvm_flash.machine.device import Device
@@ -146,7 +146,7 @@ def _look_up(mask: str, score: str, kind: str, index: int, dtype: torch.dtype) -
     if kind not in ("cpu", "cuda") or dtype not in _DTYPES:
         return f"there are no kernels for {dtype} on {kind}"
     sizes = (1, 1, 1, 1, 1, HEAD_DIM_MULTIPLE, HEAD_DIM_MULTIPLE)
-    problem = Problem(*sizes, dtype=_DTYPES[dtype], layout="bhsd", masks=MASK_FALLBACKS[mask], score=score)
+    problem = Problem(*sizes, dtype=_DTYPES[dtype], layout="bhsd", mask=mask, score=score)
     device = Device(kind, index)
     try:
         choose(problem, device, "auto")

@@ -1,0 +1,79 @@
+"""The masks and scores of the package's own definition: what each takes at run time, and which others compute it too.
+
+The one table of them for calls.  Their expressions are in ``schedules/definition/catalogue.py``, which has its
+parameters from here, and their numpy twins in :mod:`tvm_flash.reference`, all by the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tvm_flash.packs.manifest import Param
+
+#: The run-time parameters by name.  One ``per_head`` is a tensor, and its name an argument of a public function.
+PARAMS: Mapping[str, Param] = {
+    p.name: p
+    for p in (
+        Param("softcap", "float32"),
+        Param("alibi_slopes", "float32", per_head=True),
+        Param("has_alibi_slopes", "int32"),
+        Param("window_left", "int32"),
+        Param("window_right", "int32"),
+        Param("sink_tokens", "int32"),
+        Param("kv_start", "int32", per_head=True),
+        Param("kv_end", "int32", per_head=True),
+        Param("query_start", "int32", per_head=True),
+        Param("has_query_start", "int32"),
+    )
+}
+
+#: Parameters that are tensors.
+PER_HEAD: Mapping[str, Param] = {name: p for name, p in PARAMS.items() if p.per_head}
+
+#: Of these, what a kernel can do without: such a one has a number beside it, ``has_`` and its name, 0 if it is missing.
+OPTIONAL = tuple(name for name in PER_HEAD if f"has_{name}" in PARAMS)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A mask or a score.
+
+    Attributes
+    ----------
+    params: its run-time parameters, in the order of a kernel's arguments.
+    stand_ins: what computes it, the cheapest first: itself, then others (given wide enough windows, no soft cap, …).
+    """
+
+    params: tuple[Param, ...]
+    stand_ins: tuple[str, ...]
+
+
+def _kinds(**rows: tuple[str, tuple[str, ...]]) -> Mapping[str, Kind]:
+    return {
+        name: Kind(tuple(PARAMS[p] for p in params.split()), (name, *others)) for name, (params, others) in rows.items()
+    }
+
+
+MASKS: Mapping[str, Kind] = _kinds(
+    full=("", ("window",)),
+    causal=("", ("window",)),
+    window=("window_left window_right", ()),
+    sink_window=("window_left window_right sink_tokens", ()),
+    padded=("window_left window_right kv_start kv_end", ("positioned",)),
+    positioned=("window_left window_right kv_start kv_end has_query_start query_start", ()),
+)
+
+SCORES: Mapping[str, Kind] = _kinds(
+    identity=("", ("optional",)),
+    softcap=("softcap", ("optional",)),
+    alibi=("alibi_slopes", ("optional",)),
+    softcap_alibi=("softcap alibi_slopes", ("optional",)),
+    optional=("softcap has_alibi_slopes alibi_slopes", ()),
+)
+
+
+def score_of(softcap: bool, alibi_slopes: bool) -> str:
+    """The cheapest score with these options."""
+    wanted = (("softcap",) if softcap else ()) + (("alibi_slopes",) if alibi_slopes else ())
+    return next(name for name, kind in SCORES.items() if tuple(p.name for p in kind.params) == wanted)
