@@ -18,7 +18,6 @@ from tvm_flash.call.launches import ZEROED, arguments_of, made_by, maker, worksp
 from tvm_flash.call.problem import Problem
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Signature
-from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.machine.ffi import Frame
 from tvm_flash.operators import role_of, tensor
 from tvm_flash.packs.manifest import Launch
@@ -66,7 +65,6 @@ class Plan:
             strides |= 0 if tensor(name).flat else memory.stride_bits(request.given[name])
         problem = _with_alignment(request.problem, min(alignment, memory.alignment_of(strides)))
         self.choice = choose(problem, request.device, request.variant)
-        request.accept(self.choice)
         entry = self.choice.kernel.entry
         extents = entry.extents(request.sizes.by_name)
         self._made = made_by(request, entry)
@@ -110,7 +108,7 @@ class Plan:
                 framework.view(x, name)  # says which one has no memory, and what to do
             raise
         if self._outputs:
-            self._check_overlap(at)
+            memory.check_overlap(self._outputs, self._footprints, at)
         bits = 0
         for name in self._aligned:
             bits |= at[name]
@@ -183,18 +181,6 @@ class Plan:
             footprints={role_of(name): x for name, x in self._footprints.items()},
         )
         return fast.recipe(signature, call)
-
-    def _check_overlap(self, at: Mapping[str, int]) -> None:
-        for output in self._outputs:
-            mine = self._footprints[output]
-            for name, footprint in self._footprints.items():
-                if name == output:
-                    break
-                if memory.overlap(mine, at[output], footprint, at[name]):
-                    what = "is written too" if name in self._outputs else f"is read while {output} is written"
-                    raise InvalidArgumentError(
-                        f"{output}: shares memory with {name}, which {what}; give it memory of its own, or leave it out"
-                    )
 
     def _for_alignment(self, alignment: int) -> Plan:
         with self._lock:

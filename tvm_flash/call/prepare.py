@@ -32,9 +32,10 @@ from tvm_flash.packs.registry import build_command, registry
 def prepare(options: Options, framework: Framework, tensors: Mapping[str, Any]) -> Plan | EmptyPlan:
     """Check everything but pointers, choose a kernel and lay out its arguments.
 
-    Arguments and errors are those of :func:`request_of`.
+    Arguments and errors are those of :func:`request_of`, and what ``options.accept`` raises.
     """
     request = request_of(options, framework, tensors)
+    options.accept(request.device)
     return EmptyPlan(request) if request.is_empty else Plan(request)
 
 
@@ -83,7 +84,6 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
         outputs=outputs,
         results=(*outputs, *(operator.on_request if flag else ())),
         suspicion=None if options.layout_known else checks.layout_suspicion(options.layout, sizes, q),
-        accept=options.accept,
     )
     for name in (*operator.inputs, *operator.optional):
         if name in given and name not in "qkv":

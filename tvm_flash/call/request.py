@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm_flash.call.checks import Sizes
-from tvm_flash.call.choice import Choice
 from tvm_flash.call.problem import Problem
 from tvm_flash.frameworks import Framework, TensorView
 from tvm_flash.machine.device import Device
@@ -36,7 +35,6 @@ class Request:
     outputs: tuple[str, ...]
     results: tuple[str, ...]
     suspicion: str | None
-    accept: Callable[[Choice], None]
 
     @property
     def operator(self) -> Operator:

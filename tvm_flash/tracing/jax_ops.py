@@ -22,6 +22,7 @@ from tvm_flash.call.choice import choose
 from tvm_flash.call.prepare import request_of
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
+from tvm_flash.call.suspicion import warn_of_layout
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError, TvmFlashError
 from tvm_flash.frameworks.base import TensorView, contiguous_strides
 from tvm_flash.frameworks.jax import Jax
@@ -47,11 +48,25 @@ def attention(options: Options, tensors: dict[str, Any]) -> Any:
     for name in OPERATORS[options.op].all_outputs(options.gradients):
         if name in tensors:
             raise ArgumentTypeError(f"{name}: arrays of jax can't be written; leave it out to get a new one")
+    _check_sizes(tensors)
+    tensors = {name: jnp.asarray(x) for name, x in tensors.items()}
+    suspicion = request_of(options, _Abstract("cpu", options.op), tensors).suspicion
+    if suspicion is not None:
+        warn_of_layout(suspicion, options.layout)
     if options.op == FORWARD:
-        results = _attention(options, tuple(tensors), *map(jnp.asarray, tensors.values()))
+        results = _attention(options, tuple(tensors), *tensors.values())
     else:
         results = _step(options, tensors)
     return results[0] if len(results) == 1 else results
+
+
+def _check_sizes(tensors: dict[str, Any]) -> None:
+    for name, x in tensors.items():
+        if not all(isinstance(n, int) for n in x.shape):
+            raise NotSupportedError(
+                f"{name}: has the shape {x.shape} with symbols, expected numbers, since a kernel is chosen for them; "
+                f"export a program for each size"
+            )
 
 
 # ---------------------------------------------------------------- gradients
@@ -141,6 +156,7 @@ def _call(options: Options, arrays: dict[str, Any]):
         if request.is_empty:
             return _empty(request)
         try:
+            options.accept(Device(kind))
             kernel = choose(request.problem, Device(kind), request.variant).kernel
             branches[platform] = functools.partial(_call_kernel, _target(kernel, platform), request, kernel)
         except TvmFlashError as e:
@@ -212,8 +228,8 @@ on_refresh(_registered.clear)
 def _register(name: str, kernel: Installed, platform: str) -> None:
     """Make a foreign function of a kernel.
 
-    XLA gives arrays, results, then numbers.  A kernel that doesn't take them so, or has several launches, gets them from
-    a Python function.
+    XLA gives arrays, results, then numbers.  A kernel that doesn't take them so, or has several launches, gets them
+    from a Python function.
     """
     ffi.tvm_ffi()
     try:

@@ -17,10 +17,11 @@ from torch.utils.flop_counter import register_flop_formula
 from tvm_flash.call.backward import why_no_backward
 from tvm_flash.call.signature import Options, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
-from tvm_flash.frameworks.torch import NAMES, check_dense
+from tvm_flash.frameworks.torch import name_of
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
 
 _MINIMUM = (2, 4)
@@ -66,11 +67,14 @@ def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
 
     Raises
     ------
-    ArgumentTypeError, NotSupportedError: a tensor is of a kind that the operators don't know.
+    TvmFlashError: an argument is wrong, or of a kind that the operators don't know.
     """
-    for name, x in tensors.items():
-        if isinstance(x, torch.Tensor):
-            _check_kind(name, x)
+    check_kinds(tensors)
+    options = check_options(options)
+    if torch.compiler.is_compiling():
+        warn_in_program(options, tensors["q"], tensors["k"])
+    else:
+        check_call(options, tensors)
     operator = OPERATORS[options.op]
     outputs = operator.all_outputs(options.gradients)
     if options.op == BACKWARD and options.flag:
@@ -98,7 +102,7 @@ def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
         results = custom(
             *inputs,
             list(per_head.values()),
-            [float(value) for _, value in options.params],
+            [value for _, value in options.params],
             name=options.definition,
             per_head_names=list(per_head),
             number_names=[name for name, _ in options.params],
@@ -115,7 +119,9 @@ def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
 def _written(name: str, to: Any, result: Any) -> Any:
     """A result in the memory that the caller gave for it."""
     if to.shape != result.shape:
-        raise InvalidArgumentError(f"{name}: has shape {tuple(to.shape)}, expected {tuple(result.shape)}")
+        raise InvalidArgumentError(
+            f"{name}: has shape {tuple(to.shape)}, expected {tuple(result.shape)}; leave it out to get a new tensor"
+        )
     if to.dtype != result.dtype:
         raise ArgumentTypeError(f"{name}: has dtype {to.dtype}, expected {result.dtype} as q has")
     if to.requires_grad and to.is_leaf and torch.is_grad_enabled():
@@ -123,14 +129,6 @@ def _written(name: str, to: Any, result: Any) -> Any:
             f"{name}: a gradient is required of it, and it is overwritten; leave it out, or pass {name}.detach()"
         )
     return to.copy_(result)
-
-
-def _check_kind(name: str, x: torch.Tensor) -> None:
-    check_dense(x, name)
-    if x.is_quantized or x.is_complex():
-        raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected float32, float16 or bfloat16; convert it")
-    if x.device.type not in ("cpu", "cuda", "meta"):
-        raise NotSupportedError(f"{name}: is on {x.device}, expected a tensor on the CPU or a CUDA device; move it")
 
 
 # ---------------------------------------------------------------- on real tensors
@@ -182,23 +180,15 @@ def _readable(dout, q, k, v, out, lse, dlse, *parameters):
 
 
 def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
-    _check_likeness(q, k, v)
+    check_shapes(layout, q, k, v)
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, q.new_empty(_rows(q, layout) if return_lse else (0,), dtype=torch.float32)
 
 
 def _backward_shapes(dout, q, k, v, *_, layout="bhsd", gradients=(), **__):
-    _check_likeness(q, k, v)
+    check_shapes(layout, q, k, v)
     heads = _rows(q, layout)[:2]
     return [*(x.new_empty(x.shape) for x in (q, k, v)), *(q.new_empty(heads, dtype=torch.float32) for _ in gradients)]
-
-
-def _check_likeness(q, k, v):
-    for name, x in (("k", k), ("v", v)):
-        if x.device != q.device:
-            raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
-        if x.dtype != q.dtype:
-            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, but q has {q.dtype}; convert one to the other's")
 
 
 def _rows(q, layout):
@@ -251,7 +241,7 @@ def _check_backward(options, q, k, v, parameters, wanted):
     ------
     NotSupportedError: nothing can.
     """
-    if q.device.type not in ("cpu", "cuda") or q.dtype not in NAMES:
+    if q.device.type not in ("cpu", "cuda"):
         return
     options = dict(options)
     window = tuple(-1 if x is None else x for x in (options.pop("window_left", -1), options.pop("window_right", -1)))
@@ -264,7 +254,7 @@ def _check_backward(options, q, k, v, parameters, wanted):
     reason = why_no_backward(
         asked,
         Device(q.device.type, q.device.index or 0),
-        NAMES[q.dtype],
+        name_of(q.dtype),
         (q.shape[queries], k.shape[queries]),
         (int(q.shape[3]), int(v.shape[3])),
         tuple(parameters),
