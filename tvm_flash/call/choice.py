@@ -261,7 +261,7 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     dims = str(problem.head_dim)
     dims += f":{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else ""
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
-    kernel = f"{arch} kernel" if problem.op == FORWARD else f"{arch} {problem.op} kernel"
+    whose = arch if problem.op == FORWARD else f"{arch} {problem.op}"
     if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):
         return KernelNotFoundError(
             f"q, k, v: are {problem.dtype}, and GPU kernels take float16, from sm_80 on also bfloat16; convert them"
@@ -269,34 +269,34 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     if nearest is None:
         of = f" of the definition {problem.definition!r}" if custom else ""
         command = build_command(arch, *options, "--dtype", problem.dtype)
-        return KernelNotFoundError(f"no {kernel}{of} for {problem.dtype}; run `{command}`")
+        return KernelNotFoundError(f"no {whose} kernel{of} for {problem.dtype}; run `{command}`")
     if nearest.stage == _ALIGNMENT:
         return InvalidArgumentError(
             f"{_named(problem)}: an address or a stride is a multiple of {problem.alignment} bytes only, and every "
-            f"{kernel} for this needs {nearest.kernel.alignment}; copy the misaligned tensor, "
+            f"{whose} kernel for this needs {nearest.kernel.alignment}; copy the misaligned tensor, "
             f"as with .clone() or numpy.copy"
         )
     if nearest.stage == _INDEX:
         return NotSupportedError(
-            f"{_named(problem)}: a size or a stride needs more than 32 bits, and the {kernel}s count in 32; "
+            f"{_named(problem)}: a size or a stride needs more than 32 bits, and the {whose} kernels count in 32; "
             f"split the batch or the heads over several calls"
         )
     if nearest.stage == _MASK:
         command = build_command(arch, "--head-dim", dims, *_kind(problem))
-        return KernelNotFoundError(f"no {kernel} for the mask {problem.mask}; run `{command}`")
+        return KernelNotFoundError(f"no {whose} kernel for the mask {problem.mask}; run `{command}`")
     if nearest.stage == _HEAD_DIM:
         command = build_command(arch, *options, "--head-dim", dims)
         largest = nearest.kernel.head_dim, nearest.kernel.head_dim_v
         return KernelNotFoundError(
-            f"no {kernel} for head_dim {dims} (the largest takes {':'.join(map(str, largest))}); run `{command}`"
+            f"no {whose} kernel for head_dim {dims} (the largest takes {':'.join(map(str, largest))}); run `{command}`"
         )
     if nearest.stage == _ROWS:
         command = build_command(arch, *options)
-        return KernelNotFoundError(f"no {kernel}: {nearest.kernel.symbol} {nearest.reason}; run `{command}`")
+        return KernelNotFoundError(f"no {whose} kernel: {nearest.kernel.symbol} {nearest.reason}; run `{command}`")
     if nearest.stage == _KIND:
-        return KernelNotFoundError(_wrong_kind(problem, kernel, nearest))
+        return KernelNotFoundError(_wrong_kind(problem, f"{whose} kernel", nearest))
     command = build_command(arch, "--head-dim", dims, *_kind(problem))
-    return KernelNotFoundError(f"no {kernel} for the score {problem.score}; run `{command}`")
+    return KernelNotFoundError(f"no {whose} kernel for the score {problem.score}; run `{command}`")
 
 
 def _named(problem: Problem) -> str:

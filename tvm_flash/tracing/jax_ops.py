@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from tvm_flash.call.backward import why_no_backward
 from tvm_flash.call.choice import choose
 from tvm_flash.call.prepare import request_of
 from tvm_flash.call.request import Request
@@ -31,10 +32,15 @@ from tvm_flash.machine.device import Device
 from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS, gradient_of, role_of, tensor
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import KernelEntry
-from tvm_flash.packs.registry import Installed, on_refresh, registry
+from tvm_flash.packs.registry import Installed, registry
 
 #: Name of a platform in JAX's programs, in its foreign function interface, and of its devices here.
 _PLATFORMS = {"cpu": ("cpu", "cpu"), "cuda": ("gpu", "cuda")}
+
+_NO_DERIVATIVE = (
+    "q, k, v: a derivative of the gradients of attention is asked for, or one in forward mode, and there are first "
+    "gradients in reverse mode only (jax.grad, jax.vjp); use jax.lax.stop_gradient on them, or jax.nn's attention"
+)
 
 
 def attention(options: Options, tensors: dict[str, Any]) -> Any:
@@ -42,7 +48,8 @@ def attention(options: Options, tensors: dict[str, Any]) -> Any:
 
     Raises
     ------
-    NotSupportedError: jax-tvm-ffi isn't installed, or no platform has a kernel.
+    NotSupportedError: jax-tvm-ffi isn't installed, no platform has a kernel, or a derivative is asked for that there
+        isn't.
     TvmFlashError: an argument is wrong, as outside of a program.
     """
     for name in OPERATORS[options.op].all_outputs(options.gradients):
@@ -53,10 +60,7 @@ def attention(options: Options, tensors: dict[str, Any]) -> Any:
     suspicion = request_of(options, _Abstract("cpu", options.op), tensors).suspicion
     if suspicion is not None:
         warn_of_layout(suspicion, options.layout)
-    if options.op == FORWARD:
-        results = _attention(options, tuple(tensors), *tensors.values())
-    else:
-        results = _step(options, tensors)
+    results = _step(options, tensors) if options.op == BACKWARD else _differentiable(options, tensors)
     return results[0] if len(results) == 1 else results
 
 
@@ -72,17 +76,53 @@ def _check_sizes(tensors: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- gradients
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(options: Options, names: tuple[str, ...], *arrays):
+def _differentiable(options: Options, tensors: dict[str, Any]):
+    names, arrays = tuple(tensors), tensors.values()
+    if any(jnp.issubdtype(tensors[name].dtype, jnp.floating) for name in names if name not in "qkv"):
+        try:
+            return _attention_with_parameters(options, names, *arrays)
+        except NotImplementedError as e:  # JAX has no such rules in shard_map
+            if isinstance(e, TvmFlashError):
+                raise
+    return _attention(options, names, *arrays)
+
+
+def _attend(options: Options, names: tuple[str, ...], *arrays):
     return _step(options, dict(zip(names, arrays, strict=True)))
 
 
 def _forward(options, names, *primals):
-    arrays = {name: x.value for name, x in zip(names, primals, strict=True)}
+    return _keep(options, dict(zip(names, primals, strict=True)), names)
+
+
+def _forward_with_parameters(options, names, *primals):
+    """The same by a rule that is told by which arrays the program differentiates."""
+    asked = (name for name, x in zip(names, primals, strict=True) if x.perturbed)
+    return _keep(options, {name: x.value for name, x in zip(names, primals, strict=True)}, asked)
+
+
+def _keep(options, arrays, asked):
+    # What is differentiated is known when the program is traced, and so is told by a structure, not by a value.
+    asked = {name: None for name in asked if jnp.issubdtype(arrays[name].dtype, jnp.floating)}
+    _check_backward(options, arrays, tuple(asked))
     out, lse = _step(options._replace(flag=True), arrays)
-    # What is differentiated is known when the program is traced, and so must be told by a structure, not by a value.
-    asked = {name: None for name, x in zip(names, primals, strict=True) if x.perturbed}
     return (out, lse) if options.flag else (out,), (arrays, out, lse, asked)
+
+
+def _check_backward(options, arrays, asked):
+    """That some platform has kernels for the gradients."""
+    q, k, v = (arrays[name] for name in "qkv")
+    queries = 2 if options.layout == "bhsd" else 1
+    parameters = tuple(name for name in arrays if name not in "qkv")
+    what = (q.dtype.name, (q.shape[queries], k.shape[queries]), (q.shape[3], v.shape[3]), parameters)
+    learnt = tuple(name for name in asked if name in parameters)
+    kinds = [kind for _, kind in _PLATFORMS.values() if kind == "cpu" or cuda.device_count()]
+    reasons = [why_no_backward(options, Device(kind), *what, learnt) for kind in kinds]
+    if None not in reasons:
+        raise NotSupportedError(
+            f"{', '.join(asked)}: a gradient is required, and nothing here computes it: {reasons[0]}; or use "
+            f"jax.lax.stop_gradient on them"
+        )
 
 
 def _backward(options, names, kept, cotangents):
@@ -101,7 +141,10 @@ def _backward(options, names, kept, cotangents):
     return tuple(found.get(name) for name in names)
 
 
-_attention.defvjp(_forward, _backward, symbolic_zeros=True)
+_attention = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
+_attention.defvjp(_forward, _backward)
+_attention_with_parameters = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
+_attention_with_parameters.defvjp(_forward_with_parameters, _backward, symbolic_zeros=True)
 
 
 def _array(x):
@@ -119,7 +162,17 @@ def _reduced(gradient, shape):
 
 
 def _step(options: Options, tensors: dict[str, Any]):
-    return _mapped(options, tuple(tensors))(*tensors.values())
+    return _without_derivatives(options, tuple(tensors), *tensors.values())
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _without_derivatives(options: Options, names: tuple[str, ...], *arrays):
+    return _mapped(options, names)(*arrays)
+
+
+@_without_derivatives.defjvp
+def _refuse(options, names, primals, tangents):
+    raise NotSupportedError(_NO_DERIVATIVE)
 
 
 def _mapped(options: Options, names: tuple[str, ...]) -> Callable:
@@ -222,7 +275,6 @@ def _target(kernel: Installed, platform: str) -> str:
 
 _registered: set[tuple[str, str]] = set()
 _lock = threading.Lock()
-on_refresh(_registered.clear)
 
 
 def _register(name: str, kernel: Installed, platform: str) -> None:

@@ -261,9 +261,10 @@ def _check_backward(options, q, k, v, parameters, wanted):
         wanted,
     )
     if reason is not None:
+        asked_of = [*(n for n, x in zip("qkv", (q, k, v), strict=True) if x.requires_grad), *wanted]
         raise NotSupportedError(
-            f"q, k, v: a gradient is required of them, and nothing here computes it: {reason}; or call under "
-            f"torch.no_grad(), or pass q.detach() and so on"
+            f"{', '.join(asked_of)}: a gradient is required, and nothing here computes it: {reason}; or call under "
+            f"torch.no_grad(), or pass {asked_of[0]}.detach()"
         )
 
 
