@@ -104,9 +104,7 @@ class Pattern:
         """
         return self._substitute(self._derivative(None, chosen), site, i, j, s)
 
-    def parameter_gradient(
-        self, name: str, site: Site, s: Expr, i: Expr, j: Expr, chosen: bool | None = None
-    ) -> Expr:
+    def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
         """The derivative of the score with respect to a float parameter; else as ``score_gradient``."""
         return self._substitute(self._derivative(name, chosen), site, i, j, s)
 

@@ -92,9 +92,7 @@ def float_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         for c in T.serial((columns + (G - 1)) // G):
             for i in T.serial((rows + (R - 1)) // R):
                 for chain in T.serial((depth + (_CHAIN - 1)) // _CHAIN):
-                    sum_products(
-                        acc, left, right, N, i * R, c * G, chain * _CHAIN, T.min(depth, (chain + 1) * _CHAIN)
-                    )
+                    sum_products(acc, left, right, N, i * R, c * G, chain * _CHAIN, T.min(depth, (chain + 1) * _CHAIN))
                     if chain == 0:
                         for r in T.unroll(R):
                             for n in T.unroll(V):
@@ -131,12 +129,11 @@ def float_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         """Add the tile's share to dv, dk and dq; ``S`` holds probabilities now, ``dP`` gradients of scaled products."""
         add_products(t.dV, 0, E, acc, by_column(t.S, N), t.OR, E, keys, P.head_dim_v, rows, True)
         add_products(t.dK, 0, D, acc, by_column(t.dP, N), t.QR, D, keys, P.head_dim, rows, True)
-        add_products(
-            P.dq_sum, dq_at, dq_stride, acc, by_row(t.dP, N), t.KR, D, rows, P.head_dim, keys, False
-        )
+        add_products(P.dq_sum, dq_at, dq_stride, acc, by_row(t.dP, N), t.KR, D, rows, P.head_dim, keys, False)
 
     return SimpleNamespace(
         bits="uint32",
+        columns=lanes,
         buffers={
             "KT": ((head_dim * N,), "float32"),
             "VT": ((head_dim_v * N,), "float32"),

@@ -52,10 +52,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
         Workspace("dq_sum", "float32", (("*", "batch", "heads", "seqlen_q", width),)),
         Workspace("dk_sum", "float32", (("*", "batch", "kv_heads", "seqlen_kv", width),)),
         Workspace("dv_sum", "float32", (("*", "batch", "kv_heads", "seqlen_kv", width_v),)),
-        *(
-            Workspace(f"{gradient_name(p)}_sums", "float32", (("*", "batch", "heads", MOST_SECTIONS),))
-            for p in asked
-        ),
+        *(Workspace(f"{gradient_name(p)}_sums", "float32", (("*", "batch", "heads", MOST_SECTIONS),)) for p in asked),
     )
     sums = {p.name: _vector(f"{gradient_name(p)}_sums") for p in asked}
     func = _kernel(pattern, config, isa, traversal, values, targets, sums, name)
@@ -233,9 +230,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
 
         # 2. The turns.
         for turn in T.serial(count):
-            T.evaluate(
-                announce(P, batch * kv_heads * count, up(seqlen_kv, count) * (3 * head_dim + 2 * head_dim_v))
-            )
+            T.evaluate(announce(P, batch * kv_heads * count, up(seqlen_kv, count) * (3 * head_dim + 2 * head_dim_v)))
             for w in T.parallel(batch * kv_heads * count):
                 with T.sblock("section"):
                     T.reads()

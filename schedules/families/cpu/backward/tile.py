@@ -25,13 +25,14 @@ from tvm.script.ir_builder import IRBuilder
 
 from schedules.families.cpu.backward.config import Config, multiplication, padded
 from schedules.families.cpu.backward.floats import by_column, by_row, float_products
-from schedules.families.cpu.backward.problem import Problem
+from schedules.families.cpu.backward.pairs import pair_products
+from schedules.families.cpu.backward.problem import MOST_SECTIONS, Problem
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.steps import f32
 from schedules.families.cpu.vector_math import exp2
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 
-MULTIPLICATIONS = {"floats": float_products}
+MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products}
 #: The bits of infinity.
 INFINITY = {"uint32": 0x7F800000, "uint16": 0x7F80}
 
@@ -48,7 +49,7 @@ def section_macro(pattern, config: Config, isa: Isa):
     products = MULTIPLICATIONS[multiplication(isa, dtype)](config, isa, dtype, head_dim, head_dim_v)
     asked = [p.name for p in pattern.params if p.gradient]
     learns = bool(asked)
-    bits = products.bits
+    bits, step = products.bits, products.columns
     buffers = {
         **products.buffers,
         "S": ((M * N,), "float32"),
@@ -58,12 +59,11 @@ def section_macro(pattern, config: Config, isa: Isa):
     }
     registers = {
         "acc": ((config.tile_rows * config.row_vectors * lanes,), "float32"),
-        **{name: ((lanes,), "float32") for name in ("product", "prob", "dscore")},
+        **dict.fromkeys(("product", "prob", "dscore"), ((lanes,), "float32")),
         "parameters": ((max(1, len(asked)) * lanes,), "float32"),
         "of_keys": ((8,), bits),
         "of_queries": ((8,), bits),
     }
-
 
     def add_to_parameters(P: Problem, local, site, i, key, chosen):
         """A vector's share in the gradients of parameters."""
@@ -81,7 +81,7 @@ def section_macro(pattern, config: Config, isa: Isa):
             lse: T.float32 = P.lse[lse_at + i]
             subtract: T.float32 = T.Select(lse == T.float32(NEGATIVE_INFINITY), T.float32(math.inf), lse)
             difference: T.float32 = P.delta[lse_at + i]
-            for c in T.serial((columns + (lanes - 1)) // lanes):
+            for c in T.serial((columns + (step - 1)) // step * (step // lanes)):
                 at: T.int64 = i * N + c * lanes
                 key: T.int64 = key0 + c * lanes
                 for lane in T.vectorized(lanes):
@@ -93,9 +93,7 @@ def section_macro(pattern, config: Config, isa: Isa):
                 for lane in T.vectorized(lanes):
                     t.S[at + lane] = local.prob[lane]
                 for lane in T.vectorized(lanes):
-                    local.dscore[lane] = if_weight(
-                        local.prob[lane], local.prob[lane] * (t.dP[at + lane] - difference)
-                    )
+                    local.dscore[lane] = if_weight(local.prob[lane], local.prob[lane] * (t.dP[at + lane] - difference))
                 for lane in T.vectorized(lanes):
                     t.dP[at + lane] = if_weight(
                         local.prob[lane],
@@ -115,15 +113,14 @@ def section_macro(pattern, config: Config, isa: Isa):
 
     @T.inline
     def add_where_seen(out, base, stride, left, tensor, at, rows, width, depth):
-        """``out[i, d] += sum_k left(i, k) * tensor[k, d]`` of those with weight: for a masked tile with an inf or NaN."""
+        """``out[i, d] += sum_k left(i, k) * tensor[k, d]`` of those with weight, beside which anything may stand."""
         for i in T.serial(rows):
             for k in T.serial(depth):
-                if left(i, k) != T.float32(0):
-                    for d in T.serial(width // 8):
-                        for lane in T.vectorized(8):
-                            out[base + i * stride + d * 8 + lane] += left(i, k) * f32(
-                                tensor.flat[at + k * tensor.strides[2] + d * 8 + lane]
-                            )
+                for d in T.serial(width // 8):
+                    for lane in T.vectorized(8):
+                        out[base + i * stride + d * 8 + lane] += if_weight(
+                            left(i, k), left(i, k) * f32(tensor.flat[at + k * tensor.strides[2] + d * 8 + lane])
+                        )
 
     @T.inline
     def tile_gradients(P: Problem, t, local, full, q_at, do_at, k_at, dq_at, rows, keys):
