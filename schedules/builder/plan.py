@@ -18,7 +18,7 @@ from pathlib import Path
 from schedules.builder import pack, sources
 from schedules.builder.compile import Built, Failed, Job, Refused, versions_for
 from schedules.builder.configs import NO_RECORDS, ChosenConfig, Tuned
-from schedules.builder.suite import TEMPLATES, KernelSpec, Selection
+from schedules.builder.suite import SCOPES, TEMPLATES, KernelSpec, Selection
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.definition_file import DefinitionFile
 from schedules.families import FAMILY, family_of, kinds_of
@@ -115,7 +115,7 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
 
     Raises
     ------
-    ValueError: a template, dtype, mask or score is unknown.
+    ValueError: a template, dtype, mask, score or kind is unknown, or the target has no kernels of the kinds named.
     DefinitionError: the definition can't be loaded.
     """
     family, chosen = family_of(target), request.selection
@@ -124,14 +124,18 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
         ("--mask", chosen.masks, MASKS),
         ("--score", chosen.scores, SCORES),
         ("--dtype", chosen.dtypes, DTYPES),
+        ("--kind", chosen.kinds, SCOPES),
     ):
         for value in values:
             if value not in known:
                 raise ValueError(f"{option} {value}: unknown; expected one of {', '.join(known)}")
+    kinds = kinds_of(target)
+    if chosen.kinds and not set(chosen.kinds) & set(kinds):
+        raise ValueError(f"--kind {','.join(chosen.kinds)}: {target} has none; it has {', '.join(kinds)}")
     if request.definition:
         variants = [request.definition.variant()]
-        return tuple(chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds_of(target)))
-    return tuple(chosen.specs(family.DTYPES, between=target.arch != "cpu", kinds=kinds_of(target)))
+        return tuple(chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds))
+    return tuple(chosen.specs(family.DTYPES, between=target.arch != "cpu", kinds=kinds))
 
 
 # ---------------------------------------------------------------- what is there already

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from schedules.families.interface import BACKWARD, DECODE, FORWARD
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: (mask, score) of the core set; a sliding window with unbounded sides serves full and causal attention as well, and
@@ -22,6 +23,31 @@ CORE_VARIANTS = (
 )
 
 TEMPLATES = ("v1", "v2")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the core set has of a kind of kernels.
+
+    Attributes
+    ----------
+    variants: the (mask, score) pairs.
+    between: whether there are kernels for ``HEAD_DIMS_BETWEEN``, on a GPU.
+    own_definitions: whether a definition of the user's own gets such kernels without asking for them.
+    """
+
+    variants: tuple[tuple[str, str], ...]
+    between: bool = False
+    own_definitions: bool = False
+
+
+#: Of every kind that families make (:mod:`schedules.families.interface`) what is built unless it is asked for by name.
+#: Decoding is bound by memory, so that one kernel for a window serves full and causal attention at no cost.
+SCOPES = {
+    FORWARD: Scope(CORE_VARIANTS, between=True, own_definitions=True),
+    DECODE: Scope((("window", "identity"),)),
+    BACKWARD: Scope((("window", "identity"), ("positioned", "optional")), own_definitions=True),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +102,7 @@ class KernelSpec:
     head_dim: int
     head_dim_v: int
     bucket: int = 0
-    kind: str = "forward"
+    kind: str = FORWARD
 
     @property
     def group(self) -> str:
@@ -87,7 +113,7 @@ class KernelSpec:
     @property
     def symbol(self) -> str:
         """Global symbol of the kernel."""
-        kind = "" if self.kind == "forward" else f"_{self.kind}"
+        kind = "" if self.kind == FORWARD else f"_{self.kind}"
         bucket = f"_s{self.bucket}" if self.bucket else ""
         return f"{self.group}_{self.mask}_{self.score}{kind}{bucket}"
 
@@ -101,7 +127,8 @@ class Selection:
     """Filters of a build; an empty one selects the core set's values.
 
     A mask that is named alone comes with the scores that the core set has for it, or else without one; likewise a score
-    that is named alone, which else comes with a window.
+    that is named alone, which else comes with a window.  Kinds of kernels beside the usual one have their own share of
+    the core set (``SCOPES``), and whatever else is selected if they are named.
     """
 
     templates: tuple[str, ...] = ()
@@ -109,17 +136,21 @@ class Selection:
     head_dims: tuple[HeadDim, ...] = ()
     masks: tuple[str, ...] = ()
     scores: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
 
-    def variants(self) -> tuple[tuple[str, str], ...]:
-        """The (mask, score) pairs that are selected."""
+    def variants(self, kind: str = FORWARD) -> tuple[tuple[str, str], ...]:
+        """The (mask, score) pairs that are selected of a kind."""
+        core = SCOPES[kind].variants
         if not self.masks and not self.scores:
-            return CORE_VARIANTS
+            return core
         if self.masks and self.scores:
-            return tuple((m, s) for m in self.masks for s in self.scores)
-        chosen = tuple((m, s) for m, s in CORE_VARIANTS if m in self.masks or s in self.scores)
-        missing = [(m, "identity") for m in self.masks if m not in {c[0] for c in chosen}]
-        missing += [("window", s) for s in self.scores if s not in {c[1] for c in chosen}]
-        return (*chosen, *missing)
+            chosen = tuple((m, s) for m in self.masks for s in self.scores)
+        else:
+            known = tuple((m, s) for m, s in CORE_VARIANTS if m in self.masks or s in self.scores)
+            missing = [(m, "identity") for m in self.masks if m not in {c[0] for c in known}]
+            missing += [("window", s) for s in self.scores if s not in {c[1] for c in known}]
+            chosen = (*known, *missing)
+        return chosen if kind == FORWARD or kind in self.kinds else tuple(c for c in chosen if c in core)
 
     def specs(
         self,
@@ -128,7 +159,7 @@ class Selection:
         variants: Iterable[tuple[str, str]] = (),
         *,
         between: bool = False,
-        kinds: Sequence[str] = ("forward",),
+        kinds: Sequence[str] = (FORWARD,),
     ) -> list[KernelSpec]:
         """The kernels selected, in order.
 
@@ -139,13 +170,16 @@ class Selection:
         between: whether the core set has ``HEAD_DIMS_BETWEEN``, as that of a GPU does.
         kinds: of kernels that the arch has.
         """
-        between = between and not self.head_dims and definition == BUILTIN_DEFINITION
+        own, variants = definition != BUILTIN_DEFINITION, tuple(variants)
+        between = between and not self.head_dims and not own
+        wanted = [k for k in kinds if k in self.kinds or not (self.kinds or (own and not SCOPES[k].own_definitions))]
         return [
             KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v, kind=kind)
             for template in self.templates or TEMPLATES
             for dtype in self.dtypes or dtypes
             for dim in (*(self.head_dims or HEAD_DIMS), *(HEAD_DIMS_BETWEEN if between else ()))
-            for mask, score in variants or self.variants()
+            for kind in wanted
+            if not between or dim not in HEAD_DIMS_BETWEEN or SCOPES[kind].between
+            for mask, score in variants or self.variants(kind)
             if not between or dim not in HEAD_DIMS_BETWEEN or (score == "identity" and mask != "padded")
-            for kind in kinds
         ]

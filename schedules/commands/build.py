@@ -73,6 +73,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
     parser.add_argument("--template", **several, help="v1, v2")
     parser.add_argument("--mask", **several, help="full, causal, window, …")
     parser.add_argument("--score", **several, help="identity, softcap, alibi, …")
+    parser.add_argument("--kind", **several, help="forward, decode, …; only kernels of these kinds")
     parser.add_argument(
         "--definition", metavar="FILE.py:NAME", help="kernels of your own definition, added to the pack"
     )
@@ -102,6 +103,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
         head_dims=tuple(HeadDim.parse(text) for text in options.head_dim),
         masks=tuple(options.mask),
         scores=tuple(options.score),
+        kinds=tuple(options.kind),
     )
     request = Request(
         targets=parse_targets(options.arch or ["native"], options.isa),

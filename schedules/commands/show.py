@@ -17,13 +17,13 @@ from tvm import tirx
 
 from schedules.builder.compile import Lowered, cpu_target, definition_of, lower_for_each
 from schedules.builder.plan import Request, parse_targets, select
-from schedules.builder.suite import HeadDim, KernelSpec, Selection
+from schedules.builder.suite import SCOPES, HeadDim, KernelSpec, Selection
 from schedules.definition.definition_file import DefinitionFile
 from schedules.definition.derive import OPERATORS, derive
 from schedules.definition.parameters import Site
 from schedules.definition.pattern import DefinitionError, Pattern, match
 from schedules.families import family_of
-from schedules.families.interface import Rejected, Target
+from schedules.families.interface import FORWARD, Rejected, Target
 from schedules.toolchain import cuda
 from schedules.toolchain.host import split
 from schedules.toolchain.nvcc import find_toolkit
@@ -220,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="default: float16, on a processor float32")
     parser.add_argument("--mask", default="full", help="full, causal, window, …")
     parser.add_argument("--score", default="identity", help="identity, softcap, alibi, …")
+    parser.add_argument("--kind", choices=tuple(SCOPES), default=FORWARD, help="default: forward")
     parser.add_argument("--bucket", type=int, default=0, help="the kernel for sequences of so many keys or more")
     parser.add_argument("--definition", metavar="FILE.py:NAME", help="a definition of your own")
     return parser
@@ -230,7 +231,8 @@ def _request(options: argparse.Namespace, target: Target) -> Request:
         if template not in ("v1", "v2"):
             raise ValueError(f"{template}: unknown; expected V1 or V2")
     dtype = options.dtype or ("float32" if target.arch == "cpu" else "float16")
-    chosen = Selection(("v2",), (dtype,), (HeadDim.parse(options.head_dim),), (options.mask,), (options.score,))
+    head_dims = (HeadDim.parse(options.head_dim),)
+    chosen = Selection(("v2",), (dtype,), head_dims, (options.mask,), (options.score,), (options.kind,))
     definition = DefinitionFile.parse(options.definition) if options.definition else None
     return Request((target,), chosen, definition, tuning=Tuning("auto"))
 

@@ -18,7 +18,7 @@ from schedules.builder.configs import NO_RECORDS, Proposal, Tuned
 from schedules.builder.records import Line, Measurement
 from schedules.builder.suite import KernelSpec
 from schedules.families import FAMILY
-from schedules.families.interface import Target
+from schedules.families.interface import FORWARD, Target
 from schedules.tuning import tables
 from tvm_flash.machine import cpu, cuda
 from tvm_flash.measure.workloads import Workload
@@ -52,7 +52,9 @@ class Tuning:
         self.here = devices_here() if self.measured else frozenset()
 
     def __call__(self, spec: KernelSpec, target: Target) -> Tuned:
-        """What the records say of a kernel."""
+        """What the records say of a kernel; nothing of kinds beside the usual one, which the tuner doesn't measure."""
+        if spec.kind != FORWARD:
+            return NO_RECORDS
         arch, isa = target.arch, target.isa
         same_kind = [r for r in self.measured if _is_kind(r, spec)]
         if not same_kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,26 @@ def check_tensors(layout: str, q: TensorView, k: TensorView, v: TensorView) -> S
     ------
     ArgumentTypeError, InvalidArgumentError, LayoutError, NotSupportedError
     """
-    named = {"q": q, "k": k, "v": v}
-    for name, x in named.items():
+    check_kinds(layout, q, k, v)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, but q has {q.dtype}; convert one to the other's")
+        if x.device != q.device:
+            raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
+    _check_shapes(layout, q.shape, k.shape, v.shape)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_strides(name, x)
+    return _sizes(layout, q.shape, k.shape, v.shape)
+
+
+def check_kinds(layout: str, q: TensorView, k: TensorView, v: TensorView) -> None:
+    """Rank, dtype and kind of device of each input.
+
+    Raises
+    ------
+    ArgumentTypeError, InvalidArgumentError, NotSupportedError
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if len(x.shape) != 4:
             raise InvalidArgumentError(
                 f"{name}: has shape {x.shape} of rank {len(x.shape)}, expected 4 dimensions {_DIMENSIONS[layout]}; "
@@ -72,15 +91,6 @@ def check_tensors(layout: str, q: TensorView, k: TensorView, v: TensorView) -> S
             )
         if x.device_kind not in _DEVICES:
             raise NotSupportedError(f"{name}: is on {x.device}, expected a tensor on the CPU or a CUDA device; move it")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, but q has {q.dtype}; convert one to the other's")
-        if x.device != q.device:
-            raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
-    _check_shapes(layout, q.shape, k.shape, v.shape)
-    for name, x in named.items():
-        check_strides(name, x)
-    return _sizes(layout, q.shape, k.shape, v.shape)
 
 
 def _sizes(layout: str, q: tuple, k: tuple, v: tuple) -> Sizes:
@@ -147,10 +157,15 @@ def layout_suspicion(layout: str, sizes: Sizes, q: TensorView) -> str | None:
     swapped = sizes.heads > sizes.seqlen_q > 1 and sizes.kv_heads > sizes.seqlen_kv
     if not swapped or q.strides[1] < q.strides[2]:
         return None
+    return suspicion_text(layout, f" {q.shape}", f"{sizes.heads} heads and {sizes.seqlen_q} positions")
+
+
+def suspicion_text(layout: str, shape: str = "", read_as: str = "more heads than positions") -> str:
+    """What :func:`layout_suspicion` says, also of a shape that isn't known in numbers."""
     other = _OTHER_LAYOUT[layout]
     return (
-        f"{FUNCTION_OF_LAYOUT[layout]} takes {_DIMENSIONS[layout]} and reads q {q.shape} as {sizes.heads} heads and "
-        f"{sizes.seqlen_q} positions; if it is {_DIMENSIONS[other]}, call {FUNCTION_OF_LAYOUT[other]}"
+        f"{FUNCTION_OF_LAYOUT[layout]} takes {_DIMENSIONS[layout]} and reads q{shape} as {read_as}; if it is "
+        f"{_DIMENSIONS[other]}, call {FUNCTION_OF_LAYOUT[other]}"
     )
 
 
@@ -161,6 +176,7 @@ def check_flag(name: str, value: Any) -> bool:
     """A truth value: a bool of Python or NumPy, or 0 or 1."""
     if type(value).__name__ in ("bool", "bool_") or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
+    _check_known(name, value)
     raise ArgumentTypeError(f"{name}: is {value!r}, expected True or False")
 
 
@@ -201,8 +217,19 @@ def check_softcap(softcap: Any) -> float:
 def check_real(name: str, value: Any) -> float:
     """A number of Python or NumPy as a float; not a tensor, whose value might be on a GPU."""
     if not isinstance(value, numbers.Real):
+        _check_known(name, value)
         raise ArgumentTypeError(f"{name}: is a {type(value).__qualname__}, expected a number; use float({name})")
     return float(value)
+
+
+def _check_known(name: str, value: Any) -> None:
+    """That an option, which isn't what was expected, isn't one that JAX traces: the remedy is another one then."""
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(value, jax.core.Tracer):
+        raise ArgumentTypeError(
+            f"{name}: is traced by JAX, expected a value that is known before the program runs; name it in "
+            f"static_argnames of jax.jit"
+        )
 
 
 def check_window(window_size: Any) -> tuple[int, int]:
@@ -210,6 +237,8 @@ def check_window(window_size: Any) -> tuple[int, int]:
     try:
         left, right = (operator.index(x) for x in window_size)
     except (TypeError, ValueError):
+        for x in window_size if isinstance(window_size, (tuple, list)) else ():
+            _check_known("window_size", x)
         raise ArgumentTypeError(
             f"window_size: is {window_size!r}, expected two integers (left, right), −1 for unbounded"
         ) from None

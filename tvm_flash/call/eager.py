@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-import warnings
 from typing import Any
 
 from tvm_flash.call import fast
 from tvm_flash.call.plan import EmptyPlan, Plan
 from tvm_flash.call.prepare import named, prepare, same_framework
 from tvm_flash.call.signature import Options
-from tvm_flash.errors import LayoutWarning
+from tvm_flash.call.suspicion import warn_of_layout
 from tvm_flash.frameworks import Traced, framework_of
 from tvm_flash.packs.registry import on_refresh
 
 #: Plans that are kept; the oldest goes first.  One takes about 6 KB.
 MAX_PLANS = 1024
-
-#: (file, line, layout) of calls that were warned about.
-_warned: set[tuple[str, int, str]] = set()
-_PACKAGE = __name__.partition(".")[0]
 
 _plans: dict[Any, Plan | EmptyPlan] = {}
 _lock = threading.Lock()
@@ -68,7 +62,7 @@ def attention(
         if key is not None:
             _remember(key, plan)
     if plan.suspicion is not None:
-        _warn(plan.suspicion, options.layout)
+        warn_of_layout(plan.suspicion, options.layout)
     result, lse = plan.run(q, k, v, tuple(per_head.values()), out)
     if call is not None and not framework.adopts:
         fast.remember(*call, framework, plan)
@@ -79,17 +73,6 @@ def attention(
     if lse is None:
         return result
     return result, framework.release(lse, like)
-
-
-def _warn(text: str, layout: str) -> None:
-    """Warn of swapped layouts, once for each line of a program that calls."""
-    level, caller = 1, sys._getframe()
-    while caller.f_back and caller.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        level, caller = level + 1, caller.f_back
-    place = (caller.f_code.co_filename, caller.f_lineno, layout)
-    if place not in _warned:
-        _warned.add(place)
-        warnings.warn(text, LayoutWarning, stacklevel=level)
 
 
 def _remember(key: Any, plan: Plan | EmptyPlan) -> None:

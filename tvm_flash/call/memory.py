@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.frameworks import TensorView
 
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
@@ -53,6 +55,21 @@ def overlap(a: Footprint, pointer_a: int, b: Footprint, pointer_b: int) -> bool:
         return np.shares_memory(*arrays, max_work=_OVERLAP_WORK)
     except np.exceptions.TooHardError:
         return True
+
+
+def check_overlap(output: Footprint, at_out: int, inputs: Mapping[str, Footprint], pointers: Iterable[int]) -> None:
+    """That ``out`` shares no byte with an input; ``inputs`` by name, their ``pointers`` in the same order.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    for (name, x), at in zip(inputs.items(), pointers, strict=True):
+        if overlap(output, at_out, x, at):
+            raise InvalidArgumentError(
+                f"out: shares memory with {name}, which is read while out is written; give it memory of its own, or "
+                f"leave it out"
+            )
 
 
 class _Shadow:

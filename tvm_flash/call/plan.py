@@ -18,7 +18,6 @@ from tvm_flash.call.launches import ZEROED, arguments_of, maker, workspaces_of
 from tvm_flash.call.problem import Problem
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Signature
-from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.machine.ffi import Frame
 from tvm_flash.packs.manifest import KernelEntry, Launch
 from tvm_flash.packs.registry import registry
@@ -62,7 +61,6 @@ class Plan:
             strides |= memory.stride_bits(x)
         problem = _with_alignment(request.problem, min(alignment, memory.alignment_of(strides)))
         self.choice = choose(problem, request.device, request.variant)
-        request.accept(self.choice)
         entry = self.choice.kernel.entry
         extents = entry.extents(request.sizes.by_name)
         arguments = arguments_of(entry, request, extents)
@@ -109,7 +107,7 @@ class Plan:
         at_out = 0
         if out is not None:
             at_out = pointer(out)
-            self._check_overlap((at_q, at_k, at_v, *map(pointer, per_head)), at_out)
+            memory.check_overlap(self._output, at_out, self._inputs, (at_q, at_k, at_v, *map(pointer, per_head)))
         bits = at_q | at_k | at_v | at_out
         if bits & self._misaligned:
             return self._for_alignment(memory.alignment_of(bits)).run(q, k, v, per_head, out)
@@ -187,14 +185,6 @@ class Plan:
             footprints={**self._inputs, **({"o": self._output} if self._output else {})},
         )
         return fast.recipe(signature, call)
-
-    def _check_overlap(self, pointers: tuple[int, ...], at_out: int) -> None:
-        for (name, inputs), at in zip(self._inputs.items(), pointers, strict=True):
-            if memory.overlap(self._output, at_out, inputs, at):
-                raise InvalidArgumentError(
-                    f"out: shares memory with {name}, which is read while out is written; give it memory of its own, "
-                    f"or leave it out"
-                )
 
     def _for_alignment(self, alignment: int) -> Plan:
         with self._lock:

@@ -41,9 +41,10 @@ def prepare(
 ) -> Plan | EmptyPlan:
     """Check everything but pointers, choose a kernel and lay out its arguments.
 
-    Arguments and errors are those of :func:`request_of`.
+    Arguments and errors are those of :func:`request_of`, and what ``options.accept`` raises.
     """
     request = request_of(options, framework, tensors, per_head, out)
+    options.accept(request.device)
     if 0 in (*request.q.shape, *request.k.shape):
         return EmptyPlan(request)
     return Plan(request)
@@ -91,7 +92,6 @@ def request_of(
         out=out_view,
         return_lse=checks.check_flag("return_lse", options.return_lse),
         suspicion=None if options.layout_known else checks.layout_suspicion(options.layout, sizes, q),
-        accept=options.accept,
     )
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm_flash.call.checks import Sizes
-from tvm_flash.call.choice import Choice
 from tvm_flash.call.problem import Problem
 from tvm_flash.frameworks import Framework, TensorView
 from tvm_flash.machine.device import Device
@@ -36,7 +34,6 @@ class Request:
     out: TensorView | None
     return_lse: bool
     suspicion: str | None
-    accept: Callable[[Choice], None]
 
     @property
     def out_shape(self) -> tuple[int, ...]:

@@ -11,18 +11,18 @@ from tvm_flash.operators import OPERATORS, role_of
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 if TYPE_CHECKING:
-    from tvm_flash.call.choice import Choice
+    from tvm_flash.machine.device import Device
 
 
-def accept_any(choice: Choice) -> None:
-    """Whatever kernel was chosen will do."""
+def accept_any(device: Device) -> None:
+    """Tensors on whichever device will do."""
 
 
 class Options(NamedTuple):
     """What a call asks for, apart from tensors; not yet checked.  A tuple, since it is the key of plans in every call.
 
     ``params`` are names and values of the numbers that a definition of the user's own takes.  ``accept`` may raise for
-    a kernel that was chosen.  ``layout_known`` says that no shape is to be taken for one of the other layout.
+    the device that tensors are on.  ``layout_known`` says that no shape is to be taken for one of the other layout.
     """
 
     layout: str
@@ -34,7 +34,7 @@ class Options(NamedTuple):
     softcap: Any = 0.0
     definition: str = BUILTIN_DEFINITION
     params: tuple[tuple[str, Any], ...] = ()
-    accept: Callable[[Choice], None] = accept_any
+    accept: Callable[[Device], None] = accept_any
     layout_known: bool = False
 
 
@@ -61,7 +61,7 @@ class Signature:
         definition: str = BUILTIN_DEFINITION,
         parameters: tuple[str, ...] = ("alibi_slopes",),
         scalars: tuple[str, ...] = (),
-        accept: Callable[[Choice], None] = accept_any,
+        accept: Callable[[Device], None] = accept_any,
         layout_known: bool = False,
         op: str = "forward",
         below: bool = False,

@@ -20,6 +20,7 @@ from tvm_flash.call.choice import choose
 from tvm_flash.call.prepare import request_of
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
+from tvm_flash.call.suspicion import warn_of_layout
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError, TvmFlashError
 from tvm_flash.frameworks.base import TensorView, contiguous_strides
 from tvm_flash.frameworks.jax import Jax
@@ -46,9 +47,22 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
     """
     if out is not None:
         raise ArgumentTypeError("out: arrays of jax can't be written; leave it out to get a new one")
-    names = tuple(per_head)
-    results = _step(options, names, q, k, v, *(jnp.asarray(x) for x in per_head.values()))
+    _check_sizes(q=q, k=k, v=v)
+    names, arrays = tuple(per_head), [q, k, v, *map(jnp.asarray, per_head.values())]
+    suspicion = _request(options, names, "cpu", *arrays).suspicion
+    if suspicion is not None:
+        warn_of_layout(suspicion, options.layout)
+    results = _step(options, names, *arrays)
     return results if options.return_lse else results[0]
+
+
+def _check_sizes(**tensors: Any) -> None:
+    for name, x in tensors.items():
+        if not all(isinstance(n, int) for n in x.shape):
+            raise NotSupportedError(
+                f"{name}: has the shape {x.shape} with symbols, expected numbers, since a kernel is chosen for them; "
+                f"export a program for each size"
+            )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -89,12 +103,11 @@ def _call(options: Options, names: tuple[str, ...], *arrays):
     for platform, (_, kind) in _PLATFORMS.items():
         if kind == "cuda" and not cuda.device_count():
             continue
-        framework = _Abstract(kind)
-        tensors = dict(zip("qkv", arrays[:3], strict=True))
-        request = request_of(options, framework, tensors, dict(zip(names, arrays[3:], strict=True)), None)
+        request = _request(options, names, kind, *arrays)
         if 0 in (*request.q.shape, *request.k.shape):
             return _empty(request)
         try:
+            options.accept(Device(kind))
             kernel = choose(request.problem, Device(kind), request.variant).kernel
             branches[platform] = functools.partial(_call_kernel, _target(kernel, platform), request, kernel)
         except TvmFlashError as e:
@@ -104,6 +117,11 @@ def _call(options: Options, names: tuple[str, ...], *arrays):
     if len(branches) == 1:
         return next(iter(branches.values()))(*arrays)
     return jax.lax.platform_dependent(*arrays, **branches)
+
+
+def _request(options: Options, names: tuple[str, ...], kind: str, *arrays) -> Request:
+    tensors = dict(zip("qkv", arrays[:3], strict=True))
+    return request_of(options, _Abstract(kind), tensors, dict(zip(names, arrays[3:], strict=True)), None)
 
 
 def _empty(request: Request):

@@ -13,12 +13,12 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
-from tvm_flash.call.prepare import NO_BACKWARD, no_backward_of
+from tvm_flash.call.prepare import NO_BACKWARD, named, no_backward_of
 from tvm_flash.call.signature import Options, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
-from tvm_flash.frameworks.torch import check_dense
 from tvm_flash.frameworks.torch_watch import is_differentiated
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
 
 _MINIMUM = (2, 4)
 
@@ -52,11 +52,14 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
 
     Raises
     ------
-    ArgumentTypeError, NotSupportedError: a tensor is of a kind that the operators don't know.
+    TvmFlashError: an argument is wrong, or of a kind that the operators don't know.
     """
-    for name, x in (("q", q), ("k", k), ("v", v), *per_head.items(), ("out", out)):
-        if isinstance(x, torch.Tensor):
-            _check_kind(name, x)
+    check_kinds(named(q, k, v, per_head, out))
+    options = check_options(options)
+    if torch.compiler.is_compiling():
+        warn_in_program(options, q, k)
+    else:
+        check_call(options, q, k, v, per_head, out)
     if options.definition == BUILTIN_DEFINITION:
         left, right = options.window_size
         results = torch.ops.tvm_flash.attention(
@@ -82,7 +85,7 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
             k,
             v,
             list(per_head.values()),
-            [float(value) for _, value in options.params],
+            [value for _, value in options.params],
             name=options.definition,
             per_head_names=list(per_head),
             number_names=[name for name, _ in options.params],
@@ -96,19 +99,13 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
         if out.requires_grad and torch.is_grad_enabled():
             raise NotSupportedError(no_backward_of("out"))
         if out.shape != result.shape:
-            raise InvalidArgumentError(f"out: has shape {tuple(out.shape)}, expected {tuple(result.shape)}")
+            raise InvalidArgumentError(
+                f"out: has shape {tuple(out.shape)}, expected {tuple(result.shape)}; leave it out to get a new tensor"
+            )
         if out.dtype != result.dtype:
             raise ArgumentTypeError(f"out: has dtype {out.dtype}, expected {result.dtype} as q has")
         result = out.copy_(result)
     return (result, lse) if options.return_lse else result
-
-
-def _check_kind(name: str, x: torch.Tensor) -> None:
-    check_dense(x, name)
-    if x.is_quantized or x.is_complex():
-        raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected float32, float16 or bfloat16; convert it")
-    if x.device.type not in ("cpu", "cuda", "meta"):
-        raise NotSupportedError(f"{name}: is on {x.device}, expected a tensor on the CPU or a CUDA device; move it")
 
 
 # ---------------------------------------------------------------- on real tensors
@@ -142,11 +139,7 @@ def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, numbe
 
 
 def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
-    for name, x in (("k", k), ("v", v)):
-        if x.device != q.device:
-            raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
-        if x.dtype != q.dtype:
-            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, but q has {q.dtype}; convert one to the other's")
+    check_shapes(layout, q, k, v)
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     rows = (q.shape[0], q.shape[1], q.shape[2]) if layout == "bhsd" else (q.shape[0], q.shape[2], q.shape[1])
     return out, q.new_empty(rows if return_lse else (0,), dtype=torch.float32)

@@ -1,0 +1,65 @@
+"""Which kernels a build makes of the kinds that a family has."""
+
+from __future__ import annotations
+
+import pytest
+
+from schedules.builder.plan import Request, select
+from schedules.builder.suite import CORE_VARIANTS, HEAD_DIMS, HEAD_DIMS_BETWEEN, SCOPES, HeadDim, Selection
+from schedules.families import FAMILY, kinds_of
+from schedules.families.interface import DECODE, FORWARD, Target
+
+BOTH = (FORWARD, DECODE)
+
+
+def chosen(selection=None, kinds=BOTH, **more):
+    return (selection or Selection()).specs(("float16",), between=True, kinds=kinds, **more)
+
+
+def pairs(specs, kind):
+    return {(s.mask, s.score) for s in specs if s.kind == kind}
+
+
+def test_of_a_further_kind_the_core_set_has_its_share():
+    specs = chosen()
+    assert pairs(specs, FORWARD) == set(CORE_VARIANTS)
+    assert pairs(specs, DECODE) == {("window", "identity")}
+    sizes = {kind: {HeadDim(s.head_dim, s.head_dim_v) for s in specs if s.kind == kind} for kind in BOTH}
+    assert sizes == {FORWARD: {*HEAD_DIMS, *HEAD_DIMS_BETWEEN}, DECODE: set(HEAD_DIMS)}
+    assert [s for s in specs if s.kind == FORWARD] == chosen(kinds=(FORWARD,))
+    assert len({s.symbol for s in specs}) == len(specs)
+
+
+def test_a_kind_alone():
+    specs = chosen(Selection(kinds=(DECODE,)))
+    assert specs == [s for s in chosen() if s.kind == DECODE]
+    assert not chosen(Selection(kinds=(DECODE,)), kinds=(FORWARD,))
+
+
+def test_filters_hold_for_all_kinds():
+    assert {s.kind for s in chosen(Selection(masks=("causal",)))} == {FORWARD}
+    specs = chosen(Selection(masks=("window",), head_dims=(HeadDim(96, 96),)))
+    assert {(s.head_dim, s.kind) for s in specs} == {(96, FORWARD), (96, DECODE)}
+    assert pairs(specs, DECODE) == {("window", "identity")}
+
+
+def test_what_is_asked_for_by_name_is_more_than_the_core_set():
+    specs = chosen(Selection(masks=("full",), scores=("softcap",), kinds=(DECODE,)))
+    assert {(s.mask, s.score, s.kind) for s in specs} == {("full", "softcap", DECODE)}
+    own = {"definition": "mine", "variants": [("mine", "mine")]}
+    assert {s.kind for s in chosen(**own)} == {FORWARD}
+    assert {s.kind for s in chosen(Selection(kinds=(DECODE,)), **own)} == {DECODE}
+
+
+@pytest.mark.parametrize("arch", FAMILY)
+def test_every_kind_of_a_family_has_its_share(arch):
+    assert set(kinds_of(Target(arch, "avx2" if arch == "cpu" else ""))) <= set(SCOPES)
+
+
+def test_kinds_that_a_target_has_not_are_refused():
+    target = Target("cpu", "avx2")
+    request = Request((target,), Selection(kinds=(DECODE,)))
+    with pytest.raises(ValueError, match=r"--kind decode: cpu \(avx2\) has none; it has forward, backward"):
+        select(request, target)
+    with pytest.raises(ValueError, match="--kind sideways: unknown; expected one of forward, decode"):
+        select(Request((target,), Selection(kinds=("sideways",))), target)
