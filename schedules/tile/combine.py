@@ -17,6 +17,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition.pattern import Pattern
 from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import Tensor, flat, wide
+from schedules.tile.partial import PartialResults
 from schedules.tile.score import LN_2, LOG2_E
 from schedules.tile.softmax import LOWEST, from_lane
 from schedules.tile.tile_scheduler import Traversal
@@ -26,24 +27,24 @@ THREADS = 256
 AHEAD = 4
 #: Columns of a thread: 16 bytes of float32.
 COLUMNS = 4
+#: Blocks of a multiprocessor that registers are meant for: left to itself, the assembler for sm_86 and sm_89 went for
+#: six, with 40 registers, and spilled 8 bytes.
+BLOCKS_PER_SM = 4
 
 
 @T.meta_class
 class Partials:
-    """The arguments of the launch: ``parts`` and ``logs`` of the splits, tensor ``o``, flat ``lse``, and sizes."""
+    """The arguments of the launch: the splits' ``partial`` results, tensor ``o``, flat ``lse``, and sizes."""
 
     def __init__(self, pattern: Pattern, traversal: Traversal, handles, alignment: int):
         o_partial, lse_partial, o, lse = handles
-        names = ("batch", "heads", "seqlen_q", "head_dim_v", "rows", "splits", "lse_length")
-        batch, self.heads, self.seqlen_q, self.head_dim_v, self.rows, self.splits, self.lse_length = (
-            tirx.Var(name, "int32") for name in names
-        )
+        names = ("batch", "heads", "seqlen_q", "head_dim_v", "lse_length")
+        batch, self.heads, self.seqlen_q, self.head_dim_v, self.lse_length = (tirx.Var(n, "int32") for n in names)
         sizes = {"batch": batch, "heads": self.heads, "seq": self.seqlen_q, "dim": self.head_dim_v}
         self.o = Tensor(o, "o", sizes, pattern.dtype, traversal.layout, alignment)
         self.lse = T.match_buffer(lse, (self.lse_length,), "float32", align=4)
-        shape = (self.rows, self.splits, pattern.head_dim_v)
-        self.parts = T.match_buffer(o_partial, shape, "float32", align=16)
-        self.logs = T.match_buffer(lse_partial, shape[:2], "float32", align=4)
+        self.partial = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
+        self.rows, self.splits = self.partial.rows, self.partial.splits
 
 
 @T.inline
@@ -81,8 +82,9 @@ def combine(pattern: Pattern, traversal: Traversal, name: str, alignment: int, w
         # 1. Arguments.
         at = Partials(pattern, traversal, (o_partial, lse_partial, o, lse), alignment)
         T.device_entry()
-        parts = T.meta_var(flat(at.parts))
-        logs = T.meta_var(flat(at.logs))
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS_PER_SM})
+        parts = T.meta_var(flat(at.partial.o))
+        logs = T.meta_var(flat(at.partial.lse))
         row = T.cta_id([at.rows])
         thread = T.thread_id([THREADS])
         acc_shared = T.alloc_shared([groups * columns], "float32")

@@ -1,0 +1,71 @@
+"""Kernels that split the keys among blocks, for few query rows: what the families' two launches have in common.
+
+The first launch leaves a partial result of each split (:mod:`schedules.tile.partial`), the second combines them
+(:mod:`schedules.tile.combine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm.tirx import PrimFunc
+
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Program, Rejected, ScheduledLaunch
+from schedules.tile.combine import combine
+from schedules.tile.tile_scheduler import Traversal
+from tvm_flash.packs.manifest import Scalar, Workspace
+
+#: Query rows that share a key up to which these kernels are meant: beyond, several m-blocks read the same keys.
+MAX_ROWS = 64
+
+#: Keys of a split, by the fewest keys of the sequence, rising from 0.
+SplitLengths = Sequence[tuple[int, int]]
+
+
+def undivided(block_n: int, split_lengths: SplitLengths) -> Rejected | None:
+    """Why tiles of ``block_n`` keys don't fill every split."""
+    if any(length % block_n for _, length in split_lengths):
+        return Rejected(f"block_n {block_n} doesn't divide every split")
+    return None
+
+
+def program(
+    pattern: Pattern,
+    partial: PrimFunc,
+    traversal: Traversal,
+    name: str,
+    split_lengths: SplitLengths,
+    *,
+    alignment: int,
+    waits: bool,
+) -> Program:
+    """Both launches.
+
+    Parameters
+    ----------
+    partial: ``(q, k, v, o_partial, lse_partial, softmax_scale, split_length, *params)``, with the name ``name``.
+    alignment: bytes, as in the manifest.
+    waits: whether ``partial`` lets the second launch begin early, so that that one has to wait.
+    """
+    rows = ("*", "batch", "heads", "seqlen_q")
+    splits = ("ceildiv", "seqlen_kv", "split_length")
+    results = ("o_partial", "lse_partial")
+    params = tuple(p.name for p in pattern.params)
+    combining = combine(pattern, traversal, f"{name}_combine", alignment, waits)
+    return Program(
+        "forward",
+        (
+            ScheduledLaunch(partial, ("q", "k", "v", *results, "softmax_scale", "split_length", *params)),
+            ScheduledLaunch(combining, (*results, "o", "lse")),
+        ),
+        "tirx",
+        alignment=alignment,
+        index_bits=32,
+        workspaces=(
+            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
+            Workspace("lse_partial", "float32", (rows, splits)),
+        ),
+        scalars=(Scalar("split_length", ("steps", "seqlen_kv", *split_lengths)),),
+        max_rows=MAX_ROWS,
+    )
