@@ -30,7 +30,7 @@ from schedules.tile.key_source import ContiguousRows
 from schedules.tile.packing import PackedRows
 from schedules.tile.partial import PartialResults
 from schedules.tile.softmax import OnlineSoftmax
-from schedules.tile.tile_scheduler import Traversal, Work, WorkTile, ceildiv
+from schedules.tile.tile_scheduler import Order, Traversal, Work, WorkTile, ceildiv
 
 #: Keys of a split, by the fewest keys of the sequence.
 SPLIT_LENGTHS = ((0, 64), (2048, 128), (4096, 256), (131072, 512))
@@ -83,6 +83,24 @@ def store_partial(machine, rows, geometry, O, LSE, splits, split):
                     )
 
 
+def _order(traversal: Traversal, splits, units, batch) -> Order:
+    """The splits of ``units`` m-blocks of each batch in a template's order.
+
+    The first axis of a grid is the only one that has room for more than 65535: seq-outer has the units of all batches
+    there, heads-outer the splits of all.
+    """
+    if traversal.layout == "bshd":
+        return traversal.order(Work(splits, units, batch), lambda: units * batch)
+    return traversal.order(Work(splits * batch, units, 1), lambda: units)
+
+
+def _batch_and_split(traversal: Traversal, item: WorkTile, splits):
+    """Batch and split of a work tile of ``_order``."""
+    if traversal.layout == "bshd":
+        return item.batch, item.m_block
+    return T.truncdiv(item.m_block, splits), T.truncmod(item.m_block, splits)
+
+
 def partial(pattern: Pattern, config, traversal: Traversal, name: str, machine_type, packs: bool) -> PrimFunc:
     """``(q, k, v, o_partial, lse_partial, softmax_scale, split_length, *params)``.
 
@@ -106,16 +124,17 @@ def partial(pattern: Pattern, config, traversal: Traversal, name: str, machine_t
             results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
             group = T.meta_var(T.truncdiv(geometry.heads, geometry.kv_heads) if packs else T.int32(1))
             m_blocks = T.meta_var(ceildiv(group * geometry.seqlen_q, M))
-            work = T.meta_var(Work(results.splits, T.truncdiv(geometry.heads, group) * m_blocks, geometry.batch))
-            order = T.meta_var(traversal.order(work, lambda: work.heads))
+            units = T.meta_var(T.truncdiv(geometry.heads, group) * m_blocks)
+            order = T.meta_var(_order(traversal, results.splits, units, geometry.batch))
             T.device_entry()
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
             x, y, z = T.cta_id([*order.grid()])
             tid = T.thread_id([32 * W])
             # 2. Which rows of which group of heads this block computes, and which keys.
             item = T.meta_var(order.work_tile(this_place(x, y, z)))
-            b: T.int32 = item.batch
-            split: T.int32 = item.m_block
+            batch_split = T.meta_var(_batch_and_split(traversal, item, results.splits))
+            b: T.int32 = batch_split[0]
+            split: T.int32 = batch_split[1]
             unit: T.int32 = item.head
             first_unit: T.int32 = T.truncdiv(unit, m_blocks)
             h: T.int32 = first_unit * group
