@@ -93,12 +93,21 @@ def many_places(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
 
 def all_split_lengths(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
     """Keys that are split, at every length that the kernel splits them to: the last split has few keys."""
-    for steps in (s.value for s in entry.scalars if s.value[0] == "steps"):
+    for steps in (found for s in entry.scalars for found in _steps(s.value)):
         for begin, length in steps[2:]:
-            sizes = {"kv_heads": 2, "seqlen_kv": begin + 3 * length + 5, "dtype": entry.dtype}
-            case = Case(1, 4, 2, min(64, entry.head_dim), **sizes, mask=entry.mask, score=entry.score)
+            own = {"kv_heads": 2, "seqlen_kv": begin + 3 * length + 5, "dtype": entry.dtype}
+            case = Case(1, 4, 2, min(64, entry.head_dim), **own, mask=entry.mask, score=entry.score)
             params = {"window_left": begin + 2 * length, "window_right": 0}
             yield "splits", case, dataclasses.replace(cases.inputs(case), params=_as_given(entry, params))
+
+
+def _steps(expression: sizes.Expression) -> Iterator[tuple]:
+    """The steps in an expression of sizes."""
+    if isinstance(expression, tuple):
+        if expression[0] == "steps":
+            yield expression
+        else:
+            yield from itertools.chain.from_iterable(map(_steps, expression[1:]))
 
 
 def _as_given(entry: KernelEntry, numbers: dict[str, int]) -> dict[str, object]:

@@ -22,10 +22,14 @@ MAX_ROWS = 64
 #: Keys of a split, by the fewest keys of the sequence, rising from 0.
 SplitLengths = Sequence[tuple[int, int]]
 
+#: Keys of a split for each row, at least, in multiples of ``_GRAIN``: of a row 8 bytes an element are written and read
+#: again, in float32, and of a key 4 are read, so that this bounds what splits leave to a quarter of what they read.
+KEYS_OF_A_ROW, _GRAIN = 8, 64
+
 
 def undivided(block_n: int, split_lengths: SplitLengths) -> Rejected | None:
     """Why tiles of ``block_n`` keys don't fill every split."""
-    if any(length % block_n for _, length in split_lengths):
+    if any(length % block_n for length in (_GRAIN, *(length for _, length in split_lengths))):
         return Rejected(f"block_n {block_n} doesn't divide every split")
     return None
 
@@ -50,6 +54,7 @@ def program(
     """
     rows = ("*", "batch", "heads", "seqlen_q")
     splits = ("ceildiv", "seqlen_kv", "split_length")
+    for_rows = ("*", _GRAIN, ("ceildiv", ("*", KEYS_OF_A_ROW, "rows"), _GRAIN))
     results = ("o_partial", "lse_partial")
     params = tuple(p.name for p in pattern.params)
     combining = combine(pattern, traversal, f"{name}_combine", alignment, waits)
@@ -66,6 +71,6 @@ def program(
             Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
-        scalars=(Scalar("split_length", ("steps", "seqlen_kv", *split_lengths)),),
+        scalars=(Scalar("split_length", ("max", ("steps", "seqlen_kv", *split_lengths), for_rows)),),
         max_rows=MAX_ROWS,
     )

@@ -193,7 +193,8 @@ static void load4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t f
   a = p[0], b = p[1], c = p[2], d = p[3];
 }
 static void store1(uint32_t to, uint32_t value) { *(uint32_t*)at(to) = value; }
-static void store2(float* to, float a, float b) { to[0] = a, to[1] = b; }
+template <typename T>
+static void store2(T* to, T a, T b) { to[0] = a, to[1] = b; }
 static void store4(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   uint32_t values[4] = {a, b, c, d};
   memcpy(to, values, 16);

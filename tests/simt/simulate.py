@@ -36,6 +36,9 @@ _INSTRUCTIONS = {
     r"ld\.shared\.v4": "simt::load4({0}, {1}, {2}, {3}, {4} + {offset});",
     r"st\.shared\.b32": "simt::store1({0} + {offset}, {1});",
     r"st\.shared\.v4": "simt::store4(simt::at({0} + {offset}), {1}, {2}, {3}, {4});",
+    r"ld\.global\.f32": "{0} = *(float*){1};",
+    r"ld\.global\.v4\.b32": "simt::load_or_zero({0}, {1}, {2}, {3}, {4}, 1);",
+    r"st\.global\.v2\.b32": "simt::store2((uint32_t*){0}, {1}, {2});",
     r"st\.global\.v4": "simt::store4((void*){0}, {1}, {2}, {3}, {4});",
     r"st\.global\.v2\.f32": "simt::store2((float*){0}, {1}, {2});",
     r"cp\.async\.cg": "simt::copy_later({0} + {offset}, {1}, {2});",
@@ -92,6 +95,7 @@ def translate(text: str, name: str) -> str:
     device = re.sub(r'extern "C" __global__ void __launch_bounds__\([^)]*\) \w+\([^;{]*\);\n', "", device)
     device = re.sub(r'extern "C" __global__ void __launch_bounds__\([^)]*\)', "static void", device)
     device = re.sub(r"extern __shared__ \S+ uchar (\w+)\[\];", r"uchar* \1 = simt::shared();", device)
+    device = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", device)  # blocks run one after the other
     device = re.sub(r"#pragma unroll.*\n", "", device)
     device = re.sub(r"__half2 pair = .*\n.*", "to = simt::pack(high, low, false);", device)
     device = _ASM.sub(_instruction, device)
