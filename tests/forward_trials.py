@@ -54,13 +54,20 @@ def cases_of(entry: KernelEntry) -> Iterator[tuple[Case, Inputs]]:
 
 
 def is_for(entry: KernelEntry, case: Case) -> bool:
-    """Whether a case has few enough rows for a kernel that is meant for few."""
-    return entry.max_rows is None or torch_cases.sizes_of(case)["rows"] <= entry.max_rows
+    """Whether a case has few enough rows for a kernel that is meant for few, at any number of keys."""
+    most = _most_rows(entry)
+    return most is None or torch_cases.sizes_of(case)["rows"] <= most
+
+
+def _most_rows(entry: KernelEntry) -> int | None:
+    """The most rows for which a kernel is meant at any number of keys."""
+    found = [rows for steps in _steps(entry.max_rows) for _, rows in steps[2:]]
+    return max(found) if found else entry.max_rows
 
 
 def _rows(entry: KernelEntry) -> int:
     """Query rows of a head in the trials below: several row tiles, but for kernels that are for fewer."""
-    return min(140, entry.max_rows or 140)
+    return min(140, _most_rows(entry) or 140)
 
 
 def _as_own(entry: KernelEntry, case: Case) -> dict[str, object] | None:

@@ -22,9 +22,10 @@ from schedules.builder.records import Record
 from tests import forward_trials, torch_cases
 from tests.trials import Trial, Usual
 from tvm_flash.machine import cuda
+from tvm_flash.machine.arch import runs_on
 from tvm_flash.packs import by_role
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
-from tvm_flash.packs.registry import Installed, registry, runs_on
+from tvm_flash.packs.registry import Installed, registry
 
 WARM_UP, REPEATS = 3, 20
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvm_flash.call import checks
-from tvm_flash.call.choice import Choice, Explanation, choose, explain
+from tvm_flash.call.choice import Explanation, choose, explain
 from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, Problem, normalise_mask
 from tvm_flash.call.signature import signature
@@ -22,17 +22,16 @@ _USUAL_DTYPE = {"cpu": "float32", "cuda": "float16"}
 
 @dataclass(frozen=True)
 class _LikeSelected:
-    """Refuses a kernel for another kind of device than the selected one's; equal for kernels that are."""
+    """Refuses tensors on another kind of device than the selected kernel's; equal for kernels that are."""
 
     arch: str
     device: Device
 
-    def __call__(self, choice: Choice) -> None:
-        arch = choice.kernel.entry.arch
-        if (arch == "cpu") != (self.arch == "cpu"):
+    def __call__(self, device: Device) -> None:
+        if (device.kind == "cpu") != (self.arch == "cpu"):
             raise InvalidArgumentError(
-                f"q: is on a device of arch {arch}, but this kernel was selected for {self.device}; move the tensors, "
-                f"or select with BackendSelector(q.device)"
+                f"q: is on {device}, but this kernel was selected for {self.device}; move the tensors, or select with "
+                f"BackendSelector(q.device)"
             )
 
 
@@ -76,7 +75,7 @@ class SelectedKernel:
 
         Raises
         ------
-        InvalidArgumentError: the tensors are on a device of another arch than this kernel was selected for.
+        InvalidArgumentError: the tensors are on another kind of device than this kernel was selected for.
         """
         # fmt: off
         return self._attend(q, k, v, alibi_slopes, out,

@@ -12,12 +12,22 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, ScheduledLaunch
+from schedules.families.limits import by_head_dim
 from schedules.tile.combine import combine
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs.manifest import Scalar, Workspace
 
-#: Query rows that share a key up to which these kernels are meant: beyond, several m-blocks read the same keys.
-MAX_ROWS = 64
+#: Query rows that share a key up to which these kernels are meant, by head_dim (the first that is large enough) and by
+#: the fewest keys.  What they gain depends on the batch, which must not decide: a sequence has the same bits in any.
+#: Time of the forward kernel by theirs on an H200, bfloat16, 16 heads on 16, at batch 1, 8 and 64: head_dim 128 at 512
+#: keys 1.40, 0.66, 0.73 for 4 rows; at 1024 1.93, 0.82, 0.89 for 4 and 1.33, 0.76, 0.73 for 64; at 8192 3.84, 0.94,
+#: 0.96 and 3.30, 0.73, 0.72.  head_dim 64 at 256 keys 1.17, 1.05, 1.15 for 32 rows and 1.17, 0.97, 0.84 for 64.
+#: head_dim 256 at batch 1 and 16, one row: at 256 keys 1.55, 0.66, at 1024 3.08, 0.86.
+MAX_ROWS = {
+    64: ((0, 0), (256, 32), (512, 64)),
+    128: ((0, 0), (1024, 32), (2048, 64)),
+    256: ((0, 0), (1024, 64)),
+}
 
 #: Keys of a split, by the fewest keys of the sequence, rising from 0.
 SplitLengths = Sequence[tuple[int, int]]
@@ -72,5 +82,5 @@ def program(
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
         scalars=(Scalar("split_length", ("max", ("steps", "seqlen_kv", *split_lengths), for_rows)),),
-        max_rows=MAX_ROWS,
+        max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
     )

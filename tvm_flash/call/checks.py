@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from tvm_flash.call.problem import DTYPES, FUNCTION_OF_LAYOUT, HEAD_DIM_MULTIPLE, LAYOUTS, VARIANTS
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, LayoutError, NotSupportedError
-from tvm_flash.frameworks import TensorView
+from tvm_flash.frameworks import TensorView, contiguous_strides
+from tvm_flash.operators import tensor
 from tvm_flash.packs import sizes
 
 _DIMENSIONS = {"bhsd": "(batch, heads, seq, head_dim)", "bshd": "(batch, seq, heads, head_dim)"}
@@ -33,19 +35,17 @@ class Sizes:
     head_dim: int
     head_dim_v: int
 
-    def out_shape(self, layout: str) -> tuple[int, int, int, int]:
-        """Shape of the result in a layout."""
-        middle = (self.heads, self.seqlen_q) if layout == "bhsd" else (self.seqlen_q, self.heads)
-        return (self.batch, *middle, self.head_dim_v)
+    def shape_of(self, name: str, layout: str) -> tuple[int, ...]:
+        """Shape of a tensor of an operator (:mod:`tvm_flash.operators`) in a layout."""
+        shape = [getattr(self, axis) for axis in tensor(name).axes]
+        if len(shape) == 4 and layout == "bshd":
+            shape[1], shape[2] = shape[2], shape[1]
+        return tuple(shape)
 
     @property
     def by_name(self) -> dict[str, int]:
         """The sizes as a kernel's manifest names them."""
         return sizes.of(**vars(self))
-
-    @property
-    def lse_shape(self) -> tuple[int, int, int]:
-        return self.batch, self.heads, self.seqlen_q
 
 
 # ---------------------------------------------------------------- q, k, v
@@ -58,8 +58,26 @@ def check_tensors(layout: str, q: TensorView, k: TensorView, v: TensorView) -> S
     ------
     ArgumentTypeError, InvalidArgumentError, LayoutError, NotSupportedError
     """
-    named = {"q": q, "k": k, "v": v}
-    for name, x in named.items():
+    check_kinds(layout, q, k, v)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, but q has {q.dtype}; convert one to the other's")
+        if x.device != q.device:
+            raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
+    _check_shapes(layout, q.shape, k.shape, v.shape)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_strides(name, x)
+    return _sizes(layout, q.shape, k.shape, v.shape)
+
+
+def check_kinds(layout: str, q: TensorView, k: TensorView, v: TensorView) -> None:
+    """Rank, dtype and kind of device of each input.
+
+    Raises
+    ------
+    ArgumentTypeError, InvalidArgumentError, NotSupportedError
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if len(x.shape) != 4:
             raise InvalidArgumentError(
                 f"{name}: has shape {x.shape} of rank {len(x.shape)}, expected 4 dimensions {_DIMENSIONS[layout]}; "
@@ -72,15 +90,6 @@ def check_tensors(layout: str, q: TensorView, k: TensorView, v: TensorView) -> S
             )
         if x.device_kind not in _DEVICES:
             raise NotSupportedError(f"{name}: is on {x.device}, expected a tensor on the CPU or a CUDA device; move it")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, but q has {q.dtype}; convert one to the other's")
-        if x.device != q.device:
-            raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
-    _check_shapes(layout, q.shape, k.shape, v.shape)
-    for name, x in named.items():
-        check_strides(name, x)
-    return _sizes(layout, q.shape, k.shape, v.shape)
 
 
 def _sizes(layout: str, q: tuple, k: tuple, v: tuple) -> Sizes:
@@ -147,10 +156,15 @@ def layout_suspicion(layout: str, sizes: Sizes, q: TensorView) -> str | None:
     swapped = sizes.heads > sizes.seqlen_q > 1 and sizes.kv_heads > sizes.seqlen_kv
     if not swapped or q.strides[1] < q.strides[2]:
         return None
+    return suspicion_text(layout, f" {q.shape}", f"{sizes.heads} heads and {sizes.seqlen_q} positions")
+
+
+def suspicion_text(layout: str, shape: str = "", read_as: str = "more heads than positions") -> str:
+    """What :func:`layout_suspicion` says, also of a shape that isn't known in numbers."""
     other = _OTHER_LAYOUT[layout]
     return (
-        f"{FUNCTION_OF_LAYOUT[layout]} takes {_DIMENSIONS[layout]} and reads q {q.shape} as {sizes.heads} heads and "
-        f"{sizes.seqlen_q} positions; if it is {_DIMENSIONS[other]}, call {FUNCTION_OF_LAYOUT[other]}"
+        f"{FUNCTION_OF_LAYOUT[layout]} takes {_DIMENSIONS[layout]} and reads q{shape} as {read_as}; if it is "
+        f"{_DIMENSIONS[other]}, call {FUNCTION_OF_LAYOUT[other]}"
     )
 
 
@@ -161,6 +175,7 @@ def check_flag(name: str, value: Any) -> bool:
     """A truth value: a bool of Python or NumPy, or 0 or 1."""
     if type(value).__name__ in ("bool", "bool_") or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
+    _check_known(name, value)
     raise ArgumentTypeError(f"{name}: is {value!r}, expected True or False")
 
 
@@ -201,8 +216,19 @@ def check_softcap(softcap: Any) -> float:
 def check_real(name: str, value: Any) -> float:
     """A number of Python or NumPy as a float; not a tensor, whose value might be on a GPU."""
     if not isinstance(value, numbers.Real):
+        _check_known(name, value)
         raise ArgumentTypeError(f"{name}: is a {type(value).__qualname__}, expected a number; use float({name})")
     return float(value)
+
+
+def _check_known(name: str, value: Any) -> None:
+    """That an option, which isn't what was expected, isn't one that JAX traces: the remedy is another one then."""
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(value, jax.core.Tracer):
+        raise ArgumentTypeError(
+            f"{name}: is traced by JAX, expected a value that is known before the program runs; name it in "
+            f"static_argnames of jax.jit"
+        )
 
 
 def check_window(window_size: Any) -> tuple[int, int]:
@@ -210,6 +236,8 @@ def check_window(window_size: Any) -> tuple[int, int]:
     try:
         left, right = (operator.index(x) for x in window_size)
     except (TypeError, ValueError):
+        for x in window_size if isinstance(window_size, (tuple, list)) else ():
+            _check_known("window_size", x)
         raise ArgumentTypeError(
             f"window_size: is {window_size!r}, expected two integers (left, right), −1 for unbounded"
         ) from None
@@ -221,27 +249,52 @@ def check_window(window_size: Any) -> tuple[int, int]:
     return left, right
 
 
-# ---------------------------------------------------------------- out and per-head tensors
+# ---------------------------------------------------------------- other tensors
 
 
-def check_out(out: TensorView, shape: tuple[int, ...], q: TensorView) -> None:
-    """That ``out`` can take the result: shape, dtype, device, strides, no element twice, not read-only."""
-    if out.shape != shape:
-        raise InvalidArgumentError(f"out: has shape {out.shape}, expected {shape}; leave it out to get a new tensor")
-    if out.dtype != q.dtype:
-        raise ArgumentTypeError(f"out: has dtype {out.dtype}, expected {q.dtype} as q has")
-    if out.device != q.device:
-        raise ArgumentTypeError(f"out: is on {out.device}, expected {q.device}, where q is")
-    if not out.writable:
-        raise InvalidArgumentError("out: is read-only; leave it out to get a new tensor")
-    check_strides("out", out)
+def check_input(name: str, x: TensorView, shape: tuple[int, ...], dtype: str, q: TensorView) -> None:
+    """That an input whose shape and dtype follow from q, k and v has them, and lies where kernels can read it."""
+    _check_likeness(name, x, shape, dtype, q)
+    if tensor(name).flat:
+        _check_dense(name, x)
+    else:
+        check_strides(name, x)
+
+
+def check_output(name: str, x: TensorView, shape: tuple[int, ...], dtype: str, q: TensorView) -> None:
+    """That a tensor can take a result: shape, dtype, device, strides, no element twice, not read-only."""
+    _check_likeness(name, x, shape, dtype, q, "; leave it out to get a new tensor")
+    if not x.writable:
+        raise InvalidArgumentError(f"{name}: is read-only; leave it out to get a new tensor")
+    check_strides(name, x)
     reach = 1
-    for stride, size in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
-        if 0 not in out.shape and stride < reach:
+    for stride, size in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        if 0 not in x.shape and stride < reach:
             raise InvalidArgumentError(
-                f"out: has strides {out.strides}, in which elements share memory; use a tensor that isn't expanded"
+                f"{name}: has strides {x.strides}, in which elements share memory; use a tensor that isn't expanded"
             )
         reach += stride * (size - 1)
+
+
+def _check_likeness(
+    name: str, x: TensorView, shape: tuple[int, ...], dtype: str, q: TensorView, remedy: str = ""
+) -> None:
+    if x.shape != shape:
+        raise InvalidArgumentError(f"{name}: has shape {x.shape}, expected {shape}{remedy}")
+    if x.dtype != dtype:
+        why = " as q has" if dtype == q.dtype else "; convert it"
+        raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected {dtype}{why}")
+    if x.device != q.device:
+        raise ArgumentTypeError(f"{name}: is on {x.device}, expected {q.device}, where q is")
+
+
+def _check_dense(name: str, x: TensorView) -> None:
+    dense = contiguous_strides(x.shape)
+    if 0 not in x.shape and any(a != b for a, b, n in zip(x.strides, dense, x.shape, strict=True) if n > 1):
+        raise InvalidArgumentError(
+            f"{name}: has strides {x.strides}, expected {dense}, a contiguous tensor; use {name}.contiguous() or "
+            f"numpy.ascontiguousarray({name})"
+        )
 
 
 def check_per_head(name: str, x: TensorView, dtype: str, sizes: Sizes, q: TensorView) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.frameworks import TensorView
 
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
@@ -53,6 +55,24 @@ def overlap(a: Footprint, pointer_a: int, b: Footprint, pointer_b: int) -> bool:
         return np.shares_memory(*arrays, max_work=_OVERLAP_WORK)
     except np.exceptions.TooHardError:
         return True
+
+
+def check_overlap(outputs: Collection[str], footprints: Mapping[str, Footprint], at: Mapping[str, int]) -> None:
+    """That no output shares a byte with a tensor before it; footprints and pointers by name, in the order of a call.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    for output in outputs:
+        for name, x in footprints.items():
+            if name == output:
+                break
+            if overlap(footprints[output], at[output], x, at[name]):
+                what = "is written too" if name in outputs else f"is read while {output} is written"
+                raise InvalidArgumentError(
+                    f"{output}: shares memory with {name}, which {what}; give it memory of its own, or leave it out"
+                )
 
 
 class _Shadow:

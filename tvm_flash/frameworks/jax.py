@@ -31,7 +31,8 @@ class Jax(Framework):
             return tensor
         if len(tensor.devices()) != 1:
             raise ArgumentTypeError(
-                f"q: is spread over {len(tensor.devices())} devices, expected one; use jax.device_put(q, device)"
+                f"q: is spread over {len(tensor.devices())} devices, expected one; call inside of jax.jit, or use "
+                f"jax.device_put(q, device)"
             )
         tensor = tensor.block_until_ready()
         return np.asarray(tensor) if _device(tensor).platform == "cpu" else tensor
