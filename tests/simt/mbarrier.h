@@ -77,6 +77,10 @@ static void mbarrier_arrive(uint32_t address, uint32_t count) {
   own.complete();
 }
 static void mbarrier_expect(uint32_t address, uint32_t bytes) { mbarriers.find(address).bytes += bytes; }
+static void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) {
+  mbarrier_expect(address, bytes);
+  mbarrier_arrive(address, 1);
+}
 static void mbarrier_wait(uint32_t address, uint32_t parity) {
   if (parity > 1) fail_with("waits for parity ", parity);
   wait_until(&mbarriers.find(address).phase, 1, parity, kTransaction, address);

@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,7 +24,14 @@ from tests.simt import instructions
 from tvm_flash.packs import sizes
 from tvm_flash.packs.sizes import evaluate
 
-_HEADER = Path(__file__).with_name("simt.h")
+_HERE = Path(__file__).parent
+
+#: What every translated source begins with: the machine, and what host halves include.
+_PRELUDE = """
+#include "simt.h"
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/function.h>
+"""
 
 #: Where the device half's own functions begin.
 _BEGIN = "#define ushort unsigned short\n#endif\n"
@@ -35,7 +46,7 @@ static cudaError_t tvm_cuda_host_launch(void (*kernel)(Params...), const cudaLau
 
 #: -O0 compiles these sources, which are long and straight, several times as fast; what is hot in the machine asks for
 #: more by itself.  Modules that are loaded side by side must not share the machine's statics.
-_FLAGS = ("-std=c++17", "-O0", "-fPIC", "-shared", "-w", "-fvisibility=hidden", "-fno-gnu-unique")
+_FLAGS = ("-std=c++17", "-O0", "-fPIC", "-w", "-fvisibility=hidden", "-fno-gnu-unique")
 
 
 def translate(text: str, name: str) -> str:
@@ -53,16 +64,32 @@ def translate(text: str, name: str) -> str:
     host = _LAUNCHER.sub(lambda _: _LAUNCH, host)
     host = host.replace("device.device_type) == 2", "device.device_type) == 1")
     host = re.sub(r"tvm::ffi::CUDADeviceGuard [^;]*;", "", host)
-    return f'#include "{_HEADER}"\n{device}\n{host}'
+    return f'#include "prelude.h"\n{device}\n{host}'
 
 
 def build(text: str, folder: Path, name: str = "kernel") -> Path:
     """Compile an exported source for the processor; the path of a module for ``tvm_ffi.load_module``."""
     source, module = folder / f"{name}.cpp", folder / f"{name}.so"
     source.write_text(translate(text, name))
-    command = [host_compiler("c++"), *_FLAGS, *(f"-I{p}" for p in tvm_ffi_include()), source, "-o", module]
-    subprocess.run([str(word) for word in command], check=True)
+    _compile(f"-I{_prelude()}", source, "-shared", "-o", module)
     return module
+
+
+@lru_cache(maxsize=1)
+def _prelude() -> Path:
+    """A folder with the prelude, precompiled: most of what would be the time of each compilation."""
+    folder = Path(tempfile.mkdtemp(prefix="simt-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    header = folder / "prelude.h"
+    header.write_text(_PRELUDE)
+    _compile("-x", "c++-header", header, "-o", folder / "prelude.h.gch")
+    return folder
+
+
+def _compile(*arguments: object) -> None:
+    include = (_HERE, *tvm_ffi_include())
+    command = [host_compiler("c++"), *_FLAGS, *(f"-I{p}" for p in include), *arguments]
+    subprocess.run([str(word) for word in command], check=True)
 
 
 class Simulated:
@@ -104,7 +131,9 @@ class Simulated:
         workspaces = {}
         for workspace in self.program.workspaces:
             shape = [evaluate(size, problem) for size in workspace.shape]
-            memory = torch.full((max(1, _bytes(shape, workspace.dtype)),), 0 if workspace.zeroed else 0xFF, dtype=torch.uint8)
+            memory = torch.full(
+                (max(1, _bytes(shape, workspace.dtype)),), 0 if workspace.zeroed else 0xFF, dtype=torch.uint8
+            )
             workspaces[workspace.name] = memory.view(getattr(torch, workspace.dtype)).reshape(shape)
         given = {**problem, **workspaces, **tensors}
         for launch in self.program.launches:
