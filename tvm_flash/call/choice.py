@@ -15,6 +15,7 @@ from tvm_flash.call.problem import Problem
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
 
@@ -188,10 +189,13 @@ def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
     lacking = [p for p in problem.gradients if p not in {x.name for x in entry.params if x.gradient}]
     if lacking:
         return Rejection(entry, _KIND, f"gives no gradient of {', '.join(lacking)}")
-    if entry.max_rows is not None and problem.rows > entry.max_rows:
-        return Rejection(entry, _ROWS, f"is for {entry.max_rows} query rows a key or fewer, not {problem.rows}")
-    if entry.workspaces and not problem.workspaces:
-        return Rejection(entry, _ROWS, "needs a workspace, which this framework can't allocate there")
+    if entry.max_rows is not None:
+        most = sizes.evaluate(entry.max_rows, problem.sizes)
+        if problem.rows > most:
+            rows = f"{most} query rows a key or fewer, not {problem.rows}" if most else "longer sequences"
+            return Rejection(entry, _ROWS, f"is for {rows}, at {problem.seqlen_kv} keys")
+    if (entry.workspaces or len(entry.launches) > 1) and not problem.workspaces:
+        return Rejection(entry, _ROWS, "needs several launches or a workspace, which this framework hasn't there")
     if problem.masks and entry.score not in problem.scores:
         return Rejection(entry, _SCORE, f"computes the score {entry.score}, not {problem.score}")
     for name in ("head_dim", "head_dim_v"):
@@ -231,6 +235,8 @@ def _reason(
         )
     if device.kind == "cuda" and entry.arch != device.native_arch:
         reason += f"; {entry.arch} code runs on {device.native_arch}, whose own pack has no kernel for this"
+    if entry.max_rows is not None:
+        reason += f"; it splits the keys among blocks, for {problem.rows} query rows a key"
     if problem.mask and entry.mask != problem.mask:
         reason += f"; the mask {entry.mask} stands in for {problem.mask}"
     return reason
