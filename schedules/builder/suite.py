@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from schedules.families.interface import DECODE, FORWARD
+from schedules.families.interface import BACKWARD, DECODE, FORWARD
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: (mask, score) of the core set; a sliding window with unbounded sides serves full and causal attention as well, and
@@ -46,6 +46,7 @@ class Scope:
 SCOPES = {
     FORWARD: Scope(CORE_VARIANTS, between=True, own_definitions=True),
     DECODE: Scope((("window", "identity"),)),
+    BACKWARD: Scope((("window", "identity"), ("positioned", "optional")), own_definitions=True),
 }
 
 

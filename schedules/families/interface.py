@@ -27,7 +27,7 @@ from tvm.tirx import PrimFunc
 from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 
 #: Kinds of kernels: the usual one, and the one for few query rows, with the keys split among blocks.
-FORWARD, DECODE = "forward", "decode"
+FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
 
 
 @dataclass(frozen=True)
