@@ -23,8 +23,9 @@ from tests.cases import CASES, Case, Inputs
 from tvm_flash import numerics
 from tvm_flash.catalogue import SCORES
 from tvm_flash.machine import cuda
+from tvm_flash.machine.arch import runs_on
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
-from tvm_flash.packs.registry import Installed, registry, runs_on
+from tvm_flash.packs.registry import Installed, registry
 
 #: What is timed: 16k tokens and a hidden size of 2048, 4096 positions; a window of 1024 keys where there is one.
 TOKENS, HIDDEN, SEQLEN, WINDOW = 16384, 2048, 4096, 1024

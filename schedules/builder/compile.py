@@ -236,12 +236,6 @@ def _hash_of(text: str, target: Target) -> str:
     return hashlib.sha256("\0".join((text, str(cpu_target(target)), _version("apache-tvm"))).encode()).hexdigest()
 
 
-def cuda_source(spec: KernelSpec, config, target: Target, definition: DefinitionFile | None = None) -> str | Rejected:
-    """CUDA C++ of one kernel, not compiled: what :func:`schedules.toolchain.compile_cuda` takes."""
-    lowered = lower(spec, pattern_of(spec, target, definition), target, config)
-    return lowered if isinstance(lowered, Rejected) else lowered.text
-
-
 def compile_spec(job: Job) -> list[Built | Refused | Failed]:
     """All buckets of a spec; a fault of one kernel is a value, so that the others go on."""
     spec, target = job.spec, job.target
@@ -382,11 +376,6 @@ def without_unused_headers(text: str) -> str:
 def _make_cuda_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> dict:
     source = draft.with_name(f"{symbol}.cu")
     source.write_text(lowered.text)
-    spills_allowed = getattr(family_of(job.target), "SPILLS_ALLOWED", False)
-    report = cuda.compile_object(
-        *(source, draft, job.target.arch),
-        run_on=job.run_on,
-        spills_allowed=spills_allowed,
-        images=job.objects / IMAGES,
-    )
+    images = job.objects / IMAGES
+    report = cuda.compile_object(source, draft, job.target.arch, run_on=job.run_on, images=images)
     return report.resources(cuda.dynamic_shared_memory(lowered.text))
