@@ -14,6 +14,9 @@ from schedules.families.sm90.backward.walk import QueryWalk
 from schedules.tile.geometry import wide
 from schedules.tile.score import NEGATIVE_INFINITY
 
+#: Of a loop that stays one: unrolled, it would take registers that a producer hasn't.
+ROLLED = {"disable_unroll": True}
+
 
 @T.inline
 def fetch_tiles(block, keys, keys_map, queries, queries_map):
@@ -22,7 +25,7 @@ def fetch_tiles(block, keys, keys_map, queries, queries_map):
     n: T.int32 = 0
     for g in T.serial(block.group):
         walk = QueryWalk(block, block.site(g))
-        for i in T.serial(walk.steps):
+        for i in T.serial(walk.steps, annotations=ROLLED):
             queries.producer_acquire(queries.state(n))
             queries.load(queries.state(n), queries_map, block.queries(g, walk.tile(i)))
             n = n + 1
@@ -41,7 +44,7 @@ def fetch_terms(block, q, terms, lane):
     for g in T.serial(block.group):
         walk = QueryWalk(block, block.site(g))
         first: T.int64 = tensors.lse_offset(block.batch, block.head(g), T.int32(0))
-        for i in T.serial(walk.steps):
+        for i in T.serial(walk.steps, annotations=ROLLED):
             state = T.meta_var(q.state(n))
             q.producer_acquire(state)
             for x in T.unroll((block_m + 31) // 32):
