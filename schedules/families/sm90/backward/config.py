@@ -14,10 +14,11 @@ from schedules.families.sm90.config import BARRIER_BYTES, PANEL, SHARED_MEMORY, 
 #: Consumer warpgroups of either launch, and the keys or queries that a block of them owns.
 CONSUMERS = 2
 BLOCK = CONSUMERS * WARPGROUP_ROWS
-#: Registers of a producer's and of a consumer's thread: all that the machine has for three warpgroups.
-REGISTERS = {"dkdv": (24, 240), "dq": (40, 232)}
+#: Registers of a producer's and of a consumer's thread: what the machine has for three warpgroups, the producers' share
+#: as large as the consumers' allows.
+REGISTERS = ((40, 232), (24, 240))
 #: Registers beside accumulators and what is packed, counted in kernels that compile without spills.
-OTHER_REGISTERS = 24
+OTHER_REGISTERS = 28
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,33 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     for launch, needed in (("dkdv", _memory_of_keys(pattern, config)), ("dq", _memory_of_queries(pattern, config))):
         if needed > SHARED_MEMORY:
             return Rejected(f"{launch}: needs {needed} bytes of shared memory, a block of {target} has {SHARED_MEMORY}")
-    for launch, accumulators, step in (
-        ("dkdv", pattern.head_dim // 2 + pattern.head_dim_v // 2, config.block_m),
-        ("dq", pattern.head_dim // 2, config.block_n),
-    ):
-        # Of a step a thread has scores and their gradients in float32, and one of them packed.
-        needed = accumulators + step + step // 4 + OTHER_REGISTERS
-        if needed > REGISTERS[launch][1]:
-            return Rejected(
-                f"{launch}: needs about {needed} registers a thread, a consumer has {REGISTERS[launch][1]}"
-            )
+    most = REGISTERS[-1][1]
+    for launch, needed in (("dkdv", _registers_of_keys(pattern, config)), ("dq", _registers_of_queries(pattern, config))):
+        if needed > most:
+            return Rejected(f"{launch}: needs about {needed} registers a thread, a consumer has {most}")
     return None
+
+
+def registers_of_keys(pattern: Pattern, config: Config) -> tuple[int, int]:
+    """Registers of a producer's and of a consumer's thread of the launch for dk and dv."""
+    return next(r for r in REGISTERS if r[1] >= _registers_of_keys(pattern, config))
+
+
+def registers_of_queries(pattern: Pattern, config: Config) -> tuple[int, int]:
+    """The same of the launch for dq."""
+    return next(r for r in REGISTERS if r[1] >= _registers_of_queries(pattern, config))
+
+
+# Of a step a thread has scores and their gradients in float32, and one of the two packed.
+
+
+def _registers_of_keys(pattern: Pattern, config: Config) -> int:
+    step = config.block_m + config.block_m // 4
+    return pattern.head_dim // 2 + pattern.head_dim_v // 2 + step + OTHER_REGISTERS
+
+
+def _registers_of_queries(pattern: Pattern, config: Config) -> int:
+    return pattern.head_dim // 2 + config.block_n + config.block_n // 4 + OTHER_REGISTERS
 
 
 def _memory_of_keys(pattern: Pattern, config: Config) -> int:

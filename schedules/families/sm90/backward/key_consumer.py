@@ -157,13 +157,21 @@ class KeyConsumer:
                 self.q.consumer_wait(first)
                 self.issue_scores(first)
                 T.ptx.wgmma.wait_group.sync.aligned(0)
-                if walk.has_masked:
-                    for i in T.serial(walk.masked):
-                        self.step(weights, walk.masked_tile(i), i + 1 < walk.steps, True)
-                if walk.has_full:
-                    for i in T.serial(walk.masked, walk.steps):
-                        self.step(weights, walk.full_tile(i), i + 1 < walk.steps, False)
+                self.steps(walk, weights)
         self.write(dk_map, dv_map)
+
+    @T.inline
+    def steps(self, walk, weights):
+        """All steps of one query head, from the first tile to the last."""
+        if walk.has_masked:
+            for i in T.serial(walk.left):
+                self.step(weights, walk.tile(i), i + 1 < walk.steps, True)
+        if walk.has_full:
+            for i in T.serial(walk.left, walk.right):
+                self.step(weights, walk.tile(i), i + 1 < walk.steps, False)
+            if walk.has_right:
+                for i in T.serial(walk.right, walk.steps):
+                    self.step(weights, walk.tile(i), i + 1 < walk.steps, True)
 
     @T.inline
     def write(self, dk_map, dv_map):

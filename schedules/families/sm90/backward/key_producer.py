@@ -25,9 +25,12 @@ def fetch_tiles(block, keys, keys_map, queries, queries_map):
     n: T.int32 = 0
     for g in T.serial(block.group):
         walk = QueryWalk(block, block.site(g))
-        for i in T.serial(walk.steps, annotations=ROLLED):
+        head: T.int32 = block.head(g)
+        query: T.int32 = walk.begin * block.config.block_m
+        for _ in T.serial(walk.steps, annotations=ROLLED):
             queries.producer_acquire(queries.state(n))
-            queries.load(queries.state(n), queries_map, block.queries(g, walk.tile(i)))
+            queries.load(queries.state(n), queries_map, (query, head, block.batch))
+            query = query + block.config.block_m
             n = n + 1
 
 
@@ -43,22 +46,24 @@ def fetch_terms(block, q, terms, lane):
     n: T.int32 = 0
     for g in T.serial(block.group):
         walk = QueryWalk(block, block.site(g))
-        first: T.int64 = tensors.lse_offset(block.batch, block.head(g), T.int32(0))
-        for i in T.serial(walk.steps, annotations=ROLLED):
+        query: T.int32 = walk.begin * block_m + lane
+        at: T.int64 = tensors.lse_offset(block.batch, block.head(g), query)
+        for _ in T.serial(walk.steps, annotations=ROLLED):
             state = T.meta_var(q.state(n))
             q.producer_acquire(state)
-            for x in T.unroll((block_m + 31) // 32):
+            for x in T.serial((block_m + 31) // 32, annotations=ROLLED):
                 row: T.int32 = x * 32 + lane
                 if row < block_m:
-                    query: T.int32 = walk.tile(i) * block_m + row
                     shift: T.float32 = T.float32(NEGATIVE_INFINITY)
                     start: T.float32 = T.float32(0)
-                    if query < tensors.seqlen_q:
-                        shift = shift_of(lse[first + wide(query)])
-                        start = T.float32(0) - delta[first + wide(query)]
-                    terms[state.index, 0, row] = shift
+                    if query + x * 32 < tensors.seqlen_q:
+                        shift = lse[at + wide(x * 32)]
+                        start = T.float32(0) - delta[at + wide(x * 32)]
+                    terms[state.index, 0, row] = shift_of(shift)
                     terms[state.index, 1, row] = start
             T.cuda.warp_sync()
             if lane == 0:
                 q.full.arrive(state.index)
+            query = query + block_m
+            at = at + wide(block_m)
             n = n + 1

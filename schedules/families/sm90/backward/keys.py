@@ -8,7 +8,7 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.barriers import TERM_ARRIVALS
-from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, REGISTERS, Config
+from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_keys
 from schedules.families.sm90.backward.key_consumer import KeyConsumer
 from schedules.families.sm90.backward.key_producer import fetch_terms, fetch_tiles
 from schedules.families.sm90.backward.stores import WARP_ROWS
@@ -34,7 +34,7 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> 
 
 def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
     dtype, M, D, E = pattern.dtype, config.block_m, pattern.head_dim, pattern.head_dim_v
-    producer_registers, consumer_registers = REGISTERS["dkdv"]
+    producer_registers, consumer_registers = registers_of_keys(pattern, config)
     producer = WARPS * CONSUMERS  # the first warp after the consumers'
 
     @T.prim_func(check_well_formed=False)

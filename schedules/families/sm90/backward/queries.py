@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, REGISTERS, Config
+from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_queries
 from schedules.families.sm90.backward.query_consumer import QueryConsumer
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.backward.tensors import Tensors
@@ -36,7 +36,7 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> 
 def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
     dtype, D, E = pattern.dtype, pattern.head_dim, pattern.head_dim_v
     tiles = config.for_queries
-    producer_registers, consumer_registers = REGISTERS["dq"]
+    producer_registers, consumer_registers = registers_of_queries(pattern, config)
     producer = WARPS * CONSUMERS  # the first warp after the consumers'
 
     @T.prim_func(check_well_formed=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tvm_ffi
+from tvm import sym
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
@@ -58,10 +60,6 @@ class KeyBlock:
         head = self.head(g)
         return site(self.tensors, Parameters(self.tensors, self.batch, head), self.batch, head)
 
-    def queries(self, g: Expr, tile: Expr):
-        """Where the queries of a tile are, as a box of TMA."""
-        return tile * self.config.block_m, self.head(g), self.batch
-
     def keys(self, row: Expr):
         """Where keys from ``row`` of the block on are."""
         return self.key_first + row, self.kv_head, self.batch
@@ -69,49 +67,34 @@ class KeyBlock:
 
 @T.meta_class
 class QueryWalk:
-    """The tiles of queries of one head that a block of keys visits, in ``steps`` steps.
+    """The tiles of queries of one head that a block of keys visits: step ``i`` is tile ``begin + i``, ``steps`` in all.
 
-    The first ``masked`` steps are of partly visible tiles, and need the mask; the others see every key that exists.
-    Queries past the last one weigh nothing by themselves, and keys past the last one aren't stored, so that neither
-    needs a mask.
+    Steps ``left .. right`` (exclusive) are of tiles that see every key that exists, and need no mask; the others of
+    partly visible ones.  Queries past the last one weigh nothing by themselves, and keys past the last one aren't
+    stored, so that neither needs a mask.  ``has_full`` and ``has_masked`` say whether there can be such steps.
     """
 
     def __init__(self, block: KeyBlock, at: Site):
         pattern, block_m = block.pattern, block.config.block_m
         rows = pattern.rows_of(at, block.key_first, T.min(block.key_first + (BLOCK - 1), at.seqlen_kv - 1))
         (lo, hi), (full_lo, full_hi) = rows.visible, rows.full
-        self.has_full = pattern.is_unmasked or constant(full_hi) != 0
         self.has_masked = not pattern.is_unmasked
+        self.has_full = pattern.is_unmasked or constant(full_hi) != 0
         self.begin = local(T.truncdiv(lo, block_m))
-        end = T.max(ceildiv(hi, block_m), self.begin)
-        self.steps = local(end - self.begin)
-        if not self.has_masked:
-            self.left = self.masked = T.int32(0)
-            self.full_begin = self.begin
-            return
-        if not self.has_full:
-            self.left = self.masked = self.steps
-            self.full_begin = self.begin
-            return
-        last = self.begin + self.steps
-        full_end = T.Select(full_hi >= at.seqlen_q, last, T.min(T.truncdiv(full_hi, block_m), last))
-        self.full_begin = local(T.min(T.max(ceildiv(full_lo, block_m), self.begin), last))
-        self.full_end = local(T.max(full_end, self.full_begin))
-        self.left = local(self.full_begin - self.begin)
-        self.masked = local(self.steps - (self.full_end - self.full_begin))
+        self.steps = local(T.max(ceildiv(hi, block_m) - self.begin, 0))
+        self.left, self.right = (self.steps if self.has_masked else T.int32(0)), self.steps
+        self.has_right = False
+        if self.has_masked and self.has_full:
+            self.has_right = not tvm_ffi.structural_equal(full_hi, _all(at.seqlen_q))
+            whole = T.Select(full_hi >= at.seqlen_q, self.steps, T.truncdiv(full_hi, block_m) - self.begin)
+            self.left = local(T.min(T.max(ceildiv(full_lo, block_m) - self.begin, 0), self.steps))
+            self.right = local(T.max(T.min(whole, self.steps), self.left)) if self.has_right else self.steps
 
     def tile(self, step: Expr) -> Expr:
-        """The tile of any step."""
-        if self.has_masked and self.has_full:
-            return T.Select(step < self.masked, self.masked_tile(step), self.full_tile(step))
+        """The tile of a step."""
         return self.begin + step
 
-    def masked_tile(self, step: Expr) -> Expr:
-        """The tile of a step before ``masked``."""
-        if not self.has_full:
-            return self.begin + step
-        return T.Select(step < self.left, self.begin + step, self.full_end + (step - self.left))
 
-    def full_tile(self, step: Expr) -> Expr:
-        """The tile of a step from ``masked`` on."""
-        return self.full_begin + (step - self.masked)
+def _all(count: Expr) -> Expr:
+    """How the end of a range of rows is written that always is the last row's."""
+    return sym.Analyzer().simplify(T.max(count, 0))
