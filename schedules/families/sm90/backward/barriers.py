@@ -7,13 +7,12 @@ barrier                means                                 arrivals           
 ====================== ===================================== ===================== ============== ========
 ``k.full``, ``v.full`` the block's keys, values are there    1 + bytes             every consumer 0
                                                                                    thread
-``q.full[stage]``      a tile of queries is there, and what  2 + bytes: producer   every consumer turn
-                       belongs to its rows                   of Q, warp of terms   thread
-``do.full[stage]``     its gradients of outputs are there    1 + bytes             every consumer turn
-                                                                                   thread
+``q.full[stage]``,     a tile of queries and its shifts, of  2 + bytes: producer   every consumer turn
+``do.full[stage]``     dO and its −delta, are there          and warp of numbers   thread
 ``q.empty[stage]``     every consumer warp has its S and dK  8                     producer of Q, turn + 1
-                                                                                   warp of terms
-``do.empty[stage]``    every consumer warp has its dP and dV 8                     producer of dO turn + 1
+                                                                                   warp of shifts
+``do.empty[stage]``    every consumer warp has its dP and dV 8                     producer of dO, turn + 1
+                                                                                   warp of −delta
 ====================== ===================================== ===================== ============== ========
 
 dq:
@@ -39,5 +38,5 @@ from __future__ import annotations
 
 from schedules.families.sm90.barriers import PRODUCER_ARRIVALS
 
-#: Arrivals at ``q.full`` of the launch for dk and dv: the producer's thread, and the warp that brings the rows' terms.
-TERM_ARRIVALS = PRODUCER_ARRIVALS + 1
+#: Arrivals where a tile is full when its rows' numbers are there too: the producer's thread, and the warp that brings them.
+TILE_ARRIVALS = PRODUCER_ARRIVALS + 1

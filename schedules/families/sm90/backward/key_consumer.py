@@ -36,13 +36,14 @@ from schedules.tile.fragment import M16N8
 class KeyConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
-    ``pipelines`` are those of Q, K, V and dO; ``terms`` has, for each stage of Q, a row of shifts and one of −delta.
+    ``pipelines`` are those of Q, K, V and dO; ``shifts`` and ``starts`` (−delta) have a number for each row of each stage
+    of Q and dO.
     """
 
-    def __init__(self, pattern: Pattern, config: Config, block: KeyBlock, pipelines, terms, index, warp, lane):
+    def __init__(self, pattern: Pattern, config: Config, block: KeyBlock, pipelines, shifts, starts, index, warp, lane):
         self.pattern, self.config, self.block = pattern, config, block
         self.q, self.k, self.v, self.do = pipelines
-        self.terms = terms
+        self.shifts, self.starts = shifts, starts
         self.index, self.warp, self.lane = index, warp, lane
         D, E, M = pattern.head_dim, pattern.head_dim_v, config.block_m
         self.scores = Products(pattern.dtype, BLOCK, M, D, E)
@@ -101,16 +102,16 @@ class KeyConsumer:
 
     # ------------------------------------------------------------ steps
 
-    def _term(self, state, which: int, g, e):
-        """The shift (0) or −delta (1) of the query in column ``e`` of this lane's group ``g``."""
-        return self.terms[state.index, which, g * M16N8.group + self.column + e]
+    def _number(self, numbers, state, g, e):
+        """That of the query in column ``e`` of this lane's group ``g``."""
+        return numbers[state.index, g * M16N8.group + self.column + e]
 
     @T.inline
     def start_dp(self, state):
         """−delta of each query to its accumulators."""
         for g in T.unroll(self.config.block_m // M16N8.group):
             for e in T.vectorized(2):
-                self.acc_dp[g * 4 + e] = self._term(state, 1, g, e)
+                self.acc_dp[g * 4 + e] = self._number(self.starts, state, g, e)
             for e in T.unroll(2):
                 self.acc_dp[g * 4 + 2 + e] = self.acc_dp[g * 4 + e]
 
@@ -120,9 +121,9 @@ class KeyConsumer:
         q = T.meta_var(self.counter.state(self.q.stages))
         query = T.meta_var(tile * self.config.block_m + self.column)
         key = T.meta_var(self.block.key_first + self.key + M16N8.row(self.lane))
-        weights.weigh(self.acc_s, self.p, lambda g, r, e: self._term(q, 0, g, e), query, key, masked)
-        self.start_dp(q)
+        weights.weigh(self.acc_s, self.p, lambda g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
         self.do.consumer_wait(q)
+        self.start_dp(q)
         self.issue_dp_dv(q)
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.do.consumer_release(q, self.lane)

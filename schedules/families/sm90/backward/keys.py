@@ -7,10 +7,11 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.sm90.backward.barriers import TERM_ARRIVALS
+from schedules.families.sm90.backward.barriers import TILE_ARRIVALS
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_keys
 from schedules.families.sm90.backward.key_consumer import KeyConsumer
-from schedules.families.sm90.backward.key_producer import fetch_terms, fetch_tiles
+from schedules.families.sm90.backward.key_producer import fetch_numbers, fetch_tiles
+from schedules.families.sm90.backward.score import negative, shift_of
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.backward.tensors import Tensors
 from schedules.families.sm90.backward.walk import KeyBlock, KeyScheduler
@@ -19,6 +20,7 @@ from schedules.families.sm90.config import panels
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.tma import encode_keys
 from schedules.tile.geometry import parameterised
+from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.tile_scheduler import Traversal
 
 #: Roles of the kernel's arguments, before those of the pattern's parameters.
@@ -84,7 +86,8 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         v_tile = Pipeline(pool, 1, panels(E), BLOCK, dtype)
         q_pipeline = Pipeline(pool, config.num_stages, panels(D), M, dtype)
         do_pipeline = Pipeline(pool, config.num_stages, panels(E), M, dtype)
-        terms = pool.alloc((config.num_stages, 2, M), "float32", align=16)
+        shifts = pool.alloc((config.num_stages, M), "float32", align=16)
+        starts = pool.alloc((config.num_stages, M), "float32", align=16)
         k_tile.add_barriers(pool)
         v_tile.add_barriers(pool)
         q_pipeline.add_barriers(pool)
@@ -94,11 +97,12 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
             if T.cuda.elect_sync():
                 k_tile.init(consumer_arrivals(CONSUMERS))
                 v_tile.init(consumer_arrivals(CONSUMERS))
-                q_pipeline.init(consumer_arrivals(CONSUMERS), TERM_ARRIVALS)
-                do_pipeline.init(consumer_arrivals(CONSUMERS))
+                q_pipeline.init(consumer_arrivals(CONSUMERS), TILE_ARRIVALS)
+                do_pipeline.init(consumer_arrivals(CONSUMERS), TILE_ARRIVALS)
                 T.ptx.fence.mbarrier_init.release.cluster()
         T.cuda.cta_sync()
         # 4. Tasks.
+        lse_rows, delta_rows = T.meta_var(tensors.row_terms())
         block = KeyBlock(pattern, config, tensors, scheduler, (x, y, z))
         if warp >= producer:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
@@ -109,11 +113,13 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
                 if T.cuda.elect_sync():
                     fetch_tiles(block, v_tile, v_map, do_pipeline, do_map)
             if warp == producer + 2:
-                fetch_terms(block, q_pipeline, terms, lane)
+                fetch_numbers(block, q_pipeline, shifts, lse_rows, NEGATIVE_INFINITY, shift_of, lane)
+            if warp == producer + 3:
+                fetch_numbers(block, do_pipeline, starts, delta_rows, 0.0, negative, lane)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
             pipelines = T.meta_var((q_pipeline, k_tile, v_tile, do_pipeline))
-            consumer = KeyConsumer(pattern, config, block, pipelines, terms, warp // 4, warp % 4, lane)
+            consumer = KeyConsumer(pattern, config, block, pipelines, shifts, starts, warp // 4, warp % 4, lane)
             consumer.run(dk_map, dv_map)
 
     return backward

@@ -23,6 +23,11 @@ def shift_of(lse: Expr) -> Expr:
     return T.Select(lse == T.float32(NEGATIVE_INFINITY), lse, lse * T.float32(-LOG2_E))
 
 
+def negative(x: Expr) -> Expr:
+    """``-x``."""
+    return T.float32(0) - x
+
+
 @T.meta_class
 class Weights(ScoreTile):
     """Scores of ``columns`` columns a step to factors, and if ``packed`` to packed probabilities too.
