@@ -44,7 +44,8 @@ def fetch_numbers(block, pipeline, numbers, source, missing, of, lane):
     for g in T.serial(block.group):
         walk = QueryWalk(block, block.site(g))
         query: T.int32 = walk.begin * block_m + lane
-        at: T.int64 = tensors.lse_offset(block.batch, block.head(g), query)
+        # As many rows as an int32 counts: a flat tensor's length is one.
+        at: T.int32 = (block.batch * tensors.heads + block.head(g)) * tensors.seqlen_q + query
         for _ in T.serial(walk.steps, annotations=ROLLED):
             state = T.meta_var(pipeline.state(n))
             pipeline.producer_acquire(state)
@@ -53,11 +54,11 @@ def fetch_numbers(block, pipeline, numbers, source, missing, of, lane):
                 if row < block_m:
                     value: T.float32 = T.float32(missing)
                     if query + x * 32 < tensors.seqlen_q:
-                        value = source[at + wide(x * 32)]
+                        value = source[wide(at + x * 32)]
                     numbers[state.index, row] = of(value)
             T.cuda.warp_sync()
             if lane == 0:
                 pipeline.full.arrive(state.index)
             query = query + block_m
-            at = at + wide(block_m)
+            at = at + block_m
             n = n + 1
