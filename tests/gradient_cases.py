@@ -155,6 +155,28 @@ def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray],
 # ---------------------------------------------------------------- the call of a kernel
 
 
+#: A side of a window that reaches past every key.
+_FAR = 1 << 30
+
+
+def everything(case: Case, data: Inputs) -> dict:
+    """A case's parameters for the kernel of the mask ``positioned`` and the score ``optional``, which serves it too."""
+    left, right = {"full": (_FAR, _FAR), "causal": (_FAR, 0)}.get(case.mask, (None, None))
+    heads = (case.batch, case.heads)
+    usual = {
+        "window_left": left,
+        "window_right": right,
+        "kv_start": np.zeros(heads, np.int32),
+        "kv_end": np.full(heads, case.seqlen_kv, np.int32),
+        "has_query_start": 0,
+        "query_start": np.zeros(heads, np.int32),
+        "softcap": 0.0,
+        "has_alibi_slopes": int("alibi_slopes" in data.params),
+        "alibi_slopes": np.full(heads, np.nan, np.float32),
+    }
+    return {**usual, **data.params}
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A backward kernel as a manifest describes it: functions and the roles of their arguments, and workspaces."""
@@ -180,9 +202,9 @@ def run(case: Case, data: Inputs, given: Outer, kernel: Kernel, known=None) -> d
     values["lse"] = torch.from_numpy(lse.astype(np.float32).reshape(-1))
     values["dlse"] = torch.full((1,), torch.nan) if given.dlse is None else torch.from_numpy(given.dlse.reshape(-1))
     values["softmax_scale"] = case.softmax_scale
-    results = {}
+    results, params = {}, {**everything(case, data), **data.params}
     for p in kernel.params:
-        x = data.params[p.name]
+        x = params[p.name]
         values[p.name] = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
         if p.gradient:
             shape = (case.batch, case.heads) if p.per_head else (1,)

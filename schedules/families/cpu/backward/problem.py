@@ -13,7 +13,6 @@ from schedules.definition.pattern import Site
 from schedules.families.cpu import problem as forward
 from schedules.families.cpu.problem import Tensor
 from schedules.families.cpu.vector_math import vectorizable
-from schedules.tile.score import NEGATIVE_INFINITY
 
 #: Rows of queries, and keys, of a section at least; how many sections there are at most.
 SECTION, MOST_SECTIONS = 256, 16
@@ -60,11 +59,6 @@ class Problem(forward.Problem):
     def score(self, site: Site, product: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
         """The score of a raw product in natural units, as the log-sum-exp is."""
         return vectorizable(self.pattern.score(site, product, i, j, chosen))
-
-    def hidden_score(self, site: Site, product: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
-        """The same, −inf where query ``i`` doesn't see key ``j``."""
-        value = self.score(site, product, i, j, chosen)
-        return T.Select(self.pattern.mask(site, i, j), value, T.float32(NEGATIVE_INFINITY))
 
     def score_gradient(self, site: Site, product: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
         """The derivative of the score with respect to the scaled product."""

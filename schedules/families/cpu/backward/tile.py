@@ -65,6 +65,18 @@ def section_macro(pattern, config: Config, isa: Isa):
         "of_queries": ((8,), bits),
     }
 
+    def score(P: Problem, site, product, i, key, lane, c, begin, end, full, chosen):
+        """The score of row ``i`` and key ``key + lane``, −inf where it isn't seen."""
+        value = P.score(site, product, i, key + lane, chosen)
+        if full:
+            return value
+        if pattern.is_interval:
+            column = T.cast(c * lanes, "int32") + lane
+            visible = T.And(column >= begin, column < end)
+        else:
+            visible = pattern.mask(site, i, key + lane)
+        return T.Select(visible, value, T.float32(NEGATIVE_INFINITY))
+
     def add_to_parameters(P: Problem, local, site, i, key, chosen):
         """A vector's share in the gradients of parameters."""
         for n, param in enumerate(asked):
@@ -74,13 +86,17 @@ def section_macro(pattern, config: Config, isa: Isa):
                 T.buffer_store(local.parameters, local.parameters[n * lanes + lane] + share, [n * lanes + lane])
 
     @T.inline
-    def turn(P: Problem, t, local, site, score, lse_at, row0, key0, rows, columns, chosen):
+    def turn(P: Problem, t, local, site, full, lse_at, row0, key0, rows, columns, chosen):
         """Probabilities into ``S``, gradients of scaled products into ``dP``: 0 of a key without weight."""
         for i in T.serial(rows):
             # A row that saw nothing subtracts +inf in place of −inf: its probabilities are 0.
             lse: T.float32 = P.lse[lse_at + i]
             subtract: T.float32 = T.Select(lse == T.float32(NEGATIVE_INFINITY), T.float32(math.inf), lse)
             difference: T.float32 = P.delta[lse_at + i]
+            # Where a row sees one interval of keys, two comparisons of 32-bit numbers say which.
+            seen = T.meta_var(pattern.keys_of(site, row0 + i, row0 + i).visible)
+            begin: T.int32 = T.cast(T.min(T.max(seen[0] - key0, 0), N), "int32")
+            end: T.int32 = T.cast(T.min(T.max(seen[1] - key0, 0), N), "int32")
             for c in T.serial((columns + (step - 1)) // step * (step // lanes)):
                 at: T.int64 = i * N + c * lanes
                 key: T.int64 = key0 + c * lanes
@@ -88,7 +104,11 @@ def section_macro(pattern, config: Config, isa: Isa):
                     local.product[lane] = t.S[at + lane]
                 for lane in T.vectorized(lanes):
                     local.prob[lane] = exp2(
-                        (score(site, local.product[lane], row0 + i, key + lane, chosen) - subtract) * T.float32(LOG2_E)
+                        (
+                            score(P, site, local.product[lane], row0 + i, key, lane, c, begin, end, full, chosen)
+                            - subtract
+                        )
+                        * T.float32(LOG2_E)
                     )
                 for lane in T.vectorized(lanes):
                     t.S[at + lane] = local.prob[lane]
@@ -102,14 +122,14 @@ def section_macro(pattern, config: Config, isa: Isa):
                 add_to_parameters(P, local, site, row0 + i, key, chosen)
 
     @T.inline
-    def turn_chosen(P: Problem, t, local, site, score, lse_at, row0, key0, rows, columns):
+    def turn_chosen(P: Problem, t, local, site, full, lse_at, row0, key0, rows, columns):
         if pattern.has_choice:
             if pattern.choice(site):  # asked once, not for every score
-                turn(P, t, local, site, score, lse_at, row0, key0, rows, columns, True)
+                turn(P, t, local, site, full, lse_at, row0, key0, rows, columns, True)
             else:
-                turn(P, t, local, site, score, lse_at, row0, key0, rows, columns, False)
+                turn(P, t, local, site, full, lse_at, row0, key0, rows, columns, False)
         else:
-            turn(P, t, local, site, score, lse_at, row0, key0, rows, columns, None)
+            turn(P, t, local, site, full, lse_at, row0, key0, rows, columns, None)
 
     @T.inline
     def add_where_seen(out, base, stride, left, tensor, at, rows, width, depth):
@@ -204,9 +224,9 @@ def section_macro(pattern, config: Config, isa: Isa):
                         # 2. Scores, and what they become.
                         products.scores(P, t, local.acc, rows, keys)
                         if full:
-                            turn_chosen(P, t, local, site, P.score, lse_at, row0, key0, rows, keys)
+                            turn_chosen(P, t, local, site, True, lse_at, row0, key0, rows, keys)
                         else:
-                            turn_chosen(P, t, local, site, P.hidden_score, lse_at, row0, key0, rows, keys)
+                            turn_chosen(P, t, local, site, False, lse_at, row0, key0, rows, keys)
                         # 3. The three sums.
                         tile_gradients(P, t, local, full, q_at, do_at, k_at, lse_at * P.width, rows, keys)
                 if learns:
