@@ -193,7 +193,7 @@ def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lo
     if target.arch == "cpu":
         text = "\n".join(func.script(show_meta=True) for func in program.functions.values())
     else:
-        text = _export_cuda(program, target)
+        text = export_cuda(program, target)
     return _identified(program, text, spec, target, config)
 
 
@@ -359,7 +359,8 @@ def make_cpu_object(lowered: Lowered, target: Target, path: Path) -> None:
     executable.mod.write_to_file(str(path), "o")
 
 
-def _export_cuda(program: Program, target: Target) -> str:
+def export_cuda(program: Program, target: Target) -> str:
+    """The source of all launches of a program: device half and host half."""
     options = tvm.target.Target({"kind": "cuda", "arch": target.arch}, host={"kind": "cuda_host"})
     executable = tvm.compile(tvm.IRModule(program.functions), target=options, tir_pipeline=program.pipeline)
     return without_unused_headers(export_cuda_host(executable.mod))
