@@ -59,10 +59,16 @@ class Config:
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
-    """The configuration of a pattern, for any length: the largest steps whose registers fit; not measured yet."""
+    """The configuration of a pattern, for any length: the largest steps that compile without spills.
+
+    None of them was measured.
+    """
+    plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
     if pattern.head_dim <= 64:
-        return {0: Config(block_m=96, num_stages=4, block_n=128, num_stages_dq=4)}
-    return {0: Config()}
+        return {0: Config(block_m=96, num_stages=4, block_n=128 if plain else 96, num_stages_dq=4)}
+    if plain:
+        return {0: Config()}
+    return {0: Config(block_m=48, block_n=64)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:

@@ -52,7 +52,6 @@ class QueryConsumer:
         self.start = T.alloc_local([2], "float32")  # −delta
         self.n = T.local_scalar("int32")  # tiles of keys so far
         self.counter = TileCounter(self.n)
-        self.total = T.local_scalar("int32")  # of all steps, where they have to be counted
         self.row = index * WARPGROUP_ROWS + warp * 16  # first row of this warp in the work tile
 
     def _tile(self, describe, pipeline: Pipeline, state):
@@ -115,21 +114,6 @@ class QueryConsumer:
         self.weights.weigh(self.acc_s, None, lambda g, r, e: self.shift[r], query, key, masked)
 
     @T.inline
-    def next_k(self, k, more):
-        """Wait for the K tile after ``k`` if there is one; it is the one to be scored next.
-
-        It stands between the weights and the wait for dP on purpose: a branch is what keeps ptxas from moving that wait
-        up in front of the exponentials.
-        """
-        if more:
-            self.k.consumer_wait(k.next())
-        self.counter.advance()
-
-    def _more(self, walk, i):
-        """Whether another tile of keys comes after step ``i``."""
-        return self.counter.count + 1 < self.total if self.pattern.has_gaps else i + 1 < walk.steps
-
-    @T.inline
     def start_steps(self, walk, masked):
         """Step 0, which has no earlier product beside it."""
         k = T.meta_var(self.counter.state(self.k.stages))
@@ -139,7 +123,7 @@ class QueryConsumer:
         self.issue_dp(k)
         T.ptx.wgmma.wait_group.sync.aligned(1)
         self.weigh(walk, 0, masked)
-        self.next_k(k, self._more(walk, 0))
+        self.counter.advance()
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.v.consumer_release(k, self.lane)
         self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
@@ -149,13 +133,16 @@ class QueryConsumer:
         """Step ``i``, and dQ of the one before."""
         k = T.meta_var(self.counter.state(self.k.stages))
         before = T.meta_var(self.counter.state(self.k.stages, behind=1))
+        self.k.consumer_wait(k)
         self.issue_scores(k)
         self.issue_dq(before)
         self.v.consumer_wait(k)
         self.issue_dp(k)
         T.ptx.wgmma.wait_group.sync.aligned(2)
         self.weigh(walk, i, masked)
-        self.next_k(k, self._more(walk, i))
+        # V is there: a branch is what keeps ptxas from moving the wait for dP up in front of the exponentials.
+        self.v.consumer_wait(k)
+        self.counter.advance()
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.k.consumer_release(before, self.lane)
         self.v.consumer_release(k, self.lane)
@@ -171,13 +158,6 @@ class QueryConsumer:
             else:
                 self.step(walk, i, True)
 
-    @T.inline
-    def count(self, walk):
-        """How many steps there are to take, of a mask with gaps."""
-        self.total = 1
-        for i in T.serial(1, walk.steps):
-            self.total = self.total + T.Cast("int32", walk.visible(i))
-
     # ------------------------------------------------------------ the whole
 
     @T.inline
@@ -188,8 +168,6 @@ class QueryConsumer:
             self.acc_dq[i] = T.float32(0)
         self.read_terms()
         walk = KeyWalk(self.block, 0, self.config.block_m)
-        if self.pattern.has_gaps:
-            self.count(walk)
         self.q.consumer_wait(self.q.state(0))
         self.do.consumer_wait(self.do.state(0))
         # 1. Tiles of keys from right to left: masked, full, masked.
