@@ -18,9 +18,9 @@ from schedules.families.interface import Target
 from schedules.families.sm90 import backward
 from schedules.templates import v1, v2
 from tests import cases
-from tests.cases import Case
 from tests.gradient_cases import Kernel, check, outer, run
 from tests.simt.simulate import Simulated
+from tests.torch_cases import own_case
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
 
 TARGET = Target("sm_90a")
@@ -30,8 +30,8 @@ TRAVERSALS = {"v1": v1.TRAVERSAL, "v2": v2.TRAVERSAL}
 KERNELS = (
     ("v2", 64, 64, "causal", "identity", "bfloat16"),
     ("v1", 128, 128, "full", "identity", "float16"),
-    ("v2", 128, 128, "window", "softcap_alibi", "bfloat16"),
-    ("v2", 128, 128, "positioned", "optional", "float16"),
+    ("v2", 128, 128, "window", "softcap", "bfloat16"),
+    ("v2", 128, 128, "padded", "identity", "float16"),
     ("v1", 96, 96, "sink_window", "identity", "float16"),
 )
 
@@ -47,7 +47,7 @@ def made(template, head_dim, head_dim_v, mask, score, dtype, folder, **changes):
     functions = tuple(simulated.module[launch.symbol] for launch in program.launches)
     roles = tuple(launch.roles for launch in program.launches)
     kernel = Kernel(functions, roles, program.workspaces, pattern.params, LAYOUT_OF_TEMPLATE[template])
-    return SimpleNamespace(spec=spec, simulated=simulated, kernel=kernel)
+    return SimpleNamespace(spec=spec, params=pattern.params, simulated=simulated, kernel=kernel)
 
 
 @pytest.fixture(scope="module", params=KERNELS, ids=lambda k: "-".join(map(str, k)))
@@ -55,16 +55,9 @@ def made_kernel(request, tmp_path_factory):
     return made(*request.param, tmp_path_factory.mktemp("sm90"))
 
 
-def own(kernel, **sizes) -> Case:
-    """A case of the kernel's own kind, as wide as it."""
-    spec = kernel.spec
-    usual = {"batch": 2, "heads": 2, "kv_heads": 2, "head_dim": spec.head_dim, "head_dim_v": spec.head_dim_v}
-    return Case(**{**usual, "dtype": spec.dtype, "mask": spec.mask, "score": spec.score, **sizes})
-
-
 def test_grouped_heads_ragged_lengths_and_every_order_of_turns(made_kernel):
     """Lengths that divide no tile, rows that see nothing where the mask has such, and a gradient of lse."""
-    case = own(made_kernel, batch=1, heads=4, seqlen_q=250, seqlen_kv=213)
+    case = replace(own_case(made_kernel, kv_heads=1, seqlen_q=250, seqlen_kv=213), batch=2)
     data = cases.inputs(case)
     given = outer(case, with_dlse=True)
     results = []
@@ -79,14 +72,14 @@ def test_grouped_heads_ragged_lengths_and_every_order_of_turns(made_kernel):
 
 def test_many_tiles(made_kernel):
     """Every stage of the pipelines is used several times."""
-    case = own(made_kernel, batch=1, heads=1, kv_heads=1, seqlen_q=450, seqlen_kv=700)
+    case = own_case(made_kernel, seqlen_q=450, seqlen_kv=700)
     data = cases.inputs(case)
     given = outer(case)
     check(case, data, given, run(case, data, given, made_kernel.kernel))
 
 
 def test_a_smaller_head_dim(made_kernel):
-    case = own(made_kernel, batch=2, heads=2, kv_heads=1, seqlen_q=70, seqlen_kv=130, head_dim=40, head_dim_v=24)
+    case = replace(own_case(made_kernel, kv_heads=1, seqlen_q=70, seqlen_kv=130), head_dim=40, head_dim_v=24)
     data = cases.inputs(case)
     given = outer(case)
     check(case, data, given, run(case, data, given, made_kernel.kernel))

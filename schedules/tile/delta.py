@@ -15,7 +15,7 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.tile.dtypes import element_type
-from schedules.tile.geometry import Tensor, flat, wide
+from schedules.tile.geometry import Tensor, flat
 from schedules.tile.softmax import from_lane
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 

@@ -103,7 +103,10 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         if needed > SHARED_MEMORY:
             return Rejected(f"{launch}: needs {needed} bytes of shared memory, a block of {target} has {SHARED_MEMORY}")
     most = REGISTERS[-1][1]
-    for launch, needed in (("dkdv", _registers_of_keys(pattern, config)), ("dq", _registers_of_queries(pattern, config))):
+    for launch, needed in (
+        ("dkdv", _registers_of_keys(pattern, config)),
+        ("dq", _registers_of_queries(pattern, config)),
+    ):
         if needed > most:
             return Rejected(f"{launch}: needs about {needed} registers a thread, a consumer has {most}")
     return None

@@ -24,7 +24,6 @@ from schedules.families.sm90.tma import wait_stored
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset
 from schedules.families.sm90.work_tile import Block, KeyWalk
 from schedules.tile.fragment import M16N8
-from schedules.tile.geometry import wide
 from schedules.tile.score import NEGATIVE_INFINITY
 
 
