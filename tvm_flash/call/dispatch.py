@@ -71,7 +71,7 @@ def _torch_program(
     """What ``torch.compile`` sees in place of :func:`attention`."""
     from tvm_flash.tracing import torch_ops
 
-    return torch_ops.attention(options, q, k, v, per_head, out)
+    return torch_ops.program(options, q, k, v, per_head, out)
 
 
 attention._torchdynamo_inline = _torch_program

@@ -128,7 +128,7 @@ def check_dense(tensor, name):
     ------
     ArgumentTypeError: it is nested or sparse.
     """
-    if tensor.is_nested:
+    if getattr(tensor, "is_nested", False):  # torch 1.11 has none
         raise ArgumentTypeError(
             f"{name}: is nested, expected a dense tensor; use torch.nested.to_padded_tensor and padded_attention, or "
             f"call for each sequence"

@@ -109,9 +109,12 @@ def warn_in_program(options: Options, q: torch.Tensor, k: torch.Tensor) -> None:
         _warn_while_compiling(checks.suspicion_text(options.layout), options.layout)
 
 
-@torch.compiler.assume_constant_result
 def _warn_while_compiling(text: str, layout: str) -> None:
     warn_of_layout(text, layout)
+
+
+# What torch.compiler.assume_constant_result sets, which would import torch._dynamo: 1.3 s.
+_warn_while_compiling._dynamo_marked_constant = True
 
 
 def check_shapes(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ have no memory: under ``torch.compile`` and ``torch.export``, on fake and meta t
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tvm_flash.call.signature import Options, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks.torch_watch import is_differentiated
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.tracing import torch_decomposed
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
 
 _MINIMUM = (2, 4)
@@ -48,21 +50,39 @@ _library.define(
 
 
 def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
-    """:func:`tvm_flash.call.dispatch.attention` by way of the operators; can be traced.
+    """:func:`tvm_flash.call.dispatch.attention` by way of the operators.
 
     Raises
     ------
     TvmFlashError: an argument is wrong, or of a kind that the operators don't know.
     """
-    check_kinds(named(q, k, v, per_head, out))
+    try:
+        return program(options, q, k, v, per_head, out)
+    except TypeError as e:
+        if isinstance(e, ArgumentTypeError) or "NotImplemented" not in str(e):
+            raise
+        kinds = {type(x).__qualname__ for x in named(q, k, v, per_head, out).values()} - {"Tensor", "Parameter"}
+        raise ArgumentTypeError(
+            f"q: is a {', '.join(sorted(kinds))}, which doesn't know this operator; pass the tensors that it stands for"
+        ) from e
+
+
+def program(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
+    """The same as ``torch.compile`` traces it."""
+    tensors = named(q, k, v, per_head, out)
+    check_kinds(tensors)
     options = check_options(options)
+    if any(type(x).__name__ == "DTensor" for x in tensors.values()):
+        _distribute()
+    operator = torch.ops.tvm_flash.attention
     if torch.compiler.is_compiling():
         warn_in_program(options, q, k)
     else:
         check_call(options, q, k, v, per_head, out)
+        operator = torch_decomposed.attention if _onnx_is_traced() else operator
     if options.definition == BUILTIN_DEFINITION:
         left, right = options.window_size
-        results = torch.ops.tvm_flash.attention(
+        results = operator(
             q,
             k,
             v,
@@ -106,6 +126,19 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
             raise ArgumentTypeError(f"out: has dtype {out.dtype}, expected {result.dtype} as q has")
         result = out.copy_(result)
     return (result, lse) if options.return_lse else result
+
+
+def _onnx_is_traced() -> bool:
+    """Whether ``torch.onnx.export(dynamo=False)`` traces a program, whose format has no such operators."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+def _distribute() -> None:
+    from tvm_flash.tracing import torch_distributed  # noqa: F401, tells of placements
+
+
+_distribute._dynamo_marked_constant = True
 
 
 # ---------------------------------------------------------------- on real tensors
@@ -207,3 +240,7 @@ def _flops(q_shape, k_shape, v_shape, *_, layout="bhsd", **__) -> int:
 
 
 register_flop_formula((torch.ops.tvm_flash.attention, torch.ops.tvm_flash.custom_attention))(_flops)
+
+
+# Exporters to formats that have no such operator look into this table, as that of ONNX.
+torch._decomp.register_decomposition(torch.ops.tvm_flash.attention.default)(torch_decomposed.attention)
