@@ -41,23 +41,22 @@ class Environment:
 
 ENVIRONMENTS = (
     Environment(
-        "oldest",
+        "oldest torch",
         "3.10",
-        ("apache-tvm-ffi==0.1.6", "numpy==1.23.5", "torch==1.11.0"),
+        ("apache-tvm-ffi==0.1.9", "numpy==1.23.5", "torch==1.11.0"),
         ("numpy", "torch"),
     ),
     Environment(
-        "oldest that compiles and has models",
+        "oldest tvm-ffi, diffusers, and torch that compiles",
         "3.12",
-        (
-            "apache-tvm-ffi==0.1.11",
-            "numpy<2",
-            "torch==2.4.1",
-            "transformers==5.17.0",
-            "diffusers==0.32.0",
-            "setuptools",
-        ),
-        ("numpy", "torch", "transformers", "diffusers"),
+        ("apache-tvm-ffi==0.1.6", "numpy<2", "torch==2.4.1", "diffusers==0.32.0", "transformers<5", "setuptools"),
+        ("numpy", "torch", "diffusers"),
+    ),
+    Environment(
+        "tvm-ffi as vLLM and SGLang pin it, oldest transformers",
+        "3.11",
+        ("apache-tvm-ffi==0.1.11", "torch==2.13.0", "transformers==5.17.0"),
+        ("numpy", "torch", "transformers"),
     ),
     Environment(
         "of the tests, with the newest tvm-ffi",

@@ -18,7 +18,7 @@ _TRACING = {"torch": "tvm_flash.tracing.torch_ops", "jax": "tvm_flash.tracing.ja
 
 def slow(signature: Signature, *arguments: Any) -> Any:
     """What ``signature.call`` gives, without the fast path, and for it if there is one."""
-    given = dict(zip(signature.tensors, arguments, strict=False))
+    given = dict(zip(signature.tensors, arguments[: len(signature.tensors)], strict=True))  # alike long: torch 2.4
     q, k, v, out = (given[name] for name in ("q", "k", "v", "out"))
     parameters = {name: given[name] for name in signature.parameters if given[name] is not None}
     options = signature.options(*arguments[len(signature.tensors) :])

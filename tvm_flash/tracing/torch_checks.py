@@ -18,6 +18,9 @@ from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import Torch, check_dense, is_functorch_wrapped, is_wrapper, name_of
 
+#: Whether a program that is being compiled can be asked what it knows of a symbol: 2.5 can't, 2.13 can.
+_CAN_ASK_SYMBOLS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
+
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool, torch.fx.Proxy)
 
 
@@ -32,16 +35,20 @@ def check_options(options: Options) -> Options:
     if not any(isinstance(x, _SYMBOLS) for x in (window if isinstance(window, (tuple, list)) else ())):
         window = checks.check_window(window)
     scale = options.softmax_scale
-    return options._replace(
+    return Options(
+        layout=options.layout,
         variant=checks.check_variant(options.variant),
         return_lse=checks.check_flag("return_lse", options.return_lse),
         softmax_scale=scale if scale is None or isinstance(scale, _SYMBOLS) else checks.check_scale(scale, 0),
         causal=checks.check_flag("causal", options.causal),
         window_size=window,
         softcap=options.softcap if isinstance(options.softcap, _SYMBOLS) else checks.check_softcap(options.softcap),
+        definition=options.definition,
         params=tuple(
             (name, x if isinstance(x, _SYMBOLS) else checks.check_real(name, x)) for name, x in options.params
         ),
+        accept=options.accept,
+        layout_known=options.layout_known,
     )
 
 
@@ -95,10 +102,10 @@ def check_call(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any
 def warn_in_program(options: Options, q: torch.Tensor, k: torch.Tensor) -> None:
     """The warning of a plain call, once, while ``torch.compile`` or ``torch.export`` makes a program; a size that may
     vary is no reason for it."""
+    if not _CAN_ASK_SYMBOLS or options.layout_known or q.ndim != 4 or k.ndim != 4:
+        return
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    if options.layout_known or q.ndim != 4 or k.ndim != 4:
-        return
     heads, seq = (1, 2) if options.layout == "bhsd" else (2, 1)
     if (
         statically_known_true(q.shape[heads] > q.shape[seq])

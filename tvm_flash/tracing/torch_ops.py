@@ -230,7 +230,8 @@ for _name, _function in (("attention", _attention), ("custom_attention", _custom
         _library.impl(_name, _function, _key)
     _library.impl(_name, _without_gradients(_operator), "Autograd")
     torch.library.register_fake(f"tvm_flash::{_name}", _shapes, lib=_library)
-    torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
+    if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap calls one after the other
+        torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
 
 
 def _flops(q_shape, k_shape, v_shape, *_, layout="bhsd", **__) -> int:
