@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.expected_skips import StrictSkips
+from tvm_flash.operators import BACKWARD, FORWARD
 from tvm_flash.packs import registry as packs
 from tvm_flash.packs.registry import PATH_VARIABLE
 
@@ -58,6 +59,28 @@ def use_packs(monkeypatch, tmp_path):
         packs.refresh()
 
     yield use
+    monkeypatch.undo()
+    packs.refresh()
+
+
+@pytest.fixture
+def trains(cpu_pack):
+    """The CPU pack has kernels for gradients."""
+    if not packs.registry().candidates("cpu", "attention", "float32", BACKWARD):
+        pytest.skip("the CPU pack has no kernels for gradients")
+
+
+@pytest.fixture
+def without_backward(monkeypatch):
+    """No kernel for gradients is found."""
+    candidates = packs.Registry.candidates
+
+    def found(self, arch, definition, dtype, op=FORWARD):
+        return [] if op == BACKWARD else candidates(self, arch, definition, dtype, op)
+
+    monkeypatch.setattr(packs.Registry, "candidates", found)
+    packs.refresh()
+    yield
     monkeypatch.undo()
     packs.refresh()
 

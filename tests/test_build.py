@@ -8,11 +8,10 @@ import pytest
 
 from schedules.builder import pack
 from schedules.builder.build import build
-from schedules.builder.compile import ChosenConfig, Failed, Refused, cuda_source
+from schedules.builder.compile import ChosenConfig, Failed, Refused
 from schedules.builder.plan import Request, parse_targets
-from schedules.builder.suite import HeadDim, KernelSpec, Selection
-from schedules.families.interface import Rejected, Target
-from tests import toy_family
+from schedules.builder.suite import HeadDim, Selection
+from schedules.families.interface import Target
 from tests.toy_packs import CPU, D64, added, assert_whole, contents
 from tvm_flash.packs.manifest import CALL_STEM, MANIFEST_NAME
 
@@ -154,13 +153,3 @@ def test_cuda_pack_names_its_resources(tmp_path):
     for entry in report.manifest.kernels:
         assert 0 < entry.registers < 64 and entry.spills == 0 and entry.shared_memory == 0
     assert b"__global__ void" not in (tmp_path / "sm_90" / report.manifest.modules[0].file).read_bytes()
-
-
-def test_cuda_source_is_what_the_source_hash_is_of(tmp_path):
-    spec = KernelSpec("v1", "attention", "full", "identity", "float32", 64, 64)
-    source = cuda_source(spec, toy_family.Config(), Target("sm_90"))
-    assert f"{spec.symbol}_kernel" in source
-    assert source == cuda_source(spec, toy_family.Config(), Target("sm_90"))
-    assert isinstance(
-        cuda_source(dataclasses.replace(spec, head_dim=256), toy_family.Config(), Target("sm_90")), Rejected
-    )

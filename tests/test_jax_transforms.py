@@ -134,14 +134,15 @@ DERIVATIVES = {
 
 @pytest.mark.parametrize("way", DERIVATIVES)
 @pytest.mark.parametrize("which", range(4))
-def test_derivatives_are_refused(way, which, given):
+def test_derivatives_that_nothing_computes_are_refused(way, which, given, without_backward):
     arrays = [*given, jnp.full(4, 0.1)]
 
     def function(x):
         *qkv, slopes = (x if i == which else y for i, y in enumerate(arrays))
         return flash_attention(*qkv, alibi_slopes=slopes)
 
-    with pytest.raises(NotSupportedError, match=r"no backward pass yet.*stop_gradient"):
+    # JAX itself refuses forward mode of what has a rule for reverse mode.
+    with pytest.raises((NotSupportedError, TypeError), match=r"stop_gradient|forward-mode"):
         DERIVATIVES[way](function, arrays[which])
 
 

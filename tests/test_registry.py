@@ -18,9 +18,10 @@ from tests.conftest import ROOT
 from tvm_flash import InvalidArgumentError, PackError, flash_attention
 from tvm_flash.call import eager
 from tvm_flash.machine import cpu
+from tvm_flash.machine.arch import arch_of, by_closeness, runs_on
 from tvm_flash.packs import registry as packs
 from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest
-from tvm_flash.packs.registry import PACKAGE_PACKS, arch_of, by_closeness, refresh, registry, runs_on, search_path
+from tvm_flash.packs.registry import PACKAGE_PACKS, refresh, registry, search_path
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 ``(batch, seq, heads, head_dim)``; torch, NumPy, CuPy, JAX and DLPack tensors, each answered in kind.
 """
 
+from tvm_flash.backward import flash_attention_backward, flash_attention_v2_backward, padded_attention_backward
 from tvm_flash.errors import (
     ArgumentTypeError,
     InvalidArgumentError,
@@ -35,6 +36,9 @@ __all__ = [
     "__version__",
     "custom_attention",
     "flash_attention",
+    "flash_attention_backward",
     "flash_attention_v2",
+    "flash_attention_v2_backward",
     "padded_attention",
+    "padded_attention_backward",
 ]

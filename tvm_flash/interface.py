@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tvm_flash.backward import backward_of
 from tvm_flash.call.checks import check_layout, check_variant
 from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.prepare import params_of
@@ -105,7 +106,8 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
     -------
     ``fn(q, k, v, *, softmax_scale=None, return_lse=False, out=None, **params)``: like :func:`flash_attention`, the
     definition's run-time parameters by name: numbers, or ``(heads,)`` or ``(batch, heads)`` tensors for those that have
-    a value for each head.
+    a value for each head.  Its attribute ``backward`` is to it what :func:`tvm_flash.flash_attention_backward` is to
+    :func:`flash_attention`: ``fn.backward(dout, q, k, v, out, lse, *, gradients=(), **params)``.
 
     Raises
     ------
@@ -128,5 +130,6 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
         return attend(q, k, v, *given, out, variant, return_lse, softmax_scale, *numbers)
 
     fn.__name__ = fn.__qualname__ = name
+    fn.backward = backward_of(name, layout, variant, declared)
     fn.__doc__ = f"Attention as the definition {name!r} says, over tensors in the layout {layout!r}."
     return fn

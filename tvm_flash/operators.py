@@ -1,16 +1,68 @@
-"""The operators that kernels compute: which tensors each takes and gives, by the names that callers use."""
+"""The operators that kernels compute: the tensors that each takes and gives, by the names that callers use.
+
+The one table of them for calls: whatever handles a call asks it, and counts no tensors by hand.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+FORWARD, BACKWARD = "forward", "backward"
 
 #: The role (:mod:`tvm_flash.packs.manifest`) of a tensor that callers know by another name.
 _ROLES = {"out": "o", "dout": "do"}
+
+#: Kind of the kernels that add to gradients which are there, in float32, instead of writing them.
+ACCUMULATE = "backward_accumulate"
 
 
 def role_of(name: str) -> str:
     """The role of a tensor that callers know by a name."""
     return _ROLES.get(name, name)
+
+
+def gradient_of(name: str) -> str:
+    """What the gradient of a parameter is called, as a tensor of a call and as a role."""
+    return f"d_{name}"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of an operator.
+
+    ``axes`` name its sizes in the order of the layout ``bhsd``; one of four lies in the layout of the call.  ``dtype``
+    is empty for that of q.  One that is ``flat`` must be dense, and kernels take it as a vector.
+    """
+
+    axes: tuple[str, ...]
+    dtype: str = ""
+
+    @property
+    def flat(self) -> bool:
+        return len(self.axes) == 3
+
+
+_QUERY, _KEY = ("batch", "heads", "seqlen_q"), ("batch", "kv_heads", "seqlen_kv")
+_ROWS = Tensor(_QUERY, "float32")
+
+#: The tensors of operators by name; a parameter of mask and score that isn't here has a value for each head.
+TENSORS = {
+    "q": Tensor((*_QUERY, "head_dim")),
+    "k": Tensor((*_KEY, "head_dim")),
+    "v": Tensor((*_KEY, "head_dim_v")),
+    "out": Tensor((*_QUERY, "head_dim_v")),
+    "lse": _ROWS,
+}
+TENSORS |= {f"d{name}": TENSORS[name] for name in tuple(TENSORS)}
+
+#: The gradient of a parameter with a value for each head.
+_PARAMETER_GRADIENT = Tensor(("batch", "heads"), "float32")
+
+
+def tensor(name: str) -> Tensor:
+    """What is known of a tensor of an operator, parameters apart."""
+    return TENSORS.get(name, _PARAMETER_GRADIENT)
 
 
 @dataclass(frozen=True)
@@ -20,11 +72,39 @@ class Operator:
     Attributes
     ----------
     inputs: the tensors that a call must give, in order.
-    outputs: the results that a call may bring memory for, in order.
+    outputs: the results that a call may bring memory for, in order; all are returned.
+    optional: further inputs, which a call may lack.
+    on_request: results that are returned after the others if the call asks for them, and can't be given.
+    flag: name of the option of its own.
+    differentiates: whether it computes gradients, and so also those of parameters that ask for one.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    flag: str
+    optional: tuple[str, ...] = ()
+    on_request: tuple[str, ...] = ()
+    differentiates: bool = False
+
+    def tensors(self, parameters: Iterable[str], gradients: Iterable[str] = ()) -> tuple[str, ...]:
+        """The tensors of its calls, in order, with those parameters of mask and score that are tensors.
+
+        ``gradients`` names the parameters whose gradients are outputs too.
+        """
+        return (*self.inputs, *self.optional, *parameters, *self.all_outputs(gradients))
+
+    def all_outputs(self, gradients: Iterable[str] = ()) -> tuple[str, ...]:
+        """The outputs, with the gradients of the parameters that are named."""
+        return (*self.outputs, *map(gradient_of, gradients))
 
 
-OPERATORS = {"forward": Operator(inputs=("q", "k", "v"), outputs=("out",))}
+OPERATORS = {
+    FORWARD: Operator(inputs=("q", "k", "v"), outputs=("out",), flag="return_lse", on_request=("lse",)),
+    BACKWARD: Operator(
+        inputs=("dout", "q", "k", "v", "out", "lse"),
+        outputs=("dq", "dk", "dv"),
+        flag="accumulate",
+        optional=("dlse",),
+        differentiates=True,
+    ),
+}

@@ -10,8 +10,9 @@ from tvm_flash.call.problem import LAYOUTS
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 
-_PARAMETERS = ("kv_start", "kv_end", "query_start", "alibi_slopes")
-_attend = {layout: entrance(signature(layout, parameters=_PARAMETERS, layout_known=True)) for layout in LAYOUTS}
+#: The parameters that are tensors, in the order of a call.
+PARAMETERS = ("kv_start", "kv_end", "query_start", "alibi_slopes")
+_attend = {layout: entrance(signature(layout, parameters=PARAMETERS, layout_known=True)) for layout in LAYOUTS}
 
 
 def padded_attention(
@@ -50,6 +51,15 @@ def padded_attention(
     The others, the result and the errors are those of :func:`tvm_flash.flash_attention`.
     """
     check_layout(layout)
+    query_start = check_placement(key_range, query_start)
+    # fmt: off
+    return _attend[layout](q, k, v, key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes, out,
+                           variant, return_lse, softmax_scale, causal, window_size, softcap)
+    # fmt: on
+
+
+def check_placement(key_range: Any, query_start: Any) -> Any:
+    """Check where keys and queries stand; ``query_start`` as kernels take it, with a value for each batch entry."""
     _check_int32("key_range", key_range)
     if len(key_range.shape) != 2 or key_range.shape[1] != 2:
         raise InvalidArgumentError(
@@ -63,10 +73,7 @@ def padded_attention(
                 f"query_start: has shape {tuple(query_start.shape)}, expected (batch,): one position for each entry"
             )
         query_start = query_start[:, None]
-    # fmt: off
-    return _attend[layout](q, k, v, key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes, out,
-                           variant, return_lse, softmax_scale, causal, window_size, softcap)
-    # fmt: on
+    return query_start
 
 
 def _check_int32(name: str, x: Any) -> None:

@@ -64,7 +64,7 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
         def compile_one(kernel: dict) -> tuple[str, Path, KernelEntry]:
             source, raw = folder / kernel["source"], kernel["entry"]
             target = work / f"{source.stem}.o"
-            resources = compile_source(source, target, arch, emission["spills_allowed"], recompile_for)
+            resources = compile_source(source, target, arch, recompile_for)
             return kernel["group"], target, KernelEntry.from_dict({**raw, **resources})
 
         groups: dict[str, list[tuple[Path, KernelEntry]]] = {}
@@ -89,12 +89,12 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
     return manifest
 
 
-def compile_source(source: Path, target: Path, arch: str, spills_allowed: bool, recompile_for: str = "") -> dict:
+def compile_source(source: Path, target: Path, arch: str, recompile_for: str = "") -> dict:
     """Compile an emitted source to an object; its registers and so on, as the manifest names them.
 
     Raises
     ------
     ToolchainError: it doesn't compile, or must not ship.
     """
-    report = cuda.compile_object(source, target, arch, recompile_for=recompile_for, spills_allowed=spills_allowed)
+    report = cuda.compile_object(source, target, arch, recompile_for=recompile_for)
     return report.resources(cuda.dynamic_shared_memory(source.read_text()))

@@ -193,7 +193,7 @@ def lower(spec: KernelSpec, pattern: Pattern, target: Target, config=None) -> Lo
     if target.arch == "cpu":
         text = "\n".join(func.script(show_meta=True) for func in program.functions.values())
     else:
-        text = _export_cuda(program, target)
+        text = export_cuda(program, target)
     return _identified(program, text, spec, target, config)
 
 
@@ -234,12 +234,6 @@ def _hash_of(text: str, target: Target) -> str:
     if target.arch != "cpu":
         return cuda.source_hash(text, target.arch)
     return hashlib.sha256("\0".join((text, str(cpu_target(target)), _version("apache-tvm"))).encode()).hexdigest()
-
-
-def cuda_source(spec: KernelSpec, config, target: Target, definition: DefinitionFile | None = None) -> str | Rejected:
-    """CUDA C++ of one kernel, not compiled: what :func:`schedules.toolchain.compile_cuda` takes."""
-    lowered = lower(spec, pattern_of(spec, target, definition), target, config)
-    return lowered if isinstance(lowered, Rejected) else lowered.text
 
 
 def compile_spec(job: Job) -> list[Built | Refused | Failed]:
@@ -365,7 +359,8 @@ def make_cpu_object(lowered: Lowered, target: Target, path: Path) -> None:
     executable.mod.write_to_file(str(path), "o")
 
 
-def _export_cuda(program: Program, target: Target) -> str:
+def export_cuda(program: Program, target: Target) -> str:
+    """The source of all launches of a program: device half and host half."""
     options = tvm.target.Target({"kind": "cuda", "arch": target.arch}, host={"kind": "cuda_host"})
     executable = tvm.compile(tvm.IRModule(program.functions), target=options, tir_pipeline=program.pipeline)
     return without_unused_headers(export_cuda_host(executable.mod))
@@ -382,11 +377,6 @@ def without_unused_headers(text: str) -> str:
 def _make_cuda_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> dict:
     source = draft.with_name(f"{symbol}.cu")
     source.write_text(lowered.text)
-    spills_allowed = getattr(family_of(job.target), "SPILLS_ALLOWED", False)
-    report = cuda.compile_object(
-        *(source, draft, job.target.arch),
-        run_on=job.run_on,
-        spills_allowed=spills_allowed,
-        images=job.objects / IMAGES,
-    )
+    images = job.objects / IMAGES
+    report = cuda.compile_object(source, draft, job.target.arch, run_on=job.run_on, images=images)
     return report.resources(cuda.dynamic_shared_memory(lowered.text))

@@ -17,7 +17,7 @@ from schedules.builder.assemble import EMISSION_NAME
 from schedules.builder.compile import Refused, entry_of, lower_for_each, versions_for
 from schedules.builder.pack import write_atomically
 from schedules.builder.plan import Request, select
-from schedules.families import FAMILY, family_of
+from schedules.families import FAMILY
 from schedules.families.interface import Rejected, Target
 
 
@@ -77,7 +77,6 @@ def _emit_family(
         emission = {
             "arch": target.arch,
             "versions": versions_for(target),
-            "spills_allowed": getattr(family_of(target), "SPILLS_ALLOWED", False),
             "kernels": kernels[target],
         }
         write_atomically(folder / target.arch / EMISSION_NAME, json.dumps(emission, indent=1))

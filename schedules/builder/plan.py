@@ -25,6 +25,7 @@ from schedules.families import FAMILY, family_of, kinds_of
 from schedules.families.interface import Target
 from schedules.toolchain import machine
 from schedules.toolchain.host import HOST_HEADER
+from tvm_flash.machine.arch import by_closeness
 from tvm_flash.packs.manifest import KernelEntry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,8 +90,8 @@ def parse_targets(names: Iterable[str], isa: str = "") -> tuple[Target, ...]:
         if name in ("native", "cpu"):
             targets += [Target("cpu", name) for name in _isas(isa)]
         if name == "native":
-            archs = (machine.arch_of(capability, FAMILY) for capability in machine.gpu_capabilities())
-            targets += [Target(arch) for arch in archs if arch]
+            for capability in machine.gpu_capabilities():
+                targets += map(Target, by_closeness(FAMILY, capability)[:1])
         elif name != "cpu":
             if name not in FAMILY:
                 raise ValueError(f"--arch {name}: unknown; expected native or one of {', '.join(FAMILY)}")

@@ -23,9 +23,9 @@ from schedules.tuning.process import describe
 from schedules.tuning.progress import Progress
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.machine import cuda
+from tvm_flash.machine.arch import runs_on
 from tvm_flash.measure.workloads import Workload, standard_suite
 from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE
-from tvm_flash.packs.registry import runs_on
 
 TEMPLATES = tuple(LAYOUT_OF_TEMPLATE)
 WORK = records.LOGS / ".work"

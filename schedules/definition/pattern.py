@@ -16,7 +16,6 @@ A predicate that isn't affine is always applied, and narrows nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import tvm_ffi
 from tvm import sym, tirx
@@ -73,6 +72,7 @@ class Pattern:
         self.is_scale_only = found.score is None or found.score.same_as(self._variables.s)
         self._choice = _split_choice(found.score, self._variables)
         self.has_choice = self._choice is not None
+        self._derivatives: dict[tuple[str | None, bool | None], Expr] = {}
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
 
     # ---- what a template asks
@@ -93,20 +93,20 @@ class Pattern:
         value = self._found.score if chosen is None or not self.has_choice else self._choice[1 if chosen else 2]
         return self._substitute(value, site, i, j, s)
 
-    def score_gradient(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
+    def score_gradient(self, site: Site, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
         """The derivative of the score with respect to ``s * softmax_scale``, for the raw product ``s = q · k``.
 
-        The constant 1 where something is added to the scaled product, or nothing.
+        The constant 1 where something is added to the scaled product, or nothing.  ``chosen`` is as in :meth:`score`.
 
         Raises
         ------
         DefinitionError: the score has an operation whose derivative isn't known.
         """
-        return self._substitute(self._score_gradient, site, i, j, s)
+        return self._substitute(self._derivative(None, chosen), site, i, j, s)
 
-    def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
+    def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
         """The derivative of the score with respect to a float parameter; else as ``score_gradient``."""
-        return self._substitute(self._parameter_derivative(name), site, i, j, s)
+        return self._substitute(self._derivative(name, chosen), site, i, j, s)
 
     def differentiate(self) -> None:
         """Take the derivatives of the score with respect to ``s`` and to the parameters that ask for it.
@@ -115,20 +115,22 @@ class Pattern:
         ------
         DefinitionError: one isn't known, or a parameter that asks for a gradient isn't a float.
         """
-        _ = self._score_gradient
+        self._derivative(None, None)
         for p in self.params:
             if p.gradient:
-                self._parameter_derivative(p.name)
+                self._derivative(p.name, None)
 
-    @cached_property
-    def _score_gradient(self) -> Expr:
-        return derivative(self._found.score, self._variables.s)
-
-    def _parameter_derivative(self, name: str) -> Expr:
-        param = next(p for p in self.params if p.name == name)
-        if not param.dtype.startswith("float"):
-            raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
-        return derivative(self._found.score, self._variables.params[name])
+    def _derivative(self, name: str | None, chosen: bool | None) -> Expr:
+        """That of the score, or of the one that was chosen, with respect to ``s`` or to a parameter; taken once."""
+        chosen = chosen if self.has_choice else None
+        if (name, chosen) not in self._derivatives:
+            param = next((p for p in self.params if p.name == name), None)
+            if param and not param.dtype.startswith("float"):
+                raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
+            score = self._found.score if chosen is None else self._choice[1 if chosen else 2]
+            variable = self._variables.params[name] if param else self._variables.s
+            self._derivatives[name, chosen] = derivative(score, variable)
+        return self._derivatives[name, chosen]
 
     def visible(self, site: Site, i: Expr, j: Expr) -> Expr | None:
         """The definition's mask: whether query ``i`` sees key ``j``, both of which exist; None for "always"."""

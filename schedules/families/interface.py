@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from tvm.ir import PrimType
 from tvm.tirx import PrimFunc
 
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 
 #: Kinds of kernels: the usual one, and the one for few query rows, with the keys split among blocks.
-FORWARD, DECODE = "forward", "decode"
+FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Program:
     index_bits: int
     workspaces: tuple[Workspace, ...] = ()
     scalars: tuple[Scalar, ...] = ()
-    max_rows: int | None = None
+    max_rows: sizes.Expression | None = None
 
     def __post_init__(self):
         named = [x.name for x in (*self.workspaces, *self.scalars)]

@@ -53,7 +53,6 @@ def compile_object(
     *,
     run_on: str = "",
     recompile_for: str = "",
-    spills_allowed: bool = False,
     images: Path | None = None,
 ) -> ptxas.Report:
     """Compile one exported source to an object file.
@@ -64,7 +63,6 @@ def compile_object(
     arch: what machine code is made for, e.g. ``"sm_90a"``.
     run_on: a newer arch on which the kernel shall also run, for verification: adds PTX.
     recompile_for: another arch whose machine code is made instead, for verification; its spills don't count.
-    spills_allowed: whether a kernel may spill registers.
     images: a folder in which device images are kept, so that kernels with the same device half are compiled once.
 
     Raises
@@ -82,7 +80,7 @@ def compile_object(
         report = ptxas.parse(log)
         if not report.kernels:
             raise ToolchainError(f"compiling {source.name} for {arch}: the compiler reported no kernel\n{log[-2000:]}")
-        ptxas.check(report, spills_allowed=spills_allowed, arch=arch)
+        ptxas.check(report, arch)
         compile_host(embed(device, host, image), half.with_suffix(".cpp"), target)
     weaken_symbols(target)
     return report

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from tvm_flash.machine.cpu import features as cpu_features
 
@@ -43,19 +42,3 @@ def _attribute(driver, device: int, attribute: int) -> int:
     value = ctypes.c_int()
     driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
     return value.value
-
-
-def arch_of(capability: tuple[int, int], archs: Iterable[str]) -> str | None:
-    """The arch whose code is best for a GPU: its own, else the nearest older one of its generation.
-
-    Code for ``sm_90a`` runs on capability 9.0 and on nothing else; code for ``sm_80`` runs on every 8.x.
-    """
-    candidates = []
-    for arch in archs:
-        found = re.fullmatch(r"sm_(\d+)(\d)(a?)", arch)
-        if not found:
-            continue
-        major, minor, exact = int(found[1]), int(found[2]), bool(found[3])
-        if major == capability[0] and (minor == capability[1] or (minor < capability[1] and not exact)):
-            candidates.append((minor, exact, arch))
-    return max(candidates)[2] if candidates else None

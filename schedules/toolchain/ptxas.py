@@ -75,7 +75,7 @@ def parse(text: str) -> Report:
     return Report(tuple(kernels), tuple(dict.fromkeys(warnings)))
 
 
-def check(report: Report, *, spills_allowed: bool, arch: str) -> None:
+def check(report: Report, arch: str) -> None:
     """Refuse kernels that would be slow for a reason that ptxas reports.
 
     Only code for ``arch`` counts: registers and spills of the same source for another arch say nothing of it.
@@ -85,11 +85,10 @@ def check(report: Report, *, spills_allowed: bool, arch: str) -> None:
     ToolchainError: naming each kernel and what is wrong with it.
     """
     faults = list(report.warnings)
-    if not spills_allowed:
-        faults += [
-            f"{k.name} for {k.arch}: spills {k.spills} bytes at {k.registers} registers, stack {k.stack} bytes"
-            for k in report.kernels
-            if k.spills and k.arch == arch
-        ]
+    faults += [
+        f"{k.name} for {k.arch}: spills {k.spills} bytes at {k.registers} registers, stack {k.stack} bytes"
+        for k in report.kernels
+        if k.spills and k.arch == arch
+    ]
     if faults:
         raise ToolchainError("ptxas reports code that must not ship: " + "; ".join(faults))

@@ -16,9 +16,9 @@ from schedules.builder.records import Measurement, PeerMeasurement
 from schedules.tuning.candidate import Batch, Candidate
 from schedules.tuning.folder import Folder
 from schedules.tuning.process import Process, describe
+from tvm_flash.machine.arch import runs_on
 from tvm_flash.measure.timing import digits
 from tvm_flash.measure.workloads import Workload
-from tvm_flash.packs.registry import runs_on
 
 #: Seconds until a step (a check, one block of calls) counts as hung; for the first, which starts torch and the device.
 STEP_LIMIT, START_LIMIT = 20.0, 180.0

@@ -76,15 +76,14 @@ class Batch:
 class Emission:
     """What holds for all candidates of a folder.
 
-    ``sources`` is the hash of the files that kernels are made from; ``spills_allowed`` is the family's; ``rejections``
-    counts, by kernel and reason, the configurations that were refused before compiling.
+    ``sources`` is the hash of the files that kernels are made from; ``rejections`` counts, by kernel and reason, the
+    configurations that were refused before compiling.
     """
 
     arch: str
     isa: str
     versions: dict[str, str]
     sources: str
-    spills_allowed: bool
     rejections: dict[str, dict[str, int]]
 
     def to_json(self) -> str:

@@ -20,12 +20,12 @@ def compile_module(source: Path, module: Path, emission: Emission, recompile_for
     Parameters
     ----------
     source, module: the ``.cu`` file that is there, and the module to write.
-    emission: says for which arch, and whether spills are allowed.
+    emission: says for which arch.
     recompile_for: a newer arch whose machine code is made instead, so that the kernel runs on a GPU of that arch.
     """
     draft, object_file = module.with_suffix(".draft"), module.with_suffix(".o")
     try:
-        compile_source(source, object_file, emission.arch, emission.spills_allowed, recompile_for)
+        compile_source(source, object_file, emission.arch, recompile_for)
         cuda.link_module([object_file], draft)
         os.replace(draft, module)
     except ToolchainError as e:

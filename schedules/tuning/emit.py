@@ -78,11 +78,8 @@ def default_for(spec: KernelSpec, target: Target, workload: Workload) -> Any:
 def begin(folder: Folder, target: Target, specs: Iterable[KernelSpec]) -> None:
     """Say what the candidates of a folder have in common, and put what they share into it."""
     rejections = {spec.symbol: dict(space_of(spec, target).rejections()) for spec in specs}
-    spills_allowed = getattr(family_of(target), "SPILLS_ALLOWED", False)
     versions = compiling.versions_for(target)
-    folder.write_emission(
-        Emission(target.arch, target.isa, versions, sources_digest(target.arch), spills_allowed, rejections)
-    )
+    folder.write_emission(Emission(target.arch, target.isa, versions, sources_digest(target.arch), rejections))
     if target.arch == "cpu" and not _runtime(folder).exists():
         draft = folder.path / "runtime.draft"
         cpu.build_runtime(draft, soname=cpu.runtime_name())

@@ -1,15 +1,37 @@
-"""CUDA kernels on the processor: an exported source to a module that takes CPU tensors (``simt.h`` is the machine)."""
+"""CUDA kernels on the processor: an exported source to a module that takes CPU tensors (``simt.h`` is the machine).
+
+:func:`build` makes a module of one source, :class:`Simulated` runs all launches of a program, its tensors by role.
+"""
 
 from __future__ import annotations
 
+import atexit
 import re
+import shutil
 import subprocess
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
+import torch
+import tvm_ffi
+
+from schedules.families.interface import Program
 from schedules.toolchain.host import _LAUNCHER, split, tvm_ffi_include
 from schedules.toolchain.process import host_compiler
+from tests.simt import instructions
+from tvm_flash.packs import sizes
+from tvm_flash.packs.sizes import evaluate
 
-_HEADER = Path(__file__).with_name("simt.h")
+_HERE = Path(__file__).parent
+
+#: What every translated source begins with: the machine, and what host halves include.
+_PRELUDE = """
+#include "simt.h"
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/function.h>
+"""
 
 #: Where the device half's own functions begin.
 _BEGIN = "#define ushort unsigned short\n#endif\n"
@@ -22,67 +44,9 @@ static cudaError_t tvm_cuda_host_launch(void (*kernel)(Params...), const cudaLau
 }
 """
 
-_ASM = re.compile(r'asm volatile\(\s*((?:"[^"]*"\s*)+)(.*?)\);', re.S)
-_OPERAND = re.compile(r'"[=+&]*[rlf]"\((\w+)\)')
-_OFFSET = r"\[%\d+\+?(\d*)\]"
-
-#: PTX by how it begins, and the call of the machine that it becomes: its operands by number, the constant in its
-#: address, whether it is of bfloat16, and what the pattern names.  The first that matches counts.
-_INSTRUCTIONS = {
-    r"$": "",
-    r"mov\.u32 %0, %%tid\.(?P<axis>\w);": "{0} = threadIdx.{axis};",
-    r"mov\.u32 %0, %%ctaid\.(?P<axis>\w);": "{0} = blockIdx.{axis};",
-    r"mov\.u32 %0, %%nctaid\.(?P<axis>\w);": "{0} = gridDim.{axis};",
-    r"ld\.shared\.v4": "simt::load4({0}, {1}, {2}, {3}, {4} + {offset});",
-    r"st\.shared\.b32": "simt::store1({0} + {offset}, {1});",
-    r"st\.shared\.v4": "simt::store4(simt::at({0} + {offset}), {1}, {2}, {3}, {4});",
-    r"st\.global\.v4": "simt::store4((void*){0}, {1}, {2}, {3}, {4});",
-    r"st\.global\.v2\.f32": "simt::store2((float*){0}, {1}, {2});",
-    r"cp\.async\.cg": "simt::copy_later({0} + {offset}, {1}, {2});",
-    r"cp\.async\.commit": "simt::commit();",
-    r"cp\.async\.wait_group (?P<groups>\d+);": "simt::wait({groups});",
-    r"ldmatrix\S*\.trans\b": "simt::ldmatrix({0}, {1}, {2}, {3}, {4} + {offset}, true);",
-    r"ldmatrix": "simt::ldmatrix({0}, {1}, {2}, {3}, {4} + {offset}, false);",
-    r"bar\.sync": "simt::barrier({0}, {1});",
-    r"cvt\.rn": "{0} = simt::pack({1}, {2}, {brain});",
-    r"\{\.reg \.pred p; setp\.ne\.s32 p, %5, 0;": "simt::load_or_zero({0}, {1}, {2}, {3}, {4}, {5});",
-}
-
-#: Matrix products by shape: the machine's function, and how many registers of d, a and b a thread holds.
-_PRODUCTS = {
-    "m16n8k16": ("mma_m16n8<16>", 4, 4, 2),
-    "m16n8k8": ("mma_m16n8<8>", 4, 2, 1),
-    "m8n8k4": ("mma_m8n8k4", 8, 2, 2),
-}
-_PRODUCT = re.compile(r"mma\.sync\.aligned\.(?P<shape>m\d+n8k\d+)\.row\.(?P<b_order>\w+)")
-
-
-def _instruction(match: re.Match) -> str:
-    """One PTX instruction as a call of the machine."""
-    text = "".join(re.findall(r'"([^"]*)"', match.group(1)))
-    operands = _OPERAND.findall(match.group(2))
-    brain = "true" if "bf16" in text else "false"
-    if found := _PRODUCT.match(text):
-        return _product(found["shape"], found["b_order"], operands, brain)
-    offset = int((re.search(_OFFSET, text) or [0, ""])[1] or 0)
-    for pattern, call in _INSTRUCTIONS.items():
-        if found := re.match(pattern, text):
-            return call.format(*operands, offset=offset, brain=brain, **found.groupdict())
-    raise ValueError(f"the machine has no instruction {text}")
-
-
-def _product(shape: str, b_order: str, operands: list[str], brain: str) -> str:
-    """A matrix product: registers in and out of the arrays that the machine's function takes."""
-    function, d, a, b = _PRODUCTS[shape]
-    flag = ("true" if b_order == "row" else "false") if shape == "m8n8k4" else brain
-    # operands: d, a, b, c
-    arrays = (
-        f"float d[] = {{{', '.join(operands[d + a + b : d + a + b + d])}}};",
-        f"uint32_t a[] = {{{', '.join(operands[d : d + a])}}};",
-        f"uint32_t b[] = {{{', '.join(operands[d + a : d + a + b])}}};",
-    )
-    results = (f"{operands[i]} = d[{i}];" for i in range(d))
-    return "{" + "".join(arrays) + f"simt::{function}(d, a, b, {flag});" + "".join(results) + "}"
+#: -O0 compiles these sources, which are long and straight, several times as fast; what is hot in the machine asks for
+#: more by itself.  Modules that are loaded side by side must not share the machine's statics.
+_FLAGS = ("-std=c++17", "-O0", "-fPIC", "-w", "-fvisibility=hidden", "-fno-gnu-unique")
 
 
 def translate(text: str, name: str) -> str:
@@ -92,20 +56,97 @@ def translate(text: str, name: str) -> str:
     device = re.sub(r'extern "C" __global__ void __launch_bounds__\([^)]*\) \w+\([^;{]*\);\n', "", device)
     device = re.sub(r'extern "C" __global__ void __launch_bounds__\([^)]*\)', "static void", device)
     device = re.sub(r"extern __shared__ \S+ uchar (\w+)\[\];", r"uchar* \1 = simt::shared();", device)
+    device = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", device)  # blocks run one after the other
     device = re.sub(r"#pragma unroll.*\n", "", device)
     device = re.sub(r"__half2 pair = .*\n.*", "to = simt::pack(high, low, false);", device)
-    device = _ASM.sub(_instruction, device)
+    device = instructions.ASM.sub(instructions.translate, device)
     host = re.sub(r"#include <(tvm/ffi/extra/cuda/device_guard|cuda|cuda_runtime)\.h>\n", "", host)
     host = _LAUNCHER.sub(lambda _: _LAUNCH, host)
     host = host.replace("device.device_type) == 2", "device.device_type) == 1")
     host = re.sub(r"tvm::ffi::CUDADeviceGuard [^;]*;", "", host)
-    return f'#include "{_HEADER}"\n{device}\n{host}'
+    return f'#include "prelude.h"\n{device}\n{host}'
 
 
 def build(text: str, folder: Path, name: str = "kernel") -> Path:
     """Compile an exported source for the processor; the path of a module for ``tvm_ffi.load_module``."""
     source, module = folder / f"{name}.cpp", folder / f"{name}.so"
     source.write_text(translate(text, name))
-    command = [host_compiler("c++"), "-std=c++17", "-O0", "-fPIC", "-shared", "-w"]
-    subprocess.run([*command, *(f"-I{p}" for p in tvm_ffi_include()), source, "-o", module], check=True)
+    _compile(f"-I{_prelude()}", source, "-shared", "-o", module)
     return module
+
+
+@lru_cache(maxsize=1)
+def _prelude() -> Path:
+    """A folder with the prelude, precompiled: most of what would be the time of each compilation."""
+    folder = Path(tempfile.mkdtemp(prefix="simt-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    header = folder / "prelude.h"
+    header.write_text(_PRELUDE)
+    _compile("-x", "c++-header", header, "-o", folder / "prelude.h.gch")
+    return folder
+
+
+def _compile(*arguments: object) -> None:
+    include = (_HERE, *tvm_ffi_include())
+    command = [host_compiler("c++"), *_FLAGS, *(f"-I{p}" for p in include), *arguments]
+    subprocess.run([str(word) for word in command], check=True)
+
+
+class Simulated:
+    """All launches of a program, on CPU tensors.
+
+    Parameters
+    ----------
+    program: what was scheduled.
+    text: its exported source, ``Lowered.text``; a test may have changed it.
+    folder: where to compile.
+    name: of the source in errors, and of its files.
+    """
+
+    def __init__(self, program: Program, text: str, folder: Path, name: str = "kernel"):
+        self.program = program
+        self.module = tvm_ffi.load_module(str(build(text, folder, name)))
+
+    def configure(self, order: int = 0, multiprocessors: int = 2) -> None:
+        """How launches run from now on.
+
+        Parameters
+        ----------
+        order: in which order threads get their turns: 0 by number, 1 backwards, others shuffle the warps.
+        multiprocessors: how many the machine says it has; kernels that are persistent launch blocks for as many.
+        """
+        self.module["simulate_with"](order, multiprocessors)
+
+    def __call__(self, tensors: Mapping[str, object], layout: str = "bhsd") -> dict[str, torch.Tensor]:
+        """Run the launches in order; the workspaces that they have left, by name.
+
+        Parameters
+        ----------
+        tensors: tensors and numbers by role.  ``q``, ``k``, ``v`` give the sizes of the problem.
+        layout: of q, k and v: ``"bhsd"`` as V1 has it, or ``"bshd"``.
+        """
+        problem = problem_of(*(tensors[role] for role in "qkv"), layout)
+        for scalar in self.program.scalars:
+            problem[scalar.name] = evaluate(scalar.value, problem)
+        workspaces = {}
+        for workspace in self.program.workspaces:
+            shape = [evaluate(size, problem) for size in workspace.shape]
+            memory = torch.full(
+                (max(1, _bytes(shape, workspace.dtype)),), 0 if workspace.zeroed else 0xFF, dtype=torch.uint8
+            )
+            workspaces[workspace.name] = memory.view(getattr(torch, workspace.dtype)).reshape(shape)
+        given = {**problem, **workspaces, **tensors}
+        for launch in self.program.launches:
+            self.module[launch.symbol](*(given[role] for role in launch.roles))
+        return workspaces
+
+
+def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> dict[str, int]:
+    """The sizes of a problem by name (:mod:`tvm_flash.packs.sizes`)."""
+    q, k, v = (x if layout == "bhsd" else x.transpose(1, 2) for x in (q, k, v))
+    batch, heads, seqlen_q, head_dim = q.shape
+    return sizes.of(batch, heads, seqlen_q, k.shape[1], k.shape[2], head_dim, v.shape[3])
+
+
+def _bytes(shape: list[int], dtype: str) -> int:
+    return torch.Size(shape).numel() * getattr(torch, dtype).itemsize

@@ -148,7 +148,7 @@ def _parts(signature: Signature, arguments: tuple) -> dict[str, Timed]:
         raise SystemExit("the installed packs have no fast path; run `python -m tvm_flash build`")
     (plan,) = eager._plans.values()
     q, k, v = arguments[:3]
-    _, (_, call, *_), ((make_out, of_what, *_), _) = plan.recipe(signature, {"q": q, "k": k, "v": v, "o": None})
+    _, (_, call, *_), ((make_out, of_what, *_), *_) = plan.recipe(signature, {"q": q, "k": k, "v": v})
     ((frame, _),) = call.launches
     frame.run([x.data_ptr() for x in (q, k, v, out, out)])
     function, values, _, count, _ = frame.parts()

@@ -11,7 +11,8 @@ from typing import Any
 
 from tvm_flash.call.problem import DTYPES, FUNCTION_OF_LAYOUT, HEAD_DIM_MULTIPLE, LAYOUTS, VARIANTS
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, LayoutError, NotSupportedError
-from tvm_flash.frameworks import TensorView
+from tvm_flash.frameworks import TensorView, contiguous_strides
+from tvm_flash.operators import tensor
 from tvm_flash.packs import sizes
 
 _DIMENSIONS = {"bhsd": "(batch, heads, seq, head_dim)", "bshd": "(batch, seq, heads, head_dim)"}
@@ -34,19 +35,17 @@ class Sizes:
     head_dim: int
     head_dim_v: int
 
-    def out_shape(self, layout: str) -> tuple[int, int, int, int]:
-        """Shape of the result in a layout."""
-        middle = (self.heads, self.seqlen_q) if layout == "bhsd" else (self.seqlen_q, self.heads)
-        return (self.batch, *middle, self.head_dim_v)
+    def shape_of(self, name: str, layout: str) -> tuple[int, ...]:
+        """Shape of a tensor of an operator (:mod:`tvm_flash.operators`) in a layout."""
+        shape = [getattr(self, axis) for axis in tensor(name).axes]
+        if len(shape) == 4 and layout == "bshd":
+            shape[1], shape[2] = shape[2], shape[1]
+        return tuple(shape)
 
     @property
     def by_name(self) -> dict[str, int]:
         """The sizes as a kernel's manifest names them."""
         return sizes.of(**vars(self))
-
-    @property
-    def lse_shape(self) -> tuple[int, int, int]:
-        return self.batch, self.heads, self.seqlen_q
 
 
 # ---------------------------------------------------------------- q, k, v
@@ -250,27 +249,52 @@ def check_window(window_size: Any) -> tuple[int, int]:
     return left, right
 
 
-# ---------------------------------------------------------------- out and per-head tensors
+# ---------------------------------------------------------------- other tensors
 
 
-def check_out(out: TensorView, shape: tuple[int, ...], q: TensorView) -> None:
-    """That ``out`` can take the result: shape, dtype, device, strides, no element twice, not read-only."""
-    if out.shape != shape:
-        raise InvalidArgumentError(f"out: has shape {out.shape}, expected {shape}; leave it out to get a new tensor")
-    if out.dtype != q.dtype:
-        raise ArgumentTypeError(f"out: has dtype {out.dtype}, expected {q.dtype} as q has")
-    if out.device != q.device:
-        raise ArgumentTypeError(f"out: is on {out.device}, expected {q.device}, where q is")
-    if not out.writable:
-        raise InvalidArgumentError("out: is read-only; leave it out to get a new tensor")
-    check_strides("out", out)
+def check_input(name: str, x: TensorView, shape: tuple[int, ...], dtype: str, q: TensorView) -> None:
+    """That an input whose shape and dtype follow from q, k and v has them, and lies where kernels can read it."""
+    _check_likeness(name, x, shape, dtype, q)
+    if tensor(name).flat:
+        _check_dense(name, x)
+    else:
+        check_strides(name, x)
+
+
+def check_output(name: str, x: TensorView, shape: tuple[int, ...], dtype: str, q: TensorView) -> None:
+    """That a tensor can take a result: shape, dtype, device, strides, no element twice, not read-only."""
+    _check_likeness(name, x, shape, dtype, q, "; leave it out to get a new tensor")
+    if not x.writable:
+        raise InvalidArgumentError(f"{name}: is read-only; leave it out to get a new tensor")
+    check_strides(name, x)
     reach = 1
-    for stride, size in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
-        if 0 not in out.shape and stride < reach:
+    for stride, size in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        if 0 not in x.shape and stride < reach:
             raise InvalidArgumentError(
-                f"out: has strides {out.strides}, in which elements share memory; use a tensor that isn't expanded"
+                f"{name}: has strides {x.strides}, in which elements share memory; use a tensor that isn't expanded"
             )
         reach += stride * (size - 1)
+
+
+def _check_likeness(
+    name: str, x: TensorView, shape: tuple[int, ...], dtype: str, q: TensorView, remedy: str = ""
+) -> None:
+    if x.shape != shape:
+        raise InvalidArgumentError(f"{name}: has shape {x.shape}, expected {shape}{remedy}")
+    if x.dtype != dtype:
+        why = " as q has" if dtype == q.dtype else "; convert it"
+        raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected {dtype}{why}")
+    if x.device != q.device:
+        raise ArgumentTypeError(f"{name}: is on {x.device}, expected {q.device}, where q is")
+
+
+def _check_dense(name: str, x: TensorView) -> None:
+    dense = contiguous_strides(x.shape)
+    if 0 not in x.shape and any(a != b for a, b, n in zip(x.strides, dense, x.shape, strict=True) if n > 1):
+        raise InvalidArgumentError(
+            f"{name}: has strides {x.strides}, expected {dense}, a contiguous tensor; use {name}.contiguous() or "
+            f"numpy.ascontiguousarray({name})"
+        )
 
 
 def check_per_head(name: str, x: TensorView, dtype: str, sizes: Sizes, q: TensorView) -> None:

@@ -14,6 +14,8 @@ from tvm_flash.call.measured import compare, nearest, tune_command
 from tvm_flash.call.problem import Problem
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
+from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
 
@@ -73,7 +75,7 @@ class Choice:
 
 
 # Stages of a rejection: what a kernel failed at.
-_ROWS, _SCORE, _HEAD_DIM, _MASK, _INDEX, _ALIGNMENT, _ORDER = range(7)
+_KIND, _ROWS, _SCORE, _HEAD_DIM, _MASK, _INDEX, _ALIGNMENT, _ORDER = range(8)
 
 
 def template_order(problem: Problem, device: Device, variant: str, prefer: str) -> tuple[tuple[str, str], str]:
@@ -178,11 +180,22 @@ def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance:
 
 
 def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
-    """Why a kernel of the right dtype and definition can't run the problem; None if it can."""
-    if entry.max_rows is not None and problem.rows > entry.max_rows:
-        return Rejection(entry, _ROWS, f"is for {entry.max_rows} query rows a key or fewer, not {problem.rows}")
-    if entry.workspaces and not problem.workspaces:
-        return Rejection(entry, _ROWS, "needs a workspace, which this framework can't allocate there")
+    """Why a kernel of the right operator, dtype and definition can't run the problem; None if it can."""
+    if (entry.kind == ACCUMULATE) != problem.accumulate:
+        what = (
+            "adds to gradients that are there" if entry.kind == ACCUMULATE else "writes gradients, and doesn't add them"
+        )
+        return Rejection(entry, _KIND, what)
+    lacking = [p for p in problem.gradients if p not in {x.name for x in entry.params if x.gradient}]
+    if lacking:
+        return Rejection(entry, _KIND, f"gives no gradient of {', '.join(lacking)}")
+    if entry.max_rows is not None:
+        most = sizes.evaluate(entry.max_rows, problem.sizes)
+        if problem.rows > most:
+            rows = f"{most} query rows a key or fewer, not {problem.rows}" if most else "longer sequences"
+            return Rejection(entry, _ROWS, f"is for {rows}, at {problem.seqlen_kv} keys")
+    if (entry.workspaces or len(entry.launches) > 1) and not problem.workspaces:
+        return Rejection(entry, _ROWS, "needs several launches or a workspace, which this framework hasn't there")
     if problem.masks and entry.score not in problem.scores:
         return Rejection(entry, _SCORE, f"computes the score {entry.score}, not {problem.score}")
     for name in ("head_dim", "head_dim_v"):
@@ -222,6 +235,8 @@ def _reason(
         )
     if device.kind == "cuda" and entry.arch != device.native_arch:
         reason += f"; {entry.arch} code runs on {device.native_arch}, whose own pack has no kernel for this"
+    if entry.max_rows is not None:
+        reason += f"; it splits the keys among blocks, for {problem.rows} query rows a key"
     if problem.mask and entry.mask != problem.mask:
         reason += f"; the mask {entry.mask} stands in for {problem.mask}"
     return reason
@@ -252,6 +267,9 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     dims = str(problem.head_dim)
     dims += f":{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else ""
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
+    if problem.op != FORWARD:
+        options += ["--kind", ACCUMULATE if problem.accumulate else problem.op]
+    whose = arch if problem.op == FORWARD else f"{arch} {problem.op}"
     if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):
         return KernelNotFoundError(
             f"q, k, v: are {problem.dtype}, and GPU kernels take float16, from sm_80 on also bfloat16; convert them"
@@ -259,32 +277,52 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     if nearest is None:
         of = f" of the definition {problem.definition!r}" if custom else ""
         command = build_command(arch, *options, "--dtype", problem.dtype)
-        return KernelNotFoundError(f"no {arch} kernel{of} for {problem.dtype}; run `{command}`")
+        return KernelNotFoundError(f"no {whose} kernel{of} for {problem.dtype}; run `{command}`")
     if nearest.stage == _ALIGNMENT:
         return InvalidArgumentError(
-            f"q, k, v, out: an address or a stride is a multiple of {problem.alignment} bytes only, and every {arch} "
-            f"kernel for this needs {nearest.kernel.alignment}; copy the misaligned tensor, "
+            f"{_named(problem)}: an address or a stride is a multiple of {problem.alignment} bytes only, and every "
+            f"{whose} kernel for this needs {nearest.kernel.alignment}; copy the misaligned tensor, "
             f"as with .clone() or numpy.copy"
         )
     if nearest.stage == _INDEX:
         return NotSupportedError(
-            f"q, k, v, out: a size or a stride needs more than 32 bits, and the {arch} kernels count in 32; "
+            f"{_named(problem)}: a size or a stride needs more than 32 bits, and the {whose} kernels count in 32; "
             f"split the batch or the heads over several calls"
         )
     if nearest.stage == _MASK:
-        command = build_command(arch, "--head-dim", dims, *_kind(problem))
-        return KernelNotFoundError(f"no {arch} kernel for the mask {problem.masks[0]}; run `{command}`")
+        command = build_command(arch, *options, "--head-dim", dims, *_kind(problem))
+        return KernelNotFoundError(f"no {whose} kernel for the mask {problem.mask}; run `{command}`")
     if nearest.stage == _HEAD_DIM:
         command = build_command(arch, *options, "--head-dim", dims)
         largest = nearest.kernel.head_dim, nearest.kernel.head_dim_v
         return KernelNotFoundError(
-            f"no {arch} kernel for head_dim {dims} (the largest takes {':'.join(map(str, largest))}); run `{command}`"
+            f"no {whose} kernel for head_dim {dims} (the largest takes {':'.join(map(str, largest))}); run `{command}`"
         )
     if nearest.stage == _ROWS:
         command = build_command(arch, *options)
-        return KernelNotFoundError(f"no {arch} kernel: {nearest.kernel.symbol} {nearest.reason}; run `{command}`")
-    command = build_command(arch, "--head-dim", dims, *_kind(problem))
-    return KernelNotFoundError(f"no {arch} kernel for the score {problem.score}; run `{command}`")
+        return KernelNotFoundError(f"no {whose} kernel: {nearest.kernel.symbol} {nearest.reason}; run `{command}`")
+    if nearest.stage == _KIND:
+        return KernelNotFoundError(_wrong_kind(problem, f"{whose} kernel", nearest))
+    command = build_command(arch, *options, "--head-dim", dims, *_kind(problem))
+    return KernelNotFoundError(f"no {whose} kernel for the score {problem.score}; run `{command}`")
+
+
+def _named(problem: Problem) -> str:
+    """The tensors of a problem whose addresses and strides count."""
+    operator = OPERATORS[problem.op]
+    return ", ".join((*operator.inputs, *operator.all_outputs(problem.gradients)))
+
+
+def _wrong_kind(problem: Problem, kernel: str, nearest: Rejection) -> str:
+    if problem.accumulate:
+        return (
+            f"accumulate: is True, and no {kernel} adds to gradients that are there; leave it out, and add the results "
+            f"to float32 tensors"
+        )
+    return (
+        f"{', '.join(problem.gradients)}: a gradient is wanted, and every {kernel} for this {nearest.reason}; "
+        f"ask for none, as with .detach()"
+    )
 
 
 def _on_tensor_cores(dtype: str, device: Device) -> bool:
@@ -294,5 +332,8 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
-    mask = problem.masks[-1]
-    return "--mask", mask, "--score", "optional" if mask == "positioned" else problem.score
+    padded = problem.mask in ("padded", "positioned")
+    if problem.op != FORWARD:
+        padded = padded or problem.score != "identity"
+    mask, score = ("positioned", "optional") if padded else ("window", problem.score)
+    return "--mask", mask, "--score", score

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm_flash.call import eager, fast
-from tvm_flash.call.prepare import named, same_framework
+from tvm_flash.call.prepare import same_framework
 from tvm_flash.call.signature import Options, Signature
 from tvm_flash.frameworks import Framework, Traced, framework_of
 
@@ -18,12 +18,12 @@ _TRACING = {"torch": "tvm_flash.tracing.torch_ops", "jax": "tvm_flash.tracing.ja
 
 def slow(signature: Signature, *arguments: Any) -> Any:
     """What ``signature.call`` gives, without the fast path, and for it if there is one."""
-    given = dict(zip(signature.tensors, arguments[: len(signature.tensors)], strict=True))  # alike long: torch 2.4
-    q, k, v, out = (given[name] for name in ("q", "k", "v", "out"))
-    parameters = {name: given[name] for name in signature.parameters if given[name] is not None}
-    options = signature.options(*arguments[len(signature.tensors) :])
+    count = len(signature.tensors)
+    named = zip(signature.tensors, arguments[:count], strict=True)  # torch 2.4 compiles no other zip
+    tensors = {name: x for name, x in named if x is not None or name in signature.inputs}
+    options = signature.options(*arguments[count:])
     answer = eager.attention if signature.below else attention
-    return answer(options, q, k, v, parameters, out, (signature, arguments))
+    return answer(options, tensors, (signature, arguments))
 
 
 fast.install(slow)
@@ -47,31 +47,38 @@ def entrance(signature: Signature) -> Callable[..., Any]:
     return attend
 
 
-def attention(
-    options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any, call: tuple | None = None
-) -> Any:
-    """Attention over tensors in memory, or over what stands for tensors.
+def attention(options: Options, tensors: dict[str, Any], call: tuple | None = None) -> Any:
+    """An operator over tensors in memory, or over what stands for tensors.
 
-    ``per_head`` are the parameters that are tensors, by name.  ``call`` are a signature and a call's arguments, which
-    the fast path shall know from now on.
+    ``tensors`` are those that are given, by name.  ``call`` are a signature and a call's arguments, which the fast path
+    shall know from now on.
     """
-    framework = framework_of(q, "q")
-    if framework.watched((q, k, v, *per_head.values(), out)):
-        same_framework(named(q, k, v, per_head, out), watched=True)
-        return _tracing(framework).attention(options, q, k, v, per_head, out)
+    framework = framework_of(tensors["q"], "q")
+    given = tuple(tensors.values())
+    if framework.watched(given):
+        same_framework(tensors, watched=True)
+        return _tracing(framework).attention(options, tensors)
     try:
-        return eager.attention(options, q, k, v, per_head, out, call)
+        if _differentiated(framework, given):
+            same_framework(tensors)
+            return _tracing(framework).attention(options, tensors)
+        return eager.attention(options, tensors, call)
     except Traced as e:
-        return _tracing(e.framework).attention(options, q, k, v, per_head, out)
+        return _tracing(e.framework).attention(options, tensors)
 
 
-def _torch_program(
-    options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any, call: tuple | None = None
-) -> Any:
+def _differentiated(framework: Framework, tensors: tuple[Any, ...]) -> bool:
+    try:
+        return framework.differentiated(*tensors)
+    except AttributeError:  # not tensors of one framework: the checks say so
+        return False
+
+
+def _torch_program(options: Options, tensors: dict[str, Any], call: tuple | None = None) -> Any:
     """What ``torch.compile`` sees in place of :func:`attention`."""
     from tvm_flash.tracing import torch_ops
 
-    return torch_ops.program(options, q, k, v, per_head, out)
+    return torch_ops.program(options, tensors)
 
 
 attention._torchdynamo_inline = _torch_program

@@ -177,7 +177,7 @@ def remember(signature: Signature, arguments: tuple, framework: Framework, plan:
     """Keep what a plan has done for the next call with such arguments (those of ``signature.call``)."""
     if signature.fast_call is None or not _readable(type(arguments[0]), framework):
         return
-    given = dict(zip(signature.roles, arguments, strict=False))
+    given = dict(zip(signature.tensors, arguments, strict=False))
     _add(signature.fast_call, arguments, functools.partial(plan.recipe, signature, given))
 
 

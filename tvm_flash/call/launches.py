@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from typing import Any
 
 from tvm_flash.call import memory
 from tvm_flash.call.request import Request
+from tvm_flash.catalogue import DEFAULTS
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.machine.ffi import TensorSpec
+from tvm_flash.operators import gradient_of, role_of, tensor
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import KernelEntry
 
@@ -58,21 +61,77 @@ def maker(memory_: Memory, request: Request) -> Callable[[], Any]:
     return allocator((memory_.elements,), "float32", request.q)
 
 
+@dataclass(frozen=True)
+class Made:
+    """A tensor that a call makes if it isn't given: its name, shape and dtype; what is read has a ``value``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    value: float | None = None
+
+    def maker(self, request: Request) -> Callable[[], Any]:
+        """What makes the tensor."""
+        framework, value = request.framework, self.value
+        allocate = framework.allocator(self.shape, self.dtype, request.q)
+        if value is None:
+            return allocate
+
+        def filled():
+            tensor = allocate()
+            framework.fill(tensor, value)
+            return tensor
+
+        # On a GPU each call fills one of its own, in the order of its stream.
+        return functools.partial(_same, filled()) if request.device.kind == "cpu" else filled
+
+
+def _same(tensor: Any) -> Any:
+    return tensor
+
+
+def made_by(request: Request, entry: KernelEntry, extents: Mapping[str, int]) -> tuple[Made, ...]:
+    """What a call makes: its results first, in order, then what its kernel takes although nobody asked for it.
+
+    The latter are the gradients of parameters; parameters of a mask that stands in for a simpler one; and flat tensors
+    of all in all one element: a kernel takes a shorter one than expected for none, and there is no shorter one.
+    """
+    operator, arguments = request.operator, {x.role: x for x in entry.arguments}
+    found = [Made(n, request.shape_of(n), request.dtype_of(n)) for n in request.results if n not in request.given]
+    if operator.differentiates:
+        unasked = [n for p in entry.params if p.gradient and (n := gradient_of(p.name)) not in request.outputs]
+        shapes = {1: (1,), 2: (request.sizes.batch, request.sizes.heads)}
+        found += [Made(n, shapes[arguments[n].rank], "float32") for n in unasked]
+    for name in (*operator.on_request, *operator.optional):
+        shape = request.shape_of(name)
+        if math.prod(shape) == 1 and name not in request.results and name not in request.given:
+            found.append(Made(name, shape, request.dtype_of(name), 0.0 if name in operator.optional else None))
+    for p in entry.params:
+        if p.per_head and p.name not in request.given and p.name in DEFAULTS:
+            found.append(Made(p.name, (1, 1), p.dtype, sizes.evaluate(DEFAULTS[p.name], extents)))
+    return tuple(found)
+
+
 def arguments_of(
-    entry: KernelEntry, request: Request, extents: Mapping[str, int]
+    entry: KernelEntry, request: Request, made: tuple[Made, ...], extents: Mapping[str, int]
 ) -> dict[str, TensorSpec | int | float]:
     """Every argument of a kernel but for its pointers, by role, in the kernel's layout."""
     device, swap = request.device, entry.layout != request.layout
     found: dict[str, TensorSpec | int | float] = {"softmax_scale": request.softmax_scale, **request.scalars}
-    for name, x in (("q", request.q), ("k", request.k), ("v", request.v)):
-        found[name] = _in_layout(x.shape, x.strides, x.dtype, request, swap)
-    out_strides = request.out.strides if request.out else contiguous_strides(request.out_shape)
-    found["o"] = _in_layout(request.out_shape, out_strides, entry.dtype_of("o"), request, swap)
-    lse_elements = math.prod(request.sizes.lse_shape) if request.return_lse else 1
-    found["lse"] = TensorSpec((lse_elements,), (1,), "float32", device.kind, device.index)
-    for name, x in request.per_head.items():
-        found[name] = _per_head(x, request)
+    for name, x in request.given.items():
+        if name in request.parameters:
+            found[name] = _per_head(x, request)
+        else:
+            found[role_of(name)] = _spec(name, x.shape, x.strides, x.dtype, request, swap)
     heads = (request.sizes.batch, request.sizes.heads)
+    for x in made:
+        if x.name in DEFAULTS:
+            found[x.name] = TensorSpec(heads, (0, 0), x.dtype, device.kind, device.index)
+            continue
+        found[role_of(x.name)] = _spec(x.name, x.shape, contiguous_strides(x.shape), x.dtype, request, swap)
+    for name in (*request.operator.on_request, *request.operator.optional):
+        if role_of(name) not in found:  # one element is shorter than expected, and means that there is none
+            found[role_of(name)] = TensorSpec((1,), (1,), tensor(name).dtype, device.kind, device.index)
     for param in entry.params:  # one that isn't given, and that the kernel doesn't use then
         if param.per_head and param.name not in found and request.scalars.get(f"has_{param.name}") == 0:
             found[param.name] = TensorSpec(heads, (0, 0), param.dtype, device.kind, device.index)
@@ -93,16 +152,19 @@ def _per_head(x: TensorView, request: Request) -> TensorSpec:
     return TensorSpec(shape, strides, x.dtype, request.device.kind, request.device.index)
 
 
-def _in_layout(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, request: Request, swap: bool
+def _spec(
+    name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, request: Request, swap: bool
 ) -> TensorSpec:
-    """A tensor of rank 4, dimensions 1 and 2 swapped if the kernel's layout is the other one.
+    """A tensor of the operator as kernels take it: a flat one as a vector, and one of rank 4 with dimensions 1 and 2
+    swapped if the kernel's layout is the other one.
 
     The stride of a dimension of size 1 is arbitrary and never used: it gets the value of a contiguous tensor, as
     kernels may ask strides to be aligned.
     """
+    if tensor(name).flat:
+        shape, strides = (math.prod(shape),), (1,)
     plain = contiguous_strides(shape)
     strides = tuple(p if n == 1 else s for n, s, p in zip(shape, strides, plain, strict=True))
-    if swap:
+    if swap and len(shape) == 4:
         shape, strides = ((x[0], x[2], x[1], x[3]) for x in (shape, strides))
     return TensorSpec(shape, strides, dtype, request.device.kind, request.device.index)

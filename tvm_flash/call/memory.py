@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from tvm_flash.errors import InvalidArgumentError
@@ -57,19 +57,22 @@ def overlap(a: Footprint, pointer_a: int, b: Footprint, pointer_b: int) -> bool:
         return True
 
 
-def check_overlap(output: Footprint, at_out: int, inputs: Mapping[str, Footprint], pointers: Iterable[int]) -> None:
-    """That ``out`` shares no byte with an input; ``inputs`` by name, their ``pointers`` in the same order.
+def check_overlap(outputs: Collection[str], footprints: Mapping[str, Footprint], at: Mapping[str, int]) -> None:
+    """That no output shares a byte with a tensor before it; footprints and pointers by name, in the order of a call.
 
     Raises
     ------
     InvalidArgumentError
     """
-    for (name, x), at in zip(inputs.items(), pointers, strict=True):
-        if overlap(output, at_out, x, at):
-            raise InvalidArgumentError(
-                f"out: shares memory with {name}, which is read while out is written; give it memory of its own, or "
-                f"leave it out"
-            )
+    for output in outputs:
+        for name, x in footprints.items():
+            if name == output:
+                break
+            if overlap(footprints[output], at[output], x, at[name]):
+                what = "is written too" if name in outputs else f"is read while {output} is written"
+                raise InvalidArgumentError(
+                    f"{output}: shares memory with {name}, which {what}; give it memory of its own, or leave it out"
+                )
 
 
 class _Shadow:

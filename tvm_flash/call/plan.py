@@ -1,52 +1,54 @@
 """A call that is prepared but for its pointers.
 
 Everything that can be decided from shapes, strides, dtypes and options is decided once and kept in a :class:`Plan`; a
-repeated call then sets pointers, checks those (alignment, overlap with ``out``), allocates the result and launches.
+repeated call then sets pointers, checks those (alignment, overlap with what is written), allocates results and
+workspaces, and launches.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 from tvm_flash.call import fast, memory
 from tvm_flash.call.choice import choose
-from tvm_flash.call.launches import ZEROED, arguments_of, maker, workspaces_of
+from tvm_flash.call.launches import ZEROED, arguments_of, made_by, maker, workspaces_of
 from tvm_flash.call.problem import Problem
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Signature
 from tvm_flash.machine.ffi import Frame
-from tvm_flash.packs.manifest import KernelEntry, Launch
+from tvm_flash.operators import role_of, tensor
+from tvm_flash.packs.manifest import Launch
 from tvm_flash.packs.registry import registry
 
 
 class EmptyPlan:
-    """A problem with a size of 0: an empty result, or, where there are queries but no keys, zeros and −inf."""
+    """A problem with a size of 0: empty results, and where there are queries but no keys, or keys but no queries, zeros
+    and a log-sum-exp of −inf."""
 
     suspicion = None
 
     def __init__(self, request: Request):
-        self._request = request
+        self._request, self.results = request, request.results
 
     def recipe(self, signature: Signature, given: Mapping[str, Any]) -> None:
         """What the fast path needs: it leaves empty problems alone."""
 
-    def run(self, q: Any, k: Any, v: Any, per_head: tuple[Any, ...], out: Any) -> tuple[Any, Any]:
-        """The result and the log-sum-exp (None unless it was asked for)."""
-        request, lse = self._request, None
-        framework = request.framework
-        if out is None:
-            out = framework.allocator(request.out_shape, request.problem.dtype, request.q)()
-        if 0 not in request.out_shape:
-            framework.fill(out, 0.0)
-        if request.return_lse:
-            lse = framework.allocator(request.sizes.lse_shape, "float32", request.q)()
-            if 0 not in request.sizes.lse_shape:
-                framework.fill(lse, float("-inf"))
-        return out, lse
+    def run(self, tensors: Mapping[str, Any]) -> list[Any]:
+        """The results, in order; ``tensors`` are those of the call by name."""
+        request = self._request
+        framework, results = request.framework, []
+        for name in request.results:
+            shape = request.shape_of(name)
+            x = tensors.get(name)
+            if x is None:
+                x = framework.allocator(shape, request.dtype_of(name), request.q)()
+            if 0 not in shape and not request.problem.accumulate:
+                framework.fill(x, float("-inf") if name in request.operator.on_request else 0.0)
+            results.append(x)
+        return results
 
 
 class Plan:
@@ -54,75 +56,71 @@ class Plan:
 
     def __init__(self, request: Request, alignment: int = memory.MAX_ALIGNMENT):
         """Choose and load the kernel for pointers that are multiples of ``alignment`` bytes."""
-        self._request = request
+        self._request, self.results = request, request.results
         self.suspicion = request.suspicion
+        operator = request.operator
+        self._aligned = [n for n in (*operator.inputs, *request.outputs) if n in request.given]
         strides = 0
-        for x in (request.q, request.k, request.v, *([request.out] if request.out else [])):
-            strides |= memory.stride_bits(x)
+        for name in self._aligned:
+            strides |= 0 if tensor(name).flat else memory.stride_bits(request.given[name])
         problem = _with_alignment(request.problem, min(alignment, memory.alignment_of(strides)))
         self.choice = choose(problem, request.device, request.variant)
         entry = self.choice.kernel.entry
         extents = entry.extents(request.sizes.by_name)
-        arguments = arguments_of(entry, request, extents)
+        self._made = made_by(request, entry, extents)
+        arguments = arguments_of(entry, request, self._made, extents)
         functions = registry().load(self.choice.kernel)
+        present = {*request.given, *(x.name for x in self._made), *operator.on_request}
+        absent = {*(p.name for p in entry.params if p.per_head), *operator.optional} - present
         self._launches = [
-            (function, [arguments[x.role] for x in launch.arguments], _tensor_roles(launch, entry, request))
+            (function, [arguments[x.role] for x in launch.arguments], _tensor_roles(launch, absent))
             for function, launch in zip(functions, entry.launches, strict=True)
         ]
         self._misaligned = entry.alignment - 1
         self._realigned: dict[int, Plan] = {}
         self._frames: list[tuple[Frame, ...]] = []  # append and pop are atomic: threads never share a frame
-        self._inputs = {
-            name: memory.footprint(x)
-            for name, x in (("q", request.q), ("k", request.k), ("v", request.v), *request.per_head.items())
-        }
-        self._output = memory.footprint(request.out) if request.out else None
+        self._footprints = {name: memory.footprint(x) for name, x in request.given.items()}
+        self._outputs = [n for n in request.outputs if n in request.given]
         self._gpu = request.device.index if request.device.kind == "cuda" else None
         self._lock = threading.Lock()
-        self._framework, self._return_lse = request.framework, request.return_lse
-        # A kernel that isn't asked for lse gets a tensor of one element, which must exist if that is all of lse.
-        self._lse_needed = request.return_lse or math.prod(request.sizes.lse_shape) == 1
-        if request.out is None:
-            self._make_out = self._framework.allocator(request.out_shape, entry.dtype_of("o"), request.q)
-        if self._lse_needed:
-            self._make_lse = self._framework.allocator(request.sizes.lse_shape, "float32", request.q)
+        self._framework = request.framework
+        self._makers = [(x.name, role_of(x.name), x.maker(request)) for x in self._made]
+        self._unread = [role_of(n) for n in operator.on_request if n not in {x.name for x in self._made}]
         self._workspaces = [(memory_, maker(memory_, request)) for memory_ in workspaces_of(entry, extents)]
 
-    def run(self, q: Any, k: Any, v: Any, per_head: tuple[Any, ...], out: Any) -> tuple[Any, Any]:
-        """The result and the log-sum-exp (None unless it was asked for).
+    def run(self, tensors: Mapping[str, Any]) -> list[Any]:
+        """The results, in order; ``tensors`` are those of the call that are given, by name.
 
         Raises
         ------
-        InvalidArgumentError: ``out`` overlaps an input, or data is misaligned for every kernel.
+        InvalidArgumentError: a result overlaps another tensor, or data is misaligned for every kernel.
         KernelError: the kernel failed to launch.
         """
         framework = self._framework
         pointer = framework.pointer
         try:
-            at_q, at_k, at_v = pointer(q), pointer(k), pointer(v)
+            at = {name: pointer(x) for name, x in tensors.items()}
         except RuntimeError:
-            for name, x in (("q", q), ("k", k), ("v", v)):
+            for name, x in tensors.items():
                 framework.view(x, name)  # says which one has no memory, and what to do
             raise
-        at_out = 0
-        if out is not None:
-            at_out = pointer(out)
-            memory.check_overlap(self._output, at_out, self._inputs, (at_q, at_k, at_v, *map(pointer, per_head)))
-        bits = at_q | at_k | at_v | at_out
+        if self._outputs:
+            memory.check_overlap(self._outputs, self._footprints, at)
+        bits = 0
+        for name in self._aligned:
+            bits |= at[name]
         if bits & self._misaligned:
-            return self._for_alignment(memory.alignment_of(bits)).run(q, k, v, per_head, out)
-        if out is None:
-            out = self._make_out()
-            at_out = pointer(out)
-        lse, at_lse = None, at_out
-        if self._lse_needed:
-            lse = self._make_lse()
-            at_lse = pointer(lse)
-        pointers = {"q": at_q, "k": at_k, "v": at_v, "o": at_out, "lse": at_lse}
-        pointers |= {name: pointer(x) for name, x in zip(self._request.per_head, per_head, strict=True)}
+            return self._for_alignment(memory.alignment_of(bits)).run(tensors)
+        pointers = {role_of(name): address for name, address in at.items()}
+        found = dict(tensors)
+        for name, role, make in self._makers:
+            found[name] = x = make()
+            pointers[role] = pointer(x)
+        for role in self._unread:  # some address, to which nothing is written
+            pointers[role] = pointers["q"]
         workspaces = [(memory_, make()) for memory_, make in self._workspaces]
-        for memory_, tensor in workspaces:
-            pointers |= memory_.pointers(pointer(tensor))
+        for memory_, x in workspaces:
+            pointers |= memory_.pointers(pointer(x))
         frames = self._frames_of_one_call()
         for frame, (_, _, roles) in zip(frames, self._launches, strict=True):
             if self._gpu is None:
@@ -132,7 +130,7 @@ class Plan:
         if self._gpu is not None:
             framework.finish(self._gpu)
         self._frames.append(frames)
-        return out, (lse if self._return_lse else None)
+        return [found[name] for name in self.results]
 
     def _frames_of_one_call(self) -> tuple[Frame, ...]:
         """A frame for each launch that no other call uses."""
@@ -144,45 +142,41 @@ class Plan:
     def recipe(self, signature: Signature, given: Mapping[str, Any]) -> tuple[int, Any, tuple] | None:
         """What the fast path needs to do the same for tensors of this alignment; None if each call must warn.
 
-        ``given`` are the call's tensors by role, None for what isn't given; the answer is that of
-        :func:`tvm_flash.call.fast.recipe`.
+        ``given`` are the call's tensors by name; the answer is that of :func:`tvm_flash.call.fast.recipe`.
         """
         if self.suspicion is not None:
             return None
         bits = 0
-        for role in ("q", "k", "v", "o"):
-            bits |= 0 if given[role] is None else self._framework.pointer(given[role])
+        for name in self._aligned:
+            bits |= self._framework.pointer(given[name])
         if bits & self._misaligned:
             return self._for_alignment(memory.alignment_of(bits)).recipe(signature, given)
         request, framework = self._request, self._framework
 
-        def ways(shape, dtype, make):
-            return fast.ways(framework.quick_allocator(shape, dtype, request.q) or make, make)
+        def ways(shape, dtype, any_value, make):
+            quick = framework.quick_allocator(shape, dtype, request.q) if any_value else None
+            return fast.ways(quick or make, make)
 
-        out = None
-        if request.out is None:
-            out = ways(request.out_shape, self.choice.kernel.entry.dtype_of("o"), self._make_out)
-        # On the processor the fast path has room of its own for an lse that nobody asked for.
-        makes_lse = self._return_lse or (self._lse_needed and self._gpu is not None)
-        lse = ways(request.sizes.lse_shape, "float32", self._make_lse) if makes_lse else None
-        made = [("o", out), ("lse", lse)]
+        made = zip(self._made, self._makers, strict=True)
+        makers = {x.name: ways(x.shape, x.dtype, x.value is None, make) for x, (_, _, make) in made}
+        if self._gpu is None:  # on the processor the fast path has room of its own for what nobody asked for
+            makers = {n: x for n, x in makers.items() if n in request.results or n not in request.operator.on_request}
+        names = dict.fromkeys((*request.results, *makers))
+        made = [(role_of(name), makers.get(name)) for name in names]
         for memory_, make in self._workspaces:
-            quick = (
-                None if memory_.role == ZEROED else framework.quick_allocator((memory_.elements,), "float32", request.q)
-            )
-            made.append((memory_.role, fast.ways(quick or make, make)))
+            made.append((memory_.role, ways((memory_.elements,), "float32", memory_.role != ZEROED, make)))
         call = fast.Call(
             launches=tuple(
                 (frame, roles) for frame, (_, _, roles) in zip(self._frames_of_one_call(), self._launches, strict=True)
             ),
             made=tuple(made),
-            returned=2 if self._return_lse else 1,
+            returned=len(request.results),
             workspaces={
                 name: (memory_.role, offset)
                 for memory_, _ in self._workspaces
                 for name, offset in memory_.offsets.items()
             },
-            footprints={**self._inputs, **({"o": self._output} if self._output else {})},
+            footprints={role_of(name): x for name, x in self._footprints.items()},
         )
         return fast.recipe(signature, call)
 
@@ -198,7 +192,6 @@ def _with_alignment(problem: Problem, alignment: int) -> Problem:
     return problem if problem.alignment == alignment else dataclasses.replace(problem, alignment=alignment)
 
 
-def _tensor_roles(launch: Launch, entry: KernelEntry, request: Request) -> tuple[str, ...]:
-    """The roles of a launch's tensors, in the order of its arguments; q's memory stands for what isn't given."""
-    absent = {p.name for p in entry.params if p.per_head} - request.per_head.keys()
+def _tensor_roles(launch: Launch, absent: set[str]) -> tuple[str, ...]:
+    """The roles of a launch's tensors, in the order of its arguments; q's memory stands for what isn't there."""
     return tuple("q" if x.role in absent else x.role for x in launch.arguments if x.rank)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tvm_flash.call import checks, memory
@@ -13,6 +14,7 @@ from tvm_flash.call.problem import (
     INT32_MAX,
     MAX_POSITIONED,
     UNBOUNDED,
+    Mask,
     Problem,
     normalise_mask,
 )
@@ -22,54 +24,44 @@ from tvm_flash.catalogue import OPTIONAL, PER_HEAD, score_of
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
+from tvm_flash.operators import OPERATORS
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry, Param
 from tvm_flash.packs.registry import build_command, registry
 
-NO_BACKWARD = (
-    "q, k, v: a gradient is required of them, and there is no backward pass yet; call under torch.no_grad() or "
-    "torch.inference_mode(), or pass q.detach() and so on"
-)
 
-
-def no_backward_of(name: str) -> str:
-    """The same for a tensor other than q, k and v."""
-    return f"{name}: a gradient is required of it, and there is no backward pass yet; pass {name}.detach()"
-
-
-def prepare(
-    options: Options, framework: Framework, tensors: Mapping[str, Any], per_head: Mapping[str, Any], out: Any
-) -> Plan | EmptyPlan:
+def prepare(options: Options, framework: Framework, tensors: Mapping[str, Any]) -> Plan | EmptyPlan:
     """Check everything but pointers, choose a kernel and lay out its arguments.
 
     Arguments and errors are those of :func:`request_of`, and what ``options.accept`` raises.
     """
-    request = request_of(options, framework, tensors, per_head, out)
+    request = request_of(options, framework, tensors)
     options.accept(request.device)
-    if 0 in (*request.q.shape, *request.k.shape):
-        return EmptyPlan(request)
-    return Plan(request)
+    return EmptyPlan(request) if request.is_empty else Plan(request)
 
 
-def request_of(
-    options: Options, framework: Framework, tensors: Mapping[str, Any], per_head: Mapping[str, Any], out: Any
-) -> Request:
+def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any]) -> Request:
     """A call after all checks that don't need pointers.
 
-    ``tensors`` are q, k and v; they, ``per_head`` and ``out`` are of ``framework`` and adopted by it.
+    ``tensors`` are those of the call that are given, by name, all of ``framework`` and adopted by it.
 
     Raises
     ------
     TvmFlashError: see :mod:`tvm_flash.errors`.
     """
-    _check_gradients(framework, named(**tensors, per_head=per_head, out=out))
-    q, k, v = (framework.view(x, name) for name, x in tensors.items())
-    sizes = checks.check_tensors(options.layout, q, k, v)
-    per_head_views = {name: framework.view(x, name) for name, x in per_head.items()}
-    what, scalars, declared = _computation(options, sizes, per_head_views)
-    for name, x in per_head_views.items():
-        checks.check_per_head(name, x, declared[name].dtype, sizes, q)
-    out_view = _check_out(framework, out, options.layout, sizes, q)
-    return Request(
+    operator = OPERATORS[options.op]
+    flag = checks.check_flag(operator.flag, options.flag)
+    accumulate = flag and operator.differentiates
+    outputs = operator.all_outputs(options.gradients)
+    if accumulate:
+        _check_accumulators(outputs, tensors)
+    given = {name: framework.view(x, name) for name, x in tensors.items() if name not in outputs}
+    q = given["q"]
+    sizes = checks.check_tensors(options.layout, q, given["k"], given["v"])
+    parameters = tuple(name for name in given if name not in (*operator.inputs, *operator.optional))
+    what, scalars, declared = _computation(options, sizes, parameters)
+    for name in parameters:
+        checks.check_per_head(name, given[name], declared[name].dtype, sizes, q)
+    request = Request(
         framework=framework,
         layout=options.layout,
         sizes=sizes,
@@ -79,25 +71,28 @@ def request_of(
             dtype=q.dtype,
             layout=options.layout,
             workspaces=framework.allocates(q.device_kind),
-            index_bits=_index_bits(sizes, (q, k, v, out_view), options.layout),
+            op=options.op,
+            accumulate=accumulate,
+            gradients=options.gradients,
         ),
         device=Device(q.device_kind, q.device_index),
         variant=checks.check_variant(options.variant),
         softmax_scale=checks.check_scale(options.softmax_scale, sizes.head_dim),
         scalars=scalars,
-        q=q,
-        k=k,
-        v=v,
-        per_head=per_head_views,
-        out=out_view,
-        return_lse=checks.check_flag("return_lse", options.return_lse),
+        given=given,
+        parameters=parameters,
+        outputs=outputs,
+        results=(*outputs, *(operator.on_request if flag else ())),
         suspicion=None if options.layout_known else checks.layout_suspicion(options.layout, sizes, q),
     )
-
-
-def named(q: Any, k: Any, v: Any, per_head: Mapping[str, Any], out: Any) -> dict[str, Any]:
-    """The tensors of a call by name, without ``out`` if it isn't given."""
-    return {"q": q, "k": k, "v": v, **per_head, **({} if out is None else {"out": out})}
+    for name in (*operator.inputs, *operator.optional):
+        if name in given and name not in "qkv":
+            checks.check_input(name, given[name], request.shape_of(name), request.dtype_of(name), q)
+    memory_of = {name: _check_output(request, name, tensors.get(name)) for name in outputs}
+    given = {**given, **{name: x for name, x in memory_of.items() if x is not None}}
+    request = dataclasses.replace(request, given=given)
+    problem = dataclasses.replace(request.problem, index_bits=_index_bits(request))
+    return dataclasses.replace(request, problem=problem)
 
 
 def same_framework(tensors: Mapping[str, Any], watched: bool = False) -> Framework:
@@ -121,39 +116,58 @@ def same_framework(tensors: Mapping[str, Any], watched: bool = False) -> Framewo
     return framework
 
 
-def _check_gradients(framework: Framework, tensors: Mapping[str, Any]) -> None:
-    for name, x in tensors.items():
-        if framework.differentiated(x):
-            raise NotSupportedError(NO_BACKWARD if name in ("q", "k", "v") else no_backward_of(name))
+def _check_accumulators(outputs: tuple[str, ...], tensors: Mapping[str, Any]) -> None:
+    for name in outputs:
+        if name not in tensors:
+            raise InvalidArgumentError(
+                f"{name}: isn't given, and with accumulate=True gradients are added to what is there; give a float32 "
+                f"tensor for each of {', '.join(outputs)}, zeros at first"
+            )
 
 
 def _computation(
-    options: Options, sizes: checks.Sizes, per_head: Mapping[str, TensorView]
-) -> tuple[dict[str, Any], dict[str, float | int], dict[str, Param]]:
-    """What is computed: fields of the problem, the scalar parameters, and the declarations of the per-head ones."""
+    options: Options, sizes: checks.Sizes, per_head: Collection[str]
+) -> tuple[dict[str, Any], dict[str, float | int], Mapping[str, Param]]:
+    """What is computed: fields of the problem, the scalar parameters, and the declarations of those that are tensors.
+
+    ``per_head`` names the tensors that are given.
+    """
+    mask, what = kinds_of(options, sizes.seqlen_q, sizes.seqlen_kv, per_head)
     if options.definition != BUILTIN_DEFINITION:
         params = params_of(options.definition)
-        scalars = {name: _scalar(params[name], x) for name, x in options.params}
-        return {"definition": options.definition, "mask": "", "score": ""}, scalars, params
-    causal = checks.check_flag("causal", options.causal)
-    window = checks.check_window(options.window_size)
-    mask = normalise_mask(causal, window, sizes.seqlen_q, sizes.seqlen_kv)
+        return what, {name: _scalar(params[name], x) for name, x in options.params}, params
     left, right = (min(x, INT32_MAX) for x in mask.widths(sizes.seqlen_q, sizes.seqlen_kv))
-    kind = "padded" if "kv_end" in per_head else mask.kind
     if "query_start" in per_head:  # queries may stand anywhere, so that no bound is known to cut nothing off
-        kind = "positioned"
         if sizes.seqlen_q + sizes.seqlen_kv > MAX_POSITIONED:
             raise NotSupportedError(
                 f"query_start: there are {sizes.seqlen_q} queries and {sizes.seqlen_kv} keys, and with it at most "
                 f"{MAX_POSITIONED} together; split the queries over several calls"
             )
-        left, right = (UNBOUNDED if x == -1 else min(x, UNBOUNDED) for x in window)
-        right = 0 if causal else right
-    softcap = checks.check_softcap(options.softcap)
-    what = {"mask": kind, "score": score_of(softcap != 0, "alibi_slopes" in per_head)}
-    scalars = {"softcap": softcap, "window_left": left, "window_right": right}
+        left, right = (UNBOUNDED if x == -1 else min(x, UNBOUNDED) for x in checks.check_window(options.window_size))
+        right = 0 if options.causal else right
+    scalars = {"softcap": checks.check_softcap(options.softcap), "window_left": left, "window_right": right}
     scalars |= {f"has_{name}": int(name in per_head) for name in OPTIONAL}
     return what, scalars, PER_HEAD
+
+
+def kinds_of(
+    options: Options, seqlen_q: int, seqlen_kv: int, per_head: Collection[str]
+) -> tuple[Mask | None, dict[str, str]]:
+    """The mask in its normal form (None for a definition of the user's own), and definition, mask and score by name.
+
+    Raises
+    ------
+    InvalidArgumentError, ArgumentTypeError: an option of the mask or the score is wrong.
+    """
+    if options.definition != BUILTIN_DEFINITION:
+        return None, {"definition": options.definition, "mask": "", "score": ""}
+    window = checks.check_window(options.window_size)
+    mask = normalise_mask(checks.check_flag("causal", options.causal), window, seqlen_q, seqlen_kv)
+    kind = "positioned" if "query_start" in per_head else "padded" if "kv_end" in per_head else mask.kind
+    capped = checks.check_softcap(options.softcap) != 0
+    return mask, {
+        "definition": BUILTIN_DEFINITION, "mask": kind, "score": score_of(capped, "alibi_slopes" in per_head)
+    }  # fmt: skip
 
 
 def params_of(definition: str) -> dict[str, Param]:
@@ -183,24 +197,26 @@ def _scalar(param: Param, value: Any) -> float | int:
     return int(number)
 
 
-def _check_out(framework: Framework, out: Any, layout: str, sizes: checks.Sizes, q: TensorView) -> TensorView | None:
-    shape = sizes.out_shape(layout)
-    if math.prod(shape) * memory.ITEM_SIZE[q.dtype] > sys.maxsize:
+def _check_output(request: Request, name: str, x: Any) -> TensorView | None:
+    """What is known of memory that is given for a result, once it is known to fit; None if none is given."""
+    shape, dtype, framework = request.shape_of(name), request.dtype_of(name), request.framework
+    if math.prod(shape) * memory.ITEM_SIZE[dtype] > sys.maxsize:
         raise InvalidArgumentError(f"q: the result would have shape {shape}, more bytes than there are addresses")
-    if out is None:
+    if x is None:
         return None
     if not framework.mutable:
-        raise ArgumentTypeError(f"out: arrays of {framework.name} can't be written; leave it out to get a new one")
-    view = framework.view(out, "out")
-    checks.check_out(view, shape, q)
+        raise ArgumentTypeError(f"{name}: arrays of {framework.name} can't be written; leave it out to get a new one")
+    view = framework.view(x, name)
+    checks.check_output(name, view, shape, dtype, request.q)
     return view
 
 
-def _index_bits(sizes: checks.Sizes, views: tuple[TensorView | None, ...], layout: str) -> int:
+def _index_bits(request: Request) -> int:
     """32 if every size, stride and position that a kernel counts fits an int32, else 64."""
+    sizes = request.sizes
     numbers = [sizes.batch * sizes.heads * sizes.seqlen_q, 2 * (sizes.seqlen_q + sizes.seqlen_kv)]
-    for x in views:
-        if x is not None:
-            numbers += [*x.shape, *(abs(s) for s, n in zip(x.strides, x.shape, strict=True) if n > 1)]
-    numbers += contiguous_strides(sizes.out_shape(layout))
+    for x in request.given.values():
+        numbers += [*x.shape, *(abs(s) for s, n in zip(x.strides, x.shape, strict=True) if n > 1)]
+    for name in request.outputs:
+        numbers += contiguous_strides(request.shape_of(name))
     return 32 if max(numbers) <= INT32_MAX else 64

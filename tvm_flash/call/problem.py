@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm_flash.catalogue import MASKS, SCORES
+from tvm_flash.operators import FORWARD
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, FARTHEST_START
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -72,7 +74,8 @@ class Problem:
     definition of the user's own, which has them built in.  ``layout`` is that of the caller's tensors.
     ``alignment`` is the number of bytes (a power of two) that all pointers and strides are multiples of.
     ``index_bits`` is 32 if every size and stride fits an int32, else 64.  ``op`` is the operator that is asked for, and
-    ``workspaces`` says whether memory for them can be allocated.
+    ``workspaces`` says whether memory for them can be allocated.  ``accumulate`` says that gradients are to be added to
+    float32 ones that are there, ``gradients`` of which parameters some are wanted.
     """
 
     batch: int
@@ -89,13 +92,22 @@ class Problem:
     definition: str = BUILTIN_DEFINITION
     alignment: int = 128
     index_bits: int = 32
-    op: str = "forward"
+    op: str = FORWARD
     workspaces: bool = True
+    accumulate: bool = False
+    gradients: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
         """Query rows that share a key: those of all heads of a group."""
-        return self.seqlen_q * (self.heads // max(1, self.kv_heads))
+        return self.sizes["rows"]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes by name (:mod:`tvm_flash.packs.sizes`)."""
+        return sizes.of(
+            *(self.batch, self.heads, self.seqlen_q, self.kv_heads, self.seqlen_kv, self.head_dim, self.head_dim_v)
+        )
 
     @property
     def masks(self) -> tuple[str, ...]:

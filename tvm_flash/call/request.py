@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm_flash.call.checks import Sizes
 from tvm_flash.call.problem import Problem
 from tvm_flash.frameworks import Framework, TensorView
 from tvm_flash.machine.device import Device
+from tvm_flash.operators import OPERATORS, Operator, tensor
 
 
 @dataclass(frozen=True)
 class Request:
     """A call after all checks that don't need pointers.
 
-    ``scalars`` are the run-time parameters that are numbers, by name; ``per_head`` those that are tensors, in the order
-    in which the call gives them.  ``out`` is None if the result is to be allocated.
-    ``suspicion`` is the text of a warning that heads and sequence may be swapped.
+    ``given`` are its tensors by name, in the order of the call; ``parameters`` and ``outputs`` name those that are
+    parameters of mask and score, and the outputs, given or not.  ``results`` names what the call returns, in order.
+    ``scalars`` are the run-time parameters that are numbers, by name.  ``suspicion`` is the text of a warning that
+    heads and sequence may be swapped.
     """
 
     framework: Framework
@@ -26,15 +29,33 @@ class Request:
     device: Device
     variant: str
     softmax_scale: float
-    scalars: dict[str, float | int]
-    q: TensorView
-    k: TensorView
-    v: TensorView
-    per_head: dict[str, TensorView]
-    out: TensorView | None
-    return_lse: bool
+    scalars: Mapping[str, float | int]
+    given: Mapping[str, TensorView]
+    parameters: tuple[str, ...]
+    outputs: tuple[str, ...]
+    results: tuple[str, ...]
     suspicion: str | None
 
     @property
-    def out_shape(self) -> tuple[int, ...]:
-        return self.sizes.out_shape(self.layout)
+    def operator(self) -> Operator:
+        return OPERATORS[self.problem.op]
+
+    @property
+    def q(self) -> TensorView:
+        """The queries, which say on which device and in which dtype everything is."""
+        return self.given["q"]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return 0 in (*self.given["q"].shape, *self.given["k"].shape)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor of the operator, in the layout of the call."""
+        return self.sizes.shape_of(name, self.layout)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of a tensor of the operator."""
+        if self.problem.accumulate and name in self.outputs:
+            return "float32"
+        return tensor(name).dtype or self.problem.dtype

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tvm_flash.call import fast
-from tvm_flash.operators import OPERATORS, role_of
+from tvm_flash.operators import FORWARD, OPERATORS, role_of
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ def accept_any(device: Device) -> None:
 class Options(NamedTuple):
     """What a call asks for, apart from tensors; not yet checked.  A tuple, since it is the key of plans in every call.
 
-    ``params`` are names and values of the numbers that a definition of the user's own takes.  ``accept`` may raise for
-    the device that tensors are on.  ``layout_known`` says that no shape is to be taken for one of the other layout.
+    ``flag`` is the value of the operator's own option.  ``params`` are names and values of the numbers that a
+    definition of the user's own takes.  ``accept`` may raise for the device that tensors are on.  ``layout_known`` says
+    that no shape is to be taken for one of the other layout.  ``gradients`` names the parameters whose gradients are
+    wanted.
     """
 
     layout: str
     variant: Any
-    return_lse: Any
+    flag: Any
     softmax_scale: Any
     causal: Any = False
     window_size: Any = (-1, -1)
@@ -36,6 +38,8 @@ class Options(NamedTuple):
     params: tuple[tuple[str, Any], ...] = ()
     accept: Callable[[Device], None] = accept_any
     layout_known: bool = False
+    op: str = FORWARD
+    gradients: tuple[str, ...] = ()
 
 
 class Signature:
@@ -48,6 +52,7 @@ class Signature:
     ----------
     inputs: names of the tensors that must be given, those of the operator.
     parameters: names of the parameters of mask and score that are tensors; a call has None for one that it lacks.
+    gradients: names of the parameters whose gradients are results too.
     outputs: names of the results that may be given, None in a call that doesn't.
     tensors: all of those, in the order of a call; ``roles`` are their roles in a kernel.
     scalars: for a definition of the user's own, the names of its parameters that are numbers.
@@ -63,28 +68,32 @@ class Signature:
         scalars: tuple[str, ...] = (),
         accept: Callable[[Device], None] = accept_any,
         layout_known: bool = False,
-        op: str = "forward",
+        op: str = FORWARD,
         below: bool = False,
+        gradients: tuple[str, ...] = (),
     ):
         self.layout, self.definition, self.accept, self.layout_known = layout, definition, accept, layout_known
-        self.op, self.parameters, self.scalars, self.below = op, parameters, scalars, below
-        self.inputs, self.outputs = OPERATORS[op].inputs, OPERATORS[op].outputs
-        self.tensors = (*self.inputs, *parameters, *self.outputs)
+        self.op, self.parameters, self.scalars, self.below, self.gradients = op, parameters, scalars, below, gradients
+        operator = OPERATORS[op]
+        self.inputs, self.outputs = operator.inputs, operator.all_outputs(gradients)
+        self.tensors = operator.tensors(parameters, gradients)
         self.roles = tuple(map(role_of, self.tensors))
         self.call: Callable[..., Any]
         self.fast_call: Callable[..., Any] | None
         fast.enter(self)
 
-    def options(self, variant: Any, return_lse: Any, softmax_scale: Any, *rest: Any) -> Options:
+    def options(self, variant: Any, flag: Any, softmax_scale: Any, *rest: Any) -> Options:
         """The options of a call; ``rest`` is causal, window_size and softcap, or the values of ``scalars``."""
         builtin = self.definition == BUILTIN_DEFINITION
         return Options(
-            *(self.layout, variant, return_lse, softmax_scale),
+            *(self.layout, variant, flag, softmax_scale),
             *(rest if builtin else ()),
             definition=self.definition,
             params=() if builtin else tuple(zip(self.scalars, rest, strict=True)),
             accept=self.accept,
             layout_known=self.layout_known,
+            op=self.op,
+            gradients=self.gradients,
         )
 
 

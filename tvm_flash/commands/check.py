@@ -83,6 +83,7 @@ def _runnable(arch: str | None) -> Iterator[tuple[Installed, Device]]:
         for candidate in device.archs()
         if arch in (None, candidate)
         for kernel in sorted(registry().kernels(candidate), key=lambda k: _kind(k.entry))
+        if kernel.entry.op == "forward"
     )
 
 

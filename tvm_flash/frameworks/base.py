@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +78,9 @@ class Framework(ABC):
         May raise any error for something that isn't a tensor of this framework: :meth:`view` then says what is wrong.
         """
 
-    def key_of_three(self, q: Any, k: Any, v: Any) -> Hashable:
-        """:meth:`key` of three tensors in one."""
-        return self.key(q), self.key(k), self.key(v)
+    def keys(self, tensors: Iterable[Any]) -> Hashable:
+        """:meth:`key` of several tensors in one."""
+        return tuple([self.key(x) for x in tensors])
 
     @abstractmethod
     def pointer(self, tensor: Any) -> int:

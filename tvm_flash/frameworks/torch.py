@@ -32,13 +32,8 @@ class Torch(Framework):
     def key(self, tensor):
         return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
-    def key_of_three(self, q, k, v):
-        # Written out flat: 0.9 µs in each call instead of 1.5.
-        # fmt: off
-        return (q.shape, q.stride(), q.dtype, q.device,
-                k.shape, k.stride(), k.dtype, k.device,
-                v.shape, v.stride(), v.dtype, v.device)
-        # fmt: on
+    def keys(self, tensors):
+        return tuple([part for x in tensors for part in (x.shape, x.stride(), x.dtype, x.device)])
 
     def view(self, tensor, name):
         check_dense(tensor, name)

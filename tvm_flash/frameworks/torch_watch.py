@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 torch = sys.modules["torch"]
@@ -45,13 +46,21 @@ def is_differentiated(tensor: Any) -> bool:
     """Whether a derivative by a tensor is asked for, in either mode, at any level of ``torch.func``."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and tensor.requires_grad
+    return any((torch.is_grad_enabled() and x.requires_grad) or has_tangent(x) for x in _levels(tensor))
+
+
+def has_tangent_below(tensor: Any) -> bool:
+    """Whether a tensor carries a tangent, at any level of ``torch.func``."""
+    return not torch.compiler.is_compiling() and any(map(has_tangent, _levels(tensor)))
+
+
+def _levels(tensor: Any) -> Iterator[Any]:
+    """A tensor, and what it is at each level of ``torch.func`` below."""
     functorch = getattr(_C, "_functorch", None)
-    while True:
-        if (torch.is_grad_enabled() and tensor.requires_grad) or has_tangent(tensor):
-            return True
-        if functorch is None or not functorch.is_functorch_wrapped_tensor(tensor):
-            return False
+    yield tensor
+    while functorch is not None and functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
+        yield tensor
 
 
 def _unusual(tensor: Any) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.machine import cpu, cuda
-from tvm_flash.packs.registry import arch_of, by_closeness, capability_of, registry
+from tvm_flash.machine.arch import arch_of, by_closeness, capability_of
+from tvm_flash.packs.registry import registry
 
 
 @dataclass(frozen=True)

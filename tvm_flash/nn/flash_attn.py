@@ -38,7 +38,7 @@ def flash_attn_func(
 
     Raises
     ------
-    NotSupportedError: ``dropout_p`` isn't 0, or a gradient is required; and what
+    NotSupportedError: ``dropout_p`` isn't 0, or a gradient is required that no kernel computes; and what
         :func:`tvm_flash.flash_attention_v2` raises.
     """
     _refuse_dropout(dropout_p)
@@ -99,7 +99,7 @@ def flash_attn_varlen_func(
 
     Raises
     ------
-    NotSupportedError: ``dropout_p`` isn't 0, a ``block_table`` is given, or a gradient is required.
+    NotSupportedError: ``dropout_p`` isn't 0, a ``block_table`` is given, or no kernel computes the gradients.
     InvalidArgumentError: the sequences don't fit the tensors.
     """
     _refuse_dropout(dropout_p)
@@ -179,7 +179,7 @@ def _window(window_size: tuple[int | None, int | None] | None) -> tuple[int, int
 def _refuse_dropout(dropout_p: float) -> None:
     if dropout_p:
         raise NotSupportedError(
-            f"dropout_p: is {dropout_p}, and these kernels have no dropout; give 0.0, as for inference (model.eval())"
+            f"dropout_p: is {dropout_p}, and these kernels have no dropout; give 0.0; models are trained without it"
         )
 
 

@@ -1,6 +1,6 @@
 """``torch.nn.functional.scaled_dot_product_attention``, computed by this package's kernels where they can.
 
-Where they can't (dropout, gradients, a mask of the user's own over queries and keys, a device or dtype without kernels)
+Where they can't (dropout, a mask of the user's own over queries and keys, a device or dtype without kernels)
 torch's own function computes it, and a :class:`FallbackWarning` says why, once for each reason.
 """
 
@@ -18,10 +18,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 from tvm_flash.call.choice import choose
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, Problem
 from tvm_flash.errors import TvmFlashError
-from tvm_flash.frameworks.torch_watch import is_differentiated
+from tvm_flash.frameworks.torch_watch import has_tangent_below, is_differentiated
 from tvm_flash.machine.device import Device
 from tvm_flash.nn.attend import attend, fit
 from tvm_flash.nn.masks import KeyMask, key_mask_of
+from tvm_flash.operators import BACKWARD, FORWARD
 from tvm_flash.packs.registry import on_refresh, registry
 from tvm_flash.padded import padded_attention
 
@@ -90,7 +91,7 @@ def scaled_dot_product_attention(
     if reason is None:
         kind = "full" if not is_causal else "window" if query.shape[-2] > key.shape[-2] else "causal"
         kind = kind if mask is None else "padded"
-        reason = no_kernel(kind, query, value)
+        reason = no_kernel(kind, query, key, value)
     if reason is not None:
         warn_of_fallback(reason)
         return torch_sdpa(*asked, **options)
@@ -121,8 +122,10 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
     """Why torch must compute a call, as far as that doesn't depend on the mask and on the kernels."""
     if dropout_p:
         return "dropout_p isn't 0, and these kernels have no dropout"
-    if any(is_differentiated(x) for x in (query, key, value, attn_mask) if isinstance(x, torch.Tensor)):
-        return "a gradient is required, and there is no backward pass yet"
+    if any(map(has_tangent_below, (query, key, value))):
+        return "a forward-mode derivative is asked for, and these kernels have gradients in reverse mode only"
+    if isinstance(attn_mask, torch.Tensor) and is_differentiated(attn_mask):
+        return "a gradient of attn_mask is required, and these kernels take masks over keys"
     shapes = q, k, v = query.shape, key.shape, value.shape
     if not (len(q) == len(k) == len(v) and len(q) in (3, 4)):
         return f"the tensors have {', '.join(str(len(x)) for x in shapes)} dimensions, expected 4, or 3, of each"
@@ -144,36 +147,44 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
     return None
 
 
-def no_kernel(mask: str, query: torch.Tensor, value: torch.Tensor, score: str = "identity") -> str | None:
-    """Why no kernel computes a kind of call, or None if one does."""
+def no_kernel(
+    mask: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: str = "identity"
+) -> str | None:
+    """Why no kernel computes a kind of call, and its gradients where they are required; None if one does."""
     device, sizes = query.device, (query.shape[-1], value.shape[-1])
-    limits = _limits(mask, score, device.type, device.index or 0, query.dtype)
-    if isinstance(limits, str):
-        return limits
-    if not any(sizes[0] <= head_dim and sizes[1] <= head_dim_v for head_dim, head_dim_v in limits):
-        return f"there are kernels for head dimensions up to {limits} only"
+    for op in (FORWARD, BACKWARD) if any(map(is_differentiated, (query, key, value))) else (FORWARD,):
+        why = "" if op == FORWARD else "a gradient is required, and "
+        limits = _limits(mask, score, device.type, device.index or 0, query.dtype, op)
+        if isinstance(limits, str):
+            return why + limits
+        if not any(sizes[0] <= head_dim and sizes[1] <= head_dim_v for head_dim, head_dim_v in limits):
+            return f"{why}there are kernels for head dimensions up to {limits} only"
     return None
 
 
 @torch.compiler.assume_constant_result
-def _limits(mask: str, score: str, kind: str, index: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...] | str:
-    """``(head_dim, head_dim_v)`` of the largest kernels, or why there are none; a compiled program asks once."""
-    return _look_up(mask, score, kind, index, dtype)
+def _limits(
+    mask: str, score: str, kind: str, index: int, dtype: torch.dtype, op: str
+) -> tuple[tuple[int, int], ...] | str:
+    """``(head_dim, head_dim_v)`` of the kernels of an operator, or why there are none; a compiled program asks once."""
+    return _look_up(mask, score, kind, index, dtype, op)
 
 
 @functools.lru_cache(maxsize=1024)
-def _look_up(mask: str, score: str, kind: str, index: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...] | str:
+def _look_up(
+    mask: str, score: str, kind: str, index: int, dtype: torch.dtype, op: str
+) -> tuple[tuple[int, int], ...] | str:
     if kind not in ("cpu", "cuda") or dtype not in _DTYPES:
         return f"there are no kernels for {dtype} on {kind}"
     sizes = (1, 1, 1, 1, 1, HEAD_DIM_MULTIPLE, HEAD_DIM_MULTIPLE)
-    problem = Problem(*sizes, dtype=_DTYPES[dtype], layout="bhsd", mask=mask, score=score)
+    problem = Problem(*sizes, dtype=_DTYPES[dtype], layout="bhsd", mask=mask, score=score, op=op)
     device = Device(kind, index)
     try:
         choose(problem, device, "auto")
     except TvmFlashError as e:
         return str(e)
     kernels = [
-        k.entry for arch in device.archs() for k in registry().candidates(arch, problem.definition, problem.dtype)
+        k.entry for arch in device.archs() for k in registry().candidates(arch, problem.definition, problem.dtype, op)
     ]
     fitting = [e for e in kernels if e.mask in problem.masks and e.score in problem.scores]
     return tuple(sorted({(e.head_dim, e.head_dim_v) for e in fitting}))

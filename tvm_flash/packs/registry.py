@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -19,12 +18,11 @@ from pathlib import Path
 
 from tvm_flash.errors import PackError
 from tvm_flash.machine import cpu, ffi
+from tvm_flash.machine.arch import capability_of
 from tvm_flash.packs.manifest import MANIFEST_NAME, KernelEntry, Manifest, ModuleFile
 
 PATH_VARIABLE = "TVM_FLASH_PACKS"
 PACKAGE_PACKS = Path(__file__).parent
-
-_CUDA_ARCH = re.compile(r"sm_(\d+)(\d)([af]?)")
 
 
 @dataclass(frozen=True)
@@ -76,41 +74,6 @@ def own_packs() -> Path:
 def build_command(arch: str, *options: str) -> str:
     """The command that builds what is missing; ``options`` are further arguments."""
     return " ".join(("python -m tvm_flash build --arch", arch, *options))
-
-
-def arch_of(capability: tuple[int, int]) -> str:
-    """The arch that is built for a compute capability: ``(9, 0)`` → ``"sm_90a"``."""
-    major, minor = capability
-    return f"sm_{major}{minor}" + ("a" if capability == (9, 0) else "")
-
-
-def capability_of(arch: str) -> tuple[int, int] | None:
-    """The compute capability that an arch is built for: ``"sm_90a"`` → ``(9, 0)``; None if it is no CUDA arch."""
-    parts = _CUDA_ARCH.fullmatch(arch)
-    return (int(parts[1]), int(parts[2])) if parts else None
-
-
-def runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether machine code for ``arch`` runs on a GPU.
-
-    It runs on every later minor version of its major version; code with the suffix ``a`` only on exactly its own
-    (CUDA C++ Programming Guide, "Compute Capability" and "Family-Specific Features").
-    """
-    parts = _CUDA_ARCH.fullmatch(arch)
-    if not parts:
-        return False
-    own, suffix = (int(parts[1]), int(parts[2])), parts[3]
-    return own == capability if suffix == "a" else own[0] == capability[0] and own[1] <= capability[1]
-
-
-def by_closeness(archs: set[str], capability: tuple[int, int]) -> list[str]:
-    """The archs that run on a GPU, the one made for it first, then ever older ones."""
-
-    def closeness(arch):
-        major, minor, suffix = _CUDA_ARCH.fullmatch(arch).groups()
-        return int(major), int(minor), suffix == "a", suffix == "f"
-
-    return sorted((a for a in archs if runs_on(a, capability)), key=closeness, reverse=True)
 
 
 class Registry:
@@ -220,7 +183,7 @@ def _read(folder: Path) -> Pack:
     if manifest.arch == "cpu":
         if pack.lacking:
             unusable = f"it is for {manifest.isa} and needs {', '.join(pack.lacking)}, which this processor lacks"
-    elif not _CUDA_ARCH.fullmatch(manifest.arch):
+    elif capability_of(manifest.arch) is None:
         unusable = f"its arch {manifest.arch!r} is unknown to this version"
     if _written_by_anyone(folder) or _written_by_anyone(folder / MANIFEST_NAME):
         unusable = f"it {_BY_ANYONE}; run `chmod -R o-w {folder}` if you trust it"

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from tvm_flash.call import checks, memory
-from tvm_flash.call.prepare import named, request_of
+from tvm_flash.call.prepare import request_of
 from tvm_flash.call.signature import Options
 from tvm_flash.call.suspicion import warn_of_layout
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import Torch, check_dense, is_functorch_wrapped, is_wrapper, name_of
+from tvm_flash.operators import OPERATORS
 
 #: Whether a program that is being compiled can be asked what it knows of a symbol: 2.5 can't, 2.13 can.
 _CAN_ASK_SYMBOLS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
@@ -38,7 +39,7 @@ def check_options(options: Options) -> Options:
     return Options(
         layout=options.layout,
         variant=checks.check_variant(options.variant),
-        return_lse=checks.check_flag("return_lse", options.return_lse),
+        flag=checks.check_flag(OPERATORS[options.op].flag, options.flag),
         softmax_scale=scale if scale is None or isinstance(scale, _SYMBOLS) else checks.check_scale(scale, 0),
         causal=checks.check_flag("causal", options.causal),
         window_size=window,
@@ -49,6 +50,8 @@ def check_options(options: Options) -> Options:
         ),
         accept=options.accept,
         layout_known=options.layout_known,
+        op=options.op,
+        gradients=options.gradients,
     )
 
 
@@ -76,27 +79,25 @@ def check_kinds(tensors: dict[str, Any]) -> None:
             )
 
 
-def check_call(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> None:
+def check_call(options: Options, tensors: dict[str, Any]) -> None:
     """All that a plain call checks, but whether there is a kernel, and its warning; where every size is known.
 
     Raises
     ------
     TvmFlashError: see :mod:`tvm_flash.errors`.
     """
-    tensors = named(q, k, v, per_head, out)
     if not all(isinstance(x, torch.Tensor) and _known(x) for x in tensors.values()):
         return
-    _check_same(q, k, v)
-    request = request_of(options, _ABSTRACT, {"q": q, "k": k, "v": v}, per_head, out)
-    if not q.is_meta:
+    _check_same(*(tensors[name] for name in "qkv"))
+    request = request_of(options, _ABSTRACT, tensors)
+    if not tensors["q"].is_meta:
         options.accept(request.device)
     if request.suspicion is not None:
         warn_of_layout(request.suspicion, options.layout)
-    if out is not None and not any(map(is_wrapper, tensors.values())):
-        views = {"q": request.q, "k": request.k, "v": request.v, **request.per_head}
-        inputs = {name: memory.footprint(view) for name, view in views.items()}
-        pointers = [tensors[name].data_ptr() for name in inputs]
-        memory.check_overlap(memory.footprint(request.out), out.data_ptr(), inputs, pointers)
+    given = [name for name in request.outputs if name in tensors]
+    if given and not any(map(is_wrapper, tensors.values())):
+        footprints = {name: memory.footprint(view) for name, view in request.given.items()}
+        memory.check_overlap(given, footprints, {name: x.data_ptr() for name, x in tensors.items()})
 
 
 def warn_in_program(options: Options, q: torch.Tensor, k: torch.Tensor) -> None:
@@ -164,9 +165,6 @@ class _Abstract(Torch):
         strides = contiguous_strides(shape) if copied else tensor.stride()
         kind = "cpu" if tensor.is_meta else tensor.device.type
         return TensorView(shape, strides, name_of(tensor.dtype), kind, tensor.device.index or 0, pointer=0)
-
-    def differentiated(self, *tensors):
-        return False
 
 
 _ABSTRACT = _Abstract()

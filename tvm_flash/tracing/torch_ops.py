@@ -1,55 +1,70 @@
-"""Attention as operators of PyTorch: what compiled, exported and otherwise traced programs call.
+"""Attention as operators of PyTorch: what compiled, exported, differentiated and otherwise traced programs call.
 
-Importing this module imports torch and registers ``torch.ops.tvm_flash.attention`` and
-``torch.ops.tvm_flash.custom_attention``.  The public functions call kernels directly and come here for tensors that
-have no memory: under ``torch.compile`` and ``torch.export``, on fake and meta tensors, in ``torch.vmap``.
+Importing this module imports torch and registers ``torch.ops.tvm_flash.attention``, ``custom_attention``, and the
+backward of each.  The public functions call kernels directly and come here for tensors that have no memory (under
+``torch.compile`` and ``torch.export``, fake and meta ones, in ``torch.vmap``), and for those that need gradients.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
-from tvm_flash.call.prepare import NO_BACKWARD, named, no_backward_of
+from tvm_flash.call.backward import why_no_backward
 from tvm_flash.call.signature import Options, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
-from tvm_flash.frameworks.torch_watch import is_differentiated
+from tvm_flash.frameworks.torch import name_of
+from tvm_flash.machine.device import Device
+from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.tracing import torch_decomposed
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
+from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
 
 _MINIMUM = (2, 4)
 
 if tuple(int(x) for x in torch.__version__.split(".")[:2]) < _MINIMUM:
     raise NotSupportedError(
         f"torch: is version {torch.__version__}, expected {'.'.join(map(str, _MINIMUM))} or later for compiled and "
-        f"traced programs; plain calls work with any version"
+        f"traced programs, and for gradients; plain calls work with any version"
     )
+
+#: The parameters of the package's own definition that are tensors, in the order of the operators.
+_PARAMETERS = ("alibi_slopes", "kv_start", "kv_end", "query_start")
 
 _library = torch.library.Library("tvm_flash", "DEF")
 # Inductor may otherwise hand over tensors whose last dimension isn't contiguous.
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+_INPUTS = {
+    FORWARD: "Tensor q, Tensor k, Tensor v",
+    BACKWARD: "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse=None",
+}
+_LAST = {
+    FORWARD: "bool return_lse=False) -> (Tensor, Tensor)",
+    # dq, dk, dv, and of each parameter in gradients one for each batch entry and head
+    BACKWARD: "str[] gradients) -> Tensor[]",
+}
+_LAYOUT = 'str layout="bhsd", str variant="auto", float? softmax_scale=None'
 # None and −1 are both unbounded, and calls pass −1: AOTInductor of torch 2.13 loses whole numbers that equal a default.
-_library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? alibi_slopes=None, Tensor? kv_start=None, "
-    "Tensor? kv_end=None, Tensor? query_start=None, *, "
-    'str layout="bhsd", str variant="auto", float? softmax_scale=None, bool causal=False, int? window_left=None, '
-    "int? window_right=None, float softcap=0.0, bool return_lse=False) -> (Tensor, Tensor)",
-    tags=_TAGS,
+_BUILTIN = (
+    f"{', '.join(f'Tensor? {name}=None' for name in _PARAMETERS)}, *, {_LAYOUT}, "
+    "bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
 )
-_library.define(
-    "custom_attention(Tensor q, Tensor k, Tensor v, Tensor[] per_head, float[] numbers, *, str name, "
-    'str[] per_head_names, str[] number_names, str layout="bhsd", str variant="auto", float? softmax_scale=None, '
-    "bool return_lse=False) -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
+_CUSTOM = f"Tensor[] per_head, float[] numbers, *, str name, str[] per_head_names, str[] number_names, {_LAYOUT}"
+
+_NAMES = {FORWARD: ("attention", "custom_attention"), BACKWARD: ("attention_backward", "custom_attention_backward")}
+for _op, _names in _NAMES.items():
+    for _name, _rest in zip(_names, (_BUILTIN, _CUSTOM), strict=True):
+        _inputs = _INPUTS[_op] if _rest is _BUILTIN else _INPUTS[_op].replace("=None", "")
+        _library.define(f"{_name}({_inputs}, {_rest}, {_LAST[_op]}", tags=_TAGS)
 
 
-def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
+def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
     """:func:`tvm_flash.call.dispatch.attention` by way of the operators.
 
     Raises
@@ -57,75 +72,82 @@ def attention(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any]
     TvmFlashError: an argument is wrong, or of a kind that the operators don't know.
     """
     try:
-        return program(options, q, k, v, per_head, out)
+        return program(options, tensors)
     except TypeError as e:
         if isinstance(e, ArgumentTypeError) or "NotImplemented" not in str(e):
             raise
-        kinds = {type(x).__qualname__ for x in named(q, k, v, per_head, out).values()} - {"Tensor", "Parameter"}
+        kinds = {type(x).__qualname__ for x in tensors.values()} - {"Tensor", "Parameter"}
         raise ArgumentTypeError(
             f"q: is a {', '.join(sorted(kinds))}, which doesn't know this operator; pass the tensors that it stands for"
         ) from e
 
 
-def program(options: Options, q: Any, k: Any, v: Any, per_head: dict[str, Any], out: Any) -> Any:
+def program(options: Options, tensors: Mapping[str, Any]) -> Any:
     """The same as ``torch.compile`` traces it."""
-    tensors = named(q, k, v, per_head, out)
     check_kinds(tensors)
     options = check_options(options)
     if any(type(x).__name__ == "DTensor" for x in tensors.values()):
         _distribute()
-    operator = torch.ops.tvm_flash.attention
     if torch.compiler.is_compiling():
-        warn_in_program(options, q, k)
+        warn_in_program(options, tensors["q"], tensors["k"])
     else:
-        check_call(options, q, k, v, per_head, out)
-        operator = torch_decomposed.attention if _onnx_is_traced() else operator
+        check_call(options, tensors)
+    operator = OPERATORS[options.op]
+    outputs = operator.all_outputs(options.gradients)
+    if options.op == BACKWARD and options.flag:
+        raise NotSupportedError(
+            "accumulate: is True in a program that is traced or differentiated, where nothing is added in place; call "
+            "it under torch.no_grad() and not in torch.compile"
+        )
+    inputs = [tensors[name] for name in operator.inputs] + [tensors.get(name) for name in operator.optional]
+    own = {"return_lse": options.flag} if options.op == FORWARD else {"gradients": list(options.gradients)}
+    own |= {"layout": options.layout, "variant": options.variant, "softmax_scale": options.softmax_scale}
+    builtin, custom = (getattr(torch.ops.tvm_flash, name) for name in _NAMES[options.op])
+    if options.op == FORWARD and not torch.compiler.is_compiling() and _onnx_is_traced():
+        builtin = torch_decomposed.attention
     if options.definition == BUILTIN_DEFINITION:
         left, right = options.window_size
-        results = operator(
-            q,
-            k,
-            v,
-            per_head.get("alibi_slopes"),
-            per_head.get("kv_start"),
-            per_head.get("kv_end"),
-            per_head.get("query_start"),
-            layout=options.layout,
-            variant=options.variant,
-            softmax_scale=options.softmax_scale,
+        results = builtin(
+            *inputs,
+            *(tensors.get(name) for name in _PARAMETERS),
             causal=options.causal,
             window_left=left,
             window_right=right,
             softcap=options.softcap,
-            return_lse=options.return_lse,
+            **own,
         )
     else:
-        results = torch.ops.tvm_flash.custom_attention(
-            q,
-            k,
-            v,
+        per_head = {n: x for n, x in tensors.items() if n not in (*operator.inputs, *operator.optional, *outputs)}
+        results = custom(
+            *inputs,
             list(per_head.values()),
             [value for _, value in options.params],
             name=options.definition,
             per_head_names=list(per_head),
             number_names=[name for name, _ in options.params],
-            layout=options.layout,
-            variant=options.variant,
-            softmax_scale=options.softmax_scale,
-            return_lse=options.return_lse,
+            **own,
         )
-    result, lse = results[0], results[1]  # a proxy of torch.fx can't be unpacked
-    if out is not None:
-        if out.requires_grad and torch.is_grad_enabled():
-            raise NotSupportedError(no_backward_of("out"))
-        if out.shape != result.shape:
-            raise InvalidArgumentError(
-                f"out: has shape {tuple(out.shape)}, expected {tuple(result.shape)}; leave it out to get a new tensor"
-            )
-        if out.dtype != result.dtype:
-            raise ArgumentTypeError(f"out: has dtype {out.dtype}, expected {result.dtype} as q has")
-        result = out.copy_(result)
-    return (result, lse) if options.return_lse else result
+    count = len(outputs) + (len(operator.on_request) if options.flag else 0)
+    results = [results[i] for i in range(count)]  # a proxy of torch.fx can't be unpacked
+    for i, name in enumerate(outputs):
+        if name in tensors:
+            results[i] = _written(name, tensors[name], results[i])
+    return results[0] if count == 1 else tuple(results)
+
+
+def _written(name: str, to: Any, result: Any) -> Any:
+    """A result in the memory that the caller gave for it."""
+    if to.shape != result.shape:
+        raise InvalidArgumentError(
+            f"{name}: has shape {tuple(to.shape)}, expected {tuple(result.shape)}; leave it out to get a new tensor"
+        )
+    if to.dtype != result.dtype:
+        raise ArgumentTypeError(f"{name}: has dtype {to.dtype}, expected {result.dtype} as q has")
+    if to.requires_grad and to.is_leaf and torch.is_grad_enabled():
+        raise NotSupportedError(
+            f"{name}: a gradient is required of it, and it is overwritten; leave it out, or pass {name}.detach()"
+        )
+    return to.copy_(result)
 
 
 def _onnx_is_traced() -> bool:
@@ -144,28 +166,46 @@ _distribute._dynamo_marked_constant = True
 # ---------------------------------------------------------------- on real tensors
 
 
-def _run(what, tensors, options, *, layout="bhsd", variant="auto", softmax_scale=None, return_lse=False):
-    attend = signature(layout, **what, layout_known=True, below=True).call
-    result = attend(*tensors, None, variant, return_lse, softmax_scale, *options)
-    return result if return_lse else (result, tensors[0].new_empty(0, dtype=torch.float32))
-
-
 # Arguments have the defaults of the operators: a dispatcher leaves those out that have them.
 
 
-def _attention(
-    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, query_start=None, *, causal=False, window_left=None,
-    window_right=None, softcap=0.0, **others,
-):  # fmt: skip
-    what = {"parameters": ("alibi_slopes", "kv_start", "kv_end", "query_start")}
-    tensors = (q, k, v, alibi_slopes, kv_start, kv_end, query_start)
+def _builtin(op, *arguments, causal=False, window_left=None, window_right=None, softcap=0.0, **others):
     window = tuple(-1 if x is None else x for x in (window_left, window_right))
-    return _run(what, tensors, (causal, window, softcap), **others)
+    count = _count(op) + len(_PARAMETERS)
+    tensors = (*arguments, *[None] * (count - len(arguments)))
+    return _run(op, {"parameters": _PARAMETERS}, tensors, (causal, window, softcap), **others)
 
 
-def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, number_names, **others):
+def _custom(op, *arguments, name, per_head_names, number_names, **others):
+    *tensors, per_head, numbers = arguments
     what = {"definition": name, "parameters": tuple(per_head_names), "scalars": tuple(number_names)}
-    return _run(what, (q, k, v, *per_head), numbers, **others)
+    return _run(op, what, (*tensors, *per_head), numbers, **others)
+
+
+def _count(op):
+    """How many tensors come before the parameters."""
+    return len(OPERATORS[op].inputs) + len(OPERATORS[op].optional)
+
+
+def _run(
+    op, what, tensors, options, *, layout="bhsd", variant="auto", softmax_scale=None, return_lse=False, gradients=()
+):
+    gradients = tuple(gradients)
+    compute = signature(layout, **what, layout_known=True, op=op, below=True, gradients=gradients).call
+    outputs = [None] * len(OPERATORS[op].all_outputs(gradients))
+    if op == FORWARD:
+        result = compute(*tensors, *outputs, variant, return_lse, softmax_scale, *options)
+        return result if return_lse else (result, tensors[0].new_empty(0, dtype=torch.float32))
+    return list(compute(*_readable(*tensors), *outputs, variant, False, softmax_scale, *options))
+
+
+def _readable(dout, q, k, v, out, lse, dlse, *parameters):
+    """The tensors of a backward, with gradients that lie as kernels take them, not as whoever computed them saw fit."""
+    sizes = [s * dout.element_size() for s, n in zip(dout.stride()[:-1], dout.shape, strict=False) if n > 1]
+    aligned = dout.device.type == "cpu" or not any(n % 16 for n in (dout.data_ptr(), *sizes))
+    if not aligned or (dout.shape[-1] > 1 and dout.stride(-1) != 1):
+        dout = dout.clone(memory_format=torch.contiguous_format)
+    return dout, q, k, v, out, lse, dlse if dlse is None else dlse.contiguous(), *parameters
 
 
 # ---------------------------------------------------------------- on fake tensors
@@ -174,22 +214,90 @@ def _custom_attention(q, k, v, per_head, numbers, *, name, per_head_names, numbe
 def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
     check_shapes(layout, q, k, v)
     out = q.new_empty((*q.shape[:3], v.shape[3]))
-    rows = (q.shape[0], q.shape[1], q.shape[2]) if layout == "bhsd" else (q.shape[0], q.shape[2], q.shape[1])
-    return out, q.new_empty(rows if return_lse else (0,), dtype=torch.float32)
+    return out, q.new_empty(_rows(q, layout) if return_lse else (0,), dtype=torch.float32)
+
+
+def _backward_shapes(dout, q, k, v, *_, layout="bhsd", gradients=(), **__):
+    check_shapes(layout, q, k, v)
+    heads = _rows(q, layout)[:2]
+    return [*(x.new_empty(x.shape) for x in (q, k, v)), *(q.new_empty(heads, dtype=torch.float32) for _ in gradients)]
+
+
+def _rows(q, layout):
+    return (q.shape[0], q.shape[1], q.shape[2]) if layout == "bhsd" else (q.shape[0], q.shape[2], q.shape[1])
 
 
 # ---------------------------------------------------------------- gradients
 
 
-def _without_gradients(operator):
-    def call_below(q, k, v, *others, **options):
-        for x in pytree.tree_leaves((q, k, v, others, options)):
-            if isinstance(x, torch.Tensor) and is_differentiated(x):
-                raise NotSupportedError(NO_BACKWARD)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(q, k, v, *others, **options)
+def _where_autograd_listens(op, custom):
+    """What answers an operator above those that compute."""
+    operators = {o: getattr(torch.ops.tvm_flash, names[custom]).default for o, names in _NAMES.items()}
+    operator = operators[op]
 
-    return call_below
+    def forward(q, k, v, *rest, **options):
+        if custom:
+            (parameters, *last), names = rest, options["per_head_names"]
+        else:
+            parameters, last, names = (*rest, *[None] * (len(_PARAMETERS) - len(rest))), (), _PARAMETERS
+        if not is_recorded((q, k, v, *parameters)):
+            return below(operator, q, k, v, *rest, **options)
+
+        def arguments(*tensors):
+            return (*tensors[: len(tensors) - len(names)], list(tensors[len(tensors) - len(names) :]), *last)
+
+        flat = (lambda *tensors: tensors) if not custom else arguments
+        own = {name: x for name, x in options.items() if name != "return_lse"}
+        pair = Pair(
+            lambda *tensors: below(operator, *flat(*tensors), **own, return_lse=True),
+            lambda *tensors, gradients: operators[BACKWARD](*flat(*tensors), **own, gradients=gradients),
+            tuple(names),
+            asked=options.get("return_lse", False),
+            check=functools.partial(_check_backward, own),
+        )
+        return record(pair, q, k, v, *parameters)
+
+    def backward(*arguments, **options):
+        flat = arguments if not custom else (*arguments[:-2], *arguments[-2])
+        if not is_recorded(flat):
+            return below(operator, *arguments, **options)
+        return record_once(operator, *arguments, **options)
+
+    return forward if op == FORWARD else backward
+
+
+def _check_backward(options, q, k, v, parameters, wanted):
+    """That gradients of a call can be computed, before it is made.
+
+    Raises
+    ------
+    NotSupportedError: nothing can.
+    """
+    if q.device.type not in ("cpu", "cuda"):
+        return
+    options = dict(options)
+    window = tuple(-1 if x is None else x for x in (options.pop("window_left", -1), options.pop("window_right", -1)))
+    asked = Options(
+        *(options.get("layout", "bhsd"), options.get("variant", "auto"), False, None),
+        *(options.get("causal", False), window, options.get("softcap", 0.0)),
+        definition=options.get("name", BUILTIN_DEFINITION),
+    )
+    queries = 2 if asked.layout == "bhsd" else 1
+    reason = why_no_backward(
+        asked,
+        Device(q.device.type, q.device.index or 0),
+        name_of(q.dtype),
+        (q.shape[queries], k.shape[queries]),
+        (int(q.shape[3]), int(v.shape[3])),
+        tuple(parameters),
+        wanted,
+    )
+    if reason is not None:
+        asked_of = [*(n for n, x in zip("qkv", (q, k, v), strict=True) if x.requires_grad), *wanted]
+        raise NotSupportedError(
+            f"{', '.join(asked_of)}: a gradient is required, and nothing here computes it: {reason}; or call under "
+            f"torch.no_grad(), or pass {asked_of[0]}.detach()"
+        )
 
 
 # ---------------------------------------------------------------- vmap
@@ -212,36 +320,46 @@ def _vmap(operator):
                 x = (x[:, None] if x.ndim == 2 else x).expand(size, batch, -1)
             return x.flatten(0, 1)
 
-        q, q_dim = arguments[0], in_dims[0]
-        batch = q.movedim(q_dim, 0).shape[1] if q_dim is not None else q.shape[0]
+        first, dim = arguments[0], in_dims[0]
+        batch = first.movedim(dim, 0).shape[1] if dim is not None else first.shape[0]
         merged_arguments = [merged(x, dim) for x, dim in zip(arguments, in_dims, strict=True)]
-        out, lse = operator(*merged_arguments, **options)
-        out = out.unflatten(0, (size, batch))
-        if not options.get("return_lse", False):
-            return (out, lse.expand(size, 0)), (0, 0)
-        return (out, lse.unflatten(0, (size, batch))), (0, 0)
+        results = operator(*merged_arguments, **options)
+        unmerged = [x.unflatten(0, (size, batch)) if x.ndim > 1 else x.expand(size, 0) for x in results]
+        return (tuple(unmerged), (0, 0)) if isinstance(results, tuple) else (unmerged, [0] * len(unmerged))
 
     return rule
 
 
-for _name, _function in (("attention", _attention), ("custom_attention", _custom_attention)):
-    _operator = getattr(torch.ops.tvm_flash, _name).default
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
-    _library.impl(_name, _without_gradients(_operator), "Autograd")
-    torch.library.register_fake(f"tvm_flash::{_name}", _shapes, lib=_library)
-    if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap calls one after the other
-        torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
+for _op, _names in _NAMES.items():
+    for _i, _name in enumerate(_names):
+        for _key in ("CPU", "CUDA"):
+            _library.impl(_name, functools.partial((_builtin, _custom)[_i], _op), _key)
+        _library.impl(_name, _where_autograd_listens(_op, _i), "Autograd")
+        _fake = _shapes if _op == FORWARD else _backward_shapes
+        torch.library.register_fake(f"tvm_flash::{_name}", _fake, lib=_library)
+        _operator = getattr(torch.ops.tvm_flash, _name).default
+        if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap calls one after the other
+            torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
 
 
 def _flops(q_shape, k_shape, v_shape, *_, layout="bhsd", **__) -> int:
     """Operations of both products, whatever is masked, as torch counts them for its own attention."""
+    return _product(q_shape, v_shape, layout) * (q_shape[3] + v_shape[3])
+
+
+def _backward_flops(dout_shape, q_shape, k_shape, v_shape, *_, layout="bhsd", **__) -> int:
+    """Those of the five products of a backward."""
+    return _product(q_shape, v_shape, layout) * (3 * q_shape[3] + 2 * v_shape[3])
+
+
+def _product(q_shape, v_shape, layout):
+    """Operations of a product of all queries and keys, for each element of a head."""
     heads, queries = (1, 2) if layout == "bhsd" else (2, 1)
-    return 2 * q_shape[0] * q_shape[heads] * q_shape[queries] * v_shape[queries] * (q_shape[3] + v_shape[3])
+    return 2 * q_shape[0] * q_shape[heads] * q_shape[queries] * v_shape[queries]
 
 
-register_flop_formula((torch.ops.tvm_flash.attention, torch.ops.tvm_flash.custom_attention))(_flops)
-
+for _op, _formula in ((FORWARD, _flops), (BACKWARD, _backward_flops)):
+    register_flop_formula([getattr(torch.ops.tvm_flash, name) for name in _NAMES[_op]])(_formula)
 
 # Exporters to formats that have no such operator look into this table, as that of ONNX.
 torch._decomp.register_decomposition(torch.ops.tvm_flash.attention.default)(torch_decomposed.attention)

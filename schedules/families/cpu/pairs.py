@@ -36,20 +36,20 @@ define linkonce_odr <16 x float>
   ret <16 x float> %sum
 }
 """
-_LANES = 16
+LANES = 16
 #: The bits of infinity.
 _INF = 0x7F80
 
 
-def _dot(acc, a, pair):
-    return T.call_extern(f"float32x{_LANES}", "tvm_flash_dot_pairs", acc, a, pair)
+def dot(acc, a, pair):
+    return T.call_extern(f"float32x{LANES}", "tvm_flash_dot_pairs", acc, a, pair)
 
 
 def bits(x, dtype="uint16"):
     return T.reinterpret(dtype, x)
 
 
-def _magnitude(x):
+def magnitude(x):
     """A bfloat16 without its sign, as bits: ordered like the number, and from ``_INF`` on not finite."""
     return T.bitwise_and(bits(x), T.uint16(0x7FFF))
 
@@ -59,8 +59,8 @@ def pair(low, high):
     return T.bitwise_or(T.cast(low, "uint32"), T.shift_left(T.cast(high, "uint32"), T.uint32(16)))
 
 
-def _rounded_pair(low, high):
-    """Two non-negative float32 as a pair of bfloat16, rounded to nearest."""
+def rounded_pair(low, high):
+    """Two float32 as a pair of bfloat16, rounded to nearest."""
     low, high = (bits(x, "uint32") + T.uint32(0x8000) for x in (low, high))
     return T.bitwise_or(T.shift_right(low, T.uint32(16)), T.bitwise_and(high, T.uint32(0xFFFF0000)))
 
@@ -81,27 +81,25 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
         """Pairs of probabilities, with zeros from ``keys`` to ``end``, which is even."""
         for j in T.serial(keys, end):
             for n in T.unroll(V):
-                for lane in T.vectorized(_LANES):
-                    ST[j, n * _LANES + lane] = T.float32(0)
+                for lane in T.vectorized(LANES):
+                    ST[j, n * LANES + lane] = T.float32(0)
         for j in T.serial(end // 2):
             for n in T.unroll(V):
-                for lane in T.vectorized(_LANES):
-                    PT[j, n * _LANES + lane] = _rounded_pair(
-                        ST[2 * j, n * _LANES + lane], ST[2 * j + 1, n * _LANES + lane]
-                    )
+                for lane in T.vectorized(LANES):
+                    PT[j, n * LANES + lane] = rounded_pair(ST[2 * j, n * LANES + lane], ST[2 * j + 1, n * LANES + lane])
 
     @T.inline
     def output_of_visible(P: Problem, ST, OT, correction, v_at, column, keys):
         """Key by key, for a masked tile with an inf or NaN among its values: a masked key must not bring it in."""
         for e in T.serial(P.head_dim_v):
             for n in T.unroll(V):
-                for lane in T.vectorized(_LANES):
-                    OT[e, column + n * _LANES + lane] *= correction[n * _LANES + lane]
+                for lane in T.vectorized(LANES):
+                    OT[e, column + n * LANES + lane] *= correction[n * LANES + lane]
                 for j in T.serial(keys):
-                    for lane in T.vectorized(_LANES):
-                        OT[e, column + n * _LANES + lane] = accumulate_visible(
-                            OT[e, column + n * _LANES + lane],
-                            ST[j, n * _LANES + lane],
+                    for lane in T.vectorized(LANES):
+                        OT[e, column + n * LANES + lane] = accumulate_visible(
+                            OT[e, column + n * LANES + lane],
+                            ST[j, n * LANES + lane],
                             f32(P.v.flat[v_at + j * P.v.strides[2] + e]),
                         )
 
@@ -116,7 +114,7 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
         load_queries=load_queries,
         round_probabilities=round_probabilities,
         output_of_visible=output_of_visible,
-        magnitude=_magnitude,
+        magnitude=magnitude,
         is_finite=is_finite,
     )
 
@@ -124,7 +122,7 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
 def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_dim_v: int) -> SimpleNamespace:
     """The same as :func:`schedules.families.cpu.floats.float_products`, on pairs."""
     M, N, R, V = config.block_m, config.block_n, config.tile_rows, config.row_vectors
-    G = V * _LANES
+    G = V * LANES
     macros = make_pair_macros(config)
 
     @T.inline
@@ -144,13 +142,13 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                     )
                     largest[lane] = T.max(
                         largest[lane],
-                        T.max(_magnitude(P.v.flat[low + d * 8 + lane]), _magnitude(P.v.flat[high + d * 8 + lane])),
+                        T.max(magnitude(P.v.flat[low + d * 8 + lane]), magnitude(P.v.flat[high + d * 8 + lane])),
                     )
 
     @T.inline
     def zero(acc):
         for x in T.unroll(R * V):
-            acc[T.Ramp(x * _LANES, 1, _LANES)] = T.Broadcast(T.float32(0), _LANES)
+            acc[T.Ramp(x * LANES, 1, LANES)] = T.Broadcast(T.float32(0), LANES)
 
     @T.inline
     def scores(P: Problem, QT, KT, ST, acc, row, k_at, column, keys):
@@ -161,14 +159,14 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             for d in T.serial(P.head_dim // 2):
                 for r in T.unroll(R):
                     for n in T.unroll(V):
-                        acc[T.Ramp((r * V + n) * _LANES, 1, _LANES)] = _dot(
-                            acc[T.Ramp((r * V + n) * _LANES, 1, _LANES)],
-                            QT[d, T.Ramp(column + n * _LANES, 1, _LANES)],
+                        acc[T.Ramp((r * V + n) * LANES, 1, LANES)] = dot(
+                            acc[T.Ramp((r * V + n) * LANES, 1, LANES)],
+                            QT[d, T.Ramp(column + n * LANES, 1, LANES)],
                             T.reinterpret("uint32", P.k.flat[T.Ramp(row[r] + 2 * d, 1, 2)]),
                         )
             for r in T.unroll(R):
                 for n in T.unroll(V):
-                    ST[tile * R + r, T.Ramp(n * _LANES, 1, _LANES)] = acc[T.Ramp((r * V + n) * _LANES, 1, _LANES)]
+                    ST[tile * R + r, T.Ramp(n * LANES, 1, LANES)] = acc[T.Ramp((r * V + n) * LANES, 1, LANES)]
 
     @T.inline
     def output_of_all(P: Problem, PT, VT, OT, acc, correction, column, keys):
@@ -177,17 +175,17 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             for j in T.serial((keys + 1) // 2):
                 for r in T.unroll(R):
                     for n in T.unroll(V):
-                        acc[T.Ramp((r * V + n) * _LANES, 1, _LANES)] = _dot(
-                            acc[T.Ramp((r * V + n) * _LANES, 1, _LANES)],
-                            PT[j, T.Ramp(n * _LANES, 1, _LANES)],
+                        acc[T.Ramp((r * V + n) * LANES, 1, LANES)] = dot(
+                            acc[T.Ramp((r * V + n) * LANES, 1, LANES)],
+                            PT[j, T.Ramp(n * LANES, 1, LANES)],
                             VT[j, tile * R + r],
                         )
             for r in T.unroll(R):
                 for n in T.unroll(V):
-                    for lane in T.vectorized(_LANES):
-                        OT[tile * R + r, column + n * _LANES + lane] = (
-                            OT[tile * R + r, column + n * _LANES + lane] * correction[n * _LANES + lane]
-                            + acc[(r * V + n) * _LANES + lane]
+                    for lane in T.vectorized(LANES):
+                        OT[tile * R + r, column + n * LANES + lane] = (
+                            OT[tile * R + r, column + n * LANES + lane] * correction[n * LANES + lane]
+                            + acc[(r * V + n) * LANES + lane]
                         )
 
     @T.inline

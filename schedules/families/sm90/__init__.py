@@ -7,18 +7,20 @@ turns, softmax overlapped with products.
 from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Target, forward_program
+from schedules.families.interface import DECODE, Program, Target, forward_program
+from schedules.families.sm90 import decode
 from schedules.families.sm90.config import Config, feasible
 from schedules.families.sm90.defaults import default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
 from schedules.families.sm90.space import space
 from schedules.tile.tile_scheduler import Traversal
 
-__all__ = ["DTYPES", "INDEX_DTYPE", "TEMPLATES", "Config", "default_configs", "feasible", "program", "space"]
+__all__ = ["DTYPES", "INDEX_DTYPE", "KINDS", "TEMPLATES", "Config", "default_configs", "feasible", "program", "space"]
 
 DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
+KINDS = {DECODE: decode}
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

@@ -128,7 +128,7 @@ def attention_forward(
     reason = reason or refusal(query, key, value, None, dropout, False, scaling, True)
     if reason is None and mask is not None:
         ranges, key, value, reason = _as_ranges(mask, query, key, value, scaling)
-    reason = reason or _no_kernel(query, value, ranges, window, softcap, sequences)
+    reason = reason or _no_kernel(query, key, value, ranges, window, softcap, sequences)
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     if reason is None:
         return _compute(query, key, value, ranges, window, scaling, softcap or 0.0, sink, sequences), None
@@ -225,7 +225,7 @@ def _as_ranges(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value
     return KeyRanges(key.shape[2], found.key_range()), found.arrange(key), found.arrange(value), None
 
 
-def _no_kernel(query, value, ranges, window, softcap, sequences) -> str | None:
+def _no_kernel(query, key, value, ranges, window, softcap, sequences) -> str | None:
     """Why no kernel computes a call, or None if one does."""
     if sequences is not None and (torch.compiler.is_compiling() or ranges is not None):
         return "sequences one after another are compiled" if ranges is None else "packed sequences are padded"
@@ -237,7 +237,7 @@ def _no_kernel(query, value, ranges, window, softcap, sequences) -> str | None:
         kind = "full"
     else:
         kind = "causal" if window == (UNBOUNDED, 0) else "window"
-    return no_kernel(kind, query, value, "softcap" if softcap else "identity")
+    return no_kernel(kind, query, key, value, "softcap" if softcap else "identity")
 
 
 # ---------------------------------------------------------------- kernels

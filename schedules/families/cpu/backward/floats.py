@@ -1,0 +1,163 @@
+"""The five products of a tile in float32; 16-bit elements become float32 when a tile is loaded.
+
+=========== ========== ==============================================================
+buffer      shape      holds
+=========== ========== ==============================================================
+KT, VT      (D, N)     keys and values transposed, 0 past the last key
+KR          (N, D')    keys, 0 past head_dim; D' is D rounded up to register tiles
+QR, OR      (M, D')    queries and gradients of outputs, 0 past head_dim and last row
+acc         (R * G,)   the register tile
+=========== ========== ==============================================================
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tvm.script import tirx as T
+
+from schedules.families.cpu.backward.config import Config, padded
+from schedules.families.cpu.backward.problem import Problem
+from schedules.families.cpu.isa import Isa
+from schedules.families.cpu.steps import f32
+
+#: So many products of a score are summed one after another, as in the forward (``floats.py`` beside this folder).
+_CHAIN = 128
+
+
+def float_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim_v: int) -> SimpleNamespace:
+    """Macros ``load_keys``, ``load_queries``, ``scores``, ``gradients``, and the shapes and dtypes of their buffers."""
+    M, N, R, V, lanes = config.block_m, config.block_n, config.tile_rows, config.row_vectors, isa.lanes
+    G = V * lanes
+    D, E = padded(head_dim, config, isa), padded(head_dim_v, config, isa)
+
+    @T.inline
+    def load_rows(tile, stride, tensor, at, count, width, largest):
+        """Rows of a tensor as float32, with zeros up to a whole register tile, in both directions."""
+        for i in T.serial(count):
+            for d in T.serial(width // 8):
+                for lane in T.vectorized(8):
+                    tile[i * stride + d * 8 + lane] = f32(tensor.flat[at + i * tensor.strides[2] + d * 8 + lane])
+                for lane in T.vectorized(8):
+                    largest[lane] = T.max(largest[lane], _magnitude(tile[i * stride + d * 8 + lane]))
+            for d in T.serial(width // 8, (width + (G - 1)) // G * (G // 8)):
+                for lane in T.vectorized(8):
+                    tile[i * stride + d * 8 + lane] = T.float32(0)
+        for i in T.serial(count, (count + (R - 1)) // R * R):
+            for d in T.serial((width + (G - 1)) // G * (G // 8)):
+                for lane in T.vectorized(8):
+                    tile[i * stride + d * 8 + lane] = T.float32(0)
+
+    @T.inline
+    def transpose(tile, tensor, at, count, width):
+        """``tile[d, j]``: rows of a tensor as columns, 0 past the last one up to a whole register tile."""
+        for j in T.serial(count):
+            for d in T.serial(width):
+                tile[d * N + j] = f32(tensor.flat[at + j * tensor.strides[2] + d])
+        for d in T.serial(width):
+            for j in T.serial(count, (count + (G - 1)) // G * G):
+                tile[d * N + j] = T.float32(0)
+
+    @T.inline
+    def load_keys(P: Problem, t, k_at, v_at, keys, largest):
+        load_rows(t.KR, D, P.k, k_at, keys, P.head_dim, largest)
+        transpose(t.KT, P.k, k_at, keys, P.head_dim)
+        transpose(t.VT, P.v, v_at, keys, P.head_dim_v)
+
+    @T.inline
+    def load_queries(P: Problem, t, q_at, do_at, rows, largest):
+        load_rows(t.QR, D, P.q, q_at, rows, P.head_dim, largest)
+        load_rows(t.OR, E, P.do, do_at, rows, P.head_dim_v, largest)
+
+    @T.inline
+    def clear(acc):
+        for x in T.unroll(R * V):
+            for lane in T.vectorized(lanes):
+                acc[x * lanes + lane] = T.float32(0)
+
+    @T.inline
+    def sum_products(acc, left, right, stride, row, column, first, end):
+        """``acc[r, c] = sum_k left(row + r, k) * right[k, column + c]``."""
+        clear(acc)
+        for k in T.serial(first, end):
+            for r in T.unroll(R):
+                element: T.let[T.float32] = left(row + r, k)
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        acc[(r * V + n) * lanes + lane] += element * right[k * stride + column + n * lanes + lane]
+
+    @T.inline
+    def rows_by_columns(out, acc, left, right, rows, columns, depth):
+        """``out[i, j] = sum_d left(i, d) * right[d, j]``, in chains of ``_CHAIN``; rows and columns of ``N``."""
+        for c in T.serial((columns + (G - 1)) // G):
+            for i in T.serial((rows + (R - 1)) // R):
+                for chain in T.serial((depth + (_CHAIN - 1)) // _CHAIN):
+                    sum_products(acc, left, right, N, i * R, c * G, chain * _CHAIN, T.min(depth, (chain + 1) * _CHAIN))
+                    if chain == 0:
+                        for r in T.unroll(R):
+                            for n in T.unroll(V):
+                                for lane in T.vectorized(lanes):
+                                    out[(i * R + r) * N + c * G + n * lanes + lane] = acc[(r * V + n) * lanes + lane]
+                    else:
+                        for r in T.unroll(R):
+                            for n in T.unroll(V):
+                                for lane in T.vectorized(lanes):
+                                    out[(i * R + r) * N + c * G + n * lanes + lane] += acc[(r * V + n) * lanes + lane]
+
+    @T.inline
+    def scores(P: Problem, t, acc, rows, keys):
+        """``S[i, j] = q_i · k_j`` and ``dP[i, j] = do_i · v_j``."""
+        rows_by_columns(t.S, acc, by_row(t.QR, D), t.KT, rows, keys, P.head_dim)
+        rows_by_columns(t.dP, acc, by_row(t.OR, E), t.VT, rows, keys, P.head_dim_v)
+
+    @T.inline
+    def add_products(out, base, out_stride, acc, left, right, stride, rows, width, depth, beyond):
+        """``out[i, c] += sum_k left(i, k) * right[k, c]``; ``beyond`` says that ``out`` has rows past ``rows``."""
+        for c in T.serial((width + (G - 1)) // G):
+            for i in T.serial((rows + (R - 1)) // R):
+                sum_products(acc, left, right, stride, i * R, c * G, 0, depth)
+                for r in T.unroll(R):
+                    if beyond or i * R + r < rows:
+                        for n in T.unroll(V):
+                            for lane in T.vectorized(lanes):
+                                out[base + (i * R + r) * out_stride + c * G + n * lanes + lane] += acc[
+                                    (r * V + n) * lanes + lane
+                                ]
+
+    @T.inline
+    def gradients(P: Problem, t, acc, dq_at, dq_stride, rows, keys):
+        """Add the tile's share to dv, dk and dq; ``S`` holds probabilities now, ``dP`` gradients of scaled products."""
+        add_products(t.dV, 0, E, acc, by_column(t.S, N), t.OR, E, keys, P.head_dim_v, rows, True)
+        add_products(t.dK, 0, D, acc, by_column(t.dP, N), t.QR, D, keys, P.head_dim, rows, True)
+        add_products(P.dq_sum, dq_at, dq_stride, acc, by_row(t.dP, N), t.KR, D, rows, P.head_dim, keys, False)
+
+    return SimpleNamespace(
+        bits="uint32",
+        columns=lanes,
+        buffers={
+            "KT": ((head_dim * N,), "float32"),
+            "VT": ((head_dim_v * N,), "float32"),
+            "KR": ((N * D,), "float32"),
+            "QR": ((M * D,), "float32"),
+            "OR": ((M * E,), "float32"),
+        },
+        load_keys=load_keys,
+        load_queries=load_queries,
+        scores=scores,
+        gradients=gradients,
+    )
+
+
+def by_row(matrix, stride):
+    """``(row, k) -> matrix[row, k]``, of a flat buffer."""
+    return lambda row, k: matrix[row * stride + k]
+
+
+def by_column(matrix, stride):
+    """``(row, k) -> matrix[k, row]``, of a flat buffer."""
+    return lambda row, k: matrix[k * stride + row]
+
+
+def _magnitude(x):
+    """A float32 without its sign, as bits: ordered like the number, and from those of infinity on not finite."""
+    return T.bitwise_and(T.reinterpret("uint32", x), T.uint32(0x7FFFFFFF))

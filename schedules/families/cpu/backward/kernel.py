@@ -1,0 +1,263 @@
+"""The backward kernel of the CPU family: its arguments, and how work items are ordered and shared among threads.
+
+Queries and keys are split into equally many sections (a number that follows from the lengths alone), and the sections
+of a head are taken in turns.  In turn ``t`` the work item of key section ``c`` visits query section ``c + t``, counted
+round: no two items of a turn have a section in common, so that each adds to ``dk`` and ``dv`` of its keys and to ``dq``
+of its queries without asking anybody.  All are summed in an order that has nothing to do with threads, each pair of
+tiles is visited once (five products; a kernel for dq beside one for dk and dv would need seven), and what is kept in
+memory beside the results is one float32 for each of their elements.
+
+1. ``delta`` of each row, and ``dq`` begins with zeros.
+2. The turns.
+3. Sums are scaled, rounded and stored.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from schedules.definition.parameters import append_arguments, axes_of, gradient_name, gradient_symbols
+from schedules.definition.pattern import Pattern
+from schedules.families.cpu.backward.config import Config, multiplication
+from schedules.families.cpu.backward.problem import MOST_SECTIONS, Problem, sections
+from schedules.families.cpu.backward.tile import section_macro
+from schedules.families.cpu.isa import ISAS, Isa
+from schedules.families.cpu.kernel import LLVM_FUNCTIONS
+from schedules.families.cpu.problem import Tensor
+from schedules.families.cpu.steps import f32
+from schedules.families.interface import Program, ScheduledLaunch, Target
+from schedules.tile.dtypes import element_type
+from schedules.tile.tile_scheduler import Traversal
+from tvm_flash.packs.manifest import Workspace
+
+#: Extent of a flat view of a tensor; the strides alone know how far it reaches.
+_UNBOUNDED = 1 << 60
+#: Elements in a vector of the steps before and after the turns: what every head_dim is a multiple of.
+_W = 8
+
+
+def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+    """The kernel of one pattern, in the layout of a template (see :mod:`schedules.families.interface`)."""
+    arguments, values = pattern.parameter_symbols()
+    gradients, targets = gradient_symbols(pattern.params, pattern.index_dtype)
+    asked = [p for p in pattern.params if p.gradient]
+    isa = ISAS[target.isa]
+    G = config.row_vectors * isa.lanes
+    width, width_v = (("*", ("ceildiv", d, G), G) for d in ("head_dim", "head_dim_v"))
+    workspaces = (
+        Workspace("delta", "float32", (("*", "batch", "heads", "seqlen_q"),)),
+        Workspace("dq_sum", "float32", (("*", "batch", "heads", "seqlen_q", width),)),
+        Workspace("dk_sum", "float32", (("*", "batch", "kv_heads", "seqlen_kv", width),)),
+        Workspace("dv_sum", "float32", (("*", "batch", "kv_heads", "seqlen_kv", width_v),)),
+        *(Workspace(f"{gradient_name(p)}_sums", "float32", (("*", "batch", "heads", MOST_SECTIONS),)) for p in asked),
+    )
+    sums = {p.name: _vector(f"{gradient_name(p)}_sums") for p in asked}
+    func = _kernel(pattern, config, isa, traversal, values, targets, sums, name)
+    func = append_arguments(func, [*arguments, *gradients, *sums.values()])
+    roles = ("q", "k", "v", "o", "do", "lse", "dlse", "dq", "dk", "dv", "softmax_scale")
+    roles += ("delta", "dq_sum", "dk_sum", "dv_sum", *(p.name for p in pattern.params))
+    roles += (*map(gradient_name, asked), *(f"{gradient_name(p)}_sums" for p in asked))
+    launch = ScheduledLaunch(func, roles)
+    alignment = element_type(pattern.dtype).bytes
+    return Program("backward", (launch,), "s_tir", alignment=alignment, index_bits=64, workspaces=workspaces)
+
+
+def _vector(name: str) -> tirx.Buffer:
+    """A flat float32 tensor of any length, as an argument."""
+    return tirx.decl_buffer([tirx.Var(f"{name}_length", "int64")], "float32", name=name)
+
+
+def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, gradients, sums, name: str):
+    dtype = pattern.dtype
+    M, N, G = config.block_m, config.block_n, config.row_vectors * isa.lanes
+    one = T.int64(1)
+    asked = [p for p in pattern.params if p.gradient]
+    section = section_macro(pattern, config, isa)
+
+    def physical(b, h, s, d):
+        return (b, s, h, d) if traversal.layout == "bshd" else (b, h, s, d)
+
+    def tensor(handle, role, heads, seqlen, dim, batch):
+        """One of the rank-4 arguments: a buffer, and its strides."""
+        strides = tuple(tirx.Var(f"{role}_{axis}_stride", "int64") for axis in ("batch", "head", "seq"))
+        shape = physical(batch, heads, seqlen, dim)
+        return T.match_buffer(handle, shape, dtype, strides=physical(*strides, one)), strides
+
+    def flat(tensors):
+        """The same by role as the steps address them."""
+        views = {
+            role: Tensor(T.decl_buffer((T.int64(_UNBOUNDED),), dtype, data=buffer.data), strides)
+            for role, (buffer, strides) in tensors.items()
+        }
+        return SimpleNamespace(**views)
+
+    def vector(handle, name):
+        """A flat float32 argument of any length."""
+        return T.match_buffer(handle, (tirx.Var(f"{name}_length", "int64"),), "float32")
+
+    def up(x, step):
+        return (x + (step - 1)) // step
+
+    def announce(P, items, products):
+        """Tell the thread pool what the next loop is; ``products`` multiply-adds for each query and key."""
+        return T.call_extern("void", "tvm_flash_announce", items, P.batch * P.heads * P.seqlen_q * products)
+
+    @T.inline
+    def begin_rows(P: Problem, w, tiles):
+        """``delta`` of a tile of rows, and zeros in ``dq_sum``."""
+        acc = T.sblock_alloc_buffer((_W,), "float32", scope="local")
+        b: T.int64 = w // tiles // P.heads
+        h: T.int64 = w // tiles % P.heads
+        row0: T.int64 = w % tiles * M
+        for i in T.serial(row0, T.min(row0 + M, P.seqlen_q)):
+            o_row: T.int64 = P.o.row(b, h, i)
+            do_row: T.int64 = P.do.row(b, h, i)
+            at: T.int64 = (b * P.heads + h) * P.seqlen_q + i
+            for lane in T.vectorized(_W):
+                acc[lane] = T.float32(0)
+            for e in T.serial(P.head_dim_v // _W):
+                for lane in T.vectorized(_W):
+                    acc[lane] += f32(P.o.flat[o_row + e * _W + lane]) * f32(P.do.flat[do_row + e * _W + lane])
+            for lane in T.vectorized(4):
+                acc[lane] += acc[lane + 4]
+            total: T.float32 = (acc[0] + acc[2]) + (acc[1] + acc[3])
+            if P.has_dlse():
+                total -= P.dlse[at]
+            P.delta[at] = total
+            for d in T.serial(P.width // _W):
+                for lane in T.vectorized(_W):
+                    P.dq_sum[at * P.width + d * _W + lane] = T.float32(0)
+
+    @T.inline
+    def store_rows(P: Problem, out, sum, width, dim, heads, seqlen, w, tiles, step, factor):
+        """Round a tile of rows of sums to an output's dtype."""
+        b: T.int64 = w // tiles // heads
+        h: T.int64 = w // tiles % heads
+        first: T.int64 = w % tiles * step
+        for i in T.serial(first, T.min(first + step, seqlen)):
+            row: T.int64 = out.row(b, h, i)
+            at: T.int64 = ((b * heads + h) * seqlen + i) * width
+            for d in T.serial(dim // _W):
+                for lane in T.vectorized(_W):
+                    out.flat[row + d * _W + lane] = T.cast(sum[at + d * _W + lane] * factor, dtype)
+
+    def begin_parameters(P):
+        """Zeros in the sums of parameters."""
+        for p in asked:
+            with T.serial(P.batch * P.heads * MOST_SECTIONS) as x:
+                T.buffer_store(P.sums[p.name], T.float32(0), [x])
+
+    def store_parameters(P):
+        """Add the sums of key sections, and where a parameter is one number, those of all heads."""
+        for p in asked:
+            out = P.gradients[p.name]
+            if not axes_of(p):
+                T.buffer_store(out, T.float32(0), [T.int64(0)])
+            with T.grid(P.batch, P.heads) as (b, h):
+                place = [b, h] if axes_of(p) else [T.int64(0)]
+                if axes_of(p):
+                    T.buffer_store(out, T.float32(0), place)
+                with T.serial(T.int64(MOST_SECTIONS)) as c:
+                    share = P.sums[p.name][(b * P.heads + h) * MOST_SECTIONS + c]
+                    T.buffer_store(out, out[tuple(place)] + share, place)
+
+    @T.prim_func(s_tir=True, check_well_formed=False)
+    def backward(
+        q: T.handle,
+        k: T.handle,
+        v: T.handle,
+        o: T.handle,
+        do: T.handle,
+        lse: T.handle,
+        dlse: T.handle,
+        dq: T.handle,
+        dk: T.handle,
+        dv: T.handle,
+        softmax_scale: T.float32,
+        delta: T.handle,
+        dq_sum: T.handle,
+        dk_sum: T.handle,
+        dv_sum: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        batch, heads, kv_heads, seqlen_q, seqlen_kv = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        head_dim, head_dim_v = T.int64(), T.int64()
+        tensors = T.meta_var(
+            {
+                "q": tensor(q, "q", heads, seqlen_q, head_dim, batch),
+                "k": tensor(k, "k", kv_heads, seqlen_kv, head_dim, batch),
+                "v": tensor(v, "v", kv_heads, seqlen_kv, head_dim_v, batch),
+                "o": tensor(o, "o", heads, seqlen_q, head_dim_v, batch),
+                "do": tensor(do, "do", heads, seqlen_q, head_dim_v, batch),
+                "dq": tensor(dq, "dq", heads, seqlen_q, head_dim, batch),
+                "dk": tensor(dk, "dk", kv_heads, seqlen_kv, head_dim, batch),
+                "dv": tensor(dv, "dv", kv_heads, seqlen_kv, head_dim_v, batch),
+            }
+        )
+        LSE = T.meta_var(vector(lse, "lse"))
+        dLSE = T.meta_var(vector(dlse, "dlse"))
+        rest = T.meta_var(
+            [vector(delta, "delta"), vector(dq_sum, "dq_sum"), vector(dk_sum, "dk_sum"), vector(dv_sum, "dv_sum")]
+        )
+        t = T.meta_var(flat(tensors))
+        P = T.meta_var(
+            Problem(
+                *(pattern, t.q, t.k, t.v, t.o, LSE, LSE.shape[0], softmax_scale, params),
+                *(batch, heads, kv_heads, seqlen_q, seqlen_kv, head_dim, head_dim_v),
+                *(t.do, dLSE, dLSE.shape[0], t.dq, t.dk, t.dv, *rest),
+                *(sums, gradients, up(head_dim, G) * G, up(head_dim_v, G) * G),
+            )
+        )
+        if multiplication(isa, dtype) in LLVM_FUNCTIONS:
+            T.attr(0, "pragma_import_llvm", LLVM_FUNCTIONS[multiplication(isa, dtype)])
+        row_tiles: T.int64 = up(seqlen_q, M)
+        key_tiles: T.int64 = up(seqlen_kv, N)
+        count: T.int64 = sections(seqlen_q, seqlen_kv)
+        section_rows: T.int64 = up(row_tiles, count) * M
+        section_keys: T.int64 = up(key_tiles, count) * N
+
+        # 1. What each row needs to know, and empty sums.
+        begin_parameters(P)
+        T.evaluate(announce(P, batch * heads * row_tiles, head_dim + head_dim_v))
+        for w in T.parallel(batch * heads * row_tiles):
+            with T.sblock("begin"):
+                T.reads()
+                T.writes()
+                begin_rows(P, w, row_tiles)
+
+        # 2. The turns.
+        for turn in T.serial(count):
+            T.evaluate(announce(P, batch * kv_heads * count, up(seqlen_kv, count) * (3 * head_dim + 2 * head_dim_v)))
+            for w in T.parallel(batch * kv_heads * count):
+                with T.sblock("section"):
+                    T.reads()
+                    T.writes()
+                    slot: T.int64 = w % count
+                    first_key: T.int64 = slot * section_keys
+                    first_row: T.int64 = (slot + turn) % count * section_rows
+                    end_key: T.int64 = T.min(first_key + section_keys, seqlen_kv)
+                    end_row: T.int64 = T.min(first_row + section_rows, seqlen_q)
+                    b: T.int64 = w // count // kv_heads
+                    g: T.int64 = w // count % kv_heads
+                    section(P, b, g, first_key, end_key, first_row, end_row, slot, turn == 0)
+
+        # 3. The results.
+        store_parameters(P)
+        T.evaluate(announce(P, batch * heads * row_tiles, head_dim))
+        for w in T.parallel(batch * heads * row_tiles):
+            with T.sblock("store_rows"):
+                T.reads()
+                T.writes()
+                store_rows(P, P.dq, P.dq_sum, P.width, head_dim, heads, seqlen_q, w, row_tiles, M, softmax_scale)
+        T.evaluate(announce(P, batch * kv_heads * key_tiles, head_dim + head_dim_v))
+        for w in T.parallel(batch * kv_heads * key_tiles):
+            with T.sblock("store_keys"):
+                T.reads()
+                T.writes()
+                store_rows(P, P.dk, P.dk_sum, P.width, head_dim, kv_heads, seqlen_kv, w, key_tiles, N, softmax_scale)
+                store_rows(P, P.dv, P.dv_sum, P.width_v, head_dim_v, kv_heads, seqlen_kv, w, key_tiles, N, T.float32(1))
+
+    return backward

@@ -1,0 +1,75 @@
+"""One call of a backward kernel: the forward's tensors and sizes, and gradients that come in and go out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Site
+from schedules.families.cpu import problem as forward
+from schedules.families.cpu.problem import Tensor
+from schedules.families.cpu.vector_math import vectorizable
+
+#: Rows of queries, and keys, of a section at least; how many sections there are at most.
+SECTION, MOST_SECTIONS = 256, 16
+
+
+@dataclass(frozen=True)
+class Problem(forward.Problem):
+    """A call of the backward.
+
+    ``dq_sum``, ``dk_sum`` and ``dv_sum`` are flat float32 sums, a row in ``(batch, heads, seq)`` order, with
+    ``width`` or ``width_v`` elements each; ``delta`` is one for each query row.  ``sums`` has, by parameter, a sum for
+    each ``(batch, head, key section)``, and ``gradients`` the tensor it goes to.
+    """
+
+    do: Tensor
+    dlse: tirx.Buffer
+    dlse_length: Expr
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    delta: tirx.Buffer
+    dq_sum: tirx.Buffer
+    dk_sum: tirx.Buffer
+    dv_sum: tirx.Buffer
+    sums: Mapping[str, tirx.Buffer]
+    gradients: Mapping[str, tirx.Buffer]
+    width: Expr
+    width_v: Expr
+
+    @property
+    def asked(self):
+        """The parameters that ask for a gradient."""
+        return [p for p in self.pattern.params if p.gradient]
+
+    @property
+    def group(self) -> Expr:
+        """How many query heads read one head of keys."""
+        return self.heads // self.kv_heads
+
+    def has_dlse(self) -> Expr:
+        """Whether the log-sum-exp has a gradient."""
+        return self.dlse_length >= self.batch * self.heads * self.seqlen_q
+
+    def score(self, site: Site, product: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
+        """The score of a raw product in natural units, as the log-sum-exp is."""
+        return vectorizable(self.pattern.score(site, product, i, j, chosen))
+
+    def score_gradient(self, site: Site, product: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
+        """The derivative of the score with respect to the scaled product."""
+        return vectorizable(self.pattern.score_gradient(site, product, i, j, chosen))
+
+    def parameter_gradient(self, name: str, site: Site, product, i, j, chosen: bool | None = None) -> Expr:
+        """The derivative of the score with respect to a parameter."""
+        return vectorizable(self.pattern.parameter_gradient(name, site, product, i, j, chosen))
+
+
+def sections(seqlen_q: Expr, seqlen_kv: Expr) -> Expr:
+    """Into how many sections queries and keys are split: a function of the lengths alone."""
+    shorter = T.min(seqlen_q, seqlen_kv)
+    return T.min((shorter + (SECTION - 1)) // SECTION, T.int64(MOST_SECTIONS))

@@ -1,0 +1,261 @@
+"""A work item of the backward: a section of keys against a section of queries, tile by tile.
+
+Vector lanes are over keys in the scores and over head_dim in the sums, so that every product multiplies one broadcast
+element with a vector, and no sum is ever transposed.  For each tile of keys: keys and values as the products want them,
+once for all queries; then for each tile of queries that see some of them, of each query head of the group, the scores,
+what they become, and the three sums.  ``dk`` and ``dv`` of the tile stay in the cache meanwhile; ``dq`` is added to in
+memory, by nobody else at that time (see ``kernel.py``).
+
+=========== ========== ======================================================================
+buffer      shape      holds
+=========== ========== ======================================================================
+S           (M, N)     raw products of queries and keys, then probabilities
+dP          (M, N)     products of output gradients and values, then gradients of scaled products
+dK, dV      (N, D')    sums of the tile
+=========== ========== ======================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+
+from schedules.families.cpu.backward.config import Config, multiplication, padded
+from schedules.families.cpu.backward.floats import by_column, by_row, float_products
+from schedules.families.cpu.backward.pairs import pair_products
+from schedules.families.cpu.backward.problem import MOST_SECTIONS, Problem
+from schedules.families.cpu.isa import Isa
+from schedules.families.cpu.steps import f32
+from schedules.families.cpu.vector_math import exp2
+from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
+
+MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products}
+#: The bits of infinity.
+INFINITY = {"uint32": 0x7F800000, "uint16": 0x7F80}
+
+
+def section_macro(pattern, config: Config, isa: Isa):
+    """A macro ``(problem, b, g, first_key, end_key, first_row, end_row, slot, begins)``.
+
+    Keys are of head ``g``, rows of every query head that reads it; ``slot`` is the number of the section of keys, and
+    ``begins`` says that nothing has been summed for these keys yet.
+    """
+    dtype, head_dim, head_dim_v = pattern.dtype, pattern.head_dim, pattern.head_dim_v
+    M, N, lanes = config.block_m, config.block_n, isa.lanes
+    D, E = padded(head_dim, config, isa), padded(head_dim_v, config, isa)
+    products = MULTIPLICATIONS[multiplication(isa, dtype)](config, isa, dtype, head_dim, head_dim_v)
+    asked = [p.name for p in pattern.params if p.gradient]
+    learns = bool(asked)
+    bits, step = products.bits, products.columns
+    buffers = {
+        **products.buffers,
+        "S": ((M * N,), "float32"),
+        "dP": ((M * N,), "float32"),
+        "dK": ((N * D,), "float32"),
+        "dV": ((N * E,), "float32"),
+    }
+    registers = {
+        "acc": ((config.tile_rows * config.row_vectors * lanes,), "float32"),
+        **dict.fromkeys(("product", "prob", "dscore"), ((lanes,), "float32")),
+        "parameters": ((max(1, len(asked)) * lanes,), "float32"),
+        "of_keys": ((8,), bits),
+        "of_queries": ((8,), bits),
+    }
+
+    def score(P: Problem, site, product, i, key, lane, c, begin, end, full, chosen):
+        """The score of row ``i`` and key ``key + lane``, −inf where it isn't seen."""
+        value = P.score(site, product, i, key + lane, chosen)
+        if full:
+            return value
+        if pattern.is_interval:
+            column = T.cast(c * lanes, "int32") + lane
+            visible = T.And(column >= begin, column < end)
+        else:
+            visible = pattern.mask(site, i, key + lane)
+        return T.Select(visible, value, T.float32(NEGATIVE_INFINITY))
+
+    def add_to_parameters(P: Problem, local, site, i, key, chosen):
+        """A vector's share in the gradients of parameters."""
+        for n, param in enumerate(asked):
+            with T.vectorized(lanes) as lane:
+                slope = P.parameter_gradient(param, site, local.product[lane], i, key + lane, chosen)
+                share = if_weight(local.prob[lane], local.dscore[lane] * slope)
+                T.buffer_store(local.parameters, local.parameters[n * lanes + lane] + share, [n * lanes + lane])
+
+    @T.inline
+    def turn(P: Problem, t, local, site, full, lse_at, row0, key0, rows, columns, chosen):
+        """Probabilities into ``S``, gradients of scaled products into ``dP``: 0 of a key without weight."""
+        for i in T.serial(rows):
+            # A row that saw nothing subtracts +inf in place of −inf: its probabilities are 0.
+            lse: T.float32 = P.lse[lse_at + i]
+            subtract: T.float32 = T.Select(lse == T.float32(NEGATIVE_INFINITY), T.float32(math.inf), lse)
+            difference: T.float32 = P.delta[lse_at + i]
+            # Where a row sees one interval of keys, two comparisons of 32-bit numbers say which.
+            seen = T.meta_var(pattern.keys_of(site, row0 + i, row0 + i).visible)
+            begin: T.int32 = T.cast(T.min(T.max(seen[0] - key0, 0), N), "int32")
+            end: T.int32 = T.cast(T.min(T.max(seen[1] - key0, 0), N), "int32")
+            for c in T.serial((columns + (step - 1)) // step * (step // lanes)):
+                at: T.int64 = i * N + c * lanes
+                key: T.int64 = key0 + c * lanes
+                for lane in T.vectorized(lanes):
+                    local.product[lane] = t.S[at + lane]
+                for lane in T.vectorized(lanes):
+                    local.prob[lane] = exp2(
+                        (
+                            score(P, site, local.product[lane], row0 + i, key, lane, c, begin, end, full, chosen)
+                            - subtract
+                        )
+                        * T.float32(LOG2_E)
+                    )
+                for lane in T.vectorized(lanes):
+                    t.S[at + lane] = local.prob[lane]
+                for lane in T.vectorized(lanes):
+                    local.dscore[lane] = if_weight(local.prob[lane], local.prob[lane] * (t.dP[at + lane] - difference))
+                for lane in T.vectorized(lanes):
+                    t.dP[at + lane] = if_weight(
+                        local.prob[lane],
+                        local.dscore[lane] * P.score_gradient(site, local.product[lane], row0 + i, key + lane, chosen),
+                    )
+                add_to_parameters(P, local, site, row0 + i, key, chosen)
+
+    @T.inline
+    def turn_chosen(P: Problem, t, local, site, full, lse_at, row0, key0, rows, columns):
+        if pattern.has_choice:
+            if pattern.choice(site):  # asked once, not for every score
+                turn(P, t, local, site, full, lse_at, row0, key0, rows, columns, True)
+            else:
+                turn(P, t, local, site, full, lse_at, row0, key0, rows, columns, False)
+        else:
+            turn(P, t, local, site, full, lse_at, row0, key0, rows, columns, None)
+
+    @T.inline
+    def add_where_seen(out, base, stride, left, tensor, at, rows, width, depth):
+        """``out[i, d] += sum_k left(i, k) * tensor[k, d]`` of those with weight, beside which anything may stand."""
+        for i in T.serial(rows):
+            for k in T.serial(depth):
+                for d in T.serial(width // 8):
+                    for lane in T.vectorized(8):
+                        out[base + i * stride + d * 8 + lane] += if_weight(
+                            left(i, k), left(i, k) * f32(tensor.flat[at + k * tensor.strides[2] + d * 8 + lane])
+                        )
+
+    @T.inline
+    def tile_gradients(P: Problem, t, local, full, q_at, do_at, k_at, dq_at, rows, keys):
+        if full or (is_finite(local.of_keys) and is_finite(local.of_queries)):
+            products.gradients(P, t, local.acc, dq_at, P.width, rows, keys)
+        else:
+            add_where_seen(t.dV, 0, E, by_column(t.S, N), P.do, do_at, keys, P.head_dim_v, rows)
+            add_where_seen(t.dK, 0, D, by_column(t.dP, N), P.q, q_at, keys, P.head_dim, rows)
+            add_where_seen(P.dq_sum, dq_at, P.width, by_row(t.dP, N), P.k, k_at, rows, P.head_dim, keys)
+
+    @T.inline
+    def clear(buffer, count, bits):
+        for x in T.serial(count // 8):
+            for lane in T.vectorized(8):
+                buffer[x * 8 + lane] = T.cast(0, bits)
+
+    @T.inline
+    def store_sum(out, at, width, tile, stride, keys, begins, seen):
+        """Add a tile's sums, if anything was ``seen``, to those of earlier sections of queries."""
+        if begins:
+            for j in T.serial(keys):
+                for d in T.serial(width // 8):
+                    for lane in T.vectorized(8):
+                        out[at + j * width + d * 8 + lane] = T.Select(
+                            seen, tile[j * stride + d * 8 + lane], T.float32(0)
+                        )
+        else:
+            if seen:
+                for j in T.serial(keys):
+                    for d in T.serial(width // 8):
+                        for lane in T.vectorized(8):
+                            out[at + j * width + d * 8 + lane] += tile[j * stride + d * 8 + lane]
+
+    def store_parameters(P: Problem, local, b, h, slot):
+        """Add the sums over lanes to a head's."""
+        at = (b * P.heads + h) * MOST_SECTIONS + slot
+        for n, param in enumerate(asked):
+            total = local.parameters[n * lanes]
+            for lane in range(1, lanes):
+                total = total + local.parameters[n * lanes + lane]
+            T.buffer_store(P.sums[param], P.sums[param][at] + total, [at])
+
+    @T.inline
+    def section(P: Problem, b, g, first_key, end_key, first_row, end_row, slot, begins):
+        t = T.meta_var(allocate(buffers))
+        local = T.meta_var(allocate(registers, "local"))
+        key_rows = T.meta_var(P.key_rows(b, g * P.group))
+        value_rows = T.meta_var(P.value_rows(b, g * P.group))
+        for key_tile in T.serial((T.max(end_key - first_key, T.int64(0)) + (N - 1)) // N):
+            key0: T.int64 = first_key + key_tile * N
+            keys: T.int64 = T.min(T.int64(N), end_key - key0)
+            k_at: T.int64 = key_rows.offset(key0, T.int64(0))
+            v_at: T.int64 = value_rows.offset(key0, T.int64(0))
+            seen: T.bool = T.bool(False)
+            for r in T.serial(P.group):
+                h: T.int64 = g * P.group + r
+                site = T.meta_var(P.site(b, h))
+                visible = T.meta_var(pattern.rows_of(site, key0, key0 + keys - 1).visible)
+                first: T.int64 = T.max(visible[0], first_row) - first_row
+                end: T.int64 = T.min(visible[1], end_row) - first_row
+                if learns:
+                    clear(local.parameters, len(asked) * lanes, "float32")
+                for row_tile in T.serial(first // M, T.max(first // M, (end + (M - 1)) // M)):
+                    row0: T.int64 = first_row + row_tile * M
+                    rows: T.int64 = T.min(T.int64(M), end_row - row0)
+                    live: T.bool = pattern.tile_live(site, row0, row0 + rows - 1, key0, key0 + keys - 1)
+                    full: T.bool = pattern.tile_full(site, row0, row0 + rows - 1, key0, key0 + (N - 1))
+                    if live:
+                        # 1. Keys, once; queries and the gradients of their outputs.
+                        if not seen:
+                            clear(local.of_keys, 8, bits)
+                            products.load_keys(P, t, k_at, v_at, keys, local.of_keys)
+                            clear(t.dK, N * D, "float32")
+                            clear(t.dV, N * E, "float32")
+                            seen = T.bool(True)
+                        q_at: T.int64 = P.q.row(b, h, row0)
+                        do_at: T.int64 = P.do.row(b, h, row0)
+                        lse_at: T.int64 = (b * P.heads + h) * P.seqlen_q + row0
+                        clear(local.of_queries, 8, bits)
+                        products.load_queries(P, t, q_at, do_at, rows, local.of_queries)
+                        # 2. Scores, and what they become.
+                        products.scores(P, t, local.acc, rows, keys)
+                        if full:
+                            turn_chosen(P, t, local, site, True, lse_at, row0, key0, rows, keys)
+                        else:
+                            turn_chosen(P, t, local, site, False, lse_at, row0, key0, rows, keys)
+                        # 3. The three sums.
+                        tile_gradients(P, t, local, full, q_at, do_at, k_at, lse_at * P.width, rows, keys)
+                if learns:
+                    store_parameters(P, local, b, h, slot)
+            dk_at: T.int64 = ((b * P.kv_heads + g) * P.seqlen_kv + key0) * P.width
+            dv_at: T.int64 = ((b * P.kv_heads + g) * P.seqlen_kv + key0) * P.width_v
+            store_sum(P.dk_sum, dk_at, P.width, t.dK, D, keys, begins, seen)
+            store_sum(P.dv_sum, dv_at, P.width_v, t.dV, E, keys, begins, seen)
+
+    return section
+
+
+def allocate(shapes, scope: str = "global") -> SimpleNamespace:
+    """Buffers of a work item by name, from their shapes and dtypes."""
+    buffers = {}
+    for name, (shape, dtype) in shapes.items():
+        buffers[name] = T.sblock_alloc_buffer(shape, dtype, scope=scope)
+        IRBuilder.name(name, buffers[name])
+    return SimpleNamespace(**buffers)
+
+
+def if_weight(prob, value):
+    """``value``, or 0 where a key has no weight, whatever stands beside it."""
+    return T.Select(prob == T.float32(0), T.float32(0), value)
+
+
+def is_finite(largest):
+    """Whether eight largest magnitudes, as bits, are those of finite numbers."""
+    bound = largest[0]
+    for lane in range(1, 8):
+        bound = T.max(bound, largest[lane])
+    return bound < T.cast(INFINITY[str(largest.dtype)], str(largest.dtype))

@@ -1,0 +1,296 @@
+// A block of threads on one processor: who runs, who waits for what, and what happens when nobody can go on.
+
+#pragma once
+
+#include <tvm/ffi/error.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+#define SIMT_FAST __attribute__((optimize("O3")))
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+static dim3 threadIdx, blockIdx, gridDim;
+
+namespace simt {
+
+constexpr int kWarp = 32, kWarpgroup = 4;
+constexpr size_t kStack = 1 << 20;
+constexpr uint32_t kSharedBase = 1024;  // shared addresses don't begin at 0 on hardware either
+constexpr int kChunk = 16;              // bytes that asynchronous copies and matrix instructions move as one
+
+// How a run may differ from the usual one: in which order threads get their turns, and how many multiprocessors there
+// seem to be.
+struct Settings {
+  uint32_t order = 0;
+  int multiprocessors = 2;
+};
+static Settings settings;
+
+struct Copy {
+  uint32_t to;
+  const void* from;
+  uint32_t size;
+};
+
+// A thread that waits may go on when ``(*place & mask) != value``.
+struct Wait {
+  const uint32_t* place = nullptr;
+  uint32_t mask = 0, value = 0;
+  const char* what = "";
+  uint32_t which = 0;
+
+  bool over() const { return !place || (*place & mask) != value; }
+  bool operator==(const Wait& other) const {
+    return place == other.place && mask == other.mask && value == other.value;
+  }
+};
+
+struct Thread {
+  Fiber fiber;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  Wait wait;
+  std::vector<Copy> open;                // cp.async copies of the group that isn't committed yet
+  std::deque<std::vector<Copy>> groups;  // those that are
+  uint32_t in[12];                       // what it brings to an instruction of the whole warp
+  uint32_t out[8];
+  const void* bring[2];                  // and what lies on its stack meanwhile
+};
+
+// A place where ``count`` threads meet; the last to come acts for all.
+struct Meeting {
+  uint32_t arrived = 0, generation = 0, count = 0;
+  int value = 0, result = 0;
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<uint8_t> shared;
+  std::vector<Meeting> warps = std::vector<Meeting>(32), barriers = std::vector<Meeting>(16);
+  Fiber scheduler;
+  int current = -1;
+  std::function<void()> body;
+  std::exception_ptr failure;
+};
+static Block* block;
+
+// A part of the machine that works beside the threads, and what the scheduler asks of it.
+struct Unit {
+  Unit() { all().push_back(this); }
+  virtual void begin() {}                            // a block begins
+  virtual bool advance() { return false; }           // no thread can go on: whether this lets one
+  virtual std::string describe(const Wait&) { return ""; }  // what somebody waits for, if it is of this unit
+  virtual void end() {}                              // all threads have ended: fail if anything of theirs hasn't
+
+  static std::vector<Unit*>& all() {
+    static std::vector<Unit*> units;
+    return units;
+  }
+};
+
+static Thread& self() { return block->threads[block->current]; }
+static int lane() { return block->current % kWarp; }
+static int warp() { return block->current / kWarp; }
+static uint8_t* shared() { return block->shared.data(); }
+static uint8_t* at(uint32_t address) { return shared() + (address - kSharedBase); }
+
+// Stops the run: the kernel did what hardware doesn't allow, or promises nothing about.
+[[noreturn]] static void fail(const std::string& what) {
+  std::ostringstream text;
+  text << "block (" << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z << ")";
+  if (block->current >= 0) text << ", warp " << warp() << ", lane " << lane();
+  TVM_FFI_THROW(RuntimeError) << text.str() << ": " << what;
+  std::terminate();
+}
+template <typename... Parts>
+[[noreturn]] static void fail_with(const Parts&... parts) {
+  std::ostringstream text;
+  (void)(text << ... << parts);
+  fail(text.str());
+}
+
+static uint32_t to_shared(const void* p) {
+  size_t offset = (const uint8_t*)p - shared();
+  if (offset >= block->shared.size()) fail("an address that isn't in the block's dynamic shared memory");
+  return uint32_t(offset) + kSharedBase;
+}
+static void check_shared(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
+  if (address < kSharedBase || address - kSharedBase + uint64_t(bytes) > block->shared.size())
+    fail_with(what, " beyond shared memory, at offset ", int64_t(address) - kSharedBase);
+  if (address % alignment)
+    fail_with(what, " at offset ", address - kSharedBase, ", which isn't a multiple of ", alignment);
+}
+
+static void yield() { self().fiber.leave_for(block->scheduler); }
+
+static void wait_until(const uint32_t* place, uint32_t mask, uint32_t value, const char* what, uint32_t which) {
+  Wait wait = {place, mask, value, what, which};
+  if (wait.over()) return;
+  self().wait = wait;
+  yield();
+}
+
+constexpr const char *kOfWarp = "an instruction of its whole warp", *kNamed = "barrier";
+
+template <typename Act>
+static void meet(Meeting& place, uint32_t count, bool stays, const char* what, uint32_t which, Act act) {
+  uint32_t generation = place.generation;
+  place.count = count;
+  if (++place.arrived == count) {
+    act();
+    place.arrived = 0;
+    place.generation++;
+  } else if (stays) {
+    wait_until(&place.generation, ~0u, generation, what, which);
+  }
+}
+
+// ``bar.sync`` and, for who doesn't stay, ``bar.arrive``.
+static void barrier(uint32_t id, uint32_t count, bool stays = true) {
+  if (id >= block->barriers.size() || count % kWarp) fail_with("barrier ", id, " of ", count, " threads");
+  Meeting& place = block->barriers[id];
+  if (place.arrived && place.count != count)
+    fail_with("comes to barrier ", id, " of ", count, " threads where others wait for ", place.count);
+  meet(place, count, stays, kNamed, id, [] {});
+}
+
+static int barrier_or(int predicate) {
+  Meeting& place = block->barriers[0];
+  place.value |= predicate != 0;
+  meet(place, block->threads.size(), true, kNamed, 0, [&] { place.result = place.value, place.value = 0; });
+  return place.result;
+}
+
+// An instruction of the whole warp: ``act`` sees its 32 threads, when all have brought what they bring.
+template <typename Act>
+static void together(Act act) {
+  int first = block->current / kWarp * kWarp;
+  meet(block->warps[first / kWarp], kWarp, true, kOfWarp, first / kWarp, [&] { act(&block->threads[first]); });
+}
+
+static int elect() {
+  together([](Thread*) {});
+  return lane() == 0;
+}
+
+// The calling thread ends.
+static void leave() {
+  self().done = true;
+  yield();
+}
+
+static void start() {
+  try {
+    block->body();
+  } catch (...) {
+    if (!block->failure) block->failure = std::current_exception();
+  }
+  leave();
+}
+
+// Who waits for what, threads with the same wait taken together.
+static std::string waiting() {
+  std::ostringstream text;
+  const std::vector<Thread>& threads = block->threads;
+  for (size_t i = 0, end; i < threads.size(); i = end) {
+    for (end = i + 1; end < threads.size() && threads[end].done == threads[i].done; end++)
+      if (!threads[i].done && !(threads[end].wait == threads[i].wait)) break;
+    if (threads[i].done) continue;
+    const Wait& wait = threads[i].wait;
+    text << "\n  warp " << i / kWarp << ", lane " << i % kWarp;
+    if (end - i > 1) text << " to warp " << (end - 1) / kWarp << ", lane " << (end - 1) % kWarp;
+    text << ": " << wait.what;
+    if (wait.what == kOfWarp) text << " (" << block->warps[wait.which].arrived << " of 32 threads are there)";
+    if (wait.what == kNamed) {
+      const Meeting& place = block->barriers[wait.which];
+      text << " " << wait.which << " (" << place.arrived << " of " << place.count << " threads are there)";
+    }
+    for (Unit* unit : Unit::all()) text << unit->describe(wait);
+  }
+  return text.str();
+}
+
+// The order in which threads get their turns: by number, backwards, or warps shuffled.
+static std::vector<int> turns(int threads) {
+  std::vector<int> order(threads), warps((threads + kWarp - 1) / kWarp);
+  for (size_t i = 0; i < warps.size(); i++) warps[i] = settings.order == 1 ? warps.size() - 1 - i : i;
+  uint32_t state = settings.order;
+  for (size_t i = warps.size() - 1; settings.order > 1 && i > 0; i--) {
+    state = state * 1664525u + 1013904223u;
+    std::swap(warps[i], warps[(state >> 8) % (i + 1)]);
+  }
+  for (int i = 0; i < threads; i++) {
+    int own = settings.order % 2 ? kWarp - 1 - i % kWarp : i % kWarp;
+    order[i] = warps[i / kWarp] * kWarp + own;
+  }
+  return order;
+}
+
+// All threads of a block, from their first instruction to their last.
+static void run_block(Block& own, const std::vector<int>& order) {
+  for (;;) {
+    bool moved = false, left = false;
+    for (int i : order) {
+      Thread& t = own.threads[i];
+      if (t.done) continue;
+      left = true;
+      if (!t.wait.over()) continue;
+      t.wait.place = nullptr;
+      moved = true;
+      own.current = i;
+      threadIdx = dim3(i);
+      own.scheduler.leave_for(t.fiber);
+      own.current = -1;
+      if (own.failure) std::rethrow_exception(own.failure);
+    }
+    if (!left) return;
+    for (Unit* unit : Unit::all()) moved = moved || unit->advance();
+    if (!moved) fail("its threads wait for each other forever:" + waiting());
+  }
+}
+
+static void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body) {
+  if (size.x % kWarp || size.y != 1 || size.z != 1) TVM_FFI_THROW(RuntimeError) << "a block of " << size.x << " threads";
+  gridDim = grid;
+  Block own;
+  own.body = body;
+  own.threads.resize(size.x);
+  for (Thread& t : own.threads) t.stack.reset(new char[kStack]);
+  std::vector<int> order = turns(size.x);
+  struct Current {
+    Current(Block& own) { block = &own; }
+    ~Current() { block = nullptr; }
+  } current(own);
+  for (unsigned z = 0; z < grid.z; z++)
+    for (unsigned y = 0; y < grid.y; y++)
+      for (unsigned x = 0; x < grid.x; x++) {
+        blockIdx = dim3(x, y, z);
+        own.shared.assign(shared_bytes + 16, 0xff);  // NaN, whatever it is read as
+        own.barriers.assign(16, Meeting()), own.warps.assign(32, Meeting());
+        for (Thread& t : own.threads) {
+          t.done = false, t.wait = Wait();
+          t.open.clear(), t.groups.clear();
+          t.fiber.begin(t.stack.get(), kStack, start);
+        }
+        for (Unit* unit : Unit::all()) unit->begin();
+        run_block(own, order);
+        for (Unit* unit : Unit::all()) unit->end();
+      }
+}
+
+}  // namespace simt

@@ -1,0 +1,91 @@
+// Loads, stores and cp.async of single threads, and who has written shared memory without a fence since.
+
+#pragma once
+
+#include "machine.h"
+
+namespace simt {
+
+// What threads write with instructions (not through pointers) is seen by TMA and wgmma after a fence.proxy.async of the
+// thread that wrote.
+struct Unfenced : Unit {
+  std::vector<uint16_t> writer;                 // by chunk of shared memory: the thread, from 1 on
+  std::vector<std::vector<uint32_t>> chunks;    // by thread
+
+  void begin() override {
+    writer.assign(block->shared.size() / kChunk + 1, 0);
+    chunks.assign(block->threads.size(), {});
+  }
+  void wrote(int thread, uint32_t address, uint32_t bytes) {
+    for (uint32_t c = (address - kSharedBase) / kChunk; c <= (address - kSharedBase + bytes - 1) / kChunk; c++) {
+      if (writer[c] == thread + 1) continue;
+      writer[c] = thread + 1;
+      chunks[thread].push_back(c);
+    }
+  }
+  void fence(int thread) {
+    for (uint32_t c : chunks[thread])
+      if (writer[c] == thread + 1) writer[c] = 0;
+    chunks[thread].clear();
+  }
+  void overwritten(uint32_t chunk_address) { writer[(chunk_address - kSharedBase) / kChunk] = 0; }
+  void check(uint32_t chunk_address, const char* reader) {
+    if (int thread = writer[(chunk_address - kSharedBase) / kChunk])
+      fail_with(reader, " reads shared memory at offset ", chunk_address - kSharedBase, ", which warp ",
+                (thread - 1) / kWarp, ", lane ", (thread - 1) % kWarp, " wrote without a fence.proxy.async since");
+  }
+};
+static Unfenced unfenced;
+
+static void fence_async() { unfenced.fence(block->current); }
+
+// Copies land when they are waited for, and those that nobody has waited for just before their thread loads 16 bytes (as
+// it does of its output): so that what was written to their place too early is lost, as it may be on hardware.
+static void land(const std::vector<Copy>& copies) {
+  for (const Copy& c : copies) {
+    memset(at(c.to), 0, 16);
+    memcpy(at(c.to), c.from, c.size);
+    unfenced.wrote(block->current, c.to, 16);
+  }
+}
+static void wait(size_t in_flight) {
+  for (auto& groups = self().groups; groups.size() > in_flight; groups.pop_front()) land(groups.front());
+}
+static void copy_later(uint32_t to, const void* from, uint32_t size) { self().open.push_back({to, from, size}); }
+static void commit() {
+  self().groups.push_back(std::move(self().open));
+  self().open.clear();
+}
+
+static void load4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from) {
+  wait(0);
+  land(self().open);
+  self().open.clear();
+  const uint32_t* p = (const uint32_t*)at(from);
+  a = p[0], b = p[1], c = p[2], d = p[3];
+}
+template <typename Word>
+static void load(std::initializer_list<Word*> words, const void* from) {
+  for (Word* word : words) memcpy(word, from, 4), from = (const char*)from + 4;
+}
+template <typename Word>
+static void store(void* to, std::initializer_list<Word> words) {
+  static_assert(sizeof(Word) == 4, "");
+  memcpy(to, words.begin(), words.size() * 4);
+}
+template <typename Word>
+static void store_shared(uint32_t to, std::initializer_list<Word> words) {
+  check_shared(to, words.size() * 4, words.size() * 4, "st.shared");
+  store(at(to), words);
+  unfenced.wrote(block->current, to, words.size() * 4);
+}
+static void add(float* to, std::initializer_list<float> values) {
+  for (float value : values) *to++ += value;
+}
+static void load_or_zero(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from, int exists) {
+  uint32_t values[4] = {0, 0, 0, 0};
+  if (exists) memcpy(values, from, 16);
+  a = values[0], b = values[1], c = values[2], d = values[3];
+}
+
+}  // namespace simt

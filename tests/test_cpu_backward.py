@@ -1,0 +1,205 @@
+"""The CPU's backward kernels against float64: masks, scores, layouts, strides, instruction sets, and the same bits."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tvm_ffi
+
+from schedules.definition.attention import Attention
+from schedules.definition.catalogue import MASKS, SCORES
+from schedules.definition.pattern import match
+from schedules.families import cpu
+from schedules.families.interface import BACKWARD, Program, Rejected, Target
+from schedules.toolchain import cpu as toolchain
+from tests import cases, gradient_cases
+from tests.cases import CASES, Case
+from tests.gradient_cases import Kernel, check, outer, run
+from tests.test_cpu_family import TEMPLATES, compile_for, runnable_isas, runtime
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
+from tvm_flash.packs.registry import registry
+
+
+@functools.cache
+def kernel(template, dtype, mask, score, isa="", head_dim=64, asked=(), **changes) -> Kernel:
+    isa = isa or runnable_isas()[0]
+    params = tuple(replace(p, gradient=p.name in asked) for p in SCORES[score].params)
+    attention = Attention(replace(SCORES[score], params=params), MASKS[mask])
+    pattern = match(attention(head_dim, dtype, index_dtype=cpu.INDEX_DTYPE))
+    target = Target("cpu", isa)
+    config = replace(cpu.backward.default_configs(template, pattern, target)[0], **changes)
+    program = TEMPLATES[template].apply(pattern, target, "kernel", config, BACKWARD)
+    assert isinstance(program, Program), program
+    compiled = compile_for(isa, program)
+    with tempfile.TemporaryDirectory(dir=runtime().parent) as scratch:
+        part, module = Path(scratch) / "kernel.o", runtime().parent / f"{Path(scratch).name}.so"
+        compiled.mod.write_to_file(str(part), "o")
+        toolchain.link_module([part], module, runtime())
+        loaded = tvm_ffi.load_module(str(module))
+    functions = tuple(loaded[launch.symbol] for launch in program.launches)
+    roles = tuple(launch.roles for launch in program.launches)
+    return Kernel(functions, roles, program.workspaces, pattern.params, LAYOUT_OF_TEMPLATE[template], program.scalars)
+
+
+@functools.cache
+def core(template, dtype, head_dim=64) -> Kernel:
+    """The kernel of a pack that serves every mask and score of the functions."""
+    wanted = (template, dtype, head_dim, BACKWARD, BUILTIN_DEFINITION, "positioned", "optional")
+    for found in registry().kernels("cpu"):
+        e = found.entry
+        if (e.template, e.dtype, e.head_dim, e.kind, e.definition, e.mask, e.score) == wanted:
+            module = tvm_ffi.load_module(str(found.pack.folder / e.module))
+            functions = tuple(module[launch.symbol] for launch in e.launches)
+            roles = tuple(tuple(a.role for a in launch.arguments) for launch in e.launches)
+            return Kernel(functions, roles, e.workspaces, e.params, e.layout, e.scalars)
+    raise AssertionError(f"no backward kernel for {wanted}")
+
+
+def checked(case: Case, one: Kernel, with_dlse: bool = False):
+    data, given = cases.inputs(case), outer(case, with_dlse)
+    check(case, data, given, run(case, data, given, one))
+
+
+#: Which template a dtype's cases run on: both, and the other way round in a few.
+TEMPLATE_OF = {"float32": "v1", "float16": "v2", "bfloat16": "v2"}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.mask != "sink_window"], ids=lambda c: c.id)
+def test_against_float64(case, cpu_pack):
+    checked(case, core(TEMPLATE_OF[case.dtype], case.dtype), with_dlse=case.batch > 1)
+
+
+@pytest.mark.parametrize(("template", "dtype"), (("v1", "bfloat16"), ("v2", "float32"), ("v1", "float16")))
+@pytest.mark.parametrize("strides", cases.STRIDES)
+def test_the_other_layout(template, dtype, strides, cpu_pack):
+    case = Case(2, 4, 93, 64, kv_heads=2, seqlen_kv=131, dtype=dtype, mask="causal", strides=strides)
+    checked(case, core(template, dtype))
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize(("head_dim", "sizes"), ((128, (128, 72)), (256, (256, 8, 200))))
+def test_head_dims(head_dim, sizes, dtype, cpu_pack):
+    one = core(TEMPLATE_OF[dtype], dtype, head_dim)
+    for size, size_v in zip(sizes, sizes[::-1], strict=True):
+        checked(Case(1, 2, 100, size, seqlen_kv=90, head_dim_v=size_v, dtype=dtype, mask="causal"), one, True)
+
+
+@pytest.mark.parametrize(("mask", "score"), (("full", "alibi"), ("window", "softcap"), ("sink_window", "identity")))
+def test_kernels_of_their_own(mask, score):
+    for case in CASES:
+        if (case.dtype, case.mask, case.score) == ("float32", mask, score):
+            checked(case, kernel("v2", "float32", mask, score), with_dlse=True)
+
+
+@pytest.mark.parametrize("isa", runnable_isas()[1:])
+def test_every_isa(isa):
+    dtypes = ("float32", "bfloat16") if isa == "avx2" else ("float32",)
+    for dtype in dtypes:
+        case = Case(1, 4, 150, 64, kv_heads=2, seqlen_kv=170, head_dim_v=40, dtype=dtype, mask="causal")
+        checked(case, kernel("v1", dtype, "causal", "identity", isa))
+
+
+def test_other_tiles():
+    """Sizes of tiles that are not the default's, with keys and queries that fill none."""
+    one = kernel("v1", "bfloat16", "window", "identity", block_m=32, block_n=96, row_vectors=3)
+    window = (("window_left", 40), ("window_right", 3))
+    checked(Case(1, 2, 171, 64, seqlen_kv=203, dtype="bfloat16", mask="window", params=window), one)
+
+
+def test_gradients_of_parameters():
+    asked = ("softcap", "alibi_slopes")
+    params = (("window_left", 90), ("window_right", 3), ("sink_tokens", 5), ("softcap", 2.0))
+    one = kernel("v1", "float32", "sink_window", "softcap_alibi", asked=asked)
+    for sizes, more in (((2, 4, 300, 64), {"kv_heads": 2}), ((1, 2, 40, 64), {"seqlen_kv": 600})):
+        case = Case(*sizes, mask="sink_window", score="softcap_alibi", params=params, **more)
+        data, given = cases.inputs(case), outer(case, with_dlse=True)
+        got = run(case, data, given, one)
+        got["d_softcap"] = got["d_softcap"].reshape(())
+        check(case, data, given, got, asked)
+
+
+def by_threads(case, data, given, one):
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            yield run(case, data, given, one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_the_same_bits_with_any_threads_and_alone_in_a_batch(dtype, cpu_pack):
+    case = Case(2, 4, 1100, 64, kv_heads=2, seqlen_kv=1300, dtype=dtype, mask="causal")
+    data, given = cases.inputs(case), outer(case)
+    one = core(TEMPLATE_OF[dtype], dtype)
+    first, *others = by_threads(case, data, given, one)
+    for other in others:
+        assert all(np.array_equal(first[name], other[name]) for name in first)
+    alone = replace(case, batch=1)
+    part = replace(data, q=data.q[1:], k=data.k[1:], v=data.v[1:])
+    got = run(alone, part, gradient_cases.Outer(given.dout[1:]), one)
+    assert all(np.array_equal(first[name][1:], got[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("bad", (np.nan, np.inf))
+def test_what_is_hidden_spoils_nothing(dtype, bad, cpu_pack):
+    """Rows that see nothing, and keys that nobody sees, may hold anything."""
+    case = Case(1, 2, 180, 64, seqlen_kv=100, dtype=dtype, mask="causal")  # rows up to 79 see nothing
+    data, given = cases.inputs(case), outer(case)
+    one = core(TEMPLATE_OF[dtype], dtype)
+    clean = run(case, data, given, one)
+    poisoned = replace(data, q=data.q.copy())
+    dout = given.dout.copy()
+    for x in (poisoned.q, dout):
+        x[:, :, [0, 40, 79], 3] = bad
+    out, lse = cases.expected(case, data)
+    got = run(case, poisoned, gradient_cases.Outer(dout), one, known=(out, lse))
+    assert not got["dq"][:, :, :80].any()
+    check(case, data, given, got)
+    assert all(np.array_equal(clean[name][:, :, 130:], got[name][:, :, 130:]) for name in ("dq",))
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_nan_stays_with_those_that_see_it(dtype, cpu_pack):
+    case = Case(1, 1, 200, 64, dtype=dtype, mask="causal")
+    data, given = cases.inputs(case), outer(case)
+    one = core(TEMPLATE_OF[dtype], dtype)
+    out, lse = cases.expected(case, data)
+    for name in ("k", "v"):
+        poisoned = replace(data, **{name: getattr(data, name).copy()})
+        getattr(poisoned, name)[0, 0, 150, 5] = np.nan
+        got = run(case, poisoned, given, one, known=(out, lse))
+        assert np.isfinite(got["dq"][0, 0, :150]).all()
+        assert np.isnan(got["dq"][0, 0, 150:]).any(axis=-1).all()
+    dout = given.dout.copy()
+    dout[0, 0, 70, 5] = np.nan
+    got = run(case, data, gradient_cases.Outer(dout), one, known=(out, lse))
+    assert np.isfinite(got["dv"][0, 0, 71:]).all()
+    assert np.isfinite(got["dk"][0, 0, 71:]).all()
+    assert np.isnan(got["dk"][0, 0, :71]).any(axis=-1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    (
+        ({"block_n": 48}, "columns of a register tile"),
+        ({"tile_rows": 3}, "tile_rows"),
+        ({"row_vectors": 4}, "registers"),
+        ({"block_m": 1 << 14}, "scratch"),
+        ({"block_n": 0}, "positive"),
+    ),
+)
+def test_refusals_say_why(change, reason):
+    pattern, target = match(Attention()(64, "float32")), Target("cpu", "avx512")
+    config = replace(cpu.backward.default_configs("v1", pattern, target)[0], **change)
+    refusal = cpu.backward.feasible(pattern, config, target)
+    assert isinstance(refusal, Rejected)
+    assert reason in refusal.reason

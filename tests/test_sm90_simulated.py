@@ -1,0 +1,113 @@
+"""Hopper kernels compute attention, their CUDA sources run on the processor (tests/simt), against float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("tvm")
+pytest.importorskip("torch")
+
+import numpy as np
+
+from schedules.builder.compile import export_cuda, pattern_of
+from schedules.builder.suite import KernelSpec
+from schedules.families import sm90
+from schedules.families.interface import Target
+from schedules.families.sm90 import decode
+from schedules.templates import v1, v2
+from tests import cases, torch_cases
+from tests.cases import CASES, Case
+from tests.simt.simulate import Simulated
+from tests.torch_cases import attend, own_case
+from tvm_flash import numerics
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
+
+TARGET = Target("sm_90a")
+TEMPLATES = {"v1": v1, "v2": v2}
+
+#: Kind, template, head_dim, head_dim_v, mask, score, dtype: chained and persistent tiles, outputs in the place of the
+#: queries and in their own, turns between warpgroups and none, packed heads, and splits of the keys.
+KERNELS = (
+    ("forward", "v2", 64, 64, "causal", "identity", "float16"),
+    ("forward", "v2", 128, 128, "full", "identity", "bfloat16"),
+    ("forward", "v2", 128, 128, "window", "softcap_alibi", "float16"),
+    ("forward", "v1", 256, 256, "full", "identity", "float16"),
+    ("forward", "v2", 192, 128, "padded", "identity", "float16"),
+    ("decode", "v2", 128, 128, "window", "softcap_alibi", "bfloat16"),
+)
+
+
+def made(kind, template, head_dim, head_dim_v, mask, score, dtype, folder, edit=lambda text: text):
+    """A kernel that stands alone, and runs on CPU tensors; ``edit`` changes its source before."""
+    spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v)
+    pattern = pattern_of(spec, TARGET)
+    maker, traversal = (decode if kind == "decode" else sm90), TEMPLATES[template].TRAVERSAL
+    config = maker.default_configs(template, pattern, TARGET)[0]
+    program = maker.program(pattern, config, TARGET, traversal, spec.symbol)
+    simulated = Simulated(program, edit(export_cuda(program, TARGET)), folder)
+    names = [p.name for p in pattern.params]
+
+    def function(q, k, v, o, lse, softmax_scale, *values):
+        tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "softmax_scale": softmax_scale}
+        simulated(tensors | dict(zip(names, values, strict=True)), LAYOUT_OF_TEMPLATE[template])
+
+    return SimpleNamespace(kind=kind, spec=spec, params=pattern.params, simulated=simulated, function=function)
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=lambda k: "-".join(map(str, k)))
+def kernel(request, tmp_path_factory):
+    return made(*request.param, tmp_path_factory.mktemp("sm90"))
+
+
+def own(kernel, **sizes) -> Case:
+    """A case of the kernel's own kind that it can compute: decoding has no more rows than a work tile."""
+    if kernel.kind == "decode":
+        sizes["seqlen_q"] = sizes["seqlen_q"] % 40
+    return own_case(kernel, **sizes)
+
+
+def test_the_shared_cases(kernel):
+    spec, count = kernel.spec, 0
+    for case in CASES:
+        if (case.dtype, case.mask, case.score) != (spec.dtype, spec.mask, spec.score) or case.strides == "gaps":
+            continue
+        if case.head_dim > spec.head_dim or case.head_dim_v > spec.head_dim_v or case.seqlen_kv > 500:
+            continue
+        data = cases.inputs(case)
+        torch_cases.check(case, data, *attend(kernel, case, data))
+        count += 1
+    assert count or "alibi" in spec.score
+
+
+def test_full_width_grouped_heads_and_every_order_of_turns(kernel):
+    """Lengths that divide no tile, and few multiprocessors, so that blocks go on to others' tiles."""
+    case = own(kernel, kv_heads=1, seqlen_q=150, seqlen_kv=213)
+    data = cases.inputs(case)
+    results = []
+    for order, multiprocessors in ((0, 2), (1, 1), (7, 1), (8, 3)):
+        kernel.simulated.configure(order, multiprocessors)
+        results.append(attend(kernel, case, data))
+    kernel.simulated.configure()
+    torch_cases.check(case, data, *results[0])
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert np.array_equal(one, same, equal_nan=True)
+
+
+def test_many_tiles_of_keys(kernel):
+    """Every stage of the pipelines is used several times."""
+    case = own(kernel, seqlen_q=300, seqlen_kv=900)
+    data = cases.inputs(case)
+    torch_cases.check(case, data, *attend(kernel, case, data))
+
+
+def test_scores_that_outgrow_a_row_s_first_maximum(kernel):
+    """Keys are walked from the last to the first: the first are far larger, so that steps without maxima overflow."""
+    if kernel.spec.score != "identity":
+        pytest.skip("modified scores are bounded, or grow with the distance")
+    case = own(kernel, seqlen_q=140, seqlen_kv=400)
+    data = cases.inputs(case)
+    data.k[:, :, :120] = numerics.round_to(data.k[:, :, :120] * 200, case.dtype)
+    torch_cases.check(case, data, *attend(kernel, case, data))

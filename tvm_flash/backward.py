@@ -1,0 +1,237 @@
+"""Gradients of attention for whoever has no autograd: NumPy, CuPy and DLPack arrays, and programs that keep their own
+book of what flows back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm_flash.call.checks import check_layout
+from tvm_flash.call.dispatch import entrance
+from tvm_flash.call.signature import signature
+from tvm_flash.catalogue import PARAMS
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
+from tvm_flash.operators import BACKWARD, gradient_of
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
+from tvm_flash.padded import PARAMETERS as _PADDED_PARAMETERS
+from tvm_flash.padded import check_placement
+
+
+def flash_attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    *,
+    dlse: Any = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    gradients: Sequence[str] = (),
+    dq: Any = None,
+    dk: Any = None,
+    dv: Any = None,
+    d_alibi_slopes: Any = None,
+    accumulate: bool = False,
+    variant: str = "auto",
+) -> tuple[Any, ...]:
+    """Gradients of :func:`tvm_flash.flash_attention`, over tensors in V1's layout, ``(batch, heads, seq, head_dim)``.
+
+    Nothing but q, k, v, the result and its log-sum-exp is needed of the forward.
+
+    Parameters
+    ----------
+    dout: gradient of the result, in its shape and in q's dtype; any strides with a contiguous last dimension.
+    q, k, v: as they were given to the forward.
+    out: what the forward gave, in q's dtype.
+    lse: the log-sum-exp that it gave with ``return_lse=True``: float32 ``(batch, heads, seqlen_q)``, contiguous.
+    dlse: gradient of the log-sum-exp, as lse; none if not given.
+    causal, softmax_scale, window_size, softcap, alibi_slopes: as they were given to the forward.
+    gradients: ``("alibi_slopes",)`` for the gradient of the slopes too.
+    dq, dk, dv, d_alibi_slopes: where the gradients go; must not share memory with another tensor.
+    accumulate: add the gradients to what is in dq, dk, dv (and d_alibi_slopes), all float32 and given by the caller, as
+        the parts of a sequence that several devices hold need it; convert them when the last part has been added.
+    variant: which kernel runs, ``"v1"``, ``"v2"`` or ``"auto"``.
+
+    Returns
+    -------
+    ``(dq, dk, dv)`` in the shapes, dtype and framework of q, k and v: those of a key head are summed over the query
+    heads that read it.  With the gradient of the slopes a fourth, float32 ``(batch, heads)``: sum it over the batch for
+    slopes that have none.  A row that sees no key has no gradient, whatever stands in it.  The same bits on every run.
+
+    Raises
+    ------
+    InvalidArgumentError, LayoutError (ValueError), ArgumentTypeError (TypeError): an argument is wrong.
+    NotSupportedError, KernelNotFoundError (NotImplementedError): nothing can compute it.
+    PackError, KernelError (RuntimeError): no pack for the device, a damaged pack, a failed launch.
+
+    Notes
+    -----
+    The method is FlashAttention's (Dao et al., 2022): scores are computed anew.  In PyTorch and JAX the functions are
+    differentiable, and this one isn't needed.
+    """
+    attend = _of_function("bhsd", {"alibi_slopes": alibi_slopes}, gradients, {"alibi_slopes": d_alibi_slopes})
+    # fmt: off
+    return attend(dout, q, k, v, out, lse, dlse, dq, dk, dv,
+                  variant, accumulate, softmax_scale, causal, window_size, softcap)
+    # fmt: on
+
+
+def flash_attention_v2_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    *,
+    dlse: Any = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    gradients: Sequence[str] = (),
+    dq: Any = None,
+    dk: Any = None,
+    dv: Any = None,
+    d_alibi_slopes: Any = None,
+    accumulate: bool = False,
+    variant: str = "auto",
+) -> tuple[Any, ...]:
+    """Gradients of :func:`tvm_flash.flash_attention_v2`, over tensors in its layout, ``(batch, seq, heads, head_dim)``.
+
+    Parameters, results and errors are those of :func:`flash_attention_backward`, with dimensions 1 and 2 of all tensors
+    of rank 4 swapped; lse and dlse stay ``(batch, heads, seqlen_q)``.
+    """
+    attend = _of_function("bshd", {"alibi_slopes": alibi_slopes}, gradients, {"alibi_slopes": d_alibi_slopes})
+    # fmt: off
+    return attend(dout, q, k, v, out, lse, dlse, dq, dk, dv,
+                  variant, accumulate, softmax_scale, causal, window_size, softcap)
+    # fmt: on
+
+
+def padded_attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    key_range: Any,
+    *,
+    dlse: Any = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    query_start: Any = None,
+    gradients: Sequence[str] = (),
+    dq: Any = None,
+    dk: Any = None,
+    dv: Any = None,
+    d_alibi_slopes: Any = None,
+    accumulate: bool = False,
+    layout: str = "bhsd",
+    variant: str = "auto",
+) -> tuple[Any, ...]:
+    """Gradients of :func:`tvm_flash.padded_attention`; those of keys and values out of range are zeros.
+
+    ``key_range``, ``query_start`` and ``layout`` are as they were given to the forward; the others, the results and the
+    errors are those of :func:`flash_attention_backward`.
+    """
+    check_layout(layout)
+    query_start = check_placement(key_range, query_start)
+    values = (key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes)
+    parameters = dict(zip(_PADDED_PARAMETERS, values, strict=True))
+    attend = _of_function(layout, parameters, gradients, {"alibi_slopes": d_alibi_slopes}, layout_known=True)
+    # fmt: off
+    return attend(dout, q, k, v, out, lse, dlse, dq, dk, dv,
+                  variant, accumulate, softmax_scale, causal, window_size, softcap)
+    # fmt: on
+
+
+def backward_of(name: str, layout: str, variant: str, declared: dict[str, Param]) -> Callable[..., Any]:
+    """The gradients of a definition of the user's own, whose parameters are ``declared``."""
+    scalars = tuple(p for p in declared if not declared[p].per_head)
+
+    def backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *,
+        dlse=None,
+        softmax_scale=None,
+        gradients=(),
+        dq=None,
+        dk=None,
+        dv=None,
+        accumulate=False,
+        **params,
+    ):
+        memory = {p: params.pop(gradient_of(p), None) for p in declared}
+        if params.keys() != declared.keys():
+            raise ArgumentTypeError(
+                f"{', '.join(sorted(params.keys() ^ declared.keys()))}: missing or unknown; the definition {name!r} "
+                f"takes {', '.join(declared) or 'no parameters'}"
+            )
+        given = {p: x for p, x in params.items() if declared[p].per_head}
+        given = {p: given[p] for p in declared if p in given}
+        attend = _of_function(layout, given, gradients, memory, name=name, scalars=scalars, declared=declared)
+        numbers = [params[p] for p in scalars]
+        return attend(dout, q, k, v, out, lse, dlse, dq, dk, dv, variant, accumulate, softmax_scale, *numbers)
+
+    backward.__name__ = backward.__qualname__ = f"{name}_backward"
+    backward.__doc__ = f"Gradients of attention as the definition {name!r} says, over tensors in the layout {layout!r}."
+    return backward
+
+
+def _of_function(
+    layout: str,
+    parameters: dict[str, Any],
+    gradients: Sequence[str],
+    memory: dict[str, Any],
+    *,
+    name: str = BUILTIN_DEFINITION,
+    scalars: tuple[str, ...] = (),
+    declared: Any = PARAMS,
+    layout_known: bool = False,
+) -> Callable[..., Any]:
+    """``attend(dout, q, k, v, out, lse, dlse, dq, dk, dv, options …)`` with the parameters put where they belong.
+
+    ``parameters`` are tensors by name, None if they aren't given; ``memory`` is what was given for their gradients.
+    """
+    wanted = tuple(gradients)
+    learnt = [n for n, x in parameters.items() if x is not None and declared[n].dtype == "float32"]
+    if unknown := [n for n in wanted if n not in learnt]:
+        raise InvalidArgumentError(
+            f"gradients: has {', '.join(map(repr, unknown))}, expected names of float32 parameters that are given: "
+            f"{', '.join(map(repr, learnt)) or 'there are none'}"
+        )
+    for n, x in memory.items():
+        if x is not None and n not in wanted:
+            raise InvalidArgumentError(
+                f"{gradient_of(n)}: is given, but that gradient isn't asked for; add {n!r} to gradients"
+            )
+    attend = entrance(
+        signature(
+            *(layout, name, tuple(parameters), scalars),
+            op=BACKWARD,
+            gradients=wanted,
+            layout_known=layout_known,
+        )
+    )
+
+    def call(dout, q, k, v, out, lse, dlse, dq, dk, dv, *options):
+        more = (memory.get(n) for n in wanted)
+        return attend(dout, q, k, v, out, lse, dlse, *parameters.values(), dq, dk, dv, *more, *options)
+
+    return call
