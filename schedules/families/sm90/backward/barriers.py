@@ -38,5 +38,5 @@ from __future__ import annotations
 
 from schedules.families.sm90.barriers import PRODUCER_ARRIVALS
 
-#: Arrivals where a tile is full when its rows' numbers are there too: the producer's thread, and the warp that brings them.
+#: Arrivals where a tile is full when its rows' numbers are there too: the producer's thread, and their warp.
 TILE_ARRIVALS = PRODUCER_ARRIVALS + 1

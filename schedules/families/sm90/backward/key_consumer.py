@@ -36,8 +36,8 @@ from schedules.tile.fragment import M16N8
 class KeyConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
-    ``pipelines`` are those of Q, K, V and dO; ``shifts`` and ``starts`` (−delta) have a number for each row of each stage
-    of Q and dO.
+    ``pipelines`` are those of Q, K, V and dO; ``shifts`` and ``starts`` (−delta) have a number for each row of
+    each stage of Q and dO.
     """
 
     def __init__(self, pattern: Pattern, config: Config, block: KeyBlock, pipelines, shifts, starts, index, warp, lane):

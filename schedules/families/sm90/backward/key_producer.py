@@ -1,4 +1,4 @@
-"""The producer's warpgroup of the launch for dk and dv.  Each of its warps has one task, so that none waits for another.
+"""The producer's warpgroup of the launch for dk and dv.  Each of its warps has one task, and none waits for another.
 
 Warp 0 fetches the block's K, then tiles of Q; warp 1 V, then tiles of dO; one thread of each does it.  Warps 2 and 3,
 with all of their lanes, bring the numbers of the rows of each tile, shifts beside Q and −delta beside dO: they need no

@@ -3,7 +3,7 @@
 A step has raw products ``s`` in registers, and needs of each the probability ``p = exp(score(s) - lse)`` and the factor
 ``f = p * dscore/ds``, with which ``ds = f * (dp - delta)``.  ``s`` is at hand only now, so that f takes its place.
 
-What a row is to be shifted by comes as ``-lse * log2(e)``, and −inf where it sees nothing or doesn't exist: then p is 0.
+What a row is to be shifted by comes as ``-lse * log2(e)``, and −inf where it sees nothing or isn't there: then p is 0.
 """
 
 from __future__ import annotations
