@@ -267,6 +267,8 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     dims = str(problem.head_dim)
     dims += f":{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else ""
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
+    if problem.op != FORWARD:
+        options += ["--kind", ACCUMULATE if problem.accumulate else problem.op]
     whose = arch if problem.op == FORWARD else f"{arch} {problem.op}"
     if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):
         return KernelNotFoundError(
@@ -288,7 +290,7 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
             f"split the batch or the heads over several calls"
         )
     if nearest.stage == _MASK:
-        command = build_command(arch, "--head-dim", dims, *_kind(problem))
+        command = build_command(arch, *options, "--head-dim", dims, *_kind(problem))
         return KernelNotFoundError(f"no {whose} kernel for the mask {problem.mask}; run `{command}`")
     if nearest.stage == _HEAD_DIM:
         command = build_command(arch, *options, "--head-dim", dims)
@@ -301,7 +303,7 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         return KernelNotFoundError(f"no {whose} kernel: {nearest.kernel.symbol} {nearest.reason}; run `{command}`")
     if nearest.stage == _KIND:
         return KernelNotFoundError(_wrong_kind(problem, f"{whose} kernel", nearest))
-    command = build_command(arch, "--head-dim", dims, *_kind(problem))
+    command = build_command(arch, *options, "--head-dim", dims, *_kind(problem))
     return KernelNotFoundError(f"no {whose} kernel for the score {problem.score}; run `{command}`")
 
 
@@ -330,5 +332,8 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
-    mask = problem.masks[-1]
-    return "--mask", mask, "--score", "optional" if mask == "positioned" else problem.score
+    padded = problem.mask in ("padded", "positioned")
+    if problem.op != FORWARD:
+        padded = padded or problem.score != "identity"
+    mask, score = ("positioned", "optional") if padded else ("window", problem.score)
+    return "--mask", mask, "--score", score

@@ -27,6 +27,11 @@ answers empty problems itself.  Roles are:
 The launches of ``forward`` kernels write ``o`` and ``lse``.  One with a single launch takes ``(q, k, v, o, lse,
 softmax_scale, *params)``; one that splits the keys has a launch that writes partial results into workspaces, and one
 that combines them.
+
+Those of ``backward`` take ``do`` (as ``o``), ``o`` and ``lse`` as a forward kernel left them, and ``dlse`` (as ``lse``;
+a shorter tensor means that there is none), and write all of ``dq``, ``dk`` and ``dv`` (as ``q``, ``k`` and ``v``), and
+``d_NAME`` of each parameter that asks for its gradient: float32, ``(batch, heads)`` of one ``per_head``, else one
+element.
 """
 
 from __future__ import annotations
