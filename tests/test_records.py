@@ -131,7 +131,10 @@ def test_kernels_that_await_verification_are_of_the_core_set():
 
 
 def is_required(spec: KernelSpec, target: Target) -> bool:
-    """Whether an arch must have a kernel: all of them, but for the largest head_dim where shared memory is small."""
+    """Whether an arch must have a kernel: all, but for the largest head_dim where shared memory is small, and the most
+    parameters where registers are few."""
+    if target.arch == "sm_70" and spec.mask == "positioned":
+        return spec.head_dim <= 96
     return spec.head_dim <= 128 or target.arch not in ("sm_70", "sm_75")
 
 
