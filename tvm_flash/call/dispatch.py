@@ -19,9 +19,10 @@ _TRACING = {"torch": "tvm_flash.tracing.torch_ops", "jax": "tvm_flash.tracing.ja
 
 def slow(signature: Signature, *arguments: Any) -> Any:
     """What ``signature.call`` gives, without the fast path, and for it if there is one."""
-    named = zip(signature.tensors, arguments, strict=False)
+    count = len(signature.tensors)
+    named = zip(signature.tensors, arguments[:count], strict=True)  # torch 2.4 compiles no other zip
     tensors = {name: x for name, x in named if x is not None or name in signature.inputs}
-    options = signature.options(*arguments[len(signature.tensors) :])
+    options = signature.options(*arguments[count:])
     answer = eager.attention if signature.below else attention
     return answer(options, tensors, (signature, arguments))
 
@@ -78,7 +79,7 @@ def _torch_program(options: Options, tensors: dict[str, Any], call: tuple | None
     """What ``torch.compile`` sees in place of :func:`attention`."""
     from tvm_flash.tracing import torch_ops
 
-    return torch_ops.attention(options, tensors)
+    return torch_ops.program(options, tensors)
 
 
 attention._torchdynamo_inline = _torch_program

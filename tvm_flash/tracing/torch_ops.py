@@ -8,6 +8,7 @@ backward of each.  The public functions call kernels directly and come here for 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from tvm_flash.machine.device import Device
 from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.packs.registry import on_refresh
+from tvm_flash.tracing import torch_decomposed
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
 
@@ -65,14 +67,29 @@ for _op, _names in _NAMES.items():
 
 
 def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
-    """:func:`tvm_flash.call.dispatch.attention` by way of the operators; can be traced.
+    """:func:`tvm_flash.call.dispatch.attention` by way of the operators.
 
     Raises
     ------
     TvmFlashError: an argument is wrong, or of a kind that the operators don't know.
     """
+    try:
+        return program(options, tensors)
+    except TypeError as e:
+        if isinstance(e, ArgumentTypeError) or "NotImplemented" not in str(e):
+            raise
+        kinds = {type(x).__qualname__ for x in tensors.values()} - {"Tensor", "Parameter"}
+        raise ArgumentTypeError(
+            f"q: is a {', '.join(sorted(kinds))}, which doesn't know this operator; pass the tensors that it stands for"
+        ) from e
+
+
+def program(options: Options, tensors: Mapping[str, Any]) -> Any:
+    """The same as ``torch.compile`` traces it."""
     check_kinds(tensors)
     options = check_options(options)
+    if any(type(x).__name__ == "DTensor" for x in tensors.values()):
+        _distribute()
     if torch.compiler.is_compiling():
         warn_in_program(options, tensors["q"], tensors["k"])
     else:
@@ -88,6 +105,8 @@ def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
     own = {"return_lse": options.flag} if options.op == FORWARD else {"gradients": list(options.gradients)}
     own |= {"layout": options.layout, "variant": options.variant, "softmax_scale": options.softmax_scale}
     builtin, custom = (getattr(torch.ops.tvm_flash, name) for name in _NAMES[options.op])
+    if options.op == FORWARD and not torch.compiler.is_compiling() and _onnx_is_traced():
+        builtin = torch_decomposed.attention
     if options.definition == BUILTIN_DEFINITION:
         left, right = options.window_size
         results = builtin(
@@ -171,6 +190,19 @@ def _written(name: str, to: Any, result: Any) -> Any:
             f"{name}: a gradient is required of it, and it is overwritten; leave it out, or pass {name}.detach()"
         )
     return to.copy_(result)
+
+
+def _onnx_is_traced() -> bool:
+    """Whether ``torch.onnx.export(dynamo=False)`` traces a program, whose format has no such operators."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+def _distribute() -> None:
+    from tvm_flash.tracing import torch_distributed  # noqa: F401, tells of placements
+
+
+_distribute._dynamo_marked_constant = True
 
 
 # ---------------------------------------------------------------- on real tensors
@@ -353,7 +385,8 @@ for _op, _names in _NAMES.items():
         _fake = _shapes if _op == FORWARD else _backward_shapes
         torch.library.register_fake(f"tvm_flash::{_name}", _fake, lib=_library)
         _operator = getattr(torch.ops.tvm_flash, _name).default
-        torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
+        if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap calls one after the other
+            torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
 
 
 def _flops(q_shape, k_shape, v_shape, *_, layout="bhsd", **__) -> int:
@@ -374,3 +407,6 @@ def _product(q_shape, v_shape, layout):
 
 for _op, _formula in ((FORWARD, _flops), (BACKWARD, _backward_flops)):
     register_flop_formula([getattr(torch.ops.tvm_flash, name) for name in _NAMES[_op]])(_formula)
+
+# Exporters to formats that have no such operator look into this table, as that of ONNX.
+torch._decomp.register_decomposition(torch.ops.tvm_flash.attention.default)(torch_decomposed.attention)
