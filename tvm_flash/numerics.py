@@ -86,6 +86,11 @@ def bound(usual: Iterable[np.ndarray], exact: np.ndarray, dtype: str) -> float:
     return allowed_error(max(largest_error(x, exact) for x in usual), magnitude(exact), dtype)
 
 
+def gradient_bound(usual: np.ndarray, exact: np.ndarray, dtype: str) -> float:
+    """The rule for a gradient, whose sums are in float32: of these, too, an error of 32 roundings is allowed."""
+    return max(bound([usual], exact, dtype), LSE_TOLERANCE * magnitude(exact))
+
+
 def lse_bound(exact: np.ndarray, largest_score: float = 0.0) -> float:
     """How large an error of the log-sum-exp may be; ``largest_score`` is the magnitude of the largest one, if known."""
     return LSE_TOLERANCE * max(1.0, largest_score, magnitude(exact))
