@@ -28,8 +28,10 @@ from tvm.tirx import PrimFunc
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 
-#: Kinds of kernels: the usual one, and the one for few query rows, with the keys split among blocks.
+#: Kinds of kernels: the usual one; the one for few query rows, with the keys split among blocks; that of gradients.
 FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
+#: That of gradients in float32 that are added to what is there.
+BACKWARD_ACCUMULATE = "backward_accumulate"
 
 
 @dataclass(frozen=True)
