@@ -13,6 +13,7 @@ from tvm_flash.call.signature import Options, Signature
 from tvm_flash.frameworks import Framework, Traced, framework_of
 
 #: What makes a call a step of a framework's program: modules with a function ``attention``, by the framework's name.
+#: Where a framework differentiates as it goes, ``recorded`` does the same for tensors in memory.
 _TRACING = {"torch": "tvm_flash.tracing.torch_ops", "jax": "tvm_flash.tracing.jax_ops"}
 
 
@@ -61,7 +62,7 @@ def attention(options: Options, tensors: dict[str, Any], call: tuple | None = No
     try:
         if _differentiated(framework, given):
             same_framework(tensors)
-            return _tracing(framework).attention(options, tensors)
+            return _tracing(framework).recorded(options, tensors, call)
         return eager.attention(options, tensors, call)
     except Traced as e:
         return _tracing(e.framework).attention(options, tensors)

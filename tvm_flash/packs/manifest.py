@@ -18,9 +18,9 @@ answers empty problems itself.  Roles are:
 * ``softmax_scale``: a float32.
 * a run-time parameter of the mask or the score by its name, one of ``KernelEntry.params``: a number, or for a
   ``per_head`` parameter a ``(batch, heads)`` tensor (a stride of 0 broadcasts over the batch).
-* a workspace by its name, one of ``KernelEntry.workspaces``: a contiguous tensor that lives for the launches of one
-  call, of a shape that follows from the problem's sizes.  What a launch finds in it is what an earlier launch left
-  there, or zeros if it is ``zeroed``, or anything.
+* a workspace by its name, one of ``KernelEntry.workspaces``: a contiguous tensor at a multiple of 128 bytes that lives
+  for the launches of one call, of a shape that follows from the problem's sizes.  What a launch finds in it is what an
+  earlier launch left there, or zeros if it is ``zeroed``, or anything.
 * a number that the run time decides by its name, one of ``KernelEntry.scalars``: it follows from the problem's sizes
   too (:mod:`tvm_flash.packs.sizes`).
 

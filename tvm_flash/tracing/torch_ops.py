@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from tvm_flash.call import checks
 from tvm_flash.call.backward import why_no_backward
-from tvm_flash.call.signature import Options, signature
+from tvm_flash.call.signature import Options, Signature, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks.torch import name_of
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.registry import on_refresh
 from tvm_flash.tracing import torch_decomposed
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
@@ -133,6 +135,46 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
         if name in tensors:
             results[i] = _written(name, tensors[name], results[i])
     return results[0] if count == 1 else tuple(results)
+
+
+def recorded(options: Options, tensors: Mapping[str, Any], call: tuple | None) -> Any:
+    """The same over tensors in memory, of which some require gradients: kernels are called without a dispatcher."""
+    if call is None or options.op == BACKWARD or "out" in tensors or torch.autograd.forward_ad._current_level >= 0:
+        return attention(options, tensors)
+    made_by, arguments = call
+    count = len(made_by.tensors)
+    try:
+        pair = _pair(made_by, arguments[count:])
+    except TypeError:  # an option that can't be a key
+        return attention(options, tensors)
+    out, lse = record(pair, *arguments[: count - 1])
+    return (out, lse) if pair.asked else out
+
+
+@functools.lru_cache(maxsize=1024)
+def _pair(of: Signature, rest: tuple) -> Pair:
+    """A forward and its backward by their plans; ``rest`` are the options of a call."""
+    variant, asked, *others = rest
+    options, passed = of.options(*rest), set()
+
+    def backward(*tensors, gradients):
+        gradients = tuple(gradients)
+        kept = {"op": BACKWARD, "gradients": gradients, "layout_known": True}
+        compute = signature(of.layout, of.definition, of.parameters, of.scalars, **kept).call
+        outputs = [None] * len(OPERATORS[BACKWARD].all_outputs(gradients))
+        return compute(*_readable(*tensors), *outputs, variant, False, *others)
+
+    def check(q, k, v, parameters, wanted):
+        key = (q.dtype, q.device, q.shape, k.shape, v.shape, tuple(parameters), wanted)
+        if key not in passed:
+            _check_kernel(options, q, k, v, parameters, wanted)
+            passed.add(key)
+
+    asked = checks.check_flag("return_lse", asked)
+    return Pair(lambda *tensors: of.call(*tensors, None, variant, True, *others), backward, of.parameters, asked, check)
+
+
+on_refresh(_pair.cache_clear)
 
 
 def _written(name: str, to: Any, result: Any) -> Any:
@@ -267,6 +309,18 @@ def _where_autograd_listens(op, custom):
 
 
 def _check_backward(options, q, k, v, parameters, wanted):
+    """:func:`_check_kernel` with the options that an operator was given."""
+    options = dict(options)
+    window = tuple(-1 if x is None else x for x in (options.pop("window_left", -1), options.pop("window_right", -1)))
+    asked = Options(
+        *(options.get("layout", "bhsd"), options.get("variant", "auto"), False, None),
+        *(options.get("causal", False), window, options.get("softcap", 0.0)),
+        definition=options.get("name", BUILTIN_DEFINITION),
+    )
+    _check_kernel(asked, q, k, v, parameters, wanted)
+
+
+def _check_kernel(options, q, k, v, parameters, wanted):
     """That gradients of a call can be computed, before it is made.
 
     Raises
@@ -275,16 +329,9 @@ def _check_backward(options, q, k, v, parameters, wanted):
     """
     if q.device.type not in ("cpu", "cuda"):
         return
-    options = dict(options)
-    window = tuple(-1 if x is None else x for x in (options.pop("window_left", -1), options.pop("window_right", -1)))
-    asked = Options(
-        *(options.get("layout", "bhsd"), options.get("variant", "auto"), False, None),
-        *(options.get("causal", False), window, options.get("softcap", 0.0)),
-        definition=options.get("name", BUILTIN_DEFINITION),
-    )
-    queries = 2 if asked.layout == "bhsd" else 1
+    queries = 2 if options.layout == "bhsd" else 1
     reason = why_no_backward(
-        asked,
+        options,
         Device(q.device.type, q.device.index or 0),
         name_of(q.dtype),
         (q.shape[queries], k.shape[queries]),
