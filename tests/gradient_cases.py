@@ -138,11 +138,16 @@ def _by_torch(case, data, given) -> dict[str, np.ndarray]:
     return {name: x.grad.double().numpy() for name, x in zip(SUMS, leaves, strict=True)}
 
 
-def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray], asked: tuple[str, ...] = ()) -> None:
-    """Assert that gradients are right: the rule of :mod:`tvm_flash.numerics`, of each tensor by itself."""
+def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray], asked: tuple[str, ...] = ()) -> float:
+    """Assert that gradients are right: the rule of :mod:`tvm_flash.numerics`, of each tensor by itself.
+
+    Returns
+    -------
+    The largest error as a share of what is allowed.
+    """
     exact, others = expected(case, data, given, asked), usual(case, data, given, asked)
     assert set(got) == set(exact)
-    largest = numerics.magnitude(cases.expected(case, data)[1])
+    largest, worst = numerics.magnitude(cases.expected(case, data)[1]), 0.0
     for name, want in exact.items():
         dtype = case.dtype if name in SUMS else "float32"
         allowed = numerics.bound([x[name] for x in others if name in x], want, dtype)
@@ -150,6 +155,8 @@ def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray],
         allowed += numerics.EPSILON["float32"] / 2 * largest * numerics.magnitude(want)
         error = numerics.largest_error(got[name], want)
         assert error <= allowed, f"{name} differs by {error:.3g}, allowed {allowed:.3g}"
+        worst = max(worst, error / allowed) if allowed else worst
+    return worst
 
 
 # ---------------------------------------------------------------- the call of a kernel

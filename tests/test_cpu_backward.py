@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_every_isa(isa):
     for dtype in dtypes:
         case = Case(1, 4, 150, 64, kv_heads=2, seqlen_kv=170, head_dim_v=40, dtype=dtype, mask="causal")
         checked(case, kernel("v1", dtype, "causal", "identity", isa))
+
+
+def test_pairs_where_the_forward_has_tiles():
+    """Compiled only: a machine with tile registers has the instruction for pairs too."""
+    pattern = match(Attention(mask=MASKS["causal"])(64, "bfloat16", index_dtype=cpu.INDEX_DTYPE))
+    program = TEMPLATES["v1"].apply(pattern, Target("cpu", "amx"), "f", None, BACKWARD)
+    text = compile_for("amx", program).mod.inspect_source("asm")
+    assert re.search(r"\tvdpbf16ps\t.*%zmm", text)
+    assert not re.search(r"\tt(dp|ile)", text)
 
 
 def test_other_tiles():

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from schedules.builder.records import Record
-from tests import forward_trials, torch_cases
+from tests import backward_trials, forward_trials, torch_cases
 from tests.trials import Trial, Usual
 from tvm_flash.machine import cuda
 from tvm_flash.machine.arch import runs_on
@@ -39,7 +39,10 @@ class Operator:
 
 
 #: By operator.
-OPERATORS = {"forward": Operator(forward_trials.trials, forward_trials.usual)}
+OPERATORS = {
+    "forward": Operator(forward_trials.trials, forward_trials.usual),
+    "backward": Operator(backward_trials.trials, backward_trials.usual),
+}
 
 
 def verify(kernel: Installed) -> tuple[int, float]:

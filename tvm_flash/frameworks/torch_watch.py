@@ -69,6 +69,8 @@ def _unusual(tensor: Any) -> bool:
     return _tensor_keys is not None and not _plain(_tensor_keys(tensor))
 
 
+#: What tells sets of keys apart: a number, but before torch 2.5 their text.
+_bits = getattr(getattr(_C, "DispatchKeySet", None), "raw_repr", str)
 _known: dict[int | str, bool] = {}
 
 
@@ -78,11 +80,6 @@ def _plain(keys: Any) -> bool:
         names = str(keys).partition("(")[2].rstrip(")").split(", ")
         _known[raw] = all(not n or n in _PLAIN_KEYS or n.startswith(_PLAIN_PREFIXES) for n in names)
     return _known[raw]
-
-
-def _bits(keys: Any) -> int | str:
-    """What tells sets of keys apart; a number, but before torch 2.5 their text."""
-    return keys.raw_repr() if hasattr(keys, "raw_repr") else str(keys)
 
 
 def _only_devices() -> bool:
@@ -143,7 +140,7 @@ _WORDS = 24  # of a tensor's implementation that are looked through; it has no f
 def _offset_of_keys() -> int | None:
     samples = [torch.zeros(2, device="cpu"), torch.zeros(2, dtype=torch.int32, device="cpu")]
     samples += [torch._neg_view(samples[0]), torch.nn.Parameter(samples[0])]
-    if len({_bits(_tensor_keys(x)) for x in samples}) < 2 or not hasattr(_tensor_keys(samples[0]), "raw_repr"):
+    if len({_bits(_tensor_keys(x)) for x in samples}) < 2 or _bits is str:
         return None
     for x in samples:
         if ctypes.c_uint64.from_address(id(x) + _OBJECT_HEADER).value != x._cdata:
