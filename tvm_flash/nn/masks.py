@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,8 @@ def _visible(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: 
         return None
     if highest > torch.finfo(mask.dtype).min:  # (1 − mask) · −10000, −1e9: nothing if no score can make up for it
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        bound = scale * float(query.norm(dim=-1).max()) * float(key.norm(dim=-1).max()) if query.numel() else 0.0
+        longest = (float(x.detach().norm(dim=-1).max()) for x in (query, key)) if query.numel() else (0.0,)
+        bound = scale * math.prod(longest)
         if not highest + 2 * bound < _NOTHING:
             return None
     # Where nothing is visible, −inf gives zeros, and other numbers give weights of their own.
