@@ -174,7 +174,7 @@ def test_other_faults_of_the_text(tmp_path):
     """Fields of descriptors, and bytes that are announced."""
 
     def swizzle_of_64_bytes(text):
-        text, count = re.subn(r"\(uint64_t\)(\d{19})\b", lambda m: f"{int(m[1]) ^ 3 << 62}ull", text)
+        text, count = re.subn(r"\(uint64_t\)(\d{19})ULL", lambda m: f"{int(m[1]) ^ 3 << 62}ull", text)
         assert count == 48
         return text
 
