@@ -70,7 +70,7 @@ def translate(text: str, name: str) -> str:
 def build(text: str, folder: Path, name: str = "kernel") -> Path:
     """Compile an exported source for the processor; the path of a module for ``tvm_ffi.load_module``.
 
-    It is in a folder of its own inside ``folder``: a process that has loaded a path never loads another file from there.
+    It is in a folder of its own inside ``folder``: a process that has loaded a path loads no other file from there.
     """
     folder = Path(tempfile.mkdtemp(dir=folder))
     source, module = folder / f"{name}.cpp", folder / f"{name}.so"
