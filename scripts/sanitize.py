@@ -49,7 +49,8 @@ def run(arch: str, symbol: str) -> int:
         for heads, seqlens in (*SHAPES, *([MANY] if e.config.get("waves") else [])):
             print(f"{number} of {len(kernels)}: {e.symbol}, {heads}, {seqlens}", flush=True)
             q, k, v = selfcheck.random_inputs(e.dtype, e.head_dim, e.head_dim_v, heads, seqlens)
-            out, _ = selfcheck.run(kernel, device, q, k, v, 1 / math.sqrt(e.head_dim))
+            given = {"q": q, "k": k, "v": v}
+            out = selfcheck.run(kernel, device, given, 1 / math.sqrt(e.head_dim), (e.head_dim, e.head_dim_v))["o"]
             assert np.isfinite(out).all(), "not all of the output is written"
     if not kernels:
         print(f"there are no kernels for {arch} that match {symbol!r}; the packs are of {sorted(registry().archs())}")

@@ -64,6 +64,13 @@ def use_packs(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def trains(cpu_pack):
+    """The CPU pack has kernels for gradients."""
+    if not packs.registry().candidates("cpu", "attention", "float32", BACKWARD):
+        pytest.skip("the CPU pack has no kernels for gradients")
+
+
+@pytest.fixture
 def without_backward(monkeypatch):
     """No kernel for gradients is found."""
     candidates = packs.Registry.candidates

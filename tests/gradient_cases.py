@@ -138,11 +138,16 @@ def _by_torch(case, data, given) -> dict[str, np.ndarray]:
     return {name: x.grad.double().numpy() for name, x in zip(SUMS, leaves, strict=True)}
 
 
-def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray], asked: tuple[str, ...] = ()) -> None:
-    """Assert that gradients are right: the rule of :mod:`tvm_flash.numerics`, of each tensor by itself."""
+def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray], asked: tuple[str, ...] = ()) -> float:
+    """Assert that gradients are right: the rule of :mod:`tvm_flash.numerics`, of each tensor by itself.
+
+    Returns
+    -------
+    The largest error as a share of what is allowed.
+    """
     exact, others = expected(case, data, given, asked), usual(case, data, given, asked)
     assert set(got) == set(exact)
-    largest = numerics.magnitude(cases.expected(case, data)[1])
+    largest, worst = numerics.magnitude(cases.expected(case, data)[1]), 0.0
     for name, want in exact.items():
         dtype = case.dtype if name in SUMS else "float32"
         allowed = numerics.bound([x[name] for x in others if name in x], want, dtype)
@@ -150,6 +155,8 @@ def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray],
         allowed += numerics.EPSILON["float32"] / 2 * largest * numerics.magnitude(want)
         error = numerics.largest_error(got[name], want)
         assert error <= allowed, f"{name} differs by {error:.3g}, allowed {allowed:.3g}"
+        worst = max(worst, error / allowed) if allowed else worst
+    return worst
 
 
 # ---------------------------------------------------------------- the call of a kernel
@@ -189,16 +196,22 @@ class Kernel:
     scalars: tuple = field(default=())
 
 
-def run(case: Case, data: Inputs, given: Outer, kernel: Kernel, known=None) -> dict[str, np.ndarray]:
+def run(
+    case: Case, data: Inputs, given: Outer, kernel: Kernel, known=None, before: float | None = None
+) -> dict[str, np.ndarray]:
     """Call a kernel, results and workspaces full of NaN beforehand; results in the order (batch, heads, seq, dim).
 
-    ``known`` are output and lse, if they aren't those that follow from ``data``.
+    ``known`` are output and lse, if they aren't those that follow from ``data``; ``before`` is what float32 results
+    hold that the kernel adds to.
     """
     out, lse = known or cases.expected(case, data)
     shapes = [(case.batch, h, n, d) for h, n, d in _sizes(case)]
     arrays = {"q": data.q, "k": data.k, "v": data.v, "o": out.astype(np.float32), "do": given.dout}
-    arrays |= {name: np.full(shape, np.nan, np.float32) for name, shape in zip(SUMS, shapes, strict=True)}
+    held = torch.nan if before is None else before
     values = {role: tensor(x, case.dtype, kernel.layout, case.strides) for role, x in arrays.items()}
+    for name, shape in zip(SUMS, shapes, strict=True):
+        dtype = case.dtype if before is None else "float32"
+        values[name] = tensor(np.full(shape, held, np.float32), dtype, kernel.layout, case.strides)
     values["lse"] = torch.from_numpy(lse.astype(np.float32).reshape(-1))
     values["dlse"] = torch.full((1,), torch.nan) if given.dlse is None else torch.from_numpy(given.dlse.reshape(-1))
     values["softmax_scale"] = case.softmax_scale
@@ -208,7 +221,7 @@ def run(case: Case, data: Inputs, given: Outer, kernel: Kernel, known=None) -> d
         values[p.name] = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
         if p.gradient:
             shape = (case.batch, case.heads) if p.per_head else (1,)
-            results[f"d_{p.name}"] = values[f"d_{p.name}"] = torch.full(shape, torch.nan)
+            results[f"d_{p.name}"] = values[f"d_{p.name}"] = torch.full(shape, held)
     extents = sizes.of(
         case.batch, case.heads, case.seqlen_q, case.kv_heads, case.seqlen_kv, case.head_dim, case.head_dim_v
     )

@@ -13,6 +13,7 @@ from tests.cases import CASES
 from tvm_flash import catalogue, flash_attention, flash_attention_v2, padded_attention, reference
 from tvm_flash.call.signature import Options, signature
 from tvm_flash.nn.attend import attend
+from tvm_flash.operators import OPERATORS
 from tvm_flash.selector import SelectedKernel
 
 #: What a function takes beside the options that all have.
@@ -42,7 +43,17 @@ def test_public_functions_take_the_same_arguments(function):
 
 def test_calls_and_programs_take_the_options_of_the_functions():
     arguments = inspect.signature(flash_attention).parameters
-    fields = set(Options._fields) - {"layout", "definition", "params", "accept", "layout_known"}
+    fields = set(Options._fields) - {
+        "layout",
+        "definition",
+        "params",
+        "accept",
+        "layout_known",
+        "op",
+        "gradients",
+        "flag",
+    }
+    fields |= {OPERATORS["forward"].flag}
     tensors = set(signature("bhsd").tensors)
     assert set(arguments) == fields | tensors
     assert all(

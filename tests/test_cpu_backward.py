@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.families import cpu
-from schedules.families.interface import BACKWARD, Program, Rejected, Target
+from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, Program, Rejected, Target
 from schedules.toolchain import cpu as toolchain
 from tests import cases, gradient_cases
 from tests.cases import CASES, Case
@@ -27,14 +28,14 @@ from tvm_flash.packs.registry import registry
 
 
 @functools.cache
-def kernel(template, dtype, mask, score, isa="", head_dim=64, asked=(), **changes) -> Kernel:
+def kernel(template, dtype, mask, score, isa="", head_dim=64, asked=(), kind=BACKWARD, **changes) -> Kernel:
     isa = isa or runnable_isas()[0]
     params = tuple(replace(p, gradient=p.name in asked) for p in SCORES[score].params)
     attention = Attention(replace(SCORES[score], params=params), MASKS[mask])
     pattern = match(attention(head_dim, dtype, index_dtype=cpu.INDEX_DTYPE))
     target = Target("cpu", isa)
     config = replace(cpu.backward.default_configs(template, pattern, target)[0], **changes)
-    program = TEMPLATES[template].apply(pattern, target, "kernel", config, BACKWARD)
+    program = TEMPLATES[template].apply(pattern, target, "kernel", config, kind)
     assert isinstance(program, Program), program
     compiled = compile_for(isa, program)
     with tempfile.TemporaryDirectory(dir=runtime().parent) as scratch:
@@ -105,6 +106,15 @@ def test_every_isa(isa):
         checked(case, kernel("v1", dtype, "causal", "identity", isa))
 
 
+def test_pairs_where_the_forward_has_tiles():
+    """Compiled only: a machine with tile registers has the instruction for pairs too."""
+    pattern = match(Attention(mask=MASKS["causal"])(64, "bfloat16", index_dtype=cpu.INDEX_DTYPE))
+    program = TEMPLATES["v1"].apply(pattern, Target("cpu", "amx"), "f", None, BACKWARD)
+    text = compile_for("amx", program).mod.inspect_source("asm")
+    assert re.search(r"\tvdpbf16ps\t.*%zmm", text)
+    assert not re.search(r"\tt(dp|ile)", text)
+
+
 def test_other_tiles():
     """Sizes of tiles that are not the default's, with keys and queries that fill none."""
     one = kernel("v1", "bfloat16", "window", "identity", block_m=32, block_n=96, row_vectors=3)
@@ -122,6 +132,19 @@ def test_gradients_of_parameters():
         got = run(case, data, given, one)
         got["d_softcap"] = got["d_softcap"].reshape(())
         check(case, data, given, got, asked)
+
+
+def test_a_kernel_that_accumulates():
+    """In float32, to gradients of the inputs and of parameters."""
+    asked = ("softcap", "alibi_slopes")
+    one = kernel("v2", "bfloat16", "full", "softcap_alibi", asked=asked, kind=BACKWARD_ACCUMULATE)
+    case = Case(1, 2, 70, 64, seqlen_kv=90, dtype="bfloat16", score="softcap_alibi", params=(("softcap", 2.0),))
+    data, given = cases.inputs(case), outer(case)
+    once = run(case, data, given, one, before=0.0)
+    check(case, data, given, {**once, "d_softcap": once["d_softcap"].reshape(())}, asked)
+    twice = run(case, data, given, one, before=3.0)
+    for name, x in once.items():
+        np.testing.assert_allclose(twice[name] - 3, x, rtol=0, atol=4e-6 * (3 + np.abs(x).max()))
 
 
 def by_threads(case, data, given, one):

@@ -70,7 +70,7 @@ def kernel(template: str, dtype: str, mask: str, score: str, isa: str, head_dim:
 def run(case: Case, data: cases.Inputs, template: str, isa: str, lse_length: int | None = None):
     """Output and lse of the kernel; see :func:`tests.torch_cases.run`."""
     function, params = kernel(template, case.dtype, case.mask, case.score, isa)
-    return torch_cases.run(case, data, function, params, LAYOUT_OF_TEMPLATE[template], lse_length)
+    return torch_cases.run(case, data, torch_cases.by_abi(function, params), LAYOUT_OF_TEMPLATE[template], lse_length)
 
 
 def check(case: Case, data: cases.Inputs, template: str, isa: str):

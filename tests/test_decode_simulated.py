@@ -1,6 +1,11 @@
-"""Splits of the keys on the mma.sync families: CUDA sources run on the processor (tests/simt), against float64."""
+"""Splits of the keys on the mma.sync families: CUDA sources run on the processor (tests/simt), against float64.
+
+First what each split leaves, then both launches on the trials that hardware gets.
+"""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -13,13 +18,14 @@ import tvm
 import tvm_ffi
 from tvm.backend.cuda import export_cuda_host
 
-from schedules.builder.compile import pattern_of, without_unused_headers
+from schedules.builder.compile import entry_of, lower, pattern_of, without_unused_headers
 from schedules.builder.suite import KernelSpec
 from schedules.families import limits
 from schedules.families.interface import Target
 from schedules.families.mma import sm80
 from schedules.families.mma.decode import partial
 from schedules.templates import v1, v2
+from tests import forward_trials
 from tests.simt import simulate
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
@@ -106,3 +112,29 @@ def test_partial_results_of_each_split(kernel, seqlen_q, kv_heads, seqlen_kv, sp
         difference = np.abs(out[:, split] - right.reshape(-1, head_dim))[seen]
         assert np.isfinite(difference).all()
         assert difference.max(initial=0) < 4e-3  # P is rounded to 11 bits, values reach 4
+
+
+#: Template, dtype, head_dim, keys of a trial at most, lengths of splits that these have: also columns that are no power
+#: of two.
+WHOLE = (("v1", "float16", 64, 2500, {64, 128, 512}), ("v2", "bfloat16", 96, 200, {64, 448}))
+
+
+@pytest.mark.parametrize(("template", "dtype", "head_dim", "most_keys", "split_lengths"), WHOLE)
+def test_both_launches(template, dtype, head_dim, most_keys, split_lengths, tmp_path):
+    target = Target("sm_80")
+    spec = KernelSpec(template, BUILTIN_DEFINITION, "window", "identity", dtype, head_dim, head_dim, kind="decode")
+    pattern = pattern_of(spec, target)
+    config = sm80.KINDS["decode"].default_configs(template, pattern, target)[0]
+    lowered = lower(spec, pattern, target, config)
+    entry = entry_of(spec, target, pattern, lowered, "default", {})
+    simulated = simulate.Simulated(lowered.program, lowered.text, tmp_path)
+
+    def compute(values, problem):
+        simulated(values, entry.layout)
+        lengths.add(entry.extents(problem)["split_length"])
+
+    lengths = set()
+    for trial in forward_trials.trials(entry):
+        if int(re.search(r"s\d+\.(\d+)d", trial.label)[1]) <= most_keys:
+            assert trial.check(trial.run(compute, "cpu"), "cpu") <= 1, trial.label
+    assert split_lengths <= lengths  # by the keys, and by the rows

@@ -12,26 +12,29 @@ from tvm_flash.machine import cuda
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.device_count(), reason="there is no CUDA device")]
 
-from tests import torch_cases, verification  # noqa: E402
+from tests import forward_trials, torch_cases, verification  # noqa: E402
 
-KERNELS = pytest.mark.parametrize(
-    "kernel", verification.cuda_kernels(), ids=lambda k: f"{k.entry.arch}-{k.entry.symbol}"
-)
+KERNELS = verification.cuda_kernels()
+THAT_WRITE_LSE = [k for k in KERNELS if k.entry.op == "forward"]
 
 
-@KERNELS
+def name(kernel):
+    return f"{kernel.entry.arch}-{kernel.entry.symbol}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=name)
 def test_against_float64(kernel):
     count, worst = verification.verify(kernel)
     assert count > 0
     assert worst <= 1
 
 
-@KERNELS
+@pytest.mark.parametrize("kernel", THAT_WRITE_LSE, ids=name)
 def test_lse_is_left_alone_where_there_is_no_room(kernel):
-    case, data = next(verification.cases_of(kernel.entry))
-    function = verification.function_of(kernel)
+    case, data = next(forward_trials.cases_of(kernel.entry))
+    compute = torch_cases.by_entry(kernel.entry, verification.functions_of(kernel), "cuda")
     rows = case.batch * case.heads * case.seqlen_q
-    arguments = (case, data, function, kernel.entry.params, kernel.entry.layout)
+    arguments = (case, data, compute, kernel.entry.layout)
     out, lse = torch_cases.run(*arguments, lse_length=rows - 1, device="cuda")
     assert np.isnan(lse).all()
     assert np.array_equal(out, torch_cases.run(*arguments, device="cuda")[0])

@@ -146,6 +146,64 @@ def test_derivatives_that_nothing_computes_are_refused(way, which, given, withou
         DERIVATIVES[way](function, arrays[which])
 
 
+def plain(q, k, v, slopes):
+    """Causal attention with slopes, as one would write it."""
+    s = jnp.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+    i, j = jnp.arange(q.shape[2])[:, None], jnp.arange(k.shape[2])[None]
+    s = jnp.where(j <= i, s - slopes[:, None, None] * jnp.abs(i - j), -jnp.inf)
+    return jnp.einsum("bhij,bhjd->bhid", jax.nn.softmax(s), v), jax.nn.logsumexp(s, axis=-1)
+
+
+def ours(q, k, v, slopes):
+    return flash_attention(q, k, v, causal=True, alibi_slopes=slopes, return_lse=True)
+
+
+def loss(function):
+    def of(*arrays):
+        out, lse = function(*arrays)
+        return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum() + (lse**2).sum()
+
+    return of
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_gradients(given, compiled, trains):
+    arrays = [*given, jnp.asarray([0.1, 0.2, 0.4, 0.8])]
+    found = jax.grad(loss(ours), (0, 1, 2, 3))
+    found = (jax.jit(found) if compiled else found)(*arrays)
+    for a, b in zip(found, jax.grad(loss(plain), (0, 1, 2, 3))(*arrays), strict=True):
+        assert a.shape == b.shape and np.abs(a - b).max() < 2e-5 * max(1, np.abs(b).max())
+
+
+#: Ways to ask for a gradient by q.
+GRADIENTS = {
+    "grad of checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
+    "vmap of grad": lambda f: lambda q: jax.vmap(jax.grad(f))(q[None])[0],
+    "grad of vmap": lambda f: jax.grad(lambda q: jax.vmap(f)(q[None]).sum()),
+    "vjp": lambda f: lambda q: jax.vjp(f, q)[1](jnp.float32(1))[0],
+    "jacrev": jax.jacrev,
+    "scan": lambda f: jax.grad(lambda q: jax.lax.scan(lambda c, x: (c + f(x), 0), 0.0, q[None])[0]),
+}
+
+
+@pytest.mark.parametrize("way", GRADIENTS)
+def test_ways_to_a_gradient(given, way, trains):
+    q, *others = given
+
+    def of(function):
+        return lambda x: (function(x, *others, jnp.zeros(4))[0] ** 2).sum()
+
+    want = jax.grad(of(plain))(q)
+    for ours_ in (of(ours), lambda x: (flash_attention(x, *others, causal=True) ** 2).sum()):
+        found = GRADIENTS[way](ours_)(q)
+        assert np.abs(found - want).max() < 2e-5 * np.abs(want).max()
+
+
+def test_second_derivatives_are_refused(given, trains):
+    with pytest.raises((NotSupportedError, TypeError), match=r"derivative of the gradients|forward-mode"):
+        jax.hessian(lambda q: flash_attention(q, *given[1:]).sum())(given[0])
+
+
 def test_the_gradient_of_what_stands_beside_it(given, exact):
     found = jax.grad(lambda x: (causal(*given) * x).sum())(given[0])
     assert abs(np.asarray(found) - exact).max() < 2e-6

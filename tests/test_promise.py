@@ -1,8 +1,8 @@
 """The central promise: change the definition, and the kernels of both templates change, with no other edit.
 
-``definitions/prefix_attention.py`` adds a score modification and a mask that the catalogue doesn't have.  Its kernels
-are built by the public command and called through the public interface.  The operators that have no kernels yet are
-derived from it and compiled as they stand.
+``definitions/prefix_attention.py`` adds a score modification and a mask that the catalogue doesn't have.  Its kernels,
+in both directions, are built by the public command and called through the public interface.  The operators that have no
+kernels yet are derived from it and compiled as they stand.
 """
 
 import subprocess
@@ -88,6 +88,47 @@ np.savez("result.npz", out=out.transpose{order}, lse=lse)
     np.testing.assert_allclose(result["out"], want, atol=2e-6, rtol=0)
     np.testing.assert_allclose(result["lse"], want_lse, atol=4e-6, rtol=0)
     assert abs(want - plain).max() > 0.1  # the definition says something else than plain causal attention
+
+
+def test_both_templates_learn_by_the_definition(prefix_pack):
+    """A training step through PyTorch, with the gradient of a parameter that nobody wrote a derivative for."""
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(14)
+    q, k, v = (rng.standard_normal((2, h, n, 64), dtype=np.float32) for h, n in ((4, 133), (2, 170), (2, 170)))
+    dout, dlse = rng.standard_normal(q.shape, np.float32), rng.standard_normal(q.shape[:3], np.float32)
+    rates = rng.random((2, 4), dtype=np.float32)
+    np.savez(prefix_pack / "step.npz", q=q, k=k, v=v, dout=dout, dlse=dlse, rates=rates)
+    result = run(
+        prefix_pack,
+        f"""
+import sys
+import numpy as np
+import torch
+from tvm_flash import custom_attention
+
+data = np.load("step.npz")
+found = {{}}
+for variant in ("v1", "v2"):
+    attention = custom_attention("prefix_attention", layout="bhsd", variant=variant)
+    leaves = [torch.from_numpy(data[n]).requires_grad_() for n in ("q", "k", "v", "rates")]
+    q, k, v, rates = leaves
+    parameters = {{"prefix_length": {PREFIX}, "fading_rate": rates}}
+    out, lse = attention(q, k, v, softmax_scale={SCALE}, return_lse=True, **parameters)
+    ((out * torch.from_numpy(data["dout"])).sum() + (lse * torch.from_numpy(data["dlse"])).sum()).backward()
+    found |= {{f"{{variant}}_{{n}}": x.grad.numpy() for n, x in zip(("dq", "dk", "dv", "fading_rate"), leaves)}}
+assert "tvm" not in sys.modules and "schedules" not in sys.modules
+np.savez("result.npz", **found)
+""",
+    )
+    params = {"prefix_length": PREFIX, "fading_rate": rates}
+    want = reference.attention_backward(
+        dout, q, k, v, dlse=dlse, gradients=("fading_rate",), **{**OUTSIDE, "params": params}
+    )
+    for name in ("dq", "dk", "dv", "fading_rate"):
+        exact = want.params[name] if name == "fading_rate" else getattr(want, name)
+        for variant in ("v1", "v2"):
+            tolerance = 5e-6 * np.abs(exact).max()
+            np.testing.assert_allclose(result[f"{variant}_{name}"], exact, atol=tolerance, rtol=0, err_msg=name)
 
 
 def outside_problem():

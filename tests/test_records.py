@@ -11,7 +11,7 @@ from schedules.builder import records
 from schedules.builder.compile import lower_for_each
 from schedules.builder.records import Measurement, PeerMeasurement, Record
 from schedules.builder.suite import KernelSpec, Selection
-from schedules.families import FAMILY, family_of, kinds_of
+from schedules.families import FAMILY, core_kinds_of, family_of
 from schedules.families.interface import Rejected, Target
 from tvm_flash.packs.registry import registry
 
@@ -93,7 +93,7 @@ def core_groups():
         family = family_of(targets[0])
         specs = [
             s
-            for s in Selection().specs(family.DTYPES, between=True, kinds=kinds_of(targets[0]))
+            for s in Selection().specs(family.DTYPES, between=True, kinds=core_kinds_of(targets[0]))
             if s.template in family.TEMPLATES
         ]
         for group, members in itertools.groupby(specs, key=lambda s: s.group):
@@ -131,7 +131,10 @@ def test_kernels_that_await_verification_are_of_the_core_set():
 
 
 def is_required(spec: KernelSpec, target: Target) -> bool:
-    """Whether an arch must have a kernel: all of them, but for the largest head_dim where shared memory is small."""
+    """Whether an arch must have a kernel: all, but for the largest head_dim where shared memory is small, and the most
+    parameters where registers are few."""
+    if target.arch == "sm_70" and spec.mask == "positioned":
+        return spec.head_dim <= 96
     return spec.head_dim <= 128 or target.arch not in ("sm_70", "sm_75")
 
 

@@ -287,3 +287,40 @@ def test_a_kernel_selected_for_another_device_refuses(cpu_pack):
     with pytest.raises(InvalidArgumentError, match=r"^q: is on cpu, .* selected for cuda:0; move"):
         elsewhere(x, x, x)
     assert selected(x, x, x).shape == x.shape
+
+
+def decode_kernel(**more):
+    """Splits the keys: for up to 4 rows from 512 keys on, up to 16 from 2048."""
+    most = ("steps", "seqlen_kv", (0, 0), (512, 4), (2048, 16))
+    made = kernel("v2", "sm_90a", kind="decode", max_rows=most, **more)
+    (launch,) = made.launches
+    return dataclasses.replace(made, symbol=f"{made.symbol}_decode", launches=(launch, launch))
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "says"),
+    [
+        (1, 511, "is for longer sequences, at 511 keys"),
+        (4, 512, ""),
+        (5, 2047, "is for 4 query rows a key or fewer, not 5, at 2047 keys"),
+        (16, 2048, ""),
+        (17, 9000, "is for 16 query rows a key or fewer, not 17, at 9000 keys"),
+    ],
+)
+def test_few_rows_take_the_kernel_that_splits_the_keys(packs, rows, keys, says):
+    packs(kernel("v2", "sm_90a", mask="full"), decode_kernel(), capability=(9, 0))
+    found = {
+        explain(problem(seqlen_q=rows, seqlen_kv=keys, batch=batch), GPU, "auto").chosen.symbol for batch in (1, 4, 999)
+    }
+    assert found == {"v2_float16_d64_full_identity" if says else "v2_float16_d64_window_identity_decode"}
+    text = str(explain(problem(seqlen_q=rows, seqlen_kv=keys), GPU, "auto"))
+    assert (says or f"it splits the keys among blocks, for {rows} query rows a key") in text
+    grouped = explain(problem(seqlen_q=1, heads=4 * rows, seqlen_kv=keys), GPU, "auto").chosen
+    assert (grouped.kind == "decode") == (not says)
+
+
+def test_a_program_that_can_run_one_launch_takes_a_kernel_of_one(packs):
+    packs(kernel("v2", "sm_90a", mask="full"), decode_kernel(), capability=(9, 0))
+    found = explain(problem(seqlen_q=1, seqlen_kv=9000, workspaces=False), GPU, "auto")
+    assert found.chosen.symbol == "v2_float16_d64_full_identity"
+    assert "needs several launches or a workspace" in str(found)

@@ -25,6 +25,13 @@ def test_definition_and_schedule_are_before_and_after():
     assert "T.thread_id" in after and 'T.sblock("qk")' not in after
 
 
+def test_the_kernel_of_an_operator(capsys):
+    assert show.main(["V1", "--arch", "cpu", "--head-dim", "64", "--mask", "causal", "--op", "backward"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("# v1_float32_d64_causal_identity_backward for cpu")
+    assert "dk_sum" in text
+
+
 @pytest.mark.parametrize("op", OPERATORS)
 def test_each_operator_as_mathematics(op, capsys):
     assert (

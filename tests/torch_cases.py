@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ import torch
 from tests import cases
 from tests.cases import Case, Inputs
 from tvm_flash import numerics, reference
-from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE
+from tvm_flash.packs import by_role, sizes
+from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE, KernelEntry, Param
 
 
 def tensor(x: np.ndarray, dtype: str, layout: str, strides: str, device: str = "cpu") -> torch.Tensor:
@@ -30,8 +32,34 @@ def tensor(x: np.ndarray, dtype: str, layout: str, strides: str, device: str = "
     return x.contiguous()
 
 
-def run(case: Case, data: Inputs, kernel: Callable, params, layout: str, lse_length: int | None = None, device="cpu"):
-    """Call a kernel by its ABI (:mod:`tvm_flash.packs.manifest`) on a case, with outputs full of NaN beforehand.
+#: What runs a kernel: takes its tensors and numbers by role, more than it needs among them, and a problem's sizes.
+Compute = Callable[[Mapping[str, Any], Mapping[str, int]], None]
+
+
+def by_abi(function: Callable, params: Iterable[Param]) -> Compute:
+    """A forward kernel of a single launch, which stands alone."""
+    roles = ("q", "k", "v", "o", "lse", "softmax_scale", *(p.name for p in params))
+    return lambda values, _: function(*(values[role] for role in roles))
+
+
+def by_entry(entry: KernelEntry, functions: Sequence[Callable], device: str) -> Compute:
+    """A kernel of a pack; workspaces hold NaN, or zeros if they are to."""
+
+    def make(shape: tuple[int, ...], dtype: str, zeroed: bool) -> torch.Tensor:
+        return torch.full(shape, 0.0 if zeroed else torch.nan, dtype=getattr(torch, dtype), device=device)
+
+    return lambda values, problem: by_role.bind(entry, functions, values, problem, make)()
+
+
+def sizes_of(case: Case) -> dict[str, int]:
+    """The sizes of a case by name."""
+    return sizes.of(
+        case.batch, case.heads, case.seqlen_q, case.kv_heads, case.seqlen_kv, case.head_dim, case.head_dim_v
+    )
+
+
+def run(case: Case, data: Inputs, compute: Compute, layout: str, lse_length: int | None = None, device: str = "cpu"):
+    """Run a forward kernel on a case, with outputs full of NaN beforehand.
 
     Returns
     -------
@@ -39,12 +67,12 @@ def run(case: Case, data: Inputs, kernel: Callable, params, layout: str, lse_len
     if its length was given; float64 arrays.
     """
     unwritten = np.full((*data.q.shape[:3], case.head_dim_v), np.nan, np.float32)
-    q, k, v, o = (tensor(x, case.dtype, layout, case.strides, device) for x in (data.q, data.k, data.v, unwritten))
+    arrays = {"q": data.q, "k": data.k, "v": data.v, "o": unwritten}
+    values = {role: tensor(x, case.dtype, layout, case.strides, device) for role, x in arrays.items()}
     rows = case.batch * case.heads * case.seqlen_q
-    lse = torch.full((rows if lse_length is None else lse_length,), torch.nan, device=device)
-    values = [data.params[p.name] for p in params]
-    values = [torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x for x in values]
-    kernel(q, k, v, o, lse, case.softmax_scale, *values)
+    o, lse = values["o"], torch.full((rows if lse_length is None else lse_length,), torch.nan, device=device)
+    params = {n: torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x for n, x in data.params.items()}
+    compute({**values, "lse": lse, "softmax_scale": case.softmax_scale, **params}, sizes_of(case))
     o = o if layout == "bhsd" else o.transpose(1, 2)
     lse = lse.reshape(case.batch, case.heads, case.seqlen_q) if lse_length is None else lse
     return o.double().cpu().numpy(), lse.double().cpu().numpy()
@@ -52,7 +80,7 @@ def run(case: Case, data: Inputs, kernel: Callable, params, layout: str, lse_len
 
 def attend(kernel, case: Case, data: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Output and lse of a case, of a kernel that stands alone: its ``spec``, ``params`` and ``function``."""
-    return run(case, data, kernel.function, kernel.params, LAYOUT_OF_TEMPLATE[kernel.spec.template])
+    return run(case, data, by_abi(kernel.function, kernel.params), LAYOUT_OF_TEMPLATE[kernel.spec.template])
 
 
 def own_case(kernel, **sizes) -> Case:

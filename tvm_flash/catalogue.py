@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm_flash.packs.manifest import Param
+from tvm_flash.packs.sizes import Expression
 
 #: The run-time parameters by name.  One ``per_head`` is a tensor, and its name an argument of a public function.
 PARAMS: Mapping[str, Param] = {
     p.name: p
     for p in (
         Param("softcap", "float32"),
-        Param("alibi_slopes", "float32", per_head=True),
+        Param("alibi_slopes", "float32", per_head=True, gradient=True),
         Param("has_alibi_slopes", "int32"),
         Param("window_left", "int32"),
         Param("window_right", "int32"),
@@ -33,6 +34,9 @@ PER_HEAD: Mapping[str, Param] = {name: p for name, p in PARAMS.items() if p.per_
 
 #: Of these, what a kernel can do without: such a one has a number beside it, ``has_`` and its name, 0 if it is missing.
 OPTIONAL = tuple(name for name in PER_HEAD if f"has_{name}" in PARAMS)
+
+#: What stands for a parameter that a call lacks in a kernel that stands in: an expression of the problem's sizes.
+DEFAULTS: Mapping[str, Expression] = {"kv_start": 0, "kv_end": "seqlen_kv"}
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ def _kinds(**rows: tuple[str, tuple[str, ...]]) -> Mapping[str, Kind]:
 
 
 MASKS: Mapping[str, Kind] = _kinds(
-    full=("", ("window",)),
-    causal=("", ("window",)),
-    window=("window_left window_right", ()),
+    full=("", ("window", "positioned")),
+    causal=("", ("window", "positioned")),
+    window=("window_left window_right", ("positioned",)),
     sink_window=("window_left window_right sink_tokens", ()),
     padded=("window_left window_right kv_start kv_end", ("positioned",)),
     positioned=("window_left window_right kv_start kv_end has_query_start query_start", ()),

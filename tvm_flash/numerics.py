@@ -9,7 +9,7 @@ same sums, of which those taken here are the same on every machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -86,6 +86,11 @@ def bound(usual: Iterable[np.ndarray], exact: np.ndarray, dtype: str) -> float:
     return allowed_error(max(largest_error(x, exact) for x in usual), magnitude(exact), dtype)
 
 
+def gradient_bound(usual: np.ndarray, exact: np.ndarray, dtype: str) -> float:
+    """The rule for a gradient, whose sums are in float32: of these, too, an error of 32 roundings is allowed."""
+    return max(bound([usual], exact, dtype), LSE_TOLERANCE * magnitude(exact))
+
+
 def lse_bound(exact: np.ndarray, largest_score: float = 0.0) -> float:
     """How large an error of the log-sum-exp may be; ``largest_score`` is the magnitude of the largest one, if known."""
     return LSE_TOLERANCE * max(1.0, largest_score, magnitude(exact))
@@ -139,6 +144,29 @@ def usual_attention(
 
     elements = q[..., 0].size * v.shape[-1] if dtype == "float32" else math.inf
     return [attend(terms, keys) for terms, keys in orders(q.shape[3], k.shape[2], elements)]
+
+
+def usual_gradients(
+    dout: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    dtype: str,
+    gradients: Sequence[str] = (),
+    **what: Any,
+) -> reference.Gradients:
+    """Gradients of attention as one computes them in a dtype: weights, gradients of scores and results are rounded.
+
+    Arguments are those of :func:`tvm_flash.reference.attention_backward`.  Sums are exact: their rounding isn't in it.
+    """
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return round_to(x.astype(np.float32), dtype)
+
+    found = reference.attention_backward(dout, q, k, v, gradients=gradients, rounded=rounded, **what)
+    shares = {name: x.astype(np.float32) for name, x in found.params.items()}
+    return reference.Gradients(*(round_to(x, dtype) for x in (found.dq, found.dk, found.dv)), shares)
 
 
 def _one_by_one(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -154,6 +154,7 @@ def attention_backward(
     score: Callable = identity,
     params: Mapping[str, Any] | None = None,
     gradients: Sequence[str] = (),
+    rounded: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> Gradients:
     """Gradients of attention in float64, given those of its output and of its log-sum-exp.
 
@@ -168,6 +169,7 @@ def attention_backward(
         hold in a row that may attend to nothing doesn't count.
     q, k, v, softmax_scale, mask, score, params: as in :func:`attention`.
     gradients: names of the float parameters whose gradients are wanted.
+    rounded: what is done to probabilities and to gradients of scores before they are multiplied further.
 
     Returns
     -------
@@ -181,10 +183,10 @@ def attention_backward(
         delta = delta - (0.0 if dlse is None else np.asarray(dlse, np.float64))
         dscore = np.where(state.prob == 0, 0.0, state.prob * (dp - delta[..., None]))
         slope = _difference(lambda s: score(s, state.at), state.s)
-        ds = np.where(state.prob == 0, 0.0, dscore * slope) * softmax_scale
+        ds = rounded(np.where(state.prob == 0, 0.0, dscore * slope)) * softmax_scale
         found = {n: _parameter_gradient(n, score, state, dscore, np.shape((params or {})[n])) for n in gradients}
     dq = np.einsum("bhij,bhjd->bhid", ds, state.k)
-    dk, dv = np.einsum("bhij,bhid->bhjd", ds, state.q), np.einsum("bhij,bhid->bhjd", state.prob, dout)
+    dk, dv = np.einsum("bhij,bhid->bhjd", ds, state.q), np.einsum("bhij,bhid->bhjd", rounded(state.prob), dout)
     grouped = (state.q.shape[0], state.kv_heads, -1)
     dk, dv = (x.reshape(*grouped, *x.shape[2:]).sum(axis=2) for x in (dk, dv))
     return Gradients(dq, dk, dv, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, Problem, normalise
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.machine.device import Device, parse
+from tvm_flash.operators import BACKWARD, FORWARD
 
 PREFERENCES = ("speed", "compatibility")
 
@@ -153,9 +155,14 @@ class BackendSelector:
         causal: bool = False,
         layout: str = "bhsd",
         variant: str = "auto",
+        backward: bool = False,
     ) -> Explanation:
-        """What :meth:`select_attention` (or ``flash_attention`` with ``variant``) chooses, and why no other kernel."""
+        """What :meth:`select_attention` (or ``flash_attention`` with ``variant``) chooses, and why no other kernel.
+
+        With ``backward`` the same for the kernel that computes the gradients.
+        """
         problem = self._problem(batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout)
+        problem = dataclasses.replace(problem, op=BACKWARD if backward else FORWARD)
         return explain(problem, self.device, checks.check_variant(variant), self.prefer)
 
     def _problem(self, batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout) -> Problem:

@@ -21,7 +21,7 @@ from schedules.builder.configs import NO_RECORDS, ChosenConfig, Tuned
 from schedules.builder.suite import SCOPES, TEMPLATES, KernelSpec, Selection
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.definition_file import DefinitionFile
-from schedules.families import FAMILY, family_of, kinds_of
+from schedules.families import FAMILY, core_kinds_of, family_of, kinds_of
 from schedules.families.interface import Target
 from schedules.toolchain import machine
 from schedules.toolchain.host import HOST_HEADER
@@ -132,6 +132,7 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
     kinds = kinds_of(target)
     if chosen.kinds and not set(chosen.kinds) & set(kinds):
         raise ValueError(f"--kind {','.join(chosen.kinds)}: {target} has none; it has {', '.join(kinds)}")
+    kinds = kinds if chosen.kinds else core_kinds_of(target)
     if request.definition:
         variants = [request.definition.variant()]
         return tuple(chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds))

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from schedules.families.interface import BACKWARD, DECODE, FORWARD
+from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, DECODE, FORWARD
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: (mask, score) of the core set; a sliding window with unbounded sides serves full and causal attention as well, and
@@ -49,6 +49,7 @@ SCOPES = {
     FORWARD: Scope(CORE_VARIANTS, between=True, own_definitions=True),
     DECODE: Scope((("window", "identity"),)),
     BACKWARD: Scope((("positioned", "optional"),), own_definitions=True),
+    BACKWARD_ACCUMULATE: Scope(()),  # as large as the backward again, for rings alone: built where it is asked for
 }
 
 

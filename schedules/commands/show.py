@@ -155,7 +155,7 @@ def _derivatives(pattern: Pattern) -> str:
 def listing(spec: KernelSpec, request: Request, stage: str, op: str = "forward") -> Listing:
     """A kernel, as a build of the request would make it for its first target, at a stage.
 
-    Operators other than ``forward`` have the stage ``definition`` only.
+    An operator other than ``forward`` that no kind of kernels is called after has the stage ``definition`` only.
 
     Raises
     ------
@@ -166,8 +166,8 @@ def listing(spec: KernelSpec, request: Request, stage: str, op: str = "forward")
     stages = CPU_STAGES if target.arch == "cpu" else GPU_STAGES
     if stage in (DEFINITION, GRADIENT):
         return _before_templates(spec, request, stage, op)
-    if op != "forward":
-        raise ValueError(f"--stage {stage}: {op} has {DEFINITION}; kernels are made of forward")
+    if op not in ("forward", spec.kind):
+        raise ValueError(f"--stage {stage}: {op} has {DEFINITION}; kernels are made of {', '.join(SCOPES)}")
     if stage not in stages:
         raise ValueError(f"--stage {stage}: {target.arch} has {', '.join((DEFINITION, GRADIENT, *stages))}")
     buckets = {}
@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="default: float16, on a processor float32")
     parser.add_argument("--mask", default="full", help="full, causal, window, …")
     parser.add_argument("--score", default="identity", help="identity, softcap, alibi, …")
-    parser.add_argument("--kind", choices=tuple(SCOPES), default=FORWARD, help="default: forward")
+    parser.add_argument("--kind", choices=tuple(SCOPES), help="default: that of the operator")
     parser.add_argument("--bucket", type=int, default=0, help="the kernel for sequences of so many keys or more")
     parser.add_argument("--definition", metavar="FILE.py:NAME", help="a definition of your own")
     return parser
@@ -232,7 +232,9 @@ def _request(options: argparse.Namespace, target: Target) -> Request:
             raise ValueError(f"{template}: unknown; expected V1 or V2")
     dtype = options.dtype or ("float32" if target.arch == "cpu" else "float16")
     head_dims = (HeadDim.parse(options.head_dim),)
-    chosen = Selection(("v2",), (dtype,), head_dims, (options.mask,), (options.score,), (options.kind,))
+    scheduled = options.stage not in (DEFINITION, GRADIENT)
+    kind = options.kind or (options.op if scheduled and options.op in SCOPES else FORWARD)
+    chosen = Selection(("v2",), (dtype,), head_dims, (options.mask,), (options.score,), (kind,))
     definition = DefinitionFile.parse(options.definition) if options.definition else None
     return Request((target,), chosen, definition, tuning=Tuning("auto"))
 

@@ -41,6 +41,13 @@ def kinds_of(target: Target) -> tuple[str, ...]:
     return (FORWARD, *getattr(family_of(target), "KINDS", {}))
 
 
+def core_kinds_of(target: Target) -> tuple[str, ...]:
+    """The kinds of which the core set has kernels, and a definition of the user's own: those whose kernels were
+    verified on hardware.  Others are built if they are asked for by name."""
+    unverified = getattr(family_of(target), "UNVERIFIED_KINDS", ())
+    return tuple(kind for kind in kinds_of(target) if kind not in unverified)
+
+
 def maker_of(target: Target, kind: str = FORWARD):
     """What makes the kernels of a kind: the family's module itself for the usual one, else one of its ``KINDS``.
 

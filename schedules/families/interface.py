@@ -13,7 +13,8 @@ sits.  It is a module with
 * ``program(pattern, config, target, traversal, name) -> Program``;
 * ``KINDS``, if it makes kernels of other kinds than the usual one, each a module (or object) with ``Config``,
   ``default_configs``, ``space``, ``feasible`` and ``program`` as above, by name: :data:`DECODE` splits the keys for few
-  rows.  :func:`schedules.families.maker_of` finds them.
+  rows.  :func:`schedules.families.maker_of` finds them.  Those that no hardware has run yet are in
+  ``UNVERIFIED_KINDS``, and are built only if they are asked for by name.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from dataclasses import dataclass
 from tvm.ir import PrimType
 from tvm.tirx import PrimFunc
 
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 
-#: Kinds of kernels: the usual one, and the one for few query rows, with the keys split among blocks.
+#: Kinds of kernels: the usual one; the one for few query rows, with the keys split among blocks; that of gradients.
 FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
+#: That of gradients in float32 that are added to what is there.
+BACKWARD_ACCUMULATE = "backward_accumulate"
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Program:
     index_bits: int
     workspaces: tuple[Workspace, ...] = ()
     scalars: tuple[Scalar, ...] = ()
-    max_rows: int | None = None
+    max_rows: sizes.Expression | None = None
 
     def __post_init__(self):
         named = [x.name for x in (*self.workspaces, *self.scalars)]

@@ -4,8 +4,9 @@ The definition is linear in ``exp(lse)``: with outputs ``o_s`` and log-sum-exps 
 ``lse = log(sum exp(l_s))`` and ``o = sum exp(l_s - lse) o_s``.  Splits are summed in an order that depends on nothing
 but their number, so a row has the same bits whatever else a launch computes.
 
-A block has one row.  Groups of its threads take every n-th split each, with four columns a thread and ``AHEAD`` splits
-in flight, and are then summed one after the other.
+A *group* is as many threads as a row has columns, four a thread.  As many groups as splits give work to share a row,
+each with every n-th split and ``AHEAD`` of them in flight, and are then summed one after the other; a block has as many
+rows as that leaves groups for.
 """
 
 from __future__ import annotations
@@ -17,125 +18,140 @@ from tvm.tirx import PrimFunc
 from schedules.definition.pattern import Pattern
 from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import Tensor, flat, wide
+from schedules.tile.partial import PartialResults
 from schedules.tile.score import LN_2, LOG2_E
 from schedules.tile.softmax import LOWEST, from_lane
-from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.tile_scheduler import Traversal, ceildiv
 
 THREADS = 256
 #: Splits that a thread reads before it adds them.
 AHEAD = 4
 #: Columns of a thread: 16 bytes of float32.
 COLUMNS = 4
+#: Blocks of a multiprocessor that registers are meant for: left to itself, the assembler for sm_86 and sm_89 went for
+#: six, with 40 registers, and spilled 8 bytes.
+BLOCKS_PER_SM = 4
 
 
 @T.meta_class
 class Partials:
-    """The arguments of the launch: ``parts`` and ``logs`` of the splits, tensor ``o``, flat ``lse``, and sizes."""
+    """The arguments of the launch: the splits' ``partial`` results, tensor ``o``, flat ``lse``, and sizes."""
 
     def __init__(self, pattern: Pattern, traversal: Traversal, handles, alignment: int):
         o_partial, lse_partial, o, lse = handles
-        names = ("batch", "heads", "seqlen_q", "head_dim_v", "rows", "splits", "lse_length")
-        batch, self.heads, self.seqlen_q, self.head_dim_v, self.rows, self.splits, self.lse_length = (
-            tirx.Var(name, "int32") for name in names
-        )
+        names = ("batch", "heads", "seqlen_q", "head_dim_v", "lse_length")
+        batch, self.heads, self.seqlen_q, self.head_dim_v, self.lse_length = (tirx.Var(n, "int32") for n in names)
         sizes = {"batch": batch, "heads": self.heads, "seq": self.seqlen_q, "dim": self.head_dim_v}
         self.o = Tensor(o, "o", sizes, pattern.dtype, traversal.layout, alignment)
         self.lse = T.match_buffer(lse, (self.lse_length,), "float32", align=4)
-        shape = (self.rows, self.splits, pattern.head_dim_v)
-        self.parts = T.match_buffer(o_partial, shape, "float32", align=16)
-        self.logs = T.match_buffer(lse_partial, shape[:2], "float32", align=4)
+        self.partial = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
+        self.rows, self.splits = self.partial.rows, self.partial.splits
 
 
 @T.inline
-def _largest(lse, first, splits, lane, value, peak):
-    """``peak`` becomes the largest log-sum-exp of a row's splits, ``lse[first ...]``, in every lane of a warp.
+def _largest(lse, first, splits, lane, span, value, peak):
+    """``peak`` becomes the largest log-sum-exp of a row's splits, ``lse[first ...]``, in each of ``span`` lanes.
 
     Loads are instructions that the compiler can't move in front of the wait for the launch that writes.
     """
-    for i in T.serial(T.truncdiv(splits + 31, 32)):
-        split: T.int32 = i * 32 + lane
+    for i in T.serial(T.truncdiv(splits + (span - 1), span)):
+        split: T.int32 = i * span + lane
         if split < splits:
             T.ptx["ld.global.f32"](value[0], lse.ptr_to([first + wide(split)]))
             peak = T.max(peak, value[0])
-    for step in T.unroll(5):
+    for step in T.unroll(span.bit_length() - 1):
         peak = T.max(peak, from_lane(peak, 1 << step))
 
 
-def combine(pattern: Pattern, traversal: Traversal, name: str, alignment: int, waits: bool) -> PrimFunc:
-    """``(o_partial, lse_partial, o, lse)``: float32 ``(rows, splits, head_dim_v)`` and ``(rows, splits)`` to o and lse.
+def _groups_of_a_row(splits, groups: int):
+    """How many of a block's groups share a row: the fewest, a power of two, that have no more than ``AHEAD`` splits."""
+    sharing = T.int32(groups)
+    for n in reversed([1 << x for x in range(groups.bit_length() - 1)]):
+        sharing = T.Select(splits <= n * AHEAD, T.int32(n), sharing)
+    return sharing
 
-    ``rows`` are those of o in the order (batch, heads, seqlen_q); an ``lse_partial`` of −inf says that a split sees
-    nothing, and then its ``o_partial`` is never looked at.
+
+def combine(pattern: Pattern, traversal: Traversal, name: str, alignment: int, waits: bool) -> PrimFunc:
+    """``(o_partial, lse_partial, o, lse)``: partial results (:mod:`schedules.tile.partial`) to o and lse.
 
     Parameters
     ----------
     waits: whether the launch before lets this one begin early, so that it has to wait for what that writes.
     """
     columns = pattern.head_dim_v
-    lanes = columns // COLUMNS
+    lanes = 1 << (-(-columns // COLUMNS) - 1).bit_length()  # of a group, a power of two
     groups = THREADS // lanes
     store_type = element_type(pattern.dtype)
 
     @T.prim_func(check_well_formed=False)
     def kernel(o_partial: T.handle, lse_partial: T.handle, o: T.handle, lse: T.handle):
-        # 1. Arguments.
+        # 1. Arguments, and which row of the block a thread's group belongs to.
         at = Partials(pattern, traversal, (o_partial, lse_partial, o, lse), alignment)
+        sharing = T.bind(_groups_of_a_row(at.splits, groups))
+        rows_of_block = T.bind(T.truncdiv(T.int32(groups), sharing))
         T.device_entry()
-        parts = T.meta_var(flat(at.parts))
-        logs = T.meta_var(flat(at.logs))
-        row = T.cta_id([at.rows])
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS_PER_SM})
+        parts = T.meta_var(flat(at.partial.o))
+        logs = T.meta_var(flat(at.partial.lse))
+        block = T.cta_id([ceildiv(at.rows, rows_of_block)])
         thread = T.thread_id([THREADS])
-        acc_shared = T.alloc_shared([groups * columns], "float32")
+        acc_shared = T.alloc_shared([groups * lanes * COLUMNS], "float32")
         sum_shared = T.alloc_shared([groups], "float32")
         acc = T.alloc_local([COLUMNS], "float32")
         words = T.alloc_local([AHEAD * COLUMNS], "uint32")
         weight = T.alloc_local([AHEAD], "float32")
-        first: T.int64 = wide(row) * wide(at.splits)
         group: T.int32 = T.truncdiv(thread, lanes)
-        column: T.int32 = T.truncmod(thread, lanes) * COLUMNS
+        lane: T.int32 = T.truncmod(thread, lanes)
+        column: T.int32 = lane * COLUMNS
+        place: T.int32 = T.truncdiv(group, sharing)
+        member: T.int32 = group - place * sharing
+        row: T.int32 = block * rows_of_block + place
+        splits: T.int32 = T.Select(row < at.rows, at.splits, 0)
+        first: T.int64 = wide(row) * wide(at.splits)
         if waits:
             T.ptx.griddepcontrol.wait()
         # 2. The largest log-sum-exp; finite, so that −inf minus it is −inf.
         peak: T.float32 = T.float32(LOWEST)
-        _largest(logs, first, at.splits, T.truncmod(thread, 32), weight, peak)
+        span = T.meta_var(min(lanes, 32))
+        _largest(logs, first, splits, T.truncmod(thread, span), span, weight, peak)
         # 3. Each group sums its splits, weighted.
         total: T.float32 = T.float32(0)
         for x in T.unroll(COLUMNS):
             acc[x] = T.float32(0)
-        if group < groups:
-            for i in T.serial(T.truncdiv(at.splits - group + (groups * AHEAD - 1), groups * AHEAD)):
-                for a in T.unroll(AHEAD):
-                    split: T.int32 = group + (i * AHEAD + a) * groups
-                    weight[a] = T.float32(0)
-                    for x in T.unroll(COLUMNS):
-                        words[a * COLUMNS + x] = T.uint32(0)
-                    if split < at.splits:
-                        T.ptx["ld.global.f32"](weight[a], logs.ptr_to([first + wide(split)]))
-                        weight[a] = T.exp2((weight[a] - peak) * T.float32(LOG2_E))
-                        T.ptx["ld.global.v4.b32"](
-                            *[words[a * COLUMNS + x] for x in range(COLUMNS)],
-                            parts.ptr_to([(first + wide(split)) * columns + wide(column)]),
-                        )
-                for a in T.unroll(AHEAD):
-                    total = total + weight[a]
-                    for x in T.unroll(COLUMNS):
-                        value = T.meta_var(T.reinterpret("float32", words[a * COLUMNS + x]))
-                        # what a split that sees nothing has left there may be anything
-                        acc[x] = acc[x] + T.Select(weight[a] == T.float32(0), T.float32(0), weight[a] * value)
-            for x in T.unroll(COLUMNS):
-                acc_shared[group * columns + column + x] = acc[x]
-            if column == 0:
-                sum_shared[group] = total
+        for i in T.serial(T.truncdiv(splits - member + (sharing * AHEAD - 1), sharing * AHEAD)):
+            for a in T.unroll(AHEAD):
+                split: T.int32 = member + (i * AHEAD + a) * sharing
+                weight[a] = T.float32(0)
+                for x in T.unroll(COLUMNS):
+                    words[a * COLUMNS + x] = T.uint32(0)
+                if T.And(split < splits, column < columns):
+                    T.ptx["ld.global.f32"](weight[a], logs.ptr_to([first + wide(split)]))
+                    weight[a] = T.exp2((weight[a] - peak) * T.float32(LOG2_E))
+                    T.ptx["ld.global.v4.b32"](
+                        *[words[a * COLUMNS + x] for x in range(COLUMNS)],
+                        parts.ptr_to([(first + wide(split)) * columns + wide(column)]),
+                    )
+            for a in T.unroll(AHEAD):
+                total = total + weight[a]
+                for x in T.unroll(COLUMNS):
+                    value = T.meta_var(T.reinterpret("float32", words[a * COLUMNS + x]))
+                    # what a split that sees nothing has left there may be anything
+                    acc[x] = acc[x] + T.Select(weight[a] == T.float32(0), T.float32(0), weight[a] * value)
+        for x in T.unroll(COLUMNS):
+            acc_shared[thread * COLUMNS + x] = acc[x]
+        if lane == 0:
+            sum_shared[group] = total
         T.cuda.cta_sync()
-        # 4. The first group sums the groups, and writes the row.
-        if thread < lanes:
+        # 4. The first group of a row sums those that share it, and writes the row.
+        if T.And(member == 0, row < at.rows):
             for x in T.unroll(COLUMNS):
                 acc[x] = T.float32(0)
             total = T.float32(0)
             for g in T.unroll(groups):
-                total = total + sum_shared[g]
-                for x in T.unroll(COLUMNS):
-                    acc[x] = acc[x] + acc_shared[g * columns + column + x]
+                if g < sharing:
+                    total = total + sum_shared[group + g]
+                    for x in T.unroll(COLUMNS):
+                        acc[x] = acc[x] + acc_shared[(thread + g * lanes) * COLUMNS + x]
             inverse: T.float32 = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
             position: T.int32 = T.truncmod(row, at.seqlen_q)
             head_row: T.int32 = T.truncdiv(row, at.seqlen_q)
@@ -147,7 +163,7 @@ def combine(pattern: Pattern, traversal: Traversal, name: str, alignment: int, w
             to = T.meta_var(flat(at.o.buffer))
             if column < at.head_dim_v:
                 T.ptx["st.global.v2.b32"](to.ptr_to([at.o.offset(b, head, position, column)]), packed[0], packed[1])
-            if T.And(thread == 0, wide(at.lse_length) >= wide(at.rows)):
+            if T.And(lane == 0, wide(at.lse_length) >= wide(at.rows)):
                 at.lse[row] = peak + T.log2(total) * T.float32(LN_2)
 
     return kernel.with_attr("global_symbol", name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import tvm_ffi
+from tvm import tirx
 from tvm.ir import Call, Expr
 from tvm.script import tirx as T
 
@@ -60,6 +61,11 @@ class ScoreTile:
     def modified(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
         """The modified score in powers of two; ``chosen`` as in :meth:`Pattern.score`."""
         return _with_accurate_tanh(self.pattern.score(self.at, s, i, j, chosen)) * T.float32(LOG2_E)
+
+    def slope(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr | None:
+        """The derivative of the score with respect to the scaled product, of the raw one ``s``; None for 1."""
+        value = self.pattern.score_gradient(self.at, s, i, j, chosen)
+        return None if isinstance(value, tirx.FloatImm) and value.value == 1 else _with_accurate_tanh(value)
 
     def signed_scale(self) -> Expr:
         """From raw products (or modified scores, which are in powers of two already) to powers of two."""

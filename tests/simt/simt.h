@@ -15,7 +15,10 @@
 #define __restrict__
 #define __grid_constant__
 
-using half = uint16_t;
+struct half {
+  uint16_t bits;
+  operator float() const { return simt::widen(bits, false); }
+};
 using nv_bfloat16 = uint16_t;
 using uint = unsigned int;
 using uchar = unsigned char;

@@ -173,7 +173,7 @@ def suspicion_text(layout: str, shape: str = "", read_as: str = "more heads than
 
 def check_flag(name: str, value: Any) -> bool:
     """A truth value: a bool of Python or NumPy, or 0 or 1."""
-    if type(value).__name__ in ("bool", "bool_") or (isinstance(value, int) and value in (0, 1)):
+    if (isinstance(value, int) and value in (0, 1)) or type(value).__name__ in ("bool", "bool_"):
         return bool(value)
     _check_known(name, value)
     raise ArgumentTypeError(f"{name}: is {value!r}, expected True or False")

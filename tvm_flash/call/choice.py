@@ -15,6 +15,7 @@ from tvm_flash.call.problem import Problem
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
 
@@ -188,10 +189,13 @@ def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
     lacking = [p for p in problem.gradients if p not in {x.name for x in entry.params if x.gradient}]
     if lacking:
         return Rejection(entry, _KIND, f"gives no gradient of {', '.join(lacking)}")
-    if entry.max_rows is not None and problem.rows > entry.max_rows:
-        return Rejection(entry, _ROWS, f"is for {entry.max_rows} query rows a key or fewer, not {problem.rows}")
-    if entry.workspaces and not problem.workspaces:
-        return Rejection(entry, _ROWS, "needs a workspace, which this framework can't allocate there")
+    if entry.max_rows is not None:
+        most = sizes.evaluate(entry.max_rows, problem.sizes)
+        if problem.rows > most:
+            rows = f"{most} query rows a key or fewer, not {problem.rows}" if most else "longer sequences"
+            return Rejection(entry, _ROWS, f"is for {rows}, at {problem.seqlen_kv} keys")
+    if (entry.workspaces or len(entry.launches) > 1) and not problem.workspaces:
+        return Rejection(entry, _ROWS, "needs several launches or a workspace, which this framework hasn't there")
     if problem.masks and entry.score not in problem.scores:
         return Rejection(entry, _SCORE, f"computes the score {entry.score}, not {problem.score}")
     for name in ("head_dim", "head_dim_v"):
@@ -231,6 +235,8 @@ def _reason(
         )
     if device.kind == "cuda" and entry.arch != device.native_arch:
         reason += f"; {entry.arch} code runs on {device.native_arch}, whose own pack has no kernel for this"
+    if entry.max_rows is not None:
+        reason += f"; it splits the keys among blocks, for {problem.rows} query rows a key"
     if problem.mask and entry.mask != problem.mask:
         reason += f"; the mask {entry.mask} stands in for {problem.mask}"
     return reason
@@ -261,6 +267,8 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     dims = str(problem.head_dim)
     dims += f":{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else ""
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
+    if problem.op != FORWARD:
+        options += ["--kind", ACCUMULATE if problem.accumulate else problem.op]
     whose = arch if problem.op == FORWARD else f"{arch} {problem.op}"
     if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):
         return KernelNotFoundError(
@@ -282,7 +290,7 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
             f"split the batch or the heads over several calls"
         )
     if nearest.stage == _MASK:
-        command = build_command(arch, "--head-dim", dims, *_kind(problem))
+        command = build_command(arch, *options, "--head-dim", dims, *_kind(problem))
         return KernelNotFoundError(f"no {whose} kernel for the mask {problem.mask}; run `{command}`")
     if nearest.stage == _HEAD_DIM:
         command = build_command(arch, *options, "--head-dim", dims)
@@ -295,7 +303,7 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         return KernelNotFoundError(f"no {whose} kernel: {nearest.kernel.symbol} {nearest.reason}; run `{command}`")
     if nearest.stage == _KIND:
         return KernelNotFoundError(_wrong_kind(problem, f"{whose} kernel", nearest))
-    command = build_command(arch, "--head-dim", dims, *_kind(problem))
+    command = build_command(arch, *options, "--head-dim", dims, *_kind(problem))
     return KernelNotFoundError(f"no {whose} kernel for the score {problem.score}; run `{command}`")
 
 
@@ -324,5 +332,8 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
-    mask = problem.masks[-1]
-    return "--mask", mask, "--score", "optional" if mask == "positioned" else problem.score
+    padded = problem.mask in ("padded", "positioned")
+    if problem.op != FORWARD:
+        padded = padded or problem.score != "identity"
+    mask, score = ("positioned", "optional") if padded else ("window", problem.score)
+    return "--mask", mask, "--score", score

@@ -13,14 +13,16 @@ from tvm_flash.call.signature import Options, Signature
 from tvm_flash.frameworks import Framework, Traced, framework_of
 
 #: What makes a call a step of a framework's program: modules with a function ``attention``, by the framework's name.
+#: Where a framework differentiates as it goes, ``recorded`` does the same for tensors in memory.
 _TRACING = {"torch": "tvm_flash.tracing.torch_ops", "jax": "tvm_flash.tracing.jax_ops"}
 
 
 def slow(signature: Signature, *arguments: Any) -> Any:
     """What ``signature.call`` gives, without the fast path, and for it if there is one."""
-    named = zip(signature.tensors, arguments, strict=False)
+    count = len(signature.tensors)
+    named = zip(signature.tensors, arguments[:count], strict=True)  # torch 2.4 compiles no other zip
     tensors = {name: x for name, x in named if x is not None or name in signature.inputs}
-    options = signature.options(*arguments[len(signature.tensors) :])
+    options = signature.options(*arguments[count:])
     answer = eager.attention if signature.below else attention
     return answer(options, tensors, (signature, arguments))
 
@@ -60,7 +62,7 @@ def attention(options: Options, tensors: dict[str, Any], call: tuple | None = No
     try:
         if _differentiated(framework, given):
             same_framework(tensors)
-            return _tracing(framework).attention(options, tensors)
+            return _tracing(framework).recorded(options, tensors, call)
         return eager.attention(options, tensors, call)
     except Traced as e:
         return _tracing(e.framework).attention(options, tensors)
@@ -77,7 +79,7 @@ def _torch_program(options: Options, tensors: dict[str, Any], call: tuple | None
     """What ``torch.compile`` sees in place of :func:`attention`."""
     from tvm_flash.tracing import torch_ops
 
-    return torch_ops.attention(options, tensors)
+    return torch_ops.program(options, tensors)
 
 
 attention._torchdynamo_inline = _torch_program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from tvm_flash.call import memory
 from tvm_flash.call.request import Request
+from tvm_flash.catalogue import DEFAULTS
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.machine.ffi import TensorSpec
 from tvm_flash.operators import gradient_of, role_of, tensor
@@ -61,29 +63,53 @@ def maker(memory_: Memory, request: Request) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor that a call makes if it isn't given: its name, shape and dtype, and whether it is zeros at first."""
+    """A tensor that a call makes if it isn't given: its name, shape and dtype; what is read has a ``value``."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    zeroed: bool = False
+    value: float | None = None
+
+    def maker(self, request: Request) -> Callable[[], Any]:
+        """What makes the tensor."""
+        framework, value = request.framework, self.value
+        allocate = framework.allocator(self.shape, self.dtype, request.q)
+        if value is None:
+            return allocate
+
+        def filled():
+            tensor = allocate()
+            framework.fill(tensor, value)
+            return tensor
+
+        # On a GPU each call fills one of its own, in the order of its stream.
+        return functools.partial(_same, filled()) if request.device.kind == "cpu" else filled
 
 
-def made_by(request: Request, entry: KernelEntry) -> tuple[Made, ...]:
+def _same(tensor: Any) -> Any:
+    return tensor
+
+
+def made_by(request: Request, entry: KernelEntry, extents: Mapping[str, int]) -> tuple[Made, ...]:
     """What a call makes: its results first, in order, then what its kernel takes although nobody asked for it.
 
-    The latter are the gradients of parameters, and flat tensors of all in all one element: a kernel takes a shorter one
-    than expected for none, and there is no shorter one than that.
+    The latter are the gradients of parameters; parameters of a mask that stands in for a simpler one; and flat tensors
+    of all in all one element: a kernel takes a shorter one than expected for none, and there is no shorter one.
     """
-    gradients = (gradient_of(p.name) for p in entry.params if p.gradient) if request.operator.differentiates else ()
-    more = [n for n in gradients if n not in request.outputs]
-    alone = [
-        n for n in (*request.operator.on_request, *request.operator.optional) if math.prod(request.shape_of(n)) == 1
-    ]
-    more += [n for n in alone if n not in request.results and n not in request.given]
-    zeroed = request.operator.optional
-    made = (*(n for n in request.results if n not in request.given), *more)
-    return tuple(Made(n, request.shape_of(n), request.dtype_of(n), n in zeroed) for n in made)
+    operator, arguments = request.operator, {x.role: x for x in entry.arguments}
+    found = [Made(n, request.shape_of(n), request.dtype_of(n)) for n in request.results if n not in request.given]
+    if operator.differentiates:
+        unasked = [n for p in entry.params if p.gradient and (n := gradient_of(p.name)) not in request.outputs]
+        shapes = {1: (1,), 2: (request.sizes.batch, request.sizes.heads)}
+        found += [Made(n, shapes[arguments[n].rank], "float32") for n in unasked]
+    for name in (*operator.on_request, *operator.optional):
+        shape = request.shape_of(name)
+        if math.prod(shape) == 1 and name not in request.results and name not in request.given:
+            found.append(Made(name, shape, request.dtype_of(name), 0.0 if name in operator.optional else None))
+    for p in entry.params:
+        if p.per_head and p.name not in request.given and p.name in DEFAULTS:
+            found.append(Made(p.name, (1, 1), p.dtype, sizes.evaluate(DEFAULTS[p.name], extents)))
+    return tuple(found)
 
 
 def arguments_of(
@@ -97,12 +123,15 @@ def arguments_of(
             found[name] = _per_head(x, request)
         else:
             found[role_of(name)] = _spec(name, x.shape, x.strides, x.dtype, request, swap)
+    heads = (request.sizes.batch, request.sizes.heads)
     for x in made:
+        if x.name in DEFAULTS:
+            found[x.name] = TensorSpec(heads, (0, 0), x.dtype, device.kind, device.index)
+            continue
         found[role_of(x.name)] = _spec(x.name, x.shape, contiguous_strides(x.shape), x.dtype, request, swap)
     for name in (*request.operator.on_request, *request.operator.optional):
         if role_of(name) not in found:  # one element is shorter than expected, and means that there is none
             found[role_of(name)] = TensorSpec((1,), (1,), tensor(name).dtype, device.kind, device.index)
-    heads = (request.sizes.batch, request.sizes.heads)
     for param in entry.params:  # one that isn't given, and that the kernel doesn't use then
         if param.per_head and param.name not in found and request.scalars.get(f"has_{param.name}") == 0:
             found[param.name] = TensorSpec(heads, (0, 0), param.dtype, device.kind, device.index)

@@ -67,7 +67,7 @@ class Plan:
         self.choice = choose(problem, request.device, request.variant)
         entry = self.choice.kernel.entry
         extents = entry.extents(request.sizes.by_name)
-        self._made = made_by(request, entry)
+        self._made = made_by(request, entry, extents)
         arguments = arguments_of(entry, request, self._made, extents)
         functions = registry().load(self.choice.kernel)
         present = {*request.given, *(x.name for x in self._made), *operator.on_request}
@@ -83,11 +83,8 @@ class Plan:
         self._outputs = [n for n in request.outputs if n in request.given]
         self._gpu = request.device.index if request.device.kind == "cuda" else None
         self._lock = threading.Lock()
-        framework = self._framework = request.framework
-        self._makers = []
-        for x in self._made:
-            allocator = framework.zeros_allocator if x.zeroed else framework.allocator
-            self._makers.append((x.name, role_of(x.name), allocator(x.shape, x.dtype, request.q)))
+        self._framework = request.framework
+        self._makers = [(x.name, role_of(x.name), x.maker(request)) for x in self._made]
         self._unread = [role_of(n) for n in operator.on_request if n not in {x.name for x in self._made}]
         self._workspaces = [(memory_, maker(memory_, request)) for memory_ in workspaces_of(entry, extents)]
 
@@ -156,17 +153,18 @@ class Plan:
             return self._for_alignment(memory.alignment_of(bits)).recipe(signature, given)
         request, framework = self._request, self._framework
 
-        def ways(shape, dtype, zeroed, make):
-            quick = None if zeroed else framework.quick_allocator(shape, dtype, request.q)
+        def ways(shape, dtype, any_value, make):
+            quick = framework.quick_allocator(shape, dtype, request.q) if any_value else None
             return fast.ways(quick or make, make)
 
-        makers = {x.name: ways(x.shape, x.dtype, x.zeroed, self._makers[i][2]) for i, x in enumerate(self._made)}
+        made = zip(self._made, self._makers, strict=True)
+        makers = {x.name: ways(x.shape, x.dtype, x.value is None, make) for x, (_, _, make) in made}
         if self._gpu is None:  # on the processor the fast path has room of its own for what nobody asked for
             makers = {n: x for n, x in makers.items() if n in request.results or n not in request.operator.on_request}
         names = dict.fromkeys((*request.results, *makers))
         made = [(role_of(name), makers.get(name)) for name in names]
         for memory_, make in self._workspaces:
-            made.append((memory_.role, ways((memory_.elements,), "float32", memory_.role == ZEROED, make)))
+            made.append((memory_.role, ways((memory_.elements,), "float32", memory_.role != ZEROED, make)))
         call = fast.Call(
             launches=tuple(
                 (frame, roles) for frame, (_, _, roles) in zip(self._frames_of_one_call(), self._launches, strict=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tvm_flash.catalogue import MASKS, SCORES
 from tvm_flash.operators import FORWARD
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, FARTHEST_START
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -99,7 +100,14 @@ class Problem:
     @property
     def rows(self) -> int:
         """Query rows that share a key: those of all heads of a group."""
-        return self.seqlen_q * (self.heads // max(1, self.kv_heads))
+        return self.sizes["rows"]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes by name (:mod:`tvm_flash.packs.sizes`)."""
+        return sizes.of(
+            *(self.batch, self.heads, self.seqlen_q, self.kv_heads, self.seqlen_kv, self.head_dim, self.head_dim_v)
+        )
 
     @property
     def masks(self) -> tuple[str, ...]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from tvm_flash import numerics, reference
+from tvm_flash.call.memory import MAX_ALIGNMENT
 from tvm_flash.display import Entry, Table, table
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.frameworks import contiguous_strides
@@ -21,8 +22,9 @@ from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device
 from tvm_flash.machine.ffi import Frame, TensorSpec
 from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS, SEQLEN_KV, SEQLEN_Q
+from tvm_flash.operators import ACCUMULATE, FORWARD, TENSORS, gradient_of, role_of
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Argument, KernelEntry
 from tvm_flash.packs.registry import Installed, registry
 
 #: Keys that a kernel for longer sequences gets beyond those of the case, at most: enough for several tiles.  Without a
@@ -34,7 +36,9 @@ THOROUGH_LENGTHS = (300, 333)
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one kernel: largest error and what is allowed, of the result and of its log-sum-exp.
+    """What became of one kernel: largest error and what is allowed, of the result and, if it has one, the log-sum-exp.
+
+    Of a backward kernel, those of the gradient that comes nearest to what is allowed.
 
     ``note`` says why there are no figures, or what failed.
     """
@@ -83,7 +87,7 @@ def _runnable(arch: str | None) -> Iterator[tuple[Installed, Device]]:
         for candidate in device.archs()
         if arch in (None, candidate)
         for kernel in sorted(registry().kernels(candidate), key=lambda k: _kind(k.entry))
-        if kernel.entry.op == "forward"
+        if kernel.entry.kind != ACCUMULATE
     )
 
 
@@ -119,52 +123,60 @@ def check_kernel(kernel: Installed, device: Device, *, thorough: bool = False) -
         found = [_compare(kernel, device, *length, repeat=thorough) for length in lengths]
     except TvmFlashError as e:
         return Result(*identity, False, time.perf_counter() - start, note=str(e))
-    ok = all(error <= bound and lse_error <= lse_bound for error, bound, lse_error, lse_bound, _ in found)
-    note = "" if all(same for *_, same in found) else "another run gives other bits"
-    figures = max(found, key=lambda f: math.inf if math.isnan(f[0]) else f[0] / f[1] if f[1] else 0.0)[:-1]
+    ok = all(error <= bound for errors, _ in found for error, bound in errors.values())
+    note = "" if all(same for _, same in found) else "another run gives other bits"
+    worst = {role: max((e[role] for e, _ in found), key=_share) for role in found[0][0]}
+    results = max((x for role, x in worst.items() if role != "lse"), key=_share)
+    figures = (*results, *worst.get("lse", (None, None)))
     return Result(*identity, ok and not note, time.perf_counter() - start, *figures, note)
 
 
+def _share(figures: tuple[float, float]) -> float:
+    """How much of what is allowed an error takes."""
+    error, bound = figures
+    return math.inf if math.isnan(error) else error / bound if bound else 0.0
+
+
 def _compare(kernel: Installed, device: Device, seqlen_q: int, seqlen_kv: int, *, repeat: bool):
-    """Error and bound of the result and of the log-sum-exp; whether a second run, if asked for, had the same bits."""
-    problem = _problem(*_kind(kernel.entry)[:-1], seqlen_q, seqlen_kv)
-    out, lse = run(kernel, device, problem.q, problem.k, problem.v, problem.scale)
-    again = run(kernel, device, problem.q, problem.k, problem.v, problem.scale) if repeat else (out, lse)
-    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip((out, lse), again, strict=True))
-    return (
-        *(numerics.largest_error(out, problem.out), problem.bound),
-        *(numerics.largest_error(lse, problem.lse), numerics.lse_bound(problem.lse)),
-        same,
-    )
+    """Of each result its error and bound, by role; whether a second run, if asked for, had the same bits."""
+    entry = kernel.entry
+    problem = _problem(*_kind(entry)[:-1], seqlen_q, seqlen_kv)
+
+    def computed():
+        return run(kernel, device, problem.inputs, problem.scale, (entry.head_dim, entry.head_dim_v))
+
+    found = computed()
+    again = computed() if repeat else found
+    same = all(np.array_equal(x, again[role], equal_nan=True) for role, x in found.items())
+    errors = {role: (numerics.largest_error(found[role], x), bound) for role, (x, bound) in problem.exact.items()}
+    return errors, same
 
 
 def _kind(entry: KernelEntry) -> tuple:
-    """What the exact result of a kernel follows from, and its bucket: kernels of one kind share it."""
-    names = tuple(p.name for p in entry.params)
-    return entry.dtype, entry.head_dim, entry.head_dim_v, entry.mask, entry.score, names, entry.bucket
+    """What the exact results of a kernel follow from, and its bucket: kernels of one kind share them."""
+    names, learnt = (tuple(p.name for p in entry.params if p.gradient or not only) for only in (False, True))
+    return entry.op, entry.dtype, entry.head_dim, entry.head_dim_v, entry.mask, entry.score, names, learnt, entry.bucket
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """Inputs that a dtype holds, exact results, and how far off a result may be."""
+    """Inputs that a dtype holds; exact results by role, and how far off each may be."""
 
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
+    inputs: Mapping[str, np.ndarray]
     scale: float
-    out: np.ndarray
-    lse: np.ndarray
-    bound: float
+    exact: Mapping[str, tuple[np.ndarray, float]]
 
 
 @functools.lru_cache(maxsize=2)
 def _problem(
+    op: str,
     dtype: str,
     head_dim: int,
     head_dim_v: int,
     mask: str,
     score: str,
     params: tuple[str, ...],
+    learnt: tuple[str, ...],
     seqlen_q: int,
     seqlen_kv: int,
 ) -> _Problem:
@@ -175,9 +187,26 @@ def _problem(
         "score": reference.SCORES[score],
         "params": {name: PARAMS[name] for name in params},
     }
+    inputs = {"q": q, "k": k, "v": v}
     out, lse = reference.attention(q, k, v, **what)
-    usual = numerics.usual_attention(q, k, v, dtype=dtype, **what)
-    return _Problem(q, k, v, what["softmax_scale"], out, lse, numerics.bound(usual, out, dtype))
+    if op == FORWARD:
+        bound = numerics.bound(numerics.usual_attention(q, k, v, dtype=dtype, **what), out, dtype)
+        exact = {"o": (out, bound), "lse": (lse, numerics.lse_bound(lse))}
+        return _Problem(inputs, what["softmax_scale"], exact)
+    rng = np.random.default_rng(1)
+    dout = numerics.round_to(rng.standard_normal(out.shape, np.float32), dtype)
+    inputs |= {"do": dout, "o": numerics.round_to(out.astype(np.float32), dtype), "lse": lse.astype(np.float32)}
+    inputs["dlse"] = rng.standard_normal(lse.shape, np.float32)
+    asked = {**what, "dlse": inputs["dlse"], "gradients": learnt}
+    exact, usual = (
+        {"dq": x.dq, "dk": x.dk, "dv": x.dv, **{gradient_of(name): y for name, y in x.params.items()}}
+        for x in (
+            reference.attention_backward(dout, q, k, v, **asked),
+            numerics.usual_gradients(dout, q, k, v, dtype=dtype, **asked),
+        )
+    )
+    bounds = {role: numerics.gradient_bound(usual[role], x, dtype) for role, x in exact.items()}
+    return _Problem(inputs, what["softmax_scale"], {role: (x, bounds[role]) for role, x in exact.items()})
 
 
 def random_inputs(
@@ -198,49 +227,75 @@ def random_inputs(
 
 
 def run(
-    kernel: Installed, device: Device, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Result ``(batch, heads, seqlen_q, head_dim_v)`` and log-sum-exp of a kernel, as float32, with ``PARAMS``.
+    kernel: Installed, device: Device, inputs: Mapping[str, np.ndarray], scale: float, head_dims: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """What a kernel writes, by role, as float32 in the layout bhsd, with ``PARAMS``; memory is NaN before.
 
-    A kernel that has parameters of each head takes ``BATCH`` and ``HEADS``.
+    ``inputs`` are q, k, v and whatever else the operator takes, by role, in the layout bhsd.  A kernel that has
+    parameters of each head takes ``BATCH`` and ``HEADS``.
     """
-    entry, rows = kernel.entry, q.shape[:3]
+    entry, (batch, heads, seqlen_q, _), (_, kv_heads, seqlen_kv, _) = kernel.entry, inputs["q"].shape, inputs["k"].shape
     order = (0, 1, 2, 3) if entry.layout == "bhsd" else (0, 2, 1, 3)
-    unwritten = np.full((*rows, entry.head_dim_v), np.nan, np.float32)
-    inputs = {"q": q, "k": k, "v": v, "o": unwritten}
-    arrays = {role: numerics.encode(x.transpose(order), entry.dtype_of(role)) for role, x in inputs.items()}
-    arrays["lse"] = np.full(math.prod(rows), np.nan, np.float32)
-    numbers: dict[str, float | int] = {"softmax_scale": scale}
-    for param in entry.params:
-        value = PARAMS[param.name]
-        if param.per_head:
-            arrays[param.name] = value
-        else:
-            numbers[param.name] = float(value) if param.dtype == "float32" else int(value)
-    extents = entry.extents(sizes.of(*rows, k.shape[1], k.shape[2], entry.head_dim, entry.head_dim_v))
+    of = dict(zip(("head_dim", "head_dim_v"), head_dims, strict=True))
+    of |= {"batch": batch, "heads": heads, "kv_heads": kv_heads, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
+    shapes = {role_of(name): tuple(of[axis] for axis in x.axes) for name, x in TENSORS.items()}
+    shapes |= {gradient_of(p.name): (batch, heads) if p.per_head else (1,) for p in entry.params}
+    extents = entry.extents(sizes.of(**of))
+    written, numbers, arrays = [], {"softmax_scale": scale}, {}
+    numbers |= {
+        p.name: (float if p.dtype == "float32" else int)(PARAMS[p.name]) for p in entry.params if not p.per_head
+    }
     numbers |= {scalar.name: extents[scalar.name] for scalar in entry.scalars}
-    for workspace in entry.workspaces:
-        shape = tuple(sizes.evaluate(n, extents) for n in workspace.shape)
-        arrays[workspace.name] = numerics.encode(
-            np.full(shape, 0.0 if workspace.zeroed else np.nan, np.float32), workspace.dtype
-        )
-    arguments: dict[str, TensorSpec | int | float] = dict(numbers)
+    per_head = {p.name: PARAMS[p.name] for p in entry.params if p.per_head}
+    workspaces = {w.name: w for w in entry.workspaces}
     for argument in entry.arguments:
-        if argument.role in arrays:
-            shape = arrays[argument.role].shape
-            strides = contiguous_strides(shape)
-            arguments[argument.role] = TensorSpec(shape, strides, argument.dtype, device.kind, device.index)
+        role = argument.role
+        if not argument.rank:
+            continue
+        if role in per_head:
+            arrays[role] = per_head[role]
+        elif role in inputs:
+            arrays[role] = _encoded(inputs[role], argument, order)
+        elif role in workspaces:
+            shape = tuple(sizes.evaluate(n, extents) for n in workspaces[role].shape)
+            first = 0.0 if workspaces[role].zeroed else np.nan
+            arrays[role] = _aligned(numerics.encode(np.full(shape, first, np.float32), argument.dtype))
+        else:
+            written.append(role)
+            arrays[role] = _encoded(np.full(shapes[role], np.nan, np.float32), argument, order)
+    arguments: dict[str, TensorSpec | int | float] = dict(numbers)
+    for role, x in arrays.items():
+        strides = contiguous_strides(x.shape)
+        arguments[role] = TensorSpec(x.shape, strides, entry.dtype_of(role), device.kind, device.index)
     launches = []
     for function, launch in zip(registry().load(kernel), entry.launches, strict=True):
         roles = [x.role for x in launch.arguments]
         launches.append((Frame(function, [arguments[role] for role in roles]), [r for r in roles if r in arrays]))
-    _run(launches, device, arrays)
-    out = numerics.decode(arrays["o"], entry.dtype_of("o")).transpose(order)
-    return out, arrays["lse"].reshape(rows)
+    _run(launches, device, arrays, written)
+    found = {role: numerics.decode(arrays[role], entry.dtype_of(role)) for role in written}
+    return {r: x.transpose(order) if x.ndim == 4 else x.reshape(shapes[r]) for r, x in found.items()}
 
 
-def _run(launches: list[tuple[Frame, list[str]]], device: Device, arrays: dict[str, np.ndarray]) -> None:
-    """Run launches, each with the roles of its tensors, on host arrays; a GPU gets copies, and results come back."""
+def _aligned(x: np.ndarray) -> np.ndarray:
+    """The same in memory that begins where that of a workspace does."""
+    room = np.empty(x.nbytes + MAX_ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % MAX_ALIGNMENT
+    found = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    found[...] = x
+    return found
+
+
+def _encoded(x: np.ndarray, argument: Argument, order: tuple[int, ...]) -> np.ndarray:
+    """Memory as a kernel takes it: its layout, a vector for what is flat."""
+    x = x.transpose(order) if argument.rank == 4 else x.reshape(-1) if argument.rank == 1 else x
+    return numerics.encode(x, argument.dtype)
+
+
+def _run(
+    launches: list[tuple[Frame, list[str]]], device: Device, arrays: dict[str, np.ndarray], written: list[str]
+) -> None:
+    """Run launches, each with the roles of its tensors, on host arrays; a GPU gets copies, and gives back what is
+    ``written``."""
     addresses = {role: a.ctypes.data for role, a in arrays.items()}
     if device.kind == "cpu":
         for frame, roles in launches:
@@ -251,7 +306,7 @@ def _run(launches: list[tuple[Frame, list[str]]], device: Device, arrays: dict[s
         try:
             for frame, roles in launches:
                 frame.run([buffers[role].pointer for role in roles])
-            for role in ("o", "lse"):
+            for role in written:
                 buffers[role].download(addresses[role])
         finally:
             for buffer in buffers.values():

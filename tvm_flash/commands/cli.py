@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--seq-len-kv", type=int, help="length of k and v (default: S)")
     explain.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the processor")
     explain.add_argument("--causal", action="store_true")
+    explain.add_argument("--backward", action="store_true", help="which kernel computes the gradients")
     explain.add_argument("--layout", choices=LAYOUTS, default="bhsd", help="of the caller's tensors (default: bhsd)")
     explain.add_argument("--variant", choices=VARIANTS, default="auto")
     where = explain.add_mutually_exclusive_group()
@@ -145,6 +146,7 @@ def _explain(options: argparse.Namespace) -> int:
         causal=options.causal,
         layout=options.layout,
         variant=options.variant,
+        backward=options.backward,
     )
     if options.json:
         print(json.dumps(explanation_page.as_data(explanation), indent=1))

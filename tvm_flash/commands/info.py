@@ -86,6 +86,8 @@ def _pack(pack: Pack) -> dict[str, Any]:
         "kernels": [
             {
                 "symbol": k.symbol,
+                "op": k.op,
+                "kind": k.kind,
                 "template": k.template,
                 "dtype": k.dtype,
                 "head_dim": k.head_dim,
@@ -118,7 +120,9 @@ def show(report: dict[str, Any], screen: Screen) -> None:
         )
         screen.table(
             table(
-                "", ("pack", "definition", "template", "dtypes", "head_dim ≤", "masks and scores"), _kernel_rows(report)
+                "",
+                ("pack", "definition", "kind", "template", "dtypes", "head_dim ≤", "masks and scores"),
+                _kernel_rows(report),
             )
         )
     else:
@@ -166,19 +170,19 @@ def _kernel_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row for each set of kernels that differ in nothing but dtype, head_dim, mask and score."""
     sets: dict[tuple[str, ...], list[str]] = {}  # instruction sets that have the same kernels
     for pack in report["packs"]:
-        kinds: dict[tuple[str, str, str], dict[str, dict]] = {}
+        kinds: dict[tuple[str, str, str, str], dict[str, dict]] = {}
         for kernel in pack["kernels"]:
             of_dtype = kinds.setdefault(
-                (kernel["definition"], kernel["template"], kernel["dtype"]), {"dims": {}, "what": {}}
+                (kernel["definition"], kernel["kind"], kernel["template"], kernel["dtype"]), {"dims": {}, "what": {}}
             )
             of_dtype["dims"][kernel["head_dim"], kernel["head_dim_v"]] = None
             of_dtype["what"][kernel["mask"], kernel["score"]] = None
         merged: dict[tuple[str, ...], list[str]] = {}
-        for (definition, template, dtype), found in kinds.items():
+        for (definition, kind, template, dtype), found in kinds.items():
             dims = ", ".join(str(d) if d == e else f"{d}:{e}" for d, e in sorted(found["dims"]))
-            merged.setdefault((definition, template, dims, _masks(found["what"])), []).append(dtype)
-        for (definition, template, dims, what), dtypes in merged.items():
-            row = (pack["arch"], definition, template, ", ".join(dtypes), dims, what)
+            merged.setdefault((definition, kind, template, dims, _masks(found["what"])), []).append(dtype)
+        for (definition, kind, template, dims, what), dtypes in merged.items():
+            row = (pack["arch"], definition, kind, template, ", ".join(dtypes), dims, what)
             sets.setdefault(row, []).append(pack["isa"])
     return [(f"{arch} {', '.join(isas)}".rstrip(), *rest) for (arch, *rest), isas in sets.items()]
 

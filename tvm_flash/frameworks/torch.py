@@ -16,6 +16,7 @@ _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 _is_grad_enabled = torch.is_grad_enabled
+_HAS_NESTED = hasattr(torch.Tensor, "is_nested")  # torch 1.11 has none
 
 
 def name_of(dtype) -> str:
@@ -123,7 +124,7 @@ def check_dense(tensor, name):
     ------
     ArgumentTypeError: it is nested or sparse.
     """
-    if tensor.is_nested:
+    if _HAS_NESTED and tensor.is_nested:
         raise ArgumentTypeError(
             f"{name}: is nested, expected a dense tensor; use torch.nested.to_padded_tensor and padded_attention, or "
             f"call for each sequence"

@@ -69,11 +69,13 @@ def _unusual(tensor: Any) -> bool:
     return _tensor_keys is not None and not _plain(_tensor_keys(tensor))
 
 
-_known: dict[int, bool] = {}
+#: What tells sets of keys apart: a number, but before torch 2.5 their text.
+_bits = getattr(getattr(_C, "DispatchKeySet", None), "raw_repr", str)
+_known: dict[int | str, bool] = {}
 
 
 def _plain(keys: Any) -> bool:
-    raw = keys.raw_repr()
+    raw = _bits(keys)
     if raw not in _known:
         names = str(keys).partition("(")[2].rstrip(")").split(", ")
         _known[raw] = all(not n or n in _PLAIN_KEYS or n.startswith(_PLAIN_PREFIXES) for n in names)
@@ -138,7 +140,7 @@ _WORDS = 24  # of a tensor's implementation that are looked through; it has no f
 def _offset_of_keys() -> int | None:
     samples = [torch.zeros(2, device="cpu"), torch.zeros(2, dtype=torch.int32, device="cpu")]
     samples += [torch._neg_view(samples[0]), torch.nn.Parameter(samples[0])]
-    if len({_tensor_keys(x).raw_repr() for x in samples}) < 2:
+    if len({_bits(_tensor_keys(x)) for x in samples}) < 2 or _bits is str:
         return None
     for x in samples:
         if ctypes.c_uint64.from_address(id(x) + _OBJECT_HEADER).value != x._cdata:

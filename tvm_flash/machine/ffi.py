@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from tvm_flash.errors import KernelError
+from tvm_flash.errors import KernelError, NotSupportedError
 
 #: ``DLDataType`` codes and bits by dtype name.
 _DL_DTYPES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16), "int32": (0, 32)}
@@ -109,9 +109,22 @@ def _without_torch() -> Iterator[None]:
 
 @functools.cache
 def tvm_ffi() -> ModuleType:
-    """The tvm_ffi package, imported at the first use."""
-    with _without_torch():
-        import tvm_ffi
+    """The tvm_ffi package, imported at the first use.
+
+    Raises
+    ------
+    NotSupportedError: it can't live beside the installed torch.
+    """
+    try:
+        with _without_torch():
+            import tvm_ffi
+    except AttributeError as e:
+        if "torch" not in str(e):
+            raise
+        raise NotSupportedError(
+            f"apache-tvm-ffi: doesn't know torch {sys.modules['torch'].__version__} ({e}); run "
+            f"`pip install 'apache-tvm-ffi>=0.1.9'`, or take torch 2.3 or later"
+        ) from e
 
     return tvm_ffi
 

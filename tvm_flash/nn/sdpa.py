@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
@@ -75,7 +76,12 @@ def scaled_dot_product_attention(
         warn_of_fallback("the tensors are nested")
         return torch_sdpa(*asked, **options)
     if has_torch_function(tensors):  # tensors and modes that answer functions in their own way, and torch.fx
-        return handle_torch_function(scaled_dot_product_attention, tensors, *asked, **options)
+        if not (kinds := _answer_for_torch(tensors)):
+            return handle_torch_function(scaled_dot_product_attention, tensors, *asked, **options)
+        if kinds == ["CausalBias"] and _is_top_left(attn_mask) and not is_causal:
+            return scaled_dot_product_attention(query, key, value, None, dropout_p, True, **options)
+        warn_of_fallback(f"{', '.join(kinds)} answers torch's functions in its own way")
+        return torch_sdpa(*asked, **options)
     if torch.amp.is_autocast_available(query.device.type) and torch.is_autocast_enabled(query.device.type):
         query, key, value = (_as_autocast(x, query.device.type) for x in (query, key, value))
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -90,6 +96,20 @@ def scaled_dot_product_attention(
         warn_of_fallback(reason)
         return torch_sdpa(*asked, **options)
     return _compute(query, key, value, mask, is_causal, scale)
+
+
+def _answer_for_torch(tensors: tuple[torch.Tensor | None, ...]) -> list[str]:
+    """The kinds of tensors that know torch's own function, and not this one."""
+    usual = torch.Tensor.__torch_function__.__func__
+    answers = {
+        type(x): getattr(type(x).__torch_function__, "__func__", usual) for x in tensors if isinstance(x, torch.Tensor)
+    }
+    return sorted(kind.__name__ for kind, answer in answers.items() if answer is not usual)
+
+
+def _is_top_left(bias: Any) -> bool:
+    """Whether a ``CausalBias`` of torch's means what ``is_causal`` does."""
+    return bias.seq_len_q == bias.seq_len_kv or bias.variant.name == "UPPER_LEFT"
 
 
 def _as_autocast(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -230,3 +250,8 @@ def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: fl
         laid_out = torch.empty_permuted(shape, order, dtype=out.dtype, device=out.device)
         out = laid_out.copy_(out[..., :head_dim_v])
     return out if whole else out[0]
+
+
+# TorchScript compiles the text of functions, and takes torch's operator for this one.
+if hasattr(getattr(torch.jit, "_builtins", None), "_register_builtin"):
+    torch.jit._builtins._register_builtin(scaled_dot_product_attention, "aten::scaled_dot_product_attention")

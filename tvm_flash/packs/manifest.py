@@ -18,15 +18,20 @@ answers empty problems itself.  Roles are:
 * ``softmax_scale``: a float32.
 * a run-time parameter of the mask or the score by its name, one of ``KernelEntry.params``: a number, or for a
   ``per_head`` parameter a ``(batch, heads)`` tensor (a stride of 0 broadcasts over the batch).
-* a workspace by its name, one of ``KernelEntry.workspaces``: a contiguous tensor that lives for the launches of one
-  call, of a shape that follows from the problem's sizes.  What a launch finds in it is what an earlier launch left
-  there, or zeros if it is ``zeroed``, or anything.
+* a workspace by its name, one of ``KernelEntry.workspaces``: a contiguous tensor at a multiple of 128 bytes that lives
+  for the launches of one call, of a shape that follows from the problem's sizes.  What a launch finds in it is what an
+  earlier launch left there, or zeros if it is ``zeroed``, or anything.
 * a number that the run time decides by its name, one of ``KernelEntry.scalars``: it follows from the problem's sizes
   too (:mod:`tvm_flash.packs.sizes`).
 
 The launches of ``forward`` kernels write ``o`` and ``lse``.  One with a single launch takes ``(q, k, v, o, lse,
 softmax_scale, *params)``; one that splits the keys has a launch that writes partial results into workspaces, and one
 that combines them.
+
+Those of ``backward`` take ``do`` (as ``o``), ``o`` and ``lse`` as a forward kernel left them, and ``dlse`` (as ``lse``;
+a shorter tensor means that there is none), and write all of ``dq``, ``dk`` and ``dv`` (as ``q``, ``k`` and ``v``), and
+``d_NAME`` of each parameter that asks for its gradient: float32, ``(batch, heads)`` of one ``per_head``, else one
+element.
 """
 
 from __future__ import annotations
@@ -178,8 +183,8 @@ class KernelEntry:
     workspaces, scalars: memory and numbers that the launches take beside the operator's own arguments.
     bucket: the fewest keys (``seqlen_kv``) it is meant for; of several kernels of one kind the one with the largest
         bucket that fits is the fastest.
-    max_rows: the most query rows that share a key (``seqlen_q * heads / kv_heads``) for which it is meant; None if any
-        number will do.  A kernel that is made for few rows is preferred where it fits.
+    max_rows: the most query rows that share a key (``seqlen_q * heads / kv_heads``) for which it is meant, by the
+        problem's sizes; None if any number will do.  A kernel that is made for few rows is preferred where it fits.
     alignment: bytes; data pointers and all strides but the last must be multiples of it.
     index_bits: 32 if sizes and strides (in elements) must fit an int32, else 64.
     config: the schedule's configuration as JSON.
@@ -211,7 +216,7 @@ class KernelEntry:
     source_hash: str
     workspaces: tuple[Workspace, ...] = ()
     scalars: tuple[Scalar, ...] = ()
-    max_rows: int | None = None
+    max_rows: sizes.Expression | None = None
     registers: int | None = None
     shared_memory: int | None = None
     spills: int | None = None
@@ -230,6 +235,7 @@ class KernelEntry:
             "launches": tuple(map(Launch.from_dict, raw["launches"])),
             "workspaces": tuple(map(Workspace.from_dict, raw.get("workspaces", ()))),
             "scalars": tuple(map(Scalar.from_dict, raw.get("scalars", ()))),
+            "max_rows": None if raw.get("max_rows") is None else sizes.from_json(raw["max_rows"]),
             "speeds": tuple(Speed(**s) for s in raw.get("speeds", ())),
         }
         return KernelEntry(**{**raw, **parts})

@@ -24,6 +24,7 @@ from tvm_flash.call.prepare import request_of
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
 from tvm_flash.call.suspicion import warn_of_layout
+from tvm_flash.catalogue import DEFAULTS
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError, TvmFlashError
 from tvm_flash.frameworks.base import TensorView, contiguous_strides
 from tvm_flash.frameworks.jax import Jax
@@ -334,7 +335,8 @@ def _call_kernel(target: str, request: Request, kernel: Installed, *arrays):
     def read(argument):
         name, x = given.get(argument.role, (None, None))
         if argument.rank == 2:  # of a parameter; one that isn't given isn't used
-            return jnp.broadcast_to(jnp.zeros((), argument.dtype) if x is None else x, heads)
+            default = sizes.evaluate(DEFAULTS.get(argument.role, 0), extents)
+            return jnp.broadcast_to(jnp.full((), default, argument.dtype) if x is None else x, heads)
         return jnp.zeros(1, argument.dtype) if x is None else in_layout(name, x)
 
     def written(role):

@@ -19,6 +19,9 @@ from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import Torch, check_dense, is_functorch_wrapped, is_wrapper, name_of
 from tvm_flash.operators import OPERATORS
 
+#: Whether a program that is being compiled can be asked what it knows of a symbol: 2.5 can't, 2.13 can.
+_CAN_ASK_SYMBOLS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
+
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool, torch.fx.Proxy)
 
 
@@ -33,16 +36,22 @@ def check_options(options: Options) -> Options:
     if not any(isinstance(x, _SYMBOLS) for x in (window if isinstance(window, (tuple, list)) else ())):
         window = checks.check_window(window)
     scale = options.softmax_scale
-    return options._replace(
+    return Options(
+        layout=options.layout,
         variant=checks.check_variant(options.variant),
         flag=checks.check_flag(OPERATORS[options.op].flag, options.flag),
         softmax_scale=scale if scale is None or isinstance(scale, _SYMBOLS) else checks.check_scale(scale, 0),
         causal=checks.check_flag("causal", options.causal),
         window_size=window,
         softcap=options.softcap if isinstance(options.softcap, _SYMBOLS) else checks.check_softcap(options.softcap),
+        definition=options.definition,
         params=tuple(
             (name, x if isinstance(x, _SYMBOLS) else checks.check_real(name, x)) for name, x in options.params
         ),
+        accept=options.accept,
+        layout_known=options.layout_known,
+        op=options.op,
+        gradients=options.gradients,
     )
 
 
@@ -94,10 +103,10 @@ def check_call(options: Options, tensors: dict[str, Any]) -> None:
 def warn_in_program(options: Options, q: torch.Tensor, k: torch.Tensor) -> None:
     """The warning of a plain call, once, while ``torch.compile`` or ``torch.export`` makes a program; a size that may
     vary is no reason for it."""
+    if not _CAN_ASK_SYMBOLS or options.layout_known or q.ndim != 4 or k.ndim != 4:
+        return
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    if options.layout_known or q.ndim != 4 or k.ndim != 4:
-        return
     heads, seq = (1, 2) if options.layout == "bhsd" else (2, 1)
     if (
         statically_known_true(q.shape[heads] > q.shape[seq])
@@ -108,9 +117,12 @@ def warn_in_program(options: Options, q: torch.Tensor, k: torch.Tensor) -> None:
         _warn_while_compiling(checks.suspicion_text(options.layout), options.layout)
 
 
-@torch.compiler.assume_constant_result
 def _warn_while_compiling(text: str, layout: str) -> None:
     warn_of_layout(text, layout)
+
+
+# What torch.compiler.assume_constant_result sets, which would import torch._dynamo: 1.3 s.
+_warn_while_compiling._dynamo_marked_constant = True
 
 
 def check_shapes(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

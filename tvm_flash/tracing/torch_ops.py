@@ -8,19 +8,23 @@ backward of each.  The public functions call kernels directly and come here for 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from tvm_flash.call import checks
 from tvm_flash.call.backward import why_no_backward
-from tvm_flash.call.signature import Options, signature
+from tvm_flash.call.signature import Options, Signature, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks.torch import name_of
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.registry import on_refresh
+from tvm_flash.tracing import torch_decomposed
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
 
@@ -63,14 +67,29 @@ for _op, _names in _NAMES.items():
 
 
 def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
-    """:func:`tvm_flash.call.dispatch.attention` by way of the operators; can be traced.
+    """:func:`tvm_flash.call.dispatch.attention` by way of the operators.
 
     Raises
     ------
     TvmFlashError: an argument is wrong, or of a kind that the operators don't know.
     """
+    try:
+        return program(options, tensors)
+    except TypeError as e:
+        if isinstance(e, ArgumentTypeError) or "NotImplemented" not in str(e):
+            raise
+        kinds = {type(x).__qualname__ for x in tensors.values()} - {"Tensor", "Parameter"}
+        raise ArgumentTypeError(
+            f"q: is a {', '.join(sorted(kinds))}, which doesn't know this operator; pass the tensors that it stands for"
+        ) from e
+
+
+def program(options: Options, tensors: Mapping[str, Any]) -> Any:
+    """The same as ``torch.compile`` traces it."""
     check_kinds(tensors)
     options = check_options(options)
+    if any(type(x).__name__ == "DTensor" for x in tensors.values()):
+        _distribute()
     if torch.compiler.is_compiling():
         warn_in_program(options, tensors["q"], tensors["k"])
     else:
@@ -86,6 +105,8 @@ def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
     own = {"return_lse": options.flag} if options.op == FORWARD else {"gradients": list(options.gradients)}
     own |= {"layout": options.layout, "variant": options.variant, "softmax_scale": options.softmax_scale}
     builtin, custom = (getattr(torch.ops.tvm_flash, name) for name in _NAMES[options.op])
+    if options.op == FORWARD and not torch.compiler.is_compiling() and _onnx_is_traced():
+        builtin = torch_decomposed.attention
     if options.definition == BUILTIN_DEFINITION:
         left, right = options.window_size
         results = builtin(
@@ -116,6 +137,46 @@ def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
     return results[0] if count == 1 else tuple(results)
 
 
+def recorded(options: Options, tensors: Mapping[str, Any], call: tuple | None) -> Any:
+    """The same over tensors in memory, of which some require gradients: kernels are called without a dispatcher."""
+    if call is None or options.op == BACKWARD or "out" in tensors or torch.autograd.forward_ad._current_level >= 0:
+        return attention(options, tensors)
+    made_by, arguments = call
+    count = len(made_by.tensors)
+    try:
+        pair = _pair(made_by, arguments[count:])
+    except TypeError:  # an option that can't be a key
+        return attention(options, tensors)
+    out, lse = record(pair, *arguments[: count - 1])
+    return (out, lse) if pair.asked else out
+
+
+@functools.lru_cache(maxsize=1024)
+def _pair(of: Signature, rest: tuple) -> Pair:
+    """A forward and its backward by their plans; ``rest`` are the options of a call."""
+    variant, asked, *others = rest
+    options, passed = of.options(*rest), set()
+
+    def backward(*tensors, gradients):
+        gradients = tuple(gradients)
+        kept = {"op": BACKWARD, "gradients": gradients, "layout_known": True}
+        compute = signature(of.layout, of.definition, of.parameters, of.scalars, **kept).call
+        outputs = [None] * len(OPERATORS[BACKWARD].all_outputs(gradients))
+        return compute(*_readable(*tensors), *outputs, variant, False, *others)
+
+    def check(q, k, v, parameters, wanted):
+        key = (q.dtype, q.device, q.shape, k.shape, v.shape, tuple(parameters), wanted)
+        if key not in passed:
+            _check_kernel(options, q, k, v, parameters, wanted)
+            passed.add(key)
+
+    asked = checks.check_flag("return_lse", asked)
+    return Pair(lambda *tensors: of.call(*tensors, None, variant, True, *others), backward, of.parameters, asked, check)
+
+
+on_refresh(_pair.cache_clear)
+
+
 def _written(name: str, to: Any, result: Any) -> Any:
     """A result in the memory that the caller gave for it."""
     if to.shape != result.shape:
@@ -129,6 +190,19 @@ def _written(name: str, to: Any, result: Any) -> Any:
             f"{name}: a gradient is required of it, and it is overwritten; leave it out, or pass {name}.detach()"
         )
     return to.copy_(result)
+
+
+def _onnx_is_traced() -> bool:
+    """Whether ``torch.onnx.export(dynamo=False)`` traces a program, whose format has no such operators."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
+def _distribute() -> None:
+    from tvm_flash.tracing import torch_distributed  # noqa: F401, tells of placements
+
+
+_distribute._dynamo_marked_constant = True
 
 
 # ---------------------------------------------------------------- on real tensors
@@ -235,6 +309,18 @@ def _where_autograd_listens(op, custom):
 
 
 def _check_backward(options, q, k, v, parameters, wanted):
+    """:func:`_check_kernel` with the options that an operator was given."""
+    options = dict(options)
+    window = tuple(-1 if x is None else x for x in (options.pop("window_left", -1), options.pop("window_right", -1)))
+    asked = Options(
+        *(options.get("layout", "bhsd"), options.get("variant", "auto"), False, None),
+        *(options.get("causal", False), window, options.get("softcap", 0.0)),
+        definition=options.get("name", BUILTIN_DEFINITION),
+    )
+    _check_kernel(asked, q, k, v, parameters, wanted)
+
+
+def _check_kernel(options, q, k, v, parameters, wanted):
     """That gradients of a call can be computed, before it is made.
 
     Raises
@@ -243,16 +329,9 @@ def _check_backward(options, q, k, v, parameters, wanted):
     """
     if q.device.type not in ("cpu", "cuda"):
         return
-    options = dict(options)
-    window = tuple(-1 if x is None else x for x in (options.pop("window_left", -1), options.pop("window_right", -1)))
-    asked = Options(
-        *(options.get("layout", "bhsd"), options.get("variant", "auto"), False, None),
-        *(options.get("causal", False), window, options.get("softcap", 0.0)),
-        definition=options.get("name", BUILTIN_DEFINITION),
-    )
-    queries = 2 if asked.layout == "bhsd" else 1
+    queries = 2 if options.layout == "bhsd" else 1
     reason = why_no_backward(
-        asked,
+        options,
         Device(q.device.type, q.device.index or 0),
         name_of(q.dtype),
         (q.shape[queries], k.shape[queries]),
@@ -306,7 +385,8 @@ for _op, _names in _NAMES.items():
         _fake = _shapes if _op == FORWARD else _backward_shapes
         torch.library.register_fake(f"tvm_flash::{_name}", _fake, lib=_library)
         _operator = getattr(torch.ops.tvm_flash, _name).default
-        torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
+        if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap calls one after the other
+            torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
 
 
 def _flops(q_shape, k_shape, v_shape, *_, layout="bhsd", **__) -> int:
@@ -327,3 +407,6 @@ def _product(q_shape, v_shape, layout):
 
 for _op, _formula in ((FORWARD, _flops), (BACKWARD, _backward_flops)):
     register_flop_formula([getattr(torch.ops.tvm_flash, name) for name in _NAMES[_op]])(_formula)
+
+# Exporters to formats that have no such operator look into this table, as that of ONNX.
+torch._decomp.register_decomposition(torch.ops.tvm_flash.attention.default)(torch_decomposed.attention)

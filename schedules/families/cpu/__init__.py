@@ -8,12 +8,12 @@ from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
 from schedules.families.cpu.space import space
-from schedules.families.interface import BACKWARD
+from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE
 
 DTYPES = ("float32", "float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int64"
-KINDS = {BACKWARD: backward}
+KINDS = {BACKWARD: backward, BACKWARD_ACCUMULATE: backward.accumulate}
 
 __all__ = [
     "DTYPES",

@@ -13,23 +13,27 @@ a sequence has the same bits in any batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
+from schedules.families import limits, split_keys
+from schedules.families.interface import Program, Rejected, Target
 from schedules.families.mma.mma import ALIGNMENT, this_place
 from schedules.tile.epilogue import normalise
 from schedules.tile.geometry import Geometry, Parameters, flat, parameterised, site, wide
 from schedules.tile.key_range import KeyTiles, next_visible
 from schedules.tile.key_source import ContiguousRows
 from schedules.tile.packing import PackedRows
+from schedules.tile.partial import PartialResults
 from schedules.tile.softmax import OnlineSoftmax
-from schedules.tile.tile_scheduler import Traversal, Work, WorkTile, ceildiv
+from schedules.tile.tile_scheduler import Order, Traversal, Work, WorkTile, ceildiv
 
 #: Keys of a split, by the fewest keys of the sequence.
 SPLIT_LENGTHS = ((0, 64), (2048, 128), (4096, 256), (131072, 512))
-#: Packed rows up to which these kernels are meant: beyond, several m-blocks read the same keys.
-MAX_ROWS = 64
 
 
 @T.meta_class
@@ -79,13 +83,30 @@ def store_partial(machine, rows, geometry, O, LSE, splits, split):
                     )
 
 
+def _order(traversal: Traversal, splits, units, batch) -> Order:
+    """The splits of ``units`` m-blocks of each batch in a template's order.
+
+    The first axis of a grid is the only one that has room for more than 65535: seq-outer has the units of all batches
+    there, heads-outer the splits of all.
+    """
+    if traversal.layout == "bshd":
+        return traversal.order(Work(splits, units, batch), lambda: units * batch)
+    return traversal.order(Work(splits * batch, units, 1), lambda: units)
+
+
+def _batch_and_split(traversal: Traversal, item: WorkTile, splits):
+    """Batch and split of a work tile of ``_order``."""
+    if traversal.layout == "bshd":
+        return item.batch, item.m_block
+    return T.truncdiv(item.m_block, splits), T.truncmod(item.m_block, splits)
+
+
 def partial(pattern: Pattern, config, traversal: Traversal, name: str, machine_type, packs: bool) -> PrimFunc:
     """``(q, k, v, o_partial, lse_partial, softmax_scale, split_length, *params)``.
 
-    ``o_partial`` is ``(rows, splits, head_dim_v)`` and ``lse_partial`` ``(rows, splits)``, float32, with the rows of o
-    in the order (batch, heads, seqlen_q).  ``split_length`` keys are a split, a multiple of ``block_n``.
+    ``split_length`` keys are a split, a multiple of ``block_n``; ``packs`` says that the heads of a group share tiles.
     """
-    M, N, W, E = config.block_m, config.block_n, config.num_warps, pattern.head_dim_v
+    M, N, W = config.block_m, config.block_n, config.num_warps
 
     def make(values):
         @T.prim_func(check_well_formed=False)
@@ -100,22 +121,20 @@ def partial(pattern: Pattern, config, traversal: Traversal, name: str, machine_t
         ):
             # 1. Arguments, and a block for each split, m-block of a group's rows, group and batch.
             geometry = Geometry(pattern, traversal, (q, k, v), softmax_scale, values, ALIGNMENT)
-            splits = T.int32()
-            partial_rows = T.int32()
-            o_parts = T.match_buffer(o_partial, (partial_rows, splits, E), "float32", align=16)
-            lse_parts = T.match_buffer(lse_partial, (partial_rows, splits), "float32", align=4)
+            results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
             group = T.meta_var(T.truncdiv(geometry.heads, geometry.kv_heads) if packs else T.int32(1))
             m_blocks = T.meta_var(ceildiv(group * geometry.seqlen_q, M))
-            work = T.meta_var(Work(splits, T.truncdiv(geometry.heads, group) * m_blocks, geometry.batch))
-            order = T.meta_var(traversal.order(work, lambda: work.heads))
+            units = T.meta_var(T.truncdiv(geometry.heads, group) * m_blocks)
+            order = T.meta_var(_order(traversal, results.splits, units, geometry.batch))
             T.device_entry()
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
             x, y, z = T.cta_id([*order.grid()])
             tid = T.thread_id([32 * W])
             # 2. Which rows of which group of heads this block computes, and which keys.
             item = T.meta_var(order.work_tile(this_place(x, y, z)))
-            b: T.int32 = item.batch
-            split: T.int32 = item.m_block
+            batch_split = T.meta_var(_batch_and_split(traversal, item, results.splits))
+            b: T.int32 = batch_split[0]
+            split: T.int32 = batch_split[1]
             unit: T.int32 = item.head
             first_unit: T.int32 = T.truncdiv(unit, m_blocks)
             h: T.int32 = first_unit * group
@@ -148,10 +167,47 @@ def partial(pattern: Pattern, config, traversal: Traversal, name: str, machine_t
             machine.wait_for_copies()
             # 4. The split's output and log-sum-exp.
             machine.finish()
-            O = flat(o_parts)
-            LSE = flat(lse_parts)
-            store_partial(machine, rows, geometry, O, LSE, splits, split)
+            O = flat(results.o)
+            LSE = flat(results.lse)
+            store_partial(machine, rows, geometry, O, LSE, results.splits, split)
 
         return attention.with_attr("global_symbol", name)
 
     return parameterised(pattern, make)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A family's kernels of this kind, with what :mod:`schedules.families.interface` asks of one.
+
+    Attributes
+    ----------
+    Config: the family's own.
+    machine: the type of its machine for packed rows.
+    configs: by head_dim, the first that is large enough.
+    fits: the family's ``feasible``.
+    """
+
+    Config: type
+    machine: type
+    configs: Mapping[int, object]
+    fits: Callable[[Pattern, object, Target], Rejected | None]
+
+    def default_configs(self, template: str, pattern: Pattern, target: Target) -> dict[int, object]:
+        """The configuration of a pattern."""
+        return {0: limits.by_head_dim(self.configs, pattern)}
+
+    def space(self, template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+        """Values of each field that are worth trying."""
+        return {"block_n": (16, 32, 64), "num_stages": (2, 3, 4), "min_blocks_per_sm": (2, 3, 4, 6, 8)}
+
+    def feasible(self, pattern: Pattern, config, target: Target) -> Rejected | None:
+        """Whether the machine has room for a block, and tiles fill the splits."""
+        if config.warps_per_tile > 1:
+            return Rejected(f"warps_per_tile {config.warps_per_tile}: packed rows aren't shared by warps")
+        return split_keys.undivided(config.block_n, SPLIT_LENGTHS) or self.fits(pattern, config, target)
+
+    def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
+        """The two launches."""
+        func = partial(pattern, config, traversal, name, self.machine, not pattern.depends_on_head)
+        return split_keys.program(pattern, func, traversal, name, SPLIT_LENGTHS, alignment=ALIGNMENT, waits=False)

@@ -123,11 +123,18 @@ _CONFIGS = {
 }
 
 
+def _is_crowded(pattern: Pattern) -> bool:
+    """Whether parameters that differ from head to head, which are kept in registers, are more than a padded batch's."""
+    return sum(p.per_head for p in pattern.params) > 2
+
+
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
     config = limits.by_head_dim(_CONFIGS, pattern)
     if pattern.params and pattern.head_dim > 96:
         config = replace(config, block_n=16)  # with 32, parameters of masks and scores made it spill
+    elif _is_crowded(pattern):
+        config = replace(config, block_n=min(config.block_n, 48))  # with 64, four parameters spilled 160 bytes at 64
     return {0: config}
 
 
@@ -143,6 +150,11 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
     """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
+    if _is_crowded(pattern) and max(pattern.head_dim, pattern.head_dim_v) > 96:
+        # 12 bytes of 255 registers spilled with 16 keys, the fewest
+        return Rejected(
+            "parameters that differ from head to head leave no registers for outputs of more than 96 columns"
+        )
     more = staging_registers(pattern, config)
     return limits.check(
         pattern, config, target, VOLTA, num_stages=1, m_tiles=(1,), more=more, cursors_in_shared=CURSORS_IN_SHARED

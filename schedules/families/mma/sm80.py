@@ -22,9 +22,9 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import Program, Rejected, Target, forward_program
+from schedules.families.interface import DECODE, Program, Rejected, Target, forward_program
 from schedules.families.mma import ldmatrix, mma
-from schedules.families.mma.decode import PackedSoftmax
+from schedules.families.mma.decode import Decoding, PackedSoftmax
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
@@ -309,3 +309,6 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     machine = PairedMachine if config.warps_per_tile == 2 else Machine
     func = mma.kernel(pattern, config, traversal, name, machine)
     return forward_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)
+
+
+KINDS = {DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible)}

@@ -7,18 +7,33 @@ turns, softmax overlapped with products.
 from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Target, forward_program
+from schedules.families.interface import BACKWARD, DECODE, Program, Target, forward_program
+from schedules.families.sm90 import backward, decode
 from schedules.families.sm90.config import Config, feasible
 from schedules.families.sm90.defaults import default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
 from schedules.families.sm90.space import space
 from schedules.tile.tile_scheduler import Traversal
 
-__all__ = ["DTYPES", "INDEX_DTYPE", "TEMPLATES", "Config", "default_configs", "feasible", "program", "space"]
+__all__ = [
+    "DTYPES",
+    "INDEX_DTYPE",
+    "KINDS",
+    "TEMPLATES",
+    "UNVERIFIED_KINDS",
+    "Config",
+    "default_configs",
+    "feasible",
+    "program",
+    "space",
+]
 
 DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
+KINDS = {DECODE: decode, BACKWARD: backward}
+#: They compute the right gradients where their sources run on a processor; no GPU has run them.
+UNVERIFIED_KINDS = (BACKWARD,)
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

@@ -20,7 +20,8 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Rejected, ScheduledLaunch, Target
+from schedules.families import split_keys
+from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
@@ -29,12 +30,11 @@ from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block, KeyWalk
-from schedules.tile.combine import combine
 from schedules.tile.epilogue import normalise
 from schedules.tile.geometry import Geometry, flat, parameterised, wide
+from schedules.tile.partial import PartialResults
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.tile_scheduler import Traversal, ceildiv
-from tvm_flash.packs.manifest import Scalar, Workspace
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
 
@@ -102,8 +102,10 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
         if head_dim % 16 or not 16 <= head_dim <= 256:
             return Rejected(f"{name} {head_dim} is not a multiple of 16 from 16 to 256")
-    if config.block_n % 16 or any(length % config.block_n for _, length in SPLIT_LENGTHS):
-        return Rejected(f"block_n {config.block_n} is not a multiple of 16 that divides every split")
+    if config.block_n % 16:
+        return Rejected(f"block_n {config.block_n} is not a multiple of 16")
+    if refusal := split_keys.undivided(config.block_n, SPLIT_LENGTHS):
+        return refusal
     if config.num_stages not in (2, 4, 8):
         return Rejected(f"num_stages {config.num_stages} is not 2, 4 or 8")
     if pattern.depends_on_head and config.pack_heads:
@@ -124,33 +126,41 @@ def _shared_memory(pattern: Pattern, config: Config) -> int:
 
 @T.meta_class
 class SplitScheduler:
-    """A block for each split of the keys, ``block_m`` rows of a head, and batch; of the first two the fastest is first.
+    """A block for each split of the keys, ``block_m`` rows of a head, and batch.
 
     Heads-outer takes all splits of a head one after the other, as they are in memory, seq-outer all heads of a split.
-    Made before ``T.device_entry()``, of host expressions.
+    Batches lie on the first axis too, the only one that has room for more than 65535.  Made before
+    ``T.device_entry()``, of host expressions.
     """
 
     def __init__(self, geometry: Geometry, rows: Rows, config: Config, traversal: Traversal, splits, split_length):
-        self.config, self.rows, self.splits = config, rows, splits
+        self.config, self.rows, self.splits, self.batch = config, rows, splits, geometry.batch
         self.seq_outer = traversal.layout == "bshd"  # the heads of a position lie one after the other
-        self.batch = geometry.batch
         self.m_blocks = T.bind(ceildiv(rows.count, config.block_m))
+        self.work = T.bind(rows.heads * self.m_blocks)
         self.tiles = T.bind(T.truncdiv(split_length, config.block_n))
 
     def grid(self):
         """Blocks along each axis."""
-        work = self.rows.heads * self.m_blocks
-        return [work, self.splits, self.batch] if self.seq_outer else [self.splits, work, self.batch]
+        first, second = (self.work, self.splits) if self.seq_outer else (self.splits, self.work)
+        return [first * self.batch, second, 1]
+
+    def _places(self, at):
+        """Batch of the block at ``at``, its split, and the number of its work tile among those of the batch."""
+        extent = self.work if self.seq_outer else self.splits
+        batch = T.truncdiv(at[0], extent)
+        rest = at[0] - batch * extent
+        return (batch, at[1], rest) if self.seq_outer else (batch, rest, at[1])
 
     def split(self, at):
         """The split of the block at ``at``."""
-        return at[1] if self.seq_outer else at[0]
+        return self._places(at)[1]
 
     def work_tile(self, at, tile):
         """Place among those of its head, first query head and batch of the block's work tile."""
-        work = at[0] if self.seq_outer else at[1]
+        batch, _, work = self._places(at)
         head = T.truncdiv(work, self.m_blocks)
-        return work - head * self.m_blocks, head * self.rows.head_step, at[2]
+        return work - head * self.m_blocks, head * self.rows.head_step, batch
 
     def first_row(self, place, tile):
         """First row of the work tile in place ``place`` of its head."""
@@ -164,13 +174,11 @@ class SplitScheduler:
 
 @T.meta_class
 class Partial:
-    """Where partial results go: ``o (rows, splits, head_dim_v)`` and ``lse (rows, splits)``, float32.
+    """Where a block leaves the partial results of its split."""
 
-    ``rows`` are those of the output in the order (batch, heads, seqlen_q).
-    """
-
-    def __init__(self, o, lse, splits, columns: int):
-        self.o, self.lse, self.splits, self.columns = flat(o), flat(lse), splits, columns
+    def __init__(self, results: PartialResults):
+        self.o, self.lse = flat(results.o), flat(results.lse)
+        self.splits, self.columns = results.splits, results.columns
 
     def index(self, block: Block, row, position):
         """Number of a row of the work tile, and of the block's split in it, int64."""
@@ -264,12 +272,9 @@ def _partial(pattern: Pattern, config: Config, traversal: Traversal, parameters:
         split_length: T.int32,
     ):
         geometry = Geometry(pattern, traversal, (q, k, v), softmax_scale, parameters, ALIGNMENT)
-        splits = T.int32()
-        partial_rows = T.int32()
-        o_parts = T.match_buffer(o_partial, (partial_rows, splits, E), "float32", align=16)
-        lse_parts = T.match_buffer(lse_partial, (partial_rows, splits), "float32", align=4)
+        results = PartialResults((o_partial, lse_partial), E)
         rows = Rows(config, geometry)
-        scheduler = SplitScheduler(geometry, rows, config, traversal, splits, split_length)
+        scheduler = SplitScheduler(geometry, rows, config, traversal, results.splits, split_length)
         # 1. Descriptors of the tensors, made on the host.
         q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         T.evaluate(encode_queries(q_map, geometry.q, rows, config.block_m))
@@ -287,10 +292,10 @@ def _partial(pattern: Pattern, config: Config, traversal: Traversal, parameters:
         # 3. The block's part of the keys; the launch that combines may begin when every block has come here.
         T.ptx.griddepcontrol.launch_dependents()
         block = Block(pattern, config, geometry, rows, scheduler, (x, y, z))
-        results = Partial(o_parts, lse_parts, splits, E)
+        left = Partial(results)
         walk = KeyWalk(block, 0, config.block_m)
         if walk.tiles.end <= walk.tiles.begin:
-            results.nothing_seen(block, thread)
+            left.nothing_seen(block, thread)
             T.evaluate(T.cuda.func_call("leave", source_code=_EXIT))
         # 4. Shared memory: queries, pipelines of keys and values, barriers.
         pool = SMEMPool()
@@ -326,7 +331,7 @@ def _partial(pattern: Pattern, config: Config, traversal: Traversal, parameters:
                     v_pipeline.producer_acquire(v_pipeline.state(i))
                     v_pipeline.load(v_pipeline.state(i), v_map, at)
         else:
-            consumer = PartialConsumer(pattern, config, block, pipelines, results, warp, lane)
+            consumer = PartialConsumer(pattern, config, block, pipelines, left, warp, lane)
             consumer.run()
 
     return attention
@@ -334,28 +339,5 @@ def _partial(pattern: Pattern, config: Config, traversal: Traversal, parameters:
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The two launches; ``config`` must be feasible."""
-    rows = ("*", "batch", "heads", "seqlen_q")
-    splits = ("ceildiv", "seqlen_kv", "split_length")
-    params = tuple(p.name for p in pattern.params)
-    results = ("o_partial", "lse_partial")
-    return Program(
-        "forward",
-        (
-            ScheduledLaunch(
-                partial(pattern, config, traversal, name),
-                ("q", "k", "v", *results, "softmax_scale", "split_length", *params),
-            ),
-            ScheduledLaunch(
-                combine(pattern, traversal, f"{name}_combine", ALIGNMENT, waits=True), (*results, "o", "lse")
-            ),
-        ),
-        "tirx",
-        alignment=ALIGNMENT,
-        index_bits=32,
-        workspaces=(
-            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
-            Workspace("lse_partial", "float32", (rows, splits)),
-        ),
-        scalars=(Scalar("split_length", ("steps", "seqlen_kv", *SPLIT_LENGTHS)),),
-        max_rows=WARPGROUP_ROWS,
-    )
+    func = partial(pattern, config, traversal, name)
+    return split_keys.program(pattern, func, traversal, name, SPLIT_LENGTHS, alignment=ALIGNMENT, waits=True)

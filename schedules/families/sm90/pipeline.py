@@ -99,9 +99,10 @@ class Pipeline:
         self.empty = transaction_barriers(pool, self.stages)
 
     @T.inline
-    def init(self, releases: int):
-        """One thread: initialise the barriers; a stage is empty when it has been released that many times."""
-        self.full.init(PRODUCER_ARRIVALS)
+    def init(self, releases: int, arrivals: int = PRODUCER_ARRIVALS):
+        """One thread: initialise the barriers; a stage is empty when it has been released that many times, and full
+        when that many producers have said so and all bytes are there."""
+        self.full.init(arrivals)
         self.empty.init(releases)
 
     def state(self, tile) -> PipelineState:

@@ -62,14 +62,14 @@ class Products:
         return f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{t}.{t}"
 
     @T.inline
-    def qk(self, acc_s, q, k):
-        """Issue ``acc_s = Q Kᵀ`` from the descriptors of Q's 64 rows and of the K tile."""
+    def qk(self, acc_s, q, k, add: bool = False):
+        """Issue ``acc_s = Q Kᵀ``, or ``acc_s += Q Kᵀ``, from the descriptors of Q's 64 rows and of the K tile."""
         for i in T.unroll(self.head_dim // 16):
             T.ptx[self._wgmma(self.block_n)](
                 *[acc_s[x] for x in range(self.block_n // 2)],
                 q + T.uint64(i // 4 * (self.block_m * 8) + i % 4 * 2),
                 k + T.uint64(i // 4 * (self.block_n * 8) + i % 4 * 2),
-                i > 0, 1, 1, 0, 0,
+                T.bool(True) if add else i > 0, 1, 1, 0, 0,
             )  # fmt: skip
 
     @T.inline

@@ -42,7 +42,15 @@ def multiplication(isa: Isa, dtype: str) -> str:
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
-    """The configuration for any length."""
+    """The configuration for any length.
+
+    Time of one thread of a Zen 5 at head_dim 64, others over 64 x 64 (block_m x block_n), of 1024 and 512 keys each:
+
+    * float32, full 64 x 128 0.97, 0.97; 128 x 128 0.96, 0.96; 32 x 64 1.02, 1.02; 64 x 32 1.08, 1.09.  Causal 64 x 128
+      1.01, 1.06; 128 x 128 1.01, 1.05; 128 x 64 1.04, 1.09; 32 x 64 1.01, 1.02; 64 x 32 1.07, 1.09.
+    * bfloat16, full 64 x 128 0.96, 0.97; 128 x 128 0.95, 0.96; causal 64 x 128 1.01, 1.05; 64 x 32 1.11, 1.12.
+    * A register tile of 4 rows of 4 vectors 0.99 to 1.00 everywhere.
+    """
     isa = ISAS[target.isa]
     row_vectors, tile_rows = (2, 8) if isa.registers == 32 else (2, 4)
     return {0: Config(64, 64, row_vectors, tile_rows)}

@@ -39,8 +39,13 @@ _UNBOUNDED = 1 << 60
 _W = 8
 
 
-def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
-    """The kernel of one pattern, in the layout of a template (see :mod:`schedules.families.interface`)."""
+def program(
+    pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str, *, accumulates: bool = False
+) -> Program:
+    """The kernel of one pattern, in the layout of a template (see :mod:`schedules.families.interface`).
+
+    One that ``accumulates`` adds to its results, which are float32, for a ring of machines.
+    """
     arguments, values = pattern.parameter_symbols()
     gradients, targets = gradient_symbols(pattern.params, pattern.index_dtype)
     asked = [p for p in pattern.params if p.gradient]
@@ -55,7 +60,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
         *(Workspace(f"{gradient_name(p)}_sums", "float32", (("*", "batch", "heads", MOST_SECTIONS),)) for p in asked),
     )
     sums = {p.name: _vector(f"{gradient_name(p)}_sums") for p in asked}
-    func = _kernel(pattern, config, isa, traversal, values, targets, sums, name)
+    func = _kernel(pattern, config, isa, traversal, values, targets, sums, name, accumulates)
     func = append_arguments(func, [*arguments, *gradients, *sums.values()])
     roles = ("q", "k", "v", "o", "do", "lse", "dlse", "dq", "dk", "dv", "softmax_scale")
     roles += ("delta", "dq_sum", "dk_sum", "dv_sum", *(p.name for p in pattern.params))
@@ -70,8 +75,10 @@ def _vector(name: str) -> tirx.Buffer:
     return tirx.decl_buffer([tirx.Var(f"{name}_length", "int64")], "float32", name=name)
 
 
-def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, gradients, sums, name: str):
-    dtype = pattern.dtype
+def _kernel(
+    pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, gradients, sums, name, accumulates
+):
+    dtype, result_dtype = pattern.dtype, "float32" if accumulates else pattern.dtype
     M, N, G = config.block_m, config.block_n, config.row_vectors * isa.lanes
     one = T.int64(1)
     asked = [p for p in pattern.params if p.gradient]
@@ -82,14 +89,15 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
 
     def tensor(handle, role, heads, seqlen, dim, batch):
         """One of the rank-4 arguments: a buffer, and its strides."""
+        element = result_dtype if role in ("dq", "dk", "dv") else dtype
         strides = tuple(tirx.Var(f"{role}_{axis}_stride", "int64") for axis in ("batch", "head", "seq"))
         shape = physical(batch, heads, seqlen, dim)
-        return T.match_buffer(handle, shape, dtype, strides=physical(*strides, one)), strides
+        return T.match_buffer(handle, shape, element, strides=physical(*strides, one)), strides
 
     def flat(tensors):
         """The same by role as the steps address them."""
         views = {
-            role: Tensor(T.decl_buffer((T.int64(_UNBOUNDED),), dtype, data=buffer.data), strides)
+            role: Tensor(T.decl_buffer((T.int64(_UNBOUNDED),), buffer.dtype, data=buffer.data), strides)
             for role, (buffer, strides) in tensors.items()
         }
         return SimpleNamespace(**views)
@@ -131,6 +139,10 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                 for lane in T.vectorized(_W):
                     P.dq_sum[at * P.width + d * _W + lane] = T.float32(0)
 
+    def result(before, value):
+        """What an element of a result becomes."""
+        return before + value if accumulates else T.cast(value, dtype)
+
     @T.inline
     def store_rows(P: Problem, out, sum, width, dim, heads, seqlen, w, tiles, step, factor):
         """Round a tile of rows of sums to an output's dtype."""
@@ -142,7 +154,9 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
             at: T.int64 = ((b * heads + h) * seqlen + i) * width
             for d in T.serial(dim // _W):
                 for lane in T.vectorized(_W):
-                    out.flat[row + d * _W + lane] = T.cast(sum[at + d * _W + lane] * factor, dtype)
+                    out.flat[row + d * _W + lane] = result(
+                        out.flat[row + d * _W + lane], sum[at + d * _W + lane] * factor
+                    )
 
     def begin_parameters(P):
         """Zeros in the sums of parameters."""
@@ -154,11 +168,11 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         """Add the sums of key sections, and where a parameter is one number, those of all heads."""
         for p in asked:
             out = P.gradients[p.name]
-            if not axes_of(p):
+            if not axes_of(p) and not accumulates:
                 T.buffer_store(out, T.float32(0), [T.int64(0)])
             with T.grid(P.batch, P.heads) as (b, h):
                 place = [b, h] if axes_of(p) else [T.int64(0)]
-                if axes_of(p):
+                if axes_of(p) and not accumulates:
                     T.buffer_store(out, T.float32(0), place)
                 with T.serial(T.int64(MOST_SECTIONS)) as c:
                     share = P.sums[p.name][(b * P.heads + h) * MOST_SECTIONS + c]

@@ -1,0 +1,42 @@
+"""The barriers of the backward's launches by name, as in :mod:`schedules.families.sm90.barriers`.
+
+dk and dv:
+
+====================== ===================================== ===================== ============== ========
+barrier                means                                 arrivals              who waits      parity
+====================== ===================================== ===================== ============== ========
+``k.full``, ``v.full`` the block's keys, values are there    1 + bytes             every consumer 0
+                                                                                   thread
+``q.full[stage]``,     a tile of queries and its shifts, of  2 + bytes: producer   every consumer turn
+``do.full[stage]``     dO and its −delta, are there          and warp of numbers   thread
+``q.empty[stage]``     every consumer warp has its S and dK  8                     producer of Q, turn + 1
+                                                                                   warp of shifts
+``do.empty[stage]``    every consumer warp has its dP and dV 8                     producer of dO, turn + 1
+                                                                                   warp of −delta
+====================== ===================================== ===================== ============== ========
+
+dq:
+
+====================== ===================================== ===================== ============== ========
+barrier                means                                 arrivals              who waits      parity
+====================== ===================================== ===================== ============== ========
+``q.full``,            the block's queries, gradients of     1 + bytes             every consumer 0
+``do.full``            outputs are there                                           thread
+``k.full[stage]``,     a tile of keys, of values is there    1 + bytes             every consumer turn
+``v.full[stage]``                                                                  thread
+``k.empty[stage]``     every consumer warp has its S and dQ  8                     producer of K  turn + 1
+``v.empty[stage]``     every consumer warp has its dP        8                     producer of V  turn + 1
+====================== ===================================== ===================== ============== ========
+
+No producer waits for another, and a consumer waits for its products and for what is full; a stage that is waited for
+is filled as soon as all consumers have passed the tile that is ``stages`` before, so that nobody waits in a circle.
+
+One named barrier a warpgroup, of 128 threads: no warp of it reads the tile from which it stores its results.
+"""
+
+from __future__ import annotations
+
+from schedules.families.sm90.barriers import PRODUCER_ARRIVALS
+
+#: Arrivals where a tile is full when its rows' numbers are there too: the producer's thread, and their warp.
+TILE_ARRIVALS = PRODUCER_ARRIVALS + 1

@@ -1,0 +1,144 @@
+"""The schedule parameters of the Hopper family's backward, their defaults, and what fits into the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from schedules.definition.errors import DefinitionError
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Rejected, Target
+from schedules.families.sm90 import config as forward
+from schedules.families.sm90.config import BARRIER_BYTES, PANEL, SHARED_MEMORY, WARPGROUP_ROWS, panels
+
+#: Consumer warpgroups of either launch, and the keys or queries that a block of them owns.
+CONSUMERS = 2
+BLOCK = CONSUMERS * WARPGROUP_ROWS
+#: Registers of a producer's and of a consumer's thread: what the machine has for three warpgroups, the producers' share
+#: as large as the consumers' allows.
+REGISTERS = ((40, 232), (24, 240))
+#: Registers beside accumulators and what is packed, counted in kernels that compile without spills.
+OTHER_REGISTERS = 28
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the two launches of a backward are scheduled.
+
+    Attributes
+    ----------
+    block_m: queries of a step of the launch for dk and dv, a multiple of 16.
+    num_stages: stages of its pipelines of queries and of gradients of outputs; a power of two.
+    block_n: keys of a step of the launch for dq, a multiple of 16.
+    num_stages_dq: stages of its pipelines of keys and of values; a power of two.
+    heads_first: blocks of all heads with the same keys, or queries, are started one after the other, and not all of a
+        head.
+    """
+
+    block_m: int = 64
+    num_stages: int = 4
+    block_n: int = 96
+    num_stages_dq: int = 2
+    heads_first: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the producer's and the consumers' warpgroups."""
+        return 128 * (CONSUMERS + 1)
+
+    @property
+    def for_queries(self) -> forward.Config:
+        """The launch for dq, whose blocks are the forward's work tiles."""
+        return forward.Config(
+            num_consumer_warpgroups=CONSUMERS,
+            block_n=self.block_n,
+            num_stages=self.num_stages_dq,
+            pingpong=False,
+            head_section=forward.ALL if self.heads_first else 1,
+        )
+
+
+def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """The configuration of a pattern, for any length: the largest steps that compile without spills.
+
+    None of them was measured.
+    """
+    plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
+    if pattern.head_dim <= 64:
+        return {0: Config(block_m=96, num_stages=4, block_n=128 if plain else 96, num_stages_dq=4)}
+    if plain:
+        return {0: Config()}
+    return {0: Config(block_m=48, block_n=64)}
+
+
+def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+    """Values of each field of ``Config`` that are worth trying."""
+    return {
+        "block_m": (48, 64, 80, 96, 112),
+        "num_stages": (2, 4),
+        "block_n": (64, 80, 96, 112, 128),
+        "num_stages_dq": (2, 4),
+        "heads_first": (False, True),
+    }
+
+
+def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+    """Whether the configuration can be compiled for the pattern, and the score has a derivative; None if so."""
+    for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
+        if head_dim % 16 or not 16 <= head_dim <= 256:
+            return Rejected(f"{name} {head_dim} is not a multiple of 16 from 16 to 256")
+    try:
+        pattern.differentiate()
+    except DefinitionError as e:
+        return Rejected(f"the score has no backward: {e}")
+    if asked := [p.name for p in pattern.params if p.gradient]:
+        return Rejected(f"the gradient of {', '.join(asked)} isn't computed by this family")
+    for name, size in (("block_m", config.block_m), ("block_n", config.block_n)):
+        if size % 16 or not 16 <= size <= 256:
+            return Rejected(f"{name} {size} is not a multiple of 16 from 16 to 256")
+    for name, stages in (("num_stages", config.num_stages), ("num_stages_dq", config.num_stages_dq)):
+        if stages not in (2, 4, 8):
+            return Rejected(f"{name} {stages} is not 2, 4 or 8")
+    for launch, needed in (("dkdv", _memory_of_keys(pattern, config)), ("dq", _memory_of_queries(pattern, config))):
+        if needed > SHARED_MEMORY:
+            return Rejected(f"{launch}: needs {needed} bytes of shared memory, a block of {target} has {SHARED_MEMORY}")
+    most = REGISTERS[-1][1]
+    for launch, needed in (
+        ("dkdv", _registers_of_keys(pattern, config)),
+        ("dq", _registers_of_queries(pattern, config)),
+    ):
+        if needed > most:
+            return Rejected(f"{launch}: needs about {needed} registers a thread, a consumer has {most}")
+    return None
+
+
+def registers_of_keys(pattern: Pattern, config: Config) -> tuple[int, int]:
+    """Registers of a producer's and of a consumer's thread of the launch for dk and dv."""
+    return next(r for r in REGISTERS if r[1] >= _registers_of_keys(pattern, config))
+
+
+def registers_of_queries(pattern: Pattern, config: Config) -> tuple[int, int]:
+    """The same of the launch for dq."""
+    return next(r for r in REGISTERS if r[1] >= _registers_of_queries(pattern, config))
+
+
+# Of a step a thread has scores and their gradients in float32, and one of the two packed.
+
+
+def _registers_of_keys(pattern: Pattern, config: Config) -> int:
+    step = config.block_m + config.block_m // 4
+    return pattern.head_dim // 2 + pattern.head_dim_v // 2 + step + OTHER_REGISTERS
+
+
+def _registers_of_queries(pattern: Pattern, config: Config) -> int:
+    return pattern.head_dim // 2 + config.block_n + config.block_n // 4 + OTHER_REGISTERS
+
+
+def _memory_of_keys(pattern: Pattern, config: Config) -> int:
+    rows = (BLOCK + config.num_stages * config.block_m) * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
+    return rows * 2 * PANEL + config.num_stages * 2 * config.block_m * 4 + BARRIER_BYTES
+
+
+def _memory_of_queries(pattern: Pattern, config: Config) -> int:
+    rows = (BLOCK + config.num_stages_dq * config.block_n) * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
+    return rows * 2 * PANEL + BARRIER_BYTES

@@ -1,0 +1,190 @@
+"""The consumer warpgroups of the launch for dk and dv: 64 keys each, everything transposed, keys by queries.
+
+A step, for a tile of queries, finds ``S = K Qᵀ`` in registers:
+
+1. weights: P, packed, and in place of S the factors ``F = P ∂score/∂s``;
+2. issue ``dP = V dOᵀ``, which starts from −delta, and ``dV += P dO``; wait for both;
+3. ``dS = F dP``, packed in place of P;
+4. issue ``dK += dS Q``, and the next step's S; wait for both.
+
+A warpgroup doesn't overlap its own products with anything: the other one's fill the tensor cores meanwhile, and the two
+never wait for each other.  No product is in flight at the end of a step, which ptxas would make all of them wait for.
+Registers of a thread, at head_dim 128 and 64 queries: dK and dV 128, S 32, dP 32, P or dS 16.
+
+Q is read by S and dK, dO by dP and dV: each is released after the second.  Only this warpgroup reads its rows of K and
+V, so dK and dV are stored from there.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern
+from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config
+from schedules.families.sm90.backward.score import Weights
+from schedules.families.sm90.backward.stores import stage_rows, store_rows
+from schedules.families.sm90.backward.walk import KeyBlock, QueryWalk
+from schedules.families.sm90.barriers import NamedBarriers
+from schedules.families.sm90.config import WARPGROUP_ROWS
+from schedules.families.sm90.pipeline import Pipeline, TileCounter
+from schedules.families.sm90.tma import wait_stored
+from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset
+from schedules.tile.fragment import M16N8
+
+
+@T.meta_class
+class KeyConsumer:
+    """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
+
+    ``pipelines`` are those of Q, K, V and dO; ``shifts`` and ``starts`` (−delta) have a number for each row of
+    each stage of Q and dO.
+    """
+
+    def __init__(self, pattern: Pattern, config: Config, block: KeyBlock, pipelines, shifts, starts, index, warp, lane):
+        self.pattern, self.config, self.block = pattern, config, block
+        self.q, self.k, self.v, self.do = pipelines
+        self.shifts, self.starts = shifts, starts
+        self.index, self.warp, self.lane = index, warp, lane
+        D, E, M = pattern.head_dim, pattern.head_dim_v, config.block_m
+        self.scores = Products(pattern.dtype, BLOCK, M, D, E)
+        self.gradients = Products(pattern.dtype, BLOCK, M, E, D)
+        # Of a warpgroup's 64 keys, 128 threads: (64, D), (64, E) and twice (64, M) float32; (64, M) 16-bit in pairs.
+        self.acc_dk = T.alloc_local([D // 2], "float32")
+        self.acc_dv = T.alloc_local([E // 2], "float32")
+        self.acc_s = T.alloc_local([M // 2], "float32")
+        self.acc_dp = T.alloc_local([M // 2], "float32")
+        self.p = T.alloc_local([M // 4], "uint32")
+        self.n = T.local_scalar("int32")  # tiles of queries, over all heads of the group
+        self.counter = TileCounter(self.n)
+        self.key = index * WARPGROUP_ROWS + warp * 16  # first key of this warp in the block
+        self.column = M16N8.column(lane)
+
+    # ------------------------------------------------------------ products
+
+    def _q_descriptor(self, state):
+        first = k_major(self.q.tiles.ptr_to([0, 0, 0, 0]))
+        return first + T.Cast("uint64", state.index) * rows_offset(self.config.block_m, self.q.panels)
+
+    def _row_descriptor(self, pipeline: Pipeline, state):
+        """Of a tile of queries whose rows are contracted."""
+        first = mn_major(pipeline.tiles.ptr_to([0, 0, 0, 0]), self.config.block_m)
+        return first + T.Cast("uint64", state.index) * rows_offset(self.config.block_m, pipeline.panels)
+
+    def _do_descriptor(self, state):
+        first = k_major(self.do.tiles.ptr_to([0, 0, 0, 0]))
+        return first + T.Cast("uint64", state.index) * rows_offset(self.config.block_m, self.do.panels)
+
+    def _own(self, pipeline: Pipeline):
+        """Of this warpgroup's keys in the block's tile of K or V."""
+        return k_major(pipeline.tiles.ptr_to([0, 0, 0, 0])) + rows_offset(self.index * WARPGROUP_ROWS, 1)
+
+    @T.inline
+    def issue_scores(self, q):
+        """Start S of the tile of queries ``q``."""
+        T.ptx.wgmma.fence.sync.aligned()
+        self.scores.qk(self.acc_s, self._own(self.k), self._q_descriptor(q))
+        T.ptx.wgmma.commit_group.sync.aligned()
+
+    @T.inline
+    def issue_dp_dv(self, do):
+        """Start dP, from −delta, and dV of the tile of queries ``do``."""
+        T.ptx.wgmma.fence.sync.aligned()
+        self.gradients.qk(self.acc_dp, self._own(self.v), self._do_descriptor(do), add=True)
+        self.scores.pv(self.acc_dv, self.p, self._row_descriptor(self.do, do))
+        T.ptx.wgmma.commit_group.sync.aligned()
+
+    @T.inline
+    def issue_dk(self, q):
+        """Start dK of the tile of queries ``q``."""
+        T.ptx.wgmma.fence.sync.aligned()
+        self.gradients.pv(self.acc_dk, self.p, self._row_descriptor(self.q, q))
+        T.ptx.wgmma.commit_group.sync.aligned()
+
+    # ------------------------------------------------------------ steps
+
+    def _number(self, numbers, state, g, e):
+        """That of the query in column ``e`` of this lane's group ``g``."""
+        return numbers[state.index, g * M16N8.group + self.column + e]
+
+    @T.inline
+    def start_dp(self, state):
+        """−delta of each query to its accumulators."""
+        for g in T.unroll(self.config.block_m // M16N8.group):
+            for e in T.vectorized(2):
+                self.acc_dp[g * 4 + e] = self._number(self.starts, state, g, e)
+            for e in T.unroll(2):
+                self.acc_dp[g * 4 + 2 + e] = self.acc_dp[g * 4 + e]
+
+    @T.inline
+    def step(self, weights, tile, more, masked):
+        """The step of a tile of queries whose S is there; the next one's is issued if there are ``more``."""
+        q = T.meta_var(self.counter.state(self.q.stages))
+        query = T.meta_var(tile * self.config.block_m + self.column)
+        key = T.meta_var(self.block.key_first + self.key + M16N8.row(self.lane))
+        weights.weigh(self.acc_s, self.p, lambda g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
+        self.do.consumer_wait(q)
+        self.start_dp(q)
+        self.issue_dp_dv(q)
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.do.consumer_release(q, self.lane)
+        weights.gradients(self.acc_s, self.acc_dp, self.p, masked)
+        self.issue_dk(q)
+        self.counter.advance()
+        # Past the last tile S is that of whatever is in the stage, and nobody looks at it.
+        if more:
+            self.q.consumer_wait(self.counter.state(self.q.stages))
+        self.issue_scores(self.counter.state(self.q.stages))
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.q.consumer_release(q, self.lane)
+
+    # ------------------------------------------------------------ the whole
+
+    @T.inline
+    def run(self, dk_map, dv_map):
+        """Compute the block's dk and dv, and store them."""
+        self.counter.start()
+        for i in T.unroll(self.pattern.head_dim // 2):
+            self.acc_dk[i] = T.float32(0)
+        for i in T.unroll(self.pattern.head_dim_v // 2):
+            self.acc_dv[i] = T.float32(0)
+        self.k.consumer_wait(self.k.state(0))
+        self.v.consumer_wait(self.v.state(0))
+        for g in T.serial(self.block.group):
+            site = T.meta_var(self.block.site(g))
+            walk = QueryWalk(self.block, site)
+            weights = Weights(self.pattern, site, self.config.block_m, True)
+            if walk.steps > 0:
+                first = T.meta_var(self.counter.state(self.q.stages))
+                self.q.consumer_wait(first)
+                self.issue_scores(first)
+                T.ptx.wgmma.wait_group.sync.aligned(0)
+                self.steps(walk, weights)
+        self.write(dk_map, dv_map)
+
+    @T.inline
+    def steps(self, walk, weights):
+        """All steps of one query head, from the first tile to the last."""
+        if walk.has_masked:
+            for i in T.serial(walk.left):
+                self.step(weights, walk.tile(i), i + 1 < walk.steps, True)
+        if walk.has_full:
+            for i in T.serial(walk.left, walk.right):
+                self.step(weights, walk.tile(i), i + 1 < walk.steps, False)
+            if walk.has_right:
+                for i in T.serial(walk.right, walk.steps):
+                    self.step(weights, walk.tile(i), i + 1 < walk.steps, True)
+
+    @T.inline
+    def write(self, dk_map, dv_map):
+        """Store dk and dv from this warpgroup's rows of K and V, once none of its warps reads them."""
+        NamedBarriers(CONSUMERS).queries_read(self.index)
+        k = T.meta_var(self.k.pointer(self.k.state(0)))
+        v = T.meta_var(self.v.pointer(self.v.state(0)))
+        D, E = T.meta_var((self.pattern.head_dim, self.pattern.head_dim_v))
+        at = T.meta_var(self.block.keys(self.key))
+        stage_rows(self.pattern.dtype, self.acc_dv, E, T.float32(1), v, self.key, self.lane)
+        store_rows(dv_map, E, v, at, self.key, self.lane)
+        stage_rows(self.pattern.dtype, self.acc_dk, D, self.block.tensors.softmax_scale, k, self.key, self.lane)
+        store_rows(dk_map, D, k, at, self.key, self.lane)
+        if self.lane == 0:
+            T.evaluate(wait_stored())

@@ -1,0 +1,125 @@
+"""The launch for dk and dv: a block owns keys, two consumer warpgroups of 64 each, and visits queries."""
+
+from __future__ import annotations
+
+from tvm.backend.cuda.lang import SMEMPool
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from schedules.definition.pattern import Pattern
+from schedules.families.sm90.backward.barriers import TILE_ARRIVALS
+from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_keys
+from schedules.families.sm90.backward.key_consumer import KeyConsumer
+from schedules.families.sm90.backward.key_producer import fetch_numbers, fetch_tiles
+from schedules.families.sm90.backward.score import negative, shift_of
+from schedules.families.sm90.backward.stores import WARP_ROWS
+from schedules.families.sm90.backward.tensors import Tensors
+from schedules.families.sm90.backward.walk import KeyBlock, KeyScheduler
+from schedules.families.sm90.barriers import WARPS, consumer_arrivals
+from schedules.families.sm90.config import panels
+from schedules.families.sm90.pipeline import Pipeline
+from schedules.families.sm90.tma import encode_keys
+from schedules.tile.geometry import parameterised
+from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.tile_scheduler import Traversal
+
+#: Roles of the kernel's arguments, before those of the pattern's parameters.
+ROLES = ("q", "k", "v", "do", "lse", "delta", "dk", "dv", "softmax_scale")
+
+
+def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> PrimFunc:
+    """The kernel of a pattern; its arguments have the ``ROLES``."""
+    return parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters)).with_attr(
+        "global_symbol", name
+    )
+
+
+def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
+    dtype, M, D, E = pattern.dtype, config.block_m, pattern.head_dim, pattern.head_dim_v
+    producer_registers, consumer_registers = registers_of_keys(pattern, config)
+    producer = WARPS * CONSUMERS  # the first warp after the consumers'
+
+    @T.prim_func(check_well_formed=False)
+    def backward(
+        q: T.handle,
+        k: T.handle,
+        v: T.handle,
+        do: T.handle,
+        lse: T.handle,
+        delta: T.handle,
+        dk: T.handle,
+        dv: T.handle,
+        softmax_scale: T.float32,
+    ):
+        tensors = Tensors(
+            pattern,
+            traversal,
+            {"q": q, "k": k, "v": v, "do": do, "dk": dk, "dv": dv, "lse": lse, "delta": delta},
+            softmax_scale,
+            parameters,
+        )
+        gradients = T.meta_var(tensors.gradients)
+        scheduler = KeyScheduler(tensors, config)
+        # 1. Descriptors of the tensors, made on the host.
+        q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_keys(q_map, tensors.q, M))
+        do_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_keys(do_map, gradients["do"], M))
+        k_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_keys(k_map, tensors.k, BLOCK))
+        v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_keys(v_map, tensors.v, BLOCK))
+        dk_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_keys(dk_map, gradients["dk"], WARP_ROWS))
+        dv_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_keys(dv_map, gradients["dv"], WARP_ROWS))
+        # 2. Blocks, warps, lanes.
+        T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
+        x, y, z = T.cta_id(scheduler.grid())
+        warp = T.warp_id([config.threads // 32])
+        lane = T.lane_id([32])
+        T.thread_id([config.threads])
+        # 3. Shared memory: the block's keys and values, pipelines of queries, what belongs to their rows, barriers.
+        pool = SMEMPool()
+        k_tile = Pipeline(pool, 1, panels(D), BLOCK, dtype)
+        v_tile = Pipeline(pool, 1, panels(E), BLOCK, dtype)
+        q_pipeline = Pipeline(pool, config.num_stages, panels(D), M, dtype)
+        do_pipeline = Pipeline(pool, config.num_stages, panels(E), M, dtype)
+        shifts = pool.alloc((config.num_stages, M), "float32", align=16)
+        starts = pool.alloc((config.num_stages, M), "float32", align=16)
+        k_tile.add_barriers(pool)
+        v_tile.add_barriers(pool)
+        q_pipeline.add_barriers(pool)
+        do_pipeline.add_barriers(pool)
+        pool.commit()
+        if warp == producer:  # only a whole warp may elect
+            if T.cuda.elect_sync():
+                k_tile.init(consumer_arrivals(CONSUMERS))
+                v_tile.init(consumer_arrivals(CONSUMERS))
+                q_pipeline.init(consumer_arrivals(CONSUMERS), TILE_ARRIVALS)
+                do_pipeline.init(consumer_arrivals(CONSUMERS), TILE_ARRIVALS)
+                T.ptx.fence.mbarrier_init.release.cluster()
+        T.cuda.cta_sync()
+        # 4. Tasks.
+        lse_rows, delta_rows = T.meta_var(tensors.row_terms())
+        block = KeyBlock(pattern, config, tensors, scheduler, (x, y, z))
+        if warp >= producer:
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
+            if warp == producer:
+                if T.cuda.elect_sync():
+                    fetch_tiles(block, k_tile, k_map, q_pipeline, q_map)
+            if warp == producer + 1:
+                if T.cuda.elect_sync():
+                    fetch_tiles(block, v_tile, v_map, do_pipeline, do_map)
+            if warp == producer + 2:
+                fetch_numbers(block, q_pipeline, shifts, lse_rows, NEGATIVE_INFINITY, shift_of, lane)
+            if warp == producer + 3:
+                fetch_numbers(block, do_pipeline, starts, delta_rows, 0.0, negative, lane)
+        else:
+            T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
+            pipelines = T.meta_var((q_pipeline, k_tile, v_tile, do_pipeline))
+            consumer = KeyConsumer(pattern, config, block, pipelines, shifts, starts, warp // 4, warp % 4, lane)
+            consumer.run(dk_map, dv_map)
+
+    return backward

@@ -1,0 +1,200 @@
+"""The consumer warpgroups of the launch for dq: 64 queries each, like the forward's.
+
+A step, for tile n of keys:
+
+1. issue ``S = Q K(n)ᵀ``, ``dQ += dS K(n−1)`` and ``dP = dO V(n)ᵀ``, which starts from −delta; wait for S;
+2. weights while the other two run: in place of S the factors ``F = P ∂score/∂s``;
+3. wait for both, release K(n−1) and V(n), ``dS = F dP``, packed.
+
+Registers of a thread, at head_dim 128 and 96 keys: dQ 64, S 48, dP 48, dS 24.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern
+from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
+from schedules.families.sm90.backward.score import Weights, shift_of
+from schedules.families.sm90.backward.stores import stage_rows, store_rows
+from schedules.families.sm90.barriers import NamedBarriers
+from schedules.families.sm90.config import WARPGROUP_ROWS, Config
+from schedules.families.sm90.pipeline import Pipeline, TileCounter
+from schedules.families.sm90.tma import wait_stored
+from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset
+from schedules.families.sm90.work_tile import Block, KeyWalk
+from schedules.tile.fragment import M16N8
+from schedules.tile.score import NEGATIVE_INFINITY
+
+
+@T.meta_class
+class QueryConsumer:
+    """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
+
+    ``pipelines`` are those of Q, K, V and dO.
+    """
+
+    def __init__(self, pattern: Pattern, config: Config, block: Block, pipelines, index, warp, lane):
+        self.pattern, self.config, self.block = pattern, config, block
+        self.q, self.k, self.v, self.do = pipelines
+        self.index, self.warp, self.lane = index, warp, lane
+        D, E, N = pattern.head_dim, pattern.head_dim_v, config.block_n
+        self.scores = Products(pattern.dtype, BLOCK, N, D, D)
+        self.gradients = Products(pattern.dtype, BLOCK, N, E, E)
+        self.weights = Weights(pattern, block.site, N, False)
+        # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
+        self.acc_dq = T.alloc_local([D // 2], "float32")
+        self.acc_s = T.alloc_local([N // 2], "float32")
+        self.acc_dp = T.alloc_local([N // 2], "float32")
+        self.ds = T.alloc_local([N // 4], "uint32")
+        self.shift = T.alloc_local([2], "float32")
+        self.start = T.alloc_local([2], "float32")  # −delta
+        self.n = T.local_scalar("int32")  # tiles of keys so far
+        self.counter = TileCounter(self.n)
+        self.row = index * WARPGROUP_ROWS + warp * 16  # first row of this warp in the work tile
+
+    def _tile(self, describe, pipeline: Pipeline, state):
+        """A pipeline's tile as ``describe`` of its first one."""
+        return describe + T.Cast("uint64", state.index) * rows_offset(self.config.block_n, pipeline.panels)
+
+    def _own(self, pipeline: Pipeline):
+        """Of this warpgroup's rows of Q or dO."""
+        return k_major(pipeline.tiles.ptr_to([0, 0, 0, 0])) + rows_offset(self.index * WARPGROUP_ROWS, 1)
+
+    @T.inline
+    def issue_scores(self, k):
+        """Start S of K tile ``k``."""
+        T.ptx.wgmma.fence.sync.aligned()
+        keys = T.meta_var(self._tile(k_major(self.k.tiles.ptr_to([0, 0, 0, 0])), self.k, k))
+        self.scores.qk(self.acc_s, self._own(self.q), keys)
+        T.ptx.wgmma.commit_group.sync.aligned()
+
+    @T.inline
+    def issue_dp(self, v):
+        """Start dP of V tile ``v``, from −delta."""
+        for g in T.unroll(self.config.block_n // M16N8.group):
+            for r in T.unroll(2):
+                for e in T.unroll(2):
+                    self.acc_dp[g * 4 + r * 2 + e] = self.start[r]
+        T.ptx.wgmma.fence.sync.aligned()
+        values = T.meta_var(self._tile(k_major(self.v.tiles.ptr_to([0, 0, 0, 0])), self.v, v))
+        self.gradients.qk(self.acc_dp, self._own(self.do), values, add=True)
+        T.ptx.wgmma.commit_group.sync.aligned()
+
+    @T.inline
+    def issue_dq(self, k):
+        """Start dQ of the packed gradients and K tile ``k``."""
+        T.ptx.wgmma.fence.sync.aligned()
+        keys = T.meta_var(self._tile(mn_major(self.k.tiles.ptr_to([0, 0, 0, 0]), self.config.block_n), self.k, k))
+        self.scores.pv(self.acc_dq, self.ds, keys)
+        T.ptx.wgmma.commit_group.sync.aligned()
+
+    # ------------------------------------------------------------ steps
+
+    @T.inline
+    def read_terms(self):
+        """The shifts and −delta of this lane's two rows; rows past the last one weigh nothing."""
+        geometry = T.meta_var(self.block.geometry)
+        lse, delta = T.meta_var(geometry.row_terms())
+        for r in T.unroll(2):
+            row: T.int32 = self.block.row_first + self.row + M16N8.row(self.lane) + r * M16N8.row_step
+            self.shift[r] = T.float32(NEGATIVE_INFINITY)
+            self.start[r] = T.float32(0)
+            if row < geometry.seqlen_q:
+                at: T.int64 = geometry.lse_offset(self.block.batch, self.block.head, row)
+                self.shift[r] = shift_of(lse[at])
+                self.start[r] = T.float32(0) - delta[at]
+
+    @T.inline
+    def weigh(self, walk, i, masked):
+        """The factors of step ``i``."""
+        query = T.meta_var(self.block.row_first + self.row + M16N8.row(self.lane))
+        key = T.meta_var(walk.key_first(i) + M16N8.column(self.lane))
+        self.weights.weigh(self.acc_s, None, lambda g, r, e: self.shift[r], query, key, masked)
+
+    @T.inline
+    def start_steps(self, walk, masked):
+        """Step 0, which has no earlier product beside it."""
+        k = T.meta_var(self.counter.state(self.k.stages))
+        self.k.consumer_wait(k)
+        self.issue_scores(k)
+        self.v.consumer_wait(k)
+        self.issue_dp(k)
+        T.ptx.wgmma.wait_group.sync.aligned(1)
+        self.weigh(walk, 0, masked)
+        self.counter.advance()
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.v.consumer_release(k, self.lane)
+        self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
+
+    @T.inline
+    def step(self, walk, i, masked):
+        """Step ``i``, and dQ of the one before."""
+        k = T.meta_var(self.counter.state(self.k.stages))
+        before = T.meta_var(self.counter.state(self.k.stages, behind=1))
+        self.k.consumer_wait(k)
+        self.issue_scores(k)
+        self.issue_dq(before)
+        self.v.consumer_wait(k)
+        self.issue_dp(k)
+        T.ptx.wgmma.wait_group.sync.aligned(2)
+        self.weigh(walk, i, masked)
+        # V is there: a branch is what keeps ptxas from moving the wait for dP up in front of the exponentials.
+        self.v.consumer_wait(k)
+        self.counter.advance()
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.k.consumer_release(before, self.lane)
+        self.v.consumer_release(k, self.lane)
+        self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
+
+    @T.inline
+    def masked_steps(self, walk, begin, end):
+        """Steps ``begin .. end`` (exclusive) with the mask; those that see nothing are left out."""
+        for i in T.serial(begin, end):
+            if self.pattern.has_gaps:
+                if walk.visible(i):
+                    self.step(walk, i, True)
+            else:
+                self.step(walk, i, True)
+
+    # ------------------------------------------------------------ the whole
+
+    @T.inline
+    def run(self, dq_map):
+        """Compute the block's dq, and store it."""
+        self.counter.start()
+        for i in T.unroll(self.pattern.head_dim // 2):
+            self.acc_dq[i] = T.float32(0)
+        self.read_terms()
+        walk = KeyWalk(self.block, 0, self.config.block_m)
+        self.q.consumer_wait(self.q.state(0))
+        self.do.consumer_wait(self.do.state(0))
+        # 1. Tiles of keys from right to left: masked, full, masked.
+        self.start_steps(walk, True)
+        self.masked_steps(walk, 1, T.min(walk.full_begin, walk.steps))
+        if walk.has_full:
+            for i in T.serial(T.max(walk.full_begin, 1), T.min(walk.full_end, walk.steps)):
+                self.step(walk, i, False)
+        if walk.has_left:
+            self.masked_steps(walk, T.max(walk.full_end, 1), walk.steps)
+        # 2. The last product.
+        self.issue_dq(self.counter.state(self.k.stages, behind=1))
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.write(dq_map)
+
+    @T.inline
+    def write(self, dq_map):
+        """Store dq from this warpgroup's rows of Q, once none of its warps reads them."""
+        for r in T.unroll(2):
+            # a row that sees nothing may still hold the NaN of a key that it doesn't see
+            if self.shift[r] == T.float32(NEGATIVE_INFINITY):
+                for g in T.unroll(self.pattern.head_dim // 8):
+                    for e in T.unroll(2):
+                        self.acc_dq[g * 4 + r * 2 + e] = T.float32(0)
+        NamedBarriers(CONSUMERS).queries_read(self.index)
+        q = T.meta_var(self.q.pointer(self.q.state(0)))
+        scale = T.meta_var(self.block.geometry.softmax_scale)
+        stage_rows(self.pattern.dtype, self.acc_dq, self.pattern.head_dim, scale, q, self.row, self.lane)
+        store_rows(dq_map, self.pattern.head_dim, q, self.block.queries(self.row), self.row, self.lane)
+        if self.lane == 0:
+            T.evaluate(wait_stored())

@@ -1,0 +1,43 @@
+"""The way out: a warp's 16 rows of accumulators pass through shared memory and are stored by TMA."""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from schedules.families.sm90.config import panels
+from schedules.families.sm90.tma import store_panel
+from schedules.families.sm90.wgmma import swizzled
+from schedules.tile.dtypes import element_type
+
+#: Rows of a warp, and of the boxes of the descriptors with which they are stored.
+WARP_ROWS = 16
+
+
+@T.inline
+def stage_rows(dtype, acc, columns, factor, pointer, row, lane):
+    """A warp: 16 rows of accumulators times ``factor``, rounded, to rows from ``row`` on of a tile in shared memory.
+
+    ``pointer`` maps ``[panel, row, column]`` of the tile, which no warp reads any more.
+    """
+    packed = T.alloc_local([4], "uint32")
+    pack = T.meta_var(element_type(dtype).pack)
+    for c in T.unroll(columns // 16):
+        for i in T.unroll(4):
+            T.ptx[pack](packed[i], acc[c * 8 + i * 2 + 1] * factor, acc[c * 8 + i * 2] * factor)
+        T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](
+            pointer(c // 4, row + lane % 16, swizzled(c % 4 * 2 + lane // 16, lane % 8)), *[packed[x] for x in range(4)]
+        )
+
+
+@T.inline
+def store_rows(descriptor, columns, pointer, at, row, lane):
+    """A warp: start to store the 16 rows from ``row`` on of a tile, which it has staged.
+
+    ``at`` are the coordinates of the rows behind the panel's.  The warp's lane 0 has to wait until they are read.
+    """
+    T.ptx.fence.proxy.async_.shared__cta()
+    T.cuda.warp_sync()
+    if lane == 0:
+        for p in T.unroll(panels(columns)):
+            store_panel(descriptor, p, at, pointer(p, row, 0))
+        T.ptx.cp.async_.bulk.commit_group()

@@ -1,0 +1,86 @@
+"""Kernels that split the keys among blocks, for few query rows: what the families' two launches have in common.
+
+The first launch leaves a partial result of each split (:mod:`schedules.tile.partial`), the second combines them
+(:mod:`schedules.tile.combine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm.tirx import PrimFunc
+
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Program, Rejected, ScheduledLaunch
+from schedules.families.limits import by_head_dim
+from schedules.tile.combine import combine
+from schedules.tile.tile_scheduler import Traversal
+from tvm_flash.packs.manifest import Scalar, Workspace
+
+#: Query rows that share a key up to which these kernels are meant, by head_dim (the first that is large enough) and by
+#: the fewest keys.  What they gain depends on the batch, which must not decide: a sequence has the same bits in any.
+#: Time of the forward kernel by theirs on an H200, bfloat16, 16 heads on 16, at batch 1, 8 and 64: head_dim 128 at 512
+#: keys 1.40, 0.66, 0.73 for 4 rows; at 1024 1.93, 0.82, 0.89 for 4 and 1.33, 0.76, 0.73 for 64; at 8192 3.84, 0.94,
+#: 0.96 and 3.30, 0.73, 0.72.  head_dim 64 at 256 keys 1.17, 1.05, 1.15 for 32 rows and 1.17, 0.97, 0.84 for 64.
+#: head_dim 256 at batch 1 and 16, one row: at 256 keys 1.55, 0.66, at 1024 3.08, 0.86.
+MAX_ROWS = {
+    64: ((0, 0), (256, 32), (512, 64)),
+    128: ((0, 0), (1024, 32), (2048, 64)),
+    256: ((0, 0), (1024, 64)),
+}
+
+#: Keys of a split, by the fewest keys of the sequence, rising from 0.
+SplitLengths = Sequence[tuple[int, int]]
+
+#: Keys of a split for each row, at least, in multiples of ``_GRAIN``: of a row 8 bytes an element are written and read
+#: again, in float32, and of a key 4 are read, so that this bounds what splits leave to a quarter of what they read.
+KEYS_OF_A_ROW, _GRAIN = 8, 64
+
+
+def undivided(block_n: int, split_lengths: SplitLengths) -> Rejected | None:
+    """Why tiles of ``block_n`` keys don't fill every split."""
+    if any(length % block_n for length in (_GRAIN, *(length for _, length in split_lengths))):
+        return Rejected(f"block_n {block_n} doesn't divide every split")
+    return None
+
+
+def program(
+    pattern: Pattern,
+    partial: PrimFunc,
+    traversal: Traversal,
+    name: str,
+    split_lengths: SplitLengths,
+    *,
+    alignment: int,
+    waits: bool,
+) -> Program:
+    """Both launches.
+
+    Parameters
+    ----------
+    partial: ``(q, k, v, o_partial, lse_partial, softmax_scale, split_length, *params)``, with the name ``name``.
+    alignment: bytes, as in the manifest.
+    waits: whether ``partial`` lets the second launch begin early, so that that one has to wait.
+    """
+    rows = ("*", "batch", "heads", "seqlen_q")
+    splits = ("ceildiv", "seqlen_kv", "split_length")
+    for_rows = ("*", _GRAIN, ("ceildiv", ("*", KEYS_OF_A_ROW, "rows"), _GRAIN))
+    results = ("o_partial", "lse_partial")
+    params = tuple(p.name for p in pattern.params)
+    combining = combine(pattern, traversal, f"{name}_combine", alignment, waits)
+    return Program(
+        "forward",
+        (
+            ScheduledLaunch(partial, ("q", "k", "v", *results, "softmax_scale", "split_length", *params)),
+            ScheduledLaunch(combining, (*results, "o", "lse")),
+        ),
+        "tirx",
+        alignment=alignment,
+        index_bits=32,
+        workspaces=(
+            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
+            Workspace("lse_partial", "float32", (rows, splits)),
+        ),
+        scalars=(Scalar("split_length", ("max", ("steps", "seqlen_kv", *split_lengths), for_rows)),),
+        max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
+    )

@@ -1,0 +1,90 @@
+"""What a backward kernel must get right on hardware, and what of it is timed.
+
+The shared cases, every other one with a gradient of lse, grouped heads and lengths that divide no tile, and more tiles
+than a pipeline has stages.  Needs torch; no TVM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from tests import cases, forward_trials, gradient_cases, torch_cases
+from tests.cases import Case, Inputs
+from tests.gradient_cases import SUMS, Outer
+from tests.torch_cases import Compute
+from tests.trials import Results, Trial, Usual
+from tvm_flash.packs.manifest import KernelEntry
+
+#: Of (heads, kv_heads, seqlen_q, seqlen_kv), beside the shared cases.
+_SIZES = ((4, 1, 250, 213), (2, 2, 700, 900), (6, 2, 129, 640), (1, 1, 1, 300))
+
+
+def trials(entry: KernelEntry) -> Iterator[Trial]:
+    """All of them, for a kernel."""
+    for number, (case, data) in enumerate((*forward_trials.cases_of(entry), *_own_cases(entry))):
+        yield _trial(entry, case, data, gradient_cases.outer(case, with_dlse=number % 2 == 1))
+
+
+def _own_cases(entry: KernelEntry) -> Iterator[tuple[Case, Inputs]]:
+    numbers = {"window_left": 90, "window_right": 3, "sink_tokens": 5, "softcap": 2.0, "has_query_start": 0}
+    params = tuple((p.name, numbers[p.name]) for p in entry.params if p.name in numbers)
+    for heads, kv_heads, seqlen_q, seqlen_kv in _SIZES:
+        case = Case(
+            *(2, heads, seqlen_q, entry.head_dim, kv_heads, seqlen_kv, entry.head_dim_v),
+            *(entry.dtype, entry.mask, entry.score, params),
+        )
+        data = cases.inputs(case)
+        yield case, dataclasses.replace(data, params={**gradient_cases.everything(case, data), **data.params})
+
+
+def _trial(entry: KernelEntry, case: Case, data: Inputs, given: Outer) -> Trial:
+    # one that a score doesn't read has no gradient to be compared with
+    biased = "alibi" in case.score or bool(data.params.get("has_alibi_slopes"))
+    asked = tuple(p.name for p in entry.params if p.gradient and biased)
+    names = (*SUMS, *(f"d_{name}" for name in asked))
+
+    def run(compute: Compute, device: str) -> Results:
+        values = _values(entry, case, data, given, device)
+        results = {name: values[name] for name in names}
+        compute(values, torch_cases.sizes_of(case))
+        if entry.layout == "bshd":
+            results |= {name: results[name].transpose(1, 2) for name in SUMS}
+        return tuple(results[name].double().cpu().numpy() for name in names)
+
+    def check(results: Results, device: str) -> float:
+        return gradient_cases.check(case, data, given, dict(zip(names, results, strict=True)), asked)
+
+    return Trial(f"{case.id}{'' if given.dlse is None else ' with dlse'}", run, check)
+
+
+def _values(entry: KernelEntry, case: Case, data: Inputs, given: Outer, device: str) -> dict:
+    """What a kernel takes, by role; results are full of NaN."""
+    out, lse = cases.expected(case, data)
+    arrays = {"q": data.q, "k": data.k, "v": data.v, "o": out.astype(np.float32), "do": given.dout}
+    arrays |= {f"d{x}": np.full_like(arrays[x], np.nan) for x in "qkv"}
+    values = {role: torch_cases.tensor(x, case.dtype, entry.layout, case.strides, device) for role, x in arrays.items()}
+    dlse = np.full(1, np.nan, np.float32) if given.dlse is None else given.dlse
+    flat = {"lse": lse.astype(np.float32), "dlse": dlse}
+    values |= {name: torch.from_numpy(x.reshape(-1)).to(device) for name, x in flat.items()}
+    for p in entry.params:
+        x = data.params[p.name]
+        values[p.name] = torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x
+        if p.gradient:
+            shape = (case.batch, case.heads) if p.per_head else (1,)
+            values[f"d_{p.name}"] = torch.full(shape, torch.nan, device=device)
+    return values | {"softmax_scale": case.softmax_scale}
+
+
+def usual(entry: KernelEntry) -> Usual:
+    """What is timed of a kernel: the forward's problem, 2.5 times its operations."""
+    forward = forward_trials.usual(entry)
+    values = dict(forward.values)
+    rows = forward.sizes["batch"] * forward.sizes["heads"] * forward.sizes["seqlen_q"]
+    values |= {"lse": torch.full((rows,), 8.0, device="cuda"), "dlse": torch.empty(1, device="cuda")}
+    values |= {"do": torch.randn_like(values["o"]), **{f"d{x}": torch.empty_like(values[x]) for x in "qkv"}}
+    values |= {f"d_{p.name}": torch.empty_like(values[p.name]) for p in entry.params if p.gradient}
+    return Usual(forward.name, values, forward.sizes, 2.5 * forward.flops)

@@ -1,0 +1,70 @@
+"""The backward of Hopper kernels compiles without a GPU: nothing spilled, no product serialised."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("tvm")
+
+from schedules.families import core_kinds_of
+from schedules.families.interface import BACKWARD, Program, Rejected, Target
+from schedules.families.sm90 import backward
+from schedules.templates import v1, v2
+from tests.machine_code import compiled
+from tests.test_sm90_compile import pattern_of
+
+TARGET = Target("sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("template", "pattern"),
+    [
+        (v2, {"mask": "causal", "head_dim": 128, "dtype": "bfloat16"}),
+        (v1, {"mask": "window", "score": "softcap", "head_dim": 64}),
+    ],
+    ids=["128-causal", "64-window-softcap"],
+)
+def test_machine_code(template, pattern, tmp_path):
+    pattern = pattern_of(**pattern)
+    (config,) = backward.default_configs("v2", pattern, TARGET).values()
+    program = template.apply(pattern, TARGET, "kernel", config, BACKWARD)
+    assert isinstance(program, Program), program
+    _, report, count = compiled(program, TARGET.arch, tmp_path)
+    assert [kernel.spills for kernel in report.kernels] == [kernel.stack for kernel in report.kernels] == [0] * 3
+    # S, dP, dV and dK, twice; S and dP thrice, dQ four times.
+    D, M, N = pattern.head_dim // 16, config.block_m // 16, config.block_n // 16
+    assert count["HGMMA"] >= 2 * (2 * D + 2 * M) + 3 * 2 * D + 3 * N
+    assert count["UTMALDG"] >= 8
+    assert count["UTMASTG"] >= 3
+
+
+@pytest.mark.parametrize("score", ["identity", "softcap"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_defaults_are_feasible(head_dim, score):
+    pattern = pattern_of("window", score, "bfloat16", head_dim)
+    for config in backward.default_configs("v2", pattern, TARGET).values():
+        assert backward.feasible(pattern, config, TARGET) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "reason"),
+    [
+        ({}, {"block_m": 72}, "block_m 72"),
+        ({}, {"num_stages": 3}, "num_stages 3"),
+        ({}, {"block_m": 96, "num_stages": 2}, "dkdv: needs about"),
+        ({}, {"block_n": 128, "num_stages_dq": 2}, "dq: needs about"),
+        ({}, {"num_stages": 8}, "dkdv: needs 3"),
+        ({"head_dim": 256}, {}, "bytes of shared memory"),
+        ({"head_dim": 72}, {}, "head_dim 72"),
+    ],
+)
+def test_refusals_say_why(pattern, change, reason):
+    refusal = backward.feasible(pattern_of(**pattern), replace(backward.Config(), **change), TARGET)
+    assert isinstance(refusal, Rejected)
+    assert reason in refusal.reason
+
+
+def test_kernels_that_no_gpu_has_run_are_built_only_by_name():
+    assert BACKWARD not in core_kinds_of(TARGET)
