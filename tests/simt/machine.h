@@ -20,10 +20,6 @@
 
 #define SIMT_FAST __attribute__((optimize("O3")))
 
-struct float2 {
-  float x, y;
-};
-
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
