@@ -7,6 +7,7 @@ python -m tests.random_cases --count 5000 --device cuda  # many; a failure is on
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import random
 import sys
@@ -27,6 +28,8 @@ HEAD_DIMS = ((64, None), (64, None), (128, None), (96, None), (192, None), (192,
 MAX_HEAD_DIM = 256
 #: Scores of one call, so that float64 takes milliseconds.
 MAX_SCORES = {"cpu": 80_000, "cuda": 4_000_000}
+#: Of a gradient, whose sums are in float32: roundings of the sum of its terms' magnitudes.
+SUM_ROUNDINGS = 4
 #: How many query heads share a key head.
 GROUPS = (1, 1, 1, 2, 3, 4, 7, 8, 16)
 #: How a tensor lies in memory; ``flipped`` is NumPy's only.
@@ -147,6 +150,16 @@ def check(call: Call) -> float:
     ------
     AssertionError: a number is wrong, or not the same when asked again, or memory was written that isn't the result's.
     """
+    logical, slopes, ranges, starts = _tensors(call)
+    q, k, v = (_placed(x, s, call) for x, s in zip(logical, call.strides, strict=True))
+    results = [_run(call, q, k, v, slopes, ranges, starts, return_lse) for return_lse in (True, False)]
+    (out, lse), (again, _) = results
+    assert torch.equal(out, again), "other bits when asked again without the log-sum-exp"
+    return _compare(call, out, lse, *_expected(call, *logical, slopes, ranges, starts))
+
+
+def _tensors(call: Call):
+    """q, k, v as ``(batch, heads, seq, head_dim)``, slopes, key ranges, and where queries start."""
     rng = np.random.default_rng(call.seed)
     device = "cpu" if call.device == "numpy" else call.device
     dtype = getattr(torch, call.dtype)
@@ -173,11 +186,7 @@ def check(call: Call) -> float:
     if call.starts:
         places = rng.integers(-call.seqlen_q - 2, call.seqlen_kv + 3, call.batch).astype(np.int32)
         starts = torch.from_numpy(places).to(device)
-    q, k, v = (_placed(x, s, call) for x, s in zip(logical, call.strides, strict=True))
-    results = [_run(call, q, k, v, slopes, ranges, starts, return_lse) for return_lse in (True, False)]
-    (out, lse), (again, _) = results
-    assert torch.equal(out, again), "other bits when asked again without the log-sum-exp"
-    return _compare(call, out, lse, *_expected(call, *logical, slopes, ranges, starts))
+    return logical, slopes, ranges, starts
 
 
 def _placed(x: torch.Tensor, strides: str, call: Call):
@@ -241,9 +250,31 @@ def _expected(call: Call, q, k, v, slopes, ranges, starts):
     The latter are torch's, and those of the formula with one product added after another, as kernels sum; where there
     are few results, with the terms of a score in several orders.  All is written out, and not taken from the package.
     """
+    k, v = (x.repeat_interleave(call.heads // call.kv_heads, 1) for x in (k, v))
+    visible, scores = _scores(call, slopes, ranges, starts, q.device)
+    scale = dict(call.options).get("softmax_scale", 1 / math.sqrt(call.head_dim))
+    s = scores(q.double() @ k.double().transpose(-1, -2))
+    lse = torch.logsumexp(s, -1)
+    largest = s[s.isfinite()].abs().max().item() if s.isfinite().any() else 0.0
+    exact = torch.exp(s - torch.where(lse.isneginf(), 0, lse)[..., None]) @ v.double()
+
+    def usual(terms, keys):
+        a, b, c = q[..., terms], k[..., keys, :][..., terms], v[..., keys, :]
+        if slopes is None and "softcap" not in dict(call.options):
+            return torch.nn.functional.scaled_dot_product_attention(a, b, c, visible[..., keys], scale=scale)
+        s = (a @ b.transpose(-1, -2))[..., keys.argsort()]
+        return torch.softmax(scores(s)[..., keys], -1) @ c
+
+    orders = list(numerics.orders(call.head_dim, call.seqlen_kv, exact.numel(), call.seed))
+    usuals = [usual(*order) for order in orders]
+    if call.dtype == "float32" and call.seqlen_kv:
+        usuals += _one_after_another(q, k, v, scores, [terms for terms, _ in orders])
+    return exact, lse, largest, [torch.where(lse.isneginf()[..., None], 0, x) for x in usuals]
+
+
+def _scores(call: Call, slopes, ranges, starts, device):
+    """Which keys are seen, and a function from products of queries and keys to scores."""
     options = dict(call.options)
-    device, group = q.device, call.heads // call.kv_heads
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     scale = options.get("softmax_scale", 1 / math.sqrt(call.head_dim))
     first = call.seqlen_kv - call.seqlen_q if starts is None else starts[:, None, None, None]
     i = torch.arange(call.seqlen_q, device=device)[:, None] + first
@@ -265,23 +296,7 @@ def _expected(call: Call, q, k, v, slopes, ranges, starts):
             s = s - slopes.to(s.dtype)[..., None, None] * (i - j).abs().to(s.dtype)
         return s.masked_fill(~visible, -torch.inf)
 
-    s = scores(q.double() @ k.double().transpose(-1, -2))
-    lse = torch.logsumexp(s, -1)
-    largest = s[s.isfinite()].abs().max().item() if s.isfinite().any() else 0.0
-    exact = torch.exp(s - torch.where(lse.isneginf(), 0, lse)[..., None]) @ v.double()
-
-    def usual(terms, keys):
-        a, b, c = q[..., terms], k[..., keys, :][..., terms], v[..., keys, :]
-        if slopes is None and "softcap" not in options:
-            return torch.nn.functional.scaled_dot_product_attention(a, b, c, visible[..., keys], scale=scale)
-        s = (a @ b.transpose(-1, -2))[..., keys.argsort()]
-        return torch.softmax(scores(s)[..., keys], -1) @ c
-
-    orders = list(numerics.orders(call.head_dim, call.seqlen_kv, exact.numel(), call.seed))
-    usuals = [usual(*order) for order in orders]
-    if call.dtype == "float32" and call.seqlen_kv:
-        usuals += _one_after_another(q, k, v, scores, [terms for terms, _ in orders])
-    return exact, lse, largest, [torch.where(lse.isneginf()[..., None], 0, x) for x in usuals]
+    return visible, scores
 
 
 def _one_after_another(q, k, v, scores, orders):
@@ -298,6 +313,73 @@ def _one_after_another(q, k, v, scores, orders):
         row_sum += p[..., j, None]
         acc += p[..., j, None] * v[..., None, j, :]
     return [*(acc / row_sum)]
+
+
+def check_gradients(call: Call) -> float:
+    """Make the call with tensors that require gradients, twice; the largest error of a gradient as a share of what is
+    allowed.
+
+    Raises
+    ------
+    AssertionError: a number is wrong, or not the same when asked again.
+    """
+    if call.device == "numpy":  # by torch, which has autograd
+        strides = tuple("contiguous" if s == "flipped" else s for s in call.strides)
+        call = dataclasses.replace(call, device="cpu", strides=strides)
+    call = dataclasses.replace(call, out="")
+    logical, slopes, ranges, starts = _tensors(call)
+    generator = torch.Generator().manual_seed(call.seed)
+    rows = (call.batch, call.heads, call.seqlen_q)
+    dout = torch.randn(*rows, call.head_dim_v, generator=generator).to(logical[0])
+    dlse = torch.randn(rows, generator=generator).to(logical[0].device)
+
+    def ours():
+        placed = [_placed(x, s, call).detach().requires_grad_() for x, s in zip(logical, call.strides, strict=True)]
+        learnt = [] if slopes is None else [slopes.clone().requires_grad_()]
+        out, lse = _run(call, *placed, *(learnt or [None]), ranges, starts, True)
+        torch.autograd.backward((out, lse), (dout, dlse))
+        found = [x.grad if call.layout == "bhsd" else x.grad.transpose(1, 2) for x in placed]
+        return [*found, *(x.grad for x in learnt)]
+
+    def by_formula(dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in logical]
+        learnt = [] if slopes is None else [slopes.to(dtype).requires_grad_()]
+        visible, scores = _scores(call, *(learnt or [None]), ranges, starts, logical[0].device)
+        k, v = (x.repeat_interleave(call.heads // call.kv_heads, 1) for x in leaves[1:])
+        s = scores(leaves[0] @ k.transpose(-1, -2))
+        seen = visible.any(-1).expand(rows)
+        s = torch.where(seen[..., None], s, 0.0)  # a row that sees nothing has no gradient, and makes no NaN
+        keep = seen.to(dtype)
+        out, lse = torch.softmax(s, -1) @ v, torch.logsumexp(s, -1)
+        ((out * dout.to(dtype)).sum(-1) * keep + lse * dlse.to(dtype) * keep).sum().backward()
+        found = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+        if dtype != torch.float64:
+            return found, None
+        # What the sums are of, without signs: sums in float32 are off by roundings of these, however they cancel.
+        # An error of a score is one of its weight, relative to it.
+        scale = dict(call.options).get("softmax_scale", 1 / math.sqrt(call.head_dim))
+        p, weight = torch.softmax(s, -1) * keep[..., None], dout.to(dtype).abs()
+        p = p * (1 + scale * (leaves[0].abs() @ k.abs().transpose(-1, -2)))
+        size = (weight @ v.abs().transpose(-1, -2)) + (weight * out.abs()).sum(-1)[..., None] + dlse.abs()[..., None]
+        size = p * size * scale
+        grouped = (call.batch, call.kv_heads, call.heads // call.kv_heads, call.seqlen_kv)
+        of_keys = (size.transpose(-1, -2) @ leaves[0].abs(), p.transpose(-1, -2) @ weight)
+        of_keys = (x.reshape(*grouped, x.shape[-1]).sum(2) for x in of_keys)
+        return found, [x.detach() for x in (size @ k.abs(), *of_keys)]
+
+    found, again, worst = ours(), ours(), 0.0
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "other bits when asked again"
+    (exact, terms), (usual, _) = by_formula(torch.float64), by_formula(getattr(torch, call.dtype))
+    # The gradient of slopes, whose terms cancel one another, is compared in tests of its own.
+    for name, a, b, c, size in zip(("dq", "dk", "dv"), found, exact, usual, terms, strict=False):
+        assert a.shape == b.shape
+        if a.numel():
+            allowed = numerics.gradient_bound(c.double().cpu().numpy(), b.cpu().numpy(), call.dtype)
+            allowed = max(allowed, SUM_ROUNDINGS * numerics.EPSILON["float32"] * size.max().item())
+            error = (a.double() - b).abs().max().item()
+            assert error <= allowed, f"{name} differs by {error:.3g}, allowed {allowed:.3g}"
+            worst = max(worst, error / allowed if allowed else 0.0)
+    return worst
 
 
 def _compare(call: Call, out, lse, exact, exact_lse, largest_score, usuals) -> float:
@@ -330,16 +412,16 @@ def wide_enough(call: Call) -> bool:
     )
 
 
-def failures(seeds, device: str = "cpu", seconds: float = math.inf):
-    """Check the calls of many seeds: how many there were, the largest share of the allowed error, and a line for each
-    that failed."""
+def failures(seeds, device: str = "cpu", seconds: float = math.inf, gradients: bool = False):
+    """Check the calls of many seeds, or their ``gradients``: how many there were, the largest share of the allowed
+    error, and a line for each that failed."""
     lines, worst, count, start = [], 0.0, 0, time.monotonic()
     for seed in seeds:
         call = call_of(seed, device)
         if not wide_enough(call):
             continue
         try:
-            worst = max(worst, check(call))
+            worst = max(worst, check_gradients(call) if gradients else check(call))
         except Exception as e:  # whatever goes wrong is told with the call that it happened in
             lines.append(f"{type(e).__name__}: {e}  [python -m tests.random_cases --seed {seed} --device {device}]")
         count += 1
@@ -353,12 +435,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1, help="calls, of this seed and those after it")
     parser.add_argument("--device", choices=tuple(DTYPES), default="cpu")
+    parser.add_argument("--gradients", action="store_true", help="of the calls, by autograd")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
     options = parser.parse_args()
     if options.count == 1:
         print(call_of(options.seed, options.device))
     seeds = range(options.seed, options.seed + options.count)
-    count, worst, lines = failures(seeds, options.device, options.seconds)
+    count, worst, lines = failures(seeds, options.device, options.seconds, options.gradients)
     print(*lines, sep="\n", end="\n" if lines else "")
     print(f"{count} calls, {len(lines)} failed; largest error {worst:.2f} of what is allowed")
     return int(bool(lines))

@@ -29,6 +29,11 @@ def test_random_calls(part, device):
     assert count and not lines, "\n".join(lines)
 
 
+def test_gradients_of_random_calls(trains):
+    count, _, lines = random_cases.failures(range(SEED, SEED + CALLS // 3), gradients=True)
+    assert count and not lines, "\n".join(lines)
+
+
 def test_a_call_follows_from_its_seed():
     assert random_cases.call_of(17) == random_cases.call_of(17)
     assert len({random_cases.call_of(seed) for seed in range(50)}) == 50
