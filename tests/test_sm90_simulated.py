@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ from schedules.families.sm90 import decode
 from schedules.templates import v1, v2
 from tests import cases, torch_cases
 from tests.cases import CASES, Case
-from tests.simt.simulate import Simulated
+from tests.simt.simulate import Simulated, with_places
 from tests.torch_cases import attend, own_case
 from tvm_flash import numerics
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
@@ -111,3 +113,81 @@ def test_scores_that_outgrow_a_row_s_first_maximum(kernel):
     data = cases.inputs(case)
     data.k[:, :, :120] = numerics.round_to(data.k[:, :, :120] * 200, case.dtype)
     torch_cases.check(case, data, *attend(kernel, case, data))
+
+
+#: A kernel whose two warpgroups take turns, with outputs in the place of its queries.
+FAULTY = KERNELS[1]
+
+#: What a kernel waits with, and what it tells others with.
+SYNCHRONISATION = "|".join(
+    (
+        r"tvm_builtin_cuda_(?:mbarrier_wait|cta_sync)",
+        r"tvm_builtin_ptx_mbarrier_arrive\w*",
+        r"tvm_builtin_ptx_bar_\w+",
+        r"tvm_builtin_ptx_wgmma_(?:fence|commit_group|wait_group)\w*",
+        r"tvm_builtin_ptx_fence_proxy\w+",
+        r"tvm_builtin_ptx_cp_async_bulk_commit_group\w*",
+        r"wait_stored",
+    )
+)
+
+
+def complaint(kernel, case, data, orders=(0,), **fault) -> str:
+    """What a run of a faulty kernel tells, in one of some orders of turns; empty if all are right."""
+    for order in orders:
+        kernel.simulated.configure(order, 1, **fault)
+        try:
+            torch_cases.check(case, data, *attend(kernel, case, data))
+        except (AssertionError, RuntimeError) as e:
+            return str(e)
+    return ""
+
+
+def test_without_any_of_its_synchronisations_a_kernel_is_wrong(tmp_path):
+    """Each is left out in turn, and each wait for a barrier waits for the other parity."""
+    places = []
+
+    def edit(text):
+        text, names = with_places(text, SYNCHRONISATION)
+        places.extend(names)
+        return text
+
+    kernel = made(*FAULTY, tmp_path, edit)
+    case = own(kernel, kv_heads=1, seqlen_q=150, seqlen_kv=400)
+    data = cases.inputs(case)
+    assert len(places) > 40
+    assert not complaint(kernel, case, data, orders=(0, 9))
+    unnoticed, noticed = [], []
+    for place, name in enumerate(places):
+        for other_parity in (False, True) if name.endswith("mbarrier_wait") else (False,):
+            fault = {"faulty_place": place, "other_parity": other_parity}
+            if said := complaint(kernel, case, data, (0, 9), **fault):
+                noticed.append(said)
+            else:
+                unnoticed.append(name.removeprefix("tvm_builtin_ptx_"))
+    # Two stores are committed as one group.  Turns are for speed.  In the model no warp reads another one's queries.
+    assert Counter(unnoticed) == {
+        "cp_async_bulk_commit_group_async_bulk_commit_group": 1,
+        "bar_sync_count_sync": 2,
+    }
+    forever = r"\n  warp 0, lane 0 to warp 7, lane 31: mbarrier 0 .* 1 of 1 arrivals and 0 bytes are missing"
+    assert any(re.search(forever, said) for said in noticed)
+
+
+def test_other_faults_of_the_text(tmp_path):
+    """Fields of descriptors, and bytes that are announced."""
+
+    def swizzle_of_64_bytes(text):
+        text, count = re.subn(r"\(uint64_t\)(\d{19})ULL", lambda m: f"{int(m[1]) ^ 3 << 62}ull", text)
+        assert count == 48
+        return text
+
+    def half_of_the_bytes(text):
+        text, count = re.subn(r"\(uint\)32768\)", "(uint)16384)", text)
+        assert count
+        return text
+
+    for edit in (swizzle_of_64_bytes, half_of_the_bytes):
+        kernel = made(*FAULTY, tmp_path, edit)
+        case = own(kernel, kv_heads=1, seqlen_q=64, seqlen_kv=64)
+        assert complaint(kernel, case, cases.inputs(case))

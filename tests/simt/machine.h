@@ -13,15 +13,12 @@
 #include <memory>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
 
 #define SIMT_FAST __attribute__((optimize("O3")))
-
-struct float2 {
-  float x, y;
-};
 
 struct dim3 {
   unsigned x, y, z;
@@ -37,13 +34,22 @@ constexpr size_t kStack = 1 << 20;
 constexpr uint32_t kSharedBase = 1024;  // shared addresses don't begin at 0 on hardware either
 constexpr int kChunk = 16;              // bytes that asynchronous copies and matrix instructions move as one
 
-// How a run may differ from the usual one: in which order threads get their turns, and how many multiprocessors there
-// seem to be.
+// How a run may differ from the usual one: in which order threads get their turns, how many multiprocessors there seem to
+// be, and at which numbered place of the source there is a fault: a statement left out, or a wait for the other parity.
 struct Settings {
   uint32_t order = 0;
-  int multiprocessors = 2;
+  int multiprocessors = 2, faulty_place = -1;
+  bool other_parity = false;
 };
 static Settings settings;
+static bool next_parity_is_other = false;
+
+// Whether the statement at a numbered place is to be executed.
+static bool reach(int place) {
+  bool faulty = place == settings.faulty_place;
+  next_parity_is_other = faulty && settings.other_parity;
+  return !faulty || settings.other_parity;
+}
 
 struct Copy {
   uint32_t to;
@@ -245,24 +251,30 @@ static std::vector<int> turns(int threads) {
   return order;
 }
 
-// All threads of a block, from their first instruction to their last.
+// Some threads of a warp, if they don't wait: each until it does.  Whether any has run.
+static bool run_warp(Block& own, const int* threads) {
+  bool moved = false;
+  for (int l = 0; l < kWarp; l++) {
+    Thread& t = own.threads[threads[l]];
+    if (t.done || !t.wait.over()) continue;
+    t.wait.place = nullptr;
+    moved = true;
+    own.current = threads[l];
+    threadIdx = dim3(threads[l]);
+    own.scheduler.leave_for(t.fiber);
+    own.current = -1;
+    if (own.failure) std::rethrow_exception(own.failure);
+  }
+  return moved;
+}
+
+// All threads of a block, from their first instruction to their last: one warp after the other runs as far as it can.
 static void run_block(Block& own, const std::vector<int>& order) {
-  for (;;) {
-    bool moved = false, left = false;
-    for (int i : order) {
-      Thread& t = own.threads[i];
-      if (t.done) continue;
-      left = true;
-      if (!t.wait.over()) continue;
-      t.wait.place = nullptr;
-      moved = true;
-      own.current = i;
-      threadIdx = dim3(i);
-      own.scheduler.leave_for(t.fiber);
-      own.current = -1;
-      if (own.failure) std::rethrow_exception(own.failure);
-    }
-    if (!left) return;
+  auto all_done = [&] { return std::all_of(own.threads.begin(), own.threads.end(), [](Thread& t) { return t.done; }); };
+  while (!all_done()) {
+    bool moved = false;
+    for (size_t first = 0; first < order.size(); first += kWarp)
+      while (run_warp(own, &order[first])) moved = true;
     for (Unit* unit : Unit::all()) moved = moved || unit->advance();
     if (!moved) fail("its threads wait for each other forever:" + waiting());
   }

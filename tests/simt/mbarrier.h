@@ -83,6 +83,7 @@ static void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) {
 }
 static void mbarrier_wait(uint32_t address, uint32_t parity) {
   if (parity > 1) fail_with("waits for parity ", parity);
+  if (std::exchange(next_parity_is_other, false)) parity ^= 1;
   wait_until(&mbarriers.find(address).phase, 1, parity, kTransaction, address);
 }
 static uint32_t mbarrier_test(uint32_t address, uint32_t parity) {

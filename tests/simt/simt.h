@@ -24,6 +24,19 @@ using uint = unsigned int;
 using uchar = unsigned char;
 using ushort = unsigned short;
 
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct int2 { int x, y; };
+struct int4 { int x, y, z, w; };
+struct uint2 { uint x, y; };
+struct uint4 { uint x, y, z, w; };
+static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static int2 make_int2(int x, int y) { return {x, y}; }
+static int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+static uint2 make_uint2(uint x, uint y) { return {x, y}; }
+static uint4 make_uint4(uint x, uint y, uint z, uint w) { return {x, y, z, w}; }
+
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr int cudaSuccess = 0, cudaErrorCudartUnloading = 4, cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
@@ -45,7 +58,7 @@ extern "C" int32_t multiprocessors() { return simt::settings.multiprocessors; }
 
 // Called from Python: how the module's launches are to run from now on.
 extern "C" TVM_FFI_DLL_EXPORT int32_t __tvm_ffi_simulate_with(void*, const TVMFFIAny* args, int32_t, TVMFFIAny* result) {
-  simt::settings = {uint32_t(args[0].v_int64), int(args[1].v_int64)};
+  simt::settings = {uint32_t(args[0].v_int64), int(args[1].v_int64), int(args[2].v_int64), args[3].v_int64 != 0};
   result->type_index = 0;
   return 0;
 }

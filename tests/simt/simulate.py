@@ -68,7 +68,11 @@ def translate(text: str, name: str) -> str:
 
 
 def build(text: str, folder: Path, name: str = "kernel") -> Path:
-    """Compile an exported source for the processor; the path of a module for ``tvm_ffi.load_module``."""
+    """Compile an exported source for the processor; the path of a module for ``tvm_ffi.load_module``.
+
+    It is in a folder of its own inside ``folder``: a process that has loaded a path loads no other file from there.
+    """
+    folder = Path(tempfile.mkdtemp(dir=folder))
     source, module = folder / f"{name}.cpp", folder / f"{name}.so"
     source.write_text(translate(text, name))
     _compile(f"-I{_prelude()}", source, "-shared", "-o", module)
@@ -92,6 +96,26 @@ def _compile(*arguments: object) -> None:
     subprocess.run([str(word) for word in command], check=True)
 
 
+def with_places(text: str, statements: str) -> tuple[str, list[str]]:
+    """A source whose calls of some device functions are numbered, so that each can be left out (``configure``).
+
+    Parameters
+    ----------
+    statements: a regular expression of the functions' names.
+
+    Returns
+    -------
+    The source, and the name of the function at each place.
+    """
+    names: list[str] = []
+
+    def numbered(match: re.Match) -> str:
+        names.append(match[2])
+        return f"{match[1]}if (simt::reach({len(names) - 1})) {match[2]}("
+
+    return re.sub(rf"^( +)({statements})\(", numbered, text, flags=re.M), names
+
+
 class Simulated:
     """All launches of a program, on CPU tensors.
 
@@ -107,15 +131,19 @@ class Simulated:
         self.program = program
         self.module = tvm_ffi.load_module(str(build(text, folder, name)))
 
-    def configure(self, order: int = 0, multiprocessors: int = 2) -> None:
+    def configure(
+        self, order: int = 0, multiprocessors: int = 2, faulty_place: int = -1, other_parity: bool = False
+    ) -> None:
         """How launches run from now on.
 
         Parameters
         ----------
         order: in which order threads get their turns: 0 by number, 1 backwards, others shuffle the warps.
         multiprocessors: how many the machine says it has; kernels that are persistent launch blocks for as many.
+        faulty_place: which of the places of :func:`with_places` is left out, for all threads.
+        other_parity: it isn't left out, but waits for the other parity.
         """
-        self.module["simulate_with"](order, multiprocessors)
+        self.module["simulate_with"](order, multiprocessors, faulty_place, int(other_parity))
 
     def __call__(self, tensors: Mapping[str, object], layout: str = "bhsd") -> dict[str, torch.Tensor]:
         """Run the launches in order; the workspaces that they have left, by name.

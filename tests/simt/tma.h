@@ -148,11 +148,11 @@ struct BulkCopies : Unit {
     open.assign(block->threads.size(), {});
     groups.assign(block->threads.size(), {});
   }
-  // The oldest load whose barrier somebody waits for lands, and all others of that barrier.
+  // Loads of the barrier that somebody waits for land, from the oldest on, until they complete its phase.
   bool advance() override {
     for (const Load& load : loads)
       for (const Thread& t : block->threads)
-        if (!t.done && t.wait.what == kTransaction && t.wait.which == load.barrier) return land_all(load.barrier);
+        if (!t.done && t.wait.what == kTransaction && t.wait.which == load.barrier) return land_phase(load.barrier);
     return false;
   }
   void end() override {
@@ -163,16 +163,17 @@ struct BulkCopies : Unit {
   }
 
  private:
-  bool land_all(uint32_t barrier) {
+  bool land_phase(uint32_t barrier) {
+    Mbarrier& own = mbarriers.find(barrier);
+    uint32_t phase = own.phase;
     std::deque<Load> others;
     for (Load& load : loads) {
-      if (load.barrier != barrier) {
+      if (load.barrier != barrier || own.phase != phase) {
         others.push_back(std::move(load));
         continue;
       }
       for (const Piece& p : load.pieces)
         p.global ? memcpy(at(p.shared), p.global, p.bytes) : memset(at(p.shared), 0, p.bytes);
-      Mbarrier& own = mbarriers.find(barrier);
       own.bytes -= bytes_of(load.pieces);
       own.complete();
     }

@@ -1,7 +1,7 @@
 // wgmma: products of a warpgroup, of which each warp computes its 16 rows of 64.
 //
 // A product is computed when it is issued.  Until its warp has waited for its group its accumulator's registers hold NaN,
-// and neither they nor the shared memory that it reads may change.
+// and neither they nor the shared memory that the warpgroup reads for it may change.
 
 #pragma once
 
@@ -37,10 +37,10 @@ struct Descriptor {
   }
 };
 
-// ``lines`` x 16 elements of an operand from line ``first`` on, as they lie: lines of 16 along the sum, or 16 lines.
+// ``lines`` x 16 elements of an operand as they lie: lines of 16 along the sum, or 16 lines.
 struct Operand {
   Descriptor from;
-  int first, lines;
+  int lines;
   bool transposed;  // its lines lie along the other direction than that of the sum
   std::vector<uint16_t> seen;
 
@@ -49,13 +49,15 @@ struct Operand {
     int across = transposed ? lines / 8 : kDepth / 8, down = transposed ? kDepth : lines;
     for (int j = 0; j < down; j++)
       for (int i = 0; i < across; i++)
-        each(transposed ? from.chunk(first / 8 + i, j, false) : from.chunk(i, first + j, true), (j * across + i) * 8);
+        each(transposed ? from.chunk(i, j, false) : from.chunk(i, j, true), (j * across + i) * 8);
   }
-  SIMT_FAST void read() {
+  // Only lines ``first .. last`` must have been made visible.
+  SIMT_FAST void read(int first, int last) {
     seen.resize(lines * kDepth);
     for_each_chunk([&](uint32_t address, int to) {
+      int line = transposed ? to % lines : to / kDepth;
       check_shared(address, kChunk, kChunk, "wgmma");
-      unfenced.check(address, "wgmma");
+      if (line >= first && line < last) unfenced.check(address, "wgmma");
       memcpy(&seen[to], at(address), kChunk);
     });
   }
@@ -129,8 +131,8 @@ struct Wgmma : Unit {
     Product product;
     float a[kRows][kDepth];
     read_a(threads, shape, product, a);
-    product.operands.push_back({Descriptor(shape.b), 0, shape.columns, shape.b_transposed, {}});
-    product.operands.back().read();
+    product.operands.push_back({Descriptor(shape.b), shape.columns, shape.b_transposed, {}});
+    product.operands.back().read(0, shape.columns);
     Accumulator& to = accumulator(own, threads, shape);
     multiply(to, a, product.operands.back(), shape);
     product.accumulator = ((float* const*)threads[0].bring[0])[0];
@@ -186,12 +188,12 @@ struct Wgmma : Unit {
         for (int i = 0; i < 8; i++)
           a[l / 4 + i / 2 % 2 * 8][l % 4 * 2 + i % 2 + i / 4 * 8] = element(threads[l].in, i, shape.brain);
     } else {
-      int warp = int(threads - block->threads.data()) / kWarp;
-      Operand own = {Descriptor(shape.a), warp % kWarpgroup * kRows, kRows, shape.a_transposed, {}};
-      own.read();
+      int first = int(threads - block->threads.data()) / kWarp % kWarpgroup * kRows;
+      Operand all = {Descriptor(shape.a), kWarpgroup * kRows, shape.a_transposed, {}};
+      all.read(first, first + kRows);
       for (int r = 0; r < kRows; r++)
-        for (int k = 0; k < kDepth; k++) a[r][k] = own.element(r, k, shape.brain);
-      product.operands.push_back(std::move(own));
+        for (int k = 0; k < kDepth; k++) a[r][k] = all.element(first + r, k, shape.brain);
+      product.operands.push_back(std::move(all));
     }
     for (int r = 0; r < kRows; r++)
       for (int k = 0; k < kDepth; k++) a[r][k] *= shape.scale_a * shape.scale_b;

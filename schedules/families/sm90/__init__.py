@@ -32,7 +32,7 @@ DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
 KINDS = {DECODE: decode, BACKWARD: backward}
-#: They compute the right gradients where their sources run on a processor; no GPU has run them.
+#: Some were verified by name (docs/hopper.md, "Backward"), not those that a core set would have.
 UNVERIFIED_KINDS = (BACKWARD,)
 
 
