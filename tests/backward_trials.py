@@ -42,10 +42,7 @@ def _own_cases(entry: KernelEntry) -> Iterator[tuple[Case, Inputs]]:
 
 
 def _trial(entry: KernelEntry, case: Case, data: Inputs, given: Outer) -> Trial:
-    # one that a score doesn't read has no gradient to be compared with
-    biased = "alibi" in case.score or bool(data.params.get("has_alibi_slopes"))
-    asked = tuple(p.name for p in entry.params if p.gradient and biased)
-    names = (*SUMS, *(f"d_{name}" for name in asked))
+    names = (*SUMS, *(f"d_{p.name}" for p in entry.params if p.gradient))
 
     def run(compute: Compute, device: str) -> Results:
         values = _values(entry, case, data, given, device)
@@ -56,7 +53,7 @@ def _trial(entry: KernelEntry, case: Case, data: Inputs, given: Outer) -> Trial:
         return tuple(results[name].double().cpu().numpy() for name in names)
 
     def check(results: Results, device: str) -> float:
-        return gradient_cases.check(case, data, given, dict(zip(names, results, strict=True)), asked)
+        return gradient_cases.check(case, data, given, dict(zip(names, results, strict=True)))
 
     return Trial(f"{case.id}{'' if given.dlse is None else ' with dlse'}", run, check)
 

@@ -138,15 +138,27 @@ def _by_torch(case, data, given) -> dict[str, np.ndarray]:
     return {name: x.grad.double().numpy() for name, x in zip(SUMS, leaves, strict=True)}
 
 
-def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray], asked: tuple[str, ...] = ()) -> float:
+def _reads(case: Case, data: Inputs, name: str) -> bool:
+    """Whether the score of a case depends on a parameter."""
+    option = {"alibi_slopes": "alibi", "softcap": "softcap"}[name]
+    return option in case.score or bool(data.params.get({"alibi": "has_alibi_slopes"}.get(option, option)))
+
+
+def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray]) -> float:
     """Assert that gradients are right: the rule of :mod:`tvm_flash.numerics`, of each tensor by itself.
+
+    The gradient of a parameter that the case's score doesn't read is 0.
 
     Returns
     -------
     The largest error as a share of what is allowed.
     """
+    learnt = [name.removeprefix("d_") for name in got if name.startswith("d_")]
+    asked = tuple(name for name in learnt if _reads(case, data, name))
+    for name in set(learnt) - set(asked):
+        assert not got[f"d_{name}"].any(), f"d_{name} isn't 0, and the score doesn't read {name}"
     exact, others = expected(case, data, given, asked), usual(case, data, given, asked)
-    assert set(got) == set(exact)
+    assert set(got) == set(exact) | {f"d_{name}" for name in learnt}
     largest, worst = numerics.magnitude(cases.expected(case, data)[1]), 0.0
     for name, want in exact.items():
         dtype = case.dtype if name in SUMS else "float32"

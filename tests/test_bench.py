@@ -47,6 +47,12 @@ def test_exact_rows_are_attention_in_float64():
     want = torch.nn.functional.scaled_dot_product_attention(*bhsd, mask)[0, 0]
     got = accuracy.exact_rows(q, k, v, w)
     assert accuracy.relative_error(got, want) < 1e-14
+    leaves = [x.transpose(1, 2).double().requires_grad_() for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*leaves, mask)
+    dout = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(1))
+    want_dq = torch.autograd.grad(out, leaves, dout.transpose(1, 2).double())[0][0, 0]
+    got = accuracy.exact_rows(q, k, v, dataclasses.replace(w, backward=True), dout)
+    assert accuracy.relative_error(got, want_dq) < 1e-14
     assert not accuracy.relative_error(torch.full_like(want, float("nan")), want) < 1
 
 
@@ -134,6 +140,25 @@ def test_what_a_run_prints(measured):
     for part in ("device:", "torch:", "V1 ×", "turns", "1, 2, 1 → 100, 32", "causal", "geometric mean of 4", "again:"):
         assert part in out
     assert "b=1 h=2 s=64 d=64 full float32" in err and "…" not in out
+
+
+def test_gradients_are_timed_and_compared(cpu_pack, tmp_path, capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setitem(peaks.SIZES, "cpu", (128,))
+    file = tmp_path / "backward.json"
+    shape = ["--shape", "1,2,64,64", "--dtype", "float32", "--causal", "yes", "--json", file]
+    status, out, err = bench(capsys, *SMALL, "--backward", *shape)
+    assert status == 0, err
+    run = results.read(file)
+    assert run.backward and "backward, float32" in out and "small call (backward, " in out
+    assert "--backward" in run.command and Run.from_json(run.to_json()) == run
+    (cell,) = run.cells
+    assert cell.workload.flops == 10 * 2 * 64 * 64 * 64 / 2
+    for template in ("v1", "v2"):
+        m = cell.of(template)
+        assert m.kernel.startswith(f"{template}_float32_d64") and m.kernel.endswith("_backward")
+        assert m.error <= accuracy.allowed_error(cell.of("torch").error, torch.float32)
 
 
 def test_results_survive_json(measured):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape", type=_shape, action="append", default=[], metavar="B,H,S,D[,KEYS]", help="in place of the grid"
     )
+    parser.add_argument("--backward", action="store_true", help="the gradients, by autograd, without the forward")
     parser.add_argument("--peers", type=_words, metavar="cudnn,flash,…", help="only these; default: all there are")
     parser.add_argument("--quick", action="store_true", help="a few cells, two short rounds")
     parser.add_argument("--rounds", type=int, help="rounds of each cell (default: 3; CPU: 9)")
@@ -149,6 +151,11 @@ def _again(words: Sequence[str]) -> str:
 
 
 def _grid(options: argparse.Namespace, kind: str) -> list[workloads.Workload]:
+    found = _forward_grid(options, kind)
+    return [dataclasses.replace(w, backward=True) for w in found] if options.backward else found
+
+
+def _forward_grid(options: argparse.Namespace, kind: str) -> list[workloads.Workload]:
     masks = {"yes": ["causal"], "no": ["full"], "both": []}[options.causal]
     if options.shape:
         default = workloads.CPU_DTYPES if kind == "cpu" else workloads.GPU_DTYPES

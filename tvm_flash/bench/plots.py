@@ -98,7 +98,7 @@ def _lines(run: Run, figure, theme: Theme) -> None:
         row[0].set_ylabel(name, color=theme.text, fontsize=12)
     axes[-1][len(dims) // 2].set_xlabel("positions", color=theme.text, fontsize=12)
     axes[0][0].set_ylim(bottom=0)
-    _around(figure, axes[0][0], _title(run, f"Forward attention, {dtype},"), theme)
+    _around(figure, axes[0][0], _title(run, f"{'Backward' if run.backward else 'Forward'} attention, {dtype},"), theme)
 
 
 def _around(figure, axis, title: str, theme: Theme):

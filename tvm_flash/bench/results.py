@@ -114,6 +114,11 @@ class Run:
     def device(self) -> str:
         return self.machine["device"]
 
+    @property
+    def backward(self) -> bool:
+        """Whether gradients were computed; a run has one or the other."""
+        return any(cell.workload.backward for cell in self.cells)
+
     def dtypes(self) -> tuple[str, ...]:
         """In the order of the cells."""
         return tuple(dict.fromkeys(cell.workload.dtype for cell in self.cells))
@@ -209,7 +214,7 @@ def join(runs: list[Run]) -> list[Run]:
     """
     joined: dict[tuple, Run] = {}
     for run in runs:
-        key = (tuple(sorted(run.machine.items())), run.modes, run.implementations)
+        key = (tuple(sorted(run.machine.items())), run.modes, run.implementations, run.backward)
         if key not in joined:
             joined[key] = run
             continue

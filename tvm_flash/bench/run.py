@@ -57,7 +57,8 @@ class Bench:
             yield run
         for dtype in dtypes:
             begins(f"smallest call, {dtype}")
-            run = dataclasses.replace(run, calls=(*run.calls, self.smallest_call(smallest(self.device.kind, dtype))))
+            call = self.smallest_call(smallest(self.device.kind, dtype, self.workloads[0].backward))
+            run = dataclasses.replace(run, calls=(*run.calls, call))
             yield run
 
     def steps(self) -> int:
@@ -72,13 +73,14 @@ class Bench:
     def cell(self, workload: Workload) -> Cell:
         """All implementations on one workload; one that can't run it has its reason in place of figures."""
         tensors = self._tensors(workload)
-        exact = accuracy.exact_rows(*tensors["bshd"], workload)
+        *qkv, dout = tensors["bshd"]
+        exact = accuracy.exact_rows(*qkv, workload, dout)
         found: dict[str, Measurement] = {}
         calls = {}
         for contestant in self.contestants:
             with _failing(contestant, found):
-                call = contestant.call(*tensors[contestant.layout], workload)
-                error = accuracy.relative_error(accuracy.same_rows(call(), contestant.result, workload), exact)
+                call = contestant.call(*tensors[contestant.layout][:3], workload, tensors[contestant.result][3])
+                error = accuracy.relative_error(_compared(call(), contestant, workload), exact)
                 kernel = kernel_of(contestant, workload, str(self.device))
                 found[contestant.about.key] = Measurement(contestant.about.key, {}, {}, digits(error), *kernel)
                 calls[contestant.about.key] = call
@@ -95,7 +97,7 @@ class Bench:
         found: dict[str, Measurement] = {}
         for contestant in self.contestants:
             with _failing(contestant, found), contestant.around():
-                call = contestant.prepare(*tensors[contestant.layout], workload)
+                call = contestant.prepare(*tensors[contestant.layout][:3], workload, tensors[contestant.result][3])
                 call()
                 seconds = digits(timing.call_time(call))
                 found[contestant.about.key] = Measurement(
@@ -107,16 +109,23 @@ class Bench:
         return timing.measure(self.device.kind, calls, self.effort, self._order)
 
     def _tensors(self, workload: Workload):
-        """q, k, v of standard normal numbers by layout, contiguous in each."""
+        """q, k, v and the gradient of the result, of standard normal numbers by layout, contiguous in each."""
         import torch
 
         generator = torch.Generator(str(self.device)).manual_seed(self.seed)
         w, dtype = workload, getattr(torch, workload.dtype)
-        q, k, v = (
+        made = tuple(
             torch.randn(w.batch, s, w.heads, w.head_dim, generator=generator, device=str(self.device)).to(dtype)
-            for s in (w.seqlen_q, w.seqlen_kv, w.seqlen_kv)
+            for s in (w.seqlen_q, w.seqlen_kv, w.seqlen_kv, w.seqlen_q)
         )
-        return {"bshd": (q, k, v), "bhsd": tuple(x.transpose(1, 2).contiguous() for x in (q, k, v))}
+        return {"bshd": made, "bhsd": tuple(x.transpose(1, 2).contiguous() for x in made)}
+
+
+def _compared(found, contestant: Contestant, workload: Workload):
+    """The rows of a result, or of the queries' gradient, that are compared."""
+    if workload.backward:
+        return accuracy.same_rows(found[0], contestant.layout, workload)
+    return accuracy.same_rows(found, contestant.result, workload)
 
 
 def kernel_of(contestant: Contestant, workload: Workload, device: str) -> tuple[str, str]:
@@ -133,6 +142,7 @@ def kernel_of(contestant: Contestant, workload: Workload, device: str) -> tuple[
         causal=workload.causal,
         layout=contestant.layout,
         variant=contestant.about.key,
+        backward=workload.backward,
     )
     chosen = explanation.chosen
     return (chosen.symbol, chosen.source_hash) if chosen else ("", "")

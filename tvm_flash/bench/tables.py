@@ -23,6 +23,11 @@ def is_cpu(run: Run) -> bool:
     return run.machine["arch"] == "cpu"
 
 
+def what(run: Run) -> str:
+    """``"backward, "`` for a run of that, in front of a dtype."""
+    return "backward, " if run.backward else ""
+
+
 def unit(run: Run) -> tuple[str, float]:
     """Name of the unit of speed in this run's tables, and operations a second of one."""
     return _UNITS["cpu" if is_cpu(run) else "gpu"]
@@ -54,7 +59,7 @@ def speeds(run: Run, dtype: str, mode: str, compact: bool = False) -> Table:
         row += [_ratio(run, cell, i, m) for i in ours for m in modes]
         row += [] if compact else _errors(run, cell)
         rows.append(tuple(row))
-    title = f"{run.device}, {dtype}, {mode}: {name}"
+    title = f"{run.device}, {what(run)}{dtype}, {mode}: {name}"
     return Table(title, tuple(heads), tuple(rows), len(_label_heads(run)), tuple(groups))
 
 
@@ -133,7 +138,7 @@ def calls(run: Run) -> Table | None:
         entries = [Entry("–") if t is None else Entry(f"{t * 1e6:.1f}", "best" if t == shortest else "") for t in times]
         rows.append((Entry(cell.workload.dtype), *entries))
     return Table(
-        f"time of a small call ({shape(run.calls[0].workload)}) from Python: µs",
+        f"time of a small call ({what(run)}{shape(run.calls[0].workload)}) from Python: µs",
         ("dtype", *(i.name for i in run.implementations)),
         tuple(rows),
         1,
@@ -153,10 +158,10 @@ def summaries(run: Run, mode: str) -> list[str]:
             ]
             each = [f"{name} {found.mean:.2f}" for name, found in each if found]
             over = f" ({', '.join(each)})" if len(each) > 1 else ""
+            where = short(run, best.worst.cell.workload)
             lines.append(
-                f"{ours.name} {dtype}, {mode}: {best.mean:.3f} × the best peer of each cell, geometric mean of "
-                f"{len(best.ratios)}{over}; worst {times(best.worst.value)} at {short(run, best.worst.cell.workload)}; "
-                f"{len(best.lost)} lost"
+                f"{ours.name} {what(run)}{dtype}, {mode}: {best.mean:.3f} × the best peer of each cell, geometric mean "
+                f"of {len(best.ratios)}{over}; worst {times(best.worst.value)} at {where}; {len(best.lost)} lost"
             )
     return lines
 

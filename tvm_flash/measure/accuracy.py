@@ -11,22 +11,28 @@ from tvm_flash.measure.workloads import Workload
 ROWS = 1024
 
 
-def exact_rows(q, k, v, workload: Workload):
+def exact_rows(q, k, v, workload: Workload, dout=None):
     """The last rows of the first head of the first batch in float64, ``(rows, head_dim)``, on the tensors' device.
+
+    They are those of the result, or of the queries' gradient for a backward.
 
     Parameters
     ----------
-    q, k, v: torch tensors ``(batch, seq, heads, head_dim)``.
+    q, k, v, dout: torch tensors ``(batch, seq, heads, head_dim)``.
     """
     import torch
 
     rows = min(workload.seqlen_q, ROWS)
     q, k, v = q[0, -rows:, 0].double(), k[0, :, 0].double(), v[0, :, 0].double()
-    s = q @ k.T / math.sqrt(workload.head_dim)
+    s = q @ k.T * workload.softmax_scale
     if workload.causal:
         last_seen = torch.arange(workload.seqlen_kv - rows, workload.seqlen_kv, device=q.device)[:, None]
         s.masked_fill_(torch.arange(workload.seqlen_kv, device=q.device)[None] > last_seen, -math.inf)
-    return torch.softmax(s, dim=-1) @ v
+    p = torch.softmax(s, dim=-1)
+    if not workload.backward:
+        return p @ v
+    dp = dout[0, -rows:, 0].double() @ v.T
+    return (p * (dp - (p * dp).sum(dim=-1, keepdim=True))) @ k * workload.softmax_scale
 
 
 def same_rows(out, layout: str, workload: Workload):

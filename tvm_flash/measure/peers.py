@@ -38,18 +38,33 @@ class Contestant:
     about: what the results say of it.
     layout: how q, k and v lie in memory: ``"bhsd"`` or ``"bshd"``.
     result: the result's layout.
-    prepare: takes q, k, v and a workload, and gives a function without arguments, to be called inside of ``around()``.
+    attend: takes q, k, v and a workload, and gives a function without arguments, to be called inside of ``around()``.
     """
 
     about: Implementation
     layout: str
     result: str
-    prepare: Callable[[Any, Any, Any, Workload], Callable[[], Any]]
+    attend: Callable[[Any, Any, Any, Workload], Callable[[], Any]]
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
-    def call(self, q: Any, k: Any, v: Any, workload: Workload) -> Callable[[], Any]:
-        """A function that computes the workload, with around it what chooses the implementation."""
-        prepared = self.prepare(q, k, v, workload)
+    def prepare(self, q: Any, k: Any, v: Any, workload: Workload, dout: Any = None) -> Callable[[], Any]:
+        """A function that computes the workload, to be called inside of ``around()``.
+
+        It gives the result, or for a backward the gradients of q, k and v in their layout, by PyTorch's autograd, which
+        keeps what the forward left: ``dout`` is the gradient of the result, in its layout.
+        """
+        if not workload.backward:
+            return self.attend(q, k, v, workload)
+        import torch
+
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with self.around():
+            out = self.attend(*leaves, workload)()
+        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+    def call(self, q: Any, k: Any, v: Any, workload: Workload, dout: Any = None) -> Callable[[], Any]:
+        """The same with around it what chooses the implementation."""
+        prepared = self.prepare(q, k, v, workload, dout)
 
         def call() -> Any:
             with self.around():
@@ -79,12 +94,12 @@ def _ours(template: str) -> Contestant:
     layout = _LAYOUT[template]
     function = flash_attention if layout == "bhsd" else flash_attention_v2
 
-    def prepare(q, k, v, workload):
+    def attend(q, k, v, workload):
         return lambda: function(q, k, v, causal=workload.causal, variant=template)
 
     name = template.upper()
     about = f"tvm_flash.{FUNCTION_OF_LAYOUT[layout]}, template {name}"
-    return Contestant(Implementation(template, name, about, ours=True), layout, layout, prepare)
+    return Contestant(Implementation(template, name, about, ours=True), layout, layout, attend)
 
 
 def _is_causal(workload: Workload) -> bool:
@@ -95,19 +110,19 @@ def _is_causal(workload: Workload) -> bool:
 def _torch_on_cpu() -> Contestant:
     import torch.nn.functional as F
 
-    def prepare(q, k, v, workload):
+    def attend(q, k, v, workload):
         causal = _is_causal(workload)
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     about = "torch.nn.functional.scaled_dot_product_attention"
-    return Contestant(Implementation("torch", "torch", about, ours=False), "bhsd", "bhsd", prepare)
+    return Contestant(Implementation("torch", "torch", about, ours=False), "bhsd", "bhsd", attend)
 
 
 def _torch_backend(key: str, name: str, backend: str) -> Contestant:
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    def prepare(q, k, v, workload):
+    def attend(q, k, v, workload):
         causal = _is_causal(workload)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -116,4 +131,4 @@ def _torch_backend(key: str, name: str, backend: str) -> Contestant:
         return sdpa_kernel(getattr(SDPBackend, backend))
 
     about = f"torch.nn.functional.scaled_dot_product_attention, SDPBackend.{backend}"
-    return Contestant(Implementation(key, name, about, ours=False), "bshd", "bhsd", prepare, around)
+    return Contestant(Implementation(key, name, about, ours=False), "bshd", "bhsd", attend, around)

@@ -39,7 +39,8 @@ class Workload:
 
     ``mask`` is ``"full"``, ``"causal"`` or ``"window"`` (``window`` keys before each query's own, and none after), and
     ``score`` a name of the catalogue; 0 for ``kv_heads``, ``seqlen_kv`` and ``head_dim_v`` stands for ``heads``,
-    ``seqlen_q`` and ``head_dim``.
+    ``seqlen_q`` and ``head_dim``.  ``backward`` says that the gradients of q, k and v are computed, the result being
+    there already.
     """
 
     batch: int
@@ -54,6 +55,7 @@ class Workload:
     head_dim_v: int = 0
     window: int = 0
     softcap: float = 0.0
+    backward: bool = False
 
     def __post_init__(self):
         for name, default in (("kv_heads", "heads"), ("seqlen_kv", "seqlen_q"), ("head_dim_v", "head_dim")):
@@ -65,7 +67,8 @@ class Workload:
         """Read ``"b=4 h=16 s=4096 d=128 causal"``.
 
         Sizes are ``b h s d``, and where they differ from these ``hk sk dv`` (heads, length and size of keys and
-        values); words are ``causal``, ``window=N``, ``softcap=X``, ``alibi`` and a dtype (``float16`` or ``fp16``, …).
+        values); words are ``causal``, ``window=N``, ``softcap=X``, ``alibi``, ``backward`` and a dtype (``float16`` or
+        ``fp16``, …).
 
         Raises
         ------
@@ -85,12 +88,14 @@ class Workload:
                 fields["mask"] = word
             elif word == "alibi":
                 alibi = True
+            elif word == "backward":
+                fields["backward"] = True
             elif _SHORT_DTYPES.get(word, word) in DTYPES:
                 fields["dtype"] = _SHORT_DTYPES.get(word, word)
             else:
                 raise ValueError(
                     f"problem {text!r}: {word!r} isn't understood; expected words such as b=4 h=16 s=4096 d=128 causal "
-                    f"window=1024 softcap=30 alibi fp16"
+                    f"window=1024 softcap=30 alibi backward fp16"
                 )
         missing = [short for short in "bhsd" if _SIZES[short] not in fields]
         if missing:
@@ -113,6 +118,7 @@ class Workload:
         words += [f"window={self.window}" if self.mask == "window" else self.mask]
         words += [f"softcap={self.softcap:g}"] if self.softcap else []
         words += ["alibi"] if "alibi" in self.score else []
+        words += ["backward"] if self.backward else []
         return " ".join((*words, self.dtype))
 
     @property
@@ -121,13 +127,15 @@ class Workload:
 
     @property
     def flops(self) -> float:
-        """Operations of the two products; a causal mask takes half of the square that the queries span."""
+        """Operations of the two products, or of a backward's five; a causal mask takes half of the queries' square."""
         pairs = self.seqlen_q * self.seqlen_kv
         if self.mask == "causal":
             pairs -= self.seqlen_q**2 / 2
         if self.mask == "window":
             pairs = self.seqlen_q * min(self.window + 1, self.seqlen_kv)
-        return 2.0 * self.batch * self.heads * pairs * (self.head_dim + self.head_dim_v)
+        widths = self.head_dim + self.head_dim_v  # of S and P V; the backward has S, dQ and dK, and dP and dV
+        widths += (2 * self.head_dim + self.head_dim_v) if self.backward else 0
+        return 2.0 * self.batch * self.heads * pairs * widths
 
     def params(self) -> dict[str, float]:
         """Values of the scalar parameters that the catalogue's masks and scores may have."""
@@ -145,9 +153,9 @@ def _is_positive(text: str) -> bool:
         return False
 
 
-def smallest(kind: str, dtype: str) -> Workload:
+def smallest(kind: str, dtype: str, backward: bool = False) -> Workload:
     """A call whose time is that of calling: one query and one key; on a GPU 64, since cuDNN wants more than one."""
-    return Workload(1, 1, 1 if kind == "cpu" else 64, 64, dtype)
+    return Workload(1, 1, 1 if kind == "cpu" else 64, 64, dtype, backward=backward)
 
 
 def gpu_grid(
