@@ -199,7 +199,7 @@ def test_processes_that_load_while_another_publishes(copy, python):
 import dataclasses, itertools, time
 from pathlib import Path
 from schedules.builder import pack
-folder, end = Path({str(copy)!r}), time.monotonic() + 6
+folder, end = Path({str(copy)!r}), time.monotonic() + 8
 manifest = pack.read_manifest(folder)
 for number in itertools.count():
     if time.monotonic() > end:
@@ -211,7 +211,7 @@ for number in itertools.count():
     kernels = tuple(dataclasses.replace(k, module=new[k.module]) for k in manifest.kernels)
     manifest = dataclasses.replace(manifest, modules=modules, kernels=kernels)
     pack.publish(folder, manifest)
-    time.sleep(1)  # no two builds are faster: the files of the one before the last are gone
+    time.sleep(2)  # no two builds are faster: the files of the one before the last are gone
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     builder = subprocess.Popen([sys.executable, "-c", program], env=environment)
