@@ -178,7 +178,7 @@ def test_what_the_matcher_finds():
         Param("window_right", "int32"),
         Param("sink_tokens", "int32"),
         Param("softcap", "float32"),
-        Param("alibi_slopes", "float32", per_head=True),
+        Param("alibi_slopes", "float32", per_head=True, gradient=True),
     )
     assert not match(Attention(mask=MASKS["window"])(64, "float16")).has_gaps
 

@@ -22,6 +22,7 @@ from schedules.toolchain import cuda
 from schedules.toolchain.host import embed, split
 from schedules.toolchain.process import ToolchainError
 from tvm_flash.packs.sizes import evaluate
+from tvm_flash.packs.sizes import of as sizes_of
 
 TARGET = Target("sm_90a")
 
@@ -90,7 +91,7 @@ def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_
     pattern = pattern_of("window", dtype="bfloat16")
     (config,) = decode.default_configs("v2", pattern, TARGET).values()
     program = decode.program(pattern, config, TARGET, v2.TRAVERSAL, "kernel")
-    sizes = {"batch": 2, "heads": 32, "seqlen_q": 3, "seqlen_kv": 5000}
+    sizes = sizes_of(2, 32, 3, 8, 5000, 128, 128)
     sizes |= {scalar.name: evaluate(scalar.value, sizes) for scalar in program.scalars}
     shapes = [tuple(evaluate(size, sizes) for size in workspace.shape) for workspace in program.workspaces]
     assert shapes == [(192, 20, 128), (192, 20)]  # 5000 keys in splits of 256
@@ -121,7 +122,7 @@ def test_decoding_is_feasible(head_dims, dtype, mask, score):
 @pytest.mark.parametrize(
     ("pattern", "change", "reason"),
     [
-        ({}, {"block_n": 48}, "divides every split"),
+        ({}, {"block_n": 48}, "doesn't divide every split"),
         ({}, {"num_stages": 3}, "num_stages 3"),
         ({}, {"num_stages": 4}, "bytes of shared memory"),
         ({}, {"block_n": 32, "num_stages": 2, "blocks_per_sm": 4}, "registers"),
