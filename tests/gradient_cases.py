@@ -140,8 +140,8 @@ def _by_torch(case, data, given) -> dict[str, np.ndarray]:
 
 def _reads(case: Case, data: Inputs, name: str) -> bool:
     """Whether the score of a case depends on a parameter."""
-    option = {"alibi_slopes": "alibi", "softcap": "softcap"}[name]
-    return option in case.score or bool(data.params.get({"alibi": "has_alibi_slopes"}.get(option, option)))
+    word, option = {"alibi_slopes": ("alibi", "has_alibi_slopes"), "softcap": ("softcap", "softcap")}[name]
+    return word in case.score or bool(data.params.get(option))
 
 
 def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray]) -> float:

@@ -17,9 +17,8 @@ from schedules.builder.suite import KernelSpec
 from schedules.families import family_of
 from schedules.families.interface import Target
 from tests import cases, torch_cases
-from tests.cases import CASES
 from tests.simt import simulate
-from tests.torch_cases import attend, own_case
+from tests.torch_cases import attend, own_case, shared_cases
 from tvm_flash import numerics
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
@@ -52,12 +51,8 @@ def kernel(request, tmp_path_factory):
 
 
 def test_the_shared_cases(kernel):
-    spec, count = kernel.spec, 0
-    for case in CASES:
-        if (case.dtype, case.mask, case.score) != (spec.dtype, spec.mask, spec.score) or case.strides == "gaps":
-            continue
-        if case.head_dim > spec.head_dim or case.head_dim_v > spec.head_dim_v or case.seqlen_kv > 500:
-            continue
+    count = 0
+    for case in shared_cases(kernel.spec):
         data = cases.inputs(case)
         torch_cases.check(case, data, *attend(kernel, case, data))
         count += 1

@@ -20,9 +20,9 @@ from schedules.families.interface import Target
 from schedules.families.sm90 import decode
 from schedules.templates import v1, v2
 from tests import cases, torch_cases
-from tests.cases import CASES, Case
+from tests.cases import Case
 from tests.simt.simulate import Simulated, with_places
-from tests.torch_cases import attend, own_case
+from tests.torch_cases import attend, own_case, shared_cases
 from tvm_flash import numerics
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
 
@@ -71,16 +71,12 @@ def own(kernel, **sizes) -> Case:
 
 
 def test_the_shared_cases(kernel):
-    spec, count = kernel.spec, 0
-    for case in CASES:
-        if (case.dtype, case.mask, case.score) != (spec.dtype, spec.mask, spec.score) or case.strides == "gaps":
-            continue
-        if case.head_dim > spec.head_dim or case.head_dim_v > spec.head_dim_v or case.seqlen_kv > 500:
-            continue
+    count = 0
+    for case in shared_cases(kernel.spec):
         data = cases.inputs(case)
         torch_cases.check(case, data, *attend(kernel, case, data))
         count += 1
-    assert count or "alibi" in spec.score
+    assert count or "alibi" in kernel.spec.score
 
 
 def test_full_width_grouped_heads_and_every_order_of_turns(kernel):

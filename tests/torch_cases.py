@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from tests import cases
-from tests.cases import Case, Inputs
+from tests.cases import CASES, Case, Inputs
 from tvm_flash import numerics, reference
 from tvm_flash.packs import by_role, sizes
 from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE, KernelEntry, Param
@@ -81,6 +81,15 @@ def run(case: Case, data: Inputs, compute: Compute, layout: str, lse_length: int
 def attend(kernel, case: Case, data: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Output and lse of a case, of a kernel that stands alone: its ``spec``, ``params`` and ``function``."""
     return run(case, data, by_abi(kernel.function, kernel.params), LAYOUT_OF_TEMPLATE[kernel.spec.template])
+
+
+def shared_cases(spec) -> Iterator[Case]:
+    """The shared cases of a kernel's own kind that are short enough to be simulated."""
+    for case in CASES:
+        if (case.dtype, case.mask, case.score) != (spec.dtype, spec.mask, spec.score) or case.strides == "gaps":
+            continue
+        if case.head_dim <= spec.head_dim and case.head_dim_v <= spec.head_dim_v and case.seqlen_kv <= 500:
+            yield case
 
 
 def own_case(kernel, **sizes) -> Case:

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tvm_flash.call.checks import check_layout
+from tvm_flash.call.checks import check_layout, check_params
 from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.signature import signature
 from tvm_flash.catalogue import PARAMS
-from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
+from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.operators import BACKWARD, gradient_of
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
 from tvm_flash.padded import PARAMETERS as _PADDED_PARAMETERS
@@ -178,11 +178,7 @@ def backward_of(name: str, layout: str, variant: str, declared: dict[str, Param]
         **params,
     ):
         memory = {p: params.pop(gradient_of(p), None) for p in declared}
-        if params.keys() != declared.keys():
-            raise ArgumentTypeError(
-                f"{', '.join(sorted(params.keys() ^ declared.keys()))}: missing or unknown; the definition {name!r} "
-                f"takes {', '.join(declared) or 'no parameters'}"
-            )
+        check_params(name, params, declared)
         given = {p: x for p, x in params.items() if declared[p].per_head}
         given = {p: given[p] for p in declared if p in given}
         attend = _of_function(layout, given, gradients, memory, name=name, scalars=scalars, declared=declared)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm_flash.backward import backward_of
-from tvm_flash.call.checks import check_layout, check_variant
+from tvm_flash.call.checks import check_layout, check_params, check_variant
 from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.prepare import params_of
 from tvm_flash.call.signature import signature
-from tvm_flash.errors import ArgumentTypeError
 
 _attend_bhsd, _attend_bshd = entrance(signature("bhsd")), entrance(signature("bshd"))
 
@@ -121,11 +120,7 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
     attend = entrance(signature(layout, name, per_head, scalars))
 
     def fn(q, k, v, *, softmax_scale=None, return_lse=False, out=None, **params):
-        if params.keys() != declared.keys():
-            raise ArgumentTypeError(
-                f"{', '.join(sorted(params.keys() ^ declared.keys()))}: missing or unknown; the definition {name!r} "
-                f"takes {', '.join(declared) or 'no parameters'}"
-            )
+        check_params(name, params, declared)
         given, numbers = [params[p] for p in per_head], [params[p] for p in scalars]
         return attend(q, k, v, *given, out, variant, return_lse, softmax_scale, *numbers)
 

@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +212,15 @@ def check_softcap(softcap: Any) -> float:
     if softcap != 0 and not _FLOAT32_RANGE[0] <= softcap <= _FLOAT32_RANGE[1]:
         raise InvalidArgumentError(f"softcap: is {softcap}, expected a positive float32, or 0 for no soft cap")
     return softcap
+
+
+def check_params(definition: str, params: Mapping[str, Any], declared: Mapping[str, Any]) -> None:
+    """That the parameters that are given to a definition of the user's own are those that it takes, by name."""
+    if params.keys() != declared.keys():
+        raise ArgumentTypeError(
+            f"{', '.join(sorted(params.keys() ^ declared.keys()))}: missing or unknown; the definition {definition!r} "
+            f"takes {', '.join(declared) or 'no parameters'}"
+        )
 
 
 def check_real(name: str, value: Any) -> float:
