@@ -15,9 +15,10 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
+from schedules.families.sm90.backward.parameters import SHARES, ParameterGradients
 from schedules.families.sm90.backward.score import Weights, shift_of
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
-from schedules.families.sm90.barriers import NamedBarriers
+from schedules.families.sm90.barriers import WARPS, NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
 from schedules.families.sm90.pipeline import Pipeline, TileCounter
 from schedules.families.sm90.tma import wait_stored
@@ -31,17 +32,28 @@ from schedules.tile.score import NEGATIVE_INFINITY
 class QueryConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
-    ``pipelines`` are those of Q, K, V and dO.
+    ``pipelines`` are those of Q, K, V and dO; ``parameters`` are those with gradients.
     """
 
-    def __init__(self, pattern: Pattern, config: Config, block: Block, pipelines, index, warp, lane):
+    def __init__(
+        self,
+        pattern: Pattern,
+        config: Config,
+        block: Block,
+        pipelines,
+        parameters: ParameterGradients,
+        index,
+        warp,
+        lane,
+    ):
         self.pattern, self.config, self.block = pattern, config, block
         self.q, self.k, self.v, self.do = pipelines
         self.index, self.warp, self.lane = index, warp, lane
         D, E, N = pattern.head_dim, pattern.head_dim_v, config.block_n
         self.scores = Products(pattern.dtype, BLOCK, N, D, D)
         self.gradients = Products(pattern.dtype, BLOCK, N, E, E)
-        self.weights = Weights(pattern, block.site, N, False)
+        self.parameters = parameters
+        self.weights = Weights(pattern, block.site, N, False, tuple(p.name for p in parameters.params))
         # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
         self.acc_dq = T.alloc_local([D // 2], "float32")
         self.acc_s = T.alloc_local([N // 2], "float32")
@@ -125,6 +137,7 @@ class QueryConsumer:
         self.counter.advance()
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.v.consumer_release(k, self.lane)
+        self.weights.add_parameters(self.acc_dp)
         self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
 
     @T.inline
@@ -145,6 +158,7 @@ class QueryConsumer:
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.k.consumer_release(before, self.lane)
         self.v.consumer_release(k, self.lane)
+        self.weights.add_parameters(self.acc_dp)
         self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
 
     @T.inline
@@ -165,6 +179,7 @@ class QueryConsumer:
         self.counter.start()
         for i in T.unroll(self.pattern.head_dim // 2):
             self.acc_dq[i] = T.float32(0)
+        self.weights.start_parameters()
         self.read_terms()
         walk = KeyWalk(self.block, 0, self.config.block_m)
         self.q.consumer_wait(self.q.state(0))
@@ -181,6 +196,16 @@ class QueryConsumer:
         self.issue_dq(self.counter.state(self.k.stages, behind=1))
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.write(dq_map)
+        if len(self.weights.learnt) > 0:
+            share = T.meta_var(T.truncdiv(self.block.row_first, BLOCK) * SHARES + self.index * WARPS + self.warp)
+            self.parameters.store(
+                self.block.geometry,
+                self.weights.parameter_sums,
+                self.block.batch,
+                self.block.head,
+                share,
+                self.lane,
+            )
 
     @T.inline
     def write(self, dq_map):

@@ -3,6 +3,9 @@
 A step has raw products ``s`` in registers, and needs of each the probability ``p = exp(score(s) - lse)`` and the factor
 ``f = p * dscore/ds``, with which ``ds = f * (dp - delta)``.  ``s`` is at hand only now, so that f takes its place.
 
+A parameter that asks for its gradient has a factor of its own, ``p * dscore/dparameter``, and its gradient is the sum of
+them times ``dp - delta``.
+
 What a row is to be shifted by comes as ``-lse * log2(e)``, and −inf where it sees nothing or isn't there: then p is 0.
 """
 
@@ -32,12 +35,17 @@ def negative(x: Expr) -> Expr:
 class Weights(ScoreTile):
     """Scores of ``columns`` columns a step to factors, and if ``packed`` to packed probabilities too.
 
-    The rows are queries and the columns keys, or if ``transposed`` the other way round.
+    The rows are queries and the columns keys, or if ``transposed`` the other way round.  ``learnt`` are the parameters
+    whose gradients are summed beside; of a thread, their factors and sums are in ``parameter_factors`` and
+    ``parameter_sums``.
     """
 
-    def __init__(self, pattern: Pattern, at: Site, columns: int, transposed: bool):
+    def __init__(self, pattern: Pattern, at: Site, columns: int, transposed: bool, learnt: tuple[str, ...] = ()):
         ScoreTile.__init__(self, pattern, at, M16N8, 1, columns)
-        self.transposed = transposed
+        self.transposed, self.learnt = transposed, learnt
+        if learnt:
+            self.parameter_factors = T.alloc_local([len(learnt) * self.stride], "float32")
+            self.parameter_sums = T.alloc_local([len(learnt)], "float32")
         self.pack = element_type(pattern.dtype).pack
         self.scale = local(self.signed_scale())
 
@@ -98,6 +106,7 @@ class Weights(ScoreTile):
                         else None
                     )
                     p[e] = T.exp2(self._exponent(S[x], at, chosen, seen) + shift(g, r, e))
+                    self._weigh_parameters(p[e], S[x], x, at, chosen)
                     S[x] = self._factor(p[e], S[x], at, chosen, masked)
                 if P is not None:
                     T.ptx[self.pack](P[g * 2 + r], p[1], p[0])
@@ -115,6 +124,46 @@ class Weights(ScoreTile):
             return p
         # where a key has no weight, its derivative may be anything
         return T.Select(p == T.float32(0), T.float32(0), p * slope) if masked else p * slope
+
+    def _weigh_parameters(self, p, s, x, at, chosen):
+        """The factors of register ``x`` for the parameters whose derivative isn't 0."""
+        for n, name in enumerate(self.learnt):
+            slope = self.parameter_slope(name, s, *at, chosen)
+            if slope is not None:
+                factor = T.Select(p == T.float32(0), T.float32(0), p * slope)
+                T.buffer_store(self.parameter_factors, factor, [n * self.stride + x])
+
+    @T.inline
+    def start_parameters(self):
+        """Before the first step."""
+        if len(self.learnt) > 0:
+            for n in T.unroll(len(self.learnt)):
+                self.parameter_sums[n] = T.float32(0)
+
+    @T.inline
+    def add_parameters(self, E):
+        """A step's share of the gradients of parameters; ``E`` is ``dp - delta``, anything where there is no weight."""
+        if len(self.learnt) > 0:  # noqa: SIM102, decided when the kernel is made
+            if self.pattern.has_choice:
+                if self.pattern.choice(self.at):
+                    self._add_parameters(E, True)
+                else:
+                    self._add_parameters(E, False)
+            else:
+                self._add_parameters(E, None)
+
+    def _add_parameters(self, E, chosen):
+        zero = T.float32(0)
+        for n, name in enumerate(self.learnt):
+            if self.parameter_slope(name, zero, T.int32(0), T.int32(0), chosen) is None:
+                continue
+            # a step by itself first, so that many steps lose nothing of it
+            total = local(zero)
+            with T.unroll(self.stride) as x:
+                factor = self.parameter_factors[n * self.stride + x]
+                share = T.Select(factor == zero, zero, factor * E[x])
+                T.buffer_store(total.source, total + share, [0])
+            T.buffer_store(self.parameter_sums, self.parameter_sums[n] + total, [n])
 
     @T.inline
     def gradients(self, F, E, P, masked):

@@ -8,7 +8,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
-from schedules.families.sm90.backward.config import BLOCK, Config
+from schedules.families.sm90.backward.config import Config
 from schedules.families.sm90.backward.tensors import Tensors
 from schedules.tile.geometry import Parameters, constant, local, site
 from schedules.tile.tile_scheduler import ceildiv
@@ -16,14 +16,14 @@ from schedules.tile.tile_scheduler import ceildiv
 
 @T.meta_class
 class KeyScheduler:
-    """A block for each ``BLOCK`` keys of a head of keys and batch; made before ``T.device_entry()``.
+    """A block for each ``block_keys`` keys of a head of keys and batch; made before ``T.device_entry()``.
 
     Blocks of a head are started from its first keys on, which a causal mask shows to most queries: the longest first.
     """
 
     def __init__(self, tensors: Tensors, config: Config):
         self.heads_first = config.heads_first
-        self.blocks = T.bind(ceildiv(tensors.seqlen_kv, BLOCK))
+        self.blocks = T.bind(ceildiv(tensors.seqlen_kv, config.block_keys))
         self.kv_heads, self.batch = tensors.kv_heads, tensors.batch
 
     def grid(self):
@@ -47,7 +47,7 @@ class KeyBlock:
     def __init__(self, pattern: Pattern, config: Config, tensors: Tensors, scheduler: KeyScheduler, at):
         self.pattern, self.config, self.tensors = pattern, config, tensors
         number, kv_head, batch = scheduler.place(at)
-        self.key_first = local(number * BLOCK)
+        self.key_first = local(number * config.block_keys)
         self.kv_head, self.batch = local(kv_head), local(batch)
         self.group = tensors.group
 
@@ -76,7 +76,8 @@ class QueryWalk:
 
     def __init__(self, block: KeyBlock, at: Site):
         pattern, block_m = block.pattern, block.config.block_m
-        rows = pattern.rows_of(at, block.key_first, T.min(block.key_first + (BLOCK - 1), at.seqlen_kv - 1))
+        last = block.key_first + (block.config.block_keys - 1)
+        rows = pattern.rows_of(at, block.key_first, T.min(last, at.seqlen_kv - 1))
         (lo, hi), (full_lo, full_hi) = rows.visible, rows.full
         self.has_masked = not pattern.is_unmasked
         self.has_full = pattern.is_unmasked or constant(full_hi) != 0
