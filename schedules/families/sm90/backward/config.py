@@ -31,6 +31,7 @@ class Config:
     num_stages: stages of its pipelines of queries and of gradients of outputs; a power of two.
     block_n: keys of a step of the launch for dq, a multiple of 16.
     num_stages_dq: stages of its pipelines of keys and of values; a power of two.
+    overlaps: a step of the launch for dq issues its last product beside the next step's first ones.
     heads_first: blocks of all heads with the same keys, or queries, are started one after the other, and not all of a
         head.
     shares_keys: both consumer warpgroups of the launch for dk and dv have the same 64 keys, and one computes dv, the
@@ -41,6 +42,7 @@ class Config:
     num_stages: int = 4
     block_n: int = 96
     num_stages_dq: int = 2
+    overlaps: bool = True
     heads_first: bool = False
     shares_keys: bool = False
 
@@ -86,6 +88,7 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "num_stages": (2, 4),
         "block_n": (32, 48, 64, 80, 96, 112, 128),
         "num_stages_dq": (2, 4),
+        "overlaps": (True, False),
         "heads_first": (False, True),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }

@@ -2,13 +2,13 @@
 
 A step, for a tile of queries, finds ``S = K Qᵀ`` in registers:
 
-1. weights: P, packed, and in place of S the factors ``F = P ∂score/∂s``;
-2. issue ``dP = V dOᵀ``, which starts from −delta, and ``dV += P dO``; wait for both;
+1. issue ``dP = V dOᵀ``, which starts from −delta;
+2. weights meanwhile: P, packed, and in place of S the factors ``F = P ∂score/∂s``; issue ``dV += P dO``; wait for both;
 3. ``dS = F dP``, packed in place of P;
 4. issue ``dK += dS Q``, and the next step's S; wait for both.
 
-A warpgroup doesn't overlap its own products with anything: the other one's fill the tensor cores meanwhile, and the two
-never wait for each other.  No product is in flight at the end of a step, which ptxas would make all of them wait for.
+Beside that a warpgroup doesn't overlap its own products with anything: the other one's fill the tensor cores meanwhile,
+and the two never wait for each other.  No product is in flight at the end of a step, which ptxas would make all of them wait for.
 Registers of a thread, at head_dim 128 and 64 queries: dK and dV 128, S 32, dP 32, P or dS 16.
 
 Q is read by S and dK, dO by dP and dV: each is released after the second.  Only this warpgroup reads its rows of K and
@@ -106,15 +106,18 @@ class KeyConsumer:
         T.ptx.wgmma.commit_group.sync.aligned()
 
     @T.inline
-    def issue_dp_dv(self, do):
-        """Start dP, from −delta, and dV of the tile of queries ``do``."""
-        if self.has_dk:
-            self.start_dp(do)
+    def issue_dp(self, do):
+        """Start dP, from −delta, of the tile of queries ``do``."""
+        self.start_dp(do)
         T.ptx.wgmma.fence.sync.aligned()
-        if self.has_dk:
-            self.gradients.qk(self.acc_dp, self._own(self.v), self._do_descriptor(do), add=True)
-        if self.has_dv:
-            self.scores.pv(self.acc_dv, self.p, self._row_descriptor(self.do, do))
+        self.gradients.qk(self.acc_dp, self._own(self.v), self._do_descriptor(do), add=True)
+        T.ptx.wgmma.commit_group.sync.aligned()
+
+    @T.inline
+    def issue_dv(self, do):
+        """Start dV of the tile of queries ``do``."""
+        T.ptx.wgmma.fence.sync.aligned()
+        self.scores.pv(self.acc_dv, self.p, self._row_descriptor(self.do, do))
         T.ptx.wgmma.commit_group.sync.aligned()
 
     @T.inline
@@ -146,9 +149,12 @@ class KeyConsumer:
         query = T.meta_var(tile * self.config.block_m + self.column)
         key = T.meta_var(self.block.key_first + self.key + M16N8.row(self.lane))
         p = T.meta_var(self.p if self.has_dv else None)
-        weights.weigh(self.acc_s, p, lambda g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
         self.do.consumer_wait(q)
-        self.issue_dp_dv(q)
+        if self.has_dk:
+            self.issue_dp(q)
+        weights.weigh(self.acc_s, p, lambda g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
+        if self.has_dv:
+            self.issue_dv(q)
         if self.has_dk:
             T.ptx.wgmma.wait_group.sync.aligned(0)
             self.do.consumer_release(q, self.lane)

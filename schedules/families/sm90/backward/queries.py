@@ -118,7 +118,7 @@ def _kernel(
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
             pipelines = T.meta_var((q_tile, k_pipeline, v_pipeline, do_tile))
-            consumer = QueryConsumer(pattern, tiles, block, pipelines, learnt, warp // 4, warp % 4, lane)
+            consumer = QueryConsumer(pattern, tiles, block, pipelines, learnt, config.overlaps, warp // 4, warp % 4, lane)
             consumer.run(dq_map)
 
     return backward

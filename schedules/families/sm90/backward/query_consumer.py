@@ -6,6 +6,8 @@ A step, for tile n of keys:
 2. weights while the other two run: in place of S the factors ``F = P ∂score/∂s``;
 3. wait for both, release K(n−1) and V(n), ``dS = F dP``, packed.
 
+A step by itself, which takes fewer registers, issues ``dQ += dS K(n)`` after 3 and waits for it.
+
 Registers of a thread, at head_dim 128 and 96 keys: dQ 64, S 48, dP 48, dS 24.
 """
 
@@ -32,7 +34,8 @@ from schedules.tile.score import NEGATIVE_INFINITY
 class QueryConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
-    ``pipelines`` are those of Q, K, V and dO; ``parameters`` are those with gradients.
+    ``pipelines`` are those of Q, K, V and dO; ``parameters`` are those with gradients.  Either it ``overlaps``
+    the product of a step with the next one's, or each step is by itself.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class QueryConsumer:
         block: Block,
         pipelines,
         parameters: ParameterGradients,
+        overlaps: bool,
         index,
         warp,
         lane,
@@ -52,7 +56,7 @@ class QueryConsumer:
         D, E, N = pattern.head_dim, pattern.head_dim_v, config.block_n
         self.scores = Products(pattern.dtype, BLOCK, N, D, D)
         self.gradients = Products(pattern.dtype, BLOCK, N, E, E)
-        self.parameters = parameters
+        self.parameters, self.overlaps = parameters, overlaps
         self.weights = Weights(pattern, block.site, N, False, tuple(p.name for p in parameters.params))
         # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
         self.acc_dq = T.alloc_local([D // 2], "float32")
@@ -142,6 +146,33 @@ class QueryConsumer:
 
     @T.inline
     def step(self, walk, i, masked):
+        """Step ``i``."""
+        if self.overlaps:
+            self.step_after_another(walk, i, masked)
+        else:
+            self.step_by_itself(walk, i, masked)
+
+    @T.inline
+    def step_by_itself(self, walk, i, masked):
+        """Step ``i`` with its own dQ."""
+        k = T.meta_var(self.counter.state(self.k.stages))
+        self.k.consumer_wait(k)
+        self.issue_scores(k)
+        self.v.consumer_wait(k)
+        self.issue_dp(k)
+        T.ptx.wgmma.wait_group.sync.aligned(1)
+        self.weigh(walk, i, masked)
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.v.consumer_release(k, self.lane)
+        self.weights.add_parameters(self.acc_dp)
+        self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
+        self.issue_dq(k)
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.k.consumer_release(k, self.lane)
+        self.counter.advance()
+
+    @T.inline
+    def step_after_another(self, walk, i, masked):
         """Step ``i``, and dQ of the one before."""
         k = T.meta_var(self.counter.state(self.k.stages))
         before = T.meta_var(self.counter.state(self.k.stages, behind=1))
@@ -185,7 +216,10 @@ class QueryConsumer:
         self.q.consumer_wait(self.q.state(0))
         self.do.consumer_wait(self.do.state(0))
         # 1. Tiles of keys from right to left: masked, full, masked.
-        self.start_steps(walk, True)
+        if self.overlaps:
+            self.start_steps(walk, True)
+        else:
+            self.step(walk, 0, True)
         self.masked_steps(walk, 1, T.min(walk.full_begin, walk.steps))
         if walk.has_full:
             for i in T.serial(T.max(walk.full_begin, 1), T.min(walk.full_end, walk.steps)):
@@ -193,8 +227,9 @@ class QueryConsumer:
         if walk.has_left:
             self.masked_steps(walk, T.max(walk.full_end, 1), walk.steps)
         # 2. The last product.
-        self.issue_dq(self.counter.state(self.k.stages, behind=1))
-        T.ptx.wgmma.wait_group.sync.aligned(0)
+        if self.overlaps:
+            self.issue_dq(self.counter.state(self.k.stages, behind=1))
+            T.ptx.wgmma.wait_group.sync.aligned(0)
         self.write(dq_map)
         if len(self.weights.learnt) > 0:
             share = T.meta_var(T.truncdiv(self.block.row_first, BLOCK) * SHARES + self.index * WARPS + self.warp)
