@@ -103,6 +103,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         pattern.differentiate()
     except DefinitionError as e:
         return Rejected(f"the score has no backward: {e}")
+    if config.overlaps and (asked := [p.name for p in pattern.params if p.gradient]):
+        return Rejected(f"overlaps: the gradient of {', '.join(asked)} is summed by steps by themselves")
     for name, size in (("block_m", config.block_m), ("block_n", config.block_n)):
         if size % 16 or not 16 <= size <= 256:
             return Rejected(f"{name} {size} is not a multiple of 16 from 16 to 256")
@@ -132,8 +134,7 @@ def registers_of_queries(pattern: Pattern, config: Config) -> tuple[int, int]:
     return next(r for r in REGISTERS if r[1] >= _registers_of_queries(pattern, config))
 
 
-# Of a step a thread has scores and their gradients in float32, and one of the two packed; of a parameter that asks for
-# its gradient the launch for dq has its factors and its sum.
+# Of a step a thread has scores and their gradients in float32, and one of the two packed.
 
 
 def _registers_of_keys(pattern: Pattern, config: Config) -> int:
@@ -145,12 +146,13 @@ def _registers_of_keys(pattern: Pattern, config: Config) -> int:
 
 
 def _registers_of_queries(pattern: Pattern, config: Config) -> int:
-    learnt = sum(p.gradient for p in pattern.params) * (config.block_n // 2 + 1)
-    return pattern.head_dim // 2 + config.block_n + config.block_n // 4 + learnt + OTHER_REGISTERS
+    return pattern.head_dim // 2 + config.block_n + config.block_n // 4 + OTHER_REGISTERS
 
 
 def _memory_of_keys(pattern: Pattern, config: Config) -> int:
-    rows = (config.block_keys + config.num_stages * config.block_m) * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
+    rows = (config.block_keys + config.num_stages * config.block_m) * (
+        panels(pattern.head_dim) + panels(pattern.head_dim_v)
+    )
     return rows * 2 * PANEL + config.num_stages * 2 * config.block_m * 4 + BARRIER_BYTES
 
 

@@ -8,7 +8,8 @@ A step, for a tile of queries, finds ``S = K Qᵀ`` in registers:
 4. issue ``dK += dS Q``, and the next step's S; wait for both.
 
 Beside that a warpgroup doesn't overlap its own products with anything: the other one's fill the tensor cores meanwhile,
-and the two never wait for each other.  No product is in flight at the end of a step, which ptxas would make all of them wait for.
+and the two never wait for each other.  No product is in flight at the end of a step, which ptxas would make all of them
+wait for.
 Registers of a thread, at head_dim 128 and 64 queries: dK and dV 128, S 32, dP 32, P or dS 16.
 
 Q is read by S and dK, dO by dP and dV: each is released after the second.  Only this warpgroup reads its rows of K and
@@ -25,15 +26,16 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.barriers import ALL_CONSUMERS
 from schedules.families.sm90.backward.config import CONSUMERS, Config
-from schedules.families.sm90.backward.score import Weights
+from schedules.families.sm90.backward.operands import own_rows
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
-from schedules.families.sm90.backward.walk import KeyBlock, QueryWalk
+from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS
 from schedules.families.sm90.pipeline import Pipeline, TileCounter
 from schedules.families.sm90.tma import wait_stored
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset
 from schedules.tile.fragment import M16N8
+from schedules.tile.weights import Weights
 
 
 @T.meta_class
@@ -96,7 +98,7 @@ class KeyConsumer:
 
     def _own(self, pipeline: Pipeline):
         """Of this warpgroup's keys in the block's tile of K or V."""
-        return k_major(pipeline.tiles.ptr_to([0, 0, 0, 0])) + rows_offset(self.first, 1)
+        return own_rows(pipeline, self.first)
 
     @T.inline
     def issue_scores(self, q):
@@ -152,7 +154,7 @@ class KeyConsumer:
         self.do.consumer_wait(q)
         if self.has_dk:
             self.issue_dp(q)
-        weights.weigh(self.acc_s, p, lambda g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
+        weights.weigh(self.acc_s, p, lambda t, g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
         if self.has_dv:
             self.issue_dv(q)
         if self.has_dk:
@@ -186,7 +188,7 @@ class KeyConsumer:
         self.v.consumer_wait(self.v.state(0))
         for g in T.serial(self.block.group):
             site = T.meta_var(self.block.site(g))
-            walk = QueryWalk(self.block, site)
+            walk = self.block.tiles(site)
             weights = Weights(self.pattern, site, self.config.block_m, True)
             if walk.steps > 0:
                 first = T.meta_var(self.counter.state(self.q.stages))

@@ -14,17 +14,17 @@ from schedules.families.sm90.backward.config import CONSUMERS, Config, registers
 from schedules.families.sm90.backward.key_consumer import KeyConsumer
 from schedules.families.sm90.backward.key_producer import fetch_numbers, fetch_tiles
 from schedules.families.sm90.backward.parameters import ParameterGradients
-from schedules.families.sm90.backward.score import negative, shift_of
 from schedules.families.sm90.backward.stores import WARP_ROWS
-from schedules.families.sm90.backward.tensors import Tensors
 from schedules.families.sm90.backward.walk import KeyBlock, KeyScheduler
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import panels
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.tma import encode_keys
 from schedules.tile.geometry import parameterised
+from schedules.tile.gradients import Tensors
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.weights import negative, shift_of
 
 #: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
 ROLES = ("q", "k", "v", "do", "lse", "delta", "dk", "dv", "softmax_scale")
@@ -109,7 +109,7 @@ def _kernel(
         T.cuda.cta_sync()
         block = KeyBlock(pattern, config, tensors, scheduler, (x, y, z))
         # 4. Gradients of parameters, by the first block of a head.
-        if len(learnt.params) > 0:  # noqa: SIM102, decided when the kernel is made
+        if len(learnt.params) > 0:
             if block.key_first == 0:
                 learnt.add(tensors, block.batch, block.kv_head, warp, config.threads // 32, lane)
         # 5. Tasks.
@@ -132,9 +132,13 @@ def _kernel(
             of_lane = T.meta_var((warp // WARPS, warp % WARPS, lane))
             if config.shares_keys:
                 if warp < WARPS:
-                    KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane, results="v").run(None, dv_map)
+                    KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane, results="v").run(
+                        None, dv_map
+                    )
                 else:
-                    KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane, results="k").run(dk_map, None)
+                    KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane, results="k").run(
+                        dk_map, None
+                    )
             else:
                 KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane).run(dk_map, dv_map)
 

@@ -6,8 +6,8 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, ScheduledLaunch, Target
 from schedules.families.sm90.backward import keys, parameters, queries
 from schedules.families.sm90.backward.config import Config
-from schedules.families.sm90.backward.tensors import ALIGNMENT
 from schedules.tile.delta import delta
+from schedules.tile.gradients import ALIGNMENT
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs.manifest import Workspace
 
@@ -24,5 +24,8 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
         "tirx",
         alignment=ALIGNMENT,
         index_bits=32,
-        workspaces=(Workspace("delta", "float32", (("*", "batch", "heads", "seqlen_q"),)), *parameters.workspaces(pattern)),
+        workspaces=(
+            Workspace("delta", "float32", (("*", "batch", "heads", "seqlen_q"),)),
+            *parameters.workspaces(pattern),
+        ),
     )

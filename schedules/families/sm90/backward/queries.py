@@ -13,7 +13,6 @@ from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, re
 from schedules.families.sm90.backward.parameters import ParameterGradients
 from schedules.families.sm90.backward.query_consumer import QueryConsumer
 from schedules.families.sm90.backward.stores import WARP_ROWS
-from schedules.families.sm90.backward.tensors import Tensors
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import panels
 from schedules.families.sm90.packing import Rows
@@ -23,6 +22,7 @@ from schedules.families.sm90.tile_scheduler import TileScheduler
 from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import parameterised
+from schedules.tile.gradients import Tensors
 from schedules.tile.tile_scheduler import Traversal
 
 #: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
@@ -118,7 +118,9 @@ def _kernel(
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
             pipelines = T.meta_var((q_tile, k_pipeline, v_pipeline, do_tile))
-            consumer = QueryConsumer(pattern, tiles, block, pipelines, learnt, config.overlaps, warp // 4, warp % 4, lane)
+            consumer = QueryConsumer(
+                pattern, tiles, block, pipelines, learnt, config.overlaps, warp // 4, warp % 4, lane
+            )
             consumer.run(dq_map)
 
     return backward

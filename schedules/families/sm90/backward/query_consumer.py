@@ -6,7 +6,8 @@ A step, for tile n of keys:
 2. weights while the other two run: in place of S the factors ``F = P ∂score/∂s``;
 3. wait for both, release K(n−1) and V(n), ``dS = F dP``, packed.
 
-A step by itself, which takes fewer registers, issues ``dQ += dS K(n)`` after 3 and waits for it.
+A step by itself, which takes fewer registers, waits for S and dP at once, and for its own dQ.  Only such a step
+sums the gradients of parameters.
 
 Registers of a thread, at head_dim 128 and 96 keys: dQ 64, S 48, dP 48, dS 24.
 """
@@ -17,8 +18,8 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
+from schedules.families.sm90.backward.operands import own_rows
 from schedules.families.sm90.backward.parameters import SHARES, ParameterGradients
-from schedules.families.sm90.backward.score import Weights, shift_of
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
 from schedules.families.sm90.barriers import WARPS, NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
@@ -28,6 +29,7 @@ from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offs
 from schedules.families.sm90.work_tile import Block, KeyWalk
 from schedules.tile.fragment import M16N8
 from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.weights import Weights, shift_of
 
 
 @T.meta_class
@@ -57,12 +59,13 @@ class QueryConsumer:
         self.scores = Products(pattern.dtype, BLOCK, N, D, D)
         self.gradients = Products(pattern.dtype, BLOCK, N, E, E)
         self.parameters, self.overlaps = parameters, overlaps
-        self.weights = Weights(pattern, block.site, N, False, tuple(p.name for p in parameters.params))
+        self.weights = Weights(pattern, block.site, N, False)
         # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
         self.acc_dq = T.alloc_local([D // 2], "float32")
         self.acc_s = T.alloc_local([N // 2], "float32")
         self.acc_dp = T.alloc_local([N // 2], "float32")
         self.ds = T.alloc_local([N // 4], "uint32")
+        self.parameter_sums = T.alloc_local([len(parameters.params)], "float32") if parameters.params else None
         self.shift = T.alloc_local([2], "float32")
         self.start = T.alloc_local([2], "float32")  # −delta
         self.n = T.local_scalar("int32")  # tiles of keys so far
@@ -75,7 +78,7 @@ class QueryConsumer:
 
     def _own(self, pipeline: Pipeline):
         """Of this warpgroup's rows of Q or dO."""
-        return k_major(pipeline.tiles.ptr_to([0, 0, 0, 0])) + rows_offset(self.index * WARPGROUP_ROWS, 1)
+        return own_rows(pipeline, self.index * WARPGROUP_ROWS)
 
     @T.inline
     def issue_scores(self, k):
@@ -121,12 +124,15 @@ class QueryConsumer:
                 self.shift[r] = shift_of(lse[at])
                 self.start[r] = T.float32(0) - delta[at]
 
+    def first_of(self, walk, i):
+        """This lane's first query and key of step ``i``."""
+        return self.block.row_first + self.row + M16N8.row(self.lane), walk.key_first(i) + M16N8.column(self.lane)
+
     @T.inline
     def weigh(self, walk, i, masked):
         """The factors of step ``i``."""
-        query = T.meta_var(self.block.row_first + self.row + M16N8.row(self.lane))
-        key = T.meta_var(walk.key_first(i) + M16N8.column(self.lane))
-        self.weights.weigh(self.acc_s, None, lambda g, r, e: self.shift[r], query, key, masked)
+        query, key = T.meta_var(self.first_of(walk, i))
+        self.weights.weigh(self.acc_s, None, lambda t, g, r, e: self.shift[r], query, key, masked)
 
     @T.inline
     def start_steps(self, walk, masked):
@@ -141,7 +147,6 @@ class QueryConsumer:
         self.counter.advance()
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.v.consumer_release(k, self.lane)
-        self.weights.add_parameters(self.acc_dp)
         self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
 
     @T.inline
@@ -160,12 +165,20 @@ class QueryConsumer:
         self.issue_scores(k)
         self.v.consumer_wait(k)
         self.issue_dp(k)
-        T.ptx.wgmma.wait_group.sync.aligned(1)
-        self.weigh(walk, i, masked)
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.v.consumer_release(k, self.lane)
-        self.weights.add_parameters(self.acc_dp)
-        self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
+        query, key = T.meta_var(self.first_of(walk, i))
+        self.weights.turn(
+            self.acc_s,
+            self.acc_dp,
+            None,
+            self.ds,
+            lambda t, g, r, e: self.shift[r],
+            query,
+            key,
+            masked,
+            self.parameter_sums,
+        )
         self.issue_dq(k)
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.k.consumer_release(k, self.lane)
@@ -189,7 +202,6 @@ class QueryConsumer:
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.k.consumer_release(before, self.lane)
         self.v.consumer_release(k, self.lane)
-        self.weights.add_parameters(self.acc_dp)
         self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
 
     @T.inline
@@ -210,7 +222,9 @@ class QueryConsumer:
         self.counter.start()
         for i in T.unroll(self.pattern.head_dim // 2):
             self.acc_dq[i] = T.float32(0)
-        self.weights.start_parameters()
+        if len(self.parameters.params) > 0:
+            for n in T.unroll(len(self.parameters.params)):
+                self.parameter_sums[n] = T.float32(0)
         self.read_terms()
         walk = KeyWalk(self.block, 0, self.config.block_m)
         self.q.consumer_wait(self.q.state(0))
@@ -231,11 +245,11 @@ class QueryConsumer:
             self.issue_dq(self.counter.state(self.k.stages, behind=1))
             T.ptx.wgmma.wait_group.sync.aligned(0)
         self.write(dq_map)
-        if len(self.weights.learnt) > 0:
+        if len(self.parameters.params) > 0:
             share = T.meta_var(T.truncdiv(self.block.row_first, BLOCK) * SHARES + self.index * WARPS + self.warp)
             self.parameters.store(
                 self.block.geometry,
-                self.weights.parameter_sums,
+                self.parameter_sums,
                 self.block.batch,
                 self.block.head,
                 share,
