@@ -30,6 +30,8 @@ from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 
 #: Kinds of kernels: the usual one; the one for few query rows, with the keys split among blocks; that of gradients.
 FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
+#: That of ragged sequences, whose tensors have no batch axis.
+RAGGED = "ragged"
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
 
@@ -126,3 +128,12 @@ def forward_program(
 ) -> Program:
     """Attention in one launch."""
     return Program("forward", (ScheduledLaunch(func, forward_roles(params)),), pipeline, alignment, index_bits)
+
+
+def ragged_program(
+    func: PrimFunc, params: Iterable[Param], pipeline: str, *, alignment: int, index_bits: int
+) -> Program:
+    """Attention of ragged sequences in one launch."""
+    starts = ("cu_seqlens_q", "cu_seqlens_k")
+    roles = ("q", "k", "v", "o", "lse", *starts, "softmax_scale", *(p.name for p in params))
+    return Program("forward", (ScheduledLaunch(func, roles),), pipeline, alignment, index_bits)

@@ -22,12 +22,13 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import DECODE, Program, Rejected, Target, forward_program
+from schedules.families.interface import DECODE, RAGGED, Program, Rejected, Target, forward_program
 from schedules.families.mma import ldmatrix, mma
 from schedules.families.mma.decode import Decoding, PackedSoftmax
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
+from schedules.families.mma.ragged import RaggedForward
 from schedules.tile.fragment import M16N8
 from schedules.tile.tile_scheduler import Traversal
 
@@ -304,11 +305,17 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     )  # fmt: skip
 
 
+def _machine(config: Config) -> type:
+    return PairedMachine if config.warps_per_tile == 2 else Machine
+
+
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    machine = PairedMachine if config.warps_per_tile == 2 else Machine
-    func = mma.kernel(pattern, config, traversal, name, machine)
+    func = mma.kernel(pattern, config, traversal, name, _machine(config))
     return forward_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)
 
 
-KINDS = {DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible)}
+KINDS = {
+    DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
+    RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
+}
