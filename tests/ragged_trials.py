@@ -100,7 +100,9 @@ class Ragged:
         tensors |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts, strict=True))
         tensors["lse"] = torch.full((heads * total_q,), torch.nan, device=device)
         values = {n: torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x for n, x in values.items()}
-        problem = sizes.of(len(self.lengths), heads, total_q, kv_heads, total_k, self.own.head_dim, self.own.head_dim_v)
+        problem = sizes.of_sequences(
+            len(self.lengths), heads, total_q, kv_heads, total_k, self.own.head_dim, self.own.head_dim_v
+        )
         compute({**tensors, "softmax_scale": self.own.softmax_scale, **values}, problem)
         lse = tensors["lse"].reshape(heads, total_q)
         return tensors["o"].transpose(0, 1).double().cpu().numpy(), lse.double().cpu().numpy()
@@ -207,7 +209,7 @@ def run_thousands(own: Case, compute: Compute, device: str, count: int = 2500) -
     starts = torch.from_numpy(-(-np.arange(count + 1, dtype=np.int32) // 7)).to(device)
     tensors |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "o": torch.full_like(tensors["v"], torch.nan)}
     lse = torch.full((positions,), torch.nan, device=device)
-    problem = sizes.of(count, 1, positions, 1, positions, case.head_dim, case.head_dim_v)
+    problem = sizes.of_sequences(count, 1, positions, 1, positions, case.head_dim, case.head_dim_v)
     compute({**tensors, "lse": lse, "softmax_scale": case.softmax_scale}, problem)
     found = (*(tensors[name] for name in ("o", "v", "q", "k")), lse)
     return tuple(x.double().cpu().numpy() for x in found)
@@ -249,4 +251,4 @@ def usual(entry: KernelEntry) -> Usual:
     share = {"full": lambda n: n, "causal": lambda n: n / 2}.get(entry.mask, lambda n: min(_LONGEST_WINDOW + 1, n))
     flops = 2.0 * heads * sum(n * share(n) for n in _LENGTHS) * (D + E)
     name = f"ragged b={len(_LENGTHS)} t={total} h={heads} d={D}"
-    return Usual(name, values, sizes.of(len(_LENGTHS), heads, total, heads, total, D, E), flops)
+    return Usual(name, values, sizes.of_sequences(len(_LENGTHS), heads, total, heads, total, D, E), flops)

@@ -13,7 +13,7 @@ BOTH = (FORWARD, DECODE)
 
 
 def chosen(selection=None, kinds=BOTH, **more):
-    return (selection or Selection()).specs(("float16",), between=True, kinds=kinds, **more)
+    return (selection or Selection()).specs(("float16",), gpu=True, kinds=kinds, **more)
 
 
 def pairs(specs, kind):

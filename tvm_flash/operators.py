@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 FORWARD, BACKWARD = "forward", "backward"
 
+#: The same of sequences of different lengths that lie one after the other, which are also kinds of kernels.
+RAGGED, RAGGED_BACKWARD = "ragged", "ragged_backward"
+
 #: The role (:mod:`tvm_flash.packs.manifest`) of a tensor that callers know by another name.
 _ROLES = {"out": "o", "dout": "do"}
 

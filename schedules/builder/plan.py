@@ -135,8 +135,10 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
     kinds = kinds if chosen.kinds else core_kinds_of(target)
     if request.definition:
         variants = [request.definition.variant()]
-        return tuple(chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds))
-    return tuple(chosen.specs(family.DTYPES, between=target.arch != "cpu", kinds=kinds))
+        return tuple(
+            chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds, templates=family.TEMPLATES)
+        )
+    return tuple(chosen.specs(family.DTYPES, gpu=target.arch != "cpu", kinds=kinds, templates=family.TEMPLATES))
 
 
 # ---------------------------------------------------------------- what is there already

@@ -32,6 +32,8 @@ from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
 #: That of ragged sequences, whose tensors have no batch axis.
 RAGGED = "ragged"
+#: That of their gradients.
+RAGGED_BACKWARD = "ragged_backward"
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
 

@@ -13,6 +13,7 @@ from schedules.tile.tile_scheduler import WorkTile
 
 #: int32 of a :class:`FoundTile`, and where each number is.
 WORDS = 8
+BYTES = 64  # of a block that has one; arrays in shared memory are aligned so
 _SEQUENCE, _HEAD, _M_BLOCK, _QUERY, _QUERIES, _KEY, _KEYS = range(7)
 
 

@@ -14,7 +14,7 @@ from tvm_flash.call.measured import compare, nearest, tune_command
 from tvm_flash.call.problem import Problem
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS
+from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS, RAGGED, RAGGED_BACKWARD
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
@@ -181,6 +181,8 @@ def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance:
 
 def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
     """Why a kernel of the right operator, dtype and definition can't run the problem; None if it can."""
+    if entry.kind in (RAGGED, RAGGED_BACKWARD):
+        return Rejection(entry, _KIND, "is for sequences of different lengths, one after the other")
     if (entry.kind == ACCUMULATE) != problem.accumulate:
         what = (
             "adds to gradients that are there" if entry.kind == ACCUMULATE else "writes gradients, and doesn't add them"

@@ -28,6 +28,21 @@ The launches of ``forward`` kernels write ``o`` and ``lse``.  One with a single 
 softmax_scale, *params)``; one that splits the keys has a launch that writes partial results into workspaces, and one
 that combines them.
 
+Kernels of the kinds ``ragged`` and ``ragged_backward`` compute ``forward`` and ``backward`` of sequences of different
+lengths that lie one after the other.  Their roles are the same but for these:
+
+* ``q``, ``o`` (and ``do``, ``dq``): ``(total_q, heads, dim)``; ``k``, ``v`` (and ``dk``, ``dv``): ``(total_k, kv_heads,
+  dim)``, whatever the template, of any strides with a contiguous last dimension.
+* ``lse`` (and ``dlse``): flat float32, ``heads * total_q`` values in ``(heads, total_q)`` order, or a shorter tensor.
+* ``cu_seqlens_q``, ``cu_seqlens_k``: contiguous int32 ``(batch + 1,)`` on the device, which nobody reads on the host:
+  sequence ``b`` has the rows ``cu_seqlens_q[b]`` up to but not ``cu_seqlens_q[b + 1]``, and such keys.  Neither falls,
+  both begin with 0 and end with at most ``total_q`` and ``total_k``; a kernel of the CPU fails, before it writes
+  anything, if that isn't so, one of a GPU stays within the tensors.
+* a ``per_head`` parameter is ``(batch, heads)``, the sequence being the batch entry.
+
+Rows and keys after the last sequence are written as those that see nothing.  Which kernel runs, and so its bucket, has
+nothing to do with lengths.  Their sizes are those of :func:`tvm_flash.packs.sizes.of_sequences`.
+
 Those of ``backward`` take ``do`` (as ``o``), ``o`` and ``lse`` as a forward kernel left them, and ``dlse`` (as ``lse``;
 a shorter tensor means that there is none), and write all of ``dq``, ``dk`` and ``dv`` (as ``q``, ``k`` and ``v``), and
 ``d_NAME`` of each parameter that asks for its gradient: float32, ``(batch, heads)`` of one ``per_head``, else one

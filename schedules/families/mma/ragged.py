@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, Target, ragged_program
 from schedules.families.mma import mma
+from schedules.tile.slots import BYTES
 from schedules.tile.tile_scheduler import Traversal
 
 
@@ -17,15 +18,20 @@ class RaggedForward:
 
     Attributes
     ----------
-    Config, default_configs, space, feasible: the family's own for its forward kernel.
+    Config, default_configs, space: what the family has for its forward kernel.
+    fits: the family's ``feasible``, which is told what more shared memory is needed.
     machine: the type of machine that a configuration asks for.
     """
 
     Config: type
     default_configs: Callable[[str, Pattern, Target], dict[int, object]]
     space: Callable[[str, Pattern, Target], Mapping[str, tuple]]
-    feasible: Callable[[Pattern, object, Target], Rejected | None]
+    fits: Callable[..., Rejected | None]
     machine: Callable[[object], type]
+
+    def feasible(self, pattern: Pattern, config, target: Target) -> Rejected | None:
+        """Whether the machine has room for a block."""
+        return self.fits(pattern, config, target, found=BYTES)
 
     def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
         """The kernel."""

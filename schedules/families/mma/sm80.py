@@ -294,14 +294,17 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
     }
 
 
-def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
-    """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
+def feasible(pattern: Pattern, config: Config, target: Target, found: int = 0) -> Rejected | None:
+    """Whether the machine has the shared memory and registers, and whether the tile can be divided.
+
+    ``found``: bytes of shared memory for what a block has looked up.
+    """
     if config.num_stages < 1:
         return Rejected(f"num_stages {config.num_stages} must be at least 1")
     return limits.check(
         pattern, config, target, M16N8, num_stages=config.num_stages, m_tiles=(1, 2),
         more=ldmatrix.operand_registers(pattern, config), parts=config.warps_per_tile,
-        cursors_in_shared=config.cursors_in_shared,
+        cursors_in_shared=config.cursors_in_shared, found=found,
     )  # fmt: skip
 
 
@@ -319,3 +322,4 @@ KINDS = {
     DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
 }
+UNVERIFIED_KINDS = (RAGGED,)

@@ -21,15 +21,15 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config
-from schedules.families.sm90.backward.score import Weights
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
-from schedules.families.sm90.backward.walk import KeyBlock, QueryWalk
+from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS
 from schedules.families.sm90.pipeline import Pipeline, TileCounter
 from schedules.families.sm90.tma import wait_stored
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset
 from schedules.tile.fragment import M16N8
+from schedules.tile.weights import Weights
 
 
 @T.meta_class
@@ -121,7 +121,7 @@ class KeyConsumer:
         q = T.meta_var(self.counter.state(self.q.stages))
         query = T.meta_var(tile * self.config.block_m + self.column)
         key = T.meta_var(self.block.key_first + self.key + M16N8.row(self.lane))
-        weights.weigh(self.acc_s, self.p, lambda g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
+        weights.weigh(self.acc_s, self.p, lambda t, g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
         self.do.consumer_wait(q)
         self.start_dp(q)
         self.issue_dp_dv(q)
@@ -151,7 +151,7 @@ class KeyConsumer:
         self.v.consumer_wait(self.v.state(0))
         for g in T.serial(self.block.group):
             site = T.meta_var(self.block.site(g))
-            walk = QueryWalk(self.block, site)
+            walk = self.block.tiles(site)
             weights = Weights(self.pattern, site, self.config.block_m, True)
             if walk.steps > 0:
                 first = T.meta_var(self.counter.state(self.q.stages))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.families.sm90.backward.walk import QueryWalk
 from schedules.tile.geometry import wide
 
 #: Of a loop that stays one: unrolled, it would take registers that a producer hasn't.
@@ -22,7 +21,7 @@ def fetch_tiles(block, keys, keys_map, queries, queries_map):
     keys.load(keys.state(0), keys_map, block.keys(0))
     n: T.int32 = 0
     for g in T.serial(block.group):
-        walk = QueryWalk(block, block.site(g))
+        walk = block.tiles(block.site(g))
         head: T.int32 = block.head(g)
         query: T.int32 = walk.begin * block.config.block_m
         for _ in T.serial(walk.steps, annotations=ROLLED):
@@ -42,7 +41,7 @@ def fetch_numbers(block, pipeline, numbers, source, missing, of, lane):
     tensors = T.meta_var(block.tensors)
     n: T.int32 = 0
     for g in T.serial(block.group):
-        walk = QueryWalk(block, block.site(g))
+        walk = block.tiles(block.site(g))
         query: T.int32 = walk.begin * block_m + lane
         # As many rows as an int32 counts: a flat tensor's length is one.
         at: T.int32 = (block.batch * tensors.heads + block.head(g)) * tensors.seqlen_q + query

@@ -11,17 +11,17 @@ from schedules.families.sm90.backward.barriers import TILE_ARRIVALS
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_keys
 from schedules.families.sm90.backward.key_consumer import KeyConsumer
 from schedules.families.sm90.backward.key_producer import fetch_numbers, fetch_tiles
-from schedules.families.sm90.backward.score import negative, shift_of
 from schedules.families.sm90.backward.stores import WARP_ROWS
-from schedules.families.sm90.backward.tensors import Tensors
 from schedules.families.sm90.backward.walk import KeyBlock, KeyScheduler
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import panels
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.tma import encode_keys
 from schedules.tile.geometry import parameterised
+from schedules.tile.gradients import Tensors
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.weights import negative, shift_of
 
 #: Roles of the kernel's arguments, before those of the pattern's parameters.
 ROLES = ("q", "k", "v", "do", "lse", "delta", "dk", "dv", "softmax_scale")

@@ -6,8 +6,8 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, ScheduledLaunch, Target
 from schedules.families.sm90.backward import keys, queries
 from schedules.families.sm90.backward.config import Config
-from schedules.families.sm90.backward.tensors import ALIGNMENT
 from schedules.tile.delta import delta
+from schedules.tile.gradients import ALIGNMENT
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs.manifest import Workspace
 

@@ -10,7 +10,6 @@ from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_queries
 from schedules.families.sm90.backward.query_consumer import QueryConsumer
 from schedules.families.sm90.backward.stores import WARP_ROWS
-from schedules.families.sm90.backward.tensors import Tensors
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import panels
 from schedules.families.sm90.packing import Rows
@@ -20,6 +19,7 @@ from schedules.families.sm90.tile_scheduler import TileScheduler
 from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import parameterised
+from schedules.tile.gradients import Tensors
 from schedules.tile.tile_scheduler import Traversal
 
 #: Roles of the kernel's arguments, before those of the pattern's parameters.

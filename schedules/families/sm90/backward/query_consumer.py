@@ -15,7 +15,6 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
-from schedules.families.sm90.backward.score import Weights, shift_of
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
 from schedules.families.sm90.barriers import NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
@@ -25,6 +24,7 @@ from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offs
 from schedules.families.sm90.work_tile import Block, KeyWalk
 from schedules.tile.fragment import M16N8
 from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.weights import Weights, shift_of
 
 
 @T.meta_class
@@ -110,7 +110,7 @@ class QueryConsumer:
         """The factors of step ``i``."""
         query = T.meta_var(self.block.row_first + self.row + M16N8.row(self.lane))
         key = T.meta_var(walk.key_first(i) + M16N8.column(self.lane))
-        self.weights.weigh(self.acc_s, None, lambda g, r, e: self.shift[r], query, key, masked)
+        self.weights.weigh(self.acc_s, None, lambda t, g, r, e: self.shift[r], query, key, masked)
 
     @T.inline
     def start_steps(self, walk, masked):

@@ -1,4 +1,4 @@
-"""The arguments of the launches: the forward's tensors and sizes, and the gradients that come in and go out."""
+"""The arguments of a backward's launches on any GPU: the forward's tensors and sizes, and gradients in and out."""
 
 from __future__ import annotations
 

@@ -1,0 +1,158 @@
+"""Probabilities and their derivatives of scores whose log-sum-exp is known: what every GPU's backward makes of them.
+
+A step has raw products ``s`` in registers, and needs of each the probability ``p = exp(score(s) - lse)`` and the factor
+``f = p * dscore/ds``, with which ``ds = f * (dp - delta)``.  ``s`` is at hand only now, so that f takes its place.
+
+What a row is to be shifted by comes as ``-lse * log2(e)``, and −inf where it sees nothing or isn't there: then p is 0.
+"""
+
+from __future__ import annotations
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern, Site
+from schedules.tile.dtypes import element_type
+from schedules.tile.fragment import M16N8, Fragment
+from schedules.tile.geometry import constant, local
+from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY, ScoreTile
+
+
+def shift_of(lse: Expr) -> Expr:
+    """What is added to scores in powers of two before they are exponentiated."""
+    return T.Select(lse == T.float32(NEGATIVE_INFINITY), lse, lse * T.float32(-LOG2_E))
+
+
+def negative(x: Expr) -> Expr:
+    """``-x``."""
+    return T.float32(0) - x
+
+
+def packing(dtype: str):
+    """``pack(to, i, low, high)``: two float32, rounded, as one register; it needs sm_80."""
+    instruction = element_type(dtype).pack
+
+    @T.inline
+    def pack(to, i, low, high):
+        T.ptx[instruction](to[i], high, low)
+
+    return pack
+
+
+@T.meta_class
+class Weights(ScoreTile):
+    """Scores of ``columns`` columns a step to factors, and if they are wanted to packed probabilities too.
+
+    The rows are queries and the columns keys, or if ``transposed`` the other way round.  ``pack`` is as
+    :func:`packing` makes it, the other arguments are those of :class:`ScoreTile`.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        at: Site,
+        columns: int,
+        transposed: bool,
+        *,
+        fragment: Fragment = M16N8,
+        m_tiles: int = 1,
+        tile_step: int = 0,
+        pack=None,
+    ):
+        ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)
+        self.transposed = transposed
+        self.pack = pack or packing(pattern.dtype)
+        self.scale = local(self.signed_scale())
+
+    def position(self, row0, column0, t, g, r, e):
+        """Query and key of a register; ``row0`` is this lane's first query, ``column0`` its first key."""
+        if not self.transposed:
+            return ScoreTile.position(self, row0, column0, t, g, r, e)
+        f = self.fragment
+        return row0 + (g * f.group + e), column0 + (t * self.tile_step + r * f.row_step)
+
+    def _bounds(self, row0, column0, t, r):
+        """Of a row of the fragment: the first column that is seen, and both ends, counted from this lane's first."""
+        i, j = self.position(row0, column0, t, 0, r, 0)
+        if self.transposed:
+            lo, hi = self.pattern.rows_of(self.at, j, j).visible
+            return lo, lo - row0, hi - row0
+        lo, hi = self.pattern.keys_of(self.at, i, i).visible
+        return lo, lo - column0, hi - column0
+
+    @T.inline
+    def weigh(self, S, P, shift, row0, column0, masked):
+        """Raw products ``S`` to factors; ``P``, if it isn't None, takes the packed probabilities.
+
+        ``shift(t, g, r, e)`` is the shift of a register's query.
+        """
+        if self.pattern.has_choice:
+            # asked once, not for every score
+            if self.pattern.choice(self.at):
+                self._weigh(S, P, shift, row0, column0, masked, True)
+            else:
+                self._weigh(S, P, shift, row0, column0, masked, False)
+        else:
+            self._weigh(S, P, shift, row0, column0, masked, None)
+
+    @T.inline
+    def _weigh(self, S, P, shift, row0, column0, masked, chosen):
+        begin = T.alloc_local([2 * self.m_tiles], "int32")
+        end = T.alloc_local([2 * self.m_tiles], "int32")
+        p = T.alloc_local([2], "float32")
+        by_interval = T.meta_var(masked and self.pattern.is_interval)
+        from_zero = T.meta_var(by_interval and constant(self._bounds(row0, column0, 0, 0)[0]) == 0)
+        if by_interval:
+            for t in T.unroll(self.m_tiles):
+                for r in T.unroll(2):
+                    bounds = T.meta_var(self._bounds(row0, column0, t, r))
+                    begin[t * 2 + r] = bounds[1]
+                    end[t * 2 + r] = bounds[2]
+        for t in T.unroll(self.m_tiles):
+            for g in T.unroll(self.groups):
+                for r in T.unroll(2):
+                    for e in T.unroll(2):
+                        x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
+                        at = T.meta_var(self.position(row0, column0, t, g, r, e))
+                        column = T.meta_var(g * self.fragment.group + e)
+                        seen = T.meta_var(
+                            self._within(column, None if from_zero else begin[t * 2 + r], end[t * 2 + r])
+                            if by_interval
+                            else self.pattern.mask(self.at, *at)
+                            if masked
+                            else None
+                        )
+                        p[e] = T.exp2(self._exponent(S[x], at, chosen, seen) + shift(t, g, r, e))
+                        S[x] = self._factor(p[e], S[x], at, chosen, masked)
+                    if P is not None:
+                        self.pack(P, t * (self.stride // 2) + g * 2 + r, p[0], p[1])
+
+    def _within(self, column, begin, end):
+        return column < end if begin is None else T.And(column < end, column >= begin)
+
+    def _exponent(self, s, at, chosen, seen):
+        value = s * self.scale if self.folded else self.modified(s, *at, chosen)
+        return value if seen is None else T.Select(seen, value, T.float32(NEGATIVE_INFINITY))
+
+    def _factor(self, p, s, at, chosen, masked):
+        slope = self.slope(s, *at, chosen)
+        if slope is None:
+            return p
+        # where a key has no weight, its derivative may be anything
+        return T.Select(p == T.float32(0), T.float32(0), p * slope) if masked else p * slope
+
+    @T.inline
+    def gradients(self, F, E, P, masked):
+        """Gradients of scaled products, the factors ``F`` times ``E``, packed to ``P``.
+
+        What hidden values have left in ``E`` may be anything.
+        """
+        for t in T.unroll(self.m_tiles):
+            for g in T.unroll(self.groups):
+                for r in T.unroll(2):
+                    for e in T.unroll(2):
+                        x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
+                        product = T.meta_var(F[x] * E[x])
+                        E[x] = T.Select(F[x] == T.float32(0), T.float32(0), product) if masked else product
+                    i = T.meta_var(t * self.stride + g * 4 + r * 2)
+                    self.pack(P, t * (self.stride // 2) + g * 2 + r, E[i], E[i + 1])
