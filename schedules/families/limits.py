@@ -80,7 +80,7 @@ def check(
 
     ``m_tiles``: how many row tiles a warp may have; ``more``: registers beside S, P and O that the family knows of;
     ``parts``: how many warps share the keys and columns of their rows; ``cursors_in_shared``: as in the machine;
-    ``exchange_in_k``: what they hand to each other lies in the memory of K; ``found``: bytes for what a block has looked up.
+    ``exchange_in_k``: what they hand to each other lies in the memory of K; ``found``: bytes for what a block looks up.
     """
     D, E = pattern.head_dim, pattern.head_dim_v
     if D % 32 or E % 32:

@@ -14,6 +14,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
+from schedules.families.interface import Program, forward_program
 from schedules.families.mma.registers import anew, fresh
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import normalise, store_lse, store_rows
@@ -22,6 +23,7 @@ from schedules.tile.key_range import KeyTiles, in_parts, is_full, next_visible
 from schedules.tile.key_source import ContiguousRows
 from schedules.tile.slots import WORDS, FoundTile, Own
 from schedules.tile.tile_scheduler import InOneRow, Order, Place, Traversal, WorkTile, longest_first
+from tvm_flash.packs import sizes
 
 ALIGNMENT = 16
 INDEX_BITS = 32
@@ -46,6 +48,13 @@ def scheduler(pattern: Pattern, config, traversal: Traversal, geometry: Geometry
 
     work = geometry.work(config.block_m)
     return traversal.order(work, section)
+
+
+def narrow_axes(config, traversal: Traversal) -> tuple[sizes.Expression, ...]:
+    """What a dense launch has along the second and the third axis of its grid, where that may be a large number."""
+    if traversal.layout == "bhsd":
+        return "heads", "batch"
+    return (("ceildiv", "seqlen_q", config.block_m),)  # sections fill the caches, and are few
 
 
 def this_place(x: Expr | None = None, y: Expr | None = None, z: Expr | None = None) -> Place:
@@ -299,3 +308,9 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_ty
         return attention.with_attr("global_symbol", name)
 
     return parameterised(pattern, make)
+
+
+def program(func: PrimFunc, pattern: Pattern, config, traversal: Traversal) -> Program:
+    """The program of a forward kernel."""
+    axes = narrow_axes(config, traversal)
+    return forward_program(func, pattern.params, "tirx", alignment=ALIGNMENT, index_bits=INDEX_BITS, narrow_axes=axes)

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import RAGGED, Program, Rejected, Target, forward_program
+from schedules.families.interface import RAGGED, Program, Rejected, Target
 from schedules.families.mma import mma
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.ragged import RaggedForward
@@ -169,7 +169,7 @@ def feasible(pattern: Pattern, config: Config, target: Target, found: int = 0) -
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
     func = mma.kernel(pattern, config, traversal, name, Machine)
-    return forward_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)
+    return mma.program(func, pattern, config, traversal)
 
 
 KINDS = {RAGGED: RaggedForward(Config, default_configs, space, feasible, lambda config: Machine)}

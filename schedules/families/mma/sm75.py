@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import RAGGED, Program, Rejected, Target, forward_program
+from schedules.families.interface import RAGGED, Program, Rejected, Target
 from schedules.families.mma import ldmatrix, mma
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
@@ -135,7 +135,7 @@ def _machine(config: Config) -> type:
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
     func = mma.kernel(pattern, config, traversal, name, _machine(config))
-    return forward_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)
+    return mma.program(func, pattern, config, traversal)
 
 
 def _ragged_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
