@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from schedules.definition.errors import DefinitionError
 from schedules.definition.pattern import Pattern
@@ -74,11 +74,18 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     Those of plain scores at head_dim 64 and 128 are what docs/hopper.md has figures of; nothing else was tried.
     """
     plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
+    overlaps = not any(p.gradient for p in pattern.params)
     if pattern.head_dim <= 64:
-        return {0: Config(block_m=96, num_stages=4, block_n=128 if plain else 96, num_stages_dq=4)}
-    if plain:
-        return {0: Config()}
-    return {0: Config(block_m=48, block_n=64)}
+        found = Config(block_m=96, num_stages=4, block_n=128 if plain else 96, num_stages_dq=4)
+    elif pattern.head_dim <= 128:
+        found = Config() if plain else Config(block_m=48, block_n=64)
+    elif pattern.head_dim + pattern.head_dim_v <= 320:
+        found = Config(block_m=32, block_n=80 if plain else 64)
+    elif pattern.head_dim <= 192:
+        found = Config(block_m=64 if plain else 48, num_stages=2, block_n=80 if plain else 64, shares_keys=True)
+    else:
+        found = Config(block_m=64 if plain else 32, num_stages=2, block_n=48, shares_keys=True)
+    return {0: replace(found, overlaps=overlaps)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
