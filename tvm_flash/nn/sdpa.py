@@ -82,7 +82,7 @@ def scaled_dot_product_attention(
             return scaled_dot_product_attention(query, key, value, None, dropout_p, True, **options)
         warn_of_fallback(f"{', '.join(kinds)} answers torch's functions in its own way")
         return torch_sdpa(*asked, **options)
-    if torch.amp.is_autocast_available(query.device.type) and torch.is_autocast_enabled(query.device.type):
+    if query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type):
         query, key, value = (_as_autocast(x, query.device.type) for x in (query, key, value))
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
