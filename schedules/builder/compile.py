@@ -319,6 +319,7 @@ def entry_of(
         scalars=program.scalars,
         bucket=spec.bucket,
         max_rows=program.max_rows,
+        narrow_axes=program.narrow_axes,
         alignment=program.alignment,
         index_bits=program.index_bits,
         config=dataclasses.asdict(lowered.config),

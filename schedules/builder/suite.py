@@ -58,7 +58,11 @@ SCOPES = {
     FORWARD: Scope(CORE_VARIANTS, between=True, own_definitions=True),
     DECODE: Scope((("window", "identity"),)),
     BACKWARD: Scope((("positioned", "optional"),), own_definitions=True),
-    RAGGED: Scope((("window", "optional"),)),
+    RAGGED: Scope(
+        (("window", "optional"),),
+        between=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
+    ),
     RAGGED_BACKWARD: Scope((("window", "optional"),)),
     BACKWARD_ACCUMULATE: Scope(()),  # as large as the backward again, for rings alone: built where it is asked for
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import BACKWARD, DECODE, Program, Target, forward_program
 from schedules.families.sm90 import backward, decode
-from schedules.families.sm90.config import Config, feasible
+from schedules.families.sm90.config import Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
 from schedules.families.sm90.space import space
@@ -39,4 +39,6 @@ UNVERIFIED_KINDS = (BACKWARD,)
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The scheduled kernel; ``config`` must be feasible."""
     func = build(pattern, config, traversal, name)
-    return forward_program(func, pattern.params, "tirx", alignment=ALIGNMENT, index_bits=32)
+    return forward_program(
+        func, pattern.params, "tirx", alignment=ALIGNMENT, index_bits=32, narrow_axes=narrow_axes(config)
+    )
