@@ -12,7 +12,7 @@ import tvm
 
 from schedules.builder.assemble import EMISSION_NAME, assemble, twins
 from schedules.builder.emit import emit
-from schedules.builder.plan import Request
+from schedules.builder.plan import BuildRequest
 from schedules.builder.suite import HeadDim, Selection
 from schedules.families.interface import Target
 from schedules.toolchain import cuda
@@ -26,7 +26,7 @@ def emitted(tmp_path_factory):
     """Sources of one kernel for two archs, which is the same for both."""
     folder = tmp_path_factory.mktemp("emitted")
     selection = Selection(("v2",), ("float16",), (HeadDim(64, 64),), ("causal",), ("identity",))
-    assert emit(Request((Target("sm_86"), Target("sm_89")), selection), folder) == []
+    assert emit(BuildRequest((Target("sm_86"), Target("sm_89")), selection), folder) == []
     return folder
 
 
@@ -45,12 +45,12 @@ import tvm
 
 assert tvm.get_global_func("device_api.cuda", allow_missing=True), "TVM didn't find the CUDA libraries"
 from schedules.builder.emit import emit
-from schedules.builder.plan import Request
+from schedules.builder.plan import BuildRequest
 from schedules.builder.suite import HeadDim, Selection
 from schedules.families.interface import Target
 
 selection = Selection(("v2",), ("float16",), (HeadDim(64, 64),), ("causal",), ("identity",))
-assert emit(Request((Target("sm_86"),), selection), Path(sys.argv[1])) == []
+assert emit(BuildRequest((Target("sm_86"),), selection), Path(sys.argv[1])) == []
 """
 
 
