@@ -37,6 +37,33 @@ class KeyScheduler:
 
 
 @T.meta_class
+class SectionScheduler:
+    """As :class:`KeyScheduler`, of heads in sections: the same keys of all heads of a section, then the next keys.
+
+    Blocks of a head are started in the order of their keys, as those that wait for each other must be.
+    """
+
+    def __init__(self, tensors: Tensors, config: Config):
+        self.blocks = T.bind(ceildiv(tensors.seqlen_kv, config.block_keys))
+        self.kv_heads = tensors.kv_heads
+        self.pairs = T.bind(tensors.kv_heads * tensors.batch)
+        self.section = T.bind(T.min(self.pairs, config.head_section))
+
+    def grid(self):
+        """Blocks along each axis."""
+        return [self.section, self.blocks, ceildiv(self.pairs, self.section)]
+
+    def place(self, at):
+        """Number among those of its head, head of keys and batch of the block at ``at``."""
+        pair = at[2] * self.section + at[0]
+        return at[1], T.truncmod(pair, self.kv_heads), T.truncdiv(pair, self.kv_heads)
+
+    def exists(self, at) -> Expr:
+        """Whether there is such a block; the last section may be smaller."""
+        return at[2] * self.section + at[0] < self.pairs
+
+
+@T.meta_class
 class KeyBlock:
     """What one block computes: keys from ``key_first`` on, of head ``kv_head`` of batch ``batch``.
 
@@ -46,6 +73,7 @@ class KeyBlock:
     def __init__(self, pattern: Pattern, config: Config, tensors: Tensors, scheduler: KeyScheduler, at):
         self.pattern, self.config, self.tensors = pattern, config, tensors
         number, kv_head, batch = scheduler.place(at)
+        self.number = local(number)
         self.key_first = local(number * config.block_keys)
         self.kv_head, self.batch = local(kv_head), local(batch)
         self.group = tensors.group
@@ -62,6 +90,12 @@ class KeyBlock:
     def tiles(self, at: Site) -> QueryTiles:
         """The tiles of queries of one head that the block visits."""
         return QueryTiles(self.pattern, at, self.key_first, self.config.block_keys, self.config.block_m)
+
+    def last_of(self, g: Expr, tile: Expr) -> Expr:
+        """The number of the last block that visits a tile of queries of query head ``g`` of the group."""
+        at, first = self.site(g), tile * self.config.block_m
+        last = T.min(first + (self.config.block_m - 1), at.seqlen_q - 1)
+        return T.truncdiv(self.pattern.keys_of(at, first, last).visible[1] - 1, self.config.block_keys)
 
     def keys(self, row: Expr):
         """Where keys from ``row`` of the block on are."""
