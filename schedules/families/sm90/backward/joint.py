@@ -26,7 +26,7 @@ from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs.manifest import Workspace
 
 #: Roles of the kernel's arguments, before those of the pattern's parameters.
-ROLES = ("q", "k", "v", "do", "lse", "delta", "dq", "dk", "dv", "softmax_scale", "dq_sums", "progress")
+ROLES = ("q", "k", "v", "do", "lse", "delta", "dk", "dv", "softmax_scale", "dq_sums", "progress")
 
 
 def workspaces(pattern: Pattern, config: Config) -> tuple[Workspace, ...]:
@@ -57,7 +57,6 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         do: T.handle,
         lse: T.handle,
         delta: T.handle,
-        dq: T.handle,
         dk: T.handle,
         dv: T.handle,
         softmax_scale: T.float32,
@@ -67,7 +66,7 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         tensors = Tensors(
             pattern,
             traversal,
-            {"q": q, "k": k, "v": v, "do": do, "dq": dq, "dk": dk, "dv": dv, "lse": lse, "delta": delta},
+            {"q": q, "k": k, "v": v, "do": do, "dk": dk, "dv": dv, "lse": lse, "delta": delta},
             softmax_scale,
             parameters,
         )

@@ -31,6 +31,16 @@ class JointConsumer(KeyConsumer):
         self.ds = ds
 
     @T.inline
+    def issue_dp_dv(self, do):
+        """Start dP, from −delta, and dV of the tile of queries ``do``, with one fence: ptxas has no register for two."""
+        self.start_dp(do)
+        T.ptx.wgmma.fence.sync.aligned()
+        self.gradients.qk(self.acc_dp, self._own(self.v), self._do_descriptor(do), add=True)
+        T.ptx.wgmma.commit_group.sync.aligned()
+        self.scores.pv(self.acc_dv, self.p, self._row_descriptor(self.do, do))
+        T.ptx.wgmma.commit_group.sync.aligned()
+
+    @T.inline
     def multiply(self, state, masked):
         """dS of the packed P and dP, in place of P and to shared memory."""
         pack = T.meta_var(element_type(self.pattern.dtype).pack)
@@ -60,8 +70,7 @@ class JointConsumer(KeyConsumer):
         key = T.meta_var(self.block.key_first + self.key + M16N8.row(self.lane))
         weights.weigh(self.acc_s, self.p, lambda t, g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
         self.do.consumer_wait(q)
-        self.issue_dp(q)
-        self.issue_dv(q)
+        self.issue_dp_dv(q)
         self.ds.producer_acquire(ds)
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.multiply(ds, masked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, ScheduledLaunch, Target
-from schedules.families.sm90.backward import joint, keys, parameters, queries
+from schedules.families.sm90.backward import convert, joint, keys, parameters, queries
 from schedules.families.sm90.backward.config import Config
 from schedules.tile.delta import delta
 from schedules.tile.gradients import ALIGNMENT
@@ -17,7 +17,11 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     first = ScheduledLaunch(delta(pattern, traversal, name, ALIGNMENT), ("o", "do", "dlse", "delta"))
     deltas = Workspace("delta", "float32", (("*", "batch", "heads", "seqlen_q"),))
     if config.joint:
-        launches = (first, joint.build(pattern, config, traversal, f"{name}_joint"))
+        launches = (
+            first,
+            joint.build(pattern, config, traversal, f"{name}_joint"),
+            convert.build(pattern, config, traversal, f"{name}_dq"),
+        )
         workspaces = (deltas, *joint.workspaces(pattern, config))
     else:
         launches = (

@@ -5,7 +5,7 @@ A step, when a tile of dS is full:
 1. fetch the tile of queries that is two later, and the numbers of its rows: that dS is full says that both consumers
    are past all products of the tile before, whose stage it takes, so that no barrier says that a stage is empty;
 2. ``dQ = dSᵀ K`` in chunks of 64 queries and 64 columns; while the first one runs, wait for this block's turn;
-3. add each chunk to the sum in memory: the first block stores, the last adds the sum to its registers and writes dq;
+3. add each chunk to the sum in memory, which the first block begins;
 4. every so many tiles tell the next block.
 
 All blocks of a head go from the last tile of queries to the first, and wait only for blocks that were started before
@@ -17,15 +17,15 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
+from schedules.families.mma.registers import anew
 from schedules.families.sm90.backward.config import Config
-from schedules.families.sm90.backward.sums import add_to_tile, await_count, store_tile, take_tile, tell
+from schedules.families.sm90.backward.sums import add_to_tile, await_count, store_tile, tell
 from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import WARPS
 from schedules.families.sm90.config import PANEL, panels
 from schedules.families.sm90.wgmma import mn_major, rows_offset
 from schedules.tile.dtypes import element_type
-from schedules.tile.fragment import M16N8
-from schedules.tile.geometry import flat, wide
+from schedules.tile.geometry import wide
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.tile_scheduler import ceildiv
 from schedules.tile.weights import negative, shift_of
@@ -82,7 +82,7 @@ class QuerySums:
         self.number[1] = T.float32(0)
         row: T.int32 = walk.tile(walk.steps - 1 - self.step_to_load) * self.config.block_m + self.warp * 32 + self.lane
         if T.And(self.head_to_load < self.block.group, T.And(self.has_rows, row < tensors.seqlen_q)):
-            at: T.int64 = tensors.lse_offset(self.block.batch, self.block.head(self.head_to_load), row)
+            at: T.int64 = tensors.lse_offset(anew(self.block.batch), self.block.head(self.head_to_load), row)
             self.number[0] = lse[at]
             self.number[1] = delta[at]
         self.step_to_load = self.step_to_load + 1
@@ -138,33 +138,35 @@ class QuerySums:
         """Where it stands how far a block of keys has come in a query head; each warp for its own rows."""
         tensors = self.block.tensors
         blocks = ceildiv(tensors.seqlen_kv, self.config.block_keys)
-        row = wide(self.block.batch) * wide(tensors.heads) + wide(head)
+        row = wide(anew(self.block.batch)) * wide(tensors.heads) + wide(head)
         return self.progress.ptr_to([(row * wide(blocks) + wide(number)) * WARPS + wide(self.warp)])
 
-    def _sum(self, head, tile, chunk, i):
-        """Where four accumulators of a chunk are in the sums."""
+    def _sum(self, head, tile, chunk):
+        """Where a lane's accumulators of a chunk are in the sums: four, and the next four 128 elements on."""
         tensors, config = self.block.tensors, self.config
         tiles = ceildiv(tensors.seqlen_q, config.block_m)
-        row = (wide(self.block.batch) * wide(tensors.heads) + wide(head)) * wide(tiles) + wide(tile)
+        row = (wide(anew(self.block.batch)) * wide(tensors.heads) + wide(head)) * wide(tiles) + wide(tile)
         elements = config.block_m * self.chunks[1] * PANEL
-        of_warp = (chunk * WARPS + self.warp) * (16 * PANEL)
-        return self.sums.ptr_to([row * elements + wide(of_warp + i * 128 + self.lane * 4)])
+        return row * elements + wide((chunk * WARPS + self.warp) * (16 * PANEL) + self.lane * 4)
 
     @T.inline
     def multiply(self, ds, chunk):
         """Start a chunk of dQ: 64 queries of the tile of dS, transposed, and 64 columns of K."""
         keys = T.meta_var(self.config.block_keys)
+        here: T.int32 = anew(T.int32(0))  # what follows isn't kept in registers
         a = T.meta_var(mn_major(self.ds.tiles.ptr_to([0, 0, 0, 0]), keys))
-        b = T.meta_var(mn_major(self.k.tiles.ptr_to([0, 0, 0, 0]), keys))
+        b = T.meta_var(mn_major(self.k.tiles.ptr_to([0, 0, 0, 0]), keys) + T.Cast("uint64", here))
         kind = T.meta_var(element_type(self.pattern.dtype).ptx)
         first = T.meta_var(a + T.Cast("uint64", ds.index) * rows_offset(keys, self.ds.panels))
+        for x in T.unroll(PANEL // 2):
+            self.acc[x] = T.float32(0)  # so that ptxas knows that the last chunk's aren't needed
         T.ptx.wgmma.fence.sync.aligned()
         for i in T.unroll(keys // 16):
             T.ptx[f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind}"](
                 *[self.acc[x] for x in range(PANEL // 2)],
                 first + T.uint64(chunk // self.chunks[1] * (keys * 8) + i * 128),
                 b + T.uint64(chunk % self.chunks[1] * (keys * 8) + i * 128),
-                i > 0, 1, 1, 1, 1,
+                T.bool(True), 1, 1, 1, 1,
             )  # fmt: skip
         T.ptx.wgmma.commit_group.sync.aligned()
 
@@ -178,65 +180,15 @@ class QuerySums:
                 self.known = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), self.known, 0, 32)
 
     @T.inline
-    def add(self, head, tile, chunk, last):
-        """Add a chunk to the sum, or finish it."""
-        if self.block.number == last:
-            if self.block.number > 0:
-                for i in T.unroll(8):
-                    T.evaluate(take_tile(T.address_of(self.acc[i * 4]), self._sum(head, tile, chunk, i)))
-            self.write(head, tile, chunk)
-        else:
-            if self.block.number == 0:
-                for i in T.unroll(8):
-                    T.evaluate(store_tile(self._sum(head, tile, chunk, i), *[self.acc[i * 4 + x] for x in range(4)]))
-            else:
-                for i in T.unroll(8):
-                    T.evaluate(add_to_tile(self._sum(head, tile, chunk, i), *[self.acc[i * 4 + x] for x in range(4)]))
-
-    @T.inline
-    def write(self, head, tile, chunk):
-        """Write a finished chunk of dq."""
-        tensors = T.meta_var(self.block.tensors)
-        dq = T.meta_var(tensors.gradients["dq"])
-        elements = T.meta_var(flat(dq.buffer))
-        pack = T.meta_var(element_type(self.pattern.dtype).pack)
-        packed = T.alloc_local([1], "uint32")
-        column: T.int32 = chunk % self.chunks[1] * PANEL + M16N8.column(self.lane)
-        for r in T.unroll(2):
-            row: T.int32 = (
-                tile * self.config.block_m
-                + chunk // self.chunks[1] * PANEL
-                + self.warp * 16
-                + M16N8.row(self.lane)
-                + r * M16N8.row_step
-            )
-            if row < tensors.seqlen_q:
-                at: T.int64 = dq.offset(self.block.batch, head, row, column)
-                for i in T.unroll(8):
-                    if column + i * 8 < tensors.head_dim:
-                        T.ptx[pack](
-                            packed[0],
-                            self.acc[i * 4 + r * 2 + 1] * tensors.softmax_scale,
-                            self.acc[i * 4 + r * 2] * tensors.softmax_scale,
-                        )
-                        T.ptx["st.global.b32"](elements.ptr_to([at + i * 8]), packed[0])
-
-    @T.inline
-    def clear_unseen(self, walk):
-        """The first block of a head: zeros in dq of the tiles that no block visits, those before its own first one."""
-        tensors = T.meta_var(self.block.tensors)
-        dq = T.meta_var(tensors.gradients["dq"])
-        elements = T.meta_var(flat(dq.buffer))
-        rows = T.meta_var(T.min(walk.begin * self.config.block_m, tensors.seqlen_q))
-        end: T.int32 = T.Select(walk.steps > 0, rows, tensors.seqlen_q)
+    def add(self, head, tile, chunk):
+        """Add a chunk to the sum, or begin it."""
+        at: T.int64 = self._sum(head, tile, chunk)
         if self.block.number == 0:
-            for g in T.serial(self.block.group):
-                for i in T.serial(ceildiv(T.max(end - self.warp, 0), WARPS)):
-                    for c in T.serial(ceildiv(T.max(tensors.head_dim - self.lane * 2, 0), PANEL)):
-                        at: T.int64 = dq.offset(
-                            self.block.batch, self.block.head(g), self.warp + i * WARPS, self.lane * 2 + c * PANEL
-                        )
-                        T.ptx["st.global.b32"](elements.ptr_to([at]), T.uint32(0))
+            for i in T.unroll(8):
+                T.evaluate(store_tile(self.sums.ptr_to([at + i * 128]), *[self.acc[i * 4 + x] for x in range(4)]))
+        else:
+            for i in T.unroll(8):
+                T.evaluate(add_to_tile(self.sums.ptr_to([at + i * 128]), *[self.acc[i * 4 + x] for x in range(4)]))
 
     # ------------------------------------------------------------ the whole
 
@@ -244,8 +196,6 @@ class QuerySums:
     def run(self):
         """Fetch all tiles, and compute this block's part of dq."""
         walk = self.block.tiles(self.block.site(T.int32(0)))
-        if not self.pattern.is_unmasked:
-            self.clear_unseen(walk)
         self.start(walk)
         self.k.consumer_wait(self.k.state(0))
         for g in T.serial(self.block.group):
@@ -258,7 +208,6 @@ class QuerySums:
         """Step ``i`` of query head ``g`` of the group."""
         head = T.meta_var(self.block.head(g))
         tile: T.int32 = walk.tile(walk.steps - 1 - i)
-        last: T.int32 = self.block.last_of(g, tile)
         ds = T.meta_var(self.ds.state(self.n))
         self.ds.consumer_wait(ds)
         self.fetch(walk, self.n + AHEAD)
@@ -270,7 +219,7 @@ class QuerySums:
             T.ptx.wgmma.wait_group.sync.aligned(0)
             if chunk == self.chunks[0] * self.chunks[1] - 1:
                 self.ds.consumer_release(ds, self.lane)
-            self.add(head, tile, chunk, last)
+            self.add(head, tile, chunk)
         if T.Or(i + 1 == walk.steps, T.bitwise_and(i + 1, self.config.tiles_told - 1) == 0):
             T.cuda.warp_sync()
             if self.lane == 0:

@@ -24,11 +24,11 @@ __forceinline__ __device__ void add_to_tile(void* to, float a, float b, float c,
 """
 
 _TAKE = """
-__forceinline__ __device__ void take_tile(float* acc, const void* from) {
+__forceinline__ __device__ void take_tile(float* to, const void* from) {
   float a, b, c, d;
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(a), "=f"(b), "=f"(c), "=f"(d) : "l"(from) : "memory");
-  acc[0] += a; acc[1] += b; acc[2] += c; acc[3] += d;
+  to[0] = a; to[1] = b; to[2] = c; to[3] = d;
 }
 """
 
@@ -59,9 +59,9 @@ def add_to_tile(to, a, b, c, d):
     return T.cuda.func_call("add_to_tile", to, a, b, c, d, source_code=_ADD)
 
 
-def take_tile(acc, source):
-    """What is there, added to the four accumulators from ``acc`` on."""
-    return T.cuda.func_call("take_tile", acc, source, source_code=_TAKE)
+def take_tile(to, source):
+    """What is there, to the four numbers from ``to`` on."""
+    return T.cuda.func_call("take_tile", to, source, source_code=_TAKE)
 
 
 def tell(progress, count: Expr):

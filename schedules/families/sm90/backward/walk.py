@@ -91,12 +91,6 @@ class KeyBlock:
         """The tiles of queries of one head that the block visits."""
         return QueryTiles(self.pattern, at, self.key_first, self.config.block_keys, self.config.block_m)
 
-    def last_of(self, g: Expr, tile: Expr) -> Expr:
-        """The number of the last block that visits a tile of queries of query head ``g`` of the group."""
-        at, first = self.site(g), tile * self.config.block_m
-        last = T.min(first + (self.config.block_m - 1), at.seqlen_q - 1)
-        return T.truncdiv(self.pattern.keys_of(at, first, last).visible[1] - 1, self.config.block_keys)
-
     def keys(self, row: Expr):
         """Where keys from ``row`` of the block on are."""
         return self.key_first + row, self.kv_head, self.batch
