@@ -44,8 +44,8 @@ class Weights(ScoreTile):
     """Scores of ``columns`` columns a step to factors, and if they are wanted to packed probabilities too.
 
     The rows are queries and the columns keys, or if ``transposed`` the other way round.  ``pack`` is as
-    :func:`packing` makes it, the other arguments are those of :class:`ScoreTile`.  If ``descending``, scores are weighed
-    from the last column to the first, for which ptxas may need fewer registers.
+    :func:`packing` makes it, the other arguments are those of :class:`ScoreTile`.  If ``descending``, scores are
+    weighed from the last column to the first, for which ptxas may need fewer registers.
     """
 
     def __init__(

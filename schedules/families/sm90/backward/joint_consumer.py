@@ -32,7 +32,7 @@ class JointConsumer(KeyConsumer):
 
     @T.inline
     def issue_dp_dv(self, do):
-        """Start dP, from −delta, and dV of the tile of queries ``do``, with one fence: ptxas has no register for two."""
+        """Start dP, from −delta, and dV of the tile of queries ``do``, with one fence: two take more registers."""
         self.start_dp(do)
         T.ptx.wgmma.fence.sync.aligned()
         self.gradients.qk(self.acc_dp, self._own(self.v), self._do_descriptor(do), add=True)

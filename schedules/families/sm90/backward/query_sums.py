@@ -65,8 +65,7 @@ class QuerySums:
         self.chunks = config.block_m // PANEL, panels(pattern.head_dim)
         self.acc = T.alloc_local([PANEL // 2], "float32")
         self.n = T.local_scalar("int32")  # tiles so far
-        self.head_to_load, self.step_to_load = T.local_scalar("int32"), T.local_scalar("int32")
-        self.head_to_fetch, self.step_to_fetch = T.local_scalar("int32"), T.local_scalar("int32")
+        self.next_head, self.next_step = T.local_scalar("int32"), T.local_scalar("int32")  # of the tile to fetch next
         self.known = T.local_scalar("int32")
         self.number = T.alloc_local([2], "float32")
         self.has_rows = warp * 32 < config.block_m
@@ -75,26 +74,25 @@ class QuerySums:
 
     @T.inline
     def load_numbers(self, walk):
-        """Start to read lse and delta of the rows of the next tile that needs them; of rows that aren't there, none."""
+        """Start to read lse and delta of the rows of the tile to fetch next; of rows that aren't there, none."""
         tensors = T.meta_var(self.block.tensors)
         lse, delta = T.meta_var(tensors.row_terms())
         self.number[0] = T.float32(NEGATIVE_INFINITY)
         self.number[1] = T.float32(0)
-        row: T.int32 = walk.tile(walk.steps - 1 - self.step_to_load) * self.config.block_m + self.warp * 32 + self.lane
-        if T.And(self.head_to_load < self.block.group, T.And(self.has_rows, row < tensors.seqlen_q)):
-            at: T.int64 = tensors.lse_offset(anew(self.block.batch), self.block.head(self.head_to_load), row)
+        row: T.int32 = walk.tile(walk.steps - 1 - self.next_step) * self.config.block_m + self.warp * 32 + self.lane
+        if T.And(self.next_head < self.block.group, T.And(self.has_rows, row < tensors.seqlen_q)):
+            at: T.int64 = tensors.lse_offset(anew(self.block.batch), self.block.head(self.next_head), row)
             self.number[0] = lse[at]
             self.number[1] = delta[at]
-        self.step_to_load = self.step_to_load + 1
-        if self.step_to_load == walk.steps:
-            self.step_to_load = 0
-            self.head_to_load = self.head_to_load + 1
 
     @T.inline
     def fetch(self, walk, n):
-        """Fetch the next tile, number ``n``: queries and gradients of outputs, and the numbers that were read."""
+        """Fetch the next tile, number ``n``: queries and gradients of outputs, and the numbers that were read.
+
+        Then start to read those of the tile after it.
+        """
         q = T.meta_var(self.q.state(n))
-        if self.head_to_fetch < self.block.group:
+        if self.next_head < self.block.group:
             if self.has_rows:
                 row = T.meta_var(self.warp * 32 + self.lane)
                 self.shifts[q.index, row] = shift_of(self.number[0])
@@ -105,32 +103,30 @@ class QuerySums:
                     self.do.full.arrive(q.index)
             if self.warp == 0:
                 if T.cuda.elect_sync():
-                    query = T.meta_var(walk.tile(walk.steps - 1 - self.step_to_fetch) * self.config.block_m)
-                    at = T.meta_var((query, self.block.head(self.head_to_fetch), self.block.batch))
+                    query = T.meta_var(walk.tile(walk.steps - 1 - self.next_step) * self.config.block_m)
+                    at = T.meta_var((query, self.block.head(self.next_head), self.block.batch))
                     self.q.load(q, self.q_map, at)
                     self.do.load(q, self.do_map, at)
-            self.step_to_fetch = self.step_to_fetch + 1
-            if self.step_to_fetch == walk.steps:
-                self.step_to_fetch = 0
-                self.head_to_fetch = self.head_to_fetch + 1
+            self.next_step = self.next_step + 1
+            if self.next_step == walk.steps:
+                self.next_step = 0
+                self.next_head = self.next_head + 1
+            self.load_numbers(walk)
 
     @T.inline
     def start(self, walk):
         """Fetch the block's keys and values, and the first tiles."""
         self.n = 0
-        self.head_to_load = 0
-        self.step_to_load = 0
-        self.head_to_fetch = 0
-        self.step_to_fetch = 0
+        self.next_head = 0
+        self.next_step = 0
         if self.warp == 0:
             if T.cuda.elect_sync():
                 self.k.load(self.k.state(0), self.k_map, self.block.keys(0))
                 self.v.load(self.v.state(0), self.v_map, self.block.keys(0))
         if walk.steps > 0:
-            for n in T.unroll(AHEAD):
-                self.load_numbers(walk)
-                self.fetch(walk, n)
             self.load_numbers(walk)
+            for n in T.unroll(AHEAD):
+                self.fetch(walk, n)
 
     # ------------------------------------------------------------ sums
 
@@ -211,7 +207,6 @@ class QuerySums:
         ds = T.meta_var(self.ds.state(self.n))
         self.ds.consumer_wait(ds)
         self.fetch(walk, self.n + AHEAD)
-        self.load_numbers(walk)
         for chunk in T.unroll(self.chunks[0] * self.chunks[1]):
             self.multiply(ds, chunk)
             if chunk == 0:
