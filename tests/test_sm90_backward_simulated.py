@@ -48,7 +48,7 @@ def made(template, head_dim, head_dim_v, mask, score, dtype, folder, **changes):
     simulated = Simulated(program, export_cuda(program, TARGET), folder)
     functions = tuple(simulated.module[launch.symbol] for launch in program.launches)
     roles = tuple(launch.roles for launch in program.launches)
-    kernel = Kernel(functions, roles, program.workspaces, pattern.params, LAYOUT_OF_TEMPLATE[template])
+    kernel = Kernel(functions, roles, program.workspaces, pattern.params, LAYOUT_OF_TEMPLATE[template], program.scalars)
     return SimpleNamespace(spec=spec, params=pattern.params, simulated=simulated, kernel=kernel)
 
 

@@ -13,6 +13,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import ScheduledLaunch
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, JOINT_REGISTERS, Config
 from schedules.families.sm90.backward.joint_consumer import JointConsumer
+from schedules.families.sm90.backward.parts import Parts
 from schedules.families.sm90.backward.query_sums import QuerySums
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.backward.walk import KeyBlock, SectionScheduler
@@ -23,18 +24,38 @@ from schedules.families.sm90.tma import encode_keys
 from schedules.tile.geometry import flat, parameterised
 from schedules.tile.gradients import Tensors
 from schedules.tile.tile_scheduler import Traversal
-from tvm_flash.packs.manifest import Workspace
+from tvm_flash.packs.manifest import Scalar, Workspace
 
 #: Roles of the kernel's arguments, before those of the pattern's parameters.
 ROLES = ("q", "k", "v", "do", "lse", "delta", "dk", "dv", "softmax_scale", "dq_sums", "progress")
+ROLES += ("heads_per_block", "dk_sums", "dv_sums", "parts_done")
+
+#: Query heads of a group are shared among as many blocks as make this many of a sequence: four for each multiprocessor
+#: of an H200, so that one that has the most to do under a causal mask keeps nobody waiting.
+BLOCKS = 512
+_GROUP = ("ceildiv", "heads", "kv_heads")
+_KEY_BLOCKS = ("ceildiv", "seqlen_kv", BLOCK)
+_HEADS_PER_BLOCK = ("ceildiv", _GROUP, ("ceildiv", BLOCKS, ("*", "kv_heads", _KEY_BLOCKS)))
+#: 1 if a group is shared, else 0.
+_SHARED = ("min", 1, ("+", ("ceildiv", _GROUP, _HEADS_PER_BLOCK), -1))
+
+
+def scalars() -> tuple[Scalar, ...]:
+    """How many query heads of a group a block visits; the batch has no say, so that a sequence's bits are its own."""
+    return (Scalar("heads_per_block", _HEADS_PER_BLOCK),)
 
 
 def workspaces(pattern: Pattern, config: Config) -> tuple[Workspace, ...]:
-    """Sums of dq, tile by tile in the order of accumulators, and how far each block has come."""
+    """Sums of dq, tile by tile in the order of accumulators, and how far each block has come; the same of dk and dv,
+    where a group is shared."""
+    blocks = ("*", "batch", "kv_heads", _KEY_BLOCKS, _SHARED)
     tile = config.block_m * panels(pattern.head_dim) * PANEL
     return (
         Workspace("dq_sums", "float32", (("*", "batch", "heads", ("ceildiv", "seqlen_q", config.block_m), tile),)),
         Workspace("progress", "int32", (("*", "batch", "heads", ("ceildiv", "seqlen_kv", BLOCK), WARPS),), zeroed=True),
+        Workspace("dk_sums", "float32", (("max", 4, ("*", blocks, BLOCK * pattern.head_dim)),)),
+        Workspace("dv_sums", "float32", (("max", 4, ("*", blocks, BLOCK * pattern.head_dim_v)),)),
+        Workspace("parts_done", "int32", (("max", 4, ("*", blocks, CONSUMERS * WARPS)),), zeroed=True),
     )
 
 
@@ -62,6 +83,10 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         softmax_scale: T.float32,
         dq_sums: T.handle,
         progress: T.handle,
+        heads_per_block: T.int32,
+        dk_sums: T.handle,
+        dv_sums: T.handle,
+        parts_done: T.handle,
     ):
         tensors = Tensors(
             pattern,
@@ -74,8 +99,12 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         sums = T.match_buffer(dq_sums, (sums_length,), "float32", align=16)
         progress_length = T.int32()
         counts = T.match_buffer(progress, (progress_length,), "int32", align=4)
+        dk_length, dv_length, done_length = T.int64(), T.int64(), T.int32()
+        of_dk = T.match_buffer(dk_sums, (dk_length,), "float32", align=16)
+        of_dv = T.match_buffer(dv_sums, (dv_length,), "float32", align=16)
+        done = T.match_buffer(parts_done, (done_length,), "int32", align=4)
         gradients = T.meta_var(tensors.gradients)
-        scheduler = SectionScheduler(tensors, config)
+        scheduler = SectionScheduler(tensors, config, heads_per_block)
         # 1. Descriptors of the tensors, made on the host.
         q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         T.evaluate(encode_keys(q_map, tensors.q, M))
@@ -132,8 +161,9 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
                 QuerySums(pattern, config, block, pipelines, maps, numbers, ds, *memory, warp - others, lane).run()
             else:
                 T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
+                parts = T.meta_var(Parts(block, scheduler.parts, flat(of_dk), flat(of_dv), flat(done), warp, lane))
                 JointConsumer(
-                    pattern, config, block, pipelines, shifts, starts, ds, warp // WARPS, warp % WARPS, lane
+                    pattern, config, block, pipelines, shifts, starts, ds, parts, warp // WARPS, warp % WARPS, lane
                 ).run(dk_map, dv_map)
 
     return backward

@@ -24,11 +24,12 @@ from schedules.tile.fragment import M16N8
 
 @T.meta_class
 class JointConsumer(KeyConsumer):
-    """As :class:`KeyConsumer`; ``ds`` is the pipeline to the warpgroup for dq, of tiles keys by queries."""
+    """As :class:`KeyConsumer`; ``ds`` is the pipeline to the warpgroup for dq, of tiles keys by queries; ``parts``
+    sums the results of the blocks that share a group of query heads."""
 
-    def __init__(self, pattern, config, block, pipelines, shifts, starts, ds, index, warp, lane):
+    def __init__(self, pattern, config, block, pipelines, shifts, starts, ds, parts, index, warp, lane):
         KeyConsumer.__init__(self, pattern, config, block, pipelines, shifts, starts, index, warp, lane)
-        self.ds = ds
+        self.ds, self.parts = ds, parts
 
     @T.inline
     def issue_dp_dv(self, do):
@@ -36,7 +37,6 @@ class JointConsumer(KeyConsumer):
         self.start_dp(do)
         T.ptx.wgmma.fence.sync.aligned()
         self.gradients.qk(self.acc_dp, self._own(self.v), self._do_descriptor(do), add=True)
-        T.ptx.wgmma.commit_group.sync.aligned()
         self.scores.pv(self.acc_dv, self.p, self._row_descriptor(self.do, do))
         T.ptx.wgmma.commit_group.sync.aligned()
 
@@ -102,4 +102,9 @@ class JointConsumer(KeyConsumer):
         if self.counter.count > 0:
             last = T.meta_var(self.counter.state(self.ds.stages, behind=1))
             self.ds.empty.wait(last.index, last.phase)
-        KeyConsumer.write(self, dk_map, dv_map)
+        if self.parts.count == 1:
+            KeyConsumer.write(self, dk_map, dv_map)
+        else:
+            self.parts.add(self.acc_dk, self.acc_dv)
+            if self.block.part == self.parts.count - 1:
+                KeyConsumer.write(self, dk_map, dv_map)

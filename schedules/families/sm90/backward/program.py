@@ -22,12 +22,13 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
             joint.build(pattern, config, traversal, f"{name}_joint"),
             convert.build(pattern, config, traversal, f"{name}_dq"),
         )
-        workspaces = (deltas, *joint.workspaces(pattern, config))
+        workspaces, scalars = (deltas, *joint.workspaces(pattern, config)), joint.scalars()
     else:
         launches = (
             first,
             queries.build(pattern, config, traversal, f"{name}_dq"),
             keys.build(pattern, config, traversal, f"{name}_dkdv"),
         )
-        workspaces = (deltas, *parameters.workspaces(pattern))
-    return Program("backward", launches, "tirx", alignment=ALIGNMENT, index_bits=32, workspaces=workspaces)
+        workspaces, scalars = (deltas, *parameters.workspaces(pattern)), ()
+    memory = {"workspaces": workspaces, "scalars": scalars}
+    return Program("backward", launches, "tirx", alignment=ALIGNMENT, index_bits=32, **memory)
