@@ -30,6 +30,7 @@ TRAVERSALS = {"v1": v1.TRAVERSAL, "v2": v2.TRAVERSAL}
 KERNELS = (
     ("v2", 64, 64, "causal", "identity", "bfloat16"),
     ("v1", 128, 128, "full", "identity", "float16"),
+    ("v2", 128, 128, "causal", "identity", "bfloat16"),
     ("v2", 128, 128, "window", "softcap", "bfloat16"),
     ("v2", 128, 128, "padded", "identity", "float16"),
     ("v1", 96, 96, "sink_window", "identity", "float16"),

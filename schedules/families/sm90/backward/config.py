@@ -104,12 +104,15 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config`` that are worth trying."""
     return {
-        "block_m": (32, 48, 64, 80, 96, 112),
-        "num_stages": (2, 4),
+        "block_m": (32, 48, 64, 80, 96, 112, 128),
+        "num_stages": (2, 3, 4),
         "block_n": (32, 48, 64, 80, 96, 112, 128),
         "num_stages_dq": (2, 4),
         "overlaps": (True, False),
         "heads_first": (False, True),
+        "joint": (True, False),
+        "head_section": (8, 16, 32),
+        "tiles_told": (2, 4, 8),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
 
