@@ -64,7 +64,7 @@ def test_defaults_are_feasible(head_dim, score):
         ({"mask": "window"}, {"joint": True}, "joint: it serves plain scores"),
         ({}, {"joint": True, "block_m": 96}, "block_m 96 is not 64 or 128"),
         ({}, {"joint": True, "num_stages": 2}, "num_stages 2 is not 3 or 4"),
-        ({}, {"joint": True, "block_m": 128, "num_stages": 3}, "joint: needs 2"),
+        ({}, {"joint": True, "block_m": 128, "num_stages": 3}, "joint: needs 3"),
         ({"head_dim": 144}, {"joint": True, "num_stages": 3}, "joint: needs "),
     ],
 )
