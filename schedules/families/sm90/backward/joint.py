@@ -37,7 +37,7 @@ _GROUP = ("ceildiv", "heads", "kv_heads")
 _KEY_BLOCKS = ("ceildiv", "seqlen_kv", BLOCK)
 _HEADS_PER_BLOCK = ("ceildiv", _GROUP, ("ceildiv", BLOCKS, ("*", "kv_heads", _KEY_BLOCKS)))
 #: 1 if a group is shared, else 0.
-_SHARED = ("min", 1, ("+", ("ceildiv", _GROUP, _HEADS_PER_BLOCK), -1))
+_SHARED = ("steps", ("ceildiv", _GROUP, _HEADS_PER_BLOCK), (0, 0), (2, 1))
 
 
 def scalars() -> tuple[Scalar, ...]:
