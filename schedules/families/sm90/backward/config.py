@@ -52,7 +52,7 @@ class Config:
     heads_first: bool = False
     joint: bool = False
     head_section: int = 16
-    tiles_told: int = 4
+    tiles_told: int = 1
     shares_keys: bool = False
 
     @property
@@ -112,7 +112,7 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "heads_first": (False, True),
         "joint": (True, False),
         "head_section": (8, 16, 32),
-        "tiles_told": (2, 4, 8),
+        "tiles_told": (1, 2, 4),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
 

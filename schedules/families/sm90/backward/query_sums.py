@@ -4,9 +4,9 @@ A step, when a tile of dS is full:
 
 1. fetch the tile of queries that is two later, and the numbers of its rows: that dS is full says that both consumers
    are past all products of the tile before, whose stage it takes, so that no barrier says that a stage is empty;
-2. ``dQ = dSᵀ K`` in chunks of 64 queries and 64 columns; while the first one runs, wait for this block's turn;
-3. add each chunk to the sum in memory, which the first block begins;
-4. every so many tiles tell the next block.
+2. ``dQ = dSᵀ K`` in chunks of 64 queries and 64 columns; while the first one runs, tell the next block of the tiles
+   before, and wait for this block's turn at this one;
+3. add each chunk to the sum in memory, which the first block begins.
 
 All blocks of a head go from the last tile of queries to the first, and wait only for blocks that were started before
 them.
@@ -176,6 +176,13 @@ class QuerySums:
                 self.known = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), self.known, 0, 32)
 
     @T.inline
+    def tell(self, head, count):
+        """Tell the block of keys after this one that this warp has added to ``count`` tiles of a head."""
+        T.cuda.warp_sync()
+        if self.lane == 0:
+            T.evaluate(tell(self._progress(head, self.block.number), count))
+
+    @T.inline
     def add(self, head, tile, chunk):
         """Add a chunk to the sum, or begin it."""
         at: T.int64 = self._sum(head, tile, chunk)
@@ -210,13 +217,14 @@ class QuerySums:
         for chunk in T.unroll(self.chunks[0] * self.chunks[1]):
             self.multiply(ds, chunk)
             if chunk == 0:
+                # Both take as long as the way to memory and back, or longer: the product runs meanwhile.
+                if T.And(i > 0, T.bitwise_and(i, self.config.tiles_told - 1) == 0):
+                    self.tell(head, i)
                 self.await_turn(head, i + 1)
             T.ptx.wgmma.wait_group.sync.aligned(0)
             if chunk == self.chunks[0] * self.chunks[1] - 1:
                 self.ds.consumer_release(ds, self.lane)
             self.add(head, tile, chunk)
-        if T.Or(i + 1 == walk.steps, T.bitwise_and(i + 1, self.config.tiles_told - 1) == 0):
-            T.cuda.warp_sync()
-            if self.lane == 0:
-                T.evaluate(tell(self._progress(head, self.block.number), i + 1))
+        if i + 1 == walk.steps:
+            self.tell(head, i + 1)
         self.n = self.n + 1
