@@ -43,6 +43,18 @@ class TileScheduler:
             self.count = T.bind(self.x * self.y * self.z)
             self.blocks = T.bind(T.min(resident * config.waves, self.count))
 
+    def add_memory(self, pool):
+        """Take what a block needs of shared memory: nothing, as its work tiles follow from its place."""
+
+    @T.inline
+    def find(self, block, lane):
+        """A warp: before anything is done, look up what block number ``block`` has to do."""
+
+    @T.inline
+    def if_found(self, work):
+        """Do the work of the block's work tiles, if it has any."""
+        work()
+
     def grid(self):
         """Blocks along each axis."""
         return [self.blocks, 1, 1] if self.config.persistent else [self.x, self.y, self.z]
