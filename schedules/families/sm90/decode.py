@@ -141,6 +141,10 @@ class SplitScheduler:
         self.work = T.bind(rows.heads * self.m_blocks)
         self.tiles = T.bind(T.truncdiv(split_length, config.block_n))
 
+    def tiles(self, at):
+        """A block has the rows of one work tile."""
+        return 1
+
     def grid(self):
         """Blocks along each axis."""
         first, second = (self.work, self.splits) if self.seq_outer else (self.splits, self.work)

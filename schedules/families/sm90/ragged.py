@@ -1,14 +1,17 @@
-"""Ragged sequences on Hopper: a block for each slot of each head, which looks its work tile up before it begins.
+"""Ragged sequences on Hopper: a block computes the rows of a slot, which it looks up before it begins, for a few heads.
 
 The hardware hands slots out as multiprocessors become free, the long tiles of a sequence before its short ones and
-all heads of a slot one after the other, so that lengths, which no host knows, even out by themselves.  What is behind
-the end of a sequence TMA reads as zero and doesn't write (:func:`schedules.families.sm90.tma.encode_ragged`).
+all heads of a slot one after the other, so that lengths, which no host knows, even out by themselves.  The work tiles
+of a block are those of one slot: they are equally long, looked up once, and the queries and keys of the next come
+while one is computed.  What is behind the end of a sequence TMA reads as zero and doesn't write
+(:func:`schedules.families.sm90.tma.encode_ragged`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
@@ -18,7 +21,7 @@ from schedules.families.interface import Program, Rejected, Target, ragged_progr
 from schedules.families.sm90 import config as forward_config
 from schedules.families.sm90 import defaults
 from schedules.families.sm90.boxes import RaggedBoxes
-from schedules.families.sm90.config import Config
+from schedules.families.sm90.config import Config as ForwardConfig
 from schedules.families.sm90.kernel import ALIGNMENT, attend
 from schedules.tile.geometry import RaggedGeometry, parameterised
 from schedules.tile.slots import WORDS, FoundTile, Own
@@ -27,17 +30,39 @@ from schedules.tile.tile_scheduler import InOneRow, Place, SeqOuter, Traversal
 __all__ = ["Config", "default_configs", "feasible", "program", "space"]
 
 
+@dataclass(frozen=True)
+class Config(ForwardConfig):
+    """As for dense sequences, but for what blocks go on to.
+
+    Attributes
+    ----------
+    most_heads: heads of a slot that a block computes, a power of two; half of them, and so on, where heads don't
+        divide into so many.
+    """
+
+    most_heads: int = 1
+
+    @property
+    def several_tiles(self) -> bool:
+        """Whether blocks may compute more than one work tile."""
+        return self.most_heads > 1
+
+
 @T.meta_class
 class RaggedScheduler:
-    """One work tile a block, looked up once; the blocks are in one row, the heads of a slot side by side.
+    """The rows of one slot a block, looked up once; the blocks are in one row, those of a slot side by side.
 
     Made before ``T.device_entry()``.
     """
 
     def __init__(self, geometry: RaggedGeometry, config: Config):
         self.geometry, self.config = geometry, config
-        work = geometry.work(config.block_m)
-        self.order = InOneRow(SeqOuter(work, T.bind(geometry.heads)))
+        heads = T.int32(1)
+        for n in (1 << x for x in range(1, config.most_heads.bit_length())):
+            heads = T.Select(T.truncmod(geometry.heads, n) == 0, T.int32(n), heads)
+        self.heads = T.bind(heads) if config.several_tiles else 1
+        shares = T.bind(T.truncdiv(geometry.heads, self.heads))
+        self.order = InOneRow(SeqOuter(replace(geometry.work(config.block_m), heads=shares), shares))
 
     def grid(self):
         """Blocks along each axis."""
@@ -63,16 +88,20 @@ class RaggedScheduler:
         if self.found.m_block >= 0:
             work()
 
+    def tiles(self, at):
+        """How many work tiles a block computes."""
+        return self.heads
+
     def work_tile(self, at, tile):
-        """M-block, query head and sequence of the work tile."""
-        return self.found.m_block, self.found.head, self.found.sequence
+        """M-block, query head and sequence of work tile number ``tile``."""
+        return self.found.m_block, self.found.head * self.heads + tile, self.found.sequence
 
     def first_row(self, place, tile):
         """First row of an m-block."""
         return place * self.config.block_m
 
     def key_tiles(self, at):
-        """A block has all tiles of keys."""
+        """A block has all tiles of keys of its rows."""
         return
 
 
@@ -130,19 +159,23 @@ def _build(pattern: Pattern, config: Config, traversal: Traversal, name: str) ->
     return parameterised(pattern, make).with_attr("global_symbol", name)
 
 
-def _alone(config: Config) -> Config:
-    return replace(
-        config, tiles_per_cta=1, waves=0, overlap_tiles=False, separate_output=False, pack_heads=False, head_section=1
-    )
+#: What a block of ragged sequences doesn't have: places of other rows, and packed heads.
+_ALONE = {"tiles_per_cta": 1, "waves": 0, "pack_heads": False, "head_section": 1}
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """One configuration: which kernel runs may not depend on lengths."""
+    alone = any(p.per_head for p in pattern.params) or pattern.has_gaps
+    heads = {"most_heads": 1 if alone else 4}
     if pattern.head_dim <= 64 and pattern.is_scale_only:
-        return {0: Config(num_consumer_warpgroups=1, block_n=64, num_stages=4, blocks_per_sm=3, pingpong=False)}
+        small = Config(num_consumer_warpgroups=1, block_n=64, num_stages=4, blocks_per_sm=3, pingpong=False)
+        return {0: replace(small, **heads)}
     if pattern.head_dim <= 128 and pattern.is_scale_only:
-        return {0: Config(block_n=64, num_stages=4)}
-    return {0: _alone(defaults.default_configs(template, pattern, target)[0])}
+        return {0: Config(block_n=64, num_stages=4, **heads)}
+    dense = dataclasses.asdict(defaults.default_configs(template, pattern, target)[0])
+    if alone:
+        dense |= {"overlap_tiles": False, "separate_output": False}
+    return {0: Config(**{**dense, **_ALONE, **heads})}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
@@ -154,13 +187,18 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "blocks_per_sm": (1, 2, 3),
         "pingpong": (False, True),
         "running_max": (False, True),
+        "most_heads": (1, 2, 4, 8),
     }
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
-    """Whether the configuration can be compiled for the pattern: a block has one work tile, of one head."""
-    if config != _alone(config):
-        return Rejected("blocks have one work tile, of one head: tiles_per_cta 1, waves 0, nothing that needs several")
+    """Whether the configuration can be compiled for the pattern."""
+    if config != replace(config, **_ALONE):
+        return Rejected(f"blocks of ragged sequences have the rows of one slot: {_ALONE}")
+    if config.most_heads not in (1, 2, 4, 8):
+        return Rejected(f"most_heads {config.most_heads} is not 1, 2, 4 or 8")
+    if config.several_tiles and any(p.per_head for p in pattern.params):
+        return Rejected("parameters of each head need most_heads 1: a block reads them once")
     return forward_config.feasible(pattern, config, target)
 
 

@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 from schedules.families.mma.registers import anew
 from schedules.families.sm90.config import ALL, Config
 from schedules.families.sm90.packing import Rows
-from schedules.tile.geometry import Geometry
+from schedules.tile.geometry import Geometry, local
 from schedules.tile.tile_scheduler import ceildiv
 
 
@@ -58,6 +58,11 @@ class TileScheduler:
     def grid(self):
         """Blocks along each axis."""
         return [self.blocks, 1, 1] if self.config.persistent else [self.x, self.y, self.z]
+
+    def tiles(self, at):
+        """How many work tiles the block at ``at`` computes."""
+        tiles = self.config.tiles_per_cta
+        return local(self.visits(at[0]) * tiles) if self.config.persistent else tiles
 
     def visits(self, block):
         """How many places block number ``block`` takes."""

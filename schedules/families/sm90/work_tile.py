@@ -36,9 +36,7 @@ class Block:
         self.pattern, self.config, self.geometry, self.rows, self.scheduler = pattern, config, geometry, rows, scheduler
         self.boxes, self.at = boxes, at
         self.tile = local(T.int32(0))
-        self.tiles = config.tiles_per_cta
-        if config.persistent:
-            self.tiles = local(scheduler.visits(at[0]) * config.tiles_per_cta)
+        self.tiles = scheduler.tiles(at)
         place, head, batch = scheduler.work_tile(at, 0)
         self.head, self.batch = local(head), local(batch)
         self.row_first = local(scheduler.first_row(place, T.int32(0)))
