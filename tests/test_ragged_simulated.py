@@ -26,6 +26,7 @@ KERNELS = (
     ("sm_90a", "v2", 64, 64, "full", "identity", "bfloat16"),
     ("sm_90a", "v2", 128, 128, "causal", "identity", "float16"),
     ("sm_90a", "v2", 128, 128, "window", "optional", "float16"),
+    ("sm_90a", "v2", 64, 64, "sink_window", "identity", "float16"),  # a mask with gaps
     ("sm_75", "v1", 64, 64, "causal", "identity", "float16"),
     ("sm_70", "v1", 64, 64, "causal", "identity", "float16"),
 )

@@ -43,6 +43,11 @@ class FoundTile:
         return self._word(_M_BLOCK)
 
     @property
+    def exists(self) -> Expr:
+        """Whether there is a tile."""
+        return self.m_block >= 0
+
+    @property
     def queries(self) -> Sequence:
         """The sequence's rows."""
         return Sequence(self._word(_QUERY), self._word(_QUERIES))
@@ -61,17 +66,23 @@ class FoundTile:
         found: T.int32 = 0
         find_sequence(queries, rows, item.m_block, lane, found)
         if lane == 0:
-            own = T.meta_var(queries.of(found))
-            others = T.meta_var(keys.of(found))
-            length: T.int32 = own.length
+            length: T.int32 = queries.of(found).length
             tiles: T.int32 = T.truncdiv(length + (rows - 1), rows)
-            self.words[self.first + _SEQUENCE] = T.min(found, queries.batch - 1)
-            self.words[self.first + _HEAD] = item.head
-            self.words[self.first + _M_BLOCK] = tiles - 1 - (item.m_block - queries.first_slot(found, rows))
-            self.words[self.first + _QUERY] = own.offset
-            self.words[self.first + _QUERIES] = length
-            self.words[self.first + _KEY] = others.offset
-            self.words[self.first + _KEYS] = T.Select(found < queries.batch, others.length, 0)
+            m_block = T.meta_var(tiles - 1 - (item.m_block - queries.first_slot(found, rows)))
+            self.write(queries, keys, found, item.head, m_block, length)
+
+    @T.inline
+    def write(self, queries: Ragged, keys: Ragged, found, head, m_block, length):
+        """One lane: what there is to know of an m-block of sequence ``found``, which has ``length`` rows."""
+        own = T.meta_var(queries.of(found))
+        others = T.meta_var(keys.of(found))
+        self.words[self.first + _SEQUENCE] = T.min(found, queries.batch - 1)
+        self.words[self.first + _HEAD] = head
+        self.words[self.first + _M_BLOCK] = m_block
+        self.words[self.first + _QUERY] = own.offset
+        self.words[self.first + _QUERIES] = length
+        self.words[self.first + _KEY] = others.offset
+        self.words[self.first + _KEYS] = T.Select(found < queries.batch, others.length, 0)
 
     @T.inline
     def leave_out(self):

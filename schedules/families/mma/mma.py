@@ -115,7 +115,7 @@ class RaggedBlocks:
 
     def exists(self, place: Place) -> Expr:
         """Whether the block has a work tile."""
-        return self.found.m_block >= 0
+        return self.found.exists
 
     def work_tile(self, place: Place) -> WorkTile:
         """The work tile that was found."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.sm90.work_tile import KeyWalk
-from schedules.tile.static import static
 
 
 @T.inline
@@ -23,10 +22,9 @@ def prologue(block, q, k, q_map, k_map):
 def fetch_keys(block, pipeline, descriptor, first):
     """Fill the pipeline of K or of V, from tile ``first`` on."""
     n: T.int32 = 0
-    for t in T.serial(block.tiles):
-        if static(block.config.several_tiles):
-            if t > 0:
-                block.advance()
+
+    @T.inline
+    def fetch(t):
         walk = KeyWalk(block, 0, block.config.block_m)
         for i in T.serial(walk.steps):
             if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
@@ -34,6 +32,8 @@ def fetch_keys(block, pipeline, descriptor, first):
                     pipeline.producer_acquire(pipeline.state(n))
                     pipeline.load(pipeline.state(n), descriptor, block.keys(walk.key_first(i)))
                 n = n + 1
+
+    block.scheduler.each_tile(block, True, None, fetch)
 
 
 @T.inline
@@ -48,8 +48,9 @@ def fetch_queries(block, q, q_map):
 @T.inline
 def store_outputs(block, epilogue, o_map):
     """Store finished work tiles."""
-    for t in T.serial(block.tiles):
-        if static(block.config.several_tiles):
-            if t > 0:
-                block.advance()
+
+    @T.inline
+    def store(t):
         epilogue.store(block, t, o_map)
+
+    block.scheduler.each_tile(block, True, None, store)
