@@ -1,11 +1,12 @@
 """The row tiles of ragged sequences from the longest to the shortest, found on the device by one warp.
 
-A tile's *level* says how many keys it sees, in units of a tile's rows: where later rows see more, each tile of a
-sequence is a level above the one before; where all see the same, all tiles of a sequence are at one level.  Levels are
-taken together in *groups*, from the highest on: they are as wide as an eighth of a level, or 1.  A tile's *rank* is its
-place in this order; within a group sequences follow one another.
+Tiles are handed out in *shares*.  Where all rows see the same keys, a share is one tile of a head.  Where later rows see
+more, it is two, one from each end of the sequence, and of an odd number the middle one alone: so all pairs of a sequence
+are equally long.  A share's *level* says how long it is.  Levels are taken together in *groups*, from the highest on,
+which are as wide as an eighth of a level, or 1; within a group the shares of a sequence follow one another, head by
+head, so that those who read the same keys do so at about the same time.
 
-So blocks that take tiles to and fro have as much to do as one another, whatever the lengths are.  A walk goes on from
+Blocks that take shares to and fro have as much to do as one another, whatever the lengths are.  A walk goes on from
 where it was: all of it reads each sequence twice for every group.
 """
 
@@ -20,6 +21,8 @@ from schedules.tile.sequences import Ragged, count_lanes
 _LANES = 32
 #: Below every level, and above it.
 _NONE, _ABOVE = -(1 << 30), 1 << 30
+#: Keys of a level where all rows see the same.
+_KEYS = 32
 
 _GROUP = """
 __forceinline__ __device__ int first_level_of_group(int level) {
@@ -56,22 +59,23 @@ def _call(name: str, source: str, *arguments: Expr) -> Expr:
 
 @T.meta_class
 class LevelWalk:
-    """A warp's way through the tiles of ``rows`` rows, a power of two; ``rises`` says that later rows see more keys.
+    """A warp's way through the shares of ``rows`` rows, a power of two; ``rises`` says that later rows see more keys.
 
-    ``sequence`` and ``m_block`` are the tile that was found last; ``m_block`` is −1 if there was none.
+    ``sequence``, ``head``, ``m_block`` and ``other`` are the share that was found last: its row tiles, ``other`` −1 if
+    it has one, and ``m_block`` too if there was none.
     """
 
-    def __init__(self, queries: Ragged, keys: Ragged, rows: int, rises: bool):
-        self.queries, self.keys, self.rows, self.rises = queries, keys, rows, rises
-        self.sequence, self.m_block = local(T.int32(0)), local(T.int32(-1))
-        # the group: its first and its last level, which of its sequences are next, the ranks before those
+    def __init__(self, queries: Ragged, keys: Ragged, heads: Expr, rows: int, rises: bool):
+        self.queries, self.keys, self.heads, self.rows, self.rises = queries, keys, heads, rows, rises
+        self.sequence, self.head, self.m_block, self.other = (local(T.int32(0)) for _ in range(4))
+        # the group: its first and its last level, which of its sequences are next, the shares before those
         self.first, self.last, self.next, self.before = (local(T.int32(0)) for _ in range(4))
-        # of a lane's sequence: its tiles, the levels of the first and of the last one
-        self.tiles, self.low, self.high = (local(T.int32(0)) for _ in range(3))
+        # of a lane's sequence: its tiles, the levels of most of its shares and of the middle one
+        self.tiles, self.level, self.middle = (local(T.int32(0)) for _ in range(3))
 
     @T.inline
     def start(self):
-        """Before the first tile."""
+        """Before the first share."""
         self.first = _ABOVE
         self.next = self.queries.batch + 1
         self.before = 0
@@ -92,19 +96,30 @@ class LevelWalk:
         self.next = words[at + 2]
         self.before = words[at + 3]
 
+    def _most(self) -> Expr:
+        """How many of a sequence's shares of one head are at ``level``."""
+        return T.shift_right(self.tiles, 1) if self.rises else self.tiles
+
+    def _odd(self) -> Expr:
+        """How many are at ``middle``."""
+        return T.bitwise_and(self.tiles, 1) if self.rises else T.int32(0)
+
+    def _in_group(self, level, count) -> Expr:
+        return T.Select(T.And(self.first <= level, level <= self.last), count, 0)
+
     @T.inline
     def _measure(self, number):
-        """Tiles and levels of a sequence; none of one that doesn't exist."""
+        """Tiles and levels of a sequence; no tiles of one that doesn't exist."""
         found: T.int32 = T.min(number, self.queries.batch)
         length: T.int32 = self.queries.of(found).length
         keys: T.int32 = T.Select(found < self.queries.batch, self.keys.of(found).length, 0)
         self.tiles = T.Select(number <= self.queries.batch, T.truncdiv(length + (self.rows - 1), self.rows), 0)
         if self.rises:
-            self.low = T.shift_right(keys - length, self.rows.bit_length() - 1)
-            self.high = self.low + self.tiles - 1
+            lowest = T.meta_var(T.shift_right(keys - length, self.rows.bit_length() - 1))
+            self.middle = lowest + T.shift_right(self.tiles, 1)
+            self.level = lowest * 2 + self.tiles
         else:
-            self.low = T.truncdiv(keys + (self.rows - 1), self.rows)
-            self.high = self.low
+            self.level = T.truncdiv(keys + (_KEYS - 1), _KEYS)
 
     @T.inline
     def _next_group(self, lane):
@@ -113,37 +128,60 @@ class LevelWalk:
         self.next = 0
         while self.next <= self.queries.batch:
             self._measure(self.next + lane)
-            below = T.meta_var(T.And(self.tiles > 0, self.low < self.first))
-            best = T.max(best, T.Select(below, T.min(self.high, self.first - 1), _NONE))
+            if T.And(self._most() > 0, self.level < self.first):
+                best = T.max(best, self.level)
+            if self.rises:
+                if T.And(self._odd() > 0, self.middle < self.first):
+                    best = T.max(best, self.middle)
             self.next = self.next + _LANES
         self.last = _call("largest_of_lanes", _LARGEST, best)
         self.first = _call("first_level_of_group", _GROUP, self.last)
         self.next = 0
 
     @T.inline
-    def find(self, rank, lane):
-        """The whole warp: find the tile of a rank, which is larger than those before."""
-        self.sequence = 0
-        self.m_block = -1
+    def find(self, number, lane):
+        """The whole warp: find share ``number`` of all, which is larger than those before."""
         going: T.int32 = 1
+        share: T.int32 = number
         while going != 0:
             if self.next > self.queries.batch:
                 self._next_group(lane)
                 going = T.Cast("int32", self.last > _NONE)
             else:
                 self._measure(self.next + lane)
-                top: T.int32 = T.min(self.high, self.last)
-                levels: T.int32 = T.max(top - T.max(self.low, self.first) + 1, 0)
-                own: T.int32 = T.min(levels, self.tiles) if self.rises else T.min(levels, 1) * self.tiles
+                shares = T.meta_var(
+                    self._in_group(self.level, self._most())
+                    + (self._in_group(self.middle, self._odd()) if self.rises else 0)
+                )
+                own: T.int32 = shares * self.heads
                 up_to: T.int32 = _call("sum_up_to_lane", _SUM, own, lane)
-                all_own: T.int32 = _call("from_lane", _FROM_LANE, up_to, 31)
-                if rank < self.before + all_own:
-                    at: T.int32 = count_lanes(self.before + up_to <= rank)
-                    last_block = T.meta_var(top - self.low if self.rises else self.tiles - 1)
-                    first_rank = T.meta_var(self.before + up_to - own)
-                    self.m_block = _call("from_lane", _FROM_LANE, last_block + first_rank, at) - rank
+                all_own: T.int32 = _call("from_lane", _FROM_LANE, up_to, _LANES - 1)
+                if number < self.before + all_own:
+                    at: T.int32 = count_lanes(self.before + up_to <= number)
+                    share = number - self.before - _call("from_lane", _FROM_LANE, up_to - own, at)
                     self.sequence = self.next + at
                     going = 0
                 else:
                     self.before = self.before + all_own
                     self.next = self.next + _LANES
+        self.m_block = -1
+        self.other = -1
+        if self.last > _NONE:
+            self._choose(share)
+        else:
+            self.sequence = 0
+
+    @T.inline
+    def _choose(self, share):
+        """Head and row tiles of a share of ``sequence`` in this group."""
+        self._measure(self.sequence)
+        each: T.int32 = self._in_group(self.level, self._most())
+        if share < each * self.heads:
+            self.head = T.truncdiv(share, each)
+            place: T.int32 = share - self.head * each
+            self.m_block = self.tiles - 1 - place
+            if self.rises:
+                self.other = place
+        else:
+            self.head = share - each * self.heads
+            self.m_block = T.shift_right(self.tiles, 1)

@@ -14,7 +14,7 @@ from schedules.tile.tile_scheduler import WorkTile
 #: int32 of a :class:`FoundTile`, and where each number is.
 WORDS = 8
 BYTES = 64  # of a block that has one; arrays in shared memory are aligned so
-_SEQUENCE, _HEAD, _M_BLOCK, _QUERY, _QUERIES, _KEY, _KEYS = range(7)
+_SEQUENCE, _HEAD, _M_BLOCK, _QUERY, _QUERIES, _KEY, _KEYS, _OTHER = range(8)
 
 
 @T.meta_class
@@ -46,6 +46,11 @@ class FoundTile:
     def exists(self) -> Expr:
         """Whether there is a tile."""
         return self.m_block >= 0
+
+    @property
+    def other(self) -> Expr:
+        """A further row tile of the same sequence and head, which is to follow; −1 if there is none."""
+        return self._word(_OTHER)
 
     @property
     def queries(self) -> Sequence:
@@ -83,6 +88,19 @@ class FoundTile:
         self.words[self.first + _QUERIES] = length
         self.words[self.first + _KEY] = others.offset
         self.words[self.first + _KEYS] = T.Select(found < queries.batch, others.length, 0)
+
+    @T.inline
+    def follow(self, m_block):
+        """One lane: m-block ``m_block`` of the same sequence and head is to follow, if it isn't −1."""
+        self.words[self.first + _OTHER] = m_block
+
+    @T.inline
+    def take_other(self, before):
+        """One lane: the row tile that is to follow another one."""
+        for i in T.unroll(WORDS):
+            self.words[self.first + i] = before.words[before.first + i]
+        self.words[self.first + _M_BLOCK] = before.other
+        self.words[self.first + _OTHER] = -1
 
     @T.inline
     def leave_out(self):

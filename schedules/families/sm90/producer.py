@@ -25,15 +25,21 @@ def fetch_keys(block, pipeline, descriptor, first):
 
     @T.inline
     def fetch(t):
-        walk = KeyWalk(block, 0, block.config.block_m)
-        for i in T.serial(walk.steps):
-            if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
-                if n >= first:
-                    pipeline.producer_acquire(pipeline.state(n))
-                    pipeline.load(pipeline.state(n), descriptor, block.keys(walk.key_first(i)))
-                n = n + 1
+        _fetch_tiles(block, pipeline, descriptor, first, n)
 
     block.scheduler.each_tile(block, True, None, fetch)
+
+
+@T.inline
+def _fetch_tiles(block, pipeline, descriptor, first, n):
+    """Those of the block's work tile; ``n`` counts them, over all work tiles."""
+    walk = KeyWalk(block, 0, block.config.block_m)
+    for i in T.serial(walk.steps):
+        if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
+            if n >= first:
+                pipeline.producer_acquire(pipeline.state(n))
+                pipeline.load(pipeline.state(n), descriptor, block.keys(walk.key_first(i)))
+            n = n + 1
 
 
 @T.inline

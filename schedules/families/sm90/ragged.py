@@ -49,11 +49,11 @@ _WALK = 4
 
 @T.meta_class
 class RaggedScheduler:
-    """Persistent blocks take work tiles from the longest to the shortest, to and fro, all heads of a row tile at a time.
+    """Persistent blocks take shares of the work from the longest to the shortest, to and fro
+    (:mod:`schedules.tile.levels`).
 
-    Number ``n`` of all in this order is head ``n % heads`` of the row tile of rank ``n // heads``
-    (:mod:`schedules.tile.levels`).  A warp, the one that fetches queries, finds the block's own ahead of those who need
-    them, and leaves them in shared memory.  Made before ``T.device_entry()``.
+    A warp, the one that fetches queries, finds the block's own ahead of those who need them, and leaves their work
+    tiles in shared memory.  Made before ``T.device_entry()``.
     """
 
     looks_up = True
@@ -91,41 +91,31 @@ class RaggedScheduler:
         return T.bitwise_and(T.shift_right(tile, _AHEAD.bit_length() - 1), 1)
 
     def _walk(self) -> LevelWalk:
-        return LevelWalk(self.geometry.queries, self.geometry.keys, self.config.block_m, self.rises)
+        geometry = self.geometry
+        return LevelWalk(geometry.queries, geometry.keys, geometry.heads, self.config.block_m, self.rises)
 
     def _number(self, block, visit):
-        """Number of the work tile that a block takes after ``visit`` others."""
+        """Number of the share that a block takes after ``visit`` others."""
         fro = T.bitwise_and(visit, 1)
         return visit * self.blocks + T.Select(fro == 1, self.blocks - 1 - block, block)
 
     @T.inline
-    def _find(self, walk, block, visit, tile, lane):
-        """A warp: find what the block takes after ``visit`` others, as its work tile number ``tile``."""
-        number: T.int32 = self._number(block, visit)
-        rank: T.int32 = T.truncdiv(number, self.geometry.heads)
-        walk.find(rank, lane)
-        head: T.int32 = number - rank * self.geometry.heads
-        self.done.wait(T.bitwise_and(tile, _AHEAD - 1), T.bitwise_xor(self._turn(tile), 1))
-        if lane == 0:
-            self._write(tile, walk, head)
-
-    @T.inline
-    def _write(self, tile, walk, head):
+    def _write(self, tile, walk):
         """One lane: what a walk has found is work tile number ``tile``."""
         queries = T.meta_var(self.geometry.queries)
         length = T.meta_var(queries.of(walk.sequence).length)
-        self.found(tile).write(queries, self.geometry.keys, walk.sequence, head, walk.m_block, length)
+        found = T.meta_var(self.found(tile))
+        found.write(queries, self.geometry.keys, walk.sequence, walk.head, walk.m_block, length)
+        found.follow(walk.other)
 
     @T.inline
     def find(self, block, lane):
         """A warp: find the block's first work tile, before the barriers are there."""
         walk = self._walk()
         walk.start()
-        number: T.int32 = block
-        rank: T.int32 = T.truncdiv(number, self.geometry.heads)
-        walk.find(rank, lane)
+        walk.find(block, lane)
         if lane == 0:
-            self._write(0, walk, number - rank * self.geometry.heads)
+            self._write(0, walk)
             walk.save(self.words, _AHEAD * WORDS)
         T.cuda.warp_sync()
 
@@ -140,11 +130,21 @@ class RaggedScheduler:
         """A warp: find the other work tiles, and fetch their queries."""
         walk = self._walk()
         walk.resume(self.words, _AHEAD * WORDS)
+        visit: T.int32 = 0
         going: T.int32 = 1
         while going != 0:
             tile: T.int32 = block.tile + 1
-            self._find(walk, block.at[0], tile, tile, lane)
+            before = T.meta_var(self.found(block.tile))
+            follows: T.int32 = T.Cast("int32", before.other >= 0)
+            if follows == 0:
+                visit = visit + 1
+                walk.find(self._number(block.at[0], visit), lane)
+            self.done.wait(T.bitwise_and(tile, _AHEAD - 1), T.bitwise_xor(self._turn(tile), 1))
             if lane == 0:
+                if follows == 0:
+                    self._write(tile, walk)
+                else:
+                    self.found(tile).take_other(before)
                 self.known.arrive(T.bitwise_and(tile, _AHEAD - 1))
             block.advance()
             going = T.Cast("int32", self.found(tile).exists)
@@ -257,8 +257,8 @@ def _build(pattern: Pattern, config: Config, traversal: Traversal, name: str) ->
     return parameterised(pattern, make).with_attr("global_symbol", name)
 
 
-#: What a block of ragged sequences doesn't have: places of two row tiles, a tile's products beside the next one's, heads
-#: that share a tile.
+#: What a block of ragged sequences doesn't have: places of two row tiles, products of two work tiles side by side, and
+#: heads that share a tile.
 _WITHOUT = {"tiles_per_cta": 1, "overlap_tiles": False, "pack_heads": False, "head_section": 1, "waves": 1}
 
 

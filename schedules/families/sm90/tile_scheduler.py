@@ -86,7 +86,7 @@ class TileScheduler:
         ``lane`` is that of a whole warp, None of a single thread.
         """
         for t in T.serial(block.tiles):
-            if advances:  # noqa: SIM102, decided when the kernel is made
+            if advances:
                 if static(self.config.several_tiles):
                     if t > 0:
                         block.advance()
