@@ -25,6 +25,7 @@ from schedules.families import limits
 from schedules.families.interface import DECODE, Program, Rejected, Target, forward_program
 from schedules.families.mma import ldmatrix, mma
 from schedules.families.mma.decode import Decoding, PackedSoftmax
+from schedules.families.mma.instructions import AmpereProducts, AsynchronousCopies
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
@@ -34,8 +35,6 @@ from schedules.tile.tile_scheduler import Traversal
 DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
-
-_COPY = "cp.async.cg.shared.global.L2::128B"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Config:
 
 
 @T.meta_class
-class _AsynchronousMachine(BlockMachine):
+class _AsynchronousMachine(AsynchronousCopies, AmpereProducts, BlockMachine):
     """Asynchronous copies, m16n8k16."""
 
     def __init__(self, pattern, config, *args):
@@ -72,17 +71,6 @@ class _AsynchronousMachine(BlockMachine):
             self, pattern, config, *args, fragment=M16N8, num_stages=config.num_stages,
             parts=config.warps_per_tile, cursors_in_shared=config.cursors_in_shared,
         )  # fmt: skip
-
-    @T.inline
-    def copy(self, matrix, stage, tile_first, live, ragged=False):
-        """Start copying the tile at a cursor; what doesn't exist is filled with zeros, so that nothing branches."""
-
-        @T.inline
-        def row(n, memory, shared, inside):
-            size = T.meta_var(T.Select(inside, T.uint32(16), T.uint32(0)))
-            T.ptx[_COPY](shared, matrix.memory.ptr_to([memory]), 16, size)
-
-        self.each_row(matrix, stage, tile_first, live, ragged, row)
 
     @T.inline
     def fetch(self, stage, live, ragged=False):
@@ -105,28 +93,9 @@ class _AsynchronousMachine(BlockMachine):
         return tile - max(self.stages - 1, 1) >= self.tiles.begin
 
     @T.inline
-    def arrive(self, in_flight):
-        """Wait until at most ``in_flight`` groups of copies are, and every warp is here."""
-        T.ptx.cp.async_.wait_group(in_flight)
-        T.cuda.cta_sync()
-
-    @T.inline
     def wait_for_copies(self):
         """Wait for this thread's copies that no step has waited for: all of them, where a block sees no key."""
         T.ptx.cp.async_.wait_group(0)
-
-    @T.inline
-    def multiply(self, C, c, A, a, B, b):
-        """One m16n8k16 product."""
-        dt = T.meta_var(self.types.v.ptx)
-        T.ptx[f"mma.sync.aligned.m16n8k16.row.col.f32.{dt}.{dt}.f32"](
-            *[C[c + x] for x in range(4)], *[A[a + x] for x in range(4)], B[b], B[b + 1], *[C[c + x] for x in range(4)]
-        )
-
-    @T.inline
-    def pack_pair(self, to, i, low, high):
-        """Two float32 as one register of 16-bit elements."""
-        T.ptx[self.types.v.pack](to[i], high, low)
 
     @T.inline
     def start(self):
