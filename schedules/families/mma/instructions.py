@@ -26,9 +26,14 @@ class AsynchronousCopies:
         self.each_row(matrix, stage, tile_first, live, ragged, row)
 
     @T.inline
-    def arrive(self, in_flight):
-        """Wait until at most ``in_flight`` groups of copies are, and every warp is here."""
+    def wait(self, in_flight):
+        """Wait until at most ``in_flight`` groups of this thread's copies are."""
         T.ptx.cp.async_.wait_group(in_flight)
+
+    @T.inline
+    def arrive(self, in_flight):
+        """The same, and every warp is here."""
+        self.wait(in_flight)
         T.cuda.cta_sync()
 
 

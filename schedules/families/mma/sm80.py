@@ -22,8 +22,10 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import DECODE, Program, Rejected, Target, forward_program
-from schedules.families.mma import ldmatrix, mma
+from schedules.families.interface import BACKWARD, DECODE, Program, Rejected, Target, forward_program
+from schedules.families.mma import backward, ldmatrix, mma
+from schedules.families.mma.backward.key_machine import KeyMachine
+from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.decode import Decoding, PackedSoftmax
 from schedules.families.mma.instructions import AmpereProducts, AsynchronousCopies
 from schedules.families.mma.ldmatrix import LdmatrixProducts
@@ -280,4 +282,30 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     return forward_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)
 
 
-KINDS = {DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible)}
+@T.meta_class
+class BackwardKeys(AsynchronousCopies, AmpereProducts, KeyMachine):
+    """The backward's launch for dk and dv."""
+
+
+@T.meta_class
+class BackwardQueries(AsynchronousCopies, AmpereProducts, QueryMachine):
+    """The backward's launch for dq."""
+
+
+#: Of the backward, by head_dim: the first that is large enough.
+_BACKWARD_LARGE = {
+    64: backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2),
+    96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 1),
+    128: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 1),
+}
+
+
+def _backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
+    return limits.by_head_dim(_BACKWARD_LARGE, pattern)
+
+
+KINDS = {
+    DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
+    BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
+}
+UNVERIFIED_KINDS = (BACKWARD,)
