@@ -17,7 +17,7 @@ from schedules.builder.suite import KernelSpec
 from schedules.families import maker_of
 from schedules.families.interface import BACKWARD, Target
 from tests import cases
-from tests.gradient_cases import Kernel, Outer, check, everything, outer, run
+from tests.gradient_cases import Kernel, check, outer, run
 from tests.simt.simulate import Simulated
 from tests.torch_cases import own_case, shared_cases
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE

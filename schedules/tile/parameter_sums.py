@@ -11,7 +11,7 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.attention import append_arguments
 from schedules.definition.parameters import axes_of, gradient_symbols
-from schedules.tile.geometry import flat, local, wide
+from schedules.tile.geometry import flat, wide
 from schedules.tile.softmax import from_lane
 from schedules.tile.tile_scheduler import ceildiv
 from tvm_flash.packs.manifest import Param
@@ -34,15 +34,16 @@ def parameter_sums(asked: Sequence[Param], name: str) -> PrimFunc:
         """Add the shares of element ``block`` of the gradient of the ``n``-th parameter."""
         out = values[param.name]
         own = elements if axes_of(param) else T.int32(1)
-        count = local(T.truncdiv(length, own * len(asked)))
-        first = local(T.min(block, own - 1) * count + n * (count * own))
-        total = local(T.float32(0))
+        count = T.bind(T.truncdiv(length, own * len(asked)))
+        first = T.bind(T.min(block, own - 1) * count + n * (count * own))
+        total = T.alloc_local([1], "float32")
+        T.buffer_store(total, T.float32(0), [0])
         with T.serial(ceildiv(count, _LANES)) as i:
             at = i * _LANES + lane
             share = T.if_then_else(at < count, memory[wide(first + at)], T.float32(0))
-            T.buffer_store(total.source, total + share, [0])
+            T.buffer_store(total, total[0] + share, [0])
         for step in range(_LANES.bit_length() - 1):
-            T.buffer_store(total.source, operator.add(total, from_lane(total, 1 << step)), [0])
+            T.buffer_store(total, operator.add(total[0], from_lane(total[0], 1 << step)), [0])
         place = T.int64(0)
         if axes_of(param):
             batch_stride, head_stride = out.ty.strides
@@ -51,7 +52,7 @@ def parameter_sums(asked: Sequence[Param], name: str) -> PrimFunc:
                 head_stride
             )
         with T.If(T.And(lane == 0, block < own)), T.Then():
-            T.buffer_store(flat(out), total, [place])
+            T.buffer_store(flat(out), total[0], [place])
 
     @T.prim_func(check_well_formed=False)
     def kernel(sums: T.handle):

@@ -292,16 +292,21 @@ class BackwardQueries(AsynchronousCopies, AmpereProducts, QueryMachine):
     """The backward's launch for dq."""
 
 
-#: Of the backward, by head_dim: the first that is large enough.
+#: Of the backward, by head_dim, the first that is large enough.
 _BACKWARD_LARGE = {
-    64: backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2),
+    64: backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2, paced=False),
+    96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 2),
+    128: backward.Config(128, 64, 8, 2, 1, 256, 32, 8, 2, 1),
+}
+_BACKWARD_SMALL = {
+    64: backward.Config(128, 32, 4, 2, 2, 128, 32, 4, 2, 2, paced=False),
     96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 1),
-    128: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 1),
+    128: backward.Config(128, 32, 8, 2, 1, 128, 32, 8, 2, 1),
 }
 
 
 def _backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
-    return limits.by_head_dim(_BACKWARD_LARGE, pattern)
+    return limits.by_head_dim(_BACKWARD_LARGE if target.arch == "sm_80" else _BACKWARD_SMALL, pattern)
 
 
 KINDS = {

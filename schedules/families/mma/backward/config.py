@@ -19,6 +19,8 @@ _OTHER_REGISTERS = 32
 class LaunchConfig:
     """One launch: ``own_rows`` rows of a block, ``step_rows`` rows of a step, ``num_warps`` warps, ``num_stages``
     buffers of the latter; ``min_blocks_per_sm`` bounds the registers so that this many blocks fit one multiprocessor.
+    ``paced``: operands of S and dP are loaded 16 columns at a time, where the compiler would load more of them earlier,
+    and spill.
     """
 
     own_rows: int
@@ -26,6 +28,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     min_blocks_per_sm: int
+    paced: bool
 
     @property
     def threads(self) -> int:
@@ -49,6 +52,7 @@ class Config:
     block_m_dq, block_n_dq: queries of a block, and keys of a step, of the launch for dq.
     num_warps_dq, num_stages_dq, min_blocks_per_sm_dq: of that launch.
     section_mib: in seq-outer order, heads go in sections whose visited rows have that size.
+    paced: as in ``LaunchConfig``, of both.
     """
 
     block_n: int
@@ -62,17 +66,21 @@ class Config:
     num_stages_dq: int
     min_blocks_per_sm_dq: int
     section_mib: int = 16
+    paced: bool = True
 
     @property
     def keys(self) -> LaunchConfig:
         """The launch for dk and dv."""
-        return LaunchConfig(self.block_n, self.block_m, self.num_warps, self.num_stages, self.min_blocks_per_sm)
+        return LaunchConfig(
+            self.block_n, self.block_m, self.num_warps, self.num_stages, self.min_blocks_per_sm, self.paced
+        )
 
     @property
     def queries(self) -> LaunchConfig:
         """The launch for dq."""
         return LaunchConfig(
-            self.block_m_dq, self.block_n_dq, self.num_warps_dq, self.num_stages_dq, self.min_blocks_per_sm_dq
+            *(self.block_m_dq, self.block_n_dq, self.num_warps_dq, self.num_stages_dq, self.min_blocks_per_sm_dq),
+            self.paced,
         )
 
 

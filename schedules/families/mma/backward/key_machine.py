@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.mma.backward.config import LaunchConfig
 from schedules.families.mma.backward.machine import GradientMachine, Sides
-from schedules.families.mma.registers import fresh
+from schedules.families.mma.registers import anew, fresh
 from schedules.tile.dtypes import CHUNK_BYTES
 from schedules.tile.geometry import local
 from schedules.tile.gradients import Tensors
@@ -19,10 +19,10 @@ from schedules.tile.weights import negative, shift_of
 class KeyMachine(GradientMachine):
     """The block's own rows are keys and values; of visited queries it wants to know lse and delta."""
 
-    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, thread, tensors: Tensors):
+    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, tensors: Tensors):
         self.tensors, self.parameter_sums = tensors, None
         self.lse, self.delta = tensors.row_terms()
-        GradientMachine.__init__(self, pattern, config, own, own_first, thread, transposed=True)
+        GradientMachine.__init__(self, pattern, config, own, own_first, transposed=True)
         self.next_shift, self.next_start = (local(T.float32(0)) for _ in range(2))
 
     def place_shared(self, pool):
@@ -38,6 +38,10 @@ class KeyMachine(GradientMachine):
         return self.starts[self.use, g * self.fragment.group + self.column + e]
 
     @T.inline
+    def prepare(self):
+        """The numbers are read where they are used."""
+
+    @T.inline
     def load_numbers(self, at, live):
         """Start reading what belongs to the queries of the tile that is next, one a thread."""
         thread: T.int32 = fresh("tid.x")
@@ -45,7 +49,7 @@ class KeyMachine(GradientMachine):
         self.next_shift = T.float32(NEGATIVE_INFINITY)
         self.next_start = T.float32(0)
         if T.And(T.And(live, thread < self.config.step_rows), row < at.seqlen_q):
-            index: T.int64 = self.tensors.lse_offset(at.b, at.h, row)
+            index: T.int64 = self.tensors.lse_offset(anew(at.b), anew(at.h), row)
             self.next_shift = shift_of(self.lse[index])
             self.next_start = negative(self.delta[index])
 

@@ -10,6 +10,7 @@ from schedules.families.mma.backward.config import Config
 from schedules.families.mma.backward.machine import Sides
 from schedules.families.mma.backward.parts import of_queries
 from schedules.families.mma.mma import this_place
+from schedules.families.mma.registers import anew
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.geometry import Parameters, flat, parameterised, site
 from schedules.tile.gradients import Tensors
@@ -62,7 +63,7 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": launch.min_blocks_per_sm})
             order = T.meta_var(_order(pattern, config, traversal, tensors))
             _x, _y, _z = T.cta_id([*order.grid()])
-            tid = T.thread_id([launch.threads])
+            _tid = T.thread_id([launch.threads])
             if order.exists(this_place()):
                 # 2. Which keys of which head this block owns.
                 block = T.meta_var(order.work_tile(this_place()))
@@ -77,7 +78,7 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                         ContiguousRows(tensors.v, b, kv_head, keys),
                     )
                 )
-                machine = machine_type(pattern, launch, own, key_first, tid, tensors)
+                machine = machine_type(pattern, launch, own, key_first, tensors)
                 machine.begin()
                 # 3. The queries of each head of the group, from the first that sees a key to the last.
                 for g in T.serial(tensors.group):
@@ -88,18 +89,19 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                     weights = T.meta_var(machine.weights(at))
                     sources = T.meta_var(
                         (
-                            ContiguousRows(tensors.q, b, head, queries),
-                            ContiguousRows(gradients["do"], b, head, queries),
+                            ContiguousRows(tensors.q, anew(b), anew(head), queries),
+                            ContiguousRows(gradients["do"], anew(b), anew(head), queries),
                         )
                     )
                     visited = T.meta_var(machine.rows_of(sources))
                     machine.visit(visited, weights, of_queries(tiles))
-                # 4. Results.
+                # 4. Results.  Where the block is comes anew, so that it isn't kept until here.
                 machine.finish()
+                place = T.meta_var(order.work_tile(this_place()))
                 dK = flat(gradients["dk"].buffer)
                 dV = flat(gradients["dv"].buffer)
-                machine.store(gradients["dv"], dV, b, kv_head, machine.sum_p, machine.own_tiles.gradients, T.float32(1))
-                machine.store(gradients["dk"], dK, b, kv_head, machine.sum_ds, machine.own_tiles.scores, softmax_scale)
+                machine.store(gradients["dv"], dV, place, machine.sum_p, machine.own_tiles.gradients, T.float32(1))
+                machine.store(gradients["dk"], dK, place, machine.sum_ds, machine.own_tiles.scores, softmax_scale)
 
         return backward.with_attr("global_symbol", name)
 

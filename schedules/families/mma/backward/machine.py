@@ -50,11 +50,12 @@ class GradientMachine(RowCopies):
 
     ``own`` are row sources of what the block keeps, from row ``own_first`` on, and keys if ``transposed``: then there
     is a sum of P too.  A launch's machine brings ``place_shared(pool)``; ``shift(t, g, r, e)`` and
-    ``start(t, g, r, e)``, lse and delta of a register's query as a step wants them; ``load_numbers(at, live)`` and
-    ``store_numbers(stage)``, which fetch them where queries are visited; ``arrive_at(masked)``; ``parameter_sums``.
+    ``start(t, g, r, e)``, lse and delta of a register's query as a step wants them, after its ``prepare()``;
+    ``load_numbers(at, live)`` and ``store_numbers(stage)``, which fetch them where queries are visited;
+    ``arrive_at(masked)``; and ``parameter_sums``.
     """
 
-    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, thread, *, transposed: bool):
+    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, *, transposed: bool):
         D, E = pattern.head_dim, pattern.head_dim_v
         R, M = config.own_rows, config.step_rows
         self.pattern, self.config, self.fragment = pattern, config, M16N8
@@ -74,10 +75,9 @@ class GradientMachine(RowCopies):
         self.own_tiles, self.visited_tiles = Sides(*tiles[:2]), Sides(*tiles[2:])
         self.place_shared(pool)
         pool.commit()
-        # 2. Where this thread's rows are.
-        self.lane = local(thread % 32)
-        self.warp_row = local(thread // 32 * (self.m_tiles * self.tile_step))
-        self.column = local(M16N8.column(self.lane))
+        # 2. Where this thread's rows are: computed anew where it is asked, as registers are few.
+        self.lane = fresh("tid.x") % 32
+        self.warp_row = fresh("tid.x") // 32 * (self.m_tiles * self.tile_step)
         self.own = Sides(*(Rows(source, tile, self.threads) for source, tile in zip(own, self.own_tiles, strict=True)))
         self.own_first = own_first
         # 3. Registers: sums of 16 rows an m-tile, S and dP, P and dS packed, operands.
@@ -91,11 +91,8 @@ class GradientMachine(RowCopies):
         self.dS = T.alloc_local([self.m_tiles * self.s_stride // 2], "uint32")
         self.A = T.alloc_local([self.m_tiles * 4], "uint32")
         self.B = T.alloc_local([4], "uint32")
-        # 4. The tile that is copied next, and the stage in use.
-        self.fetched, self.use = (local(T.int32(0)) for _ in range(2))
-        self.own_from = Sides(
-            *(local(tile.address(self.warp_row + self.lane % 16, self.lane // 16)) for tile in self.own_tiles)
-        )
+        # 4. The tile that is copied next, the stage in use, and in a step the first column of this lane.
+        self.fetched, self.use, self.column = (local(T.int32(0)) for _ in range(3))
 
     def place_shared(self, pool):
         """Shared memory beside the tiles."""
@@ -124,13 +121,15 @@ class GradientMachine(RowCopies):
     # ------------------------------------------------------------ products
 
     @T.inline
-    def score(self, C, own_tile, own_from, tile):
+    def score(self, C, own_tile, tile):
         """``C += own visitedᵀ`` for the stage in use."""
         lane: T.int32 = fresh("tid.x") % 32
         first = T.meta_var(tile.address(lane // 16 * 8 + lane % 8, lane // 8 % 2))
         visited_from: T.uint32 = first + T.Cast("uint32", self.use * tile.stage_bytes)
-        rows_from: T.uint32 = own_from
+        rows_from: T.uint32 = own_tile.address(self.warp_row + lane % 16, lane // 16)
         for k in T.unroll(tile.columns // 16):
+            if self.config.paced:
+                T.cuda.warp_sync()
             for t in T.unroll(self.m_tiles):
                 T.ptx[LOAD](*[self.A[t * 4 + x] for x in range(4)], own_tile.at(rows_from, t * self.tile_step, k * 2))
             for n in T.unroll(self.config.step_rows // 16):
@@ -146,6 +145,7 @@ class GradientMachine(RowCopies):
         for k in T.unroll(self.config.step_rows // 16):
             for n in T.unroll(tile.columns // 16):
                 T.ptx[LOAD_TRANSPOSED](*[self.B[x] for x in range(4)], tile.at(visited_from, k * 16, n * 2))
+                T.cuda.warp_sync()  # no load comes before it: the compiler would take the registers for it, and spill
                 for t in T.unroll(self.m_tiles):
                     self.multiply_pair(C, t * stride + n * 8, P, t * (self.s_stride // 2) + k * 4)
 
@@ -189,15 +189,17 @@ class GradientMachine(RowCopies):
         """The products of a step."""
         thread: T.int32 = fresh("tid.x")
         place = T.meta_var(self.position(thread, tile))
+        self.column = self.fragment.column(thread % 32)
+        self.prepare()
         for i in T.unroll(self.m_tiles * self.s_stride):
             self.S[i] = T.float32(0)
-        self.score(self.S, self.own_tiles.scores, self.own_from.scores, self.visited_tiles.scores)
+        self.score(self.S, self.own_tiles.scores, self.visited_tiles.scores)
         for t in T.unroll(self.m_tiles):
             for g in T.unroll(self.s_stride // 4):
                 for r in T.unroll(2):
                     for e in T.unroll(2):
                         self.dP[t * self.s_stride + g * 4 + r * 2 + e] = self.start(t, g, r, e)
-        self.score(self.dP, self.own_tiles.gradients, self.own_from.gradients, self.visited_tiles.gradients)
+        self.score(self.dP, self.own_tiles.gradients, self.visited_tiles.gradients)
         weights.turn(self.S, self.dP, self.P, self.dS, self.shift, place[0], place[1], masked, self.parameter_sums)
         if self.transposed:
             self.add(self.sum_p, self.e_stride, self.P, self.visited_tiles.gradients)
@@ -298,13 +300,16 @@ class GradientMachine(RowCopies):
         self.arrive(0)
 
     @T.inline
-    def store(self, tensor, memory, b, h, acc, tile, factor):
-        """Round a sum times ``factor``, and store it by way of the warp's own rows of ``tile``, which nobody reads."""
+    def store(self, tensor, memory, block, acc, tile, factor):
+        """Round a sum times ``factor``, and store it by way of the warp's own rows of ``tile``, which nobody reads.
+
+        ``block`` is the block's work tile.
+        """
         stride = T.meta_var(self.fragment.registers(tile.columns))
         for i in T.unroll(self.m_tiles * stride):
             acc[i] = acc[i] * factor
         stage_rows(self, tile, acc, stride)
-        rows = T.meta_var(self.fragment.tile_rows)
         store_rows(
-            tensor, b, h, memory, tile, self.warp_row, self.own_first, self.lane, self.m_tiles, self.tile_step, rows
-        )
+            tensor, block.batch, block.head, memory, tile, self.warp_row, block.m_block * self.config.own_rows,
+            self.lane, self.m_tiles, self.tile_step, self.fragment.tile_rows,
+        )  # fmt: skip

@@ -14,6 +14,7 @@ from schedules.families.mma.backward.config import Config
 from schedules.families.mma.backward.machine import Sides
 from schedules.families.mma.backward.parts import of_keys
 from schedules.families.mma.mma import scheduler, this_place, work_tile
+from schedules.families.mma.registers import anew
 from schedules.tile.geometry import Parameters, flat, parameterised, site
 from schedules.tile.gradients import Tensors
 from schedules.tile.key_range import KeyTiles
@@ -51,7 +52,7 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": launch.min_blocks_per_sm})
             order = T.meta_var(scheduler(pattern, tiling, traversal, tensors))
             _x, _y, _z = T.cta_id([*order.grid()])
-            tid = T.thread_id([launch.threads])
+            _tid = T.thread_id([launch.threads])
             if order.exists(this_place()):
                 # 2. Which queries of which head this block owns, and which keys they see.
                 block = T.meta_var(work_tile(order, this_place()))
@@ -71,26 +72,30 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                         ContiguousRows(gradients["do"], b, h, queries),
                     )
                 )
-                machine = machine_type(pattern, launch, own, row_first, tid, tensors)
+                machine = machine_type(pattern, launch, own, row_first, tensors)
                 machine.begin()
                 machine.read_numbers(at)
                 # 3. The keys, from the first that is seen to the last.
                 sources = T.meta_var(
-                    (ContiguousRows(tensors.k, b, kv_head, keys), ContiguousRows(tensors.v, b, kv_head, keys))
+                    (
+                        ContiguousRows(tensors.k, anew(b), anew(kv_head), keys),
+                        ContiguousRows(tensors.v, anew(b), anew(kv_head), keys),
+                    )
                 )
                 visited = T.meta_var(machine.rows_of(sources))
                 weights = T.meta_var(machine.weights(at))
                 machine.visit(visited, weights, of_keys(tiles))
-                # 4. Results.
+                # 4. Results.  Where the block is comes anew, so that it isn't kept until here.
                 machine.finish()
                 if not pattern.is_unmasked:
                     machine.clear_blind_rows()
+                place = T.meta_var(work_tile(order, this_place()))
                 dQ = flat(gradients["dq"].buffer)
-                machine.store(gradients["dq"], dQ, b, h, machine.sum_ds, machine.own_tiles.scores, softmax_scale)
+                machine.store(gradients["dq"], dQ, place, machine.sum_ds, machine.own_tiles.scores, softmax_scale)
                 if asked:
                     machine.store_parameters(
                         sums,
-                        (b * tensors.heads + h) * order.work.m_blocks + block.m_block,
+                        (place.batch * tensors.heads + place.head) * order.work.m_blocks + place.m_block,
                         tensors.batch * tensors.heads * order.work.m_blocks,
                     )
 

@@ -16,17 +16,18 @@ from schedules.tile.weights import negative, shift_of
 
 @T.meta_class
 class QueryMachine(GradientMachine):
-    """The block's own rows are queries and dO: lse and delta of a lane's rows are in registers."""
+    """The block's own rows are queries and dO: lse and delta of its rows come once."""
 
-    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, thread, tensors: Tensors):
+    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, tensors: Tensors):
         self.tensors = tensors
         self.lse, self.delta = tensors.row_terms()
         self.asked = sum(p.gradient for p in pattern.params)
         self.parameter_sums = T.alloc_local([self.asked], "float32") if self.asked else None
-        GradientMachine.__init__(self, pattern, config, own, own_first, thread, transposed=False)
+        GradientMachine.__init__(self, pattern, config, own, own_first, transposed=False)
         self.row_shift, self.row_start = (T.alloc_local([2 * self.m_tiles], "float32") for _ in range(2))
 
     def place_shared(self, pool):
+        self.numbers = pool.alloc((2, self.config.own_rows), "float32", align=16)
         shape = (self.asked, self.config.num_warps)
         self.warp_sums = pool.alloc(shape, "float32", align=16) if self.asked else None
 
@@ -40,23 +41,31 @@ class QueryMachine(GradientMachine):
 
     @T.inline
     def read_numbers(self, at):
-        """What belongs to this lane's rows, those past the last one weigh nothing; no gradient of a parameter yet."""
-        for t in T.unroll(self.m_tiles):
-            for r in T.unroll(2):
-                row: T.int32 = self.own_first + self.warp_row + self.fragment.row(self.lane) + self.row_of(t, r)
-                self.row_shift[t * 2 + r] = T.float32(NEGATIVE_INFINITY)
-                self.row_start[t * 2 + r] = T.float32(0)
-                if row < at.seqlen_q:
-                    index: T.int64 = self.tensors.lse_offset(at.b, at.h, row)
-                    self.row_shift[t * 2 + r] = shift_of(self.lse[index])
-                    self.row_start[t * 2 + r] = negative(self.delta[index])
+        """What belongs to the block's rows, one a thread: those past the last one weigh nothing.
+
+        It waits in shared memory, where it costs no registers.  No gradient of a parameter yet.
+        """
+        thread: T.int32 = fresh("tid.x")
+        if thread < self.config.own_rows:
+            self.numbers[0, thread] = T.float32(NEGATIVE_INFINITY)
+            self.numbers[1, thread] = T.float32(0)
+            if self.own_first + thread < at.seqlen_q:
+                index: T.int64 = self.tensors.lse_offset(at.b, at.h, self.own_first + thread)
+                self.numbers[0, thread] = shift_of(self.lse[index])
+                self.numbers[1, thread] = negative(self.delta[index])
         if self.parameter_sums is not None:
             for n in T.unroll(self.asked):
                 self.parameter_sums[n] = T.float32(0)
 
-    def row_of(self, t, r):
-        """A register's row, counted from this lane's first one."""
-        return t * self.tile_step + r * self.fragment.row_step
+    @T.inline
+    def prepare(self):
+        """The numbers of this lane's rows."""
+        first: T.int32 = self.warp_row + self.fragment.row(self.lane)
+        for t in T.unroll(self.m_tiles):
+            for r in T.unroll(2):
+                row = T.meta_var(first + (t * self.tile_step + r * self.fragment.row_step))
+                self.row_shift[t * 2 + r] = self.numbers[0, row]
+                self.row_start[t * 2 + r] = self.numbers[1, row]
 
     @T.inline
     def load_numbers(self, at, live):
@@ -74,6 +83,7 @@ class QueryMachine(GradientMachine):
     @T.inline
     def clear_blind_rows(self):
         """A row that sees nothing may still hold the NaN of a key that it doesn't see."""
+        self.prepare()
         for t in T.unroll(self.m_tiles):
             for r in T.unroll(2):
                 if self.row_shift[t * 2 + r] == T.float32(NEGATIVE_INFINITY):
