@@ -9,17 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import tvm_ffi
 
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.families import cpu
-from schedules.families.interface import RAGGED, Program, Target
+from schedules.families.interface import RAGGED, RAGGED_BACKWARD, Program, Target
 from schedules.toolchain import cpu as toolchain
 from tests import ragged_cases
 from tests.ragged_cases import RAGGED_CASES, RaggedCase
 from tests.test_cpu_family import TEMPLATES, compile_for, runnable_isas, runtime
+from tvm_flash.packs import sizes
 
 
 @functools.cache
@@ -39,8 +41,10 @@ def kernel(dtype: str, isa: str = "", head_dim: int = 64, kind: str = RAGGED, **
         loaded = tvm_ffi.load_module(str(module))
     (launch,) = program.launches
 
-    def compute(values, sizes):
-        loaded[launch.symbol](*(values[role] for role in launch.roles))
+    def compute(values, extents):
+        shapes = {w.name: [sizes.evaluate(n, extents) for n in w.shape] for w in program.workspaces}
+        made = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+        loaded[launch.symbol](*({**values, **made}[role] for role in launch.roles))
 
     return compute, pattern.params
 
@@ -54,3 +58,11 @@ def attend(case: RaggedCase, data, isa: str = "", **changes):
 def test_against_float64(case):
     data = ragged_cases.inputs(case)
     ragged_cases.check(case, data, *attend(case, data))
+
+
+@pytest.mark.parametrize("case", RAGGED_CASES, ids=lambda c: c.id)
+def test_gradients_against_float64(case):
+    data, given = ragged_cases.inputs(case), ragged_cases.outer(case, with_dlse=case.heads > 2)
+    compute, params = kernel(case.dtype, kind=RAGGED_BACKWARD)
+    got = ragged_cases.run_backward(case, data, given, compute, params)
+    ragged_cases.check_backward(case, data, given, got)

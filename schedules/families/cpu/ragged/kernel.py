@@ -88,8 +88,8 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         V = T.meta_var(tensor(v, "v", total_k, kv_heads, head_dim_v))
         O = T.meta_var(tensor(o, "o", total_q, heads, head_dim_v))
         LSE = T.match_buffer(lse, (lse_length,), "float32")
-        q_starts = T.match_buffer(cu_seqlens_q, (starts,), "int32")
-        k_starts = T.match_buffer(cu_seqlens_k, (starts,), "int32")
+        q_starts = T.match_buffer(cu_seqlens_q, (starts,), "int32", align=4)
+        k_starts = T.match_buffer(cu_seqlens_k, (starts,), "int32", align=4)
         queries = T.meta_var(Starts(q_starts, starts - 1, total_q))
         keys = T.meta_var(Starts(k_starts, starts - 1, total_k))
 
@@ -124,7 +124,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
             part_rows[0] = T.int64(0)
             for s in T.serial(starts):
                 length_q: T.int64 = queries.length(s)
-                length_k: T.int64 = T.Select(s < starts - 1, keys.length(s), T.int64(0))
+                length_k: T.int64 = keys.own_length(s)
                 P = T.meta_var(of_sequence(call, T.int64(0), length_q, T.int64(0), length_k, T.int64(0)))
                 count: T.int64 = T.int64(0)
                 if length_q <= FEW:
@@ -155,7 +155,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                         first_q: T.int64 = queries.begin(s)
                         length_q: T.int64 = queries.length(s)
                         first_k: T.int64 = keys.begin(s)
-                        length_k: T.int64 = T.Select(s < starts - 1, keys.length(s), T.int64(0))
+                        length_k: T.int64 = keys.own_length(s)
                         first_part_row: T.int64 = part_rows[s]
                         w: T.int64 = item - items[s]
                         P = T.meta_var(of_sequence(call, first_q, length_q, first_k, length_k, first_part_row))
@@ -184,7 +184,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                         s: T.int64 = w // heads
                         first_q: T.int64 = queries.begin(s)
                         length_q: T.int64 = queries.length(s)
-                        length_k: T.int64 = T.Select(s < starts - 1, keys.length(s), T.int64(0))
+                        length_k: T.int64 = keys.own_length(s)
                         first_part_row: T.int64 = part_rows[s]
                         P = T.meta_var(of_sequence(call, first_q, length_q, T.int64(0), length_k, first_part_row))
                         if length_q <= FEW:

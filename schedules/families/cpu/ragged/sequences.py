@@ -38,6 +38,10 @@ class Starts:
         following = T.cast(self.buffer[T.min(sequence + 1, self.batch)], "int64")
         return T.Select(sequence < self.batch, following, self.total) - self.begin(sequence)
 
+    def own_length(self, sequence: Expr) -> Expr:
+        """The same, 0 for what follows the last one: such rows see nothing, and nobody sees such keys."""
+        return T.Select(sequence < self.batch, self.length(sequence), T.int64(0))
+
 
 @T.inline
 def check(starts: Starts, faults):
