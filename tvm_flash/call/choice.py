@@ -164,9 +164,7 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
         raise packs.missing(archs, device.native_arch)
     fitting, rejected = [], []
     for distance, arch in enumerate(archs):
-        for kernel in packs.candidates(arch, problem.definition, problem.dtype, OPERATORS[problem.op].computes):
-            if (kernel.entry.kind in _RAGGED_KINDS) != problem.is_ragged:
-                continue
+        for kernel in candidates(arch, problem):
             refusal = _refusal(kernel.entry, problem)
             if refusal:
                 rejected.append(refusal)
@@ -174,6 +172,12 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
                 fitting.append((_rank(kernel, problem, order, distance), kernel))
     fitting.sort(key=lambda x: x[0])
     return [kernel for _, kernel in fitting], rejected
+
+
+def candidates(arch: str, problem: Problem) -> list[Installed]:
+    """The installed kernels of an arch that compute a problem's operator, in its dtype and definition."""
+    found = registry().candidates(arch, problem.definition, problem.dtype, OPERATORS[problem.op].computes)
+    return [k for k in found if (k.entry.kind in _RAGGED_KINDS) == problem.is_ragged]
 
 
 def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import torch
 
 from tvm_flash.call.ragged import count_sequences
 from tvm_flash.call.signature import Options, signature
-from tvm_flash.errors import NotSupportedError
+from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import name_of
 from tvm_flash.operators import OPERATORS, RAGGED, RAGGED_BACKWARD, RAGGED_LAYOUT
@@ -67,7 +67,10 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
         )
     if not torch.compiler.is_compiling():
         check_call(options, tensors)
-    operator = OPERATORS[options.op]
+    operator, device = OPERATORS[options.op], tensors["q"].device
+    for name in operator.starts:
+        if tensors[name].device != device:
+            raise ArgumentTypeError(f"{name}: is on {tensors[name].device}, expected {device}, where q is; move it")
     outputs = operator.all_outputs(options.gradients)
     own = {"gradients": list(options.gradients)} if operator.differentiates else {"return_lse": options.flag}
     left, right = options.window_size
