@@ -57,8 +57,17 @@ class Scope:
 SCOPES = {
     FORWARD: Scope(CORE_VARIANTS, between=True, own_definitions=True),
     DECODE: Scope((("window", "identity"),)),
-    BACKWARD: Scope((("positioned", "optional"),), own_definitions=True),
-    RAGGED: Scope((("window", "optional"),)),
+    BACKWARD: Scope(
+        (("positioned", "optional"),),
+        between=True,
+        own_definitions=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
+    ),
+    RAGGED: Scope(
+        (("window", "optional"),),
+        between=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
+    ),
     RAGGED_BACKWARD: Scope((("window", "optional"),)),
     BACKWARD_ACCUMULATE: Scope(()),  # as large as the backward again, for rings alone: built where it is asked for
 }

@@ -16,7 +16,7 @@ from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSuppo
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS, RAGGED, RAGGED_BACKWARD
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, MOST_BLOCKS, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
 
 _TEMPLATE_OF_LAYOUT = {layout: template for template, layout in LAYOUT_OF_TEMPLATE.items()}
@@ -78,7 +78,7 @@ class Choice:
 
 
 # Stages of a rejection: what a kernel failed at.
-_KIND, _ROWS, _SCORE, _HEAD_DIM, _MASK, _INDEX, _ALIGNMENT, _ORDER = range(8)
+_KIND, _ROWS, _SCORE, _HEAD_DIM, _MASK, _INDEX, _GRID, _ALIGNMENT, _ORDER = range(9)
 
 
 def template_order(problem: Problem, device: Device, variant: str, prefer: str) -> tuple[tuple[str, str], str]:
@@ -108,7 +108,7 @@ def choose(problem: Problem, device: Device, variant: str, prefer: str = "speed"
     PackError: there is no usable pack for the device.
     KernelNotFoundError: the packs have no kernel for the problem.
     InvalidArgumentError: there is one, but it can't take data that is aligned so badly.
-    NotSupportedError: there is one, but it can't take sizes or strides this large.
+    NotSupportedError: there is one, but it can't take sizes or strides this large, or so many heads or batch entries.
     """
     order, why, fitting, rejected = _in_order(problem, device, variant, prefer)
     if not fitting:
@@ -219,6 +219,11 @@ def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
         return Rejection(entry, _MASK, f"is for {entry.bucket} keys or more, not {problem.seqlen_kv}")
     if entry.index_bits < problem.index_bits:
         return Rejection(entry, _INDEX, f"counts in {entry.index_bits} bits, and a size or stride needs more")
+    blocks = max((sizes.evaluate(axis, problem.sizes) for axis in entry.narrow_axes), default=0)
+    if blocks > MOST_BLOCKS:
+        return Rejection(
+            entry, _GRID, f"would launch {blocks} blocks along an axis of the grid that has room for {MOST_BLOCKS}"
+        )
     if problem.alignment % entry.alignment:
         return Rejection(
             entry,
@@ -299,6 +304,11 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         return NotSupportedError(
             f"{_named(problem)}: a size or a stride needs more than 32 bits, and the {whose} kernels count in 32; "
             f"split the batch or the heads over several calls"
+        )
+    if nearest.stage == _GRID:
+        return NotSupportedError(
+            f"{_named(problem)}: {problem}, and {nearest.kernel.symbol} {nearest.reason}; split the batch or the heads "
+            f"over several calls"
         )
     if nearest.stage == _MASK:
         command = build_command(arch, *options, "--head-dim", dims, *_kind(problem))

@@ -70,6 +70,9 @@ BUILTIN_DEFINITION = "attention"
 
 LAYOUT_OF_TEMPLATE = {"v1": "bhsd", "v2": "bshd"}
 
+#: The most blocks of a GPU's launch along any axis of its grid but the first.
+MOST_BLOCKS = 65535
+
 #: Largest ``query_start`` of the mask ``positioned``, and the same below 0; those beyond count as it.  So no sum of a
 #: position and a window leaves int32.
 FARTHEST_START = 2**29
@@ -200,6 +203,8 @@ class KernelEntry:
         bucket that fits is the fastest.
     max_rows: the most query rows that share a key (``seqlen_q * heads / kv_heads``) for which it is meant, by the
         problem's sizes; None if any number will do.  A kernel that is made for few rows is preferred where it fits.
+    narrow_axes: how many blocks launches have along the axes of a GPU's grid with room for ``MOST_BLOCKS`` only, by the
+        problem's sizes, where that may be more.
     alignment: bytes; data pointers and all strides but the last must be multiples of it.
     index_bits: 32 if sizes and strides (in elements) must fit an int32, else 64.
     config: the schedule's configuration as JSON.
@@ -232,6 +237,7 @@ class KernelEntry:
     workspaces: tuple[Workspace, ...] = ()
     scalars: tuple[Scalar, ...] = ()
     max_rows: sizes.Expression | None = None
+    narrow_axes: tuple[sizes.Expression, ...] = ()
     registers: int | None = None
     shared_memory: int | None = None
     spills: int | None = None
@@ -251,6 +257,7 @@ class KernelEntry:
             "workspaces": tuple(map(Workspace.from_dict, raw.get("workspaces", ()))),
             "scalars": tuple(map(Scalar.from_dict, raw.get("scalars", ()))),
             "max_rows": None if raw.get("max_rows") is None else sizes.from_json(raw["max_rows"]),
+            "narrow_axes": tuple(map(sizes.from_json, raw.get("narrow_axes", ()))),
             "speeds": tuple(Speed(**s) for s in raw.get("speeds", ())),
         }
         return KernelEntry(**{**raw, **parts})

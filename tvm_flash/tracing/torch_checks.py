@@ -19,8 +19,8 @@ from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import Torch, check_dense, is_functorch_wrapped, is_wrapper, name_of
 from tvm_flash.operators import OPERATORS
 
-#: Whether a program that is being compiled can be asked what it knows of a symbol: 2.5 can't, 2.13 can.
-_CAN_ASK_SYMBOLS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
+#: Whether a program that is being compiled can be asked what it knows of a symbol: 2.5 can't, 2.11 can.
+_CAN_ASK_SYMBOLS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool, torch.fx.Proxy)
 
