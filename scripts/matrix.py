@@ -59,6 +59,12 @@ ENVIRONMENTS = (
         ("numpy", "torch", "transformers"),
     ),
     Environment(
+        "torch of spring 2026",
+        "3.12",
+        ("apache-tvm-ffi==0.1.14.post1", "torch==2.11.0", "transformers==5.24.0", "diffusers==0.42.1"),
+        ("numpy", "torch", "transformers", "diffusers"),
+    ),
+    Environment(
         "of the tests, with the newest tvm-ffi",
         "3.11",
         (

@@ -116,7 +116,7 @@ def toys(monkeypatch):
 @pytest.fixture
 def request_(tmp_path):
     """A request for six kernels of the toy families."""
-    from schedules.builder.plan import Request
+    from schedules.builder.plan import BuildRequest
     from tests.toy_packs import CPU, TWO_GROUPS
 
-    return Request((CPU,), TWO_GROUPS, output=tmp_path / "packs", jobs=1)
+    return BuildRequest((CPU,), TWO_GROUPS, output=tmp_path / "packs", jobs=1)

@@ -22,6 +22,8 @@ OUTPUTS = {
     "combine": ("o", "lse"),
     "delta": ("delta",),
     "backward": ("dq", "dk", "dv"),
+    "ragged": ("o", "lse"),
+    "ragged_backward": ("dq", "dk", "dv"),
 }
 
 

@@ -386,7 +386,7 @@ def _compare(call: Call, out, lse, exact, exact_lse, largest_score, usuals) -> f
     assert out.shape == exact.shape and lse.shape == exact_lse.shape and lse.dtype == torch.float32
     if not out.numel():
         return 0.0
-    usual = max((x - exact).abs().max().item() for x in usuals)
+    usual = numerics.largest_of((x - exact).abs().max().item() for x in usuals)
     allowed = numerics.allowed_error(usual, exact.abs().max().item(), call.dtype)
     error = (out - exact).abs().max().item()
     assert error <= allowed, f"differs by {error:.3g}, allowed {allowed:.3g}"

@@ -9,7 +9,7 @@ import pytest
 from schedules.builder import pack
 from schedules.builder.build import build
 from schedules.builder.compile import ChosenConfig, Failed, Refused
-from schedules.builder.plan import Request, parse_targets
+from schedules.builder.plan import BuildRequest, parse_targets
 from schedules.builder.suite import HeadDim, Selection
 from schedules.families.interface import Target
 from tests.toy_packs import CPU, D64, added, assert_whole, contents
@@ -145,7 +145,7 @@ def test_native_is_this_processor_and_its_gpus(monkeypatch):
 
 def test_cuda_pack_names_its_resources(tmp_path):
     selection = Selection(("v1",), ("float32",), (D64,), ("full", "causal"))
-    (report,) = build(Request((Target("sm_90"),), selection, output=tmp_path, jobs=1))
+    (report,) = build(BuildRequest((Target("sm_90"),), selection, output=tmp_path, jobs=1))
     assert not report.failed
     assert len(report.manifest.modules) == 1
     assert [f.file.rpartition("-")[0] for f in report.manifest.support_files] == [CALL_STEM]

@@ -15,7 +15,7 @@ import pytest
 from schedules.builder import pack
 from schedules.builder.build import build
 from schedules.builder.compile import ChosenConfig
-from schedules.builder.plan import Request, plan
+from schedules.builder.plan import BuildRequest, plan
 from schedules.builder.suite import Selection
 from tests import toy_family
 from tests.toy_packs import CPU, D64, TWO_GROUPS, assert_whole
@@ -24,7 +24,7 @@ from tvm_flash.packs.manifest import MANIFEST_NAME
 pytestmark = pytest.mark.usefixtures("toys")
 
 
-def _build_and_die(request: Request, operation: int) -> bool:
+def _build_and_die(request: BuildRequest, operation: int) -> bool:
     """Build in a child process that is killed before its n-th operation on files; whether it got to the end."""
     child = os.fork()
     if child == 0:
@@ -112,7 +112,7 @@ def test_end_of_a_parallel_build_ends_its_workers(tmp_path, how):
     assert not (tmp_path / CPU.folder).exists()
     # What was finished is not compiled again.
     finished = len(list(work.glob("*.record.json")))
-    request = Request((CPU,), Selection(("v1",)), output=tmp_path, jobs=1)
+    request = BuildRequest((CPU,), Selection(("v1",)), output=tmp_path, jobs=1)
     planned = plan(request, CPU)
     assert 0 < finished == len(planned.specs) - len(planned.jobs)
 

@@ -158,6 +158,49 @@ def test_parts_combine_to_the_whole(mask):
         np.testing.assert_allclose(got.lse, lse, atol=3e-6, rtol=0)
 
 
+#: Of queries and of keys: an empty sequence, more queries than keys and the reverse, rows and keys after the last one.
+LENGTHS = ((3, 7, 0, 5), (6, 4, 2, 0), 2, 3)
+
+
+@pytest.mark.parametrize("mask", ("full", "causal", "window", "padded"))
+@pytest.mark.parametrize("score", ("identity", "softcap_alibi"))
+def test_sequences_of_different_lengths_are_attended_to_as_if_alone(score, mask):
+    attention = Attention(asking(SCORES[score]), MASKS[mask])
+    names = [p.name for p in attention.score.params if is_float(p)]
+    queries, keys, more_queries, more_keys = LENGTHS
+    shape = (len(queries), 4, 2, sum(queries) + more_queries, sum(keys) + more_keys)
+    q, k, v, dout, dlse, params = problem(attention, shape)
+    starts = [np.int32([0, *itertools.accumulate(x)]) for x in (queries, keys)]
+    rows = [np.ascontiguousarray(x[0].swapaxes(0, 1)) for x in (q, k, v, dout)]
+    given = {**dict(zip(("q", "k", "v"), rows, strict=False)), "cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
+    ahead = oracle.operator(attention, "ragged", HEAD_DIM, HEAD_DIM_V)(**given, softmax_scale=SCALE, **params)
+    delta = (ahead.o * rows[3]).sum(-1).T - dlse[0]
+    back = {"do": rows[3], "lse": ahead.lse, "delta": np.ascontiguousarray(delta), "softmax_scale": SCALE}
+    got = oracle.operator(attention, "ragged_backward", HEAD_DIM, HEAD_DIM_V)(**given, **back, **params)
+    want = {"o": np.zeros_like(ahead.o), "lse": np.full_like(ahead.lse, -np.inf)}
+    want |= {f"d{n}": np.zeros(x.shape) for n, x in zip("qkv", rows, strict=False)}
+    want |= {f"d_{n}": np.zeros(shape[:2]) for n in names}
+    for b in range(len(queries)):
+        i, j = (slice(*x[b : b + 2]) for x in starts)
+        if i.start == i.stop or j.start == j.stop:
+            continue
+        own = {n: x[b : b + 1] if np.ndim(x) else x for n, x in params.items()}
+        alone = (q[:1, :, i], k[:1, :, j], v[:1, :, j])
+        what = {"softmax_scale": SCALE, "params": own, **twins(attention)}
+        o, want["lse"][:, i] = (x[0] for x in reference.attention(*alone, **what))
+        want["o"][i] = o.swapaxes(0, 1)
+        found = reference.attention_backward(dout[:1, :, i], *alone, dlse=dlse[:1, :, i], gradients=names, **what)
+        want["dq"][i], want["dk"][j], want["dv"][j] = (x[0].swapaxes(0, 1) for x in (found.dq, found.dk, found.dv))
+        for n in names:
+            want[f"d_{n}"][b] = np.broadcast_to(found.params[n], (1, shape[1]))
+    results = {**vars(ahead), **vars(got)}
+    assert set(results) == set(want) | {f"d_{n}" for n in names}
+    for name, x in want.items():
+        if name == "d_softcap":  # one number for all
+            x = want[name][:, :1].sum(keepdims=True).reshape(1)
+        np.testing.assert_allclose(results[name], x, atol=2e-5, rtol=2e-5, err_msg=name)
+
+
 def test_a_part_far_below_another_does_not_overflow():
     combine = oracle.operator(Attention(), "combine", HEAD_DIM, HEAD_DIM_V)
     os = np.stack([np.full((1, 1, 1, HEAD_DIM_V), value, np.float32) for value in (1, 2, 3)])
@@ -192,12 +235,12 @@ def doubled(block):
     return s_tir.SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, body, block.init)
 
 
-@pytest.mark.parametrize("op", ("partial", "combine", "delta", "backward"))
+@pytest.mark.parametrize("op", ("partial", "combine", "delta", "backward", "ragged", "ragged_backward"))
 def test_another_step_of_an_operator_is_refused_by_name(op):
     attention = Attention(asking(SCORES["alibi"]), MASKS["causal"])
     func = derive(match(attention(8, "float32")), op)
     own = {"score", "mask", "key_range"}
-    blocks = [*OPERATORS[op].blocks, *(["d_alibi_slopes"] if op == "backward" else [])]
+    blocks = [*OPERATORS[op].blocks, *(["d_alibi_slopes"] if OPERATORS[op].has_gradients else [])]
     for block in blocks:
         if block not in own:
             with pytest.raises(DefinitionError, match=f"block '{block}'"):

@@ -1,10 +1,18 @@
 """Building on two machines: sources where TVM is, packs where a compiler is, records for all archs of a source."""
 
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import files
+from pathlib import Path
+
 import pytest
+import tvm
 
 from schedules.builder.assemble import EMISSION_NAME, assemble, twins
 from schedules.builder.emit import emit
-from schedules.builder.plan import Request
+from schedules.builder.plan import BuildRequest
 from schedules.builder.suite import HeadDim, Selection
 from schedules.families.interface import Target
 from schedules.toolchain import cuda
@@ -18,7 +26,7 @@ def emitted(tmp_path_factory):
     """Sources of one kernel for two archs, which is the same for both."""
     folder = tmp_path_factory.mktemp("emitted")
     selection = Selection(("v2",), ("float16",), (HeadDim(64, 64),), ("causal",), ("identity",))
-    assert emit(Request((Target("sm_86"), Target("sm_89")), selection), folder) == []
+    assert emit(BuildRequest((Target("sm_86"), Target("sm_89")), selection), folder) == []
     return folder
 
 
@@ -27,6 +35,41 @@ def test_a_source_that_two_archs_share_is_written_once(emitted):
     assert sorted(p.parent.name for p in emitted.rglob(EMISSION_NAME)) == ["sm_86", "sm_89"]
     (((arch, symbol), (twin,)),) = twins(emitted).items()
     assert (arch, symbol, twin.arch, twin.symbol) == ("sm_86", SYMBOL, "sm_89", SYMBOL)
+
+
+EMIT = """
+import sys
+from pathlib import Path
+
+import tvm
+
+assert tvm.get_global_func("device_api.cuda", allow_missing=True), "TVM didn't find the CUDA libraries"
+from schedules.builder.emit import emit
+from schedules.builder.plan import BuildRequest
+from schedules.builder.suite import HeadDim, Selection
+from schedules.families.interface import Target
+
+selection = Selection(("v2",), ("float16",), (HeadDim(64, 64),), ("causal",), ("identity",))
+assert emit(BuildRequest((Target("sm_86"),), selection), Path(sys.argv[1])) == []
+"""
+
+
+def test_the_sources_are_the_same_where_tvm_finds_a_driver(emitted, tmp_path):
+    """TVM would compile them by itself there, for the GPU at hand, of which this driver has none."""
+    libraries = [f.locate() for f in files("nvidia-cuda-runtime") or () if f.name.startswith("libcudart.so")]
+    library = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
+    wanted = subprocess.run(("nm", "-D", "--undefined-only", library), capture_output=True, text=True, check=True)
+    functions = {*re.findall(r" U (cu[A-Z]\w+)$", wanted.stdout, re.M), "cuInit", "cuDriverGetVersion"}
+    (tmp_path / "driver.c").write_text("".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted(functions)))
+    driver = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "driver.c", "-o", "libcuda.so.1")
+    subprocess.run(("cc", *driver), cwd=tmp_path, check=True)
+    path = os.pathsep.join(map(str, (tmp_path, *{f.parent for f in libraries})))
+    command = (sys.executable, "-c", EMIT, tmp_path / "sources")
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LD_LIBRARY_PATH": path})
+    assert done.returncode == 0, done.stderr
+    (found,) = (tmp_path / "sources").rglob("*.cu")
+    (expected,) = emitted.rglob("*.cu")
+    assert found.read_text() == expected.read_text()
 
 
 def test_packs_of_emitted_sources(emitted, tmp_path):

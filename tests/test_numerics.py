@@ -108,3 +108,13 @@ def test_rounding():
         one_more = np.array([1 + epsilon], np.float32)
         assert numerics.round_to(one_more, dtype) == one_more
         assert numerics.round_to(np.array([1 + 0.49 * epsilon]).astype(np.float32), dtype) == 1
+
+
+def test_a_peer_that_fails_allows_nothing():
+    exact = np.array([1.0, 2.0])
+    near, failed = exact + 1e-3, np.array([np.nan, 2.0])
+    bound = numerics.bound([near], exact, "float32")
+    assert 2e-3 < bound < 2.1e-3
+    for usual in ([failed, near], [near, failed], [near, np.array([np.inf, 2.0])]):
+        assert numerics.bound(usual, exact, "float32") == bound
+    assert numerics.bound([failed], exact, "float32") == numerics.EPSILON["float32"] * 2

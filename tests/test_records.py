@@ -93,7 +93,9 @@ def core_groups():
         family = family_of(targets[0])
         specs = [
             s
-            for s in Selection().specs(family.DTYPES, between=True, kinds=core_kinds_of(targets[0]))
+            for s in Selection().specs(
+                family.DTYPES, gpu=True, kinds=core_kinds_of(targets[0]), templates=family.TEMPLATES
+            )
             if s.template in family.TEMPLATES
         ]
         for group, members in itertools.groupby(specs, key=lambda s: s.group):

@@ -184,6 +184,16 @@ def test_sizes_beyond_32_bits(packs):
         choose(problem(index_bits=64), GPU, "auto")
 
 
+def test_more_blocks_than_an_axis_of_the_grid_has_room_for(packs):
+    packs(kernel("v2", narrow_axes=(("ceildiv", "seqlen_q", 128),)), kernel("v1", narrow_axes=("heads", "batch")))
+    choice = choose(problem(batch=65536), GPU, "v1")
+    assert choice.kernel.entry.template == "v2"
+    assert "would launch 65536 blocks along an axis of the grid that has room for 65535" in choice.reason
+    assert choose(problem(batch=65535), GPU, "v1").kernel.entry.template == "v1"
+    with pytest.raises(NotSupportedError, match=r"q, k, v, out: .*would launch 65537 blocks.*split the batch"):
+        choose(problem(batch=65536, seqlen_q=65536 * 128 + 1), GPU, "auto")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

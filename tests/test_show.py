@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from schedules.builder.plan import Request
+from schedules.builder.plan import BuildRequest
 from schedules.builder.suite import KernelSpec
 from schedules.commands import show
 from schedules.definition.derive import OPERATORS
@@ -15,7 +15,7 @@ from schedules.toolchain.nvcc import find_toolkit
 from schedules.toolchain.process import ToolchainError
 
 SPEC = KernelSpec("v2", "attention", "causal", "identity", "float16", 64, 64)
-SM_80, CPU = Request((Target("sm_80"),)), Request((Target("cpu", "baseline"),))
+SM_80, CPU = BuildRequest((Target("sm_80"),)), BuildRequest((Target("cpu", "baseline"),))
 
 
 def test_definition_and_schedule_are_before_and_after():

@@ -10,6 +10,7 @@ pytest.importorskip("tvm")
 pytest.importorskip("torch")
 
 import numpy as np
+import torch
 import tvm_ffi
 
 from schedules.builder.compile import lower, pattern_of
@@ -20,6 +21,7 @@ from tests import cases, torch_cases
 from tests.simt import simulate
 from tests.torch_cases import attend, own_case, shared_cases
 from tvm_flash import numerics
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Arch, template, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to multiply and to copy.
@@ -45,9 +47,10 @@ def kernel(request, tmp_path_factory):
     target = Target(arch)
     pattern = pattern_of(spec, target)
     config = family_of(target).default_configs(template, pattern, target)[0]
-    module = simulate.build(lower(spec, pattern, target, config).text, tmp_path_factory.mktemp(arch))
+    lowered = lower(spec, pattern, target, config)
+    module = simulate.build(lowered.text, tmp_path_factory.mktemp(arch))
     function = tvm_ffi.load_module(str(module))[spec.symbol]
-    return SimpleNamespace(spec=spec, params=pattern.params, function=function)
+    return SimpleNamespace(spec=spec, params=pattern.params, function=function, program=lowered.program)
 
 
 def test_the_shared_cases(kernel):
@@ -110,3 +113,18 @@ def test_nan_in_a_key_that_is_not_seen(kernel):
     out, _ = attend(kernel, case, data)
     assert not np.isfinite(out[:, :, 70:]).any()
     assert np.abs(out[:, :, :70] - right[:, :, :70]).max() < 0.01
+
+
+def test_a_kernel_says_which_axes_of_its_grid_are_too_short(kernel):
+    """It is refused at launch, as hardware does: the selector has to know before."""
+    if kernel.params:
+        pytest.skip("the grids are the same")
+    batch = 65536
+    most = max(sizes.evaluate(axis, sizes.of(batch, 1, 1, 1, 1, 8, 8)) for axis in kernel.program.narrow_axes)
+    if kernel.spec.template == "v2":
+        assert most == 1
+        return
+    assert most == batch
+    x = torch.zeros((batch, 1, 1, 8), dtype=getattr(torch, kernel.spec.dtype))
+    with pytest.raises(RuntimeError, match="a grid of"):
+        kernel.function(x, x, x, torch.zeros_like(x), torch.zeros(1), 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from schedules.builder.plan import Request, select
+from schedules.builder.plan import BuildRequest, select
 from schedules.builder.suite import CORE_VARIANTS, HEAD_DIMS, HEAD_DIMS_BETWEEN, SCOPES, HeadDim, Selection
 from schedules.families import FAMILY, kinds_of
 from schedules.families.interface import DECODE, FORWARD, Target
@@ -13,7 +13,7 @@ BOTH = (FORWARD, DECODE)
 
 
 def chosen(selection=None, kinds=BOTH, **more):
-    return (selection or Selection()).specs(("float16",), between=True, kinds=kinds, **more)
+    return (selection or Selection()).specs(("float16",), gpu=True, kinds=kinds, **more)
 
 
 def pairs(specs, kind):
@@ -58,8 +58,8 @@ def test_every_kind_of_a_family_has_its_share(arch):
 
 def test_kinds_that_a_target_has_not_are_refused():
     target = Target("cpu", "avx2")
-    request = Request((target,), Selection(kinds=(DECODE,)))
+    request = BuildRequest((target,), Selection(kinds=(DECODE,)))
     with pytest.raises(ValueError, match=r"--kind decode: cpu \(avx2\) has none; it has forward, backward, "):
         select(request, target)
     with pytest.raises(ValueError, match="--kind sideways: unknown; expected one of forward, decode"):
-        select(Request((target,), Selection(kinds=("sideways",))), target)
+        select(BuildRequest((target,), Selection(kinds=("sideways",))), target)

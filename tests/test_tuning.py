@@ -16,7 +16,7 @@ import pytest
 from schedules import families
 from schedules.builder import records
 from schedules.builder.build import build
-from schedules.builder.plan import Request
+from schedules.builder.plan import BuildRequest
 from schedules.builder.suite import HeadDim, Selection
 from schedules.families.interface import Target
 from schedules.tuning import emit, tables
@@ -111,7 +111,7 @@ def test_a_search_survives_everything_and_decides_what_is_built(tmp_path, rigged
 
     def built(name, folder, mode="auto"):
         tuning = Tuning(mode, folder)
-        request = Request((TARGET,), selection, output=tmp_path / name, jobs=1, tuning=tuning)
+        request = BuildRequest((TARGET,), selection, output=tmp_path / name, jobs=1, tuning=tuning)
         (report,) = build(request)
         (entry,) = report.manifest.kernels
         return entry, report.results[0].note

@@ -180,7 +180,7 @@ def check(
         lse_error = np.abs(lse[~blind] - expected_lse[~blind]).max()
         lse_allowed = numerics.lse_bound(expected_lse)
         assert lse_error <= lse_allowed, f"lse differs by {lse_error:.3g}, allowed {lse_allowed:.3g}"
-    return float(error / allowed)
+    return float(error / allowed) if error else 0.0
 
 
 def check_confined(case: Case, clean: Inputs, data: Inputs, out: np.ndarray, lse: np.ndarray, device: str = "cpu"):

@@ -83,7 +83,12 @@ def allowed_error(usual: float, largest: float, dtype: str) -> float:
 
 def bound(usual: Iterable[np.ndarray], exact: np.ndarray, dtype: str) -> float:
     """The rule for arrays: ``usual`` are results of the usual computation, each with its sums in another order."""
-    return allowed_error(max(largest_error(x, exact) for x in usual), magnitude(exact), dtype)
+    return allowed_error(largest_of(largest_error(x, exact) for x in usual), magnitude(exact), dtype)
+
+
+def largest_of(errors: Iterable[float]) -> float:
+    """The largest error of usual computations; one that made a NaN or an infinity of finite numbers allows nothing."""
+    return max(filter(math.isfinite, errors), default=0.0)
 
 
 def gradient_bound(usual: np.ndarray, exact: np.ndarray, dtype: str) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from schedules.builder import pack
 from schedules.builder.compile import IMAGES, Built, Failed, Job, compile_spec, versions_for
-from schedules.builder.plan import Plan, Request, Result, key_of, plan, select, write_record
+from schedules.builder.plan import BuildRequest, PackPlan, Result, key_of, plan, select, write_record
 from schedules.builder.suite import KernelSpec
 from schedules.builder.support import support_files
 from schedules.families import family_of
@@ -90,7 +90,7 @@ def compile_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Resu
 # ---------------------------------------------------------------- modules and packs
 
 
-def build(request: Request, progress: Callable[[Job, list[Result]], None] = lambda *_: None) -> list[PackReport]:
+def build(request: BuildRequest, progress: Callable[[Job, list[Result]], None] = lambda *_: None) -> list[PackReport]:
     """Build what is asked for and isn't there.
 
     Parameters
@@ -124,7 +124,7 @@ def build(request: Request, progress: Callable[[Job, list[Result]], None] = lamb
         return [_write_pack(request, p, {s: done.get((p.target, s)) or p.cached[s] for s in p.specs}) for p in plans]
 
 
-def _write_pack(request: Request, plan_: Plan, results: Mapping[KernelSpec, tuple[Result, ...]]) -> PackReport:
+def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelSpec, tuple[Result, ...]]) -> PackReport:
     target, folder = plan_.target, request.output / plan_.target.folder
     work = request.output / pack.WORK_FOLDER / target.folder
     isa = family_of(target).ISAS[target.isa] if target.isa else None
@@ -200,7 +200,7 @@ def _link(work: Path, folder: Path, target: Target, group: str, built: list[Buil
     return pack.store(draft, folder, group)
 
 
-def _sweep(work: Path, plan_: Plan, results: Mapping[KernelSpec, tuple[Result, ...]]) -> None:
+def _sweep(work: Path, plan_: PackPlan, results: Mapping[KernelSpec, tuple[Result, ...]]) -> None:
     """Remove object files of earlier versions of the kernels of this build, and what only served to make objects."""
     shutil.rmtree(work / IMAGES, ignore_errors=True)
     for spec in plan_.specs:

@@ -16,12 +16,12 @@ from pathlib import Path
 from schedules.builder.assemble import EMISSION_NAME
 from schedules.builder.compile import Refused, entry_of, lower_for_each, versions_for
 from schedules.builder.pack import write_atomically
-from schedules.builder.plan import Request, select
+from schedules.builder.plan import BuildRequest, select
 from schedules.families import FAMILY
 from schedules.families.interface import Rejected, Target
 
 
-def emit(request: Request, folder: Path, progress: Callable[[str], None] = lambda _: None) -> list[Refused]:
+def emit(request: BuildRequest, folder: Path, progress: Callable[[str], None] = lambda _: None) -> list[Refused]:
     """Write the sources of all kernels that a request names; those that were refused, with their reasons.
 
     Raises
@@ -44,7 +44,7 @@ def _family(target: Target) -> str:
 
 
 def _emit_family(
-    request: Request, targets: tuple[Target, ...], folder: Path, progress: Callable[[str], None]
+    request: BuildRequest, targets: tuple[Target, ...], folder: Path, progress: Callable[[str], None]
 ) -> list[Refused]:
     kernels: dict[Target, list[dict]] = {target: [] for target in targets}
     refused = []

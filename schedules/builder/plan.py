@@ -41,7 +41,7 @@ def default_jobs() -> int:
 
 
 @dataclass(frozen=True)
-class Request:
+class BuildRequest:
     """What to build: which kernels, for which machines, with which configurations, and where to.
 
     ``configs`` gives configurations by kernel symbol in place of the families' defaults, and ``tuning`` what records
@@ -64,7 +64,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackPlan:
     """For one target: every kernel asked for, what of it has to be compiled, and what earlier builds left."""
 
     target: Target
@@ -110,7 +110,7 @@ def _isas(text: str) -> list[str]:
     return names
 
 
-def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
+def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
     """The kernels that a request names for a target.
 
     Raises
@@ -135,8 +135,10 @@ def select(request: Request, target: Target) -> tuple[KernelSpec, ...]:
     kinds = kinds if chosen.kinds else core_kinds_of(target)
     if request.definition:
         variants = [request.definition.variant()]
-        return tuple(chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds))
-    return tuple(chosen.specs(family.DTYPES, between=target.arch != "cpu", kinds=kinds))
+        return tuple(
+            chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds, templates=family.TEMPLATES)
+        )
+    return tuple(chosen.specs(family.DTYPES, gpu=target.arch != "cpu", kinds=kinds, templates=family.TEMPLATES))
 
 
 # ---------------------------------------------------------------- what is there already
@@ -149,7 +151,7 @@ def sources_digest(arch: str) -> str:
     return sources.digest(files | {HOST_HEADER, ROOT / "tvm_flash" / "packs" / "manifest.py"})
 
 
-def key_of(request: Request, target: Target, spec: KernelSpec) -> str:
+def key_of(request: BuildRequest, target: Target, spec: KernelSpec) -> str:
     """Hash of all that a spec's kernels are made from; as long as it stays the same, so do they."""
     parts = {
         "sources": sources_digest(target.arch),
@@ -195,7 +197,7 @@ def _read_record(work: Path, spec: KernelSpec, key: str) -> tuple[Result, ...] |
     return (*built, *refused) if all((work / r.object_file).exists() for r in built) else None
 
 
-def plan(request: Request, target: Target) -> Plan:
+def plan(request: BuildRequest, target: Target) -> PackPlan:
     """What has to be compiled for a target; writes nothing."""
     work = request.output / pack.WORK_FOLDER / target.folder
     specs = select(request, target)
@@ -210,4 +212,4 @@ def plan(request: Request, target: Target) -> Plan:
             )
         else:
             cached[spec] = results
-    return Plan(target, specs, tuple(jobs), cached)
+    return PackPlan(target, specs, tuple(jobs), cached)

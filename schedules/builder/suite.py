@@ -6,7 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, DECODE, FORWARD
+from schedules.families.interface import (
+    BACKWARD,
+    BACKWARD_ACCUMULATE,
+    DECODE,
+    FORWARD,
+    RAGGED,
+    RAGGED_BACKWARD,
+)
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: (mask, score) of the core set; a sliding window with unbounded sides serves full and causal attention as well, and
@@ -32,6 +39,7 @@ class Scope:
     Attributes
     ----------
     variants: the (mask, score) pairs.
+    on_gpus: those on a GPU, if they aren't the same.
     between: whether there are kernels for ``HEAD_DIMS_BETWEEN``, on a GPU.
     own_definitions: whether a definition of the user's own gets such kernels without asking for them.
     """
@@ -39,6 +47,7 @@ class Scope:
     variants: tuple[tuple[str, str], ...]
     between: bool = False
     own_definitions: bool = False
+    on_gpus: tuple[tuple[str, str], ...] | None = None
 
 
 #: Of every kind that families make (:mod:`schedules.families.interface`) what is built unless it is asked for by name.
@@ -48,9 +57,23 @@ class Scope:
 SCOPES = {
     FORWARD: Scope(CORE_VARIANTS, between=True, own_definitions=True),
     DECODE: Scope((("window", "identity"),)),
-    BACKWARD: Scope((("positioned", "optional"),), own_definitions=True),
+    BACKWARD: Scope(
+        (("positioned", "optional"),),
+        between=True,
+        own_definitions=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
+    ),
+    RAGGED: Scope(
+        (("window", "optional"),),
+        between=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
+    ),
+    RAGGED_BACKWARD: Scope((("window", "optional"),)),
     BACKWARD_ACCUMULATE: Scope(()),  # as large as the backward again, for rings alone: built where it is asked for
 }
+
+#: Kinds whose tensors have no batch axis, and so one layout: there are kernels of one template, the family's last.
+ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD)
 
 
 @dataclass(frozen=True)
@@ -141,9 +164,10 @@ class Selection:
     scores: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
 
-    def variants(self, kind: str = FORWARD) -> tuple[tuple[str, str], ...]:
-        """The (mask, score) pairs that are selected of a kind."""
-        core = SCOPES[kind].variants
+    def variants(self, kind: str = FORWARD, gpu: bool = False) -> tuple[tuple[str, str], ...]:
+        """The (mask, score) pairs that are selected of a kind, for a GPU or the CPU."""
+        scope = SCOPES[kind]
+        core = scope.variants if scope.on_gpus is None or not gpu else scope.on_gpus
         if not self.masks and not self.scores:
             return core
         if self.masks and self.scores:
@@ -161,8 +185,9 @@ class Selection:
         definition: str = BUILTIN_DEFINITION,
         variants: Iterable[tuple[str, str]] = (),
         *,
-        between: bool = False,
+        gpu: bool = False,
         kinds: Sequence[str] = (FORWARD,),
+        templates: Sequence[str] = TEMPLATES,
     ) -> list[KernelSpec]:
         """The kernels selected, in order.
 
@@ -170,11 +195,12 @@ class Selection:
         ----------
         dtypes: what the arch computes.
         definition, variants: of a definition of the user's own.
-        between: whether the core set has ``HEAD_DIMS_BETWEEN``, as that of a GPU does.
+        gpu: whether the arch is that of a GPU, whose core set has ``HEAD_DIMS_BETWEEN``.
         kinds: of kernels that the arch has.
+        templates: that the arch has.
         """
         own, variants = definition != BUILTIN_DEFINITION, tuple(variants)
-        between = between and not self.head_dims and not own
+        between = gpu and not self.head_dims and not own
         wanted = [k for k in kinds if k in self.kinds or not (self.kinds or (own and not SCOPES[k].own_definitions))]
         return [
             KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v, kind=kind)
@@ -182,7 +208,8 @@ class Selection:
             for dtype in self.dtypes or dtypes
             for dim in (*(self.head_dims or HEAD_DIMS), *(HEAD_DIMS_BETWEEN if between else ()))
             for kind in wanted
+            if kind not in ONE_TEMPLATE or template == templates[-1]
             if not between or dim not in HEAD_DIMS_BETWEEN or SCOPES[kind].between
-            for mask, score in variants or self.variants(kind)
+            for mask, score in variants or self.variants(kind, gpu)
             if not between or dim not in HEAD_DIMS_BETWEEN or (score == "identity" and mask != "padded")
         ]

@@ -17,7 +17,7 @@ from schedules.builder.build import PackReport, build
 from schedules.builder.compile import Built, Failed, Job, Refused
 from schedules.builder.emit import emit
 from schedules.builder.pack import PackBusyError
-from schedules.builder.plan import PACKS, Plan, Request, default_jobs, parse_targets, plan
+from schedules.builder.plan import PACKS, BuildRequest, PackPlan, default_jobs, parse_targets, plan
 from schedules.builder.suite import HeadDim, Selection
 from schedules.definition.definition_file import DefinitionFile
 from schedules.toolchain.process import ToolchainError
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(report.failed for report in reports))
 
 
-def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespace]:
+def _request(arguments: Sequence[str] | None) -> tuple[BuildRequest, argparse.Namespace]:
     def values(text: str) -> list[str]:
         return [word for word in text.split(",") if word]
 
@@ -105,7 +105,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
         scores=tuple(options.score),
         kinds=tuple(options.kind),
     )
-    request = Request(
+    request = BuildRequest(
         targets=parse_targets(options.arch or ["native"], options.isa),
         selection=selection,
         definition=DefinitionFile.parse(options.definition) if options.definition else None,
@@ -117,19 +117,19 @@ def _request(arguments: Sequence[str] | None) -> tuple[Request, argparse.Namespa
     return request, options
 
 
-def _emit(console: Console, request: Request, folder: Path) -> None:
+def _emit(console: Console, request: BuildRequest, folder: Path) -> None:
     with console.status("scheduling") as status:
         refused = emit(request, folder, status.update)
     _print_reasons(console, refused, "yellow")
     console.print(f"sources of {', '.join(t.arch for t in request.targets)} are in {folder}", soft_wrap=True)
 
 
-def _print_list(console: Console, request: Request, planned: Plan) -> None:
+def _print_list(console: Console, request: BuildRequest, planned: PackPlan) -> None:
     for spec in planned.specs:
         console.print(f"{planned.target.arch} {spec.symbol}", highlight=False, soft_wrap=True)
 
 
-def _print_plan(console: Console, request: Request, planned: Plan) -> None:
+def _print_plan(console: Console, request: BuildRequest, planned: PackPlan) -> None:
     console.print(
         f"{planned.target}: {len(planned.specs)} kernels selected, {len(planned.cached)} up to date, "
         f"{len(planned.jobs)} to compile, into {request.output / planned.target.folder}",
@@ -139,7 +139,7 @@ def _print_plan(console: Console, request: Request, planned: Plan) -> None:
         console.print(f"  {job.spec.symbol}", highlight=False, soft_wrap=True)
 
 
-def _build(console: Console, request: Request) -> list[PackReport]:
+def _build(console: Console, request: BuildRequest) -> list[PackReport]:
     total = sum(len(plan(request, target).jobs) for target in request.targets)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -178,7 +178,7 @@ def _print_report(console: Console, report: PackReport) -> None:
     )
 
 
-def _print_tuning(console: Console, request: Request, report: PackReport) -> None:
+def _print_tuning(console: Console, request: BuildRequest, report: PackReport) -> None:
     """What records decided, and the command where there are none."""
     if not report.manifest:
         return

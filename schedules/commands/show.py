@@ -16,7 +16,7 @@ import tvm
 from tvm import tirx
 
 from schedules.builder.compile import Lowered, cpu_target, definition_of, lower_for_each
-from schedules.builder.plan import Request, parse_targets, select
+from schedules.builder.plan import BuildRequest, parse_targets, select
 from schedules.builder.suite import SCOPES, HeadDim, KernelSpec, Selection
 from schedules.definition.definition_file import DefinitionFile
 from schedules.definition.derive import OPERATORS, derive
@@ -125,7 +125,7 @@ class Listing:
     language: str
 
 
-def _before_templates(spec: KernelSpec, request: Request, stage: str, op: str) -> Listing:
+def _before_templates(spec: KernelSpec, request: BuildRequest, stage: str, op: str) -> Listing:
     pattern = match(definition_of(spec, request.targets[0], request.definition))
     kind = f"head_dim {HeadDim(spec.head_dim, spec.head_dim_v)}, {spec.dtype}, {spec.mask}, {spec.score}"
     if stage == GRADIENT:
@@ -152,7 +152,7 @@ def _derivatives(pattern: Pattern) -> str:
     return "\n".join(lines)
 
 
-def listing(spec: KernelSpec, request: Request, stage: str, op: str = "forward") -> Listing:
+def listing(spec: KernelSpec, request: BuildRequest, stage: str, op: str = "forward") -> Listing:
     """A kernel, as a build of the request would make it for its first target, at a stage.
 
     An operator other than ``forward`` that no kind of kernels is called after has the stage ``definition`` only.
@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _request(options: argparse.Namespace, target: Target) -> Request:
+def _request(options: argparse.Namespace, target: Target) -> BuildRequest:
     for template in options.templates:
         if template not in ("v1", "v2"):
             raise ValueError(f"{template}: unknown; expected V1 or V2")
@@ -236,7 +236,7 @@ def _request(options: argparse.Namespace, target: Target) -> Request:
     kind = options.kind or (options.op if scheduled and options.op in SCOPES else FORWARD)
     chosen = Selection(("v2",), (dtype,), head_dims, (options.mask,), (options.score,), (kind,))
     definition = DefinitionFile.parse(options.definition) if options.definition else None
-    return Request((target,), chosen, definition, tuning=Tuning("auto"))
+    return BuildRequest((target,), chosen, definition, tuning=Tuning("auto"))
 
 
 def show(listings: Sequence[Listing], screen: Screen) -> None:

@@ -24,11 +24,13 @@ operators are derived from it: :mod:`schedules.definition.derive`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc
 
 from schedules.definition import blocks
@@ -111,6 +113,7 @@ def attend(formula: Formula, values, keys: tuple[tirx.Var, tirx.Var] | None = No
     """
     index_dtype, dtype = formula.index_dtype, formula.dtype
     o_dtype = "float32" if keys else dtype
+    narrow = None if keys is None else lambda Y, X, n: blocks.key_range(Y, X, n, *keys)
     D, E = (tirx.IntImm(index_dtype, x) for x in (formula.head_dim, formula.head_dim_v))
 
     @T.prim_func(s_tir=True, check_well_formed=False)
@@ -126,27 +129,35 @@ def attend(formula: Formula, values, keys: tuple[tirx.Var, tirx.Var] | None = No
         V = T.match_buffer(v, (batch, kv_heads, seqlen_kv, E), dtype)
         O = T.match_buffer(o, (batch, heads, seqlen_q, E), o_dtype)
         LSE = T.match_buffer(lse, (batch, heads, seqlen_q), "float32")
-        S = T.sblock_alloc_buffer((batch, heads, seqlen_q, seqlen_kv), "float32")
-        Z = T.sblock_alloc_buffer((batch, heads, seqlen_q, seqlen_kv), "float32")
-        X = T.sblock_alloc_buffer((batch, heads, seqlen_q, seqlen_kv), "float32")
-        M = T.sblock_alloc_buffer((batch, heads, seqlen_q), "float32")
-        P = T.sblock_alloc_buffer((batch, heads, seqlen_q, seqlen_kv), "float32")
-        L = T.sblock_alloc_buffer((batch, heads, seqlen_q), "float32")
-        A = T.sblock_alloc_buffer((batch, heads, seqlen_q, E), "float32")
         n = T.meta_var(Sizes(batch, heads, seqlen_q, E, kv_heads, seqlen_kv, D, None, softmax_scale, values))
-        blocks.row_products("qk", S, Q, K, n, "d")
-        blocks.score(Z, S, n, formula)
-        if keys is None:
-            blocks.mask(X, Z, n, formula)
-        else:
-            Y = T.sblock_alloc_buffer((batch, heads, seqlen_q, seqlen_kv), "float32")
-            blocks.mask(Y, Z, n, formula)
-            blocks.key_range(X, Y, n, keys[0], keys[1])
-        blocks.row_max(M, X, n)
-        blocks.prob(P, X, M, n)
-        blocks.row_sum(L, P, n)
-        blocks.sum_over_keys("pv", A, P, V, n, "e")
-        blocks.out(O, A, L, n, o_dtype)
-        blocks.lse(LSE, M, L, n)
+        steps(Q, K, V, O, LSE, n, formula, o_dtype, narrow)
 
     return attention
+
+
+def steps(Q, K, V, O, LSE, n: Sizes, formula: Formula, o_dtype: str, narrow: Callable | None = None) -> None:
+    """The blocks from ``qk`` to ``lse``; ``narrow(Y, X, n)`` may hide further keys after the mask."""
+    rows, scores = (n.batch, n.heads, n.seqlen_q), (n.batch, n.heads, n.seqlen_q, n.seqlen_kv)
+    S, Z, X, P = (scratch(name, scores) for name in "SZXP")
+    M, L, A = scratch("M", rows), scratch("L", rows), scratch("A", (*rows, n.head_dim_v))
+    blocks.row_products("qk", S, Q, K, n, "d")
+    blocks.score(Z, S, n, formula)
+    if narrow is None:
+        blocks.mask(X, Z, n, formula)
+    else:
+        Y = scratch("Y", scores)
+        blocks.mask(Y, Z, n, formula)
+        narrow(X, Y, n)
+    blocks.row_max(M, X, n)
+    blocks.prob(P, X, M, n)
+    blocks.row_sum(L, P, n)
+    blocks.sum_over_keys("pv", A, P, V, n, "e")
+    blocks.out(O, A, L, n, o_dtype)
+    blocks.lse(LSE, M, L, n)
+
+
+def scratch(name: str, shape, dtype: str = "float32"):
+    """A buffer between blocks."""
+    buffer = T.sblock_alloc_buffer(shape, dtype)
+    IRBuilder.name(name, buffer)
+    return buffer

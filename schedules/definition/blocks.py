@@ -1,8 +1,9 @@
 """The named blocks of which every operator is made: plain mathematics over logical indices, a line or two each.
 
 Axes are letters: ``b`` batch, ``h`` query head, ``g`` head of keys and values, ``r`` query heads that read one, ``i``
-query, ``j`` key, ``d`` element of a query or key row, ``e`` of a value row, ``p`` part.  What lies between inputs and
-outputs is float32.  Of the buffers that a block is given, the first is what it writes.
+query, ``j`` key, ``d`` element of a query or key row, ``e`` of a value row, ``p`` part, ``t`` and ``u`` row of queries
+and of keys where sequences lie one after the other.  What lies between inputs and outputs is float32.  Of the buffers
+that a block is given, the first is what it writes.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ class Formula(Protocol):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one call, where it has them, and its run-time parameters by name, as numbers or tensors."""
+    """The sizes of one call, where it has them, and its run-time parameters by name, as numbers or tensors.
+
+    ``lengths`` are, if sequences have lengths of their own, those of queries and of keys, ``(batch,)`` buffers;
+    ``seqlen_q`` and ``seqlen_kv`` are then those of all sequences together, which no sequence exceeds.
+    """
 
     batch: Expr
     heads: Expr
@@ -61,11 +66,12 @@ class Sizes:
     parts: Expr | None = None
     softmax_scale: Expr | None = None
     params: Mapping[str, Expr] | None = None
+    lengths: tuple[tirx.Buffer, tirx.Buffer] | None = None
 
     def extents(self, axes: str) -> list[Expr]:
         """How many values an index of each axis has."""
         sizes = {"b": self.batch, "h": self.heads, "g": self.kv_heads, "i": self.seqlen_q, "j": self.seqlen_kv}
-        sizes |= {"d": self.head_dim, "e": self.head_dim_v, "p": self.parts}
+        sizes |= {"d": self.head_dim, "e": self.head_dim_v, "p": self.parts, "t": self.seqlen_q, "u": self.seqlen_kv}
         return [self.group if a == "r" else sizes[a] for a in axes]
 
     @property
@@ -84,8 +90,9 @@ class Sizes:
     def site(self, b: Expr, h: Expr) -> Site:
         """The call at one batch entry and head."""
         values = {n: x[b, h] if isinstance(x.ty, tirx.BufferType) else x for n, x in self.params.items()}
-        sizes = (self.batch, self.heads, self.kv_heads, self.seqlen_q, self.seqlen_kv)
-        return Site(b, h, *sizes, self.softmax_scale, values)
+        seqlens = (self.seqlen_q, self.seqlen_kv) if self.lengths is None else (x[b] for x in self.lengths)
+        seqlen_q, seqlen_kv = seqlens
+        return Site(b, h, self.batch, self.heads, self.kv_heads, seqlen_q, seqlen_kv, self.softmax_scale, values)
 
 
 # ---------------------------------------------------------------- how a block is written
@@ -96,7 +103,9 @@ def _block(name: str, n: Sizes, kept: str, summed: str = ""):
     """A named block with its loops; gives its index variables, those it reduces over last."""
     axes = kept + summed
     with T.grid(*n.extents(axes)) as loops, T.sblock(name):
-        index = T.axis.remap("S" * len(kept) + "R" * len(summed), list(loops))
+        loops = list(loops) if len(axes) > 1 else [loops]
+        index = T.axis.remap("S" * len(kept) + "R" * len(summed), loops)
+        index = list(index) if len(axes) > 1 else [index]
         for axis, loop, var in zip(axes, loops, index, strict=True):
             IRBuilder.name(f"{axis}0", loop)
             IRBuilder.name(axis, var)
@@ -287,3 +296,59 @@ def parameter_gradient(dA, param: Param, dX, P, S, n: Sizes, formula: Formula) -
         T.writes(dA[place])  # not found by itself: this buffer becomes an argument later
         slope = formula.parameter_gradient(param.name, n.site(b, h), S[b, h, i, j], i, j)
         _add(dA[place], _zero_if(P[b, h, i, j] == T.float32(0), dX[b, h, i, j] * slope))
+
+
+# ---------------------------------------------------------------- sequences of different lengths
+
+
+def lengths(name: str, L, starts, n: Sizes) -> None:
+    """``L[b] = starts[b + 1] - starts[b]``."""
+    with _block(name, n, "b") as (b,):
+        _store(L[b], T.cast(starts[b + 1] - starts[b], L.dtype))
+
+
+def unpacked(name: str, X, rows, starts, L, n: Sizes, axes: str) -> None:
+    """``X[b, h, i, d] = rows[starts[b] + i, h, d]``, 0 past a sequence's end."""
+    with _block(name, n, axes) as (b, h, i, d):
+        row = T.cast(starts[b], i.ty.dtype) + i
+        _store(X[b, h, i, d], T.if_then_else(i < L[b], rows[row, h, d], tirx.const(0, X.dtype)))
+
+
+def packed(name: str, rows, X, starts, n: Sizes, axes: str) -> None:
+    """``rows[t, h, d] = X[b, h, t - starts[b], d]`` of the sequence ``b`` that row ``t`` is in, 0 if it is in none."""
+    with _block(name, n, axes, "b") as (t, h, d, b):
+        with T.init():
+            _store(rows[t, h, d], tirx.const(0, rows.dtype))
+        _store(rows[t, h, d], T.if_then_else(_inside(starts, b, t), X[b, h, _position(starts, b, t), d], rows[t, h, d]))
+
+
+def packed_lse(rows, LSE, starts, n: Sizes) -> None:
+    """``rows[h, t] = LSE[b, h, t - starts[b]]`` of the sequence ``b`` that row ``t`` is in, −inf if it is in none."""
+    with _block("lse_rows", n, "ht", "b") as (h, t, b):
+        with T.init():
+            _store(rows[h, t], T.float32(-math.inf))
+        _store(rows[h, t], T.if_then_else(_inside(starts, b, t), LSE[b, h, _position(starts, b, t)], rows[h, t]))
+
+
+def unpacked_rows(name: str, X, rows, starts, L, n: Sizes) -> None:
+    """``X[b, h, i] = rows[h, starts[b] + i]``, 0 past a sequence's end."""
+    with _block(name, n, "bhi") as (b, h, i):
+        row = T.cast(starts[b], i.ty.dtype) + i
+        _store(X[b, h, i], T.if_then_else(i < L[b], rows[h, row], T.float32(0)))
+
+
+def own_keys(Y, X, n: Sizes) -> None:
+    """The masked scores of the queries and keys of a sequence, −inf beyond its ends."""
+    with _block("own_keys", n, "bhij") as (b, h, i, j):
+        inside = T.And(i < n.lengths[0][b], j < n.lengths[1][b])
+        _store(Y[b, h, i, j], _hidden_unless(inside, X[b, h, i, j]))
+
+
+def _position(starts, b: Expr, t: Expr) -> Expr:
+    """Where a row is in its sequence."""
+    return t - T.cast(starts[b], t.ty.dtype)
+
+
+def _inside(starts, b: Expr, t: Expr) -> Expr:
+    first, end = (T.cast(starts[x], t.ty.dtype) for x in (b, b + 1))
+    return T.And(t >= first, t < end)

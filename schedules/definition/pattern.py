@@ -22,11 +22,11 @@ from tvm import sym, tirx
 from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 
-from schedules.definition.derive import OPERATORS, Symbols
+from schedules.definition.derive import OPERATORS, STARTS, Symbols
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import derivative
 from schedules.definition.parameters import Site, append_arguments, axes_of, parameter_symbols
-from schedules.definition.reading import Reading, blocks_of, read, without_regions
+from schedules.definition.reading import Reading, blocks_of, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
 
 
@@ -204,12 +204,11 @@ class Pattern:
     def _substitute(self, expr: Expr, site: Site, i: Expr, j: Expr, s: Expr | None = None) -> Expr:
         """``expr`` with a kernel's values in place of the definition's variables; ``s`` is the raw product."""
         arguments, variables = self.arguments, self._variables
-        q, k = arguments["q"].ty, arguments["k"].ty
         sizes = (site.batch, site.heads, site.seqlen_q, site.kv_heads, site.seqlen_kv)
         named = {**variables.params, **{name: arguments[name] for name in OPERATORS[self.op].scalars}}
         pairs = [
             *zip(variables.index, (site.b, site.h, i, j), strict=True),
-            *zip((*q.shape[:3], *k.shape[1:3]), sizes, strict=True),
+            *zip(variables.sizes, sizes, strict=True),
             (arguments["softmax_scale"], site.softmax_scale),
             *((x, site.params[name]) for name, x in named.items() if name in site.params),
         ]
@@ -258,11 +257,12 @@ def _sizes_of(arguments) -> tuple[str, int, int, str]:
     """dtype, head_dim, head_dim_v and index dtype of an operator."""
     keys, values = (arguments.get(role, arguments.get("o")) for role in ("k", "v"))
     for role, x in arguments.items():
-        if not isinstance(x.ty, tirx.BufferType) or role in ("lse", "dlse", "delta", "lse_parts"):
+        if not isinstance(x.ty, tirx.BufferType) or role in ("lse", "dlse", "delta", "lse_parts", *STARTS):
             continue
-        if len(x.ty.shape) != 4 + (role == "o_parts") or not isinstance(x.ty.shape[-1], tirx.IntImm):
-            raise DefinitionError(f"arguments: {role} is (batch, heads, seq, head_dim) with a constant head_dim")
-    return str(keys.ty.dtype), int(keys.ty.shape[3]), int(values.ty.shape[3]), str(keys.ty.shape[0].ty.dtype)
+        axes, rank = ("(total, heads, head_dim)", 3) if is_ragged(arguments) else ("(batch, heads, seq, head_dim)", 4)
+        if len(x.ty.shape) != rank + (role == "o_parts") or not isinstance(x.ty.shape[-1], tirx.IntImm):
+            raise DefinitionError(f"arguments: {role} is {axes} with a constant head_dim")
+    return str(keys.ty.dtype), int(keys.ty.shape[-1]), int(values.ty.shape[-1]), str(keys.ty.shape[0].ty.dtype)
 
 
 def _check(found: Reading, pattern: Pattern) -> None:

@@ -16,21 +16,25 @@ from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
 from schedules.definition.attention import GRADIENTS
-from schedules.definition.derive import OPERATORS, Operator
+from schedules.definition.derive import OPERATORS, STARTS, Operator
 from schedules.definition.errors import DefinitionError
 from schedules.definition.parameters import axes_of
 from tvm_flash.packs.manifest import Param
+
+#: The buffers with the lengths of a ragged batch's sequences.
+LENGTHS = ("q_lengths", "k_lengths")
 
 
 @dataclass(frozen=True)
 class Variables:
     """What expressions of the score and the mask are made of, whichever block they stood in.
 
-    ``index`` are b, h, i, j, ``s`` is the scaled product, and ``params`` has a number for each run-time parameter, for
-    a per-head one the value that belongs to ``(b, h)``.
+    ``index`` are b, h, i, j, ``sizes`` batch, heads, seqlen_q, kv_heads, seqlen_kv, ``s`` is the scaled product, and
+    ``params`` has a number for each run-time parameter, for a per-head one the value that belongs to ``(b, h)``.
     """
 
     index: tuple[tirx.Var, ...]
+    sizes: tuple[Expr, ...]
     s: tirx.Var
     params: dict[str, tirx.Var]
 
@@ -160,7 +164,8 @@ def _with_expressions(found: Reading) -> Reading:
         p.name: tirx.Var(p.name, p.dtype) if axes_of(p) else variable
         for p, variable in zip(found.params, found.parameters, strict=True)
     }
-    variables = Variables(tuple(x.var for x in block.iter_vars), tirx.Var("s", "float32"), params)
+    index = tuple(x.var for x in block.iter_vars)
+    variables = Variables(index, _sizes(found), tirx.Var("s", "float32"), params)
     return replace(
         found,
         variables=variables,
@@ -168,6 +173,21 @@ def _with_expressions(found: Reading) -> Reading:
         visible=_predicate(found, variables, "mask", optional=True),
         key_range=_predicate(found, variables, "key_range") if "key_range" in found.blocks else None,
     )
+
+
+def _sizes(found: Reading) -> tuple[Expr, ...]:
+    """Batch, heads, seqlen_q, kv_heads, seqlen_kv; of sequences of different lengths a variable for each length."""
+    q, k = (found.arguments[role].ty.shape for role in "qk")
+    if not is_ragged(found.arguments):
+        return (*q[:3], *k[1:3])
+    lengths = (tirx.Var(name, q[0].ty.dtype) for name in LENGTHS)
+    seqlen_q, seqlen_kv = lengths
+    return found.arguments[STARTS[0]].ty.shape[0] - 1, q[1], seqlen_q, k[1], seqlen_kv
+
+
+def is_ragged(arguments: dict[str, tirx.Var]) -> bool:
+    """Whether an operator with these arguments by role is over sequences of different lengths."""
+    return STARTS[0] in arguments
 
 
 def _score(found: Reading, variables: Variables) -> Expr:
@@ -214,6 +234,8 @@ def _canonical(found: Reading, variables: Variables, expr: Expr, block: s_tir.SB
     index = tuple(zip((x.var for x in block.iter_vars), variables.index, strict=True))
     at = dict(zip("bhij", variables.index, strict=True))
     scale = found.arguments["softmax_scale"]
+    lengths = dict(zip(LENGTHS, (variables.sizes[2], variables.sizes[4]), strict=True))
+    lengths = lengths if is_ragged(found.arguments) else {}
 
     def reads(node, place):
         return len(node.indices) == len(place) and all(a.same_as(b) for a, b in zip(node.indices, place, strict=True))
@@ -232,6 +254,8 @@ def _canonical(found: Reading, variables: Variables, expr: Expr, block: s_tir.SB
             return variables.s
         if isinstance(node, TensorLoad) and node.source.name in axes:
             return parameter(node.source.name, node)
+        if isinstance(node, TensorLoad) and node.source.name in lengths and reads(node, variables.index[:1]):
+            return lengths[node.source.name]
         if isinstance(node, tirx.Var):
             return next((new for old, new in index if node.same_as(old)), node)
         return node

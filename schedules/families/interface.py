@@ -30,6 +30,10 @@ from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 
 #: Kinds of kernels: the usual one; the one for few query rows, with the keys split among blocks; that of gradients.
 FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
+#: That of ragged sequences, whose tensors have no batch axis.
+RAGGED = "ragged"
+#: That of their gradients.
+RAGGED_BACKWARD = "ragged_backward"
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
 
@@ -91,8 +95,8 @@ class Program:
     """A scheduled kernel, ready to be compiled.
 
     ``op`` is the operator that ``launches`` compute, in order; the first has the kernel's name, the others that name
-    with a suffix.  ``workspaces``, ``scalars``, ``max_rows``, ``alignment`` (bytes) and ``index_bits`` are as in the
-    manifest.  ``pipeline`` is the lowering that the functions need: ``"s_tir"`` or ``"tirx"``.
+    with a suffix.  ``workspaces``, ``scalars``, ``max_rows``, ``alignment`` (bytes), ``index_bits`` and ``narrow_axes``
+    are as in the manifest.  ``pipeline`` is the lowering that the functions need: ``"s_tir"`` or ``"tirx"``.
     """
 
     op: str
@@ -103,6 +107,7 @@ class Program:
     workspaces: tuple[Workspace, ...] = ()
     scalars: tuple[Scalar, ...] = ()
     max_rows: sizes.Expression | None = None
+    narrow_axes: tuple[sizes.Expression, ...] = ()
 
     def __post_init__(self):
         named = [x.name for x in (*self.workspaces, *self.scalars)]
@@ -122,7 +127,23 @@ def forward_roles(params: Iterable[Param]) -> tuple[str, ...]:
 
 
 def forward_program(
-    func: PrimFunc, params: Iterable[Param], pipeline: str, *, alignment: int, index_bits: int
+    func: PrimFunc,
+    params: Iterable[Param],
+    pipeline: str,
+    *,
+    alignment: int,
+    index_bits: int,
+    narrow_axes: tuple[sizes.Expression, ...] = (),
 ) -> Program:
     """Attention in one launch."""
-    return Program("forward", (ScheduledLaunch(func, forward_roles(params)),), pipeline, alignment, index_bits)
+    launches = (ScheduledLaunch(func, forward_roles(params)),)
+    return Program("forward", launches, pipeline, alignment, index_bits, narrow_axes=narrow_axes)
+
+
+def ragged_program(
+    func: PrimFunc, params: Iterable[Param], pipeline: str, *, alignment: int, index_bits: int
+) -> Program:
+    """Attention of ragged sequences in one launch."""
+    starts = ("cu_seqlens_q", "cu_seqlens_k")
+    roles = ("q", "k", "v", "o", "lse", *starts, "softmax_scale", *(p.name for p in params))
+    return Program("forward", (ScheduledLaunch(func, roles),), pipeline, alignment, index_bits)

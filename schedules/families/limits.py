@@ -74,12 +74,13 @@ def check(
     parts: int = 1,
     cursors_in_shared: bool = False,
     exchange_in_k: bool = False,
+    found: int = 0,
 ) -> Rejected | None:
     """Whether a block can be divided among its warps, and fits the machine.
 
     ``m_tiles``: how many row tiles a warp may have; ``more``: registers beside S, P and O that the family knows of;
     ``parts``: how many warps share the keys and columns of their rows; ``cursors_in_shared``: as in the machine;
-    ``exchange_in_k``: what they hand to each other lies in the memory of K.
+    ``exchange_in_k``: what they hand to each other lies in the memory of K; ``found``: bytes for what a block looks up.
     """
     D, E = pattern.head_dim, pattern.head_dim_v
     if D % 32 or E % 32:
@@ -102,10 +103,10 @@ def check(
         and exchanged_bytes(pattern, config) > tensor_types(pattern).k.bytes * config.block_n * D
     ):
         return Rejected(f"a tile of {config.block_n} keys is too small for what pairs of warps hand to each other")
-    shared = shared_memory(pattern, config, num_stages, parts, cursors_in_shared, exchange_in_k)
+    shared = shared_memory(pattern, config, num_stages, parts, cursors_in_shared, exchange_in_k) + found
     available = SHARED_MEMORY[target.arch]
     if shared > available:
-        return Rejected(f"needs {shared // 1024} KiB of shared memory, {target.arch} has {available // 1024}")
+        return Rejected(f"needs {-(-shared // 1024)} KiB of shared memory, {target.arch} has {available // 1024}")
     fragments = (
         fragment.registers(config.block_n // parts) + fragment.registers(E // parts) + fragment.registers(16) // 2
     )

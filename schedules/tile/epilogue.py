@@ -5,12 +5,13 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.tile.geometry import Geometry, Tensor, wide
+from schedules.tile.sequences import Sequence
 from schedules.tile.softmax import OnlineSoftmax
 
 
 @T.inline
-def store_lse(geometry: Geometry, softmax: OnlineSoftmax, LSE, row0, lane):
-    """Write the log-sum-exp of this lane's rows if anyone asked; ``LSE`` is a flat view of the tensor.
+def store_lse(geometry: Geometry, queries: Sequence, softmax: OnlineSoftmax, LSE, row0, lane):
+    """Write the log-sum-exp of this lane's rows of ``queries`` if anyone asked; ``LSE`` is a flat view of the tensor.
 
     ``row0`` is this lane's first row; after ``softmax.finish()``.  One lane of those that share a row writes.
     """
@@ -18,8 +19,8 @@ def store_lse(geometry: Geometry, softmax: OnlineSoftmax, LSE, row0, lane):
         for t in T.unroll(softmax.m_tiles):
             for r in T.unroll(2):
                 row = T.meta_var(softmax.position(row0, 0, t, 0, r, 0)[0])
-                if row < geometry.seqlen_q:
-                    LSE[geometry.lse_offset(softmax.at.b, softmax.at.h, row)] = softmax.lse(t * 2 + r)
+                if row < queries.length:
+                    LSE[geometry.lse_offset(softmax.at.b, softmax.at.h, queries.at(row))] = softmax.lse(t * 2 + r)
 
 
 @T.inline
@@ -39,24 +40,26 @@ def normalise(softmax: OnlineSoftmax, O, stride):
 
 
 @T.inline
-def store_rows(tensor: Tensor, b, h, elements, tile, tile_row, row_first, lane, groups, group_step, rows):
+def store_rows(
+    tensor: Tensor, queries: Sequence, b, h, elements, tile, tile_row, row_first, lane, groups, group_step, rows
+):
     """One warp copies rows from shared memory to a head of a tensor, 16 bytes a lane and 128 a row at a time.
 
     These are ``groups`` times ``rows`` rows (a multiple of 8), ``group_step`` apart, from row ``tile_row`` of ``tile``;
-    row 0 of the tile is row ``row_first`` of the head; ``elements`` is a flat view of the tensor.  What is past its
-    last row or column isn't written.
+    row 0 of the tile is row ``row_first`` of ``queries`` (or of keys); ``elements`` is a flat view of the tensor.  What
+    is past their last row or the last column isn't written.
     """
     chunks = T.meta_var(tile.panel_chunks)
     row: T.int32 = tile_row + lane // chunks
     column: T.int32 = lane % chunks * tile.chunk
     shared: T.uint32 = tile.address(row, lane % chunks)
-    memory: T.int64 = tensor.offset(b, h, row_first + row, column)
+    memory: T.int64 = tensor.offset(b, h, queries.at(row_first + row), column)
     words = T.alloc_local([4], "uint32")
     for g in T.unroll(groups):
         for i in T.unroll(rows * chunks // 32):
             down = T.meta_var(g * group_step + i * (32 // chunks))
             for p in T.unroll(tile.panels):
-                if T.And(row_first + row + down < tensor.sizes["seq"], column + p * tile.panel < tensor.sizes["dim"]):
+                if T.And(row_first + row + down < queries.length, column + p * tile.panel < tensor.sizes["dim"]):
                     T.ptx["ld.shared.v4.b32"](*[words[x] for x in range(4)], tile.at(shared, down, p * chunks))
                     T.ptx["st.global.v4.b32"](
                         elements.ptr_to([memory + wide(down) * wide(tensor.strides["seq"]) + p * tile.panel]),

@@ -8,6 +8,9 @@ are in this block.
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
+
 from tvm import tirx
 from tvm.ir import Expr, PrimType
 from tvm.script import tirx as T
@@ -16,8 +19,8 @@ from tvm.tirx import PrimFunc
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern, Site
 from schedules.tile.dtypes import tensor_types
-from schedules.tile.sequences import Dense
-from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.sequences import Dense, Ragged
+from schedules.tile.tile_scheduler import Traversal, Work
 
 _UNBOUNDED = 1 << 60  # extent of a flat view
 
@@ -44,22 +47,32 @@ def constant(x) -> int | None:
     return x.value if isinstance(x, tirx.IntImm) else None
 
 
+#: The layout of ragged sequences, of either template.
+RAGGED_LAYOUT = "shd"
+_AXES = {
+    "bhsd": ("batch", "heads", "seq", "dim"),
+    "bshd": ("batch", "seq", "heads", "dim"),
+    RAGGED_LAYOUT: ("seq", "heads", "dim"),
+}
+
+
 @T.meta_class
 class Tensor:
-    """One of q, k, v, o: rank 4 in the layout's order, any strides with a contiguous last dimension.
+    """One of q, k, v, o: its axes in the layout's order, any strides with a contiguous last dimension.
 
-    ``sizes`` has the symbols ``batch``, ``seq``, ``heads`` and ``dim``, ``strides`` the first three.
+    ``sizes`` has the symbols ``batch``, ``seq``, ``heads`` and ``dim``, ``strides`` all of the layout's but the last.
+    A tensor of ragged sequences has no ``batch``.
     """
 
     def __init__(self, handle, name: str, sizes: dict, dtype: str, layout: str, alignment: int):
-        order = {"bhsd": ("batch", "heads", "seq", "dim"), "bshd": ("batch", "seq", "heads", "dim")}[layout]
+        *outer, dim = _AXES[layout]
         self.sizes = sizes
-        self.strides = {axis: tirx.Var(f"{name}_{axis}_stride", "int32") for axis in order[:3]}
+        self.strides = {axis: tirx.Var(f"{name}_{axis}_stride", "int32") for axis in outer}
         self.buffer = T.match_buffer(
             handle,
-            [sizes[axis] for axis in order],
+            [sizes[axis] for axis in (*outer, dim)],
             dtype,
-            strides=[*(self.strides[axis] for axis in order[:3]), 1],
+            strides=[*(self.strides[axis] for axis in outer), 1],
             align=alignment,
         )
 
@@ -77,7 +90,8 @@ class Tensor:
 class Geometry:
     """The arguments of a kernel: tensors ``q, k, v, o``, flat ``lse``, ``softmax_scale`` and their symbols.
 
-    A kernel that computes partial results has no ``o`` and ``lse``.
+    A kernel that computes partial results has no ``o`` and ``lse``.  ``queries`` and ``keys`` are the sequences of both
+    (:mod:`schedules.tile.sequences`).
     """
 
     def __init__(
@@ -113,6 +127,10 @@ class Geometry:
         """The head of k and v that query head ``h`` reads."""
         return T.truncdiv(h * self.kv_heads, self.heads)
 
+    def work(self, rows: int) -> Work:
+        """The work tiles of ``rows`` rows of a launch."""
+        return Work(self.queries.tiles(rows), self.heads, self.batch)
+
     @property
     def lse_wanted(self) -> Expr:
         """Whether the caller brought room for the log-sum-exp of every row."""
@@ -121,6 +139,45 @@ class Geometry:
     def lse_offset(self, b: Expr, h: Expr, row: Expr) -> Expr:
         """Where the log-sum-exp of a row is in the flat tensor, int64."""
         return (wide(b) * wide(self.heads) + wide(h)) * wide(self.seqlen_q) + wide(row)
+
+
+@T.meta_class
+class RaggedGeometry(Geometry):
+    """The same where sequences are ragged: tensors ``(positions, heads, head_dim)``, and where the sequences begin.
+
+    ``seqlen_q`` and ``seqlen_kv`` are the positions of all, ``batch`` is how many sequences there are.  ``lse`` is in
+    the order ``(heads, positions)``.
+    """
+
+    def __init__(
+        self, pattern: Pattern, traversal: Traversal, handles, starts, softmax_scale, parameters: dict, alignment: int
+    ):
+        traversal = replace(traversal, layout=RAGGED_LAYOUT)
+        Geometry.__init__(self, pattern, traversal, handles, softmax_scale, parameters, alignment)
+        ends = tirx.Var("starts", "int32")
+        of_queries, of_keys = (T.match_buffer(handle, (ends,), "int32", align=4) for handle in starts)
+        self.batch = ends - 1
+        self.queries = Ragged(of_queries, self.batch, self.seqlen_q)
+        self.keys = Ragged(of_keys, self.batch, self.seqlen_kv)
+        self.starts = self.queries, self.keys
+
+    def work(self, rows: int) -> Work:
+        """Slots for row tiles, those of all sequences together."""
+        return Work(self.queries.tiles(rows), self.heads, T.int32(1))
+
+    @property
+    def lse_wanted(self) -> Expr:
+        return wide(self.lse_length) >= wide(self.heads) * wide(self.seqlen_q)
+
+    def lse_offset(self, b: Expr, h: Expr, row: Expr) -> Expr:
+        """Where the log-sum-exp of a row of the tensor is, int64."""
+        return wide(h) * wide(self.seqlen_q) + wide(row)
+
+    def at(self, queries, keys) -> RaggedGeometry:
+        """The same with the sequences of a block's own work tile (:mod:`schedules.tile.slots`)."""
+        own = copy(self)
+        own.queries, own.keys = queries, keys
+        return own
 
 
 @T.meta_class

@@ -5,9 +5,10 @@ positions from the sequence's own first one, and only addresses (of rows in :cla
 keys in :mod:`schedules.tile.key_source`) begin at ``offset``.  Masks and scores see ``length``, so that each sequence
 is attended to as if it were alone.
 
-Today sequences are dense: they all have the lengths of the launch and begin at the tensor's first position.  Sequences
-of different lengths, packed one after the other, are another class with the same method, which reads both numbers on
-the device.
+Sequences are *dense*, all of the lengths of the launch, each from the first position of a batch entry of its own; or
+*ragged*, of different lengths, packed one after the other in tensors without a batch axis, where the device says where
+each begins (:class:`Ragged`).  Which rows of which sequence a block computes follows from sizes alone where they are
+dense; where they are ragged, row tiles have *slots*, which a block looks up (:func:`find_sequence`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from tvm.ir import Expr
+from tvm.script import tirx as T
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,84 @@ class Dense:
 
     seqlen: Expr
 
+    @property
+    def usual_length(self) -> Expr:
+        """What to count with where any sequence's length will do."""
+        return self.seqlen
+
+    def tiles(self, rows: int) -> Expr:
+        """How many tiles of ``rows`` rows each has."""
+        return T.truncdiv(self.seqlen + (rows - 1), rows)
+
     def of(self, batch: Expr) -> Sequence:
         """The sequence of a batch."""
         return Sequence(0, self.seqlen)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Sequence ``i`` of ``batch`` has the positions from ``starts[i]`` to ``starts[i + 1]`` of the tensor's ``total``.
+
+    ``starts`` is a flat view of ``batch + 1`` int32 on the device, which never fall.  What follows the last sequence is
+    one more, number ``batch``, so that every position is in some sequence.  Whatever ``starts`` may hold, no position
+    is outside the tensor.
+    """
+
+    starts: object
+    batch: Expr
+    total: Expr
+
+    @property
+    def usual_length(self) -> Expr:
+        """Their mean length."""
+        return T.truncdiv(self.total, self.batch)
+
+    def begin(self, sequence: Expr) -> Expr:
+        """First position of a sequence."""
+        return T.min(T.max(self.starts[sequence], 0), self.total)
+
+    def end(self, sequence: Expr) -> Expr:
+        """The position after the last one of a sequence."""
+        return T.Select(sequence < self.batch, self.begin(T.min(sequence + 1, self.batch)), self.total)
+
+    def of(self, sequence: Expr) -> Sequence:
+        """The sequence of a number."""
+        begin = self.begin(sequence)
+        return Sequence(begin, T.max(self.end(sequence) - begin, 0))
+
+    def tiles(self, rows: int) -> Expr:
+        """How many slots there are for tiles of ``rows`` rows of all sequences: it follows from sizes alone."""
+        return T.truncdiv(self.total, rows) + (self.batch + 1)
+
+    def first_slot(self, sequence: Expr, rows: int) -> Expr:
+        """The first slot of a sequence, which has those up to the next one's: as many as its tiles, or one more.
+
+        There are at most ``floor((begin + length) / rows) - floor(begin / rows) + 1`` tiles in ``length`` positions.
+        """
+        return T.truncdiv(self.begin(sequence), rows) + sequence
+
+
+_COUNT_LANES = """
+__forceinline__ __device__ int count_lanes(int predicate) {
+  return __popc(__ballot_sync(0xffffffffu, predicate));
+}
+"""
+
+
+def count_lanes(predicate: Expr) -> Expr:
+    """In how many lanes of the warp, all of which ask, a predicate holds."""
+    return T.cuda.func_call("count_lanes", T.Cast("int32", predicate), source_code=_COUNT_LANES, return_type="int32")
+
+
+@T.inline
+def find_sequence(ragged: Ragged, rows, slot, lane, sequence):
+    """Set ``sequence`` to the one that has a slot: a whole warp searches, 32 sequences at a time."""
+    sequence = 0
+    left: T.int32 = ragged.batch + 1
+    while left > 1:
+        step: T.int32 = T.truncdiv(left + 31, 32)
+        mine: T.int32 = sequence + lane * step
+        begun = T.meta_var(ragged.first_slot(T.min(mine, ragged.batch), rows) <= slot)
+        passed: T.int32 = T.max(count_lanes(T.And(lane * step < left, begun)) - 1, 0) * step
+        sequence = sequence + passed
+        left = T.min(left - passed, step)

@@ -101,6 +101,28 @@ class SeqOuter:
         return place.z * place.width + place.x < self.work.batch * self.work.heads
 
 
+@dataclass(frozen=True)
+class InOneRow:
+    """Another order's places along the first axis alone, the only one of a grid that has room for more than 65535."""
+
+    order: Order
+
+    def grid(self):
+        x, y, z = self.order.grid()
+        return x * y * z, T.int32(1), T.int32(1)
+
+    def _place(self, place: Place) -> Place:
+        x, y, _ = self.order.grid()
+        rest = T.truncdiv(place.x, x)
+        return Place(T.truncmod(place.x, x), T.truncmod(rest, y), T.truncdiv(rest, y), x)
+
+    def work_tile(self, place: Place) -> WorkTile:
+        return self.order.work_tile(self._place(place))
+
+    def exists(self, place: Place) -> Expr:
+        return self.order.exists(self._place(place))
+
+
 def place_of_item(grid: tuple[Expr, Expr, Expr], item: Expr) -> Place:
     """The place of work item ``item`` of those that are numbered along the axes; for non-negative numbers."""
     x, y, _ = grid

@@ -50,6 +50,8 @@ if version >= (2, 4):
     assert "tvm_flash::attention" in {e.key for e in profile.key_averages()}
     program = torch.compile(lambda q: flash_attention(q * 1, k, v, causal=True), fullgraph=True, backend="aot_eager")
     errors.append(error(program(q), want))
+    drop_in = lambda q: scaled_dot_product_attention(q * 1, k, v, is_causal=True)  # noqa: E731
+    errors.append(error(torch.compile(drop_in, fullgraph=True, backend="aot_eager")(q), want))
     errors.append(error(torch.jit.trace(lambda q: flash_attention(q, k, v, causal=True), q)(q), want))
     errors.append(error(torch.vmap(lambda q: flash_attention(q, k, v, causal=True))(q[None])[0], want))
     found["compiled, traced, mapped, profiled"] = True

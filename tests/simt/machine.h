@@ -282,6 +282,7 @@ static void run_block(Block& own, const std::vector<int>& order) {
 
 static void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body) {
   if (size.x % kWarp || size.y != 1 || size.z != 1) TVM_FFI_THROW(RuntimeError) << "a block of " << size.x << " threads";
+  if (grid.y > 65535 || grid.z > 65535) TVM_FFI_THROW(RuntimeError) << "a grid of " << grid.y << " times " << grid.z << " rows";
   gridDim = grid;
   Block own;
   own.body = body;

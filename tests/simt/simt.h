@@ -68,6 +68,8 @@ static T __shfl_sync(uint, T value, int source, int) { return simt::exchange(val
 template <typename T>
 static T __shfl_xor_sync(uint, T value, int mask, int) { return simt::exchange(value, [=](int l) { return l ^ mask; }); }
 static int __any_sync(uint, int predicate) { return simt::any(predicate); }
+static uint32_t __ballot_sync(uint, int predicate) { return simt::ballot(predicate); }
+static int __popc(uint32_t x) { return __builtin_popcount(x); }
 static void __syncthreads() { simt::barrier(0, simt::block->threads.size()); }
 static void __syncwarp() { simt::together([](simt::Thread*) {}); }
 static int __syncthreads_or(int predicate) { return simt::barrier_or(predicate); }

@@ -72,6 +72,16 @@ static int any(int predicate) {
   return self().out[0];
 }
 
+static uint32_t ballot(int predicate) {
+  self().in[0] = predicate != 0;
+  together([](Thread* warp) {
+    uint32_t result = 0;
+    for (int l = 0; l < kWarp; l++) result |= warp[l].in[0] << l;
+    for (int l = 0; l < kWarp; l++) warp[l].out[0] = result;
+  });
+  return self().out[0];
+}
+
 static SIMT_FAST void ldmatrix(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from, bool transposed) {
   self().in[0] = from;
   check_shared(from, kChunk, kChunk, "ldmatrix");

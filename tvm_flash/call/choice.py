@@ -14,13 +14,16 @@ from tvm_flash.call.measured import compare, nearest, tune_command
 from tvm_flash.call.problem import Problem
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS
+from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS, RAGGED, RAGGED_BACKWARD
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, MOST_BLOCKS, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
 
 _TEMPLATE_OF_LAYOUT = {layout: template for template, layout in LAYOUT_OF_TEMPLATE.items()}
 _AMPERE = (8, 0)
+
+#: Kinds of kernels whose tensors have no batch axis.
+_RAGGED_KINDS = (RAGGED, RAGGED_BACKWARD)
 
 #: From here on a batch is large and a sequence long, for the rule "large batch with long sequence → V2".  On the CPU
 #: the rule decides only which order of the same work is used; both templates give the same numbers.
@@ -75,12 +78,14 @@ class Choice:
 
 
 # Stages of a rejection: what a kernel failed at.
-_KIND, _ROWS, _SCORE, _HEAD_DIM, _MASK, _INDEX, _ALIGNMENT, _ORDER = range(8)
+_KIND, _ROWS, _SCORE, _HEAD_DIM, _MASK, _INDEX, _GRID, _ALIGNMENT, _ORDER = range(9)
 
 
 def template_order(problem: Problem, device: Device, variant: str, prefer: str) -> tuple[tuple[str, str], str]:
     """The two templates, the preferred one first, and why."""
     v1, v2 = ("v1", "v2"), ("v2", "v1")
+    if problem.is_ragged:
+        return v2, "sequences that lie one after the other have one layout"
     if variant != "auto":
         return (v1 if variant == "v1" else v2), f"variant={variant!r} was asked for"
     if prefer == "compatibility":
@@ -103,7 +108,7 @@ def choose(problem: Problem, device: Device, variant: str, prefer: str = "speed"
     PackError: there is no usable pack for the device.
     KernelNotFoundError: the packs have no kernel for the problem.
     InvalidArgumentError: there is one, but it can't take data that is aligned so badly.
-    NotSupportedError: there is one, but it can't take sizes or strides this large.
+    NotSupportedError: there is one, but it can't take sizes or strides this large, or so many heads or batch entries.
     """
     order, why, fitting, rejected = _in_order(problem, device, variant, prefer)
     if not fitting:
@@ -159,7 +164,7 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
         raise packs.missing(archs, device.native_arch)
     fitting, rejected = [], []
     for distance, arch in enumerate(archs):
-        for kernel in packs.candidates(arch, problem.definition, problem.dtype, problem.op):
+        for kernel in candidates(arch, problem):
             refusal = _refusal(kernel.entry, problem)
             if refusal:
                 rejected.append(refusal)
@@ -167,6 +172,12 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
                 fitting.append((_rank(kernel, problem, order, distance), kernel))
     fitting.sort(key=lambda x: x[0])
     return [kernel for _, kernel in fitting], rejected
+
+
+def candidates(arch: str, problem: Problem) -> list[Installed]:
+    """The installed kernels of an arch that compute a problem's operator, in its dtype and definition."""
+    found = registry().candidates(arch, problem.definition, problem.dtype, OPERATORS[problem.op].computes)
+    return [k for k in found if (k.entry.kind in _RAGGED_KINDS) == problem.is_ragged]
 
 
 def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:
@@ -208,6 +219,11 @@ def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
         return Rejection(entry, _MASK, f"is for {entry.bucket} keys or more, not {problem.seqlen_kv}")
     if entry.index_bits < problem.index_bits:
         return Rejection(entry, _INDEX, f"counts in {entry.index_bits} bits, and a size or stride needs more")
+    blocks = max((sizes.evaluate(axis, problem.sizes) for axis in entry.narrow_axes), default=0)
+    if blocks > MOST_BLOCKS:
+        return Rejection(
+            entry, _GRID, f"would launch {blocks} blocks along an axis of the grid that has room for {MOST_BLOCKS}"
+        )
     if problem.alignment % entry.alignment:
         return Rejection(
             entry,
@@ -269,7 +285,7 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
     if problem.op != FORWARD:
         options += ["--kind", ACCUMULATE if problem.accumulate else problem.op]
-    whose = arch if problem.op == FORWARD else f"{arch} {problem.op}"
+    whose = arch if problem.op == FORWARD else f"{arch} {problem.op.replace('_', ' ')}"
     if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):
         return KernelNotFoundError(
             f"q, k, v: are {problem.dtype}, and GPU kernels take float16, from sm_80 on also bfloat16; convert them"
@@ -288,6 +304,11 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         return NotSupportedError(
             f"{_named(problem)}: a size or a stride needs more than 32 bits, and the {whose} kernels count in 32; "
             f"split the batch or the heads over several calls"
+        )
+    if nearest.stage == _GRID:
+        return NotSupportedError(
+            f"{_named(problem)}: {problem}, and {nearest.kernel.symbol} {nearest.reason}; split the batch or the heads "
+            f"over several calls"
         )
     if nearest.stage == _MASK:
         command = build_command(arch, *options, "--head-dim", dims, *_kind(problem))
@@ -332,6 +353,8 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
+    if problem.is_ragged:
+        return "--mask", "window", "--score", "optional"
     padded = problem.mask in ("padded", "positioned")
     if problem.op != FORWARD:
         padded = padded or problem.score != "identity"

@@ -140,15 +140,15 @@ def _share(figures: tuple[float, float]) -> float:
 def _compare(kernel: Installed, device: Device, seqlen_q: int, seqlen_kv: int, *, repeat: bool):
     """Of each result its error and bound, by role; whether a second run, if asked for, had the same bits."""
     entry = kernel.entry
-    problem = _problem(*_kind(entry)[:-1], seqlen_q, seqlen_kv)
+    expected = _expected(*_kind(entry)[:-1], seqlen_q, seqlen_kv)
 
     def computed():
-        return run(kernel, device, problem.inputs, problem.scale, (entry.head_dim, entry.head_dim_v))
+        return run(kernel, device, expected.inputs, expected.scale, (entry.head_dim, entry.head_dim_v))
 
     found = computed()
     again = computed() if repeat else found
     same = all(np.array_equal(x, again[role], equal_nan=True) for role, x in found.items())
-    errors = {role: (numerics.largest_error(found[role], x), bound) for role, (x, bound) in problem.exact.items()}
+    errors = {role: (numerics.largest_error(found[role], x), bound) for role, (x, bound) in expected.exact.items()}
     return errors, same
 
 
@@ -159,7 +159,7 @@ def _kind(entry: KernelEntry) -> tuple:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _Expected:
     """Inputs that a dtype holds; exact results by role, and how far off each may be."""
 
     inputs: Mapping[str, np.ndarray]
@@ -168,7 +168,7 @@ class _Problem:
 
 
 @functools.lru_cache(maxsize=2)
-def _problem(
+def _expected(
     op: str,
     dtype: str,
     head_dim: int,
@@ -179,7 +179,7 @@ def _problem(
     learnt: tuple[str, ...],
     seqlen_q: int,
     seqlen_kv: int,
-) -> _Problem:
+) -> _Expected:
     q, k, v = random_inputs(dtype, head_dim, head_dim_v, (BATCH, HEADS, KV_HEADS), (seqlen_q, seqlen_kv))
     what = {
         "softmax_scale": 1 / math.sqrt(head_dim),
@@ -192,7 +192,7 @@ def _problem(
     if op == FORWARD:
         bound = numerics.bound(numerics.usual_attention(q, k, v, dtype=dtype, **what), out, dtype)
         exact = {"o": (out, bound), "lse": (lse, numerics.lse_bound(lse))}
-        return _Problem(inputs, what["softmax_scale"], exact)
+        return _Expected(inputs, what["softmax_scale"], exact)
     rng = np.random.default_rng(1)
     dout = numerics.round_to(rng.standard_normal(out.shape, np.float32), dtype)
     inputs |= {"do": dout, "o": numerics.round_to(out.astype(np.float32), dtype), "lse": lse.astype(np.float32)}
@@ -206,7 +206,7 @@ def _problem(
         )
     )
     bounds = {role: numerics.gradient_bound(usual[role], x, dtype) for role, x in exact.items()}
-    return _Problem(inputs, what["softmax_scale"], {role: (x, bounds[role]) for role, x in exact.items()})
+    return _Expected(inputs, what["softmax_scale"], {role: (x, bounds[role]) for role, x in exact.items()})
 
 
 def random_inputs(

@@ -15,15 +15,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 from torch.overrides import handle_torch_function, has_torch_function
 
-from tvm_flash.call.choice import choose
+from tvm_flash.call.choice import candidates, choose
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, Problem
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.frameworks.torch_watch import has_tangent_below, is_differentiated
 from tvm_flash.machine.device import Device
 from tvm_flash.nn.attend import attend, fit
 from tvm_flash.nn.masks import KeyMask, key_mask_of
-from tvm_flash.operators import BACKWARD, FORWARD
-from tvm_flash.packs.registry import on_refresh, registry
+from tvm_flash.operators import FORWARD, OPERATORS, RAGGED, RAGGED_LAYOUT
+from tvm_flash.packs.registry import on_refresh
 from tvm_flash.padded import padded_attention
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -82,7 +82,7 @@ def scaled_dot_product_attention(
             return scaled_dot_product_attention(query, key, value, None, dropout_p, True, **options)
         warn_of_fallback(f"{', '.join(kinds)} answers torch's functions in its own way")
         return torch_sdpa(*asked, **options)
-    if torch.amp.is_autocast_available(query.device.type) and torch.is_autocast_enabled(query.device.type):
+    if query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type):
         query, key, value = (_as_autocast(x, query.device.type) for x in (query, key, value))
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
@@ -148,12 +148,26 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
 
 
 def no_kernel(
-    mask: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: str = "identity"
+    mask: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score: str = "identity",
+    ops: tuple[str, ...] | None = None,
+    ragged: bool = False,
 ) -> str | None:
-    """Why no kernel computes a kind of call, and its gradients where they are required; None if one does."""
+    """Why no kernel computes a kind of call, and its gradients where they are required; None if one does.
+
+    ``ops`` are the operators, where a caller knows which it needs; ``ragged`` says that sequences of different lengths
+    lie one after the other.
+    """
     device, sizes = query.device, (query.shape[-1], value.shape[-1])
-    for op in (FORWARD, BACKWARD) if any(map(is_differentiated, (query, key, value))) else (FORWARD,):
-        why = "" if op == FORWARD else "a gradient is required, and "
+    if ops is None:
+        forward = RAGGED if ragged else FORWARD
+        differentiated = any(map(is_differentiated, (query, key, value)))
+        ops = (forward, OPERATORS[forward].backward) if differentiated else (forward,)
+    for op in ops:
+        why = "a gradient is required, and " if OPERATORS[op].differentiates else ""
         limits = _limits(mask, score, device.type, device.index or 0, query.dtype, op)
         if isinstance(limits, str):
             return why + limits
@@ -177,15 +191,14 @@ def _look_up(
     if kind not in ("cpu", "cuda") or dtype not in _DTYPES:
         return f"there are no kernels for {dtype} on {kind}"
     sizes = (1, 1, 1, 1, 1, HEAD_DIM_MULTIPLE, HEAD_DIM_MULTIPLE)
-    problem = Problem(*sizes, dtype=_DTYPES[dtype], layout="bhsd", mask=mask, score=score, op=op)
+    layout = RAGGED_LAYOUT if OPERATORS[op].starts else "bhsd"
+    problem = Problem(*sizes, dtype=_DTYPES[dtype], layout=layout, mask=mask, score=score, op=op)
     device = Device(kind, index)
     try:
         choose(problem, device, "auto")
     except TvmFlashError as e:
         return str(e)
-    kernels = [
-        k.entry for arch in device.archs() for k in registry().candidates(arch, problem.definition, problem.dtype, op)
-    ]
+    kernels = [k.entry for arch in device.archs() for k in candidates(arch, problem)]
     fitting = [e for e in kernels if e.mask in problem.masks and e.score in problem.scores]
     return tuple(sorted({(e.head_dim, e.head_dim_v) for e in fitting}))
 
@@ -225,7 +238,7 @@ def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: fl
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])
         query, key, value = (x.expand(*batch, -1, -1, -1) for x in (query, key, value))
-    (_, _, seqlen_q, head_dim), (_, _, seqlen_kv, head_dim_v) = query.shape, value.shape
+    head_dim, head_dim_v = query.shape[-1], value.shape[-1]
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     order = _order(query)
     layout = "bshd" if order == _HEADS_SIDE_BY_SIDE else "bhsd"
@@ -233,14 +246,9 @@ def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: fl
     if mask is not None:
         key, value = mask.arrange(key), mask.arrange(value)
         call = functools.partial(padded_attention, layout=layout, key_range=mask.key_range())
-    elif not is_causal:
-        call = functools.partial(attend, layout)
-    elif seqlen_q > seqlen_kv:  # the last queries see all keys: a window of what lies beyond the bottom-right diagonal
-        call = functools.partial(attend, layout, window_size=(-1, seqlen_q - seqlen_kv))
-    else:  # keys after the last query are never seen
-        if seqlen_kv > seqlen_q:
-            key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
-        call = functools.partial(attend, layout, causal=True)
+    else:
+        key, value, options = top_left(query, key, value) if is_causal else (key, value, {})
+        call = functools.partial(attend, layout, **options)
     if layout == "bshd":
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     out = call(q=query, k=key, v=value, softmax_scale=scale)
@@ -250,6 +258,21 @@ def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: fl
         laid_out = torch.empty_permuted(shape, order, dtype=out.dtype, device=out.device)
         out = laid_out.copy_(out[..., :head_dim_v])
     return out if whole else out[0]
+
+
+def top_left(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Keys, values and options of a call that is aligned bottom-right, for a causal mask that is aligned top-left.
+
+    The tensors are ``(batch, heads, seq, head_dim)``.
+    """
+    seqlen_q, seqlen_kv = query.shape[2], key.shape[2]
+    if seqlen_q > seqlen_kv:  # the last queries see all keys: a window of what lies beyond the bottom-right diagonal
+        return key, value, {"window_size": (-1, seqlen_q - seqlen_kv)}
+    if seqlen_kv > seqlen_q:  # keys after the last query are never seen
+        key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
+    return key, value, {"causal": True}
 
 
 # TorchScript compiles the text of functions, and takes torch's operator for this one.

@@ -28,6 +28,21 @@ The launches of ``forward`` kernels write ``o`` and ``lse``.  One with a single 
 softmax_scale, *params)``; one that splits the keys has a launch that writes partial results into workspaces, and one
 that combines them.
 
+Kernels of the kinds ``ragged`` and ``ragged_backward`` compute ``forward`` and ``backward`` of sequences of different
+lengths that lie one after the other.  Their roles are the same but for these:
+
+* ``q``, ``o`` (and ``do``, ``dq``): ``(total_q, heads, dim)``; ``k``, ``v`` (and ``dk``, ``dv``): ``(total_k, kv_heads,
+  dim)``, whatever the template, of any strides with a contiguous last dimension.
+* ``lse`` (and ``dlse``): flat float32, ``heads * total_q`` values in ``(heads, total_q)`` order, or a shorter tensor.
+* ``cu_seqlens_q``, ``cu_seqlens_k``: contiguous int32 ``(batch + 1,)`` on the device, which nobody reads on the host:
+  sequence ``b`` has the rows ``cu_seqlens_q[b]`` up to but not ``cu_seqlens_q[b + 1]``, and such keys.  Neither falls,
+  both begin with 0 and end with at most ``total_q`` and ``total_k``; a kernel of the CPU fails, before it writes
+  anything, if that isn't so, one of a GPU stays within the tensors.
+* a ``per_head`` parameter is ``(batch, heads)``, the sequence being the batch entry.
+
+Rows and keys after the last sequence are written as those that see nothing.  Which kernel runs, and so its bucket, has
+nothing to do with lengths.  Their sizes are those of :func:`tvm_flash.packs.sizes.of_sequences`.
+
 Those of ``backward`` take ``do`` (as ``o``), ``o`` and ``lse`` as a forward kernel left them, and ``dlse`` (as ``lse``;
 a shorter tensor means that there is none), and write all of ``dq``, ``dk`` and ``dv`` (as ``q``, ``k`` and ``v``), and
 ``d_NAME`` of each parameter that asks for its gradient: float32, ``(batch, heads)`` of one ``per_head``, else one
@@ -54,6 +69,9 @@ CALL_STEM = "libtvm_flash_call"
 BUILTIN_DEFINITION = "attention"
 
 LAYOUT_OF_TEMPLATE = {"v1": "bhsd", "v2": "bshd"}
+
+#: The most blocks of a GPU's launch along any axis of its grid but the first.
+MOST_BLOCKS = 65535
 
 #: Largest ``query_start`` of the mask ``positioned``, and the same below 0; those beyond count as it.  So no sum of a
 #: position and a window leaves int32.
@@ -185,6 +203,8 @@ class KernelEntry:
         bucket that fits is the fastest.
     max_rows: the most query rows that share a key (``seqlen_q * heads / kv_heads``) for which it is meant, by the
         problem's sizes; None if any number will do.  A kernel that is made for few rows is preferred where it fits.
+    narrow_axes: how many blocks launches have along the axes of a GPU's grid with room for ``MOST_BLOCKS`` only, by the
+        problem's sizes, where that may be more.
     alignment: bytes; data pointers and all strides but the last must be multiples of it.
     index_bits: 32 if sizes and strides (in elements) must fit an int32, else 64.
     config: the schedule's configuration as JSON.
@@ -217,6 +237,7 @@ class KernelEntry:
     workspaces: tuple[Workspace, ...] = ()
     scalars: tuple[Scalar, ...] = ()
     max_rows: sizes.Expression | None = None
+    narrow_axes: tuple[sizes.Expression, ...] = ()
     registers: int | None = None
     shared_memory: int | None = None
     spills: int | None = None
@@ -236,6 +257,7 @@ class KernelEntry:
             "workspaces": tuple(map(Workspace.from_dict, raw.get("workspaces", ()))),
             "scalars": tuple(map(Scalar.from_dict, raw.get("scalars", ()))),
             "max_rows": None if raw.get("max_rows") is None else sizes.from_json(raw["max_rows"]),
+            "narrow_axes": tuple(map(sizes.from_json, raw.get("narrow_axes", ()))),
             "speeds": tuple(Speed(**s) for s in raw.get("speeds", ())),
         }
         return KernelEntry(**{**raw, **parts})

@@ -37,6 +37,14 @@ def of(
     )
 
 
+def of_sequences(
+    batch: int, heads: int, total_q: int, kv_heads: int, total_k: int, head_dim: int, head_dim_v: int
+) -> dict[str, int]:
+    """The sizes by name of a problem of ``batch`` sequences of different lengths: of queries and keys all together."""
+    names = ("batch", "heads", "kv_heads", "total_q", "total_k", "head_dim", "head_dim_v")
+    return dict(zip(names, (batch, heads, kv_heads, total_q, total_k, head_dim, head_dim_v), strict=True))
+
+
 def evaluate(expression: Expression, sizes: Mapping[str, int]) -> int:
     """The value of an expression.
 

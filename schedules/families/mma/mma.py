@@ -7,20 +7,23 @@ A family brings a machine (:mod:`schedules.families.mma.machine`): how tiles are
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
+from schedules.families.interface import Program, forward_program
 from schedules.families.mma.registers import anew, fresh
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import normalise, store_lse, store_rows
-from schedules.tile.geometry import Geometry, Parameters, flat, parameterised, site
+from schedules.tile.geometry import Geometry, Parameters, RaggedGeometry, flat, parameterised, site
 from schedules.tile.key_range import KeyTiles, in_parts, is_full, next_visible
 from schedules.tile.key_source import ContiguousRows
-from schedules.tile.tile_scheduler import Order, Place, Traversal, Work, WorkTile, ceildiv, longest_first
+from schedules.tile.slots import WORDS, FoundTile, Own
+from schedules.tile.tile_scheduler import InOneRow, Order, Place, Traversal, WorkTile, longest_first
+from tvm_flash.packs import sizes
 
 ALIGNMENT = 16
 INDEX_BITS = 32
@@ -35,16 +38,23 @@ def scheduler(pattern: Pattern, config, traversal: Traversal, geometry: Geometry
 
     A section of a seq-outer order is as many heads as ``section_mib`` MiB of keys and values are, or one.
     """
-    work = Work(ceildiv(geometry.seqlen_q, config.block_m), geometry.heads, geometry.batch)
     types = tensor_types(pattern)
     row_bytes = types.k.bytes * pattern.head_dim + types.v.bytes * pattern.head_dim_v
 
     def section() -> Expr:
-        keys = T.truncdiv(config.section_mib * 2**20 // row_bytes, T.max(geometry.seqlen_kv, 1))
+        keys = T.truncdiv(config.section_mib * 2**20 // row_bytes, T.max(geometry.keys.usual_length, 1))
         group = T.truncdiv(geometry.heads, geometry.kv_heads)
-        return T.min(T.max(keys, 1) * group, geometry.batch * geometry.heads)
+        return T.min(T.max(keys, 1) * group, work.batch * work.heads)
 
+    work = geometry.work(config.block_m)
     return traversal.order(work, section)
+
+
+def narrow_axes(config, traversal: Traversal) -> tuple[sizes.Expression, ...]:
+    """What a dense launch has along the second and the third axis of its grid, where that may be a large number."""
+    if traversal.layout == "bhsd":
+        return "heads", "batch"
+    return (("ceildiv", "seqlen_q", config.block_m),)  # sections fill the caches, and are few
 
 
 def this_place(x: Expr | None = None, y: Expr | None = None, z: Expr | None = None) -> Place:
@@ -53,10 +63,63 @@ def this_place(x: Expr | None = None, y: Expr | None = None, z: Expr | None = No
     return Place(x, y, z, fresh("nctaid.x"))
 
 
-def work_tile(order: Order, place: Place) -> WorkTile:
-    """The work tile of a place, the longest under a causal mask first."""
-    tile = order.work_tile(place)
-    return tile._replace(m_block=longest_first(tile.m_block, order.work.m_blocks))
+@dataclass(frozen=True)
+class DenseBlocks:
+    """Which work tile a block has, where that follows from its place: the longest under a causal mask first."""
+
+    order: Order
+
+    def grid(self) -> tuple[Expr, Expr, Expr]:
+        """Blocks along each axis."""
+        return self.order.grid()
+
+    def exists(self, place: Place) -> Expr:
+        """Whether the block at a place has a work tile."""
+        return self.order.exists(place)
+
+    def work_tile(self, place: Place) -> WorkTile:
+        """The work tile of a place."""
+        tile = self.order.work_tile(place)
+        return tile._replace(m_block=longest_first(tile.m_block, self.order.work.m_blocks))
+
+
+@T.meta_class
+class RaggedBlocks:
+    """Which work tile a block has, where it looks that up: the blocks are in one row, one for each head and slot."""
+
+    def __init__(self, order: Order):
+        self.order = InOneRow(order)
+        self.found = FoundTile(T.alloc_shared([WORDS], "int32"))
+
+    def grid(self) -> tuple[Expr, Expr, Expr]:
+        """Blocks along each axis."""
+        return self.order.grid()
+
+    @T.inline
+    def find(self, geometry: Geometry, rows):
+        """All threads: look up the block's tile of ``rows`` rows."""
+        thread: T.int32 = fresh("tid.x")
+        if thread < 32:
+            place: T.int32 = fresh("ctaid.x")
+            at = T.meta_var(Place(place, 0, 0, 0))
+            item = T.meta_var(self.order.work_tile(at))
+            slot: T.int32 = item.m_block
+            self.found.look_up(geometry.queries, geometry.keys, rows, item._replace(m_block=slot), thread)
+            if T.And(thread == 0, T.Not(self.order.exists(at))):
+                self.found.leave_out()
+        T.cuda.cta_sync()
+
+    def sequences(self) -> tuple[Own, Own]:
+        """Those of queries and keys of the tile that was found."""
+        return Own(self.found.queries), Own(self.found.keys)
+
+    def exists(self, place: Place) -> Expr:
+        """Whether the block has a work tile."""
+        return self.found.m_block >= 0
+
+    def work_tile(self, place: Place) -> WorkTile:
+        """The work tile that was found."""
+        return WorkTile(self.found.sequence, self.found.head, self.found.m_block)
 
 
 @T.inline
@@ -118,15 +181,15 @@ def stage_rows(machine, tile, acc, stride):
 
 
 @T.inline
-def store_output(machine, O):
-    """Normalise and store the output by way of the warp's own rows of Q in shared memory."""
+def store_output(machine, queries, O):
+    """Normalise and store the output of rows of ``queries`` by way of the warp's own rows of Q in shared memory."""
     g = T.meta_var(machine.geometry)
     normalise(machine.softmax, machine.O, machine.o_stride)
     stage_rows(machine, machine.q.tile, machine.O, machine.o_stride)
     rows = T.meta_var(machine.fragment.tile_rows // machine.parts)
     store_rows(
-        g.o, machine.at.b, machine.at.h, O, machine.q.tile, machine.warp_row + machine.part * rows, machine.row_first,
-        machine.lane, machine.m_tiles, machine.tile_step, rows,
+        g.o, queries, machine.at.b, machine.at.h, O, machine.q.tile, machine.warp_row + machine.part * rows,
+        machine.row_first, machine.lane, machine.m_tiles, machine.tile_step, rows,
     )  # fmt: skip
 
 
@@ -147,74 +210,115 @@ def look_for_faults(machine, careful):
                 size = T.meta_var(T.abs(machine.O[i]) + machine.softmax.row_sum[t * 2 + r])
                 # not the negation of a comparison, which would be turned into one that NaN fails
                 fault = T.meta_var(T.Select(size < T.float32(_LARGEST_SUM[machine.pattern.dtype]), 0, 1))
-                bad = T.bitwise_or(bad, T.Select(row < machine.geometry.seqlen_q, fault, 0))
+                bad = T.bitwise_or(bad, T.Select(row < machine.q.rows, fault, 0))
     careful = T.cuda.syncthreads_or(bad)
 
 
-def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
-    """The kernel of a family whose ``machine_type`` does one block's work."""
-    M, N, W = config.block_m, config.block_n, config.num_warps
+@T.inline
+def attend(pattern: Pattern, config, geometry: Geometry, blocks, machine_type):
+    """One block's work, of the block that ``blocks`` (:mod:`schedules.families.mma.blocks`) makes this one."""
+    M, N = T.meta_var((config.block_m, config.block_n))
+    careful: T.int32 = 0
+    again: T.int32 = T.Cast("int32", blocks.exists(this_place()))
+    while again != 0:
+        # 1. Which rows of which head this block computes, and which tiles of keys they see.
+        x: T.int32 = fresh("ctaid.x")
+        y: T.int32 = fresh("ctaid.y")
+        z: T.int32 = fresh("ctaid.z")
+        tid: T.int32 = fresh("tid.x")
+        block = T.meta_var(blocks.work_tile(this_place(x, y, z)))
+        b: T.int32 = block.batch
+        h: T.int32 = block.head
+        queries = T.meta_var(geometry.queries.of(b))
+        keys = T.meta_var(geometry.keys.of(b))
+        row_first: T.int32 = block.m_block * M
+        row_last: T.int32 = T.min(row_first + M, queries.length) - 1
+        kv_head: T.int32 = geometry.kv_head(h)
+        parameters = Parameters(geometry, b, h)
+        # Without a mask ranges are the same for every block, and would be kept from outside the loop.
+        seqlen_kv: T.int32 = anew(keys.length) if pattern.is_unmasked else keys.length
+        at = T.meta_var(replace(site(geometry, parameters, b, h), seqlen_kv=seqlen_kv))
+        rows = T.meta_var((row_first, row_last))
+        tiles = KeyTiles(pattern, at, row_first, row_last, N)
+        # 2. The online softmax over the tiles, from right to left.
+        sources = T.meta_var(
+            (
+                ContiguousRows(geometry.q, b, h, queries),
+                ContiguousRows(geometry.k, b, kv_head, keys),
+                ContiguousRows(geometry.v, b, kv_head, keys),
+            )
+        )
+        machine = machine_type(pattern, config, geometry, at, rows, tiles, sources, block, tid)
+        machine.start()
+        walk(pattern, at, tiles, rows, N, careful, machine.step)
+        machine.wait_for_copies()
+        # 3. Once more, with care, if that went wrong.  Indices are read anew, so that none is kept until here.
+        thread: T.int32 = fresh("tid.x")
+        x1: T.int32 = fresh("ctaid.x")
+        y1: T.int32 = fresh("ctaid.y")
+        z1: T.int32 = fresh("ctaid.z")
+        machine.place_block(blocks.work_tile(this_place(x1, y1, z1)), thread)
+        look_for_faults(machine, careful)
+        again = careful
+        # 4. Log-sum-exp and output.
+        if again == 0:
+            machine.finish()
+            LSE = flat(geometry.lse)
+            O = flat(geometry.o.buffer)
+            store_lse(geometry, queries, machine.softmax, LSE, machine.row0, machine.lane)
+            store_output(machine, queries, O)
+
+
+def ragged_kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
+    """The same for ragged sequences."""
 
     def make(values):
         @T.prim_func(check_well_formed=False)
-        def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
-            # 1. Arguments.
-            geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, values, ALIGNMENT)
+        def attention(
+            q: T.handle,
+            k: T.handle,
+            v: T.handle,
+            o: T.handle,
+            lse: T.handle,
+            cu_seqlens_q: T.handle,
+            cu_seqlens_k: T.handle,
+            softmax_scale: T.float32,
+        ):
+            handles = T.meta_var(((q, k, v, o, lse), (cu_seqlens_q, cu_seqlens_k)))
+            geometry = RaggedGeometry(pattern, traversal, *handles, softmax_scale, values, ALIGNMENT)
             T.device_entry()
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
-            order = T.meta_var(scheduler(pattern, config, traversal, geometry))
-            _x, _y, _z = T.cta_id([*order.grid()])
-            _tid = T.thread_id([32 * W])
-            careful: T.int32 = 0
-            again: T.int32 = T.Cast("int32", order.exists(this_place()))
-            while again != 0:
-                # 2. Which rows of which head this block computes, and which tiles of keys they see.
-                x: T.int32 = fresh("ctaid.x")
-                y: T.int32 = fresh("ctaid.y")
-                z: T.int32 = fresh("ctaid.z")
-                tid: T.int32 = fresh("tid.x")
-                block = T.meta_var(work_tile(order, this_place(x, y, z)))
-                b: T.int32 = block.batch
-                h: T.int32 = block.head
-                queries = T.meta_var(geometry.queries.of(b))
-                keys = T.meta_var(geometry.keys.of(b))
-                row_first: T.int32 = block.m_block * M
-                row_last: T.int32 = T.min(row_first + M, queries.length) - 1
-                kv_head: T.int32 = geometry.kv_head(h)
-                parameters = Parameters(geometry, b, h)
-                # Without a mask ranges are the same for every block, and would be kept from outside the loop.
-                seqlen_kv: T.int32 = anew(keys.length) if pattern.is_unmasked else keys.length
-                at = T.meta_var(replace(site(geometry, parameters, b, h), seqlen_kv=seqlen_kv))
-                rows = T.meta_var((row_first, row_last))
-                tiles = KeyTiles(pattern, at, row_first, row_last, N)
-                # 3. The online softmax over the tiles, from right to left.
-                sources = T.meta_var(
-                    (
-                        ContiguousRows(geometry.q, b, h, queries),
-                        ContiguousRows(geometry.k, b, kv_head, keys),
-                        ContiguousRows(geometry.v, b, kv_head, keys),
-                    )
-                )
-                machine = machine_type(pattern, config, geometry, at, rows, tiles, sources, block, tid)
-                machine.start()
-                walk(pattern, at, tiles, rows, N, careful, machine.step)
-                machine.wait_for_copies()
-                # 4. Once more, with care, if that went wrong.  Indices are read anew, so that none is kept until here.
-                thread: T.int32 = fresh("tid.x")
-                x1: T.int32 = fresh("ctaid.x")
-                y1: T.int32 = fresh("ctaid.y")
-                z1: T.int32 = fresh("ctaid.z")
-                machine.place_block(work_tile(order, this_place(x1, y1, z1)), thread)
-                look_for_faults(machine, careful)
-                again = careful
-                # 5. Log-sum-exp and output.
-                if again == 0:
-                    machine.finish()
-                    LSE = flat(geometry.lse)
-                    O = flat(geometry.o.buffer)
-                    store_lse(geometry, machine.softmax, LSE, machine.row0, machine.lane)
-                    store_output(machine, O)
+            blocks = RaggedBlocks(scheduler(pattern, config, traversal, geometry))
+            _x, _y, _z = T.cta_id([*blocks.grid()])
+            _tid = T.thread_id([32 * config.num_warps])
+            blocks.find(geometry, config.block_m)
+            attend(pattern, config, geometry.at(*blocks.sequences()), blocks, machine_type)
 
         return attention.with_attr("global_symbol", name)
 
     return parameterised(pattern, make)
+
+
+def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
+    """The kernel of a family whose ``machine_type`` does one block's work."""
+
+    def make(values):
+        @T.prim_func(check_well_formed=False)
+        def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
+            geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, values, ALIGNMENT)
+            T.device_entry()
+            T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
+            blocks = T.meta_var(DenseBlocks(scheduler(pattern, config, traversal, geometry)))
+            _x, _y, _z = T.cta_id([*blocks.grid()])
+            _tid = T.thread_id([32 * config.num_warps])
+            attend(pattern, config, geometry, blocks, machine_type)
+
+        return attention.with_attr("global_symbol", name)
+
+    return parameterised(pattern, make)
+
+
+def program(func: PrimFunc, pattern: Pattern, config, traversal: Traversal) -> Program:
+    """The program of a forward kernel."""
+    axes = narrow_axes(config, traversal)
+    return forward_program(func, pattern.params, "tirx", alignment=ALIGNMENT, index_bits=INDEX_BITS, narrow_axes=axes)

@@ -12,9 +12,10 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import Program, Rejected, Target, forward_program
+from schedules.families.interface import RAGGED, Program, Rejected, Target
 from schedules.families.mma import mma
 from schedules.families.mma.machine import BlockMachine
+from schedules.families.mma.ragged import RaggedForward
 from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
 from schedules.tile.fragment import VOLTA
 from schedules.tile.softmax import from_lane
@@ -148,8 +149,11 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
     }
 
 
-def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
-    """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
+def feasible(pattern: Pattern, config: Config, target: Target, found: int = 0) -> Rejected | None:
+    """Whether the machine has the shared memory and registers, and whether the tile can be divided.
+
+    ``found``: bytes of shared memory for what a block has looked up.
+    """
     if _is_crowded(pattern) and max(pattern.head_dim, pattern.head_dim_v) > 96:
         # 12 bytes of 255 registers spilled with 16 keys, the fewest
         return Rejected(
@@ -157,11 +161,16 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         )
     more = staging_registers(pattern, config)
     return limits.check(
-        pattern, config, target, VOLTA, num_stages=1, m_tiles=(1,), more=more, cursors_in_shared=CURSORS_IN_SHARED
-    )
+        pattern, config, target, VOLTA, num_stages=1, m_tiles=(1,), more=more, cursors_in_shared=CURSORS_IN_SHARED,
+        found=found,
+    )  # fmt: skip
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
     func = mma.kernel(pattern, config, traversal, name, Machine)
-    return forward_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)
+    return mma.program(func, pattern, config, traversal)
+
+
+KINDS = {RAGGED: RaggedForward(Config, default_configs, space, feasible, lambda config: Machine)}
+UNVERIFIED_KINDS = (RAGGED,)

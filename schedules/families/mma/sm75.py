@@ -9,12 +9,13 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import Program, Rejected, Target, forward_program
+from schedules.families.interface import RAGGED, Program, Rejected, Target
 from schedules.families.mma import ldmatrix, mma
 from schedules.families.mma.instructions import TuringProducts
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
+from schedules.families.mma.ragged import RaggedForward
 from schedules.families.mma.staged import StagedCopies, staging_registers
 from schedules.tile.fragment import M16N8
 from schedules.tile.tile_scheduler import Traversal
@@ -101,17 +102,33 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
     }
 
 
-def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
-    """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
+def feasible(pattern: Pattern, config: Config, target: Target, found: int = 0) -> Rejected | None:
+    """Whether the machine has the shared memory and registers, and whether the tile can be divided.
+
+    ``found``: bytes of shared memory for what a block has looked up.
+    """
     more = staging_registers(pattern, config) + ldmatrix.operand_registers(pattern, config)
     return limits.check(
         pattern, config, target, M16N8, num_stages=1, m_tiles=(1, 2), more=more, parts=config.warps_per_tile,
-        exchange_in_k=True, cursors_in_shared=config.cursors_in_shared,
+        exchange_in_k=True, cursors_in_shared=config.cursors_in_shared, found=found,
     )  # fmt: skip
+
+
+def _machine(config: Config) -> type:
+    return PairedMachine if config.warps_per_tile == 2 else Machine
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    machine = PairedMachine if config.warps_per_tile == 2 else Machine
-    func = mma.kernel(pattern, config, traversal, name, machine)
-    return forward_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)
+    func = mma.kernel(pattern, config, traversal, name, _machine(config))
+    return mma.program(func, pattern, config, traversal)
+
+
+def _ragged_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """What a block has looked up is beside the tiles: where pairs of warps leave no room for it, there are none."""
+    table = _WITH_PARAMETERS if pattern.head_dim > 192 else {64: default_configs(template, pattern, target)[0]}
+    return {0: limits.by_head_dim(table, pattern)}
+
+
+KINDS = {RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine)}
+UNVERIFIED_KINDS = (RAGGED,)

@@ -22,7 +22,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import BACKWARD, DECODE, Program, Rejected, Target, forward_program
+from schedules.families.interface import BACKWARD, DECODE, RAGGED, Program, Rejected, Target
 from schedules.families.mma import backward, ldmatrix, mma
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -31,6 +31,7 @@ from schedules.families.mma.instructions import AmpereProducts, AsynchronousCopi
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
+from schedules.families.mma.ragged import RaggedForward
 from schedules.tile.fragment import M16N8
 from schedules.tile.tile_scheduler import Traversal
 
@@ -264,22 +265,28 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
     }
 
 
-def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
-    """Whether the machine has the shared memory and registers, and whether the tile can be divided."""
+def feasible(pattern: Pattern, config: Config, target: Target, found: int = 0) -> Rejected | None:
+    """Whether the machine has the shared memory and registers, and whether the tile can be divided.
+
+    ``found``: bytes of shared memory for what a block has looked up.
+    """
     if config.num_stages < 1:
         return Rejected(f"num_stages {config.num_stages} must be at least 1")
     return limits.check(
         pattern, config, target, M16N8, num_stages=config.num_stages, m_tiles=(1, 2),
         more=ldmatrix.operand_registers(pattern, config), parts=config.warps_per_tile,
-        cursors_in_shared=config.cursors_in_shared,
+        cursors_in_shared=config.cursors_in_shared, found=found,
     )  # fmt: skip
+
+
+def _machine(config: Config) -> type:
+    return PairedMachine if config.warps_per_tile == 2 else Machine
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    machine = PairedMachine if config.warps_per_tile == 2 else Machine
-    func = mma.kernel(pattern, config, traversal, name, machine)
-    return forward_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)
+    func = mma.kernel(pattern, config, traversal, name, _machine(config))
+    return mma.program(func, pattern, config, traversal)
 
 
 @T.meta_class
@@ -311,6 +318,7 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
 
 KINDS = {
     DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
+    RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
 }
-UNVERIFIED_KINDS = (BACKWARD,)
+UNVERIFIED_KINDS = (RAGGED, BACKWARD)

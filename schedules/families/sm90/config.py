@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
+from tvm_flash.packs import sizes
 
 #: Elements of a shared-memory panel: 64 16-bit elements are the 128 bytes of the swizzle atom.
 PANEL = 64
@@ -119,6 +120,16 @@ def q_stages(pattern: Pattern, config: Config) -> int:
 def available_memory(config: Config) -> int:
     """Bytes of shared memory that a block may have; each of those on a multiprocessor costs 1 KiB more."""
     return (SHARED_MEMORY + 1024) // config.blocks_per_sm - 1024
+
+
+def narrow_axes(config: Config) -> tuple[sizes.Expression, ...]:
+    """What a launch has along the second and the third axis of its grid: persistent blocks are in one row."""
+    if config.persistent:
+        return ()
+    places = ("ceildiv", "seqlen_q", config.block_m * config.tiles_per_cta)
+    if config.head_section == 1:
+        return "heads", "batch"
+    return ("batch", places) if config.head_section == ALL else (places, ("*", "batch", "heads"))
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:

@@ -100,8 +100,12 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                 place = T.meta_var(order.work_tile(this_place()))
                 dK = flat(gradients["dk"].buffer)
                 dV = flat(gradients["dv"].buffer)
-                machine.store(gradients["dv"], dV, place, machine.sum_p, machine.own_tiles.gradients, T.float32(1))
-                machine.store(gradients["dk"], dK, place, machine.sum_ds, machine.own_tiles.scores, softmax_scale)
+                machine.store(
+                    gradients["dv"], tensors.keys, dV, place, machine.sum_p, machine.own_tiles.gradients, T.float32(1)
+                )
+                machine.store(
+                    gradients["dk"], tensors.keys, dK, place, machine.sum_ds, machine.own_tiles.scores, softmax_scale
+                )
 
         return backward.with_attr("global_symbol", name)
 

@@ -300,16 +300,16 @@ class GradientMachine(RowCopies):
         self.arrive(0)
 
     @T.inline
-    def store(self, tensor, memory, block, acc, tile, factor):
+    def store(self, tensor, sequences, memory, block, acc, tile, factor):
         """Round a sum times ``factor``, and store it by way of the warp's own rows of ``tile``, which nobody reads.
 
-        ``block`` is the block's work tile.
+        ``sequences`` are those of the own rows, ``block`` is the block's work tile.
         """
         stride = T.meta_var(self.fragment.registers(tile.columns))
         for i in T.unroll(self.m_tiles * stride):
             acc[i] = acc[i] * factor
         stage_rows(self, tile, acc, stride)
         store_rows(
-            tensor, block.batch, block.head, memory, tile, self.warp_row, block.m_block * self.config.own_rows,
-            self.lane, self.m_tiles, self.tile_step, self.fragment.tile_rows,
+            tensor, sequences.of(block.batch), block.batch, block.head, memory, tile, self.warp_row,
+            block.m_block * self.config.own_rows, self.lane, self.m_tiles, self.tile_step, self.fragment.tile_rows,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from schedules.families.mma.mma import ALIGNMENT, INDEX_BITS
 from schedules.tile.delta import delta
 from schedules.tile.parameter_sums import parameter_sums
 from schedules.tile.tile_scheduler import Traversal
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Workspace
 
 
@@ -40,4 +41,12 @@ def program(pattern: Pattern, config: Config, traversal: Traversal, name: str, m
         alignment=ALIGNMENT,
         index_bits=INDEX_BITS,
         workspaces=tuple(workspaces),
+        narrow_axes=_narrow_axes(config, traversal),
     )
+
+
+def _narrow_axes(config: Config, traversal: Traversal) -> tuple[sizes.Expression, ...]:
+    """What either launch has along the second and the third axis of its grid, where that may be a large number."""
+    if traversal.layout == "bhsd":
+        return "heads", "batch"
+    return ("ceildiv", "seqlen_q", config.block_m_dq), ("ceildiv", "seqlen_kv", config.block_n)

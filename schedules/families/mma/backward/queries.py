@@ -13,7 +13,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.mma.backward.config import Config
 from schedules.families.mma.backward.machine import Sides
 from schedules.families.mma.backward.parts import of_keys
-from schedules.families.mma.mma import scheduler, this_place, work_tile
+from schedules.families.mma.mma import DenseBlocks, scheduler, this_place
 from schedules.families.mma.registers import anew
 from schedules.tile.geometry import Parameters, flat, parameterised, site
 from schedules.tile.gradients import Tensors
@@ -50,12 +50,12 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
             gradients = T.meta_var(tensors.gradients)
             T.device_entry()
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": launch.min_blocks_per_sm})
-            order = T.meta_var(scheduler(pattern, tiling, traversal, tensors))
+            order = T.meta_var(DenseBlocks(scheduler(pattern, tiling, traversal, tensors)))
             _x, _y, _z = T.cta_id([*order.grid()])
             _tid = T.thread_id([launch.threads])
             if order.exists(this_place()):
                 # 2. Which queries of which head this block owns, and which keys they see.
-                block = T.meta_var(work_tile(order, this_place()))
+                block = T.meta_var(order.work_tile(this_place()))
                 b: T.int32 = block.batch
                 h: T.int32 = block.head
                 row_first: T.int32 = block.m_block * launch.own_rows
@@ -89,14 +89,16 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                 machine.finish()
                 if not pattern.is_unmasked:
                     machine.clear_blind_rows()
-                place = T.meta_var(work_tile(order, this_place()))
+                place = T.meta_var(order.work_tile(this_place()))
                 dQ = flat(gradients["dq"].buffer)
-                machine.store(gradients["dq"], dQ, place, machine.sum_ds, machine.own_tiles.scores, softmax_scale)
+                machine.store(
+                    gradients["dq"], tensors.queries, dQ, place, machine.sum_ds, machine.own_tiles.scores, softmax_scale
+                )
                 if asked:
                     machine.store_parameters(
                         sums,
-                        (place.batch * tensors.heads + place.head) * order.work.m_blocks + place.m_block,
-                        tensors.batch * tensors.heads * order.work.m_blocks,
+                        (place.batch * tensors.heads + place.head) * order.order.work.m_blocks + place.m_block,
+                        tensors.batch * tensors.heads * order.order.work.m_blocks,
                     )
 
         return backward.with_attr("global_symbol", name)

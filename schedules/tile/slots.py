@@ -1,0 +1,91 @@
+"""The work tile that a slot stands for, where sequences are ragged: looked up by one warp, kept in shared memory.
+
+No register holds any of it throughout a loop over keys: whoever needs a number reads it where it is needed.
+"""
+
+from __future__ import annotations
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from schedules.tile.sequences import Ragged, Sequence, find_sequence
+from schedules.tile.tile_scheduler import WorkTile
+
+#: int32 of a :class:`FoundTile`, and where each number is.
+WORDS = 8
+BYTES = 64  # of a block that has one; arrays in shared memory are aligned so
+_SEQUENCE, _HEAD, _M_BLOCK, _QUERY, _QUERIES, _KEY, _KEYS = range(7)
+
+
+@T.meta_class
+class FoundTile:
+    """A row tile of a sequence, in ``WORDS`` int32 of shared memory from ``words[first]`` on."""
+
+    def __init__(self, words, first: Expr | int = 0):
+        self.words, self.first = words, first
+
+    def _word(self, i: int) -> Expr:
+        return self.words[self.first + i]
+
+    @property
+    def sequence(self) -> Expr:
+        """Number of the sequence; that of the last one for the rows after it, which see no keys."""
+        return self._word(_SEQUENCE)
+
+    @property
+    def head(self) -> Expr:
+        """The query head."""
+        return self._word(_HEAD)
+
+    @property
+    def m_block(self) -> Expr:
+        """Which of the sequence's row tiles; negative if there is none."""
+        return self._word(_M_BLOCK)
+
+    @property
+    def queries(self) -> Sequence:
+        """The sequence's rows."""
+        return Sequence(self._word(_QUERY), self._word(_QUERIES))
+
+    @property
+    def keys(self) -> Sequence:
+        """The sequence's keys."""
+        return Sequence(self._word(_KEY), self._word(_KEYS))
+
+    @T.inline
+    def look_up(self, queries: Ragged, keys: Ragged, rows, item: WorkTile, lane):
+        """A whole warp: find the tile of ``rows`` rows whose slot is the m-block of ``item``, long ones first.
+
+        A lane writes it; others may read it after a barrier.
+        """
+        found: T.int32 = 0
+        find_sequence(queries, rows, item.m_block, lane, found)
+        if lane == 0:
+            own = T.meta_var(queries.of(found))
+            others = T.meta_var(keys.of(found))
+            length: T.int32 = own.length
+            tiles: T.int32 = T.truncdiv(length + (rows - 1), rows)
+            self.words[self.first + _SEQUENCE] = T.min(found, queries.batch - 1)
+            self.words[self.first + _HEAD] = item.head
+            self.words[self.first + _M_BLOCK] = tiles - 1 - (item.m_block - queries.first_slot(found, rows))
+            self.words[self.first + _QUERY] = own.offset
+            self.words[self.first + _QUERIES] = length
+            self.words[self.first + _KEY] = others.offset
+            self.words[self.first + _KEYS] = T.Select(found < queries.batch, others.length, 0)
+
+    @T.inline
+    def leave_out(self):
+        """One lane: there is no tile after all."""
+        self.words[self.first + _M_BLOCK] = -1
+
+
+@T.meta_class
+class Own:
+    """The sequences of a :class:`FoundTile`: for whoever asks for that of a batch entry."""
+
+    def __init__(self, sequence: Sequence):
+        self.sequence = sequence
+
+    def of(self, batch: Expr) -> Sequence:
+        """The tile's own sequence."""
+        return self.sequence
