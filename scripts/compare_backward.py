@@ -10,6 +10,7 @@ five products, half of them under a causal mask.  Gradients of two runs must hav
 
 import argparse
 import random
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -125,6 +126,7 @@ def microseconds(run):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16"))
+    parser.add_argument("--problem", default="", metavar="REGEX", help="only problems whose label matches")
     options = parser.parse_args()
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, TFLOP/s")
     wrong = 0
@@ -135,6 +137,9 @@ def main() -> int:
                 print(f"# d={head_dim} {mask}: no kernel is installed")
                 continue
             for batch, heads, kv_heads, seqlen in problems(head_dim):
+                label = f"d={head_dim} {mask} b={batch} h={heads} hk={kv_heads} s={seqlen}"
+                if not re.search(options.problem, label):
+                    continue
                 functions, repeats = candidates(kernel, mask, batch, heads, kv_heads, seqlen, head_dim, options.dtype)
                 same = repeats()
                 wrong += not same
@@ -148,10 +153,7 @@ def main() -> int:
                 text = "  ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
                 ratio = f"{rates['ours'] / best:.2f}" if best else "-"
                 bits = "" if same else "  TWO RUNS DIFFER"
-                print(
-                    f"d={head_dim} {mask} b={batch} h={heads} hk={kv_heads} s={seqlen}: {text}  {ratio}{bits}",
-                    flush=True,
-                )
+                print(f"{label}: {text}  {ratio}{bits}", flush=True)
     return int(wrong > 0)
 
 

@@ -40,6 +40,14 @@ MANY = ((4, 50, 50), (20, 140))
 SHOWN_REPORTS, SHOWN_ELSE = 30, 8
 
 
+def outputs(q: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
+    """What a backward takes beside q, k and v: some output and its gradient, and about as large a log-sum-exp."""
+    rng = np.random.default_rng(1)
+    rows, dim = q.shape[:3], v.shape[3]
+    o, do = (rng.standard_normal((*rows, dim), np.float32) for _ in range(2))
+    return {"o": o, "do": do, "lse": np.full(rows, 5, np.float32), "dlse": np.ones(rows, np.float32)}
+
+
 def run(arch: str, symbol: str) -> int:
     """Run the kernels once on each shape, and name each before it runs; how many there were."""
     device = Device("cuda", 0)
@@ -50,8 +58,11 @@ def run(arch: str, symbol: str) -> int:
             print(f"{number} of {len(kernels)}: {e.symbol}, {heads}, {seqlens}", flush=True)
             q, k, v = selfcheck.random_inputs(e.dtype, e.head_dim, e.head_dim_v, heads, seqlens)
             given = {"q": q, "k": k, "v": v}
-            out = selfcheck.run(kernel, device, given, 1 / math.sqrt(e.head_dim), (e.head_dim, e.head_dim_v))["o"]
-            assert np.isfinite(out).all(), "not all of the output is written"
+            if e.op == "backward":
+                given |= outputs(q, v)
+            found = selfcheck.run(kernel, device, given, 1 / math.sqrt(e.head_dim), (e.head_dim, e.head_dim_v))
+            for role in found.keys() - {"lse"}:
+                assert np.isfinite(found[role]).all(), f"not all of {role} is written"
     if not kernels:
         print(f"there are no kernels for {arch} that match {symbol!r}; the packs are of {sorted(registry().archs())}")
     return len(kernels)

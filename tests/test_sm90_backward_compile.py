@@ -22,9 +22,9 @@ TARGET = Target("sm_90a")
     ("template", "pattern"),
     [
         (v2, {"mask": "causal", "head_dim": 128, "dtype": "bfloat16"}),
-        (v1, {"mask": "window", "score": "softcap", "head_dim": 64}),
+        (v1, {"mask": "window", "score": "softcap_alibi", "head_dim": 64}),
     ],
-    ids=["128-causal", "64-window-softcap"],
+    ids=["128-causal", "64-window-softcap_alibi"],
 )
 def test_machine_code(template, pattern, tmp_path):
     pattern = pattern_of(**pattern)
@@ -40,8 +40,8 @@ def test_machine_code(template, pattern, tmp_path):
     assert count["UTMASTG"] >= 3
 
 
-@pytest.mark.parametrize("score", ["identity", "softcap"])
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("score", ["identity", "softcap", "alibi"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_defaults_are_feasible(head_dim, score):
     pattern = pattern_of("window", score, "bfloat16", head_dim)
     for config in backward.default_configs("v2", pattern, TARGET).values():
@@ -58,6 +58,7 @@ def test_defaults_are_feasible(head_dim, score):
         ({}, {"num_stages": 8}, "dkdv: needs 3"),
         ({"head_dim": 256}, {}, "bytes of shared memory"),
         ({"head_dim": 72}, {}, "head_dim 72"),
+        ({"score": "alibi"}, {}, "overlaps: the gradient of alibi_slopes"),
     ],
 )
 def test_refusals_say_why(pattern, change, reason):

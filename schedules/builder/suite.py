@@ -57,7 +57,12 @@ class Scope:
 SCOPES = {
     FORWARD: Scope(CORE_VARIANTS, between=True, own_definitions=True),
     DECODE: Scope((("window", "identity"),)),
-    BACKWARD: Scope((("positioned", "optional"),), own_definitions=True),
+    BACKWARD: Scope(
+        (("positioned", "optional"),),
+        between=True,
+        own_definitions=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
+    ),
     RAGGED: Scope(
         (("window", "optional"),),
         between=True,

@@ -159,6 +159,7 @@ class RaggedGeometry(Geometry):
         self.batch = ends - 1
         self.queries = Ragged(of_queries, self.batch, self.seqlen_q)
         self.keys = Ragged(of_keys, self.batch, self.seqlen_kv)
+        self.starts = self.queries, self.keys
 
     def work(self, rows: int) -> Work:
         """Slots for row tiles, those of all sequences together."""

@@ -67,6 +67,11 @@ class ScoreTile:
         value = self.pattern.score_gradient(self.at, s, i, j, chosen)
         return None if isinstance(value, tirx.FloatImm) and value.value == 1 else _with_accurate_tanh(value)
 
+    def parameter_slope(self, name: str, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr | None:
+        """The derivative of the score with respect to a parameter, of the raw product ``s``; None for 0."""
+        value = self.pattern.parameter_gradient(name, self.at, s, i, j, chosen)
+        return None if isinstance(value, tirx.FloatImm) and value.value == 0 else _with_accurate_tanh(value)
+
     def signed_scale(self) -> Expr:
         """From raw products (or modified scores, which are in powers of two already) to powers of two."""
         return self.at.softmax_scale * T.float32(LOG2_E) if self.folded else T.float32(1)

@@ -96,38 +96,102 @@ class Weights(ScoreTile):
             self._weigh(S, P, shift, row0, column0, masked, None)
 
     @T.inline
+    def turn(self, S, E, P, G, shift, row0, column0, masked, sums=None):
+        """A step at once: raw products ``S`` and the gradients of probabilities less delta, ``E``, are both there.
+
+        ``P``, if it isn't None, takes the packed probabilities, ``G`` the packed gradients of scaled products, and
+        ``sums`` has those of the parameters that ask for one, to be added to.
+        """
+        if self.pattern.has_choice:
+            if self.pattern.choice(self.at):
+                self._turn(S, E, P, G, shift, row0, column0, masked, True, sums)
+            else:
+                self._turn(S, E, P, G, shift, row0, column0, masked, False, sums)
+        else:
+            self._turn(S, E, P, G, shift, row0, column0, masked, None, sums)
+
+    @T.inline
     def _weigh(self, S, P, shift, row0, column0, masked, chosen):
         begin = T.alloc_local([2 * self.m_tiles], "int32")
         end = T.alloc_local([2 * self.m_tiles], "int32")
         p = T.alloc_local([2], "float32")
         by_interval = T.meta_var(masked and self.pattern.is_interval)
-        from_zero = T.meta_var(by_interval and constant(self._bounds(row0, column0, 0, 0)[0]) == 0)
+        from_zero = T.meta_var(by_interval and self._begins_at_zero(row0, column0))
         if by_interval:
-            for t in T.unroll(self.m_tiles):
-                for r in T.unroll(2):
-                    bounds = T.meta_var(self._bounds(row0, column0, t, r))
-                    begin[t * 2 + r] = bounds[1]
-                    end[t * 2 + r] = bounds[2]
+            self._set_bounds(begin, end, row0, column0)
         for t in T.unroll(self.m_tiles):
             for g in T.unroll(self.groups):
                 for r in T.unroll(2):
                     for e in T.unroll(2):
                         x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
-                        column = T.meta_var(g * self.fragment.group + e)
-                        seen = T.meta_var(
-                            self._within(column, None if from_zero else begin[t * 2 + r], end[t * 2 + r])
-                            if by_interval
-                            else self.pattern.mask(self.at, *at)
-                            if masked
-                            else None
-                        )
+                        interval = T.meta_var((None if from_zero else begin[t * 2 + r], end[t * 2 + r]))
+                        seen = T.meta_var(self._seen(at, g, e, interval, masked))
                         p[e] = T.exp2(self._exponent(S[x], at, chosen, seen) + shift(t, g, r, e))
                         S[x] = self._factor(p[e], S[x], at, chosen, masked)
                     if P is not None:
                         self.pack(P, t * (self.stride // 2) + g * 2 + r, p[0], p[1])
 
-    def _within(self, column, begin, end):
+    @T.inline
+    def _turn(self, S, E, P, G, shift, row0, column0, masked, chosen, sums):
+        begin = T.alloc_local([2 * self.m_tiles], "int32")
+        end = T.alloc_local([2 * self.m_tiles], "int32")
+        p = T.alloc_local([2], "float32")
+        by_interval = T.meta_var(masked and self.pattern.is_interval)
+        from_zero = T.meta_var(by_interval and self._begins_at_zero(row0, column0))
+        if by_interval:
+            self._set_bounds(begin, end, row0, column0)
+        for t in T.unroll(self.m_tiles):
+            for g in T.unroll(self.groups):
+                for r in T.unroll(2):
+                    for e in T.unroll(2):
+                        x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
+                        at = T.meta_var(self.position(row0, column0, t, g, r, e))
+                        interval = T.meta_var((None if from_zero else begin[t * 2 + r], end[t * 2 + r]))
+                        seen = T.meta_var(self._seen(at, g, e, interval, masked))
+                        p[e] = T.exp2(self._exponent(S[x], at, chosen, seen) + shift(t, g, r, e))
+                        E[x] = self._if_weight(p[e], p[e] * E[x], masked)
+                        self._add_to_parameters(sums, p[e], E[x], S[x], at, chosen, masked)
+                        E[x] = self._if_weight(p[e], self._times_slope(E[x], S[x], at, chosen), masked)
+                    i = T.meta_var(t * self.stride + g * 4 + r * 2)
+                    word = T.meta_var(t * (self.stride // 2) + g * 2 + r)
+                    if P is not None:
+                        self.pack(P, word, p[0], p[1])
+                    self.pack(G, word, E[i], E[i + 1])
+
+    def _if_weight(self, p, value, masked):
+        """``value``, or 0 where a key has no weight, whatever stands beside it."""
+        return T.Select(p == T.float32(0), T.float32(0), value) if masked else value
+
+    def _times_slope(self, value, s, at, chosen):
+        slope = self.slope(s, *at, chosen)
+        return value if slope is None else value * slope
+
+    def _add_to_parameters(self, sums, p, value, s, at, chosen, masked):
+        """Add ``value``, the gradient of a score, times its derivatives to the sums of parameters."""
+        for n, param in enumerate(x for x in self.pattern.params if x.gradient and sums is not None):
+            slope = self.parameter_slope(param.name, s, *at, chosen)
+            if slope is not None:
+                T.buffer_store(sums, sums[n] + self._if_weight(p, value * slope, masked), [n])
+
+    @T.inline
+    def _set_bounds(self, begin, end, row0, column0):
+        for t in T.unroll(self.m_tiles):
+            for r in T.unroll(2):
+                bounds = T.meta_var(self._bounds(row0, column0, t, r))
+                begin[t * 2 + r] = bounds[1]
+                end[t * 2 + r] = bounds[2]
+
+    def _begins_at_zero(self, row0, column0) -> bool:
+        return constant(self._bounds(row0, column0, 0, 0)[0]) == 0
+
+    def _seen(self, at, g, e, interval, masked):
+        """Whether the mask shows a register; None if nothing hides it."""
+        if not masked:
+            return None
+        if not self.pattern.is_interval:
+            return self.pattern.mask(self.at, *at)
+        (begin, end), column = interval, g * self.fragment.group + e
         return column < end if begin is None else T.And(column < end, column >= begin)
 
     def _exponent(self, s, at, chosen, seen):

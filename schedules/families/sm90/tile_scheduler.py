@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 from schedules.families.mma.registers import anew
 from schedules.families.sm90.config import ALL, Config
 from schedules.families.sm90.packing import Rows
-from schedules.tile.geometry import Geometry
+from schedules.tile.geometry import Geometry, local
 from schedules.tile.tile_scheduler import ceildiv
 
 
@@ -43,9 +43,26 @@ class TileScheduler:
             self.count = T.bind(self.x * self.y * self.z)
             self.blocks = T.bind(T.min(resident * config.waves, self.count))
 
+    def add_memory(self, pool):
+        """Take what a block needs of shared memory: nothing, as its work tiles follow from its place."""
+
+    @T.inline
+    def find(self, block, lane):
+        """A warp: before anything is done, look up what block number ``block`` has to do."""
+
+    @T.inline
+    def if_found(self, work):
+        """Do the work of the block's work tiles, if it has any."""
+        work()
+
     def grid(self):
         """Blocks along each axis."""
         return [self.blocks, 1, 1] if self.config.persistent else [self.x, self.y, self.z]
+
+    def tiles(self, at):
+        """How many work tiles the block at ``at`` computes."""
+        tiles = self.config.tiles_per_cta
+        return local(self.visits(at[0]) * tiles) if self.config.persistent else tiles
 
     def visits(self, block):
         """How many places block number ``block`` takes."""

@@ -31,7 +31,8 @@ barrier                means                                 arrivals           
 No producer waits for another, and a consumer waits for its products and for what is full; a stage that is waited for
 is filled as soon as all consumers have passed the tile that is ``stages`` before, so that nobody waits in a circle.
 
-One named barrier a warpgroup, of 128 threads: no warp of it reads the tile from which it stores its results.
+One named barrier a warpgroup, of 128 threads: no warp of it reads the tile from which it stores its results.  Where the
+warpgroups share their keys, both wait at one of 256 threads.
 """
 
 from __future__ import annotations
@@ -40,3 +41,6 @@ from schedules.families.sm90.barriers import PRODUCER_ARRIVALS
 
 #: Arrivals where a tile is full when its rows' numbers are there too: the producer's thread, and their warp.
 TILE_ARRIVALS = PRODUCER_ARRIVALS + 1
+
+#: The named barrier of both consumer warpgroups.
+ALL_CONSUMERS = 1

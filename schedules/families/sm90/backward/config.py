@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from schedules.definition.errors import DefinitionError
 from schedules.definition.pattern import Pattern
@@ -11,7 +11,7 @@ from schedules.families.interface import Rejected, Target
 from schedules.families.sm90 import config as forward
 from schedules.families.sm90.config import BARRIER_BYTES, PANEL, SHARED_MEMORY, WARPGROUP_ROWS, panels
 
-#: Consumer warpgroups of either launch, and the keys or queries that a block of them owns.
+#: Consumer warpgroups of either launch, and the rows of a block of them, 64 each.
 CONSUMERS = 2
 BLOCK = CONSUMERS * WARPGROUP_ROWS
 #: Registers of a producer's and of a consumer's thread: what the machine has for three warpgroups, the producers' share
@@ -31,15 +31,25 @@ class Config:
     num_stages: stages of its pipelines of queries and of gradients of outputs; a power of two.
     block_n: keys of a step of the launch for dq, a multiple of 16.
     num_stages_dq: stages of its pipelines of keys and of values; a power of two.
+    overlaps: a step of the launch for dq issues its last product beside the next step's first ones.
     heads_first: blocks of all heads with the same keys, or queries, are started one after the other, and not all of a
         head.
+    shares_keys: both consumer warpgroups of the launch for dk and dv have the same 64 keys, and one computes dv, the
+        other dk, with scores of its own: one product more, and room for a head_dim of 256.
     """
 
     block_m: int = 64
     num_stages: int = 4
     block_n: int = 96
     num_stages_dq: int = 2
+    overlaps: bool = True
     heads_first: bool = False
+    shares_keys: bool = False
+
+    @property
+    def block_keys(self) -> int:
+        """Keys of a block of the launch for dk and dv."""
+        return WARPGROUP_ROWS if self.shares_keys else BLOCK
 
     @property
     def threads(self) -> int:
@@ -64,21 +74,30 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     Those of plain scores at head_dim 64 and 128 are what docs/hopper.md has figures of; nothing else was tried.
     """
     plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
+    overlaps = not any(p.gradient for p in pattern.params)
     if pattern.head_dim <= 64:
-        return {0: Config(block_m=96, num_stages=4, block_n=128 if plain else 96, num_stages_dq=4)}
-    if plain:
-        return {0: Config()}
-    return {0: Config(block_m=48, block_n=64)}
+        found = Config(block_m=96, num_stages=4, block_n=128 if plain else 96, num_stages_dq=4)
+    elif pattern.head_dim <= 128:
+        found = Config() if plain else Config(block_m=48, block_n=64)
+    elif pattern.head_dim + pattern.head_dim_v <= 320:
+        found = Config(block_m=32, block_n=80 if plain else 64)
+    elif pattern.head_dim <= 192:
+        found = Config(block_m=64 if plain else 48, num_stages=2, block_n=80 if plain else 64, shares_keys=True)
+    else:
+        found = Config(block_m=64 if plain else 32, num_stages=2, block_n=48, shares_keys=True)
+    return {0: replace(found, overlaps=overlaps)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config`` that are worth trying."""
     return {
-        "block_m": (48, 64, 80, 96, 112),
+        "block_m": (32, 48, 64, 80, 96, 112),
         "num_stages": (2, 4),
-        "block_n": (64, 80, 96, 112, 128),
+        "block_n": (32, 48, 64, 80, 96, 112, 128),
         "num_stages_dq": (2, 4),
+        "overlaps": (True, False),
         "heads_first": (False, True),
+        "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
 
 
@@ -91,8 +110,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         pattern.differentiate()
     except DefinitionError as e:
         return Rejected(f"the score has no backward: {e}")
-    if asked := [p.name for p in pattern.params if p.gradient]:
-        return Rejected(f"the gradient of {', '.join(asked)} isn't computed by this family")
+    if config.overlaps and (asked := [p.name for p in pattern.params if p.gradient]):
+        return Rejected(f"overlaps: the gradient of {', '.join(asked)} is summed by steps by themselves")
     for name, size in (("block_m", config.block_m), ("block_n", config.block_n)):
         if size % 16 or not 16 <= size <= 256:
             return Rejected(f"{name} {size} is not a multiple of 16 from 16 to 256")
@@ -126,8 +145,11 @@ def registers_of_queries(pattern: Pattern, config: Config) -> tuple[int, int]:
 
 
 def _registers_of_keys(pattern: Pattern, config: Config) -> int:
+    of_dk, of_dv = pattern.head_dim // 2, pattern.head_dim_v // 2
     step = config.block_m + config.block_m // 4
-    return pattern.head_dim // 2 + pattern.head_dim_v // 2 + step + OTHER_REGISTERS
+    if config.shares_keys:
+        return max(of_dk + step, of_dv + step - config.block_m // 2) + OTHER_REGISTERS
+    return of_dk + of_dv + step + OTHER_REGISTERS
 
 
 def _registers_of_queries(pattern: Pattern, config: Config) -> int:
@@ -135,7 +157,9 @@ def _registers_of_queries(pattern: Pattern, config: Config) -> int:
 
 
 def _memory_of_keys(pattern: Pattern, config: Config) -> int:
-    rows = (BLOCK + config.num_stages * config.block_m) * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
+    rows = (config.block_keys + config.num_stages * config.block_m) * (
+        panels(pattern.head_dim) + panels(pattern.head_dim_v)
+    )
     return rows * 2 * PANEL + config.num_stages * 2 * config.block_m * 4 + BARRIER_BYTES
 
 

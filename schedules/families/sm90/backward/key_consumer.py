@@ -2,17 +2,21 @@
 
 A step, for a tile of queries, finds ``S = K Qᵀ`` in registers:
 
-1. weights: P, packed, and in place of S the factors ``F = P ∂score/∂s``;
-2. issue ``dP = V dOᵀ``, which starts from −delta, and ``dV += P dO``; wait for both;
+1. issue ``dP = V dOᵀ``, which starts from −delta;
+2. weights meanwhile: P, packed, and in place of S the factors ``F = P ∂score/∂s``; issue ``dV += P dO``; wait for both;
 3. ``dS = F dP``, packed in place of P;
 4. issue ``dK += dS Q``, and the next step's S; wait for both.
 
-A warpgroup doesn't overlap its own products with anything: the other one's fill the tensor cores meanwhile, and the two
-never wait for each other.  No product is in flight at the end of a step, which ptxas would make all of them wait for.
+Beside that a warpgroup doesn't overlap its own products with anything: the other one's fill the tensor cores meanwhile,
+and the two never wait for each other.  No product is in flight at the end of a step, which ptxas would make all of them
+wait for.
 Registers of a thread, at head_dim 128 and 64 queries: dK and dV 128, S 32, dP 32, P or dS 16.
 
 Q is read by S and dK, dO by dP and dV: each is released after the second.  Only this warpgroup reads its rows of K and
 V, so dK and dV are stored from there.
+
+Where both warpgroups share 64 keys, one leaves out what only dK needs, the other dV; neither stores before both are
+done with K and V.
 """
 
 from __future__ import annotations
@@ -20,10 +24,12 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
-from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config
+from schedules.families.sm90.backward.barriers import ALL_CONSUMERS
+from schedules.families.sm90.backward.config import CONSUMERS, Config
+from schedules.families.sm90.backward.operands import own_rows
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
 from schedules.families.sm90.backward.walk import KeyBlock
-from schedules.families.sm90.barriers import NamedBarriers
+from schedules.families.sm90.barriers import WARPGROUP_THREADS, NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS
 from schedules.families.sm90.pipeline import Pipeline, TileCounter
 from schedules.families.sm90.tma import wait_stored
@@ -37,26 +43,42 @@ class KeyConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
     ``pipelines`` are those of Q, K, V and dO; ``shifts`` and ``starts`` (−delta) have a number for each row of
-    each stage of Q and dO.
+    each stage of Q and dO.  ``results`` names which of dk and dv it computes.
     """
 
-    def __init__(self, pattern: Pattern, config: Config, block: KeyBlock, pipelines, shifts, starts, index, warp, lane):
+    def __init__(
+        self,
+        pattern: Pattern,
+        config: Config,
+        block: KeyBlock,
+        pipelines,
+        shifts,
+        starts,
+        index,
+        warp,
+        lane,
+        results: str = "kv",
+    ):
         self.pattern, self.config, self.block = pattern, config, block
         self.q, self.k, self.v, self.do = pipelines
         self.shifts, self.starts = shifts, starts
         self.index, self.warp, self.lane = index, warp, lane
+        self.has_dk, self.has_dv = "k" in results, "v" in results
         D, E, M = pattern.head_dim, pattern.head_dim_v, config.block_m
-        self.scores = Products(pattern.dtype, BLOCK, M, D, E)
-        self.gradients = Products(pattern.dtype, BLOCK, M, E, D)
+        self.scores = Products(pattern.dtype, config.block_keys, M, D, E)
+        self.gradients = Products(pattern.dtype, config.block_keys, M, E, D)
         # Of a warpgroup's 64 keys, 128 threads: (64, D), (64, E) and twice (64, M) float32; (64, M) 16-bit in pairs.
-        self.acc_dk = T.alloc_local([D // 2], "float32")
-        self.acc_dv = T.alloc_local([E // 2], "float32")
+        if self.has_dk:
+            self.acc_dk = T.alloc_local([D // 2], "float32")
+            self.acc_dp = T.alloc_local([M // 2], "float32")
+        if self.has_dv:
+            self.acc_dv = T.alloc_local([E // 2], "float32")
         self.acc_s = T.alloc_local([M // 2], "float32")
-        self.acc_dp = T.alloc_local([M // 2], "float32")
         self.p = T.alloc_local([M // 4], "uint32")
         self.n = T.local_scalar("int32")  # tiles of queries, over all heads of the group
         self.counter = TileCounter(self.n)
-        self.key = index * WARPGROUP_ROWS + warp * 16  # first key of this warp in the block
+        self.first = 0 if config.shares_keys else index * WARPGROUP_ROWS  # first key of this warpgroup in the block
+        self.key = self.first + warp * 16  # and of this warp
         self.column = M16N8.column(lane)
 
     # ------------------------------------------------------------ products
@@ -76,7 +98,7 @@ class KeyConsumer:
 
     def _own(self, pipeline: Pipeline):
         """Of this warpgroup's keys in the block's tile of K or V."""
-        return k_major(pipeline.tiles.ptr_to([0, 0, 0, 0])) + rows_offset(self.index * WARPGROUP_ROWS, 1)
+        return own_rows(pipeline, self.first)
 
     @T.inline
     def issue_scores(self, q):
@@ -86,10 +108,17 @@ class KeyConsumer:
         T.ptx.wgmma.commit_group.sync.aligned()
 
     @T.inline
-    def issue_dp_dv(self, do):
-        """Start dP, from −delta, and dV of the tile of queries ``do``."""
+    def issue_dp(self, do):
+        """Start dP, from −delta, of the tile of queries ``do``."""
+        self.start_dp(do)
         T.ptx.wgmma.fence.sync.aligned()
         self.gradients.qk(self.acc_dp, self._own(self.v), self._do_descriptor(do), add=True)
+        T.ptx.wgmma.commit_group.sync.aligned()
+
+    @T.inline
+    def issue_dv(self, do):
+        """Start dV of the tile of queries ``do``."""
+        T.ptx.wgmma.fence.sync.aligned()
         self.scores.pv(self.acc_dv, self.p, self._row_descriptor(self.do, do))
         T.ptx.wgmma.commit_group.sync.aligned()
 
@@ -121,20 +150,26 @@ class KeyConsumer:
         q = T.meta_var(self.counter.state(self.q.stages))
         query = T.meta_var(tile * self.config.block_m + self.column)
         key = T.meta_var(self.block.key_first + self.key + M16N8.row(self.lane))
-        weights.weigh(self.acc_s, self.p, lambda t, g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
+        p = T.meta_var(self.p if self.has_dv else None)
         self.do.consumer_wait(q)
-        self.start_dp(q)
-        self.issue_dp_dv(q)
-        T.ptx.wgmma.wait_group.sync.aligned(0)
-        self.do.consumer_release(q, self.lane)
-        weights.gradients(self.acc_s, self.acc_dp, self.p, masked)
-        self.issue_dk(q)
+        if self.has_dk:
+            self.issue_dp(q)
+        weights.weigh(self.acc_s, p, lambda t, g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
+        if self.has_dv:
+            self.issue_dv(q)
+        if self.has_dk:
+            T.ptx.wgmma.wait_group.sync.aligned(0)
+            self.do.consumer_release(q, self.lane)
+            weights.gradients(self.acc_s, self.acc_dp, self.p, masked)
+            self.issue_dk(q)
         self.counter.advance()
         # Past the last tile S is that of whatever is in the stage, and nobody looks at it.
         if more:
             self.q.consumer_wait(self.counter.state(self.q.stages))
         self.issue_scores(self.counter.state(self.q.stages))
         T.ptx.wgmma.wait_group.sync.aligned(0)
+        if not self.has_dk:
+            self.do.consumer_release(q, self.lane)
         self.q.consumer_release(q, self.lane)
 
     # ------------------------------------------------------------ the whole
@@ -143,10 +178,12 @@ class KeyConsumer:
     def run(self, dk_map, dv_map):
         """Compute the block's dk and dv, and store them."""
         self.counter.start()
-        for i in T.unroll(self.pattern.head_dim // 2):
-            self.acc_dk[i] = T.float32(0)
-        for i in T.unroll(self.pattern.head_dim_v // 2):
-            self.acc_dv[i] = T.float32(0)
+        if self.has_dk:
+            for i in T.unroll(self.pattern.head_dim // 2):
+                self.acc_dk[i] = T.float32(0)
+        if self.has_dv:
+            for i in T.unroll(self.pattern.head_dim_v // 2):
+                self.acc_dv[i] = T.float32(0)
         self.k.consumer_wait(self.k.state(0))
         self.v.consumer_wait(self.v.state(0))
         for g in T.serial(self.block.group):
@@ -176,15 +213,20 @@ class KeyConsumer:
 
     @T.inline
     def write(self, dk_map, dv_map):
-        """Store dk and dv from this warpgroup's rows of K and V, once none of its warps reads them."""
-        NamedBarriers(CONSUMERS).queries_read(self.index)
+        """Store dk and dv from their rows of K and V, once no warp reads them."""
+        if self.config.shares_keys:
+            T.ptx.bar.sync(ALL_CONSUMERS, CONSUMERS * WARPGROUP_THREADS)
+        else:
+            NamedBarriers(CONSUMERS).queries_read(self.index)
         k = T.meta_var(self.k.pointer(self.k.state(0)))
         v = T.meta_var(self.v.pointer(self.v.state(0)))
         D, E = T.meta_var((self.pattern.head_dim, self.pattern.head_dim_v))
         at = T.meta_var(self.block.keys(self.key))
-        stage_rows(self.pattern.dtype, self.acc_dv, E, T.float32(1), v, self.key, self.lane)
-        store_rows(dv_map, E, v, at, self.key, self.lane)
-        stage_rows(self.pattern.dtype, self.acc_dk, D, self.block.tensors.softmax_scale, k, self.key, self.lane)
-        store_rows(dk_map, D, k, at, self.key, self.lane)
+        if self.has_dv:
+            stage_rows(self.pattern.dtype, self.acc_dv, E, T.float32(1), v, self.key, self.lane)
+            store_rows(dv_map, E, v, at, self.key, self.lane)
+        if self.has_dk:
+            stage_rows(self.pattern.dtype, self.acc_dk, D, self.block.tensors.softmax_scale, k, self.key, self.lane)
+            store_rows(dk_map, D, k, at, self.key, self.lane)
         if self.lane == 0:
             T.evaluate(wait_stored())

@@ -1,4 +1,4 @@
-"""The launch for dk and dv: a block owns keys, two consumer warpgroups of 64 each, and visits queries."""
+"""The launch for dk and dv: a block owns keys, 64 of each of two consumer warpgroups or of both, and visits queries."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from tvm.backend.cuda.lang import SMEMPool
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
+from schedules.families.interface import ScheduledLaunch
 from schedules.families.sm90.backward.barriers import TILE_ARRIVALS
-from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_keys
+from schedules.families.sm90.backward.config import CONSUMERS, Config, registers_of_keys
 from schedules.families.sm90.backward.key_consumer import KeyConsumer
 from schedules.families.sm90.backward.key_producer import fetch_numbers, fetch_tiles
+from schedules.families.sm90.backward.parameters import ParameterGradients
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.backward.walk import KeyBlock, KeyScheduler
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
@@ -23,19 +26,22 @@ from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.tile_scheduler import Traversal
 from schedules.tile.weights import negative, shift_of
 
-#: Roles of the kernel's arguments, before those of the pattern's parameters.
+#: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
 ROLES = ("q", "k", "v", "do", "lse", "delta", "dk", "dv", "softmax_scale")
 
 
-def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> PrimFunc:
-    """The kernel of a pattern; its arguments have the ``ROLES``."""
-    return parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters)).with_attr(
-        "global_symbol", name
-    )
+def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> ScheduledLaunch:
+    """The launch of a pattern."""
+    learnt = ParameterGradients(pattern, writes=True)
+    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt))
+    func = append_arguments(func, learnt.arguments).with_attr("global_symbol", name)
+    return ScheduledLaunch(func, (*ROLES, *(p.name for p in pattern.params), *learnt.roles))
 
 
-def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
-    dtype, M, D, E = pattern.dtype, config.block_m, pattern.head_dim, pattern.head_dim_v
+def _kernel(
+    pattern: Pattern, config: Config, traversal: Traversal, parameters: dict, learnt: ParameterGradients
+) -> PrimFunc:
+    dtype, M, N, D, E = pattern.dtype, config.block_m, config.block_keys, pattern.head_dim, pattern.head_dim_v
     producer_registers, consumer_registers = registers_of_keys(pattern, config)
     producer = WARPS * CONSUMERS  # the first warp after the consumers'
 
@@ -66,9 +72,9 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         do_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         T.evaluate(encode_keys(do_map, gradients["do"], M))
         k_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(k_map, tensors.k, BLOCK))
+        T.evaluate(encode_keys(k_map, tensors.k, N))
         v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(v_map, tensors.v, BLOCK))
+        T.evaluate(encode_keys(v_map, tensors.v, N))
         dk_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         T.evaluate(encode_keys(dk_map, gradients["dk"], WARP_ROWS))
         dv_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
@@ -82,8 +88,8 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         T.thread_id([config.threads])
         # 3. Shared memory: the block's keys and values, pipelines of queries, what belongs to their rows, barriers.
         pool = SMEMPool()
-        k_tile = Pipeline(pool, 1, panels(D), BLOCK, dtype)
-        v_tile = Pipeline(pool, 1, panels(E), BLOCK, dtype)
+        k_tile = Pipeline(pool, 1, panels(D), N, dtype)
+        v_tile = Pipeline(pool, 1, panels(E), N, dtype)
         q_pipeline = Pipeline(pool, config.num_stages, panels(D), M, dtype)
         do_pipeline = Pipeline(pool, config.num_stages, panels(E), M, dtype)
         shifts = pool.alloc((config.num_stages, M), "float32", align=16)
@@ -101,9 +107,13 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
                 do_pipeline.init(consumer_arrivals(CONSUMERS), TILE_ARRIVALS)
                 T.ptx.fence.mbarrier_init.release.cluster()
         T.cuda.cta_sync()
-        # 4. Tasks.
-        lse_rows, delta_rows = T.meta_var(tensors.row_terms())
         block = KeyBlock(pattern, config, tensors, scheduler, (x, y, z))
+        # 4. Gradients of parameters, by the first block of a head.
+        if len(learnt.params) > 0:
+            if block.key_first == 0:
+                learnt.add(tensors, block.batch, block.kv_head, warp, config.threads // 32, lane)
+        # 5. Tasks.
+        lse_rows, delta_rows = T.meta_var(tensors.row_terms())
         if warp >= producer:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
             if warp == producer:
@@ -119,7 +129,17 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
             pipelines = T.meta_var((q_pipeline, k_tile, v_tile, do_pipeline))
-            consumer = KeyConsumer(pattern, config, block, pipelines, shifts, starts, warp // 4, warp % 4, lane)
-            consumer.run(dk_map, dv_map)
+            of_lane = T.meta_var((warp // WARPS, warp % WARPS, lane))
+            if config.shares_keys:
+                if warp < WARPS:
+                    KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane, results="v").run(
+                        None, dv_map
+                    )
+                else:
+                    KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane, results="k").run(
+                        dk_map, None
+                    )
+            else:
+                KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane).run(dk_map, dv_map)
 
     return backward

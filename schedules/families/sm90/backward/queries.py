@@ -6,8 +6,11 @@ from tvm.backend.cuda.lang import SMEMPool
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
+from schedules.families.interface import ScheduledLaunch
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_queries
+from schedules.families.sm90.backward.parameters import ParameterGradients
 from schedules.families.sm90.backward.query_consumer import QueryConsumer
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
@@ -22,18 +25,21 @@ from schedules.tile.geometry import parameterised
 from schedules.tile.gradients import Tensors
 from schedules.tile.tile_scheduler import Traversal
 
-#: Roles of the kernel's arguments, before those of the pattern's parameters.
+#: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
 ROLES = ("q", "k", "v", "do", "lse", "delta", "dq", "softmax_scale")
 
 
-def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> PrimFunc:
-    """The kernel of a pattern; its arguments have the ``ROLES``."""
-    return parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters)).with_attr(
-        "global_symbol", name
-    )
+def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> ScheduledLaunch:
+    """The launch of a pattern."""
+    learnt = ParameterGradients(pattern, writes=False)
+    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt))
+    func = append_arguments(func, learnt.arguments).with_attr("global_symbol", name)
+    return ScheduledLaunch(func, (*ROLES, *(p.name for p in pattern.params), *learnt.roles))
 
 
-def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
+def _kernel(
+    pattern: Pattern, config: Config, traversal: Traversal, parameters: dict, learnt: ParameterGradients
+) -> PrimFunc:
     dtype, D, E = pattern.dtype, pattern.head_dim, pattern.head_dim_v
     tiles = config.for_queries
     producer_registers, consumer_registers = registers_of_queries(pattern, config)
@@ -112,7 +118,9 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
             pipelines = T.meta_var((q_tile, k_pipeline, v_pipeline, do_tile))
-            consumer = QueryConsumer(pattern, tiles, block, pipelines, warp // 4, warp % 4, lane)
+            consumer = QueryConsumer(
+                pattern, tiles, block, pipelines, learnt, config.overlaps, warp // 4, warp % 4, lane
+            )
             consumer.run(dq_map)
 
     return backward

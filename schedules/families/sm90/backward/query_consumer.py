@@ -6,6 +6,9 @@ A step, for tile n of keys:
 2. weights while the other two run: in place of S the factors ``F = P ∂score/∂s``;
 3. wait for both, release K(n−1) and V(n), ``dS = F dP``, packed.
 
+A step by itself, which takes fewer registers, waits for S and dP at once, and for its own dQ.  Only such a step
+sums the gradients of parameters.
+
 Registers of a thread, at head_dim 128 and 96 keys: dQ 64, S 48, dP 48, dS 24.
 """
 
@@ -15,8 +18,10 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
+from schedules.families.sm90.backward.operands import own_rows
+from schedules.families.sm90.backward.parameters import SHARES, ParameterGradients
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
-from schedules.families.sm90.barriers import NamedBarriers
+from schedules.families.sm90.barriers import WARPS, NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
 from schedules.families.sm90.pipeline import Pipeline, TileCounter
 from schedules.families.sm90.tma import wait_stored
@@ -31,22 +36,36 @@ from schedules.tile.weights import Weights, shift_of
 class QueryConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
-    ``pipelines`` are those of Q, K, V and dO.
+    ``pipelines`` are those of Q, K, V and dO; ``parameters`` are those with gradients.  Either it ``overlaps``
+    the product of a step with the next one's, or each step is by itself.
     """
 
-    def __init__(self, pattern: Pattern, config: Config, block: Block, pipelines, index, warp, lane):
+    def __init__(
+        self,
+        pattern: Pattern,
+        config: Config,
+        block: Block,
+        pipelines,
+        parameters: ParameterGradients,
+        overlaps: bool,
+        index,
+        warp,
+        lane,
+    ):
         self.pattern, self.config, self.block = pattern, config, block
         self.q, self.k, self.v, self.do = pipelines
         self.index, self.warp, self.lane = index, warp, lane
         D, E, N = pattern.head_dim, pattern.head_dim_v, config.block_n
         self.scores = Products(pattern.dtype, BLOCK, N, D, D)
         self.gradients = Products(pattern.dtype, BLOCK, N, E, E)
+        self.parameters, self.overlaps = parameters, overlaps
         self.weights = Weights(pattern, block.site, N, False)
         # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
         self.acc_dq = T.alloc_local([D // 2], "float32")
         self.acc_s = T.alloc_local([N // 2], "float32")
         self.acc_dp = T.alloc_local([N // 2], "float32")
         self.ds = T.alloc_local([N // 4], "uint32")
+        self.parameter_sums = T.alloc_local([len(parameters.params)], "float32") if parameters.params else None
         self.shift = T.alloc_local([2], "float32")
         self.start = T.alloc_local([2], "float32")  # −delta
         self.n = T.local_scalar("int32")  # tiles of keys so far
@@ -59,7 +78,7 @@ class QueryConsumer:
 
     def _own(self, pipeline: Pipeline):
         """Of this warpgroup's rows of Q or dO."""
-        return k_major(pipeline.tiles.ptr_to([0, 0, 0, 0])) + rows_offset(self.index * WARPGROUP_ROWS, 1)
+        return own_rows(pipeline, self.index * WARPGROUP_ROWS)
 
     @T.inline
     def issue_scores(self, k):
@@ -105,11 +124,14 @@ class QueryConsumer:
                 self.shift[r] = shift_of(lse[at])
                 self.start[r] = T.float32(0) - delta[at]
 
+    def first_of(self, walk, i):
+        """This lane's first query and key of step ``i``."""
+        return self.block.row_first + self.row + M16N8.row(self.lane), walk.key_first(i) + M16N8.column(self.lane)
+
     @T.inline
     def weigh(self, walk, i, masked):
         """The factors of step ``i``."""
-        query = T.meta_var(self.block.row_first + self.row + M16N8.row(self.lane))
-        key = T.meta_var(walk.key_first(i) + M16N8.column(self.lane))
+        query, key = T.meta_var(self.first_of(walk, i))
         self.weights.weigh(self.acc_s, None, lambda t, g, r, e: self.shift[r], query, key, masked)
 
     @T.inline
@@ -129,6 +151,41 @@ class QueryConsumer:
 
     @T.inline
     def step(self, walk, i, masked):
+        """Step ``i``."""
+        if self.overlaps:
+            self.step_after_another(walk, i, masked)
+        else:
+            self.step_by_itself(walk, i, masked)
+
+    @T.inline
+    def step_by_itself(self, walk, i, masked):
+        """Step ``i`` with its own dQ."""
+        k = T.meta_var(self.counter.state(self.k.stages))
+        self.k.consumer_wait(k)
+        self.issue_scores(k)
+        self.v.consumer_wait(k)
+        self.issue_dp(k)
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.v.consumer_release(k, self.lane)
+        query, key = T.meta_var(self.first_of(walk, i))
+        self.weights.turn(
+            self.acc_s,
+            self.acc_dp,
+            None,
+            self.ds,
+            lambda t, g, r, e: self.shift[r],
+            query,
+            key,
+            masked,
+            self.parameter_sums,
+        )
+        self.issue_dq(k)
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.k.consumer_release(k, self.lane)
+        self.counter.advance()
+
+    @T.inline
+    def step_after_another(self, walk, i, masked):
         """Step ``i``, and dQ of the one before."""
         k = T.meta_var(self.counter.state(self.k.stages))
         before = T.meta_var(self.counter.state(self.k.stages, behind=1))
@@ -165,12 +222,18 @@ class QueryConsumer:
         self.counter.start()
         for i in T.unroll(self.pattern.head_dim // 2):
             self.acc_dq[i] = T.float32(0)
+        if len(self.parameters.params) > 0:
+            for n in T.unroll(len(self.parameters.params)):
+                self.parameter_sums[n] = T.float32(0)
         self.read_terms()
         walk = KeyWalk(self.block, 0, self.config.block_m)
         self.q.consumer_wait(self.q.state(0))
         self.do.consumer_wait(self.do.state(0))
         # 1. Tiles of keys from right to left: masked, full, masked.
-        self.start_steps(walk, True)
+        if self.overlaps:
+            self.start_steps(walk, True)
+        else:
+            self.step(walk, 0, True)
         self.masked_steps(walk, 1, T.min(walk.full_begin, walk.steps))
         if walk.has_full:
             for i in T.serial(T.max(walk.full_begin, 1), T.min(walk.full_end, walk.steps)):
@@ -178,9 +241,20 @@ class QueryConsumer:
         if walk.has_left:
             self.masked_steps(walk, T.max(walk.full_end, 1), walk.steps)
         # 2. The last product.
-        self.issue_dq(self.counter.state(self.k.stages, behind=1))
-        T.ptx.wgmma.wait_group.sync.aligned(0)
+        if self.overlaps:
+            self.issue_dq(self.counter.state(self.k.stages, behind=1))
+            T.ptx.wgmma.wait_group.sync.aligned(0)
         self.write(dq_map)
+        if len(self.parameters.params) > 0:
+            share = T.meta_var(T.truncdiv(self.block.row_first, BLOCK) * SHARES + self.index * WARPS + self.warp)
+            self.parameters.store(
+                self.block.geometry,
+                self.parameter_sums,
+                self.block.batch,
+                self.block.head,
+                share,
+                self.lane,
+            )
 
     @T.inline
     def write(self, dq_map):

@@ -6,7 +6,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
-from schedules.families.sm90.backward.config import BLOCK, Config
+from schedules.families.sm90.backward.config import Config
 from schedules.tile.geometry import Parameters, local, site
 from schedules.tile.gradients import Tensors
 from schedules.tile.query_range import QueryTiles
@@ -15,14 +15,14 @@ from schedules.tile.tile_scheduler import ceildiv
 
 @T.meta_class
 class KeyScheduler:
-    """A block for each ``BLOCK`` keys of a head of keys and batch; made before ``T.device_entry()``.
+    """A block for each ``block_keys`` keys of a head of keys and batch; made before ``T.device_entry()``.
 
     Blocks of a head are started from its first keys on, which a causal mask shows to most queries: the longest first.
     """
 
     def __init__(self, tensors: Tensors, config: Config):
         self.heads_first = config.heads_first
-        self.blocks = T.bind(ceildiv(tensors.seqlen_kv, BLOCK))
+        self.blocks = T.bind(ceildiv(tensors.seqlen_kv, config.block_keys))
         self.kv_heads, self.batch = tensors.kv_heads, tensors.batch
 
     def grid(self):
@@ -46,7 +46,7 @@ class KeyBlock:
     def __init__(self, pattern: Pattern, config: Config, tensors: Tensors, scheduler: KeyScheduler, at):
         self.pattern, self.config, self.tensors = pattern, config, tensors
         number, kv_head, batch = scheduler.place(at)
-        self.key_first = local(number * BLOCK)
+        self.key_first = local(number * config.block_keys)
         self.kv_head, self.batch = local(kv_head), local(batch)
         self.group = tensors.group
 
@@ -61,7 +61,7 @@ class KeyBlock:
 
     def tiles(self, at: Site) -> QueryTiles:
         """The tiles of queries of one head that the block visits."""
-        return QueryTiles(self.pattern, at, self.key_first, BLOCK, self.config.block_m)
+        return QueryTiles(self.pattern, at, self.key_first, self.config.block_keys, self.config.block_m)
 
     def keys(self, row: Expr):
         """Where keys from ``row`` of the block on are."""
