@@ -1,10 +1,10 @@
 """The row tiles of ragged sequences from the longest to the shortest, found on the device by one warp.
 
-Tiles are handed out in *shares*.  Where all rows see the same keys, a share is one tile of a head.  Where later rows see
-more, it is two, one from each end of the sequence, and of an odd number the middle one alone: so all pairs of a sequence
-are equally long.  A share's *level* says how long it is.  Levels are taken together in *groups*, from the highest on,
-which are as wide as an eighth of a level, or 1; within a group the shares of a sequence follow one another, head by
-head, so that those who read the same keys do so at about the same time.
+Tiles are handed out in *shares*.  Where all rows see the same keys, a share is one tile of a head.  Where later rows
+see more, it is two, one from each end of the sequence, and of an odd number the middle one alone: so all pairs of a
+sequence are equally long.  A share's *level* says how long it is.  Levels are taken together in *groups*, from the
+highest on, which are as wide as an eighth of a level, or 1; within a group the shares of a sequence follow one another,
+head by head, so that those who read the same keys do so at about the same time.
 
 Blocks that take shares to and fro have as much to do as one another, whatever the lengths are.  A walk goes on from
 where it was: all of it reads each sequence twice for every group.
@@ -107,6 +107,9 @@ class LevelWalk:
     def _in_group(self, level, count) -> Expr:
         return T.Select(T.And(self.first <= level, level <= self.last), count, 0)
 
+    def _below(self, level, count) -> Expr:
+        return T.Select(T.And(count > 0, level < self.first), level, _NONE)
+
     @T.inline
     def _measure(self, number):
         """Tiles and levels of a sequence; no tiles of one that doesn't exist."""
@@ -128,11 +131,8 @@ class LevelWalk:
         self.next = 0
         while self.next <= self.queries.batch:
             self._measure(self.next + lane)
-            if T.And(self._most() > 0, self.level < self.first):
-                best = T.max(best, self.level)
-            if self.rises:
-                if T.And(self._odd() > 0, self.middle < self.first):
-                    best = T.max(best, self.middle)
+            best = T.max(best, self._below(self.level, self._most()))
+            best = T.max(best, self._below(self.middle, self._odd()))
             self.next = self.next + _LANES
         self.last = _call("largest_of_lanes", _LARGEST, best)
         self.first = _call("first_level_of_group", _GROUP, self.last)

@@ -19,18 +19,6 @@ def prologue(block, q, k, q_map, k_map):
 
 
 @T.inline
-def fetch_keys(block, pipeline, descriptor, first):
-    """Fill the pipeline of K or of V, from tile ``first`` on."""
-    n: T.int32 = 0
-
-    @T.inline
-    def fetch(t):
-        _fetch_tiles(block, pipeline, descriptor, first, n)
-
-    block.scheduler.each_tile(block, True, None, fetch)
-
-
-@T.inline
 def _fetch_tiles(block, pipeline, descriptor, first, n):
     """Those of the block's work tile; ``n`` counts them, over all work tiles."""
     walk = KeyWalk(block, 0, block.config.block_m)
@@ -40,6 +28,18 @@ def _fetch_tiles(block, pipeline, descriptor, first, n):
                 pipeline.producer_acquire(pipeline.state(n))
                 pipeline.load(pipeline.state(n), descriptor, block.keys(walk.key_first(i)))
             n = n + 1
+
+
+@T.inline
+def fetch_keys(block, pipeline, descriptor, first):
+    """Fill the pipeline of K or of V, from tile ``first`` on."""
+    n: T.int32 = 0
+
+    @T.inline
+    def fetch(t):
+        _fetch_tiles(block, pipeline, descriptor, first, n)
+
+    block.scheduler.each_tile(block, True, None, fetch)
 
 
 @T.inline
