@@ -9,11 +9,12 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.tile.sequences import Ragged, Sequence, find_sequence
+from schedules.tile.smem import TILE_ALIGNMENT
 from schedules.tile.tile_scheduler import WorkTile
 
 #: int32 of a :class:`FoundTile`, and where each number is.
 WORDS = 8
-BYTES = 64  # of a block that has one; arrays in shared memory are aligned so
+BYTES = TILE_ALIGNMENT  # of a block that has one before its tiles
 _SEQUENCE, _HEAD, _M_BLOCK, _QUERY, _QUERIES, _KEY, _KEYS, _OTHER = range(8)
 
 
