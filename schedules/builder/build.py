@@ -130,7 +130,7 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
     isa = family_of(target).ISAS[target.isa] if target.isa else None
     versions = versions_for(target) | ({"also_runs_on": request.run_on} if request.run_on else {})
     old = pack.read_manifest(folder)
-    merge = old is not None and (old.versions, old.isa) == (versions, target.isa)
+    merge = old is not None and (old.versions, old.isa) == (versions, target.isa) and _is_linked_with(target, old)
     intact = {f.file: f for f in old.modules if pack.is_intact(folder, f)} if merge else {}
     present = {e.symbol: e for e in old.kernels if e.module in intact} if merge else {}
     flat = tuple(r for spec in plan_.specs for r in results[spec])
@@ -176,6 +176,11 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
         pack.publish(folder, manifest)
     _sweep(work, plan_, results)
     return PackReport(target, folder, flat, tuple(up_to_date), manifest, tuple(linked), dropped)
+
+
+def _is_linked_with(target: Target, old: Manifest) -> bool:
+    """Whether the modules of an old pack are linked with the runtime as its source is today."""
+    return target.arch != "cpu" or cpu.runtime_name() in {f.file for f in old.support_files}
 
 
 def _spec_of(entry: KernelEntry) -> KernelSpec:
