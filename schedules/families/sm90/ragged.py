@@ -158,7 +158,7 @@ class RaggedScheduler:
         own = geometry.at(Own(found.queries), Own(found.keys))
         return own, RaggedRows(own, rows.group)
 
-    def tiles(self, at):
+    def work_tiles(self, at):
         """How many work tiles a block computes: it will see."""
         return
 

@@ -92,7 +92,7 @@ class TileScheduler:
                         block.advance()
             visit(t)
 
-    def tiles(self, at):
+    def work_tiles(self, at):
         """How many work tiles the block at ``at`` computes."""
         tiles = self.config.tiles_per_cta
         return local(self.visits(at[0]) * tiles) if self.config.persistent else tiles

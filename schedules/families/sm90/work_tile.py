@@ -36,7 +36,7 @@ class Block:
         self.pattern, self.config, self.geometry, self.rows, self.scheduler = pattern, config, geometry, rows, scheduler
         self.boxes, self.at = boxes, at
         self.tile = local(T.int32(0))
-        self.tiles = scheduler.tiles(at)
+        self.tiles = scheduler.work_tiles(at)
         self.geometry, self.rows = scheduler.own(self.geometry, self.rows, self.tile)
         place, head, batch = scheduler.work_tile(at, 0)
         self.head, self.batch = local(head), local(batch)
