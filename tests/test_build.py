@@ -12,7 +12,7 @@ from schedules.builder.compile import ChosenConfig, Failed, Refused
 from schedules.builder.plan import BuildRequest, parse_targets
 from schedules.builder.suite import HeadDim, Selection
 from schedules.families.interface import Target
-from tests.toy_packs import CPU, D64, added, assert_whole, contents
+from tests.toy_packs import CPU, D64, TWO_GROUPS, added, assert_whole, contents
 from tvm_flash.packs.manifest import CALL_STEM, MANIFEST_NAME
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -132,6 +132,29 @@ def test_failed_kernel_leaves_its_old_version(request_):
     assert failure.symbol == symbol and "no_such_field" in failure.reason
     assert second.manifest.kernels == first.manifest.kernels
     assert_whole(request_.output / CPU.folder)
+
+
+def test_modules_follow_the_thread_pool(request_, monkeypatch):
+    """A module is linked to the pool of its pack; one that nobody asked for keeps the pool that it was linked to."""
+    folder = request_.output / CPU.folder
+    pools = ("libtvm_flash_threads-11111111.so", "libtvm_flash_threads-22222222.so")
+    monkeypatch.setattr("schedules.builder.support.runtime_name", lambda: pools[0])
+    (first,) = build(request_)
+    monkeypatch.setattr("schedules.builder.support.runtime_name", lambda: pools[1])
+    some = dataclasses.replace(request_, selection=dataclasses.replace(TWO_GROUPS, head_dims=(D64,)))
+    for _ in range(3):  # what two manifests don't name is removed
+        (second,) = build(some)
+        names = [f.file for f in second.manifest.support_files]
+        assert names[0] == pools[1] and set(pools) <= set(names)
+        assert_whole(folder)
+    assert [e.symbol for e in second.manifest.kernels] == [e.symbol for e in first.manifest.kernels]
+    (third,) = build(request_)
+    assert (len(third.linked), len(third.manifest.modules)) == (1, 2)
+    assert pools[0] not in [f.file for f in third.manifest.support_files]
+    (fourth,) = build(request_)
+    assert not fourth.linked
+    build(dataclasses.replace(some, output=request_.output))
+    assert_whole(folder)
 
 
 def test_native_is_this_processor_and_its_gpus(monkeypatch):

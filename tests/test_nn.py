@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa  # noqa: E402
 
 from tvm_flash import nn  # noqa: E402
-from tvm_flash.nn import FallbackWarning, sdpa  # noqa: E402
+from tvm_flash.nn import FallbackWarning, sdpa, sequences  # noqa: E402
 from tvm_flash.nn import scaled_dot_product_attention as ours  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("cpu_pack"), pytest.mark.filterwarnings("error::tvm_flash.nn.FallbackWarning")]
@@ -248,7 +248,8 @@ def test_flash_attn_func_takes_any_head_dim(head_dims):
     assert (out - want).abs().max() <= 3e-6 and (lse - want_lse).abs().max() <= 1e-5
     starts = [torch.arange(3, dtype=torch.int32) * x.shape[1] for x in (q, k)]
     packed = [x.flatten(0, 1) for x in (q, k, v)]
-    assert torch.equal(nn.flash_attn_varlen_func(*packed, *starts, q.shape[1], k.shape[1]).view(out.shape), out)
+    found = nn.flash_attn_varlen_func(*packed, *starts, q.shape[1], k.shape[1]).view(out.shape)
+    assert (found - want).abs().max() <= 3e-6
 
 
 def test_flash_attn_func_takes_any_strides():
@@ -276,13 +277,13 @@ def exact(q, k, v):
 
 def test_rows_outside_of_all_sequences():
     q, k, v = (torch.randn(40, 2, 32) for _ in range(3))
-    starts = torch.tensor([2, 11, 11, 30], dtype=torch.int32)
+    starts = torch.tensor([0, 11, 11, 30], dtype=torch.int32)
     out, lse, _ = nn.flash_attn_varlen_func(q, k, v, starts, starts, 19, 19, causal=True, return_attn_probs=True)
-    for first, last in ((2, 11), (11, 30)):
+    for first, last in ((0, 11), (11, 30)):
         want = nn.flash_attn_func(*(x[None, first:last] for x in (q, k, v)), causal=True)[0]
-        assert torch.equal(out[first:last], want)
+        assert (out[first:last] - want).abs().max() <= 2e-6
     outside = torch.ones(40, dtype=torch.bool)
-    outside[2:30] = False
+    outside[:30] = False
     assert not out[outside].any() and lse[:, outside].isneginf().all() and lse[:, ~outside].isfinite().all()
 
 
@@ -293,10 +294,10 @@ def test_packed_functions():
     assert torch.equal(nn.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=True), want)
     starts, flat = torch.tensor([0, 50, 100], dtype=torch.int32), [x.flatten(0, 1) for x in (q, k, v)]
     out = nn.flash_attn_varlen_qkvpacked_func(torch.stack(flat, 1), starts, 50, causal=True)
-    assert torch.equal(out.view(want.shape), want)
+    assert (out.view(want.shape) - want).abs().max() <= 2e-6
     ends = (starts, starts, 50, 50)
     out = nn.flash_attn_varlen_kvpacked_func(flat[0], torch.stack(flat[1:], 1), *ends, causal=True)
-    assert torch.equal(out.view(want.shape), want)
+    assert (out.view(want.shape) - want).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -324,8 +325,39 @@ def test_varlen(lengths, device):
         rows, columns = slice(at_q, at_q + length_q), slice(at_k, at_k + length_k)
         one = q[rows][None], k[columns][None], v[columns][None]
         want, want_lse, _ = nn.flash_attn_func(*one, alibi_slopes=slope, return_attn_probs=True, **options)
-        assert torch.equal(out[rows], want[0]) and torch.equal(lse[:, rows], want_lse[0])
+        if length_q:
+            assert (out[rows] - want[0]).abs().max() <= (2e-6 if device == "cpu" else 2e-3)
+            assert torch.allclose(lse[:, rows], want_lse[0], rtol=0, atol=4e-6)
         at_q, at_k = at_q + length_q, at_k + length_k
+
+
+@pytest.mark.parametrize("needs_gradients", (False, True))
+def test_sequences_where_a_pack_has_no_kernels_for_them(monkeypatch, needs_gradients):
+    """A call for each run of equal lengths gives the same, gradients too."""
+    lengths = (5, 9), (5, 9), (30, 30), (12, 0), (0, 3)
+    starts = [torch.tensor([0, *itertools.accumulate(n)]) for n in zip(*lengths, strict=True)]
+    leaves = [torch.randn(60, h, 32, requires_grad=needs_gradients) for h in (4, 2, 2)]
+
+    def attend():
+        for x in leaves:
+            x.grad = None
+        out, lse, _ = nn.flash_attn_varlen_func(
+            *leaves, *starts, 30, 30, causal=True, alibi_slopes=torch.ones(5, 4) / 8, return_attn_probs=True
+        )
+        if needs_gradients:
+            out.square().sum().backward()
+        return [out.detach(), lse.detach(), *(x.grad for x in leaves if needs_gradients)]
+
+    want = attend()
+    monkeypatch.setattr(sequences, "no_kernel", lambda *a, ragged=False: "there is none" if ragged else None)
+    calls = []
+    attend_once = sequences.attend
+    monkeypatch.setattr(sequences, "attend", lambda *a, **b: calls.append(a) or attend_once(*a, **b))
+    for a, b in zip(attend(), want, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5)
+    assert len(calls) == 4
+    with pytest.raises(InvalidArgumentError, match=r"^cu_seqlens_q: begins with 1"):
+        nn.flash_attn_varlen_func(*leaves, starts[0] + 1, starts[1], 30, 30)
 
 
 def test_what_flash_attn_functions_refuse():
@@ -334,19 +366,15 @@ def test_what_flash_attn_functions_refuse():
         nn.flash_attn_func(q, k, v, 0.1)
     packed = [x[0] for x in (q, k, v)]
     good = torch.tensor([0, 33]), torch.tensor([0, 70])
+    two = torch.tensor([0, 20, 10]), torch.tensor([0, 70, 70])
     for starts, says in (
-        (
-            (torch.tensor([0, 34]), good[1]),
-            r"^cu_seqlens_q: is \[0, 34\], expected numbers that grow from 0 to at most 33",
-        ),
-        ((torch.tensor([0, 20, 10, 33]), good[1]), "^cu_seqlens_q"),
-        ((good[0], torch.tensor([-1, 70])), "^cu_seqlens_k"),
+        ((torch.tensor([0, 34]), good[1]), "^cu_seqlens_q: ends with 34, expected at most the 33 rows of q"),
+        (two, "^cu_seqlens_q: falls from 20 to 10"),
+        ((good[0], torch.tensor([-1, 70])), "^cu_seqlens_k: begins with -1"),
         ((good[0], torch.tensor([0, 30, 70])), "^cu_seqlens_k: is of 2 sequences, but cu_seqlens_q of 1"),
     ):
         with pytest.raises(InvalidArgumentError, match=says):
             nn.flash_attn_varlen_func(*packed, *starts, 33, 70)
-    with pytest.raises(InvalidArgumentError, match=r"^max_seqlen_k: is 69, but cu_seqlens_k has a sequence of 70"):
-        nn.flash_attn_varlen_func(*packed, *good, 33, 69)
     with pytest.raises(NotSupportedError, match=r"^block_table"):
         nn.flash_attn_varlen_func(*packed, *good, 33, 70, block_table=torch.zeros(1, 1))
 

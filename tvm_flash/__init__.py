@@ -19,6 +19,7 @@ from tvm_flash.errors import (
 from tvm_flash.interface import custom_attention, flash_attention, flash_attention_v2
 from tvm_flash.padded import padded_attention
 from tvm_flash.selector import BackendSelector
+from tvm_flash.varlen import flash_attention_varlen
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "flash_attention_backward",
     "flash_attention_v2",
     "flash_attention_v2_backward",
+    "flash_attention_varlen",
     "padded_attention",
     "padded_attention_backward",
 ]

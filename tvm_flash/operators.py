@@ -6,7 +6,7 @@ The one table of them for calls: whatever handles a call asks it, and counts no 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -34,33 +34,34 @@ def gradient_of(name: str) -> str:
 class Tensor:
     """A tensor of an operator.
 
-    ``axes`` name its sizes in the order of the layout ``bhsd``; one of four lies in the layout of the call.  ``dtype``
-    is empty for that of q.  One that is ``flat`` must be dense, and kernels take it as a vector.
+    ``axes`` name its sizes in the order of the layout ``bhsd``; one of four lies in the layout of the call.  ``ragged``
+    are those it has where sequences lie one after the other.  ``dtype`` is empty for that of q.  One that is ``flat``
+    must be dense, and kernels take it as a vector.
     """
 
     axes: tuple[str, ...]
+    ragged: tuple[str, ...]
     dtype: str = ""
-
-    @property
-    def flat(self) -> bool:
-        return len(self.axes) == 3
+    flat: bool = False
 
 
 _QUERY, _KEY = ("batch", "heads", "seqlen_q"), ("batch", "kv_heads", "seqlen_kv")
-_ROWS = Tensor(_QUERY, "float32")
+_RAGGED_QUERY, _RAGGED_KEY = ("total_q", "heads"), ("total_k", "kv_heads")
+_STARTS = Tensor((), ("starts",), "int32", flat=True)
 
 #: The tensors of operators by name; a parameter of mask and score that isn't here has a value for each head.
 TENSORS = {
-    "q": Tensor((*_QUERY, "head_dim")),
-    "k": Tensor((*_KEY, "head_dim")),
-    "v": Tensor((*_KEY, "head_dim_v")),
-    "out": Tensor((*_QUERY, "head_dim_v")),
-    "lse": _ROWS,
+    "q": Tensor((*_QUERY, "head_dim"), (*_RAGGED_QUERY, "head_dim")),
+    "k": Tensor((*_KEY, "head_dim"), (*_RAGGED_KEY, "head_dim")),
+    "v": Tensor((*_KEY, "head_dim_v"), (*_RAGGED_KEY, "head_dim_v")),
+    "out": Tensor((*_QUERY, "head_dim_v"), (*_RAGGED_QUERY, "head_dim_v")),
+    "lse": Tensor(_QUERY, ("heads", "total_q"), "float32", flat=True),
 }
 TENSORS |= {f"d{name}": TENSORS[name] for name in tuple(TENSORS)}
+TENSORS |= {"cu_seqlens_q": _STARTS, "cu_seqlens_k": _STARTS}
 
 #: The gradient of a parameter with a value for each head.
-_PARAMETER_GRADIENT = Tensor(("batch", "heads"), "float32")
+_PARAMETER_GRADIENT = Tensor(("batch", "heads"), ("batch", "heads"), "float32")
 
 
 def tensor(name: str) -> Tensor:
@@ -76,38 +77,66 @@ class Operator:
     ----------
     inputs: the tensors that a call must give, in order.
     outputs: the results that a call may bring memory for, in order; all are returned.
-    optional: further inputs, which a call may lack.
-    on_request: results that are returned after the others if the call asks for them, and can't be given.
     flag: name of the option of its own.
+    computes: the operator in a pack that kernels for it have.
+    optional: further inputs, which a call may lack.
+    starts: further inputs, which a call must give, wherever they lie in memory: where sequences of different lengths
+        begin.
+    on_request: results that are returned after the others if the call asks for them, and can't be given.
     differentiates: whether it computes gradients, and so also those of parameters that ask for one.
+    backward: the operator that computes its gradients.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     flag: str
+    computes: str
     optional: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()
     on_request: tuple[str, ...] = ()
     differentiates: bool = False
+    backward: str = ""
+
+    @property
+    def all_inputs(self) -> tuple[str, ...]:
+        """Every input but parameters of mask and score, in the order of a call."""
+        return (*self.inputs, *self.optional, *self.starts)
 
     def tensors(self, parameters: Iterable[str], gradients: Iterable[str] = ()) -> tuple[str, ...]:
         """The tensors of its calls, in order, with those parameters of mask and score that are tensors.
 
         ``gradients`` names the parameters whose gradients are outputs too.
         """
-        return (*self.inputs, *self.optional, *parameters, *self.all_outputs(gradients))
+        return (*self.all_inputs, *parameters, *self.all_outputs(gradients))
 
     def all_outputs(self, gradients: Iterable[str] = ()) -> tuple[str, ...]:
         """The outputs, with the gradients of the parameters that are named."""
         return (*self.outputs, *map(gradient_of, gradients))
 
 
+_FORWARD = Operator(
+    inputs=("q", "k", "v"),
+    outputs=("out",),
+    flag="return_lse",
+    computes=FORWARD,
+    on_request=("lse",),
+    backward=BACKWARD,
+)
+_BACKWARD = Operator(
+    inputs=("dout", "q", "k", "v", "out", "lse"),
+    outputs=("dq", "dk", "dv"),
+    flag="accumulate",
+    computes=BACKWARD,
+    optional=("dlse",),
+    differentiates=True,
+)
+_SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k")
 OPERATORS = {
-    FORWARD: Operator(inputs=("q", "k", "v"), outputs=("out",), flag="return_lse", on_request=("lse",)),
-    BACKWARD: Operator(
-        inputs=("dout", "q", "k", "v", "out", "lse"),
-        outputs=("dq", "dk", "dv"),
-        flag="accumulate",
-        optional=("dlse",),
-        differentiates=True,
-    ),
+    FORWARD: _FORWARD,
+    BACKWARD: _BACKWARD,
+    RAGGED: replace(_FORWARD, starts=_SEQUENCES, backward=RAGGED_BACKWARD),
+    RAGGED_BACKWARD: replace(_BACKWARD, starts=_SEQUENCES),
 }
+
+#: The layout of tensors in which sequences lie one after the other: ``(total, heads, head_dim)``.
+RAGGED_LAYOUT = "shd"

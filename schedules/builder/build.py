@@ -27,8 +27,9 @@ from schedules.builder.suite import KernelSpec
 from schedules.builder.support import support_files
 from schedules.families import family_of
 from schedules.families.interface import Target
-from schedules.toolchain import cpu, cuda, nvcc
+from schedules.toolchain import cpu, cuda, inspection, nvcc
 from schedules.toolchain.process import ToolchainError, die_with_parent
+from tvm_flash.machine.cpu import RUNTIME_STEM
 from tvm_flash.packs.manifest import KernelEntry, Manifest, ModuleFile
 
 
@@ -132,6 +133,8 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
     old = pack.read_manifest(folder)
     merge = old is not None and (old.versions, old.isa) == (versions, target.isa)
     intact = {f.file: f for f in old.modules if pack.is_intact(folder, f)} if merge else {}
+    pools = {file: _pool_of(folder / file) for file in intact}
+    intact = {file: f for file, f in intact.items() if not pools[file] or (folder / pools[file]).is_file()}
     present = {e.symbol: e for e in old.kernels if e.module in intact} if merge else {}
     flat = tuple(r for spec in plan_.specs for r in results[spec])
     failed = {s for s in plan_.specs if any(isinstance(r, Failed) for r in results[s])}
@@ -139,7 +142,8 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
     # 1. Kernels that nobody asked for now, and old versions of those that failed, stay.
     asked = {spec for spec in plan_.specs if spec not in failed}
     kernels = [e for e in present.values() if _spec_of(e) not in asked]
-    # 2. A group whose kernels are all in the pack stays as it is; else its objects are linked to one module.
+    # 2. A group whose kernels are all in the pack, linked to its pool of threads, stays as it is; else its objects are
+    #    linked to one module.
     groups: dict[str, list[Built]] = {}
     for spec in plan_.specs:
         if spec not in failed:
@@ -148,7 +152,7 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
     modules, linked, up_to_date = dict(intact), [], []
     for group, built in groups.items():
         old_entries = [_entry_in(present, b.entry) for b in built]
-        if all(old_entries):
+        if all(old_entries) and {pools[e.module] for e in old_entries} <= {"", *(f.file for f in support)}:
             up_to_date += old_entries
             kernels += old_entries
         elif built:
@@ -162,6 +166,7 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
         return PackReport(target, folder, flat, (), None, dropped=dropped)
     # 3. The manifest makes it the pack.
     used = {e.module for e in kernels}
+    earlier = {pools[file] for file in used & set(pools)} - {"", *(f.file for f in support)}
     manifest = Manifest(
         arch=target.arch,
         versions=versions,
@@ -169,13 +174,18 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
         kernels=tuple(sorted(kernels, key=lambda e: e.symbol)),
         isa=target.isa,
         cpu_features=tuple(isa.features) if isa else (),
-        support_files=support,
+        support_files=(*support, *(pack.describe(folder / name) for name in sorted(earlier))),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
     if old != dataclasses.replace(manifest, created=old.created if old else ""):
         pack.publish(folder, manifest)
     _sweep(work, plan_, results)
     return PackReport(target, folder, flat, tuple(up_to_date), manifest, tuple(linked), dropped)
+
+
+def _pool_of(module: Path) -> str:
+    """The file of the pool of threads that a module was linked to; none of a CUDA module."""
+    return next((x for x in inspection.needed_libraries(module) if x.startswith(RUNTIME_STEM)), "")
 
 
 def _spec_of(entry: KernelEntry) -> KernelSpec:

@@ -9,6 +9,7 @@ process has mapped stays valid in any case.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -93,14 +94,18 @@ def store(draft: Path, folder: Path, name: str) -> ModuleFile:
 
     ``name`` is the file's name; where it ends in ``.so`` it stays as it is, else it becomes ``<name>-<hash>.so``.
     """
-    digest = sha256(draft)
-    file = name if name.endswith(".so") else f"{name}-{digest[:8]}.so"
+    described = describe(draft)
+    file = name if name.endswith(".so") else f"{name}-{described.sha256[:8]}.so"
     with open(draft, "rb") as f:
         os.fsync(f.fileno())
     folder.mkdir(parents=True, exist_ok=True)
-    size = draft.stat().st_size
     os.replace(draft, folder / file)
-    return ModuleFile(file, size, digest)
+    return dataclasses.replace(described, file=file)
+
+
+def describe(path: Path) -> ModuleFile:
+    """What a manifest says of a file."""
+    return ModuleFile(path.name, path.stat().st_size, sha256(path))
 
 
 def publish(folder: Path, manifest: Manifest) -> None:

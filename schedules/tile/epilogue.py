@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.tile.geometry import Geometry, wide
+from schedules.tile.geometry import Geometry, Tensor, wide
 from schedules.tile.sequences import Sequence
 from schedules.tile.softmax import OnlineSoftmax
 
@@ -40,26 +40,28 @@ def normalise(softmax: OnlineSoftmax, O, stride):
 
 
 @T.inline
-def store_rows(geometry: Geometry, queries: Sequence, at, O, tile, tile_row, row_first, lane, groups, group_step, rows):
-    """One warp copies rows from shared memory to the output, 16 bytes a lane and 128 a row at a time.
+def store_rows(
+    tensor: Tensor, queries: Sequence, b, h, elements, tile, tile_row, row_first, lane, groups, group_step, rows
+):
+    """One warp copies rows from shared memory to a head of a tensor, 16 bytes a lane and 128 a row at a time.
 
     These are ``groups`` times ``rows`` rows (a multiple of 8), ``group_step`` apart, from row ``tile_row`` of ``tile``;
-    row 0 of the tile is row ``row_first`` of ``queries`` in the output ``O`` (a flat view).  What is past their last
-    row or head_dim_v isn't written.
+    row 0 of the tile is row ``row_first`` of ``queries`` (or of keys); ``elements`` is a flat view of the tensor.  What
+    is past their last row or the last column isn't written.
     """
     chunks = T.meta_var(tile.panel_chunks)
     row: T.int32 = tile_row + lane // chunks
     column: T.int32 = lane % chunks * tile.chunk
     shared: T.uint32 = tile.address(row, lane % chunks)
-    memory: T.int64 = geometry.o.offset(at.b, at.h, queries.at(row_first + row), column)
+    memory: T.int64 = tensor.offset(b, h, queries.at(row_first + row), column)
     words = T.alloc_local([4], "uint32")
     for g in T.unroll(groups):
         for i in T.unroll(rows * chunks // 32):
             down = T.meta_var(g * group_step + i * (32 // chunks))
             for p in T.unroll(tile.panels):
-                if T.And(row_first + row + down < queries.length, column + p * tile.panel < geometry.head_dim_v):
+                if T.And(row_first + row + down < queries.length, column + p * tile.panel < tensor.sizes["dim"]):
                     T.ptx["ld.shared.v4.b32"](*[words[x] for x in range(4)], tile.at(shared, down, p * chunks))
                     T.ptx["st.global.v4.b32"](
-                        O.ptr_to([memory + wide(down) * wide(geometry.o.strides["seq"]) + p * tile.panel]),
+                        elements.ptr_to([memory + wide(down) * wide(tensor.strides["seq"]) + p * tile.panel]),
                         *[words[x] for x in range(4)],
                     )

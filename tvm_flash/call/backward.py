@@ -10,7 +10,7 @@ from tvm_flash.call.problem import Problem
 from tvm_flash.call.signature import Options
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import BACKWARD
+from tvm_flash.operators import OPERATORS, RAGGED_LAYOUT
 from tvm_flash.packs.registry import on_refresh
 
 #: A length that stands for one that isn't known yet: no window is wider.
@@ -39,22 +39,25 @@ def why_no_backward(
     """
     lengths = tuple(n if isinstance(n, int) else _LONG for n in lengths)
     _, what = kinds_of(options, *lengths, parameters)
-    return _refusal(*what.values(), device, dtype, *head_dims, options.variant, gradients)
+    return why_none(
+        OPERATORS[options.op].backward, *what.values(), device, dtype, *head_dims, options.variant, gradients
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def _refusal(
-    definition: str, mask: str, score: str, device: Device, dtype: str, head_dim: int, head_dim_v: int, variant: str,
-    gradients: tuple[str, ...],
+def why_none(
+    op: str, definition: str, mask: str, score: str, device: Device, dtype: str, head_dim: int, head_dim_v: int,
+    variant: str = "auto", gradients: tuple[str, ...] = (),
 ) -> str | None:  # fmt: skip
+    """Why there is no kernel of an operator, or None if there is one."""
     problem = Problem(
         *(1, 1, 1, 1, 1, head_dim, head_dim_v),
         dtype=dtype,
-        layout="bhsd",
+        layout=RAGGED_LAYOUT if OPERATORS[op].starts else "bhsd",
         definition=definition,
         mask=mask,
         score=score,
-        op=BACKWARD,
+        op=op,
         gradients=gradients,
     )
     try:
@@ -64,4 +67,4 @@ def _refusal(
     return None
 
 
-on_refresh(_refusal.cache_clear)
+on_refresh(why_none.cache_clear)

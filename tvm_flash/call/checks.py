@@ -13,10 +13,14 @@ from typing import Any
 from tvm_flash.call.problem import DTYPES, FUNCTION_OF_LAYOUT, HEAD_DIM_MULTIPLE, LAYOUTS, VARIANTS
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, LayoutError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
-from tvm_flash.operators import tensor
+from tvm_flash.operators import RAGGED_LAYOUT, tensor
 from tvm_flash.packs import sizes
 
-_DIMENSIONS = {"bhsd": "(batch, heads, seq, head_dim)", "bshd": "(batch, seq, heads, head_dim)"}
+_DIMENSIONS = {
+    "bhsd": "(batch, heads, seq, head_dim)",
+    "bshd": "(batch, seq, heads, head_dim)",
+    RAGGED_LAYOUT: "(total, heads, head_dim)",
+}
 _OTHER_LAYOUT = {"bhsd": "bshd", "bshd": "bhsd"}
 _DEVICES = ("cpu", "cuda")
 
@@ -49,11 +53,29 @@ class Sizes:
         return sizes.of(**vars(self))
 
 
+@dataclass(frozen=True)
+class RaggedSizes(Sizes):
+    """Those of ``batch`` sequences of different lengths, which have ``seqlen_q`` and ``seqlen_kv`` rows together."""
+
+    total_q = property(lambda self: self.seqlen_q)
+    total_k = property(lambda self: self.seqlen_kv)
+    starts = property(lambda self: self.batch + 1)
+
+    def shape_of(self, name: str, layout: str) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in tensor(name).ragged)
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        return sizes.of_sequences(
+            *(self.batch, self.heads, self.seqlen_q, self.kv_heads, self.seqlen_kv, self.head_dim, self.head_dim_v)
+        )
+
+
 # ---------------------------------------------------------------- q, k, v
 
 
 def check_tensors(layout: str, q: TensorView, k: TensorView, v: TensorView) -> Sizes:
-    """Ranks, dtypes, devices, shapes and strides of the inputs, alone and together.
+    """Ranks, dtypes, devices, shapes and strides of the inputs, alone and together; ragged ones count as one sequence.
 
     Raises
     ------
@@ -79,10 +101,16 @@ def check_kinds(layout: str, q: TensorView, k: TensorView, v: TensorView) -> Non
     ArgumentTypeError, InvalidArgumentError, NotSupportedError
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if len(x.shape) != 4:
+        ragged = layout == RAGGED_LAYOUT
+        if len(x.shape) != (3 if ragged else 4):
+            remedy = (
+                f"{name}.flatten(0, 1) for sequences of equal lengths"
+                if ragged
+                else f"{name}[None] for a missing batch dimension"
+            )
             raise InvalidArgumentError(
-                f"{name}: has shape {x.shape} of rank {len(x.shape)}, expected 4 dimensions {_DIMENSIONS[layout]}; "
-                f"reshape it, as with {name}[None] for a missing batch dimension"
+                f"{name}: has shape {x.shape} of rank {len(x.shape)}, expected {3 if ragged else 4} dimensions "
+                f"{_DIMENSIONS[layout]}; reshape it, as with {remedy}"
             )
         if x.dtype not in DTYPES:
             raise ArgumentTypeError(
@@ -94,11 +122,18 @@ def check_kinds(layout: str, q: TensorView, k: TensorView, v: TensorView) -> Non
 
 
 def _sizes(layout: str, q: tuple, k: tuple, v: tuple) -> Sizes:
+    if layout == RAGGED_LAYOUT:
+        return RaggedSizes(1, q[1], k[1], q[0], k[0], q[2], v[2])
     head, seq = (1, 2) if layout == "bhsd" else (2, 1)
     return Sizes(q[0], q[head], k[head], q[seq], k[seq], q[3], v[3])
 
 
 def _check_shapes(layout: str, q: tuple, k: tuple, v: tuple) -> None:
+    if layout == RAGGED_LAYOUT:
+        fault = _fault("bshd", *((1, *shape) for shape in (q, k, v)))
+        if fault is not None:
+            raise InvalidArgumentError(f"{fault}; the layout of ragged sequences is {_DIMENSIONS[layout]}")
+        return
     fault = _fault(layout, q, k, v)
     if fault is None:
         return
@@ -239,6 +274,15 @@ def _check_known(name: str, value: Any) -> None:
             f"{name}: is traced by JAX, expected a value that is known before the program runs; name it in "
             f"static_argnames of jax.jit"
         )
+
+
+def check_longest(name: str, length: Any) -> None:
+    """A length that no sequence exceeds: a whole number."""
+    if type(length) is not int and not hasattr(type(length), "__index__"):
+        _check_known(name, length)
+        raise ArgumentTypeError(f"{name}: is {length!r}, expected a whole number, or None")
+    if type(length) is int and length < 0:
+        raise InvalidArgumentError(f"{name}: is {length}, expected 0 or more; leave it out, it isn't needed")
 
 
 def check_window(window_size: Any) -> tuple[int, int]:

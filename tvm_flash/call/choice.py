@@ -22,6 +22,9 @@ from tvm_flash.packs.registry import Installed, build_command, registry
 _TEMPLATE_OF_LAYOUT = {layout: template for template, layout in LAYOUT_OF_TEMPLATE.items()}
 _AMPERE = (8, 0)
 
+#: Kinds of kernels whose tensors have no batch axis.
+_RAGGED_KINDS = (RAGGED, RAGGED_BACKWARD)
+
 #: From here on a batch is large and a sequence long, for the rule "large batch with long sequence → V2".  On the CPU
 #: the rule decides only which order of the same work is used; both templates give the same numbers.
 LARGE_BATCH = 8
@@ -81,6 +84,8 @@ _KIND, _ROWS, _SCORE, _HEAD_DIM, _MASK, _INDEX, _GRID, _ALIGNMENT, _ORDER = rang
 def template_order(problem: Problem, device: Device, variant: str, prefer: str) -> tuple[tuple[str, str], str]:
     """The two templates, the preferred one first, and why."""
     v1, v2 = ("v1", "v2"), ("v2", "v1")
+    if problem.is_ragged:
+        return v2, "sequences that lie one after the other have one layout"
     if variant != "auto":
         return (v1 if variant == "v1" else v2), f"variant={variant!r} was asked for"
     if prefer == "compatibility":
@@ -159,7 +164,7 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
         raise packs.missing(archs, device.native_arch)
     fitting, rejected = [], []
     for distance, arch in enumerate(archs):
-        for kernel in packs.candidates(arch, problem.definition, problem.dtype, problem.op):
+        for kernel in candidates(arch, problem):
             refusal = _refusal(kernel.entry, problem)
             if refusal:
                 rejected.append(refusal)
@@ -167,6 +172,12 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
                 fitting.append((_rank(kernel, problem, order, distance), kernel))
     fitting.sort(key=lambda x: x[0])
     return [kernel for _, kernel in fitting], rejected
+
+
+def candidates(arch: str, problem: Problem) -> list[Installed]:
+    """The installed kernels of an arch that compute a problem's operator, in its dtype and definition."""
+    found = registry().candidates(arch, problem.definition, problem.dtype, OPERATORS[problem.op].computes)
+    return [k for k in found if (k.entry.kind in _RAGGED_KINDS) == problem.is_ragged]
 
 
 def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:
@@ -181,8 +192,6 @@ def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance:
 
 def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
     """Why a kernel of the right operator, dtype and definition can't run the problem; None if it can."""
-    if entry.kind in (RAGGED, RAGGED_BACKWARD):
-        return Rejection(entry, _KIND, "is for sequences of different lengths, one after the other")
     if (entry.kind == ACCUMULATE) != problem.accumulate:
         what = (
             "adds to gradients that are there" if entry.kind == ACCUMULATE else "writes gradients, and doesn't add them"
@@ -276,7 +285,7 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
     if problem.op != FORWARD:
         options += ["--kind", ACCUMULATE if problem.accumulate else problem.op]
-    whose = arch if problem.op == FORWARD else f"{arch} {problem.op}"
+    whose = arch if problem.op == FORWARD else f"{arch} {problem.op.replace('_', ' ')}"
     if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):
         return KernelNotFoundError(
             f"q, k, v: are {problem.dtype}, and GPU kernels take float16, from sm_80 on also bfloat16; convert them"
@@ -314,7 +323,8 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         command = build_command(arch, *options)
         return KernelNotFoundError(f"no {whose} kernel: {nearest.kernel.symbol} {nearest.reason}; run `{command}`")
     if nearest.stage == _KIND:
-        return KernelNotFoundError(_wrong_kind(problem, f"{whose} kernel", nearest))
+        command = build_command(arch, *options, "--head-dim", dims, "--dtype", problem.dtype)
+        return KernelNotFoundError(_wrong_kind(problem, f"{whose} kernel", nearest, command))
     command = build_command(arch, *options, "--head-dim", dims, *_kind(problem))
     return KernelNotFoundError(f"no {whose} kernel for the score {problem.score}; run `{command}`")
 
@@ -325,11 +335,12 @@ def _named(problem: Problem) -> str:
     return ", ".join((*operator.inputs, *operator.all_outputs(problem.gradients)))
 
 
-def _wrong_kind(problem: Problem, kernel: str, nearest: Rejection) -> str:
+def _wrong_kind(problem: Problem, kernel: str, nearest: Rejection, command: str) -> str:
     if problem.accumulate:
+        built = f", or run `{command}`" if kernel.startswith("cpu") else ""  # GPUs have none yet
         return (
             f"accumulate: is True, and no {kernel} adds to gradients that are there; leave it out, and add the results "
-            f"to float32 tensors"
+            f"to float32 tensors{built}"
         )
     return (
         f"{', '.join(problem.gradients)}: a gradient is wanted, and every {kernel} for this {nearest.reason}; "
@@ -344,6 +355,8 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
+    if problem.is_ragged:
+        return "--mask", "window", "--score", "optional"
     padded = problem.mask in ("padded", "positioned")
     if problem.op != FORWARD:
         padded = padded or problem.score != "identity"

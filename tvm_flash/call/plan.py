@@ -16,8 +16,10 @@ from tvm_flash.call import fast, memory
 from tvm_flash.call.choice import choose
 from tvm_flash.call.launches import ZEROED, arguments_of, made_by, maker, workspaces_of
 from tvm_flash.call.problem import Problem
+from tvm_flash.call.ragged import check_starts
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Signature
+from tvm_flash.errors import KernelError
 from tvm_flash.machine.ffi import Frame
 from tvm_flash.operators import role_of, tensor
 from tvm_flash.packs.manifest import Launch
@@ -40,6 +42,7 @@ class EmptyPlan:
         """The results, in order; ``tensors`` are those of the call by name."""
         request = self._request
         framework, results = request.framework, []
+        check_starts_of(request, {name: framework.pointer(x) for name, x in tensors.items()})
         for name in request.results:
             shape = request.shape_of(name)
             x = tensors.get(name)
@@ -93,7 +96,8 @@ class Plan:
 
         Raises
         ------
-        InvalidArgumentError: a result overlaps another tensor, or data is misaligned for every kernel.
+        InvalidArgumentError: a result overlaps another tensor, data is misaligned for every kernel, or where sequences
+            begin makes no sense (found on the processor only).
         KernelError: the kernel failed to launch.
         """
         framework = self._framework
@@ -124,7 +128,11 @@ class Plan:
         frames = self._frames_of_one_call()
         for frame, (_, _, roles) in zip(frames, self._launches, strict=True):
             if self._gpu is None:
-                frame.run([pointers[role] for role in roles])
+                try:
+                    frame.run([pointers[role] for role in roles])
+                except KernelError:
+                    check_starts_of(self._request, at)  # says what the kernel has found
+                    raise
             else:
                 frame.run_on_stream([pointers[role] for role in roles], framework.stream(self._gpu))
         if self._gpu is not None:
@@ -186,6 +194,17 @@ class Plan:
             if plan is None:
                 plan = self._realigned[alignment] = Plan(self._request, alignment)
         return plan
+
+
+def check_starts_of(request: Request, at: Mapping[str, int]) -> None:
+    """That sequences of different lengths begin where they can, if that is to be read; ``at`` are addresses by name.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    if request.operator.starts and request.device.kind == "cpu":
+        check_starts(request.sizes, {name: at[name] for name in request.operator.starts})
 
 
 def _with_alignment(problem: Problem, alignment: int) -> Problem:

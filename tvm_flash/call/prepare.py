@@ -18,6 +18,7 @@ from tvm_flash.call.problem import (
     Problem,
     normalise_mask,
 )
+from tvm_flash.call.ragged import count_sequences
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
 from tvm_flash.catalogue import OPTIONAL, PER_HEAD, score_of
@@ -57,7 +58,10 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
     given = {name: framework.view(x, name) for name, x in tensors.items() if name not in outputs}
     q = given["q"]
     sizes = checks.check_tensors(options.layout, q, given["k"], given["v"])
-    parameters = tuple(name for name in given if name not in (*operator.inputs, *operator.optional))
+    if operator.starts:
+        batch = count_sequences({name: given[name] for name in operator.starts})
+        sizes = dataclasses.replace(sizes, batch=batch)
+    parameters = tuple(name for name in given if name not in operator.all_inputs)
     what, scalars, declared = _computation(options, sizes, parameters)
     for name in parameters:
         checks.check_per_head(name, given[name], declared[name].dtype, sizes, q)
@@ -85,7 +89,7 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
         results=(*outputs, *(operator.on_request if flag else ())),
         suspicion=None if options.layout_known else checks.layout_suspicion(options.layout, sizes, q),
     )
-    for name in (*operator.inputs, *operator.optional):
+    for name in operator.all_inputs:
         if name in given and name not in "qkv":
             checks.check_input(name, given[name], request.shape_of(name), request.dtype_of(name), q)
     memory_of = {name: _check_output(request, name, tensors.get(name)) for name in outputs}
@@ -162,6 +166,8 @@ def kinds_of(
     if options.definition != BUILTIN_DEFINITION:
         return None, {"definition": options.definition, "mask": "", "score": ""}
     window = checks.check_window(options.window_size)
+    if OPERATORS[options.op].starts:  # which kernel runs has nothing to do with how long sequences are
+        seqlen_q = seqlen_kv = INT32_MAX
     mask = normalise_mask(checks.check_flag("causal", options.causal), window, seqlen_q, seqlen_kv)
     kind = "positioned" if "query_start" in per_head else "padded" if "kv_end" in per_head else mask.kind
     capped = checks.check_softcap(options.softcap) != 0
@@ -214,7 +220,8 @@ def _check_output(request: Request, name: str, x: Any) -> TensorView | None:
 def _index_bits(request: Request) -> int:
     """32 if every size, stride and position that a kernel counts fits an int32, else 64."""
     sizes = request.sizes
-    numbers = [sizes.batch * sizes.heads * sizes.seqlen_q, 2 * (sizes.seqlen_q + sizes.seqlen_kv)]
+    batch = 1 if request.problem.is_ragged else sizes.batch
+    numbers = [batch * sizes.heads * sizes.seqlen_q, 2 * (sizes.seqlen_q + sizes.seqlen_kv)]
     for x in request.given.values():
         numbers += [*x.shape, *(abs(s) for s, n in zip(x.strides, x.shape, strict=True) if n > 1)]
     for name in request.outputs:

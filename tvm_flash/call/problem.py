@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm_flash.catalogue import MASKS, SCORES
-from tvm_flash.operators import FORWARD
+from tvm_flash.operators import FORWARD, OPERATORS
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, FARTHEST_START
 
@@ -75,7 +75,8 @@ class Problem:
     ``alignment`` is the number of bytes (a power of two) that all pointers and strides are multiples of.
     ``index_bits`` is 32 if every size and stride fits an int32, else 64.  ``op`` is the operator that is asked for, and
     ``workspaces`` says whether memory for them can be allocated.  ``accumulate`` says that gradients are to be added to
-    float32 ones that are there, ``gradients`` of which parameters some are wanted.
+    float32 ones that are there, ``gradients`` of which parameters some are wanted.  Of sequences of different lengths
+    ``batch`` is how many there are, and the lengths are those of all together.
     """
 
     batch: int
@@ -103,9 +104,15 @@ class Problem:
         return self.sizes["rows"]
 
     @property
+    def is_ragged(self) -> bool:
+        """Whether sequences have different lengths, and lie one after the other."""
+        return bool(OPERATORS[self.op].starts)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The sizes by name (:mod:`tvm_flash.packs.sizes`)."""
-        return sizes.of(
+        of = sizes.of_sequences if self.is_ragged else sizes.of
+        return of(
             *(self.batch, self.heads, self.seqlen_q, self.kv_heads, self.seqlen_kv, self.head_dim, self.head_dim_v)
         )
 
@@ -124,4 +131,8 @@ class Problem:
         lengths = str(self.seqlen_q) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}×{self.seqlen_kv}"
         dims = str(self.head_dim) if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         what = f"{self.mask}, {self.score}" if self.mask else self.definition
+        if self.is_ragged:
+            return (
+                f"{self.batch} sequences, heads {self.heads}{kv}, rows {lengths}, head_dim {dims}, {self.dtype}, {what}"
+            )
         return f"batch {self.batch}, heads {self.heads}{kv}, seq {lengths}, head_dim {dims}, {self.dtype}, {what}"

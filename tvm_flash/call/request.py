@@ -48,7 +48,7 @@ class Request:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return 0 in (*self.given["q"].shape, *self.given["k"].shape)
+        return 0 in (*self.given["q"].shape, *self.given["k"].shape, self.sizes.batch)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the operator, in the layout of the call."""

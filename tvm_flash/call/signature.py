@@ -50,7 +50,8 @@ class Signature:
 
     Attributes
     ----------
-    inputs: names of the tensors that must be given, those of the operator.
+    inputs: names of the tensors that must be given, those of the operator; ``starts`` of those that must be given too,
+        but after the optional ones.
     parameters: names of the parameters of mask and score that are tensors; a call has None for one that it lacks.
     gradients: names of the parameters whose gradients are results too.
     outputs: names of the results that may be given, None in a call that doesn't.
@@ -75,7 +76,7 @@ class Signature:
         self.layout, self.definition, self.accept, self.layout_known = layout, definition, accept, layout_known
         self.op, self.parameters, self.scalars, self.below, self.gradients = op, parameters, scalars, below, gradients
         operator = OPERATORS[op]
-        self.inputs, self.outputs = operator.inputs, operator.all_outputs(gradients)
+        self.inputs, self.starts, self.outputs = operator.inputs, operator.starts, operator.all_outputs(gradients)
         self.tensors = operator.tensors(parameters, gradients)
         self.roles = tuple(map(role_of, self.tensors))
         self.call: Callable[..., Any]

@@ -1,9 +1,9 @@
 """Under PyTorch's own attention: the implementation ``"tvm_flash"`` of its registry, and the same for the CPU.
 
 Importing this makes the name known to ``torch.nn.attention.activate_flash_attention_impl`` (torch 2.11 and later),
-which then puts these kernels in the place of FlashAttention's under ``torch.nn.functional``'s
-``scaled_dot_product_attention`` and ``context_parallel``, forward and backward, until
-``restore_flash_attention_impl``.  What torch has on CPUs is replaced in a block ``with on_cpu():``.
+which then puts these kernels in the place of FlashAttention's under ``scaled_dot_product_attention``, ``varlen_attn``
+and ``context_parallel``, forward and backward, until ``restore_flash_attention_impl``.  What torch has on CPUs is
+replaced in a block ``with on_cpu():``.
 
 What these kernels don't compute (dropout, other masks than over keys, …) goes to the kernel that was there before, and
 a :class:`tvm_flash.nn.FallbackWarning` says why, once for each reason.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+import tvm_flash.tracing.torch_ragged  # noqa: F401 (it registers operators)
 from tvm_flash.backward import (
     flash_attention_backward,
     flash_attention_v2_backward,
@@ -29,7 +30,7 @@ from tvm_flash.errors import NotSupportedError
 from tvm_flash.nn.attend import attend, fit
 from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.nn.sdpa import no_kernel, top_left, warn_of_fallback
-from tvm_flash.operators import BACKWARD, FORWARD
+from tvm_flash.operators import BACKWARD, FORWARD, RAGGED, RAGGED_BACKWARD
 from tvm_flash.padded import padded_attention
 
 #: The name in torch's registry.
@@ -71,6 +72,8 @@ class _Replacement:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
             for name, function in functions.items():
+                if not hasattr(torch.ops.aten, name):  # an operator of a later version
+                    continue
                 before = torch.library.get_kernel(f"aten::{name}", key)
                 replacement = functools.partial(_call, function, before)
                 self._library.impl(name, replacement, key, with_keyset=True)
@@ -227,14 +230,33 @@ def _flash_forward(
     window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None, block_table=None, num_splits=None,
 ):  # fmt: skip
     unknown = {"seqused_k": seqused_k, "alibi_slopes": alibi_slopes, "block_table": block_table}
-    if refused := _flash_refusal(cum_seq_q, unknown, return_debug_mask):
-        return refused
+    if return_debug_mask:
+        return "a debug mask is asked for, which shows dropout"
+    if given := [name for name, x in unknown.items() if x is not None]:
+        return f"{', '.join(given)} isn't taken here"
     window = _window(window_size_left, window_size_right)
-    if refused := _refusal(FORWARD, _kind(is_causal, window), dropout_p, scale, query, key, value):
+    op = FORWARD if cum_seq_q is None else RAGGED
+    if refused := _refusal(op, _kind(is_causal, window), dropout_p, scale, query, key, value):
         return refused
+    if op == RAGGED:
+        starts, options = (cum_seq_q, cum_seq_k), _ragged_options(query, scale, is_causal, window)
+        tensors = (fit(query), fit(key), fit(value))
+        out, lse = torch.ops.tvm_flash.attention_varlen(*tensors, *starts, **options, return_lse=True)
+        return _laid_out(out, value.shape[-1], query), lse, *_unused(query), query.new_empty(0)
     tensors = _swapped("bshd", query, key, value)
     out, lse = _forward(*tensors, causal=is_causal, window_size=window, scale=scale)
     return out.transpose(1, 2), lse, *_unused(query), query.new_empty(0)
+
+
+def _flash_forward_into(
+    out, query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, **options
+):
+    asked = (query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask)
+    result = _flash_forward(*asked, **options)
+    if isinstance(result, str):
+        return result
+    out.copy_(result[0])
+    return result[1]
 
 
 def _flash_backward(
@@ -242,22 +264,24 @@ def _flash_backward(
     unused, *, scale=None, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
     window = _window(window_size_left, window_size_right)
-    if refused := _flash_refusal(cum_seq_q, {}, False):
+    ragged = cum_seq_q is not None and cum_seq_q.numel() > 0
+    op = RAGGED_BACKWARD if ragged else BACKWARD
+    if refused := _refusal(op, _kind(is_causal, window), dropout_p, scale, query, key, value):
         return refused
-    if refused := _refusal(BACKWARD, _kind(is_causal, window), dropout_p, scale, query, key, value):
-        return refused
+    if ragged:
+        starts, options = (cum_seq_q, cum_seq_k), _ragged_options(query, scale, is_causal, window)
+        tensors = (*(fit(x) for x in (grad_out, query, key, value, out)), logsumexp.contiguous(), None)
+        found = torch.ops.tvm_flash.attention_varlen_backward(*tensors, *starts, **options, gradients=[])
+        return tuple(_laid_out(x, of.shape[-1], of) for x, of in zip(found, (query, key, value), strict=True))
     tensors = (*_swapped("bshd", grad_out, query, key, value, out), logsumexp)
     return tuple(_swapped("bshd", *_backward(*tensors, causal=is_causal, window_size=window, scale=scale)))
 
 
-def _flash_refusal(cum_seq_q, unknown: dict[str, Any], return_debug_mask: bool) -> str | None:
-    if return_debug_mask:
-        return "a debug mask is asked for, which shows dropout"
-    if given := [name for name, x in unknown.items() if x is not None]:
-        return f"{', '.join(given)} isn't taken here"
-    if cum_seq_q is not None and cum_seq_q.numel():
-        return "the sequences have different lengths"
-    return None
+def _ragged_options(query, scale, causal, window) -> dict[str, Any]:
+    """Options of the operators over sequences of different lengths."""
+    left, right = (None if x < 0 else x for x in window)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return {"softmax_scale": scale, "causal": causal, "window_left": left, "window_right": right}
 
 
 def _window(left: int | None, right: int | None) -> tuple[int, int]:
@@ -269,6 +293,7 @@ _CUDA = {
     "_scaled_dot_product_flash_attention": _cuda_forward,
     "_scaled_dot_product_flash_attention_backward": _cuda_backward,
     "_flash_attention_forward": _flash_forward,
+    "_flash_attention_forward_no_dropout_inplace": _flash_forward_into,
     "_flash_attention_backward": _flash_backward,
 }
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE
-from tvm_flash.errors import InvalidArgumentError, NotSupportedError
+from tvm_flash.errors import NotSupportedError
 from tvm_flash.nn.attend import attend, fit
+from tvm_flash.nn.sequences import attend_sequences
 
 
 def flash_attn_func(
@@ -88,59 +87,39 @@ def flash_attn_varlen_func(
 ):
     """Attention over sequences that lie one after another: q ``(total_q, heads, head_dim)``.
 
-    ``cu_seqlens_q`` and ``cu_seqlens_k`` (``(batch + 1,)``) say where each sequence starts and the last one ends.  They
-    are read on the host, so that a GPU is waited for, and no CUDA graph can capture it; then each run of neighbours of
-    one length is one call on views.  No sequence may be longer than ``max_seqlen_q`` and ``max_seqlen_k``.
+    ``cu_seqlens_q`` and ``cu_seqlens_k`` (``(batch + 1,)``) say where each sequence starts, from 0 on, and the last one
+    ends.  Nothing here depends on ``max_seqlen_q`` and ``max_seqlen_k``.  It is one call of
+    :func:`tvm_flash.flash_attention_varlen`; on a GPU whose pack has no kernels for that, the starts are read on the
+    host, and each run of neighbours of one length is a call.
 
     Returns
     -------
     ``(total_q, heads, head_dim_v)``; with ``return_attn_probs`` also the log-sum-exp ``(heads, total_q)`` and None.
-    Rows outside of all sequences are zeros, with a log-sum-exp of −inf.
+    Rows after the last sequence are zeros, with a log-sum-exp of −inf.
 
     Raises
     ------
-    NotSupportedError: ``dropout_p`` isn't 0, a ``block_table`` is given, or no kernel computes the gradients.
-    InvalidArgumentError: the sequences don't fit the tensors.
+    NotSupportedError: ``dropout_p`` isn't 0, a ``block_table`` is given, or no kernel computes the gradients; and what
+        :func:`tvm_flash.flash_attention_varlen` raises.
     """
     _refuse_dropout(dropout_p)
     if block_table is not None:
         raise NotSupportedError("block_table: paged keys aren't supported; gather them, or call without it")
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    _check_starts("cu_seqlens_q", starts_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
-    _check_starts("cu_seqlens_k", starts_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
-    if len(starts_q) != len(starts_k):
-        raise InvalidArgumentError(
-            f"cu_seqlens_k: is of {len(starts_k) - 1} sequences, but cu_seqlens_q of {len(starts_q) - 1}"
-        )
-    scale, whole = _scale(softmax_scale, q), v
-    q, k, v = _fitting(q, k, v)
-    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
-    lengths = list(zip(*(_differences(x) for x in (starts_q, starts_k)), strict=True))
-    first = 0
-    for (length_q, length_k), run in itertools.groupby(lengths):
-        count = len(list(run))
-        views = [
-            x[starts[first] : starts[first + count]].view(count, length, *x.shape[1:])
-            for x, starts, length in ((q, starts_q, length_q), (k, starts_k, length_k), (v, starts_k, length_k))
-        ]
-        rows = slice(starts_q[first], starts_q[first + count])
-        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[first : first + count]
-        _, run_lse = attend(
-            "bshd",
-            *views,
-            softmax_scale=scale,
-            causal=causal,
-            window_size=_window(window_size),
-            softcap=softcap,
-            alibi_slopes=slopes,
-            return_lse=True,
-            out=out[rows].view(count, length_q, *out.shape[1:]),
-        )
-        lse[:, rows] = run_lse.transpose(0, 1).flatten(1)
-        first += count
-    out = _columns(out, whole)
-    return (out, lse, None) if return_attn_probs else out
+    result = attend_sequences(
+        *_fitting(q, k, v),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        softmax_scale=_scale(softmax_scale, q),
+        causal=causal,
+        window_size=_window(window_size),
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_attn_probs,
+    )
+    if not return_attn_probs:
+        return _columns(result, v)
+    out, lse = result
+    return _columns(out, v), lse, None
 
 
 def flash_attn_varlen_qkvpacked_func(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *args, **kwargs):
@@ -181,17 +160,3 @@ def _refuse_dropout(dropout_p: float) -> None:
         raise NotSupportedError(
             f"dropout_p: is {dropout_p}, and these kernels have no dropout; give 0.0; models are trained without it"
         )
-
-
-def _check_starts(name: str, starts: list[int], total: int, longest_name: str, longest: int) -> None:
-    lengths = _differences(starts)
-    if len(starts) < 1 or starts[0] < 0 or starts[-1] > total or any(n < 0 for n in lengths):
-        raise InvalidArgumentError(f"{name}: is {starts}, expected numbers that grow from 0 to at most {total}")
-    if max(lengths, default=0) > longest:
-        raise InvalidArgumentError(
-            f"{longest_name}: is {longest}, but {name} has a sequence of {max(lengths)}; give at least that"
-        )
-
-
-def _differences(starts: list[int]) -> list[int]:
-    return [b - a for a, b in itertools.pairwise(starts)]

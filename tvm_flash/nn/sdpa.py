@@ -15,22 +15,18 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 from torch.overrides import handle_torch_function, has_torch_function
 
-from tvm_flash.call.choice import choose
+from tvm_flash.call.choice import candidates, choose
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, Problem
-from tvm_flash.errors import TvmFlashError
+from tvm_flash.errors import FallbackWarning, TvmFlashError
 from tvm_flash.frameworks.torch_watch import has_tangent_below, is_differentiated
 from tvm_flash.machine.device import Device
 from tvm_flash.nn.attend import attend, fit
 from tvm_flash.nn.masks import KeyMask, key_mask_of
-from tvm_flash.operators import BACKWARD, FORWARD
-from tvm_flash.packs.registry import on_refresh, registry
+from tvm_flash.operators import FORWARD, OPERATORS, RAGGED, RAGGED_LAYOUT
+from tvm_flash.packs.registry import on_refresh
 from tvm_flash.padded import padded_attention
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-class FallbackWarning(UserWarning):
-    """A call went to torch's own attention; the text says why.  ``warnings.simplefilter`` makes it an error."""
 
 
 def scaled_dot_product_attention(
@@ -154,16 +150,20 @@ def no_kernel(
     value: torch.Tensor,
     score: str = "identity",
     ops: tuple[str, ...] | None = None,
+    ragged: bool = False,
 ) -> str | None:
     """Why no kernel computes a kind of call, and its gradients where they are required; None if one does.
 
-    ``ops`` are the operators, where a caller knows which it needs.
+    ``ops`` are the operators, where a caller knows which it needs; ``ragged`` says that sequences of different lengths
+    lie one after the other.
     """
     device, sizes = query.device, (query.shape[-1], value.shape[-1])
     if ops is None:
-        ops = (FORWARD, BACKWARD) if any(map(is_differentiated, (query, key, value))) else (FORWARD,)
+        forward = RAGGED if ragged else FORWARD
+        differentiated = any(map(is_differentiated, (query, key, value)))
+        ops = (forward, OPERATORS[forward].backward) if differentiated else (forward,)
     for op in ops:
-        why = "" if op == FORWARD else "a gradient is required, and "
+        why = "a gradient is required, and " if OPERATORS[op].differentiates else ""
         limits = _limits(mask, score, device.type, device.index or 0, query.dtype, op)
         if isinstance(limits, str):
             return why + limits
@@ -187,15 +187,14 @@ def _look_up(
     if kind not in ("cpu", "cuda") or dtype not in _DTYPES:
         return f"there are no kernels for {dtype} on {kind}"
     sizes = (1, 1, 1, 1, 1, HEAD_DIM_MULTIPLE, HEAD_DIM_MULTIPLE)
-    problem = Problem(*sizes, dtype=_DTYPES[dtype], layout="bhsd", mask=mask, score=score, op=op)
+    layout = RAGGED_LAYOUT if OPERATORS[op].starts else "bhsd"
+    problem = Problem(*sizes, dtype=_DTYPES[dtype], layout=layout, mask=mask, score=score, op=op)
     device = Device(kind, index)
     try:
         choose(problem, device, "auto")
     except TvmFlashError as e:
         return str(e)
-    kernels = [
-        k.entry for arch in device.archs() for k in registry().candidates(arch, problem.definition, problem.dtype, op)
-    ]
+    kernels = [k.entry for arch in device.archs() for k in candidates(arch, problem)]
     fitting = [e for e in kernels if e.mask in problem.masks and e.score in problem.scores]
     return tuple(sorted({(e.head_dim, e.head_dim_v) for e in fitting}))
 

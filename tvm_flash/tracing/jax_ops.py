@@ -30,7 +30,7 @@ from tvm_flash.frameworks.base import TensorView, contiguous_strides
 from tvm_flash.frameworks.jax import Jax
 from tvm_flash.machine import cuda, ffi
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS, gradient_of, role_of, tensor
+from tvm_flash.operators import OPERATORS, RAGGED_LAYOUT, gradient_of, role_of, tensor
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import KernelEntry
 from tvm_flash.packs.registry import Installed, registry
@@ -61,7 +61,7 @@ def attention(options: Options, tensors: dict[str, Any]) -> Any:
     suspicion = request_of(options, _Abstract("cpu", options.op), tensors).suspicion
     if suspicion is not None:
         warn_of_layout(suspicion, options.layout)
-    results = _step(options, tensors) if options.op == BACKWARD else _differentiable(options, tensors)
+    results = (_step if OPERATORS[options.op].differentiates else _differentiable)(options, tensors)
     return results[0] if len(results) == 1 else results
 
 
@@ -113,9 +113,9 @@ def _keep(options, arrays, asked):
 def _check_backward(options, arrays, asked):
     """That some platform has kernels for the gradients."""
     q, k, v = (arrays[name] for name in "qkv")
-    queries = 2 if options.layout == "bhsd" else 1
+    queries = {"bhsd": 2, "bshd": 1, RAGGED_LAYOUT: 0}[options.layout]
     parameters = tuple(name for name in arrays if name not in "qkv")
-    what = (q.dtype.name, (q.shape[queries], k.shape[queries]), (q.shape[3], v.shape[3]), parameters)
+    what = (q.dtype.name, (q.shape[queries], k.shape[queries]), (q.shape[-1], v.shape[-1]), parameters)
     learnt = tuple(name for name in asked if name in parameters)
     kinds = [kind for _, kind in _PLATFORMS.values() if kind == "cpu" or cuda.device_count()]
     reasons = [why_no_backward(options, Device(kind), *what, learnt) for kind in kinds]
@@ -134,7 +134,7 @@ def _backward(options, names, kept, cotangents):
         tensors["dlse"] = dlse[0]
     parameters = [name for name in names if name not in "qkv"]
     learnt = tuple(name for name in parameters if name in asked)
-    options = options._replace(op=BACKWARD, flag=False, gradients=learnt)
+    options = options._replace(op=OPERATORS[options.op].backward, flag=False, gradients=learnt)
     dq, dk, dv, *others = _step(options, {**tensors, **{name: arrays[name] for name in parameters}})
     found = {"q": dq, "k": dk, "v": dv}
     for name, x in zip(learnt, others, strict=True):
@@ -186,6 +186,11 @@ def _mapped(options: Options, names: tuple[str, ...]) -> Callable:
 
     @call.def_vmap
     def larger_batch(size, mapped, *arrays):
+        if operator.starts:
+            raise NotSupportedError(
+                "q, k, v: are mapped by jax.vmap, and sequences of different lengths can't be; they are a batch: "
+                "give all of them in one call"
+            )
         arrays = [
             x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
             for x, is_mapped in zip(arrays, mapped, strict=True)
@@ -236,7 +241,8 @@ class _Abstract(Jax):
         self._kind, self._op = kind, op
 
     def allocates(self, device_kind):
-        return self._op != FORWARD  # a forward with workspaces takes what no foreign function gives it: zeros
+        # A forward with workspaces takes what no foreign function gives it: zeros.
+        return OPERATORS[self._op].differentiates
 
     def view(self, tensor, name):
         shape = tuple(tensor.shape)

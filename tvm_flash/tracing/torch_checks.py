@@ -86,7 +86,7 @@ def check_call(options: Options, tensors: dict[str, Any]) -> None:
     ------
     TvmFlashError: see :mod:`tvm_flash.errors`.
     """
-    if not all(isinstance(x, torch.Tensor) and _known(x) for x in tensors.values()):
+    if not all(isinstance(x, torch.Tensor) and is_known(x) for x in tensors.values()):
         return
     _check_same(*(tensors[name] for name in "qkv"))
     request = request_of(options, _ABSTRACT, tensors)
@@ -136,7 +136,7 @@ def check_shapes(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
     shapes = [tuple(x.shape) for x in (q, k, v)]
     dtype = name_of(q.dtype)
     views = [TensorView(s, contiguous_strides(s), dtype, "cpu", 0, pointer=0) for s in shapes]
-    if all(map(_known, (q, k, v))):
+    if all(map(is_known, (q, k, v))):
         checks.check_tensors(layout, *views)
     else:
         checks.check_kinds(layout, *views)
@@ -151,7 +151,7 @@ def _check_same(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise ArgumentTypeError(f"{name}: has dtype {found}, but q has {wanted}; convert one to the other's")
 
 
-def _known(x: torch.Tensor) -> bool:
+def is_known(x: torch.Tensor) -> bool:
     return not any(isinstance(n, _SYMBOLS) for n in x.shape)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from tvm_flash.call.signature import Options, Signature, signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks.torch import name_of
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS
+from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS, RAGGED_LAYOUT
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.packs.registry import on_refresh
 from tvm_flash.tracing import torch_decomposed
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
+from tvm_flash.tracing.torch_vmap import larger_batch
 
 _MINIMUM = (2, 4)
 
@@ -73,6 +74,11 @@ def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
     ------
     TvmFlashError: an argument is wrong, or of a kind that the operators don't know.
     """
+    return with_kinds_named(program, options, tensors)
+
+
+def with_kinds_named(program: Callable[..., Any], options: Options, tensors: Mapping[str, Any]) -> Any:
+    """``program(options, tensors)``, with an error that says which of the tensors' types don't know its operator."""
     try:
         return program(options, tensors)
     except TypeError as e:
@@ -133,20 +139,24 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
     results = [results[i] for i in range(count)]  # a proxy of torch.fx can't be unpacked
     for i, name in enumerate(outputs):
         if name in tensors:
-            results[i] = _written(name, tensors[name], results[i])
+            results[i] = written(name, tensors[name], results[i])
     return results[0] if count == 1 else tuple(results)
 
 
-def recorded(options: Options, tensors: Mapping[str, Any], call: tuple | None) -> Any:
-    """The same over tensors in memory, of which some require gradients: kernels are called without a dispatcher."""
-    if call is None or options.op == BACKWARD or "out" in tensors or torch.autograd.forward_ad._current_level >= 0:
-        return attention(options, tensors)
+def recorded(options: Options, tensors: Mapping[str, Any], call: tuple | None, traced: Callable = attention) -> Any:
+    """The same over tensors in memory, of which some require gradients: kernels are called without a dispatcher.
+
+    Where that can't be, by ``traced(options, tensors)``.
+    """
+    differentiates, tangents = OPERATORS[options.op].differentiates, torch.autograd.forward_ad._current_level >= 0
+    if call is None or differentiates or tangents or "out" in tensors:
+        return traced(options, tensors)
     made_by, arguments = call
     count = len(made_by.tensors)
     try:
         pair = _pair(made_by, arguments[count:])
     except TypeError:  # an option that can't be a key
-        return attention(options, tensors)
+        return traced(options, tensors)
     out, lse = record(pair, *arguments[: count - 1])
     return (out, lse) if pair.asked else out
 
@@ -155,29 +165,30 @@ def recorded(options: Options, tensors: Mapping[str, Any], call: tuple | None) -
 def _pair(of: Signature, rest: tuple) -> Pair:
     """A forward and its backward by their plans; ``rest`` are the options of a call."""
     variant, asked, *others = rest
-    options, passed = of.options(*rest), set()
+    options, passed, op = of.options(*rest), set(), OPERATORS[of.op].backward
 
     def backward(*tensors, gradients):
         gradients = tuple(gradients)
-        kept = {"op": BACKWARD, "gradients": gradients, "layout_known": True}
+        kept = {"op": op, "gradients": gradients, "layout_known": True}
         compute = signature(of.layout, of.definition, of.parameters, of.scalars, **kept).call
-        outputs = [None] * len(OPERATORS[BACKWARD].all_outputs(gradients))
-        return compute(*_readable(*tensors), *outputs, variant, False, *others)
+        outputs = [None] * len(OPERATORS[op].all_outputs(gradients))
+        return compute(*readable(*tensors), *outputs, variant, False, *others)
 
     def check(q, k, v, parameters, wanted):
         key = (q.dtype, q.device, q.shape, k.shape, v.shape, tuple(parameters), wanted)
         if key not in passed:
-            _check_kernel(options, q, k, v, parameters, wanted)
+            check_kernel(options, q, k, v, parameters, wanted)
             passed.add(key)
 
     asked = checks.check_flag("return_lse", asked)
-    return Pair(lambda *tensors: of.call(*tensors, None, variant, True, *others), backward, of.parameters, asked, check)
+    names = (*of.starts, *of.parameters)
+    return Pair(lambda *tensors: of.call(*tensors, None, variant, True, *others), backward, names, asked, check)
 
 
 on_refresh(_pair.cache_clear)
 
 
-def _written(name: str, to: Any, result: Any) -> Any:
+def written(name: str, to: Any, result: Any) -> Any:
     """A result in the memory that the caller gave for it."""
     if to.shape != result.shape:
         raise InvalidArgumentError(
@@ -238,10 +249,10 @@ def _run(
     if op == FORWARD:
         result = compute(*tensors, *outputs, variant, return_lse, softmax_scale, *options)
         return result if return_lse else (result, tensors[0].new_empty(0, dtype=torch.float32))
-    return list(compute(*_readable(*tensors), *outputs, variant, False, softmax_scale, *options))
+    return list(compute(*readable(*tensors), *outputs, variant, False, softmax_scale, *options))
 
 
-def _readable(dout, q, k, v, out, lse, dlse, *parameters):
+def readable(dout, q, k, v, out, lse, dlse, *parameters):
     """The tensors of a backward, with gradients that lie as kernels take them, not as whoever computed them saw fit."""
     sizes = [s * dout.element_size() for s, n in zip(dout.stride()[:-1], dout.shape, strict=False) if n > 1]
     aligned = dout.device.type == "cpu" or not any(n % 16 for n in (dout.data_ptr(), *sizes))
@@ -317,10 +328,10 @@ def _check_backward(options, q, k, v, parameters, wanted):
         *(options.get("causal", False), window, options.get("softcap", 0.0)),
         definition=options.get("name", BUILTIN_DEFINITION),
     )
-    _check_kernel(asked, q, k, v, parameters, wanted)
+    check_kernel(asked, q, k, v, parameters, wanted)
 
 
-def _check_kernel(options, q, k, v, parameters, wanted):
+def check_kernel(options, q, k, v, parameters, wanted):
     """That gradients of a call can be computed, before it is made.
 
     Raises
@@ -329,13 +340,13 @@ def _check_kernel(options, q, k, v, parameters, wanted):
     """
     if q.device.type not in ("cpu", "cuda"):
         return
-    queries = 2 if options.layout == "bhsd" else 1
+    queries = {"bhsd": 2, "bshd": 1, RAGGED_LAYOUT: 0}[options.layout]
     reason = why_no_backward(
         options,
         Device(q.device.type, q.device.index or 0),
         name_of(q.dtype),
         (q.shape[queries], k.shape[queries]),
-        (int(q.shape[3]), int(v.shape[3])),
+        (int(q.shape[-1]), int(v.shape[-1])),
         tuple(parameters),
         wanted,
     )
@@ -347,36 +358,6 @@ def _check_kernel(options, q, k, v, parameters, wanted):
         )
 
 
-# ---------------------------------------------------------------- vmap
-
-
-def _vmap(operator):
-    """A rule that makes one batch of the mapped and the own batch dimension."""
-
-    def rule(info, in_dims, *arguments, **options):
-        size = info.batch_size
-
-        def merged(x, dim):
-            if isinstance(x, (list, tuple)):
-                dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(x)
-                return [merged(*pair) for pair in zip(x, dims, strict=True)]
-            if not isinstance(x, torch.Tensor):
-                return x
-            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            if x.ndim < 4:  # one value a head, or also a batch entry
-                x = (x[:, None] if x.ndim == 2 else x).expand(size, batch, -1)
-            return x.flatten(0, 1)
-
-        first, dim = arguments[0], in_dims[0]
-        batch = first.movedim(dim, 0).shape[1] if dim is not None else first.shape[0]
-        merged_arguments = [merged(x, dim) for x, dim in zip(arguments, in_dims, strict=True)]
-        results = operator(*merged_arguments, **options)
-        unmerged = [x.unflatten(0, (size, batch)) if x.ndim > 1 else x.expand(size, 0) for x in results]
-        return (tuple(unmerged), (0, 0)) if isinstance(results, tuple) else (unmerged, [0] * len(unmerged))
-
-    return rule
-
-
 for _op, _names in _NAMES.items():
     for _i, _name in enumerate(_names):
         for _key in ("CPU", "CUDA"):
@@ -386,7 +367,7 @@ for _op, _names in _NAMES.items():
         torch.library.register_fake(f"tvm_flash::{_name}", _fake, lib=_library)
         _operator = getattr(torch.ops.tvm_flash, _name).default
         if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap calls one after the other
-            torch.library.register_vmap(f"tvm_flash::{_name}", _vmap(_operator), lib=_library)
+            torch.library.register_vmap(f"tvm_flash::{_name}", larger_batch(_operator), lib=_library)
 
 
 def _flops(q_shape, k_shape, v_shape, *_, layout="bhsd", **__) -> int:

@@ -27,12 +27,12 @@ _R = 8
 #: Keys of a tile at least: with tiles of 32, a query of 32 heads with 4096 keys took 1.2 (causal) to 1.8 times as long.
 _TILE = 64
 #: The keys of a head are split into parts of at least so many keys, and at most so many parts.
-_PART_KEYS, _MOST_PARTS = 1024, 32
+PART_KEYS, _MOST_PARTS = 1024, 32
 
 
 def parts(problem: Problem):
     """Into how many parts the keys are split: a function of their number alone."""
-    return T.max(T.min(T.int64(_MOST_PARTS), problem.seqlen_kv // _PART_KEYS), T.int64(1))
+    return T.max(T.min(T.int64(_MOST_PARTS), problem.seqlen_kv // PART_KEYS), T.int64(1))
 
 
 def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head_dim_v: int):
@@ -147,7 +147,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         row = T.sblock_alloc_buffer((_R,), "int64", scope="local")
         k_base: T.int64 = P.key_rows(b, h).offset(T.int64(0), T.int64(0))
         v_base: T.int64 = P.value_rows(b, h).offset(T.int64(0), T.int64(0))
-        r0: T.int64 = ((b * P.heads + h) * count + p) * P.seqlen_q
+        r0: T.int64 = P.part_row(b, h, p, count)
         scale: T.float32 = P.exponent_scale()
         site = T.meta_var(P.site(b, h))
 
@@ -189,7 +189,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         weights = T.sblock_alloc_buffer((_MOST_PARTS,), "float32", scope="local")
         scale: T.float32 = P.exponent_scale()
         for i in T.serial(P.seqlen_q):
-            r0: T.int64 = (b * P.heads + h) * count * P.seqlen_q + i
+            r0: T.int64 = P.part_row(b, h, 0, count) + i
             o_row: T.int64 = P.o.row(b, h, i)
             highest: T.float32 = T.float32(NEGATIVE_INFINITY)
             for p in T.serial(count):
@@ -206,6 +206,6 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                     element += outputs[(r0 + p * P.seqlen_q) * P.head_dim_v + e] * weights[p]
                 P.o.flat[o_row + e] = T.cast(element / divisor, dtype)
             if P.wants_lse():
-                P.lse[(b * P.heads + h) * P.seqlen_q + i] = highest * P.scale() + T.log(total)
+                P.lse[P.lse_row(b, h) + i] = highest * P.scale() + T.log(total)
 
     return part, join

@@ -20,7 +20,7 @@ from schedules.tile.tile_scheduler import Traversal, Work, from_both_ends, place
 #: What the multiplications need beyond TIR, as LLVM's assembly: instructions that LLVM doesn't find by itself.
 LLVM_FUNCTIONS = {"pairs": DOT_PAIRS, "tiles": TILE_PRODUCT}
 #: Extent of a flat view of a tensor; the strides alone know how far it reaches.
-_UNBOUNDED = 1 << 60
+UNBOUNDED = 1 << 60
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
@@ -30,6 +30,19 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     itemsize = element_type(pattern.dtype).bytes
     func = append_arguments(func, arguments)
     return forward_program(func, pattern.params, "s_tir", alignment=itemsize, index_bits=64)
+
+
+def item_macro(pattern: Pattern, traversal: Traversal):
+    """``(work item, batch, heads, row tiles of a head) -> work tile``, in the template's order."""
+
+    def work_item(w, batch, heads, tiles):
+        # A section is all heads of a batch.
+        order = traversal.order(Work(tiles, heads, batch), lambda: heads)
+        tile = order.work_tile(place_of_item(order.grid(), w))
+        # A mask leaves some m-blocks more to do than others, and a thread gets a contiguous part of the work items.
+        return tile if pattern.is_unmasked else tile._replace(m_block=from_both_ends(tile.m_block, tiles))
+
+    return work_item
 
 
 def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
@@ -42,12 +55,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
     def physical(b, h, s, d):
         return (b, s, h, d) if traversal.layout == "bshd" else (b, h, s, d)
 
-    def work_item(w, batch, heads, tiles):
-        """The work tile of a work item, in the template's order; a section is all heads of a batch."""
-        order = traversal.order(Work(tiles, heads, batch), lambda: heads)
-        tile = order.work_tile(place_of_item(order.grid(), w))
-        # A mask leaves some m-blocks more to do than others, and a thread gets a contiguous part of the work items.
-        return tile if pattern.is_unmasked else tile._replace(m_block=from_both_ends(tile.m_block, tiles))
+    work_item = item_macro(pattern, traversal)
 
     def announce(problem, items):
         """Tell the thread pool what the next loop is; a small one is not worth sharing."""
@@ -70,10 +78,10 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         )
         O = T.match_buffer(o, physical(batch, heads, seqlen_q, head_dim_v), dtype, strides=physical(o_b, o_h, o_s, one))
         LSE = T.match_buffer(lse, (lse_length,), "float32")
-        q_flat = T.decl_buffer((T.int64(_UNBOUNDED),), dtype, data=Q.data)
-        k_flat = T.decl_buffer((T.int64(_UNBOUNDED),), dtype, data=K.data)
-        v_flat = T.decl_buffer((T.int64(_UNBOUNDED),), dtype, data=V.data)
-        o_flat = T.decl_buffer((T.int64(_UNBOUNDED),), dtype, data=O.data)
+        q_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=Q.data)
+        k_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=K.data)
+        v_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=V.data)
+        o_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=O.data)
         problem = T.meta_var(
             Problem(
                 pattern,

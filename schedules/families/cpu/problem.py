@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -18,17 +18,24 @@ from schedules.tile.sequences import Dense
 
 @dataclass(frozen=True)
 class Tensor:
-    """A rank-4 argument: its elements as a flat buffer, and the strides in elements of batch, head and position.
+    """A tensor argument: its elements as a flat buffer, and the strides in elements of batch, head and position.
 
-    Flat, because TVM analyses each index: with rank-4 indices in unrolled loops that took 5 s a kernel.
+    Flat, because TVM analyses each index: with rank-4 indices in unrolled loops that took 5 s a kernel.  Of a ragged
+    batch ``first`` is the offset of the first row of the sequence that is meant, and the stride of the batch is 0.
     """
 
     flat: tirx.Buffer
     strides: tuple[Expr, Expr, Expr]
+    first: Expr | None = None
 
     def row(self, b: Expr, h: Expr, s: Expr) -> Expr:
         """Offset of the first element of a row."""
-        return b * self.strides[0] + h * self.strides[1] + s * self.strides[2]
+        row = b * self.strides[0] + h * self.strides[1] + s * self.strides[2]
+        return row if self.first is None else self.first + row
+
+    def from_row(self, s: Expr) -> Tensor:
+        """The same tensor from position ``s`` on."""
+        return replace(self, first=s * self.strides[2])
 
     def offset(self, b: Expr, h: Expr, s: Expr, d: Expr) -> Expr:
         """Offset of an element."""
@@ -106,3 +113,37 @@ class Problem:
     def wants_lse(self) -> Expr:
         """Whether the caller asked for the log-sum-exp."""
         return self.lse_length >= self.batch * self.heads * self.seqlen_q
+
+    def lse_row(self, b: Expr, h: Expr) -> Expr:
+        """Where the log-sum-exp of the first row of a head is."""
+        return (b * self.heads + h) * self.seqlen_q
+
+    def part_row(self, b: Expr, h: Expr, part: Expr | int, parts: Expr) -> Expr:
+        """Where the first row of a part of a head's keys is, of the rows of all parts."""
+        return ((b * self.heads + h) * parts + part) * self.seqlen_q
+
+
+@dataclass(frozen=True)
+class SequenceProblem(Problem):
+    """One sequence of a ragged call, as if it were alone.
+
+    Its tensors begin with its first row, ``seqlen_q`` and ``seqlen_kv`` are its own lengths, ``first_row`` is where its
+    rows begin among the ``total_q`` of all sequences, and ``first_part_row`` where those of its parts do.  The batch
+    entry is its number; what follows the last sequence counts as one more, without parameters of its own.
+    """
+
+    first_row: Expr
+    total_q: Expr
+    first_part_row: Expr
+
+    def site(self, b: Expr, h: Expr) -> Site:
+        return super().site(T.min(b, self.batch - 1), h)
+
+    def wants_lse(self) -> Expr:
+        return self.lse_length >= self.heads * self.total_q
+
+    def lse_row(self, b: Expr, h: Expr) -> Expr:
+        return h * self.total_q + self.first_row
+
+    def part_row(self, b: Expr, h: Expr, part: Expr | int, parts: Expr) -> Expr:
+        return self.first_part_row + (h * parts + part) * self.seqlen_q

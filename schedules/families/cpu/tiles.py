@@ -103,7 +103,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         # 3. The log-sum-exp, before row_sum becomes the divisor.
         if P.wants_lse():
             for i in T.serial(rows):
-                P.lse[(b * P.heads + h) * P.seqlen_q + row0 + i] = row_max[i] * P.scale() + T.log(row_sum[i])
+                P.lse[P.lse_row(b, h) + row0 + i] = row_max[i] * P.scale() + T.log(row_sum[i])
 
         # 4. Divide, transpose back, store.  A row that saw nothing has a row_sum of 0, and an output of 0.
         for i in T.serial(M // lanes):

@@ -19,32 +19,25 @@ from schedules.tile.fragment import Fragment
 from schedules.tile.geometry import Geometry, flat, local
 from schedules.tile.key_range import KeyTiles, next_visible
 from schedules.tile.key_source import ContiguousRows
-from schedules.tile.smem import SharedTile
+from schedules.tile.smem import TILE_ALIGNMENT, SharedTile
 from schedules.tile.softmax import OnlineSoftmax
 from schedules.tile.tile_scheduler import WorkTile
 
 
 @T.meta_class
-class Matrix:
-    """One head's rows of q, k or v in global memory, the shared tile that they are copied to, and a thread's part.
+class Rows:
+    """One head's rows of a tensor in global memory, the shared tile that they are copied to, and a thread's part.
 
-    A thread copies 16 bytes of every ``step``-th row of each panel.  ``cursor`` is the offset of the first of them in
-    the tile that is next, ``to`` their shared address in stage 0.  Cursors are registers, or in a shared buffer with
-    an element for each thread.
+    A thread copies 16 bytes of every ``step``-th row of each panel, from shared address ``to`` on in stage 0.  Where it
+    begins is computed anew for each tile.
     """
 
-    def __init__(self, source: ContiguousRows, tile: SharedTile, threads: int, thread, cursors=None):
-        tensor = source.tensor
-        self.source, self.memory, self.tile = source, flat(tensor.buffer), tile
+    def __init__(self, source: ContiguousRows, tile: SharedTile, threads: int):
+        self.source, self.memory, self.tile = source, flat(source.tensor.buffer), tile
         self.rows = source.sequence.length
         self.step = threads // tile.panel_chunks
-        row, chunk = thread // tile.panel_chunks, thread % tile.panel_chunks
-        self.cursors = cursors if cursors is not None else T.alloc_local([1], "int64")
-        self.own = (lambda: fresh("tid.x")) if cursors is not None else (lambda: 0)
-        T.buffer_store(self.cursors, source.offset(row, chunk * tile.chunk), [self.own()])
-        place = tile.address(row, chunk)
-        self.to = local(place) if cursors is None else tile.address(self.row(), self.column() // tile.chunk)
-        self.dim = tensor.sizes["dim"]
+        self.dim = source.tensor.sizes["dim"]
+        self.to = tile.address(self.row(), self.column() // tile.chunk)
 
     @property
     def passes(self) -> int:
@@ -59,10 +52,35 @@ class Matrix:
         """First column of this thread."""
         return fresh("tid.x") % self.tile.panel_chunks * self.tile.chunk
 
+    def start(self, first):
+        """Offset of this thread's first element in the tile whose first row is ``first``."""
+        return self.source.offset(first + self.row(), self.column())
+
+
+@T.meta_class
+class Matrix(Rows):
+    """Rows whose tiles follow one another: ``cursor`` is the offset of a thread's first element in the tile that is
+    next.
+
+    Cursors are registers, or in a shared buffer with an element for each thread.
+    """
+
+    def __init__(self, source: ContiguousRows, tile: SharedTile, threads: int, thread, cursors=None):
+        Rows.__init__(self, source, tile, threads)
+        row, chunk = thread // tile.panel_chunks, thread % tile.panel_chunks
+        self.cursors = cursors if cursors is not None else T.alloc_local([1], "int64")
+        self.own = (lambda: fresh("tid.x")) if cursors is not None else (lambda: 0)
+        T.buffer_store(self.cursors, source.offset(row, chunk * tile.chunk), [self.own()])
+        if cursors is None:
+            self.to = local(tile.address(row, chunk))
+
     @property
     def cursor(self):
         """Offset of this thread's first element in the tile that is next."""
         return self.cursors[self.own()]
+
+    def start(self, first):
+        return self.cursor
 
     @T.inline
     def move(self, first, distance):
@@ -70,11 +88,42 @@ class Matrix:
         self.cursors[self.own()] = self.source.moved(self.cursor, first + self.row(), distance)
 
 
+class RowCopies:
+    """Mixed into a machine: what a thread copies of a tile."""
+
+    @T.inline
+    def each_row(self, matrix, stage, tile_first, live, ragged, body):
+        """``body(n, memory, shared, inside)`` for all that this thread copies of a tile.
+
+        ``n`` counts; ``memory`` is the global element, ``shared`` the operand for shared memory; ``inside`` tells
+        whether the element exists: where it doesn't, zeros are to be filled in.  ``tile_first`` is the tile's first
+        row; ``live`` says whether there is such a tile at all, ``ragged`` whether it may go beyond the last row.
+        """
+        tile = T.meta_var(matrix.tile)
+        start: T.int64 = matrix.start(tile_first)
+        to: T.uint32 = matrix.to + T.Cast("uint32", stage * tile.stage_bytes)
+        column: T.int32 = matrix.column()
+        first: T.int32 = matrix.row() + (tile_first if ragged else 0)
+        for i in T.unroll(matrix.passes):
+            for p in T.unroll(tile.panels):
+                row = T.meta_var(matrix.source.moved(start, tile_first + matrix.row(), i * matrix.step))
+                memory = T.meta_var(row + T.int64(p * tile.panel))
+                shared = T.meta_var(tile.below(to, i, matrix.step, p))
+                in_row = T.meta_var(T.And(live, column + p * tile.panel < matrix.dim))
+                inside = T.meta_var(T.And(in_row, first + i * matrix.step < matrix.rows) if ragged else in_row)
+                if tile.rows % matrix.step == 0:
+                    body(i * tile.panels + p, memory, shared, inside)
+                else:
+                    if matrix.row() + i * matrix.step < tile.rows:
+                        body(i * tile.panels + p, memory, shared, inside)
+
+
 @T.meta_class
-class BlockMachine:
+class BlockMachine(RowCopies):
     """Shared tiles, copy cursors, registers and softmax state of one block.
 
-    ``rows`` are its first and last row, ``sources`` where q, k and v are, ``thread`` an index in it.
+    ``rows`` are its first and last row, ``sources`` where q, k and v are, ``thread`` an index in it.  ``pool`` is its
+    shared memory if somebody has taken of it already; the tiles begin at ``first_byte``.
     ``parts`` warps share the rows of ``m_tiles`` m-tiles: each computes the scores of its part of the keys, and the
     output of its part of the columns.  A warp's m-tiles are ``tile_step`` rows apart.  ``cursors_in_shared`` keeps
     where threads copy from in shared memory, 16 bytes a thread, where it costs no registers.
@@ -93,6 +142,7 @@ class BlockMachine:
         sources,
         block: WorkTile,
         thread,
+        pool: SMEMPool | None = None,
         *,
         fragment: Fragment,
         num_stages: int,
@@ -106,7 +156,8 @@ class BlockMachine:
         self.threads = 32 * config.num_warps
         self.tile_step = fragment.tile_rows * (config.num_warps // parts)
         self.m_tiles = M // self.tile_step
-        pool = SMEMPool()
+        pool = pool or SMEMPool()
+        self.first_byte = -(-pool.offset // TILE_ALIGNMENT) * TILE_ALIGNMENT
         types = self.types = tensor_types(pattern)
         tiles_of = [
             SharedTile(pool, stages, rows, columns, element)
@@ -168,32 +219,6 @@ class BlockMachine:
     def sync_sharing_warps(self):
         """The warps that share rows wait for each other."""
         T.cuda.warp_sync()
-
-    @T.inline
-    def each_row(self, matrix, stage, tile_first, live, ragged, body):
-        """``body(n, memory, shared, inside)`` for all that this thread copies of the tile at the cursor.
-
-        ``n`` counts; ``memory`` is the global element, ``shared`` the operand for shared memory; ``inside`` tells
-        whether the element exists: where it doesn't, zeros are to be filled in.  ``tile_first`` is the tile's first
-        row; ``live`` says whether there is such a tile at all, ``ragged`` whether it may go beyond the last row.
-        """
-        tile = T.meta_var(matrix.tile)
-        start: T.int64 = matrix.cursor
-        to: T.uint32 = matrix.to + T.Cast("uint32", stage * tile.stage_bytes)
-        column: T.int32 = matrix.column()
-        first: T.int32 = matrix.row() + (tile_first if ragged else 0)
-        for i in T.unroll(matrix.passes):
-            for p in T.unroll(tile.panels):
-                row = T.meta_var(matrix.source.moved(start, tile_first + matrix.row(), i * matrix.step))
-                memory = T.meta_var(row + T.int64(p * tile.panel))
-                shared = T.meta_var(tile.below(to, i, matrix.step, p))
-                in_row = T.meta_var(T.And(live, column + p * tile.panel < matrix.dim))
-                inside = T.meta_var(T.And(in_row, first + i * matrix.step < matrix.rows) if ragged else in_row)
-                if tile.rows % matrix.step == 0:
-                    body(i * tile.panels + p, memory, shared, inside)
-                else:
-                    if matrix.row() + i * matrix.step < tile.rows:
-                        body(i * tile.panels + p, memory, shared, inside)
 
     @T.inline
     def softmax_pv(self, tracked, first=0):

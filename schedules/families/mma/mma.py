@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from tvm.backend.cuda.lang import SMEMPool
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
@@ -68,6 +69,7 @@ class DenseBlocks:
     """Which work tile a block has, where that follows from its place: the longest under a causal mask first."""
 
     order: Order
+    pool = None
 
     def grid(self) -> tuple[Expr, Expr, Expr]:
         """Blocks along each axis."""
@@ -89,7 +91,9 @@ class RaggedBlocks:
 
     def __init__(self, order: Order):
         self.order = InOneRow(order)
-        self.found = FoundTile(T.alloc_shared([WORDS], "int32"))
+        # An array of known size would move the tiles to an address that the swizzle doesn't expect.
+        self.pool = SMEMPool()
+        self.found = FoundTile(self.pool.alloc((WORDS,), "int32"))
 
     def grid(self) -> tuple[Expr, Expr, Expr]:
         """Blocks along each axis."""
@@ -115,7 +119,7 @@ class RaggedBlocks:
 
     def exists(self, place: Place) -> Expr:
         """Whether the block has a work tile."""
-        return self.found.m_block >= 0
+        return self.found.exists
 
     def work_tile(self, place: Place) -> WorkTile:
         """The work tile that was found."""
@@ -156,16 +160,16 @@ def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, careful, step):
 
 
 @T.inline
-def store_output(machine, queries, O):
-    """Normalise and store the output of rows of ``queries`` by way of the warp's own rows of Q in shared memory."""
-    g = T.meta_var(machine.geometry)
+def stage_rows(machine, tile, acc, stride):
+    """A warp's accumulators, ``stride`` registers an m-tile, rounded, to its own rows of ``tile``.
+
+    No warp reads these rows any more.
+    """
     lane = T.meta_var(machine.lane)
     fragment = T.meta_var(machine.fragment)
-    stride = T.meta_var(machine.o_stride)
-    normalise(machine.softmax, machine.O, stride)
-    element = T.meta_var(machine.types.o)
+    element = T.meta_var(tile.element)
     word = T.alloc_local([1], "uint32")
-    first = T.meta_var(machine.q.tile.address(machine.warp_row + fragment.row(lane), machine.part * 2))
+    first = T.meta_var(tile.address(machine.warp_row + fragment.row(lane), machine.part * 2))
     to: T.uint32 = first + T.Cast("uint32", fragment.column(lane) * element.bytes)
     machine.sync_sharing_warps()
     for t in T.unroll(machine.m_tiles):
@@ -174,14 +178,22 @@ def store_output(machine, queries, O):
                 o = T.meta_var(t * stride + i * 4 + r * 2)
                 row = T.meta_var(t * machine.tile_step + r * fragment.row_step)
                 column = T.meta_var(machine.output_column(i))
-                machine.pack_pair(word, 0, machine.O[o], machine.O[o + 1])
+                machine.pack_pair(word, 0, acc[o], acc[o + 1])
                 at = T.meta_var((column // element.chunk, column % element.chunk * element.bytes))
-                T.ptx["st.shared.b32"](machine.q.tile.at(to, row, *at), word[0])
+                T.ptx["st.shared.b32"](tile.at(to, row, *at), word[0])
     machine.sync_sharing_warps()
-    rows = T.meta_var(fragment.tile_rows // machine.parts)
+
+
+@T.inline
+def store_output(machine, queries, O):
+    """Normalise and store the output of rows of ``queries`` by way of the warp's own rows of Q in shared memory."""
+    g = T.meta_var(machine.geometry)
+    normalise(machine.softmax, machine.O, machine.o_stride)
+    stage_rows(machine, machine.q.tile, machine.O, machine.o_stride)
+    rows = T.meta_var(machine.fragment.tile_rows // machine.parts)
     store_rows(
-        g, queries, machine.at, O, machine.q.tile, machine.warp_row + machine.part * rows, machine.row_first, lane,
-        machine.m_tiles, machine.tile_step, rows,
+        g.o, queries, machine.at.b, machine.at.h, O, machine.q.tile, machine.warp_row + machine.part * rows,
+        machine.row_first, machine.lane, machine.m_tiles, machine.tile_step, rows,
     )  # fmt: skip
 
 
@@ -240,7 +252,7 @@ def attend(pattern: Pattern, config, geometry: Geometry, blocks, machine_type):
                 ContiguousRows(geometry.v, b, kv_head, keys),
             )
         )
-        machine = machine_type(pattern, config, geometry, at, rows, tiles, sources, block, tid)
+        machine = machine_type(pattern, config, geometry, at, rows, tiles, sources, block, tid, blocks.pool)
         machine.start()
         walk(pattern, at, tiles, rows, N, careful, machine.step)
         machine.wait_for_copies()

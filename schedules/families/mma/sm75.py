@@ -11,19 +11,18 @@ from schedules.definition.pattern import Pattern
 from schedules.families import limits
 from schedules.families.interface import RAGGED, Program, Rejected, Target
 from schedules.families.mma import ldmatrix, mma
+from schedules.families.mma.instructions import TuringProducts
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
 from schedules.families.mma.ragged import RaggedForward
-from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
+from schedules.families.mma.staged import StagedCopies, staging_registers
 from schedules.tile.fragment import M16N8
 from schedules.tile.tile_scheduler import Traversal
 
 DTYPES = ("float16",)  # tensor cores know bfloat16 from sm_80 on
 TEMPLATES = ("v1",)
 INDEX_DTYPE = "int32"
-
-_MMA = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Config:
 
 
 @T.meta_class
-class Machine(LdmatrixProducts, StagedCopies, BlockMachine):
-    """Staged copies, two m16n8k8 for one k of 16: the registers are those of one m16n8k16."""
+class Machine(LdmatrixProducts, StagedCopies, TuringProducts, BlockMachine):
+    """Staged copies, m16n8k8."""
 
     def __init__(self, pattern, config, *args):
         self.q_in_registers, self.v_ahead = config.q_in_registers, config.v_ahead
@@ -56,19 +55,6 @@ class Machine(LdmatrixProducts, StagedCopies, BlockMachine):
         )  # fmt: skip
         self.place_staging()
 
-    @T.inline
-    def multiply(self, C, c, A, a, B, b):
-        """A product of k = 16."""
-        for k in T.unroll(2):
-            T.ptx[_MMA](
-                *[C[c + x] for x in range(4)], A[a + k * 2], A[a + k * 2 + 1], B[b + k], *[C[c + x] for x in range(4)]
-            )
-
-    @T.inline
-    def pack_pair(self, to, i, low, high):
-        """Two float32 as one register of halves."""
-        pack_halves(to, i, low, high)
-
 
 @T.meta_class
 class PairedMachine(PairedProducts, Machine):
@@ -77,7 +63,7 @@ class PairedMachine(PairedProducts, Machine):
     def place_shared(self, pool):
         """What they hand to each other is in the memory of K, between its last use in a step and the next tile."""
         end = pool.offset
-        pool.move_base_to(self.types.q.bytes * self.config.block_m * self.head_dim)
+        pool.move_base_to(self.first_byte + self.types.q.bytes * self.config.block_m * self.head_dim)
         PairedProducts.place_shared(self, pool)
         pool.move_base_to(end)
 

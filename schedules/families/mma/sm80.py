@@ -22,9 +22,12 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import DECODE, RAGGED, Program, Rejected, Target
-from schedules.families.mma import ldmatrix, mma
+from schedules.families.interface import BACKWARD, DECODE, RAGGED, Program, Rejected, Target
+from schedules.families.mma import backward, ldmatrix, mma
+from schedules.families.mma.backward.key_machine import KeyMachine
+from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.decode import Decoding, PackedSoftmax
+from schedules.families.mma.instructions import AmpereProducts, AsynchronousCopies
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
@@ -35,8 +38,6 @@ from schedules.tile.tile_scheduler import Traversal
 DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
-
-_COPY = "cp.async.cg.shared.global.L2::128B"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Config:
 
 
 @T.meta_class
-class _AsynchronousMachine(BlockMachine):
+class _AsynchronousMachine(AsynchronousCopies, AmpereProducts, BlockMachine):
     """Asynchronous copies, m16n8k16."""
 
     def __init__(self, pattern, config, *args):
@@ -73,17 +74,6 @@ class _AsynchronousMachine(BlockMachine):
             self, pattern, config, *args, fragment=M16N8, num_stages=config.num_stages,
             parts=config.warps_per_tile, cursors_in_shared=config.cursors_in_shared,
         )  # fmt: skip
-
-    @T.inline
-    def copy(self, matrix, stage, tile_first, live, ragged=False):
-        """Start copying the tile at a cursor; what doesn't exist is filled with zeros, so that nothing branches."""
-
-        @T.inline
-        def row(n, memory, shared, inside):
-            size = T.meta_var(T.Select(inside, T.uint32(16), T.uint32(0)))
-            T.ptx[_COPY](shared, matrix.memory.ptr_to([memory]), 16, size)
-
-        self.each_row(matrix, stage, tile_first, live, ragged, row)
 
     @T.inline
     def fetch(self, stage, live, ragged=False):
@@ -106,28 +96,9 @@ class _AsynchronousMachine(BlockMachine):
         return tile - max(self.stages - 1, 1) >= self.tiles.begin
 
     @T.inline
-    def arrive(self, in_flight):
-        """Wait until at most ``in_flight`` groups of copies are, and every warp is here."""
-        T.ptx.cp.async_.wait_group(in_flight)
-        T.cuda.cta_sync()
-
-    @T.inline
     def wait_for_copies(self):
         """Wait for this thread's copies that no step has waited for: all of them, where a block sees no key."""
         T.ptx.cp.async_.wait_group(0)
-
-    @T.inline
-    def multiply(self, C, c, A, a, B, b):
-        """One m16n8k16 product."""
-        dt = T.meta_var(self.types.v.ptx)
-        T.ptx[f"mma.sync.aligned.m16n8k16.row.col.f32.{dt}.{dt}.f32"](
-            *[C[c + x] for x in range(4)], *[A[a + x] for x in range(4)], B[b], B[b + 1], *[C[c + x] for x in range(4)]
-        )
-
-    @T.inline
-    def pack_pair(self, to, i, low, high):
-        """Two float32 as one register of 16-bit elements."""
-        T.ptx[self.types.v.pack](to[i], high, low)
 
     @T.inline
     def start(self):
@@ -318,8 +289,36 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     return mma.program(func, pattern, config, traversal)
 
 
+@T.meta_class
+class BackwardKeys(AsynchronousCopies, AmpereProducts, KeyMachine):
+    """The backward's launch for dk and dv."""
+
+
+@T.meta_class
+class BackwardQueries(AsynchronousCopies, AmpereProducts, QueryMachine):
+    """The backward's launch for dq."""
+
+
+#: Of the backward, by head_dim, the first that is large enough.
+_BACKWARD_LARGE = {
+    64: backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2, paced=False),
+    96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 2),
+    128: backward.Config(128, 64, 8, 2, 1, 256, 32, 8, 2, 1),
+}
+_BACKWARD_SMALL = {
+    64: backward.Config(128, 32, 4, 2, 2, 128, 32, 4, 2, 2, paced=False),
+    96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 1),
+    128: backward.Config(128, 32, 8, 2, 1, 128, 32, 8, 2, 1),
+}
+
+
+def _backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
+    return limits.by_head_dim(_BACKWARD_LARGE if target.arch == "sm_80" else _BACKWARD_SMALL, pattern)
+
+
 KINDS = {
     DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
+    BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
 }
-UNVERIFIED_KINDS = (RAGGED,)
+UNVERIFIED_KINDS = (RAGGED, BACKWARD)

@@ -7,8 +7,8 @@ turns, softmax overlapped with products.
 from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import BACKWARD, DECODE, Program, Target, forward_program
-from schedules.families.sm90 import backward, decode
+from schedules.families.interface import BACKWARD, DECODE, RAGGED, Program, Target, forward_program
+from schedules.families.sm90 import backward, decode, ragged
 from schedules.families.sm90.config import Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
@@ -31,7 +31,7 @@ __all__ = [
 DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
-KINDS = {DECODE: decode, BACKWARD: backward}
+KINDS = {DECODE: decode, BACKWARD: backward, RAGGED: ragged}
 #: Some were verified by name (docs/hopper.md, "Backward"), not those that a core set would have.
 UNVERIFIED_KINDS = (BACKWARD,)
 

@@ -67,7 +67,8 @@ class Consumer:
         self.products = Products(pattern.dtype, config.block_m, config.block_n, pattern.head_dim, pattern.head_dim_v)
         # A product of the work tile before may still need its V tile.
         several = config.num_consumer_warpgroups > 1
-        self.may_skip = several and not (pattern.is_unmasked or pattern.has_gaps or config.overlap_tiles)
+        all_alike = pattern.is_unmasked and not block.rows.may_be_absent
+        self.may_skip = several and not (all_alike or pattern.has_gaps or config.overlap_tiles)
         self.outputs = pattern.head_dim_v // 2
         # Of a warpgroup's 64 rows, 128 threads: (64, block_n), (64, head_dim_v) float32; (64, block_n) 16-bit in pairs.
         self.acc_s = T.alloc_local([config.block_n // 2], "float32")
@@ -246,12 +247,11 @@ class Consumer:
                 self.barriers.start_turns()
         if self.config.overlap_tiles:
             self.start()
-        for t in T.serial(self.block.tiles):
+
+        @T.inline
+        def compute(t):
             # 1. The first tile of keys, unless it was begun beside the work tile before.
             if not self.config.overlap_tiles:
-                if static(self.config.several_tiles):
-                    if t > 0:
-                        self.block.advance()
                 self.start()
             # 2. The other tiles of keys from right to left: masked, full, masked.
             walk = self.walk()
@@ -271,6 +271,8 @@ class Consumer:
                     self.change_tile()
             else:
                 self.end()
+
+        self.block.scheduler.each_tile(self.block, not self.config.overlap_tiles, self.lane, compute)
         if self.config.overlap_tiles:
             self.end()
 
@@ -330,7 +332,7 @@ class Consumer:
     @T.inline
     def count(self, walk):
         """How many steps there are to take, of a mask with gaps."""
-        self.total = 1
+        self.total = self.counter.count + 1 if self.config.several_tiles else 1
         for i in T.serial(1, walk.steps):
             self.total = self.total + T.Cast("int32", walk.visible(i))
 

@@ -23,6 +23,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families import split_keys
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
+from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
 from schedules.families.sm90.consumer import Consumer
@@ -139,6 +140,14 @@ class SplitScheduler:
         self.m_blocks = T.bind(ceildiv(rows.count, config.block_m))
         self.work = T.bind(rows.heads * self.m_blocks)
         self.tiles = T.bind(T.truncdiv(split_length, config.block_n))
+
+    def work_tiles(self, at):
+        """A block has the rows of one work tile."""
+        return 1
+
+    def own(self, geometry, rows, tile):
+        """Geometry and rows of the block's work tile: those of all."""
+        return geometry, rows
 
     def grid(self):
         """Blocks along each axis."""
@@ -291,7 +300,7 @@ def _partial(pattern: Pattern, config: Config, traversal: Traversal, parameters:
         thread = T.thread_id([config.threads])
         # 3. The block's part of the keys; the launch that combines may begin when every block has come here.
         T.ptx.griddepcontrol.launch_dependents()
-        block = Block(pattern, config, geometry, rows, scheduler, (x, y, z))
+        block = Block(pattern, config, geometry, rows, scheduler, DenseBoxes(geometry, rows), (x, y, z))
         left = Partial(results)
         walk = KeyWalk(block, 0, config.block_m)
         if walk.tiles.end <= walk.tiles.begin:

@@ -11,6 +11,7 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
+from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, panels, q_stages
 from schedules.families.sm90.consumer import Consumer
 from schedules.families.sm90.epilogue import epilogue
@@ -18,9 +19,9 @@ from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.producer import fetch_keys, fetch_queries, prologue, store_outputs
 from schedules.families.sm90.tile_scheduler import TileScheduler
-from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import Geometry, parameterised
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
@@ -34,56 +35,74 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> 
 
 
 def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
-    dtype = pattern.dtype
-    producer_registers, consumer_registers = config.registers
-    consumers = config.num_consumer_warpgroups
-    producer = WARPS * consumers  # the first warp after theirs
-
     @T.prim_func(check_well_formed=False)
     def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
         geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, parameters, ALIGNMENT)
         rows = Rows(config, geometry)
         scheduler = TileScheduler(geometry, rows, config)
-        # 1. Descriptors of the tensors, made on the host.
-        q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_queries(q_map, geometry.q, rows, config.block_m))
-        k_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(k_map, geometry.k, config.block_n))
-        v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(v_map, geometry.v, config.block_n))
-        o_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_queries(o_map, geometry.o, rows, WARPGROUP_ROWS))
-        # 2. Blocks, warps, lanes.
-        T.device_entry()
-        T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
-        x, y, z = T.cta_id(scheduler.grid())
-        warp = T.warp_id([config.threads // 32])
-        lane = T.lane_id([32])
-        T.thread_id([config.threads])
-        # 3. Shared memory: queries of work tiles, pipelines of keys and values, perhaps outputs, barriers.
-        pool = SMEMPool()
-        q_pipeline = Pipeline(pool, q_stages(pattern, config), panels(pattern.head_dim), config.block_m, dtype)
-        k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
-        v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
-        finished = epilogue(pattern, config, pool, q_pipeline)
-        q_pipeline.add_barriers(pool)
-        k_pipeline.add_barriers(pool)
-        v_pipeline.add_barriers(pool)
-        finished.add_barriers(pool)
-        pool.commit()
-        if warp == producer:  # only a whole warp may elect
-            if T.cuda.elect_sync():
-                q_pipeline.init(finished.releases)
-                k_pipeline.init(consumer_arrivals(consumers))
-                v_pipeline.init(consumer_arrivals(consumers))
-                finished.init()
-                T.ptx.fence.mbarrier_init.release.cluster()
-                prologue(
-                    Block(pattern, config, geometry, rows, scheduler, (x, y, z)), q_pipeline, k_pipeline, q_map, k_map
-                )
-        T.cuda.cta_sync()
-        # 4. Tasks.
-        block = Block(pattern, config, geometry, rows, scheduler, (x, y, z))
+        attend(pattern, config, geometry, rows, scheduler, DenseBoxes(geometry, rows))
+
+    return attention
+
+
+@T.inline
+def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, scheduler, boxes):
+    """The kernel's text, from the descriptors on."""
+    producer_registers, consumer_registers = T.meta_var(config.registers)
+    consumers = T.meta_var(config.num_consumer_warpgroups)
+    producer = T.meta_var(WARPS * consumers)  # the first warp after theirs
+    # 1. Descriptors of the tensors, made on the host.
+    q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+    T.evaluate(boxes.encode_queries(q_map, geometry.q, config.block_m))
+    k_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+    T.evaluate(boxes.encode_keys(k_map, geometry.k, config.block_n))
+    v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+    T.evaluate(boxes.encode_keys(v_map, geometry.v, config.block_n))
+    o_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+    T.evaluate(boxes.encode_queries(o_map, geometry.o, WARPGROUP_ROWS))
+    # 2. Blocks, warps, lanes.
+    T.device_entry()
+    T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
+    x, y, z = T.cta_id(scheduler.grid())
+    warp = T.warp_id([config.threads // 32])
+    lane = T.lane_id([32])
+    T.thread_id([config.threads])
+    # 3. Shared memory: queries of work tiles, pipelines of keys and values, perhaps outputs, barriers.
+    dtype = T.meta_var(pattern.dtype)
+    pool = SMEMPool()
+    q_pipeline = Pipeline(pool, q_stages(pattern, config), panels(pattern.head_dim), config.block_m, dtype)
+    k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
+    v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
+    finished = epilogue(pattern, config, pool, q_pipeline)
+    q_pipeline.add_barriers(pool)
+    k_pipeline.add_barriers(pool)
+    v_pipeline.add_barriers(pool)
+    finished.add_barriers(pool)
+    scheduler.add_memory(pool)
+    pool.commit()
+
+    @T.inline
+    def begin():
+        prologue(
+            Block(pattern, config, geometry, rows, scheduler, boxes, (x, y, z)), q_pipeline, k_pipeline, q_map, k_map
+        )
+
+    if warp == producer:  # only a whole warp may elect
+        scheduler.find(x, lane)
+        if T.cuda.elect_sync():
+            q_pipeline.init(finished.releases)
+            k_pipeline.init(consumer_arrivals(consumers))
+            v_pipeline.init(consumer_arrivals(consumers))
+            finished.init()
+            scheduler.init()
+            T.ptx.fence.mbarrier_init.release.cluster()
+            scheduler.if_found(begin)
+    T.cuda.cta_sync()
+
+    # 4. Tasks.
+    @T.inline
+    def work():
+        block = Block(pattern, config, geometry, rows, scheduler, boxes, (x, y, z))
         if warp >= producer:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
             if warp == producer:
@@ -93,8 +112,11 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
                 if T.cuda.elect_sync():
                     fetch_keys(block, v_pipeline, v_map, 0)
             if warp == producer + 2:
-                if T.cuda.elect_sync():
-                    fetch_queries(block, q_pipeline, q_map)
+                if static(scheduler.looks_up):
+                    scheduler.feed(block, q_pipeline, q_map, lane)
+                else:
+                    if T.cuda.elect_sync():
+                        fetch_queries(block, q_pipeline, q_map)
             if warp == producer + 3:
                 if T.cuda.elect_sync():
                     store_outputs(block, finished, o_map)
@@ -104,4 +126,4 @@ def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: 
             consumer = Consumer(pattern, config, block, pipelines, finished, warp // 4, warp % 4, lane)
             consumer.run()
 
-    return attention
+    scheduler.if_found(work)

@@ -38,6 +38,9 @@ class Rows:
     heads; ``group`` query heads read one head of keys.
     """
 
+    #: Whether many work tiles have warpgroups without rows.
+    may_be_absent = False
+
     def __init__(self, config: Config, geometry: Geometry):
         self.geometry = geometry
         self.group = T.bind(T.truncdiv(geometry.heads, geometry.kv_heads))

@@ -136,4 +136,5 @@ class Finished(OnlineSoftmax):
                 at: T.int32 = block.scheduler.first_row(where[0], tile) + row + r * self.fragment.row_step
                 position = T.meta_var(self.rows.position(at))
                 if T.And(at < self.rows.count, position < geometry.seqlen_q):
-                    to[geometry.lse_offset(where[2], where[1] + self.rows.head(at), position)] = self.lse(r)
+                    place = T.meta_var(geometry.queries.of(where[2]).at(position))
+                    to[geometry.lse_offset(where[2], where[1] + self.rows.head(at), place)] = self.lse(r)

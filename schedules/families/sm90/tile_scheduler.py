@@ -7,7 +7,8 @@ from tvm.script import tirx as T
 from schedules.families.mma.registers import anew
 from schedules.families.sm90.config import ALL, Config
 from schedules.families.sm90.packing import Rows
-from schedules.tile.geometry import Geometry
+from schedules.tile.geometry import Geometry, local
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import ceildiv
 
 
@@ -24,6 +25,9 @@ class TileScheduler:
 
     Made before ``T.device_entry()``, of host expressions.
     """
+
+    #: Whether a warp looks work tiles up; else each follows from its number.
+    looks_up = False
 
     def __init__(self, geometry: Geometry, rows: Rows, config: Config):
         self.config, self.rows = config, rows
@@ -43,9 +47,55 @@ class TileScheduler:
             self.count = T.bind(self.x * self.y * self.z)
             self.blocks = T.bind(T.min(resident * config.waves, self.count))
 
+    def add_memory(self, pool):
+        """Take what a block needs of shared memory: nothing, as its work tiles follow from its place."""
+
+    @T.inline
+    def init(self):
+        """One thread: initialise barriers."""
+
+    @T.inline
+    def find(self, block, lane):
+        """A warp: before anything is done, look up what block number ``block`` has to do."""
+
+    @T.inline
+    def if_found(self, work):
+        """Do the work of the block's work tiles, if it has any."""
+        work()
+
     def grid(self):
         """Blocks along each axis."""
         return [self.blocks, 1, 1] if self.config.persistent else [self.x, self.y, self.z]
+
+    def own(self, geometry, rows, tile):
+        """Geometry and rows of the block's work tile number ``tile``: those of all."""
+        return geometry, rows
+
+    @T.inline
+    def await_tile(self, tile):
+        """Until it is known what work tile number ``tile`` is: it follows from its number."""
+
+    @T.inline
+    def read_parameters(self, block):
+        """Read what belongs to the head of the work tile that a block has come to: once, for one head."""
+
+    @T.inline
+    def each_tile(self, block, advances, lane, visit):
+        """``visit(t)`` for all work tiles of a block, which goes on to each if it ``advances``.
+
+        ``lane`` is that of a whole warp, None of a single thread.
+        """
+        for t in T.serial(block.tiles):
+            if advances:
+                if static(self.config.several_tiles):
+                    if t > 0:
+                        block.advance()
+            visit(t)
+
+    def work_tiles(self, at):
+        """How many work tiles the block at ``at`` computes."""
+        tiles = self.config.tiles_per_cta
+        return local(self.visits(at[0]) * tiles) if self.config.persistent else tiles
 
     def visits(self, block):
         """How many places block number ``block`` takes."""

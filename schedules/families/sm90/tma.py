@@ -7,6 +7,7 @@ from tvm.script import tirx as T
 from schedules.families.sm90.config import PANEL
 from schedules.families.sm90.packing import Rows
 from schedules.tile.geometry import Tensor
+from schedules.tile.sequences import Sequence
 
 _LOAD = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 _STORE = "cp.async.bulk.tensor.{}d.global.shared::cta.tile.bulk_group"
@@ -50,6 +51,36 @@ def encode_queries(descriptor, tensor: Tensor, rows: Rows, box_rows: int):
 def _stride_bytes(size, stride):
     """A stride in bytes; that of a dimension of size 1 is never used, but must be a multiple of 16 all the same."""
     return T.Select(size > 1, T.Cast("int64", stride) * 2, T.int64(16))
+
+
+#: Sizes of the axes of a ragged tensor's descriptor, and bytes that the two strides add up to which cancel out: 2^30
+#: times 2^34 is 2^64, and addresses are counted modulo that.
+LAST_ROW, _ANY, _TURN = 1 << 30, 0x7FFF0000, 1 << 34
+
+
+def encode_ragged(descriptor, tensor: Tensor, box_rows: int):
+    """The same of a tensor of ragged sequences: a box ends where its sequence does.
+
+    Its axes are dim, row, head, end, turn.  The row of a sequence that ends at ``end`` is counted so that ``LAST_ROW``
+    would be the one after its last, which is outside the tensor then: it reads as zero and isn't written, whoever's row
+    it is.  Where the rows begin, ``end - LAST_ROW`` rows before the first, follows from ``end`` and from ``turn``,
+    which is ``LAST_ROW`` always: it is multiplied with a stride that takes so many rows away.
+    The idea is that of Triton's ragged descriptors (triton/tools/ragged_tma.py).
+    """
+    row, head = (_stride_bytes(tensor.sizes[axis], tensor.strides[axis]) for axis in ("seq", "heads"))
+    return T.tensormap_encode_tiled(
+        descriptor, tensor.buffer.data,
+        tensor.sizes["dim"], LAST_ROW, tensor.sizes["heads"], _ANY, _ANY,
+        row, head, row, T.int64(_TURN) - row,
+        PANEL, box_rows, 1, 1, 1,
+        1, 1, 1, 1, 1,
+        descriptor_dtype=str(tensor.buffer.dtype), rank=5, swizzle=_SWIZZLE_128B, l2_promotion=_L2_PROMOTION_128B,
+    )  # fmt: skip
+
+
+def ragged_box(sequence: Sequence, row, head):
+    """Where the rows from ``row`` of a sequence are, as a box of such a descriptor."""
+    return LAST_ROW - sequence.length + row, head, sequence.offset + sequence.length, T.int32(LAST_ROW)
 
 
 @T.inline

@@ -5,12 +5,12 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
+from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import Config
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.tile_scheduler import TileScheduler
 from schedules.tile.geometry import Geometry, Parameters, local, site
 from schedules.tile.key_range import KeyTiles
-from schedules.tile.key_source import ContiguousRows
 
 
 @T.meta_class
@@ -23,40 +23,47 @@ class Block:
     Everything is computed anew from the number of the tile, since each register counts throughout the steps.
     """
 
-    def __init__(self, pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, scheduler: TileScheduler, at):
+    def __init__(
+        self,
+        pattern: Pattern,
+        config: Config,
+        geometry: Geometry,
+        rows: Rows,
+        scheduler: TileScheduler,
+        boxes: DenseBoxes,
+        at,
+    ):
         self.pattern, self.config, self.geometry, self.rows, self.scheduler = pattern, config, geometry, rows, scheduler
-        self.at = at
+        self.boxes, self.at = boxes, at
         self.tile = local(T.int32(0))
-        self.tiles = config.tiles_per_cta
-        if config.persistent:
-            self.tiles = local(scheduler.visits(at[0]) * config.tiles_per_cta)
+        self.tiles = scheduler.work_tiles(at)
+        self.geometry, self.rows = scheduler.own(self.geometry, self.rows, self.tile)
         place, head, batch = scheduler.work_tile(at, 0)
         self.head, self.batch = local(head), local(batch)
         self.row_first = local(scheduler.first_row(place, T.int32(0)))
         self.kv_head = local(T.truncdiv(self.head, rows.group))
         self.parameters = Parameters(geometry, self.batch, self.head)
-        self.site = site(geometry, self.parameters, self.batch, self.head)
+        self.site = site(self.geometry, self.parameters, self.batch, self.head)
 
     def queries(self, row):
-        """Where rows from ``row`` of the work tile on are: position, head in its group, group, batch."""
-        row = self.row_first + row
-        head = self.head - self.kv_head * self.rows.group + self.rows.head(row)
-        return self.rows.position(row), head, self.kv_head, self.batch
+        """Where rows from ``row`` of the work tile on are, as a box of TMA."""
+        return self.boxes.queries(self, row)
 
     def keys(self, key):
         """Where keys from ``key`` on are, as a box of TMA."""
-        geometry = self.geometry
-        return ContiguousRows(geometry.k, self.batch, self.kv_head, geometry.keys.of(self.batch)).box(key)
+        return self.boxes.keys(self, key)
 
     @T.inline
     def advance(self):
         """Go on to the next work tile."""
         self.tile = self.tile + 1
+        self.scheduler.await_tile(self.tile)
         where = T.meta_var(self.scheduler.work_tile(self.at, self.tile))
         self.head = where[1]
         self.batch = where[2]
         self.kv_head = T.truncdiv(self.head, self.rows.group)
         self.row_first = self.scheduler.first_row(where[0], self.tile)
+        self.scheduler.read_parameters(self)
 
 
 @T.meta_class
@@ -81,7 +88,14 @@ class KeyWalk:
         self.has_full, self.has_left = own.has_full, own.has_left
         self.full_begin = local(self.last + 1 - own.full_end) if own.has_full else self.steps
         self.full_end = local(self.last + 1 - own.full_begin) if own.has_full else self.steps
-        self.hidden = T.max(T.min(self.last + 1 - own.end, self.steps - 1), 0)
+        self.hidden = T.max(T.min(self.last + 1 - self._own_end(row), self.steps - 1), 0)
+
+    def _own_end(self, row):
+        """The tile after the last one that the rows from ``row`` of the work tile on see."""
+        block = self.block
+        if not block.rows.may_be_absent:
+            return self.own.end
+        return T.Select(block.row_first + row < block.rows.count, self.own.end, 0)
 
     def _tiles(self, row, rows):
         block = self.block

@@ -6,6 +6,7 @@ The interface of a kind is described in :mod:`schedules.families.interface`.
 from functools import partial
 from types import SimpleNamespace
 
+from schedules.families.cpu.backward import ragged
 from schedules.families.cpu.backward.config import Config, default_configs, feasible, space
 from schedules.families.cpu.backward.kernel import program
 
@@ -18,4 +19,4 @@ accumulate = SimpleNamespace(
     space=space,
 )
 
-__all__ = ["Config", "accumulate", "default_configs", "feasible", "program", "space"]
+__all__ = ["Config", "accumulate", "default_configs", "feasible", "program", "ragged", "space"]

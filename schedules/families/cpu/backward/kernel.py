@@ -19,24 +19,19 @@ from types import SimpleNamespace
 from tvm import tirx
 from tvm.script import tirx as T
 
-from schedules.definition.parameters import append_arguments, axes_of, gradient_name, gradient_symbols
+from schedules.definition.parameters import append_arguments, gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config, multiplication
+from schedules.families.cpu.backward.ends import make_ends, round_up
 from schedules.families.cpu.backward.problem import MOST_SECTIONS, Problem, sections
 from schedules.families.cpu.backward.tile import section_macro
 from schedules.families.cpu.isa import ISAS, Isa
-from schedules.families.cpu.kernel import LLVM_FUNCTIONS
+from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED
 from schedules.families.cpu.problem import Tensor
-from schedules.families.cpu.steps import f32
 from schedules.families.interface import Program, ScheduledLaunch, Target
 from schedules.tile.dtypes import element_type
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs.manifest import Workspace
-
-#: Extent of a flat view of a tensor; the strides alone know how far it reaches.
-_UNBOUNDED = 1 << 60
-#: Elements in a vector of the steps before and after the turns: what every head_dim is a multiple of.
-_W = 8
 
 
 def program(
@@ -59,7 +54,7 @@ def program(
         Workspace("dv_sum", "float32", (("*", "batch", "kv_heads", "seqlen_kv", width_v),)),
         *(Workspace(f"{gradient_name(p)}_sums", "float32", (("*", "batch", "heads", MOST_SECTIONS),)) for p in asked),
     )
-    sums = {p.name: _vector(f"{gradient_name(p)}_sums") for p in asked}
+    sums = {p.name: vector_argument(f"{gradient_name(p)}_sums") for p in asked}
     func = _kernel(pattern, config, isa, traversal, values, targets, sums, name, accumulates)
     func = append_arguments(func, [*arguments, *gradients, *sums.values()])
     roles = ("q", "k", "v", "o", "do", "lse", "dlse", "dq", "dk", "dv", "softmax_scale")
@@ -70,7 +65,7 @@ def program(
     return Program("backward", (launch,), "s_tir", alignment=alignment, index_bits=64, workspaces=workspaces)
 
 
-def _vector(name: str) -> tirx.Buffer:
+def vector_argument(name: str) -> tirx.Buffer:
     """A flat float32 tensor of any length, as an argument."""
     return tirx.decl_buffer([tirx.Var(f"{name}_length", "int64")], "float32", name=name)
 
@@ -81,7 +76,6 @@ def _kernel(
     dtype, result_dtype = pattern.dtype, "float32" if accumulates else pattern.dtype
     M, N, G = config.block_m, config.block_n, config.row_vectors * isa.lanes
     one = T.int64(1)
-    asked = [p for p in pattern.params if p.gradient]
     section = section_macro(pattern, config, isa)
 
     def physical(b, h, s, d):
@@ -97,7 +91,7 @@ def _kernel(
     def flat(tensors):
         """The same by role as the steps address them."""
         views = {
-            role: Tensor(T.decl_buffer((T.int64(_UNBOUNDED),), buffer.dtype, data=buffer.data), strides)
+            role: Tensor(T.decl_buffer((T.int64(UNBOUNDED),), buffer.dtype, data=buffer.data), strides)
             for role, (buffer, strides) in tensors.items()
         }
         return SimpleNamespace(**views)
@@ -106,77 +100,7 @@ def _kernel(
         """A flat float32 argument of any length."""
         return T.match_buffer(handle, (tirx.Var(f"{name}_length", "int64"),), "float32")
 
-    def up(x, step):
-        return (x + (step - 1)) // step
-
-    def announce(P, items, products):
-        """Tell the thread pool what the next loop is; ``products`` multiply-adds for each query and key."""
-        return T.call_extern("void", "tvm_flash_announce", items, P.batch * P.heads * P.seqlen_q * products)
-
-    @T.inline
-    def begin_rows(P: Problem, w, tiles):
-        """``delta`` of a tile of rows, and zeros in ``dq_sum``."""
-        acc = T.sblock_alloc_buffer((_W,), "float32", scope="local")
-        b: T.int64 = w // tiles // P.heads
-        h: T.int64 = w // tiles % P.heads
-        row0: T.int64 = w % tiles * M
-        for i in T.serial(row0, T.min(row0 + M, P.seqlen_q)):
-            o_row: T.int64 = P.o.row(b, h, i)
-            do_row: T.int64 = P.do.row(b, h, i)
-            at: T.int64 = (b * P.heads + h) * P.seqlen_q + i
-            for lane in T.vectorized(_W):
-                acc[lane] = T.float32(0)
-            for e in T.serial(P.head_dim_v // _W):
-                for lane in T.vectorized(_W):
-                    acc[lane] += f32(P.o.flat[o_row + e * _W + lane]) * f32(P.do.flat[do_row + e * _W + lane])
-            for lane in T.vectorized(4):
-                acc[lane] += acc[lane + 4]
-            total: T.float32 = (acc[0] + acc[2]) + (acc[1] + acc[3])
-            if P.has_dlse():
-                total -= P.dlse[at]
-            P.delta[at] = total
-            for d in T.serial(P.width // _W):
-                for lane in T.vectorized(_W):
-                    P.dq_sum[at * P.width + d * _W + lane] = T.float32(0)
-
-    def result(before, value):
-        """What an element of a result becomes."""
-        return before + value if accumulates else T.cast(value, dtype)
-
-    @T.inline
-    def store_rows(P: Problem, out, sum, width, dim, heads, seqlen, w, tiles, step, factor):
-        """Round a tile of rows of sums to an output's dtype."""
-        b: T.int64 = w // tiles // heads
-        h: T.int64 = w // tiles % heads
-        first: T.int64 = w % tiles * step
-        for i in T.serial(first, T.min(first + step, seqlen)):
-            row: T.int64 = out.row(b, h, i)
-            at: T.int64 = ((b * heads + h) * seqlen + i) * width
-            for d in T.serial(dim // _W):
-                for lane in T.vectorized(_W):
-                    out.flat[row + d * _W + lane] = result(
-                        out.flat[row + d * _W + lane], sum[at + d * _W + lane] * factor
-                    )
-
-    def begin_parameters(P):
-        """Zeros in the sums of parameters."""
-        for p in asked:
-            with T.serial(P.batch * P.heads * MOST_SECTIONS) as x:
-                T.buffer_store(P.sums[p.name], T.float32(0), [x])
-
-    def store_parameters(P):
-        """Add the sums of key sections, and where a parameter is one number, those of all heads."""
-        for p in asked:
-            out = P.gradients[p.name]
-            if not axes_of(p) and not accumulates:
-                T.buffer_store(out, T.float32(0), [T.int64(0)])
-            with T.grid(P.batch, P.heads) as (b, h):
-                place = [b, h] if axes_of(p) else [T.int64(0)]
-                if axes_of(p) and not accumulates:
-                    T.buffer_store(out, T.float32(0), place)
-                with T.serial(T.int64(MOST_SECTIONS)) as c:
-                    share = P.sums[p.name][(b * P.heads + h) * MOST_SECTIONS + c]
-                    T.buffer_store(out, out[tuple(place)] + share, place)
+    up, ends = round_up, make_ends(pattern, config, accumulates)
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def backward(
@@ -234,17 +158,19 @@ def _kernel(
         section_keys: T.int64 = up(key_tiles, count) * N
 
         # 1. What each row needs to know, and empty sums.
-        begin_parameters(P)
-        T.evaluate(announce(P, batch * heads * row_tiles, head_dim + head_dim_v))
+        ends.begin_parameters(P)
+        T.evaluate(ends.announce(P, batch * heads * row_tiles, head_dim + head_dim_v))
         for w in T.parallel(batch * heads * row_tiles):
             with T.sblock("begin"):
                 T.reads()
                 T.writes()
-                begin_rows(P, w, row_tiles)
+                ends.begin_rows(P, w, row_tiles)
 
         # 2. The turns.
         for turn in T.serial(count):
-            T.evaluate(announce(P, batch * kv_heads * count, up(seqlen_kv, count) * (3 * head_dim + 2 * head_dim_v)))
+            T.evaluate(
+                ends.announce(P, batch * kv_heads * count, up(seqlen_kv, count) * (3 * head_dim + 2 * head_dim_v))
+            )
             for w in T.parallel(batch * kv_heads * count):
                 with T.sblock("section"):
                     T.reads()
@@ -259,19 +185,23 @@ def _kernel(
                     section(P, b, g, first_key, end_key, first_row, end_row, slot, turn == 0)
 
         # 3. The results.
-        store_parameters(P)
-        T.evaluate(announce(P, batch * heads * row_tiles, head_dim))
+        ends.store_parameters(P)
+        T.evaluate(ends.announce(P, batch * heads * row_tiles, head_dim))
         for w in T.parallel(batch * heads * row_tiles):
             with T.sblock("store_rows"):
                 T.reads()
                 T.writes()
-                store_rows(P, P.dq, P.dq_sum, P.width, head_dim, heads, seqlen_q, w, row_tiles, M, softmax_scale)
-        T.evaluate(announce(P, batch * kv_heads * key_tiles, head_dim + head_dim_v))
+                ends.store_rows(P, P.dq, P.dq_sum, P.width, head_dim, heads, seqlen_q, w, row_tiles, M, softmax_scale)
+        T.evaluate(ends.announce(P, batch * kv_heads * key_tiles, head_dim + head_dim_v))
         for w in T.parallel(batch * kv_heads * key_tiles):
             with T.sblock("store_keys"):
                 T.reads()
                 T.writes()
-                store_rows(P, P.dk, P.dk_sum, P.width, head_dim, kv_heads, seqlen_kv, w, key_tiles, N, softmax_scale)
-                store_rows(P, P.dv, P.dv_sum, P.width_v, head_dim_v, kv_heads, seqlen_kv, w, key_tiles, N, T.float32(1))
+                ends.store_rows(
+                    P, P.dk, P.dk_sum, P.width, head_dim, kv_heads, seqlen_kv, w, key_tiles, N, softmax_scale
+                )
+                ends.store_rows(
+                    P, P.dv, P.dv_sum, P.width_v, head_dim_v, kv_heads, seqlen_kv, w, key_tiles, N, T.float32(1)
+                )
 
     return backward

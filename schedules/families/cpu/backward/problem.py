@@ -52,6 +52,10 @@ class Problem(forward.Problem):
         """How many query heads read one head of keys."""
         return self.heads // self.kv_heads
 
+    def key_row(self, b: Expr, g: Expr) -> Expr:
+        """Where the sums of a head's first key are, counted in keys."""
+        return (b * self.kv_heads + g) * self.seqlen_kv
+
     def has_dlse(self) -> Expr:
         """Whether the log-sum-exp has a gradient."""
         return self.dlse_length >= self.batch * self.heads * self.seqlen_q
@@ -67,6 +71,17 @@ class Problem(forward.Problem):
     def parameter_gradient(self, name: str, site: Site, product, i, j, chosen: bool | None = None) -> Expr:
         """The derivative of the score with respect to a parameter."""
         return vectorizable(self.pattern.parameter_gradient(name, site, product, i, j, chosen))
+
+
+@dataclass(frozen=True)
+class SequenceProblem(Problem, forward.SequenceProblem):
+    """One sequence of a ragged call, as if it were alone; its keys begin at ``first_key`` of the ``total_k`` of all."""
+
+    first_key: Expr
+    total_k: Expr
+
+    def key_row(self, b: Expr, g: Expr) -> Expr:
+        return g * self.total_k + self.first_key
 
 
 def sections(seqlen_q: Expr, seqlen_kv: Expr) -> Expr:

@@ -218,7 +218,7 @@ def section_macro(pattern, config: Config, isa: Isa):
                             seen = T.bool(True)
                         q_at: T.int64 = P.q.row(b, h, row0)
                         do_at: T.int64 = P.do.row(b, h, row0)
-                        lse_at: T.int64 = (b * P.heads + h) * P.seqlen_q + row0
+                        lse_at: T.int64 = P.lse_row(b, h) + row0
                         clear(local.of_queries, 8, bits)
                         products.load_queries(P, t, q_at, do_at, rows, local.of_queries)
                         # 2. Scores, and what they become.
@@ -231,8 +231,8 @@ def section_macro(pattern, config: Config, isa: Isa):
                         tile_gradients(P, t, local, full, q_at, do_at, k_at, lse_at * P.width, rows, keys)
                 if learns:
                     store_parameters(P, local, b, h, slot)
-            dk_at: T.int64 = ((b * P.kv_heads + g) * P.seqlen_kv + key0) * P.width
-            dv_at: T.int64 = ((b * P.kv_heads + g) * P.seqlen_kv + key0) * P.width_v
+            dk_at: T.int64 = (P.key_row(b, g) + key0) * P.width
+            dv_at: T.int64 = (P.key_row(b, g) + key0) * P.width_v
             store_sum(P.dk_sum, dk_at, P.width, t.dK, D, keys, begins, seen)
             store_sum(P.dv_sum, dv_at, P.width_v, t.dV, E, keys, begins, seen)
 

@@ -1,0 +1,64 @@
+"""The backward of the mma.sync families, a kind of their kernels: three launches, no sums between blocks.
+
+1. ``delta`` of each row (:mod:`schedules.tile.delta`).
+2. ``dk`` and ``dv``: a block owns keys, and visits the queries that see them (``keys.py``, ``key_machine.py``).
+3. ``dq``: a block owns queries, and visits the keys that they see (``queries.py``, ``query_machine.py``).
+
+Scores and their gradients are computed twice, seven products in place of five.  In return nothing is summed outside of
+a block's own registers, so that the same call has the same bits on every run, and needs no memory but delta.  Gradients
+of parameters are summed by a fourth launch from what each block of the third has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Program, Rejected, Target
+from schedules.families.mma.backward import program as launches
+from schedules.families.mma.backward.config import Config, feasible
+from schedules.tile.tile_scheduler import Traversal
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A family's kernels of this kind, with what :mod:`schedules.families.interface` asks of one.
+
+    Attributes
+    ----------
+    machines: the types of its machines for dk and dv, and for dq.
+    choose: its configuration for a template, a pattern and a target.
+    """
+
+    machines: tuple[type, type]
+    choose: Callable[[str, Pattern, Target], Config]
+
+    Config = Config
+
+    def default_configs(self, template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+        """The configuration of a pattern."""
+        return {0: self.choose(template, pattern, target)}
+
+    def space(self, template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+        """Values of each field that are worth trying."""
+        return {
+            "block_n": (64, 128),
+            "block_m": (16, 32, 64),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3),
+            "min_blocks_per_sm": (1, 2),
+            "block_m_dq": (64, 128, 256),
+            "block_n_dq": (16, 32, 64),
+            "num_warps_dq": (4, 8),
+            "num_stages_dq": (2, 3),
+            "min_blocks_per_sm_dq": (1, 2),
+        }
+
+    def feasible(self, pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+        """Whether the machine has room for the blocks, and the score has a derivative."""
+        return feasible(pattern, config, target)
+
+    def program(self, pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+        """The launches."""
+        return launches.program(pattern, config, traversal, name, self.machines)

@@ -1,0 +1,127 @@
+"""The schedule parameters of a backward of the mma.sync families, and what a configuration needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from schedules.definition.errors import DefinitionError
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Rejected, Target
+from schedules.families.limits import SHARED_MEMORY, registers_for
+from schedules.tile.dtypes import tensor_types
+from schedules.tile.fragment import M16N8
+
+#: Registers beside sums, S and dP, what is packed, and operands: addresses, counters, numbers of rows.
+_OTHER_REGISTERS = 32
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """One launch: ``own_rows`` rows of a block, ``step_rows`` rows of a step, ``num_warps`` warps, ``num_stages``
+    buffers of the latter; ``min_blocks_per_sm`` bounds the registers so that this many blocks fit one multiprocessor.
+    ``paced``: operands of S and dP are loaded 16 columns at a time, where the compiler would load more of them earlier,
+    and spill.
+    """
+
+    own_rows: int
+    step_rows: int
+    num_warps: int
+    num_stages: int
+    min_blocks_per_sm: int
+    paced: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.num_warps
+
+    @property
+    def m_tiles(self) -> int:
+        """Tiles of 16 rows of a warp."""
+        return self.own_rows // (M16N8.tile_rows * self.num_warps)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the launch for dk and dv, and that for dq, are scheduled.
+
+    Attributes
+    ----------
+    block_n, block_m: keys of a block, and queries of a step, of the launch for dk and dv.
+    num_warps, num_stages, min_blocks_per_sm: of that launch, as in ``LaunchConfig``.
+    block_m_dq, block_n_dq: queries of a block, and keys of a step, of the launch for dq.
+    num_warps_dq, num_stages_dq, min_blocks_per_sm_dq: of that launch.
+    section_mib: in seq-outer order, heads go in sections whose visited rows have that size.
+    paced: as in ``LaunchConfig``, of both.
+    """
+
+    block_n: int
+    block_m: int
+    num_warps: int
+    num_stages: int
+    min_blocks_per_sm: int
+    block_m_dq: int
+    block_n_dq: int
+    num_warps_dq: int
+    num_stages_dq: int
+    min_blocks_per_sm_dq: int
+    section_mib: int = 16
+    paced: bool = True
+
+    @property
+    def keys(self) -> LaunchConfig:
+        """The launch for dk and dv."""
+        return LaunchConfig(
+            self.block_n, self.block_m, self.num_warps, self.num_stages, self.min_blocks_per_sm, self.paced
+        )
+
+    @property
+    def queries(self) -> LaunchConfig:
+        """The launch for dq."""
+        return LaunchConfig(
+            *(self.block_m_dq, self.block_n_dq, self.num_warps_dq, self.num_stages_dq, self.min_blocks_per_sm_dq),
+            self.paced,
+        )
+
+
+def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+    """Whether the machine has room for a block of either launch, and the score has a derivative; None if so."""
+    for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
+        if head_dim % 32:
+            return Rejected(f"{name} {head_dim} is not a multiple of 32; build for the next larger one")
+    try:
+        pattern.differentiate()
+    except DefinitionError as e:
+        return Rejected(f"the score has no backward: {e}")
+    return _fits("dkdv", pattern, config.keys, target, True) or _fits("dq", pattern, config.queries, target, False)
+
+
+def _fits(launch: str, pattern: Pattern, config: LaunchConfig, target: Target, transposed: bool) -> Rejected | None:
+    R, M = config.own_rows, config.step_rows
+    if config.m_tiles not in (1, 2) or M16N8.tile_rows * config.m_tiles * config.num_warps != R:
+        return Rejected(f"{launch}: {R} rows don't give each of {config.num_warps} warps 16 or 32")
+    if M % 16 or config.threads < M:
+        return Rejected(f"{launch}: {M} rows a step are not a multiple of 16 up to the {config.threads} threads")
+    if config.num_stages < 2:
+        return Rejected(f"{launch}: num_stages {config.num_stages} must be at least 2")
+    shared, available = _shared_memory(pattern, config, transposed), SHARED_MEMORY[target.arch]
+    if shared > available:
+        return Rejected(f"{launch}: needs {shared} bytes of shared memory, a block of {target} has {available}")
+    registers = _registers(pattern, config, transposed)
+    if registers > registers_for(config):
+        return Rejected(f"{launch}: needs about {registers} registers a thread, {registers_for(config)} are to be had")
+    return None
+
+
+def _shared_memory(pattern: Pattern, config: LaunchConfig, transposed: bool) -> int:
+    types = tensor_types(pattern)
+    rows = config.own_rows + config.num_stages * config.step_rows
+    numbers = 2 * 4 * config.num_stages * config.step_rows if transposed else 4 * len(pattern.params) * config.num_warps
+    return types.k.bytes * rows * (pattern.head_dim + pattern.head_dim_v) + numbers
+
+
+def _registers(pattern: Pattern, config: LaunchConfig, transposed: bool) -> int:
+    sums = pattern.head_dim + (pattern.head_dim_v if transposed else 0)
+    # S and dP, of which P and dS take the place
+    fragments = M16N8.registers(sums) + 2 * M16N8.registers(config.step_rows)
+    return config.m_tiles * (fragments + 4) + 4 + _OTHER_REGISTERS

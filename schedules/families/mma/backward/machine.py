@@ -1,0 +1,315 @@
+"""One block's work in either launch of a backward: rows of its own against tiles of rows that it visits.
+
+====================== ======================== ========================
+\\                      dk and dv                dq
+====================== ======================== ========================
+a block's own          keys and values          queries and dO
+a step visits          queries and dO           keys and values
+S, of the first ones   ``K Qᵀ``, keys × queries ``Q Kᵀ``
+dP, of the second ones ``V dOᵀ``                ``dO Vᵀ``
+sums                   dV += P dO, dK += dS Q   dQ += dS K
+====================== ======================== ========================
+
+A warp has 16 or 32 of the own rows.  Of a step it has S and dP, then P and dS in registers: accumulators' pairs are the
+left operands of the sums, and nothing of them passes through shared memory.
+
+A family's machine is :class:`GradientMachine` with its copies and its products mixed in.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tvm.backend.cuda.lang import SMEMPool
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern
+from schedules.families.mma.backward.config import LaunchConfig
+from schedules.families.mma.ldmatrix import LOAD, LOAD_TRANSPOSED
+from schedules.families.mma.machine import RowCopies, Rows
+from schedules.families.mma.mma import stage_rows
+from schedules.families.mma.registers import fresh
+from schedules.tile.dtypes import tensor_types
+from schedules.tile.epilogue import store_rows
+from schedules.tile.fragment import M16N8
+from schedules.tile.geometry import local
+from schedules.tile.smem import SharedTile
+from schedules.tile.weights import Weights
+
+
+class Sides(NamedTuple):
+    """What enters the two products of scores: rows of q and k, and rows of dO and v."""
+
+    scores: object
+    gradients: object
+
+
+@T.meta_class
+class GradientMachine(RowCopies):
+    """Shared tiles, registers and steps of one block.
+
+    ``own`` are row sources of what the block keeps, from row ``own_first`` on, and keys if ``transposed``: then there
+    is a sum of P too.  A launch's machine brings ``place_shared(pool)``; ``shift(t, g, r, e)`` and
+    ``start(t, g, r, e)``, lse and delta of a register's query as a step wants them, after its ``prepare()``;
+    ``load_numbers(at, live)`` and ``store_numbers(stage)``, which fetch them where queries are visited;
+    ``arrive_at(masked)``; and ``parameter_sums``.
+    """
+
+    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, *, transposed: bool):
+        D, E = pattern.head_dim, pattern.head_dim_v
+        R, M = config.own_rows, config.step_rows
+        self.pattern, self.config, self.fragment = pattern, config, M16N8
+        self.transposed, self.stages, self.threads = transposed, config.num_stages, config.threads
+        self.types = tensor_types(pattern)
+        self.m_tiles, self.tile_step = config.m_tiles, M16N8.tile_rows
+        self.part = 0
+        # 1. Shared memory: own tiles, stages of visited ones, and numbers of the visited queries.
+        pool = SMEMPool()
+        shapes = (
+            ((1, R, D), self.types.q),
+            ((1, R, E), self.types.o),
+            ((self.stages, M, D), self.types.k),
+            ((self.stages, M, E), self.types.v),
+        )
+        tiles = [SharedTile(pool, *shape, element) for shape, element in shapes]
+        self.own_tiles, self.visited_tiles = Sides(*tiles[:2]), Sides(*tiles[2:])
+        self.place_shared(pool)
+        pool.commit()
+        # 2. Where this thread's rows are: computed anew where it is asked, as registers are few.
+        self.lane = fresh("tid.x") % 32
+        self.warp_row = fresh("tid.x") // 32 * (self.m_tiles * self.tile_step)
+        self.own = Sides(*(Rows(source, tile, self.threads) for source, tile in zip(own, self.own_tiles, strict=True)))
+        self.own_first = own_first
+        # 3. Registers: sums of 16 rows an m-tile, S and dP, P and dS packed, operands.
+        self.s_stride = M16N8.registers(M)
+        self.d_stride, self.e_stride = M16N8.registers(D), M16N8.registers(E)
+        self.sum_ds = T.alloc_local([self.m_tiles * self.d_stride], "float32")
+        self.sum_p = T.alloc_local([self.m_tiles * self.e_stride], "float32") if transposed else None
+        self.S = T.alloc_local([self.m_tiles * self.s_stride], "float32")
+        self.dP = T.alloc_local([self.m_tiles * self.s_stride], "float32")
+        self.P = T.alloc_local([self.m_tiles * self.s_stride // 2], "uint32") if transposed else None
+        self.dS = T.alloc_local([self.m_tiles * self.s_stride // 2], "uint32")
+        self.A = T.alloc_local([self.m_tiles * 4], "uint32")
+        self.B = T.alloc_local([4], "uint32")
+        # 4. The tile that is copied next, the stage in use, and in a step the first column of this lane.
+        self.fetched, self.use, self.column = (local(T.int32(0)) for _ in range(3))
+
+    def place_shared(self, pool):
+        """Shared memory beside the tiles."""
+
+    def weights(self, at) -> Weights:
+        """Scores of one head to probabilities and gradients."""
+        return Weights(
+            self.pattern,
+            at,
+            self.config.step_rows,
+            self.transposed,
+            m_tiles=self.m_tiles,
+            tile_step=self.tile_step,
+            pack=self.pack_pair,
+        )
+
+    def output_column(self, group):
+        """First column of a register group of a sum."""
+        return self.fragment.output_column(group)
+
+    @T.inline
+    def sync_sharing_warps(self):
+        """No other warp shares this warp's rows."""
+        T.cuda.warp_sync()
+
+    # ------------------------------------------------------------ products
+
+    @T.inline
+    def score(self, C, own_tile, tile):
+        """``C += own visitedᵀ`` for the stage in use."""
+        lane: T.int32 = fresh("tid.x") % 32
+        first = T.meta_var(tile.address(lane // 16 * 8 + lane % 8, lane // 8 % 2))
+        visited_from: T.uint32 = first + T.Cast("uint32", self.use * tile.stage_bytes)
+        rows_from: T.uint32 = own_tile.address(self.warp_row + lane % 16, lane // 16)
+        for k in T.unroll(tile.columns // 16):
+            if self.config.paced:
+                T.cuda.warp_sync()
+            for t in T.unroll(self.m_tiles):
+                T.ptx[LOAD](*[self.A[t * 4 + x] for x in range(4)], own_tile.at(rows_from, t * self.tile_step, k * 2))
+            for n in T.unroll(self.config.step_rows // 16):
+                T.ptx[LOAD](*[self.B[x] for x in range(4)], tile.at(visited_from, n * 16, k * 2))
+                for t in T.unroll(self.m_tiles):
+                    self.multiply_pair(C, t * self.s_stride + n * 8, self.A, t * 4)
+
+    @T.inline
+    def add(self, C, stride, P, tile):
+        """``C += P visited`` for the stage in use: packed accumulators of 16 rows are the left operand."""
+        lane: T.int32 = fresh("tid.x") % 32
+        visited_from: T.uint32 = tile.address(lane % 16, lane // 16) + T.Cast("uint32", self.use * tile.stage_bytes)
+        for k in T.unroll(self.config.step_rows // 16):
+            for n in T.unroll(tile.columns // 16):
+                T.ptx[LOAD_TRANSPOSED](*[self.B[x] for x in range(4)], tile.at(visited_from, k * 16, n * 2))
+                T.cuda.warp_sync()  # no load comes before it: the compiler would take the registers for it, and spill
+                for t in T.unroll(self.m_tiles):
+                    self.multiply_pair(C, t * stride + n * 8, P, t * (self.s_stride // 2) + k * 4)
+
+    @T.inline
+    def multiply_pair(self, C, c, A, a):
+        """16 columns, of one ldmatrix."""
+        self.multiply(C, c, A, a, self.B, 0)
+        self.multiply(C, c + 4, A, a, self.B, 2)
+
+    # ------------------------------------------------------------ copies
+
+    def rows_of(self, sources) -> Sides:
+        """Sources of visited rows with where they are copied to."""
+        return Sides(
+            *(Rows(source, tile, self.threads) for source, tile in zip(sources, self.visited_tiles, strict=True))
+        )
+
+    @T.inline
+    def begin(self):
+        """No sums yet; start copying the block's own rows."""
+        self.copy(self.own.scores, 0, self.own_first, True, True)
+        self.copy(self.own.gradients, 0, self.own_first, True, True)
+        for i in T.unroll(self.m_tiles * self.d_stride):
+            self.sum_ds[i] = T.float32(0)
+        if self.transposed:
+            for i in T.unroll(self.m_tiles * self.e_stride):
+                self.sum_p[i] = T.float32(0)
+
+    @T.inline
+    def fetch(self, visited, stage, live):
+        """Start copying the tile that is next."""
+        first = T.meta_var(self.fetched * self.config.step_rows)
+        self.copy(visited.scores, stage, first, live, True)
+        self.copy(visited.gradients, stage, first, live, True)
+        T.ptx.cp.async_.commit_group()
+
+    # ------------------------------------------------------------ steps
+
+    @T.inline
+    def compute(self, weights, tile, masked):
+        """The products of a step."""
+        thread: T.int32 = fresh("tid.x")
+        place = T.meta_var(self.position(thread, tile))
+        self.column = self.fragment.column(thread % 32)
+        self.prepare()
+        for i in T.unroll(self.m_tiles * self.s_stride):
+            self.S[i] = T.float32(0)
+        self.score(self.S, self.own_tiles.scores, self.visited_tiles.scores)
+        for t in T.unroll(self.m_tiles):
+            for g in T.unroll(self.s_stride // 4):
+                for r in T.unroll(2):
+                    for e in T.unroll(2):
+                        self.dP[t * self.s_stride + g * 4 + r * 2 + e] = self.start(t, g, r, e)
+        self.score(self.dP, self.own_tiles.gradients, self.visited_tiles.gradients)
+        weights.turn(self.S, self.dP, self.P, self.dS, self.shift, place[0], place[1], masked, self.parameter_sums)
+        if self.transposed:
+            self.add(self.sum_p, self.e_stride, self.P, self.visited_tiles.gradients)
+        self.add(self.sum_ds, self.d_stride, self.dS, self.visited_tiles.scores)
+
+    def first_row(self, thread):
+        """The first own row of a thread's warp."""
+        return self.own_first + thread // 32 * (self.m_tiles * self.tile_step)
+
+    def position(self, thread, tile):
+        """Query and key of a thread's first score of a step."""
+        lane = thread % 32
+        own = self.first_row(thread) + self.fragment.row(lane)
+        visited = tile * self.config.step_rows + self.fragment.column(lane)
+        return (visited, own) if self.transposed else (own, visited)
+
+    def is_seen(self, at, tile):
+        """Whether the mask shows a warp's rows any of a tile; it may say so where it shows none."""
+        first, rows, M = self.first_row(fresh("tid.x")), self.m_tiles * self.tile_step, self.config.step_rows
+        of = self.pattern.rows_of if self.transposed else self.pattern.keys_of
+        begin, end = of(at, first, first + (rows - 1)).visible
+        return T.And(begin < (tile + 1) * M, end > tile * M)
+
+    @T.inline
+    def step(self, visited, weights, tile, end, masked):
+        """Visit a tile; the one that is ``stages - 1`` further on is fetched, if it is below ``end``."""
+        self.arrive_at(masked)
+        stage: T.int32 = T.Select(self.use == 0, self.stages, self.use) - 1
+        live: T.bool = self.fetched < end
+        self.load_numbers(weights.at, live)
+        self.fetch(visited, stage, live)
+        self.advance(weights.at, end, self.fetched)
+        if masked and not self.pattern.has_gaps:
+            if self.is_seen(weights.at, tile):
+                self.compute(weights, tile, masked)
+        else:
+            self.compute(weights, tile, masked)
+        self.store_numbers(stage)
+        self.use = T.Select(self.use == self.stages - 1, 0, self.use + 1)
+
+    @T.inline
+    def advance(self, at, end, tile):
+        """``tile`` to the next one that has something to see, or ``end``."""
+        tile = tile + 1
+        if self.pattern.has_gaps:
+            self.skip(at, end, tile)
+
+    @T.inline
+    def skip(self, at, end, tile):
+        """``tile`` to the first that has something to see, from itself on, or ``end``."""
+        while T.And(tile < end, T.Not(self.is_live(at, tile))):
+            tile = tile + 1
+
+    def is_live(self, at, tile):
+        """Whether a mask with gaps shows the block's own rows any of a tile."""
+        R, M = self.config.own_rows, self.config.step_rows
+        own = (self.own_first, self.own_first + (R - 1))
+        visited = (tile * M, tile * M + (M - 1))
+        rows, keys = (visited, own) if self.transposed else (own, visited)
+        return self.pattern.tile_live(at, *rows, *keys)
+
+    @T.inline
+    def visit(self, visited, weights, tiles):
+        """All steps over the tiles of one head: ``tiles`` as :class:`Parts`."""
+        # 1. The first tiles, once no warp reads the stages any more.
+        T.cuda.cta_sync()
+        self.use = 0
+        self.fetched = tiles.begin
+        if self.pattern.has_gaps:
+            self.skip(weights.at, tiles.end, self.fetched)
+        tile: T.int32 = self.fetched
+        for stage in T.unroll(self.stages - 1):
+            self.load_numbers(weights.at, self.fetched < tiles.end)
+            self.fetch(visited, stage, self.fetched < tiles.end)
+            self.store_numbers(stage)
+            self.advance(weights.at, tiles.end, self.fetched)
+        # 2. Partly visible tiles, fully visible ones, partly visible ones.
+        if self.pattern.has_gaps:
+            while tile < tiles.end:
+                self.step(visited, weights, tile, tiles.end, True)
+                self.advance(weights.at, tiles.end, tile)
+        else:
+            if tiles.has_left:
+                for i in T.serial(tiles.begin, tiles.full_begin):
+                    self.step(visited, weights, i, tiles.end, True)
+            if tiles.has_full:
+                for i in T.serial(tiles.full_begin, tiles.full_end):
+                    self.step(visited, weights, i, tiles.end, False)
+            if tiles.has_right:
+                for i in T.serial(tiles.full_end, tiles.end):
+                    self.step(visited, weights, i, tiles.end, True)
+
+    # ------------------------------------------------------------ the way out
+
+    @T.inline
+    def finish(self):
+        """Every warp is past its last step, and nothing is on its way to shared memory."""
+        self.arrive(0)
+
+    @T.inline
+    def store(self, tensor, sequences, memory, block, acc, tile, factor):
+        """Round a sum times ``factor``, and store it by way of the warp's own rows of ``tile``, which nobody reads.
+
+        ``sequences`` are those of the own rows, ``block`` is the block's work tile.
+        """
+        stride = T.meta_var(self.fragment.registers(tile.columns))
+        for i in T.unroll(self.m_tiles * stride):
+            acc[i] = acc[i] * factor
+        stage_rows(self, tile, acc, stride)
+        store_rows(
+            tensor, sequences.of(block.batch), block.batch, block.head, memory, tile, self.warp_row,
+            block.m_block * self.config.own_rows, self.lane, self.m_tiles, self.tile_step, self.fragment.tile_rows,
+        )  # fmt: skip

@@ -1,0 +1,107 @@
+"""The launch for dq: a block owns queries of a head, as the forward's does, and visits the keys that they see."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from schedules.definition.attention import append_arguments
+from schedules.definition.pattern import Pattern
+from schedules.families.mma.backward.config import Config
+from schedules.families.mma.backward.machine import Sides
+from schedules.families.mma.backward.parts import of_keys
+from schedules.families.mma.mma import DenseBlocks, scheduler, this_place
+from schedules.families.mma.registers import anew
+from schedules.tile.geometry import Parameters, flat, parameterised, site
+from schedules.tile.gradients import Tensors
+from schedules.tile.key_range import KeyTiles
+from schedules.tile.key_source import ContiguousRows
+from schedules.tile.tile_scheduler import Traversal
+
+#: Roles of the kernel's arguments, before those of the pattern's parameters.
+ROLES = ("q", "k", "v", "do", "lse", "delta", "dq", "softmax_scale")
+
+
+def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
+    """The kernel of a pattern; its arguments have the ``ROLES``, and ``parameter_sums`` is the last if there is one."""
+    launch = config.queries
+    tiling = SimpleNamespace(block_m=launch.own_rows, section_mib=config.section_mib)
+    asked = any(p.gradient for p in pattern.params)
+    sums = tirx.decl_buffer([tirx.Var("sums_length", "int32")], "float32", name="parameter_sums")
+
+    def make(values):
+        @T.prim_func(check_well_formed=False)
+        def backward(
+            q: T.handle,
+            k: T.handle,
+            v: T.handle,
+            do: T.handle,
+            lse: T.handle,
+            delta: T.handle,
+            dq: T.handle,
+            softmax_scale: T.float32,
+        ):
+            # 1. Arguments.
+            handles = T.meta_var({"q": q, "k": k, "v": v, "do": do, "dq": dq, "lse": lse, "delta": delta})
+            tensors = Tensors(pattern, traversal, handles, softmax_scale, values)
+            gradients = T.meta_var(tensors.gradients)
+            T.device_entry()
+            T.attr({"tirx.launch_bounds_min_blocks_per_sm": launch.min_blocks_per_sm})
+            order = T.meta_var(DenseBlocks(scheduler(pattern, tiling, traversal, tensors)))
+            _x, _y, _z = T.cta_id([*order.grid()])
+            _tid = T.thread_id([launch.threads])
+            if order.exists(this_place()):
+                # 2. Which queries of which head this block owns, and which keys they see.
+                block = T.meta_var(order.work_tile(this_place()))
+                b: T.int32 = block.batch
+                h: T.int32 = block.head
+                row_first: T.int32 = block.m_block * launch.own_rows
+                queries = T.meta_var(tensors.queries.of(b))
+                keys = T.meta_var(tensors.keys.of(b))
+                row_last: T.int32 = T.min(row_first + launch.own_rows, queries.length) - 1
+                kv_head: T.int32 = tensors.kv_head(h)
+                parameters = Parameters(tensors, b, h)
+                at = T.meta_var(site(tensors, parameters, b, h))
+                tiles = KeyTiles(pattern, at, row_first, row_last, launch.step_rows)
+                own = T.meta_var(
+                    Sides(
+                        ContiguousRows(tensors.q, b, h, queries),
+                        ContiguousRows(gradients["do"], b, h, queries),
+                    )
+                )
+                machine = machine_type(pattern, launch, own, row_first, tensors)
+                machine.begin()
+                machine.read_numbers(at)
+                # 3. The keys, from the first that is seen to the last.
+                sources = T.meta_var(
+                    (
+                        ContiguousRows(tensors.k, anew(b), anew(kv_head), keys),
+                        ContiguousRows(tensors.v, anew(b), anew(kv_head), keys),
+                    )
+                )
+                visited = T.meta_var(machine.rows_of(sources))
+                weights = T.meta_var(machine.weights(at))
+                machine.visit(visited, weights, of_keys(tiles))
+                # 4. Results.  Where the block is comes anew, so that it isn't kept until here.
+                machine.finish()
+                if not pattern.is_unmasked:
+                    machine.clear_blind_rows()
+                place = T.meta_var(order.work_tile(this_place()))
+                dQ = flat(gradients["dq"].buffer)
+                machine.store(
+                    gradients["dq"], tensors.queries, dQ, place, machine.sum_ds, machine.own_tiles.scores, softmax_scale
+                )
+                if asked:
+                    machine.store_parameters(
+                        sums,
+                        (place.batch * tensors.heads + place.head) * order.order.work.m_blocks + place.m_block,
+                        tensors.batch * tensors.heads * order.order.work.m_blocks,
+                    )
+
+        return backward.with_attr("global_symbol", name)
+
+    func = parameterised(pattern, make)
+    return append_arguments(func, [sums]) if asked else func

@@ -1,0 +1,109 @@
+"""The machine of the launch for dq: a block owns queries and gradients of outputs, and visits keys."""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern
+from schedules.families.mma.backward.config import LaunchConfig
+from schedules.families.mma.backward.machine import GradientMachine, Sides
+from schedules.families.mma.registers import fresh
+from schedules.tile.gradients import Tensors
+from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.softmax import from_lane
+from schedules.tile.weights import negative, shift_of
+
+
+@T.meta_class
+class QueryMachine(GradientMachine):
+    """The block's own rows are queries and dO: lse and delta of its rows come once."""
+
+    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, tensors: Tensors):
+        self.tensors = tensors
+        self.lse, self.delta = tensors.row_terms()
+        self.asked = sum(p.gradient for p in pattern.params)
+        self.parameter_sums = T.alloc_local([self.asked], "float32") if self.asked else None
+        GradientMachine.__init__(self, pattern, config, own, own_first, transposed=False)
+        self.row_shift, self.row_start = (T.alloc_local([2 * self.m_tiles], "float32") for _ in range(2))
+
+    def place_shared(self, pool):
+        self.numbers = pool.alloc((2, self.config.own_rows), "float32", align=16)
+        shape = (self.asked, self.config.num_warps)
+        self.warp_sums = pool.alloc(shape, "float32", align=16) if self.asked else None
+
+    def shift(self, t, g, r, e):
+        """What is added to the score of a register in powers of two."""
+        return self.row_shift[t * 2 + r]
+
+    def start(self, t, g, r, e):
+        """−delta of a register's query."""
+        return self.row_start[t * 2 + r]
+
+    @T.inline
+    def read_numbers(self, at):
+        """What belongs to the block's rows, one a thread: those past the last one weigh nothing.
+
+        It waits in shared memory, where it costs no registers.  No gradient of a parameter yet.
+        """
+        thread: T.int32 = fresh("tid.x")
+        if thread < self.config.own_rows:
+            self.numbers[0, thread] = T.float32(NEGATIVE_INFINITY)
+            self.numbers[1, thread] = T.float32(0)
+            if self.own_first + thread < at.seqlen_q:
+                index: T.int64 = self.tensors.lse_offset(at.b, at.h, self.own_first + thread)
+                self.numbers[0, thread] = shift_of(self.lse[index])
+                self.numbers[1, thread] = negative(self.delta[index])
+        if self.parameter_sums is not None:
+            for n in T.unroll(self.asked):
+                self.parameter_sums[n] = T.float32(0)
+
+    @T.inline
+    def prepare(self):
+        """The numbers of this lane's rows."""
+        first: T.int32 = self.warp_row + self.fragment.row(self.lane)
+        for t in T.unroll(self.m_tiles):
+            for r in T.unroll(2):
+                row = T.meta_var(first + (t * self.tile_step + r * self.fragment.row_step))
+                self.row_shift[t * 2 + r] = self.numbers[0, row]
+                self.row_start[t * 2 + r] = self.numbers[1, row]
+
+    @T.inline
+    def load_numbers(self, at, live):
+        """Visited keys have no numbers."""
+
+    @T.inline
+    def store_numbers(self, stage):
+        """Nor are there any to store."""
+
+    @T.inline
+    def arrive_at(self, masked):
+        """Wait for the tile in use."""
+        self.arrive(self.stages - 2)
+
+    @T.inline
+    def clear_blind_rows(self):
+        """A row that sees nothing may still hold the NaN of a key that it doesn't see."""
+        self.prepare()
+        for t in T.unroll(self.m_tiles):
+            for r in T.unroll(2):
+                if self.row_shift[t * 2 + r] == T.float32(NEGATIVE_INFINITY):
+                    for g in T.unroll(self.d_stride // 4):
+                        for e in T.unroll(2):
+                            self.sum_ds[t * self.d_stride + g * 4 + r * 2 + e] = T.float32(0)
+
+    @T.inline
+    def store_parameters(self, sums, index, count):
+        """The block's share in the gradients of parameters, to element ``index`` of ``count`` that each has in
+        ``sums``."""
+        for n in T.unroll(self.asked):
+            for step in T.unroll(5):
+                self.parameter_sums[n] = self.parameter_sums[n] + from_lane(self.parameter_sums[n], 1 << step)
+            if self.lane == 0:
+                self.warp_sums[n, fresh("tid.x") // 32] = self.parameter_sums[n]
+        T.cuda.cta_sync()
+        for n in T.unroll(self.asked):
+            if fresh("tid.x") == n:
+                self.parameter_sums[n] = self.warp_sums[n, 0]
+                for w in T.unroll(1, self.config.num_warps):
+                    self.parameter_sums[n] = self.parameter_sums[n] + self.warp_sums[n, w]
+                sums[n * count + index] = self.parameter_sums[n]

@@ -1,0 +1,189 @@
+"""Sequences of different lengths as operators of PyTorch: what programs call in place of ``flash_attention_varlen``.
+
+Importing this module registers ``torch.ops.tvm_flash.attention_varlen`` and its backward.  What is said of the other
+operators in :mod:`tvm_flash.tracing.torch_ops` holds here too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tvm_flash.call.ragged import count_sequences
+from tvm_flash.call.signature import Options, signature
+from tvm_flash.errors import ArgumentTypeError, NotSupportedError
+from tvm_flash.frameworks import TensorView, contiguous_strides
+from tvm_flash.frameworks.torch import name_of
+from tvm_flash.operators import OPERATORS, RAGGED, RAGGED_BACKWARD, RAGGED_LAYOUT
+from tvm_flash.tracing import torch_ops
+from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, is_known
+from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
+from tvm_flash.tracing.torch_ops import check_kernel, readable, with_kinds_named, written
+
+_STARTS = OPERATORS[RAGGED].starts
+_PARAMETERS = ("alibi_slopes",)
+
+_OPTIONS = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes=None, *, float? softmax_scale=None, "
+    "bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
+)
+_library = torch.library.Library("tvm_flash", "FRAGMENT")
+_tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+_library.define(
+    f"attention_varlen(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse=False) -> (Tensor, Tensor)", tags=_tags
+)
+# dq, dk, dv, and the gradient of the slopes, if it is asked for, for each sequence and head
+_library.define(
+    "attention_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
+    f"{_OPTIONS}, str[] gradients) -> Tensor[]",
+    tags=_tags,
+)
+_NAMES = {RAGGED: "attention_varlen", RAGGED_BACKWARD: "attention_varlen_backward"}
+
+
+def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
+    """:func:`tvm_flash.call.dispatch.attention` by way of the operators.
+
+    Raises
+    ------
+    TvmFlashError: an argument is wrong, or of a kind that the operators don't know.
+    """
+    return with_kinds_named(program, options, tensors)
+
+
+recorded = functools.partial(torch_ops.recorded, traced=attention)
+
+
+def program(options: Options, tensors: Mapping[str, Any]) -> Any:
+    """The same as ``torch.compile`` traces it."""
+    check_kinds(tensors)
+    options = check_options(options)
+    if any(type(x).__name__ == "DTensor" for x in tensors.values()):
+        raise NotSupportedError(
+            "q: is a DTensor, whose shards know nothing of where sequences begin; pass q.to_local() and its own starts"
+        )
+    if not torch.compiler.is_compiling():
+        check_call(options, tensors)
+    operator, device = OPERATORS[options.op], tensors["q"].device
+    for name in operator.starts:
+        if tensors[name].device != device:
+            raise ArgumentTypeError(f"{name}: is on {tensors[name].device}, expected {device}, where q is; move it")
+    outputs = operator.all_outputs(options.gradients)
+    own = {"gradients": list(options.gradients)} if operator.differentiates else {"return_lse": options.flag}
+    left, right = options.window_size
+    results = getattr(torch.ops.tvm_flash, _NAMES[options.op])(
+        *(tensors[name] for name in operator.inputs),
+        *(tensors.get(name) for name in (*operator.optional, *operator.starts, *_PARAMETERS)),
+        softmax_scale=options.softmax_scale,
+        causal=options.causal,
+        window_left=left,
+        window_right=right,
+        softcap=options.softcap,
+        **own,
+    )
+    count = len(outputs) + (len(operator.on_request) if options.flag else 0)
+    results = [results[i] for i in range(count)]
+    for i, name in enumerate(outputs):
+        if name in tensors:
+            results[i] = written(name, tensors[name], results[i])
+    return results[0] if count == 1 else tuple(results)
+
+
+# ---------------------------------------------------------------- on real tensors
+
+
+def _run(op, *tensors, return_lse=False, gradients=(), **options):
+    operator, gradients = OPERATORS[op], tuple(gradients)
+    made_for = {"op": op, "below": True, "gradients": gradients, "layout_known": True}
+    compute = signature(RAGGED_LAYOUT, parameters=_PARAMETERS, **made_for).call
+    given = len(operator.all_inputs) + len(_PARAMETERS)
+    tensors = (*tensors, *[None] * (given - len(tensors)), *[None] * len(operator.all_outputs(gradients)))
+    numbers = _numbers(**options)
+    if operator.differentiates:
+        return list(compute(*readable(*tensors[:7]), *tensors[7:], "auto", False, *numbers))
+    result = compute(*tensors, "auto", return_lse, *numbers)
+    return result if return_lse else (result, tensors[0].new_empty(0, dtype=torch.float32))
+
+
+def _numbers(softmax_scale=None, causal=False, window_left=None, window_right=None, softcap=0.0):
+    """The options of a call; a dispatcher leaves those out that have their defaults."""
+    window = tuple(-1 if x is None else x for x in (window_left, window_right))
+    return softmax_scale, causal, window, softcap
+
+
+# ---------------------------------------------------------------- on fake tensors
+
+
+def _check(q, k, v, starts):
+    check_shapes(RAGGED_LAYOUT, q, k, v)
+    if all(map(is_known, starts)):
+        shapes = [tuple(x.shape) for x in starts]
+        views = [
+            TensorView(s, contiguous_strides(s), name_of(x.dtype), "cpu", 0, pointer=0)
+            for s, x in zip(shapes, starts, strict=True)
+        ]
+        count_sequences(dict(zip(_STARTS, views, strict=True)))
+
+
+def _shapes(q, k, v, cu_seqlens_q, cu_seqlens_k, *_, return_lse=False, **__):
+    _check(q, k, v, (cu_seqlens_q, cu_seqlens_k))
+    out = q.new_empty((*q.shape[:2], v.shape[2]))
+    return out, q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
+
+
+def _backward_shapes(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *_, gradients=(), **__):
+    _check(q, k, v, (cu_seqlens_q, cu_seqlens_k))
+    heads = (cu_seqlens_q.shape[0] - 1, q.shape[1])
+    return [*(x.new_empty(x.shape) for x in (q, k, v)), *(q.new_empty(heads, dtype=torch.float32) for _ in gradients)]
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, **options):
+    forward, backward = (getattr(torch.ops.tvm_flash, _NAMES[op]).default for op in (RAGGED, RAGGED_BACKWARD))
+    others = (cu_seqlens_q, cu_seqlens_k, alibi_slopes)
+    if not is_recorded((q, k, v, alibi_slopes)):
+        return below(forward, q, k, v, *others, **options)
+    own = {name: x for name, x in options.items() if name != "return_lse"}
+
+    def check(q, k, v, parameters, wanted):
+        asked = Options(RAGGED_LAYOUT, "auto", False, *_numbers(**own), op=RAGGED)
+        check_kernel(asked, q, k, v, parameters, wanted)
+
+    pair = Pair(
+        lambda *tensors: below(forward, *tensors, **own, return_lse=True),
+        lambda *tensors, gradients: backward(*tensors, **own, gradients=gradients),
+        (*_STARTS, *_PARAMETERS),
+        asked=options.get("return_lse", False),
+        check=check,
+    )
+    return record(pair, q, k, v, *others)
+
+
+def _backward_where_autograd_listens(*tensors, **options):
+    backward = getattr(torch.ops.tvm_flash, _NAMES[RAGGED_BACKWARD]).default
+    if not is_recorded(tensors):
+        return below(backward, *tensors, **options)
+    return record_once(backward, *tensors, **options)
+
+
+def _refuse_vmap(info, in_dims, *arguments, **options):
+    raise NotSupportedError(
+        "q, k, v: are mapped by torch.vmap, and sequences of different lengths can't be; they are a batch already: "
+        "give all of them in one call"
+    )
+
+
+_LISTENING = {RAGGED: _forward_where_autograd_listens, RAGGED_BACKWARD: _backward_where_autograd_listens}
+_FAKE = {RAGGED: _shapes, RAGGED_BACKWARD: _backward_shapes}
+for _op, _name in _NAMES.items():
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, functools.partial(_run, _op), _key)
+    _library.impl(_name, _LISTENING[_op], "Autograd")
+    torch.library.register_fake(f"tvm_flash::{_name}", _FAKE[_op], lib=_library)
+    if hasattr(torch.library, "register_vmap"):  # since torch 2.5
+        torch.library.register_vmap(f"tvm_flash::{_name}", _refuse_vmap, lib=_library)

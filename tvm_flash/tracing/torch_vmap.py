@@ -1,0 +1,35 @@
+"""What ``torch.vmap`` makes of the operators of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def larger_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule that makes one batch of the mapped and the own batch dimension."""
+
+    def rule(info, in_dims, *arguments, **options):
+        size = info.batch_size
+
+        def merged(x, dim):
+            if isinstance(x, (list, tuple)):
+                dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(x)
+                return [merged(*pair) for pair in zip(x, dims, strict=True)]
+            if not isinstance(x, torch.Tensor):
+                return x
+            x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            if x.ndim < 4:  # one value a head, or also a batch entry
+                x = (x[:, None] if x.ndim == 2 else x).expand(size, batch, -1)
+            return x.flatten(0, 1)
+
+        first, dim = arguments[0], in_dims[0]
+        batch = first.movedim(dim, 0).shape[1] if dim is not None else first.shape[0]
+        merged_arguments = [merged(x, dim) for x, dim in zip(arguments, in_dims, strict=True)]
+        results = operator(*merged_arguments, **options)
+        unmerged = [x.unflatten(0, (size, batch)) if x.ndim > 1 else x.expand(size, 0) for x in results]
+        return (tuple(unmerged), (0, 0)) if isinstance(results, tuple) else (unmerged, [0] * len(unmerged))
+
+    return rule
