@@ -74,5 +74,5 @@ def test_refusals_say_why(pattern, change, reason):
     assert reason in refusal.reason
 
 
-def test_kernels_that_no_gpu_has_run_are_built_only_by_name():
-    assert BACKWARD not in core_kinds_of(TARGET)
+def test_packs_have_the_backward():
+    assert BACKWARD in core_kinds_of(TARGET)
