@@ -20,17 +20,31 @@ from schedules.families import cpu
 from schedules.families.cpu.ragged import sequences
 from schedules.families.interface import RAGGED, RAGGED_BACKWARD, Program, Target
 from schedules.toolchain import cpu as toolchain
-from tests import ragged_cases
+from tests import ragged_cases, torch_cases
 from tests.ragged_cases import RAGGED_CASES, RaggedCase
 from tests.test_cpu_family import TEMPLATES, compile_for, runnable_isas, runtime
 from tvm_flash.packs import sizes
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.registry import registry
+
+pytestmark = pytest.mark.usefixtures("cpu_pack")
 
 
 @functools.cache
-def kernel(dtype: str, isa: str = "", head_dim: int = 64, kind: str = RAGGED, **changes) -> tuple[Callable, tuple]:
-    """``compute(values, sizes)`` and the parameters of the kernel that packs have."""
-    isa = isa or runnable_isas()[0]
-    pattern = match(Attention(SCORES["optional"], MASKS["window"])(head_dim, dtype, index_dtype=cpu.INDEX_DTYPE))
+def installed(dtype: str, kind: str = RAGGED, head_dim: int = 64) -> tuple[Callable, tuple]:
+    """``compute(values, sizes)`` and the parameters of a kernel of the pack."""
+    for found in registry().kernels("cpu"):
+        e = found.entry
+        if (e.dtype, e.kind, e.head_dim, e.definition) == (dtype, kind, head_dim, BUILTIN_DEFINITION):
+            module = tvm_ffi.load_module(str(found.pack.folder / e.module))
+            return torch_cases.by_entry(e, [module[x.symbol] for x in e.launches], "cpu"), e.params
+    raise AssertionError(f"no {kind} kernel for {dtype}")
+
+
+@functools.cache
+def kernel(dtype: str, isa: str, kind: str = RAGGED, **changes) -> tuple[Callable, tuple]:
+    """The same of a kernel that is made here."""
+    pattern = match(Attention(SCORES["optional"], MASKS["window"])(64, dtype, index_dtype=cpu.INDEX_DTYPE))
     target = Target("cpu", isa)
     config = replace(cpu.KINDS[kind].default_configs("v2", pattern, target)[0], **changes)
     program = TEMPLATES["v2"].apply(pattern, target, "kernel", config, kind)
@@ -51,13 +65,13 @@ def kernel(dtype: str, isa: str = "", head_dim: int = 64, kind: str = RAGGED, **
     return compute, pattern.params
 
 
-def attend(case: RaggedCase, data, isa: str = "", **changes):
-    compute, params = kernel(case.dtype, isa, **changes)
+def attend(case: RaggedCase, data, made: tuple = ()):
+    compute, params = made or installed(case.dtype)
     return ragged_cases.run(case, data, compute, params)
 
 
-def back(case: RaggedCase, data, given, isa: str = "", **changes):
-    compute, params = kernel(case.dtype, isa, kind=RAGGED_BACKWARD, **changes)
+def back(case: RaggedCase, data, given, made: tuple = ()):
+    compute, params = made or installed(case.dtype, RAGGED_BACKWARD)
     return ragged_cases.run_backward(case, data, given, compute, params)
 
 
@@ -80,13 +94,13 @@ def test_gradients_against_float64(case):
 _ONE = RaggedCase((3, 150, 0, 1, 70), 4, 64, (9, 61, 5, 0, 333), kv_heads=2, mask="causal", after=(3, 4))
 
 
-@pytest.mark.parametrize("isa", runnable_isas()[1:])
-def test_every_isa(isa):
-    for dtype in ("float32", "bfloat16") if isa == "avx2" else ("float32",):
-        case = replace(_ONE, dtype=dtype)
-        data, given = ragged_cases.inputs(case), ragged_cases.outer(case)
-        ragged_cases.check(case, data, *attend(case, data, isa))
-        ragged_cases.check_backward(case, data, given, back(case, data, given, isa))
+@pytest.mark.parametrize("isa", [x for x in runnable_isas()[1:] if x in ("avx2", "baseline")])
+def test_other_instruction_sets(isa):
+    data, given = ragged_cases.inputs(_ONE), ragged_cases.outer(_ONE)
+    ragged_cases.check(_ONE, data, *attend(_ONE, data, kernel(_ONE.dtype, isa)))
+    if isa == "avx2":
+        got = back(_ONE, data, given, kernel(_ONE.dtype, isa, RAGGED_BACKWARD))
+        ragged_cases.check_backward(_ONE, data, given, got)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
@@ -111,16 +125,15 @@ def test_shares_of_very_different_sequences(monkeypatch):
     case = RaggedCase((1, 900, *[3, 0, 17, 1] * 12), 2, 64, (2000, 900, *[3, 4, 0, 9] * 12), mask="causal")
     data = ragged_cases.inputs(case)
     monkeypatch.setattr(sequences, "MOST_SHARES", 16)
-    compute, params = kernel.__wrapped__("float32", block_m=32)
-    few = ragged_cases.run(case, data, compute, params)
+    few = attend(case, data, kernel("float32", runnable_isas()[0]))
     ragged_cases.check(case, data, *few)
-    for a, b in zip(few, attend(case, data, block_m=32), strict=True):
+    for a, b in zip(few, attend(case, data), strict=True):
         assert np.array_equal(a, b)
 
 
 def test_nobody_asked_for_the_log_sum_exp():
     data = ragged_cases.inputs(_ONE)
-    compute, params = kernel("float32")
+    compute, params = installed("float32")
     out, lse = ragged_cases.run(_ONE, data, compute, params, with_lse=False)
     assert np.array_equal(out, attend(_ONE, data)[0]) and np.isnan(lse).all()
 
@@ -128,7 +141,7 @@ def test_nobody_asked_for_the_log_sum_exp():
 @pytest.mark.parametrize("kind", (RAGGED, RAGGED_BACKWARD))
 def test_starts_that_make_no_sense_are_refused_before_anything_is_written(kind):
     data, given = ragged_cases.inputs(_ONE), ragged_cases.outer(_ONE)
-    compute, params = kernel("float32", kind=kind)
+    compute, params = installed("float32", kind)
     written = {}
 
     def spoilt(values, extents):
