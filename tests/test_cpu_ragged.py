@@ -75,8 +75,9 @@ def back(case: RaggedCase, data, given, made: tuple = ()):
     return ragged_cases.run_backward(case, data, given, compute, params)
 
 
-#: 16 bits in every third case: what differs is how tiles are loaded and multiplied.
-CASES = [c for i, c in enumerate(RAGGED_CASES) if c.dtype == "float32" or i % 9 in (1, 5)]
+#: Every case in one dtype, and gradients too, mostly in float32; ``test_varlen.py`` has all of them in bfloat16.
+CASES = [c for i, c in enumerate(RAGGED_CASES) if i % 3 == (i // 3) % 2]
+GRADIENT_CASES = [c for i, c in enumerate(RAGGED_CASES) if i % 3 == (0, 0, 1, 0, 2)[i // 3 % 5] and i // 3 % 3 != 1]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -85,7 +86,7 @@ def test_against_float64(case):
     ragged_cases.check(case, data, *attend(case, data))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda c: c.id)
 def test_gradients_against_float64(case):
     data, given = ragged_cases.inputs(case), ragged_cases.outer(case, with_dlse=case.heads > 2)
     ragged_cases.check_backward(case, data, given, back(case, data, given))
@@ -98,7 +99,7 @@ _ONE = RaggedCase((3, 150, 0, 1, 70), 4, 64, (9, 61, 5, 0, 333), kv_heads=2, mas
 def test_other_instruction_sets(isa):
     data, given = ragged_cases.inputs(_ONE), ragged_cases.outer(_ONE)
     ragged_cases.check(_ONE, data, *attend(_ONE, data, kernel(_ONE.dtype, isa)))
-    if isa == "avx2":
+    if isa == "baseline":  # the smallest code to compile
         got = back(_ONE, data, given, kernel(_ONE.dtype, isa, RAGGED_BACKWARD))
         ragged_cases.check_backward(_ONE, data, given, got)
 
