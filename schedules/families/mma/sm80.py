@@ -303,12 +303,16 @@ class BackwardQueries(AsynchronousCopies, AmpereProducts, QueryMachine):
 _BACKWARD_LARGE = {
     64: backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2, paced=False),
     96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 2),
-    128: backward.Config(128, 64, 8, 2, 1, 256, 32, 8, 2, 1),
+    128: backward.Config(128, 64, 8, 2, 1, 256, 32, 8, 2, 1, warps_per_tile=2),
+    192: backward.Config(64, 64, 8, 2, 1, 128, 32, 8, 2, 1, warps_per_tile=2),
+    256: backward.Config(64, 32, 8, 2, 1, 64, 32, 4, 2, 1, warps_per_tile=2),
 }
 _BACKWARD_SMALL = {
     64: backward.Config(128, 32, 4, 2, 2, 128, 32, 4, 2, 2, paced=False),
     96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 1),
     128: backward.Config(128, 32, 8, 2, 1, 128, 32, 8, 2, 1),
+    192: backward.Config(64, 16, 4, 2, 1, 64, 32, 4, 2, 1),
+    256: backward.Config(32, 32, 4, 2, 1, 64, 16, 4, 2, 1, warps_per_tile=2),
 }
 
 
