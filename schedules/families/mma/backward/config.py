@@ -107,9 +107,11 @@ def _fits(launch: str, pattern: Pattern, config: LaunchConfig, target: Target, t
         return Rejected(f"{launch}: warps_per_tile {config.parts} must be 1, or 2 and num_warps even")
     if config.m_tiles not in (1, 2) or M16N8.tile_rows * config.m_tiles * config.num_warps != R * config.parts:
         return Rejected(f"{launch}: {R} rows don't give each of {config.num_warps} warps 16 or 32")
-    if M % (16 * config.parts) or config.threads < M:
+    if M % (16 * config.parts) or config.threads < 2 * M:
         unit = 16 * config.parts
-        return Rejected(f"{launch}: {M} rows a step are not a multiple of {unit} up to the {config.threads} threads")
+        return Rejected(
+            f"{launch}: {M} rows a step are not a multiple of {unit} up to half of {config.threads} threads"
+        )
     if config.num_stages < 2:
         return Rejected(f"{launch}: num_stages {config.num_stages} must be at least 2")
     shared, available = _shared_memory(pattern, config, transposed), SHARED_MEMORY[target.arch]

@@ -56,9 +56,9 @@ class GradientMachine(RowCopies):
 
     ``own`` are row sources of what the block keeps, from row ``own_first`` on, and keys if ``transposed``: then there
     is a sum of P too.  A launch's machine brings ``place_shared(pool)``; ``shift(t, g, r, e)`` and
-    ``start(t, g, r, e)``, lse and delta of a register's query as a step wants them, after its ``prepare()``;
-    ``load_numbers(at, live)`` and ``store_numbers(stage)``, which fetch them where queries are visited;
-    ``arrive_at(masked)``; and ``parameter_sums``.
+    ``start(t, g, r, e)``, lse and delta of a register's query as a step wants them, after ``prepare_starts()`` and
+    ``prepare_shifts()``; ``load_numbers(at, live)`` and ``store_numbers(stage)``, which fetch them where queries are
+    visited; ``arrive_at(masked)``; and ``parameter_sums``.
     """
 
     def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, *, transposed: bool):
@@ -145,6 +145,8 @@ class GradientMachine(RowCopies):
             for t in T.unroll(self.m_tiles):
                 T.ptx[LOAD](*[self.A[t * 4 + x] for x in range(4)], own_tile.at(rows_from, t * self.tile_step, k * 2))
             for n in T.unroll(self.columns // 16):
+                if self.config.paced:
+                    T.cuda.warp_sync()
                 T.ptx[LOAD](*[self.B[x] for x in range(4)], tile.at(visited_from, n * 16, k * 2))
                 for t in T.unroll(self.m_tiles):
                     self.multiply_pair(C, t * self.s_stride + n * 8, self.A, t * 4)
@@ -241,16 +243,17 @@ class GradientMachine(RowCopies):
         thread: T.int32 = fresh("tid.x")
         place = T.meta_var(self.position(thread, tile))
         self.column = self.part * self.columns + self.fragment.column(thread % 32)
-        self.prepare()
         for i in T.unroll(self.m_tiles * self.s_stride):
             self.S[i] = T.float32(0)
         self.score(self.S, self.own_tiles.scores, self.visited_tiles.scores)
+        self.prepare_starts()
         for t in T.unroll(self.m_tiles):
             for g in T.unroll(self.s_stride // 4):
                 for r in T.unroll(2):
                     for e in T.unroll(2):
                         self.dP[t * self.s_stride + g * 4 + r * 2 + e] = self.start(t, g, r, e)
         self.score(self.dP, self.own_tiles.gradients, self.visited_tiles.gradients)
+        self.prepare_shifts()
         weights.turn(self.S, self.dP, self.P, self.dS, self.shift, place[0], place[1], masked, self.parameter_sums)
         if self.transposed:
             self.add(self.sum_p, self.e_stride, self.P, self.visited_tiles.gradients)
@@ -274,22 +277,31 @@ class GradientMachine(RowCopies):
         begin, end = of(at, first, first + (rows - 1)).visible
         return T.And(begin < (tile + 1) * M, end > tile * M)
 
+    @property
+    def before(self):
+        """The stage before the one in use, which is the next to be filled."""
+        return T.Select(self.use == 0, self.stages, self.use) - 1
+
     @T.inline
     def step(self, visited, weights, tile, end, masked):
         """Visit a tile; the one that is ``stages - 1`` further on is fetched, if it is below ``end``."""
+        if not self.pattern.has_gaps:
+            # follow from the tile, so that they aren't kept from step to step
+            self.use = tile % self.stages
+            self.fetched = tile + (self.stages - 1)
         self.arrive_at(masked)
-        stage: T.int32 = T.Select(self.use == 0, self.stages, self.use) - 1
         live: T.bool = self.fetched < end
         self.load_numbers(weights.at, live)
-        self.fetch(visited, stage, live)
-        self.advance(weights.at, end, self.fetched)
+        self.fetch(visited, self.before, live)
         if masked and not self.pattern.has_gaps:
             if self.is_seen(weights.at, tile):
                 self.compute(weights, tile, masked)
         else:
             self.compute(weights, tile, masked)
-        self.store_numbers(stage)
-        self.use = T.Select(self.use == self.stages - 1, 0, self.use + 1)
+        self.store_numbers(self.before)
+        if self.pattern.has_gaps:
+            self.advance(weights.at, end, self.fetched)
+            self.use = T.Select(self.use == self.stages - 1, 0, self.use + 1)
 
     @T.inline
     def advance(self, at, end, tile):
@@ -322,7 +334,8 @@ class GradientMachine(RowCopies):
         if self.pattern.has_gaps:
             self.skip(weights.at, tiles.end, self.fetched)
         tile: T.int32 = self.fetched
-        for stage in T.unroll(self.stages - 1):
+        for n in T.unroll(self.stages - 1):
+            stage = T.meta_var(n if self.pattern.has_gaps else self.fetched % self.stages)
             self.load_numbers(weights.at, self.fetched < tiles.end)
             self.fetch(visited, stage, self.fetched < tiles.end)
             self.store_numbers(stage)
