@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from schedules.builder.records import Record
-from tests import backward_trials, forward_trials, torch_cases
+from tests import backward_trials, forward_trials, ragged_trials, torch_cases
 from tests.trials import Trial, Usual
 from tvm_flash.machine import cuda
 from tvm_flash.machine.arch import runs_on
@@ -38,11 +38,17 @@ class Operator:
     usual: Callable[[KernelEntry], Usual]
 
 
-#: By operator.
+#: By operator, or by kind where kernels of a kind take other tensors.
 OPERATORS = {
     "forward": Operator(forward_trials.trials, forward_trials.usual),
+    "ragged": Operator(ragged_trials.trials, ragged_trials.usual),
     "backward": Operator(backward_trials.trials, backward_trials.usual),
 }
+
+
+def operator_of(entry: KernelEntry) -> Operator:
+    """The row of a kernel."""
+    return OPERATORS[entry.kind if entry.kind in OPERATORS else entry.op]
 
 
 def verify(kernel: Installed) -> tuple[int, float]:
@@ -54,7 +60,7 @@ def verify(kernel: Installed) -> tuple[int, float]:
     """
     entry, worst, count = kernel.entry, 0.0, 0
     compute = torch_cases.by_entry(entry, functions_of(kernel), "cuda")
-    for trial in OPERATORS[entry.op].trials(entry):
+    for trial in operator_of(entry).trials(entry):
         at = f"{entry.symbol} [{entry.arch}], {trial.label}"
         runs = [trial.run(compute, "cuda") for _ in range(2)]
         try:
@@ -70,7 +76,7 @@ def verify(kernel: Installed) -> tuple[int, float]:
 
 def measure(entry: KernelEntry, functions: Sequence[Callable]) -> tuple[str, list[float], float]:
     """Time the usual problem: its name, microseconds of each repeat, and its floating-point operations."""
-    usual = OPERATORS[entry.op].usual(entry)
+    usual = operator_of(entry).usual(entry)
 
     def make(shape: tuple[int, ...], dtype: str, zeroed: bool) -> torch.Tensor:
         return (torch.zeros if zeroed else torch.empty)(shape, dtype=getattr(torch, dtype), device="cuda")

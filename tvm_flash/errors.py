@@ -40,3 +40,8 @@ class KernelError(TvmFlashError, RuntimeError):
 
 class LayoutWarning(UserWarning):
     """The shapes are legal but look as if heads and sequence were swapped."""
+
+
+class FallbackWarning(UserWarning):
+    """A drop-in left a call to the framework's own attention; the text says why.  ``warnings.simplefilter`` makes it an
+    error."""

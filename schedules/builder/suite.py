@@ -42,12 +42,14 @@ class Scope:
     on_gpus: those on a GPU, if they aren't the same.
     between: whether there are kernels for ``HEAD_DIMS_BETWEEN``, on a GPU.
     own_definitions: whether a definition of the user's own gets such kernels without asking for them.
+    by_default: whether a pack gets them without asking for the kind.
     """
 
     variants: tuple[tuple[str, str], ...]
     between: bool = False
     own_definitions: bool = False
     on_gpus: tuple[tuple[str, str], ...] | None = None
+    by_default: bool = True
 
 
 #: Of every kind that families make (:mod:`schedules.families.interface`) what is built unless it is asked for by name.
@@ -69,7 +71,7 @@ SCOPES = {
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
     ),
     RAGGED_BACKWARD: Scope((("window", "optional"),)),
-    BACKWARD_ACCUMULATE: Scope(()),  # as large as the backward again, for rings alone: built where it is asked for
+    BACKWARD_ACCUMULATE: Scope((("positioned", "optional"),), by_default=False),  # for rings alone, and as large again
 }
 
 #: Kinds whose tensors have no batch axis, and so one layout: there are kernels of one template, the family's last.
@@ -201,7 +203,8 @@ class Selection:
         """
         own, variants = definition != BUILTIN_DEFINITION, tuple(variants)
         between = gpu and not self.head_dims and not own
-        wanted = [k for k in kinds if k in self.kinds or not (self.kinds or (own and not SCOPES[k].own_definitions))]
+        usual = [k for k in kinds if SCOPES[k].by_default and (SCOPES[k].own_definitions or not own)]
+        wanted = [k for k in kinds if k in self.kinds] if self.kinds else usual
         return [
             KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v, kind=kind)
             for template in self.templates or TEMPLATES

@@ -185,6 +185,7 @@ class Parameters:
     """The run-time parameters that belong to one ``(batch, head)``: scalars as they are, per-head ones read once."""
 
     def __init__(self, geometry: Geometry, b: Expr, h: Expr):
+        self.geometry = geometry
         self.values = {}
         self.loaded = []
         for name, value in geometry.parameters.items():
@@ -195,6 +196,14 @@ class Parameters:
             source = flat(value)
             self.loaded.append(source)
             self.values[name] = local(source[wide(b) * wide(batch_stride) + wide(h) * wide(head_stride)])
+
+    def read(self, b: Expr, h: Expr):
+        """Read those of another batch and head in their place."""
+        per_head = [(name, x) for name, x in self.geometry.parameters.items() if not isinstance(x.ty, PrimType)]
+        for (name, value), source in zip(per_head, self.loaded, strict=True):
+            batch_stride, head_stride = value.ty.strides
+            at = wide(b) * wide(batch_stride) + wide(h) * wide(head_stride)
+            T.buffer_store(self.values[name].source, source[at], [0])
 
 
 def site(geometry: Geometry, parameters: Parameters, b: Expr, h: Expr) -> Site:

@@ -9,12 +9,13 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.tile.sequences import Ragged, Sequence, find_sequence
+from schedules.tile.smem import TILE_ALIGNMENT
 from schedules.tile.tile_scheduler import WorkTile
 
 #: int32 of a :class:`FoundTile`, and where each number is.
 WORDS = 8
-BYTES = 64  # of a block that has one; arrays in shared memory are aligned so
-_SEQUENCE, _HEAD, _M_BLOCK, _QUERY, _QUERIES, _KEY, _KEYS = range(7)
+BYTES = TILE_ALIGNMENT  # of a block that has one before its tiles
+_SEQUENCE, _HEAD, _M_BLOCK, _QUERY, _QUERIES, _KEY, _KEYS, _OTHER = range(8)
 
 
 @T.meta_class
@@ -43,6 +44,16 @@ class FoundTile:
         return self._word(_M_BLOCK)
 
     @property
+    def exists(self) -> Expr:
+        """Whether there is a tile."""
+        return self.m_block >= 0
+
+    @property
+    def other(self) -> Expr:
+        """A further row tile of the same sequence and head, which is to follow; −1 if there is none."""
+        return self._word(_OTHER)
+
+    @property
     def queries(self) -> Sequence:
         """The sequence's rows."""
         return Sequence(self._word(_QUERY), self._word(_QUERIES))
@@ -61,17 +72,36 @@ class FoundTile:
         found: T.int32 = 0
         find_sequence(queries, rows, item.m_block, lane, found)
         if lane == 0:
-            own = T.meta_var(queries.of(found))
-            others = T.meta_var(keys.of(found))
-            length: T.int32 = own.length
+            length: T.int32 = queries.of(found).length
             tiles: T.int32 = T.truncdiv(length + (rows - 1), rows)
-            self.words[self.first + _SEQUENCE] = T.min(found, queries.batch - 1)
-            self.words[self.first + _HEAD] = item.head
-            self.words[self.first + _M_BLOCK] = tiles - 1 - (item.m_block - queries.first_slot(found, rows))
-            self.words[self.first + _QUERY] = own.offset
-            self.words[self.first + _QUERIES] = length
-            self.words[self.first + _KEY] = others.offset
-            self.words[self.first + _KEYS] = T.Select(found < queries.batch, others.length, 0)
+            m_block = T.meta_var(tiles - 1 - (item.m_block - queries.first_slot(found, rows)))
+            self.write(queries, keys, found, item.head, m_block, length)
+
+    @T.inline
+    def write(self, queries: Ragged, keys: Ragged, found, head, m_block, length):
+        """One lane: what there is to know of an m-block of sequence ``found``, which has ``length`` rows."""
+        own = T.meta_var(queries.of(found))
+        others = T.meta_var(keys.of(found))
+        self.words[self.first + _SEQUENCE] = T.min(found, queries.batch - 1)
+        self.words[self.first + _HEAD] = head
+        self.words[self.first + _M_BLOCK] = m_block
+        self.words[self.first + _QUERY] = own.offset
+        self.words[self.first + _QUERIES] = length
+        self.words[self.first + _KEY] = others.offset
+        self.words[self.first + _KEYS] = T.Select(found < queries.batch, others.length, 0)
+
+    @T.inline
+    def follow(self, m_block):
+        """One lane: m-block ``m_block`` of the same sequence and head is to follow, if it isn't −1."""
+        self.words[self.first + _OTHER] = m_block
+
+    @T.inline
+    def take_other(self, before):
+        """One lane: the row tile that is to follow another one."""
+        for i in T.unroll(WORDS):
+            self.words[self.first + i] = before.words[before.first + i]
+        self.words[self.first + _M_BLOCK] = before.other
+        self.words[self.first + _OTHER] = -1
 
     @T.inline
     def leave_out(self):

@@ -16,7 +16,7 @@ PANEL_BYTES = 128
 #: Rows that a swizzle tells apart: what an ldmatrix, or a quarter of a warp with 16 bytes a lane, touches at a time.
 _ROWS = 8
 #: What the swizzle atom asks of a tile's address.
-_ALIGNMENT = 1024
+TILE_ALIGNMENT = 1024
 
 
 def panel_columns(columns: int, element: ElementType) -> int:
@@ -55,7 +55,7 @@ class SharedTile:
         self.row_bytes = self.panel * element.bytes
         self.panel_bytes = rows * self.row_bytes
         self.stage_bytes = self.panels * self.panel_bytes
-        self.buffer = pool.alloc((stages, self.panels, rows, self.panel), element.name, align=_ALIGNMENT)
+        self.buffer = pool.alloc((stages, self.panels, rows, self.panel), element.name, align=TILE_ALIGNMENT)
 
     def swizzled(self, row: Expr, chunk: Expr) -> Expr:
         """Where chunk ``chunk`` of a panel's row stands."""

@@ -31,6 +31,7 @@ namespace simt {
 
 constexpr int kWarp = 32, kWarpgroup = 4;
 constexpr size_t kStack = 1 << 20;
+constexpr uint32_t kArrays = 4096;  // room before what a launch asks for: arrays of known size
 constexpr uint32_t kSharedBase = 1024;  // shared addresses don't begin at 0 on hardware either
 constexpr int kChunk = 16;              // bytes that asynchronous copies and matrix instructions move as one
 
@@ -297,7 +298,7 @@ static void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()>
     for (unsigned y = 0; y < grid.y; y++)
       for (unsigned x = 0; x < grid.x; x++) {
         blockIdx = dim3(x, y, z);
-        own.shared.assign(shared_bytes + 16, 0xff);  // NaN, whatever it is read as
+        own.shared.assign(shared_bytes + kArrays + 16, 0xff);  // NaN, whatever it is read as
         own.barriers.assign(16, Meeting()), own.warps.assign(32, Meeting());
         for (Thread& t : own.threads) {
           t.done = false, t.wait = Wait();

@@ -67,8 +67,13 @@ template <typename T>
 static T __shfl_sync(uint, T value, int source, int) { return simt::exchange(value, [=](int) { return source; }); }
 template <typename T>
 static T __shfl_xor_sync(uint, T value, int mask, int) { return simt::exchange(value, [=](int l) { return l ^ mask; }); }
+template <typename T>
+static T __shfl_up_sync(uint, T value, int distance, int) {
+  return simt::exchange(value, [=](int l) { return l < distance ? l : l - distance; });
+}
 static int __any_sync(uint, int predicate) { return simt::any(predicate); }
 static uint32_t __ballot_sync(uint, int predicate) { return simt::ballot(predicate); }
+static int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 static int __popc(uint32_t x) { return __builtin_popcount(x); }
 static void __syncthreads() { simt::barrier(0, simt::block->threads.size()); }
 static void __syncwarp() { simt::together([](simt::Thread*) {}); }

@@ -55,8 +55,7 @@ def translate(text: str, name: str) -> str:
     device = device[device.index(_BEGIN) + len(_BEGIN) :]
     device = re.sub(r'extern "C" __global__ void __launch_bounds__\([^)]*\) \w+\([^;{]*\);\n', "", device)
     device = re.sub(r'extern "C" __global__ void __launch_bounds__\([^)]*\)', "static void", device)
-    device = re.sub(r"extern __shared__ \S+ uchar (\w+)\[\];", r"uchar* \1 = simt::shared();", device)
-    device = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", device)  # blocks run one after the other
+    device = "".join(_with_shared_memory(part) for part in re.split(r"(?m)^(?=static void )", device))
     device = re.sub(r"#pragma unroll.*\n", "", device)
     device = re.sub(r"__half2 pair = .*\n.*", "to = simt::pack(high, low, false);", device)
     device = instructions.ASM.sub(instructions.translate, device)
@@ -65,6 +64,21 @@ def translate(text: str, name: str) -> str:
     host = host.replace("device.device_type) == 2", "device.device_type) == 1")
     host = re.sub(r"tvm::ffi::CUDADeviceGuard [^;]*;", "", host)
     return f'#include "prelude.h"\n{device}\n{host}'
+
+
+#: Arrays in shared memory whose size is known, as sources declare them.
+_BYTES = {"int": 4, "uint": 4, "float": 4}
+_ARRAY = re.compile(r"__shared__ (alignas\((\d+)\)) (\w+) (\w+)\[(\d+)\];")
+
+
+def _with_shared_memory(function: str) -> str:
+    """A kernel's text with its arrays in shared memory: those of known size are statics, since blocks run one after the
+    other, but what has its size from the launch begins behind them, and so at an address that they decide."""
+    before = 0
+    for _, alignment, element, _, length in _ARRAY.findall(function):
+        before += -(-int(length) * _BYTES[element] // int(alignment)) * int(alignment)
+    function = re.sub(r"extern __shared__ \S+ uchar (\w+)\[\];", rf"uchar* \1 = simt::shared() + {before};", function)
+    return _ARRAY.sub(r"\1 static \3 \4[\5];", function)
 
 
 def build(text: str, folder: Path, name: str = "kernel") -> Path:

@@ -323,7 +323,8 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         command = build_command(arch, *options)
         return KernelNotFoundError(f"no {whose} kernel: {nearest.kernel.symbol} {nearest.reason}; run `{command}`")
     if nearest.stage == _KIND:
-        return KernelNotFoundError(_wrong_kind(problem, f"{whose} kernel", nearest))
+        command = build_command(arch, *options, "--head-dim", dims, "--dtype", problem.dtype)
+        return KernelNotFoundError(_wrong_kind(problem, f"{whose} kernel", nearest, command))
     command = build_command(arch, *options, "--head-dim", dims, *_kind(problem))
     return KernelNotFoundError(f"no {whose} kernel for the score {problem.score}; run `{command}`")
 
@@ -334,11 +335,12 @@ def _named(problem: Problem) -> str:
     return ", ".join((*operator.inputs, *operator.all_outputs(problem.gradients)))
 
 
-def _wrong_kind(problem: Problem, kernel: str, nearest: Rejection) -> str:
+def _wrong_kind(problem: Problem, kernel: str, nearest: Rejection, command: str) -> str:
     if problem.accumulate:
+        built = f", or run `{command}`" if kernel.startswith("cpu") else ""  # GPUs have none yet
         return (
             f"accumulate: is True, and no {kernel} adds to gradients that are there; leave it out, and add the results "
-            f"to float32 tensors"
+            f"to float32 tensors{built}"
         )
     return (
         f"{', '.join(problem.gradients)}: a gradient is wanted, and every {kernel} for this {nearest.reason}; "

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from tvm_flash.call.choice import candidates, choose
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, Problem
-from tvm_flash.errors import TvmFlashError
+from tvm_flash.errors import FallbackWarning, TvmFlashError
 from tvm_flash.frameworks.torch_watch import has_tangent_below, is_differentiated
 from tvm_flash.machine.device import Device
 from tvm_flash.nn.attend import attend, fit
@@ -27,10 +27,6 @@ from tvm_flash.packs.registry import on_refresh
 from tvm_flash.padded import padded_attention
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-class FallbackWarning(UserWarning):
-    """A call went to torch's own attention; the text says why.  ``warnings.simplefilter`` makes it an error."""
 
 
 def scaled_dot_product_attention(

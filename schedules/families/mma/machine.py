@@ -19,7 +19,7 @@ from schedules.tile.fragment import Fragment
 from schedules.tile.geometry import Geometry, flat, local
 from schedules.tile.key_range import KeyTiles, next_visible
 from schedules.tile.key_source import ContiguousRows
-from schedules.tile.smem import SharedTile
+from schedules.tile.smem import TILE_ALIGNMENT, SharedTile
 from schedules.tile.softmax import OnlineSoftmax
 from schedules.tile.tile_scheduler import WorkTile
 
@@ -122,7 +122,8 @@ class RowCopies:
 class BlockMachine(RowCopies):
     """Shared tiles, copy cursors, registers and softmax state of one block.
 
-    ``rows`` are its first and last row, ``sources`` where q, k and v are, ``thread`` an index in it.
+    ``rows`` are its first and last row, ``sources`` where q, k and v are, ``thread`` an index in it.  ``pool`` is its
+    shared memory if somebody has taken of it already; the tiles begin at ``first_byte``.
     ``parts`` warps share the rows of ``m_tiles`` m-tiles: each computes the scores of its part of the keys, and the
     output of its part of the columns.  A warp's m-tiles are ``tile_step`` rows apart.  ``cursors_in_shared`` keeps
     where threads copy from in shared memory, 16 bytes a thread, where it costs no registers.
@@ -141,6 +142,7 @@ class BlockMachine(RowCopies):
         sources,
         block: WorkTile,
         thread,
+        pool: SMEMPool | None = None,
         *,
         fragment: Fragment,
         num_stages: int,
@@ -154,7 +156,8 @@ class BlockMachine(RowCopies):
         self.threads = 32 * config.num_warps
         self.tile_step = fragment.tile_rows * (config.num_warps // parts)
         self.m_tiles = M // self.tile_step
-        pool = SMEMPool()
+        pool = pool or SMEMPool()
+        self.first_byte = -(-pool.offset // TILE_ALIGNMENT) * TILE_ALIGNMENT
         types = self.types = tensor_types(pattern)
         tiles_of = [
             SharedTile(pool, stages, rows, columns, element)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from tvm.backend.cuda.lang import SMEMPool
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
@@ -68,6 +69,7 @@ class DenseBlocks:
     """Which work tile a block has, where that follows from its place: the longest under a causal mask first."""
 
     order: Order
+    pool = None
 
     def grid(self) -> tuple[Expr, Expr, Expr]:
         """Blocks along each axis."""
@@ -89,7 +91,9 @@ class RaggedBlocks:
 
     def __init__(self, order: Order):
         self.order = InOneRow(order)
-        self.found = FoundTile(T.alloc_shared([WORDS], "int32"))
+        # An array of known size would move the tiles to an address that the swizzle doesn't expect.
+        self.pool = SMEMPool()
+        self.found = FoundTile(self.pool.alloc((WORDS,), "int32"))
 
     def grid(self) -> tuple[Expr, Expr, Expr]:
         """Blocks along each axis."""
@@ -115,7 +119,7 @@ class RaggedBlocks:
 
     def exists(self, place: Place) -> Expr:
         """Whether the block has a work tile."""
-        return self.found.m_block >= 0
+        return self.found.exists
 
     def work_tile(self, place: Place) -> WorkTile:
         """The work tile that was found."""
@@ -248,7 +252,7 @@ def attend(pattern: Pattern, config, geometry: Geometry, blocks, machine_type):
                 ContiguousRows(geometry.v, b, kv_head, keys),
             )
         )
-        machine = machine_type(pattern, config, geometry, at, rows, tiles, sources, block, tid)
+        machine = machine_type(pattern, config, geometry, at, rows, tiles, sources, block, tid, blocks.pool)
         machine.start()
         walk(pattern, at, tiles, rows, N, careful, machine.step)
         machine.wait_for_copies()

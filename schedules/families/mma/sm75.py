@@ -63,7 +63,7 @@ class PairedMachine(PairedProducts, Machine):
     def place_shared(self, pool):
         """What they hand to each other is in the memory of K, between its last use in a step and the next tile."""
         end = pool.offset
-        pool.move_base_to(self.types.q.bytes * self.config.block_m * self.head_dim)
+        pool.move_base_to(self.first_byte + self.types.q.bytes * self.config.block_m * self.head_dim)
         PairedProducts.place_shared(self, pool)
         pool.move_base_to(end)
 

@@ -20,6 +20,11 @@ barrier                means                                    arrivals      wh
 ``turn`` (OwnMemory)   a warpgroup may use the memory for       1, by the     every thread of that    turn
                        outputs: that of the one before is       store thread  warpgroup
                        stored
+``known`` (ragged)     it is known what a work tile is          1, by the     producers of K and V,   turn
+                                                                warp that     the store thread, every
+                                                                finds it      consumer thread
+``done`` (ragged)      they need to know it no more             4 C + 3       the warp that finds     turn + 1
+                                                                              tiles
 ====================== ======================================== ============= ======================= =================
 
 Named barriers are the machine's sixteen (``bar.sync``, ``bar.arrive``); number 0 is the whole block's.

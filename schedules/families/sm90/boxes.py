@@ -37,9 +37,6 @@ class DenseBoxes:
 class RaggedBoxes:
     """Of tensors of ragged sequences: a box ends where its sequence does."""
 
-    def __init__(self, geometry: Geometry):
-        self.geometry = geometry
-
     def encode_queries(self, descriptor, tensor: Tensor, box_rows: int):
         """Make the descriptor of q or o, on the host."""
         return encode_ragged(descriptor, tensor, box_rows)
@@ -48,8 +45,8 @@ class RaggedBoxes:
 
     def queries(self, block, row):
         """Where rows from ``row`` of the work tile on are."""
-        return ragged_box(self.geometry.queries.of(block.batch), block.row_first + row, block.head)
+        return ragged_box(block.geometry.queries.of(block.batch), block.row_first + row, block.head)
 
     def keys(self, block, key):
         """Where keys from ``key`` on are."""
-        return ragged_box(self.geometry.keys.of(block.batch), key, block.kv_head)
+        return ragged_box(block.geometry.keys.of(block.batch), key, block.kv_head)

@@ -92,6 +92,11 @@ class Config:
         return self.waves > 0
 
     @property
+    def keeps_parameters(self) -> bool:
+        """Whether a block reads the parameters of a head once, for all of its work tiles."""
+        return True
+
+    @property
     def several_tiles(self) -> bool:
         """Whether blocks may compute more than one work tile."""
         return self.tiles_per_cta > 1 or self.persistent
@@ -157,11 +162,11 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected(f"tiles_per_cta {config.tiles_per_cta} is not 1 or 2")
     if config.separate_output and not config.several_tiles:
         return Rejected("separate_output gains nothing with one work tile a block: tiles_per_cta 2 or waves")
-    if pattern.has_gaps and config.several_tiles:
+    if pattern.has_gaps and config.several_tiles and config.keeps_parameters:
         return Rejected("a mask with gaps needs tiles_per_cta 1 and waves 0: its tiles are counted as they come")
     if pattern.depends_on_head and config.pack_heads:
         return Rejected("a score or a mask that differs from head to head can't have heads packed")
-    if any(p.per_head for p in pattern.params) and config.persistent:
+    if any(p.per_head for p in pattern.params) and config.persistent and config.keeps_parameters:
         return Rejected("parameters of each head need waves 0: a block reads them once")
     if config.overlap_tiles and not (config.several_tiles and q_stages(pattern, config) == 2):
         return Rejected("overlap_tiles needs tiles_per_cta 2 or waves, and room for the queries of two work tiles")

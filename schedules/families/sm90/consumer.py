@@ -247,12 +247,11 @@ class Consumer:
                 self.barriers.start_turns()
         if self.config.overlap_tiles:
             self.start()
-        for t in T.serial(self.block.tiles):
+
+        @T.inline
+        def compute(t):
             # 1. The first tile of keys, unless it was begun beside the work tile before.
             if not self.config.overlap_tiles:
-                if static(self.config.several_tiles):
-                    if t > 0:
-                        self.block.advance()
                 self.start()
             # 2. The other tiles of keys from right to left: masked, full, masked.
             walk = self.walk()
@@ -272,6 +271,8 @@ class Consumer:
                     self.change_tile()
             else:
                 self.end()
+
+        self.block.scheduler.each_tile(self.block, not self.config.overlap_tiles, self.lane, compute)
         if self.config.overlap_tiles:
             self.end()
 
@@ -331,7 +332,7 @@ class Consumer:
     @T.inline
     def count(self, walk):
         """How many steps there are to take, of a mask with gaps."""
-        self.total = 1
+        self.total = self.counter.count + 1 if self.config.several_tiles else 1
         for i in T.serial(1, walk.steps):
             self.total = self.total + T.Cast("int32", walk.visible(i))
 

@@ -141,9 +141,13 @@ class SplitScheduler:
         self.work = T.bind(rows.heads * self.m_blocks)
         self.tiles = T.bind(T.truncdiv(split_length, config.block_n))
 
-    def tiles(self, at):
+    def work_tiles(self, at):
         """A block has the rows of one work tile."""
         return 1
+
+    def own(self, geometry, rows, tile):
+        """Geometry and rows of the block's work tile: those of all."""
+        return geometry, rows
 
     def grid(self):
         """Blocks along each axis."""

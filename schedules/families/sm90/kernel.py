@@ -21,6 +21,7 @@ from schedules.families.sm90.producer import fetch_keys, fetch_queries, prologue
 from schedules.families.sm90.tile_scheduler import TileScheduler
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import Geometry, parameterised
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
@@ -93,6 +94,7 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
             k_pipeline.init(consumer_arrivals(consumers))
             v_pipeline.init(consumer_arrivals(consumers))
             finished.init()
+            scheduler.init()
             T.ptx.fence.mbarrier_init.release.cluster()
             scheduler.if_found(begin)
     T.cuda.cta_sync()
@@ -110,8 +112,11 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
                 if T.cuda.elect_sync():
                     fetch_keys(block, v_pipeline, v_map, 0)
             if warp == producer + 2:
-                if T.cuda.elect_sync():
-                    fetch_queries(block, q_pipeline, q_map)
+                if static(scheduler.looks_up):
+                    scheduler.feed(block, q_pipeline, q_map, lane)
+                else:
+                    if T.cuda.elect_sync():
+                        fetch_queries(block, q_pipeline, q_map)
             if warp == producer + 3:
                 if T.cuda.elect_sync():
                     store_outputs(block, finished, o_map)

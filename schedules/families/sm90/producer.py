@@ -8,7 +8,6 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.sm90.work_tile import KeyWalk
-from schedules.tile.static import static
 
 
 @T.inline
@@ -20,20 +19,27 @@ def prologue(block, q, k, q_map, k_map):
 
 
 @T.inline
+def _fetch_tiles(block, pipeline, descriptor, first, n):
+    """Those of the block's work tile; ``n`` counts them, over all work tiles."""
+    walk = KeyWalk(block, 0, block.config.block_m)
+    for i in T.serial(walk.steps):
+        if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
+            if n >= first:
+                pipeline.producer_acquire(pipeline.state(n))
+                pipeline.load(pipeline.state(n), descriptor, block.keys(walk.key_first(i)))
+            n = n + 1
+
+
+@T.inline
 def fetch_keys(block, pipeline, descriptor, first):
     """Fill the pipeline of K or of V, from tile ``first`` on."""
     n: T.int32 = 0
-    for t in T.serial(block.tiles):
-        if static(block.config.several_tiles):
-            if t > 0:
-                block.advance()
-        walk = KeyWalk(block, 0, block.config.block_m)
-        for i in T.serial(walk.steps):
-            if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
-                if n >= first:
-                    pipeline.producer_acquire(pipeline.state(n))
-                    pipeline.load(pipeline.state(n), descriptor, block.keys(walk.key_first(i)))
-                n = n + 1
+
+    @T.inline
+    def fetch(t):
+        _fetch_tiles(block, pipeline, descriptor, first, n)
+
+    block.scheduler.each_tile(block, True, None, fetch)
 
 
 @T.inline
@@ -48,8 +54,9 @@ def fetch_queries(block, q, q_map):
 @T.inline
 def store_outputs(block, epilogue, o_map):
     """Store finished work tiles."""
-    for t in T.serial(block.tiles):
-        if static(block.config.several_tiles):
-            if t > 0:
-                block.advance()
+
+    @T.inline
+    def store(t):
         epilogue.store(block, t, o_map)
+
+    block.scheduler.each_tile(block, True, None, store)

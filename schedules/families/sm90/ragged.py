@@ -1,9 +1,6 @@
-"""Ragged sequences on Hopper: a block computes the rows of a slot, which it looks up before it begins, for a few heads.
+"""Ragged sequences on Hopper: persistent blocks, a warp of which finds their work tiles while others compute.
 
-The hardware hands slots out as multiprocessors become free, the long tiles of a sequence before its short ones and
-all heads of a slot one after the other, so that lengths, which no host knows, even out by themselves.  The work tiles
-of a block are those of one slot: they are equally long, looked up once, and the queries and keys of the next come
-while one is computed.  What is behind the end of a sequence TMA reads as zero and doesn't write
+What is behind the end of a sequence TMA reads as zero and doesn't write
 (:func:`schedules.families.sm90.tma.encode_ragged`).
 """
 
@@ -20,81 +17,155 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, Target, ragged_program
 from schedules.families.sm90 import config as forward_config
 from schedules.families.sm90 import defaults
+from schedules.families.sm90.barriers import consumer_arrivals, transaction_barriers
 from schedules.families.sm90.boxes import RaggedBoxes
 from schedules.families.sm90.config import Config as ForwardConfig
 from schedules.families.sm90.kernel import ALIGNMENT, attend
 from schedules.tile.geometry import RaggedGeometry, parameterised
+from schedules.tile.levels import LevelWalk
 from schedules.tile.slots import WORDS, FoundTile, Own
-from schedules.tile.tile_scheduler import InOneRow, Place, SeqOuter, Traversal
+from schedules.tile.tile_scheduler import Traversal
 
 __all__ = ["Config", "default_configs", "feasible", "program", "space"]
 
 
 @dataclass(frozen=True)
 class Config(ForwardConfig):
-    """As for dense sequences, but for what blocks go on to.
+    """As for dense sequences, with persistent blocks."""
 
-    Attributes
-    ----------
-    most_heads: heads of a slot that a block computes, a power of two; half of them, and so on, where heads don't
-        divide into so many.
-    """
-
-    most_heads: int = 1
+    waves: int = 1
 
     @property
-    def several_tiles(self) -> bool:
-        """Whether blocks may compute more than one work tile."""
-        return self.most_heads > 1
+    def keeps_parameters(self) -> bool:
+        """Whether a block reads the parameters of a head once; here it reads them for each work tile."""
+        return False
+
+
+#: Work tiles that are known ahead, a power of two.
+_AHEAD = 4
+#: int32 of shared memory for where the walk over levels has come to, behind those of the tiles.
+_WALK = 4
 
 
 @T.meta_class
 class RaggedScheduler:
-    """The rows of one slot a block, looked up once; the blocks are in one row, those of a slot side by side.
+    """Persistent blocks take shares of the work from the longest to the shortest, to and fro
+    (:mod:`schedules.tile.levels`).
 
-    Made before ``T.device_entry()``.
+    A warp, the one that fetches queries, finds the block's own ahead of those who need them, and leaves their work
+    tiles in shared memory.  Made before ``T.device_entry()``.
     """
 
-    def __init__(self, geometry: RaggedGeometry, config: Config):
+    looks_up = True
+
+    def __init__(self, pattern: Pattern, geometry: RaggedGeometry, config: Config):
         self.geometry, self.config = geometry, config
-        heads = T.int32(1)
-        for n in (1 << x for x in range(1, config.most_heads.bit_length())):
-            heads = T.Select(T.truncmod(geometry.heads, n) == 0, T.int32(n), heads)
-        self.heads = T.bind(heads) if config.several_tiles else 1
-        shares = T.bind(T.truncdiv(geometry.heads, self.heads))
-        self.order = InOneRow(SeqOuter(replace(geometry.work(config.block_m), heads=shares), shares))
+        self.rises = not pattern.is_unmasked
+        most = geometry.work(config.block_m).m_blocks * geometry.heads
+        resident = T.call_extern("int32", "multiprocessors") * config.blocks_per_sm * config.waves
+        self.blocks = T.bind(T.min(resident, most))
+        #: who needs a tile, and says when no more: the warps of the consumers, and the threads for K, V and outputs
+        self.readers = consumer_arrivals(config.num_consumer_warpgroups) + 3
 
     def grid(self):
         """Blocks along each axis."""
-        return [*self.order.grid()]
+        return [self.blocks, 1, 1]
 
     def add_memory(self, pool):
-        """Room for what is looked up."""
-        self.found = FoundTile(pool.alloc((WORDS,), "int32"))
-        self.geometry.queries, self.geometry.keys = Own(self.found.queries), Own(self.found.keys)
+        """Room for the tiles that are known, and barriers."""
+        self.words = pool.alloc((_AHEAD * WORDS + _WALK,), "int32")
+        self.known, self.done = (transaction_barriers(pool, _AHEAD) for _ in range(2))
+
+    @T.inline
+    def init(self):
+        """One thread: initialise the barriers; the first tile has been found."""
+        self.known.init(1)
+        self.done.init(self.readers)
+        self.known.arrive(0)
+
+    def found(self, tile) -> FoundTile:
+        """Work tile number ``tile`` of the block."""
+        return FoundTile(self.words, T.bitwise_and(tile, _AHEAD - 1) * WORDS)
+
+    def _turn(self, tile):
+        return T.bitwise_and(T.shift_right(tile, _AHEAD.bit_length() - 1), 1)
+
+    def _walk(self) -> LevelWalk:
+        geometry = self.geometry
+        return LevelWalk(geometry.queries, geometry.keys, geometry.heads, self.config.block_m, self.rises)
+
+    def _number(self, block, visit):
+        """Number of the share that a block takes after ``visit`` others."""
+        fro = T.bitwise_and(visit, 1)
+        return visit * self.blocks + T.Select(fro == 1, self.blocks - 1 - block, block)
+
+    @T.inline
+    def _write(self, tile, walk):
+        """One lane: what a walk has found is work tile number ``tile``."""
+        queries = T.meta_var(self.geometry.queries)
+        length = T.meta_var(queries.of(walk.sequence).length)
+        found = T.meta_var(self.found(tile))
+        found.write(queries, self.geometry.keys, walk.sequence, walk.head, walk.m_block, length)
+        found.follow(walk.other)
 
     @T.inline
     def find(self, block, lane):
-        """A warp: look the block's work tile up."""
-        item = T.meta_var(self.order.work_tile(Place(block, 0, 0, 0)))
-        slot: T.int32 = item.m_block
-        starts = T.meta_var(self.geometry.starts)
-        self.found.look_up(*starts, self.config.block_m, item._replace(m_block=slot), lane)
+        """A warp: find the block's first work tile, before the barriers are there."""
+        walk = self._walk()
+        walk.start()
+        walk.find(block, lane)
+        if lane == 0:
+            self._write(0, walk)
+            walk.save(self.words, _AHEAD * WORDS)
         T.cuda.warp_sync()
 
     @T.inline
     def if_found(self, work):
-        """Do the work of the work tile, if the slot has one."""
-        if self.found.m_block >= 0:
+        """Do the work of the block's work tiles, if it has any."""
+        if self.found(0).exists:
             work()
 
-    def tiles(self, at):
-        """How many work tiles a block computes."""
-        return self.heads
+    @T.inline
+    def feed(self, block, q, q_map, lane):
+        """A warp: find the other work tiles, and fetch their queries."""
+        walk = self._walk()
+        walk.resume(self.words, _AHEAD * WORDS)
+        visit: T.int32 = 0
+        going: T.int32 = 1
+        while going != 0:
+            tile: T.int32 = block.tile + 1
+            before = T.meta_var(self.found(block.tile))
+            follows: T.int32 = T.Cast("int32", before.other >= 0)
+            if follows == 0:
+                visit = visit + 1
+                walk.find(self._number(block.at[0], visit), lane)
+            self.done.wait(T.bitwise_and(tile, _AHEAD - 1), T.bitwise_xor(self._turn(tile), 1))
+            if lane == 0:
+                if follows == 0:
+                    self._write(tile, walk)
+                else:
+                    self.found(tile).take_other(before)
+                self.known.arrive(T.bitwise_and(tile, _AHEAD - 1))
+            block.advance()
+            going = T.Cast("int32", self.found(tile).exists)
+            if T.And(going != 0, lane == 0):
+                q.producer_acquire(q.state(tile))
+                q.load(q.state(tile), q_map, block.queries(0))
+
+    def own(self, geometry, rows, tile):
+        """Geometry and rows of the block's work tile number ``tile``."""
+        found = self.found(tile)
+        own = geometry.at(Own(found.queries), Own(found.keys))
+        return own, RaggedRows(own, rows.group)
+
+    def work_tiles(self, at):
+        """How many work tiles a block computes: it will see."""
+        return
 
     def work_tile(self, at, tile):
         """M-block, query head and sequence of work tile number ``tile``."""
-        return self.found.m_block, self.found.head * self.heads + tile, self.found.sequence
+        found = self.found(tile)
+        return found.m_block, found.head, found.sequence
 
     def first_row(self, place, tile):
         """First row of an m-block."""
@@ -104,19 +175,45 @@ class RaggedScheduler:
         """A block has all tiles of keys of its rows."""
         return
 
+    @T.inline
+    def await_tile(self, tile):
+        """Until it is known what work tile number ``tile`` is."""
+        self.known.wait(T.bitwise_and(tile, _AHEAD - 1), self._turn(tile))
+
+    @T.inline
+    def read_parameters(self, block):
+        """Read what belongs to the head of the work tile that a block has come to."""
+        block.parameters.read(block.batch, block.head)
+
+    @T.inline
+    def each_tile(self, block, advances, lane, visit):
+        """``visit(t)`` for all work tiles of a block, up to one that doesn't exist.
+
+        ``lane`` is that of a whole warp, None of a single thread.
+        """
+        going: T.int32 = 1
+        while going != 0:
+            visit(block.tile)
+            if lane is None:
+                self.done.arrive(T.bitwise_and(block.tile, _AHEAD - 1))
+            else:
+                T.cuda.warp_sync()
+                if lane == 0:
+                    self.done.arrive(T.bitwise_and(block.tile, _AHEAD - 1))
+            block.advance()
+            going = T.Cast("int32", self.found(block.tile).exists)
+
 
 @T.meta_class
 class RaggedRows:
-    """Rows are positions of the sequence; made before ``T.device_entry()``.
-
-    The last work tile of a sequence often has warpgroups without rows, which let its tiles of keys pass.
+    """Rows are positions of the sequence.  The last work tile of a sequence often has warpgroups without rows, which
+    let its tiles of keys pass.
     """
 
     may_be_absent = True
 
-    def __init__(self, geometry: RaggedGeometry):
-        self.geometry = geometry
-        self.group = T.bind(T.truncdiv(geometry.heads, geometry.kv_heads))
+    def __init__(self, geometry: RaggedGeometry, group):
+        self.geometry, self.group = geometry, group
 
     @property
     def count(self):
@@ -151,37 +248,28 @@ def _build(pattern: Pattern, config: Config, traversal: Traversal, name: str) ->
         ):
             handles = T.meta_var(((q, k, v, o, lse), (cu_seqlens_q, cu_seqlens_k)))
             geometry = RaggedGeometry(pattern, traversal, *handles, softmax_scale, parameters, ALIGNMENT)
-            scheduler = RaggedScheduler(geometry, config)
-            attend(pattern, config, geometry, RaggedRows(geometry), scheduler, RaggedBoxes(geometry))
+            rows = RaggedRows(geometry, T.bind(T.truncdiv(geometry.heads, geometry.kv_heads)))
+            scheduler = RaggedScheduler(pattern, geometry, config)
+            attend(pattern, config, geometry, rows, scheduler, RaggedBoxes())
 
         return attention
 
     return parameterised(pattern, make).with_attr("global_symbol", name)
 
 
-#: What a block of ragged sequences doesn't have: places of other rows, and packed heads.
-_ALONE = {"tiles_per_cta": 1, "waves": 0, "pack_heads": False, "head_section": 1}
+#: What a block of ragged sequences doesn't have: places of two row tiles, products of two work tiles side by side, and
+#: heads that share a tile.
+_WITHOUT = {"tiles_per_cta": 1, "overlap_tiles": False, "pack_heads": False, "head_section": 1, "waves": 1}
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
-    """One configuration: which kernel runs may not depend on lengths.
-
-    TFLOP/s on an H200, bfloat16, 32, 16 and 8 sequences of about 512, 2k and 4k, 32 heads on 8 of 128, causal: 128 keys
-    357, 573, 631; 64 keys in 4 stages 384, 559, 585, with one head a block 314, 537, 608.  Heads of 64, full, 64
-    sequences of about 256, 128 of 128, then 32, 8 and 1 of 512, 2k and 16k each: four warpgroups 218, 146, 446, 526,
-    533; a block of one, three of which share a multiprocessor, 244, 162, 325, 404, 450.
-    """
-    alone = any(p.per_head for p in pattern.params) or pattern.has_gaps
-    heads = {"most_heads": 1 if alone else 4}
+    """One configuration: which kernel runs may not depend on lengths."""
     if pattern.head_dim <= 64 and pattern.is_scale_only:
-        many = Config(num_consumer_warpgroups=4, block_n=64, num_stages=4, pingpong=False)
-        return {0: replace(many, **heads)}
+        return {0: Config(num_consumer_warpgroups=4, block_n=64, num_stages=4, pingpong=False)}
     if pattern.head_dim <= 128 and pattern.is_scale_only:
-        return {0: Config(block_n=128, **heads)}
+        return {0: Config(block_n=128)}
     dense = dataclasses.asdict(defaults.default_configs(template, pattern, target)[0])
-    if alone:
-        dense |= {"overlap_tiles": False, "separate_output": False}
-    return {0: Config(**{**dense, **_ALONE, **heads})}
+    return {0: Config(**{**dense, **_WITHOUT})}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
@@ -193,18 +281,14 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "blocks_per_sm": (1, 2, 3),
         "pingpong": (False, True),
         "running_max": (False, True),
-        "most_heads": (1, 2, 4, 8),
+        "separate_output": (False, True),
     }
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
     """Whether the configuration can be compiled for the pattern."""
-    if config != replace(config, **_ALONE):
-        return Rejected(f"blocks of ragged sequences have the rows of one slot: {_ALONE}")
-    if config.most_heads not in (1, 2, 4, 8):
-        return Rejected(f"most_heads {config.most_heads} is not 1, 2, 4 or 8")
-    if config.several_tiles and any(p.per_head for p in pattern.params):
-        return Rejected("parameters of each head need most_heads 1: a block reads them once")
+    if config != replace(config, **_WITHOUT):
+        return Rejected(f"blocks of ragged sequences are persistent, and compute a row tile at a time: {_WITHOUT}")
     return forward_config.feasible(pattern, config, target)
 
 

@@ -8,6 +8,7 @@ from schedules.families.mma.registers import anew
 from schedules.families.sm90.config import ALL, Config
 from schedules.families.sm90.packing import Rows
 from schedules.tile.geometry import Geometry, local
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import ceildiv
 
 
@@ -24,6 +25,9 @@ class TileScheduler:
 
     Made before ``T.device_entry()``, of host expressions.
     """
+
+    #: Whether a warp looks work tiles up; else each follows from its number.
+    looks_up = False
 
     def __init__(self, geometry: Geometry, rows: Rows, config: Config):
         self.config, self.rows = config, rows
@@ -47,6 +51,10 @@ class TileScheduler:
         """Take what a block needs of shared memory: nothing, as its work tiles follow from its place."""
 
     @T.inline
+    def init(self):
+        """One thread: initialise barriers."""
+
+    @T.inline
     def find(self, block, lane):
         """A warp: before anything is done, look up what block number ``block`` has to do."""
 
@@ -59,7 +67,32 @@ class TileScheduler:
         """Blocks along each axis."""
         return [self.blocks, 1, 1] if self.config.persistent else [self.x, self.y, self.z]
 
-    def tiles(self, at):
+    def own(self, geometry, rows, tile):
+        """Geometry and rows of the block's work tile number ``tile``: those of all."""
+        return geometry, rows
+
+    @T.inline
+    def await_tile(self, tile):
+        """Until it is known what work tile number ``tile`` is: it follows from its number."""
+
+    @T.inline
+    def read_parameters(self, block):
+        """Read what belongs to the head of the work tile that a block has come to: once, for one head."""
+
+    @T.inline
+    def each_tile(self, block, advances, lane, visit):
+        """``visit(t)`` for all work tiles of a block, which goes on to each if it ``advances``.
+
+        ``lane`` is that of a whole warp, None of a single thread.
+        """
+        for t in T.serial(block.tiles):
+            if advances:
+                if static(self.config.several_tiles):
+                    if t > 0:
+                        block.advance()
+            visit(t)
+
+    def work_tiles(self, at):
         """How many work tiles the block at ``at`` computes."""
         tiles = self.config.tiles_per_cta
         return local(self.visits(at[0]) * tiles) if self.config.persistent else tiles

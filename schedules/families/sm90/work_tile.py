@@ -36,13 +36,14 @@ class Block:
         self.pattern, self.config, self.geometry, self.rows, self.scheduler = pattern, config, geometry, rows, scheduler
         self.boxes, self.at = boxes, at
         self.tile = local(T.int32(0))
-        self.tiles = scheduler.tiles(at)
+        self.tiles = scheduler.work_tiles(at)
+        self.geometry, self.rows = scheduler.own(self.geometry, self.rows, self.tile)
         place, head, batch = scheduler.work_tile(at, 0)
         self.head, self.batch = local(head), local(batch)
         self.row_first = local(scheduler.first_row(place, T.int32(0)))
         self.kv_head = local(T.truncdiv(self.head, rows.group))
         self.parameters = Parameters(geometry, self.batch, self.head)
-        self.site = site(geometry, self.parameters, self.batch, self.head)
+        self.site = site(self.geometry, self.parameters, self.batch, self.head)
 
     def queries(self, row):
         """Where rows from ``row`` of the work tile on are, as a box of TMA."""
@@ -56,11 +57,13 @@ class Block:
     def advance(self):
         """Go on to the next work tile."""
         self.tile = self.tile + 1
+        self.scheduler.await_tile(self.tile)
         where = T.meta_var(self.scheduler.work_tile(self.at, self.tile))
         self.head = where[1]
         self.batch = where[2]
         self.kv_head = T.truncdiv(self.head, self.rows.group)
         self.row_first = self.scheduler.first_row(where[0], self.tile)
+        self.scheduler.read_parameters(self)
 
 
 @T.meta_class

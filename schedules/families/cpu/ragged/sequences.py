@@ -43,14 +43,10 @@ class Starts:
         return T.Select(sequence < self.batch, self.length(sequence), T.int64(0))
 
 
-@T.inline
-def check(starts: Starts, faults):
-    """Count in ``faults[0]`` what makes no sense in starts."""
-    if T.Or(starts.begin(T.int64(0)) != 0, starts.begin(starts.batch) > starts.total):
-        faults[0] += 1
-    for sequence in T.serial(starts.batch):
-        if starts.begin(sequence) > starts.begin(sequence + 1):
-            faults[0] += 1
+def make_sense(starts: Starts) -> Expr:
+    """Whether they begin with 0, never fall, and end within the tensor (``runtime_c/sequences.c``)."""
+    begin = starts.buffer.access_ptr("r")
+    return T.call_extern("int32", "tvm_flash_starts_make_sense", begin, starts.batch + 1, starts.total) != 0
 
 
 @dataclass(frozen=True)

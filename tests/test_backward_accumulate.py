@@ -1,0 +1,105 @@
+"""Gradients that are added to float32 buffers of the caller, part by part of the keys, as rings of devices do it."""
+
+import numpy as np
+import pytest
+
+from schedules.builder.build import build
+from schedules.builder.plan import BuildRequest
+from schedules.builder.suite import HeadDim, Selection
+from schedules.families.interface import BACKWARD_ACCUMULATE, Target
+from tests.test_backward import close, problem, swapped
+from tvm_flash import (
+    KernelNotFoundError,
+    flash_attention,
+    flash_attention_backward,
+    flash_attention_v2,
+    flash_attention_v2_backward,
+    padded_attention_backward,
+    reference,
+)
+from tvm_flash.packs import registry
+
+pytestmark = pytest.mark.usefixtures("trains")
+
+SCALE = 0.21
+FUNCTIONS = {
+    "bhsd": (flash_attention, flash_attention_backward),
+    "bshd": (flash_attention_v2, flash_attention_v2_backward),
+}
+
+
+@pytest.fixture(scope="module")
+def packs_folder(cpu_pack, tmp_path_factory):
+    """A pack with kernels that accumulate, for the instruction set of the usual one."""
+    folder = tmp_path_factory.mktemp("packs")
+    isa = registry.registry().kernels("cpu")[0].pack.manifest.isa
+    selection = Selection(dtypes=("float32", "float16"), head_dims=(HeadDim(64, 64),), kinds=(BACKWARD_ACCUMULATE,))
+    (report,) = build(BuildRequest((Target("cpu", isa),), selection, output=folder, jobs=2))
+    assert not report.failed and len(report.manifest.kernels) == 4
+    return folder
+
+
+@pytest.fixture
+def accumulates(packs_folder, cpu_pack, use_packs):
+    use_packs(packs_folder, cpu_pack.parent)
+
+
+def forward(layout, q, k, v, **options):
+    return FUNCTIONS[layout][0](*(swapped(x, layout) for x in (q, k, v)), return_lse=True, **options)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.usefixtures("accumulates")
+def test_gradients_are_added_to_what_is_there(layout, dtype):
+    dout, q, k, v, _ = problem(dtype)
+    out, lse = forward(layout, q, k, v, causal=True, softmax_scale=SCALE)
+    asked = [np.ascontiguousarray(swapped(x, layout)) for x in (dout, q, k, v)]
+    rng = np.random.default_rng(5)
+    before = [rng.standard_normal(x.shape, np.float32) for x in asked[1:]]
+    rooms = [x.copy() for x in before]
+    places = dict(zip(("dq", "dk", "dv"), rooms, strict=True))
+    options = {"causal": True, "softmax_scale": SCALE}
+    found = FUNCTIONS[layout][1](*asked, out, lse, accumulate=True, **places, **options)
+    assert all(a is b for a, b in zip(found, rooms, strict=True))
+    exact = reference.attention_backward(dout, q, k, v, softmax_scale=SCALE, mask=reference.causal)
+    for x, start, name in zip(rooms, before, ("dq", "dk", "dv"), strict=True):
+        tolerance = 3e-6 if dtype == np.float32 else 2e-3  # of the weights, which are in q's dtype
+        close(x - start, swapped(getattr(exact, name), layout), tolerance)
+    again = dict(zip(("dq", "dk", "dv"), (x.copy() for x in before), strict=True))
+    FUNCTIONS[layout][1](*asked, out, lse, accumulate=True, **again, **options)
+    assert all(np.array_equal(a, b) for a, b in zip(again.values(), rooms, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.usefixtures("accumulates")
+def test_a_ring_over_parts_of_the_keys(layout):
+    """Each part has its own keys, the whole's result and log-sum-exp, and says where its queries stand."""
+    dout, q, k, v, dlse = problem(seqlen_q=50)
+    out, lse = forward(layout, q, k, v, causal=True, softmax_scale=SCALE)
+    asked = [swapped(x, layout) for x in (dout, q)]
+    dq, dk, dv = (np.zeros(swapped(x, layout).shape, np.float32) for x in (q, k, v))
+    axis = 2 if layout == "bhsd" else 1
+    for first, last in ((33, 50), (0, 20), (20, 33)):
+        part = (slice(None),) * axis + (slice(first, last),)
+        keys = [swapped(x, layout)[part] for x in (k, v)]
+        key_range = np.array([[0, last - first]] * 2, np.int32)
+        where = {"query_start": np.full(2, -first, np.int32), "layout": layout}
+        rooms = {"dq": dq, "dk": dk[part], "dv": dv[part]}
+        options = {"causal": True, "softmax_scale": SCALE, "dlse": dlse, "accumulate": True}
+        padded_attention_backward(*asked, *keys, out, lse, key_range, **where, **rooms, **options)
+    exact = reference.attention_backward(dout, q, k, v, dlse=dlse, softmax_scale=SCALE, mask=reference.causal)
+    for x, name in ((dq, "dq"), (dk, "dk"), (dv, "dv")):
+        close(x, swapped(getattr(exact, name), layout))
+
+
+def test_a_pack_without_says_how_to_build_them(cpu_pack, use_packs):
+    use_packs(cpu_pack.parent)
+    dout, q, k, v, _ = problem()
+    out, lse = forward("bhsd", q, k, v)
+    rooms = dict(zip(("dq", "dk", "dv"), (np.zeros_like(x) for x in (q, k, v)), strict=True))
+    with pytest.raises(
+        KernelNotFoundError,
+        match=r"or run `.*build --arch cpu --kind backward_accumulate --head-dim 64 --dtype float32`",
+    ):
+        flash_attention_backward(dout, q, k, v, out, lse, accumulate=True, **rooms)
