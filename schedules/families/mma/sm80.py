@@ -316,8 +316,25 @@ _BACKWARD_SMALL = {
 }
 
 
+#: The same with parameters of masks and scores, which take registers too: on sm_80, and on the others.
+_BACKWARD_WITH_PARAMETERS = {
+    64: backward.Config(128, 16, 4, 2, 2, 128, 32, 4, 2, 2, paced=False),  # 32 queries a step spilled 8 to 48 bytes
+    128: backward.Config(128, 32, 8, 2, 1, 128, 64, 8, 2, 1),
+    256: _BACKWARD_LARGE[256],
+}
+_BACKWARD_SMALL_WITH_PARAMETERS = {
+    64: _BACKWARD_WITH_PARAMETERS[64],
+    128: backward.Config(128, 16, 8, 2, 1, 128, 32, 8, 2, 1),  # 32 queries a step spilled 8 bytes
+    256: _BACKWARD_SMALL[256],
+}
+
+
 def _backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
-    return limits.by_head_dim(_BACKWARD_LARGE if target.arch == "sm_80" else _BACKWARD_SMALL, pattern)
+    if target.arch == "sm_80":
+        table = _BACKWARD_WITH_PARAMETERS if pattern.params else _BACKWARD_LARGE
+    else:
+        table = _BACKWARD_SMALL_WITH_PARAMETERS if pattern.params else _BACKWARD_SMALL
+    return limits.by_head_dim(table, pattern)
 
 
 KINDS = {
@@ -325,4 +342,5 @@ KINDS = {
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
 }
-UNVERIFIED_KINDS = (RAGGED, BACKWARD)
+UNVERIFIED_KINDS = (RAGGED,)
+VERIFIED_VARIANTS = {BACKWARD: (("positioned", "optional"),)}
