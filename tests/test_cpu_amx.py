@@ -16,7 +16,8 @@ import tvm_ffi
 from schedules.builder.compile import pattern_of
 from schedules.builder.suite import KernelSpec
 from schedules.families import cpu
-from tests import cases, torch_cases
+from schedules.families.interface import RAGGED
+from tests import cases, ragged_cases, torch_cases
 from tests.amx import emulate
 from tests.cases import CASES
 from tests.torch_cases import attend, own_case
@@ -84,6 +85,19 @@ def test_inf_and_nan_stay_in_the_rows_that_see_them(kernel, tensor, bad):
     expected, expected_lse = cases.expected(case, clean)
     out[seeing], lse[seeing] = expected[seeing], expected_lse[seeing]
     torch_cases.check(case, clean, out, lse)
+
+
+def test_ragged_sequences(tmp_path):
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", "optional", "bfloat16", 64, 64, kind=RAGGED)
+    pattern = pattern_of(spec, emulate.TARGET)
+    config = cpu.ragged.default_configs("v2", pattern, emulate.TARGET)[0]
+    function = tvm_ffi.load_module(str(emulate.build(spec, pattern, config, tmp_path)))[spec.symbol]
+    roles = (*("q", "k", "v", "o", "lse"), *ragged_cases.STARTS, "softmax_scale", *(p.name for p in pattern.params))
+    for case in ragged_cases.RAGGED_CASES:
+        if case.dtype == "bfloat16":
+            data = ragged_cases.inputs(case)
+            compute = lambda values, _: function(*(values[role] for role in roles))  # noqa: E731
+            ragged_cases.check(case, data, *ragged_cases.run(case, data, compute, pattern.params))
 
 
 def test_repeats_are_bit_equal(kernel):

@@ -14,7 +14,7 @@ from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, Problem, normalise
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.machine.device import Device, parse
-from tvm_flash.operators import BACKWARD, FORWARD
+from tvm_flash.operators import FORWARD, OPERATORS, RAGGED, RAGGED_LAYOUT
 
 PREFERENCES = ("speed", "compatibility")
 
@@ -156,13 +156,20 @@ class BackendSelector:
         layout: str = "bhsd",
         variant: str = "auto",
         backward: bool = False,
+        ragged: bool = False,
     ) -> Explanation:
         """What :meth:`select_attention` (or ``flash_attention`` with ``variant``) chooses, and why no other kernel.
 
-        With ``backward`` the same for the kernel that computes the gradients.
+        With ``backward`` the same for the kernel that computes the gradients; with ``ragged`` for that of
+        ``flash_attention_varlen`` on ``batch`` sequences that are so long on average.
         """
         problem = self._problem(batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout)
-        problem = dataclasses.replace(problem, op=BACKWARD if backward else FORWARD)
+        op = RAGGED if ragged else FORWARD
+        problem = dataclasses.replace(problem, op=OPERATORS[op].backward if backward else op)
+        if ragged:
+            lengths = {"seqlen_q": batch * problem.seqlen_q, "seqlen_kv": batch * problem.seqlen_kv}
+            mask = "causal" if causal else "full"
+            problem = dataclasses.replace(problem, **lengths, layout=RAGGED_LAYOUT, mask=mask)
         return explain(problem, self.device, checks.check_variant(variant), self.prefer)
 
     def _problem(self, batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout) -> Problem:

@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", type=_shape, action="append", default=[], metavar="B,H,S,D[,KEYS]", help="in place of the grid"
     )
     parser.add_argument("--backward", action="store_true", help="the gradients, by autograd, without the forward")
+    parser.add_argument(
+        "--ragged", action="store_true", help="sequences of different lengths, beside torch a sequence at a time"
+    )
     parser.add_argument("--peers", type=_words, metavar="cudnn,flash,…", help="only these; default: all there are")
     parser.add_argument("--quick", action="store_true", help="a few cells, two short rounds")
     parser.add_argument("--rounds", type=int, help="rounds of each cell (default: 3; CPU: 9)")
@@ -56,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
     from tvm_flash.bench import recorded, results
 
     screen = Screen()
+    if options.ragged:
+        return _ragged(options, screen)
     reference = recorded.read(options.reference) if options.reference else None
     runs = _read(options) if options.files else [_measure(options)]
     if options.json and options.files:
@@ -132,6 +137,27 @@ def _measure(options: argparse.Namespace):
                 raise
             print("stopped; this is what was measured until then", file=sys.stderr)
     return found
+
+
+def _ragged(options: argparse.Namespace, screen: Screen) -> int:
+    require("bench", "torch")
+    from tvm_flash.bench import ragged
+    from tvm_flash.machine import device as devices
+
+    refused = {"--dims": options.dims, "--seqs": options.seqs, "--shape": options.shape, "--from": options.files}
+    refused |= {
+        "--peers": options.peers,
+        "--reference": options.reference,
+        "--plot": options.plot,
+        "--page": options.page,
+    }
+    if given := [name for name, value in refused.items() if value]:
+        raise InvalidArgumentError(f"{', '.join(given)}: --ragged has batches of its own, and a table; leave it out")
+    device = devices.parse(options.device)
+    default = ("float32", "bfloat16") if device.kind == "cpu" else ("bfloat16",)
+    work = ragged.batches(device.kind, options.dtype or default, options.causal, options.backward)
+    with progress(len(work)) as bar:
+        return ragged.run(device, work, _effort(options, device.kind), screen, bar.begins, options.json)
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from tvm_flash.call.measured import compare, nearest, tune_command
 from tvm_flash.call.problem import Problem
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS, RAGGED, RAGGED_BACKWARD
+from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, MOST_BLOCKS, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
@@ -22,8 +22,6 @@ from tvm_flash.packs.registry import Installed, build_command, registry
 _TEMPLATE_OF_LAYOUT = {layout: template for template, layout in LAYOUT_OF_TEMPLATE.items()}
 _AMPERE = (8, 0)
 
-#: Kinds of kernels whose tensors have no batch axis.
-_RAGGED_KINDS = (RAGGED, RAGGED_BACKWARD)
 
 #: From here on a batch is large and a sequence long, for the rule "large batch with long sequence → V2".  On the CPU
 #: the rule decides only which order of the same work is used; both templates give the same numbers.
@@ -152,6 +150,8 @@ def _in_order(
 
 def _measured(entry: KernelEntry, problem: Problem, device: Device) -> str:
     """How fast a kernel was on the nearest problem that was measured, or the command that measures and tunes it."""
+    if problem.is_ragged:  # the tuner has problems of equal lengths only
+        return f"never on {device.name}; `python -m tvm_flash bench --ragged` does that"
     if speed := nearest(entry, problem, device):
         return str(speed)
     return f"never on {device.name}; {tune_command(problem, device)} does that, and finds what is faster"
@@ -177,7 +177,7 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
 def candidates(arch: str, problem: Problem) -> list[Installed]:
     """The installed kernels of an arch that compute a problem's operator, in its dtype and definition."""
     found = registry().candidates(arch, problem.definition, problem.dtype, OPERATORS[problem.op].computes)
-    return [k for k in found if (k.entry.kind in _RAGGED_KINDS) == problem.is_ragged]
+    return [k for k in found if k.entry.is_ragged == problem.is_ragged]
 
 
 def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:

@@ -140,7 +140,8 @@ def _share(figures: tuple[float, float]) -> float:
 def _compare(kernel: Installed, device: Device, seqlen_q: int, seqlen_kv: int, *, repeat: bool):
     """Of each result its error and bound, by role; whether a second run, if asked for, had the same bits."""
     entry = kernel.entry
-    expected = _expected(*_kind(entry)[:-1], seqlen_q, seqlen_kv)
+    of = _expected_of_sequences if entry.is_ragged else _expected
+    expected = of(*_kind(entry)[:-1], seqlen_q, seqlen_kv)
 
     def computed():
         return run(kernel, device, expected.inputs, expected.scale, (entry.head_dim, entry.head_dim_v))
@@ -209,6 +210,42 @@ def _expected(
     return _Expected(inputs, what["softmax_scale"], {role: (x, bounds[role]) for role, x in exact.items()})
 
 
+@functools.lru_cache(maxsize=2)
+def _expected_of_sequences(*what) -> _Expected:
+    """The same of ``BATCH`` sequences, each shorter than the one before, with rows and keys after the last."""
+    *what, seqlen_q, seqlen_kv = what
+    alone = [_expected(*what, seqlen_q - 9 * b, seqlen_kv - 4 * b) for b in range(BATCH)]
+    inputs = packed([{role: x[b] for role, x in found.inputs.items()} for b, found in enumerate(alone)], after=5)
+    exact = {}
+    for role, (first, _) in alone[0].exact.items():
+        bound = max(found.exact[role][1] for found in alone)
+        rows = [found.exact[role][0][b] for b, found in enumerate(alone)]
+        per_head = first.ndim == 2
+        exact[role] = (
+            np.stack(rows) if per_head else _one_after_another(rows, 5, -np.inf if role == "lse" else 0),
+            bound,
+        )
+    return _Expected(inputs, alone[0].scale, exact)
+
+
+def packed(sequences: list[Mapping[str, np.ndarray]], after: int = 0) -> dict[str, np.ndarray]:
+    """Inputs of sequences, by role ``(heads, length, dim)`` or ``(heads, length)``, as ragged kernels take them.
+
+    ``after`` are rows and keys after the last, full of NaN.
+    """
+    inputs = {role: _one_after_another([x[role] for x in sequences], after, np.nan) for role in sequences[0]}
+    lengths = {"cu_seqlens_q": "q", "cu_seqlens_k": "k"}
+    starts = {name: np.cumsum([0, *(x[role].shape[1] for x in sequences)]) for name, role in lengths.items()}
+    return inputs | {name: x.astype(np.int32) for name, x in starts.items()}
+
+
+def _one_after_another(sequences: list[np.ndarray], after: int, beyond: float) -> np.ndarray:
+    """``(total, heads, dim)`` of ``(heads, length, dim)`` each, or ``(heads, total)`` of ``(heads, length)``."""
+    rest = np.full((len(sequences[0]), after, *sequences[0].shape[2:]), beyond, sequences[0].dtype)
+    whole = np.concatenate([*sequences, rest], axis=1)
+    return np.ascontiguousarray(whole.swapaxes(0, 1)) if whole.ndim == 3 else whole
+
+
 def random_inputs(
     dtype: str, head_dim: int, head_dim_v: int, heads: tuple[int, int, int], seqlens: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -231,16 +268,22 @@ def run(
 ) -> dict[str, np.ndarray]:
     """What a kernel writes, by role, as float32 in the layout bhsd, with ``PARAMS``; memory is NaN before.
 
-    ``inputs`` are q, k, v and whatever else the operator takes, by role, in the layout bhsd.  A kernel that has
-    parameters of each head takes ``BATCH`` and ``HEADS``.
+    ``inputs`` are q, k, v and whatever else the operator takes, by role, in the layout bhsd, or those of sequences as
+    :func:`packed` has them.  A kernel that has parameters of each head takes ``BATCH`` and ``HEADS``.
     """
-    entry, (batch, heads, seqlen_q, _), (_, kv_heads, seqlen_kv, _) = kernel.entry, inputs["q"].shape, inputs["k"].shape
+    entry, q, k = kernel.entry, inputs["q"].shape, inputs["k"].shape
     order = (0, 1, 2, 3) if entry.layout == "bhsd" else (0, 2, 1, 3)
     of = dict(zip(("head_dim", "head_dim_v"), head_dims, strict=True))
-    of |= {"batch": batch, "heads": heads, "kv_heads": kv_heads, "seqlen_q": seqlen_q, "seqlen_kv": seqlen_kv}
-    shapes = {role_of(name): tuple(of[axis] for axis in x.axes) for name, x in TENSORS.items()}
-    shapes |= {gradient_of(p.name): (batch, heads) if p.per_head else (1,) for p in entry.params}
-    extents = entry.extents(sizes.of(**of))
+    if entry.is_ragged:
+        starts = len(inputs["cu_seqlens_q"])
+        of |= {"batch": starts - 1, "heads": q[1], "kv_heads": k[1], "total_q": q[0], "total_k": k[0]}
+        extents = entry.extents(sizes.of_sequences(**of))
+        shapes = {role_of(name): tuple({**of, "starts": starts}[a] for a in x.ragged) for name, x in TENSORS.items()}
+    else:
+        of |= {"batch": q[0], "heads": q[1], "kv_heads": k[1], "seqlen_q": q[2], "seqlen_kv": k[2]}
+        extents = entry.extents(sizes.of(**of))
+        shapes = {role_of(name): tuple(of[a] for a in x.axes if a in of) for name, x in TENSORS.items()}
+    shapes |= {gradient_of(p.name): (of["batch"], of["heads"]) if p.per_head else (1,) for p in entry.params}
     written, numbers, arrays = [], {"softmax_scale": scale}, {}
     numbers |= {
         p.name: (float if p.dtype == "float32" else int)(PARAMS[p.name]) for p in entry.params if not p.per_head

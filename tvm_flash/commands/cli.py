@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the processor")
     explain.add_argument("--causal", action="store_true")
     explain.add_argument("--backward", action="store_true", help="which kernel computes the gradients")
+    explain.add_argument(
+        "--ragged", action="store_true", help="for B sequences of different lengths, S on average, one after the other"
+    )
     explain.add_argument("--layout", choices=LAYOUTS, default="bhsd", help="of the caller's tensors (default: bhsd)")
     explain.add_argument("--variant", choices=VARIANTS, default="auto")
     where = explain.add_mutually_exclusive_group()
@@ -147,6 +150,7 @@ def _explain(options: argparse.Namespace) -> int:
         layout=options.layout,
         variant=options.variant,
         backward=options.backward,
+        ragged=options.ragged,
     )
     if options.json:
         print(json.dumps(explanation_page.as_data(explanation), indent=1))

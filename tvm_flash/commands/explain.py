@@ -8,6 +8,7 @@ from typing import Any
 from tvm_flash.call.choice import Explanation
 from tvm_flash.display import Screen, table
 from tvm_flash.machine.device import Imagined
+from tvm_flash.operators import RAGGED_LAYOUT
 from tvm_flash.packs.manifest import KernelEntry
 
 
@@ -52,8 +53,9 @@ def show(explanation: Explanation, screen: Screen) -> None:
 
 def _behind(entry: KernelEntry) -> list[tuple[str, str]]:
     """What a kernel is: names and values."""
+    layout = RAGGED_LAYOUT if entry.is_ragged else entry.layout
     found = [
-        ("template", f"{entry.template.upper()}, layout {entry.layout}, head_dim up to {entry.head_dim}"),
+        ("template", f"{entry.template.upper()}, layout {layout}, head_dim up to {entry.head_dim}"),
         ("config", ", ".join(f"{name} {_value(value)}" for name, value in entry.config.items()) or "none"),
         ("from", "the family's defaults" if entry.config_source == "default" else entry.config_source),
         ("source", f"sha256 {entry.source_hash}"),

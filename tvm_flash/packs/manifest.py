@@ -73,6 +73,9 @@ LAYOUT_OF_TEMPLATE = {"v1": "bhsd", "v2": "bshd"}
 #: The most blocks of a GPU's launch along any axis of its grid but the first.
 MOST_BLOCKS = 65535
 
+#: Kinds of kernels over sequences of different lengths, which lie one after the other.
+RAGGED_KINDS = ("ragged", "ragged_backward")
+
 #: Largest ``query_start`` of the mask ``positioned``, and the same below 0; those beyond count as it.  So no sum of a
 #: position and a window leaves int32.
 FARTHEST_START = 2**29
@@ -283,6 +286,11 @@ class KernelEntry:
         for scalar in self.scalars:
             found[scalar.name] = sizes.evaluate(scalar.value, found)
         return found
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether it is for sequences of different lengths, in tensors without a batch axis."""
+        return self.kind in RAGGED_KINDS
 
     @property
     def layout(self) -> str:
