@@ -11,7 +11,7 @@ from schedules.builder import records
 from schedules.builder.compile import lower_for_each
 from schedules.builder.records import Measurement, PeerMeasurement, Record
 from schedules.builder.suite import KernelSpec, Selection
-from schedules.families import FAMILY, core_kinds_of, core_variants_of, family_of
+from schedules.families import FAMILY, core_kinds_of, family_of
 from schedules.families.interface import Rejected, Target
 from tvm_flash.packs.registry import registry
 
@@ -94,11 +94,7 @@ def core_groups():
         specs = [
             s
             for s in Selection().specs(
-                family.DTYPES,
-                gpu=True,
-                kinds=core_kinds_of(targets[0]),
-                templates=family.TEMPLATES,
-                fewer=core_variants_of(targets[0]),
+                family.DTYPES, gpu=True, kinds=core_kinds_of(targets[0]), templates=family.TEMPLATES
             )
             if s.template in family.TEMPLATES
         ]

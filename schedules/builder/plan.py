@@ -21,7 +21,7 @@ from schedules.builder.configs import NO_RECORDS, ChosenConfig, Tuned
 from schedules.builder.suite import SCOPES, TEMPLATES, KernelSpec, Selection
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.definition_file import DefinitionFile
-from schedules.families import FAMILY, core_kinds_of, core_variants_of, family_of, kinds_of
+from schedules.families import FAMILY, core_kinds_of, family_of, kinds_of
 from schedules.families.interface import Target
 from schedules.toolchain import machine
 from schedules.toolchain.host import HOST_HEADER
@@ -138,8 +138,7 @@ def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
         return tuple(
             chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds, templates=family.TEMPLATES)
         )
-    what = {"kinds": kinds, "templates": family.TEMPLATES, "fewer": core_variants_of(target)}
-    return tuple(chosen.specs(family.DTYPES, gpu=target.arch != "cpu", **what))
+    return tuple(chosen.specs(family.DTYPES, gpu=target.arch != "cpu", kinds=kinds, templates=family.TEMPLATES))
 
 
 # ---------------------------------------------------------------- what is there already

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from schedules.families.interface import (
@@ -150,11 +150,6 @@ class KernelSpec:
         return dataclasses.replace(self, bucket=bucket)
 
 
-#: By kind, (mask, score) pairs.
-Fewer = Mapping[str, tuple[tuple[str, str], ...]]
-_ALL: Fewer = {}
-
-
 @dataclass(frozen=True)
 class Selection:
     """Filters of a build; an empty one selects the core set's values.
@@ -171,10 +166,10 @@ class Selection:
     scores: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
 
-    def variants(self, kind: str = FORWARD, gpu: bool = False, fewer: Fewer = _ALL) -> tuple[tuple[str, str], ...]:
-        """The (mask, score) pairs that are selected of a kind, for a GPU or the CPU; ``fewer`` as for ``specs``."""
+    def variants(self, kind: str = FORWARD, gpu: bool = False) -> tuple[tuple[str, str], ...]:
+        """The (mask, score) pairs that are selected of a kind, for a GPU or the CPU."""
         scope = SCOPES[kind]
-        core = fewer.get(kind, scope.variants if scope.on_gpus is None or not gpu else scope.on_gpus)
+        core = scope.variants if scope.on_gpus is None or not gpu else scope.on_gpus
         if not self.masks and not self.scores:
             return core
         if self.masks and self.scores:
@@ -195,7 +190,6 @@ class Selection:
         gpu: bool = False,
         kinds: Sequence[str] = (FORWARD,),
         templates: Sequence[str] = TEMPLATES,
-        fewer: Fewer = _ALL,
     ) -> list[KernelSpec]:
         """The kernels selected, in order.
 
@@ -206,7 +200,6 @@ class Selection:
         gpu: whether the arch is that of a GPU, whose core set has ``HEAD_DIMS_BETWEEN``.
         kinds: of kernels that the arch has.
         templates: that the arch has.
-        fewer: the (mask, score) pairs of kinds of which the arch's core set hasn't all.
         """
         own, variants = definition != BUILTIN_DEFINITION, tuple(variants)
         between = gpu and not self.head_dims and not own
@@ -220,6 +213,6 @@ class Selection:
             for kind in wanted
             if kind not in ONE_TEMPLATE or template == templates[-1]
             if not between or dim not in HEAD_DIMS_BETWEEN or SCOPES[kind].between
-            for mask, score in variants or self.variants(kind, gpu, fewer)
+            for mask, score in variants or self.variants(kind, gpu)
             if not between or dim not in HEAD_DIMS_BETWEEN or (score == "identity" and mask != "padded")
         ]

@@ -6,7 +6,6 @@ The interface of a family is described in :mod:`schedules.families.interface`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import FORWARD, Program, Rejected, Target
@@ -47,12 +46,6 @@ def core_kinds_of(target: Target) -> tuple[str, ...]:
     verified on hardware.  Others are built if they are asked for by name."""
     unverified = getattr(family_of(target), "UNVERIFIED_KINDS", ())
     return tuple(kind for kind in kinds_of(target) if kind not in unverified)
-
-
-def core_variants_of(target: Target) -> Mapping[str, tuple[tuple[str, str], ...]]:
-    """By kind, the (mask, score) pairs of which the core set has kernels, where a family hasn't verified all that GPUs
-    are to have (:data:`schedules.builder.suite.SCOPES`)."""
-    return getattr(family_of(target), "VERIFIED_VARIANTS", {})
 
 
 def maker_of(target: Target, kind: str = FORWARD):

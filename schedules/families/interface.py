@@ -14,8 +14,7 @@ sits.  It is a module with
 * ``KINDS``, if it makes kernels of other kinds than the usual one, each a module (or object) with ``Config``,
   ``default_configs``, ``space``, ``feasible`` and ``program`` as above, by name: :data:`DECODE` splits the keys for few
   rows.  :func:`schedules.families.maker_of` finds them.  Those that no hardware has run yet are in
-  ``UNVERIFIED_KINDS``, and are built only if they are asked for by name; of those in ``VERIFIED_VARIANTS`` it has run
-  some (mask, score) pairs, and only these are in the core set.
+  ``UNVERIFIED_KINDS``, and are built only if they are asked for by name.
 """
 
 from __future__ import annotations
