@@ -22,9 +22,10 @@ TARGET = Target("sm_90a")
     ("template", "pattern"),
     [
         (v2, {"mask": "causal", "head_dim": 128, "dtype": "bfloat16"}),
+        (v2, {"mask": "window", "head_dim": 128, "dtype": "bfloat16"}),
         (v1, {"mask": "window", "score": "softcap_alibi", "head_dim": 64}),
     ],
-    ids=["128-causal", "64-window-softcap_alibi"],
+    ids=["128-causal", "128-window", "64-window-softcap_alibi"],
 )
 def test_machine_code(template, pattern, tmp_path):
     pattern = pattern_of(**pattern)
@@ -33,11 +34,12 @@ def test_machine_code(template, pattern, tmp_path):
     assert isinstance(program, Program), program
     _, report, count = compiled(program, TARGET.arch, tmp_path)
     assert [kernel.spills for kernel in report.kernels] == [kernel.stack for kernel in report.kernels] == [0] * 3
-    # S, dP, dV and dK, twice; S and dP thrice, dQ four times.
+    # S, dP, dV and dK, twice; S and dP thrice, dQ four times, or in the joint launch in 8 chunks of 64 x 64.
     D, M, N = pattern.head_dim // 16, config.block_m // 16, config.block_n // 16
-    assert count["HGMMA"] >= 2 * (2 * D + 2 * M) + 3 * 2 * D + 3 * N
-    assert count["UTMALDG"] >= 8
-    assert count["UTMASTG"] >= 3
+    of_dq = D * M // 2 if config.joint else 3 * 2 * D + 3 * N
+    assert count["HGMMA"] >= 2 * (2 * D + 2 * M) + of_dq
+    assert count["UTMALDG"] >= (6 if config.joint else 8)
+    assert count["UTMASTG"] >= (2 if config.joint else 3)
 
 
 @pytest.mark.parametrize("score", ["identity", "softcap", "alibi"])
@@ -59,6 +61,11 @@ def test_defaults_are_feasible(head_dim, score):
         ({"head_dim": 256}, {}, "bytes of shared memory"),
         ({"head_dim": 72}, {}, "head_dim 72"),
         ({"score": "alibi"}, {}, "overlaps: the gradient of alibi_slopes"),
+        ({"mask": "window"}, {"joint": True}, "joint: it serves plain scores"),
+        ({}, {"joint": True, "block_m": 96}, "block_m 96 is not 64 or 128"),
+        ({}, {"joint": True, "num_stages": 2}, "num_stages 2 is not 3 or 4"),
+        ({}, {"joint": True, "block_m": 128, "num_stages": 3}, "joint: needs 3"),
+        ({"head_dim": 144}, {"joint": True, "num_stages": 3}, "joint: needs "),
     ],
 )
 def test_refusals_say_why(pattern, change, reason):
@@ -67,5 +74,5 @@ def test_refusals_say_why(pattern, change, reason):
     assert reason in refusal.reason
 
 
-def test_kernels_that_no_gpu_has_run_are_built_only_by_name():
-    assert BACKWARD not in core_kinds_of(TARGET)
+def test_packs_have_the_backward():
+    assert BACKWARD in core_kinds_of(TARGET)

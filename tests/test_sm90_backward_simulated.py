@@ -30,6 +30,7 @@ TRAVERSALS = {"v1": v1.TRAVERSAL, "v2": v2.TRAVERSAL}
 KERNELS = (
     ("v2", 64, 64, "causal", "identity", "bfloat16"),
     ("v1", 128, 128, "full", "identity", "float16"),
+    ("v2", 128, 128, "causal", "identity", "bfloat16"),
     ("v2", 128, 128, "window", "softcap", "bfloat16"),
     ("v2", 128, 128, "padded", "identity", "float16"),
     ("v1", 96, 96, "sink_window", "identity", "float16"),
@@ -48,7 +49,7 @@ def made(template, head_dim, head_dim_v, mask, score, dtype, folder, **changes):
     simulated = Simulated(program, export_cuda(program, TARGET), folder)
     functions = tuple(simulated.module[launch.symbol] for launch in program.launches)
     roles = tuple(launch.roles for launch in program.launches)
-    kernel = Kernel(functions, roles, program.workspaces, pattern.params, LAYOUT_OF_TEMPLATE[template])
+    kernel = Kernel(functions, roles, program.workspaces, pattern.params, LAYOUT_OF_TEMPLATE[template], program.scalars)
     return SimpleNamespace(spec=spec, params=pattern.params, simulated=simulated, kernel=kernel)
 
 

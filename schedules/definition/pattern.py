@@ -56,6 +56,7 @@ class Pattern:
     is_unmasked: every query sees every key.
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
     depends_on_head: what is made of the raw score, or the mask, differs from head to head.
+    narrows: the rows that see a key go on to the last one, and begin no earlier for later keys, as of a causal mask.
     is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
         needed.
     """
@@ -69,6 +70,7 @@ class Pattern:
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
         self.is_interval = self._mask is None or self._mask.is_interval
+        self.narrows = self._mask is None or getattr(self._mask, "narrows", False)
         self.is_scale_only = found.score is None or found.score.same_as(self._variables.s)
         self._choice = _split_choice(found.score, self._variables)
         self.has_choice = self._choice is not None

@@ -67,6 +67,10 @@ class _Affine:
     has_gaps = False
     is_interval = True
 
+    @property
+    def narrows(self):
+        return self.ci > 0 > self.cj
+
     def _range(self, span, largest):
         """What satisfies the comparison with the most (``largest``) or the least permissive one of the span."""
         own, other = (self.ci, self.cj) if span.of == ROWS else (self.cj, self.ci)

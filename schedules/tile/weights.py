@@ -44,7 +44,8 @@ class Weights(ScoreTile):
     """Scores of ``columns`` columns a step to factors, and if they are wanted to packed probabilities too.
 
     The rows are queries and the columns keys, or if ``transposed`` the other way round.  ``pack`` is as
-    :func:`packing` makes it, the other arguments are those of :class:`ScoreTile`.
+    :func:`packing` makes it, the other arguments are those of :class:`ScoreTile`.  If ``descending``, scores are
+    weighed from the last column to the first, for which ptxas may need fewer registers.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class Weights(ScoreTile):
         m_tiles: int = 1,
         tile_step: int = 0,
         pack=None,
+        descending: bool = False,
     ):
         ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)
-        self.transposed = transposed
+        self.transposed, self.descending = transposed, descending
         self.pack = pack or packing(pattern.dtype)
         self.scale = local(self.signed_scale())
 
@@ -120,7 +122,8 @@ class Weights(ScoreTile):
         if by_interval:
             self._set_bounds(begin, end, row0, column0)
         for t in T.unroll(self.m_tiles):
-            for g in T.unroll(self.groups):
+            for n in T.unroll(self.groups):
+                g = T.meta_var(self.groups - 1 - n if self.descending else n)
                 for r in T.unroll(2):
                     for e in T.unroll(2):
                         x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)

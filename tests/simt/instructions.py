@@ -24,9 +24,11 @@ _INSTRUCTIONS = {
     # Loads, stores, cp.async.
     r"ld\.shared\.v4": "simt::load4({0}, {1}, {2}, {3}, {4} + {offset});",
     r"st\.shared\.v[24]\.\w\d\d |st\.shared\.\w\d\d ": "simt::store_shared({0} + {offset}, {{{rest1}}});",
-    r"ld\.global(\.nc)?(\.v[24])?\.\w32 ": "simt::load({{{targets}}}, (const void*){last});",
+    r"ld\.(acquire|relaxed)\.gpu\.global\.\w32 ": "simt::load({{{targets}}}, (const void*){last});",
+    r"st\.(release|relaxed)\.gpu\.global\.\w32 ": "simt::store((void*){0}, {{{rest1}}});",
+    r"ld\.global(\.nc|\.cg)?(\.v[24])?\.\w32 ": "simt::load({{{targets}}}, (const void*){last});",
     r"st\.global(\.v[24])?\.\w32 ": "simt::store((void*){0}, {{{rest1}}});",
-    r"red\.global(\.gpu|\.relaxed)*\.add(\.v[24])?\.f32 ": "simt::add((float*){0}, {{{rest1}}});",
+    r"red(\.relaxed|\.gpu)*\.global(\.gpu|\.relaxed)*\.add(\.v[24])?\.f32 ": "simt::add((float*){0}, {{{rest1}}});",
     r"red\.global(\.gpu|\.relaxed)*(\.v[24])?\.f32\.add ": "simt::add((float*){0}, {{{rest1}}});",
     r"cp\.async\.cg": "simt::copy_later({0} + {offset}, {1}, {2});",
     r"cp\.async\.commit": "simt::commit();",

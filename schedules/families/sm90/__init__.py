@@ -20,7 +20,6 @@ __all__ = [
     "INDEX_DTYPE",
     "KINDS",
     "TEMPLATES",
-    "UNVERIFIED_KINDS",
     "Config",
     "default_configs",
     "feasible",
@@ -32,8 +31,6 @@ DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
 KINDS = {DECODE: decode, BACKWARD: backward, RAGGED: ragged}
-#: Some were verified by name (docs/hopper.md, "Backward"), not those that a core set would have.
-UNVERIFIED_KINDS = (BACKWARD,)
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

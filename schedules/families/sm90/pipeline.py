@@ -17,7 +17,7 @@ from schedules.families.sm90.tma import load_panel, store_panel
 
 @T.meta_class
 class PipelineState:
-    """Where tile ``tile`` of a pipeline of ``stages`` stages, a power of two, is."""
+    """Where tile ``tile`` of a pipeline of ``stages`` stages is; a power of two costs a bit operation each."""
 
     def __init__(self, stages: int, tile):
         self.stages, self._tile = stages, tile
@@ -30,11 +30,15 @@ class PipelineState:
     @property
     def index(self) -> Expr:
         """The tile's stage."""
+        if self.stages & (self.stages - 1):
+            return T.truncmod(self.tile, self.stages)
         return T.bitwise_and(self.tile, self.stages - 1)
 
     @property
     def phase(self) -> Expr:
         """Parity of the stage's turn in which it has the tile."""
+        if self.stages & (self.stages - 1):
+            return T.bitwise_and(T.truncdiv(self.tile, self.stages), 1)
         return T.bitwise_and(T.shift_right(self.tile, self.stages.bit_length() - 1), 1)
 
 

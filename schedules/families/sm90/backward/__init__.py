@@ -1,12 +1,22 @@
-"""The backward of the Hopper family, a kind of its kernels: three launches, no sums between blocks.
+"""The backward of the Hopper family, a kind of its kernels: three launches, and the same bits on every run.
+
+Scores and their gradients of plain attention, full or causal, are computed once, up to head_dim 128:
+
+1. ``delta`` of each row (:mod:`schedules.tile.delta`).
+2. ``dk``, ``dv`` and sums of ``dq``: a block owns 128 keys and walks over the queries that see them, and adds its part
+   of ``dq`` to a sum in memory after the block with the keys before (``joint.py``).  Where there are few blocks, they
+   share the query heads of a group, and add their ``dk`` and ``dv`` in the same way.
+3. ``dq`` of its sums (``convert.py``).
+
+All others are computed without sums between blocks:
 
 1. ``delta`` of each row (:mod:`schedules.tile.delta`).
 2. ``dq``: a block owns 128 queries and walks over the keys that they see (``queries.py``); so do the gradients of
    parameters, of which each warp leaves its share.
 3. ``dk`` and ``dv``: a block owns 128 keys and walks over the queries that see them (``keys.py``); some add the shares.
 
-Scores and their gradients are computed twice, seven products in place of five.  In return nothing is summed outside of
-a block's own registers, so that the same call has the same bits on every run, and needs no memory but delta.
+These compute scores and their gradients twice, seven products in place of five.  In return a block has room for
+modified scores, for other masks and for head_dim 256, and a call needs no memory but delta.
 
 The interface of a kind is described in :mod:`schedules.families.interface`.
 """

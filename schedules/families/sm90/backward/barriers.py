@@ -28,6 +28,18 @@ barrier                means                                 arrivals           
 ``v.empty[stage]``     every consumer warp has its dP        8                     producer of V  turn + 1
 ====================== ===================================== ===================== ============== ========
 
+The joint launch has those of dk and dv, but the warpgroup for dq fetches the tiles, two warps or all four of it bring
+the numbers of their rows, and none waits until a stage of theirs is empty.  Beside them:
+
+====================== ===================================== ===================== ============== ========
+barrier                means                                 arrivals              who waits      parity
+====================== ===================================== ===================== ============== ========
+``ds.full[stage]``     both consumers have left their dS,    8: a thread of each   warpgroup for  turn
+                       and are past the tile before          warp                  dq
+``ds.empty[stage]``    the products with that dS are done    4: a thread of each   consumers      turn + 1
+                                                             warp
+====================== ===================================== ===================== ============== ========
+
 No producer waits for another, and a consumer waits for its products and for what is full; a stage that is waited for
 is filled as soon as all consumers have passed the tile that is ``stages`` before, so that nobody waits in a circle.
 

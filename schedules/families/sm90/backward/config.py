@@ -17,6 +17,8 @@ BLOCK = CONSUMERS * WARPGROUP_ROWS
 #: Registers of a producer's and of a consumer's thread: what the machine has for three warpgroups, the producers' share
 #: as large as the consumers' allows.
 REGISTERS = ((40, 232), (24, 240))
+#: Registers of a thread of the warpgroup for dq of the joint launch, and of its consumers.
+JOINT_REGISTERS = (88, 208)
 #: Registers beside accumulators and what is packed, counted in kernels that compile without spills.
 OTHER_REGISTERS = 28
 
@@ -34,6 +36,10 @@ class Config:
     overlaps: a step of the launch for dq issues its last product beside the next step's first ones.
     heads_first: blocks of all heads with the same keys, or queries, are started one after the other, and not all of a
         head.
+    joint: one launch makes dk, dv and dq, with five products and sums of dq in memory; of the fields above the first
+        two are its own.
+    head_section: heads whose blocks are started together in the joint launch, those of the same keys after each other.
+    tiles_told: how many tiles a block adds to before it tells the next one; a power of two.
     shares_keys: both consumer warpgroups of the launch for dk and dv have the same 64 keys, and one computes dv, the
         other dk, with scores of its own: one product more, and room for a head_dim of 256.
     """
@@ -44,6 +50,9 @@ class Config:
     num_stages_dq: int = 2
     overlaps: bool = True
     heads_first: bool = False
+    joint: bool = False
+    head_section: int = 16
+    tiles_told: int = 1
     shares_keys: bool = False
 
     @property
@@ -73,6 +82,10 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
     Those of plain scores at head_dim 64 and 128 are what docs/hopper.md has figures of; nothing else was tried.
     """
+    if pattern.is_scale_only and pattern.narrows and not pattern.params:
+        found = Config(block_m=128 if max(pattern.head_dim, pattern.head_dim_v) <= 64 else 64, num_stages=3, joint=True)
+        if feasible(pattern, found, target) is None:
+            return {0: found}
     plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
     overlaps = not any(p.gradient for p in pattern.params)
     if pattern.head_dim <= 64:
@@ -91,12 +104,15 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config`` that are worth trying."""
     return {
-        "block_m": (32, 48, 64, 80, 96, 112),
-        "num_stages": (2, 4),
+        "block_m": (32, 48, 64, 80, 96, 112, 128),
+        "num_stages": (2, 3, 4),
         "block_n": (32, 48, 64, 80, 96, 112, 128),
         "num_stages_dq": (2, 4),
         "overlaps": (True, False),
         "heads_first": (False, True),
+        "joint": (True, False),
+        "head_section": (8, 16, 32),
+        "tiles_told": (1, 2, 4),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
 
@@ -110,6 +126,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         pattern.differentiate()
     except DefinitionError as e:
         return Rejected(f"the score has no backward: {e}")
+    if config.joint:
+        return _refuse_joint(pattern, config, target)
     if config.overlaps and (asked := [p.name for p in pattern.params if p.gradient]):
         return Rejected(f"overlaps: the gradient of {', '.join(asked)} is summed by steps by themselves")
     for name, size in (("block_m", config.block_m), ("block_n", config.block_n)):
@@ -128,6 +146,21 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     ):
         if needed > most:
             return Rejected(f"{launch}: needs about {needed} registers a thread, a consumer has {most}")
+    return None
+
+
+def _refuse_joint(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+    """Why the joint launch can't be made."""
+    if not pattern.is_scale_only or pattern.params or not pattern.narrows:
+        return Rejected("joint: it serves plain scores whose keys are seen by all queries from some one on")
+    if config.block_m not in (64, 128):
+        return Rejected(f"block_m {config.block_m} is not 64 or 128")
+    if config.num_stages not in (3, 4):
+        return Rejected(f"num_stages {config.num_stages} is not 3 or 4")
+    if (needed := _memory_of_joint(pattern, config)) > SHARED_MEMORY:
+        return Rejected(f"joint: needs {needed} bytes of shared memory, a block of {target} has {SHARED_MEMORY}")
+    if (needed := _registers_of_joint(pattern, config)) > JOINT_REGISTERS[1]:
+        return Rejected(f"joint: needs about {needed} registers a thread, a consumer has {JOINT_REGISTERS[1]}")
     return None
 
 
@@ -154,6 +187,18 @@ def _registers_of_keys(pattern: Pattern, config: Config) -> int:
 
 def _registers_of_queries(pattern: Pattern, config: Config) -> int:
     return pattern.head_dim // 2 + config.block_n + config.block_n // 4 + OTHER_REGISTERS
+
+
+def _registers_of_joint(pattern: Pattern, config: Config) -> int:
+    # S and dP are never there together
+    step = config.block_m // 2 + config.block_m // 4
+    return pattern.head_dim // 2 + pattern.head_dim_v // 2 + step + OTHER_REGISTERS
+
+
+def _memory_of_joint(pattern: Pattern, config: Config) -> int:
+    rows = (BLOCK + config.num_stages * config.block_m) * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
+    numbers = config.num_stages * 2 * config.block_m * 4
+    return rows * 2 * PANEL + 2 * 2 * config.block_m * BLOCK + numbers + BARRIER_BYTES
 
 
 def _memory_of_keys(pattern: Pattern, config: Config) -> int:

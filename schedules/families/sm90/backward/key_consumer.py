@@ -26,7 +26,7 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.barriers import ALL_CONSUMERS
 from schedules.families.sm90.backward.config import CONSUMERS, Config
-from schedules.families.sm90.backward.operands import own_rows
+from schedules.families.sm90.backward.operands import KEPT_PANELS, own_rows
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
 from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, NamedBarriers
@@ -98,7 +98,7 @@ class KeyConsumer:
 
     def _own(self, pipeline: Pipeline):
         """Of this warpgroup's keys in the block's tile of K or V."""
-        return own_rows(pipeline, self.first)
+        return own_rows(pipeline, self.first, pipeline.panels <= KEPT_PANELS)
 
     @T.inline
     def issue_scores(self, q):
@@ -189,7 +189,7 @@ class KeyConsumer:
         for g in T.serial(self.block.group):
             site = T.meta_var(self.block.site(g))
             walk = self.block.tiles(site)
-            weights = Weights(self.pattern, site, self.config.block_m, True)
+            weights = Weights(self.pattern, site, self.config.block_m, True, descending=self.config.joint)
             if walk.steps > 0:
                 first = T.meta_var(self.counter.state(self.q.stages))
                 self.q.consumer_wait(first)

@@ -10,8 +10,9 @@ from schedules.families.sm90.wgmma import k_major, rows_offset
 KEPT_PANELS = 2
 
 
-def own_rows(pipeline: Pipeline, first):
-    """Of 64 rows from row ``first`` on of a pipeline's first tile, contracted along the rows."""
-    if pipeline.panels > KEPT_PANELS:
-        first = anew(first)
-    return k_major(pipeline.tiles.ptr_to([0, 0, 0, 0])) + rows_offset(first, 1)
+def own_rows(pipeline: Pipeline, first, kept: bool):
+    """Of 64 rows from row ``first`` on of a pipeline's first tile, contracted along the rows.
+
+    If they aren't ``kept``, they are computed again wherever they are used.
+    """
+    return k_major(pipeline.tiles.ptr_to([0, 0, 0, 0])) + rows_offset(first if kept else anew(first), 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, ScheduledLaunch, Target
-from schedules.families.sm90.backward import keys, parameters, queries
+from schedules.families.sm90.backward import convert, joint, keys, parameters, queries
 from schedules.families.sm90.backward.config import Config
 from schedules.tile.delta import delta
 from schedules.tile.gradients import ALIGNMENT
@@ -14,18 +14,21 @@ from tvm_flash.packs.manifest import Workspace
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The launches; ``config`` must be feasible."""
-    return Program(
-        "backward",
-        (
-            ScheduledLaunch(delta(pattern, traversal, name, ALIGNMENT), ("o", "do", "dlse", "delta")),
+    first = ScheduledLaunch(delta(pattern, traversal, name, ALIGNMENT), ("o", "do", "dlse", "delta"))
+    deltas = Workspace("delta", "float32", (("*", "batch", "heads", "seqlen_q"),))
+    if config.joint:
+        launches = (
+            first,
+            joint.build(pattern, config, traversal, f"{name}_joint"),
+            convert.build(pattern, config, traversal, f"{name}_dq"),
+        )
+        workspaces, scalars = (deltas, *joint.workspaces(pattern, config)), joint.scalars()
+    else:
+        launches = (
+            first,
             queries.build(pattern, config, traversal, f"{name}_dq"),
             keys.build(pattern, config, traversal, f"{name}_dkdv"),
-        ),
-        "tirx",
-        alignment=ALIGNMENT,
-        index_bits=32,
-        workspaces=(
-            Workspace("delta", "float32", (("*", "batch", "heads", "seqlen_q"),)),
-            *parameters.workspaces(pattern),
-        ),
-    )
+        )
+        workspaces, scalars = (deltas, *parameters.workspaces(pattern)), ()
+    memory = {"workspaces": workspaces, "scalars": scalars}
+    return Program("backward", launches, "tirx", alignment=ALIGNMENT, index_bits=32, **memory)

@@ -14,6 +14,7 @@ from schedules.families.sm90.backward.parameters import ParameterGradients
 from schedules.families.sm90.backward.query_consumer import QueryConsumer
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
+from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import panels
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
@@ -95,7 +96,7 @@ def _kernel(
         k_pipeline.add_barriers(pool)
         v_pipeline.add_barriers(pool)
         pool.commit()
-        block = Block(pattern, tiles, tensors, rows, scheduler, (x, y, z))
+        block = Block(pattern, tiles, tensors, rows, scheduler, DenseBoxes(tensors, rows), (x, y, z))
         if warp == producer:  # only a whole warp may elect
             if T.cuda.elect_sync():
                 q_tile.init(consumer_arrivals(CONSUMERS))

@@ -18,7 +18,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
-from schedules.families.sm90.backward.operands import own_rows
+from schedules.families.sm90.backward.operands import KEPT_PANELS, own_rows
 from schedules.families.sm90.backward.parameters import SHARES, ParameterGradients
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
 from schedules.families.sm90.barriers import WARPS, NamedBarriers
@@ -78,7 +78,7 @@ class QueryConsumer:
 
     def _own(self, pipeline: Pipeline):
         """Of this warpgroup's rows of Q or dO."""
-        return own_rows(pipeline, self.index * WARPGROUP_ROWS)
+        return own_rows(pipeline, self.index * WARPGROUP_ROWS, pipeline.panels <= KEPT_PANELS)
 
     @T.inline
     def issue_scores(self, k):
