@@ -131,4 +131,3 @@ def _ragged_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
 
 KINDS = {RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine)}
-UNVERIFIED_KINDS = (RAGGED,)

@@ -299,21 +299,47 @@ class BackwardQueries(AsynchronousCopies, AmpereProducts, QueryMachine):
     """The backward's launch for dq."""
 
 
-#: Of the backward, by head_dim, the first that is large enough.
+#: Of the backward, by head_dim, the first that is large enough.  TFLOP/s of a launch by itself, sm_80 code recompiled
+#: for an H200, V1, bf16, full and causal attention over 8k positions; other sizes were not run.
 _BACKWARD_LARGE = {
+    # dk and dv 370, 352; with 64 queries and 8 warps 303, 299; 256 keys 351, 318.  dq 392, 375; with 32 keys 361, 360.
     64: backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2, paced=False),
     96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 2),
+    # dk and dv 345, 324; with 32 queries 291, 287; 64 keys and two blocks, as an H200 has room for, 352, 336.  dq 391,
+    # 347; with 128 queries, 16 a warp, and 64 keys 336, 324.  Pairs of warps were not run.
     128: backward.Config(128, 64, 8, 2, 1, 256, 32, 8, 2, 1),
+    192: backward.Config(64, 64, 8, 2, 1, 128, 32, 8, 2, 1, warps_per_tile=2),
+    256: backward.Config(64, 32, 8, 2, 1, 64, 32, 4, 2, 1, warps_per_tile=2),
 }
+#: The same where shared memory is 99 KiB.
 _BACKWARD_SMALL = {
     64: backward.Config(128, 32, 4, 2, 2, 128, 32, 4, 2, 2, paced=False),
     96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 1),
     128: backward.Config(128, 32, 8, 2, 1, 128, 32, 8, 2, 1),
+    192: backward.Config(64, 16, 4, 2, 1, 64, 32, 4, 2, 1),
+    256: backward.Config(32, 32, 4, 2, 1, 64, 16, 4, 2, 1, warps_per_tile=2),
+}
+
+
+#: The same with parameters of masks and scores, which take registers too: on sm_80, and on the others.
+_BACKWARD_WITH_PARAMETERS = {
+    64: backward.Config(128, 16, 4, 2, 2, 128, 32, 4, 2, 2, paced=False),  # 32 queries a step spilled 8 to 48 bytes
+    128: backward.Config(128, 32, 8, 2, 1, 128, 64, 8, 2, 1),
+    256: _BACKWARD_LARGE[256],
+}
+_BACKWARD_SMALL_WITH_PARAMETERS = {
+    64: _BACKWARD_WITH_PARAMETERS[64],
+    128: backward.Config(128, 16, 8, 2, 1, 128, 32, 8, 2, 1),  # 32 queries a step spilled 8 bytes
+    256: _BACKWARD_SMALL[256],
 }
 
 
 def _backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
-    return limits.by_head_dim(_BACKWARD_LARGE if target.arch == "sm_80" else _BACKWARD_SMALL, pattern)
+    if target.arch == "sm_80":
+        table = _BACKWARD_WITH_PARAMETERS if pattern.params else _BACKWARD_LARGE
+    else:
+        table = _BACKWARD_SMALL_WITH_PARAMETERS if pattern.params else _BACKWARD_SMALL
+    return limits.by_head_dim(table, pattern)
 
 
 KINDS = {
@@ -321,4 +347,4 @@ KINDS = {
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
 }
-UNVERIFIED_KINDS = (RAGGED, BACKWARD)
+UNVERIFIED_KINDS = (BACKWARD,)

@@ -53,6 +53,8 @@ class Backward:
             "num_warps_dq": (4, 8),
             "num_stages_dq": (2, 3),
             "min_blocks_per_sm_dq": (1, 2),
+            "warps_per_tile": (1, 2),
+            "paced": (False, True),
         }
 
     def feasible(self, pattern: Pattern, config: Config, target: Target) -> Rejected | None:

@@ -19,8 +19,9 @@ _OTHER_REGISTERS = 32
 class LaunchConfig:
     """One launch: ``own_rows`` rows of a block, ``step_rows`` rows of a step, ``num_warps`` warps, ``num_stages``
     buffers of the latter; ``min_blocks_per_sm`` bounds the registers so that this many blocks fit one multiprocessor.
-    ``paced``: operands of S and dP are loaded 16 columns at a time, where the compiler would load more of them earlier,
-    and spill.
+    ``parts`` warps share the rows of their m-tiles: each has the scores of its part of a step's rows, and the sums of
+    its part of the columns.  ``paced``: operands of S and dP are loaded 16 columns at a time, where the compiler would
+    load more of them earlier, and spill.
     """
 
     own_rows: int
@@ -28,6 +29,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     min_blocks_per_sm: int
+    parts: int
     paced: bool
 
     @property
@@ -38,7 +40,7 @@ class LaunchConfig:
     @property
     def m_tiles(self) -> int:
         """Tiles of 16 rows of a warp."""
-        return self.own_rows // (M16N8.tile_rows * self.num_warps)
+        return self.own_rows * self.parts // (M16N8.tile_rows * self.num_warps)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Config:
     block_m_dq, block_n_dq: queries of a block, and keys of a step, of the launch for dq.
     num_warps_dq, num_stages_dq, min_blocks_per_sm_dq: of that launch.
     section_mib: in seq-outer order, heads go in sections whose visited rows have that size.
+    warps_per_tile: 2 where pairs of warps share their keys in the launch for dk and dv.
     paced: as in ``LaunchConfig``, of both.
     """
 
@@ -66,13 +69,15 @@ class Config:
     num_stages_dq: int
     min_blocks_per_sm_dq: int
     section_mib: int = 16
+    warps_per_tile: int = 1
     paced: bool = True
 
     @property
     def keys(self) -> LaunchConfig:
         """The launch for dk and dv."""
         return LaunchConfig(
-            self.block_n, self.block_m, self.num_warps, self.num_stages, self.min_blocks_per_sm, self.paced
+            *(self.block_n, self.block_m, self.num_warps, self.num_stages, self.min_blocks_per_sm),
+            *(self.warps_per_tile, self.paced),
         )
 
     @property
@@ -80,7 +85,7 @@ class Config:
         """The launch for dq."""
         return LaunchConfig(
             *(self.block_m_dq, self.block_n_dq, self.num_warps_dq, self.num_stages_dq, self.min_blocks_per_sm_dq),
-            self.paced,
+            *(1, self.paced),
         )
 
 
@@ -98,10 +103,15 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
 
 def _fits(launch: str, pattern: Pattern, config: LaunchConfig, target: Target, transposed: bool) -> Rejected | None:
     R, M = config.own_rows, config.step_rows
-    if config.m_tiles not in (1, 2) or M16N8.tile_rows * config.m_tiles * config.num_warps != R:
+    if config.parts not in (1, 2) or config.num_warps % config.parts:
+        return Rejected(f"{launch}: warps_per_tile {config.parts} must be 1, or 2 and num_warps even")
+    if config.m_tiles not in (1, 2) or M16N8.tile_rows * config.m_tiles * config.num_warps != R * config.parts:
         return Rejected(f"{launch}: {R} rows don't give each of {config.num_warps} warps 16 or 32")
-    if M % 16 or config.threads < M:
-        return Rejected(f"{launch}: {M} rows a step are not a multiple of 16 up to the {config.threads} threads")
+    if M % (16 * config.parts) or config.threads < 2 * M:
+        unit = 16 * config.parts
+        return Rejected(
+            f"{launch}: {M} rows a step are not a multiple of {unit} up to half of {config.threads} threads"
+        )
     if config.num_stages < 2:
         return Rejected(f"{launch}: num_stages {config.num_stages} must be at least 2")
     shared, available = _shared_memory(pattern, config, transposed), SHARED_MEMORY[target.arch]
@@ -116,12 +126,14 @@ def _fits(launch: str, pattern: Pattern, config: LaunchConfig, target: Target, t
 def _shared_memory(pattern: Pattern, config: LaunchConfig, transposed: bool) -> int:
     types = tensor_types(pattern)
     rows = config.own_rows + config.num_stages * config.step_rows
-    numbers = 2 * 4 * config.num_stages * config.step_rows if transposed else 4 * len(pattern.params) * config.num_warps
-    return types.k.bytes * rows * (pattern.head_dim + pattern.head_dim_v) + numbers
+    asked = sum(p.gradient for p in pattern.params)
+    numbers = config.num_stages * config.step_rows * 2 if transposed else config.own_rows * 2 + asked * config.num_warps
+    exchanged = config.own_rows * config.step_rows if config.parts > 1 else 0
+    return types.k.bytes * (rows * (pattern.head_dim + pattern.head_dim_v) + exchanged) + 4 * numbers
 
 
 def _registers(pattern: Pattern, config: LaunchConfig, transposed: bool) -> int:
     sums = pattern.head_dim + (pattern.head_dim_v if transposed else 0)
     # S and dP, of which P and dS take the place
-    fragments = M16N8.registers(sums) + 2 * M16N8.registers(config.step_rows)
+    fragments = M16N8.registers(sums // config.parts) + 2 * M16N8.registers(config.step_rows // config.parts)
     return config.m_tiles * (fragments + 4) + 4 + _OTHER_REGISTERS

@@ -23,43 +23,52 @@ class KeyMachine(GradientMachine):
         self.tensors, self.parameter_sums = tensors, None
         self.lse, self.delta = tensors.row_terms()
         GradientMachine.__init__(self, pattern, config, own, own_first, transposed=True)
-        self.next_shift, self.next_start = (local(T.float32(0)) for _ in range(2))
+        self.next_number = local(T.float32(0))
 
     def place_shared(self, pool):
-        shape = (self.stages, self.config.step_rows)
-        self.shifts, self.starts = (pool.alloc(shape, "float32", align=16) for _ in range(2))
+        # what lse adds to scores, and −delta
+        self.numbers = pool.alloc((self.stages, 2, self.config.step_rows), "float32", align=16)
 
     def shift(self, t, g, r, e):
         """What is added to the score of a register in powers of two."""
-        return self.shifts[self.use, g * self.fragment.group + self.column + e]
+        return self.numbers[self.use, 0, g * self.fragment.group + self.column + e]
 
     def start(self, t, g, r, e):
         """−delta of a register's query."""
-        return self.starts[self.use, g * self.fragment.group + self.column + e]
+        return self.numbers[self.use, 1, g * self.fragment.group + self.column + e]
 
     @T.inline
-    def prepare(self):
-        """The numbers are read where they are used."""
+    def prepare_starts(self):
+        """They are read where they are used."""
+
+    @T.inline
+    def prepare_shifts(self):
+        """They too."""
 
     @T.inline
     def load_numbers(self, at, live):
-        """Start reading what belongs to the queries of the tile that is next, one a thread."""
+        """Start reading what belongs to the queries of the tile that is next: a number a thread."""
+        rows = T.meta_var(self.config.step_rows)
         thread: T.int32 = fresh("tid.x")
-        row: T.int32 = self.fetched * self.config.step_rows + thread
-        self.next_shift = T.float32(NEGATIVE_INFINITY)
-        self.next_start = T.float32(0)
-        if T.And(T.And(live, thread < self.config.step_rows), row < at.seqlen_q):
-            index: T.int64 = self.tensors.lse_offset(anew(at.b), anew(at.h), row)
-            self.next_shift = shift_of(self.lse[index])
-            self.next_start = negative(self.delta[index])
+        row: T.int32 = self.fetched * rows + thread % rows
+        index: T.int64 = self.tensors.lse_offset(anew(at.b), anew(at.h), row)
+        exists: T.bool = T.And(live, row < at.seqlen_q)
+        if thread < rows:
+            self.next_number = T.float32(NEGATIVE_INFINITY)
+            if exists:
+                self.next_number = shift_of(self.lse[index])
+        else:
+            self.next_number = T.float32(0)
+            if T.And(exists, thread < 2 * rows):
+                self.next_number = negative(self.delta[index])
 
     @T.inline
     def store_numbers(self, stage):
         """What was read, to where its tile is."""
+        rows = T.meta_var(self.config.step_rows)
         thread: T.int32 = fresh("tid.x")
-        if thread < self.config.step_rows:
-            self.shifts[stage, thread] = self.next_shift
-            self.starts[stage, thread] = self.next_start
+        if thread < 2 * rows:
+            self.numbers[stage, thread // rows, thread % rows] = self.next_number
 
     @T.inline
     def arrive_at(self, masked):
@@ -74,7 +83,7 @@ class KeyMachine(GradientMachine):
             blind: T.int32 = 0
             if thread < self.config.step_rows:
                 # this thread has written it
-                blind = T.Select(self.shifts[self.use, thread] == T.float32(NEGATIVE_INFINITY), 1, 0)
+                blind = T.Select(self.numbers[self.use, 0, thread] == T.float32(NEGATIVE_INFINITY), 1, 0)
             some: T.int32 = T.cuda.syncthreads_or(blind)
             if some != 0:
                 if blind != 0:

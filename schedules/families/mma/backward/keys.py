@@ -69,7 +69,7 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                 block = T.meta_var(order.work_tile(this_place()))
                 b: T.int32 = block.batch
                 kv_head: T.int32 = block.head
-                key_first: T.int32 = block.m_block * launch.own_rows
+                key_first = T.meta_var(block.m_block * launch.own_rows)  # computed anew where it is used
                 queries = T.meta_var(tensors.queries.of(b))
                 keys = T.meta_var(tensors.keys.of(b))
                 own = T.meta_var(

@@ -11,7 +11,10 @@ sums                   dV += P dO, dK += dS Q   dQ += dS K
 ====================== ======================== ========================
 
 A warp has 16 or 32 of the own rows.  Of a step it has S and dP, then P and dS in registers: accumulators' pairs are the
-left operands of the sums, and nothing of them passes through shared memory.
+left operands of the sums, and nothing of them passes through shared memory, unless pairs of warps share rows: then each
+has S and dP of half of the visited rows, and hands what it has made of them to its partner, to add up half of the
+columns.  It takes fewer loads from shared memory, which is what limits large head_dims: at 128, of 32 keys and 64
+queries, 56 KiB a warp in place of 72.
 
 A family's machine is :class:`GradientMachine` with its copies and its products mixed in.
 """
@@ -36,6 +39,9 @@ from schedules.tile.geometry import local
 from schedules.tile.smem import SharedTile
 from schedules.tile.weights import Weights
 
+#: Named barriers of the pairs begin here; barrier 0 is the whole block's.
+_FIRST_BARRIER = 1
+
 
 class Sides(NamedTuple):
     """What enters the two products of scores: rows of q and k, and rows of dO and v."""
@@ -50,9 +56,9 @@ class GradientMachine(RowCopies):
 
     ``own`` are row sources of what the block keeps, from row ``own_first`` on, and keys if ``transposed``: then there
     is a sum of P too.  A launch's machine brings ``place_shared(pool)``; ``shift(t, g, r, e)`` and
-    ``start(t, g, r, e)``, lse and delta of a register's query as a step wants them, after its ``prepare()``;
-    ``load_numbers(at, live)`` and ``store_numbers(stage)``, which fetch them where queries are visited;
-    ``arrive_at(masked)``; and ``parameter_sums``.
+    ``start(t, g, r, e)``, lse and delta of a register's query as a step wants them, after ``prepare_starts()`` and
+    ``prepare_shifts()``; ``load_numbers(at, live)`` and ``store_numbers(stage)``, which fetch them where queries are
+    visited; ``arrive_at(masked)``; and ``parameter_sums``.
     """
 
     def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, *, transposed: bool):
@@ -62,7 +68,7 @@ class GradientMachine(RowCopies):
         self.transposed, self.stages, self.threads = transposed, config.num_stages, config.threads
         self.types = tensor_types(pattern)
         self.m_tiles, self.tile_step = config.m_tiles, M16N8.tile_rows
-        self.part = 0
+        self.parts = config.parts
         # 1. Shared memory: own tiles, stages of visited ones, and numbers of the visited queries.
         pool = SMEMPool()
         shapes = (
@@ -73,16 +79,19 @@ class GradientMachine(RowCopies):
         )
         tiles = [SharedTile(pool, *shape, element) for shape, element in shapes]
         self.own_tiles, self.visited_tiles = Sides(*tiles[:2]), Sides(*tiles[2:])
+        self.exchanged = SharedTile(pool, 1, R, M, self.types.v) if self.parts > 1 else None
         self.place_shared(pool)
         pool.commit()
         # 2. Where this thread's rows are: computed anew where it is asked, as registers are few.
         self.lane = fresh("tid.x") % 32
-        self.warp_row = fresh("tid.x") // 32 * (self.m_tiles * self.tile_step)
+        self.part = fresh("tid.x") // 32 % self.parts if self.parts > 1 else 0
+        self.warp_row = fresh("tid.x") // 32 // self.parts * (self.m_tiles * self.tile_step)
         self.own = Sides(*(Rows(source, tile, self.threads) for source, tile in zip(own, self.own_tiles, strict=True)))
         self.own_first = own_first
         # 3. Registers: sums of 16 rows an m-tile, S and dP, P and dS packed, operands.
-        self.s_stride = M16N8.registers(M)
-        self.d_stride, self.e_stride = M16N8.registers(D), M16N8.registers(E)
+        self.columns = M // self.parts
+        self.s_stride = M16N8.registers(self.columns)
+        self.d_stride, self.e_stride = (M16N8.registers(x // self.parts) for x in (D, E))
         self.sum_ds = T.alloc_local([self.m_tiles * self.d_stride], "float32")
         self.sum_p = T.alloc_local([self.m_tiles * self.e_stride], "float32") if transposed else None
         self.S = T.alloc_local([self.m_tiles * self.s_stride], "float32")
@@ -102,7 +111,7 @@ class GradientMachine(RowCopies):
         return Weights(
             self.pattern,
             at,
-            self.config.step_rows,
+            self.columns,
             self.transposed,
             m_tiles=self.m_tiles,
             tile_step=self.tile_step,
@@ -110,21 +119,24 @@ class GradientMachine(RowCopies):
         )
 
     def output_column(self, group):
-        """First column of a register group of a sum."""
-        return self.fragment.output_column(group)
+        """First column of a register group of a sum, counted from the first of this part's: every other 16 of two."""
+        return self.fragment.output_column(group) if self.parts == 1 else group // 2 * 32 + group % 2 * 8
 
     @T.inline
     def sync_sharing_warps(self):
-        """No other warp shares this warp's rows."""
-        T.cuda.warp_sync()
+        """The warps that share rows wait for each other."""
+        if self.parts > 1:
+            T.ptx.bar.sync(T.Cast("uint32", _FIRST_BARRIER + fresh("tid.x") // (32 * self.parts)), 32 * self.parts)
+        else:
+            T.cuda.warp_sync()
 
     # ------------------------------------------------------------ products
 
     @T.inline
     def score(self, C, own_tile, tile):
-        """``C += own visitedᵀ`` for the stage in use."""
+        """``C += own visitedᵀ`` for the stage in use, and this part's visited rows."""
         lane: T.int32 = fresh("tid.x") % 32
-        first = T.meta_var(tile.address(lane // 16 * 8 + lane % 8, lane // 8 % 2))
+        first = T.meta_var(tile.address(self.part * self.columns + lane // 16 * 8 + lane % 8, lane // 8 % 2))
         visited_from: T.uint32 = first + T.Cast("uint32", self.use * tile.stage_bytes)
         rows_from: T.uint32 = own_tile.address(self.warp_row + lane % 16, lane // 16)
         for k in T.unroll(tile.columns // 16):
@@ -132,19 +144,60 @@ class GradientMachine(RowCopies):
                 T.cuda.warp_sync()
             for t in T.unroll(self.m_tiles):
                 T.ptx[LOAD](*[self.A[t * 4 + x] for x in range(4)], own_tile.at(rows_from, t * self.tile_step, k * 2))
-            for n in T.unroll(self.config.step_rows // 16):
+            for n in T.unroll(self.columns // 16):
+                if self.config.paced:
+                    T.cuda.warp_sync()
                 T.ptx[LOAD](*[self.B[x] for x in range(4)], tile.at(visited_from, n * 16, k * 2))
                 for t in T.unroll(self.m_tiles):
                     self.multiply_pair(C, t * self.s_stride + n * 8, self.A, t * 4)
 
     @T.inline
     def add(self, C, stride, P, tile):
-        """``C += P visited`` for the stage in use: packed accumulators of 16 rows are the left operand."""
+        """``C += P visited`` for the stage in use, and this part's columns.
+
+        Packed accumulators of 16 rows are the left operand; those of the partner's visited rows come from it.
+        """
+        if self.parts > 1:
+            self.hand_over(P)
+        self.add_from(C, stride, P, tile, self.part)
+        if self.parts > 1:
+            self.sync_sharing_warps()
+            lane: T.int32 = fresh("tid.x") % 32
+            chunks = T.meta_var(self.columns // self.exchanged.chunk)
+            taken_from: T.uint32 = self.exchanged.address(
+                self.warp_row + lane % 16, (1 - self.part) * chunks + lane // 16
+            )
+            for t in T.unroll(self.m_tiles):
+                for k in T.unroll(self.columns // 16):
+                    i = T.meta_var(t * (self.s_stride // 2) + k * 4)
+                    at = T.meta_var(self.exchanged.at(taken_from, t * self.tile_step, k * 2))
+                    T.ptx[LOAD](*[P[i + x] for x in range(4)], at)
+            self.add_from(C, stride, P, tile, 1 - self.part)
+
+    @T.inline
+    def hand_over(self, P):
+        """This part's packed accumulators to the partner, once it has read what was there."""
         lane: T.int32 = fresh("tid.x") % 32
-        visited_from: T.uint32 = tile.address(lane % 16, lane // 16) + T.Cast("uint32", self.use * tile.stage_bytes)
-        for k in T.unroll(self.config.step_rows // 16):
-            for n in T.unroll(tile.columns // 16):
-                T.ptx[LOAD_TRANSPOSED](*[self.B[x] for x in range(4)], tile.at(visited_from, k * 16, n * 2))
+        chunks = T.meta_var(self.columns // self.exchanged.chunk)
+        first = T.meta_var(self.exchanged.address(self.warp_row + lane // 4, self.part * chunks))
+        to: T.uint32 = first + T.Cast("uint32", lane % 4 * 4)
+        self.sync_sharing_warps()
+        for t in T.unroll(self.m_tiles):
+            for k in T.unroll(self.columns // 16):
+                for x in T.unroll(4):
+                    at = T.meta_var(self.exchanged.at(to, t * self.tile_step + x % 2 * 8, k * 2 + x // 2))
+                    T.ptx["st.shared.b32"](at, P[t * (self.s_stride // 2) + k * 4 + x])
+
+    @T.inline
+    def add_from(self, C, stride, P, tile, part):
+        """The same with the visited rows of one part."""
+        lane: T.int32 = fresh("tid.x") % 32
+        first = T.meta_var(tile.address(part * self.columns + lane % 16, self.part * 2 + lane // 16))
+        visited_from: T.uint32 = first + T.Cast("uint32", self.use * tile.stage_bytes)
+        for k in T.unroll(self.columns // 16):
+            for n in T.unroll(tile.columns // (16 * self.parts)):
+                chunk = T.meta_var(n * 2 * self.parts)
+                T.ptx[LOAD_TRANSPOSED](*[self.B[x] for x in range(4)], tile.at(visited_from, k * 16, chunk))
                 T.cuda.warp_sync()  # no load comes before it: the compiler would take the registers for it, and spill
                 for t in T.unroll(self.m_tiles):
                     self.multiply_pair(C, t * stride + n * 8, P, t * (self.s_stride // 2) + k * 4)
@@ -189,17 +242,18 @@ class GradientMachine(RowCopies):
         """The products of a step."""
         thread: T.int32 = fresh("tid.x")
         place = T.meta_var(self.position(thread, tile))
-        self.column = self.fragment.column(thread % 32)
-        self.prepare()
+        self.column = self.part * self.columns + self.fragment.column(thread % 32)
         for i in T.unroll(self.m_tiles * self.s_stride):
             self.S[i] = T.float32(0)
         self.score(self.S, self.own_tiles.scores, self.visited_tiles.scores)
+        self.prepare_starts()
         for t in T.unroll(self.m_tiles):
             for g in T.unroll(self.s_stride // 4):
                 for r in T.unroll(2):
                     for e in T.unroll(2):
                         self.dP[t * self.s_stride + g * 4 + r * 2 + e] = self.start(t, g, r, e)
         self.score(self.dP, self.own_tiles.gradients, self.visited_tiles.gradients)
+        self.prepare_shifts()
         weights.turn(self.S, self.dP, self.P, self.dS, self.shift, place[0], place[1], masked, self.parameter_sums)
         if self.transposed:
             self.add(self.sum_p, self.e_stride, self.P, self.visited_tiles.gradients)
@@ -207,13 +261,13 @@ class GradientMachine(RowCopies):
 
     def first_row(self, thread):
         """The first own row of a thread's warp."""
-        return self.own_first + thread // 32 * (self.m_tiles * self.tile_step)
+        return self.own_first + thread // 32 // self.parts * (self.m_tiles * self.tile_step)
 
     def position(self, thread, tile):
         """Query and key of a thread's first score of a step."""
         lane = thread % 32
         own = self.first_row(thread) + self.fragment.row(lane)
-        visited = tile * self.config.step_rows + self.fragment.column(lane)
+        visited = tile * self.config.step_rows + self.part * self.columns + self.fragment.column(lane)
         return (visited, own) if self.transposed else (own, visited)
 
     def is_seen(self, at, tile):
@@ -223,22 +277,31 @@ class GradientMachine(RowCopies):
         begin, end = of(at, first, first + (rows - 1)).visible
         return T.And(begin < (tile + 1) * M, end > tile * M)
 
+    @property
+    def before(self):
+        """The stage before the one in use, which is the next to be filled."""
+        return T.Select(self.use == 0, self.stages, self.use) - 1
+
     @T.inline
     def step(self, visited, weights, tile, end, masked):
         """Visit a tile; the one that is ``stages - 1`` further on is fetched, if it is below ``end``."""
+        if not self.pattern.has_gaps:
+            # follow from the tile, so that they aren't kept from step to step
+            self.use = tile % self.stages
+            self.fetched = tile + (self.stages - 1)
         self.arrive_at(masked)
-        stage: T.int32 = T.Select(self.use == 0, self.stages, self.use) - 1
         live: T.bool = self.fetched < end
         self.load_numbers(weights.at, live)
-        self.fetch(visited, stage, live)
-        self.advance(weights.at, end, self.fetched)
+        self.fetch(visited, self.before, live)
         if masked and not self.pattern.has_gaps:
             if self.is_seen(weights.at, tile):
                 self.compute(weights, tile, masked)
         else:
             self.compute(weights, tile, masked)
-        self.store_numbers(stage)
-        self.use = T.Select(self.use == self.stages - 1, 0, self.use + 1)
+        self.store_numbers(self.before)
+        if self.pattern.has_gaps:
+            self.advance(weights.at, end, self.fetched)
+            self.use = T.Select(self.use == self.stages - 1, 0, self.use + 1)
 
     @T.inline
     def advance(self, at, end, tile):
@@ -271,7 +334,8 @@ class GradientMachine(RowCopies):
         if self.pattern.has_gaps:
             self.skip(weights.at, tiles.end, self.fetched)
         tile: T.int32 = self.fetched
-        for stage in T.unroll(self.stages - 1):
+        for n in T.unroll(self.stages - 1):
+            stage = T.meta_var(n if self.pattern.has_gaps else self.fetched % self.stages)
             self.load_numbers(weights.at, self.fetched < tiles.end)
             self.fetch(visited, stage, self.fetched < tiles.end)
             self.store_numbers(stage)
@@ -305,11 +369,13 @@ class GradientMachine(RowCopies):
 
         ``sequences`` are those of the own rows, ``block`` is the block's work tile.
         """
-        stride = T.meta_var(self.fragment.registers(tile.columns))
+        stride = T.meta_var(self.fragment.registers(tile.columns // self.parts))
+        rows = T.meta_var(self.fragment.tile_rows // self.parts)
         for i in T.unroll(self.m_tiles * stride):
             acc[i] = acc[i] * factor
         stage_rows(self, tile, acc, stride)
         store_rows(
-            tensor, sequences.of(block.batch), block.batch, block.head, memory, tile, self.warp_row,
-            block.m_block * self.config.own_rows, self.lane, self.m_tiles, self.tile_step, self.fragment.tile_rows,
+            tensor, sequences.of(block.batch), block.batch, block.head, memory, tile,
+            self.warp_row + self.part * rows, block.m_block * self.config.own_rows, self.lane, self.m_tiles,
+            self.tile_step, rows,
         )  # fmt: skip

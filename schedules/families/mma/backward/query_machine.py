@@ -58,14 +58,22 @@ class QueryMachine(GradientMachine):
                 self.parameter_sums[n] = T.float32(0)
 
     @T.inline
-    def prepare(self):
-        """The numbers of this lane's rows."""
+    def prepare(self, n, to):
+        """The ``n``-th numbers of this lane's rows."""
         first: T.int32 = self.warp_row + self.fragment.row(self.lane)
         for t in T.unroll(self.m_tiles):
             for r in T.unroll(2):
-                row = T.meta_var(first + (t * self.tile_step + r * self.fragment.row_step))
-                self.row_shift[t * 2 + r] = self.numbers[0, row]
-                self.row_start[t * 2 + r] = self.numbers[1, row]
+                to[t * 2 + r] = self.numbers[n, first + (t * self.tile_step + r * self.fragment.row_step)]
+
+    @T.inline
+    def prepare_starts(self):
+        """−delta of this lane's rows."""
+        self.prepare(1, self.row_start)
+
+    @T.inline
+    def prepare_shifts(self):
+        """The shifts of this lane's rows."""
+        self.prepare(0, self.row_shift)
 
     @T.inline
     def load_numbers(self, at, live):
@@ -83,7 +91,7 @@ class QueryMachine(GradientMachine):
     @T.inline
     def clear_blind_rows(self):
         """A row that sees nothing may still hold the NaN of a key that it doesn't see."""
-        self.prepare()
+        self.prepare_shifts()
         for t in T.unroll(self.m_tiles):
             for r in T.unroll(2):
                 if self.row_shift[t * 2 + r] == T.float32(NEGATIVE_INFINITY):
