@@ -89,7 +89,9 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
     overlaps = not any(p.gradient for p in pattern.params)
     if pattern.head_dim <= 64:
-        found = Config(block_m=96, num_stages=4, block_n=128 if plain else 96, num_stages_dq=4)
+        # Where the score is one of two, each has a branch of its own, and ptxas has enough registers for 96 queries.
+        block_m = 96 if plain or pattern.has_choice else 80
+        found = Config(block_m=block_m, num_stages=4, block_n=128 if plain else 96, num_stages_dq=4)
     elif pattern.head_dim <= 128:
         found = Config() if plain else Config(block_m=48, block_n=64)
     elif pattern.head_dim + pattern.head_dim_v <= 320:
