@@ -10,7 +10,14 @@ import torch
 from schedules.builder.suite import CORE_VARIANTS
 from schedules.definition import catalogue as expressions
 from tests.cases import CASES
-from tvm_flash import catalogue, flash_attention, flash_attention_v2, padded_attention, reference
+from tvm_flash import (
+    catalogue,
+    flash_attention,
+    flash_attention_v2,
+    flash_attention_varlen,
+    padded_attention,
+    reference,
+)
 from tvm_flash.call.signature import Options, signature
 from tvm_flash.nn.attend import attend
 from tvm_flash.operators import OPERATORS
@@ -22,10 +29,11 @@ _OWN = {
     padded_attention: ("key_range", "query_start", "layout"),
     SelectedKernel.__call__: ("self",),
     attend: ("layout",),
+    flash_attention_varlen: ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
 }
 
 #: Options of all functions that some fix.
-_FIXED = {SelectedKernel.__call__: ("variant",), attend: ("variant",)}
+_FIXED = {SelectedKernel.__call__: ("variant",), attend: ("variant",), flash_attention_varlen: ("variant",)}
 
 
 @pytest.mark.parametrize("function", _OWN, ids=lambda f: f.__qualname__)
@@ -67,6 +75,15 @@ def test_calls_and_programs_take_the_options_of_the_functions():
     assert taken == set(arguments) - {"window_size", "out"} | {"layout", "window_left", "window_right"} | set(
         catalogue.PER_HEAD
     )
+
+
+def test_the_operator_of_sequences_takes_the_options_of_the_function():
+    from tvm_flash.tracing import torch_ragged  # noqa: F401  registers the operator
+
+    arguments = set(inspect.signature(flash_attention_varlen).parameters)
+    taken = {a.name for a in torch.ops.tvm_flash.attention_varlen.default._schema.arguments}
+    assert taken == arguments - {"window_size", "out", "max_seqlen_q", "max_seqlen_k"} | {"window_left", "window_right"}
+    assert set(signature("shd", op="ragged").tensors) <= arguments
 
 
 def test_every_mask_and_score_has_its_expression_and_its_twin():

@@ -25,7 +25,7 @@ SYMBOL = "v2_float16_d64_causal_identity"
 def emitted(tmp_path_factory):
     """Sources of one kernel for two archs, which is the same for both."""
     folder = tmp_path_factory.mktemp("emitted")
-    selection = Selection(("v2",), ("float16",), (HeadDim(64, 64),), ("causal",), ("identity",))
+    selection = Selection(("v2",), ("float16",), (HeadDim(64, 64),), ("causal",), ("identity",), ("forward",))
     assert emit(BuildRequest((Target("sm_86"), Target("sm_89")), selection), folder) == []
     return folder
 
@@ -49,7 +49,7 @@ from schedules.builder.plan import BuildRequest
 from schedules.builder.suite import HeadDim, Selection
 from schedules.families.interface import Target
 
-selection = Selection(("v2",), ("float16",), (HeadDim(64, 64),), ("causal",), ("identity",))
+selection = Selection(("v2",), ("float16",), (HeadDim(64, 64),), ("causal",), ("identity",), ("forward",))
 assert emit(BuildRequest((Target("sm_86"),), selection), Path(sys.argv[1])) == []
 """
 

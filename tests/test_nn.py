@@ -404,11 +404,35 @@ def test_what_torch_makes_of_odd_arguments(options):
     assert outcome(nn.scaled_dot_product_attention) == outcome(torch_sdpa)
 
 
-def test_jagged_tensors_are_left_to_torch():
-    q, k, v = (torch.nested.nested_tensor([torch.randn(n, 2, 16) for n in (3, 5)], layout=torch.jagged) for _ in "qkv")
+@pytest.mark.parametrize("kv_heads", (4, 2))
+@pytest.mark.parametrize("causal", (False, True))
+def test_jagged_tensors(causal, kv_heads, recwarn):
+    """Sequences of different lengths, by the kernels for them; gradients flow back into each."""
+    lengths = (3, 0, 50, 7)
+    leaves = [[torch.randn(n, h, 16, requires_grad=True) for n in lengths] for h in (4, kv_heads, kv_heads)]
+    q = torch.nested.as_nested_tensor(leaves[0], layout=torch.jagged)
+    k, v = (
+        torch.nested.nested_tensor_from_jagged(torch.cat(x), q.offsets()) for x in leaves[1:]
+    )  # of the same offsets
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found, wanted = nn.scaled_dot_product_attention(q, k, v), torch_sdpa(q, k, v)
-    for a, b in zip(found.unbind(), wanted.unbind(), strict=True):
+    found = nn.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=kv_heads < 4)
+    assert not [w for w in recwarn if issubclass(w.category, FallbackWarning)]
+    assert found.shape == q.shape and found.layout == torch.jagged
+    found.values().square().sum().backward()
+    for b, out in enumerate(found.unbind()):
+        if lengths[b]:
+            own = [x[b].detach().requires_grad_() for x in leaves]
+            want = torch_sdpa(*(x.transpose(0, 1)[None] for x in own), is_causal=causal, enable_gqa=kv_heads < 4)
+            assert (out - want[0]).abs().max() < 1e-5
+            want.square().sum().backward()
+            for x, y in zip(leaves, own, strict=True):
+                assert (x[b].grad - y.grad).abs().max() < 1e-4
+
+
+def test_jagged_tensors_that_are_left_to_torch():
+    sequences = [torch.randn(n, 2, 16) for n in (3, 5)]
+    q, k, v = (torch.nested.nested_tensor(sequences, layout=torch.jagged).transpose(1, 2) for _ in "qkv")
+    with pytest.warns(FallbackWarning, match="offsets of their own"):
+        found = nn.scaled_dot_product_attention(q, k, v)
+    for a, b in zip(found.unbind(), torch_sdpa(q, k, v).unbind(), strict=True):
         assert (a - b).abs().max() < 1e-5

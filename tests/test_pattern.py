@@ -183,6 +183,14 @@ def test_what_the_matcher_finds():
     assert not match(Attention(mask=MASKS["window"])(64, "float16")).has_gaps
 
 
+@pytest.mark.parametrize(
+    ("mask", "narrows"),
+    [("full", True), ("causal", True), ("window", False), ("sink_window", False), ("padded", False)],
+)
+def test_rows_that_see_a_key_go_on_to_the_last_and_begin_later_for_later_keys(mask, narrows):
+    assert match(Attention(mask=MASKS[mask])(64, "float16")).narrows == narrows
+
+
 def test_score_takes_the_kernels_own_values():
     pattern = match(Attention(SCORES["alibi"], MASKS["causal"])(64, "float16", index_dtype="int32"))
     names = ("b", "h", "batch", "heads", "kv_heads", "sq", "skv", "row", "col")

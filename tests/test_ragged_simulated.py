@@ -21,12 +21,9 @@ from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 KERNELS = (
     ("sm_80", "v2", 64, 64, "full", "identity", "bfloat16"),
     ("sm_80", "v2", 128, 128, "causal", "identity", "float16"),
-    ("sm_86", "v2", 64, 64, "window", "optional", "float16"),
-    ("sm_80", "v2", 256, 256, "causal", "identity", "float16"),  # pairs of warps
     ("sm_90a", "v2", 64, 64, "full", "identity", "bfloat16"),
     ("sm_90a", "v2", 128, 128, "causal", "identity", "float16"),
     ("sm_90a", "v2", 128, 128, "window", "optional", "float16"),
-    ("sm_90a", "v2", 64, 64, "sink_window", "identity", "float16"),  # a mask with gaps
     ("sm_75", "v1", 64, 64, "causal", "identity", "float16"),
     ("sm_70", "v1", 64, 64, "causal", "identity", "float16"),
 )

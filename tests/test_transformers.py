@@ -284,6 +284,18 @@ def test_every_option_is_heard(option, window, gradient):
     assert (out - reference(q, k, v, visible, **expected)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("sink", (False, True))
+def test_packed_sequences_are_compiled(sink):
+    q, k, v = layer()
+    starts = torch.tensor([0, 12, 12, 30], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 18, "max_length_k": 18}
+    packed |= {"s_aux": torch.randn(4)} if sink else {}
+    program = torch.compile(integration.attention_forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        program(MODULE, q, k, v, None, **packed)[0], integration.attention_forward(MODULE, q, k, v, None, **packed)[0]
+    )
+
+
 @falls_back
 def test_dropout_and_weights_are_heard():
     q, k, v = layer()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests import ragged_cases
+from tests import ragged_cases, random_ragged
 from tests.ragged_cases import RAGGED_CASES, RaggedCase, rows_tensor
+from tests.test_torch_program import DEVICES
 from tvm_flash import (
     ArgumentTypeError,
     InvalidArgumentError,
@@ -231,3 +232,26 @@ def test_against_padding():
     whole = padded_attention(padded, padded, padded, ranges, causal=True, query_start=start, layout="bshd")
     for b, n in enumerate(lengths):
         assert (out[ends[b] : ends[b + 1]] - whole[b, :n]).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_calls(device):
+    count, _, lines = random_ragged.failures(range(25), device)
+    assert count and not lines, "\n".join(lines)
+
+
+def test_gradients_of_random_calls(trains):
+    count, _, lines = random_ragged.failures(range(100, 125), gradients=True)
+    assert count and not lines, "\n".join(lines)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_as_torchs_varlen_attn(device):
+    """PyTorch's own function, where it has one: it has none on CPUs."""
+    varlen_attn = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
+    q, k, v = (torch.randn(300, 4, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    ends = torch.tensor([0, 5, 5, 170, 300], dtype=torch.int32, device=device)
+    for ours, theirs in (({}, {}), ({"causal": True}, {"window_size": (-1, 0)})):
+        out = flash_attention_varlen(q, k, v, ends, ends, 165, 165, **ours)
+        want = varlen_attn(q, k, v, ends, ends, 165, 165, **theirs)
+        assert (out.float() - want.float()).abs().max() <= 2e-2

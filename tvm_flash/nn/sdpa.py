@@ -21,6 +21,7 @@ from tvm_flash.errors import FallbackWarning, TvmFlashError
 from tvm_flash.frameworks.torch_watch import has_tangent_below, is_differentiated
 from tvm_flash.machine.device import Device
 from tvm_flash.nn.attend import attend, fit
+from tvm_flash.nn.jagged import sequences_of
 from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.operators import FORWARD, OPERATORS, RAGGED, RAGGED_LAYOUT
 from tvm_flash.packs.registry import on_refresh
@@ -69,8 +70,7 @@ def scaled_dot_product_attention(
     asked = (query, key, value, attn_mask, dropout_p, is_causal)
     options = {"scale": scale, **({"enable_gqa": True} if enable_gqa else {})}
     if any(isinstance(x, torch.Tensor) and x.is_nested for x in tensors):
-        warn_of_fallback("the tensors are nested")
-        return torch_sdpa(*asked, **options)
+        return _nested(asked, options)
     if has_torch_function(tensors):  # tensors and modes that answer functions in their own way, and torch.fx
         if not (kinds := _answer_for_torch(tensors)):
             return handle_torch_function(scaled_dot_product_attention, tensors, *asked, **options)
@@ -141,6 +141,21 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
     if heads != kv_heads and not (enable_gqa and kv_heads and heads % kv_heads == 0):
         return f"query has {heads} heads and key {kv_heads}"
     return None
+
+
+def _nested(asked: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
+    """Sequences of different lengths, by their kernels if the tensors are jagged, or else by torch."""
+    query, key, value, attn_mask, dropout_p, is_causal = asked
+    reason = "the tensors are nested, and there is a mask or dropout" if attn_mask is not None or dropout_p else None
+    if reason is None:
+        found = sequences_of(query, key, value, is_causal, options.get("enable_gqa", False))
+        reason = found if isinstance(found, str) else None
+    if reason is None:
+        reason = no_kernel("causal" if is_causal else "full", *found.rows, ragged=True)
+    if reason is None:
+        return found.attend(is_causal, options["scale"])
+    warn_of_fallback(reason)
+    return torch_sdpa(*asked, **options)
 
 
 def no_kernel(

@@ -173,4 +173,3 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
 
 
 KINDS = {RAGGED: RaggedForward(Config, default_configs, space, feasible, lambda config: Machine)}
-UNVERIFIED_KINDS = (RAGGED,)

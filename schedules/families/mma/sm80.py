@@ -347,4 +347,4 @@ KINDS = {
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
 }
-UNVERIFIED_KINDS = (RAGGED, BACKWARD)
+UNVERIFIED_KINDS = (BACKWARD,)

@@ -263,7 +263,7 @@ _WITHOUT = {"tiles_per_cta": 1, "overlap_tiles": False, "pack_heads": False, "he
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
-    """One configuration: which kernel runs may not depend on lengths."""
+    """One configuration: which kernel runs may not depend on lengths.  Figures: docs/hopper.md, "Ragged sequences"."""
     if pattern.head_dim <= 64 and pattern.is_scale_only:
         return {0: Config(num_consumer_warpgroups=4, block_n=64, num_stages=4, pingpong=False)}
     if pattern.head_dim <= 128 and pattern.is_scale_only:

@@ -227,8 +227,8 @@ def _as_ranges(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value
 
 def _no_kernel(query, key, value, ranges, window, softcap, sequences) -> str | None:
     """Why no kernel computes a call, or None if one does."""
-    if sequences is not None and (torch.compiler.is_compiling() or ranges is not None):
-        return "sequences one after another are compiled" if ranges is None else "packed sequences are padded"
+    if sequences is not None and ranges is not None:
+        return "packed sequences are padded"
     if ranges is not None and ranges.ends is not None:
         kind = "padded"
         if softcap and not _PADDED_SOFTCAP:
@@ -237,7 +237,11 @@ def _no_kernel(query, key, value, ranges, window, softcap, sequences) -> str | N
         kind = "full"
     else:
         kind = "causal" if window == (UNBOUNDED, 0) else "window"
-    return no_kernel(kind, query, key, value, "softcap" if softcap else "identity")
+    score = "softcap" if softcap else "identity"
+    reason = no_kernel(kind, query, key, value, score, ragged=sequences is not None)
+    if reason is not None and sequences is not None and not torch.compiler.is_compiling():
+        reason = no_kernel(kind, query, key, value, score)  # a call for each, for which the starts are read
+    return reason
 
 
 # ---------------------------------------------------------------- kernels
