@@ -27,6 +27,7 @@ KERNELS = (
     ("sm_80", "v2", 64, 64, "full", "identity", "bfloat16"),
     ("sm_80", "v1", 128, 128, "causal", "identity", "float16"),
     ("sm_86", "v1", 64, 64, "positioned", "optional", "float16"),
+    ("sm_75", "v1", 64, 64, "window", "softcap", "float16"),
     ("sm_80", "v2", 192, 128, "sink_window", "identity", "bfloat16"),  # pairs of warps, a mask with gaps
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.families.mma.staged import pack_halves
+from schedules.families.mma.staged import load_or_zero, pack_halves
 
 _COPY = "cp.async.cg.shared.global.L2::128B"
 _TURING = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
@@ -34,6 +34,79 @@ class AsynchronousCopies:
     def arrive(self, in_flight):
         """The same, and every warp is here."""
         self.wait(in_flight)
+        T.cuda.cta_sync()
+
+
+class AsynchronousStages(AsynchronousCopies):
+    """The same for a machine that fetches tiles into stages: whole groups of copies are on their way."""
+
+    def place_staging(self, count: int):
+        """Nothing waits in registers."""
+
+    @T.inline
+    def send(self, matrix, stage, tile_first, live, at):
+        """Start copying a tile that may go beyond the last row."""
+        self.copy(matrix, stage, tile_first, live, True)
+
+    @T.inline
+    def commit(self):
+        """What was sent is a group."""
+        T.ptx.cp.async_.commit_group()
+
+    @T.inline
+    def put(self, matrix, stage, at):
+        """It goes to its stage by itself."""
+
+
+class StagedStages:
+    """Tiles into stages without cp.async: loaded to registers, ``count`` times 16 bytes, and stored after a step."""
+
+    def place_staging(self, count: int):
+        """Registers for a thread's part of the tiles of a step."""
+        self.staging = T.alloc_local([count * 4], "uint32")
+
+    @T.inline
+    def copy(self, matrix, stage, tile_first, live, ragged=False):
+        """Copy a tile at once; what doesn't exist is zero."""
+
+        @T.inline
+        def row(n, memory, shared, inside):
+            load_or_zero(self.staging, 0, matrix.memory.ptr_to([memory]), inside)
+            T.ptx["st.shared.v4.b32"](shared, *[self.staging[x] for x in range(4)])
+
+        self.each_row(matrix, stage, tile_first, live, ragged, row)
+
+    @T.inline
+    def send(self, matrix, stage, tile_first, live, at):
+        """Start loading a tile that may go beyond the last row, to the staging's 16 bytes from number ``at`` on."""
+
+        @T.inline
+        def row(n, memory, shared, inside):
+            load_or_zero(self.staging, (at + n) * 4, matrix.memory.ptr_to([memory]), inside)
+
+        self.each_row(matrix, stage, tile_first, live, True, row)
+
+    @T.inline
+    def put(self, matrix, stage, at):
+        """Store what was loaded."""
+
+        @T.inline
+        def row(n, memory, shared, inside):
+            T.ptx["st.shared.v4.b32"](shared, *[self.staging[(at + n) * 4 + x] for x in range(4)])
+
+        self.each_row(matrix, stage, 0, True, False, row)
+
+    @T.inline
+    def commit(self):
+        """There are no groups."""
+
+    @T.inline
+    def wait(self, in_flight):
+        """Nothing is on its way but to registers."""
+
+    @T.inline
+    def arrive(self, in_flight):
+        """Every warp is here."""
         T.cuda.cta_sync()
 
 

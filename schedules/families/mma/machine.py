@@ -24,6 +24,11 @@ from schedules.tile.softmax import OnlineSoftmax
 from schedules.tile.tile_scheduler import WorkTile
 
 
+def pieces(tile: SharedTile, threads: int) -> int:
+    """How many times 16 bytes one thread copies of a tile at most."""
+    return -(-tile.rows // (threads // tile.panel_chunks)) * tile.panels
+
+
 @T.meta_class
 class Rows:
     """One head's rows of a tensor in global memory, the shared tile that they are copied to, and a thread's part.

@@ -9,9 +9,11 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import RAGGED, Program, Rejected, Target
-from schedules.families.mma import ldmatrix, mma
-from schedules.families.mma.instructions import TuringProducts
+from schedules.families.interface import BACKWARD, RAGGED, Program, Rejected, Target
+from schedules.families.mma import backward, ldmatrix, mma
+from schedules.families.mma.backward.key_machine import KeyMachine
+from schedules.families.mma.backward.query_machine import QueryMachine
+from schedules.families.mma.instructions import StagedStages, TuringProducts
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
@@ -130,4 +132,29 @@ def _ragged_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     return {0: limits.by_head_dim(table, pattern)}
 
 
-KINDS = {RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine)}
+@T.meta_class
+class BackwardKeys(StagedStages, TuringProducts, KeyMachine):
+    """The backward's launch for dk and dv."""
+
+
+@T.meta_class
+class BackwardQueries(StagedStages, TuringProducts, QueryMachine):
+    """The backward's launch for dq."""
+
+
+#: Of the backward, by head_dim, the first that is large enough; no hardware has run them.
+_BACKWARD = {
+    64: backward.Config(128, 16, 4, 2, 1, 128, 32, 4, 2, 1, paced=False),  # 32 queries a step spilled 8 bytes
+    128: backward.Config(64, 16, 4, 2, 1, 64, 16, 4, 2, 1, paced=False),
+}
+
+
+def _backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
+    return limits.by_head_dim(_BACKWARD, pattern)
+
+
+KINDS = {
+    RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine),
+    BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, staged=True),
+}
+UNVERIFIED_KINDS = (BACKWARD,)

@@ -27,7 +27,7 @@ from schedules.families.mma import backward, ldmatrix, mma
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.decode import Decoding, PackedSoftmax
-from schedules.families.mma.instructions import AmpereProducts, AsynchronousCopies
+from schedules.families.mma.instructions import AmpereProducts, AsynchronousCopies, AsynchronousStages
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
@@ -290,12 +290,12 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
 
 
 @T.meta_class
-class BackwardKeys(AsynchronousCopies, AmpereProducts, KeyMachine):
+class BackwardKeys(AsynchronousStages, AmpereProducts, KeyMachine):
     """The backward's launch for dk and dv."""
 
 
 @T.meta_class
-class BackwardQueries(AsynchronousCopies, AmpereProducts, QueryMachine):
+class BackwardQueries(AsynchronousStages, AmpereProducts, QueryMachine):
     """The backward's launch for dq."""
 
 

@@ -29,10 +29,12 @@ class Backward:
     ----------
     machines: the types of its machines for dk and dv, and for dq.
     choose: its configuration for a template, a pattern and a target.
+    staged: whether tiles are on their way in registers.
     """
 
     machines: tuple[type, type]
     choose: Callable[[str, Pattern, Target], Config]
+    staged: bool = False
 
     Config = Config
 
@@ -59,7 +61,7 @@ class Backward:
 
     def feasible(self, pattern: Pattern, config: Config, target: Target) -> Rejected | None:
         """Whether the machine has room for the blocks, and the score has a derivative."""
-        return feasible(pattern, config, target)
+        return feasible(pattern, config, target, self.staged)
 
     def program(self, pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
         """The launches."""

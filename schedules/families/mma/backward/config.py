@@ -89,8 +89,11 @@ class Config:
         )
 
 
-def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
-    """Whether the machine has room for a block of either launch, and the score has a derivative; None if so."""
+def feasible(pattern: Pattern, config: Config, target: Target, staged: bool = False) -> Rejected | None:
+    """Whether the machine has room for a block of either launch, and the score has a derivative; None if so.
+
+    ``staged``: tiles are on their way in registers.
+    """
     for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
         if head_dim % 32:
             return Rejected(f"{name} {head_dim} is not a multiple of 32; build for the next larger one")
@@ -98,10 +101,14 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         pattern.differentiate()
     except DefinitionError as e:
         return Rejected(f"the score has no backward: {e}")
-    return _fits("dkdv", pattern, config.keys, target, True) or _fits("dq", pattern, config.queries, target, False)
+    return _fits("dkdv", pattern, config.keys, target, True, staged) or _fits(
+        "dq", pattern, config.queries, target, False, staged
+    )
 
 
-def _fits(launch: str, pattern: Pattern, config: LaunchConfig, target: Target, transposed: bool) -> Rejected | None:
+def _fits(
+    launch: str, pattern: Pattern, config: LaunchConfig, target: Target, transposed: bool, staged: bool
+) -> Rejected | None:
     R, M = config.own_rows, config.step_rows
     if config.parts not in (1, 2) or config.num_warps % config.parts:
         return Rejected(f"{launch}: warps_per_tile {config.parts} must be 1, or 2 and num_warps even")
@@ -117,7 +124,7 @@ def _fits(launch: str, pattern: Pattern, config: LaunchConfig, target: Target, t
     shared, available = _shared_memory(pattern, config, transposed), SHARED_MEMORY[target.arch]
     if shared > available:
         return Rejected(f"{launch}: needs {shared} bytes of shared memory, a block of {target} has {available}")
-    registers = _registers(pattern, config, transposed)
+    registers = _registers(pattern, config, transposed) + (_staging(pattern, config) if staged else 0)
     if registers > registers_for(config):
         return Rejected(f"{launch}: needs about {registers} registers a thread, {registers_for(config)} are to be had")
     return None
@@ -137,3 +144,8 @@ def _registers(pattern: Pattern, config: LaunchConfig, transposed: bool) -> int:
     # S and dP, of which P and dS take the place
     fragments = M16N8.registers(sums // config.parts) + 2 * M16N8.registers(config.step_rows // config.parts)
     return config.m_tiles * (fragments + 4) + 4 + _OTHER_REGISTERS
+
+
+def _staging(pattern: Pattern, config: LaunchConfig) -> int:
+    elements = config.step_rows * (pattern.head_dim + pattern.head_dim_v)
+    return -(-elements * tensor_types(pattern).k.bytes // (4 * config.threads))

@@ -29,7 +29,7 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.mma.backward.config import LaunchConfig
 from schedules.families.mma.ldmatrix import LOAD, LOAD_TRANSPOSED
-from schedules.families.mma.machine import RowCopies, Rows
+from schedules.families.mma.machine import RowCopies, Rows, pieces
 from schedules.families.mma.mma import stage_rows
 from schedules.families.mma.registers import fresh
 from schedules.tile.dtypes import tensor_types
@@ -102,6 +102,7 @@ class GradientMachine(RowCopies):
         self.B = T.alloc_local([4], "uint32")
         # 4. The tile that is copied next, the stage in use, and in a step the first column of this lane.
         self.fetched, self.use, self.column = (local(T.int32(0)) for _ in range(3))
+        self.place_staging(sum(pieces(tile, self.threads) for tile in self.visited_tiles))
 
     def place_shared(self, pool):
         """Shared memory beside the tiles."""
@@ -231,9 +232,16 @@ class GradientMachine(RowCopies):
     def fetch(self, visited, stage, live):
         """Start copying the tile that is next."""
         first = T.meta_var(self.fetched * self.config.step_rows)
-        self.copy(visited.scores, stage, first, live, True)
-        self.copy(visited.gradients, stage, first, live, True)
-        T.ptx.cp.async_.commit_group()
+        self.send(visited.scores, stage, first, live, 0)
+        self.send(visited.gradients, stage, first, live, pieces(self.visited_tiles.scores, self.threads))
+        self.commit()
+
+    @T.inline
+    def land(self, visited, stage):
+        """What was fetched is to be in its stage at the next barrier."""
+        self.put(visited.scores, stage, 0)
+        self.put(visited.gradients, stage, pieces(self.visited_tiles.scores, self.threads))
+        self.store_numbers(stage)
 
     # ------------------------------------------------------------ steps
 
@@ -298,7 +306,7 @@ class GradientMachine(RowCopies):
                 self.compute(weights, tile, masked)
         else:
             self.compute(weights, tile, masked)
-        self.store_numbers(self.before)
+        self.land(visited, self.before)
         if self.pattern.has_gaps:
             self.advance(weights.at, end, self.fetched)
             self.use = T.Select(self.use == self.stages - 1, 0, self.use + 1)
@@ -338,7 +346,7 @@ class GradientMachine(RowCopies):
             stage = T.meta_var(n if self.pattern.has_gaps else self.fetched % self.stages)
             self.load_numbers(weights.at, self.fetched < tiles.end)
             self.fetch(visited, stage, self.fetched < tiles.end)
-            self.store_numbers(stage)
+            self.land(visited, stage)
             self.advance(weights.at, tiles.end, self.fetched)
         # 2. Partly visible tiles, fully visible ones, partly visible ones.
         if self.pattern.has_gaps:

@@ -1,0 +1,75 @@
+"""The backward of the mma.sync families compiles as it will run: the instructions meant, and nothing spilled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("tvm")
+
+from schedules.families import core_kinds_of, maker_of
+from schedules.families.interface import BACKWARD, Program, Rejected, Target
+from schedules.templates import v1, v2
+from tests.machine_code import compiled
+from tests.test_gpu_compile import pattern_of
+
+TEMPLATES = {"v1": v1, "v2": v2}
+
+
+@pytest.mark.parametrize(
+    ("arch", "template", "pattern"),
+    [
+        ("sm_80", "v1", {"mask": "causal", "head_dim": 128}),
+        ("sm_86", "v2", {"mask": "positioned", "score": "optional", "head_dim": 64, "dtype": "bfloat16"}),
+        ("sm_75", "v1", {"mask": "causal", "head_dim": 64}),
+    ],
+    ids=["80-128-causal", "86-64-positioned-optional", "75-64-causal"],
+)
+def test_machine_code(arch, template, pattern, tmp_path):
+    pattern, target = pattern_of(**pattern), Target(arch)
+    program = TEMPLATES[template].apply(pattern, target, "kernel", kind=BACKWARD)
+    assert isinstance(program, Program), program
+    _, report, count = compiled(program, arch, tmp_path)
+    assert len(report.kernels) == len(program.launches) == 3 + any(p.gradient for p in pattern.params)
+    assert count["LDL"] == count["STL"] == 0
+    # Four products of 16 keys and 16 queries at least in one launch, three in the other.
+    assert count["HMMA"] >= 7 * pattern.head_dim // 16 * 2
+    assert (count["LDGSTS"] == 0) == (arch == "sm_75")
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_120"])
+@pytest.mark.parametrize("score", ["identity", "optional"])
+def test_every_head_dim_has_a_configuration(arch, score):
+    target = Target(arch)
+    maker = maker_of(target, BACKWARD)
+    for head_dim in (32, 64, 96, 128) if arch == "sm_75" else (32, 64, 96, 128, 192, 256):
+        pattern = pattern_of(head_dim, "positioned" if score == "optional" else "causal", score)
+        for config in maker.default_configs("v1", pattern, target).values():
+            assert maker.feasible(pattern, config, target) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "reason"),
+    [
+        ({"head_dim": 72}, {}, "head_dim 72"),
+        ({}, {"num_warps": 6}, "dkdv: 128 rows"),
+        ({}, {"block_m": 24}, "dkdv: 24 rows a step"),
+        ({}, {"block_m": 144}, "dkdv: 144 rows a step"),
+        ({}, {"num_stages": 1}, "num_stages 1"),
+        ({}, {"num_stages": 4}, "dkdv: needs 19"),
+        ({}, {"block_n_dq": 64}, "dq: needs 19"),
+        ({}, {"warps_per_tile": 3}, "warps_per_tile 3"),
+        ({}, {"block_n": 256}, "dkdv: needs"),
+    ],
+)
+def test_what_does_not_fit_is_refused(pattern, change, reason):
+    pattern, target = pattern_of(**pattern), Target("sm_80")
+    maker = maker_of(target, BACKWARD)
+    refused = maker.feasible(pattern, replace(maker.default_configs("v1", pattern, target)[0], **change), target)
+    assert isinstance(refused, Rejected)
+    assert reason in refused.reason
+
+
+def test_no_hardware_has_verified_it_in_this_form():
+    assert not any(BACKWARD in core_kinds_of(Target(arch)) for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120"))
