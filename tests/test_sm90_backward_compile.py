@@ -14,6 +14,7 @@ from schedules.families.sm90 import backward
 from schedules.templates import v1, v2
 from tests.machine_code import compiled
 from tests.test_sm90_compile import pattern_of
+from tvm_flash.packs import sizes
 
 TARGET = Target("sm_90a")
 
@@ -40,6 +41,30 @@ def test_machine_code(template, pattern, tmp_path):
     assert count["HGMMA"] >= 2 * (2 * D + 2 * M) + of_dq
     assert count["UTMALDG"] >= (6 if config.joint else 8)
     assert count["UTMASTG"] >= (2 if config.joint else 3)
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_which_axes_of_the_grids_are_short(mask):
+    """Both arrangements say what the selector has to know before a launch."""
+    pattern = pattern_of(mask=mask, head_dim=64, dtype="bfloat16")
+    (config,) = backward.default_configs("v2", pattern, TARGET).values()
+    axes = v2.apply(pattern, TARGET, "kernel", config, BACKWARD).narrow_axes
+
+    def most(**changes):
+        problem = {
+            "batch": 1,
+            "heads": 2,
+            "kv_heads": 1,
+            "seqlen_q": 1,
+            "seqlen_kv": 1,
+            "head_dim": 64,
+            "head_dim_v": 64,
+        }
+        return max(sizes.evaluate(axis, sizes.of(**problem | changes)) for axis in axes)
+
+    assert config.joint == (mask == "causal")
+    assert most(batch=65535) == 65535 and most(batch=65536) == 65536
+    assert most(heads=65536) == 65536 and most(seqlen_q=2**20, seqlen_kv=2**20) <= 65535
 
 
 @pytest.mark.parametrize("score", ["identity", "softcap", "alibi"])
