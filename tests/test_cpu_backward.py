@@ -104,6 +104,10 @@ def test_every_isa(isa):
     for dtype in dtypes:
         case = Case(1, 4, 150, 64, kv_heads=2, seqlen_kv=170, head_dim_v=40, dtype=dtype, mask="causal")
         checked(case, kernel("v1", dtype, "causal", "identity", isa))
+    case = Case(1, 4, 50, 64, kv_heads=2, seqlen_kv=70, mask="causal", score="alibi")
+    data, given = cases.inputs(case), outer(case)
+    one = kernel("v1", "float32", "causal", "alibi", isa, asked=("alibi_slopes",))
+    check(case, data, given, run(case, data, given, one))
 
 
 def test_pairs_where_the_forward_has_tiles():

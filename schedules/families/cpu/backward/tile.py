@@ -49,6 +49,7 @@ def section_macro(pattern, config: Config, isa: Isa):
     products = MULTIPLICATIONS[multiplication(isa, dtype)](config, isa, dtype, head_dim, head_dim_v)
     asked = [p.name for p in pattern.params if p.gradient]
     learns = bool(asked)
+    learnt = -(-max(1, len(asked)) * lanes // 8) * 8  # numbers are cleared by eights
     bits, step = products.bits, products.columns
     buffers = {
         **products.buffers,
@@ -60,7 +61,7 @@ def section_macro(pattern, config: Config, isa: Isa):
     registers = {
         "acc": ((config.tile_rows * config.row_vectors * lanes,), "float32"),
         **dict.fromkeys(("product", "prob", "dscore"), ((lanes,), "float32")),
-        "parameters": ((max(1, len(asked)) * lanes,), "float32"),
+        "parameters": ((learnt,), "float32"),
         "of_keys": ((8,), bits),
         "of_queries": ((8,), bits),
     }
@@ -202,7 +203,7 @@ def section_macro(pattern, config: Config, isa: Isa):
                 first: T.int64 = T.max(visible[0], first_row) - first_row
                 end: T.int64 = T.min(visible[1], end_row) - first_row
                 if learns:
-                    clear(local.parameters, len(asked) * lanes, "float32")
+                    clear(local.parameters, learnt, "float32")
                 for row_tile in T.serial(first // M, T.max(first // M, (end + (M - 1)) // M)):
                     row0: T.int64 = first_row + row_tile * M
                     rows: T.int64 = T.min(T.int64(M), end_row - row0)
