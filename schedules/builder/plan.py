@@ -144,10 +144,14 @@ def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
 # ---------------------------------------------------------------- what is there already
 
 
-@cache
 def sources_digest(arch: str) -> str:
     """Hash of every file that decides what a kernel for an arch becomes, and of its manifest entry's form."""
-    files = sources.closure("schedules.builder.compile", f"schedules.families.{FAMILY[arch]}")
+    return _digest_of_family(FAMILY[arch])
+
+
+@cache
+def _digest_of_family(name: str) -> str:
+    files = sources.closure("schedules.builder.compile", f"schedules.families.{name}")
     return sources.digest(files | {HOST_HEADER, ROOT / "tvm_flash" / "packs" / "manifest.py"})
 
 
