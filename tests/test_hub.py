@@ -1,5 +1,6 @@
 """The folder for the Hugging Face Hub, loaded by its own package as a user's program would, without this checkout."""
 
+import json
 import os
 import subprocess
 import sys
@@ -84,6 +85,8 @@ def test_another_version_beside_it_is_refused(folder, tmp_path):
 
 def test_it_holds_what_a_wheel_does(folder):
     (variant,) = (folder / "build").glob("*-cpu-*")
+    about = json.loads((variant / "metadata.json").read_text())
+    assert about["id"] == f"_tvm_flash_cpu_{__version__.replace('.', '_')}"  # of each variant its own
     suffixes = {x.suffix for x in variant.rglob("*") if x.is_file()}
     assert suffixes == {".py", ".so", ".json"}
     assert {x.name for x in (variant / "tvm_flash" / "packs").iterdir() if x.is_dir()} == {

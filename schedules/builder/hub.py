@@ -81,8 +81,8 @@ def _variant(folder: Path, name: str, backend: dict, packs: list[Path]) -> Path:
         _copy(source, variant)
     for pack in packs:
         manifest = Manifest.from_json((pack / MANIFEST_NAME).read_text())
-        for name in (MANIFEST_NAME, *(x.file for x in (*manifest.modules, *manifest.support_files))):
-            _copy(pack / name, variant)
+        for file in (MANIFEST_NAME, *(x.file for x in (*manifest.modules, *manifest.support_files))):
+            _copy(pack / file, variant)
     (variant / "__init__.py").write_text(_LOADER.format(version=__version__))
     about = {
         "id": f"_tvm_flash_{name}_{__version__.replace('.', '_')}",
