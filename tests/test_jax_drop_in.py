@@ -86,6 +86,7 @@ def test_mapped():
         ({"bias": jnp.ones((1, 1, 33, 33))}, "a bias or a mask"),
         ({"mask": jnp.ones((1, 1, 1, 33), bool)}, "a bias or a mask"),
         ({"scale": -1.0}, "scale is -1.0"),
+        ({"local_window_size": (-1, 5)}, "sides of 0 and more"),
         ({"implementation": "xla"}, "'xla' is asked for"),
     ],
 )
@@ -110,3 +111,10 @@ def test_errors_are_jaxs():
     integration._warned.clear()
     with pytest.warns(FallbackWarning), pytest.raises(ValueError, match="value"):
         dot_product_attention(q, k, v[:, :20])
+    with pytest.warns(FallbackWarning), pytest.raises(ValueError, match="value"):
+        dot_product_attention(q, k, v[..., :32])
+    integration._warned.clear()
+    for wrong in (lengths(33), jnp.ones(2)):
+        with pytest.warns(FallbackWarning, match="lengths"), pytest.raises(ValueError, match="query_seq_lengths"):
+            integration._warned.clear()
+            dot_product_attention(q, k, v, query_seq_lengths=wrong)

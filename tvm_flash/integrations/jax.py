@@ -68,7 +68,8 @@ def dot_product_attention(
         "local_window_size": local_window_size,
         "return_residual": return_residual,
     }
-    reason = _refusal(query, key, value, bias, mask, scale, implementation)
+    lengths = (query_seq_lengths, key_value_seq_lengths)
+    reason = _refusal(query, key, value, bias, mask, scale, lengths, local_window_size, implementation)
     if reason is None:
         try:
             return _compute(query, key, value, **options)
@@ -83,7 +84,7 @@ def dot_product_attention(
 _warned: set[str] = set()
 
 
-def _refusal(query, key, value, bias, mask, scale, implementation) -> str | None:
+def _refusal(query, key, value, bias, mask, scale, lengths, window, implementation) -> str | None:
     """Why JAX must compute a call, as far as that doesn't depend on the kernels."""
     if implementation is not None:
         return f"the implementation {implementation!r} is asked for"
@@ -91,9 +92,14 @@ def _refusal(query, key, value, bias, mask, scale, implementation) -> str | None
         return "a bias or a mask is given, and these kernels take lengths, windows and causal masks"
     if scale is not None and not (isinstance(scale, (int, float, np.number)) and 0 < scale < math.inf):
         return f"scale is {scale}, and these kernels take positive numbers that are known when the program is traced"
-    shapes = [np.shape(x) for x in (query, key, value)]
-    if not (len({len(s) for s in shapes}) == 1 and len(shapes[0]) in (3, 4)) or any(0 in s for s in shapes):
+    q, k, v = shapes = [np.shape(x) for x in (query, key, value)]
+    if not (len(q) == len(k) in (3, 4) and k == v) or any(0 in s for s in shapes):
         return f"the shapes are {', '.join(map(str, shapes))}"
+    for x in lengths:
+        if x is not None and (np.shape(x) != q[:-3] or jnp.asarray(x).dtype != jnp.int32):
+            return "lengths aren't int32, one for each entry of the batch"
+    if window is not None and np.min(window) < 0:  # a negative side is no bound here, and one that hides keys in JAX
+        return f"local_window_size is {window}, and these kernels take sides of 0 and more"
     return None
 
 
