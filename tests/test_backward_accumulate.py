@@ -7,25 +7,16 @@ from schedules.builder.build import build
 from schedules.builder.plan import BuildRequest
 from schedules.builder.suite import HeadDim, Selection
 from schedules.families.interface import BACKWARD_ACCUMULATE, Target
-from tests.test_backward import close, problem, swapped
+from tests.test_backward import FUNCTIONS, SCALE, close, problem, swapped
 from tvm_flash import (
     KernelNotFoundError,
-    flash_attention,
     flash_attention_backward,
-    flash_attention_v2,
-    flash_attention_v2_backward,
     padded_attention_backward,
     reference,
 )
 from tvm_flash.packs import registry
 
 pytestmark = pytest.mark.usefixtures("trains")
-
-SCALE = 0.21
-FUNCTIONS = {
-    "bhsd": (flash_attention, flash_attention_backward),
-    "bshd": (flash_attention_v2, flash_attention_v2_backward),
-}
 
 
 @pytest.fixture(scope="module")

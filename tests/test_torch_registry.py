@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 import tvm_flash  # noqa: E402
 from tvm_flash import numerics  # noqa: E402
 from tvm_flash.errors import NotSupportedError  # noqa: E402
+from tvm_flash.frameworks.torch import name_of  # noqa: E402
 from tvm_flash.integrations import pytorch  # noqa: E402
 from tvm_flash.machine import cuda  # noqa: E402
 from tvm_flash.nn import FallbackWarning, sdpa  # noqa: E402
@@ -43,14 +44,10 @@ def step(q, k, v, dtype=None, **options):
 
 def check(found, usual, exact, dtype):
     for x, torchs, want in zip(found, usual, exact, strict=True):
-        bound = numerics.gradient_bound(*(y.double().cpu().numpy() for y in (torchs, want)), numerics_name(dtype))
+        bound = numerics.gradient_bound(*(y.double().cpu().numpy() for y in (torchs, want)), name_of(dtype))
         error = (x.double() - want).abs().max().item()
         assert error <= bound, f"differs by {error:.3g}, allowed {bound:.3g}"
         assert x.stride() == torchs.stride()
-
-
-def numerics_name(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def padding(additive):
