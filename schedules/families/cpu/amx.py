@@ -27,8 +27,8 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 
 from schedules.families.cpu.config import Config
+from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.pairs import bits, make_pair_macros
-from schedules.families.cpu.problem import Problem
 
 #: Rows and columns of four tiles, and elements that a tile product sums.
 BLOCK = 32
@@ -118,7 +118,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
         return T.call_extern("int32", "tvm_flash_tile_product", c, T.int64(ldc), a, lda, b, T.int64(ldb), steps)
 
     @T.inline
-    def load_queries(P: Problem, QT, state, b, h, row0, rows, count):
+    def load_queries(P: Geometry, QT, state, b, h, row0, rows, count):
         T.evaluate(T.call_extern("int32", "tvm_flash_tiles_begin", _at(state, "w", 0)))
         macros.load_queries(P, QT, state, b, h, row0, rows, count)
         for d in T.serial(P.head_dim // 2, _whole(P.head_dim) // 2):
@@ -126,7 +126,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                 QT[d, i] = T.uint32(0)
 
     @T.inline
-    def load_tile(P: Problem, KT, VT, largest, k_at, v_at, keys):
+    def load_tile(P: Geometry, KT, VT, largest, k_at, v_at, keys):
         for lane in T.vectorized(8):
             largest[lane] = T.uint16(0)
         if keys < N or P.head_dim % BLOCK != 0:
@@ -151,7 +151,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                 VT[e, j] = T.uint16(0)
 
     @T.inline
-    def scores(P: Problem, QT, KT, ST, acc, row, k_at, column, keys):
+    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, column, keys):
         steps: T.int64 = _whole(P.head_dim) // BLOCK
         for block in T.serial(_whole(keys) // BLOCK):
             if keys < N or P.head_dim % BLOCK != 0:
@@ -172,7 +172,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                 )
 
     @T.inline
-    def output_of_all(P: Problem, PT, VT, OT, acc, correction, column, keys):
+    def output_of_all(P: Geometry, PT, VT, OT, acc, correction, column, keys):
         for block in T.serial(_whole(P.head_dim_v) // BLOCK):
             T.evaluate(
                 product(
@@ -190,7 +190,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                         )
 
     @T.inline
-    def output(P: Problem, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
+    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
         if full or macros.is_finite(largest):
             macros.round_probabilities(ST, PT, keys, _whole(keys))
             output_of_all(P, PT, VT, OT, acc, correction, column, keys)

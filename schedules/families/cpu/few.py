@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.families.cpu.problem import Problem
+from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.steps import f32, finite_or_zero
 from schedules.families.cpu.vector_math import exp2
 from schedules.tile.dtypes import element_type
@@ -30,13 +30,13 @@ _TILE = 64
 PART_KEYS, _MOST_PARTS = 1024, 32
 
 
-def parts(problem: Problem):
+def parts(geometry: Geometry):
     """Into how many parts the keys are split: a function of their number alone."""
-    return T.max(T.min(T.int64(_MOST_PARTS), problem.seqlen_kv // PART_KEYS), T.int64(1))
+    return T.max(T.min(T.int64(_MOST_PARTS), geometry.seqlen_kv // PART_KEYS), T.int64(1))
 
 
 def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head_dim_v: int):
-    """Macros ``part(problem, workspace, b, h, p, count)`` and ``join(problem, workspace, b, h, count)``.
+    """Macros ``part(geometry, workspace, b, h, p, count)`` and ``join(geometry, workspace, b, h, count)``.
 
     ``workspace`` is ``(outputs, maxima, sums)``, flat buffers over (batch, heads, part, query[, head_dim_v]).
     """
@@ -54,7 +54,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
             )
 
     @T.inline
-    def dot_products(P: Problem, QF, S, acc, row, i, k_base, v_base, key0, keys):
+    def dot_products(P: Geometry, QF, S, acc, row, i, k_base, v_base, key0, keys):
         """``S[j] = q_i · k_j`` for the keys of a tile, rounded up to ``_R``; their values are fetched meanwhile."""
         for block in T.serial((keys + (_R - 1)) // _R):
             for r in T.unroll(_R):
@@ -114,7 +114,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         factor[0] = correction
 
     @T.inline
-    def accumulate(P: Problem, S, tile_output, factor, output, k_base, v_base, key0, keys):
+    def accumulate(P: Geometry, S, tile_output, factor, output, k_base, v_base, key0, keys):
         """Add the values of keys that have a probability: a masked one does nothing, whatever its value.
 
         A tile is summed by itself first: a chain of N additions and one of tiles, not one of all keys of the part.
@@ -136,7 +136,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                 )
 
     @T.inline
-    def part(P: Problem, workspace, b, h, p, count):
+    def part(P: Geometry, workspace, b, h, p, count):
         outputs, maxima, sums = workspace
         QF = T.sblock_alloc_buffer((FEW, head_dim), "float32")
         S = T.sblock_alloc_buffer((N,), "float32", scope="local")
@@ -183,7 +183,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                     accumulate(P, S, tile_output, factor, output, k_base, v_base, key0, keys)
 
     @T.inline
-    def join(P: Problem, workspace, b, h, count):
+    def join(P: Geometry, workspace, b, h, count):
         """Put the parts of one head together: output and log-sum-exp of its rows."""
         outputs, maxima, sums = workspace
         weights = T.sblock_alloc_buffer((_MOST_PARTS,), "float32", scope="local")

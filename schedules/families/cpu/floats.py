@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 
 from schedules.families.cpu.config import Config
-from schedules.families.cpu.problem import Problem
+from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.steps import accumulate, accumulate_visible, f32
 
 #: So many products of a score are summed one after another; then the sums of such chains are added up.  At head_dim 256
@@ -31,7 +31,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
     converts = dtype != "float32"
 
     @T.inline
-    def load_queries(P: Problem, QT, state, b, h, row0, rows, count):
+    def load_queries(P: Geometry, QT, state, b, h, row0, rows, count):
         """``QT[d, i] = q[row0 + i, d]``; queries past ``rows`` repeat the last one."""
         for i in T.serial(count):
             q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
@@ -47,7 +47,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
                     tile[j, d * 8 + lane] = f32(tensor.flat[base + j * tensor.strides[2] + d * 8 + lane])
 
     @T.inline
-    def load_tile(P: Problem, KT, VT, largest, k_at, v_at, keys):
+    def load_tile(P: Geometry, KT, VT, largest, k_at, v_at, keys):
         if converts:
             convert(KT, P.k, k_at, keys, P.head_dim)
             convert(VT, P.v, v_at, keys, P.head_dim_v)
@@ -59,7 +59,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
                 acc[x * lanes + lane] = T.float32(0)
 
     @T.inline
-    def scores(P: Problem, QT, KT, ST, acc, row, k_at, column, keys):
+    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, column, keys):
         """``ST[j, i] = sum_d k[j, d] * QT[d, column + i]``, in chains of ``_CHAIN``.
 
         Register tiles may reach past the last key, and repeat it; those rows of ``ST`` are never read.
@@ -87,7 +87,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
                                 ST[tile * R + r, n * lanes + lane] += acc[(r * V + n) * lanes + lane]
 
     @T.inline
-    def output_with(P: Problem, ST, VT, OT, acc, correction, v_at, column, keys, update):
+    def output_with(P: Geometry, ST, VT, OT, acc, correction, v_at, column, keys, update):
         for tile in T.serial(P.head_dim_v // R):
             zero(acc)
             for j in T.serial(keys):
@@ -109,7 +109,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
                         )
 
     @T.inline
-    def output(P: Problem, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
+    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
         """``OT[e, i] = OT[e, i] * correction[i] + sum_j v[j, e] * ST[j, i]``.
 
         A tile is summed by itself first: a chain of N additions and one of tiles, not one of all keys, which was seven

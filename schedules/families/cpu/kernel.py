@@ -9,9 +9,9 @@ from schedules.definition.pattern import Pattern
 from schedules.families.cpu.amx import TILE_PRODUCT
 from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.few import FEW, few_queries_macros, parts
+from schedules.families.cpu.geometry import Geometry, Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pairs import DOT_PAIRS
-from schedules.families.cpu.problem import Problem, Tensor
 from schedules.families.cpu.tiles import row_tile_macro
 from schedules.families.interface import Program, Target, forward_program
 from schedules.tile.dtypes import element_type
@@ -57,10 +57,10 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
 
     work_item = item_macro(pattern, traversal)
 
-    def announce(problem, items):
+    def announce(geometry, items):
         """Tell the thread pool what the next loop is; a small one is not worth sharing."""
-        work = problem.batch * problem.heads * problem.seqlen_q * problem.seqlen_kv
-        return T.call_extern("void", "tvm_flash_announce", items, work * (problem.head_dim + problem.head_dim_v))
+        work = geometry.batch * geometry.heads * geometry.seqlen_q * geometry.seqlen_kv
+        return T.call_extern("void", "tvm_flash_announce", items, work * (geometry.head_dim + geometry.head_dim_v))
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
@@ -82,8 +82,8 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         k_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=K.data)
         v_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=V.data)
         o_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=O.data)
-        problem = T.meta_var(
-            Problem(
+        geometry = T.meta_var(
+            Geometry(
                 pattern,
                 Tensor(q_flat, (q_b, q_h, q_s)),
                 Tensor(k_flat, (k_b, k_h, k_s)),
@@ -108,21 +108,21 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
             with T.sblock("few_queries"):
                 T.reads()
                 T.writes()
-                count: T.int64 = parts(problem)
-                T.evaluate(announce(problem, batch * heads * count))
-                outputs = T.sblock_alloc_buffer((batch * heads * parts(problem) * seqlen_q * head_dim_v,), "float32")
-                maxima = T.sblock_alloc_buffer((batch * heads * parts(problem) * seqlen_q,), "float32")
-                sums = T.sblock_alloc_buffer((batch * heads * parts(problem) * seqlen_q,), "float32")
+                count: T.int64 = parts(geometry)
+                T.evaluate(announce(geometry, batch * heads * count))
+                outputs = T.sblock_alloc_buffer((batch * heads * parts(geometry) * seqlen_q * head_dim_v,), "float32")
+                maxima = T.sblock_alloc_buffer((batch * heads * parts(geometry) * seqlen_q,), "float32")
+                sums = T.sblock_alloc_buffer((batch * heads * parts(geometry) * seqlen_q,), "float32")
                 for w in T.parallel(batch * heads * count):
                     with T.sblock("part"):
                         T.reads()
                         T.writes()
                         head: T.int64 = w // count
-                        part(problem, (outputs, maxima, sums), head // heads, head % heads, w % count, count)
+                        part(geometry, (outputs, maxima, sums), head // heads, head % heads, w % count, count)
                 for w in T.serial(batch * heads):
-                    join(problem, (outputs, maxima, sums), w // heads, w % heads, count)
+                    join(geometry, (outputs, maxima, sums), w // heads, w % heads, count)
         else:
-            T.evaluate(announce(problem, batch * heads * ((seqlen_q + (M - 1)) // M)))
+            T.evaluate(announce(geometry, batch * heads * ((seqlen_q + (M - 1)) // M)))
             for w in T.parallel(batch * heads * ((seqlen_q + (M - 1)) // M)):
                 with T.sblock("row_tile"):
                     T.reads()
@@ -131,6 +131,6 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                     b: T.int64 = item.batch
                     h: T.int64 = item.head
                     row0: T.int64 = item.m_block * M
-                    row_tile(problem, b, h, row0)
+                    row_tile(geometry, b, h, row0)
 
     return attention

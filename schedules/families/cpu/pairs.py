@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 
 from schedules.families.cpu.config import Config
-from schedules.families.cpu.problem import Problem
+from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.steps import accumulate_visible, f32
 
 #: acc[i] += a[i].low * pair.low + a[i].high * pair.high, all lanes with the one pair.
@@ -70,7 +70,7 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
     V = config.row_vectors
 
     @T.inline
-    def load_queries(P: Problem, QT, state, b, h, row0, rows, count):
+    def load_queries(P: Geometry, QT, state, b, h, row0, rows, count):
         for i in T.serial(count):
             q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
             for d in T.serial(P.head_dim // 2):
@@ -89,7 +89,7 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
                     PT[j, n * LANES + lane] = rounded_pair(ST[2 * j, n * LANES + lane], ST[2 * j + 1, n * LANES + lane])
 
     @T.inline
-    def output_of_visible(P: Problem, ST, OT, correction, v_at, column, keys):
+    def output_of_visible(P: Geometry, ST, OT, correction, v_at, column, keys):
         """Key by key, for a masked tile with an inf or NaN among its values: a masked key must not bring it in."""
         for e in T.serial(P.head_dim_v):
             for n in T.unroll(V):
@@ -126,7 +126,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
     macros = make_pair_macros(config)
 
     @T.inline
-    def load_tile(P: Problem, KT, VT, largest, k_at, v_at, keys):
+    def load_tile(P: Geometry, KT, VT, largest, k_at, v_at, keys):
         """Values as pairs, the last one with 0 if ``keys`` is odd; ``largest`` of their magnitudes, as bits."""
         for lane in T.vectorized(8):
             largest[lane] = T.uint16(0)
@@ -151,7 +151,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             acc[T.Ramp(x * LANES, 1, LANES)] = T.Broadcast(T.float32(0), LANES)
 
     @T.inline
-    def scores(P: Problem, QT, KT, ST, acc, row, k_at, column, keys):
+    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, column, keys):
         for tile in T.serial((keys + (R - 1)) // R):
             zero(acc)
             for r in T.unroll(R):
@@ -169,7 +169,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                     ST[tile * R + r, T.Ramp(n * LANES, 1, LANES)] = acc[T.Ramp((r * V + n) * LANES, 1, LANES)]
 
     @T.inline
-    def output_of_all(P: Problem, PT, VT, OT, acc, correction, column, keys):
+    def output_of_all(P: Geometry, PT, VT, OT, acc, correction, column, keys):
         for tile in T.serial(P.head_dim_v // R):
             zero(acc)
             for j in T.serial((keys + 1) // 2):
@@ -189,7 +189,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                         )
 
     @T.inline
-    def output(P: Problem, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
+    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
         if full or macros.is_finite(largest):
             macros.round_probabilities(ST, PT, keys, (keys + 1) // 2 * 2)
             output_of_all(P, PT, VT, OT, acc, correction, column, keys)

@@ -17,9 +17,9 @@ from tvm.script import tirx as T
 from schedules.families.cpu.amx import tile_products
 from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.floats import float_products
+from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.pairs import pair_products
-from schedules.families.cpu.problem import Problem
 from schedules.families.cpu.steps import make_steps
 from schedules.tile.score import NEGATIVE_INFINITY
 
@@ -27,14 +27,14 @@ MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products, "tiles": ti
 
 
 def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim_v: int):
-    """A macro ``(problem, b, h, row0)`` that computes up to ``block_m`` rows from ``row0`` on."""
+    """A macro ``(geometry, b, h, row0)`` that computes up to ``block_m`` rows from ``row0`` on."""
     M, N, R, lanes = config.block_m, config.block_n, config.tile_rows, isa.lanes
     G = config.row_vectors * lanes
     steps = make_steps(config, lanes)
     products = MULTIPLICATIONS[multiplication(isa, dtype)](config, lanes, dtype, head_dim, head_dim_v)
 
     @T.inline
-    def row_tile(P: Problem, b, h, row0):
+    def row_tile(P: Geometry, b, h, row0):
         QT = T.sblock_alloc_buffer(*products.queries)
         KT = T.sblock_alloc_buffer(*products.keys)
         VT = T.sblock_alloc_buffer(*products.values)

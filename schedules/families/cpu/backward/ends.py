@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 from schedules.definition.parameters import axes_of
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config
-from schedules.families.cpu.backward.problem import MOST_SECTIONS, Problem
+from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry
 from schedules.families.cpu.steps import f32
 
 #: Elements in a vector: what every head_dim is a multiple of.
@@ -30,7 +30,7 @@ def make_ends(pattern: Pattern, config: Config, accumulates: bool) -> SimpleName
         return T.call_extern("void", "tvm_flash_announce", items, P.batch * P.heads * P.seqlen_q * products)
 
     @T.inline
-    def begin_rows(P: Problem, w, tiles):
+    def begin_rows(P: Geometry, w, tiles):
         """``delta`` of a tile of rows, and zeros in ``dq_sum``."""
         acc = T.sblock_alloc_buffer((_W,), "float32", scope="local")
         b: T.int64 = w // tiles // P.heads
@@ -60,7 +60,7 @@ def make_ends(pattern: Pattern, config: Config, accumulates: bool) -> SimpleName
         return before + value if accumulates else T.cast(value, pattern.dtype)
 
     @T.inline
-    def store_rows(P: Problem, out, sum, width, dim, heads, seqlen, w, tiles, step, factor):
+    def store_rows(P: Geometry, out, sum, width, dim, heads, seqlen, w, tiles, step, factor):
         """Round a tile of rows of sums to an output's dtype."""
         b: T.int64 = w // tiles // heads
         h: T.int64 = w // tiles % heads

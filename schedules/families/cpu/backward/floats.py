@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 
 from schedules.families.cpu.backward.config import Config, padded
-from schedules.families.cpu.backward.problem import Problem
+from schedules.families.cpu.backward.geometry import Geometry
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.steps import f32
 
@@ -59,13 +59,13 @@ def float_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                 tile[d * N + j] = T.float32(0)
 
     @T.inline
-    def load_keys(P: Problem, t, k_at, v_at, keys, largest):
+    def load_keys(P: Geometry, t, k_at, v_at, keys, largest):
         load_rows(t.KR, D, P.k, k_at, keys, P.head_dim, largest)
         transpose(t.KT, P.k, k_at, keys, P.head_dim)
         transpose(t.VT, P.v, v_at, keys, P.head_dim_v)
 
     @T.inline
-    def load_queries(P: Problem, t, q_at, do_at, rows, largest):
+    def load_queries(P: Geometry, t, q_at, do_at, rows, largest):
         load_rows(t.QR, D, P.q, q_at, rows, P.head_dim, largest)
         load_rows(t.OR, E, P.do, do_at, rows, P.head_dim_v, largest)
 
@@ -105,7 +105,7 @@ def float_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                                     out[(i * R + r) * N + c * G + n * lanes + lane] += acc[(r * V + n) * lanes + lane]
 
     @T.inline
-    def scores(P: Problem, t, acc, rows, keys):
+    def scores(P: Geometry, t, acc, rows, keys):
         """``S[i, j] = q_i · k_j`` and ``dP[i, j] = do_i · v_j``."""
         rows_by_columns(t.S, acc, by_row(t.QR, D), t.KT, rows, keys, P.head_dim)
         rows_by_columns(t.dP, acc, by_row(t.OR, E), t.VT, rows, keys, P.head_dim_v)
@@ -125,7 +125,7 @@ def float_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                                 ]
 
     @T.inline
-    def gradients(P: Problem, t, acc, dq_at, dq_stride, rows, keys):
+    def gradients(P: Geometry, t, acc, dq_at, dq_stride, rows, keys):
         """Add the tile's share to dv, dk and dq; ``S`` holds probabilities now, ``dP`` gradients of scaled products."""
         add_products(t.dV, 0, E, acc, by_column(t.S, N), t.OR, E, keys, P.head_dim_v, rows, True)
         add_products(t.dK, 0, D, acc, by_column(t.dP, N), t.QR, D, keys, P.head_dim, rows, True)

@@ -23,11 +23,11 @@ from schedules.definition.parameters import append_arguments, gradient_name, gra
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config, multiplication
 from schedules.families.cpu.backward.ends import make_ends, round_up
-from schedules.families.cpu.backward.problem import MOST_SECTIONS, Problem, sections
+from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, sections
 from schedules.families.cpu.backward.tile import section_macro
+from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED
-from schedules.families.cpu.problem import Tensor
 from schedules.families.interface import Program, ScheduledLaunch, Target
 from schedules.tile.dtypes import element_type
 from schedules.tile.tile_scheduler import Traversal
@@ -142,7 +142,7 @@ def _kernel(
         )
         t = T.meta_var(flat(tensors))
         P = T.meta_var(
-            Problem(
+            Geometry(
                 *(pattern, t.q, t.k, t.v, t.o, LSE, LSE.shape[0], softmax_scale, params),
                 *(batch, heads, kv_heads, seqlen_q, seqlen_kv, head_dim, head_dim_v),
                 *(t.do, dLSE, dLSE.shape[0], t.dq, t.dk, t.dv, *rest),

@@ -25,7 +25,7 @@ from tvm.script import tirx as T
 
 from schedules.families.cpu.backward.config import Config, padded
 from schedules.families.cpu.backward.floats import by_column, by_row
-from schedules.families.cpu.backward.problem import Problem
+from schedules.families.cpu.backward.geometry import Geometry
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.pairs import LANES, bits, dot, magnitude, pair, rounded_pair
 
@@ -71,7 +71,7 @@ def pair_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim_
                 tile[d * N + j] = T.uint32(0)
 
     @T.inline
-    def load_keys(P: Problem, t, k_at, v_at, keys, largest):
+    def load_keys(P: Geometry, t, k_at, v_at, keys, largest):
         for j in T.serial(keys):
             look(P.k, k_at + j * P.k.strides[2], P.head_dim, largest)
         for x in T.serial((keys + (_BLOCK - 1)) // _BLOCK * LANES):
@@ -95,7 +95,7 @@ def pair_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim_
             pair_rows(pairs, x, stride_pairs, tensor, low_at, high_at, True, 2 * x + 1 < rows, width)
 
     @T.inline
-    def load_queries(P: Problem, t, q_at, do_at, rows, largest):
+    def load_queries(P: Geometry, t, q_at, do_at, rows, largest):
         load_rows(t.QN, t.QR, head_dim, D, P.q, q_at, rows, P.head_dim, largest)
         load_rows(t.ON, t.OR, head_dim_v, E, P.do, do_at, rows, P.head_dim_v, largest)
 
@@ -125,7 +125,7 @@ def pair_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim_
                         ]
 
     @T.inline
-    def scores(P: Problem, t, acc, rows, keys):
+    def scores(P: Geometry, t, acc, rows, keys):
         rows_by_columns(t.S, acc, neighbours(t.QN, head_dim), t.KT, rows, keys, P.head_dim // 2)
         rows_by_columns(t.dP, acc, neighbours(t.ON, head_dim_v), t.VT, rows, keys, P.head_dim_v // 2)
 
@@ -164,7 +164,7 @@ def pair_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim_
                     )
 
     @T.inline
-    def gradients(P: Problem, t, acc, dq_at, dq_stride, rows, keys):
+    def gradients(P: Geometry, t, acc, dq_at, dq_stride, rows, keys):
         pair_up(t, rows, keys)
         row_pairs: T.int64 = (rows + 1) // 2
         key_pairs: T.int64 = (keys + (_BLOCK - 1)) // _BLOCK * LANES

@@ -16,12 +16,12 @@ from schedules.definition.parameters import append_arguments, gradient_name, gra
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config, default_configs, feasible, multiplication, space
 from schedules.families.cpu.backward.ends import make_ends, round_up
+from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, SequenceGeometry, sections
 from schedules.families.cpu.backward.kernel import vector_argument
-from schedules.families.cpu.backward.problem import MOST_SECTIONS, Problem, SequenceProblem, sections
 from schedules.families.cpu.backward.tile import section_macro
+from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED
-from schedules.families.cpu.problem import Tensor
 from schedules.families.cpu.ragged.sequences import MALFORMED, Shares, Starts, append, begin_share, find, make_sense
 from schedules.families.interface import Program, ScheduledLaunch, Target
 from schedules.tile.dtypes import element_type
@@ -85,13 +85,13 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
         """A flat float32 argument of any length."""
         return T.match_buffer(handle, (tirx.Var(f"{name}_length", "int64"),), "float32")
 
-    def of_sequences(whole: Problem, batch) -> SequenceProblem:
+    def of_sequences(whole: Geometry, batch) -> SequenceGeometry:
         """The call, with the first row and key of all."""
         zero = T.int64(0)
         known = {**vars(whole), "batch": batch, "total_q": whole.seqlen_q, "total_k": whole.seqlen_kv}
-        return SequenceProblem(**known, first_row=zero, first_part_row=zero, first_key=zero)
+        return SequenceGeometry(**known, first_row=zero, first_part_row=zero, first_key=zero)
 
-    def of_sequence(call: SequenceProblem, first_q, length_q, first_k, length_k):
+    def of_sequence(call: SequenceGeometry, first_q, length_q, first_k, length_k):
         """The call of one sequence."""
         own = {role: getattr(call, role).from_row(first_q) for role in ("q", "o", "do", "dq")}
         own |= {role: getattr(call, role).from_row(first_k) for role in ("k", "v", "dk", "dv")}
@@ -148,7 +148,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
         t = T.meta_var(flat(tensors))
         # Before and after the turns, all rows and keys are those of one sequence.
         whole = T.meta_var(
-            Problem(
+            Geometry(
                 *(pattern, t.q, t.k, t.v, t.o, LSE, LSE.shape[0], softmax_scale, params),
                 *(T.int64(1), heads, kv_heads, total_q, total_k, head_dim, head_dim_v),
                 *(t.do, dLSE, dLSE.shape[0], t.dq, t.dk, t.dv, *rest),

@@ -25,8 +25,8 @@ from tvm.script.ir_builder import IRBuilder
 
 from schedules.families.cpu.backward.config import Config, multiplication, padded
 from schedules.families.cpu.backward.floats import by_column, by_row, float_products
+from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry
 from schedules.families.cpu.backward.pairs import pair_products
-from schedules.families.cpu.backward.problem import MOST_SECTIONS, Problem
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.steps import f32
 from schedules.families.cpu.vector_math import exp2
@@ -38,7 +38,7 @@ INFINITY = {"uint32": 0x7F800000, "uint16": 0x7F80}
 
 
 def section_macro(pattern, config: Config, isa: Isa):
-    """A macro ``(problem, b, g, first_key, end_key, first_row, end_row, slot, begins)``.
+    """A macro ``(geometry, b, g, first_key, end_key, first_row, end_row, slot, begins)``.
 
     Keys are of head ``g``, rows of every query head that reads it; ``slot`` is the number of the section of keys, and
     ``begins`` says that nothing has been summed for these keys yet.
@@ -66,7 +66,7 @@ def section_macro(pattern, config: Config, isa: Isa):
         "of_queries": ((8,), bits),
     }
 
-    def score(P: Problem, site, product, i, key, lane, c, begin, end, full, chosen):
+    def score(P: Geometry, site, product, i, key, lane, c, begin, end, full, chosen):
         """The score of row ``i`` and key ``key + lane``, −inf where it isn't seen."""
         value = P.score(site, product, i, key + lane, chosen)
         if full:
@@ -78,7 +78,7 @@ def section_macro(pattern, config: Config, isa: Isa):
             visible = pattern.mask(site, i, key + lane)
         return T.Select(visible, value, T.float32(NEGATIVE_INFINITY))
 
-    def add_to_parameters(P: Problem, local, site, i, key, chosen):
+    def add_to_parameters(P: Geometry, local, site, i, key, chosen):
         """A vector's share in the gradients of parameters."""
         for n, param in enumerate(asked):
             with T.vectorized(lanes) as lane:
@@ -87,7 +87,7 @@ def section_macro(pattern, config: Config, isa: Isa):
                 T.buffer_store(local.parameters, local.parameters[n * lanes + lane] + share, [n * lanes + lane])
 
     @T.inline
-    def turn(P: Problem, t, local, site, full, lse_at, row0, key0, rows, columns, chosen):
+    def turn(P: Geometry, t, local, site, full, lse_at, row0, key0, rows, columns, chosen):
         """Probabilities into ``S``, gradients of scaled products into ``dP``: 0 of a key without weight."""
         for i in T.serial(rows):
             # A row that saw nothing subtracts +inf in place of −inf: its probabilities are 0.
@@ -123,7 +123,7 @@ def section_macro(pattern, config: Config, isa: Isa):
                 add_to_parameters(P, local, site, row0 + i, key, chosen)
 
     @T.inline
-    def turn_chosen(P: Problem, t, local, site, full, lse_at, row0, key0, rows, columns):
+    def turn_chosen(P: Geometry, t, local, site, full, lse_at, row0, key0, rows, columns):
         if pattern.has_choice:
             if pattern.choice(site):  # asked once, not for every score
                 turn(P, t, local, site, full, lse_at, row0, key0, rows, columns, True)
@@ -144,7 +144,7 @@ def section_macro(pattern, config: Config, isa: Isa):
                         )
 
     @T.inline
-    def tile_gradients(P: Problem, t, local, full, q_at, do_at, k_at, dq_at, rows, keys):
+    def tile_gradients(P: Geometry, t, local, full, q_at, do_at, k_at, dq_at, rows, keys):
         if full or (is_finite(local.of_keys) and is_finite(local.of_queries)):
             products.gradients(P, t, local.acc, dq_at, P.width, rows, keys)
         else:
@@ -175,7 +175,7 @@ def section_macro(pattern, config: Config, isa: Isa):
                         for lane in T.vectorized(8):
                             out[at + j * width + d * 8 + lane] += tile[j * stride + d * 8 + lane]
 
-    def store_parameters(P: Problem, local, b, h, slot):
+    def store_parameters(P: Geometry, local, b, h, slot):
         """Add the sums over lanes to a head's."""
         at = (b * P.heads + h) * MOST_SECTIONS + slot
         for n, param in enumerate(asked):
@@ -185,7 +185,7 @@ def section_macro(pattern, config: Config, isa: Isa):
             T.buffer_store(P.sums[param], P.sums[param][at] + total, [at])
 
     @T.inline
-    def section(P: Problem, b, g, first_key, end_key, first_row, end_row, slot, begins):
+    def section(P: Geometry, b, g, first_key, end_key, first_row, end_row, slot, begins):
         t = T.meta_var(allocate(buffers))
         local = T.meta_var(allocate(registers, "local"))
         key_rows = T.meta_var(P.key_rows(b, g * P.group))

@@ -16,9 +16,9 @@ from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.few import FEW, PART_KEYS, few_queries_macros, parts
+from schedules.families.cpu.geometry import SequenceGeometry, Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED, item_macro
-from schedules.families.cpu.problem import SequenceProblem, Tensor
 from schedules.families.cpu.ragged.sequences import MALFORMED, Shares, Starts, append, begin_share, find, make_sense
 from schedules.families.cpu.tiles import row_tile_macro
 from schedules.families.interface import Program, Target, ragged_program
@@ -56,7 +56,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         """The same as the steps address it."""
         return Tensor(T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=buffer.data), strides)
 
-    def of_sequence(call: SequenceProblem, first_q, length_q, first_k, length_k, first_part_row):
+    def of_sequence(call: SequenceGeometry, first_q, length_q, first_k, length_k, first_part_row):
         """The call of one sequence."""
         tensors = {"q": call.q.from_row(first_q), "o": call.o.from_row(first_q)}
         tensors |= {"k": call.k.from_row(first_k), "v": call.v.from_row(first_k)}
@@ -94,7 +94,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         keys = T.meta_var(Starts(k_starts, starts - 1, total_k))
 
         call = T.meta_var(
-            SequenceProblem(
+            SequenceGeometry(
                 *(pattern, flat(*Q), flat(*K), flat(*V), flat(*O), LSE, lse_length, softmax_scale, params),
                 *(starts - 1, heads, kv_heads, total_q, total_k, head_dim, head_dim_v, T.int64(0), total_q, T.int64(0)),
             )

@@ -47,7 +47,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Geometry:
     """A call, and the pattern that it computes.
 
     ``params`` has the run-time parameters by name, per-head ones as ``(batch, heads)`` buffers.
@@ -124,7 +124,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class SequenceProblem(Problem):
+class SequenceGeometry(Geometry):
     """One sequence of a ragged call, as if it were alone.
 
     Its tensors begin with its first row, ``seqlen_q`` and ``seqlen_kv`` are its own lengths, ``first_row`` is where its

@@ -10,8 +10,8 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Site
-from schedules.families.cpu import problem as forward
-from schedules.families.cpu.problem import Tensor
+from schedules.families.cpu import geometry as forward
+from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.vector_math import vectorizable
 
 #: Rows of queries, and keys, of a section at least; how many sections there are at most.
@@ -19,7 +19,7 @@ SECTION, MOST_SECTIONS = 256, 16
 
 
 @dataclass(frozen=True)
-class Problem(forward.Problem):
+class Geometry(forward.Geometry):
     """A call of the backward.
 
     ``dq_sum``, ``dk_sum`` and ``dv_sum`` are flat float32 sums, a row in ``(batch, heads, seq)`` order, with
@@ -74,7 +74,7 @@ class Problem(forward.Problem):
 
 
 @dataclass(frozen=True)
-class SequenceProblem(Problem, forward.SequenceProblem):
+class SequenceGeometry(Geometry, forward.SequenceGeometry):
     """One sequence of a ragged call, as if it were alone; its keys begin at ``first_key`` of the ``total_k`` of all."""
 
     first_key: Expr
