@@ -13,6 +13,9 @@ FORWARD, BACKWARD = "forward", "backward"
 #: The same of sequences of different lengths that lie one after the other, which are also kinds of kernels.
 RAGGED, RAGGED_BACKWARD = "ragged", "ragged_backward"
 
+#: Attention over some of the keys, in float32, to be put together with that over others; also a kind of kernels.
+PARTIAL = "partial"
+
 #: The role (:mod:`tvm_flash.packs.manifest`) of a tensor that callers know by another name.
 _ROLES = {"out": "o", "dout": "do"}
 
@@ -85,6 +88,7 @@ class Operator:
     on_request: results that are returned after the others if the call asks for them, and can't be given.
     differentiates: whether it computes gradients, and so also those of parameters that ask for one.
     backward: the operator that computes its gradients.
+    float32: the tensors that are float32 whatever q is.
     """
 
     inputs: tuple[str, ...]
@@ -96,6 +100,7 @@ class Operator:
     on_request: tuple[str, ...] = ()
     differentiates: bool = False
     backward: str = ""
+    float32: tuple[str, ...] = ()
 
     @property
     def all_inputs(self) -> tuple[str, ...]:
@@ -134,6 +139,7 @@ _SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k")
 OPERATORS = {
     FORWARD: _FORWARD,
     BACKWARD: _BACKWARD,
+    PARTIAL: replace(_FORWARD, backward="", float32=("out",)),
     RAGGED: replace(_FORWARD, starts=_SEQUENCES, backward=RAGGED_BACKWARD),
     RAGGED_BACKWARD: replace(_BACKWARD, starts=_SEQUENCES),
 }
