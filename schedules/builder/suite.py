@@ -11,6 +11,8 @@ from schedules.families.interface import (
     BACKWARD_ACCUMULATE,
     DECODE,
     FORWARD,
+    PAGED,
+    PAGED_DECODE,
     PARTIAL,
     RAGGED,
     RAGGED_BACKWARD,
@@ -70,6 +72,12 @@ SCOPES = {
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
     ),
     RAGGED_BACKWARD: Scope((("window", "optional"),)),
+    PAGED: Scope(
+        (("positioned", "optional"),),
+        between=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
+    ),
+    PAGED_DECODE: Scope((("window", "identity"), ("positioned", "optional"))),
     # Of sequences that several devices hold; one template, as they are for rings alone.
     PARTIAL: Scope((("positioned", "optional"),)),
     BACKWARD_ACCUMULATE: Scope((("positioned", "optional"),)),
@@ -77,7 +85,7 @@ SCOPES = {
 
 #: Kinds of which there are kernels of one template, the family's last: those whose tensors have no batch axis, and so
 #: one layout, and those that context parallel attention alone calls, which take tensors of either layout.
-ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD, PARTIAL, BACKWARD_ACCUMULATE)
+ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, PARTIAL, BACKWARD_ACCUMULATE)
 
 
 @dataclass(frozen=True)
