@@ -29,7 +29,7 @@ class Axes:
     sizes: outer and inner ranks.
     place: the own outer and inner rank.
     outer, inner: the groups along the axes; None along one of a single rank.
-    talk: all ranks of the mesh, over which a few bytes go on the host.
+    talk: connections of all ranks of the mesh, over which a few bytes go on the host.
     ranks: their numbers in the world, by place, the inner axis running fastest.
     """
 
@@ -37,11 +37,10 @@ class Axes:
     place: tuple[int, int]
     outer: dist.ProcessGroup | None
     inner: dist.ProcessGroup | None
-    talk: dist.ProcessGroup
+    talk: dist.ProcessGroupGloo
     ranks: tuple[int, ...]
 
 
-@functools.lru_cache(maxsize=64)
 def axes_of(mesh: DeviceMesh, heads: bool) -> Axes:
     """Where this process is; ``heads`` says of a mesh with one axis that it is the inner one.
 
@@ -61,28 +60,41 @@ def axes_of(mesh: DeviceMesh, heads: bool) -> Axes:
             f"mesh: has {mesh.ndim} axes, expected one, or two: of ranks that exchange keys and of ranks that exchange "
             f"heads; take these of it, as with mesh['outer', 'inner']"
         )
-    sizes, groups = tuple(mesh.mesh.shape), mesh.get_all_groups()
-    if mesh.ndim == 1:
-        sizes, place, groups = ((1, *sizes), (0, *place), (None, *groups)) if heads else (
-            (*sizes, 1), (*place, 0), (*groups, None)
-        )  # fmt: skip
-    outer, inner = (group if n > 1 else None for group, n in zip(groups, sizes, strict=True))
-    for group in (outer, inner):
-        if group is not None and mesh.device_type != "cpu":
-            # Every rank of a group has to be there when its first messages go, and later not all may have some.
-            dist.all_reduce(torch.zeros(1, device=mesh.device_type), group=group)
-    return Axes(sizes, tuple(place), outer, inner, _talking_group(mesh), tuple(mesh.mesh.flatten().tolist()))
+    shape, ranks = tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())
+    return _axes(tuple(mesh.get_all_groups()), shape, ranks, mesh.device_type, tuple(place), heads)
 
 
 @functools.lru_cache(maxsize=64)
-def _talking_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """All ranks of a mesh, in a group for tensors on the host with the timeout of the mesh's own groups."""
-    groups = mesh.get_all_groups()
-    if mesh.ndim == 1 and mesh.device_type == "cpu":
-        return groups[0]
-    timeout = max(group._get_backend(torch.device(mesh.device_type)).options._timeout for group in groups)
-    ranks = sorted(mesh.mesh.flatten().tolist())
-    return dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+def _axes(groups: tuple[dist.ProcessGroup, ...], shape, ranks, device: str, place, heads: bool) -> Axes:
+    """The same by the groups along the axes, which no later mesh has again."""
+    sizes = shape
+    if len(groups) == 1:
+        sizes, place = ((1, *shape), (0, *place)) if heads else ((*shape, 1), (*place, 0))
+    if device != "cpu":
+        for group in groups:
+            # Every rank of a group has to be there when its first messages go, and later not all may have some.
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+    outer = groups[0] if sizes[0] > 1 else None
+    inner = groups[-1] if sizes[1] > 1 else None
+    return Axes(sizes, place, outer, inner, _talk(groups, ranks, device), ranks)
+
+
+#: How often a private group of some ranks was made, by all of them.
+_made: dict[tuple[int, ...], int] = {}
+
+
+@functools.lru_cache(maxsize=64)
+def _talk(groups: tuple[dist.ProcessGroup, ...], ranks: tuple[int, ...], device: str) -> dist.ProcessGroupGloo:
+    """Connections among all ranks of a mesh for a few bytes on the host, with the timeout of the mesh's groups.
+
+    They belong to no group that is known to others: ``new_group`` wants all of the world to call it.
+    """
+    _made[ranks] = _made.get(ranks, 0) + 1
+    name = f"tvm_flash/{','.join(map(str, ranks))}/{_made[ranks]}"
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    timeout = max(group._get_backend(torch.device(device)).options._timeout for group in groups)
+    with talking(ranks):
+        return dist.ProcessGroupGloo(store, ranks.index(dist.get_rank()), len(ranks), timeout)
 
 
 class Agreement:
@@ -118,7 +130,7 @@ class Agreement:
         everything = self._exchange(json.dumps(words).encode())
         if self._error is not None:
             raise self._error
-        said_by = dict(zip(dist.get_process_group_ranks(self._talk), everything, strict=True))
+        said_by = dict(zip(self._ranks, everything, strict=True))
         for rank, said in said_by.items():
             if "error" in said:
                 raise InvalidArgumentError(f"on rank {rank}: {said['error']}")
@@ -130,12 +142,12 @@ class Agreement:
                         f"{name}: is {value} on rank {first}, but {said.get(name)} on rank {rank}; expected the same "
                         f"on all ranks of the mesh"
                     )
-        return [said_by[rank] for rank in self._ranks]
+        return everything
 
     def _exchange(self, words: bytes) -> list[dict[str, Any]]:
         mine = torch.zeros(_ROOM, dtype=torch.uint8)
         mine[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
-        rooms = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._talk))]
-        with talking(self._talk):
-            dist.all_gather(rooms, mine, group=self._talk)
+        rooms = [torch.empty_like(mine) for _ in self._ranks]
+        with talking(self._ranks):
+            self._talk.allgather(rooms, mine).wait()
         return [json.loads(bytes(room.tolist()).rstrip(b"\0")) for room in rooms]

@@ -106,7 +106,7 @@ def context_parallel_attention(
             batch=sizes.batch, heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim,
             head_dim_v=sizes.head_dim_v, dtype=str(q.dtype), causal=causal, window_size=window, softcap=softcap,
             softmax_scale=scale, slopes=None if slopes is None else list(slopes.shape), layout=layout, balance=balance,
-            exchange=exchange, cu_seqlens=None if ends is None else [len(ends), hash(ends)],
+            exchange=exchange, cu_seqlens=_in_short(ends),
             records=torch.is_grad_enabled() and [x.requires_grad for x in (q, k, v)],
             rows=sizes.seqlen_q,
         )  # fmt: skip
@@ -277,6 +277,11 @@ def _document_ends(cu_seqlens: Any, batch: int) -> tuple[int, ...] | None:
     if fault := fault_of(starts, "q", INT32_MAX):
         raise InvalidArgumentError(f"cu_seqlens: {fault}")
     return tuple(b for a, b in itertools.pairwise(starts) if b > a)
+
+
+def _in_short(ends: tuple[int, ...] | None) -> list[int] | None:
+    """What is said of documents to other ranks, who have their own to compare."""
+    return None if ends is None else list(ends) if len(ends) <= 16 else [len(ends), hash(ends)]
 
 
 def _checked_slopes(slopes: Any, q: torch.Tensor, sizes: checks.Sizes) -> torch.Tensor | None:

@@ -17,8 +17,8 @@ _MOST_MESSAGES = 1 << 12
 
 
 @contextlib.contextmanager
-def talking(group: dist.ProcessGroup) -> Iterator[None]:
-    """Say of an error of the transport which ranks it was about.
+def talking(to: dist.ProcessGroup | tuple[int, ...]) -> Iterator[None]:
+    """Say of an error of the transport among the ranks of a group, or some ranks, what it was about.
 
     Raises
     ------
@@ -29,7 +29,7 @@ def talking(group: dist.ProcessGroup) -> Iterator[None]:
     except RuntimeError as e:
         if isinstance(e, ProcessGroupError):
             raise
-        ranks = dist.get_process_group_ranks(group)
+        ranks = list(to) if isinstance(to, tuple) else dist.get_process_group_ranks(to)
         raise ProcessGroupError(
             f"mesh: rank {dist.get_rank()} had no answer from another of the ranks {ranks} (a process that is gone, or "
             f"that was not there within the group's timeout): {str(e).strip().splitlines()[0]}"

@@ -32,14 +32,14 @@ class HeadExchange:
         """All rows ``(batch, heads / ranks, rows, dim)`` of tensors ``(batch, heads, own rows, dim)``."""
         ranks = len(self.rows)
         parts = [x.unflatten(1, (ranks, -1)) for x in tensors]
-        sends = [torch.cat([x[:, i].reshape(-1).view(torch.uint8) for x in parts]) for i in range(ranks)]
+        sends = [torch.cat([_bytes(x[:, i]) for x in parts]) for i in range(ranks)]
         shapes = [[(x.shape[0], x.shape[2], self._count(i), x.shape[4]) for x in parts] for i in range(ranks)]
         return self._exchanged(sends, shapes, [x.dtype for x in tensors], dim=2)
 
     def to_rows(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Own rows ``(batch, heads, own rows, dim)`` of tensors ``(batch, heads / ranks, rows, dim)``."""
         ranks = len(self.rows)
-        sends = [torch.cat([x[:, :, a:b].reshape(-1).view(torch.uint8) for x in tensors]) for a, b in self.rows]
+        sends = [torch.cat([_bytes(x[:, :, a:b]) for x in tensors]) for a, b in self.rows]
         shapes = [(x.shape[0], x.shape[1], self._count(self.rank), x.shape[3]) for x in tensors]
         return self._exchanged(sends, [shapes] * ranks, [x.dtype for x in tensors], dim=1)
 
@@ -60,3 +60,7 @@ class HeadExchange:
             torch.cat([part[i].view(dtype).view(shape[i]) for part, shape in zip(parts, shapes, strict=True)], dim)
             for i, dtype in enumerate(dtypes)
         ]
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)
