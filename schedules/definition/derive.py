@@ -15,7 +15,8 @@ ragged_backward  their gradients
 
 The output of a part is normalised: it is attention over the part's keys, so that whoever holds ``(o, lse)`` of disjoint
 keys can merge them, a part alone is a result, and no weight in a merge exceeds 1.  (An output that isn't normalised
-would need its row maximum as a third tensor.)
+would need its row maximum as a third tensor.)  A sink is in no part, since it would count several times: it is a part
+of its own, with the output 0 and the lse ``sink``.
 
 ``combine`` is linear in ``exp(lse)``, and needs nothing of the definition but its softmax; a part that saw nothing has
 the lse −inf and doesn't count, whatever its output holds.
@@ -25,7 +26,8 @@ the lse −inf and doesn't count, whatever its output holds.
 ``dq = softmax_scale * sum_j ds k``, ``dk = softmax_scale * sum_i ds q``, ``dv = sum_i p do``; heads of keys and values
 are summed over the query heads that read them.  A key without weight (hidden, or so far down that ``p`` is 0) has no
 gradient, so that a row that sees nothing has none either.  The gradient of lse enters by delta alone, since
-``∂lse/∂score = p``.
+``∂lse/∂score = p``.  A sink is in lse already, so that nothing of this changes with it; its own gradient is
+``-sum_i exp(sink - lse) * delta``.
 
 ``ragged`` and ``ragged_backward`` attend to each sequence as if it were alone.  Sequence ``b`` has the rows
 ``cu_seqlens_q[b]`` up to but not ``cu_seqlens_q[b + 1]`` of q (``(total_q, heads, head_dim)``), of o and of lse
@@ -80,6 +82,7 @@ class Operator:
     blocks: the names of its blocks, in order; one for each gradient of a parameter follows, ``d_`` and its name.
     write: makes the function with its ``arguments``, those that follow being given as symbols.
     has_scores: whether it computes scores, and so has run-time parameters.
+    of_sink: further blocks where there is a sink.
     """
 
     arguments: tuple[str, ...]
@@ -88,6 +91,7 @@ class Operator:
     scalars: tuple[str, ...] = ()
     has_scores: bool = True
     has_gradients: bool = False
+    of_sink: tuple[str, ...] = ()
 
 
 def derive(pattern: Formula, op: str) -> PrimFunc:
@@ -252,9 +256,16 @@ def _gradients(
     blocks.rounded("dk", dK, dK_sum, n, "bgjd", n.softmax_scale, formula.dtype)
     blocks.sum_over_queries("dv_sum", dV_sum, P, dO, n, "e")
     blocks.rounded("dv", dV, dV_sum, n, "bgje", T.float32(1), formula.dtype)
+    if formula.has_sink:
+        W = scratch("W", (n.batch, n.heads, n.seqlen_q))
+        blocks.sink_prob(W, LSE, n, formula)
     for param in formula.params:
         if param.gradient:
-            blocks.parameter_gradient(symbols.gradients[param.name], param, dX, P, S, n, formula)
+            target = symbols.gradients[param.name]
+            if formula.is_of_sink(param):
+                blocks.sink_gradient(target, param, W, Delta, n, formula)
+            else:
+                blocks.parameter_gradient(target, param, dX, P, S, n, formula)
 
 
 def ragged(formula: Formula, symbols: Symbols) -> PrimFunc:
@@ -297,7 +308,7 @@ def ragged(formula: Formula, symbols: Symbols) -> PrimFunc:
         V = T.meta_var(batch.of_keys("v", v_rows, k_starts, E))
         O = T.meta_var(scratch("O", (n.batch, heads, total_q, E), dtype))
         LSE = T.meta_var(scratch("LSE", (n.batch, heads, total_q)))
-        attention.steps(Q, K, V, O, LSE, n, formula, dtype, blocks.own_keys)
+        attention.steps(Q, K, V, O, LSE, n, formula, dtype, blocks.own_keys, formula.has_sink)
         blocks.packed("o_rows", o_rows, O, q_starts, n, "the")
         blocks.packed_lse(lse_rows, LSE, q_starts, n)
 
@@ -412,7 +423,9 @@ GRADIENT_BLOCKS = ("prob", "dp", "dscore", "ds", "dq_sum", "dq", "dk_sum", "dk",
 
 #: The operators by name.
 OPERATORS: dict[str, Operator] = {
-    "forward": Operator(("q", "k", "v", "o", "lse", "softmax_scale"), attention.BLOCKS, forward),
+    "forward": Operator(
+        ("q", "k", "v", "o", "lse", "softmax_scale"), attention.BLOCKS, forward, of_sink=attention.SINK_BLOCKS
+    ),
     "partial": Operator(
         ("q", "k", "v", "o", "lse", "softmax_scale"),
         ("qk", "score", "mask", "key_range", "row_max", "prob", "row_sum", "pv", "out", "lse"),
@@ -431,6 +444,7 @@ OPERATORS: dict[str, Operator] = {
         ("qk", "score", "mask", *GRADIENT_BLOCKS),
         backward,
         has_gradients=True,
+        of_sink=("sink_prob",),
     ),
     "ragged": Operator(
         ("q", "k", "v", "o", "lse", *STARTS, "softmax_scale"),
@@ -439,6 +453,7 @@ OPERATORS: dict[str, Operator] = {
             *("row_max", "prob", "row_sum", "pv", "out", "lse", "o_rows", "lse_rows"),
         ),
         ragged,
+        of_sink=attention.SINK_BLOCKS,
     ),
     "ragged_backward": Operator(
         ("q", "k", "v", "do", "lse", "delta", "dq", "dk", "dv", *STARTS, "softmax_scale"),
@@ -448,5 +463,6 @@ OPERATORS: dict[str, Operator] = {
         ),
         ragged_backward,
         has_gradients=True,
+        of_sink=("sink_prob",),
     ),
 }
