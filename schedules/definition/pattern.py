@@ -22,9 +22,10 @@ from tvm import sym, tirx
 from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 
-from schedules.definition.derive import OPERATORS, STARTS, Symbols
+from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import derivative
+from schedules.definition.operator import STARTS, Symbols
 from schedules.definition.parameters import Site, append_arguments, axes_of, parameter_symbols
 from schedules.definition.reading import Reading, blocks_of, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose

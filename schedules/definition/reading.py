@@ -16,8 +16,9 @@ from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
 from schedules.definition.attention import GRADIENTS
-from schedules.definition.derive import OPERATORS, STARTS, Operator
+from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
+from schedules.definition.operator import STARTS, Operator
 from schedules.definition.parameters import axes_of
 from tvm_flash.packs.manifest import Param
 
