@@ -11,6 +11,7 @@ delta            ``rowsum(do * o) - dlse``, float32 ``(batch, heads, seqlen_q)``
 backward         dq, dk, dv, and ``d_NAME`` of each parameter that asks for a gradient
 ragged           o and lse of sequences of different lengths, one after the other in ``(total, heads, head_dim)``
 ragged_backward  their gradients
+paged            as ``ragged``, with the keys on pages of a cache
 ===============  ======================================================================================
 
 The output of a part is normalised: it is attention over the part's keys, so that whoever holds ``(o, lse)`` of disjoint
@@ -36,9 +37,13 @@ gradient, so that a row that sees nothing has none either.  The gradient of lse 
 sequence's lengths as the sizes that the score and the mask see; then everything is put back.  Rows and keys that are in
 no sequence, those after the last, get zeros, and the lse −inf.
 
+``paged`` is ``ragged`` but for where keys are: sequence ``b`` has ``seqlens_k[b]`` of them, and key ``j`` is row ``j %
+page_size`` of page ``page_table[b, j // page_size]`` of k and v, ``(pages, page_size, kv_heads, …)``.  Entries of the
+table that no key needs are never read.
+
 Each function compiled as it stands is the oracle of its operator.  They are written in
-:mod:`schedules.definition.dense` and :mod:`schedules.definition.ragged`; a further operator is a function there with
-its row in ``OPERATORS``, and blocks in :mod:`schedules.definition.blocks`.
+:mod:`schedules.definition.dense`, :mod:`~schedules.definition.ragged` and :mod:`~schedules.definition.paged`; a further
+operator is a function there with its row in ``OPERATORS``, and blocks in :mod:`schedules.definition.blocks`.
 """
 
 from __future__ import annotations
@@ -46,10 +51,10 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.tirx import PrimFunc
 
-from schedules.definition import attention, dense, ragged
+from schedules.definition import attention, dense, paged, ragged
 from schedules.definition.blocks import Formula
 from schedules.definition.dense import GRADIENT_BLOCKS
-from schedules.definition.operator import KEY_RANGE, STARTS, Operator, Symbols
+from schedules.definition.operator import KEY_RANGE, PAGES, STARTS, Operator, Symbols
 from schedules.definition.parameters import append_arguments, gradient_symbols, parameter_symbols
 
 
@@ -122,5 +127,13 @@ OPERATORS: dict[str, Operator] = {
         ragged.ragged_backward,
         has_gradients=True,
         of_sink=("sink_prob",),
+    ),
+    "paged": Operator(
+        ("q", "k", "v", "o", "lse", STARTS[0], *PAGES, "softmax_scale"),
+        (
+            *("q_lengths", "k_lengths", "q_batch", "k_from_pages", "v_from_pages", "qk", "score", "mask", "own_keys"),
+            *("row_max", "prob", "row_sum", "pv", "out", "lse", "o_rows", "lse_rows"),
+        ),
+        paged.paged,
     ),
 }

@@ -16,6 +16,10 @@ KEY_RANGE = ("first_key", "last_key")
 #: keys, int32 ``(batch + 1,)``; the last element is where the last sequence ends.
 STARTS = ("cu_seqlens_q", "cu_seqlens_k")
 
+#: Arguments of an operator whose keys lie on pages: how many keys each sequence has, int32 ``(batch,)``, and on which
+#: pages, int32 ``(batch, pages_per_sequence)``.
+PAGES = ("seqlens_k", "page_table")
+
 
 @dataclass(frozen=True)
 class Symbols:

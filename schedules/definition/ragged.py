@@ -49,7 +49,7 @@ def ragged(formula: Formula, symbols: Symbols) -> PrimFunc:
                 q_starts, k_starts, heads, total_q, E, kv_heads, total_k, D, softmax_scale, symbols.parameters
             )
         )
-        batch = T.meta_var(_Batch(n, dtype))
+        batch = T.meta_var(Batch(n, dtype))
         Q = T.meta_var(batch.of_queries("q", q_rows, q_starts, D))
         K = T.meta_var(batch.of_keys("k", k_rows, k_starts, D))
         V = T.meta_var(batch.of_keys("v", v_rows, k_starts, E))
@@ -105,7 +105,7 @@ def ragged_backward(formula: Formula, symbols: Symbols) -> PrimFunc:
                 q_starts, k_starts, heads, total_q, E, kv_heads, total_k, D, softmax_scale, symbols.parameters
             )
         )
-        batch = T.meta_var(_Batch(n, dtype))
+        batch = T.meta_var(Batch(n, dtype))
         Q = T.meta_var(batch.of_queries("q", q_rows, q_starts, D))
         K = T.meta_var(batch.of_keys("k", k_rows, k_starts, D))
         V = T.meta_var(batch.of_keys("v", v_rows, k_starts, E))
@@ -138,7 +138,7 @@ def _sizes_of_sequences(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Sequences laid out in a batch entry each."""
 
     n: Sizes
