@@ -7,6 +7,7 @@ each of which gives something, and saves what the first process was given, by ta
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,7 +23,7 @@ from tvm_flash import ProcessGroupError, TvmFlashError
 from tvm_flash.distributed import context_parallel_attention, shard_batch, shard_sequence, unshard_sequence
 
 #: How long a process that is gone may keep the others.
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=100)
 
 #: Meshes by name: their shape, and how keys are exchanged.
 MESHES = {
@@ -265,7 +266,14 @@ def main(folder: str, world: str, *tasks: str) -> int:
                 os._exit(1)
             os._exit(0)
         children.append(child)
-    return max(os.waitpid(child, 0)[1] for child in children)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:  # the others would wait for it
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -109,11 +109,10 @@ class Kernels:
         """The parameters of mask and score that are tensors."""
         if not self._is_placed:
             return (None,)
-        batch = q.shape[0]
-        start, end, offset = (
-            torch.full((batch, 1), n, dtype=torch.int32, device=q.device) for n in (0, k.shape[2], call.offset)
-        )
-        return start, end, offset, self.slopes
+        numbers = {"kv_start": 0, "kv_end": k.shape[2], "query_start": call.offset}
+        given = {n: torch.full((q.shape[0], 1), x, dtype=torch.int32, device=q.device) for n, x in numbers.items()}
+        given["alibi_slopes"] = self.slopes
+        return tuple(map(given.get, PARAMETERS))
 
     def _options(self, flag, call):
         left, right = (self.left, self.right) if self._is_placed else (call.left, call.right)
