@@ -29,6 +29,7 @@ def flash_attention_paged(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
+    sinks: Any = None,
     kv_start: Any = None,
     return_lse: bool = False,
     out: Any = None,
@@ -56,6 +57,7 @@ def flash_attention_paged(
     causal: query i of a sequence sees its keys up to ``i + seqlens_k - length_q``, aligned bottom-right.
     window_size, softcap: as in :func:`tvm_flash.flash_attention`.
     alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``.
+    sinks: as in :func:`tvm_flash.flash_attention`, ``(heads,)`` or ``(batch, heads)``.
     kv_start: int32 ``(batch, 1)`` or ``(batch, heads)``: keys before this one are hidden (left padding).
     return_lse: also return the log-sum-exp of each row.
     out: where the result goes, of the result's shape and dtype; must not share memory with an input.
@@ -74,7 +76,7 @@ def flash_attention_paged(
     PackError, KernelError (RuntimeError): no pack for the device, a damaged pack, a failed launch.
     """
     # fmt: off
-    return _attend(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, alibi_slopes, kv_start, out,
+    return _attend(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, alibi_slopes, sinks, kv_start, out,
                    "auto", return_lse, softmax_scale, causal, window_size, softcap, max_seqlen_q)
     # fmt: on
 

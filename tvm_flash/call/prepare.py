@@ -183,7 +183,8 @@ def kinds_of(
     kind = "positioned" if "query_start" in per_head else "padded" if padded else mask.kind
     capped = checks.check_softcap(options.softcap) != 0
     return mask, {
-        "definition": BUILTIN_DEFINITION, "mask": kind, "score": score_of(capped, "alibi_slopes" in per_head)
+        "definition": BUILTIN_DEFINITION, "mask": kind,
+        "score": score_of(capped, "alibi_slopes" in per_head, "sinks" in per_head),
     }  # fmt: skip
 
 

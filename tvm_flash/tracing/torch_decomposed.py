@@ -15,6 +15,7 @@ def attention(
     kv_start=None,
     kv_end=None,
     query_start=None,
+    sinks=None,
     *,
     layout="bhsd",
     variant="auto",
@@ -50,6 +51,9 @@ def attention(
         hidden.append(keys >= _each(kv_end))
     for one in hidden:
         scores = scores.masked_fill(one, -torch.inf)
+    if sinks is not None:  # a key more, whose value is 0
+        scores = torch.cat([scores, _each(sinks).expand(*scores.shape[:3], 1)], -1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
     weights = torch.softmax(scores, -1)
     if hidden:  # a row that sees no key
         weights = torch.where(torch.isnan(weights) & ~torch.isnan(scores), 0.0, weights)

@@ -26,12 +26,12 @@ from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, 
 from tvm_flash.tracing.torch_ops import check_kernel, readable, with_kinds_named, written
 
 _STARTS = OPERATORS[RAGGED].starts
-_PARAMETERS = {RAGGED: ("alibi_slopes",), RAGGED_BACKWARD: ("alibi_slopes",), PAGED: PAGED_PARAMETERS}
+_PARAMETERS = {RAGGED: ("alibi_slopes", "sinks"), RAGGED_BACKWARD: ("alibi_slopes", "sinks"), PAGED: PAGED_PARAMETERS}
 
 _NUMBERS = (
     "float? softmax_scale=None, bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
 )
-_OPTIONS = f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes=None, *, {_NUMBERS}"
+_OPTIONS = f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes=None, Tensor? sinks=None, *, {_NUMBERS}"
 _library = torch.library.Library("tvm_flash", "FRAGMENT")
 _tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 _library.define(
@@ -45,7 +45,7 @@ _library.define(
 )
 _library.define(
     "attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqlens_k, "
-    "Tensor page_table, Tensor? alibi_slopes=None, Tensor? kv_start=None, *, "
+    "Tensor page_table, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? kv_start=None, *, "
     f"{_NUMBERS}, int? max_seqlen_q=None, bool return_lse=False) -> (Tensor, Tensor)",
     tags=_tags,
 )
@@ -181,10 +181,10 @@ def _backward_shapes(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, 
 # ---------------------------------------------------------------- gradients
 
 
-def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, **options):
+def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, sinks=None, **options):
     forward, backward = (getattr(torch.ops.tvm_flash, _NAMES[op]).default for op in (RAGGED, RAGGED_BACKWARD))
-    others = (cu_seqlens_q, cu_seqlens_k, alibi_slopes)
-    if not is_recorded((q, k, v, alibi_slopes)):
+    others = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
+    if not is_recorded((q, k, v, alibi_slopes, sinks)):
         return below(forward, q, k, v, *others, **options)
     own = {name: x for name, x in options.items() if name != "return_lse"}
 
