@@ -14,7 +14,6 @@ from schedules.families.interface import PAGED
 from tests import paged_cases, ragged_cases
 from tests.paged_cases import PAGED_CASES, PagedCase
 from tests.ragged_cases import RaggedCase
-from tests.test_cpu_family import runnable_isas
 from tests.test_cpu_ragged import attend as attend_ragged
 from tests.test_cpu_ragged import installed, kernel
 
@@ -43,10 +42,11 @@ def test_against_float64_and_the_bits_of_ragged_keys(case):
 _ONE = PagedCase(RaggedCase((3, 150, 0, 1, 70), 4, 64, (9, 161, 5, 0, 1333), kv_heads=2, mask="causal"), 16, 1)
 
 
-@pytest.mark.parametrize("isa", [x for x in runnable_isas()[1:] if x in ("avx2", "baseline")])
-def test_other_instruction_sets(isa):
+def test_another_instruction_set():
+    """That with the smallest code to compile."""
     data = ragged_cases.inputs(_ONE.of)
-    paged_cases.check(_ONE, data, *attend(_ONE, data, kernel(_ONE.of.dtype, isa, PAGED, definition=_EVERYTHING)))
+    made = kernel(_ONE.of.dtype, "baseline", PAGED, definition=_EVERYTHING)
+    paged_cases.check(_ONE, data, *attend(_ONE, data, made))
 
 
 def test_pages_that_make_no_sense_are_refused_before_anything_is_written():
