@@ -60,7 +60,7 @@ def run(arch: str, symbol: str) -> int:
             given = {"q": q, "k": k, "v": v}
             if e.op == "backward":
                 given |= outputs(q, v)
-            if e.is_ragged:
+            if e.form == "ragged":
                 given = selfcheck.packed([{role: x[b] for role, x in given.items()} for b in range(len(q))], after=3)
             found = selfcheck.run(kernel, device, given, 1 / math.sqrt(e.head_dim), (e.head_dim, e.head_dim_v))
             for role in found.keys() - {"lse"}:

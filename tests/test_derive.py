@@ -201,6 +201,32 @@ def test_sequences_of_different_lengths_are_attended_to_as_if_alone(score, mask)
         np.testing.assert_allclose(results[name], x, atol=2e-5, rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("page_size", (1, 3, 16))
+def test_keys_on_pages_are_those_of_their_sequence(page_size):
+    """The same as with the keys one after the other; what no sequence needs may hold anything."""
+    attention = Attention(SCORES["softcap_alibi"], MASKS["padded"])
+    queries, keys, more_queries, _ = LENGTHS
+    shape = (len(queries), 4, 2, sum(queries) + more_queries, sum(keys))
+    q, k, v, _, _, params = problem(attention, shape)
+    q, k, v = (np.ascontiguousarray(x[0].swapaxes(0, 1)) for x in (q, k, v))
+    starts = [np.int32([0, *itertools.accumulate(x)]) for x in (queries, keys)]
+    given = {"q": q, "cu_seqlens_q": starts[0], "softmax_scale": SCALE, **params}
+    most = max(keys) // page_size + 2
+    order = np.random.default_rng(0).permutation(len(keys) * most)
+    table = np.full((len(keys), most), -7, np.int32)
+    pages = {n: np.full((len(order), page_size, *x.shape[1:]), np.nan, np.float32) for n, x in (("k", k), ("v", v))}
+    for b, length in enumerate(keys):
+        for j in range(length):
+            at = table[b, j // page_size] = order[b * most + j // page_size]
+            for name, rows in (("k", k), ("v", v)):
+                pages[name][at, j % page_size] = rows[starts[1][b] + j]
+    lengths = {"seqlens_k": np.int32(keys), "page_table": table}
+    got = oracle.operator(attention, "paged", HEAD_DIM, HEAD_DIM_V)(**given, **pages, **lengths)
+    want = oracle.operator(attention, "ragged", HEAD_DIM, HEAD_DIM_V)(**given, k=k, v=v, cu_seqlens_k=starts[1])
+    for name in ("o", "lse"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+
+
 def test_a_part_far_below_another_does_not_overflow():
     combine = oracle.operator(Attention(), "combine", HEAD_DIM, HEAD_DIM_V)
     os = np.stack([np.full((1, 1, 1, HEAD_DIM_V), value, np.float32) for value in (1, 2, 3)])
@@ -235,7 +261,7 @@ def doubled(block):
     return s_tir.SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, body, block.init)
 
 
-@pytest.mark.parametrize("op", ("partial", "combine", "delta", "backward", "ragged", "ragged_backward"))
+@pytest.mark.parametrize("op", ("partial", "combine", "delta", "backward", "ragged", "ragged_backward", "paged"))
 def test_another_step_of_an_operator_is_refused_by_name(op):
     attention = Attention(asking(SCORES["alibi"]), MASKS["causal"])
     func = derive(match(attention(8, "float32")), op)

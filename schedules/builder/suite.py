@@ -11,6 +11,8 @@ from schedules.families.interface import (
     BACKWARD_ACCUMULATE,
     DECODE,
     FORWARD,
+    PAGED,
+    PAGED_DECODE,
     RAGGED,
     RAGGED_BACKWARD,
 )
@@ -71,11 +73,17 @@ SCOPES = {
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
     ),
     RAGGED_BACKWARD: Scope((("window", "optional"),)),
+    PAGED: Scope(
+        (("positioned", "optional"),),
+        between=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
+    ),
+    PAGED_DECODE: Scope((("window", "identity"), ("positioned", "optional"))),
     BACKWARD_ACCUMULATE: Scope((("positioned", "optional"),), by_default=False),  # for rings alone, and as large again
 }
 
 #: Kinds whose tensors have no batch axis, and so one layout: there are kernels of one template, the family's last.
-ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD)
+ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
 
 
 @dataclass(frozen=True)

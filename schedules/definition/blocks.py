@@ -307,6 +307,21 @@ def lengths(name: str, L, starts, n: Sizes) -> None:
         _store(L[b], T.cast(starts[b + 1] - starts[b], L.dtype))
 
 
+def given_lengths(name: str, L, given, n: Sizes) -> None:
+    """``L[b] = given[b]``."""
+    with _block(name, n, "b") as (b,):
+        _store(L[b], T.cast(given[b], L.dtype))
+
+
+def from_pages(name: str, X, pages, table, n: Sizes, axes: str) -> None:
+    """``X[b, g, j, d] = pages[table[b, j // size], j % size, g, d]``, 0 past a sequence's last key."""
+    size = pages.shape[1]
+    with _block(name, n, axes) as (b, g, j, d):
+        page = T.cast(table[b, T.floordiv(j, size)], j.ty.dtype)
+        element = pages[page, T.floormod(j, size), g, d]
+        _store(X[b, g, j, d], T.if_then_else(j < n.lengths[1][b], element, tirx.const(0, X.dtype)))
+
+
 def unpacked(name: str, X, rows, starts, L, n: Sizes, axes: str) -> None:
     """``X[b, h, i, d] = rows[starts[b] + i, h, d]``, 0 past a sequence's end."""
     with _block(name, n, axes) as (b, h, i, d):

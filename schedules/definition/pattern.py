@@ -22,11 +22,12 @@ from tvm import sym, tirx
 from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 
-from schedules.definition.derive import OPERATORS, STARTS, Symbols
+from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import derivative
+from schedules.definition.operator import PAGES, STARTS, Symbols
 from schedules.definition.parameters import Site, append_arguments, axes_of, parameter_symbols
-from schedules.definition.reading import Reading, blocks_of, is_ragged, read, without_regions
+from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
 
 
@@ -259,9 +260,14 @@ def _sizes_of(arguments) -> tuple[str, int, int, str]:
     """dtype, head_dim, head_dim_v and index dtype of an operator."""
     keys, values = (arguments.get(role, arguments.get("o")) for role in ("k", "v"))
     for role, x in arguments.items():
-        if not isinstance(x.ty, tirx.BufferType) or role in ("lse", "dlse", "delta", "lse_parts", *STARTS):
+        if not isinstance(x.ty, tirx.BufferType) or role in ("lse", "dlse", "delta", "lse_parts", *STARTS, *PAGES):
             continue
-        axes, rank = ("(total, heads, head_dim)", 3) if is_ragged(arguments) else ("(batch, heads, seq, head_dim)", 4)
+        if is_paged(arguments) and role in ("k", "v"):
+            axes, rank = "(pages, page_size, heads, head_dim)", 4
+        elif is_ragged(arguments):
+            axes, rank = "(total, heads, head_dim)", 3
+        else:
+            axes, rank = "(batch, heads, seq, head_dim)", 4
         if len(x.ty.shape) != rank + (role == "o_parts") or not isinstance(x.ty.shape[-1], tirx.IntImm):
             raise DefinitionError(f"arguments: {role} is {axes} with a constant head_dim")
     return str(keys.ty.dtype), int(keys.ty.shape[-1]), int(values.ty.shape[-1]), str(keys.ty.shape[0].ty.dtype)

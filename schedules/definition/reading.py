@@ -16,8 +16,9 @@ from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
 from schedules.definition.attention import GRADIENTS
-from schedules.definition.derive import OPERATORS, STARTS, Operator
+from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
+from schedules.definition.operator import PAGES, STARTS, Operator
 from schedules.definition.parameters import axes_of
 from tvm_flash.packs.manifest import Param
 
@@ -182,12 +183,19 @@ def _sizes(found: Reading) -> tuple[Expr, ...]:
         return (*q[:3], *k[1:3])
     lengths = (tirx.Var(name, q[0].ty.dtype) for name in LENGTHS)
     seqlen_q, seqlen_kv = lengths
+    if is_paged(found.arguments):
+        return found.arguments[PAGES[0]].ty.shape[0], q[1], seqlen_q, k[2], seqlen_kv
     return found.arguments[STARTS[0]].ty.shape[0] - 1, q[1], seqlen_q, k[1], seqlen_kv
 
 
 def is_ragged(arguments: dict[str, tirx.Var]) -> bool:
     """Whether an operator with these arguments by role is over sequences of different lengths."""
     return STARTS[0] in arguments
+
+
+def is_paged(arguments: dict[str, tirx.Var]) -> bool:
+    """Whether the keys of such an operator lie on pages."""
+    return PAGES[0] in arguments
 
 
 def _score(found: Reading, variables: Variables) -> Expr:

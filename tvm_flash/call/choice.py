@@ -177,7 +177,7 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
 def candidates(arch: str, problem: Problem) -> list[Installed]:
     """The installed kernels of an arch that compute a problem's operator, in its dtype and definition."""
     found = registry().candidates(arch, problem.definition, problem.dtype, OPERATORS[problem.op].computes)
-    return [k for k in found if k.entry.is_ragged == problem.is_ragged]
+    return [k for k in found if k.entry.form == problem.form]
 
 
 def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:

@@ -140,7 +140,7 @@ def _share(figures: tuple[float, float]) -> float:
 def _compare(kernel: Installed, device: Device, seqlen_q: int, seqlen_kv: int, *, repeat: bool):
     """Of each result its error and bound, by role; whether a second run, if asked for, had the same bits."""
     entry = kernel.entry
-    of = _expected_of_sequences if entry.is_ragged else _expected
+    of = _expected_of_sequences if entry.form == "ragged" else _expected
     expected = of(*_kind(entry)[:-1], seqlen_q, seqlen_kv)
 
     def computed():
@@ -274,7 +274,7 @@ def run(
     entry, q, k = kernel.entry, inputs["q"].shape, inputs["k"].shape
     order = (0, 1, 2, 3) if entry.layout == "bhsd" else (0, 2, 1, 3)
     of = dict(zip(("head_dim", "head_dim_v"), head_dims, strict=True))
-    if entry.is_ragged:
+    if entry.form == "ragged":
         starts = len(inputs["cu_seqlens_q"])
         of |= {"batch": starts - 1, "heads": q[1], "kv_heads": k[1], "total_q": q[0], "total_k": k[0]}
         extents = entry.extents(sizes.of_sequences(**of))
