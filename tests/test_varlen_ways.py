@@ -19,7 +19,7 @@ LENGTHS = (33, 0, 5, 70, 1), (40, 9, 5, 60, 130)
 CASES = (
     RaggedCase(LENGTHS[0], 4, 64, LENGTHS[1], kv_heads=2, mask="causal", after=(6, 3)),
     RaggedCase((20, 300, 7), 2, 64, kv_heads=1, score="softcap_alibi", params=(("softcap", 2.0),)),
-    RaggedCase((20, 30), 2, 32, mask="window", params=(("window_left", 7), ("window_right", 2))),
+    RaggedCase((20, 0, 30), 2, 32, mask="window", params=(("window_left", 7), ("window_right", 2))),
 )
 
 

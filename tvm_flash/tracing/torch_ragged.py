@@ -25,11 +25,11 @@ from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, 
 from tvm_flash.tracing.torch_ops import check_kernel, readable, with_kinds_named, written
 
 _STARTS = OPERATORS[RAGGED].starts
-_PARAMETERS = ("alibi_slopes",)
+_PARAMETERS = ("alibi_slopes", "sinks")
 
 _OPTIONS = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes=None, *, float? softmax_scale=None, "
-    "bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes=None, Tensor? sinks=None, *, "
+    "float? softmax_scale=None, bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
 )
 _library = torch.library.Library("tvm_flash", "FRAGMENT")
 _tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
@@ -147,10 +147,10 @@ def _backward_shapes(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, 
 # ---------------------------------------------------------------- gradients
 
 
-def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, **options):
+def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, sinks=None, **options):
     forward, backward = (getattr(torch.ops.tvm_flash, _NAMES[op]).default for op in (RAGGED, RAGGED_BACKWARD))
-    others = (cu_seqlens_q, cu_seqlens_k, alibi_slopes)
-    if not is_recorded((q, k, v, alibi_slopes)):
+    others = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
+    if not is_recorded((q, k, v, alibi_slopes, sinks)):
         return below(forward, q, k, v, *others, **options)
     own = {name: x for name, x in options.items() if name != "return_lse"}
 
