@@ -17,6 +17,7 @@ from tvm_flash.errors import (
     TvmFlashError,
 )
 from tvm_flash.interface import custom_attention, flash_attention, flash_attention_v2
+from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.padded import padded_attention
 from tvm_flash.paged import check_pages, flash_attention_paged
 from tvm_flash.selector import BackendSelector
@@ -44,6 +45,7 @@ __all__ = [
     "flash_attention_v2",
     "flash_attention_v2_backward",
     "flash_attention_varlen",
+    "flash_attention_with_kvcache",
     "padded_attention",
     "padded_attention_backward",
 ]
