@@ -30,6 +30,7 @@ MESHES = {
     "1": ((1,), "gather"),
     "2 gather": ((2,), "gather"),
     "2 ring": ((2,), "ring"),
+    "2 heads": ((2,), "heads"),
     "3 ring": ((3,), "ring"),
     "4 gather": ((4,), "gather"),
     "4 heads": ((4,), "heads"),
@@ -39,6 +40,8 @@ MESHES = {
     "4 × 2 gather": ((4, 2), "gather"),
 }
 
+#: What is computed on a GPU: in 16 bits, of what its kernels take.
+ON_GPUS = ("1", "2 gather", "2 ring", "2 heads")
 #: What is computed on each mesh: of every case a few, and a few on every mesh.
 EVERYWHERE = ("causal", "causal documents")
 OF_ALL = ("3 ring", "8 gather", "2 × 4 ring")
@@ -50,6 +53,7 @@ RUNS = {
     for dtype in (torch.float32, torch.bfloat16)
     if (mesh in OF_ALL or case in EVERYWHERE if dtype == torch.float32 else mesh in IN_16_BITS and case in EVERYWHERE)
 }
+RUNS_ON_GPUS = {(case, mesh, torch.bfloat16) for case in CASES for mesh in ON_GPUS}
 
 
 @cache
@@ -107,7 +111,7 @@ def results() -> dict:
         mesh = mesh_of(shape)
         if mesh.get_coordinate() is None:
             continue
-        for run in sorted(RUNS, key=str):
+        for run in sorted(RUNS if device().type == "cpu" else RUNS_ON_GPUS, key=str):
             if run[1] == name:
                 case = CASES[run[0]]
                 found[run] = together(case, case.inputs(run[2]), mesh, exchange=exchange)
@@ -241,9 +245,12 @@ TASKS = {f.__name__: f for f in (results, other_orders, errors, batches, deaths,
 
 
 def work(rank: int, world: int, folder: str, tasks: list[str]) -> None:
-    """What one process does: the tasks in order, in a world of ``gloo``."""
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    """What one process does: the tasks in order, with NCCL where each process has a GPU of its own, else with gloo."""
+    store, backend = dist.FileStore(os.path.join(folder, "store"), world), "gloo"
+    if torch.cuda.device_count() >= world:
+        backend = "nccl"
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     found = {task: TASKS[task]() for task in tasks}
     if rank == 0:
         torch.save(found, os.path.join(folder, "found.pt"))

@@ -4,6 +4,7 @@ dimension, and the last query stands on the last key."""
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -72,26 +73,50 @@ class Kernels:
 
     # ---- backward
 
-    def backward(self, call: Call, dout, q, k, v, out, lse, dlse, dq, dk, dv, d_slopes) -> None:
-        """Add the gradients of a call to float32 ``dq``, ``dk``, ``dv`` and ``d_slopes``."""
+    def backward(self, call: Call, dout, q, k, v, out, lse, dlse, dq, dk, dv, d_slopes, *, once: bool) -> None:
+        """Add the gradients of a call to float32 ``dq``, ``dk``, ``dv`` and ``d_slopes``.
+
+        With ``once``, which needs kernels that don't add, ``dq`` is of q's dtype and is written.
+        """
         learnt = ("alibi_slopes",) if self.learns else ()
-        given = (dq, dk, dv, *([d_slopes] if learnt else []))
+        sums = (dk, dv, *([d_slopes] if learnt else []))
         lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
         if call.starts:
+            if not self._has_ragged_backward(q, v, learnt):
+                self._document_by_document(call, dout, q, k, v, out, lse, dlse, dq, dk, dv, d_slopes, once)
+                return
             rows = (_ragged(x) for x in (dout, q, k, v, out))
-            dlse = None if dlse is None else dlse[0]
-            tensors = (*rows, lse[0], dlse, *_starts(call, q), self._slopes_of_heads, *(None for _ in given))
-            found = _entrance(RAGGED_BACKWARD, False, learnt)(*tensors, *self._options(False, call))
+            tensors = (*rows, lse[0], None if dlse is None else dlse[0], *_starts(call, q), self._slopes_of_heads)
+            places = (_ragged(dq) if once else None, *(None for _ in sums))
+            found = _entrance(RAGGED_BACKWARD, False, learnt)(*tensors, *places, *self._options(False, call))
             found = [*(x.transpose(0, 1)[None] for x in found[:3]), *(x.sum(0, keepdim=True) for x in found[3:])]
         else:
-            tensors = (dout, q, k, v, out, lse, dlse, *self._placed(call, q, k))
             attend = _entrance(BACKWARD, self._is_placed, learnt)
-            if has_accumulate(self._device(q), name_of(q.dtype), q.shape[-1], v.shape[-1], learnt):
-                attend(*tensors, *given, *self._options(True, call))
+            tensors = (dout, q, k, v, out, lse, dlse, *self._placed(call, q, k))
+            if self.adds(q, v):
+                attend(*tensors, dq, *sums, *self._options(True, call))
                 return
-            found = attend(*tensors, *(None for _ in given), *self._options(False, call))
-        for to, x in zip(given, found, strict=True):
+            places = (dq if once else None, *(None for _ in sums))
+            found = attend(*tensors, *places, *self._options(False, call))
+        for to, x in zip(sums if once else (dq, *sums), found[1:] if once else found, strict=True):
             to.add_(x)
+
+    def adds(self, q: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether kernels add to gradients themselves."""
+        learnt = ("alibi_slopes",) if self.learns else ()
+        return has_accumulate(self._device(q), name_of(q.dtype), q.shape[-1], v.shape[-1], learnt)
+
+    def _document_by_document(self, call, dout, q, k, v, out, lse, dlse, dq, dk, dv, d_slopes, once):
+        for first, end in itertools.pairwise(call.starts):
+            rows = (slice(None), slice(None), slice(first, end))
+            inputs = (dout[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], None if dlse is None else dlse[rows])
+            places = (dq[rows], dk[rows], dv[rows], d_slopes)
+            self.backward(call._replace(starts=()), *inputs, *places, once=once)
+
+    def _has_ragged_backward(self, q, v, learnt) -> bool:
+        kind = (BUILTIN_DEFINITION, "window", "optional")
+        of = (self._device(q), name_of(q.dtype), q.shape[-1], v.shape[-1])
+        return why_none(RAGGED_BACKWARD, *kind, *of, gradients=learnt) is None
 
     # ---- what calls have in common
 

@@ -76,7 +76,10 @@ class Job:
     def backward(self, dout, q, k, v, out, lse, dlse, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, of the keys and values that this rank holds, in a dtype, and of the slopes if they learn."""
         head_dim, learns = k.shape[3], self.kernels.learns
-        dq = empty_as(q, q.shape[3], torch.float32).zero_()
+        once = not self.plan.merges and not self.kernels.adds(q, v)
+        dq = empty_as(q, q.shape[3], q.dtype if once else torch.float32)
+        if not (once and self.plan.covers):
+            dq.zero_()
         dk, dv = empty_as(k, k.shape[3], dtype), empty_as(v, v.shape[3], dtype)
         d_slopes = q.new_zeros(q.shape[:2], dtype=torch.float32) if learns else None
         sums: dict[Heads, torch.Tensor] = {}
@@ -93,7 +96,7 @@ class Job:
                 places = (dq[rows], *_keys(gradients, call, head_dim), d_slopes[rows[:2]] if learns else None)
                 keys = _keys(stage.keys, call, head_dim)
                 kept = (out[rows], lse[rows], None if dlse is None else dlse[rows])
-                kernels.backward(call, dout[rows], q[rows], *keys, *kept, *places)
+                kernels.backward(call, dout[rows], q[rows], *keys, *kept, *places, once=once)
             if last is not None:
                 last.wait()
             last = Return(self.group, 2 * stage.number + 1, step, gradients, sums[heads])
