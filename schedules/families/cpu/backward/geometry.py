@@ -17,6 +17,9 @@ from schedules.families.cpu.vector_math import vectorizable
 #: Rows of queries, and keys, of a section at least; how many sections there are at most.
 SECTION, MOST_SECTIONS = 256, 16
 
+#: Axes of the gradients that are summed over the sections of a head's keys; others have a place for each.
+SUMMED = ("", "bh")
+
 
 @dataclass(frozen=True)
 class Geometry(forward.Geometry):
