@@ -91,11 +91,13 @@ def make_ends(pattern: Pattern, config: Config, accumulates: bool) -> SimpleName
     def begin_places(P, b, h):
         """Zeros in a head's gradients of parameters over queries or keys."""
         for p in spread if not accumulates else ():
-            extents = {"i": P.seqlen_q, "j": P.seqlen_kv}
-            with T.grid(*(extents.get(a, T.int64(1)) for a in "ij" if a in p.of_gradient)) as rest:
-                rest = iter(rest if isinstance(rest, (tuple, list)) else (rest,))
-                place = [{"b": b, "h": h}[a] if a in "bh" else next(rest) for a in p.of_gradient]
-                T.buffer_store(P.gradients[p.name], T.float32(0), place)
+            extents = {
+                "i": P.seqlen_q if "i" in p.axes else T.int64(1),
+                "j": P.seqlen_kv if "j" in p.axes else T.int64(1),
+            }
+            with T.serial(T.Select(P.wants(p), extents["i"], T.int64(0))) as i, T.serial(extents["j"]) as j:
+                at = {"b": b, "h": h, "i": i, "j": j}
+                T.buffer_store(P.gradients[p.name], T.float32(0), [at[a] for a in p.of_gradient])
 
     def add_to_sinks(P, b, h, site, total):
         at = (b * P.heads + h) * MOST_SECTIONS

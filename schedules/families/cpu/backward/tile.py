@@ -103,7 +103,7 @@ def section_macro(pattern, config: Config, isa: Isa):
         """Add a row's shares to those gradients: to a query's, or to each key's."""
         for param in spread:
             shares, out = vars(t)[f"d_{param.name}"], P.gradients[param.name]
-            with T.serial(columns) as j:
+            with T.serial(T.Select(P.wants(param), columns, T.int64(0))) as j:
                 at = {"b": site.b, "h": site.h, "i": i, "j": key0 + j}
                 place = [at[a] for a in param.of_gradient]
                 T.buffer_store(out, out[tuple(place)] + shares[j], place)
