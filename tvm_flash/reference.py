@@ -1,8 +1,9 @@
 """Attention in float64 numpy: the formula as one would write it on paper, and the numpy twin of every mask and score.
 
 Slow and plain on purpose: it is what kernels are compared with, in ``python -m tvm_flash check`` and in the tests.
-A twin sees whole arrays: ``s`` is ``(batch, heads, seqlen_q, seqlen_kv)`` after scaling; ``at.i`` is ``(seqlen_q, 1)``,
-``at.j`` is ``(1, seqlen_kv)``, per-head parameters are ``(batch, heads, 1, 1)``, so that everything broadcasts.
+A twin sees whole arrays: ``s`` is ``(batch, heads, seqlen_q, seqlen_kv)`` after scaling; ``at.b`` is ``(batch, 1, 1,
+1)``, ``at.h`` ``(heads, 1, 1)``, ``at.i`` ``(seqlen_q, 1)``, ``at.j`` ``(1, seqlen_kv)``, per-head parameters are
+``(batch, heads, 1, 1)``, so that everything broadcasts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Positions:
     seqlen_q: int
     seqlen_kv: int
     params: Mapping[str, Any]
+    b: np.ndarray | None = None
+    h: np.ndarray | None = None
 
     @property
     def diagonal(self) -> np.ndarray:
@@ -240,7 +243,9 @@ class _Forward:
         values = {
             n: x if np.ndim(x) == 0 else np.asarray(x, np.float64)[..., None, None] for n, x in (params or {}).items()
         }
-        at = Positions(np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)[None, :], seqlen_q, seqlen_kv, values)
+        indices = (np.arange(n).reshape(-1, *[1] * (3 - a)) for a, n in enumerate((len(q), heads, seqlen_q, seqlen_kv)))
+        b, h, i, j = indices
+        at = Positions(i, j, seqlen_q, seqlen_kv, values, b, h)
         s = np.einsum("bhid,bhjd->bhij", q, k) * softmax_scale
         x = np.where(mask(at), score(s, at), -np.inf)
         row_max, sink = x.max(axis=-1, keepdims=True, initial=-np.inf), _sink_of(score, at)

@@ -77,7 +77,7 @@ SCOPES = {
     ),
     RAGGED_BACKWARD: Scope((("window", "optional_sinks"),), on_gpus=(("window", "optional"),)),
     PAGED: Scope(
-        (("positioned", "optional"),),
+        (("positioned", "optional_sinks"),),
         between=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
     ),

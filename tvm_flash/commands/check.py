@@ -5,6 +5,7 @@ Kernels are called directly, with memory that is made here: no framework is need
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -15,6 +16,7 @@ import numpy as np
 
 from tvm_flash import numerics, reference
 from tvm_flash.call.memory import MAX_ALIGNMENT
+from tvm_flash.commands.check_sequences import on_pages, one_after_another, packed
 from tvm_flash.display import Entry, Table, table
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.frameworks import contiguous_strides
@@ -24,7 +26,7 @@ from tvm_flash.machine.ffi import Frame, TensorSpec
 from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS, SEQLEN_KV, SEQLEN_Q
 from tvm_flash.operators import ACCUMULATE, FORWARD, TENSORS, gradient_of, role_of
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Argument, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, PAGED, RAGGED, Argument, KernelEntry
 from tvm_flash.packs.registry import Installed, registry
 
 #: Keys that a kernel for longer sequences gets beyond those of the case, at most: enough for several tiles.  Without a
@@ -140,8 +142,7 @@ def _share(figures: tuple[float, float]) -> float:
 def _compare(kernel: Installed, device: Device, seqlen_q: int, seqlen_kv: int, *, repeat: bool):
     """Of each result its error and bound, by role; whether a second run, if asked for, had the same bits."""
     entry = kernel.entry
-    of = _expected_of_sequences if entry.form == "ragged" else _expected
-    expected = of(*_kind(entry)[:-1], seqlen_q, seqlen_kv)
+    expected = _EXPECTED[entry.form](*_kind(entry)[:-1], seqlen_q, seqlen_kv)
 
     def computed():
         return run(kernel, device, expected.inputs, expected.scale, (entry.head_dim, entry.head_dim_v))
@@ -222,28 +223,20 @@ def _expected_of_sequences(*what) -> _Expected:
         rows = [found.exact[role][0][b] for b, found in enumerate(alone)]
         per_head = first.ndim == 2
         exact[role] = (
-            np.stack(rows) if per_head else _one_after_another(rows, 5, -np.inf if role == "lse" else 0),
+            np.stack(rows) if per_head else one_after_another(rows, 5, -np.inf if role == "lse" else 0),
             bound,
         )
     return _Expected(inputs, alone[0].scale, exact)
 
 
-def packed(sequences: list[Mapping[str, np.ndarray]], after: int = 0) -> dict[str, np.ndarray]:
-    """Inputs of sequences, by role ``(heads, length, dim)`` or ``(heads, length)``, as ragged kernels take them.
-
-    ``after`` are rows and keys after the last, full of NaN.
-    """
-    inputs = {role: _one_after_another([x[role] for x in sequences], after, np.nan) for role in sequences[0]}
-    lengths = {"cu_seqlens_q": "q", "cu_seqlens_k": "k"}
-    starts = {name: np.cumsum([0, *(x[role].shape[1] for x in sequences)]) for name, role in lengths.items()}
-    return inputs | {name: x.astype(np.int32) for name, x in starts.items()}
+@functools.lru_cache(maxsize=2)
+def _expected_on_pages(*what) -> _Expected:
+    """The same with the keys on pages."""
+    found = _expected_of_sequences(*what)
+    return dataclasses.replace(found, inputs=on_pages(found.inputs))
 
 
-def _one_after_another(sequences: list[np.ndarray], after: int, beyond: float) -> np.ndarray:
-    """``(total, heads, dim)`` of ``(heads, length, dim)`` each, or ``(heads, total)`` of ``(heads, length)``."""
-    rest = np.full((len(sequences[0]), after, *sequences[0].shape[2:]), beyond, sequences[0].dtype)
-    whole = np.concatenate([*sequences, rest], axis=1)
-    return np.ascontiguousarray(whole.swapaxes(0, 1)) if whole.ndim == 3 else whole
+_EXPECTED = {DENSE: _expected, RAGGED: _expected_of_sequences, PAGED: _expected_on_pages}
 
 
 def random_inputs(
@@ -269,16 +262,25 @@ def run(
     """What a kernel writes, by role, as float32 in the layout bhsd, with ``PARAMS``; memory is NaN before.
 
     ``inputs`` are q, k, v and whatever else the operator takes, by role, in the layout bhsd, or those of sequences as
-    :func:`packed` has them.  A kernel that has parameters of each head takes ``BATCH`` and ``HEADS``.
+    :mod:`tvm_flash.commands.check_sequences` has them.  A kernel that has parameters of each head takes ``BATCH`` and
+    ``HEADS``.
     """
     entry, q, k = kernel.entry, inputs["q"].shape, inputs["k"].shape
-    order = (0, 1, 2, 3) if entry.layout == "bhsd" else (0, 2, 1, 3)
+    order = (0, 2, 1, 3) if entry.form == DENSE and entry.layout == "bshd" else (0, 1, 2, 3)
     of = dict(zip(("head_dim", "head_dim_v"), head_dims, strict=True))
-    if entry.form == "ragged":
+    if entry.form != DENSE:
         starts = len(inputs["cu_seqlens_q"])
-        of |= {"batch": starts - 1, "heads": q[1], "kv_heads": k[1], "total_q": q[0], "total_k": k[0]}
-        extents = entry.extents(sizes.of_sequences(**of))
-        shapes = {role_of(name): tuple({**of, "starts": starts}[a] for a in x.ragged) for name, x in TENSORS.items()}
+        of |= {"batch": starts - 1, "heads": q[1], "kv_heads": k[-2], "total_q": q[0]}
+        if entry.form == PAGED:
+            per_sequence = inputs["page_table"].shape[1]
+            of |= {"pages": k[0], "page_size": k[1], "pages_per_sequence": per_sequence}
+            extents = entry.extents(sizes.of_pages(**of))
+        else:
+            of |= {"total_k": k[0]}
+            extents = entry.extents(sizes.of_sequences(**of))
+        shapes = {
+            role_of(name): tuple({**of, "starts": starts}.get(a, 0) for a in x.ragged) for name, x in TENSORS.items()
+        }
     else:
         of |= {"batch": q[0], "heads": q[1], "kv_heads": k[1], "seqlen_q": q[2], "seqlen_kv": k[2]}
         extents = entry.extents(sizes.of(**of))

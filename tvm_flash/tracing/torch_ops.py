@@ -113,7 +113,7 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
     own = {"return_lse": options.flag} if options.op == FORWARD else {"gradients": list(options.gradients)}
     own |= {"layout": options.layout, "variant": options.variant, "softmax_scale": options.softmax_scale}
     builtin, custom = (getattr(torch.ops.tvm_flash, name) for name in _NAMES[options.op])
-    if options.op == FORWARD and not torch.compiler.is_compiling() and _onnx_is_traced():
+    if options.op == FORWARD and is_for_onnx():
         builtin = torch_decomposed.attention
     if options.definition == BUILTIN_DEFINITION:
         left, right = options.window_size
@@ -213,9 +213,9 @@ def written(name: str, to: Any, result: Any) -> Any:
     return to.copy_(result)
 
 
-def _onnx_is_traced() -> bool:
+def is_for_onnx() -> bool:
     """Whether ``torch.onnx.export(dynamo=False)`` traces a program, whose format has no such operators."""
-    onnx = sys.modules.get("torch.onnx")
+    onnx = None if torch.compiler.is_compiling() else sys.modules.get("torch.onnx")
     return onnx is not None and onnx.is_in_onnx_export()
 
 

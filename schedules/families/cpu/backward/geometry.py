@@ -52,7 +52,7 @@ class Geometry(forward.Geometry):
         return self.heads // self.kv_heads
 
     def wants(self, param: Param) -> Expr:
-        """Whether the gradient of a parameter over queries or keys is asked for; a single element says that it is not."""
+        """Whether the gradient of a parameter over queries or keys is asked for; of a single element it isn't."""
         extents = {"b": self.batch, "h": self.heads, "i": self.seqlen_q, "j": self.seqlen_kv}
         shape = self.gradients[param.name].shape
         return tirx.all(*(n >= extents[a] for n, a in zip(shape, param.of_gradient, strict=True)))
