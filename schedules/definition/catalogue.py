@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from schedules.definition.parameters import Table
 from tvm_flash import catalogue, reference
 from tvm_flash.packs.manifest import FARTHEST_START, Param
 
@@ -23,8 +24,9 @@ from tvm_flash.packs.manifest import FARTHEST_START, Param
 class Position:
     """Where one score is: TIR expressions.
 
-    ``b, h, i, j`` are batch, query head, query and key index.  ``param["name"]`` is a run-time parameter, for a
-    per-head one the value that belongs to ``(b, h)``.
+    ``b, h, i, j`` are batch, query head, query and key index.  ``param["name"]`` is a run-time parameter, of a tensor
+    the value that belongs to this place: float32, int32 or a predicate.  ``table["name"](index, …)`` is an element of a
+    table, each index moved to the nearest that there is, and ``table["name"].shape`` are its sizes.
     """
 
     b: Expr
@@ -34,6 +36,7 @@ class Position:
     seqlen_q: Expr
     seqlen_kv: Expr
     param: Mapping[str, Expr]
+    table: Mapping[str, Table] = field(default_factory=dict)
 
     @property
     def diagonal(self) -> Expr:

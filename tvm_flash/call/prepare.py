@@ -62,7 +62,7 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
     parameters = tuple(name for name in given if name not in operator.all_inputs)
     what, scalars, declared = _computation(options, sizes, parameters)
     for name in parameters:
-        checks.check_per_head(name, given[name], declared[name].dtype, sizes, q)
+        checks.check_parameter(declared[name], given[name], sizes, q)
     request = Request(
         framework=framework,
         layout=options.layout,
@@ -81,6 +81,7 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
         variant=checks.check_variant(options.variant),
         softmax_scale=checks.check_scale(options.softmax_scale, sizes.head_dim),
         scalars=scalars,
+        declared=declared,
         given=given,
         parameters=parameters,
         outputs=outputs,

@@ -7,12 +7,22 @@ from typing import Any
 
 import torch
 
+from tvm_flash.call.prepare import params_of
+from tvm_flash.errors import NotSupportedError
+
 
 def larger_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
     """A rule that makes one batch of the mapped and the own batch dimension."""
 
     def rule(info, in_dims, *arguments, **options):
         size = info.batch_size
+        if "name" in options:
+            declared = params_of(options["name"])
+            if wide := [n for n in options["per_head_names"] if not declared[n].per_head]:
+                raise NotSupportedError(
+                    f"{', '.join(wide)}: the call is mapped by torch.vmap, and such parameters can't be; use the batch "
+                    f"dimension of q, k and v"
+                )
 
         def merged(x, dim):
             if isinstance(x, (list, tuple)):
