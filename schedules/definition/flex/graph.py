@@ -41,11 +41,15 @@ _ZEROS_AND_ONES = [
 
 @dataclass(frozen=True)
 class Formula:
-    """The result of a function as a tree of nodes, and the parameters that it reads in the order of first use."""
+    """The result of a function as a tree of nodes, and the parameters that it reads in the order of first use.
+
+    ``learnt`` are those that require a gradient.
+    """
 
     name: str
     result: Node
     params: tuple[Param, ...]
+    learnt: frozenset[str] = frozenset()
 
     @staticmethod
     def of(function: Callable, role: str) -> Formula:
@@ -74,6 +78,7 @@ def settled(formulas: list[Formula]) -> list[Formula]:
             if node.what == "read":
                 indices.setdefault(node.operands[0].operands[0], set()).add(node.operands[1:])
     axes = {name: _axes_of(found) for name, found in indices.items()}
+    learnt = {name for f in formulas for name in f.learnt}
     known: dict[int, Node] = {}
 
     def placed(node: Node) -> Node:
@@ -87,8 +92,8 @@ def settled(formulas: list[Formula]) -> list[Formula]:
 
     def declared(param: Param) -> Param:
         if axes.get(param.name):
-            return Param(param.name, param.dtype, axes=axes[param.name], gradient=param.gradient)
-        if param.rank and param.gradient:
+            return Param(param.name, param.dtype, axes=axes[param.name], gradient=param.name in learnt)
+        if param.rank and param.name in learnt:
             raise DefinitionError(
                 f"{param.name}: requires a gradient, which is known of a tensor that is read at one place only: some "
                 f"of [b, h, q_idx, kv_idx] in this order; pass {param.name}.detach()"
@@ -144,6 +149,7 @@ class _Reader:
         self._function, self._role = function, role
         self._name = name if name.isidentifier() else "function"
         self._params: dict[str, Param] = {}
+        self._learnt: set[str] = set()
         self._held = _held_by(function)
 
     def read(self) -> Formula:
@@ -166,7 +172,7 @@ class _Reader:
             raise self._refusal(
                 f"returns {got}; expected {_RESULTS[self._role]}: it is called as {_called(self._role)}"
             )
-        return Formula(self._name, result, tuple(self._params.values()))
+        return Formula(self._name, result, tuple(self._params.values()), frozenset(self._learnt))
 
     def _trace(self):
         import torch
@@ -194,10 +200,12 @@ class _Reader:
         if name is None:
             raise self._refusal(f"makes a tensor of shape {tuple(tensor.shape)}; hold it in a variable outside instead")
         if tensor.ndim:
-            param = Param(name, _TABLES[dtype], rank=tensor.ndim, gradient=tensor.requires_grad)
+            param = Param(name, _TABLES[dtype], rank=tensor.ndim)
         else:
             param = Param(name, "float32" if kind == "float" else "int32", gradient=tensor.requires_grad)
         self._params[name] = param
+        if tensor.requires_grad:
+            self._learnt.add(name)
         return Node("parameter", (name, tensor.ndim), kind)
 
     def _operation(self, node, values) -> Node:
