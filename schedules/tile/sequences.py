@@ -7,7 +7,7 @@ is attended to as if it were alone.
 
 Sequences are *dense*, all of the lengths of the launch, each from the first position of a batch entry of its own; or
 *ragged*, of different lengths, packed one after the other in tensors without a batch axis, where the device says where
-each begins (:class:`Ragged`).  Which rows of which sequence a block computes follows from sizes alone where they are
+each begins (:class:`Ragged`), or how long each is (:class:`Lengths`).  Which rows of which sequence a block computes follows from sizes alone where they are
 dense; where they are ragged, row tiles have *slots*, which a block looks up (:func:`find_sequence`).
 """
 
@@ -97,6 +97,28 @@ class Ragged:
         There are at most ``floor((begin + length) / rows) - floor(begin / rows) + 1`` tiles in ``length`` positions.
         """
         return T.truncdiv(self.begin(sequence), rows) + sequence
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sequence ``i`` of ``batch`` has ``lengths[i]`` positions, at most ``most``, each counted from its own first one.
+
+    ``lengths`` is a flat view of ``batch`` int32 on the device.  Sequence number ``batch`` has the last one's.
+    """
+
+    lengths: object
+    batch: Expr
+    most: Expr
+
+    @property
+    def usual_length(self) -> Expr:
+        """The most that one may have."""
+        return self.most
+
+    def of(self, sequence: Expr) -> Sequence:
+        """The sequence of a number."""
+        length = self.lengths[T.min(sequence, self.batch - 1)]
+        return Sequence(0, T.min(T.max(length, 0), self.most))
 
 
 _COUNT_LANES = """

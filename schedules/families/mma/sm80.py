@@ -22,7 +22,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import BACKWARD, DECODE, RAGGED, Program, Rejected, Target
+from schedules.families.interface import BACKWARD, DECODE, PAGED, RAGGED, Program, Rejected, Target
 from schedules.families.mma import backward, ldmatrix, mma
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -31,7 +31,7 @@ from schedules.families.mma.instructions import AmpereProducts, AsynchronousCopi
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
-from schedules.families.mma.ragged import RaggedForward
+from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.tile.fragment import M16N8
 from schedules.tile.tile_scheduler import Traversal
 
@@ -345,6 +345,7 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
 KINDS = {
     DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
+    PAGED: PagedForward(Config, default_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
 }
-UNVERIFIED_KINDS = (BACKWARD,)
+UNVERIFIED_KINDS = (BACKWARD, PAGED)
