@@ -355,10 +355,11 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
+    everything = "optional_sinks" if problem.score == "optional_sinks" else "optional"
     if problem.is_ragged:
-        return "--mask", "window", "--score", "optional"
+        return "--mask", "window", "--score", everything
     padded = problem.mask in ("padded", "positioned")
     if problem.op != FORWARD:
         padded = padded or problem.score != "identity"
-    mask, score = ("positioned", "optional") if padded else ("window", problem.score)
+    mask, score = ("positioned", everything) if padded else ("window", problem.score)
     return "--mask", mask, "--score", score

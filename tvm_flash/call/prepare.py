@@ -172,7 +172,8 @@ def kinds_of(
     kind = "positioned" if "query_start" in per_head else "padded" if "kv_end" in per_head else mask.kind
     capped = checks.check_softcap(options.softcap) != 0
     return mask, {
-        "definition": BUILTIN_DEFINITION, "mask": kind, "score": score_of(capped, "alibi_slopes" in per_head)
+        "definition": BUILTIN_DEFINITION, "mask": kind,
+        "score": score_of(capped, "alibi_slopes" in per_head, "sinks" in per_head),
     }  # fmt: skip
 
 

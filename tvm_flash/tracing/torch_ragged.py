@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from tvm_flash.call.ragged import count_sequences
 from tvm_flash.call.signature import Options, signature
@@ -18,17 +19,17 @@ from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import name_of
 from tvm_flash.operators import OPERATORS, RAGGED, RAGGED_BACKWARD, RAGGED_LAYOUT
-from tvm_flash.tracing import torch_ops
+from tvm_flash.tracing import torch_decomposed, torch_ops
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, is_known
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
 from tvm_flash.tracing.torch_ops import check_kernel, readable, with_kinds_named, written
 
 _STARTS = OPERATORS[RAGGED].starts
-_PARAMETERS = ("alibi_slopes",)
+_PARAMETERS = ("alibi_slopes", "sinks")
 
 _OPTIONS = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes=None, *, float? softmax_scale=None, "
-    "bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes=None, Tensor? sinks=None, *, "
+    "float? softmax_scale=None, bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
 )
 _library = torch.library.Library("tvm_flash", "FRAGMENT")
 _tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
@@ -69,12 +70,15 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
         check_call(options, tensors)
     operator, device = OPERATORS[options.op], tensors["q"].device
     for name in operator.starts:
-        if tensors[name].device != device:
+        if isinstance(tensors[name], torch.Tensor) and tensors[name].device != device:  # a proxy of torch.fx has none
             raise ArgumentTypeError(f"{name}: is on {tensors[name].device}, expected {device}, where q is; move it")
     outputs = operator.all_outputs(options.gradients)
     own = {"gradients": list(options.gradients)} if operator.differentiates else {"return_lse": options.flag}
     left, right = options.window_size
-    results = getattr(torch.ops.tvm_flash, _NAMES[options.op])(
+    compute = getattr(torch.ops.tvm_flash, _NAMES[options.op])
+    if options.op == RAGGED and torch_ops.is_for_onnx():
+        compute = torch_decomposed.attention_varlen
+    results = compute(
         *(tensors[name] for name in operator.inputs),
         *(tensors.get(name) for name in (*operator.optional, *operator.starts, *_PARAMETERS)),
         softmax_scale=options.softmax_scale,
@@ -143,10 +147,10 @@ def _backward_shapes(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, 
 # ---------------------------------------------------------------- gradients
 
 
-def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, **options):
+def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, sinks=None, **options):
     forward, backward = (getattr(torch.ops.tvm_flash, _NAMES[op]).default for op in (RAGGED, RAGGED_BACKWARD))
-    others = (cu_seqlens_q, cu_seqlens_k, alibi_slopes)
-    if not is_recorded((q, k, v, alibi_slopes)):
+    others = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
+    if not is_recorded((q, k, v, alibi_slopes, sinks)):
         return below(forward, q, k, v, *others, **options)
     own = {name: x for name, x in options.items() if name != "return_lse"}
 
@@ -187,3 +191,36 @@ for _op, _name in _NAMES.items():
     torch.library.register_fake(f"tvm_flash::{_name}", _FAKE[_op], lib=_library)
     if hasattr(torch.library, "register_vmap"):  # since torch 2.5
         torch.library.register_vmap(f"tvm_flash::{_name}", _refuse_vmap, lib=_library)
+
+
+# ---------------------------------------------------------------- what is said of the operators elsewhere
+
+
+def _lengths(starts) -> list[int] | None:
+    """Lengths of sequences, None where nobody knows them yet."""
+    return None if starts.is_meta or type(starts) is not torch.Tensor else starts.diff().tolist()
+
+
+def _products(q, k, cu_seqlens_q, cu_seqlens_k) -> int:
+    """Operations of a product of all queries and keys of each sequence, for each element of a head.
+
+    Where lengths aren't known, each sequence could have all rows: what is counted then is the most that it can be.
+    """
+    lengths = _lengths(cu_seqlens_q), _lengths(cu_seqlens_k)
+    pairs = q.shape[0] * k.shape[0] if None in lengths else sum(a * b for a, b in zip(*lengths, strict=True))
+    return 2 * q.shape[1] * pairs
+
+
+def _flops(q, k, v, cu_seqlens_q, cu_seqlens_k, *_, out_val=None, **__) -> int:
+    """Operations of both products, whatever is masked, as torch counts them for its own attention."""
+    return _products(q, k, cu_seqlens_q, cu_seqlens_k) * (q.shape[2] + v.shape[2])
+
+
+def _backward_flops(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *_, out_val=None, **__) -> int:
+    """Those of the five products of a backward."""
+    return _products(q, k, cu_seqlens_q, cu_seqlens_k) * (3 * q.shape[2] + 2 * v.shape[2])
+
+
+for _op, _formula in ((RAGGED, _flops), (RAGGED_BACKWARD, _backward_flops)):
+    register_flop_formula(getattr(torch.ops.tvm_flash, _NAMES[_op]), get_raw=True)(_formula)
+torch._decomp.register_decomposition(torch.ops.tvm_flash.attention_varlen.default)(torch_decomposed.attention_varlen)

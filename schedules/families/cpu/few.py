@@ -182,6 +182,12 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                     output = T.meta_var((outputs, (r0 + i) * P.head_dim_v))
                     accumulate(P, S, tile_output, factor, output, k_base, v_base, key0, keys)
 
+    def first_total(P: Geometry, b, h, subtract, scale):
+        """What the sum of a row begins with: the sink's share."""
+        if not P.pattern.has_sink:
+            return T.float32(0)
+        return P.first_sum(b, h) * exp2((P.first_max(b, h) - subtract) * scale)
+
     @T.inline
     def join(P: Geometry, workspace, b, h, count):
         """Put the parts of one head together: output and log-sum-exp of its rows."""
@@ -191,11 +197,11 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         for i in T.serial(P.seqlen_q):
             r0: T.int64 = P.part_row(b, h, 0, count) + i
             o_row: T.int64 = P.o.row(b, h, i)
-            highest: T.float32 = T.float32(NEGATIVE_INFINITY)
+            highest: T.float32 = P.first_max(b, h)
             for p in T.serial(count):
                 highest = T.max(highest, maxima[r0 + p * P.seqlen_q])
             subtract: T.float32 = finite_or_zero(highest)
-            total: T.float32 = T.float32(0)
+            total: T.float32 = first_total(P, b, h, subtract, scale)
             for p in T.serial(count):
                 weights[p] = exp2((maxima[r0 + p * P.seqlen_q] - subtract) * scale)
                 total += sums[r0 + p * P.seqlen_q] * weights[p]

@@ -110,6 +110,20 @@ class Geometry:
         value = self.stored_score(site, product, i, j, chosen)
         return T.Select(self.pattern.mask(site, i, j), value, T.float32(NEGATIVE_INFINITY))
 
+    def sink(self, b: Expr, h: Expr) -> Expr:
+        """The logit that a head's rows have beside those of keys; −inf, a constant, if there is none."""
+        return self.pattern.sink(self.site(b, h)) if self.pattern.has_sink else T.float32(NEGATIVE_INFINITY)
+
+    def first_max(self, b: Expr, h: Expr) -> Expr:
+        """What a row's maximum begins with, as scores are stored: the sink, if there is one."""
+        return self.sink(b, h) / self.scale() if self.pattern.has_sink else T.float32(NEGATIVE_INFINITY)
+
+    def first_sum(self, b: Expr, h: Expr) -> Expr:
+        """What a row's sum begins with: the sink's share, relative to that maximum."""
+        if not self.pattern.has_sink:
+            return T.float32(0)
+        return T.Select(self.sink(b, h) == T.float32(NEGATIVE_INFINITY), T.float32(0), T.float32(1))
+
     def wants_lse(self) -> Expr:
         """Whether the caller asked for the log-sum-exp."""
         return self.lse_length >= self.batch * self.heads * self.seqlen_q
@@ -138,6 +152,10 @@ class SequenceGeometry(Geometry):
 
     def site(self, b: Expr, h: Expr) -> Site:
         return super().site(T.min(b, self.batch - 1), h)
+
+    def sink(self, b: Expr, h: Expr) -> Expr:
+        none = T.float32(NEGATIVE_INFINITY)
+        return T.Select(b < self.batch, super().sink(b, h), none) if self.pattern.has_sink else none
 
     def wants_lse(self) -> Expr:
         return self.lse_length >= self.heads * self.total_q

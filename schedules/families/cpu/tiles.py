@@ -21,7 +21,6 @@ from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.pairs import pair_products
 from schedules.families.cpu.steps import make_steps
-from schedules.tile.score import NEGATIVE_INFINITY
 
 MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products, "tiles": tile_products}
 
@@ -69,8 +68,8 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                     OT[e, i * lanes + lane] = T.float32(0)
         for i in T.serial(M // lanes):
             for lane in T.vectorized(lanes):
-                row_max[i * lanes + lane] = T.float32(NEGATIVE_INFINITY)
-                row_sum[i * lanes + lane] = T.float32(0)
+                row_max[i * lanes + lane] = P.first_max(b, h)
+                row_sum[i * lanes + lane] = P.first_sum(b, h)
 
         # 2. The kv tiles in which some row may see something, and in each the groups of rows that may.
         visible = T.meta_var(P.pattern.keys_of(site, row0, row0 + rows - 1).visible)
