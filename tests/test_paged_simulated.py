@@ -19,6 +19,8 @@ from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Arch, template, kind, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to copy.
 KERNELS = (
+    ("sm_80", "v2", PAGED_DECODE, 128, 128, "window", "identity", "float16"),
+    ("sm_90a", "v2", PAGED, 128, 128, "causal", "identity", "float16"),
     ("sm_80", "v2", PAGED, 128, 128, "causal", "identity", "float16"),
 )
 

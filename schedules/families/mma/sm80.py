@@ -22,7 +22,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import BACKWARD, DECODE, PAGED, RAGGED, Program, Rejected, Target
+from schedules.families.interface import BACKWARD, DECODE, PAGED, PAGED_DECODE, RAGGED, Program, Rejected, Target
 from schedules.families.mma import backward, ldmatrix, mma
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -30,6 +30,7 @@ from schedules.families.mma.decode import Decoding, PackedSoftmax
 from schedules.families.mma.instructions import AmpereProducts, AsynchronousCopies, AsynchronousStages
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
+from schedules.families.mma.paged_decode import PagedDecoding
 from schedules.families.mma.paired import PairedProducts
 from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.tile.fragment import M16N8
@@ -162,6 +163,7 @@ class DecodeMachine(Machine):
     """The packed rows of a group of heads, against one split of the keys."""
 
     softmax_type = PackedSoftmax
+    looks_ahead = True
 
 
 @T.meta_class
@@ -345,7 +347,8 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
 KINDS = {
     DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
+    PAGED_DECODE: PagedDecoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     PAGED: PagedForward(Config, default_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
 }
-UNVERIFIED_KINDS = (PAGED,)
+UNVERIFIED_KINDS = (PAGED, PAGED_DECODE)
