@@ -106,7 +106,9 @@ def problems(spec, params) -> Iterator[tuple[str, Paged]]:
 
 def neighbours(spec, params, page_size: int = 64, seed: int = 0) -> Paged:
     """Sequences of different lengths beside each other."""
-    lengths = ((1, 30), (4, 129), (1, 1090), (2, 75)) if spec.kind == "paged_decode" else ((30, 30), (40, 129), (140, 75))
+    lengths = (
+        ((1, 30), (4, 129), (1, 1090), (2, 75)) if spec.kind == "paged_decode" else ((30, 30), (40, 129), (140, 75))
+    )
     return Paged(own_case(spec, params), lengths, trailing=9, page_size=page_size, seed=seed)
 
 

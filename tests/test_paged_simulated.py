@@ -19,9 +19,12 @@ from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Arch, template, kind, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to copy.
 KERNELS = (
-    ("sm_80", "v2", PAGED_DECODE, 128, 128, "window", "identity", "float16"),
+    ("sm_80", "v2", PAGED_DECODE, 64, 64, "window", "identity", "bfloat16"),
+    ("sm_90a", "v2", PAGED_DECODE, 128, 128, "positioned", "optional", "float16"),
     ("sm_90a", "v2", PAGED, 128, 128, "causal", "identity", "float16"),
-    ("sm_80", "v2", PAGED, 128, 128, "causal", "identity", "float16"),
+    ("sm_80", "v2", PAGED, 64, 64, "positioned", "optional", "float16"),
+    ("sm_75", "v1", PAGED, 64, 64, "causal", "identity", "float16"),
+    ("sm_70", "v1", PAGED, 64, 64, "full", "identity", "float16"),
 )
 
 

@@ -127,7 +127,9 @@ class RaggedPartials(Partials):
 
     @T.inline
     def write(self, row, column, lane, values, factor, lse):
-        self.store(row, (0, T.truncdiv(row, self.total_q), T.truncmod(row, self.total_q), column), lane, values, factor, lse)
+        self.store(
+            row, (0, T.truncdiv(row, self.total_q), T.truncmod(row, self.total_q), column), lane, values, factor, lse
+        )
 
 
 @T.inline

@@ -96,7 +96,9 @@ class PagedBoxes(RaggedBoxes):
         steps = T.meta_var(self.steps[id(tensor)])
         rows = T.meta_var(self.rows)
         keys = T.meta_var(block.geometry.keys.of(block.batch).length)
-        pages = T.meta_var(self.geometry.key_rows(tensor, block.batch, block.kv_head, self.geometry.keys.of(block.batch)))
+        pages = T.meta_var(
+            self.geometry.key_rows(tensor, block.batch, block.kv_head, self.geometry.keys.of(block.batch))
+        )
         for i in T.serial(T.truncdiv(self.block_n + (32 * rows - 1), 32 * rows)):
             row: T.int32 = (i * 32 + lane) * rows
             if row < self.block_n:
