@@ -89,8 +89,8 @@ def program(
     )
 
 
-#: Keys of a split where keys lie on pages, by the sequence's own number of keys: a sequence has the same splits whatever
-#: a batch or a table of pages has room for.  Multiples of ``_GRAIN``.
+#: Keys of a split where keys lie on pages, by the sequence's own number of keys: a sequence has the same splits
+#: whatever a batch or a table of pages has room for.  Multiples of ``_GRAIN``.
 PAGED_SPLIT_LENGTHS: SplitLengths = ((0, 64), (1024, 128), (4096, 256), (16384, 512), (65536, 1024))
 
 

@@ -19,8 +19,8 @@ from schedules.definition.pattern import Pattern
 from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import RAGGED_LAYOUT, Tensor, flat, wide
 from schedules.tile.partial import PartialResults
-from schedules.tile.sequences import Ragged, find_owner
 from schedules.tile.score import LN_2, LOG2_E
+from schedules.tile.sequences import Ragged, find_owner
 from schedules.tile.softmax import LOWEST, from_lane
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 
@@ -123,7 +123,7 @@ class RaggedPartials(Partials):
         owner: T.int32 = 0
         find_owner(self.queries, T.truncmod(row, self.total_q), lane, owner)
         if T.And(row < self.rows, owner < self.queries.batch):
-            splits = T.min(self.split_count(self.lengths[owner]), self.splits)
+            splits = T.min(self.split_count(self.lengths[owner]), self.splits)  # noqa: F841, the caller's
 
     @T.inline
     def write(self, row, column, lane, values, factor, lse):

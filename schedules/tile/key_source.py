@@ -8,8 +8,8 @@ to copy:
   ``key``: one multiply-add, or none, where the keys are contiguous, and what a thread that copies row by row keeps;
 * ``box(key)``: position, head and batch of a tile's first key, as TMA counts them.
 
-Nothing else in a kernel knows how keys are laid out.  Keys on pages (:class:`PagedRows`) have no cursors: a thread looks
-up where each of its rows is, and may do so before it needs them.
+Nothing else in a kernel knows how keys are laid out.  Keys on pages (:class:`PagedRows`) have no cursors: a thread
+looks up where each of its rows is, and may do so before it needs them.
 """
 
 from __future__ import annotations

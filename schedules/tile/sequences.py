@@ -7,8 +7,9 @@ is attended to as if it were alone.
 
 Sequences are *dense*, all of the lengths of the launch, each from the first position of a batch entry of its own; or
 *ragged*, of different lengths, packed one after the other in tensors without a batch axis, where the device says where
-each begins (:class:`Ragged`), or how long each is (:class:`Lengths`).  Which rows of which sequence a block computes follows from sizes alone where they are
-dense; where they are ragged, row tiles have *slots*, which a block looks up (:func:`find_sequence`).
+each begins (:class:`Ragged`); keys on pages have lengths alone (:class:`Lengths`).  Which rows of which sequence a
+block computes follows from sizes alone where they are dense; where they are ragged, row tiles have *slots*, which a
+block looks up (:func:`find_sequence`).
 """
 
 from __future__ import annotations

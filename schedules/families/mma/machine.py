@@ -105,8 +105,8 @@ class Matrix(Rows):
 class PagedMatrix(Rows):
     """The same on pages: a thread looks up the page of each of its rows.
 
-    ``beside``: another tensor's, which looks up the same keys first.  ``ahead``: a tile's pages are looked up as soon as
-    it is known which one is next, and not when it is copied.
+    ``beside``: another tensor's, which looks up the same keys first.  ``ahead``: a tile's pages are looked up as soon
+    as it is known which one is next, and not when it is copied.
     """
 
     def __init__(self, source: PagedRows, tile: SharedTile, threads: int, thread, beside=None, ahead: bool = False):

@@ -1,12 +1,12 @@
 """Decoding over keys on pages: few query rows for each head of keys, so that the keys are split among blocks.
 
 As :mod:`schedules.families.mma.decode`, of ragged sequences.  How long the splits of a sequence are follows from its
-own number of keys (:mod:`schedules.families.split_keys`), which the device reads, while the grid follows from sizes: a
-block takes splits of a sequence at equal distances, as many as there are, and all row tiles of each.  The pages of a
-tile are looked up while the one before it is on its way.
+own number of keys (:mod:`schedules.families.split_keys`), which the device reads, while the grid follows from sizes:
+a block takes splits of a sequence at equal distances, as many as there are, and all row tiles of each.  The pages of
+a tile are looked up while the one before it is on its way.
 
-The first launch reads nothing that belongs to no split, and the second knows by itself which splits a row has: what lies
-in between in the partial results is never read.
+The second launch knows by itself which splits a row has: what the first one doesn't write of the partial results is
+never read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Keys on pages on Hopper: the kernel of ragged sequences, in which a tile of keys is several boxes of TMA.
 
-A box ends where its page or its sequence does (:func:`schedules.families.sm90.tma.encode_paged`), and one that no key is
-in reads nothing, so that a kernel serves pages of any size: of 8 and less slowly, as a box has few rows then.
+A box ends where its page or its sequence does (:func:`schedules.families.sm90.tma.encode_paged`), and one that no key
+is in reads nothing, so that a kernel serves pages of any size: of 8 and less slowly, as a box has few rows then.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The producer's warpgroup.  Each of its warps has one task, which one thread does, so that none waits for another; where
-keys lie on pages, the lanes share the boxes of a tile.
+"""The producer's warpgroup.  Each of its warps has one task, which one thread does, so that none waits for another;
+where keys lie on pages, the lanes share the boxes of a tile.
 
 Warp 0 fetches K, warp 1 V, warp 2 the queries of further work tiles, and warp 3 stores what the consumers have written.
 """
@@ -51,18 +51,23 @@ def fetch_keys(block, pipeline, descriptor, first):
 
 
 @T.inline
+def _fetch_paged_tiles(block, pipeline, tensor, descriptor, lane, n):
+    walk = KeyWalk(block, 0, block.config.block_m)
+    for i in T.serial(walk.steps):
+        if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
+            pipeline.producer_acquire(pipeline.state(n))
+            block.boxes.load(block, tensor, pipeline, pipeline.state(n), descriptor, walk.key_first(i), lane)
+            n = n + 1
+
+
+@T.inline
 def fetch_pages(block, pipeline, tensor, descriptor, lane):
     """A whole warp: fill the pipeline of K or of V, whose keys lie on pages."""
     n: T.int32 = 0
 
     @T.inline
     def fetch(t):
-        walk = KeyWalk(block, 0, block.config.block_m)
-        for i in T.serial(walk.steps):
-            if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
-                pipeline.producer_acquire(pipeline.state(n))
-                block.boxes.load(block, tensor, pipeline, pipeline.state(n), descriptor, walk.key_first(i), lane)
-                n = n + 1
+        _fetch_paged_tiles(block, pipeline, tensor, descriptor, lane, n)
 
     block.scheduler.each_tile(block, True, lane, fetch)
 
