@@ -59,6 +59,7 @@ def test_calls_and_programs_take_the_options_of_the_functions():
         "layout_known",
         "op",
         "gradients",
+        "longest",
         "flag",
     }
     fields |= {OPERATORS["forward"].flag}

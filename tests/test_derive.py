@@ -208,7 +208,7 @@ def test_sequences_of_different_lengths_are_attended_to_as_if_alone(score, mask)
 @pytest.mark.parametrize("page_size", (1, 3, 16))
 def test_keys_on_pages_are_those_of_their_sequence(page_size):
     """The same as with the keys one after the other; what no sequence needs may hold anything."""
-    attention = Attention(SCORES["softcap_alibi"], MASKS["padded"])
+    attention = Attention(SCORES["optional_sinks"], MASKS["padded"])
     queries, keys, more_queries, _ = LENGTHS
     shape = (len(queries), 4, 2, sum(queries) + more_queries, sum(keys))
     q, k, v, _, _, params = problem(attention, shape)

@@ -135,5 +135,6 @@ OPERATORS: dict[str, Operator] = {
             *("row_max", "prob", "row_sum", "pv", "out", "lse", "o_rows", "lse_rows"),
         ),
         paged.paged,
+        of_sink=attention.SINK_BLOCKS,
     ),
 }

@@ -45,6 +45,18 @@ class Tensor:
         """Elements from a row to the one that is ``rows`` rows on."""
         return rows * self.strides[2]
 
+    def of_key(self, base: Expr, key: Expr) -> Expr:
+        """Offset of the row of a key, ``base`` being that of the head's first."""
+        return base + key * self.strides[2]
+
+    def near_key(self, base: Expr, key: Expr) -> Expr:
+        """The same, of some row or none if there is no such key."""
+        return self.of_key(base, key)
+
+    def in_tile(self, first: Expr, j: Expr) -> Expr:
+        """Offset of the row of key number ``j`` of a tile, ``first`` being that of its first."""
+        return first + j * self.strides[2]
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -70,6 +82,9 @@ class Geometry:
     head_dim: Expr
     head_dim_v: Expr
 
+    #: Whether keys lie on pages.
+    is_paged = False
+
     def site(self, b: Expr, h: Expr) -> Site:
         """What the pattern has to know of one batch and head."""
         per_head = {p.name for p in self.pattern.params if p.per_head}
@@ -88,6 +103,10 @@ class Geometry:
     def value_rows(self, b: Expr, h: Expr) -> ContiguousRows:
         """Where their values are."""
         return ContiguousRows(self.v, b, self.kv_head(h), Dense(self.seqlen_kv).of(b))
+
+    def with_room(self, keys: int) -> Geometry:
+        """The same call within a block that looks up the rows of so many keys at once, where that is needed."""
+        return self
 
     def scale(self) -> Expr:
         """What turns a stored score into a natural one.
