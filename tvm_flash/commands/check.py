@@ -5,12 +5,14 @@ Kernels are called directly, with memory that is made here: no framework is need
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from tvm_flash.frameworks import contiguous_strides
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device
 from tvm_flash.machine.ffi import Frame, TensorSpec
-from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS, SEQLEN_KV, SEQLEN_Q
+from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS, SEQLEN_KV, SEQLEN_Q, params_of
 from tvm_flash.operators import ACCUMULATE, FORWARD, TENSORS, gradient_of, role_of
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, PAGED, RAGGED, Argument, KernelEntry
@@ -71,9 +73,12 @@ def check_kernels(
     ``begins`` hears the symbol of a kernel before it runs.  A ``thorough`` check has more and longer cases, and runs
     each twice: the bits must be the same.
     """
-    for kernel, device in _runnable(arch):
-        begins(kernel.entry.symbol)
-        yield check_kernel(kernel, device, thorough=thorough)
+    with contextlib.ExitStack() as held:
+        for index in {device.index for _, device in _runnable(arch) if device.kind == "cuda"}:
+            held.enter_context(cuda.held(index))
+        for kernel, device in _runnable(arch):
+            begins(kernel.entry.symbol)
+            yield check_kernel(kernel, device, thorough=thorough)
 
 
 def count(arch: str | None = None) -> int:
@@ -142,10 +147,12 @@ def _share(figures: tuple[float, float]) -> float:
 def _compare(kernel: Installed, device: Device, seqlen_q: int, seqlen_kv: int, *, repeat: bool):
     """Of each result its error and bound, by role; whether a second run, if asked for, had the same bits."""
     entry = kernel.entry
-    expected = _EXPECTED[entry.form](*_kind(entry)[:-1], seqlen_q, seqlen_kv)
+    lengths = seqlen_q, seqlen_kv
+    expected = _EXPECTED[entry.form](*_kind(entry)[:-1], lengths, *lengths)
+    head_dims = entry.head_dim, entry.head_dim_v
 
     def computed():
-        return run(kernel, device, expected.inputs, expected.scale, (entry.head_dim, entry.head_dim_v))
+        return run(kernel, device, expected.inputs, expected.scale, head_dims, params_of(*lengths))
 
     found = computed()
     again = computed() if repeat else found
@@ -179,15 +186,17 @@ def _expected(
     score: str,
     params: tuple[str, ...],
     learnt: tuple[str, ...],
+    lengths: tuple[int, int],
     seqlen_q: int,
     seqlen_kv: int,
 ) -> _Expected:
+    """Those of one case, with the parameters for ``lengths``, which are its own or those of the longest sequence."""
     q, k, v = random_inputs(dtype, head_dim, head_dim_v, (BATCH, HEADS, KV_HEADS), (seqlen_q, seqlen_kv))
     what = {
         "softmax_scale": 1 / math.sqrt(head_dim),
         "mask": reference.MASKS[mask],
         "score": reference.SCORES[score],
-        "params": {name: PARAMS[name] for name in params},
+        "params": {name: x for name, x in params_of(*lengths).items() if name in params},
     }
     inputs = {"q": q, "k": k, "v": v}
     out, lse = reference.attention(q, k, v, **what)
@@ -257,9 +266,14 @@ def random_inputs(
 
 
 def run(
-    kernel: Installed, device: Device, inputs: Mapping[str, np.ndarray], scale: float, head_dims: tuple[int, int]
+    kernel: Installed,
+    device: Device,
+    inputs: Mapping[str, np.ndarray],
+    scale: float,
+    head_dims: tuple[int, int],
+    params: Mapping[str, Any] = PARAMS,
 ) -> dict[str, np.ndarray]:
-    """What a kernel writes, by role, as float32 in the layout bhsd, with ``PARAMS``; memory is NaN before.
+    """What a kernel writes, by role, as float32 in the layout bhsd; memory is NaN before.
 
     ``inputs`` are q, k, v and whatever else the operator takes, by role, in the layout bhsd, or those of sequences as
     :mod:`tvm_flash.commands.check_sequences` has them.  A kernel that has parameters of each head takes ``BATCH`` and
@@ -288,10 +302,10 @@ def run(
     shapes |= {gradient_of(p.name): (of["batch"], of["heads"]) if p.per_head else (1,) for p in entry.params}
     written, numbers, arrays = [], {"softmax_scale": scale}, {}
     numbers |= {
-        p.name: (float if p.dtype == "float32" else int)(PARAMS[p.name]) for p in entry.params if not p.per_head
+        p.name: (float if p.dtype == "float32" else int)(params[p.name]) for p in entry.params if not p.per_head
     }
     numbers |= {scalar.name: extents[scalar.name] for scalar in entry.scalars}
-    per_head = {p.name: PARAMS[p.name] for p in entry.params if p.per_head}
+    per_head = {p.name: params[p.name] for p in entry.params if p.per_head}
     workspaces = {w.name: w for w in entry.workspaces}
     for argument in entry.arguments:
         role = argument.role
