@@ -93,6 +93,11 @@ def optional_sinks(s, at):
     return optional(s, at)
 
 
+def biased(s, at):
+    """With a number added to each score (:func:`torch.nn.functional.scaled_dot_product_attention`)."""
+    return s + at.params["bias"]
+
+
 def full(at):
     """Every query sees every key."""
     return at.j < at.seqlen_kv
@@ -125,10 +130,15 @@ def positioned(at):
     return padded(at)
 
 
+def given(at):
+    """Each query sees the keys that a tensor says."""
+    return at.params["visible"]
+
+
 SCORES: Mapping[str, Callable] = {
-    f.__name__: f for f in (identity, softcap, alibi, softcap_alibi, optional, optional_sinks)
+    f.__name__: f for f in (identity, softcap, alibi, softcap_alibi, optional, optional_sinks, biased)
 }
-MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window, padded, positioned)}
+MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window, padded, positioned, given)}
 
 
 def attention(
@@ -140,6 +150,7 @@ def attention(
     mask: Callable = full,
     score: Callable = identity,
     params: Mapping[str, Any] | None = None,
+    axes: Mapping[str, str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention and its log-sum-exp in float64.
 
@@ -149,6 +160,7 @@ def attention(
     v: ``(batch, kv_heads, seqlen_kv, head_dim_v)``; any real dtype.
     mask, score: twins from this module, or functions of the same form; a score may have a sink (:func:`with_sink`).
     params: values by name; per-head ones as ``(batch, heads)`` or ``(heads,)``.
+    axes: of the parameters that are tensors, some of ``"bhij"``, ``""`` of a table; ``"bh"`` of one that isn't named.
 
     Returns
     -------
@@ -156,7 +168,7 @@ def attention(
     lse: ``(batch, heads, seqlen_q)`` float64, natural logarithm; in such a row the sink, or −inf without one.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        state = _Forward.of(q, k, v, softmax_scale, mask, score, params)
+        state = _Forward.of(q, k, v, softmax_scale, mask, score, params, axes)
         out = np.where(state.row_sum == 0, 0.0, np.einsum("bhij,bhjd->bhid", state.prob, state.v))
     return out, state.lse
 
@@ -184,6 +196,7 @@ def attention_backward(
     params: Mapping[str, Any] | None = None,
     gradients: Sequence[str] = (),
     rounded: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    axes: Mapping[str, str] | None = None,
 ) -> Gradients:
     """Gradients of attention in float64, given those of its output and of its log-sum-exp.
 
@@ -205,7 +218,7 @@ def attention_backward(
     dq, dk, dv, and the parameters' gradients by name, in the shapes of the parameters.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        state = _Forward.of(q, k, v, softmax_scale, mask, score, params)
+        state = _Forward.of(q, k, v, softmax_scale, mask, score, params, axes)
         dout = np.where(state.row_sum == 0, 0.0, np.asarray(dout, np.float64))
         dp = np.einsum("bhid,bhjd->bhij", dout, state.v)
         delta = np.einsum("bhij,bhij->bhi", state.prob, np.where(state.prob == 0, 0.0, dp))
@@ -236,13 +249,12 @@ class _Forward:
     lse: np.ndarray
 
     @staticmethod
-    def of(q, k, v, softmax_scale, mask, score, params) -> _Forward:
+    def of(q, k, v, softmax_scale, mask, score, params, axes) -> _Forward:
         q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
         heads, seqlen_q, kv_heads, seqlen_kv = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
         k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
-        values = {
-            n: x if np.ndim(x) == 0 else np.asarray(x, np.float64)[..., None, None] for n, x in (params or {}).items()
-        }
+        axes = axes or {}
+        values = {n: _beside_scores(x, axes.get(n, "bh")) for n, x in (params or {}).items()}
         indices = (np.arange(n).reshape(-1, *[1] * (3 - a)) for a, n in enumerate((len(q), heads, seqlen_q, seqlen_kv)))
         b, h, i, j = indices
         at = Positions(i, j, seqlen_q, seqlen_kv, values, b, h)
@@ -254,6 +266,16 @@ class _Forward:
         row_sum = prob.sum(axis=-1, keepdims=True) + np.where(sink == -np.inf, 0.0, np.exp(sink - row_max))
         lse = np.where(row_sum == 0, -np.inf, row_max + np.log(row_sum))
         return _Forward(q, k, v, kv_heads, at, s, np.where(row_sum == 0, 0.0, prob / row_sum), row_sum, lse[..., 0])
+
+
+def _beside_scores(x: Any, axes: str) -> Any:
+    """A parameter as it broadcasts against scores; a number, or a table, as it is."""
+    if np.ndim(x) == 0 or not axes:
+        return x
+    x = np.asarray(x)
+    x = x if x.dtype == bool else x.astype(np.float64)
+    x = x[(None,) * (len(axes) - x.ndim)]
+    return x[tuple(slice(None) if a in axes else None for a in "bhij")]
 
 
 def _sink_of(score: Callable, at: Positions) -> np.ndarray:
@@ -286,7 +308,6 @@ def _parameter_gradient(name: str, score: Callable, state: _Forward, dscore: np.
         shares = shares.sum(axis=-1, keepdims=True) - share
     if not shape:
         return shares.sum()
-    shares = shares.sum(axis=(-1, -2))
-    extra = tuple(range(shares.ndim - len(shape)))
-    broadcast = tuple(a for a, size in enumerate(shape, len(extra)) if size == 1 and shares.shape[a] > 1)
-    return shares.sum(axis=(*extra, *broadcast)).reshape(shape)
+    whole = np.shape(value)  # beside scores, with 1 for what it lacks
+    broadcast = tuple(a for a, size in enumerate(whole) if size == 1)
+    return shares.sum(axis=broadcast, keepdims=True).reshape(shape)

@@ -175,6 +175,11 @@ class Pattern:
         chosen = chosen if self.has_choice else None
         if (name, chosen) not in self._derivatives:
             param = next((p for p in self.params if p.name == name), None)
+            if param and param.rank:
+                raise DefinitionError(
+                    f"parameter {name!r}: is a table, and has no gradient; look up in the framework, and give a tensor "
+                    f"over axes of scores, whose gradient flows back"
+                )
             if param and "float" not in param.dtype:
                 raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
             score = sink

@@ -181,11 +181,16 @@ def kinds_of(
         seqlen_q = seqlen_kv = INT32_MAX
     mask = normalise_mask(checks.check_flag("causal", options.causal), window, seqlen_q, seqlen_kv)
     padded = "kv_start" in per_head or "kv_end" in per_head
-    kind = "positioned" if "query_start" in per_head else "padded" if padded else mask.kind
+    if "visible" in per_head:
+        kind = "given"
+    elif "query_start" in per_head:
+        kind = "positioned"
+    else:
+        kind = "padded" if padded else mask.kind
     capped = checks.check_softcap(options.softcap) != 0
     return mask, {
         "definition": BUILTIN_DEFINITION, "mask": kind,
-        "score": score_of(capped, "alibi_slopes" in per_head, "sinks" in per_head),
+        "score": score_of(capped, "alibi_slopes" in per_head, "sinks" in per_head, "bias" in per_head),
     }  # fmt: skip
 
 

@@ -128,11 +128,8 @@ class Param:
         object.__setattr__(self, "per_head", self.axes == "bh")
         if tuple(self.axes) != tuple(a for a in "bhij" if a in self.axes):
             raise ValueError(f"axes: is {self.axes!r}, expected some of 'bhij' in this order")
-        if self.rank and (self.axes or self.gradient):
-            raise ValueError(
-                f"{self.name}: is a table, which has neither axes nor a gradient; to learn it, look up in the "
-                f"framework, and give a parameter over axes"
-            )
+        if self.rank and self.axes:
+            raise ValueError(f"{self.name}: has axes {self.axes!r} and the rank {self.rank} of a table; expected one")
         if self.dtype not in PARAM_DTYPES or (self.dtype not in PARAM_DTYPES[:2] and not self.is_tensor):
             known = PARAM_DTYPES if self.is_tensor else PARAM_DTYPES[:2]
             raise ValueError(f"dtype: is {self.dtype!r}, expected one of {', '.join(known)}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tvm import tirx
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
@@ -54,7 +55,7 @@ class Staged:
         for p in self.params:
             row = other * self.across if self.other in p.axes and self.along > 1 else 0
             value = self.buffers[p.name][row + lane]
-            values[p.name] = value != 0 if value_dtype(p) == "bool" else value
+            values[p.name] = tirx.NE(value, T.int32(0)) if value_dtype(p) == "bool" else value
         return replace(site, params={**site.params, **values})
 
 
@@ -105,10 +106,13 @@ class Look:
 
     def seen(self, at) -> dict:
         """What was seen at a score, as an argument of ``masked_score``; none if the mask has to be asked there."""
-        return {"seen": self.visible[at] != 0} if self.is_needed else {}
+        return {"seen": tirx.NE(self.visible[at], T.int32(0))} if self.is_needed else {}
 
 
 def _scratch(name: str, size: int, dtype: str, scope: str = "global"):
     buffer = T.sblock_alloc_buffer((size,), dtype, scope=scope)
     IRBuilder.name(name, buffer)
+    # Written here, so that it is alive in all loops that follow: in one of them its memory would be taken for free
+    # where it isn't read any more, and be given to what is loaded in the first turn and read in all.
+    T.buffer_store(buffer, tirx.const(0, dtype), [0])
     return buffer
