@@ -125,7 +125,7 @@ class Tir(Language):
 
     def number(self, name, kind):
         value = self._at.param[name]
-        return self.cast(value, "bool") if kind == "bool" else value
+        return self.cast(value, "bool") if kind == "bool" and str(value.ty.dtype) != "bool" else value
 
     def element(self, name, indices):
         return self._at.table[name](*indices)
