@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from tvm_flash.errors import TvmFlashError
 from tvm_flash.frameworks import contiguous_strides
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device
-from tvm_flash.machine.ffi import Frame, TensorSpec
+from tvm_flash.machine.ffi import Frame, Kernel, TensorSpec
 from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS, SEQLEN_KV, SEQLEN_Q
 from tvm_flash.operators import ACCUMULATE, FORWARD, TENSORS, gradient_of, role_of
 from tvm_flash.packs import sizes
@@ -120,31 +120,36 @@ def check_kernel(kernel: Installed, device: Device, *, thorough: bool = False) -
     try:
         lengths = [(SEQLEN_Q, SEQLEN_KV + (entry.bucket if thorough else min(entry.bucket, LONGER_BY)))]
         lengths += [THOROUGH_LENGTHS] if thorough else []
-        found = [_compare(kernel, device, *length, repeat=thorough) for length in lengths]
+        functions = registry().load(kernel)
+        found = [compare(entry, functions, device, *length, repeat=thorough) for length in lengths]
     except TvmFlashError as e:
         return Result(*identity, False, time.perf_counter() - start, note=str(e))
     ok = all(error <= bound for errors, _ in found for error, bound in errors.values())
     note = "" if all(same for _, same in found) else "another run gives other bits"
-    worst = {role: max((e[role] for e, _ in found), key=_share) for role in found[0][0]}
-    results = max((x for role, x in worst.items() if role != "lse"), key=_share)
+    worst = {role: max((e[role] for e, _ in found), key=share) for role in found[0][0]}
+    results = max((x for role, x in worst.items() if role != "lse"), key=share)
     figures = (*results, *worst.get("lse", (None, None)))
     return Result(*identity, ok and not note, time.perf_counter() - start, *figures, note)
 
 
-def _share(figures: tuple[float, float]) -> float:
+def share(figures: tuple[float, float]) -> float:
     """How much of what is allowed an error takes."""
     error, bound = figures
     return math.inf if math.isnan(error) else error / bound if bound else 0.0
 
 
-def _compare(kernel: Installed, device: Device, seqlen_q: int, seqlen_kv: int, *, repeat: bool):
-    """Of each result its error and bound, by role; whether a second run, if asked for, had the same bits."""
-    entry = kernel.entry
+def compare(
+    entry: KernelEntry, functions: Sequence[Kernel], device: Device, seqlen_q: int, seqlen_kv: int, *, repeat: bool
+) -> tuple[dict[str, tuple[float, float]], bool]:
+    """Of each result its error and bound, by role; whether a second run, if asked for, had the same bits.
+
+    ``functions`` are those of the kernel's launches.
+    """
     of = _expected_of_sequences if entry.form == "ragged" else _expected
     expected = of(*_kind(entry)[:-1], seqlen_q, seqlen_kv)
 
     def computed():
-        return run(kernel, device, expected.inputs, expected.scale, (entry.head_dim, entry.head_dim_v))
+        return _run(entry, functions, device, expected.inputs, expected.scale, (entry.head_dim, entry.head_dim_v))
 
     found = computed()
     again = computed() if repeat else found
@@ -271,7 +276,12 @@ def run(
     ``inputs`` are q, k, v and whatever else the operator takes, by role, in the layout bhsd, or those of sequences as
     :func:`packed` has them.  A kernel that has parameters of each head takes ``BATCH`` and ``HEADS``.
     """
-    entry, q, k = kernel.entry, inputs["q"].shape, inputs["k"].shape
+    return _run(kernel.entry, registry().load(kernel), device, inputs, scale, head_dims)
+
+
+def _run(entry: KernelEntry, functions: Sequence[Kernel], device: Device, inputs, scale: float, head_dims):
+    """The same of functions that are loaded."""
+    q, k = inputs["q"].shape, inputs["k"].shape
     order = (0, 1, 2, 3) if entry.layout == "bhsd" else (0, 2, 1, 3)
     of = dict(zip(("head_dim", "head_dim_v"), head_dims, strict=True))
     if entry.form == "ragged":
@@ -311,10 +321,10 @@ def run(
         strides = contiguous_strides(x.shape)
         arguments[role] = TensorSpec(x.shape, strides, entry.dtype_of(role), device.kind, device.index)
     launches = []
-    for function, launch in zip(registry().load(kernel), entry.launches, strict=True):
+    for function, launch in zip(functions, entry.launches, strict=True):
         roles = [x.role for x in launch.arguments]
         launches.append((Frame(function, [arguments[role] for role in roles]), [r for r in roles if r in arrays]))
-    _run(launches, device, arrays, written)
+    _launch(launches, device, arrays, written)
     found = {role: numerics.decode(arrays[role], entry.dtype_of(role)) for role in written}
     return {r: x.transpose(order) if x.ndim == 4 else x.reshape(shapes[r]) for r, x in found.items()}
 
@@ -334,7 +344,7 @@ def _encoded(x: np.ndarray, argument: Argument, order: tuple[int, ...]) -> np.nd
     return numerics.encode(x, argument.dtype)
 
 
-def _run(
+def _launch(
     launches: list[tuple[Frame, list[str]]], device: Device, arrays: dict[str, np.ndarray], written: list[str]
 ) -> None:
     """Run launches, each with the roles of its tensors, on host arrays; a GPU gets copies, and gives back what is
