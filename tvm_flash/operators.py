@@ -160,5 +160,8 @@ OPERATORS = {
     ),
 }
 
+#: The parameters of mask and score that are tensors, of calls with keys on pages.
+PAGED_PARAMETERS = ("alibi_slopes", "sinks", "kv_start")
+
 #: The layout of tensors in which sequences lie one after the other: ``(total, heads, head_dim)``.
 RAGGED_LAYOUT = "shd"

@@ -90,8 +90,8 @@ class Measurement:
     config: the configuration as JSON.
     status: ``"ok"``; ``"wrong"`` numbers; ``"hung"``, ``"crashed"``; ``"not built"``: by ``reason``.
     microseconds: the median; ``spread`` the 10th to the 90th percentile; None unless ``"ok"``, as all figures below.
-    tflops: operations of the products, two or a backward's five, by the median time; ``percent_of_peak`` of what a large matrix product of the
-        same dtype reached in the same process.
+    tflops: operations of the products, two or a backward's five, by the median time; ``percent_of_peak`` of what a
+        large matrix product of the same dtype reached in the same process.
     gain: time of the incumbent over this time, both as medians of the same rounds.
     incumbent: kernel hash of that incumbent; ``default`` tells that this configuration is the family's default here.
     rounds: how many there were; ``given_up`` if that is fewer than the others had, since it was clearly slower.

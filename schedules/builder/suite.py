@@ -31,6 +31,9 @@ CORE_VARIANTS = (
     ("positioned", "optional"),
 )
 
+#: The same on the CPU, where the last kernel has sinks too: one that isn't given costs a comparison for each row tile.
+CPU_VARIANTS = (*CORE_VARIANTS[:-1], ("positioned", "optional_sinks"))
+
 TEMPLATES = ("v1", "v2")
 
 
@@ -59,27 +62,28 @@ class Scope:
 #: CPU's backward, the kernel that has everything was as fast as those of plain masks: 0.99 to 1.02 of their time,
 #: causal bfloat16 of 512 and 1024 keys 1.02 and 1.04.
 SCOPES = {
-    FORWARD: Scope(CORE_VARIANTS, between=True, own_definitions=True),
+    FORWARD: Scope(CPU_VARIANTS, between=True, own_definitions=True, on_gpus=CORE_VARIANTS),
     DECODE: Scope((("window", "identity"),)),
     BACKWARD: Scope(
-        (("positioned", "optional"),),
+        (("positioned", "optional_sinks"),),
         between=True,
         own_definitions=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
     ),
     RAGGED: Scope(
-        (("window", "optional"),),
+        (("window", "optional_sinks"),),
         between=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
     ),
-    RAGGED_BACKWARD: Scope((("window", "optional"),)),
+    RAGGED_BACKWARD: Scope((("window", "optional_sinks"),), on_gpus=(("window", "optional"),)),
     PAGED: Scope(
-        (("positioned", "optional"),),
+        (("positioned", "optional_sinks"),),
         between=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
     ),
     PAGED_DECODE: Scope((("window", "identity"), ("positioned", "optional"))),
-    BACKWARD_ACCUMULATE: Scope((("positioned", "optional"),), by_default=False),  # for rings alone, and as large again
+    # For rings alone, and as large again.
+    BACKWARD_ACCUMULATE: Scope((("positioned", "optional_sinks"),), by_default=False),
 }
 
 #: Kinds whose tensors have no batch axis, and so one layout: there are kernels of one template, the family's last.
@@ -183,7 +187,8 @@ class Selection:
         if self.masks and self.scores:
             chosen = tuple((m, s) for m in self.masks for s in self.scores)
         else:
-            known = tuple((m, s) for m, s in CORE_VARIANTS if m in self.masks or s in self.scores)
+            usual = CORE_VARIANTS if gpu else CPU_VARIANTS
+            known = tuple((m, s) for m, s in usual if m in self.masks or s in self.scores)
             missing = [(m, "identity") for m in self.masks if m not in {c[0] for c in known}]
             missing += [("window", s) for s in self.scores if s not in {c[1] for c in known}]
             chosen = (*known, *missing)

@@ -193,7 +193,6 @@ def _devices(options: argparse.Namespace, arch: str) -> list[str]:
 
 def _workloads(options: argparse.Namespace, target) -> list[Workload]:
     from schedules.families import family_of
-
     from schedules.tuning import kinds
 
     for kind in options.kind:

@@ -150,6 +150,13 @@ def gradients(
     blocks.rounded("dk", dK, dK_sum, n, "bgjd", n.softmax_scale, formula.dtype)
     blocks.sum_over_queries("dv_sum", dV_sum, P, dO, n, "e")
     blocks.rounded("dv", dV, dV_sum, n, "bgje", T.float32(1), formula.dtype)
+    if formula.has_sink:
+        W = scratch("W", (n.batch, n.heads, n.seqlen_q))
+        blocks.sink_prob(W, LSE, n, formula)
     for param in formula.params:
         if param.gradient:
-            blocks.parameter_gradient(symbols.gradients[param.name], param, dX, P, S, n, formula)
+            target = symbols.gradients[param.name]
+            if formula.is_of_sink(param):
+                blocks.sink_gradient(target, param, W, Delta, n, formula)
+            else:
+                blocks.parameter_gradient(target, param, dX, P, S, n, formula)

@@ -16,7 +16,8 @@ paged            as ``ragged``, with the keys on pages of a cache
 
 The output of a part is normalised: it is attention over the part's keys, so that whoever holds ``(o, lse)`` of disjoint
 keys can merge them, a part alone is a result, and no weight in a merge exceeds 1.  (An output that isn't normalised
-would need its row maximum as a third tensor.)
+would need its row maximum as a third tensor.)  A sink is in no part, since it would count several times: it is a part
+of its own, with the output 0 and the lse ``sink``.
 
 ``combine`` is linear in ``exp(lse)``, and needs nothing of the definition but its softmax; a part that saw nothing has
 the lse −inf and doesn't count, whatever its output holds.
@@ -26,7 +27,8 @@ the lse −inf and doesn't count, whatever its output holds.
 ``dq = softmax_scale * sum_j ds k``, ``dk = softmax_scale * sum_i ds q``, ``dv = sum_i p do``; heads of keys and values
 are summed over the query heads that read them.  A key without weight (hidden, or so far down that ``p`` is 0) has no
 gradient, so that a row that sees nothing has none either.  The gradient of lse enters by delta alone, since
-``∂lse/∂score = p``.
+``∂lse/∂score = p``.  A sink is in lse already, so that nothing of this changes with it; its own gradient is
+``-sum_i exp(sink - lse) * delta``.
 
 ``ragged`` and ``ragged_backward`` attend to each sequence as if it were alone.  Sequence ``b`` has the rows
 ``cu_seqlens_q[b]`` up to but not ``cu_seqlens_q[b + 1]`` of q (``(total_q, heads, head_dim)``), of o and of lse
@@ -84,7 +86,9 @@ def derive(pattern: Formula, op: str) -> PrimFunc:
 
 #: The operators by name.
 OPERATORS: dict[str, Operator] = {
-    "forward": Operator(("q", "k", "v", "o", "lse", "softmax_scale"), attention.BLOCKS, dense.forward),
+    "forward": Operator(
+        ("q", "k", "v", "o", "lse", "softmax_scale"), attention.BLOCKS, dense.forward, of_sink=attention.SINK_BLOCKS
+    ),
     "partial": Operator(
         ("q", "k", "v", "o", "lse", "softmax_scale"),
         ("qk", "score", "mask", "key_range", "row_max", "prob", "row_sum", "pv", "out", "lse"),
@@ -103,6 +107,7 @@ OPERATORS: dict[str, Operator] = {
         ("qk", "score", "mask", *GRADIENT_BLOCKS),
         dense.backward,
         has_gradients=True,
+        of_sink=("sink_prob",),
     ),
     "ragged": Operator(
         ("q", "k", "v", "o", "lse", *STARTS, "softmax_scale"),
@@ -111,6 +116,7 @@ OPERATORS: dict[str, Operator] = {
             *("row_max", "prob", "row_sum", "pv", "out", "lse", "o_rows", "lse_rows"),
         ),
         ragged.ragged,
+        of_sink=attention.SINK_BLOCKS,
     ),
     "ragged_backward": Operator(
         ("q", "k", "v", "do", "lse", "delta", "dq", "dk", "dv", *STARTS, "softmax_scale"),
@@ -120,6 +126,7 @@ OPERATORS: dict[str, Operator] = {
         ),
         ragged.ragged_backward,
         has_gradients=True,
+        of_sink=("sink_prob",),
     ),
     "paged": Operator(
         ("q", "k", "v", "o", "lse", STARTS[0], *PAGES, "softmax_scale"),
@@ -128,5 +135,6 @@ OPERATORS: dict[str, Operator] = {
             *("row_max", "prob", "row_sum", "pv", "out", "lse", "o_rows", "lse_rows"),
         ),
         paged.paged,
+        of_sink=attention.SINK_BLOCKS,
     ),
 }

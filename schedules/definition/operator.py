@@ -41,6 +41,7 @@ class Operator:
     blocks: the names of its blocks, in order; one for each gradient of a parameter follows, ``d_`` and its name.
     write: makes the function with its ``arguments``, those that follow being given as symbols.
     has_scores: whether it computes scores, and so has run-time parameters.
+    of_sink: further blocks where there is a sink.
     """
 
     arguments: tuple[str, ...]
@@ -49,3 +50,4 @@ class Operator:
     scalars: tuple[str, ...] = ()
     has_scores: bool = True
     has_gradients: bool = False
+    of_sink: tuple[str, ...] = ()

@@ -60,7 +60,7 @@ def paged(formula: Formula, symbols: Symbols) -> PrimFunc:
         LSE = T.meta_var(scratch("LSE", (n.batch, heads, total_q)))
         blocks.from_pages("k_from_pages", K, k_pages, table, n, "bgjd")
         blocks.from_pages("v_from_pages", V, v_pages, table, n, "bgje")
-        attention.steps(Q, K, V, O, LSE, n, formula, dtype, blocks.own_keys)
+        attention.steps(Q, K, V, O, LSE, n, formula, dtype, blocks.own_keys, formula.has_sink)
         blocks.packed("o_rows", o_rows, O, q_starts, n, "the")
         blocks.packed_lse(lse_rows, LSE, q_starts, n)
 

@@ -29,6 +29,7 @@ from schedules.definition.operator import PAGES, STARTS, Symbols
 from schedules.definition.parameters import Site, append_arguments, axes_of, parameter_symbols
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
+from tvm_flash.packs.manifest import Param
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Pattern:
     narrows: the rows that see a key go on to the last one, and begin no earlier for later keys, as of a causal mask.
     is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
         needed.
+    has_sink: the softmax has a logit beside those of keys.
     """
 
     def __init__(self, found: Reading):
@@ -77,6 +79,7 @@ class Pattern:
         self.has_choice = self._choice is not None
         self._derivatives: dict[tuple[str | None, bool | None], Expr] = {}
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
+        self.has_sink = found.sink is not None
 
     # ---- what a template asks
 
@@ -111,26 +114,54 @@ class Pattern:
         """The derivative of the score with respect to a float parameter; else as ``score_gradient``."""
         return self._substitute(self._derivative(name, chosen), site, i, j, s)
 
+    def sink(self, site: Site) -> Expr:
+        """The logit of a head that is in the denominator beside those of keys, float32, where ``has_sink``."""
+        return self._substitute(self._found.sink, site, self._zero, self._zero)
+
+    def sink_gradient(self, name: str, site: Site) -> Expr:
+        """The derivative of the sink with respect to a float parameter; else as ``score_gradient``."""
+        return self._substitute(self._derivative(name, None, self._found.sink), site, self._zero, self._zero)
+
+    def is_of_sink(self, param: Param) -> bool:
+        """Whether a parameter is one of the sink."""
+        return self.has_sink and _mentions(self._found.sink, self._variables.params[param.name])
+
+    @property
+    def learnt(self) -> tuple[Param, ...]:
+        """The parameters of the score that ask for a gradient."""
+        return tuple(p for p in self.params if p.gradient and not self.is_of_sink(p))
+
+    @property
+    def learnt_of_sink(self) -> tuple[Param, ...]:
+        """Those of the sink."""
+        return tuple(p for p in self.params if p.gradient and self.is_of_sink(p))
+
     def differentiate(self) -> None:
         """Take the derivatives of the score with respect to ``s`` and to the parameters that ask for it.
 
         Raises
         ------
-        DefinitionError: one isn't known, or a parameter that asks for a gradient isn't a float.
+        DefinitionError: one isn't known, a parameter that asks for a gradient isn't a float, or it is one of the score
+            and of the sink.
         """
         self._derivative(None, None)
-        for p in self.params:
-            if p.gradient:
-                self._derivative(p.name, None)
+        for p in self.learnt:
+            self._derivative(p.name, None)
+        for p in self.learnt_of_sink:
+            if _mentions(self._found.score, self._variables.params[p.name]):
+                raise DefinitionError(f"parameter {p.name!r}: is one of the score and of the sink; make it two")
+            self._derivative(p.name, None, self._found.sink)
 
-    def _derivative(self, name: str | None, chosen: bool | None) -> Expr:
+    def _derivative(self, name: str | None, chosen: bool | None, sink: Expr | None = None) -> Expr:
         """That of the score, or of the one that was chosen, with respect to ``s`` or to a parameter; taken once."""
         chosen = chosen if self.has_choice else None
         if (name, chosen) not in self._derivatives:
             param = next((p for p in self.params if p.name == name), None)
             if param and not param.dtype.startswith("float"):
                 raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
-            score = self._found.score if chosen is None else self._choice[1 if chosen else 2]
+            score = sink
+            if score is None:
+                score = self._found.score if chosen is None else self._choice[1 if chosen else 2]
             variable = self._variables.params[name] if param else self._variables.s
             self._derivatives[name, chosen] = derivative(score, variable)
         return self._derivatives[name, chosen]
@@ -200,9 +231,7 @@ class Pattern:
             return False
         of_head = [self._variables.index[1]]
         of_head += [self._variables.params[p.name] for p in self.params if "h" in axes_of(p)]
-        found = []
-        tvm_ffi.structural_walk(expr, [(tirx.Var, found.append)])
-        return any(x.same_as(v) for x in found for v in of_head)
+        return any(_mentions(expr, x) for x in of_head)
 
     def _substitute(self, expr: Expr, site: Site, i: Expr, j: Expr, s: Expr | None = None) -> Expr:
         """``expr`` with a kernel's values in place of the definition's variables; ``s`` is the raw product."""
@@ -226,13 +255,18 @@ class Pattern:
         return tvm_ffi.structural_map(expr, replace, order="post")
 
 
+def _mentions(expr: Expr, variable: Expr) -> bool:
+    found = []
+    tvm_ffi.structural_walk(expr, [(tirx.Var, lambda x: found.append(x.same_as(variable)))])
+    return any(found)
+
+
 def _split_choice(score: Expr | None, variables) -> tuple[Expr, Expr, Expr] | None:
     """``(condition, score, other score)`` if a score is one of two by a condition that knows no query and no key."""
     if score is None or not getattr(getattr(score, "op", None), "name", "").endswith("if_then_else"):
         return None
-    found, varying = [], (*variables.index[2:], variables.s)
-    tvm_ffi.structural_walk(score.args[0], [(tirx.Var, found.append)])
-    return None if any(x.same_as(v) for x in found for v in varying) else tuple(score.args)
+    varying = (*variables.index[2:], variables.s)
+    return None if any(_mentions(score.args[0], x) for x in varying) else tuple(score.args)
 
 
 def match(func: PrimFunc) -> Pattern:

@@ -55,7 +55,7 @@ def ragged(formula: Formula, symbols: Symbols) -> PrimFunc:
         V = T.meta_var(batch.of_keys("v", v_rows, k_starts, E))
         O = T.meta_var(scratch("O", (n.batch, heads, total_q, E), dtype))
         LSE = T.meta_var(scratch("LSE", (n.batch, heads, total_q)))
-        attention.steps(Q, K, V, O, LSE, n, formula, dtype, blocks.own_keys)
+        attention.steps(Q, K, V, O, LSE, n, formula, dtype, blocks.own_keys, formula.has_sink)
         blocks.packed("o_rows", o_rows, O, q_starts, n, "the")
         blocks.packed_lse(lse_rows, LSE, q_starts, n)
 

@@ -108,7 +108,8 @@ def emit(
     }
     wanted = list(dict.fromkeys((*defaults.values(), *proposals)))
     candidates, not_made = _make_all(folder, target, tasks, wanted, jobs, progress)
-    # 2. Kernels of both templates, and of several kinds, for the same workloads share batches, so that their times can be compared.
+    # 2. Kernels of both templates and of several kinds for the same workloads share batches, so that their times can be
+    #    compared.
     groups: dict[tuple[Workload, ...], list[KernelSpec]] = {}
     for spec, workloads in tasks.items():
         groups.setdefault(tuple(workloads), []).append(spec)

@@ -116,10 +116,8 @@ def backward(w: Workload, group: Group) -> Backward:
     (queries, keys), heads = group.lengths, len(group.q)
     rows, at = _samples(queries), _samples(keys)
     out, lse = np.zeros((heads, queries, group.v.shape[1])), np.zeros((heads, queries))
-    exact, usual = (
-        {"dq": np.zeros((len(rows), w.head_dim)), **{f"d{n}": np.zeros((len(at), getattr(group, n).shape[1])) for n in "kv"}}
-        for _ in range(2)
-    )  # fmt: skip
+    shapes = {"dq": (len(rows), w.head_dim), "dk": (len(at), w.head_dim), "dv": (len(at), w.head_dim_v)}
+    exact, usual = ({name: np.zeros(shape) for name, shape in shapes.items()} for _ in range(2))
     for head in range(heads):
         for chunk in _chunks(queries, keys):
             place, q, dout = _place(group, head, chunk), group.q[head, chunk], group.dout[head, chunk]

@@ -1,4 +1,4 @@
-"""How the sequences of a problem lie in memory, one row a form: sizes, the tensors that say where, and where the last is.
+"""How the sequences of a problem lie in memory, one row a form: sizes, tensors that say where, where the last is.
 
 Shapes of tensors are those of :data:`tvm_flash.operators.TENSORS`.  Needs torch; no TVM.
 """

@@ -74,7 +74,8 @@ def _figure(width: float, height: float):
 def space(measured: Sequence[Measurement]):
     """A panel for each field of the configurations: speed over the default's by the field's value, a dot a
     measurement, coloured by head_dim; a line through the best of each value."""
-    fields = {id(r): _fields(r) for r in (measured := [r for r in measured if r.gain])}
+    measured = [r for r in measured if r.gain]
+    fields = {id(r): _fields(r) for r in measured}
     values = {
         name: sorted({fields[id(r)][name] for r in measured if name in fields[id(r)]})
         for r in measured
@@ -127,8 +128,8 @@ def search(measured: Sequence[Measurement]):
     for k, kernel in enumerate(sorted({tables.kernel_of(r) for r in measured})):
         chosen = [i for i, r in enumerate(measured) if tables.kernel_of(r) == kernel]
         axes.plot(
-            [minutes[i] for i in chosen], [measured[i].gain for i in chosen], ".", color=_COLOURS[k % len(_COLOURS)], alpha=0.3,
-            label=f"{_shown(kernel)}, one measurement",
+            [minutes[i] for i in chosen], [measured[i].gain for i in chosen], ".", color=_COLOURS[k % len(_COLOURS)],
+            alpha=0.3, label=f"{_shown(kernel)}, one measurement",
         )  # fmt: skip
     best = {(tables.kernel_of(r), r.problem): 1.0 for r in measured}
     line = []
@@ -158,7 +159,8 @@ def _minutes(measured: Sequence[Measurement]) -> list[float]:
 
 
 def by_length(measured: Sequence[Measurement], peers: Sequence[PeerMeasurement]):
-    """A panel for each dtype, head_dim, mask, and whether it is ragged or a backward: TFLOP/s by length of our defaults, our best, and the peers."""
+    """A panel for each dtype, head_dim and mask, of ragged batches and backwards apart: TFLOP/s by length of our
+    defaults, our best, and the peers."""
     cells = tables.by_cell(measured)
     speeds: dict[tuple, dict[str, dict[int, float]]] = {}
     for (_, kernel, problem), cell in cells.items():

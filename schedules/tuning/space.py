@@ -17,7 +17,7 @@ from schedules.families.interface import FORWARD, Rejected, Target
 
 @dataclass(frozen=True)
 class Space:
-    """Values for fields of the ``Config`` of a kind of a family's kernels; fields without values keep those of ``base``.
+    """Values for fields of a ``Config``, that of a kind of a family's kernels; others keep those of ``base``.
 
     ``base`` is the family's default for any length.
     """

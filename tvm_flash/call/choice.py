@@ -16,7 +16,7 @@ from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSuppo
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, MOST_BLOCKS, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, MOST_BLOCKS, PAGED, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
 
 _TEMPLATE_OF_LAYOUT = {layout: template for template, layout in LAYOUT_OF_TEMPLATE.items()}
@@ -355,10 +355,11 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
+    everything = "optional_sinks" if problem.score == "optional_sinks" else "optional"
     if problem.is_ragged:
-        return "--mask", "window", "--score", "optional"
+        return "--mask", "positioned" if problem.form == PAGED else "window", "--score", everything
     padded = problem.mask in ("padded", "positioned")
     if problem.op != FORWARD:
         padded = padded or problem.score != "identity"
-    mask, score = ("positioned", "optional") if padded else ("window", problem.score)
+    mask, score = ("positioned", everything) if padded else ("window", problem.score)
     return "--mask", mask, "--score", score

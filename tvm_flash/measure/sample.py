@@ -19,4 +19,6 @@ PARAMS = {
     "query_start": np.array([[37, 30, 21, 10], [40, 9, -2, 31]], np.int32),
     "has_query_start": 1,
     "has_alibi_slopes": 1,
+    "has_sinks": 1,
+    "sinks": np.array([[0.5, -1.0, 2.0, -np.inf], [1.5, 0.0, -3.0, 4.0]], np.float32),
 }

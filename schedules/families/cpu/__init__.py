@@ -3,12 +3,12 @@
 The interface of a family is described in :mod:`schedules.families.interface`.
 """
 
-from schedules.families.cpu import backward, ragged
+from schedules.families.cpu import backward, paged, ragged
 from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
 from schedules.families.cpu.space import space
-from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, RAGGED, RAGGED_BACKWARD
+from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, PAGED, RAGGED, RAGGED_BACKWARD
 
 DTYPES = ("float32", "float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
@@ -18,6 +18,7 @@ KINDS = {
     BACKWARD_ACCUMULATE: backward.accumulate,
     RAGGED: ragged,
     RAGGED_BACKWARD: backward.ragged,
+    PAGED: paged,
 }
 
 __all__ = [

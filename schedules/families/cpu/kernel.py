@@ -8,7 +8,7 @@ from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.amx import TILE_PRODUCT
 from schedules.families.cpu.config import Config, multiplication
-from schedules.families.cpu.few import FEW, few_queries_macros, parts
+from schedules.families.cpu.few import FEW, EqualParts, few_queries_macros
 from schedules.families.cpu.geometry import Geometry, Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pairs import DOT_PAIRS
@@ -50,7 +50,8 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
     M = config.block_m
     one = T.int64(1)
     row_tile = row_tile_macro(config, isa, dtype, pattern.head_dim, pattern.head_dim_v)
-    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim, pattern.head_dim_v)
+    split = EqualParts()
+    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim, pattern.head_dim_v, split)
 
     def physical(b, h, s, d):
         return (b, s, h, d) if traversal.layout == "bshd" else (b, h, s, d)
@@ -108,11 +109,13 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
             with T.sblock("few_queries"):
                 T.reads()
                 T.writes()
-                count: T.int64 = parts(geometry)
+                count: T.int64 = split.count(geometry)
                 T.evaluate(announce(geometry, batch * heads * count))
-                outputs = T.sblock_alloc_buffer((batch * heads * parts(geometry) * seqlen_q * head_dim_v,), "float32")
-                maxima = T.sblock_alloc_buffer((batch * heads * parts(geometry) * seqlen_q,), "float32")
-                sums = T.sblock_alloc_buffer((batch * heads * parts(geometry) * seqlen_q,), "float32")
+                outputs = T.sblock_alloc_buffer(
+                    (batch * heads * split.count(geometry) * seqlen_q * head_dim_v,), "float32"
+                )
+                maxima = T.sblock_alloc_buffer((batch * heads * split.count(geometry) * seqlen_q,), "float32")
+                sums = T.sblock_alloc_buffer((batch * heads * split.count(geometry) * seqlen_q,), "float32")
                 for w in T.parallel(batch * heads * count):
                     with T.sblock("part"):
                         T.reads()

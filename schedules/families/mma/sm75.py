@@ -157,4 +157,3 @@ KINDS = {
     RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, staged=True),
 }
-UNVERIFIED_KINDS = (BACKWARD,)

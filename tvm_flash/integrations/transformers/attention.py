@@ -252,6 +252,9 @@ def _compute(query, key, value, ranges, window, scaling, softcap, sink, sequence
     query, key, value = (_fit(x).transpose(1, 2) for x in (query, key, value))  # (batch, seq, heads, head_dim)
     if sequences is not None:
         out, lse = _packed(query, key, value, sequences, window, scaling, softcap)
+    elif _is_of_kernels(sink, query, key, value, ranges):
+        sink, sinks = None, sink.float()
+        out, lse = _attend(query, key, value, ranges, window, scaling, softcap, False, sinks=sinks)
     else:
         out, lse = _attend(query, key, value, ranges, window, scaling, softcap, sink is not None)
     if sink is not None:  # exp(lse) / (exp(lse) + exp(sink)) of the weight is that of the keys
@@ -261,10 +264,16 @@ def _compute(query, key, value, ranges, window, scaling, softcap, sink, sequence
     return out[..., :head_dim_v].contiguous()
 
 
-def _attend(query, key, value, ranges: KeyRanges | None, window, scaling, softcap, return_lse):
+def _is_of_kernels(sink: torch.Tensor | None, query, key, value, ranges: KeyRanges | None) -> bool:
+    """Whether kernels know a sink of each head; one of each query they don't."""
+    kind = "window" if ranges is None or ranges.ends is None else "padded"
+    return sink is not None and sink.ndim == 1 and no_kernel(kind, query, key, value, "optional_sinks") is None
+
+
+def _attend(query, key, value, ranges: KeyRanges | None, window, scaling, softcap, return_lse, **options):
     if ranges is not None:
         key, value = key[:, : ranges.keys], value[:, : ranges.keys]
-    options = {"causal": window[1] == 0, "window_size": (window[0], UNBOUNDED if window[1] == 0 else window[1])}
+    options |= {"causal": window[1] == 0, "window_size": (window[0], UNBOUNDED if window[1] == 0 else window[1])}
     options |= {"softmax_scale": scaling, "return_lse": return_lse}
     if softcap:
         options["softcap"] = softcap
