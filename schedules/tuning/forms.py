@@ -14,8 +14,7 @@ import torch
 
 from tvm_flash import operators
 from tvm_flash.measure.workloads import Workload
-from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import DENSE, RAGGED
+from tvm_flash.packs.manifest import DENSE, PAGED, RAGGED
 
 
 @dataclass(frozen=True)
@@ -24,28 +23,17 @@ class Form:
 
     Attributes
     ----------
-    sizes: of a problem, by name, as kernels of the form count them.
     starts: tensors that say where sequences lie, by role, on a device.
-    last: the part of the last sequence of a tensor of a role, ``(heads, length, dim)`` or ``(heads, length)``; of
-        four dimensions a tensor is ``(batch, heads, seq, dim)``.
+    last: the part of the last sequence of a tensor of a role, ``(heads, length, dim)`` or ``(heads, length)``; a tensor
+        of a batch is ``(batch, heads, seq, dim)``.
     """
 
-    sizes: Callable[[Workload], dict[str, int]]
     starts: Callable[[Workload, str], dict[str, torch.Tensor]]
     last: Callable[[Workload, str, torch.Tensor], torch.Tensor]
 
 
-def _dense_sizes(w: Workload) -> dict[str, int]:
-    return sizes.of(w.batch, w.heads, w.seqlen_q, w.kv_heads, w.seqlen_kv, w.head_dim, w.head_dim_v)
-
-
 def _dense_last(w: Workload, role: str, x: torch.Tensor) -> torch.Tensor:
     return x.view(w.batch, w.heads, w.seqlen_q)[-1] if x.ndim == 1 else x[-1]
-
-
-def _ragged_sizes(w: Workload) -> dict[str, int]:
-    queries, keys = w.totals
-    return sizes.of_sequences(w.batch, w.heads, queries, w.kv_heads, keys, w.head_dim, w.head_dim_v)
 
 
 def _ragged_starts(w: Workload, device: str) -> dict[str, torch.Tensor]:
@@ -60,20 +48,41 @@ def _ragged_last(w: Workload, role: str, x: torch.Tensor) -> torch.Tensor:
     return x[-(keys if role in KEY_ROLES else queries) :].transpose(0, 1)
 
 
+def _pages(w: Workload) -> torch.Tensor:
+    """Where the keys are: in no order, as in a cache that has been in use for a while."""
+    order = torch.randperm(w.sizes["pages"], generator=torch.Generator().manual_seed(1))
+    return order.int().view(w.batch, -1)
+
+
+def _paged_starts(w: Workload, device: str) -> dict[str, torch.Tensor]:
+    queries, keys = zip(*w.lengths, strict=True)
+    starts = torch.tensor([0, *itertools.accumulate(queries)])
+    found = {"cu_seqlens_q": starts, "seqlens_k": torch.tensor(keys), "page_table": _pages(w)}
+    return {role: x.int().to(device) for role, x in found.items()}
+
+
+def _paged_last(w: Workload, role: str, x: torch.Tensor) -> torch.Tensor:
+    if role not in KEY_ROLES:
+        return _ragged_last(w, role, x)
+    own = x[_pages(w)[-1].long().to(x.device)]  # (pages, page_size, kv_heads, dim)
+    return own.flatten(0, 1)[: w.lengths[-1][1]].transpose(0, 1)
+
+
 #: Roles whose positions are those of keys.
 KEY_ROLES = ("k", "v", "dk", "dv")
 
 FORMS: Mapping[str, Form] = {
-    DENSE: Form(_dense_sizes, lambda w, device: {}, _dense_last),
-    RAGGED: Form(_ragged_sizes, _ragged_starts, _ragged_last),
+    DENSE: Form(lambda w, device: {}, _dense_last),
+    RAGGED: Form(_ragged_starts, _ragged_last),
+    PAGED: Form(_paged_starts, _paged_last),
 }
 
 
 def shape_of(role: str, w: Workload) -> tuple[int, ...]:
-    """Shape of a tensor of a role: four dimensions in the order (batch, heads, seq, dim), flat ones as one."""
+    """Shape of a tensor of a role: of a batch in the order (batch, heads, seq, dim), flat ones as a vector."""
     operator = next(o for o in operators.OPERATORS.values() if (o.form, o.differentiates) == (w.form, w.backward))
     names = (*operator.tensors(()), *operator.on_request)
     tensor = operators.tensor(next(name for name in names if operators.role_of(name) == role))
-    of = FORMS[w.form].sizes(w)
+    of = w.sizes
     shape = tuple(of[axis] for axis in (tensor.axes if w.form == DENSE else tensor.ragged))
     return (math.prod(shape),) if tensor.flat else shape

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from schedules.builder.records import Measurement
 from schedules.builder.suite import HEAD_DIMS, HEAD_DIMS_BETWEEN, ONE_TEMPLATE, SCOPES, HeadDim, KernelSpec, Selection
-from schedules.families.interface import BACKWARD, DECODE, FORWARD, RAGGED, RAGGED_BACKWARD
+from schedules.families.interface import BACKWARD, DECODE, FORWARD, PAGED, PAGED_DECODE, RAGGED, RAGGED_BACKWARD
 from tvm_flash.catalogue import MASKS, SCORES
 from tvm_flash.measure.workloads import Workload
 from tvm_flash.packs import sizes
@@ -19,7 +19,15 @@ from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, FORM_OF_KIND, Ke
 
 #: Whether a kind computes gradients.  The first for a problem is tuned unless another is asked for by name.  Kernels
 #: that add to gradients have the configurations of those that write them, and aren't tuned.
-KINDS = {FORWARD: False, DECODE: False, BACKWARD: True, RAGGED: False, RAGGED_BACKWARD: True}
+KINDS = {
+    FORWARD: False,
+    DECODE: False,
+    BACKWARD: True,
+    RAGGED: False,
+    RAGGED_BACKWARD: True,
+    PAGED: False,
+    PAGED_DECODE: False,
+}
 
 
 def has_buckets(kind: str) -> bool:
@@ -67,10 +75,7 @@ def is_of(record: Measurement, spec: KernelSpec) -> bool:
 
 def has_room(entry: KernelEntry, workload: Workload) -> bool:
     """Whether a kernel takes as many query rows a key as a problem has."""
-    of = sizes.of(
-        *(workload.batch, workload.heads, workload.seqlen_q, workload.kv_heads, workload.seqlen_kv),
-        *(workload.head_dim, workload.head_dim_v),
-    )
+    of = workload.sizes
     return entry.max_rows is None or of["rows"] <= sizes.evaluate(entry.max_rows, of)
 
 

@@ -100,7 +100,7 @@ class Problem:
 
     def call(self, entry: KernelEntry, functions: Sequence[Callable]) -> Callable[[], None]:
         """A call of a kernel."""
-        extents = self.form.sizes(self.workload)
+        extents = self.workload.sizes
         values = {**self._laid_out(entry.layout), "softmax_scale": self.workload.softmax_scale}
         for p in entry.params:
             values[p.name] = x = self._parameter(p, extents)
@@ -125,7 +125,7 @@ class Problem:
         call()
         for role in self.results:
             x, wanted = tensors[role], self.exact[role]
-            x = x.transpose(1, 2) if x.ndim == 4 and entry.layout == "bshd" else x
+            x = x.transpose(1, 2) if entry.form == DENSE and entry.layout == "bshd" else x
             last = self.form.last(self.workload, role, x)[-1]
             got = last[torch.from_numpy(wanted.at).to(self.device)].double().cpu().numpy()
             share = numerics.largest_error(got, wanted.values) / wanted.bound

@@ -10,7 +10,8 @@ import numpy as np
 
 from tvm_flash.call.problem import DTYPES
 from tvm_flash.catalogue import score_of
-from tvm_flash.packs.manifest import DENSE, RAGGED
+from tvm_flash.packs import sizes
+from tvm_flash.packs.manifest import DENSE, PAGED, RAGGED
 
 _SIZES = {"b": "batch", "h": "heads", "hk": "kv_heads", "s": "seqlen_q", "sk": "seqlen_kv", "d": "head_dim"}
 _SIZES["dv"] = "head_dim_v"
@@ -36,7 +37,9 @@ CPU_DTYPES = ("float32", "bfloat16", "float16")
 MASKS = ("full", "causal")
 
 #: How sequences may lie that don't have one length, as the words of a problem.
-_FORMS = (RAGGED,)
+_FORMS = (RAGGED, PAGED)
+#: Keys on a page.
+PAGE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Workload:
     ``score`` a name of the catalogue; 0 for ``kv_heads``, ``seqlen_kv`` and ``head_dim_v`` stands for ``heads``,
     ``seqlen_q`` and ``head_dim``.  ``backward`` says that the gradients of q, k and v are computed, the result being
     there already.  ``form`` says how the sequences lie (:mod:`tvm_flash.packs.manifest`): those of a ragged batch have
-    different lengths, ``seqlen_q`` and ``seqlen_kv`` on average.
+    different lengths, ``seqlen_q`` and ``seqlen_kv`` on average, and so have those with keys on pages of ``PAGE_SIZE``.
     """
 
     batch: int
@@ -75,8 +78,8 @@ class Workload:
         """Read ``"b=4 h=16 s=4096 d=128 causal"``.
 
         Sizes are ``b h s d``, and where they differ from these ``hk sk dv`` (heads, length and size of keys and
-        values); words are ``causal``, ``window=N``, ``softcap=X``, ``alibi``, ``ragged``, ``backward`` and a dtype
-        (``float16`` or ``fp16``, …).
+        values); words are ``causal``, ``window=N``, ``softcap=X``, ``alibi``, ``ragged``, ``paged``, ``backward`` and
+        a dtype (``float16`` or ``fp16``, …).
 
         Raises
         ------
@@ -114,6 +117,10 @@ class Workload:
             raise ValueError(f"problem {text!r}: names no dtype; add {', '.join(_SHORT_DTYPES)}, or --dtype")
         fields["score"] = score_of("softcap" in fields, alibi)
         workload = Workload(**fields)
+        if workload.form == PAGED and workload.backward:
+            raise ValueError(
+                f"problem {text!r}: keys on pages of a cache have no gradients; leave out paged or backward"
+            )
         if workload.heads % workload.kv_heads:
             raise ValueError(f"problem {text!r}: hk={workload.kv_heads} doesn't divide h={workload.heads}")
         return workload
@@ -143,11 +150,24 @@ class Workload:
         return tuple(zip(spread(self.batch, self.seqlen_q), spread(self.batch, self.seqlen_kv), strict=True))
 
     @property
-    def totals(self) -> tuple[int, int]:
-        """Queries and keys as the run time counts them: of one sequence of a batch, of all ragged ones together."""
+    def sizes(self) -> dict[str, int]:
+        """The sizes by name as kernels for the form count them (:mod:`tvm_flash.packs.sizes`)."""
+        dims, heads = (self.head_dim, self.head_dim_v), (self.heads, self.kv_heads)
         if self.form == DENSE:
-            return self.seqlen_q, self.seqlen_kv
-        return tuple(map(sum, zip(*self.lengths, strict=True)))
+            return sizes.of(self.batch, heads[0], self.seqlen_q, heads[1], self.seqlen_kv, *dims)
+        queries, keys = zip(*self.lengths, strict=True)
+        if self.form == RAGGED:
+            return sizes.of_sequences(self.batch, heads[0], sum(queries), heads[1], sum(keys), *dims)
+        each = -(-max(keys) // PAGE_SIZE)
+        pages = (self.batch * each, PAGE_SIZE, each)
+        return sizes.of_pages(self.batch, heads[0], sum(queries), heads[1], *pages, *dims, seqlen_q=max(queries))
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        """Queries and keys as the run time counts them: of one sequence of a batch, of all ragged ones together, or
+        those that the pages of a sequence have room for."""
+        of = self.sizes
+        return of.get("total_q", of.get("seqlen_q")), of.get("total_k", of.get("seqlen_kv"))
 
     @property
     def softmax_scale(self) -> float:
