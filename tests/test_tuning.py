@@ -168,4 +168,4 @@ def test_a_configuration_that_a_family_fails_on_is_no_candidate(tmp_path, rigged
     proposals = [Proposal(spec, rigged_family.Config(48, 2), "test") for spec in tasks]
     made, not_made = emit.emit(folder, TARGET, tasks, proposals, "000", jobs=1)
     assert not made and "ZeroDivisionError" in not_made[0].reason
-    assert folder.batches() in ([], [Batch("000-000-0", (), (PROBLEM,), {"v1": {}})])
+    assert folder.batches() in ([], [Batch("000-000-0", (), (PROBLEM,), {"v1_float32_d64_full_identity": {}})])
