@@ -14,6 +14,7 @@ from tvm_flash.errors import (
     LayoutWarning,
     NotSupportedError,
     PackError,
+    ProcessGroupError,
     TvmFlashError,
 )
 from tvm_flash.interface import custom_attention, flash_attention, flash_attention_v2
@@ -35,6 +36,7 @@ __all__ = [
     "LayoutWarning",
     "NotSupportedError",
     "PackError",
+    "ProcessGroupError",
     "TvmFlashError",
     "__version__",
     "check_pages",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from tvm_flash.errors import ArgumentTypeError
@@ -86,11 +85,12 @@ def flash_attention_with_kvcache(
             f"q: is a {type(q).__module__}.{type(q).__qualname__}, and caches that are changed in place are tensors of "
             f"torch; use torch.from_numpy or torch.from_dlpack"
         )
-    cache = importlib.import_module("tvm_flash.tracing.torch_cache")
+    from tvm_flash.tracing import torch_cache
+
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
     tensors |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "cache_batch_idx": cache_batch_idx}
     tensors |= {"cache_leftpad": cache_leftpad, "page_table": page_table, "cu_seqlens_q": cu_seqlens_q}
     tensors |= {"cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
     options = {"causal": causal, "softmax_scale": softmax_scale, "window_size": window_size, "softcap": softcap}
     options |= {"alibi_slopes": alibi_slopes, "sinks": sinks, "return_lse": return_lse}
-    return cache.attend(tensors, cache_seqlens, max_seqlen_q, rotary_interleaved, num_splits, options)
+    return torch_cache.attend(tensors, cache_seqlens, max_seqlen_q, rotary_interleaved, num_splits, options)

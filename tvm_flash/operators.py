@@ -15,6 +15,9 @@ FORWARD, BACKWARD = "forward", "backward"
 #: The same of sequences of different lengths that lie one after the other, which are also kinds of kernels.
 RAGGED, RAGGED_BACKWARD = "ragged", "ragged_backward"
 
+#: Attention over some of the keys, in float32, to be put together with that over others; also a kind of kernels.
+PARTIAL = "partial"
+
 #: Forward of such sequences whose keys lie on pages of a cache.
 PAGED = "paged"
 
@@ -98,6 +101,7 @@ class Operator:
     on_request: results that are returned after the others if the call asks for them, and can't be given.
     differentiates: whether it computes gradients, and so also those of parameters that ask for one.
     backward: the operator that computes its gradients.
+    float32: the tensors that are float32 whatever q is.
     form: how its sequences lie in memory (:mod:`tvm_flash.packs.manifest`).
     """
 
@@ -110,6 +114,7 @@ class Operator:
     on_request: tuple[str, ...] = ()
     differentiates: bool = False
     backward: str = ""
+    float32: tuple[str, ...] = ()
     form: str = manifest.DENSE
 
     @property
@@ -149,6 +154,7 @@ _SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k")
 OPERATORS = {
     FORWARD: _FORWARD,
     BACKWARD: _BACKWARD,
+    PARTIAL: replace(_FORWARD, backward="", float32=("out",)),
     RAGGED: replace(_FORWARD, starts=_SEQUENCES, backward=RAGGED_BACKWARD, form=manifest.RAGGED),
     RAGGED_BACKWARD: replace(_BACKWARD, starts=_SEQUENCES, form=manifest.RAGGED),
     PAGED: replace(

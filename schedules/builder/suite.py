@@ -13,6 +13,7 @@ from schedules.families.interface import (
     FORWARD,
     PAGED,
     PAGED_DECODE,
+    PARTIAL,
     RAGGED,
     RAGGED_BACKWARD,
 )
@@ -47,14 +48,12 @@ class Scope:
     on_gpus: those on a GPU, if they aren't the same.
     between: whether there are kernels for ``HEAD_DIMS_BETWEEN``, on a GPU.
     own_definitions: whether a definition of the user's own gets such kernels without asking for them.
-    by_default: whether a pack gets them without asking for the kind.
     """
 
     variants: tuple[tuple[str, str], ...]
     between: bool = False
     own_definitions: bool = False
     on_gpus: tuple[tuple[str, str], ...] | None = None
-    by_default: bool = True
 
 
 #: Of every kind that families make (:mod:`schedules.families.interface`) what is built unless it is asked for by name.
@@ -82,12 +81,14 @@ SCOPES = {
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
     ),
     PAGED_DECODE: Scope((("window", "identity"), ("positioned", "optional"))),
-    # For rings alone, and as large again.
-    BACKWARD_ACCUMULATE: Scope((("positioned", "optional_sinks"),), by_default=False),
+    # Of sequences that several devices hold; one template, as they are for rings alone.
+    PARTIAL: Scope((("positioned", "optional"),)),
+    BACKWARD_ACCUMULATE: Scope((("positioned", "optional_sinks"),)),
 }
 
-#: Kinds whose tensors have no batch axis, and so one layout: there are kernels of one template, the family's last.
-ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
+#: Kinds of which there are kernels of one template, the family's last: those whose tensors have no batch axis, and so
+#: one layout, and those that context parallel attention alone calls, which take tensors of either layout.
+ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, PARTIAL, BACKWARD_ACCUMULATE)
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class Selection:
         """
         own, variants = definition != BUILTIN_DEFINITION, tuple(variants)
         between = gpu and not self.head_dims and not own
-        usual = [k for k in kinds if SCOPES[k].by_default and (SCOPES[k].own_definitions or not own)]
+        usual = [k for k in kinds if SCOPES[k].own_definitions or not own]
         wanted = [k for k in kinds if k in self.kinds] if self.kinds else usual
         return [
             KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v, kind=kind)

@@ -30,6 +30,8 @@ from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 
 #: Kinds of kernels: the usual one; the one for few query rows, with the keys split among blocks; that of gradients.
 FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
+#: That of results in float32, to be put together with those of other keys.
+PARTIAL = "partial"
 #: That of ragged sequences, whose tensors have no batch axis.
 RAGGED = "ragged"
 #: That of their gradients.

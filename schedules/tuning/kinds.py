@@ -18,7 +18,7 @@ from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, FORM_OF_KIND, KernelEntry
 
 #: Whether a kind computes gradients.  The first for a problem is tuned unless another is asked for by name.  Kernels
-#: that add to gradients have the configurations of those that write them, and aren't tuned.
+#: for parts and those that add to gradients have the configurations of the usual ones, and aren't tuned.
 KINDS = {
     FORWARD: False,
     DECODE: False,

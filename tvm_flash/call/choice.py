@@ -14,7 +14,7 @@ from tvm_flash.call.measured import compare, nearest, tune_command
 from tvm_flash.call.problem import Problem
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS
+from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS, PARTIAL
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, MOST_BLOCKS, PAGED, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
@@ -195,6 +195,9 @@ def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
             "adds to gradients that are there" if entry.kind == ACCUMULATE else "writes gradients, and doesn't add them"
         )
         return Rejection(entry, _KIND, what)
+    if (entry.kind == PARTIAL) != (problem.op == PARTIAL):
+        what = "leaves its result" if entry.kind == PARTIAL else f"rounds its result to {problem.dtype}, not"
+        return Rejection(entry, _KIND, f"{what} in float32")
     lacking = [p for p in problem.gradients if p not in {x.name for x in entry.params if x.gradient}]
     if lacking:
         return Rejection(entry, _KIND, f"gives no gradient of {', '.join(lacking)}")
@@ -340,6 +343,8 @@ def _wrong_kind(problem: Problem, kernel: str, nearest: Rejection, command: str)
             f"accumulate: is True, and no {kernel} adds to gradients that are there; leave it out, and add the results "
             f"to float32 tensors{built}"
         )
+    if problem.op == PARTIAL:
+        return f"no {kernel} leaves its result in float32; run `{command}`"
     return (
         f"{', '.join(problem.gradients)}: a gradient is wanted, and every {kernel} for this {nearest.reason}; "
         f"ask for none, as with .detach()"

@@ -57,6 +57,6 @@ class Request:
 
     def dtype_of(self, name: str) -> str:
         """The dtype of a tensor of the operator."""
-        if self.problem.accumulate and name in self.outputs:
+        if name in self.operator.float32 or (self.problem.accumulate and name in self.outputs):
             return "float32"
         return tensor(name).dtype or self.problem.dtype

@@ -5,6 +5,7 @@ Kernels are called directly, with memory that is made here: no framework is need
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -61,9 +62,12 @@ def check_kernels(
     ``begins`` hears the symbol of a kernel before it runs.  A ``thorough`` check has more and longer cases, and runs
     each twice: the bits must be the same.
     """
-    for kernel, device in _runnable(arch):
-        begins(kernel.entry.symbol)
-        yield check_kernel(kernel, device, thorough=thorough)
+    with contextlib.ExitStack() as held:
+        for index in {device.index for _, device in _runnable(arch) if device.kind == "cuda"}:
+            held.enter_context(cuda.held(index))
+        for kernel, device in _runnable(arch):
+            begins(kernel.entry.symbol)
+            yield check_kernel(kernel, device, thorough=thorough)
 
 
 def count(arch: str | None = None) -> int:

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from tvm_flash.frameworks import contiguous_strides
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device
 from tvm_flash.machine.ffi import Frame, Kernel, TensorSpec
-from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS
+from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS, params_of
 from tvm_flash.measure.small_sequences import on_pages, one_after_another, packed
 from tvm_flash.operators import FORWARD, TENSORS, gradient_of, role_of
 from tvm_flash.packs import sizes
@@ -39,10 +40,12 @@ def compare(
 
     Memory is full of NaN before each run.  ``functions`` are those of the kernel's launches.
     """
-    expected = _EXPECTED[entry.form](*kind_of(entry)[:-1], seqlen_q, seqlen_kv)
+    lengths = seqlen_q, seqlen_kv
+    expected = _EXPECTED[entry.form](*kind_of(entry)[:-1], lengths, *lengths)
+    head_dims = entry.head_dim, entry.head_dim_v
 
     def computed():
-        return run(entry, functions, device, expected.inputs, expected.scale, (entry.head_dim, entry.head_dim_v))
+        return run(entry, functions, device, expected.inputs, expected.scale, head_dims, params_of(*lengths))
 
     found = computed()
     again = computed() if repeat else found
@@ -76,15 +79,17 @@ def _expected(
     score: str,
     params: tuple[str, ...],
     learnt: tuple[str, ...],
+    lengths: tuple[int, int],
     seqlen_q: int,
     seqlen_kv: int,
 ) -> _Expected:
+    """Those of one case, with the parameters for ``lengths``, which are its own or those of the longest sequence."""
     q, k, v = random_inputs(dtype, head_dim, head_dim_v, (BATCH, HEADS, KV_HEADS), (seqlen_q, seqlen_kv))
     what = {
         "softmax_scale": 1 / math.sqrt(head_dim),
         "mask": reference.MASKS[mask],
         "score": reference.SCORES[score],
-        "params": {name: PARAMS[name] for name in params},
+        "params": {name: x for name, x in params_of(*lengths).items() if name in params},
     }
     inputs = {"q": q, "k": k, "v": v}
     out, lse = reference.attention(q, k, v, **what)
@@ -160,8 +165,9 @@ def run(
     inputs: Mapping[str, np.ndarray],
     scale: float,
     head_dims: tuple[int, int],
+    params: Mapping[str, Any] = PARAMS,
 ) -> dict[str, np.ndarray]:
-    """What a kernel writes, by role, as float32 in the layout bhsd, with ``PARAMS``; memory is NaN before.
+    """What a kernel writes, by role, as float32 in the layout bhsd; memory is NaN before.
 
     ``functions`` are those of its launches.  ``inputs`` are q, k, v and whatever else the operator takes, by role, in
     the layout bhsd, or those of sequences as :mod:`tvm_flash.measure.small_sequences` has them.  A kernel that has
@@ -190,10 +196,10 @@ def run(
     shapes |= {gradient_of(p.name): (of["batch"], of["heads"]) if p.per_head else (1,) for p in entry.params}
     written, numbers, arrays = [], {"softmax_scale": scale}, {}
     numbers |= {
-        p.name: (float if p.dtype == "float32" else int)(PARAMS[p.name]) for p in entry.params if not p.per_head
+        p.name: (float if p.dtype == "float32" else int)(params[p.name]) for p in entry.params if not p.per_head
     }
     numbers |= {scalar.name: extents[scalar.name] for scalar in entry.scalars}
-    per_head = {p.name: PARAMS[p.name] for p in entry.params if p.per_head}
+    per_head = {p.name: params[p.name] for p in entry.params if p.per_head}
     workspaces = {w.name: w for w in entry.workspaces}
     for argument in entry.arguments:
         role = argument.role

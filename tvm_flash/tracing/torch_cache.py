@@ -168,24 +168,30 @@ def _sequence_of_rows(starts: torch.Tensor, total: int) -> tuple[torch.Tensor, t
 def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table):
     if not k.numel() and not v.numel():
         return
-    size, pages = k_cache.shape[1], k_cache.shape[0]
-    last = page_table.shape[1] * size - 1
+    pages, size = k_cache.shape[:2]
     if cu_seqlens is None:
         each = k.shape[1]
-        positions = cache_seqlens[:, None] + torch.arange(each, dtype=torch.int32, device=k.device)
-        positions = positions.clamp(0, last)
-        page = page_table.gather(1, (positions // size).long()).clamp(0, pages - 1)
-        new = (k, v)
+        positions = (cache_seqlens[:, None] + torch.arange(each, dtype=torch.int32, device=k.device)).flatten()
+        b = torch.arange(len(positions), device=k.device) // each
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        valid = positions >= 0
     else:
         rows, b = _sequence_of_rows(cu_seqlens, k.shape[0])
-        positions = (cache_seqlens[b] + rows - cu_seqlens[b]).clamp(0, last)
-        page = page_table[b, positions // size].clamp(0, pages - 1)
-        new = tuple(x.index_select(0, rows) for x in (k, v))
-    place = (page.long(), (positions % size).long())
-    for cache, x in zip((k_cache, v_cache), new, strict=True):
-        if cu_seqlens is not None:  # where no sequence has a row, what is there is written again
-            x = torch.where(cu_seqlens[-1] > 0, x, cache[place])
-        cache.index_put_(place, x)
+        positions = cache_seqlens[b] + rows - cu_seqlens[b]
+        valid = (positions >= 0) & (torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1])
+    column = positions // size
+    page = page_table[b, column.clamp(0, page_table.shape[1] - 1)].long()
+    valid &= (column < page_table.shape[1]) & (page >= 0) & (page < pages)
+    inside = (positions % size).long()
+    if k.device.type == "cpu" and valid.all():
+        k_cache[page, inside], v_cache[page, inside] = k, v
+        return
+    # What has no place is written where the first that has one is, with its values; if none has one, nothing changes.
+    first, some = valid.to(torch.int32).argmax(keepdim=True), valid.any()
+    page, inside = (torch.where(valid, x, torch.where(some, x[first], 0)) for x in (page, inside))
+    for cache, x in ((k_cache, k), (v_cache, v)):
+        instead = torch.where(some, x[first], cache[:1, 0])
+        cache[page, inside] = torch.where(valid[:, None, None], x, instead)
 
 
 def _rotate(x, cos, sin, positions, interleaved):

@@ -276,7 +276,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                 for p in T.serial(count):
                     at = T.meta_var(split.weight(r0 + p * P.seqlen_q, p))
                     element += outputs[(r0 + p * P.seqlen_q) * P.head_dim_v + e] * weights[at]
-                P.o.flat[o_row + e] = T.cast(element / divisor, dtype)
+                P.o.flat[o_row + e] = T.cast(element / divisor, P.o.flat.dtype)
             if P.wants_lse():
                 P.lse[P.lse_row(b, h) + i] = highest * P.scale() + T.log(total)
 

@@ -23,10 +23,15 @@ LLVM_FUNCTIONS = {"pairs": DOT_PAIRS, "tiles": TILE_PRODUCT}
 UNBOUNDED = 1 << 60
 
 
-def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
-    """The kernel of one pattern, in the order and layout of a template (see :mod:`schedules.families.interface`)."""
+def program(
+    pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str, *, result_dtype: str = ""
+) -> Program:
+    """The kernel of one pattern, in the order and layout of a template (see :mod:`schedules.families.interface`).
+
+    ``result_dtype`` is that of ``o``, empty for that of ``q``.
+    """
     arguments, values = pattern.parameter_symbols()
-    func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
+    func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name, result_dtype or pattern.dtype)
     itemsize = element_type(pattern.dtype).bytes
     func = append_arguments(func, arguments)
     return forward_program(func, pattern.params, "s_tir", alignment=itemsize, index_bits=64)
@@ -45,7 +50,7 @@ def item_macro(pattern: Pattern, traversal: Traversal):
     return work_item
 
 
-def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
+def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str, result_dtype: str):
     dtype = pattern.dtype
     M = config.block_m
     one = T.int64(1)
@@ -77,12 +82,14 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         V = T.match_buffer(
             v, physical(batch, kv_heads, seqlen_kv, head_dim_v), dtype, strides=physical(v_b, v_h, v_s, one)
         )
-        O = T.match_buffer(o, physical(batch, heads, seqlen_q, head_dim_v), dtype, strides=physical(o_b, o_h, o_s, one))
+        O = T.match_buffer(
+            o, physical(batch, heads, seqlen_q, head_dim_v), result_dtype, strides=physical(o_b, o_h, o_s, one)
+        )
         LSE = T.match_buffer(lse, (lse_length,), "float32")
         q_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=Q.data)
         k_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=K.data)
         v_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=V.data)
-        o_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=O.data)
+        o_flat = T.decl_buffer((T.int64(UNBOUNDED),), result_dtype, data=O.data)
         geometry = T.meta_var(
             Geometry(
                 pattern,

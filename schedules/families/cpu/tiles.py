@@ -120,6 +120,6 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         for i in T.serial(rows):
             o_row: T.int64 = P.o.row(b, h, row0 + i)
             for e in T.serial(P.head_dim_v):
-                P.o.flat[o_row + e] = T.cast(OT[e, i], dtype)
+                P.o.flat[o_row + e] = T.cast(OT[e, i], P.o.flat.dtype)
 
     return row_tile
