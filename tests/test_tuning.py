@@ -73,7 +73,7 @@ def test_variations_of_the_default_are_tried_first(tmp_path, rigged):
     assert {key(r): r.search for r in records.read(log)} == {(16, 1): "default", (48, 2): "variation 0"}
     wrong = subprocess.run([*command, "--variation", "block_k=3"], capture_output=True, text=True)
     assert wrong.returncode == 2
-    assert "--variation block_k: unknown; a configuration for cpu" in wrong.stderr
+    assert "--variation block_k: unknown; a forward configuration for cpu" in wrong.stderr
 
 
 def test_a_search_survives_everything_and_decides_what_is_built(tmp_path, rigged):
