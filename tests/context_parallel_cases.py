@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 #: Of tensors that are compared: the result, its log-sum-exp, and gradients.
-NAMES = ("out", "lse", "dq", "dk", "dv", "d_slopes")
+NAMES = ("out", "lse", "dq", "dk", "dv", "d_slopes", "d_sinks")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Case:
     head_dim: int = 32
     head_dim_v: int = 32
     slopes: tuple[int, ...] | None = None
+    sinks: tuple[int, ...] | None = None
 
     def inputs(self, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
         """q, k, v, slopes, and what flows back to the result and to its log-sum-exp, in the layout bhsd."""
@@ -38,14 +39,15 @@ class Case:
             "k": tensor(*keys, self.head_dim),
             "v": tensor(*keys, self.head_dim_v),
             "slopes": None if self.slopes is None else tensor(*self.slopes, of=torch.float32).abs() / 10,
+            "sinks": None if self.sinks is None else tensor(*self.sinks, of=torch.float32) * 2,
             "dout": tensor(*rows, self.head_dim_v),
             "dlse": tensor(*rows, of=torch.float32),
         }
 
     def exact(self, inputs: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """Results and gradients in float64, by name; minus infinity has no gradient."""
-        q, k, v, slopes = (None if inputs[n] is None else inputs[n].double() for n in ("q", "k", "v", "slopes"))
-        leaves = [x.requires_grad_() for x in (q, k, v, slopes) if x is not None]
+        given = {n: x.double().requires_grad_() for n, x in inputs.items() if x is not None and n[0] != "d"}
+        q, k, v, slopes, sinks = map(given.get, ("q", "k", "v", "slopes", "sinks"))
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
         i, j = torch.arange(self.length)[:, None], torch.arange(self.length)[None]
         scores = q @ k.mT / self.head_dim**0.5
@@ -64,11 +66,14 @@ class Case:
         scores = scores.masked_fill(~seen, -torch.inf)
         lse = torch.logsumexp(scores, -1)
         some = lse > -torch.inf
+        if sinks is not None:
+            lse = torch.where(some, torch.logaddexp(lse, sinks[..., None]), lse)
         p = torch.where(seen, torch.exp(scores - torch.where(some, lse, 0.0)[..., None]), 0.0)
         out = p @ v
         flowing = (out * inputs["dout"].double()).sum() + (torch.where(some, lse, 0.0) * inputs["dlse"]).sum()
-        gradients = torch.autograd.grad(flowing, leaves)
-        return dict(zip(NAMES, (out.detach(), lse.detach(), *gradients), strict=False))
+        gradients = torch.autograd.grad(flowing, list(given.values()))
+        named = {f"d{n}" if n in "qkv" else f"d_{n}": x for n, x in zip(given, gradients, strict=True)}
+        return {"out": out.detach(), "lse": lse.detach(), **named}
 
 
 DOCUMENTS = [0, 10, 11, 11, 40, 77, 101]
@@ -84,6 +89,9 @@ CASES = {
         Case("softcap", {"causal": True, "softcap": 2.0}, kv_heads=8),
         Case("slopes", {"causal": True}, slopes=(8,)),
         Case("slopes of each batch entry, to both sides", slopes=(2, 8), length=45),
+        Case("sinks", {"causal": True}, sinks=(8,)),
+        Case("sinks of each batch entry, with a window", {"window_size": (20, 5)}, sinks=(2, 8), kv_heads=1),
+        Case("documents with sinks", {"causal": True, "cu_seqlens": SHORT_DOCUMENTS}, batch=1, sinks=(8,)),
         Case("documents", {"cu_seqlens": DOCUMENTS}, batch=1),
         Case("causal documents", {"causal": True, "cu_seqlens": SHORT_DOCUMENTS}, batch=1),
         Case("documents with a window", {"window_size": (6, 2), "cu_seqlens": DOCUMENTS, "softcap": 3.0}, batch=1),

@@ -87,18 +87,17 @@ def together(case: Case, inputs: dict, mesh: DeviceMesh, **options) -> dict[str,
         return shard_sequence(x, mesh, dim=axis(x), **order)
 
     q, k, v = (own(n).requires_grad_() for n in "qkv")
-    slopes = inputs["slopes"]
-    slopes = None if slopes is None else slopes.to(device(), copy=True).requires_grad_()
-    out, lse = context_parallel_attention(
-        q, k, v, mesh, alibi_slopes=slopes, return_lse=True, **case.options, **options
-    )
+    of_heads = {n: inputs[n] for n in ("slopes", "sinks") if inputs[n] is not None}
+    of_heads = {n: x.to(device(), copy=True).requires_grad_() for n, x in of_heads.items()}
+    parameters = {"alibi_slopes": of_heads.get("slopes"), "sinks": of_heads.get("sinks")}
+    out, lse = context_parallel_attention(q, k, v, mesh, **parameters, return_lse=True, **case.options, **options)
     torch.autograd.backward([out, lse], [own("dout"), torch.where(lse > -torch.inf, own("dlse"), 0.0)])
     found = dict(zip(NAMES, (out.detach(), lse.detach(), q.grad, k.grad, v.grad), strict=False))
     found = {n: seen(unshard_sequence(x, mesh, dim=axis(x), **order)).cpu() for n, x in found.items()}
-    if slopes is not None:
+    for name, x in of_heads.items():
         for dim in range(mesh.ndim):
-            dist.all_reduce(slopes.grad, group=mesh.get_group(dim))
-        found["d_slopes"] = slopes.grad.cpu()
+            dist.all_reduce(x.grad, group=mesh.get_group(dim))
+        found[f"d_{name}"] = x.grad.cpu()
     return found
 
 

@@ -18,6 +18,7 @@ from tvm_flash.call.ragged import fault_of
 from tvm_flash.distributed.agreement import Agreement, Axes, axes_of
 from tvm_flash.distributed.heads import HeadExchange
 from tvm_flash.distributed.kernels import Kernels
+from tvm_flash.distributed.merge import sink_gradients
 from tvm_flash.distributed.placement import BALANCES, Placement, size
 from tvm_flash.distributed.plan import EXCHANGES, plan
 from tvm_flash.distributed.sight import Sight
@@ -41,6 +42,7 @@ def context_parallel_attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     cu_seqlens: Sequence[int] | torch.Tensor | None = None,
     return_lse: bool = False,
     layout: str = "bhsd",
@@ -56,9 +58,10 @@ def context_parallel_attention(
     k, v: ``(batch, kv_heads, rows, head_dim)`` and ``(batch, kv_heads, rows, head_dim_v)``, of the same positions.
     mesh: of one axis, along which keys are exchanged (heads with ``exchange="heads"``); or of two: along the first keys
         are exchanged, along the second heads, whose number it must divide.
-    causal, softmax_scale, window_size, softcap, alibi_slopes, return_lse: as in :func:`tvm_flash.flash_attention`, of
-        the whole sequence; slopes are those of all heads, on every rank.  A rank gets the part of the gradient of the
-        slopes that its rows and heads give: the gradient is the sum over the ranks, as of any weight.
+    causal, softmax_scale, window_size, softcap, alibi_slopes, sinks, return_lse: as in
+        :func:`tvm_flash.flash_attention`, of the whole sequence; slopes and sinks are those of all heads, on every
+        rank.  A rank gets the part of their gradients that its rows and heads give: the gradient is the sum over the
+        ranks, as of any weight.
     cu_seqlens: where documents begin in the whole sequence, and the last one ends, which don't see each other; the same
         numbers on every rank, in a list or a tensor on the CPU, where they are read.  For a batch of one.
     layout: of q, k, v and the result: ``"bhsd"`` or ``"bshd"``.
@@ -94,7 +97,8 @@ def context_parallel_attention(
         window = checks.check_window(window_size)
         causal = checks.check_flag("causal", causal)
         ends = _document_ends(cu_seqlens, sizes.batch)
-        slopes = _checked_slopes(alibi_slopes, q, sizes)
+        slopes = _checked_parameter("alibi_slopes", alibi_slopes, q, sizes)
+        sinks = _checked_parameter("sinks", sinks, q, sizes)
         if sizes.heads % axes.sizes[1]:
             raise InvalidArgumentError(
                 f"q: has {sizes.heads} heads, expected a multiple of the {axes.sizes[1]} ranks of the mesh's axis that "
@@ -105,7 +109,8 @@ def context_parallel_attention(
         asked.says(
             batch=sizes.batch, heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim,
             head_dim_v=sizes.head_dim_v, dtype=str(q.dtype), causal=causal, window_size=window, softcap=softcap,
-            softmax_scale=scale, slopes=None if slopes is None else list(slopes.shape), layout=layout, balance=balance,
+            softmax_scale=scale, slopes=None if slopes is None else list(slopes.shape), sinks=sinks is not None,
+            layout=layout, balance=balance,
             exchange=exchange, cu_seqlens=_in_short(ends),
             records=torch.is_grad_enabled() and [x.requires_grad for x in (q, k, v)],
             rows=sizes.seqlen_q,
@@ -123,7 +128,7 @@ def context_parallel_attention(
         fits = kept // axes.sizes[1] * (q.element_size() + 4) <= GATHERED_BYTES
         exchange = "gather" if fits or axes.outer is None else "ring"
     call = _Call(axes, placement, sight, layout, exchange, scale, softcap)
-    out, lse = _Attention.apply(call, q, k, v, slopes)
+    out, lse = _Attention.apply(call, q, k, v, slopes, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -139,13 +144,24 @@ class _Call:
     softmax_scale: float
     softcap: float
 
-    def job(self, slopes: torch.Tensor | None, heads: int, learns: bool) -> Job:
+    def own(self, x: torch.Tensor | None, heads: int) -> torch.Tensor | None:
+        """The part of a parameter with a value for each head that is of this rank's ``heads``."""
+        first = self.axes.place[1] * heads
+        return None if x is None else x[..., first : first + heads]
+
+    def of_all(self, own: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A gradient ``(batch, heads)`` of this rank's heads in the place of theirs among all, and as ``like``."""
+        inner, ranks = self.axes.place[1], self.axes.sizes[1]
+        among = own.new_zeros((own.shape[0], ranks, own.shape[1]))
+        among[:, inner] = own
+        return among.flatten(1).sum_to_size(like.shape)
+
+    def job(self, slopes: torch.Tensor | None, sinks: torch.Tensor | None, heads: int, learns: bool) -> Job:
         """What this rank does, with ``heads`` query heads."""
-        own = self.axes.place[1] * heads
-        slopes = None if slopes is None else slopes[..., own : own + heads]
+        slopes, sinks = self.own(slopes, heads), self.own(sinks, heads)
         kernels = Kernels(self.softmax_scale, self.softcap, self.sight.left, self.sight.right, slopes, learns)
         what = plan(self.placement, self.sight, self.exchange, self.axes.place[0], slopes is not None)
-        return Job(what, self.axes.outer, kernels)
+        return Job(what, self.axes.outer, kernels, sinks)
 
     def to_heads(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Some heads of all rows of the outer rank, ``(batch, heads, rows, dim)``."""
@@ -171,14 +187,14 @@ class _Call:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, q, k, v, slopes):
+    def forward(ctx, call, q, k, v, slopes, sinks):
         ctx.call, ctx.kv_heads = call, k.shape[1 if call.layout == "bhsd" else 2]
         q, k, v = (call.as_bhsd(x) for x in (q, k, v))
         repeats = call.repeats(k.shape[1])
         k, v = (x if repeats == 1 else x.repeat_interleave(repeats, dim=1) for x in (k, v))
         q, k, v = call.to_heads(q, k, v)
-        out, lse = call.job(slopes, q.shape[1], learns=False).forward(q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse, slopes)
+        out, lse = call.job(slopes, sinks, q.shape[1], learns=False).forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse, slopes, sinks)
         ctx.set_materialize_grads(False)
         mine, lse = call.to_rows(out, lse[..., None])
         return call.as_bhsd(mine), lse[..., 0].contiguous()
@@ -187,9 +203,9 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
         call, kv_heads = ctx.call, ctx.kv_heads
-        q, k, v, out, lse, slopes = ctx.saved_tensors
+        q, k, v, out, lse, slopes, sinks = ctx.saved_tensors
         if dout is None and dlse is None:
-            return None, None, None, None, None
+            return (None,) * 6
         tensors = []
         if dout is not None:
             tensors.append(call.as_bhsd(dout))
@@ -199,18 +215,18 @@ class _Attention(torch.autograd.Function):
         dlse = None if dlse is None else tensors.pop()[..., 0]
         dout = torch.zeros_like(out) if dout is None else tensors.pop()
         repeats = call.repeats(kv_heads)
-        job = call.job(slopes, q.shape[1], learns=ctx.needs_input_grad[4])
+        job = call.job(slopes, sinks, q.shape[1], learns=ctx.needs_input_grad[4])
         dtype = q.dtype if repeats == 1 else torch.float32
-        *found, d_slopes = job.backward(*readable(dout, q, k, v, out, lse, dlse), dtype)
+        dout, *tensors, dlse = readable(dout, q, k, v, out, lse, dlse)
+        *found, d_slopes = job.backward(dout, *tensors, dlse, dtype)
         dq, dk, dv = call.to_rows(*found)
         if repeats > 1:
             dk, dv = (x.unflatten(1, (kv_heads, repeats)).sum(2).to(q.dtype) for x in (dk, dv))
-        if d_slopes is not None:
-            inner, ranks = call.axes.place[1], call.axes.sizes[1]
-            among = torch.zeros_like(d_slopes).repeat(1, ranks).unflatten(1, (ranks, -1))
-            among[:, inner] = d_slopes
-            d_slopes = among.flatten(1).sum_to_size(slopes.shape)
-        return None, *(call.as_bhsd(x) for x in (dq, dk, dv)), d_slopes
+        d_slopes = None if d_slopes is None else call.of_all(d_slopes, slopes)
+        d_sinks = None
+        if ctx.needs_input_grad[5]:
+            d_sinks = call.of_all(sink_gradients(dout, out, lse, dlse, job.sinks), sinks)
+        return None, *(call.as_bhsd(x) for x in (dq, dk, dv)), d_slopes, d_sinks
 
 
 def check_order(mesh: DeviceMesh, balance: str, exchange: str) -> None:
@@ -284,10 +300,9 @@ def _in_short(ends: tuple[int, ...] | None) -> list[int] | None:
     return None if ends is None else list(ends) if len(ends) <= 16 else [len(ends), hash(ends)]
 
 
-def _checked_slopes(slopes: Any, q: torch.Tensor, sizes: checks.Sizes) -> torch.Tensor | None:
-    if slopes is None:
-        return None
-    framework = same_framework({"q": q, "alibi_slopes": slopes})
-    view = framework.view(slopes, "alibi_slopes")
-    checks.check_per_head("alibi_slopes", view, "float32", sizes, framework.view(q, "q"))
-    return slopes
+def _checked_parameter(name: str, x: Any, q: torch.Tensor, sizes: checks.Sizes) -> torch.Tensor | None:
+    """A parameter with a value for each head."""
+    if x is not None:
+        framework = same_framework({"q": q, name: x})
+        checks.check_per_head(name, framework.view(x, name), "float32", sizes, framework.view(q, "q"))
+    return x

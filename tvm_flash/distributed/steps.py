@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from tvm_flash.distributed.exchange import Return, fetch
 from tvm_flash.distributed.kernels import Kernels
-from tvm_flash.distributed.merge import merge
+from tvm_flash.distributed.merge import add_sinks, merge
 from tvm_flash.distributed.plan import Call, Plan, Step
 
 #: Into how many groups heads are split at most where one step has all keys, so that those of the next group are on
@@ -49,15 +49,17 @@ class Job:
     plan: its steps.
     group: the ranks that exchange keys; None if there is one.
     kernels: what is computed.
+    sinks: float32 ``(heads,)`` or ``(batch, heads)``, or none.
     """
 
     plan: Plan
     group: dist.ProcessGroup | None
     kernels: Kernels
+    sinks: torch.Tensor | None = None
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The result and its log-sum-exp of tensors ``(batch, heads, rows, head_dim)``."""
-        merges = self.plan.merges
+        merges = self.plan.merges or self.sinks is not None
         out = empty_as(q, v.shape[3], torch.float32 if merges else q.dtype)
         if merges or not self.plan.covers:
             out.zero_()
@@ -71,6 +73,8 @@ class Job:
                     merge(out[rows], lse[rows], *kernels.partial(call, *tensors))
                 else:
                     lse[rows] = kernels.forward(call, *tensors, out[rows])
+        if self.sinks is not None:
+            add_sinks(out, lse, self.sinks)
         return out.to(q.dtype), lse
 
     def backward(self, dout, q, k, v, out, lse, dlse, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:

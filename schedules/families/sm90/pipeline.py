@@ -123,11 +123,16 @@ class Pipeline:
         self.empty.wait(state.index, T.bitwise_xor(state.phase, 1))
 
     @T.inline
-    def load(self, state, descriptor, at):
-        """Producer: fill the tile's stage, which is empty, with the box at ``at``, coordinates behind the panel's."""
+    def expect(self, state):
+        """Producer: the bytes of a tile are about to come to its stage, which is empty."""
         T.ptx.mbarrier.arrive.expect_tx.shared.b64(
             self.full.ptr_to([state.index]), T.uint32(self.panels * self.rows * PANEL * 2)
         )
+
+    @T.inline
+    def load(self, state, descriptor, at):
+        """Producer: fill the tile's stage, which is empty, with the box at ``at``, coordinates behind the panel's."""
+        self.expect(state)
         for p in T.unroll(self.panels):
             load_panel(self.pointer(state)(p, 0, 0), descriptor, p, at, self.full.ptr_to([state.index]))
 
