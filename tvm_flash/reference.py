@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tvm_flash import catalogue
+
 #: Step of central differences: at values around 1 their error is about 1e-10, half of it from rounding.
 STEP = 2.0**-16
 
@@ -160,7 +162,8 @@ def attention(
     v: ``(batch, kv_heads, seqlen_kv, head_dim_v)``; any real dtype.
     mask, score: twins from this module, or functions of the same form; a score may have a sink (:func:`with_sink`).
     params: values by name; per-head ones as ``(batch, heads)`` or ``(heads,)``.
-    axes: of the parameters that are tensors, some of ``"bhij"``, ``""`` of a table; ``"bh"`` of one that isn't named.
+    axes: of the parameters that are tensors, some of ``"bhij"``, ``""`` of a table; if not given, what the package's
+        own parameters have, and ``"bh"`` of others.
 
     Returns
     -------
@@ -253,7 +256,7 @@ class _Forward:
         q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
         heads, seqlen_q, kv_heads, seqlen_kv = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
         k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
-        axes = axes or {}
+        axes = {**{p.name: p.axes for p in catalogue.PARAMS.values()}, **(axes or {})}
         values = {n: _beside_scores(x, axes.get(n, "bh")) for n, x in (params or {}).items()}
         indices = (np.arange(n).reshape(-1, *[1] * (3 - a)) for a, n in enumerate((len(q), heads, seqlen_q, seqlen_kv)))
         b, h, i, j = indices
