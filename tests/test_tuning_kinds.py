@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,8 @@ from schedules.tuning.compiler import compile_module
 from schedules.tuning.emit import tasks_for
 from schedules.tuning.folder import Folder
 from tests.machine_code import needs_compiler
+from tvm_flash.call.measured import tune_command
+from tvm_flash.call.problem import Problem
 from tvm_flash.measure.workloads import Workload
 
 torch = pytest.importorskip("torch")
@@ -84,6 +87,24 @@ def test_wrong_kinds_are_answered(arguments, complaint, capsys, tmp_path):
     problem = ["--arch", "cpu", "--problem", f"{SMALL} fp32", "--work", str(tmp_path / "w")]
     assert main([*problem, *arguments]) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "words"),
+    [
+        ("forward", (2, 8, 2, 30, 90), "b=2 h=8 s=30 d=64 hk=2 sk=90 causal float32"),
+        ("backward", (2, 8, 8, 30, 30), "b=2 h=8 s=30 d=64 causal backward float32"),
+        ("ragged_backward", (5, 8, 2, 500, 500), "b=5 h=8 s=100 d=64 hk=2 causal ragged backward float32"),
+        ("paged", (5, 8, 2, 5, 640), "b=5 h=8 s=1 d=64 hk=2 sk=640 causal paged float32"),
+    ],
+)
+def test_explain_names_a_command_that_tunes_the_kernel(op, sizes, words):
+    """And the tuner understands it."""
+    problem = Problem(*sizes, 64, 64, "float32", "bshd", "causal", op=op)
+    for kind, most, option in ((kinds.of(Workload.parse(words))[0], None, ""), ("decode", 4, " --kind decode")):
+        entry = SimpleNamespace(kind=kind, max_rows=most)
+        device = SimpleNamespace(native_arch="sm_80")
+        assert tune_command(entry, problem, device) == f'scripts/tune.py --arch sm_80{option} --problem "{words}"'
 
 
 # ---------------------------------------------------------------- numbers first

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tvm_flash import catalogue
+
 #: Step of central differences: at values around 1 their error is about 1e-10, half of it from rounding.
 STEP = 2.0**-16
 
@@ -160,7 +162,8 @@ def attention(
     v: ``(batch, kv_heads, seqlen_kv, head_dim_v)``; any real dtype.
     mask, score: twins from this module, or functions of the same form; a score may have a sink (:func:`with_sink`).
     params: values by name; per-head ones as ``(batch, heads)`` or ``(heads,)``.
-    axes: of the parameters that are tensors, some of ``"bhij"``, ``""`` of a table; ``"bh"`` of one that isn't named.
+    axes: of the parameters that are tensors, some of ``"bhij"``, ``""`` of a table; if not given, what the package's
+        own parameters have, and ``"bh"`` of others.
 
     Returns
     -------
@@ -253,19 +256,24 @@ class _Forward:
         q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
         heads, seqlen_q, kv_heads, seqlen_kv = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
         k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
-        axes = axes or {}
-        values = {n: _beside_scores(x, axes.get(n, "bh")) for n, x in (params or {}).items()}
+        values = beside_scores(params or {}, axes)
         indices = (np.arange(n).reshape(-1, *[1] * (3 - a)) for a, n in enumerate((len(q), heads, seqlen_q, seqlen_kv)))
         b, h, i, j = indices
         at = Positions(i, j, seqlen_q, seqlen_kv, values, b, h)
         s = np.einsum("bhid,bhjd->bhij", q, k) * softmax_scale
         x = np.where(mask(at), score(s, at), -np.inf)
-        row_max, sink = x.max(axis=-1, keepdims=True, initial=-np.inf), _sink_of(score, at)
+        row_max, sink = x.max(axis=-1, keepdims=True, initial=-np.inf), sink_of(score, at)
         row_max = np.maximum(row_max, sink)
         prob = np.where(row_max == -np.inf, 0.0, np.exp(x - row_max))
         row_sum = prob.sum(axis=-1, keepdims=True) + np.where(sink == -np.inf, 0.0, np.exp(sink - row_max))
         lse = np.where(row_sum == 0, -np.inf, row_max + np.log(row_sum))
         return _Forward(q, k, v, kv_heads, at, s, np.where(row_sum == 0, 0.0, prob / row_sum), row_sum, lse[..., 0])
+
+
+def beside_scores(params: Mapping[str, Any], axes: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Parameters by name as they broadcast against scores; ``axes`` as for :func:`attention`."""
+    axes = {**{p.name: p.axes for p in catalogue.PARAMS.values()}, **(axes or {})}
+    return {n: _beside_scores(x, axes.get(n, "bh")) for n, x in params.items()}
 
 
 def _beside_scores(x: Any, axes: str) -> Any:
@@ -278,7 +286,7 @@ def _beside_scores(x: Any, axes: str) -> Any:
     return x[tuple(slice(None) if a in axes else None for a in "bhij")]
 
 
-def _sink_of(score: Callable, at: Positions) -> np.ndarray:
+def sink_of(score: Callable, at: Positions) -> np.ndarray:
     """The sink of a score, −inf if it has none."""
     sink = getattr(score, "sink", None)
     return np.asarray(-np.inf if sink is None else sink(at), np.float64)
@@ -296,15 +304,15 @@ def _parameter_gradient(name: str, score: Callable, state: _Forward, dscore: np.
     def of_value(value):
         return score(state.s, dataclasses.replace(state.at, params={**state.at.params, name: value}))
 
-    def sink_of_value(value):
-        return _sink_of(score, dataclasses.replace(state.at, params={**state.at.params, name: value}))
+    def of_sink_value(value):
+        return sink_of(score, dataclasses.replace(state.at, params={**state.at.params, name: value}))
 
     value = np.asarray(state.at.params[name], np.float64)
     shares = np.where(state.prob == 0, 0.0, dscore * _difference(of_value, value))
-    sink = _sink_of(score, state.at)
+    sink = sink_of(score, state.at)
     if (sink > -np.inf).any():
         weight = np.where(sink == -np.inf, 0.0, np.exp(sink - state.lse[..., None]))
-        share = np.where(weight == 0, 0.0, weight * delta[..., None] * _difference(sink_of_value, value))
+        share = np.where(weight == 0, 0.0, weight * delta[..., None] * _difference(of_sink_value, value))
         shares = shares.sum(axis=-1, keepdims=True) - share
     if not shape:
         return shares.sum()

@@ -54,8 +54,7 @@ def whole_mask_of(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tenso
         n not in (1, m) for n, m in zip(reversed(shape), reversed(scores), strict=False)
     ):
         return f"attn_mask has shape {tuple(shape)}, which doesn't broadcast to {tuple(scores)}"
-    if attn_mask.ndim == 3 and query.ndim == 3:
-        attn_mask = attn_mask[None]
+    attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(shape))
     return WholeMask(attn_mask if attn_mask.dtype in (torch.bool, torch.float32) else attn_mask.float())
 
 

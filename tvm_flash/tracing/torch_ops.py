@@ -40,7 +40,7 @@ if tuple(int(x) for x in torch.__version__.split(".")[:2]) < _MINIMUM:
     )
 
 #: The parameters of the package's own definition that are tensors, in the order of the operators.
-_PARAMETERS = ("alibi_slopes", "kv_start", "kv_end", "query_start", "sinks")
+_PARAMETERS = ("alibi_slopes", "kv_start", "kv_end", "query_start", "sinks", "visible", "bias")
 
 _library = torch.library.Library("tvm_flash", "DEF")
 # Inductor may otherwise hand over tensors whose last dimension isn't contiguous.

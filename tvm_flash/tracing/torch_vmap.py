@@ -33,6 +33,8 @@ def larger_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
             x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
             if x.ndim < 4:  # one value a head, or also a batch entry
                 x = (x[:, None] if x.ndim == 2 else x).expand(size, batch, -1)
+            elif x.ndim == 5 and x.shape[1] != batch:  # a mask or a bias that is one for a batch
+                x = x.expand(size, batch, *x.shape[2:])
             return x.flatten(0, 1)
 
         first, dim = arguments[0], in_dims[0]

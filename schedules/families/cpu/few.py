@@ -121,7 +121,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         for block in T.serial((keys + (_R - 1)) // _R):
             for r in T.unroll(_R):
                 row[r] = P.k.of_key(k_base, T.min(key0 + block * _R + r, P.seqlen_kv - 1))
-                prefetch(P.v, P.v.near_key(v_base, key0 + block * _R + r), P.head_dim_v)
+                prefetch(P.v, P.v.of_key(v_base, key0 + block * _R + r), P.head_dim_v)
                 for lane in T.vectorized(_W):
                     acc[r * _W + lane] = T.float32(0)
             for d in T.serial(P.head_dim // _W):
@@ -187,7 +187,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
             for lane in T.vectorized(_W):
                 tile_output[e * _W + lane] = T.float32(0)
         for j in T.serial(keys):
-            prefetch(P.k, P.k.near_key(k_base, key0 + N + j), P.head_dim)
+            prefetch(P.k, P.k.of_key(k_base, key0 + N + j), P.head_dim)
             if S[j] != T.float32(0):
                 v_row: T.int64 = P.v.of_key(v_base, key0 + j)
                 for e in T.serial(P.head_dim_v // _W):
@@ -203,7 +203,6 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
     def begin_rows(P: Geometry, bases, key0):
         """Look up the rows of the first tile; those of each further one are while the one before is computed."""
         if P.is_paged:
-            P.k.last[0] = T.int64(-1)
             find_rows(P, bases, key0, N, T.bitwise_and(key0, T.int64(2 * N - 1)))
 
     @T.inline

@@ -48,12 +48,8 @@ class Tensor:
         return rows * self.strides[2]
 
     def of_key(self, base: Expr, key: Expr) -> Expr:
-        """Offset of the row of a key, ``base`` being that of the head's first."""
+        """Offset of the row of a key, ``base`` being that of the head's first; of no key it is any number."""
         return base + key * self.strides[2]
-
-    def near_key(self, base: Expr, key: Expr) -> Expr:
-        """The same, of some row or none if there is no such key."""
-        return self.of_key(base, key)
 
     def in_tile(self, first: Expr, j: Expr) -> Expr:
         """Offset of the row of key number ``j`` of a tile, ``first`` being that of its first."""
