@@ -48,6 +48,11 @@ def core_kinds_of(target: Target) -> tuple[str, ...]:
     return tuple(kind for kind in kinds_of(target) if kind not in unverified)
 
 
+def is_verified_size(target: Target, kind: str, head_dim: int, head_dim_v: int) -> bool:
+    """Whether kernels of a kind that the core set has were verified on hardware at a size: the core set has those."""
+    return (head_dim, head_dim_v) not in getattr(family_of(target), "UNVERIFIED_HEAD_DIMS", {}).get(kind, ())
+
+
 def maker_of(target: Target, kind: str = FORWARD):
     """What makes the kernels of a kind: the family's module itself for the usual one, else one of its ``KINDS``.
 
