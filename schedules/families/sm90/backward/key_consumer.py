@@ -189,7 +189,9 @@ class KeyConsumer:
         for g in T.serial(self.block.group):
             site = T.meta_var(self.block.site(g))
             walk = self.block.tiles(site)
-            weights = Weights(self.pattern, site, self.config.block_m, True, descending=self.config.joint)
+            weights = Weights(
+                self.pattern, site, self.config.block_m, True, descending=self.config.joint, asks_once=True
+            )
             if walk.steps > 0:
                 first = T.meta_var(self.counter.state(self.q.stages))
                 self.q.consumer_wait(first)

@@ -59,7 +59,7 @@ class QueryConsumer:
         self.scores = Products(pattern.dtype, BLOCK, N, D, D)
         self.gradients = Products(pattern.dtype, BLOCK, N, E, E)
         self.parameters, self.overlaps = parameters, overlaps
-        self.weights = Weights(pattern, block.site, N, False)
+        self.weights = Weights(pattern, block.site, N, False, asks_once=True)
         # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
         self.acc_dq = T.alloc_local([D // 2], "float32")
         self.acc_s = T.alloc_local([N // 2], "float32")
