@@ -70,7 +70,11 @@ SCOPES = {
         between=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
     ),
-    RAGGED_BACKWARD: Scope((("window", "optional"),)),
+    RAGGED_BACKWARD: Scope(
+        (("window", "optional"),),
+        between=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
+    ),
     BACKWARD_ACCUMULATE: Scope((("positioned", "optional"),), by_default=False),  # for rings alone, and as large again
 }
 

@@ -7,8 +7,17 @@ turns, softmax overlapped with products.
 from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import BACKWARD, DECODE, RAGGED, Program, Target, forward_program
+from schedules.families.interface import (
+    BACKWARD,
+    DECODE,
+    RAGGED,
+    RAGGED_BACKWARD,
+    Program,
+    Target,
+    forward_program,
+)
 from schedules.families.sm90 import backward, decode, ragged
+from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
@@ -30,7 +39,7 @@ __all__ = [
 DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
-KINDS = {DECODE: decode, BACKWARD: backward, RAGGED: ragged}
+KINDS = {DECODE: decode, BACKWARD: backward, RAGGED: ragged, RAGGED_BACKWARD: ragged_backward}
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

@@ -39,7 +39,6 @@ class Config:
     joint: one launch makes dk, dv and dq, with five products and sums of dq in memory; of the fields above the first
         two are its own.
     head_section: heads whose blocks are started together in the joint launch, those of the same keys after each other.
-    tiles_told: how many tiles a block adds to before it tells the next one; a power of two.
     shares_keys: both consumer warpgroups of the launch for dk and dv have the same 64 keys, and one computes dv, the
         other dk, with scores of its own: one product more, and room for a head_dim of 256.
     """
@@ -52,7 +51,6 @@ class Config:
     heads_first: bool = False
     joint: bool = False
     head_section: int = 16
-    tiles_told: int = 1
     shares_keys: bool = False
 
     @property
@@ -103,6 +101,13 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     return {0: replace(found, overlaps=overlaps)}
 
 
+def tiles_told(pattern: Pattern) -> tuple[tuple[int, int], ...]:
+    """How many tiles a block of the joint launch adds to before it tells the next one, a power of two, for rows from so
+    many on: it changes no bits.
+    """
+    return ((0, 1),)
+
+
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config`` that are worth trying."""
     return {
@@ -114,7 +119,6 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "heads_first": (False, True),
         "joint": (True, False),
         "head_section": (8, 16, 32),
-        "tiles_told": (1, 2, 4),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
 
