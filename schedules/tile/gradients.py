@@ -46,6 +46,9 @@ class Tensors(_Gradients, Geometry):
     ``handles`` has them by name.  Made before ``T.device_entry()``.
     """
 
+    #: Whether there are rows without keys.
+    may_lack_keys = False
+
     def __init__(self, pattern: Pattern, traversal: Traversal, handles: dict, softmax_scale, parameters: dict):
         inputs = tuple(handles[name] for name in ("q", "k", "v"))
         Geometry.__init__(self, pattern, traversal, inputs, softmax_scale, parameters, ALIGNMENT)
@@ -94,6 +97,8 @@ class RaggedTensors(_Gradients, RaggedGeometry):
 
     What belongs to tiles of rows is in the order (heads, slots of tiles), see :mod:`schedules.tile.sequences`.
     """
+
+    may_lack_keys = True
 
     def __init__(
         self, pattern: Pattern, traversal: Traversal, handles: dict, starts: Starts, softmax_scale, parameters: dict

@@ -55,17 +55,24 @@ class ParameterGradients:
         """Where the shares of a head begin, and how many it has."""
         tiles = tensors.tiles_of_rows(BLOCK)
         row = n * tensors.head_rows + tensors.head_row(batch, head)
-        return wide(row * tiles + tensors.first_tile(batch, BLOCK)) * SHARES, ceildiv(
-            tensors.queries.of(batch).length, BLOCK
-        ) * SHARES
+        count = ceildiv(tensors.queries.of(batch).length, BLOCK) * SHARES
+        if tensors.may_lack_keys:
+            count = T.Select(tensors.keys.of(batch).length > 0, count, 0)
+        return wide(row * tiles + tensors.first_tile(batch, BLOCK)) * SHARES, count
 
     def store(self, tensors, sums, batch, head, share, lane):
-        """A warp: leave what its lanes have in ``sums`` as share number ``share`` of a head."""
+        """A warp: leave what its lanes have in ``sums`` as share number ``share`` of a head.
+
+        Rows without keys leave none: those after the last sequence have no place for it.
+        """
         for n in range(len(self.params)):
             total = local(sums[n])
             _add_lanes(total)
             first, _ = self._first(tensors, n, batch, head)
-            with T.If(lane == 0), T.Then():
+            leaves = lane == 0
+            if tensors.may_lack_keys:
+                leaves = T.And(leaves, tensors.keys.of(batch).length > 0)
+            with T.If(leaves), T.Then():
                 T.buffer_store(flat(self.shares), total.source[0], [first + wide(share)])
 
     def add(self, tensors, batch, kv_head, warp, warps: int, lane):
