@@ -39,6 +39,7 @@ class Config:
     joint: one launch makes dk, dv and dq, with five products and sums of dq in memory; of the fields above the first
         two are its own.
     head_section: heads whose blocks are started together in the joint launch, those of the same keys after each other.
+    prefetches: the joint launch asks for sums of dq two tiles before it adds to them.
     shares_keys: both consumer warpgroups of the launch for dk and dv have the same 64 keys, and one computes dv, the
         other dk, with scores of its own: one product more, and room for a head_dim of 256.
     """
@@ -51,6 +52,7 @@ class Config:
     heads_first: bool = False
     joint: bool = False
     head_section: int = 16
+    prefetches: bool = False
     shares_keys: bool = False
 
     @property
@@ -83,7 +85,7 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     if pattern.is_scale_only and pattern.narrows and not pattern.params:
         found = Config(block_m=128 if max(pattern.head_dim, pattern.head_dim_v) <= 64 else 64, num_stages=3, joint=True)
         if feasible(pattern, found, target) is None:
-            return {0: found}
+            return {0: replace(found, prefetches=pattern.is_unmasked)}
     plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
     overlaps = not any(p.gradient for p in pattern.params)
     if pattern.head_dim <= 64:
@@ -105,7 +107,9 @@ def tiles_told(pattern: Pattern) -> tuple[tuple[int, int], ...]:
     """How many tiles a block of the joint launch adds to before it tells the next one, a power of two, for rows from so
     many on: it changes no bits.
     """
-    return ((0, 1),)
+    if max(pattern.head_dim, pattern.head_dim_v) <= 64:
+        return (0, 1), (16384, 2)
+    return ((0, 1), (8192, 2)) if pattern.is_unmasked else ((0, 1), (2048, 2))
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
@@ -119,6 +123,7 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "heads_first": (False, True),
         "joint": (True, False),
         "head_section": (8, 16, 32),
+        "prefetches": (False, True),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
 

@@ -21,7 +21,14 @@ from schedules.definition.pattern import Pattern
 from schedules.families.mma.registers import anew
 from schedules.families.sm90.backward.config import Config
 from schedules.families.sm90.backward.numbers import RowNumbers
-from schedules.families.sm90.backward.sums import add_to_tile, await_count, store_tile, take_tile, tell
+from schedules.families.sm90.backward.sums import (
+    add_to_tile,
+    await_count,
+    prefetch_tile,
+    store_tile,
+    take_tile,
+    tell,
+)
 from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import WARPS
 from schedules.families.sm90.config import PANEL, panels
@@ -29,6 +36,7 @@ from schedules.families.sm90.wgmma import mn_major, rows_offset
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat, wide
+from schedules.tile.static import static
 
 #: Tiles of queries that are fetched before their step.
 AHEAD = 2
@@ -91,6 +99,11 @@ class QuerySums:
                     self.shifts.load(self.q, q, place)
                     self.do.load(q, self.do_map, at, self.starts.bytes)
                     self.starts.load(self.do, q, place)
+                    if static(self.config.prefetches):
+                        if self.block.number > 0:
+                            elements = T.meta_var(self.config.block_m * self.chunks[1] * PANEL)
+                            sums = T.meta_var(self.sums.ptr_to([wide(place) * elements]))
+                            T.evaluate(prefetch_tile(sums, elements * 4))
             self.next_step = self.next_step + 1
             if self.next_step == walk.steps:
                 self.next_step = 0
