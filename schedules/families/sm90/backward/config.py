@@ -85,7 +85,7 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     if pattern.is_scale_only and pattern.narrows and not pattern.params:
         found = Config(block_m=128 if max(pattern.head_dim, pattern.head_dim_v) <= 64 else 64, num_stages=3, joint=True)
         if feasible(pattern, found, target) is None:
-            return {0: replace(found, prefetches=pattern.is_unmasked)}
+            return {0: found}
     plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
     overlaps = not any(p.gradient for p in pattern.params)
     if pattern.head_dim <= 64:
