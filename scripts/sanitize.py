@@ -23,6 +23,7 @@ import math
 import numpy as np
 
 from tvm_flash.commands import check as selfcheck
+from tvm_flash.commands.check_sequences import on_pages, packed
 from tvm_flash.machine.device import Device
 from tvm_flash.packs.registry import registry
 
@@ -60,8 +61,10 @@ def run(arch: str, symbol: str) -> int:
             given = {"q": q, "k": k, "v": v}
             if e.op == "backward":
                 given |= outputs(q, v)
-            if e.is_ragged:
-                given = selfcheck.packed([{role: x[b] for role, x in given.items()} for b in range(len(q))], after=3)
+            if e.form != "dense":
+                given = packed([{role: x[b] for role, x in given.items()} for b in range(len(q))], after=3)
+            if e.form == "paged":
+                given = on_pages(given)
             found = selfcheck.run(kernel, device, given, 1 / math.sqrt(e.head_dim), (e.head_dim, e.head_dim_v))
             for role in found.keys() - {"lse"}:
                 assert np.isfinite(found[role]).all(), f"not all of {role} is written"

@@ -31,7 +31,7 @@ def trials(entry: KernelEntry) -> Iterator[Trial]:
 
 def _own_cases(entry: KernelEntry) -> Iterator[tuple[Case, Inputs]]:
     numbers = {"window_left": 90, "window_right": 3, "sink_tokens": 5, "softcap": 2.0, "has_query_start": 0}
-    numbers |= {"has_alibi_slopes": 1}
+    numbers |= {"has_alibi_slopes": 1, "has_sinks": 1}
     params = tuple((p.name, numbers[p.name]) for p in entry.params if p.name in numbers)
     for heads, kv_heads, seqlen_q, seqlen_kv in _SIZES:
         case = Case(

@@ -100,8 +100,14 @@ def inputs(case: Case) -> Inputs:
         # From before the first key to beyond the last.
         places = np.linspace(-case.seqlen_q, case.seqlen_kv + 3, case.batch * case.heads)
         params["query_start"] = places.astype(np.int32).reshape(case.batch, case.heads)
-    if case.score == "optional":
-        params.setdefault("alibi_slopes", np.full((case.batch, case.heads), np.nan, np.float32))  # not to be used
+    nothing = np.full((case.batch, case.heads), np.nan, np.float32)  # not to be used
+    if case.score.startswith("optional"):
+        params.setdefault("alibi_slopes", nothing)
+    if case.score == "optional_sinks":
+        # From none to one that outweighs every key.
+        sinks = np.linspace(-4, 9, nothing.size).astype(np.float32).reshape(nothing.shape)
+        sinks[-1, 0] = -np.inf
+        params["sinks"] = sinks if params["has_sinks"] else nothing
     return Inputs(q, k, v, params)
 
 
@@ -161,6 +167,15 @@ CASES: tuple[Case, ...] = _in_all_dtypes(
             ((2, 2, 77, 64), 60, 2, (*_BAND, *_ALIGNED)),
             ((4, 2, 1, 64), 270, 2, (*_UNBOUNDED, *_PLAIN)),
             ((4, 4, 3, 64), 270, 2, (*_BAND, *_ALL)),
+        )
+    ),
+    *(
+        Case(*sizes, seqlen_kv=seqlen_kv, kv_heads=kv_heads, mask="positioned", score="optional_sinks", params=params)
+        for sizes, seqlen_kv, kv_heads, params in (
+            ((2, 4, 130, 64), 330, 2, (*_BAND, *_PLAIN, ("has_sinks", 1))),
+            ((2, 3, 70, 64), 50, 1, (*_UNBOUNDED, *_ALL, ("has_sinks", 1))),
+            ((2, 4, 40, 64), 90, 1, (*_WINDOW, *_ALIGNED, ("has_sinks", 0))),
+            ((2, 2, 3, 64), 2100, 2, (*_UNBOUNDED, *_PLAIN, ("has_sinks", 1))),
         )
     ),
     # Grouped heads.

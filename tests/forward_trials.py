@@ -77,7 +77,8 @@ def _as_own(entry: KernelEntry, case: Case) -> dict[str, object] | None:
         if entry.score not in SCORES[case.score].stand_ins:
             return None
         params |= {"softcap": 0.0, "has_alibi_slopes": int("alibi" in case.score)}
-        params["alibi_slopes"] = np.full((case.batch, case.heads), np.nan, np.float32)  # unless the case has its own
+        nothing = np.full((case.batch, case.heads), np.nan, np.float32)
+        params |= {"alibi_slopes": nothing, "has_sinks": 0, "sinks": nothing}  # unless the case has its own
     if case.mask != entry.mask:
         if case.mask not in _NARROWER.get(entry.mask, ()):
             return None
@@ -123,7 +124,7 @@ def _as_given(entry: KernelEntry, numbers: dict[str, int]) -> dict[str, object]:
 
 def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
     """Inputs with finite scores that an online softmax may stumble over; float64 has finite results for all."""
-    if entry.score not in ("identity", "optional"):
+    if entry.score not in ("identity", "optional", "optional_sinks"):
         return
     params = {"window_left": 150, "window_right": 0, "kv_start": 3, "kv_end": 700, "query_start": 550}
     params = _own(entry, params)
@@ -165,7 +166,12 @@ def adversarial(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
 
 def not_finite(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs, Inputs]]:
     """Inputs with NaN or infinity in some queries, or in a key that only the last query sees; and the same without."""
-    if entry.score not in ("identity", "optional") or entry.mask not in ("full", "causal", "window", "positioned"):
+    if entry.score not in ("identity", "optional", "optional_sinks") or entry.mask not in (
+        "full",
+        "causal",
+        "window",
+        "positioned",
+    ):
         return
     params = {"window_left": 100, "window_right": 0, "kv_start": 0, "kv_end": 300, "query_start": 300 - _rows(entry)}
     params = _own(entry, params)
@@ -184,7 +190,8 @@ def not_finite(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs, Inputs]]
 
 def _own(entry: KernelEntry, numbers: dict[str, int]) -> dict[str, object]:
     """Parameters of a kernel for a batch of 1 and 2 heads, without a soft cap and slopes."""
-    values = {"softcap": 0.0, "alibi_slopes": np.nan, "has_alibi_slopes": 0, "has_query_start": 1, **numbers}
+    values = {"softcap": 0.0, "alibi_slopes": np.nan, "has_alibi_slopes": 0, "has_query_start": 1}
+    values |= {"sinks": np.nan, "has_sinks": 0, **numbers}
     return {p.name: np.full((1, 2), values[p.name], p.dtype) if p.per_head else values[p.name] for p in entry.params}
 
 

@@ -100,14 +100,21 @@ def _by_formula(case, data, given, asked, terms, keys) -> dict[str, np.ndarray]:
     # A row that sees nothing counts as one that sees everything, and whose output nobody asks for.
     hidden = ~visible & seen[..., None]
     x = scores.detach().masked_fill(hidden, -torch.inf)
+    has_sinks = bool(data.params.get("has_sinks"))
+    if has_sinks:  # a key more, whose value is 0; with it a row sees something, be it of no weight
+        sinks = params["sinks"].detach()[..., None, None].expand(*x.shape[:3], 1)
+        hidden, seen = ~visible, seen | (sinks[..., 0] > -torch.inf)
+        x = torch.cat([scores.detach().masked_fill(hidden & seen[..., None], -torch.inf), sinks], -1)
     prob = torch.softmax(x, -1)
+    prob, of_sink = prob[..., : scores.shape[-1]], prob[..., scores.shape[-1] :].sum(-1)
     dout = torch.from_numpy(given.dout) * seen[..., None]
     dlse = torch.zeros(seen.shape) if given.dlse is None else torch.from_numpy(given.dlse) * seen
     out = (prob @ wide_v).to(dtype).float()
     delta = (out * dout).sum(-1) - dlse
     dscore = prob * (_one_by_one(dout, wide_v) - delta[..., None])
     dscore = dscore.masked_fill(~seen[..., None], 0)
-    slopes = torch.autograd.grad(scores, [s, *(params[n] for n in asked)], dscore)
+    of_scores = [n for n in asked if n != "sinks"]
+    slopes = torch.autograd.grad(scores, [s, *(params[n] for n in of_scores)], dscore)
     ds, prob = slopes[0].to(dtype).float() * case.softmax_scale, prob.to(dtype).float()
 
     def summed(x):
@@ -117,7 +124,10 @@ def _by_formula(case, data, given, asked, terms, keys) -> dict[str, np.ndarray]:
     back, order = np.argsort(keys), np.argsort(terms)
     found = {"dq": (ds @ wide_k)[..., order], "dk": dk[:, :, back][..., order], "dv": dv[:, :, back]}
     found = {name: x.to(dtype).double().numpy() for name, x in found.items()}
-    return found | {f"d_{n}": x.double().numpy() for n, x in zip(asked, slopes[1:], strict=True)}
+    learnt = {f"d_{n}": x.double().numpy() for n, x in zip(of_scores, slopes[1:], strict=True)}
+    if "sinks" in asked:
+        learnt["d_sinks"] = -(of_sink * delta).sum(-1).double().numpy()
+    return found | learnt
 
 
 def _one_by_one(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -140,7 +150,9 @@ def _by_torch(case, data, given) -> dict[str, np.ndarray]:
 
 def _reads(case: Case, data: Inputs, name: str) -> bool:
     """Whether the score of a case depends on a parameter."""
-    word, option = {"alibi_slopes": ("alibi", "has_alibi_slopes"), "softcap": ("softcap", "softcap")}[name]
+    word, option = {
+        "alibi_slopes": ("alibi", "has_alibi_slopes"), "softcap": ("softcap", "softcap"), "sinks": ("none", "has_sinks")
+    }[name]  # fmt: skip
     return word in case.score or bool(data.params.get(option))
 
 
@@ -181,7 +193,7 @@ _FAR = 1 << 30
 
 
 def everything(case: Case, data: Inputs) -> dict:
-    """A case's parameters for the kernel of the mask ``positioned`` and the score ``optional``, which serves it too."""
+    """A case's parameters for the kernel of the mask ``positioned`` and the score ``optional_sinks``."""
     left, right = {"full": (_FAR, _FAR), "causal": (_FAR, 0)}.get(case.mask, (None, None))
     heads = (case.batch, case.heads)
     usual = {
@@ -194,6 +206,8 @@ def everything(case: Case, data: Inputs) -> dict:
         "softcap": 0.0,
         "has_alibi_slopes": int("alibi_slopes" in data.params),
         "alibi_slopes": np.full(heads, np.nan, np.float32),
+        "has_sinks": int("sinks" in data.params),
+        "sinks": np.full(heads, np.nan, np.float32),
     }
     return {**usual, **data.params}
 

@@ -24,6 +24,7 @@ OUTPUTS = {
     "backward": ("dq", "dk", "dv"),
     "ragged": ("o", "lse"),
     "ragged_backward": ("dq", "dk", "dv"),
+    "paged": ("o", "lse"),
 }
 
 

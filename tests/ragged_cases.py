@@ -134,8 +134,10 @@ def inputs(case: RaggedCase) -> RaggedInputs:
     params = dict(case.params)
     if "alibi" in case.score or params.get("has_alibi_slopes"):
         params["alibi_slopes"] = (rng.random((case.batch, case.heads)) * 0.5).astype(np.float32)
-    elif case.score == "optional":
+    elif case.score.startswith("optional"):
         params["alibi_slopes"] = np.full((case.batch, case.heads), np.nan, np.float32)  # not to be used
+    if params.get("has_sinks"):
+        params["sinks"] = rng.standard_normal((case.batch, case.heads)).astype(np.float32)
     q = rows(total_q, after_q, case.heads, case.head_dim)
     return RaggedInputs(
         q, *(rows(total_k, after_k, case.kv_heads, d) for d in (case.head_dim, case.head_dim_v)), params
@@ -151,7 +153,8 @@ def kernel_params(case: RaggedCase, data: RaggedInputs, params: tuple[Param, ...
     left, right = {"full": (_FAR, _FAR), "causal": (_FAR, 0)}.get(case.mask, (None, None))
     usual = {"window_left": left, "window_right": right, "softcap": 0.0}
     usual |= {"has_alibi_slopes": int("alibi" in case.score)}
-    usual["alibi_slopes"] = np.full((case.batch, case.heads), np.nan, np.float32)
+    nothing = np.full((case.batch, case.heads), np.nan, np.float32)
+    usual |= {"alibi_slopes": nothing, "has_sinks": 0, "sinks": nothing}
     known = {**usual, **data.params}
     return {p.name: known[p.name] for p in params}
 

@@ -37,6 +37,7 @@ PARAMS = {
     "sink_tokens": 5,
     "softcap": 2.0,
     "has_alibi_slopes": 1,
+    "has_sinks": 1,
     "has_query_start": 1,
 }
 

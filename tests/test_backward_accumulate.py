@@ -3,10 +3,6 @@
 import numpy as np
 import pytest
 
-from schedules.builder.build import build
-from schedules.builder.plan import BuildRequest
-from schedules.builder.suite import HeadDim, Selection
-from schedules.families.interface import BACKWARD_ACCUMULATE, Target
 from tests.test_backward import FUNCTIONS, SCALE, close, problem, swapped
 from tvm_flash import (
     KernelNotFoundError,
@@ -14,25 +10,10 @@ from tvm_flash import (
     padded_attention_backward,
     reference,
 )
+from tvm_flash.operators import ACCUMULATE
 from tvm_flash.packs import registry
 
 pytestmark = pytest.mark.usefixtures("trains")
-
-
-@pytest.fixture(scope="module")
-def packs_folder(cpu_pack, tmp_path_factory):
-    """A pack with kernels that accumulate, for the instruction set of the usual one."""
-    folder = tmp_path_factory.mktemp("packs")
-    isa = registry.registry().kernels("cpu")[0].pack.manifest.isa
-    selection = Selection(dtypes=("float32", "float16"), head_dims=(HeadDim(64, 64),), kinds=(BACKWARD_ACCUMULATE,))
-    (report,) = build(BuildRequest((Target("cpu", isa),), selection, output=folder, jobs=2))
-    assert not report.failed and len(report.manifest.kernels) == 4
-    return folder
-
-
-@pytest.fixture
-def accumulates(packs_folder, cpu_pack, use_packs):
-    use_packs(packs_folder, cpu_pack.parent)
 
 
 def forward(layout, q, k, v, **options):
@@ -41,7 +22,6 @@ def forward(layout, q, k, v, **options):
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.usefixtures("accumulates")
 def test_gradients_are_added_to_what_is_there(layout, dtype):
     dout, q, k, v, _ = problem(dtype)
     out, lse = forward(layout, q, k, v, causal=True, softmax_scale=SCALE)
@@ -63,7 +43,6 @@ def test_gradients_are_added_to_what_is_there(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-@pytest.mark.usefixtures("accumulates")
 def test_a_ring_over_parts_of_the_keys(layout):
     """Each part has its own keys, the whole's result and log-sum-exp, and says where its queries stand."""
     dout, q, k, v, dlse = problem(seqlen_q=50)
@@ -84,8 +63,11 @@ def test_a_ring_over_parts_of_the_keys(layout):
         close(x, swapped(getattr(exact, name), layout))
 
 
-def test_a_pack_without_says_how_to_build_them(cpu_pack, use_packs):
-    use_packs(cpu_pack.parent)
+def test_a_pack_without_says_how_to_build_them(cpu_pack, monkeypatch):
+    candidates = registry.Registry.candidates
+    monkeypatch.setattr(
+        registry.Registry, "candidates", lambda *asked: [k for k in candidates(*asked) if k.entry.kind != ACCUMULATE]
+    )
     dout, q, k, v, _ = problem()
     out, lse = forward("bhsd", q, k, v)
     rooms = dict(zip(("dq", "dk", "dv"), (np.zeros_like(x) for x in (q, k, v)), strict=True))

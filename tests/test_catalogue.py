@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from schedules.builder.suite import CORE_VARIANTS
+from schedules.builder.suite import CORE_VARIANTS, CPU_VARIANTS
 from schedules.definition import catalogue as expressions
 from tests.cases import CASES
 from tvm_flash import (
@@ -59,10 +59,11 @@ def test_calls_and_programs_take_the_options_of_the_functions():
         "layout_known",
         "op",
         "gradients",
+        "longest",
         "flag",
     }
     fields |= {OPERATORS["forward"].flag}
-    tensors = set(signature("bhsd").tensors)
+    tensors = set(signature("bhsd", parameters=("alibi_slopes", "sinks")).tensors)
     assert set(arguments) == fields | tensors
     assert all(
         arguments[name].default == Options._field_defaults[name] for name in fields & set(Options._field_defaults)
@@ -105,14 +106,15 @@ def test_what_functions_can_ask_for_is_built():
                 score = catalogue.score_of(softcap, slopes)
                 wanted = {(m, s) for m in catalogue.MASKS[mask].stand_ins for s in catalogue.SCORES[score].stand_ins}
                 assert wanted & set(CORE_VARIANTS), (mask, score)
+                assert wanted & set(CPU_VARIANTS), (mask, score)
 
 
 def test_scores_by_option():
     found = [catalogue.score_of(softcap, slopes) for softcap in (False, True) for slopes in (False, True)]
     assert found == ["identity", "alibi", "softcap", "softcap_alibi"]
-    assert catalogue.OPTIONAL == ("alibi_slopes", "query_start")
+    assert catalogue.OPTIONAL == ("alibi_slopes", "sinks", "query_start")
 
 
 def test_the_cases_cover_the_catalogue():
     assert {c.mask for c in CASES} >= set(catalogue.MASKS) - {"sink_window"}
-    assert {c.score for c in CASES} >= {"identity", "softcap_alibi", "optional"}
+    assert {c.score for c in CASES} >= {"identity", "softcap_alibi", "optional", "optional_sinks"}

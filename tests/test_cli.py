@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tests import entries
 from tests.conftest import ROOT
+from tvm_flash.catalogue import MASKS
 from tvm_flash.commands import check as selfcheck
 from tvm_flash.commands.cli import main
 from tvm_flash.machine.device import Device
@@ -176,6 +178,19 @@ def test_check_without_packs(use_packs, tmp_path, capsys):
     use_packs(tmp_path)
     status, out, err = run(capsys, "check")
     assert status == 2 and out == "" and "no usable pack" in err and "tvm_flash build" in err
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("lengths", [(33, 70), (33, 70 + selfcheck.LONGER_BY), selfcheck.THOROUGH_LENGTHS], ids=str)
+def test_the_cases_of_a_check_see_keys(mask, lengths):
+    """A kernel for long sequences must have something to get wrong: most rows see keys, and masks hide some."""
+    params = tuple(p.name for p in MASKS[mask].params)
+    found, full = (
+        selfcheck._expected("forward", "float32", 8, 8, name, "identity", given, (), lengths, *lengths).exact["o"][0]
+        for name, given in ((mask, params), ("full", ()))
+    )
+    assert found.any(axis=-1).mean() > 0.8
+    assert np.array_equal(found, full) == (mask == "full")
 
 
 def test_every_installed_kernel_is_right(cpu_pack):

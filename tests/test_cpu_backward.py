@@ -51,7 +51,7 @@ def kernel(template, dtype, mask, score, isa="", head_dim=64, asked=(), kind=BAC
 @functools.cache
 def core(template, dtype, head_dim=64) -> Kernel:
     """The kernel of a pack that serves every mask and score of the functions."""
-    wanted = (template, dtype, head_dim, BACKWARD, BUILTIN_DEFINITION, "positioned", "optional")
+    wanted = (template, dtype, head_dim, BACKWARD, BUILTIN_DEFINITION, "positioned", "optional_sinks")
     for found in registry().kernels("cpu"):
         e = found.entry
         if (e.template, e.dtype, e.head_dim, e.kind, e.definition, e.mask, e.score) == wanted:

@@ -30,6 +30,9 @@ from tvm_flash.packs.registry import registry
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
 
+_DEFINITION = Attention(SCORES["optional"], MASKS["window"])
+
+
 @functools.cache
 def installed(dtype: str, kind: str = RAGGED, head_dim: int = 64) -> tuple[Callable, tuple]:
     """``compute(values, sizes)`` and the parameters of a kernel of the pack."""
@@ -42,9 +45,11 @@ def installed(dtype: str, kind: str = RAGGED, head_dim: int = 64) -> tuple[Calla
 
 
 @functools.cache
-def kernel(dtype: str, isa: str, kind: str = RAGGED, **changes) -> tuple[Callable, tuple]:
+def kernel(
+    dtype: str, isa: str, kind: str = RAGGED, definition: Attention = _DEFINITION, **changes
+) -> tuple[Callable, tuple]:
     """The same of a kernel that is made here."""
-    pattern = match(Attention(SCORES["optional"], MASKS["window"])(64, dtype, index_dtype=cpu.INDEX_DTYPE))
+    pattern = match(definition(64, dtype, index_dtype=cpu.INDEX_DTYPE))
     target = Target("cpu", isa)
     config = replace(cpu.KINDS[kind].default_configs("v2", pattern, target)[0], **changes)
     program = TEMPLATES["v2"].apply(pattern, target, "kernel", config, kind)

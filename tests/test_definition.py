@@ -9,7 +9,7 @@ from schedules.definition.catalogue import MASKS, SCORES
 from tvm_flash import reference
 
 PARAMS = {"window_left": 5, "window_right": 2, "sink_tokens": 3, "softcap": 2.5}
-PARAMS |= {"has_query_start": 1, "has_alibi_slopes": 1}
+PARAMS |= {"has_query_start": 1, "has_alibi_slopes": 1, "has_sinks": 1}
 #: (batch, heads, kv_heads, seqlen_q, seqlen_kv, head_dim, head_dim_v)
 SHAPES = ((2, 4, 2, 10, 30, 16, 16), (1, 3, 1, 21, 7, 8, 24), (1, 2, 2, 1, 33, 16, 8))
 
@@ -45,7 +45,7 @@ def test_oracle_agrees_with_numpy(score, mask, shape):
         )
     )
     attention = Attention(SCORES[score], MASKS[mask])
-    values = {**PARAMS, "alibi_slopes": rng.random((batch, heads), dtype=np.float32)}
+    values = {**PARAMS, **{n: rng.random((batch, heads), dtype=np.float32) for n in ("alibi_slopes", "sinks")}}
     placed = ("kv_start", "kv_end", "query_start")
     values |= {name: rng.integers(0, seqlen_kv + 3, (batch, heads), np.int32) for name in placed}
     params = {p.name: values[p.name] for p in attention.params}

@@ -45,10 +45,10 @@ def problem(attention, shape, seed=5):
     q, dout = normal(batch, heads, seqlen_q, HEAD_DIM), normal(batch, heads, seqlen_q, HEAD_DIM_V)
     k, v = normal(batch, kv_heads, seqlen_kv, HEAD_DIM), normal(batch, kv_heads, seqlen_kv, HEAD_DIM_V)
     values = {"window_left": 3, "window_right": 1, "sink_tokens": 2, "softcap": 1.5}
-    values["alibi_slopes"] = rng.random((batch, heads), dtype=np.float32)
+    values |= {name: rng.random((batch, heads), dtype=np.float32) for name in ("alibi_slopes", "sinks")}
     placed = ("kv_start", "kv_end", "query_start")
     values |= {name: rng.integers(0, seqlen_kv + 3, (batch, heads), np.int32) for name in placed}
-    values |= {"has_query_start": 1, "has_alibi_slopes": 1}
+    values |= {"has_query_start": 1, "has_alibi_slopes": 1, "has_sinks": 1}
     params = {p.name: values[p.name] for p in attention.params}
     return q, k, v, dout, normal(batch, heads, seqlen_q), params
 
@@ -66,7 +66,7 @@ TORCH_SCORES = {
         p["softcap"] * (s / p["softcap"]).tanh() - p["alibi_slopes"][..., None, None] * distance
     ),
 }
-TORCH_SCORES["optional"] = TORCH_SCORES["softcap_alibi"]  # with both options given
+TORCH_SCORES["optional"] = TORCH_SCORES["optional_sinks"] = TORCH_SCORES["softcap_alibi"]  # with all options given
 
 
 def autograd(attention, q, k, v, dout, dlse, params):
@@ -84,6 +84,10 @@ def autograd(attention, q, k, v, dout, dlse, params):
     mods = {name: leaves[f"d_{name}"] for name in asked}
     s = TORCH_SCORES[attention.score.name](s, mods, torch.tensor(np.abs(at.diagonal - at.j)).double())
     visible = torch.tensor(np.broadcast_to(attention.mask.twin(at), s.shape).copy())
+    if "d_sinks" in leaves:  # a key more, whose value is 0
+        s = torch.cat([s, leaves["d_sinks"][..., None, None].expand(*s.shape[:3], 1)], -1)
+        visible = torch.nn.functional.pad(visible, (0, 1), value=True)
+        values = torch.nn.functional.pad(values, (0, 0, 0, 1))
     seen = visible.any(-1)
     x = s.masked_fill(~visible, -torch.inf).masked_fill(~seen[..., None], 0.0)  # no NaN in torch where nothing is seen
     out = torch.softmax(x, -1) @ values
@@ -201,6 +205,32 @@ def test_sequences_of_different_lengths_are_attended_to_as_if_alone(score, mask)
         np.testing.assert_allclose(results[name], x, atol=2e-5, rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("page_size", (1, 3, 16))
+def test_keys_on_pages_are_those_of_their_sequence(page_size):
+    """The same as with the keys one after the other; what no sequence needs may hold anything."""
+    attention = Attention(SCORES["optional_sinks"], MASKS["padded"])
+    queries, keys, more_queries, _ = LENGTHS
+    shape = (len(queries), 4, 2, sum(queries) + more_queries, sum(keys))
+    q, k, v, _, _, params = problem(attention, shape)
+    q, k, v = (np.ascontiguousarray(x[0].swapaxes(0, 1)) for x in (q, k, v))
+    starts = [np.int32([0, *itertools.accumulate(x)]) for x in (queries, keys)]
+    given = {"q": q, "cu_seqlens_q": starts[0], "softmax_scale": SCALE, **params}
+    most = max(keys) // page_size + 2
+    order = np.random.default_rng(0).permutation(len(keys) * most)
+    table = np.full((len(keys), most), -7, np.int32)
+    pages = {n: np.full((len(order), page_size, *x.shape[1:]), np.nan, np.float32) for n, x in (("k", k), ("v", v))}
+    for b, length in enumerate(keys):
+        for j in range(length):
+            at = table[b, j // page_size] = order[b * most + j // page_size]
+            for name, rows in (("k", k), ("v", v)):
+                pages[name][at, j % page_size] = rows[starts[1][b] + j]
+    lengths = {"seqlens_k": np.int32(keys), "page_table": table}
+    got = oracle.operator(attention, "paged", HEAD_DIM, HEAD_DIM_V)(**given, **pages, **lengths)
+    want = oracle.operator(attention, "ragged", HEAD_DIM, HEAD_DIM_V)(**given, k=k, v=v, cu_seqlens_k=starts[1])
+    for name in ("o", "lse"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+
+
 def test_a_part_far_below_another_does_not_overflow():
     combine = oracle.operator(Attention(), "combine", HEAD_DIM, HEAD_DIM_V)
     os = np.stack([np.full((1, 1, 1, HEAD_DIM_V), value, np.float32) for value in (1, 2, 3)])
@@ -235,7 +265,7 @@ def doubled(block):
     return s_tir.SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, body, block.init)
 
 
-@pytest.mark.parametrize("op", ("partial", "combine", "delta", "backward", "ragged", "ragged_backward"))
+@pytest.mark.parametrize("op", ("partial", "combine", "delta", "backward", "ragged", "ragged_backward", "paged"))
 def test_another_step_of_an_operator_is_refused_by_name(op):
     attention = Attention(asking(SCORES["alibi"]), MASKS["causal"])
     func = derive(match(attention(8, "float32")), op)

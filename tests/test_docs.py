@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     *("README.md", "docs/layout_guide.md", "docs/layout_guide.zh.md"),
-    *("docs/pytorch.md", "docs/models.md", "docs/frameworks.md", "docs/varlen.md"),
+    *("docs/pytorch.md", "docs/models.md", "docs/frameworks.md", "docs/varlen.md", "docs/serving.md"),
+    "docs/distributed.md",
 )
 
 #: What the code of a page needs beside torch.

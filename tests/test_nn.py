@@ -375,8 +375,6 @@ def test_what_flash_attn_functions_refuse():
     ):
         with pytest.raises(InvalidArgumentError, match=says):
             nn.flash_attn_varlen_func(*packed, *starts, 33, 70)
-    with pytest.raises(NotSupportedError, match=r"^block_table"):
-        nn.flash_attn_varlen_func(*packed, *good, 33, 70, block_table=torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("head_dim", (32, 7))

@@ -12,7 +12,8 @@ from tvm.script import tirx as T
 
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import FULL, MASKS, SCORES, Mask
-from schedules.definition.derive import KEY_RANGE, derive
+from schedules.definition.derive import derive
+from schedules.definition.operator import KEY_RANGE
 from schedules.definition.pattern import DefinitionError, Site, match
 from tvm_flash import reference
 from tvm_flash.packs.manifest import Param

@@ -10,6 +10,9 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 import tvm_flash  # noqa: E402
+from tests.paged_cases import PagedCase  # noqa: E402
+from tests.ragged_cases import RaggedCase  # noqa: E402
+from tests.test_paged import tensors as paged_tensors  # noqa: E402
 from tvm_flash import numerics  # noqa: E402
 from tvm_flash.errors import NotSupportedError  # noqa: E402
 from tvm_flash.frameworks.torch import name_of  # noqa: E402
@@ -272,3 +275,13 @@ def test_varlen_attn_by_the_registry():
         torch.nn.attention.restore_flash_attention_impl()
     assert torch.equal(found, tvm_flash.flash_attention_varlen(q, k, v, starts, starts)[:650])
     torch.testing.assert_close(found.float(), usual.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_keys_on_pages_of_varlen_attn():
+    """What ``varlen_attn`` with a block table asks for."""
+    case = PagedCase(RaggedCase((9, 1), 4, 64, (40, 33), kv_heads=2, dtype="bfloat16", mask="causal"), 16, 1)
+    given = paged_tensors(case)
+    asked = (*(given[n] for n in ("q", "k_cache", "v_cache", "cu_seqlens_q")), None, 9, 48, 0.0, True, False)
+    found = pytorch._flash_forward(*asked, seqused_k=given["seqlens_k"], block_table=given["page_table"])
+    want = tvm_flash.flash_attention_paged(**given, causal=True, return_lse=True)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])

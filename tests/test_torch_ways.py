@@ -207,7 +207,7 @@ def test_the_decomposition_computes_the_same(options, layout, monkeypatch):
     function = padded_attention if "key_range" in arguments else flash_attention
     function = flash_attention_v2 if layout == "bshd" and function is flash_attention else function
     want = function(q, k, v, **arguments)
-    monkeypatch.setattr("tvm_flash.tracing.torch_ops._onnx_is_traced", lambda: True)
+    monkeypatch.setattr("tvm_flash.tracing.torch_ops.is_for_onnx", lambda: True)
     with torch.profiler.profile() as profile:
         found = function(q, k, v, **arguments)
     assert "tvm_flash::attention" not in {e.key for e in profile.key_averages()}

@@ -314,7 +314,7 @@ def test_dropout_and_weights_are_heard():
 
 def test_arguments_that_are_not_known_are_refused():
     q, k, v = layer()
-    for name in ("block_table", "layer_head_mask", "something_new"):
+    for name in ("layer_head_mask", "something_new"):
         with pytest.raises(NotSupportedError, match=rf"^{name}: .*attn_implementation='eager'"):
             integration.attention_forward(MODULE, q, k, v, None, **{name: torch.zeros(4)})
         integration.attention_forward(MODULE, q, k, v, None, **{name: None})

@@ -14,10 +14,13 @@ from tvm_flash.errors import (
     LayoutWarning,
     NotSupportedError,
     PackError,
+    ProcessGroupError,
     TvmFlashError,
 )
 from tvm_flash.interface import custom_attention, flash_attention, flash_attention_v2
+from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.padded import padded_attention
+from tvm_flash.paged import check_pages, flash_attention_paged
 from tvm_flash.selector import BackendSelector
 from tvm_flash.varlen import flash_attention_varlen
 
@@ -33,14 +36,18 @@ __all__ = [
     "LayoutWarning",
     "NotSupportedError",
     "PackError",
+    "ProcessGroupError",
     "TvmFlashError",
     "__version__",
+    "check_pages",
     "custom_attention",
     "flash_attention",
     "flash_attention_backward",
+    "flash_attention_paged",
     "flash_attention_v2",
     "flash_attention_v2_backward",
     "flash_attention_varlen",
+    "flash_attention_with_kvcache",
     "padded_attention",
     "padded_attention_backward",
 ]

@@ -31,11 +31,13 @@ def flash_attention_backward(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
+    sinks: Any = None,
     gradients: Sequence[str] = (),
     dq: Any = None,
     dk: Any = None,
     dv: Any = None,
     d_alibi_slopes: Any = None,
+    d_sinks: Any = None,
     accumulate: bool = False,
     variant: str = "auto",
 ) -> tuple[Any, ...]:
@@ -50,9 +52,9 @@ def flash_attention_backward(
     out: what the forward gave, in q's dtype.
     lse: the log-sum-exp that it gave with ``return_lse=True``: float32 ``(batch, heads, seqlen_q)``, contiguous.
     dlse: gradient of the log-sum-exp, as lse; none if not given.
-    causal, softmax_scale, window_size, softcap, alibi_slopes: as they were given to the forward.
-    gradients: ``("alibi_slopes",)`` for the gradient of the slopes too.
-    dq, dk, dv, d_alibi_slopes: where the gradients go; must not share memory with another tensor.
+    causal, softmax_scale, window_size, softcap, alibi_slopes, sinks: as they were given to the forward.
+    gradients: names of those of ``alibi_slopes`` and ``sinks`` whose gradients are wanted too.
+    dq, dk, dv, d_alibi_slopes, d_sinks: where the gradients go; must not share memory with another tensor.
     accumulate: add the gradients to what is in dq, dk, dv (and d_alibi_slopes), all float32 and given by the caller, as
         the parts of a sequence that several devices hold need it; convert them when the last part has been added.
     variant: which kernel runs, ``"v1"``, ``"v2"`` or ``"auto"``.
@@ -60,8 +62,9 @@ def flash_attention_backward(
     Returns
     -------
     ``(dq, dk, dv)`` in the shapes, dtype and framework of q, k and v: those of a key head are summed over the query
-    heads that read it.  With the gradient of the slopes a fourth, float32 ``(batch, heads)``: sum it over the batch for
-    slopes that have none.  A row that sees no key has no gradient, whatever stands in it.  The same bits on every run.
+    heads that read it.  Then those of ``gradients``, in that order, float32 ``(batch, heads)``: sum one over the batch
+    for a parameter that has none.  A row that sees no key has no gradient, whatever stands in it.  The same bits on
+    every run.
 
     Raises
     ------
@@ -74,7 +77,8 @@ def flash_attention_backward(
     The method is FlashAttention's (Dao et al., 2022): scores are computed anew.  In PyTorch and JAX the functions are
     differentiable, and this one isn't needed.
     """
-    attend = _of_function("bhsd", {"alibi_slopes": alibi_slopes}, gradients, {"alibi_slopes": d_alibi_slopes})
+    given, memory = _parameters(alibi_slopes, sinks, d_alibi_slopes, d_sinks)
+    attend = _of_function("bhsd", given, gradients, memory)
     # fmt: off
     return attend(dout, q, k, v, out, lse, dlse, dq, dk, dv,
                   variant, accumulate, softmax_scale, causal, window_size, softcap)
@@ -95,11 +99,13 @@ def flash_attention_v2_backward(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
+    sinks: Any = None,
     gradients: Sequence[str] = (),
     dq: Any = None,
     dk: Any = None,
     dv: Any = None,
     d_alibi_slopes: Any = None,
+    d_sinks: Any = None,
     accumulate: bool = False,
     variant: str = "auto",
 ) -> tuple[Any, ...]:
@@ -108,7 +114,8 @@ def flash_attention_v2_backward(
     Parameters, results and errors are those of :func:`flash_attention_backward`, with dimensions 1 and 2 of all tensors
     of rank 4 swapped; lse and dlse stay ``(batch, heads, seqlen_q)``.
     """
-    attend = _of_function("bshd", {"alibi_slopes": alibi_slopes}, gradients, {"alibi_slopes": d_alibi_slopes})
+    given, memory = _parameters(alibi_slopes, sinks, d_alibi_slopes, d_sinks)
+    attend = _of_function("bshd", given, gradients, memory)
     # fmt: off
     return attend(dout, q, k, v, out, lse, dlse, dq, dk, dv,
                   variant, accumulate, softmax_scale, causal, window_size, softcap)
@@ -130,12 +137,14 @@ def padded_attention_backward(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
+    sinks: Any = None,
     query_start: Any = None,
     gradients: Sequence[str] = (),
     dq: Any = None,
     dk: Any = None,
     dv: Any = None,
     d_alibi_slopes: Any = None,
+    d_sinks: Any = None,
     accumulate: bool = False,
     layout: str = "bhsd",
     variant: str = "auto",
@@ -147,13 +156,22 @@ def padded_attention_backward(
     """
     check_layout(layout)
     query_start = check_placement(key_range, query_start)
-    values = (key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes)
+    values = (key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes, sinks)
+    memory = {"alibi_slopes": d_alibi_slopes, "sinks": d_sinks}
     parameters = dict(zip(_PADDED_PARAMETERS, values, strict=True))
-    attend = _of_function(layout, parameters, gradients, {"alibi_slopes": d_alibi_slopes}, layout_known=True)
+    attend = _of_function(layout, parameters, gradients, memory, layout_known=True)
     # fmt: off
     return attend(dout, q, k, v, out, lse, dlse, dq, dk, dv,
                   variant, accumulate, softmax_scale, causal, window_size, softcap)
     # fmt: on
+
+
+def _parameters(alibi_slopes: Any, sinks: Any, d_alibi_slopes: Any, d_sinks: Any) -> tuple[dict, dict]:
+    """Parameters of a call by name, and memory for their gradients; sinks only if they have to do with it."""
+    given, memory = {"alibi_slopes": alibi_slopes}, {"alibi_slopes": d_alibi_slopes}
+    if sinks is not None or d_sinks is not None:
+        given, memory = {**given, "sinks": sinks}, {**memory, "sinks": d_sinks}
+    return given, memory
 
 
 def backward_of(name: str, layout: str, variant: str, declared: dict[str, Param]) -> Callable[..., Any]:

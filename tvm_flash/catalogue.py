@@ -19,6 +19,8 @@ PARAMS: Mapping[str, Param] = {
         Param("softcap", "float32"),
         Param("alibi_slopes", "float32", per_head=True, gradient=True),
         Param("has_alibi_slopes", "int32"),
+        Param("sinks", "float32", per_head=True, gradient=True),
+        Param("has_sinks", "int32"),
         Param("window_left", "int32"),
         Param("window_right", "int32"),
         Param("sink_tokens", "int32"),
@@ -69,15 +71,18 @@ MASKS: Mapping[str, Kind] = _kinds(
 )
 
 SCORES: Mapping[str, Kind] = _kinds(
-    identity=("", ("optional",)),
-    softcap=("softcap", ("optional",)),
-    alibi=("alibi_slopes", ("optional",)),
-    softcap_alibi=("softcap alibi_slopes", ("optional",)),
-    optional=("softcap has_alibi_slopes alibi_slopes", ()),
+    identity=("", ("optional", "optional_sinks")),
+    softcap=("softcap", ("optional", "optional_sinks")),
+    alibi=("alibi_slopes", ("optional", "optional_sinks")),
+    softcap_alibi=("softcap alibi_slopes", ("optional", "optional_sinks")),
+    optional=("softcap has_alibi_slopes alibi_slopes", ("optional_sinks",)),
+    optional_sinks=("softcap has_alibi_slopes alibi_slopes has_sinks sinks", ()),
 )
 
 
-def score_of(softcap: bool, alibi_slopes: bool) -> str:
+def score_of(softcap: bool, alibi_slopes: bool, sinks: bool = False) -> str:
     """The cheapest score with these options."""
+    if sinks:
+        return "optional_sinks"
     wanted = (("softcap",) if softcap else ()) + (("alibi_slopes",) if alibi_slopes else ())
     return next(name for name, kind in SCORES.items() if tuple(p.name for p in kind.params) == wanted)

@@ -38,6 +38,10 @@ class KernelError(TvmFlashError, RuntimeError):
     """A kernel refused its arguments or failed to launch."""
 
 
+class ProcessGroupError(TvmFlashError, RuntimeError):
+    """Other processes of a group asked for something else, are gone, or didn't answer within the group's timeout."""
+
+
 class LayoutWarning(UserWarning):
     """The shapes are legal but look as if heads and sequence were swapped."""
 

@@ -13,6 +13,10 @@ from tvm_flash.call.signature import signature
 
 _attend_bhsd, _attend_bshd = entrance(signature("bhsd")), entrance(signature("bshd"))
 
+#: The same with sinks.  A call without them has a tensor less to look at.
+_WITH_SINKS = ("alibi_slopes", "sinks")
+_attend_bhsd_sinks, _attend_bshd_sinks = (entrance(signature(x, parameters=_WITH_SINKS)) for x in ("bhsd", "bshd"))
+
 
 def flash_attention(
     q: Any,
@@ -24,6 +28,7 @@ def flash_attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
+    sinks: Any = None,
     return_lse: bool = False,
     out: Any = None,
     variant: str = "v1",
@@ -41,6 +46,8 @@ def flash_attention(
     window_size: ``(left, right)``: a query sees so many keys before and after its own position; −1 is unbounded.
     softcap: replaces a score s by ``softcap * tanh(s / softcap)``; 0 doesn't.
     alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope * |distance|`` is subtracted from a score.
+    sinks: float32 ``(heads,)`` or ``(batch, heads)``: a logit that each row's softmax has beside those of its keys, and
+        no value for; its gradient is there too.
     return_lse: also return the log-sum-exp of each row.
     out: where the result goes, of the result's shape and dtype; must not share memory with an input.
     variant: which kernel runs, ``"v1"``, ``"v2"`` or ``"auto"``; the layout stays that of this function.
@@ -48,7 +55,8 @@ def flash_attention(
     Returns
     -------
     ``(batch, heads, seqlen_q, head_dim_v)`` in q's dtype and framework; zeros in a row that sees no key.  With
-    ``return_lse`` a pair of that and float32 ``(batch, heads, seqlen_q)``, natural logarithm, −inf in such a row.
+    ``return_lse`` a pair of that and float32 ``(batch, heads, seqlen_q)``, natural logarithm, in such a row −inf, or
+    its sink.
 
     Raises
     ------
@@ -62,6 +70,9 @@ def flash_attention(
     never waits, and can be captured in a CUDA graph.
     """
     # fmt: off
+    if sinks is not None:
+        return _attend_bhsd_sinks(q, k, v, alibi_slopes, sinks, out,
+                                  variant, return_lse, softmax_scale, causal, window_size, softcap)
     return _attend_bhsd(q, k, v, alibi_slopes, out,
                         variant, return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on
@@ -77,6 +88,7 @@ def flash_attention_v2(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
+    sinks: Any = None,
     return_lse: bool = False,
     out: Any = None,
     variant: str = "v2",
@@ -87,6 +99,9 @@ def flash_attention_v2(
     result swapped; the log-sum-exp stays ``(batch, heads, seqlen_q)``.
     """
     # fmt: off
+    if sinks is not None:
+        return _attend_bshd_sinks(q, k, v, alibi_slopes, sinks, out,
+                                  variant, return_lse, softmax_scale, causal, window_size, softcap)
     return _attend_bshd(q, k, v, alibi_slopes, out,
                         variant, return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on

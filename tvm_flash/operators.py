@@ -8,13 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from tvm_flash.packs import manifest
+
 FORWARD, BACKWARD = "forward", "backward"
 
 #: The same of sequences of different lengths that lie one after the other, which are also kinds of kernels.
 RAGGED, RAGGED_BACKWARD = "ragged", "ragged_backward"
 
+#: Attention over some of the keys, in float32, to be put together with that over others; also a kind of kernels.
+PARTIAL = "partial"
+
+#: Forward of such sequences whose keys lie on pages of a cache.
+PAGED = "paged"
+
 #: The role (:mod:`tvm_flash.packs.manifest`) of a tensor that callers know by another name.
-_ROLES = {"out": "o", "dout": "do"}
+_ROLES = {"out": "o", "dout": "do", "k_cache": "k", "v_cache": "v"}
 
 #: Kind of the kernels that add to gradients which are there, in float32, instead of writing them.
 ACCUMULATE = "backward_accumulate"
@@ -35,8 +43,8 @@ class Tensor:
     """A tensor of an operator.
 
     ``axes`` name its sizes in the order of the layout ``bhsd``; one of four lies in the layout of the call.  ``ragged``
-    are those it has where sequences lie one after the other.  ``dtype`` is empty for that of q.  One that is ``flat``
-    must be dense, and kernels take it as a vector.
+    are those it has where sequences lie one after the other, or on pages.  ``dtype`` is empty for that of q.  One that
+    is ``flat`` must be dense, and kernels take it as a vector.
     """
 
     axes: tuple[str, ...]
@@ -48,6 +56,7 @@ class Tensor:
 _QUERY, _KEY = ("batch", "heads", "seqlen_q"), ("batch", "kv_heads", "seqlen_kv")
 _RAGGED_QUERY, _RAGGED_KEY = ("total_q", "heads"), ("total_k", "kv_heads")
 _STARTS = Tensor((), ("starts",), "int32", flat=True)
+_PAGES = ("pages", "page_size", "kv_heads")
 
 #: The tensors of operators by name; a parameter of mask and score that isn't here has a value for each head.
 TENSORS = {
@@ -58,7 +67,14 @@ TENSORS = {
     "lse": Tensor(_QUERY, ("heads", "total_q"), "float32", flat=True),
 }
 TENSORS |= {f"d{name}": TENSORS[name] for name in tuple(TENSORS)}
-TENSORS |= {"cu_seqlens_q": _STARTS, "cu_seqlens_k": _STARTS}
+TENSORS |= {
+    "cu_seqlens_q": _STARTS,
+    "cu_seqlens_k": _STARTS,
+    "k_cache": Tensor((), (*_PAGES, "head_dim")),
+    "v_cache": Tensor((), (*_PAGES, "head_dim_v")),
+    "seqlens_k": Tensor((), ("batch",), "int32", flat=True),
+    "page_table": Tensor((), ("batch", "pages_per_sequence"), "int32"),
+}
 
 #: The gradient of a parameter with a value for each head.
 _PARAMETER_GRADIENT = Tensor(("batch", "heads"), ("batch", "heads"), "float32")
@@ -81,10 +97,12 @@ class Operator:
     computes: the operator in a pack that kernels for it have.
     optional: further inputs, which a call may lack.
     starts: further inputs, which a call must give, wherever they lie in memory: where sequences of different lengths
-        begin.
+        begin, how long they are, and on which pages.
     on_request: results that are returned after the others if the call asks for them, and can't be given.
     differentiates: whether it computes gradients, and so also those of parameters that ask for one.
     backward: the operator that computes its gradients.
+    float32: the tensors that are float32 whatever q is.
+    form: how its sequences lie in memory (:mod:`tvm_flash.packs.manifest`).
     """
 
     inputs: tuple[str, ...]
@@ -96,6 +114,8 @@ class Operator:
     on_request: tuple[str, ...] = ()
     differentiates: bool = False
     backward: str = ""
+    float32: tuple[str, ...] = ()
+    form: str = manifest.DENSE
 
     @property
     def all_inputs(self) -> tuple[str, ...]:
@@ -134,9 +154,20 @@ _SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k")
 OPERATORS = {
     FORWARD: _FORWARD,
     BACKWARD: _BACKWARD,
-    RAGGED: replace(_FORWARD, starts=_SEQUENCES, backward=RAGGED_BACKWARD),
-    RAGGED_BACKWARD: replace(_BACKWARD, starts=_SEQUENCES),
+    PARTIAL: replace(_FORWARD, backward="", float32=("out",)),
+    RAGGED: replace(_FORWARD, starts=_SEQUENCES, backward=RAGGED_BACKWARD, form=manifest.RAGGED),
+    RAGGED_BACKWARD: replace(_BACKWARD, starts=_SEQUENCES, form=manifest.RAGGED),
+    PAGED: replace(
+        _FORWARD,
+        inputs=("q", "k_cache", "v_cache"),
+        starts=("cu_seqlens_q", "seqlens_k", "page_table"),
+        backward="",
+        form=manifest.PAGED,
+    ),
 }
+
+#: The parameters of mask and score that are tensors, of calls with keys on pages.
+PAGED_PARAMETERS = ("alibi_slopes", "sinks", "kv_start")
 
 #: The layout of tensors in which sequences lie one after the other: ``(total, heads, head_dim)``.
 RAGGED_LAYOUT = "shd"

@@ -11,7 +11,7 @@ from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 
 #: The parameters that are tensors, in the order of a call.
-PARAMETERS = ("kv_start", "kv_end", "query_start", "alibi_slopes")
+PARAMETERS = ("kv_start", "kv_end", "query_start", "alibi_slopes", "sinks")
 _attend = {layout: entrance(signature(layout, parameters=PARAMETERS, layout_known=True)) for layout in LAYOUTS}
 
 
@@ -26,6 +26,7 @@ def padded_attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
+    sinks: Any = None,
     query_start: Any = None,
     return_lse: bool = False,
     out: Any = None,
@@ -53,7 +54,7 @@ def padded_attention(
     check_layout(layout)
     query_start = check_placement(key_range, query_start)
     # fmt: off
-    return _attend[layout](q, k, v, key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes, out,
+    return _attend[layout](q, k, v, key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes, sinks, out,
                            variant, return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on
 

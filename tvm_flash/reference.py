@@ -1,8 +1,9 @@
 """Attention in float64 numpy: the formula as one would write it on paper, and the numpy twin of every mask and score.
 
 Slow and plain on purpose: it is what kernels are compared with, in ``python -m tvm_flash check`` and in the tests.
-A twin sees whole arrays: ``s`` is ``(batch, heads, seqlen_q, seqlen_kv)`` after scaling; ``at.i`` is ``(seqlen_q, 1)``,
-``at.j`` is ``(1, seqlen_kv)``, per-head parameters are ``(batch, heads, 1, 1)``, so that everything broadcasts.
+A twin sees whole arrays: ``s`` is ``(batch, heads, seqlen_q, seqlen_kv)`` after scaling; ``at.b`` is ``(batch, 1, 1,
+1)``, ``at.h`` ``(heads, 1, 1)``, ``at.i`` ``(seqlen_q, 1)``, ``at.j`` ``(1, seqlen_kv)``, per-head parameters are
+``(batch, heads, 1, 1)``, so that everything broadcasts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Positions:
     seqlen_q: int
     seqlen_kv: int
     params: Mapping[str, Any]
+    b: np.ndarray | None = None
+    h: np.ndarray | None = None
 
     @property
     def diagonal(self) -> np.ndarray:
@@ -66,6 +69,30 @@ def optional(s, at):
     return alibi(s, at) if at.params["has_alibi_slopes"] else s
 
 
+def with_sink(sink: Callable) -> Callable:
+    """A score whose softmax has a logit beside those of keys: ``sink(at)``, which has no query and no key.
+
+    The twin of a score has it as its attribute ``sink``.
+    """
+
+    def mark(score: Callable) -> Callable:
+        score.sink = sink
+        return score
+
+    return mark
+
+
+def sinks(at):
+    """A logit of each head, unless ``has_sinks`` is 0 (gpt-oss; Xiao et al., 2023)."""
+    return at.params["sinks"] if at.params.get("has_sinks", True) else -np.inf
+
+
+@with_sink(sinks)
+def optional_sinks(s, at):
+    """``optional``, with a sink."""
+    return optional(s, at)
+
+
 def full(at):
     """Every query sees every key."""
     return at.j < at.seqlen_kv
@@ -98,7 +125,9 @@ def positioned(at):
     return padded(at)
 
 
-SCORES: Mapping[str, Callable] = {f.__name__: f for f in (identity, softcap, alibi, softcap_alibi, optional)}
+SCORES: Mapping[str, Callable] = {
+    f.__name__: f for f in (identity, softcap, alibi, softcap_alibi, optional, optional_sinks)
+}
 MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window, padded, positioned)}
 
 
@@ -118,13 +147,13 @@ def attention(
     ----------
     q: ``(batch, heads, seqlen_q, head_dim)``; k: ``(batch, kv_heads, seqlen_kv, head_dim)``;
     v: ``(batch, kv_heads, seqlen_kv, head_dim_v)``; any real dtype.
-    mask, score: twins from this module, or functions of the same form.
+    mask, score: twins from this module, or functions of the same form; a score may have a sink (:func:`with_sink`).
     params: values by name; per-head ones as ``(batch, heads)`` or ``(heads,)``.
 
     Returns
     -------
     out: ``(batch, heads, seqlen_q, head_dim_v)`` float64; zeros in a row that may attend to nothing.
-    lse: ``(batch, heads, seqlen_q)`` float64, natural logarithm; −inf in such a row.
+    lse: ``(batch, heads, seqlen_q)`` float64, natural logarithm; in such a row the sink, or −inf without one.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         state = _Forward.of(q, k, v, softmax_scale, mask, score, params)
@@ -184,7 +213,7 @@ def attention_backward(
         dscore = np.where(state.prob == 0, 0.0, state.prob * (dp - delta[..., None]))
         slope = _difference(lambda s: score(s, state.at), state.s)
         ds = rounded(np.where(state.prob == 0, 0.0, dscore * slope)) * softmax_scale
-        found = {n: _parameter_gradient(n, score, state, dscore, np.shape((params or {})[n])) for n in gradients}
+        found = {n: _parameter_gradient(n, score, state, dscore, delta, np.shape((params or {})[n])) for n in gradients}
     dq = np.einsum("bhij,bhjd->bhid", ds, state.k)
     dk, dv = np.einsum("bhij,bhid->bhjd", ds, state.q), np.einsum("bhij,bhid->bhjd", rounded(state.prob), dout)
     grouped = (state.q.shape[0], state.kv_heads, -1)
@@ -214,14 +243,23 @@ class _Forward:
         values = {
             n: x if np.ndim(x) == 0 else np.asarray(x, np.float64)[..., None, None] for n, x in (params or {}).items()
         }
-        at = Positions(np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)[None, :], seqlen_q, seqlen_kv, values)
+        indices = (np.arange(n).reshape(-1, *[1] * (3 - a)) for a, n in enumerate((len(q), heads, seqlen_q, seqlen_kv)))
+        b, h, i, j = indices
+        at = Positions(i, j, seqlen_q, seqlen_kv, values, b, h)
         s = np.einsum("bhid,bhjd->bhij", q, k) * softmax_scale
         x = np.where(mask(at), score(s, at), -np.inf)
-        row_max = x.max(axis=-1, keepdims=True, initial=-np.inf)
+        row_max, sink = x.max(axis=-1, keepdims=True, initial=-np.inf), _sink_of(score, at)
+        row_max = np.maximum(row_max, sink)
         prob = np.where(row_max == -np.inf, 0.0, np.exp(x - row_max))
-        row_sum = prob.sum(axis=-1, keepdims=True)
+        row_sum = prob.sum(axis=-1, keepdims=True) + np.where(sink == -np.inf, 0.0, np.exp(sink - row_max))
         lse = np.where(row_sum == 0, -np.inf, row_max + np.log(row_sum))
         return _Forward(q, k, v, kv_heads, at, s, np.where(row_sum == 0, 0.0, prob / row_sum), row_sum, lse[..., 0])
+
+
+def _sink_of(score: Callable, at: Positions) -> np.ndarray:
+    """The sink of a score, −inf if it has none."""
+    sink = getattr(score, "sink", None)
+    return np.asarray(-np.inf if sink is None else sink(at), np.float64)
 
 
 def _difference(function: Callable, x: np.ndarray) -> np.ndarray:
@@ -230,14 +268,22 @@ def _difference(function: Callable, x: np.ndarray) -> np.ndarray:
     return (function(x + step) - function(x - step)) / (2 * step)
 
 
-def _parameter_gradient(name: str, score: Callable, state: _Forward, dscore: np.ndarray, shape) -> np.ndarray:
-    """The sum of ``dscore * dscore/dparameter`` over the axes that the parameter doesn't have."""
+def _parameter_gradient(name: str, score: Callable, state: _Forward, dscore: np.ndarray, delta, shape) -> np.ndarray:
+    """The sum of ``dscore * ∂score/∂parameter`` over the axes that the parameter doesn't have, and the sink's share."""
 
     def of_value(value):
         return score(state.s, dataclasses.replace(state.at, params={**state.at.params, name: value}))
 
-    slope = _difference(of_value, np.asarray(state.at.params[name], np.float64))
-    shares = np.where(state.prob == 0, 0.0, dscore * slope)
+    def sink_of_value(value):
+        return _sink_of(score, dataclasses.replace(state.at, params={**state.at.params, name: value}))
+
+    value = np.asarray(state.at.params[name], np.float64)
+    shares = np.where(state.prob == 0, 0.0, dscore * _difference(of_value, value))
+    sink = _sink_of(score, state.at)
+    if (sink > -np.inf).any():
+        weight = np.where(sink == -np.inf, 0.0, np.exp(sink - state.lse[..., None]))
+        share = np.where(weight == 0, 0.0, weight * delta[..., None] * _difference(sink_of_value, value))
+        shares = shares.sum(axis=-1, keepdims=True) - share
     if not shape:
         return shares.sum()
     shares = shares.sum(axis=(-1, -2))

@@ -56,6 +56,7 @@ class SelectedKernel:
     reason: str
     device: Device
     _attend: Callable[..., Any] = field(init=False, repr=False, compare=False)
+    _attend_with_sinks: Callable[..., Any] = field(init=False, repr=False, compare=False)
 
     def __call__(
         self,
@@ -68,6 +69,7 @@ class SelectedKernel:
         window_size: tuple[int, int] = (-1, -1),
         softcap: float = 0.0,
         alibi_slopes: Any = None,
+        sinks: Any = None,
         return_lse: bool = False,
         out: Any = None,
     ) -> Any:
@@ -80,13 +82,18 @@ class SelectedKernel:
         InvalidArgumentError: the tensors are on another kind of device than this kernel was selected for.
         """
         # fmt: off
+        if sinks is not None:
+            return self._attend_with_sinks(q, k, v, alibi_slopes, sinks, out,
+                                           self.variant, return_lse, softmax_scale, causal, window_size, softcap)
         return self._attend(q, k, v, alibi_slopes, out,
                             self.variant, return_lse, softmax_scale, causal, window_size, softcap)
         # fmt: on
 
     def __post_init__(self):
-        found = entrance(signature(self.layout, accept=_LikeSelected(self.arch, self.device)))
-        object.__setattr__(self, "_attend", found)  # once, not in every call
+        accept = _LikeSelected(self.arch, self.device)
+        for name, parameters in (("_attend", ("alibi_slopes",)), ("_attend_with_sinks", ("alibi_slopes", "sinks"))):
+            found = entrance(signature(self.layout, parameters=parameters, accept=accept))
+            object.__setattr__(self, name, found)  # once, not in every call
 
 
 class BackendSelector:

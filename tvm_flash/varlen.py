@@ -9,7 +9,7 @@ from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.signature import signature
 from tvm_flash.operators import RAGGED, RAGGED_LAYOUT
 
-_attend = entrance(signature(RAGGED_LAYOUT, op=RAGGED, layout_known=True))
+_attend = entrance(signature(RAGGED_LAYOUT, parameters=("alibi_slopes", "sinks"), op=RAGGED, layout_known=True))
 
 
 def flash_attention_varlen(
@@ -26,6 +26,7 @@ def flash_attention_varlen(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Any = None,
+    sinks: Any = None,
     return_lse: bool = False,
     out: Any = None,
 ) -> Any:
@@ -48,14 +49,15 @@ def flash_attention_varlen(
         depends on them.
     causal: query i of a sequence sees its keys up to ``i + length_k - length_q``, aligned bottom-right.
     window_size, softcap: as in :func:`tvm_flash.flash_attention`.
-    alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``.
+    alibi_slopes, sinks: float32 ``(heads,)`` or ``(batch, heads)``, as in :func:`tvm_flash.flash_attention`.
     return_lse: also return the log-sum-exp of each row.
     out: where the result goes, of the result's shape and dtype; must not share memory with an input.
 
     Returns
     -------
     ``(total_q, heads, head_dim_v)`` in q's dtype and framework; zeros in a row that sees no key or belongs to no
-    sequence.  With ``return_lse`` a pair of that and float32 ``(heads, total_q)``, natural logarithm, −inf there.
+    sequence.  With ``return_lse`` a pair of that and float32 ``(heads, total_q)``, natural logarithm, −inf there,
+    or the sink of a row that sees no key.
 
     Raises
     ------
@@ -70,6 +72,6 @@ def flash_attention_varlen(
     if max_seqlen_k is not None:
         check_longest("max_seqlen_k", max_seqlen_k)
     # fmt: off
-    return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, out,
+    return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, out,
                    "auto", return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on

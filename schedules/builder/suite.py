@@ -11,6 +11,9 @@ from schedules.families.interface import (
     BACKWARD_ACCUMULATE,
     DECODE,
     FORWARD,
+    PAGED,
+    PAGED_DECODE,
+    PARTIAL,
     RAGGED,
     RAGGED_BACKWARD,
 )
@@ -29,6 +32,9 @@ CORE_VARIANTS = (
     ("positioned", "optional"),
 )
 
+#: The same on the CPU, where the last kernel has sinks too: one that isn't given costs a comparison for each row tile.
+CPU_VARIANTS = (*CORE_VARIANTS[:-1], ("positioned", "optional_sinks"))
+
 TEMPLATES = ("v1", "v2")
 
 
@@ -42,14 +48,12 @@ class Scope:
     on_gpus: those on a GPU, if they aren't the same.
     between: whether there are kernels for ``HEAD_DIMS_BETWEEN``, on a GPU.
     own_definitions: whether a definition of the user's own gets such kernels without asking for them.
-    by_default: whether a pack gets them without asking for the kind.
     """
 
     variants: tuple[tuple[str, str], ...]
     between: bool = False
     own_definitions: bool = False
     on_gpus: tuple[tuple[str, str], ...] | None = None
-    by_default: bool = True
 
 
 #: Of every kind that families make (:mod:`schedules.families.interface`) what is built unless it is asked for by name.
@@ -57,29 +61,38 @@ class Scope:
 #: CPU's backward, the kernel that has everything was as fast as those of plain masks: 0.99 to 1.02 of their time,
 #: causal bfloat16 of 512 and 1024 keys 1.02 and 1.04.
 SCOPES = {
-    FORWARD: Scope(CORE_VARIANTS, between=True, own_definitions=True),
+    FORWARD: Scope(CPU_VARIANTS, between=True, own_definitions=True, on_gpus=CORE_VARIANTS),
     DECODE: Scope((("window", "identity"),)),
     BACKWARD: Scope(
-        (("positioned", "optional"),),
+        (("positioned", "optional_sinks"),),
         between=True,
         own_definitions=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
     ),
     RAGGED: Scope(
-        (("window", "optional"),),
+        (("window", "optional_sinks"),),
         between=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
     ),
     RAGGED_BACKWARD: Scope(
-        (("window", "optional"),),
+        (("window", "optional_sinks"),),
         between=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
     ),
-    BACKWARD_ACCUMULATE: Scope((("positioned", "optional"),), by_default=False),  # for rings alone, and as large again
+    PAGED: Scope(
+        (("positioned", "optional_sinks"),),
+        between=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
+    ),
+    PAGED_DECODE: Scope((("window", "identity"), ("positioned", "optional"))),
+    # Of sequences that several devices hold; one template, as they are for rings alone.
+    PARTIAL: Scope((("positioned", "optional"),)),
+    BACKWARD_ACCUMULATE: Scope((("positioned", "optional_sinks"),)),
 }
 
-#: Kinds whose tensors have no batch axis, and so one layout: there are kernels of one template, the family's last.
-ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD)
+#: Kinds of which there are kernels of one template, the family's last: those whose tensors have no batch axis, and so
+#: one layout, and those that context parallel attention alone calls, which take tensors of either layout.
+ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, PARTIAL, BACKWARD_ACCUMULATE)
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,8 @@ class Selection:
         if self.masks and self.scores:
             chosen = tuple((m, s) for m in self.masks for s in self.scores)
         else:
-            known = tuple((m, s) for m, s in CORE_VARIANTS if m in self.masks or s in self.scores)
+            usual = CORE_VARIANTS if gpu else CPU_VARIANTS
+            known = tuple((m, s) for m, s in usual if m in self.masks or s in self.scores)
             missing = [(m, "identity") for m in self.masks if m not in {c[0] for c in known}]
             missing += [("window", s) for s in self.scores if s not in {c[1] for c in known}]
             chosen = (*known, *missing)
@@ -207,7 +221,7 @@ class Selection:
         """
         own, variants = definition != BUILTIN_DEFINITION, tuple(variants)
         between = gpu and not self.head_dims and not own
-        usual = [k for k in kinds if SCOPES[k].by_default and (SCOPES[k].own_definitions or not own)]
+        usual = [k for k in kinds if SCOPES[k].own_definitions or not own]
         wanted = [k for k in kinds if k in self.kinds] if self.kinds else usual
         return [
             KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v, kind=kind)

@@ -18,6 +18,11 @@ out    ``o = A / L``, zero in a row with nothing to attend to
 lse    ``M + log(L)``, natural logarithm, −inf in such a row
 ====== ========================================================================
 
+A score may come with a *sink*, a logit of a head without a key or a value, which is in the denominator only.  Then
+``sink_max``, ``N = max(M, sink)``, follows ``row_max``, and ``sink_sum``, ``C = L + exp(sink - N)``, follows
+``row_sum``, and the other blocks have N and C in place of M and L: the log-sum-exp includes the sink, and a row that
+sees no key has the output 0 and the lse ``sink``.
+
 Compiled as it stands (``tvm.compile``, no schedule) it is the oracle that every template is tested against.  The other
 operators are derived from it: :mod:`schedules.definition.derive`.
 """
@@ -35,11 +40,14 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition import blocks
 from schedules.definition.blocks import Formula, Sizes
-from schedules.definition.catalogue import FULL, IDENTITY, Mask, Position, ScoreModification
+from schedules.definition.catalogue import FULL, IDENTITY, Head, Mask, Position, ScoreModification
 from schedules.definition.parameters import Site, append_arguments, parameter_symbols
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
 
 BLOCKS = ("qk", "score", "mask", "row_max", "prob", "row_sum", "pv", "out", "lse")
+
+#: Further ones where there is a sink.
+SINK_BLOCKS = ("sink_max", "sink_sum")
 
 #: Attribute of a definition: names of the parameters that ask for a gradient.
 GRADIENTS = "gradients"
@@ -101,6 +109,13 @@ class _Formula:
     def visible(self, site: Site, i: Expr, j: Expr) -> Expr | None:
         return self.definition.mask.expr(_position(site, i, j))
 
+    @property
+    def has_sink(self) -> bool:
+        return self.definition.score.sink is not None
+
+    def sink(self, site: Site) -> Expr:
+        return self.definition.score.sink(Head(site.b, site.h, site.params))
+
 
 def _position(site: Site, i: Expr, j: Expr) -> Position:
     return Position(site.b, site.h, i, j, site.seqlen_q, site.seqlen_kv, site.params)
@@ -130,12 +145,14 @@ def attend(formula: Formula, values, keys: tuple[tirx.Var, tirx.Var] | None = No
         O = T.match_buffer(o, (batch, heads, seqlen_q, E), o_dtype)
         LSE = T.match_buffer(lse, (batch, heads, seqlen_q), "float32")
         n = T.meta_var(Sizes(batch, heads, seqlen_q, E, kv_heads, seqlen_kv, D, None, softmax_scale, values))
-        steps(Q, K, V, O, LSE, n, formula, o_dtype, narrow)
+        steps(Q, K, V, O, LSE, n, formula, o_dtype, narrow, keys is None and formula.has_sink)
 
     return attention
 
 
-def steps(Q, K, V, O, LSE, n: Sizes, formula: Formula, o_dtype: str, narrow: Callable | None = None) -> None:
+def steps(
+    Q, K, V, O, LSE, n: Sizes, formula: Formula, o_dtype: str, narrow: Callable | None = None, has_sink: bool = False
+) -> None:
     """The blocks from ``qk`` to ``lse``; ``narrow(Y, X, n)`` may hide further keys after the mask."""
     rows, scores = (n.batch, n.heads, n.seqlen_q), (n.batch, n.heads, n.seqlen_q, n.seqlen_kv)
     S, Z, X, P = (scratch(name, scores) for name in "SZXP")
@@ -149,8 +166,14 @@ def steps(Q, K, V, O, LSE, n: Sizes, formula: Formula, o_dtype: str, narrow: Cal
         blocks.mask(Y, Z, n, formula)
         narrow(X, Y, n)
     blocks.row_max(M, X, n)
+    if has_sink:
+        M, without = scratch("N", rows), M
+        blocks.sink_max(M, without, n, formula)
     blocks.prob(P, X, M, n)
     blocks.row_sum(L, P, n)
+    if has_sink:
+        L, of_keys = scratch("C", rows), L
+        blocks.sink_sum(L, of_keys, M, n, formula)
     blocks.sum_over_keys("pv", A, P, V, n, "e")
     blocks.out(O, A, L, n, o_dtype)
     blocks.lse(LSE, M, L, n)

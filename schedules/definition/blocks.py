@@ -27,6 +27,7 @@ class Formula(Protocol):
     """What a definition says: sizes, and the expressions that the blocks of its operators are written with.
 
     ``s`` is the product ``q · k``, neither scaled nor modified.  ``visible`` is None where every query sees every key.
+    ``sink`` is a logit of a head that is in the denominator of the softmax beside those of keys, if ``has_sink``.
     ``score_gradient`` is the derivative of the score with respect to the scaled product; ``differentiate`` raises a
     DefinitionError where it, or that of a parameter, isn't known.
     """
@@ -36,16 +37,23 @@ class Formula(Protocol):
     dtype: str
     index_dtype: str
     params: tuple[Param, ...]
+    has_sink: bool
 
     def score(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr: ...
 
     def visible(self, site: Site, i: Expr, j: Expr) -> Expr | None: ...
+
+    def sink(self, site: Site) -> Expr: ...
 
     def differentiate(self) -> None: ...
 
     def score_gradient(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr: ...
 
     def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr) -> Expr: ...
+
+    def sink_gradient(self, name: str, site: Site) -> Expr: ...
+
+    def is_of_sink(self, param: Param) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -226,6 +234,30 @@ def lse(LSE, M, L, n: Sizes) -> None:
         _store(LSE[b, h, i], M[b, h, i] + T.log(L[b, h, i]))
 
 
+# ---------------------------------------------------------------- a sink: a logit without a value
+
+
+def sink_max(N, M, n: Sizes, formula: Formula) -> None:
+    """``N = max(M, sink)``: a row's maximum, with the sink."""
+    with _block("sink_max", n, "bhi") as (b, h, i):
+        _store(N[b, h, i], T.max(M[b, h, i], formula.sink(n.site(b, h))))
+
+
+def sink_sum(C, L, N, n: Sizes, formula: Formula) -> None:
+    """``C = L + exp(sink - N)``: what a row's probabilities are divided by; a sink of −inf adds nothing."""
+    with _block("sink_sum", n, "bhi") as (b, h, i):
+        sink = formula.sink(n.site(b, h))
+        weight = _zero_if(sink == T.float32(-math.inf), T.exp(sink - N[b, h, i]))
+        _store(C[b, h, i], L[b, h, i] + weight)
+
+
+def sink_prob(W, LSE, n: Sizes, formula: Formula) -> None:
+    """``W = exp(sink - LSE)``: the share of a row's probability that the sink has."""
+    with _block("sink_prob", n, "bhi") as (b, h, i):
+        sink = formula.sink(n.site(b, h))
+        _store(W[b, h, i], _zero_if(sink == T.float32(-math.inf), T.exp(sink - LSE[b, h, i])))
+
+
 # ---------------------------------------------------------------- merging parts
 
 
@@ -298,6 +330,21 @@ def parameter_gradient(dA, param: Param, dX, P, S, n: Sizes, formula: Formula) -
         _add(dA[place], _zero_if(P[b, h, i, j] == T.float32(0), dX[b, h, i, j] * slope))
 
 
+def sink_gradient(dA, param: Param, W, D, n: Sizes, formula: Formula) -> None:
+    """``dA = -sum W * D * ∂sink/∂param``: a sink takes from its row what it has no value for."""
+    kept = axes_of(param)
+    summed = "".join(a for a in "bhi" if a not in kept)
+    with _block(gradient_name(param), n, kept, summed) as index:
+        at = dict(zip(kept + summed, index, strict=True))
+        b, h, i = (at[a] for a in "bhi")
+        place = tuple(at[a] for a in kept) or (tirx.const(0, b.ty.dtype),)
+        T.reads(W[b, h, i], D[b, h, i])
+        T.writes(dA[place])  # as above
+        slope = formula.sink_gradient(param.name, n.site(b, h))
+        weight = W[b, h, i]
+        _add(dA[place], _zero_if(weight == T.float32(0), T.float32(0) - weight * D[b, h, i] * slope))
+
+
 # ---------------------------------------------------------------- sequences of different lengths
 
 
@@ -305,6 +352,21 @@ def lengths(name: str, L, starts, n: Sizes) -> None:
     """``L[b] = starts[b + 1] - starts[b]``."""
     with _block(name, n, "b") as (b,):
         _store(L[b], T.cast(starts[b + 1] - starts[b], L.dtype))
+
+
+def given_lengths(name: str, L, given, n: Sizes) -> None:
+    """``L[b] = given[b]``."""
+    with _block(name, n, "b") as (b,):
+        _store(L[b], T.cast(given[b], L.dtype))
+
+
+def from_pages(name: str, X, pages, table, n: Sizes, axes: str) -> None:
+    """``X[b, g, j, d] = pages[table[b, j // size], j % size, g, d]``, 0 past a sequence's last key."""
+    size = pages.shape[1]
+    with _block(name, n, axes) as (b, g, j, d):
+        page = T.cast(table[b, T.floordiv(j, size)], j.ty.dtype)
+        element = pages[page, T.floormod(j, size), g, d]
+        _store(X[b, g, j, d], T.if_then_else(j < n.lengths[1][b], element, tirx.const(0, X.dtype)))
 
 
 def unpacked(name: str, X, rows, starts, L, n: Sizes, axes: str) -> None:

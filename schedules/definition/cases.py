@@ -1,8 +1,8 @@
 """The cases of a score: what is left of it once all that no query and no key changes is known.
 
 A score may ask for a parameter, such as whether there is a soft cap.  Asked for every score, that costs a branch or
-both answers; :class:`Cases` has the atomic conditions that are the same for all scores of a head, and the score under each
-combination of their answers, so that a kernel may ask once and compute what is left without branches.
+both answers; :class:`Cases` has the atomic conditions that are the same for all scores of a head, and the score under
+each combination of their answers, so that a kernel may ask once and compute what is left without branches.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ by name.  To add one, write the function, write its twin, and enter the name wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -49,13 +50,27 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Head:
+    """Where a sink is: batch and query head, TIR expressions, and the run-time parameters as in :class:`Position`."""
+
+    b: Expr
+    h: Expr
+    param: Mapping[str, Expr]
+
+
+@dataclass(frozen=True)
 class ScoreModification:
-    """``expr(s, at)``: the modified score as float32; ``twin``: the same in numpy (:mod:`tvm_flash.reference`)."""
+    """``expr(s, at)``: the modified score as float32; ``twin``: the same in numpy (:mod:`tvm_flash.reference`).
+
+    ``sink(at)``, of a :class:`Head`, is a logit that the softmax has beside those of keys, float32, if there is one;
+    its twin is that of the score's twin (:func:`tvm_flash.reference.with_sink`).
+    """
 
     name: str
     expr: Callable[[Expr, Position], Expr]
     twin: Callable
     params: tuple[Param, ...] = ()
+    sink: Callable[[Head], Expr] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,10 @@ def _optional(s, at):
     return T.if_then_else(T.Or(capped, biased), value, s)
 
 
+def _sinks(at):
+    return T.Select(at.param["has_sinks"] != 0, at.param["sinks"], T.float32(-math.inf))
+
+
 def _causal(at):
     return at.j <= at.diagonal
 
@@ -109,9 +128,9 @@ def _padded(at):
     return T.And(T.And(at.j >= at.param["kv_start"], at.j < at.param["kv_end"]), _window(at))
 
 
-def _score(expr: Callable[[Expr, Position], Expr], twin: Callable) -> ScoreModification:
+def _score(expr: Callable[[Expr, Position], Expr], twin: Callable, sink: Callable | None = None) -> ScoreModification:
     name = twin.__name__
-    return ScoreModification(name, expr, twin, catalogue.SCORES[name].params)
+    return ScoreModification(name, expr, twin, catalogue.SCORES[name].params, sink)
 
 
 def _mask(expr: Callable[[Position], Expr | None], twin: Callable) -> Mask:
@@ -131,6 +150,7 @@ SCORES: Mapping[str, ScoreModification] = {
         _score(_alibi, reference.alibi),
         _score(_softcap_alibi, reference.softcap_alibi),
         _score(_optional, reference.optional),
+        _score(_optional, reference.optional_sinks, _sinks),
     )
 }
 

@@ -23,12 +23,14 @@ from tvm.ir import Expr
 from tvm.tirx import PrimFunc
 
 from schedules.definition.cases import Cases
-from schedules.definition.derive import OPERATORS, STARTS, Symbols
+from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import derivative
+from schedules.definition.operator import PAGES, STARTS, Symbols
 from schedules.definition.parameters import Site, append_arguments, axes_of, parameter_symbols
-from schedules.definition.reading import Reading, blocks_of, is_ragged, read, without_regions
+from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
+from tvm_flash.packs.manifest import Param
 
 #: What a kernel knows of a score where it computes it: nothing, its choice, or the answers to all of its conditions.
 Known = bool | tuple[bool, ...] | None
@@ -64,6 +66,7 @@ class Pattern:
     narrows: the rows that see a key go on to the last one, and begin no earlier for later keys, as of a causal mask.
     is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
         needed.
+    has_sink: the softmax has a logit beside those of keys.
     """
 
     def __init__(self, found: Reading):
@@ -83,6 +86,7 @@ class Pattern:
         self.conditions = len(self._cases.conditions)
         self._derivatives: dict[tuple[str | None, Known], Expr] = {}
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
+        self.has_sink = found.sink is not None
 
     # ---- what a template asks
 
@@ -127,26 +131,52 @@ class Pattern:
         """The derivative of the score with respect to a float parameter; else as ``score_gradient``."""
         return self._substitute(self._derivative(name, chosen), site, i, j, s)
 
+    def sink(self, site: Site) -> Expr:
+        """The logit of a head that is in the denominator beside those of keys, float32, where ``has_sink``."""
+        return self._substitute(self._found.sink, site, self._zero, self._zero)
+
+    def sink_gradient(self, name: str, site: Site) -> Expr:
+        """The derivative of the sink with respect to a float parameter; else as ``score_gradient``."""
+        return self._substitute(self._derivative(name, None, self._found.sink), site, self._zero, self._zero)
+
+    def is_of_sink(self, param: Param) -> bool:
+        """Whether a parameter is one of the sink."""
+        return self.has_sink and _mentions(self._found.sink, self._variables.params[param.name])
+
+    @property
+    def learnt(self) -> tuple[Param, ...]:
+        """The parameters of the score that ask for a gradient."""
+        return tuple(p for p in self.params if p.gradient and not self.is_of_sink(p))
+
+    @property
+    def learnt_of_sink(self) -> tuple[Param, ...]:
+        """Those of the sink."""
+        return tuple(p for p in self.params if p.gradient and self.is_of_sink(p))
+
     def differentiate(self) -> None:
         """Take the derivatives of the score with respect to ``s`` and to the parameters that ask for it.
 
         Raises
         ------
-        DefinitionError: one isn't known, or a parameter that asks for a gradient isn't a float.
+        DefinitionError: one isn't known, a parameter that asks for a gradient isn't a float, or it is one of the score
+            and of the sink.
         """
         self._derivative(None, None)
-        for p in self.params:
-            if p.gradient:
-                self._derivative(p.name, None)
+        for p in self.learnt:
+            self._derivative(p.name, None)
+        for p in self.learnt_of_sink:
+            if _mentions(self._found.score, self._variables.params[p.name]):
+                raise DefinitionError(f"parameter {p.name!r}: is one of the score and of the sink; make it two")
+            self._derivative(p.name, None, self._found.sink)
 
-    def _derivative(self, name: str | None, chosen: Known) -> Expr:
+    def _derivative(self, name: str | None, chosen: Known, sink: Expr | None = None) -> Expr:
         """That of the score, or of the one that was chosen, with respect to ``s`` or to a parameter; taken once."""
         chosen = chosen if self.has_choice or isinstance(chosen, tuple) else None
         if (name, chosen) not in self._derivatives:
             param = next((p for p in self.params if p.name == name), None)
             if param and not param.dtype.startswith("float"):
                 raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
-            score = self._known_score(chosen)
+            score = self._known_score(chosen) if sink is None else sink
             variable = self._variables.params[name] if param else self._variables.s
             self._derivatives[name, chosen] = derivative(score, variable)
         return self._derivatives[name, chosen]
@@ -216,9 +246,7 @@ class Pattern:
             return False
         of_head = [self._variables.index[1]]
         of_head += [self._variables.params[p.name] for p in self.params if "h" in axes_of(p)]
-        found = []
-        tvm_ffi.structural_walk(expr, [(tirx.Var, found.append)])
-        return any(x.same_as(v) for x in found for v in of_head)
+        return any(_mentions(expr, x) for x in of_head)
 
     def _substitute(self, expr: Expr, site: Site, i: Expr, j: Expr, s: Expr | None = None) -> Expr:
         """``expr`` with a kernel's values in place of the definition's variables; ``s`` is the raw product."""
@@ -242,13 +270,18 @@ class Pattern:
         return tvm_ffi.structural_map(expr, replace, order="post")
 
 
+def _mentions(expr: Expr, variable: Expr) -> bool:
+    found = []
+    tvm_ffi.structural_walk(expr, [(tirx.Var, lambda x: found.append(x.same_as(variable)))])
+    return any(found)
+
+
 def _split_choice(score: Expr | None, variables) -> tuple[Expr, Expr, Expr] | None:
     """``(condition, score, other score)`` if a score is one of two by a condition that knows no query and no key."""
     if score is None or not getattr(getattr(score, "op", None), "name", "").endswith("if_then_else"):
         return None
-    found, varying = [], (*variables.index[2:], variables.s)
-    tvm_ffi.structural_walk(score.args[0], [(tirx.Var, found.append)])
-    return None if any(x.same_as(v) for x in found for v in varying) else tuple(score.args)
+    varying = (*variables.index[2:], variables.s)
+    return None if any(_mentions(score.args[0], x) for x in varying) else tuple(score.args)
 
 
 def match(func: PrimFunc) -> Pattern:
@@ -276,9 +309,14 @@ def _sizes_of(arguments) -> tuple[str, int, int, str]:
     """dtype, head_dim, head_dim_v and index dtype of an operator."""
     keys, values = (arguments.get(role, arguments.get("o")) for role in ("k", "v"))
     for role, x in arguments.items():
-        if not isinstance(x.ty, tirx.BufferType) or role in ("lse", "dlse", "delta", "lse_parts", *STARTS):
+        if not isinstance(x.ty, tirx.BufferType) or role in ("lse", "dlse", "delta", "lse_parts", *STARTS, *PAGES):
             continue
-        axes, rank = ("(total, heads, head_dim)", 3) if is_ragged(arguments) else ("(batch, heads, seq, head_dim)", 4)
+        if is_paged(arguments) and role in ("k", "v"):
+            axes, rank = "(pages, page_size, heads, head_dim)", 4
+        elif is_ragged(arguments):
+            axes, rank = "(total, heads, head_dim)", 3
+        else:
+            axes, rank = "(batch, heads, seq, head_dim)", 4
         if len(x.ty.shape) != rank + (role == "o_parts") or not isinstance(x.ty.shape[-1], tirx.IntImm):
             raise DefinitionError(f"arguments: {role} is {axes} with a constant head_dim")
     return str(keys.ty.dtype), int(keys.ty.shape[-1]), int(values.ty.shape[-1]), str(keys.ty.shape[0].ty.dtype)

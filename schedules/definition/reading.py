@@ -16,8 +16,9 @@ from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
 from schedules.definition.attention import GRADIENTS
-from schedules.definition.derive import OPERATORS, STARTS, Operator
+from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
+from schedules.definition.operator import PAGES, STARTS, Operator
 from schedules.definition.parameters import axes_of
 from tvm_flash.packs.manifest import Param
 
@@ -27,7 +28,7 @@ LENGTHS = ("q_lengths", "k_lengths")
 
 @dataclass(frozen=True)
 class Variables:
-    """What expressions of the score and the mask are made of, whichever block they stood in.
+    """What expressions of the score, the mask and the sink are made of, whichever block they stood in.
 
     ``index`` are b, h, i, j, ``sizes`` batch, heads, seqlen_q, kv_heads, seqlen_kv, ``s`` is the scaled product, and
     ``params`` has a number for each run-time parameter, for a per-head one the value that belongs to ``(b, h)``.
@@ -49,8 +50,8 @@ class Reading:
     arguments: the function's variables for the operator's tensors and scalars, by role.
     parameters, gradients: the variables for the run-time parameters, and for the gradients of those that ask for one.
     params: the parameters as plain data, in the same order.
-    variables, score, visible, key_range: the score and the predicates of the mask, and of a part's keys; None where
-        there is none.
+    variables, score, visible, key_range, sink: the score, the predicates of the mask, and of a part's keys, and the
+        sink; None where there is none.
     """
 
     func: PrimFunc
@@ -64,6 +65,7 @@ class Reading:
     score: Expr | None = None
     visible: Expr | None = None
     key_range: Expr | None = None
+    sink: Expr | None = None
 
 
 def read(func: PrimFunc) -> Reading:
@@ -120,7 +122,8 @@ def _operator_of(blocks) -> tuple[str, Operator]:
         if block not in blocks:
             raise DefinitionError(f"block {block!r}: missing; {all_of}")
     for block in blocks:
-        if block not in operator.blocks and not (operator.has_gradients and block.startswith("d_")):
+        known = (*operator.blocks, *operator.of_sink)
+        if block not in known and not (operator.has_gradients and block.startswith("d_")):
             raise DefinitionError(f"block {block!r}: unknown; {all_of}")
     return name, operator
 
@@ -172,6 +175,7 @@ def _with_expressions(found: Reading) -> Reading:
         score=_score(found, variables),
         visible=_predicate(found, variables, "mask", optional=True),
         key_range=_predicate(found, variables, "key_range") if "key_range" in found.blocks else None,
+        sink=_sink(found, variables),
     )
 
 
@@ -182,12 +186,19 @@ def _sizes(found: Reading) -> tuple[Expr, ...]:
         return (*q[:3], *k[1:3])
     lengths = (tirx.Var(name, q[0].ty.dtype) for name in LENGTHS)
     seqlen_q, seqlen_kv = lengths
+    if is_paged(found.arguments):
+        return found.arguments[PAGES[0]].ty.shape[0], q[1], seqlen_q, k[2], seqlen_kv
     return found.arguments[STARTS[0]].ty.shape[0] - 1, q[1], seqlen_q, k[1], seqlen_kv
 
 
 def is_ragged(arguments: dict[str, tirx.Var]) -> bool:
     """Whether an operator with these arguments by role is over sequences of different lengths."""
     return STARTS[0] in arguments
+
+
+def is_paged(arguments: dict[str, tirx.Var]) -> bool:
+    """Whether the keys of such an operator lie on pages."""
+    return PAGES[0] in arguments
 
 
 def _score(found: Reading, variables: Variables) -> Expr:
@@ -228,10 +239,33 @@ def _predicate(found: Reading, variables: Variables, name: str, *, optional: boo
     return condition
 
 
+def _sink(found: Reading, variables: Variables) -> Expr | None:
+    """The logit beside those of keys, None if there is none."""
+    block = next((found.blocks[name] for name in OPERATORS[found.op].of_sink if name in found.blocks), None)
+    if block is None:
+        return None
+    value = block.body.value
+    if isinstance(value, tirx.Max):
+        value = value.b
+    elif _is_call(value, "if_then_else") and isinstance(value.args[0], tirx.EQ):
+        value = value.args[0].a
+    else:
+        raise DefinitionError(
+            f"block {block.name_hint!r}: is not a step of attention with a sink, found\n{block.script()}"
+        )
+    sink = _canonical(found, variables, value, block)
+    queries = [v for v in _variables_of(sink) if any(v.same_as(x) for x in (*variables.index[2:], variables.s))]
+    if queries or _loads(sink):
+        raise DefinitionError(
+            f"block {block.name_hint!r}: the sink {sink} depends on more than batch, head and parameters"
+        )
+    return sink
+
+
 def _canonical(found: Reading, variables: Variables, expr: Expr, block: s_tir.SBlock) -> Expr:
     """``expr`` of a block, in ``variables``."""
     axes = {p.name: axes_of(p) for p in found.params}
-    index = tuple(zip((x.var for x in block.iter_vars), variables.index, strict=True))
+    index = tuple(zip((x.var for x in block.iter_vars), variables.index, strict=False))  # a row has no key
     at = dict(zip("bhij", variables.index, strict=True))
     scale = found.arguments["softmax_scale"]
     lengths = dict(zip(LENGTHS, (variables.sizes[2], variables.sizes[4]), strict=True))
@@ -276,6 +310,16 @@ def _loads(expr: Expr) -> list:
 
 def _hides(value: Expr) -> bool:
     """Whether it is ``if_then_else(.., .., -inf)``."""
-    if not (isinstance(value, Call) and value.op.name.endswith("if_then_else")):
+    if not _is_call(value, "if_then_else"):
         return False
     return isinstance(value.args[2], tirx.FloatImm) and value.args[2].value == -math.inf
+
+
+def _is_call(value: Expr, name: str) -> bool:
+    return isinstance(value, Call) and value.op.name.endswith(name)
+
+
+def _variables_of(expr: Expr) -> list:
+    found = []
+    tvm_ffi.structural_walk(expr, [(tirx.Var, found.append)])
+    return found

@@ -30,10 +30,14 @@ from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 
 #: Kinds of kernels: the usual one; the one for few query rows, with the keys split among blocks; that of gradients.
 FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
+#: That of results in float32, to be put together with those of other keys.
+PARTIAL = "partial"
 #: That of ragged sequences, whose tensors have no batch axis.
 RAGGED = "ragged"
 #: That of their gradients.
 RAGGED_BACKWARD = "ragged_backward"
+#: Those of such sequences whose keys lie on pages: the usual one, and the one that splits the keys for few query rows.
+PAGED, PAGED_DECODE = "paged", "paged_decode"
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
 
@@ -146,4 +150,13 @@ def ragged_program(
     """Attention of ragged sequences in one launch."""
     starts = ("cu_seqlens_q", "cu_seqlens_k")
     roles = ("q", "k", "v", "o", "lse", *starts, "softmax_scale", *(p.name for p in params))
+    return Program("forward", (ScheduledLaunch(func, roles),), pipeline, alignment, index_bits)
+
+
+def paged_program(
+    func: PrimFunc, params: Iterable[Param], pipeline: str, *, alignment: int, index_bits: int
+) -> Program:
+    """Attention of ragged sequences over keys on pages, in one launch."""
+    where = ("cu_seqlens_q", "seqlens_k", "page_table")
+    roles = ("q", "k", "v", "o", "lse", *where, "softmax_scale", *(p.name for p in params))
     return Program("forward", (ScheduledLaunch(func, roles),), pipeline, alignment, index_bits)

@@ -6,15 +6,18 @@ The first launch leaves a partial result of each split (:mod:`schedules.tile.par
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
+from tvm.ir import Expr
+from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
-from schedules.tile.combine import combine
-from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.combine import combine, combine_ragged
+from schedules.tile.tile_scheduler import Traversal, ceildiv
 from tvm_flash.packs.manifest import Scalar, Workspace
 
 #: Query rows that share a key up to which these kernels are meant, by head_dim (the first that is large enough) and by
@@ -82,5 +85,58 @@ def program(
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
         scalars=(Scalar("split_length", ("max", ("steps", "seqlen_kv", *split_lengths), for_rows)),),
+        max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
+    )
+
+
+#: Keys of a split where keys lie on pages, by the sequence's own number of keys: a sequence has the same splits
+#: whatever a batch or a table of pages has room for.  Multiples of ``_GRAIN``.
+PAGED_SPLIT_LENGTHS: SplitLengths = ((0, 64), (1024, 128), (4096, 256), (16384, 512), (65536, 1024))
+
+
+def paged_split_length(keys: Expr) -> Expr:
+    """Keys of a split of a sequence of ``keys`` keys."""
+    (_, length), *others = PAGED_SPLIT_LENGTHS
+    found = T.int32(length)
+    for fewest, length in others:
+        found = T.Select(keys >= fewest, T.int32(length), found)
+    return found
+
+
+def paged_split_count(keys: Expr) -> Expr:
+    """How many splits a sequence of ``keys`` keys has."""
+    return ceildiv(keys, paged_split_length(T.max(keys, 0)))
+
+
+def _most_paged_splits() -> tuple:
+    """How many splits a sequence has at most that fits its row of the table, as an expression of the sizes."""
+    ends = [(fewest, fewest // length) for (_, length), (fewest, _) in itertools.pairwise(PAGED_SPLIT_LENGTHS)]
+    longest = ("ceildiv", "seqlen_kv", ("steps", "seqlen_kv", *PAGED_SPLIT_LENGTHS))
+    return "max", longest, ("steps", "seqlen_kv", (0, 1), *ends)
+
+
+def paged_program(pattern: Pattern, partial: PrimFunc, name: str, *, alignment: int, waits: bool) -> Program:
+    """Both launches, of ragged sequences with their keys on pages.
+
+    ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``.
+    """
+    rows = ("*", "heads", "total_q")
+    splits = _most_paged_splits()
+    results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
+    params = tuple(p.name for p in pattern.params)
+    combining = combine_ragged(pattern, paged_split_count, f"{name}_combine", alignment, waits)
+    return Program(
+        "forward",
+        (
+            ScheduledLaunch(partial, ("q", "k", "v", *results, *where, "page_table", "softmax_scale", *params)),
+            ScheduledLaunch(combining, (*results, "o", "lse", *where)),
+        ),
+        "tirx",
+        alignment=alignment,
+        index_bits=32,
+        workspaces=(
+            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
+            Workspace("lse_partial", "float32", (rows, splits)),
+        ),
         max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
     )

@@ -17,9 +17,10 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.tile.dtypes import element_type
-from schedules.tile.geometry import Tensor, flat, wide
+from schedules.tile.geometry import RAGGED_LAYOUT, Tensor, flat, wide
 from schedules.tile.partial import PartialResults
 from schedules.tile.score import LN_2, LOG2_E
+from schedules.tile.sequences import Ragged, find_owner
 from schedules.tile.softmax import LOWEST, from_lane
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 
@@ -31,6 +32,10 @@ COLUMNS = 4
 #: Blocks of a multiprocessor that registers are meant for: left to itself, the assembler for sm_86 and sm_89 went for
 #: six, with 40 registers, and spilled 8 bytes.
 BLOCKS_PER_SM = 4
+
+
+#: Groups that share a row of a ragged sequence at most.
+_SHARING = 4
 
 
 @T.meta_class
@@ -46,6 +51,85 @@ class Partials:
         self.lse = T.match_buffer(lse, (self.lse_length,), "float32", align=4)
         self.partial = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
         self.rows, self.splits = self.partial.rows, self.partial.splits
+
+    def sharing(self, groups: int):
+        """How many of a block's groups share a row: the fewest, a power of two, that have no more than ``AHEAD``
+        splits."""
+        found = T.int32(groups)
+        for n in reversed([1 << x for x in range(groups.bit_length() - 1)]):
+            found = T.Select(self.splits <= n * AHEAD, T.int32(n), found)
+        return found
+
+    def splits_of(self, row):
+        """How many splits a row has, before anything is looked up."""
+        return T.Select(row < self.rows, self.splits, 0)
+
+    @T.inline
+    def look_up(self, row, lane, splits):
+        """A whole warp: set ``splits`` to how many a row has; here all have the same number."""
+
+    @T.inline
+    def write(self, row, column, lane, values, factor, lse):
+        """Write ``factor`` times four values of a row's output, and by one lane its log-sum-exp."""
+        position: T.int32 = T.truncmod(row, self.seqlen_q)
+        head_row: T.int32 = T.truncdiv(row, self.seqlen_q)
+        head: T.int32 = T.truncmod(head_row, self.heads)
+        b: T.int32 = T.truncdiv(head_row, self.heads)
+        self.store(row, (b, head, position, column), lane, values, factor, lse)
+
+    @T.inline
+    def store(self, row, place, lane, values, factor, lse):
+        """The same at batch, head, position and column of o."""
+        packed = T.alloc_local([2], "uint32")
+        pack = T.meta_var(element_type(str(self.o.buffer.dtype)).pack)
+        for x in T.unroll(2):
+            T.ptx[pack](packed[x], values[2 * x + 1] * factor, values[2 * x] * factor)
+        to = T.meta_var(flat(self.o.buffer))
+        if place[3] < self.head_dim_v:
+            T.ptx["st.global.v2.b32"](to.ptr_to([self.o.offset(*place)]), packed[0], packed[1])
+        if T.And(lane == 0, wide(self.lse_length) >= wide(self.rows)):
+            self.lse[row] = lse
+
+
+@T.meta_class
+class RaggedPartials(Partials):
+    """The same of ragged sequences, each with splits of its own; rows are in the order (heads, positions).
+
+    How the splits of a row are summed depends on nothing but their number: the same groups share it in any batch.
+    """
+
+    def __init__(self, pattern: Pattern, handles, sequences, split_count, alignment: int):
+        o_partial, lse_partial, o, lse = handles
+        of_queries, of_keys = sequences
+        names = ("batch", "starts", "heads", "total_q", "head_dim_v", "lse_length")
+        batch, ends, heads, self.total_q, self.head_dim_v, self.lse_length = (tirx.Var(n, "int32") for n in names)
+        sizes = {"heads": heads, "seq": self.total_q, "dim": self.head_dim_v}
+        self.o = Tensor(o, "o", sizes, pattern.dtype, RAGGED_LAYOUT, alignment)
+        self.lse = T.match_buffer(lse, (self.lse_length,), "float32", align=4)
+        self.queries = Ragged(T.match_buffer(of_queries, (ends,), "int32", align=4), batch, self.total_q)
+        self.lengths = T.match_buffer(of_keys, (batch,), "int32", align=4)
+        self.partial = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
+        self.rows, self.splits = self.partial.rows, self.partial.splits
+        self.split_count = split_count
+
+    def sharing(self, groups: int):
+        return T.int32(min(groups, _SHARING))
+
+    def splits_of(self, row):
+        return T.int32(0)
+
+    @T.inline
+    def look_up(self, row, lane, splits):
+        owner: T.int32 = 0
+        find_owner(self.queries, T.truncmod(row, self.total_q), lane, owner)
+        if T.And(row < self.rows, owner < self.queries.batch):
+            splits = T.min(self.split_count(self.lengths[owner]), self.splits)  # noqa: F841, the caller's
+
+    @T.inline
+    def write(self, row, column, lane, values, factor, lse):
+        self.store(
+            row, (0, T.truncdiv(row, self.total_q), T.truncmod(row, self.total_q), column), lane, values, factor, lse
+        )
 
 
 @T.inline
@@ -63,14 +147,6 @@ def _largest(lse, first, splits, lane, span, value, peak):
         peak = T.max(peak, from_lane(peak, 1 << step))
 
 
-def _groups_of_a_row(splits, groups: int):
-    """How many of a block's groups share a row: the fewest, a power of two, that have no more than ``AHEAD`` splits."""
-    sharing = T.int32(groups)
-    for n in reversed([1 << x for x in range(groups.bit_length() - 1)]):
-        sharing = T.Select(splits <= n * AHEAD, T.int32(n), sharing)
-    return sharing
-
-
 def combine(pattern: Pattern, traversal: Traversal, name: str, alignment: int, waits: bool) -> PrimFunc:
     """``(o_partial, lse_partial, o, lse)``: partial results (:mod:`schedules.tile.partial`) to o and lse.
 
@@ -78,92 +154,109 @@ def combine(pattern: Pattern, traversal: Traversal, name: str, alignment: int, w
     ----------
     waits: whether the launch before lets this one begin early, so that it has to wait for what that writes.
     """
-    columns = pattern.head_dim_v
-    lanes = 1 << (-(-columns // COLUMNS) - 1).bit_length()  # of a group, a power of two
-    groups = THREADS // lanes
-    store_type = element_type(pattern.dtype)
 
     @T.prim_func(check_well_formed=False)
     def kernel(o_partial: T.handle, lse_partial: T.handle, o: T.handle, lse: T.handle):
-        # 1. Arguments, and which row of the block a thread's group belongs to.
-        at = Partials(pattern, traversal, (o_partial, lse_partial, o, lse), alignment)
-        sharing = T.bind(_groups_of_a_row(at.splits, groups))
-        rows_of_block = T.bind(T.truncdiv(T.int32(groups), sharing))
-        T.device_entry()
-        T.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS_PER_SM})
-        parts = T.meta_var(flat(at.partial.o))
-        logs = T.meta_var(flat(at.partial.lse))
-        block = T.cta_id([ceildiv(at.rows, rows_of_block)])
-        thread = T.thread_id([THREADS])
-        acc_shared = T.alloc_shared([groups * lanes * COLUMNS], "float32")
-        sum_shared = T.alloc_shared([groups], "float32")
-        acc = T.alloc_local([COLUMNS], "float32")
-        words = T.alloc_local([AHEAD * COLUMNS], "uint32")
-        weight = T.alloc_local([AHEAD], "float32")
-        group: T.int32 = T.truncdiv(thread, lanes)
-        lane: T.int32 = T.truncmod(thread, lanes)
-        column: T.int32 = lane * COLUMNS
-        place: T.int32 = T.truncdiv(group, sharing)
-        member: T.int32 = group - place * sharing
-        row: T.int32 = block * rows_of_block + place
-        splits: T.int32 = T.Select(row < at.rows, at.splits, 0)
-        first: T.int64 = wide(row) * wide(at.splits)
-        if waits:
-            T.ptx.griddepcontrol.wait()
-        # 2. The largest log-sum-exp; finite, so that −inf minus it is −inf.
-        peak: T.float32 = T.float32(LOWEST)
-        span = T.meta_var(min(lanes, 32))
-        _largest(logs, first, splits, T.truncmod(thread, span), span, weight, peak)
-        # 3. Each group sums its splits, weighted.
-        total: T.float32 = T.float32(0)
-        for x in T.unroll(COLUMNS):
-            acc[x] = T.float32(0)
-        for i in T.serial(T.truncdiv(splits - member + (sharing * AHEAD - 1), sharing * AHEAD)):
-            for a in T.unroll(AHEAD):
-                split: T.int32 = member + (i * AHEAD + a) * sharing
-                weight[a] = T.float32(0)
-                for x in T.unroll(COLUMNS):
-                    words[a * COLUMNS + x] = T.uint32(0)
-                if T.And(split < splits, column < columns):
-                    T.ptx["ld.global.f32"](weight[a], logs.ptr_to([first + wide(split)]))
-                    weight[a] = T.exp2((weight[a] - peak) * T.float32(LOG2_E))
-                    T.ptx["ld.global.v4.b32"](
-                        *[words[a * COLUMNS + x] for x in range(COLUMNS)],
-                        parts.ptr_to([(first + wide(split)) * columns + wide(column)]),
-                    )
-            for a in T.unroll(AHEAD):
-                total = total + weight[a]
-                for x in T.unroll(COLUMNS):
-                    value = T.meta_var(T.reinterpret("float32", words[a * COLUMNS + x]))
-                    # what a split that sees nothing has left there may be anything
-                    acc[x] = acc[x] + T.Select(weight[a] == T.float32(0), T.float32(0), weight[a] * value)
-        for x in T.unroll(COLUMNS):
-            acc_shared[thread * COLUMNS + x] = acc[x]
-        if lane == 0:
-            sum_shared[group] = total
-        T.cuda.cta_sync()
-        # 4. The first group of a row sums those that share it, and writes the row.
-        if T.And(member == 0, row < at.rows):
-            for x in T.unroll(COLUMNS):
-                acc[x] = T.float32(0)
-            total = T.float32(0)
-            for g in T.unroll(groups):
-                if g < sharing:
-                    total = total + sum_shared[group + g]
-                    for x in T.unroll(COLUMNS):
-                        acc[x] = acc[x] + acc_shared[(thread + g * lanes) * COLUMNS + x]
-            inverse: T.float32 = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
-            position: T.int32 = T.truncmod(row, at.seqlen_q)
-            head_row: T.int32 = T.truncdiv(row, at.seqlen_q)
-            head: T.int32 = T.truncmod(head_row, at.heads)
-            b: T.int32 = T.truncdiv(head_row, at.heads)
-            packed = T.alloc_local([2], "uint32")
-            for x in T.unroll(2):
-                T.ptx[store_type.pack](packed[x], acc[2 * x + 1] * inverse, acc[2 * x] * inverse)
-            to = T.meta_var(flat(at.o.buffer))
-            if column < at.head_dim_v:
-                T.ptx["st.global.v2.b32"](to.ptr_to([at.o.offset(b, head, position, column)]), packed[0], packed[1])
-            if T.And(lane == 0, wide(at.lse_length) >= wide(at.rows)):
-                at.lse[row] = peak + T.log2(total) * T.float32(LN_2)
+        _combine(pattern, Partials(pattern, traversal, (o_partial, lse_partial, o, lse), alignment), waits)
 
     return kernel.with_attr("global_symbol", name)
+
+
+def combine_ragged(pattern: Pattern, split_count, name: str, alignment: int, waits: bool) -> PrimFunc:
+    """``(o_partial, lse_partial, o, lse, cu_seqlens_q, seqlens_k)``: the same of ragged sequences.
+
+    Parameters
+    ----------
+    split_count: ``split_count(keys)``, how many splits a sequence of so many keys has.
+    """
+
+    @T.prim_func(check_well_formed=False)
+    def kernel(
+        o_partial: T.handle,
+        lse_partial: T.handle,
+        o: T.handle,
+        lse: T.handle,
+        cu_seqlens_q: T.handle,
+        seqlens_k: T.handle,
+    ):
+        handles = T.meta_var(((o_partial, lse_partial, o, lse), (cu_seqlens_q, seqlens_k)))
+        _combine(pattern, RaggedPartials(pattern, *handles, split_count, alignment), waits)
+
+    return kernel.with_attr("global_symbol", name)
+
+
+@T.inline
+def _combine(pattern: Pattern, at, waits):
+    """The kernel's text."""
+    columns = T.meta_var(pattern.head_dim_v)
+    lanes = T.meta_var(1 << (-(-columns // COLUMNS) - 1).bit_length())  # of a group, a power of two
+    groups = T.meta_var(THREADS // lanes)
+    # 1. Which row of the block a thread's group belongs to.
+    sharing = T.bind(at.sharing(groups))
+    rows_of_block = T.bind(T.truncdiv(T.int32(groups), sharing))
+    T.device_entry()
+    T.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS_PER_SM})
+    parts = T.meta_var(flat(at.partial.o))
+    logs = T.meta_var(flat(at.partial.lse))
+    block = T.cta_id([ceildiv(at.rows, rows_of_block)])
+    thread = T.thread_id([THREADS])
+    acc_shared = T.alloc_shared([groups * lanes * COLUMNS], "float32")
+    sum_shared = T.alloc_shared([groups], "float32")
+    acc = T.alloc_local([COLUMNS], "float32")
+    words = T.alloc_local([AHEAD * COLUMNS], "uint32")
+    weight = T.alloc_local([AHEAD], "float32")
+    group: T.int32 = T.truncdiv(thread, lanes)
+    lane: T.int32 = T.truncmod(thread, lanes)
+    column: T.int32 = lane * COLUMNS
+    place: T.int32 = T.truncdiv(group, sharing)
+    member: T.int32 = group - place * sharing
+    row: T.int32 = block * rows_of_block + place
+    splits: T.int32 = at.splits_of(row)
+    at.look_up(row, T.truncmod(thread, 32), splits)
+    first: T.int64 = wide(row) * wide(at.splits)
+    if waits:
+        T.ptx.griddepcontrol.wait()
+    # 2. The largest log-sum-exp; finite, so that −inf minus it is −inf.
+    peak: T.float32 = T.float32(LOWEST)
+    span = T.meta_var(min(lanes, 32))
+    _largest(logs, first, splits, T.truncmod(thread, span), span, weight, peak)
+    # 3. Each group sums its splits, weighted.
+    total: T.float32 = T.float32(0)
+    for x in T.unroll(COLUMNS):
+        acc[x] = T.float32(0)
+    for i in T.serial(T.truncdiv(splits - member + (sharing * AHEAD - 1), sharing * AHEAD)):
+        for a in T.unroll(AHEAD):
+            split: T.int32 = member + (i * AHEAD + a) * sharing
+            weight[a] = T.float32(0)
+            for x in T.unroll(COLUMNS):
+                words[a * COLUMNS + x] = T.uint32(0)
+            if T.And(split < splits, column < columns):
+                T.ptx["ld.global.f32"](weight[a], logs.ptr_to([first + wide(split)]))
+                weight[a] = T.exp2((weight[a] - peak) * T.float32(LOG2_E))
+                T.ptx["ld.global.v4.b32"](
+                    *[words[a * COLUMNS + x] for x in range(COLUMNS)],
+                    parts.ptr_to([(first + wide(split)) * columns + wide(column)]),
+                )
+        for a in T.unroll(AHEAD):
+            total = total + weight[a]
+            for x in T.unroll(COLUMNS):
+                value = T.meta_var(T.reinterpret("float32", words[a * COLUMNS + x]))
+                # what a split that sees nothing has left there may be anything
+                acc[x] = acc[x] + T.Select(weight[a] == T.float32(0), T.float32(0), weight[a] * value)
+    for x in T.unroll(COLUMNS):
+        acc_shared[thread * COLUMNS + x] = acc[x]
+    if lane == 0:
+        sum_shared[group] = total
+    T.cuda.cta_sync()
+    # 4. The first group of a row sums those that share it, and writes the row.
+    if T.And(member == 0, row < at.rows):
+        for x in T.unroll(COLUMNS):
+            acc[x] = T.float32(0)
+        total = T.float32(0)
+        for g in T.unroll(groups):
+            if g < sharing:
+                total = total + sum_shared[group + g]
+                for x in T.unroll(COLUMNS):
+                    acc[x] = acc[x] + acc_shared[(thread + g * lanes) * COLUMNS + x]
+        inverse: T.float32 = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
+        at.write(row, column, lane, acc, inverse, peak + T.log2(total) * T.float32(LN_2))

@@ -19,7 +19,8 @@ from tvm.tirx import PrimFunc
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern, Site
 from schedules.tile.dtypes import tensor_types
-from schedules.tile.sequences import Dense, Ragged
+from schedules.tile.key_source import ContiguousRows, PagedRows
+from schedules.tile.sequences import Dense, Lengths, Ragged, Sequence
 from schedules.tile.tile_scheduler import Traversal, Work
 
 _UNBOUNDED = 1 << 60  # extent of a flat view
@@ -49,10 +50,13 @@ def constant(x) -> int | None:
 
 #: The layout of ragged sequences, of either template.
 RAGGED_LAYOUT = "shd"
+#: That of keys on pages.
+PAGED_LAYOUT = "pshd"
 _AXES = {
     "bhsd": ("batch", "heads", "seq", "dim"),
     "bshd": ("batch", "seq", "heads", "dim"),
     RAGGED_LAYOUT: ("seq", "heads", "dim"),
+    PAGED_LAYOUT: ("batch", "seq", "heads", "dim"),
 }
 
 
@@ -61,7 +65,7 @@ class Tensor:
     """One of q, k, v, o: its axes in the layout's order, any strides with a contiguous last dimension.
 
     ``sizes`` has the symbols ``batch``, ``seq``, ``heads`` and ``dim``, ``strides`` all of the layout's but the last.
-    A tensor of ragged sequences has no ``batch``.
+    A tensor of ragged sequences has no ``batch``; of one of pages, ``batch`` is the page.
     """
 
     def __init__(self, handle, name: str, sizes: dict, dtype: str, layout: str, alignment: int):
@@ -123,6 +127,10 @@ class Geometry:
         self.softmax_scale = softmax_scale
         self.parameters = parameters
 
+    def key_rows(self, tensor: Tensor, b: Expr, kv_head: Expr, keys: Sequence) -> ContiguousRows | PagedRows:
+        """Where the keys of a sequence are in k or v."""
+        return ContiguousRows(tensor, b, kv_head, keys)
+
     def kv_head(self, h: Expr) -> Expr:
         """The head of k and v that query head ``h`` reads."""
         return T.truncdiv(h * self.kv_heads, self.heads)
@@ -182,6 +190,51 @@ class RaggedGeometry(Geometry):
         own = copy(self)
         own.queries, own.keys = queries, keys
         return own
+
+
+@T.meta_class
+class PagedGeometry(RaggedGeometry):
+    """The same where the keys of the sequences lie on pages.
+
+    ``where`` are the handles of the rows' starts, the keys' lengths and the table of pages.  A kernel that computes
+    partial results has no ``o`` and ``lse``.
+    """
+
+    def __init__(self, pattern: Pattern, handles, where, softmax_scale, parameters: dict, alignment: int):
+        q, k, v, *results = handles
+        names = ("heads", "kv_heads", "total_q", "head_dim", "head_dim_v", "batch", "starts")
+        self.heads, self.kv_heads, self.seqlen_q, self.head_dim, self.head_dim_v, self.batch, ends = (
+            tirx.Var(name, "int32") for name in names
+        )
+        pages, self.page_size, columns = (tirx.Var(n, "int32") for n in ("pages", "page_size", "pages_per_sequence"))
+        rows = {"seq": self.seqlen_q, "heads": self.heads}
+        keys = {"batch": pages, "seq": self.page_size, "heads": self.kv_heads}
+        types = tensor_types(pattern)
+
+        def tensor(handle, name, sizes, dim, element, layout):
+            return Tensor(handle, name, {**sizes, "dim": dim}, element.name, layout, alignment)
+
+        self.q = tensor(q, "q", rows, self.head_dim, types.q, RAGGED_LAYOUT)
+        self.k = tensor(k, "k", keys, self.head_dim, types.k, PAGED_LAYOUT)
+        self.v = tensor(v, "v", keys, self.head_dim_v, types.v, PAGED_LAYOUT)
+        if results:
+            self.o = tensor(results[0], "o", rows, self.head_dim_v, types.o, RAGGED_LAYOUT)
+            self.lse_length = tirx.Var("lse_length", "int32")
+            self.lse = T.match_buffer(results[1], (self.lse_length,), "float32", align=4)
+        self.table_stride = tirx.Var("table_stride", "int32")
+        of_queries, of_keys, table = where
+        self.table = T.match_buffer(table, (self.batch, columns), "int32", strides=[self.table_stride, 1], align=4)
+        starts = T.match_buffer(of_queries, (ends,), "int32", align=4)
+        lengths = T.match_buffer(of_keys, (self.batch,), "int32", align=4)
+        self.seqlen_kv = columns * self.page_size
+        self.queries = Ragged(starts, self.batch, self.seqlen_q)
+        self.keys = Lengths(lengths, self.batch, self.seqlen_kv)
+        self.softmax_scale = softmax_scale
+        self.parameters = parameters
+
+    def key_rows(self, tensor: Tensor, b: Expr, kv_head: Expr, keys: Sequence) -> PagedRows:
+        entries = flat(self.table)
+        return PagedRows(tensor, lambda page: entries[wide(b) * wide(self.table_stride) + wide(page)], kv_head, keys)
 
 
 @T.meta_class

@@ -8,16 +8,18 @@ to copy:
   ``key``: one multiply-add, or none, where the keys are contiguous, and what a thread that copies row by row keeps;
 * ``box(key)``: position, head and batch of a tile's first key, as TMA counts them.
 
-Nothing else in a kernel knows how keys are laid out.  Keys on pages are another class with these methods, which looks
-the page up for each: it may ignore ``cursor``, as it is told the key.
+Nothing else in a kernel knows how keys are laid out.  Keys on pages (:class:`PagedRows`) have no cursors: a thread
+looks up where each of its rows is, and may do so before it needs them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from tvm.ir import Expr
+from tvm.script import tirx as T
 
 from schedules.tile.sequences import Sequence
 
@@ -27,6 +29,8 @@ class RowTensor(Protocol):
 
     def offset(self, b: Expr, h: Expr, row: Expr, column: Expr) -> Expr:
         """Elements before ``[b, h, row, column]``."""
+
+    sizes: dict
 
     def rows_offset(self, rows: Expr) -> Expr:
         """Elements from one row to the one that is ``rows`` rows on."""
@@ -65,3 +69,25 @@ class ContiguousRows:
 
     def box(self, key: Expr) -> tuple[Expr, Expr, Expr]:
         return self.sequence.at(key), self.head, self.batch
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """The rows of one head on pages: key ``j`` of ``sequence`` is row ``j % page_size`` of page ``entry(j //
+    page_size)`` of ``tensor``, whose ``batch`` are pages.
+    """
+
+    tensor: RowTensor
+    entry: Callable[[Expr], Expr]
+    head: Expr
+    sequence: Sequence
+
+    def split(self, key: Expr) -> tuple[Expr, Expr]:
+        """Number of a key's page among those of the sequence, and the key's row in it."""
+        size = self.tensor.sizes["seq"]
+        page = T.truncdiv(key, size)
+        return page, key - page * size
+
+    def offset(self, page: Expr, row: Expr, column: Expr) -> Expr:
+        """Elements of the flat tensor before a column of a row of a page, by its number in the table."""
+        return self.tensor.offset(page, self.head, row, column)

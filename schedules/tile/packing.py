@@ -19,13 +19,17 @@ from schedules.tile.sequences import Sequence
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The rows of ``heads`` query heads from ``head`` on, of a tensor laid out as q; a row source as for keys."""
+    """The rows of ``heads`` query heads from ``head`` on, of a tensor laid out as q; a row source as for keys.
+
+    The queries are ``seqlen`` ones, from position ``begin`` of the tensor on.
+    """
 
     tensor: Tensor
     batch: Expr
     head: Expr
     heads: Expr
     seqlen: Expr
+    begin: Expr | int = 0
 
     @property
     def sequence(self) -> Sequence:
@@ -42,7 +46,7 @@ class PackedRows:
 
     def offset(self, row: Expr, column: Expr) -> Expr:
         """Elements of the flat tensor before a column of a row."""
-        return self.tensor.offset(self.batch, self.head_of(row), self.position(row), column)
+        return self.tensor.offset(self.batch, self.head_of(row), self._at(row), column)
 
     def moved(self, cursor: Expr, row: Expr, distance: Expr) -> Expr:
         """Offset of the row ``distance`` rows from ``row``, whose own is ``cursor``."""
@@ -50,7 +54,10 @@ class PackedRows:
 
     def number(self, geometry: Geometry, row: Expr) -> Expr:
         """Number of a row among all of the output in the order (batch, heads, seqlen_q), int64."""
-        return geometry.lse_offset(self.batch, self.head_of(row), self.position(row))
+        return geometry.lse_offset(self.batch, self.head_of(row), self._at(row))
+
+    def _at(self, row: Expr) -> Expr:
+        return Sequence(self.begin, self.seqlen).at(self.position(row))
 
     def at(self, batch: Expr, head: Expr) -> PackedRows:
         """The same of another batch and first head."""

@@ -7,13 +7,15 @@ is attended to as if it were alone.
 
 Sequences are *dense*, all of the lengths of the launch, each from the first position of a batch entry of its own; or
 *ragged*, of different lengths, packed one after the other in tensors without a batch axis, where the device says where
-each begins (:class:`Ragged`).  Which rows of which sequence a block computes follows from sizes alone where they are
-dense; where they are ragged, row tiles have *slots*, which a block looks up (:func:`find_sequence`).
+each begins (:class:`Ragged`); keys on pages have lengths alone (:class:`Lengths`).  Which rows of which sequence a
+block computes follows from sizes alone where they are dense; where they are ragged, row tiles have *slots*, which a
+block looks up (:func:`find_sequence`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.ir import Expr
@@ -98,6 +100,36 @@ class Ragged:
         """
         return T.truncdiv(self.begin(sequence), rows) + sequence
 
+    def by_slot(self, rows: int, slot: Expr) -> Callable[[Expr], Expr]:
+        """Whether a slot is a sequence's, or a later one's."""
+        return lambda sequence: self.first_slot(sequence, rows) <= slot
+
+    def by_position(self, position: Expr) -> Callable[[Expr], Expr]:
+        """Whether a position of the tensor is a sequence's, or a later one's."""
+        return lambda sequence: self.begin(sequence) <= position
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sequence ``i`` of ``batch`` has ``lengths[i]`` positions, at most ``most``, each counted from its own first one.
+
+    ``lengths`` is a flat view of ``batch`` int32 on the device.  Sequence number ``batch`` has the last one's.
+    """
+
+    lengths: object
+    batch: Expr
+    most: Expr
+
+    @property
+    def usual_length(self) -> Expr:
+        """The most that one may have."""
+        return self.most
+
+    def of(self, sequence: Expr) -> Sequence:
+        """The sequence of a number."""
+        length = self.lengths[T.min(sequence, self.batch - 1)]
+        return Sequence(0, T.min(T.max(length, 0), self.most))
+
 
 _COUNT_LANES = """
 __forceinline__ __device__ int count_lanes(int predicate) {
@@ -112,14 +144,26 @@ def count_lanes(predicate: Expr) -> Expr:
 
 
 @T.inline
-def find_sequence(ragged: Ragged, rows, slot, lane, sequence):
-    """Set ``sequence`` to the one that has a slot: a whole warp searches, 32 sequences at a time."""
+def _find_last(ragged: Ragged, has_begun, lane, sequence):
+    """Set ``sequence`` to the last one that ``has_begun``: a whole warp searches, 32 sequences at a time."""
     sequence = 0
     left: T.int32 = ragged.batch + 1
     while left > 1:
         step: T.int32 = T.truncdiv(left + 31, 32)
         mine: T.int32 = sequence + lane * step
-        begun = T.meta_var(ragged.first_slot(T.min(mine, ragged.batch), rows) <= slot)
+        begun = T.meta_var(has_begun(T.min(mine, ragged.batch)))
         passed: T.int32 = T.max(count_lanes(T.And(lane * step < left, begun)) - 1, 0) * step
         sequence = sequence + passed
         left = T.min(left - passed, step)
+
+
+@T.inline
+def find_sequence(ragged: Ragged, rows, slot, lane, sequence):
+    """Set ``sequence`` to the one that has a slot, by a whole warp."""
+    _find_last(ragged, ragged.by_slot(rows, slot), lane, sequence)
+
+
+@T.inline
+def find_owner(ragged: Ragged, position, lane, sequence):
+    """Set ``sequence`` to the one that has a position of the tensor, the last one after them all; by a whole warp."""
+    _find_last(ragged, ragged.by_position(position), lane, sequence)

@@ -47,7 +47,7 @@ def why_no_backward(
 @functools.lru_cache(maxsize=4096)
 def why_none(
     op: str, definition: str, mask: str, score: str, device: Device, dtype: str, head_dim: int, head_dim_v: int,
-    variant: str = "auto", gradients: tuple[str, ...] = (),
+    variant: str = "auto", gradients: tuple[str, ...] = (), accumulate: bool = False,
 ) -> str | None:  # fmt: skip
     """Why there is no kernel of an operator, or None if there is one."""
     problem = Problem(
@@ -59,6 +59,7 @@ def why_none(
         score=score,
         op=op,
         gradients=gradients,
+        accumulate=accumulate,
     )
     try:
         choose(problem, device, variant)

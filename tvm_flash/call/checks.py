@@ -112,13 +112,23 @@ def check_kinds(layout: str, q: TensorView, k: TensorView, v: TensorView) -> Non
                 f"{name}: has shape {x.shape} of rank {len(x.shape)}, expected {3 if ragged else 4} dimensions "
                 f"{_DIMENSIONS[layout]}; reshape it, as with {remedy}"
             )
-        if x.dtype not in DTYPES:
-            raise ArgumentTypeError(
-                f"{name}: has dtype {x.dtype}, expected one of {', '.join(DTYPES)}; convert it, "
-                f"as with {name}.to(torch.float32) or {name}.astype('float32')"
-            )
-        if x.device_kind not in _DEVICES:
-            raise NotSupportedError(f"{name}: is on {x.device}, expected a tensor on the CPU or a CUDA device; move it")
+        check_element_type(name, x)
+
+
+def check_element_type(name: str, x: TensorView) -> None:
+    """Dtype and kind of device of an input.
+
+    Raises
+    ------
+    ArgumentTypeError, NotSupportedError
+    """
+    if x.dtype not in DTYPES:
+        raise ArgumentTypeError(
+            f"{name}: has dtype {x.dtype}, expected one of {', '.join(DTYPES)}; convert it, "
+            f"as with {name}.to(torch.float32) or {name}.astype('float32')"
+        )
+    if x.device_kind not in _DEVICES:
+        raise NotSupportedError(f"{name}: is on {x.device}, expected a tensor on the CPU or a CUDA device; move it")
 
 
 def _sizes(layout: str, q: tuple, k: tuple, v: tuple) -> Sizes:
@@ -154,12 +164,8 @@ def _fault(layout: str, q: tuple, k: tuple, v: tuple) -> str | None:
     if k[3] != q[3]:
         return f"k: has head_dim {k[3]}, but q has {q[3]}; expected the same"
     for name, size in (("q", q[3]), ("v", v[3])):
-        if size == 0 or size % HEAD_DIM_MULTIPLE:
-            up = max(1, -(-size // HEAD_DIM_MULTIPLE)) * HEAD_DIM_MULTIPLE
-            return (
-                f"{name}: has head_dim {size}, expected a multiple of {HEAD_DIM_MULTIPLE}; pad q, k and v with zeros "
-                f"to {up}, give softmax_scale for the size before padding, and cut the result"
-            )
+        if fault := fault_of_head_dim(name, size):
+            return fault
     head, seq = (1, 2) if layout == "bhsd" else (2, 1)
     if v[head] != k[head]:
         return f"v: has {v[head]} heads, but k has {k[head]}; expected the same"
@@ -168,6 +174,17 @@ def _fault(layout: str, q: tuple, k: tuple, v: tuple) -> str | None:
     if q[head] and (k[head] == 0 or q[head] % k[head]):
         return f"k: has {k[head]} heads, expected a divisor of q's {q[head]}"
     return None
+
+
+def fault_of_head_dim(name: str, size: int) -> str | None:
+    """What is wrong with elements of a row, or None."""
+    if size and size % HEAD_DIM_MULTIPLE == 0:
+        return None
+    up = max(1, -(-size // HEAD_DIM_MULTIPLE)) * HEAD_DIM_MULTIPLE
+    return (
+        f"{name}: has head_dim {size}, expected a multiple of {HEAD_DIM_MULTIPLE}; pad q, k and v with zeros "
+        f"to {up}, give softmax_scale for the size before padding, and cut the result"
+    )
 
 
 def check_strides(name: str, x: TensorView) -> None:

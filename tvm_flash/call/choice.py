@@ -14,9 +14,9 @@ from tvm_flash.call.measured import compare, nearest, tune_command
 from tvm_flash.call.problem import Problem
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS
+from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS, PARTIAL
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, MOST_BLOCKS, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, MOST_BLOCKS, PAGED, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
 
 _TEMPLATE_OF_LAYOUT = {layout: template for template, layout in LAYOUT_OF_TEMPLATE.items()}
@@ -177,7 +177,7 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
 def candidates(arch: str, problem: Problem) -> list[Installed]:
     """The installed kernels of an arch that compute a problem's operator, in its dtype and definition."""
     found = registry().candidates(arch, problem.definition, problem.dtype, OPERATORS[problem.op].computes)
-    return [k for k in found if k.entry.is_ragged == problem.is_ragged]
+    return [k for k in found if k.entry.form == problem.form]
 
 
 def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:
@@ -197,6 +197,9 @@ def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
             "adds to gradients that are there" if entry.kind == ACCUMULATE else "writes gradients, and doesn't add them"
         )
         return Rejection(entry, _KIND, what)
+    if (entry.kind == PARTIAL) != (problem.op == PARTIAL):
+        what = "leaves its result" if entry.kind == PARTIAL else f"rounds its result to {problem.dtype}, not"
+        return Rejection(entry, _KIND, f"{what} in float32")
     lacking = [p for p in problem.gradients if p not in {x.name for x in entry.params if x.gradient}]
     if lacking:
         return Rejection(entry, _KIND, f"gives no gradient of {', '.join(lacking)}")
@@ -342,6 +345,8 @@ def _wrong_kind(problem: Problem, kernel: str, nearest: Rejection, command: str)
             f"accumulate: is True, and no {kernel} adds to gradients that are there; leave it out, and add the results "
             f"to float32 tensors{built}"
         )
+    if problem.op == PARTIAL:
+        return f"no {kernel} leaves its result in float32; run `{command}`"
     return (
         f"{', '.join(problem.gradients)}: a gradient is wanted, and every {kernel} for this {nearest.reason}; "
         f"ask for none, as with .detach()"
@@ -355,10 +360,11 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
+    everything = "optional_sinks" if problem.score == "optional_sinks" else "optional"
     if problem.is_ragged:
-        return "--mask", "window", "--score", "optional"
+        return "--mask", "positioned" if problem.form == PAGED else "window", "--score", everything
     padded = problem.mask in ("padded", "positioned")
     if problem.op != FORWARD:
         padded = padded or problem.score != "identity"
-    mask, score = ("positioned", "optional") if padded else ("window", problem.score)
+    mask, score = ("positioned", everything) if padded else ("window", problem.score)
     return "--mask", mask, "--score", score

@@ -10,7 +10,7 @@ from tvm_flash.call.plan import EmptyPlan, Plan
 from tvm_flash.call.prepare import prepare, same_framework
 from tvm_flash.call.signature import Options
 from tvm_flash.call.suspicion import warn_of_layout
-from tvm_flash.frameworks import Traced, framework_of
+from tvm_flash.frameworks import Framework, Traced, framework_of
 from tvm_flash.packs.registry import on_refresh
 
 #: Plans that are kept; the oldest goes first.  One takes about 6 KB.
@@ -43,18 +43,7 @@ def attention(options: Options, tensors: dict[str, Any], call: tuple | None = No
             raise Traced(framework, f"q: is a {type(q).__qualname__} without memory of its own")
         same_framework(tensors)
         adopted = {name: framework.adopt(x) for name, x in tensors.items()}
-    try:
-        key = (options, *adopted, framework.keys(adopted.values()))
-        plan = _plans.get(key)
-    except (TypeError, AttributeError, RuntimeError):
-        # Not tensors of one framework, or options that can't be a key: the checks say what is wrong, if anything is.
-        key = plan = None
-    if plan is None:
-        if not framework.adopts:
-            same_framework(tensors)
-        plan = prepare(options, framework, adopted)
-        if key is not None:
-            _remember(key, plan)
+    plan = plan_of(options, framework, adopted)
     if plan.suspicion is not None:
         warn_of_layout(plan.suspicion, options.layout)
     results = plan.run(adopted)
@@ -64,6 +53,28 @@ def attention(options: Options, tensors: dict[str, Any], call: tuple | None = No
         names = plan.results
         results = [tensors[n] if n in tensors else framework.release(x, q) for n, x in zip(names, results, strict=True)]
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def plan_of(options: Options, framework: Framework, tensors: dict[str, Any]) -> Plan | EmptyPlan:
+    """The plan of a call, once everything but its pointers is checked; ``tensors`` are adopted by the framework.
+
+    Raises
+    ------
+    TvmFlashError: see :mod:`tvm_flash.errors`.
+    """
+    try:
+        key = (options, *tensors, framework.keys(tensors.values()))
+        plan = _plans.get(key)
+    except (TypeError, AttributeError, RuntimeError):
+        # Not tensors of one framework, or options that can't be a key: the checks say what is wrong, if anything is.
+        key = plan = None
+    if plan is None:
+        if not framework.adopts:
+            same_framework(tensors)
+        plan = prepare(options, framework, tensors)
+        if key is not None:
+            _remember(key, plan)
+    return plan
 
 
 def _remember(key: Any, plan: Plan | EmptyPlan) -> None:

@@ -15,7 +15,7 @@ from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.machine.ffi import TensorSpec
 from tvm_flash.operators import gradient_of, role_of, tensor
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import KernelEntry
+from tvm_flash.packs.manifest import DENSE, KernelEntry
 
 #: Role of the memory that workspaces are in: those that hold anything at first, and those that hold zeros.
 UNDEFINED, ZEROED = "workspaces", "zeroed workspaces"
@@ -116,7 +116,7 @@ def arguments_of(
     entry: KernelEntry, request: Request, made: tuple[Made, ...], extents: Mapping[str, int]
 ) -> dict[str, TensorSpec | int | float]:
     """Every argument of a kernel but for its pointers, by role, in the kernel's layout."""
-    device, swap = request.device, entry.layout != request.layout
+    device, swap = request.device, entry.form == DENSE and entry.layout != request.layout
     found: dict[str, TensorSpec | int | float] = {"softmax_scale": request.softmax_scale, **request.scalars}
     for name, x in request.given.items():
         if name in request.parameters:

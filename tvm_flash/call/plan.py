@@ -15,6 +15,7 @@ from typing import Any
 from tvm_flash.call import fast, memory
 from tvm_flash.call.choice import choose
 from tvm_flash.call.launches import ZEROED, arguments_of, made_by, maker, workspaces_of
+from tvm_flash.call.paged import PagedSizes, check_places
 from tvm_flash.call.problem import Problem
 from tvm_flash.call.ragged import check_starts
 from tvm_flash.call.request import Request
@@ -197,13 +198,17 @@ class Plan:
 
 
 def check_starts_of(request: Request, at: Mapping[str, int]) -> None:
-    """That sequences of different lengths begin where they can, if that is to be read; ``at`` are addresses by name.
+    """That sequences begin where they can, and lie where keys are, if that is to be read; ``at`` are addresses by name.
 
     Raises
     ------
     InvalidArgumentError
     """
-    if request.operator.starts and request.device.kind == "cpu":
+    if not request.operator.starts or request.device.kind != "cpu":
+        return
+    if isinstance(request.sizes, PagedSizes):
+        check_places(request.sizes, request.given["page_table"].strides[0], at)
+    else:
         check_starts(request.sizes, {name: at[name] for name in request.operator.starts})
 
 

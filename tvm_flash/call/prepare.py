@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tvm_flash.call import checks, memory
+from tvm_flash.call.paged import check_paged
 from tvm_flash.call.plan import EmptyPlan, Plan
 from tvm_flash.call.problem import (
     INT32_MAX,
@@ -26,7 +27,7 @@ from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupport
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import OPERATORS
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry, Param
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, PAGED, KernelEntry, Param
 from tvm_flash.packs.registry import build_command, registry
 
 
@@ -57,10 +58,7 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
         _check_accumulators(outputs, tensors)
     given = {name: framework.view(x, name) for name, x in tensors.items() if name not in outputs}
     q = given["q"]
-    sizes = checks.check_tensors(options.layout, q, given["k"], given["v"])
-    if operator.starts:
-        batch = count_sequences({name: given[name] for name in operator.starts})
-        sizes = dataclasses.replace(sizes, batch=batch)
+    sizes = _sizes(options, given)
     parameters = tuple(name for name in given if name not in operator.all_inputs)
     what, scalars, declared = _computation(options, sizes, parameters)
     for name in parameters:
@@ -90,13 +88,25 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
         suspicion=None if options.layout_known else checks.layout_suspicion(options.layout, sizes, q),
     )
     for name in operator.all_inputs:
-        if name in given and name not in "qkv":
+        if name in given and name not in ("q", "k", "v"):
             checks.check_input(name, given[name], request.shape_of(name), request.dtype_of(name), q)
     memory_of = {name: _check_output(request, name, tensors.get(name)) for name in outputs}
     given = {**given, **{name: x for name, x in memory_of.items() if x is not None}}
     request = dataclasses.replace(request, given=given)
     problem = dataclasses.replace(request.problem, index_bits=_index_bits(request))
     return dataclasses.replace(request, problem=problem)
+
+
+def _sizes(options: Options, given: Mapping[str, TensorView]) -> checks.Sizes:
+    """The sizes of a call, once its tensors are known to fit together."""
+    operator = OPERATORS[options.op]
+    if operator.form == PAGED:
+        return check_paged(given, options.longest)
+    sizes = checks.check_tensors(options.layout, *(given[name] for name in ("q", "k", "v")))
+    if operator.starts:
+        batch = count_sequences({name: given[name] for name in operator.starts})
+        sizes = dataclasses.replace(sizes, batch=batch)
+    return sizes
 
 
 def same_framework(tensors: Mapping[str, Any], watched: bool = False) -> Framework:
@@ -169,10 +179,12 @@ def kinds_of(
     if OPERATORS[options.op].starts:  # which kernel runs has nothing to do with how long sequences are
         seqlen_q = seqlen_kv = INT32_MAX
     mask = normalise_mask(checks.check_flag("causal", options.causal), window, seqlen_q, seqlen_kv)
-    kind = "positioned" if "query_start" in per_head else "padded" if "kv_end" in per_head else mask.kind
+    padded = "kv_start" in per_head or "kv_end" in per_head
+    kind = "positioned" if "query_start" in per_head else "padded" if padded else mask.kind
     capped = checks.check_softcap(options.softcap) != 0
     return mask, {
-        "definition": BUILTIN_DEFINITION, "mask": kind, "score": score_of(capped, "alibi_slopes" in per_head)
+        "definition": BUILTIN_DEFINITION, "mask": kind,
+        "score": score_of(capped, "alibi_slopes" in per_head, "sinks" in per_head),
     }  # fmt: skip
 
 

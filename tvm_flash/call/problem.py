@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tvm_flash.catalogue import MASKS, SCORES
 from tvm_flash.operators import FORWARD, OPERATORS
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, FARTHEST_START
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, FARTHEST_START, PAGED
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("bhsd", "bshd")
@@ -76,7 +76,9 @@ class Problem:
     ``index_bits`` is 32 if every size and stride fits an int32, else 64.  ``op`` is the operator that is asked for, and
     ``workspaces`` says whether memory for them can be allocated.  ``accumulate`` says that gradients are to be added to
     float32 ones that are there, ``gradients`` of which parameters some are wanted.  Of sequences of different lengths
-    ``batch`` is how many there are, and the lengths are those of all together.
+    ``batch`` is how many there are, and the lengths are those of all together; with their keys on pages,
+    ``pages_per_sequence * page_size`` are those that a sequence may have, and ``longest`` (None if unknown) is how many
+    queries none exceeds.
     """
 
     batch: int
@@ -97,6 +99,10 @@ class Problem:
     workspaces: bool = True
     accumulate: bool = False
     gradients: tuple[str, ...] = ()
+    pages: int = 0
+    page_size: int = 0
+    pages_per_sequence: int = 0
+    longest: int | None = None
 
     @property
     def rows(self) -> int:
@@ -104,13 +110,23 @@ class Problem:
         return self.sizes["rows"]
 
     @property
+    def form(self) -> str:
+        """How sequences lie in memory: ``"dense"``, ``"ragged"`` or ``"paged"``."""
+        return OPERATORS[self.op].form
+
+    @property
     def is_ragged(self) -> bool:
-        """Whether sequences have different lengths, and lie one after the other."""
-        return bool(OPERATORS[self.op].starts)
+        """Whether sequences have different lengths, and lie one after the other, their keys perhaps on pages."""
+        return self.form != DENSE
 
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes by name (:mod:`tvm_flash.packs.sizes`)."""
+        if self.form == PAGED:
+            return sizes.of_pages(
+                *(self.batch, self.heads, self.seqlen_q, self.kv_heads, self.pages, self.page_size),
+                *(self.pages_per_sequence, self.head_dim, self.head_dim_v, self.longest),
+            )
         of = sizes.of_sequences if self.is_ragged else sizes.of
         return of(
             *(self.batch, self.heads, self.seqlen_q, self.kv_heads, self.seqlen_kv, self.head_dim, self.head_dim_v)

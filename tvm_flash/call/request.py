@@ -48,7 +48,8 @@ class Request:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
-        return 0 in (*self.given["q"].shape, *self.given["k"].shape, self.sizes.batch)
+        keys = self.given[self.operator.inputs[1 + self.operator.differentiates]]
+        return 0 in (*self.q.shape, *keys.shape, self.sizes.batch, self.sizes.seqlen_kv)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the operator, in the layout of the call."""
@@ -56,6 +57,6 @@ class Request:
 
     def dtype_of(self, name: str) -> str:
         """The dtype of a tensor of the operator."""
-        if self.problem.accumulate and name in self.outputs:
+        if name in self.operator.float32 or (self.problem.accumulate and name in self.outputs):
             return "float32"
         return tensor(name).dtype or self.problem.dtype

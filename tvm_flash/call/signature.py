@@ -24,7 +24,7 @@ class Options(NamedTuple):
     ``flag`` is the value of the operator's own option.  ``params`` are names and values of the numbers that a
     definition of the user's own takes.  ``accept`` may raise for the device that tensors are on.  ``layout_known`` says
     that no shape is to be taken for one of the other layout.  ``gradients`` names the parameters whose gradients are
-    wanted.
+    wanted.  ``longest`` is how many queries no sequence exceeds, where that may decide between kernels.
     """
 
     layout: str
@@ -40,6 +40,7 @@ class Options(NamedTuple):
     layout_known: bool = False
     op: str = FORWARD
     gradients: tuple[str, ...] = ()
+    longest: Any = None
 
 
 class Signature:
@@ -84,17 +85,21 @@ class Signature:
         fast.enter(self)
 
     def options(self, variant: Any, flag: Any, softmax_scale: Any, *rest: Any) -> Options:
-        """The options of a call; ``rest`` is causal, window_size and softcap, or the values of ``scalars``."""
+        """The options of a call; ``rest`` is causal, window_size and softcap, or the values of ``scalars``.
+
+        With keys on pages, ``longest`` follows.
+        """
         builtin = self.definition == BUILTIN_DEFINITION
         return Options(
             *(self.layout, variant, flag, softmax_scale),
-            *(rest if builtin else ()),
+            *(rest[:3] if builtin else ()),
             definition=self.definition,
             params=() if builtin else tuple(zip(self.scalars, rest, strict=True)),
             accept=self.accept,
             layout_known=self.layout_known,
             op=self.op,
             gradients=self.gradients,
+            longest=rest[3] if builtin and len(rest) > 3 else None,
         )
 
 

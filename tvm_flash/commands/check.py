@@ -5,26 +5,30 @@ Kernels are called directly, with memory that is made here: no framework is need
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tvm_flash import numerics, reference
 from tvm_flash.call.memory import MAX_ALIGNMENT
+from tvm_flash.commands.check_sequences import on_pages, one_after_another, packed
 from tvm_flash.display import Entry, Table, table
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.frameworks import contiguous_strides
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device
 from tvm_flash.machine.ffi import Frame, TensorSpec
-from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS, SEQLEN_KV, SEQLEN_Q
+from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS, SEQLEN_KV, SEQLEN_Q, params_of
 from tvm_flash.operators import ACCUMULATE, FORWARD, TENSORS, gradient_of, role_of
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Argument, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, PAGED, RAGGED, Argument, KernelEntry
 from tvm_flash.packs.registry import Installed, registry
 
 #: Keys that a kernel for longer sequences gets beyond those of the case, at most: enough for several tiles.  Without a
@@ -69,9 +73,12 @@ def check_kernels(
     ``begins`` hears the symbol of a kernel before it runs.  A ``thorough`` check has more and longer cases, and runs
     each twice: the bits must be the same.
     """
-    for kernel, device in _runnable(arch):
-        begins(kernel.entry.symbol)
-        yield check_kernel(kernel, device, thorough=thorough)
+    with contextlib.ExitStack() as held:
+        for index in {device.index for _, device in _runnable(arch) if device.kind == "cuda"}:
+            held.enter_context(cuda.held(index))
+        for kernel, device in _runnable(arch):
+            begins(kernel.entry.symbol)
+            yield check_kernel(kernel, device, thorough=thorough)
 
 
 def count(arch: str | None = None) -> int:
@@ -140,11 +147,12 @@ def _share(figures: tuple[float, float]) -> float:
 def _compare(kernel: Installed, device: Device, seqlen_q: int, seqlen_kv: int, *, repeat: bool):
     """Of each result its error and bound, by role; whether a second run, if asked for, had the same bits."""
     entry = kernel.entry
-    of = _expected_of_sequences if entry.is_ragged else _expected
-    expected = of(*_kind(entry)[:-1], seqlen_q, seqlen_kv)
+    lengths = seqlen_q, seqlen_kv
+    expected = _EXPECTED[entry.form](*_kind(entry)[:-1], lengths, *lengths)
+    head_dims = entry.head_dim, entry.head_dim_v
 
     def computed():
-        return run(kernel, device, expected.inputs, expected.scale, (entry.head_dim, entry.head_dim_v))
+        return run(kernel, device, expected.inputs, expected.scale, head_dims, params_of(*lengths))
 
     found = computed()
     again = computed() if repeat else found
@@ -178,15 +186,17 @@ def _expected(
     score: str,
     params: tuple[str, ...],
     learnt: tuple[str, ...],
+    lengths: tuple[int, int],
     seqlen_q: int,
     seqlen_kv: int,
 ) -> _Expected:
+    """Those of one case, with the parameters for ``lengths``, which are its own or those of the longest sequence."""
     q, k, v = random_inputs(dtype, head_dim, head_dim_v, (BATCH, HEADS, KV_HEADS), (seqlen_q, seqlen_kv))
     what = {
         "softmax_scale": 1 / math.sqrt(head_dim),
         "mask": reference.MASKS[mask],
         "score": reference.SCORES[score],
-        "params": {name: PARAMS[name] for name in params},
+        "params": {name: x for name, x in params_of(*lengths).items() if name in params},
     }
     inputs = {"q": q, "k": k, "v": v}
     out, lse = reference.attention(q, k, v, **what)
@@ -222,28 +232,20 @@ def _expected_of_sequences(*what) -> _Expected:
         rows = [found.exact[role][0][b] for b, found in enumerate(alone)]
         per_head = first.ndim == 2
         exact[role] = (
-            np.stack(rows) if per_head else _one_after_another(rows, 5, -np.inf if role == "lse" else 0),
+            np.stack(rows) if per_head else one_after_another(rows, 5, -np.inf if role == "lse" else 0),
             bound,
         )
     return _Expected(inputs, alone[0].scale, exact)
 
 
-def packed(sequences: list[Mapping[str, np.ndarray]], after: int = 0) -> dict[str, np.ndarray]:
-    """Inputs of sequences, by role ``(heads, length, dim)`` or ``(heads, length)``, as ragged kernels take them.
-
-    ``after`` are rows and keys after the last, full of NaN.
-    """
-    inputs = {role: _one_after_another([x[role] for x in sequences], after, np.nan) for role in sequences[0]}
-    lengths = {"cu_seqlens_q": "q", "cu_seqlens_k": "k"}
-    starts = {name: np.cumsum([0, *(x[role].shape[1] for x in sequences)]) for name, role in lengths.items()}
-    return inputs | {name: x.astype(np.int32) for name, x in starts.items()}
+@functools.lru_cache(maxsize=2)
+def _expected_on_pages(*what) -> _Expected:
+    """The same with the keys on pages."""
+    found = _expected_of_sequences(*what)
+    return dataclasses.replace(found, inputs=on_pages(found.inputs))
 
 
-def _one_after_another(sequences: list[np.ndarray], after: int, beyond: float) -> np.ndarray:
-    """``(total, heads, dim)`` of ``(heads, length, dim)`` each, or ``(heads, total)`` of ``(heads, length)``."""
-    rest = np.full((len(sequences[0]), after, *sequences[0].shape[2:]), beyond, sequences[0].dtype)
-    whole = np.concatenate([*sequences, rest], axis=1)
-    return np.ascontiguousarray(whole.swapaxes(0, 1)) if whole.ndim == 3 else whole
+_EXPECTED = {DENSE: _expected, RAGGED: _expected_of_sequences, PAGED: _expected_on_pages}
 
 
 def random_inputs(
@@ -264,21 +266,35 @@ def random_inputs(
 
 
 def run(
-    kernel: Installed, device: Device, inputs: Mapping[str, np.ndarray], scale: float, head_dims: tuple[int, int]
+    kernel: Installed,
+    device: Device,
+    inputs: Mapping[str, np.ndarray],
+    scale: float,
+    head_dims: tuple[int, int],
+    params: Mapping[str, Any] = PARAMS,
 ) -> dict[str, np.ndarray]:
-    """What a kernel writes, by role, as float32 in the layout bhsd, with ``PARAMS``; memory is NaN before.
+    """What a kernel writes, by role, as float32 in the layout bhsd; memory is NaN before.
 
     ``inputs`` are q, k, v and whatever else the operator takes, by role, in the layout bhsd, or those of sequences as
-    :func:`packed` has them.  A kernel that has parameters of each head takes ``BATCH`` and ``HEADS``.
+    :mod:`tvm_flash.commands.check_sequences` has them.  A kernel that has parameters of each head takes ``BATCH`` and
+    ``HEADS``.
     """
     entry, q, k = kernel.entry, inputs["q"].shape, inputs["k"].shape
-    order = (0, 1, 2, 3) if entry.layout == "bhsd" else (0, 2, 1, 3)
+    order = (0, 2, 1, 3) if entry.form == DENSE and entry.layout == "bshd" else (0, 1, 2, 3)
     of = dict(zip(("head_dim", "head_dim_v"), head_dims, strict=True))
-    if entry.is_ragged:
+    if entry.form != DENSE:
         starts = len(inputs["cu_seqlens_q"])
-        of |= {"batch": starts - 1, "heads": q[1], "kv_heads": k[1], "total_q": q[0], "total_k": k[0]}
-        extents = entry.extents(sizes.of_sequences(**of))
-        shapes = {role_of(name): tuple({**of, "starts": starts}[a] for a in x.ragged) for name, x in TENSORS.items()}
+        of |= {"batch": starts - 1, "heads": q[1], "kv_heads": k[-2], "total_q": q[0]}
+        if entry.form == PAGED:
+            per_sequence = inputs["page_table"].shape[1]
+            of |= {"pages": k[0], "page_size": k[1], "pages_per_sequence": per_sequence}
+            extents = entry.extents(sizes.of_pages(**of))
+        else:
+            of |= {"total_k": k[0]}
+            extents = entry.extents(sizes.of_sequences(**of))
+        shapes = {
+            role_of(name): tuple({**of, "starts": starts}.get(a, 0) for a in x.ragged) for name, x in TENSORS.items()
+        }
     else:
         of |= {"batch": q[0], "heads": q[1], "kv_heads": k[1], "seqlen_q": q[2], "seqlen_kv": k[2]}
         extents = entry.extents(sizes.of(**of))
@@ -286,10 +302,10 @@ def run(
     shapes |= {gradient_of(p.name): (of["batch"], of["heads"]) if p.per_head else (1,) for p in entry.params}
     written, numbers, arrays = [], {"softmax_scale": scale}, {}
     numbers |= {
-        p.name: (float if p.dtype == "float32" else int)(PARAMS[p.name]) for p in entry.params if not p.per_head
+        p.name: (float if p.dtype == "float32" else int)(params[p.name]) for p in entry.params if not p.per_head
     }
     numbers |= {scalar.name: extents[scalar.name] for scalar in entry.scalars}
-    per_head = {p.name: PARAMS[p.name] for p in entry.params if p.per_head}
+    per_head = {p.name: params[p.name] for p in entry.params if p.per_head}
     workspaces = {w.name: w for w in entry.workspaces}
     for argument in entry.arguments:
         role = argument.role

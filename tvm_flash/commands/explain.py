@@ -53,7 +53,7 @@ def show(explanation: Explanation, screen: Screen) -> None:
 
 def _behind(entry: KernelEntry) -> list[tuple[str, str]]:
     """What a kernel is: names and values."""
-    layout = RAGGED_LAYOUT if entry.is_ragged else entry.layout
+    layout = entry.layout if entry.form == "dense" else RAGGED_LAYOUT
     found = [
         ("template", f"{entry.template.upper()}, layout {layout}, head_dim up to {entry.head_dim}"),
         ("config", ", ".join(f"{name} {_value(value)}" for name, value in entry.config.items()) or "none"),

@@ -30,7 +30,7 @@ from tvm_flash.errors import NotSupportedError
 from tvm_flash.nn.attend import attend, fit
 from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.nn.sdpa import no_kernel, top_left, warn_of_fallback
-from tvm_flash.operators import BACKWARD, FORWARD, RAGGED, RAGGED_BACKWARD
+from tvm_flash.operators import BACKWARD, FORWARD, PAGED, RAGGED, RAGGED_BACKWARD
 from tvm_flash.padded import padded_attention
 
 #: The name in torch's registry.
@@ -229,15 +229,22 @@ def _flash_forward(
     query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None,
     window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None, block_table=None, num_splits=None,
 ):  # fmt: skip
-    unknown = {"seqused_k": seqused_k, "alibi_slopes": alibi_slopes, "block_table": block_table}
+    unknown = {"alibi_slopes": alibi_slopes}
+    if block_table is None:
+        unknown["seqused_k"] = seqused_k
     if return_debug_mask:
         return "a debug mask is asked for, which shows dropout"
     if given := [name for name, x in unknown.items() if x is not None]:
         return f"{', '.join(given)} isn't taken here"
     window = _window(window_size_left, window_size_right)
-    op = FORWARD if cum_seq_q is None else RAGGED
+    op = FORWARD if cum_seq_q is None else RAGGED if block_table is None else PAGED
     if refused := _refusal(op, _kind(is_causal, window), dropout_p, scale, query, key, value):
         return refused
+    if op == PAGED:
+        lengths = cum_seq_k.diff() if seqused_k is None else seqused_k
+        where, options = (cum_seq_q, lengths.int(), block_table), _ragged_options(query, scale, is_causal, window)
+        results = torch.ops.tvm_flash.attention_paged(query, key, value, *where, **options, return_lse=True)
+        return *results, *_unused(query), query.new_empty(0)
     if op == RAGGED:
         starts, options = (cum_seq_q, cum_seq_k), _ragged_options(query, scale, is_causal, window)
         tensors = (fit(query), fit(key), fit(value))

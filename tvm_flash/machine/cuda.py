@@ -94,12 +94,12 @@ def driver_version() -> str | None:
 
 
 @contextlib.contextmanager
-def primary_context(index: int) -> Iterator[ctypes.CDLL]:
-    """The driver, with a device's primary context (which frameworks use too) current.
+def held(index: int) -> Iterator[ctypes.c_void_p]:
+    """A device's primary context, which stays while this is on, whoever else is done with it: making one takes 0.2 s.
 
     Raises
     ------
-    KernelError: a call into the driver fails; inside the block too, for those that :func:`check` looks at.
+    KernelError: a call into the driver fails.
     """
     driver, device, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
     try:
@@ -107,14 +107,32 @@ def primary_context(index: int) -> Iterator[ctypes.CDLL]:
             raise _DriverError("there is no CUDA driver")
         check(driver.cuDeviceGet(ctypes.byref(device), index))
         check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
-        check(driver.cuCtxPushCurrent_v2(context))
-        try:
-            yield driver
-        finally:
-            driver.cuCtxPopCurrent_v2(ctypes.byref(context))
-            driver.cuDevicePrimaryCtxRelease_v2(device)
     except _DriverError as e:
         raise KernelError(f"cuda:{index}: {e}") from e
+    try:
+        yield context
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+
+
+@contextlib.contextmanager
+def primary_context(index: int) -> Iterator[ctypes.CDLL]:
+    """The driver, with a device's primary context (which frameworks use too) current.
+
+    Raises
+    ------
+    KernelError: a call into the driver fails; inside the block too, for those that :func:`check` looks at.
+    """
+    with held(index) as context:
+        driver = _driver()
+        try:
+            check(driver.cuCtxPushCurrent_v2(context))
+            try:
+                yield driver
+            finally:
+                driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        except _DriverError as e:
+            raise KernelError(f"cuda:{index}: {e}") from e
 
 
 def synchronize(index: int) -> None:

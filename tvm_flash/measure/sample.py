@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 #: The case: odd lengths, grouped heads, more keys than queries.
@@ -19,4 +21,13 @@ PARAMS = {
     "query_start": np.array([[37, 30, 21, 10], [40, 9, -2, 31]], np.int32),
     "has_query_start": 1,
     "has_alibi_slopes": 1,
+    "has_sinks": 1,
+    "sinks": np.array([[0.5, -1.0, 2.0, -np.inf], [1.5, 0.0, -3.0, 4.0]], np.float32),
 }
+
+
+def params_of(seqlen_q: int, seqlen_kv: int) -> dict[str, Any]:
+    """The parameters for other lengths than the case's: key ranges end as far from the last key, and query 0 stands as
+    far from where it would stand anyway, so that about as many rows see keys."""
+    later, farther = seqlen_kv - SEQLEN_KV, (seqlen_kv - seqlen_q) - (SEQLEN_KV - SEQLEN_Q)
+    return {**PARAMS, "kv_end": PARAMS["kv_end"] + later, "query_start": PARAMS["query_start"] + farther}

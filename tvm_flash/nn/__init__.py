@@ -1,8 +1,8 @@
 """Functions with the signatures that models already call: change the import, and nothing else.
 
 * :func:`scaled_dot_product_attention` as in ``torch.nn.functional``;
-* :func:`flash_attn_func`, :func:`flash_attn_varlen_func`, and those of packed tensors, as in the package
-  ``flash_attn``.
+* :func:`flash_attn_func`, :func:`flash_attn_varlen_func`, :func:`flash_attn_with_kvcache`, and those of packed
+  tensors, as in the package ``flash_attn``.
 
 Importing this imports torch.
 """
@@ -15,6 +15,7 @@ from tvm_flash.nn.flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from tvm_flash.nn.kvcache import flash_attn_with_kvcache
 from tvm_flash.nn.sdpa import FallbackWarning, scaled_dot_product_attention
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "scaled_dot_product_attention",
 ]

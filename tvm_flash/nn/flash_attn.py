@@ -7,7 +7,9 @@ import torch
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE
 from tvm_flash.errors import NotSupportedError
 from tvm_flash.nn.attend import attend, fit
+from tvm_flash.nn.kvcache import attend_pages
 from tvm_flash.nn.sequences import attend_sequences
+from tvm_flash.nn.windows import sides
 
 
 def flash_attn_func(
@@ -46,7 +48,7 @@ def flash_attn_func(
         *_fitting(q, k, v),
         softmax_scale=_scale(softmax_scale, q),
         causal=causal,
-        window_size=_window(window_size),
+        window_size=sides(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         return_lse=return_attn_probs,
@@ -90,7 +92,9 @@ def flash_attn_varlen_func(
     ``cu_seqlens_q`` and ``cu_seqlens_k`` (``(batch + 1,)``) say where each sequence starts, from 0 on, and the last one
     ends.  Nothing here depends on ``max_seqlen_q`` and ``max_seqlen_k``.  It is one call of
     :func:`tvm_flash.flash_attention_varlen`; on a GPU whose pack has no kernels for that, the starts are read on the
-    host, and each run of neighbours of one length is a call.
+    host, and each run of neighbours of one length is a call.  With a ``block_table`` (``(batch, pages_per_sequence)``),
+    k and v are pages of a cache, ``(pages, page_size, kv_heads, head_dim)``, and ``cu_seqlens_k`` says how many keys
+    each sequence has on its own.
 
     Returns
     -------
@@ -99,23 +103,23 @@ def flash_attn_varlen_func(
 
     Raises
     ------
-    NotSupportedError: ``dropout_p`` isn't 0, a ``block_table`` is given, or no kernel computes the gradients; and what
-        :func:`tvm_flash.flash_attention_varlen` raises.
+    NotSupportedError: ``dropout_p`` isn't 0, or no kernel computes the gradients, as with a ``block_table``; and what
+        :func:`tvm_flash.flash_attention_varlen` and :func:`tvm_flash.flash_attention_paged` raise.
     """
     _refuse_dropout(dropout_p)
+    options = {
+        "softmax_scale": _scale(softmax_scale, q),
+        "causal": causal,
+        "window_size": sides(window_size),
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "return_lse": return_attn_probs,
+    }
+    starts = (cu_seqlens_q, cu_seqlens_k)
     if block_table is not None:
-        raise NotSupportedError("block_table: paged keys aren't supported; gather them, or call without it")
-    result = attend_sequences(
-        *_fitting(q, k, v),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        softmax_scale=_scale(softmax_scale, q),
-        causal=causal,
-        window_size=_window(window_size),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_lse=return_attn_probs,
-    )
+        result = attend_pages(q, k, v, *starts, block_table, max_seqlen_q, **options)
+    else:
+        result = attend_sequences(*_fitting(q, k, v), *starts, **options)
     if not return_attn_probs:
         return _columns(result, v)
     out, lse = result
@@ -147,12 +151,6 @@ def _scale(softmax_scale: float | None, q: torch.Tensor) -> float | None:
     """The scale of a head_dim before padding; None where the kernel's own is the same."""
     padded = softmax_scale is None and isinstance(q, torch.Tensor) and q.ndim and q.shape[-1] % HEAD_DIM_MULTIPLE
     return q.shape[-1] ** -0.5 if padded else softmax_scale
-
-
-def _window(window_size: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    """``(left, right)`` with −1 for a side that is None or negative."""
-    sides = (None, None) if window_size is None else tuple(window_size)
-    return tuple(-1 if x is None or x < 0 else x for x in sides)
 
 
 def _refuse_dropout(dropout_p: float) -> None:

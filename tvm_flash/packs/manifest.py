@@ -43,6 +43,19 @@ lengths that lie one after the other.  Their roles are the same but for these:
 Rows and keys after the last sequence are written as those that see nothing.  Which kernel runs, and so its bucket, has
 nothing to do with lengths.  Their sizes are those of :func:`tvm_flash.packs.sizes.of_sequences`.
 
+Kernels of the kinds ``paged`` and ``paged_decode`` compute ``forward`` of such sequences with their keys on pages of a
+cache.  They take no ``cu_seqlens_k``, and of the other roles these are different:
+
+* ``k``, ``v``: ``(pages, page_size, kv_heads, dim)``, of any strides with a contiguous last dimension.
+* ``seqlens_k``: contiguous int32 ``(batch,)`` on the device, how many keys each sequence has.
+* ``page_table``: int32 ``(batch, pages_per_sequence)`` on the device, of any stride with a contiguous last dimension:
+  key ``j`` of sequence ``b`` is row ``j % page_size`` of page ``page_table[b, j // page_size]``.  Entries that no key
+  needs may hold anything, and so may rows of a page behind a sequence's last key.
+
+Sequences have at most ``pages_per_sequence * page_size`` keys, on pages that there are; a kernel of the CPU fails,
+before it writes anything, if that isn't so.  Those of ``paged_decode`` are for few queries of each sequence
+(``max_rows``) and split the keys at fixed positions.  Sizes are those of :func:`tvm_flash.packs.sizes.of_pages`.
+
 Those of ``backward`` take ``do`` (as ``o``), ``o`` and ``lse`` as a forward kernel left them, and ``dlse`` (as ``lse``;
 a shorter tensor means that there is none), and write all of ``dq``, ``dk`` and ``dv`` (as ``q``, ``k`` and ``v``), and
 ``d_NAME`` of each parameter that asks for its gradient: float32, ``(batch, heads)`` of one ``per_head``, else one
@@ -73,8 +86,11 @@ LAYOUT_OF_TEMPLATE = {"v1": "bhsd", "v2": "bshd"}
 #: The most blocks of a GPU's launch along any axis of its grid but the first.
 MOST_BLOCKS = 65535
 
-#: Kinds of kernels over sequences of different lengths, which lie one after the other.
-RAGGED_KINDS = ("ragged", "ragged_backward")
+#: How sequences lie in memory: in a batch of one length, one after the other, or so with their keys on pages.
+DENSE, RAGGED, PAGED = "dense", "ragged", "paged"
+
+#: The form of the sequences that kernels of a kind are for; those that aren't named are for dense ones.
+FORM_OF_KIND = {"ragged": RAGGED, "ragged_backward": RAGGED, "paged": PAGED, "paged_decode": PAGED}
 
 #: Largest ``query_start`` of the mask ``positioned``, and the same below 0; those beyond count as it.  So no sum of a
 #: position and a window leaves int32.
@@ -288,9 +304,9 @@ class KernelEntry:
         return found
 
     @property
-    def is_ragged(self) -> bool:
-        """Whether it is for sequences of different lengths, in tensors without a batch axis."""
-        return self.kind in RAGGED_KINDS
+    def form(self) -> str:
+        """How the sequences lie that it is for: ``"dense"``, ``"ragged"`` or ``"paged"``."""
+        return FORM_OF_KIND.get(self.kind, DENSE)
 
     @property
     def layout(self) -> str:

@@ -45,6 +45,30 @@ def of_sequences(
     return dict(zip(names, (batch, heads, kv_heads, total_q, total_k, head_dim, head_dim_v), strict=True))
 
 
+def of_pages(
+    batch: int,
+    heads: int,
+    total_q: int,
+    kv_heads: int,
+    pages: int,
+    page_size: int,
+    pages_per_sequence: int,
+    head_dim: int,
+    head_dim_v: int,
+    seqlen_q: int | None = None,
+) -> dict[str, int]:
+    """The sizes by name of a problem of ``batch`` sequences whose keys lie on pages of a cache.
+
+    ``seqlen_q`` is a number of queries that no sequence exceeds (``total_q`` if not given), ``seqlen_kv`` in the answer
+    one of keys, ``pages_per_sequence * page_size``; ``rows`` are the most query rows of a sequence that share a key.
+    """
+    longest = total_q if seqlen_q is None else min(seqlen_q, total_q)
+    whole = of(batch, heads, longest, kv_heads, pages_per_sequence * page_size, head_dim, head_dim_v)
+    return whole | {
+        "total_q": total_q, "pages": pages, "page_size": page_size, "pages_per_sequence": pages_per_sequence
+    }  # fmt: skip
+
+
 def evaluate(expression: Expression, sizes: Mapping[str, int]) -> int:
     """The value of an expression.
 

@@ -32,7 +32,7 @@ from tvm_flash.machine import cuda, ffi
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import OPERATORS, RAGGED_LAYOUT, gradient_of, role_of, tensor
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import KernelEntry
+from tvm_flash.packs.manifest import PAGED, KernelEntry
 from tvm_flash.packs.registry import Installed, registry
 
 #: Name of a platform in JAX's programs, in its foreign function interface, and of its devices here.
@@ -53,6 +53,10 @@ def attention(options: Options, tensors: dict[str, Any]) -> Any:
         isn't.
     TvmFlashError: an argument is wrong, as outside of a program.
     """
+    if OPERATORS[options.op].form == PAGED:
+        raise NotSupportedError(
+            "k_cache, v_cache: are traced by JAX, and keys on pages have no operator there; call outside of jax.jit"
+        )
     for name in OPERATORS[options.op].all_outputs(options.gradients):
         if name in tensors:
             raise ArgumentTypeError(f"{name}: arrays of jax can't be written; leave it out to get a new one")

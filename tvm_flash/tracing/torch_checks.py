@@ -18,6 +18,7 @@ from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import Torch, check_dense, is_functorch_wrapped, is_wrapper, name_of
 from tvm_flash.operators import OPERATORS
+from tvm_flash.packs.manifest import PAGED
 
 #: Whether a program that is being compiled can be asked what it knows of a symbol: 2.5 can't, 2.11 can.
 _CAN_ASK_SYMBOLS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)
@@ -52,6 +53,7 @@ def check_options(options: Options) -> Options:
         layout_known=options.layout_known,
         op=options.op,
         gradients=options.gradients,
+        longest=options.longest,
     )
 
 
@@ -88,7 +90,8 @@ def check_call(options: Options, tensors: dict[str, Any]) -> None:
     """
     if not all(isinstance(x, torch.Tensor) and is_known(x) for x in tensors.values()):
         return
-    _check_same(*(tensors[name] for name in "qkv"))
+    if OPERATORS[options.op].form != PAGED:
+        _check_same(*(tensors[name] for name in ("q", "k", "v")))
     request = request_of(options, _ABSTRACT, tensors)
     if not tensors["q"].is_meta:
         options.accept(request.device)

@@ -27,9 +27,10 @@ def _placements(q, k, v, per_head, layout, return_lse):
 
 @register_sharding(torch.ops.tvm_flash.attention.default)
 def _attention(
-    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, query_start=None, *, layout="bhsd", return_lse=False, **_
-):
-    per_head = (alibi_slopes, kv_start, kv_end, query_start)
+    q, k, v, alibi_slopes=None, kv_start=None, kv_end=None, query_start=None, sinks=None, *, layout="bhsd",
+    return_lse=False, **_
+):  # fmt: skip
+    per_head = (alibi_slopes, kv_start, kv_end, query_start, sinks)
     return [
         (results, [*tensors, *(None if x is None else next(own) for x in per_head)])
         for results, tensors, own in _placements(q, k, v, per_head, layout, return_lse)

@@ -38,7 +38,7 @@ if tuple(int(x) for x in torch.__version__.split(".")[:2]) < _MINIMUM:
     )
 
 #: The parameters of the package's own definition that are tensors, in the order of the operators.
-_PARAMETERS = ("alibi_slopes", "kv_start", "kv_end", "query_start")
+_PARAMETERS = ("alibi_slopes", "kv_start", "kv_end", "query_start", "sinks")
 
 _library = torch.library.Library("tvm_flash", "DEF")
 # Inductor may otherwise hand over tensors whose last dimension isn't contiguous.
@@ -111,7 +111,7 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
     own = {"return_lse": options.flag} if options.op == FORWARD else {"gradients": list(options.gradients)}
     own |= {"layout": options.layout, "variant": options.variant, "softmax_scale": options.softmax_scale}
     builtin, custom = (getattr(torch.ops.tvm_flash, name) for name in _NAMES[options.op])
-    if options.op == FORWARD and not torch.compiler.is_compiling() and _onnx_is_traced():
+    if options.op == FORWARD and is_for_onnx():
         builtin = torch_decomposed.attention
     if options.definition == BUILTIN_DEFINITION:
         left, right = options.window_size
@@ -203,9 +203,9 @@ def written(name: str, to: Any, result: Any) -> Any:
     return to.copy_(result)
 
 
-def _onnx_is_traced() -> bool:
+def is_for_onnx() -> bool:
     """Whether ``torch.onnx.export(dynamo=False)`` traces a program, whose format has no such operators."""
-    onnx = sys.modules.get("torch.onnx")
+    onnx = None if torch.compiler.is_compiling() else sys.modules.get("torch.onnx")
     return onnx is not None and onnx.is_in_onnx_export()
 
 

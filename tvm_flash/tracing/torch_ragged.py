@@ -1,6 +1,7 @@
 """Sequences of different lengths as operators of PyTorch: what programs call in place of ``flash_attention_varlen``.
 
-Importing this module registers ``torch.ops.tvm_flash.attention_varlen`` and its backward.  What is said of the other
+Importing this module registers ``torch.ops.tvm_flash.attention_varlen`` and its backward, and ``attention_paged``, of
+which there are no gradients.  What is said of the other
 operators in :mod:`tvm_flash.tracing.torch_ops` holds here too.
 """
 
@@ -11,25 +12,27 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
+from tvm_flash.call.paged import check_paged
 from tvm_flash.call.ragged import count_sequences
 from tvm_flash.call.signature import Options, signature
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import name_of
-from tvm_flash.operators import OPERATORS, RAGGED, RAGGED_BACKWARD, RAGGED_LAYOUT
-from tvm_flash.tracing import torch_ops
+from tvm_flash.operators import OPERATORS, PAGED, PAGED_PARAMETERS, RAGGED, RAGGED_BACKWARD, RAGGED_LAYOUT
+from tvm_flash.tracing import torch_decomposed, torch_ops
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, is_known
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
 from tvm_flash.tracing.torch_ops import check_kernel, readable, with_kinds_named, written
 
 _STARTS = OPERATORS[RAGGED].starts
-_PARAMETERS = ("alibi_slopes",)
+_PARAMETERS = {RAGGED: ("alibi_slopes", "sinks"), RAGGED_BACKWARD: ("alibi_slopes", "sinks"), PAGED: PAGED_PARAMETERS}
 
-_OPTIONS = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes=None, *, float? softmax_scale=None, "
-    "bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
+_NUMBERS = (
+    "float? softmax_scale=None, bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
 )
+_OPTIONS = f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes=None, Tensor? sinks=None, *, {_NUMBERS}"
 _library = torch.library.Library("tvm_flash", "FRAGMENT")
 _tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 _library.define(
@@ -41,7 +44,13 @@ _library.define(
     f"{_OPTIONS}, str[] gradients) -> Tensor[]",
     tags=_tags,
 )
-_NAMES = {RAGGED: "attention_varlen", RAGGED_BACKWARD: "attention_varlen_backward"}
+_library.define(
+    "attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqlens_k, "
+    "Tensor page_table, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? kv_start=None, *, "
+    f"{_NUMBERS}, int? max_seqlen_q=None, bool return_lse=False) -> (Tensor, Tensor)",
+    tags=_tags,
+)
+_NAMES = {RAGGED: "attention_varlen", RAGGED_BACKWARD: "attention_varlen_backward", PAGED: "attention_paged"}
 
 
 def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
@@ -54,7 +63,24 @@ def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
     return with_kinds_named(program, options, tensors)
 
 
-recorded = functools.partial(torch_ops.recorded, traced=attention)
+def recorded(options: Options, tensors: Mapping[str, Any], call: tuple | None) -> Any:
+    """:func:`tvm_flash.tracing.torch_ops.recorded` of these operators.
+
+    Raises
+    ------
+    NotSupportedError: keys lie on pages.
+    """
+    if options.op == PAGED:
+        _refuse_gradients(tensors)
+    return torch_ops.recorded(options, tensors, call, traced=attention)
+
+
+def _refuse_gradients(tensors: Mapping[str, Any]) -> None:
+    asked_of = ", ".join(name for name, x in tensors.items() if x is not None and x.requires_grad)
+    raise NotSupportedError(
+        f"{asked_of}: a gradient is required, and of keys on pages there is none; call under torch.no_grad(), or use "
+        f"flash_attention_varlen"
+    )
 
 
 def program(options: Options, tensors: Mapping[str, Any]) -> Any:
@@ -69,14 +95,18 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
         check_call(options, tensors)
     operator, device = OPERATORS[options.op], tensors["q"].device
     for name in operator.starts:
-        if tensors[name].device != device:
+        if isinstance(tensors[name], torch.Tensor) and tensors[name].device != device:  # a proxy of torch.fx has none
             raise ArgumentTypeError(f"{name}: is on {tensors[name].device}, expected {device}, where q is; move it")
     outputs = operator.all_outputs(options.gradients)
     own = {"gradients": list(options.gradients)} if operator.differentiates else {"return_lse": options.flag}
+    own |= {"max_seqlen_q": options.longest} if options.op == PAGED else {}
     left, right = options.window_size
-    results = getattr(torch.ops.tvm_flash, _NAMES[options.op])(
+    compute = getattr(torch.ops.tvm_flash, _NAMES[options.op])
+    if options.op == RAGGED and torch_ops.is_for_onnx():
+        compute = torch_decomposed.attention_varlen
+    results = compute(
         *(tensors[name] for name in operator.inputs),
-        *(tensors.get(name) for name in (*operator.optional, *operator.starts, *_PARAMETERS)),
+        *(tensors.get(name) for name in (*operator.optional, *operator.starts, *_PARAMETERS[options.op])),
         softmax_scale=options.softmax_scale,
         causal=options.causal,
         window_left=left,
@@ -95,13 +125,13 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
 # ---------------------------------------------------------------- on real tensors
 
 
-def _run(op, *tensors, return_lse=False, gradients=(), **options):
+def _run(op, *tensors, return_lse=False, gradients=(), max_seqlen_q=None, **options):
     operator, gradients = OPERATORS[op], tuple(gradients)
     made_for = {"op": op, "below": True, "gradients": gradients, "layout_known": True}
-    compute = signature(RAGGED_LAYOUT, parameters=_PARAMETERS, **made_for).call
-    given = len(operator.all_inputs) + len(_PARAMETERS)
+    compute = signature(RAGGED_LAYOUT, parameters=_PARAMETERS[op], **made_for).call
+    given = len(operator.all_inputs) + len(_PARAMETERS[op])
     tensors = (*tensors, *[None] * (given - len(tensors)), *[None] * len(operator.all_outputs(gradients)))
-    numbers = _numbers(**options)
+    numbers = (*_numbers(**options), max_seqlen_q) if op == PAGED else _numbers(**options)
     if operator.differentiates:
         return list(compute(*readable(*tensors[:7]), *tensors[7:], "auto", False, *numbers))
     result = compute(*tensors, "auto", return_lse, *numbers)
@@ -120,17 +150,29 @@ def _numbers(softmax_scale=None, causal=False, window_left=None, window_right=No
 def _check(q, k, v, starts):
     check_shapes(RAGGED_LAYOUT, q, k, v)
     if all(map(is_known, starts)):
-        shapes = [tuple(x.shape) for x in starts]
-        views = [
-            TensorView(s, contiguous_strides(s), name_of(x.dtype), "cpu", 0, pointer=0)
-            for s, x in zip(shapes, starts, strict=True)
-        ]
-        count_sequences(dict(zip(_STARTS, views, strict=True)))
+        count_sequences(_views(_STARTS, starts))
+
+
+def _views(names, tensors):
+    """What checks need of fake tensors, by name."""
+    shapes = [tuple(x.shape) for x in tensors]
+    return {
+        name: TensorView(shape, contiguous_strides(shape), name_of(x.dtype), "cpu", 0, pointer=0)
+        for name, shape, x in zip(names, shapes, tensors, strict=True)
+    }
 
 
 def _shapes(q, k, v, cu_seqlens_q, cu_seqlens_k, *_, return_lse=False, **__):
     _check(q, k, v, (cu_seqlens_q, cu_seqlens_k))
     out = q.new_empty((*q.shape[:2], v.shape[2]))
+    return out, q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
+
+
+def _paged_shapes(q, k_cache, v_cache, *others, return_lse=False, max_seqlen_q=None, **__):
+    tensors = (q, k_cache, v_cache, *others[:3])
+    if all(map(is_known, tensors)):
+        check_paged(_views(OPERATORS[PAGED].all_inputs, tensors), max_seqlen_q)
+    out = q.new_empty((*q.shape[:2], v_cache.shape[3]))
     return out, q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
 
 
@@ -143,10 +185,10 @@ def _backward_shapes(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, 
 # ---------------------------------------------------------------- gradients
 
 
-def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, **options):
+def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, sinks=None, **options):
     forward, backward = (getattr(torch.ops.tvm_flash, _NAMES[op]).default for op in (RAGGED, RAGGED_BACKWARD))
-    others = (cu_seqlens_q, cu_seqlens_k, alibi_slopes)
-    if not is_recorded((q, k, v, alibi_slopes)):
+    others = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
+    if not is_recorded((q, k, v, alibi_slopes, sinks)):
         return below(forward, q, k, v, *others, **options)
     own = {name: x for name, x in options.items() if name != "return_lse"}
 
@@ -157,7 +199,7 @@ def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_s
     pair = Pair(
         lambda *tensors: below(forward, *tensors, **own, return_lse=True),
         lambda *tensors, gradients: backward(*tensors, **own, gradients=gradients),
-        (*_STARTS, *_PARAMETERS),
+        (*_STARTS, *_PARAMETERS[RAGGED]),
         asked=options.get("return_lse", False),
         check=check,
     )
@@ -171,6 +213,12 @@ def _backward_where_autograd_listens(*tensors, **options):
     return record_once(backward, *tensors, **options)
 
 
+def _paged_where_autograd_listens(*tensors, **options):
+    if is_recorded(tensors):
+        _refuse_gradients(dict(zip((*OPERATORS[PAGED].all_inputs, *PAGED_PARAMETERS), tensors, strict=False)))
+    return below(getattr(torch.ops.tvm_flash, _NAMES[PAGED]).default, *tensors, **options)
+
+
 def _refuse_vmap(info, in_dims, *arguments, **options):
     raise NotSupportedError(
         "q, k, v: are mapped by torch.vmap, and sequences of different lengths can't be; they are a batch already: "
@@ -178,8 +226,12 @@ def _refuse_vmap(info, in_dims, *arguments, **options):
     )
 
 
-_LISTENING = {RAGGED: _forward_where_autograd_listens, RAGGED_BACKWARD: _backward_where_autograd_listens}
-_FAKE = {RAGGED: _shapes, RAGGED_BACKWARD: _backward_shapes}
+_LISTENING = {
+    RAGGED: _forward_where_autograd_listens,
+    RAGGED_BACKWARD: _backward_where_autograd_listens,
+    PAGED: _paged_where_autograd_listens,
+}
+_FAKE = {RAGGED: _shapes, RAGGED_BACKWARD: _backward_shapes, PAGED: _paged_shapes}
 for _op, _name in _NAMES.items():
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, functools.partial(_run, _op), _key)
@@ -187,3 +239,36 @@ for _op, _name in _NAMES.items():
     torch.library.register_fake(f"tvm_flash::{_name}", _FAKE[_op], lib=_library)
     if hasattr(torch.library, "register_vmap"):  # since torch 2.5
         torch.library.register_vmap(f"tvm_flash::{_name}", _refuse_vmap, lib=_library)
+
+
+# ---------------------------------------------------------------- what is said of the operators elsewhere
+
+
+def _lengths(starts) -> list[int] | None:
+    """Lengths of sequences, None where nobody knows them yet."""
+    return None if starts.is_meta or type(starts) is not torch.Tensor else starts.diff().tolist()
+
+
+def _products(q, k, cu_seqlens_q, cu_seqlens_k) -> int:
+    """Operations of a product of all queries and keys of each sequence, for each element of a head.
+
+    Where lengths aren't known, each sequence could have all rows: what is counted then is the most that it can be.
+    """
+    lengths = _lengths(cu_seqlens_q), _lengths(cu_seqlens_k)
+    pairs = q.shape[0] * k.shape[0] if None in lengths else sum(a * b for a, b in zip(*lengths, strict=True))
+    return 2 * q.shape[1] * pairs
+
+
+def _flops(q, k, v, cu_seqlens_q, cu_seqlens_k, *_, out_val=None, **__) -> int:
+    """Operations of both products, whatever is masked, as torch counts them for its own attention."""
+    return _products(q, k, cu_seqlens_q, cu_seqlens_k) * (q.shape[2] + v.shape[2])
+
+
+def _backward_flops(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *_, out_val=None, **__) -> int:
+    """Those of the five products of a backward."""
+    return _products(q, k, cu_seqlens_q, cu_seqlens_k) * (3 * q.shape[2] + 2 * v.shape[2])
+
+
+for _op, _formula in ((RAGGED, _flops), (RAGGED_BACKWARD, _backward_flops)):
+    register_flop_formula(getattr(torch.ops.tvm_flash, _NAMES[_op]), get_raw=True)(_formula)
+torch._decomp.register_decomposition(torch.ops.tvm_flash.attention_varlen.default)(torch_decomposed.attention_varlen)

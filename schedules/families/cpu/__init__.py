@@ -3,12 +3,15 @@
 The interface of a family is described in :mod:`schedules.families.interface`.
 """
 
-from schedules.families.cpu import backward, ragged
+from functools import partial
+from types import SimpleNamespace
+
+from schedules.families.cpu import backward, paged, ragged
 from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
 from schedules.families.cpu.space import space
-from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, RAGGED, RAGGED_BACKWARD
+from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, PAGED, PARTIAL, RAGGED, RAGGED_BACKWARD
 
 DTYPES = ("float32", "float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
@@ -16,8 +19,16 @@ INDEX_DTYPE = "int64"
 KINDS = {
     BACKWARD: backward,
     BACKWARD_ACCUMULATE: backward.accumulate,
+    PARTIAL: SimpleNamespace(
+        Config=Config,
+        default_configs=default_configs,
+        feasible=feasible,
+        program=partial(program, result_dtype="float32"),
+        space=space,
+    ),
     RAGGED: ragged,
     RAGGED_BACKWARD: backward.ragged,
+    PAGED: paged,
 }
 
 __all__ = [

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from tvm import tirx
 from tvm.script import tirx as T
 
 from schedules.families.cpu.config import Config
@@ -117,6 +118,10 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
     def product(c, ldc, a, lda, b, ldb, steps):
         return T.call_extern("int32", "tvm_flash_tile_product", c, T.int64(ldc), a, lda, b, T.int64(ldb), steps)
 
+    def is_copied(P: Geometry, keys):
+        """Whether the keys of a tile aren't where a product can read them: too few, too narrow, or on pages."""
+        return T.bool(True) if P.is_paged else T.Or(keys < N, tirx.NE(P.head_dim % BLOCK, T.int64(0)))
+
     @T.inline
     def load_queries(P: Geometry, QT, state, b, h, row0, rows, count):
         T.evaluate(T.call_extern("int32", "tvm_flash_tiles_begin", _at(state, "w", 0)))
@@ -129,7 +134,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
     def load_tile(P: Geometry, KT, VT, largest, k_at, v_at, keys):
         for lane in T.vectorized(8):
             largest[lane] = T.uint16(0)
-        if keys < N or P.head_dim % BLOCK != 0:
+        if is_copied(P, keys):
             for j in T.serial(N):
                 for d in T.serial(_whole(P.head_dim) // 8):
                     for lane in T.vectorized(8):
@@ -137,15 +142,15 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             for j in T.serial(keys):
                 for d in T.serial(P.head_dim // 8):
                     for lane in T.vectorized(8):
-                        KT[j, d * 8 + lane] = bits(P.k.flat[k_at + j * P.k.strides[2] + d * 8 + lane])
+                        KT[j, d * 8 + lane] = bits(P.k.flat[P.k.in_tile(k_at, j) + d * 8 + lane])
         for j in T.serial(keys):
             for e in T.serial(P.head_dim_v // 8):
                 for lane in T.vectorized(8):
                     largest[lane] = T.max(
-                        largest[lane], macros.magnitude(P.v.flat[v_at + j * P.v.strides[2] + e * 8 + lane])
+                        largest[lane], macros.magnitude(P.v.flat[P.v.in_tile(v_at, j) + e * 8 + lane])
                     )
             for e in T.serial(P.head_dim_v):
-                VT[e, j] = bits(P.v.flat[v_at + j * P.v.strides[2] + e])
+                VT[e, j] = bits(P.v.flat[P.v.in_tile(v_at, j) + e])
         for j in T.serial(keys, _whole(keys)):
             for e in T.serial(P.head_dim_v):
                 VT[e, j] = T.uint16(0)
@@ -154,7 +159,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
     def scores(P: Geometry, QT, KT, ST, acc, row, k_at, column, keys):
         steps: T.int64 = _whole(P.head_dim) // BLOCK
         for block in T.serial(_whole(keys) // BLOCK):
-            if keys < N or P.head_dim % BLOCK != 0:
+            if is_copied(P, keys):
                 T.evaluate(
                     product(
                         *(_at(ST, "w", block * BLOCK, 0), 4 * G),

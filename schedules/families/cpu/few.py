@@ -3,15 +3,22 @@
 With one query, lanes over queries would be empty.  Here a score is a dot product along head_dim, the scores of a tile
 fill vectors, and the output is accumulated along head_dim_v.  A work item is one part of the keys of one head, for all
 (at most ``FEW``) queries; it leaves its unnormalised output, maximum and sum in a workspace, and the parts are put
-together afterwards.  How many parts there are depends on the number of keys alone: a sequence has the same bits with
-any number of threads, and whatever else is in the batch.
+together afterwards.  Where parts begin depends on the keys alone: a sequence has the same bits with any number of
+threads, and whatever else is in the batch.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
+from tvm import tirx
+from tvm.ir import Expr
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 
 from schedules.families.cpu.geometry import Geometry
+from schedules.families.cpu.pages import find_rows
 from schedules.families.cpu.steps import f32, finite_or_zero
 from schedules.families.cpu.vector_math import exp2
 from schedules.tile.dtypes import element_type
@@ -26,16 +33,70 @@ _W = 8
 _R = 8
 #: Keys of a tile at least: with tiles of 32, a query of 32 heads with 4096 keys took 1.2 (causal) to 1.8 times as long.
 _TILE = 64
-#: The keys of a head are split into parts of at least so many keys, and at most so many parts.
-PART_KEYS, _MOST_PARTS = 1024, 32
+#: The keys of a head are split into parts of at least so many keys.
+PART_KEYS = 1024
 
 
-def parts(geometry: Geometry):
-    """Into how many parts the keys are split: a function of their number alone."""
-    return T.max(T.min(T.int64(_MOST_PARTS), geometry.seqlen_kv // PART_KEYS), T.int64(1))
+class Split(Protocol):
+    """How keys are split into parts."""
+
+    def count(self, geometry: Geometry) -> Expr:
+        """How many parts there are."""
+
+    def tiles(self, size: int, first: Expr, tiles: Expr, p: Expr, count: Expr) -> tuple[Expr, Expr]:
+        """Where a part's tiles of ``size`` keys begin and end, of the ``tiles`` from ``first`` on that are visible."""
+
+    def weights(self, maxima: tirx.Buffer) -> tirx.Buffer:
+        """Where the weights of a row's parts are put; ``maxima`` are no longer needed."""
+
+    def weight(self, row: Expr, p: Expr) -> Expr:
+        """The place of that of a part, ``row`` being the part's row among all."""
 
 
-def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head_dim_v: int):
+@dataclass(frozen=True)
+class EqualParts:
+    """The visible tiles in parts of the same size, of which there are at most so many."""
+
+    most: int = 32
+
+    def count(self, geometry: Geometry) -> Expr:
+        return T.max(T.min(T.int64(self.most), geometry.seqlen_kv // PART_KEYS), T.int64(1))
+
+    def tiles(self, size: int, first: Expr, tiles: Expr, p: Expr, count: Expr) -> tuple[Expr, Expr]:
+        return first + tiles * p // count, first + tiles * (p + 1) // count
+
+    def weights(self, maxima: tirx.Buffer) -> tirx.Buffer:
+        weights = T.sblock_alloc_buffer((self.most,), "float32", scope="local")
+        IRBuilder.name("weights", weights)
+        return weights
+
+    def weight(self, row: Expr, p: Expr) -> Expr:
+        return p
+
+
+@dataclass(frozen=True)
+class FixedParts:
+    """A part at each multiple of ``PART_KEYS`` keys.
+
+    Keys that a query doesn't see change no bit of its result, so that it has the same bits however many follow: a token
+    that is decoded alone, and among the few of a chunk.
+    """
+
+    def count(self, geometry: Geometry) -> Expr:
+        return T.max((geometry.seqlen_kv + (PART_KEYS - 1)) // PART_KEYS, T.int64(1))
+
+    def tiles(self, size: int, first: Expr, tiles: Expr, p: Expr, count: Expr) -> tuple[Expr, Expr]:
+        begin = T.max(first, p * (PART_KEYS // size))
+        return begin, T.max(T.min(first + tiles, (p + 1) * (PART_KEYS // size)), begin)
+
+    def weights(self, maxima: tirx.Buffer) -> tirx.Buffer:
+        return maxima
+
+    def weight(self, row: Expr, p: Expr) -> Expr:
+        return row
+
+
+def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head_dim_v: int, split: Split):
     """Macros ``part(geometry, workspace, b, h, p, count)`` and ``join(geometry, workspace, b, h, count)``.
 
     ``workspace`` is ``(outputs, maxima, sums)``, flat buffers over (batch, heads, part, query[, head_dim_v]).
@@ -58,8 +119,8 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         """``S[j] = q_i · k_j`` for the keys of a tile, rounded up to ``_R``; their values are fetched meanwhile."""
         for block in T.serial((keys + (_R - 1)) // _R):
             for r in T.unroll(_R):
-                row[r] = k_base + T.min(key0 + block * _R + r, P.seqlen_kv - 1) * P.k.strides[2]
-                prefetch(P.v, v_base + (key0 + block * _R + r) * P.v.strides[2], P.head_dim_v)
+                row[r] = P.k.of_key(k_base, T.min(key0 + block * _R + r, P.seqlen_kv - 1))
+                prefetch(P.v, P.v.near_key(v_base, key0 + block * _R + r), P.head_dim_v)
                 for lane in T.vectorized(_W):
                     acc[r * _W + lane] = T.float32(0)
             for d in T.serial(P.head_dim // _W):
@@ -123,9 +184,9 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
             for lane in T.vectorized(_W):
                 tile_output[e * _W + lane] = T.float32(0)
         for j in T.serial(keys):
-            prefetch(P.k, k_base + (key0 + N + j) * P.k.strides[2], P.head_dim)
+            prefetch(P.k, P.k.near_key(k_base, key0 + N + j), P.head_dim)
             if S[j] != T.float32(0):
-                v_row: T.int64 = v_base + (key0 + j) * P.v.strides[2]
+                v_row: T.int64 = P.v.of_key(v_base, key0 + j)
                 for e in T.serial(P.head_dim_v // _W):
                     for lane in T.vectorized(_W):
                         tile_output[e * _W + lane] += S[j] * f32(P.v.flat[v_row + e * _W + lane])
@@ -136,8 +197,9 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                 )
 
     @T.inline
-    def part(P: Geometry, workspace, b, h, p, count):
+    def part(call: Geometry, workspace, b, h, p, count):
         outputs, maxima, sums = workspace
+        P = T.meta_var(call.with_room(2 * N))
         QF = T.sblock_alloc_buffer((FEW, head_dim), "float32")
         S = T.sblock_alloc_buffer((N,), "float32", scope="local")
         acc = T.sblock_alloc_buffer((_R * _W,), "float32", scope="local")
@@ -165,9 +227,11 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         visible = T.meta_var(P.pattern.keys_of(site, T.int64(0), P.seqlen_q - 1).visible)
         first_tile: T.int64 = visible[0] // N
         tiles: T.int64 = (visible[1] + (N - 1)) // N - first_tile
-        for tile in T.serial(first_tile + tiles * p // count, first_tile + tiles * (p + 1) // count):
+        mine = T.meta_var(split.tiles(N, first_tile, tiles, p, count))
+        for tile in T.serial(mine[0], mine[1]):
             key0: T.int64 = tile * N
             keys: T.int64 = T.min(T.int64(N), P.seqlen_kv - key0)
+            find_rows(P, b, h, key0, 2 * N)
             for i in T.serial(P.seqlen_q):
                 live: T.bool = P.pattern.tile_live(site, i, i, key0, key0 + keys - 1)
                 full: T.bool = P.pattern.tile_full(site, i, i, key0, key0 + (N - 1))
@@ -182,29 +246,37 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                     output = T.meta_var((outputs, (r0 + i) * P.head_dim_v))
                     accumulate(P, S, tile_output, factor, output, k_base, v_base, key0, keys)
 
+    def first_total(P: Geometry, b, h, subtract, scale):
+        """What the sum of a row begins with: the sink's share."""
+        if not P.pattern.has_sink:
+            return T.float32(0)
+        return P.first_sum(b, h) * exp2((P.first_max(b, h) - subtract) * scale)
+
     @T.inline
     def join(P: Geometry, workspace, b, h, count):
         """Put the parts of one head together: output and log-sum-exp of its rows."""
         outputs, maxima, sums = workspace
-        weights = T.sblock_alloc_buffer((_MOST_PARTS,), "float32", scope="local")
+        weights = T.meta_var(split.weights(maxima))
         scale: T.float32 = P.exponent_scale()
         for i in T.serial(P.seqlen_q):
             r0: T.int64 = P.part_row(b, h, 0, count) + i
             o_row: T.int64 = P.o.row(b, h, i)
-            highest: T.float32 = T.float32(NEGATIVE_INFINITY)
+            highest: T.float32 = P.first_max(b, h)
             for p in T.serial(count):
                 highest = T.max(highest, maxima[r0 + p * P.seqlen_q])
             subtract: T.float32 = finite_or_zero(highest)
-            total: T.float32 = T.float32(0)
+            total: T.float32 = first_total(P, b, h, subtract, scale)
             for p in T.serial(count):
-                weights[p] = exp2((maxima[r0 + p * P.seqlen_q] - subtract) * scale)
-                total += sums[r0 + p * P.seqlen_q] * weights[p]
+                at = T.meta_var(split.weight(r0 + p * P.seqlen_q, p))
+                weights[at] = exp2((maxima[r0 + p * P.seqlen_q] - subtract) * scale)
+                total += sums[r0 + p * P.seqlen_q] * weights[at]
             divisor: T.float32 = T.Select(total == T.float32(0), T.float32(1), total)
             for e in T.serial(P.head_dim_v):
                 element: T.float32 = T.float32(0)
                 for p in T.serial(count):
-                    element += outputs[(r0 + p * P.seqlen_q) * P.head_dim_v + e] * weights[p]
-                P.o.flat[o_row + e] = T.cast(element / divisor, dtype)
+                    at = T.meta_var(split.weight(r0 + p * P.seqlen_q, p))
+                    element += outputs[(r0 + p * P.seqlen_q) * P.head_dim_v + e] * weights[at]
+                P.o.flat[o_row + e] = T.cast(element / divisor, P.o.flat.dtype)
             if P.wants_lse():
                 P.lse[P.lse_row(b, h) + i] = highest * P.scale() + T.log(total)
 

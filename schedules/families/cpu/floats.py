@@ -40,11 +40,11 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
 
     @T.inline
     def convert(tile, tensor, base, keys, width):
-        """``tile[j, d] = float32(tensor[base + j * stride + d])``; widths are multiples of 8."""
+        """``tile[j, d] = float32(row j of the tile that begins at base [d])``; widths are multiples of 8."""
         for j in T.serial(keys):
             for d in T.serial(width // 8):
                 for lane in T.vectorized(8):
-                    tile[j, d * 8 + lane] = f32(tensor.flat[base + j * tensor.strides[2] + d * 8 + lane])
+                    tile[j, d * 8 + lane] = f32(tensor.flat[tensor.in_tile(base, j) + d * 8 + lane])
 
     @T.inline
     def load_tile(P: Geometry, KT, VT, largest, k_at, v_at, keys):
@@ -66,7 +66,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
         """
         for tile in T.serial((keys + (R - 1)) // R):
             for r in T.unroll(R):
-                row[r] = k_at + T.min(tile * R + r, keys - 1) * P.k.strides[2]
+                row[r] = P.k.in_tile(k_at, T.min(tile * R + r, keys - 1))
             for chain in T.serial((P.head_dim + (_CHAIN - 1)) // _CHAIN):
                 zero(acc)
                 for d in T.serial(chain * _CHAIN, T.min(P.head_dim, (chain + 1) * _CHAIN)):
@@ -93,7 +93,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
             for j in T.serial(keys):
                 for r in T.unroll(R):
                     element: T.let[T.float32] = (
-                        VT[j, tile * R + r] if converts else P.v.flat[v_at + j * P.v.strides[2] + tile * R + r]
+                        VT[j, tile * R + r] if converts else P.v.flat[P.v.in_tile(v_at, j) + tile * R + r]
                     )
                     for n in T.unroll(V):
                         for lane in T.vectorized(lanes):

@@ -45,6 +45,18 @@ class Tensor:
         """Elements from a row to the one that is ``rows`` rows on."""
         return rows * self.strides[2]
 
+    def of_key(self, base: Expr, key: Expr) -> Expr:
+        """Offset of the row of a key, ``base`` being that of the head's first."""
+        return base + key * self.strides[2]
+
+    def near_key(self, base: Expr, key: Expr) -> Expr:
+        """The same, of some row or none if there is no such key."""
+        return self.of_key(base, key)
+
+    def in_tile(self, first: Expr, j: Expr) -> Expr:
+        """Offset of the row of key number ``j`` of a tile, ``first`` being that of its first."""
+        return first + j * self.strides[2]
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -70,6 +82,9 @@ class Geometry:
     head_dim: Expr
     head_dim_v: Expr
 
+    #: Whether keys lie on pages.
+    is_paged = False
+
     def site(self, b: Expr, h: Expr) -> Site:
         """What the pattern has to know of one batch and head."""
         per_head = {p.name for p in self.pattern.params if p.per_head}
@@ -88,6 +103,10 @@ class Geometry:
     def value_rows(self, b: Expr, h: Expr) -> ContiguousRows:
         """Where their values are."""
         return ContiguousRows(self.v, b, self.kv_head(h), Dense(self.seqlen_kv).of(b))
+
+    def with_room(self, keys: int) -> Geometry:
+        """The same call within a block that looks up the rows of so many keys at once, where that is needed."""
+        return self
 
     def scale(self) -> Expr:
         """What turns a stored score into a natural one.
@@ -109,6 +128,20 @@ class Geometry:
         """The same, −inf where query ``i`` doesn't see key ``j``."""
         value = self.stored_score(site, product, i, j, chosen)
         return T.Select(self.pattern.mask(site, i, j), value, T.float32(NEGATIVE_INFINITY))
+
+    def sink(self, b: Expr, h: Expr) -> Expr:
+        """The logit that a head's rows have beside those of keys; −inf, a constant, if there is none."""
+        return self.pattern.sink(self.site(b, h)) if self.pattern.has_sink else T.float32(NEGATIVE_INFINITY)
+
+    def first_max(self, b: Expr, h: Expr) -> Expr:
+        """What a row's maximum begins with, as scores are stored: the sink, if there is one."""
+        return self.sink(b, h) / self.scale() if self.pattern.has_sink else T.float32(NEGATIVE_INFINITY)
+
+    def first_sum(self, b: Expr, h: Expr) -> Expr:
+        """What a row's sum begins with: the sink's share, relative to that maximum."""
+        if not self.pattern.has_sink:
+            return T.float32(0)
+        return T.Select(self.sink(b, h) == T.float32(NEGATIVE_INFINITY), T.float32(0), T.float32(1))
 
     def wants_lse(self) -> Expr:
         """Whether the caller asked for the log-sum-exp."""
@@ -138,6 +171,10 @@ class SequenceGeometry(Geometry):
 
     def site(self, b: Expr, h: Expr) -> Site:
         return super().site(T.min(b, self.batch - 1), h)
+
+    def sink(self, b: Expr, h: Expr) -> Expr:
+        none = T.float32(NEGATIVE_INFINITY)
+        return T.Select(b < self.batch, super().sink(b, h), none) if self.pattern.has_sink else none
 
     def wants_lse(self) -> Expr:
         return self.lse_length >= self.heads * self.total_q

@@ -8,7 +8,7 @@ from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.amx import TILE_PRODUCT
 from schedules.families.cpu.config import Config, multiplication
-from schedules.families.cpu.few import FEW, few_queries_macros, parts
+from schedules.families.cpu.few import FEW, EqualParts, few_queries_macros
 from schedules.families.cpu.geometry import Geometry, Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pairs import DOT_PAIRS
@@ -23,10 +23,15 @@ LLVM_FUNCTIONS = {"pairs": DOT_PAIRS, "tiles": TILE_PRODUCT}
 UNBOUNDED = 1 << 60
 
 
-def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
-    """The kernel of one pattern, in the order and layout of a template (see :mod:`schedules.families.interface`)."""
+def program(
+    pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str, *, result_dtype: str = ""
+) -> Program:
+    """The kernel of one pattern, in the order and layout of a template (see :mod:`schedules.families.interface`).
+
+    ``result_dtype`` is that of ``o``, empty for that of ``q``.
+    """
     arguments, values = pattern.parameter_symbols()
-    func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
+    func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name, result_dtype or pattern.dtype)
     itemsize = element_type(pattern.dtype).bytes
     func = append_arguments(func, arguments)
     return forward_program(func, pattern.params, "s_tir", alignment=itemsize, index_bits=64)
@@ -45,12 +50,13 @@ def item_macro(pattern: Pattern, traversal: Traversal):
     return work_item
 
 
-def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
+def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str, result_dtype: str):
     dtype = pattern.dtype
     M = config.block_m
     one = T.int64(1)
     row_tile = row_tile_macro(config, isa, dtype, pattern.head_dim, pattern.head_dim_v)
-    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim, pattern.head_dim_v)
+    split = EqualParts()
+    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim, pattern.head_dim_v, split)
 
     def physical(b, h, s, d):
         return (b, s, h, d) if traversal.layout == "bshd" else (b, h, s, d)
@@ -76,12 +82,14 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         V = T.match_buffer(
             v, physical(batch, kv_heads, seqlen_kv, head_dim_v), dtype, strides=physical(v_b, v_h, v_s, one)
         )
-        O = T.match_buffer(o, physical(batch, heads, seqlen_q, head_dim_v), dtype, strides=physical(o_b, o_h, o_s, one))
+        O = T.match_buffer(
+            o, physical(batch, heads, seqlen_q, head_dim_v), result_dtype, strides=physical(o_b, o_h, o_s, one)
+        )
         LSE = T.match_buffer(lse, (lse_length,), "float32")
         q_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=Q.data)
         k_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=K.data)
         v_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=V.data)
-        o_flat = T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=O.data)
+        o_flat = T.decl_buffer((T.int64(UNBOUNDED),), result_dtype, data=O.data)
         geometry = T.meta_var(
             Geometry(
                 pattern,
@@ -108,11 +116,13 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
             with T.sblock("few_queries"):
                 T.reads()
                 T.writes()
-                count: T.int64 = parts(geometry)
+                count: T.int64 = split.count(geometry)
                 T.evaluate(announce(geometry, batch * heads * count))
-                outputs = T.sblock_alloc_buffer((batch * heads * parts(geometry) * seqlen_q * head_dim_v,), "float32")
-                maxima = T.sblock_alloc_buffer((batch * heads * parts(geometry) * seqlen_q,), "float32")
-                sums = T.sblock_alloc_buffer((batch * heads * parts(geometry) * seqlen_q,), "float32")
+                outputs = T.sblock_alloc_buffer(
+                    (batch * heads * split.count(geometry) * seqlen_q * head_dim_v,), "float32"
+                )
+                maxima = T.sblock_alloc_buffer((batch * heads * split.count(geometry) * seqlen_q,), "float32")
+                sums = T.sblock_alloc_buffer((batch * heads * split.count(geometry) * seqlen_q,), "float32")
                 for w in T.parallel(batch * heads * count):
                     with T.sblock("part"):
                         T.reads()

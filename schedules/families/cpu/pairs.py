@@ -100,7 +100,7 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
                         OT[e, column + n * LANES + lane] = accumulate_visible(
                             OT[e, column + n * LANES + lane],
                             ST[j, n * LANES + lane],
-                            f32(P.v.flat[v_at + j * P.v.strides[2] + e]),
+                            f32(P.v.flat[P.v.in_tile(v_at, j) + e]),
                         )
 
     def is_finite(largest):
@@ -131,8 +131,8 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
         for lane in T.vectorized(8):
             largest[lane] = T.uint16(0)
         for j in T.serial((keys + 1) // 2):
-            low: T.int64 = v_at + 2 * j * P.v.strides[2]
-            high: T.int64 = v_at + T.min(2 * j + 1, keys - 1) * P.v.strides[2]
+            low: T.int64 = P.v.in_tile(v_at, 2 * j)
+            high: T.int64 = P.v.in_tile(v_at, T.min(2 * j + 1, keys - 1))
             whole: T.uint16 = T.Select(2 * j + 1 < keys, T.uint16(0xFFFF), T.uint16(0))
             for d in T.serial(P.head_dim_v // 8):
                 for lane in T.vectorized(8):
@@ -155,7 +155,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
         for tile in T.serial((keys + (R - 1)) // R):
             zero(acc)
             for r in T.unroll(R):
-                row[r] = k_at + T.min(tile * R + r, keys - 1) * P.k.strides[2]
+                row[r] = P.k.in_tile(k_at, T.min(tile * R + r, keys - 1))
             for d in T.serial(P.head_dim // 2):
                 for r in T.unroll(R):
                     for n in T.unroll(V):

@@ -19,9 +19,9 @@ from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.floats import float_products
 from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.isa import Isa
+from schedules.families.cpu.pages import find_rows
 from schedules.families.cpu.pairs import pair_products
 from schedules.families.cpu.steps import make_steps
-from schedules.tile.score import NEGATIVE_INFINITY
 
 MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products, "tiles": tile_products}
 
@@ -34,7 +34,8 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
     products = MULTIPLICATIONS[multiplication(isa, dtype)](config, lanes, dtype, head_dim, head_dim_v)
 
     @T.inline
-    def row_tile(P: Geometry, b, h, row0):
+    def row_tile(call: Geometry, b, h, row0):
+        P = T.meta_var(call.with_room(N))
         QT = T.sblock_alloc_buffer(*products.queries)
         KT = T.sblock_alloc_buffer(*products.keys)
         VT = T.sblock_alloc_buffer(*products.values)
@@ -69,8 +70,8 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                     OT[e, i * lanes + lane] = T.float32(0)
         for i in T.serial(M // lanes):
             for lane in T.vectorized(lanes):
-                row_max[i * lanes + lane] = T.float32(NEGATIVE_INFINITY)
-                row_sum[i * lanes + lane] = T.float32(0)
+                row_max[i * lanes + lane] = P.first_max(b, h)
+                row_sum[i * lanes + lane] = P.first_sum(b, h)
 
         # 2. The kv tiles in which some row may see something, and in each the groups of rows that may.
         visible = T.meta_var(P.pattern.keys_of(site, row0, row0 + rows - 1).visible)
@@ -81,6 +82,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
             keys: T.int64 = T.min(T.int64(N), P.seqlen_kv - key0)
             k_at: T.int64 = key_rows.moved(k_base, T.int64(0), key0)
             v_at: T.int64 = value_rows.moved(v_base, T.int64(0), key0)
+            find_rows(P, b, h, key0, N)
             products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
             for group in T.serial(groups):
                 column: T.int64 = group * G
@@ -118,6 +120,6 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         for i in T.serial(rows):
             o_row: T.int64 = P.o.row(b, h, row0 + i)
             for e in T.serial(P.head_dim_v):
-                P.o.flat[o_row + e] = T.cast(OT[e, i], dtype)
+                P.o.flat[o_row + e] = T.cast(OT[e, i], P.o.flat.dtype)
 
     return row_tile

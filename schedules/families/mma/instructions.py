@@ -23,6 +23,7 @@ class AsynchronousCopies:
             size = T.meta_var(T.Select(inside, T.uint32(16), T.uint32(0)))
             T.ptx[_COPY](shared, matrix.memory.ptr_to([memory]), 16, size)
 
+        matrix.find(tile_first)
         self.each_row(matrix, stage, tile_first, live, ragged, row)
 
     @T.inline

@@ -18,7 +18,7 @@ from schedules.tile.dtypes import tensor_types
 from schedules.tile.fragment import Fragment
 from schedules.tile.geometry import Geometry, flat, local
 from schedules.tile.key_range import KeyTiles, next_visible
-from schedules.tile.key_source import ContiguousRows
+from schedules.tile.key_source import ContiguousRows, PagedRows
 from schedules.tile.smem import TILE_ALIGNMENT, SharedTile
 from schedules.tile.softmax import OnlineSoftmax
 from schedules.tile.tile_scheduler import WorkTile
@@ -61,6 +61,14 @@ class Rows:
         """Offset of this thread's first element in the tile whose first row is ``first``."""
         return self.source.offset(first + self.row(), self.column())
 
+    def place(self, start, first, i):
+        """Offset of the first panel's element in this thread's ``i``-th row, from ``start`` of the tile."""
+        return self.source.moved(start, first + self.row(), i * self.step)
+
+    @T.inline
+    def find(self, first):
+        """Find out where this thread's rows are of the tile whose first row is ``first``, if that takes a look."""
+
 
 @T.meta_class
 class Matrix(Rows):
@@ -93,6 +101,53 @@ class Matrix(Rows):
         self.cursors[self.own()] = self.source.moved(self.cursor, first + self.row(), distance)
 
 
+@T.meta_class
+class PagedMatrix(Rows):
+    """The same on pages: a thread looks up the page of each of its rows.
+
+    ``beside``: another tensor's, which looks up the same keys first.  ``ahead``: a tile's pages are looked up as soon
+    as it is known which one is next, and not when it is copied.
+    """
+
+    def __init__(self, source: PagedRows, tile: SharedTile, threads: int, thread, beside=None, ahead: bool = False):
+        Rows.__init__(self, source, tile, threads)
+        self.to = local(tile.address(thread // tile.panel_chunks, thread % tile.panel_chunks))
+        self.ahead = ahead
+        self.looks = beside is None or beside.step != self.step
+        if self.looks:
+            self.pages, self.rows_of_pages = (T.alloc_local([self.passes], "int32") for _ in range(2))
+        else:
+            self.pages, self.rows_of_pages = beside.pages, beside.rows_of_pages
+
+    def start(self, first):
+        return T.Cast("int64", self.column())
+
+    def place(self, start, first, i):
+        return start + self.source.offset(self.pages[i], self.rows_of_pages[i], 0)
+
+    @T.inline
+    def look_up(self, first):
+        """The pages of this thread's rows of a tile; a row that doesn't exist has no page, and none is read for it."""
+        for i in T.unroll(self.passes):
+            key: T.int32 = first + self.row() + i * self.step
+            at = T.meta_var(self.source.split(T.max(key, 0)))
+            self.rows_of_pages[i] = at[1]
+            self.pages[i] = 0
+            if T.And(key >= 0, key < self.rows):
+                self.pages[i] = self.source.entry(at[0])
+
+    @T.inline
+    def find(self, first):
+        if self.looks and not self.ahead:
+            self.look_up(first)
+
+    @T.inline
+    def move(self, first, distance):
+        """The tile that is next is ``distance`` rows further down than the one whose first row is ``first``."""
+        if self.looks and self.ahead:
+            self.look_up(first + distance)
+
+
 class RowCopies:
     """Mixed into a machine: what a thread copies of a tile."""
 
@@ -111,7 +166,7 @@ class RowCopies:
         first: T.int32 = matrix.row() + (tile_first if ragged else 0)
         for i in T.unroll(matrix.passes):
             for p in T.unroll(tile.panels):
-                row = T.meta_var(matrix.source.moved(start, tile_first + matrix.row(), i * matrix.step))
+                row = T.meta_var(matrix.place(start, tile_first, i))
                 memory = T.meta_var(row + T.int64(p * tile.panel))
                 shared = T.meta_var(tile.below(to, i, matrix.step, p))
                 in_row = T.meta_var(T.And(live, column + p * tile.panel < matrix.dim))
@@ -135,6 +190,8 @@ class BlockMachine(RowCopies):
     """
 
     softmax_type = OnlineSoftmax
+    #: Whether the pages of keys are looked up a tile ahead; that takes more than one stage.
+    looks_ahead = False
 
     def __init__(
         self,
@@ -177,10 +234,15 @@ class BlockMachine(RowCopies):
             pool.alloc((self.threads,), "int64") if cursors_in_shared else None for _ in range(2)
         )
         pool.commit()
-        self.q, self.k, self.v = (
-            Matrix(source, tile, self.threads, thread, buffer)
-            for source, tile, buffer in zip(sources, tiles_of, (None, self.k_cursors, self.v_cursors), strict=True)
-        )
+        if isinstance(sources[1], PagedRows):
+            self.q = Matrix(sources[0], tiles_of[0], self.threads, thread)
+            self.k = PagedMatrix(sources[1], tiles_of[1], self.threads, thread, None, self.looks_ahead)
+            self.v = PagedMatrix(sources[2], tiles_of[2], self.threads, thread, self.k, self.looks_ahead)
+        else:
+            self.q, self.k, self.v = (
+                Matrix(source, tile, self.threads, thread, buffer)
+                for source, tile, buffer in zip(sources, tiles_of, (None, self.k_cursors, self.v_cursors), strict=True)
+            )
         self.s_stride, self.o_stride = fragment.registers(N // parts), fragment.registers(E // parts)
         self.S = T.alloc_local([self.m_tiles * self.s_stride], "float32")
         self.O = T.alloc_local([self.m_tiles * self.o_stride], "float32")

@@ -19,7 +19,7 @@ from schedules.families.interface import Program, forward_program
 from schedules.families.mma.registers import anew, fresh
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import normalise, store_lse, store_rows
-from schedules.tile.geometry import Geometry, Parameters, RaggedGeometry, flat, parameterised, site
+from schedules.tile.geometry import Geometry, PagedGeometry, Parameters, RaggedGeometry, flat, parameterised, site
 from schedules.tile.key_range import KeyTiles, in_parts, is_full, next_visible
 from schedules.tile.key_source import ContiguousRows
 from schedules.tile.slots import WORDS, FoundTile, Own
@@ -248,8 +248,8 @@ def attend(pattern: Pattern, config, geometry: Geometry, blocks, machine_type):
         sources = T.meta_var(
             (
                 ContiguousRows(geometry.q, b, h, queries),
-                ContiguousRows(geometry.k, b, kv_head, keys),
-                ContiguousRows(geometry.v, b, kv_head, keys),
+                geometry.key_rows(geometry.k, b, kv_head, keys),
+                geometry.key_rows(geometry.v, b, kv_head, keys),
             )
         )
         machine = machine_type(pattern, config, geometry, at, rows, tiles, sources, block, tid, blocks.pool)
@@ -273,6 +273,43 @@ def attend(pattern: Pattern, config, geometry: Geometry, blocks, machine_type):
             store_output(machine, queries, O)
 
 
+@T.inline
+def attend_sequences(pattern: Pattern, config, traversal: Traversal, geometry, machine_type):
+    """The kernel's text from the device's entry on, where blocks look their work tiles up."""
+    T.device_entry()
+    T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
+    blocks = RaggedBlocks(scheduler(pattern, config, traversal, geometry))
+    _x, _y, _z = T.cta_id([*blocks.grid()])
+    _tid = T.thread_id([32 * config.num_warps])
+    blocks.find(geometry, config.block_m)
+    attend(pattern, config, geometry.at(*blocks.sequences()), blocks, machine_type)
+
+
+def paged_kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
+    """The same for ragged sequences whose keys lie on pages."""
+
+    def make(values):
+        @T.prim_func(check_well_formed=False)
+        def attention(
+            q: T.handle,
+            k: T.handle,
+            v: T.handle,
+            o: T.handle,
+            lse: T.handle,
+            cu_seqlens_q: T.handle,
+            seqlens_k: T.handle,
+            page_table: T.handle,
+            softmax_scale: T.float32,
+        ):
+            handles = T.meta_var(((q, k, v, o, lse), (cu_seqlens_q, seqlens_k, page_table)))
+            geometry = PagedGeometry(pattern, *handles, softmax_scale, values, ALIGNMENT)
+            attend_sequences(pattern, config, traversal, geometry, machine_type)
+
+        return attention.with_attr("global_symbol", name)
+
+    return parameterised(pattern, make)
+
+
 def ragged_kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
     """The same for ragged sequences."""
 
@@ -290,13 +327,7 @@ def ragged_kernel(pattern: Pattern, config, traversal: Traversal, name: str, mac
         ):
             handles = T.meta_var(((q, k, v, o, lse), (cu_seqlens_q, cu_seqlens_k)))
             geometry = RaggedGeometry(pattern, traversal, *handles, softmax_scale, values, ALIGNMENT)
-            T.device_entry()
-            T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
-            blocks = RaggedBlocks(scheduler(pattern, config, traversal, geometry))
-            _x, _y, _z = T.cta_id([*blocks.grid()])
-            _tid = T.thread_id([32 * config.num_warps])
-            blocks.find(geometry, config.block_m)
-            attend(pattern, config, geometry.at(*blocks.sequences()), blocks, machine_type)
+            attend_sequences(pattern, config, traversal, geometry, machine_type)
 
         return attention.with_attr("global_symbol", name)
 

@@ -1,4 +1,7 @@
-"""Ragged sequences on the mma.sync families: the forward kernel with blocks that look their work tile up."""
+"""Ragged sequences on the mma.sync families: the forward kernel with blocks that look their work tile up.
+
+The keys are ragged as the rows are, or lie on pages.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Rejected, Target, ragged_program
+from schedules.families.interface import Program, Rejected, Target, paged_program, ragged_program
 from schedules.families.mma import mma
 from schedules.tile.slots import BYTES
 from schedules.tile.tile_scheduler import Traversal
@@ -37,3 +40,12 @@ class RaggedForward:
         """The kernel."""
         func = mma.ragged_kernel(pattern, config, traversal, name, self.machine(config))
         return ragged_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)
+
+
+class PagedForward(RaggedForward):
+    """The same with the keys on pages."""
+
+    def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
+        """The kernel."""
+        func = mma.paged_kernel(pattern, config, traversal, name, self.machine(config))
+        return paged_program(func, pattern.params, "tirx", alignment=mma.ALIGNMENT, index_bits=mma.INDEX_BITS)

@@ -12,10 +12,10 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import RAGGED, Program, Rejected, Target
+from schedules.families.interface import PAGED, RAGGED, Program, Rejected, Target
 from schedules.families.mma import mma
 from schedules.families.mma.machine import BlockMachine
-from schedules.families.mma.ragged import RaggedForward
+from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
 from schedules.tile.fragment import VOLTA
 from schedules.tile.softmax import from_lane
@@ -172,4 +172,8 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     return mma.program(func, pattern, config, traversal)
 
 
-KINDS = {RAGGED: RaggedForward(Config, default_configs, space, feasible, lambda config: Machine)}
+KINDS = {
+    RAGGED: RaggedForward(Config, default_configs, space, feasible, lambda config: Machine),
+    PAGED: PagedForward(Config, default_configs, space, feasible, lambda config: Machine),
+}
+UNVERIFIED_KINDS = (PAGED,)

@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import BACKWARD, RAGGED, Program, Rejected, Target
+from schedules.families.interface import BACKWARD, PAGED, RAGGED, Program, Rejected, Target
 from schedules.families.mma import backward, ldmatrix, mma
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -17,7 +17,7 @@ from schedules.families.mma.instructions import StagedStages, TuringProducts
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.paired import PairedProducts
-from schedules.families.mma.ragged import RaggedForward
+from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.families.mma.staged import StagedCopies, staging_registers
 from schedules.tile.fragment import M16N8
 from schedules.tile.tile_scheduler import Traversal
@@ -155,6 +155,7 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
 
 KINDS = {
     RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine),
+    PAGED: PagedForward(Config, _ragged_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, staged=True),
 }
-UNVERIFIED_KINDS = (BACKWARD,)
+UNVERIFIED_KINDS = (PAGED,)

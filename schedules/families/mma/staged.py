@@ -68,6 +68,7 @@ class StagedCopies:
         def row(n, memory, shared, inside):
             load_or_zero(self.staging, n * 4, matrix.memory.ptr_to([memory]), inside)
 
+        matrix.find(tile_first)
         self.each_row(matrix, 0, tile_first, live, ragged, row)
 
     @T.inline
@@ -89,6 +90,7 @@ class StagedCopies:
             load_or_zero(self.staging, 0, matrix.memory.ptr_to([memory]), inside)
             T.ptx["st.shared.v4.b32"](shared, *[self.staging[x] for x in range(4)])
 
+        matrix.find(tile_first)
         self.each_row(matrix, 0, tile_first, live, True, row)
 
     @T.inline

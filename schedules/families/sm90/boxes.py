@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from tvm.script import tirx as T
+
 from schedules.families.sm90.packing import Rows
-from schedules.families.sm90.tma import encode_keys, encode_queries, encode_ragged, ragged_box
-from schedules.tile.geometry import Geometry, Tensor
+from schedules.families.sm90.tma import (
+    PageSteps,
+    encode_keys,
+    encode_paged,
+    encode_queries,
+    encode_ragged,
+    load_panel,
+    lowest_bit,
+    paged_box,
+    ragged_box,
+)
+from schedules.tile.geometry import Geometry, PagedGeometry, Tensor
 from schedules.tile.key_source import ContiguousRows
 
 
 class DenseBoxes:
     """Of tensors with a batch axis."""
+
+    #: Whether the keys of a tile are several boxes, which the lanes of a warp share.
+    by_pages = False
 
     def __init__(self, geometry: Geometry, rows: Rows):
         self.geometry, self.rows = geometry, rows
@@ -37,6 +52,8 @@ class DenseBoxes:
 class RaggedBoxes:
     """Of tensors of ragged sequences: a box ends where its sequence does."""
 
+    by_pages = False
+
     def encode_queries(self, descriptor, tensor: Tensor, box_rows: int):
         """Make the descriptor of q or o, on the host."""
         return encode_ragged(descriptor, tensor, box_rows)
@@ -50,3 +67,52 @@ class RaggedBoxes:
     def keys(self, block, key):
         """Where keys from ``key`` on are."""
         return ragged_box(block.geometry.keys.of(block.batch), key, block.kv_head)
+
+
+class PagedBoxes(RaggedBoxes):
+    """The same with the keys on pages: a box has the rows of a page, or as many of them as never leave page and tile.
+
+    That is the largest power of two that divides the size of a page, or ``block_n``, which is one.  Made of host
+    expressions, before ``T.device_entry()``.
+    """
+
+    by_pages = True
+
+    def __init__(self, geometry: PagedGeometry, block_n: int):
+        self.geometry, self.block_n = geometry, block_n
+        self.rows = T.bind(T.min(lowest_bit(geometry.page_size), block_n))
+        self.steps = {id(x): PageSteps(x) for x in (geometry.k, geometry.v)}
+
+    def encode_keys(self, descriptor, tensor: Tensor, box_rows: int):
+        """Make the descriptor of k or v, on the host."""
+        return encode_paged(descriptor, tensor, self.steps[id(tensor)], self.rows)
+
+    @T.inline
+    def load(self, block, tensor, pipeline, state, descriptor, key_first, lane):
+        """A whole warp: fill a stage with the tile from key ``key_first`` on; what is past the last key is zero."""
+        if lane == 0:
+            pipeline.expect(state)
+        T.cuda.warp_sync()
+        steps = T.meta_var(self.steps[id(tensor)])
+        rows = T.meta_var(self.rows)
+        keys = T.meta_var(block.geometry.keys.of(block.batch).length)
+        pages = T.meta_var(
+            self.geometry.key_rows(tensor, block.batch, block.kv_head, self.geometry.keys.of(block.batch))
+        )
+        for i in T.serial(T.truncdiv(self.block_n + (32 * rows - 1), 32 * rows)):
+            row: T.int32 = (i * 32 + lane) * rows
+            if row < self.block_n:
+                key: T.int32 = key_first + row
+                seen: T.int32 = T.min(T.max(keys - key, 0), rows)
+                at = T.meta_var(pages.split(key))
+                page: T.int32 = 0
+                if seen > 0:
+                    page = pages.entry(at[0])
+                for p in T.unroll(pipeline.panels):
+                    load_panel(
+                        pipeline.pointer(state)(p, row, 0),
+                        descriptor,
+                        p,
+                        paged_box(steps, page, at[1], seen, block.kv_head),
+                        pipeline.full.ptr_to([state.index]),
+                    )

@@ -17,7 +17,7 @@ from schedules.families.sm90.consumer import Consumer
 from schedules.families.sm90.epilogue import epilogue
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
-from schedules.families.sm90.producer import fetch_keys, fetch_queries, prologue, store_outputs
+from schedules.families.sm90.producer import fetch_keys, fetch_pages, fetch_queries, prologue, store_outputs
 from schedules.families.sm90.tile_scheduler import TileScheduler
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import Geometry, parameterised
@@ -106,11 +106,17 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
         if warp >= producer:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
             if warp == producer:
-                if T.cuda.elect_sync():
-                    fetch_keys(block, k_pipeline, k_map, 1)
+                if static(boxes.by_pages):
+                    fetch_pages(block, k_pipeline, geometry.k, k_map, lane)
+                else:
+                    if T.cuda.elect_sync():
+                        fetch_keys(block, k_pipeline, k_map, 1)
             if warp == producer + 1:
-                if T.cuda.elect_sync():
-                    fetch_keys(block, v_pipeline, v_map, 0)
+                if static(boxes.by_pages):
+                    fetch_pages(block, v_pipeline, geometry.v, v_map, lane)
+                else:
+                    if T.cuda.elect_sync():
+                        fetch_keys(block, v_pipeline, v_map, 0)
             if warp == producer + 2:
                 if static(scheduler.looks_up):
                     scheduler.feed(block, q_pipeline, q_map, lane)

@@ -1,4 +1,5 @@
-"""The producer's warpgroup.  Each of its warps has one task, which one thread does, so that none waits for another.
+"""The producer's warpgroup.  Each of its warps has one task, which one thread does, so that none waits for another;
+where keys lie on pages, the lanes share the boxes of a tile.
 
 Warp 0 fetches K, warp 1 V, warp 2 the queries of further work tiles, and warp 3 stores what the consumers have written.
 """
@@ -8,14 +9,21 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.sm90.work_tile import KeyWalk
+from schedules.tile.static import static
 
 
 @T.inline
 def prologue(block, q, k, q_map, k_map):
-    """Fetch the first tiles of Q and K, before any other thread needs to be ready; their stages are empty."""
-    walk = KeyWalk(block, 0, block.config.block_m)
-    q.load(q.state(0), q_map, block.queries(0))
-    k.load(k.state(0), k_map, block.keys(walk.key_first(0)))
+    """Fetch the first tiles of Q and K, before any other thread needs to be ready; their stages are empty.
+
+    Pages are a whole warp's task: there Q alone.
+    """
+    if static(block.boxes.by_pages):
+        q.load(q.state(0), q_map, block.queries(0))
+    else:
+        walk = KeyWalk(block, 0, block.config.block_m)
+        q.load(q.state(0), q_map, block.queries(0))
+        k.load(k.state(0), k_map, block.keys(walk.key_first(0)))
 
 
 @T.inline
@@ -40,6 +48,28 @@ def fetch_keys(block, pipeline, descriptor, first):
         _fetch_tiles(block, pipeline, descriptor, first, n)
 
     block.scheduler.each_tile(block, True, None, fetch)
+
+
+@T.inline
+def _fetch_paged_tiles(block, pipeline, tensor, descriptor, lane, n):
+    walk = KeyWalk(block, 0, block.config.block_m)
+    for i in T.serial(walk.steps):
+        if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
+            pipeline.producer_acquire(pipeline.state(n))
+            block.boxes.load(block, tensor, pipeline, pipeline.state(n), descriptor, walk.key_first(i), lane)
+            n = n + 1
+
+
+@T.inline
+def fetch_pages(block, pipeline, tensor, descriptor, lane):
+    """A whole warp: fill the pipeline of K or of V, whose keys lie on pages."""
+    n: T.int32 = 0
+
+    @T.inline
+    def fetch(t):
+        _fetch_paged_tiles(block, pipeline, tensor, descriptor, lane, n)
+
+    block.scheduler.each_tile(block, True, lane, fetch)
 
 
 @T.inline

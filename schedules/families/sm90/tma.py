@@ -83,6 +83,44 @@ def ragged_box(sequence: Sequence, row, head):
     return LAST_ROW - sequence.length + row, head, sequence.offset + sequence.length, T.int32(LAST_ROW)
 
 
+def lowest_bit(x):
+    """The largest power of two that divides ``x``, which isn't 0."""
+    return T.bitwise_and(x, 0 - x)
+
+
+class PageSteps:
+    """How far pages of a tensor, and rows of a page, are from one another: ``page`` and ``row`` times ``unit``
+    elements, the largest power of two that divides both; on the host."""
+
+    def __init__(self, tensor: Tensor):
+        row = T.Select(tensor.sizes["seq"] > 1, tensor.strides["seq"], T.int32(8))
+        page = T.Select(tensor.sizes["batch"] > 1, tensor.strides["batch"], T.int32(0))
+        self.row_bytes = T.bind(T.Cast("int64", row) * 2)
+        self.unit = T.bind(lowest_bit(T.bitwise_or(row, page)))
+        self.page, self.row = T.bind(T.truncdiv(page, self.unit)), T.bind(T.truncdiv(row, self.unit))
+
+
+def encode_paged(descriptor, tensor: Tensor, steps: PageSteps, box_rows):
+    """The same of keys on pages: a box ends where it is told to, in any page.
+
+    As for ragged sequences, but ``end`` is counted in units, of which both pages and rows are multiples.
+    """
+    head = _stride_bytes(tensor.sizes["heads"], tensor.strides["heads"])
+    return T.tensormap_encode_tiled(
+        descriptor, tensor.buffer.data,
+        tensor.sizes["dim"], LAST_ROW, tensor.sizes["heads"], _ANY, _ANY,
+        steps.row_bytes, head, T.Cast("int64", steps.unit) * 2, T.int64(_TURN) - steps.row_bytes,
+        PANEL, box_rows, 1, 1, 1,
+        1, 1, 1, 1, 1,
+        descriptor_dtype=str(tensor.buffer.dtype), rank=5, swizzle=_SWIZZLE_128B, l2_promotion=_L2_PROMOTION_128B,
+    )  # fmt: skip
+
+
+def paged_box(steps: PageSteps, page, row, rows, head):
+    """Where ``rows`` rows from row ``row`` of a page are, as a box of such a descriptor, zero behind them."""
+    return LAST_ROW - rows, head, page * steps.page + (row + rows) * steps.row, T.int32(LAST_ROW)
+
+
 @T.inline
 def load_panel(shared, descriptor, panel, at, barrier):
     """One thread: start to copy a panel of the box at ``at`` to shared memory; its bytes count at ``barrier``."""

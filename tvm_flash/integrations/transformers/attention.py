@@ -12,6 +12,7 @@ import torch
 from tvm_flash.errors import InvalidArgumentError, NotSupportedError
 from tvm_flash.integrations.transformers import by_torch
 from tvm_flash.integrations.transformers.masks import UNBOUNDED, KeyRanges, Mask
+from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.nn.attend import attend
 from tvm_flash.nn.flash_attn import flash_attn_varlen_func
 from tvm_flash.nn.masks import key_mask_of
@@ -79,6 +80,9 @@ def attention_forward(
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    block_table: torch.Tensor | None = None,
+    k_cache: torch.Tensor | None = None,
+    v_cache: torch.Tensor | None = None,
     output_attentions: bool | None = False,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -96,6 +100,9 @@ def attention_forward(
     indices: ``(batch, seqlen_q, count)``, the keys that a query sees; those out of range are none.
     block_indices: those of blocks of keys, which the module's ``indexer`` makes a mask of.
     cu_seq_lens_q, cu_seq_lens_k: int32 ``(sequences + 1,)``: where each of several sequences starts in a batch of one.
+    block_table: int32 ``(sequences, blocks)``, with a query for each sequence in a batch of one: the blocks of
+        ``k_cache`` and ``v_cache``, ``(blocks, block_size, kv_heads, head_dim)``, which have each one's keys and get
+        those that are given; ``cu_seq_lens_k`` counts both.
 
     Returns
     -------
@@ -112,6 +119,10 @@ def attention_forward(
                 f"use attn_implementation='eager' for {type(module).__name__}"
             )
     query, key, value = _cast(query, key, value)
+    if block_table is not None:
+        window = _window(True, sliding_window, None, query, None)
+        caches = (k_cache, v_cache, block_table, cu_seq_lens_k)
+        return _decode(query, key, value, caches, window, scaling, softcap, s_aux if s_aux is not None else sinks), None
     sequences = _sequences(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     ranges, mask = _read(attention_mask, sequences)
     sink = s_aux if s_aux is not None else sinks
@@ -252,6 +263,9 @@ def _compute(query, key, value, ranges, window, scaling, softcap, sink, sequence
     query, key, value = (_fit(x).transpose(1, 2) for x in (query, key, value))  # (batch, seq, heads, head_dim)
     if sequences is not None:
         out, lse = _packed(query, key, value, sequences, window, scaling, softcap)
+    elif _is_of_kernels(sink, query, key, value, ranges):
+        sink, sinks = None, sink.float()
+        out, lse = _attend(query, key, value, ranges, window, scaling, softcap, False, sinks=sinks)
     else:
         out, lse = _attend(query, key, value, ranges, window, scaling, softcap, sink is not None)
     if sink is not None:  # exp(lse) / (exp(lse) + exp(sink)) of the weight is that of the keys
@@ -261,10 +275,16 @@ def _compute(query, key, value, ranges, window, scaling, softcap, sink, sequence
     return out[..., :head_dim_v].contiguous()
 
 
-def _attend(query, key, value, ranges: KeyRanges | None, window, scaling, softcap, return_lse):
+def _is_of_kernels(sink: torch.Tensor | None, query, key, value, ranges: KeyRanges | None) -> bool:
+    """Whether kernels know a sink of each head; one of each query they don't."""
+    kind = "window" if ranges is None or ranges.ends is None else "padded"
+    return sink is not None and sink.ndim == 1 and no_kernel(kind, query, key, value, "optional_sinks") is None
+
+
+def _attend(query, key, value, ranges: KeyRanges | None, window, scaling, softcap, return_lse, **options):
     if ranges is not None:
         key, value = key[:, : ranges.keys], value[:, : ranges.keys]
-    options = {"causal": window[1] == 0, "window_size": (window[0], UNBOUNDED if window[1] == 0 else window[1])}
+    options |= {"causal": window[1] == 0, "window_size": (window[0], UNBOUNDED if window[1] == 0 else window[1])}
     options |= {"softmax_scale": scaling, "return_lse": return_lse}
     if softcap:
         options["softcap"] = softcap
@@ -274,6 +294,24 @@ def _attend(query, key, value, ranges: KeyRanges | None, window, scaling, softca
         ends = ranges.ends.expand(query.shape[0], 2)
         result = padded_attention(query, key, value, ends, layout="bshd", **options)
     return result if return_lse else (result, None)
+
+
+def _decode(query, key, value, caches, window, scaling, softcap, sink) -> torch.Tensor:
+    """A new token of each sequence: its key and its value go into a cache of blocks, to which it attends."""
+    k_cache, v_cache, table, starts = caches
+    q, k, v = (x.transpose(1, 2).reshape(-1, 1, x.shape[1], x.shape[3]) for x in (query, key, value))
+    count = q.shape[0]
+    out = flash_attention_with_kvcache(
+        *(q, k_cache, v_cache, k, v),
+        cache_seqlens=(starts[1 : count + 1] - starts[:count] - 1).int(),
+        page_table=table.int(),
+        causal=True,
+        window_size=(window[0], 0),
+        softmax_scale=scaling,
+        softcap=softcap or 0.0,
+        sinks=None if sink is None else sink.float(),
+    )
+    return out.view(query.shape[0], -1, *out.shape[2:])
 
 
 def _packed(query, key, value, sequences: Sequences, window, scaling, softcap):

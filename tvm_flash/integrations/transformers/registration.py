@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_utils
 from transformers.utils import generic
 
+from tvm_flash.integrations.transformers import batching
 from tvm_flash.integrations.transformers.attention import attention_forward
 from tvm_flash.integrations.transformers.masks import make_mask
 from tvm_flash.integrations.transformers.models import findings, note_reader
@@ -61,6 +62,7 @@ def _settle_in() -> None:
     # transformers takes every name with "flash" in it for the package flash_attn or one like it.
     if hasattr(modeling_utils, "lazy_import_flash_attention"):
         modeling_utils.lazy_import_flash_attention = _unless_ours(modeling_utils.lazy_import_flash_attention)
+    batching.settle_in(_names)
     if original := getattr(generic, "is_flash_attention_requested", None):
         for module in list(sys.modules.values()):
             name = getattr(module, "__name__", "") or ""

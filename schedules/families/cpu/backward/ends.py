@@ -11,6 +11,8 @@ from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config
 from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry
 from schedules.families.cpu.steps import f32
+from schedules.families.cpu.vector_math import exp2
+from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 
 #: Elements in a vector: what every head_dim is a multiple of.
 _W = 8
@@ -80,6 +82,22 @@ def make_ends(pattern: Pattern, config: Config, accumulates: bool) -> SimpleName
             with T.serial(P.batch * P.heads * MOST_SECTIONS) as x:
                 T.buffer_store(P.sums[p.name], T.float32(0), [x])
 
+    def add_to_sinks(P, b, h, site, total):
+        at = (b * P.heads + h) * MOST_SECTIONS
+        for p in pattern.learnt_of_sink:
+            T.buffer_store(P.sums[p.name], total * pattern.sink_gradient(p.name, site), [at])
+
+    @T.inline
+    def begin_sinks(P: Geometry, b, h):
+        """The share of a head's rows in the gradients of parameters of the sink: ``-sum_i exp(sink - lse) * delta``."""
+        site = T.meta_var(P.site(b, h))
+        sink: T.float32 = pattern.sink(site)
+        if sink > T.float32(NEGATIVE_INFINITY):
+            total: T.float32 = T.float32(0)
+            for i in T.serial(P.seqlen_q):
+                total -= exp2((sink - P.lse[P.lse_row(b, h) + i]) * T.float32(LOG2_E)) * P.delta[P.lse_row(b, h) + i]
+            add_to_sinks(P, b, h, site, total)
+
     def store_parameters(P):
         """Add the sums of key sections, and where a parameter is one number, those of all heads."""
         for p in asked:
@@ -98,6 +116,7 @@ def make_ends(pattern: Pattern, config: Config, accumulates: bool) -> SimpleName
         announce=announce,
         begin_rows=begin_rows,
         store_rows=store_rows,
+        begin_sinks=begin_sinks,
         begin_parameters=begin_parameters,
         store_parameters=store_parameters,
     )

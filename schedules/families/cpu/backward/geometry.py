@@ -43,11 +43,6 @@ class Geometry(forward.Geometry):
     width_v: Expr
 
     @property
-    def asked(self):
-        """The parameters that ask for a gradient."""
-        return [p for p in self.pattern.params if p.gradient]
-
-    @property
     def group(self) -> Expr:
         """How many query heads read one head of keys."""
         return self.heads // self.kv_heads

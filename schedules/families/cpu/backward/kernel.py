@@ -100,7 +100,7 @@ def _kernel(
         """A flat float32 argument of any length."""
         return T.match_buffer(handle, (tirx.Var(f"{name}_length", "int64"),), "float32")
 
-    up, ends = round_up, make_ends(pattern, config, accumulates)
+    up, ends, learns_sinks = round_up, make_ends(pattern, config, accumulates), bool(pattern.learnt_of_sink)
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def backward(
@@ -185,6 +185,12 @@ def _kernel(
                     section(P, b, g, first_key, end_key, first_row, end_row, slot, turn == 0)
 
         # 3. The results.
+        if learns_sinks:
+            for w in T.parallel(batch * heads):
+                with T.sblock("sinks"):
+                    T.reads()
+                    T.writes()
+                    ends.begin_sinks(P, w // heads, w % heads)
         ends.store_parameters(P)
         T.evaluate(ends.announce(P, batch * heads * row_tiles, head_dim))
         for w in T.parallel(batch * heads * row_tiles):

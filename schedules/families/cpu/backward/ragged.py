@@ -65,7 +65,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
     dtype = pattern.dtype
     M, N, G = config.block_m, config.block_n, config.row_vectors * isa.lanes
     section = section_macro(pattern, config, isa)
-    up, ends = round_up, make_ends(pattern, config, accumulates=False)
+    up, ends, learns_sinks = round_up, make_ends(pattern, config, accumulates=False), bool(pattern.learnt_of_sink)
 
     def tensor(handle, role, heads, positions, width):
         """One of the rank-3 arguments: a buffer, and its strides."""
@@ -235,6 +235,16 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
                                 section(P, s, g, first_key, end_key, first_row, end_row, slot, turn == 0)
 
         # 3. The results.
+        if learns_sinks:
+            for w in T.parallel((starts - 1) * heads):
+                with T.sblock("sinks"):
+                    T.reads()
+                    T.writes()
+                    s: T.int64 = w // heads
+                    P = T.meta_var(
+                        of_sequence(call, queries.begin(s), queries.own_length(s), keys.begin(s), keys.length(s))
+                    )
+                    ends.begin_sinks(P, s, w % heads)
         ends.store_parameters(call)
         T.evaluate(ends.announce(whole, heads * row_tiles, head_dim))
         for w in T.parallel(heads * row_tiles):

@@ -47,7 +47,7 @@ def section_macro(pattern, config: Config, isa: Isa):
     M, N, lanes = config.block_m, config.block_n, isa.lanes
     D, E = padded(head_dim, config, isa), padded(head_dim_v, config, isa)
     products = MULTIPLICATIONS[multiplication(isa, dtype)](config, isa, dtype, head_dim, head_dim_v)
-    asked = [p.name for p in pattern.params if p.gradient]
+    asked = [p.name for p in pattern.learnt]
     learns = bool(asked)
     learnt = -(-max(1, len(asked)) * lanes // 8) * 8  # numbers are cleared by eights
     bits, step = products.bits, products.columns

@@ -8,11 +8,13 @@ with the share that it is in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
+
+from schedules.families.cpu.geometry import SequenceGeometry
 
 #: Shares at most: 64 tasks for each of 16 threads, and more threads have as many of them for every one less often.
 MOST_SHARES = 1024
@@ -37,6 +39,14 @@ class Starts:
         """How many positions it has."""
         following = T.cast(self.buffer[T.min(sequence + 1, self.batch)], "int64")
         return T.Select(sequence < self.batch, following, self.total) - self.begin(sequence)
+
+    def place(self, sequence: Expr) -> Expr:
+        """Where a sequence's keys are: its first position."""
+        return self.begin(sequence)
+
+    def at(self, call: SequenceGeometry, place: Expr) -> SequenceGeometry:
+        """The call with the keys of the sequence that begins there."""
+        return replace(call, k=call.k.from_row(place), v=call.v.from_row(place))
 
     def own_length(self, sequence: Expr) -> Expr:
         """The same, 0 for what follows the last one: such rows see nothing, and nobody sees such keys."""

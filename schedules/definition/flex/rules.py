@@ -1,0 +1,258 @@
+"""What an operation of PyTorch is, as a TIR expression and in NumPy: one rule a line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script import tirx as T
+
+_POSITIONS = {"b": "b", "h": "h", "q_idx": "i", "kv_idx": "j"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operation of a graph.
+
+    ``what`` is the name of a rule, or ``argument`` (its name), ``constant`` (its value), ``parameter`` (its name and
+    rank), ``read`` (a parameter and its indices) or ``cast``.  ``kind`` is that of the result: ``float``, ``int`` or
+    ``bool``.
+    """
+
+    what: str
+    operands: tuple[Any, ...]
+    kind: str
+
+    @property
+    def is_score(self) -> bool:
+        return self.what == "argument" and self.operands[0] == "score"
+
+    @property
+    def is_minus_infinity(self) -> bool:
+        if self.what == "cast":
+            return self.operands[0].is_minus_infinity
+        return self.what == "constant" and self.operands[0] == -math.inf
+
+    @property
+    def is_natural(self) -> bool:
+        """Whether it is known to be an integer that isn't negative."""
+        if self.kind != "int":
+            return False
+        if self.what == "constant":
+            return self.operands[0] >= 0
+        if self.what == "argument" or self.what == "abs":
+            return True
+        if self.what == "remainder":
+            return self.operands[1].is_natural
+        if self.what in ("add", "mul", "floor_divide", "minimum"):
+            return all(x.is_natural for x in self.operands)
+        return self.what in ("maximum", "clamp", "clamp_min") and any(
+            isinstance(x, Node) and x.is_natural for x in self.operands[: 2 if self.what != "maximum" else None]
+        )
+
+    def parts(self) -> Iterator[Node]:
+        """It, and all nodes below it."""
+        yield self
+        for x in self.operands:
+            if isinstance(x, Node):
+                yield from x.parts()
+
+
+class Language:
+    """Evaluates nodes at the positions ``at``; a subclass says what numbers, casts and functions are."""
+
+    def __init__(self, at, score=None):
+        self._at, self._score, self._known = at, score, {}
+
+    def value(self, node: Node):
+        """What a node is; each is evaluated once."""
+        if id(node) not in self._known:
+            self._known[id(node)] = self._evaluate(node)
+        return self._known[id(node)]
+
+    def of_kind(self, node: Node, kind: str):
+        """The same, converted."""
+        if node.what == "constant":
+            return self.constant(node.operands[0], kind)
+        value = self.value(node)
+        return value if node.kind == kind else self.cast(value, kind)
+
+    def _evaluate(self, node: Node):
+        what, operands = node.what, node.operands
+        if what == "argument":
+            return self._score if node.is_score else getattr(self._at, _POSITIONS[operands[0]])
+        if what == "constant":
+            return self.constant(operands[0], node.kind)
+        if what == "parameter":
+            return self.number(operands[0], node.kind)
+        if what == "cast":
+            return self.of_kind(operands[0], node.kind)
+        if what == "read":
+            parameter, *indices = operands
+            return self.element(parameter.operands[0], [self._index(i, parameter, d) for d, i in enumerate(indices)])
+        rule = RULES[what]
+        kinds = rule.kinds(node)
+        given = [None if x is None else self.of_kind(x, kind) for x, kind in zip(operands, kinds, strict=True)]
+        return rule.function(self, *given)
+
+    def _index(self, index: Node, parameter: Node, dimension: int):
+        """A negative index counts from the end, as it does in PyTorch."""
+        i = self.of_kind(index, "int")
+        if index.is_natural:
+            return i
+        return self.where(i < 0, i + self.size(parameter.operands[0], dimension), i)
+
+
+class Tir(Language):
+    """TIR expressions; floats are float32, integers have the dtype of indices, or are int32."""
+
+    def constant(self, value, kind):
+        if kind == "float":
+            return T.float32(value)
+        return tirx.const(bool(value), "bool") if kind == "bool" else tirx.const(int(value), self._at.i.ty.dtype)
+
+    def cast(self, value, kind):
+        if kind == "bool":
+            return tirx.NE(value, tirx.const(0, value.ty.dtype))
+        return T.Cast("float32" if kind == "float" else str(self._at.i.ty.dtype), value)
+
+    def number(self, name, kind):
+        value = self._at.param[name]
+        return self.cast(value, "bool") if kind == "bool" else value
+
+    def element(self, name, indices):
+        return self._at.table[name](*indices)
+
+    def size(self, name, dimension):
+        return self._at.table[name].shape[dimension]
+
+    where = staticmethod(tirx.Select)
+    logical_and, logical_or, logical_not = staticmethod(T.And), staticmethod(T.Or), staticmethod(tirx.Not)
+    equal, not_equal = staticmethod(tirx.EQ), staticmethod(tirx.NE)
+    minimum, maximum = staticmethod(T.min), staticmethod(T.max)
+    power = staticmethod(T.pow)
+
+    @staticmethod
+    def floor_divide(a, b):
+        return T.floor(a / b) if "float" in str(a.ty.dtype) else T.floordiv(a, b)
+
+    def remainder(self, a, b):
+        return a - b * self.floor_divide(a, b) if "float" in str(a.ty.dtype) else T.floormod(a, b)
+
+    def __getattr__(self, name):
+        return getattr(T, name)
+
+
+class NumPy(Language):
+    """Arrays that broadcast against the scores; floats are float64."""
+
+    def constant(self, value, kind):
+        return {"float": np.float64, "int": np.int64, "bool": np.bool_}[kind](value)
+
+    def cast(self, value, kind):
+        return np.asarray(value).astype({"float": np.float64, "int": np.int64, "bool": np.bool_}[kind])
+
+    def number(self, name, kind):
+        return self.cast(self._at.params[name], kind)
+
+    def element(self, name, indices):
+        return self._at.params[name][tuple(self.cast(i, "int") for i in indices)]
+
+    def size(self, name, dimension):
+        return self._at.params[name].shape[dimension]
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+
+# ---------------------------------------------------------------- rules: l is the language, a, b, c are the operands
+
+
+def _of_result(node):
+    return [node.kind] * len(node.operands)
+
+
+def _of_all(node):
+    kinds = [x.kind for x in node.operands]
+    return [next(kind for kind in ("float", "int", "bool") if kind in kinds)] * len(kinds)
+
+
+def _of_choice(node):
+    return ["bool", node.kind, node.kind]
+
+
+def _of_bools(node):
+    return ["bool"] * len(node.operands)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an operation is computed, and of which kinds its operands are taken."""
+
+    function: Callable
+    kinds: Callable[[Node], list[str]] = _of_result
+
+
+def _clamp(l, a, low=None, high=None):
+    a = a if low is None else l.maximum(a, low)
+    return a if high is None else l.minimum(a, high)
+
+
+def _sign(l, a):
+    one, zero = a * 0 + 1, a * 0
+    return l.where(a > zero, one, l.where(a < zero, -one, zero))
+
+
+#: What each ATen operation is.
+RULES: dict[str, Rule] = {
+    "add": Rule(lambda l, a, b: a + b),
+    "sub": Rule(lambda l, a, b: a - b),
+    "rsub": Rule(lambda l, a, b: b - a),
+    "mul": Rule(lambda l, a, b: a * b),
+    "div": Rule(lambda l, a, b: a / b),
+    "div_floor": Rule(lambda l, a, b: l.floor_divide(a, b)),
+    "floor_divide": Rule(lambda l, a, b: l.floor_divide(a, b)),
+    "remainder": Rule(lambda l, a, b: l.remainder(a, b)),
+    "neg": Rule(lambda l, a: -a),
+    "abs": Rule(lambda l, a: l.abs(a)),
+    "sign": Rule(_sign),
+    "square": Rule(lambda l, a: a * a),
+    "reciprocal": Rule(lambda l, a: 1 / a),
+    "minimum": Rule(lambda l, a, b: l.minimum(a, b)),
+    "maximum": Rule(lambda l, a, b: l.maximum(a, b)),
+    "clamp": Rule(_clamp),
+    "clamp_min": Rule(lambda l, a, b: l.maximum(a, b)),
+    "clamp_max": Rule(lambda l, a, b: l.minimum(a, b)),
+    "relu": Rule(lambda l, a: l.maximum(a, 0 * a)),
+    "pow": Rule(lambda l, a, b: l.power(a, b)),
+    "exp": Rule(lambda l, a: l.exp(a)),
+    "exp2": Rule(lambda l, a: l.exp2(a)),
+    "log": Rule(lambda l, a: l.log(a)),
+    "log2": Rule(lambda l, a: l.log2(a)),
+    "log1p": Rule(lambda l, a: l.log(1 + a)),
+    "sqrt": Rule(lambda l, a: l.sqrt(a)),
+    "rsqrt": Rule(lambda l, a: 1 / l.sqrt(a)),
+    "sin": Rule(lambda l, a: l.sin(a)),
+    "cos": Rule(lambda l, a: l.cos(a)),
+    "tanh": Rule(lambda l, a: l.tanh(a)),
+    "sigmoid": Rule(lambda l, a: 1 / (1 + l.exp(-a))),
+    "floor": Rule(lambda l, a: l.floor(a)),
+    "ceil": Rule(lambda l, a: l.ceil(a)),
+    "where": Rule(lambda l, a, b, c: l.where(a, b, c), _of_choice),
+    "eq": Rule(lambda l, a, b: l.equal(a, b), _of_all),
+    "ne": Rule(lambda l, a, b: l.not_equal(a, b), _of_all),
+    "lt": Rule(lambda l, a, b: a < b, _of_all),
+    "le": Rule(lambda l, a, b: a <= b, _of_all),
+    "gt": Rule(lambda l, a, b: a > b, _of_all),
+    "ge": Rule(lambda l, a, b: a >= b, _of_all),
+    "logical_and": Rule(lambda l, a, b: l.logical_and(a, b), _of_bools),
+    "logical_or": Rule(lambda l, a, b: l.logical_or(a, b), _of_bools),
+    "logical_xor": Rule(lambda l, a, b: l.not_equal(a, b), _of_bools),
+    "logical_not": Rule(lambda l, a: l.logical_not(a), _of_bools),
+}
+# Of bools PyTorch's bits are the same; of integers they aren't known here.
+RULES |= {f"bitwise_{x}": RULES[f"logical_{x}"] for x in ("and", "or", "xor", "not")}

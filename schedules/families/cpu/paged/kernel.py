@@ -1,0 +1,124 @@
+"""Forward of ragged sequences over keys on pages: as of ragged ones but for where keys are (``pages.py``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from schedules.definition.attention import append_arguments
+from schedules.definition.pattern import Pattern
+from schedules.families.cpu.config import Config, multiplication
+from schedules.families.cpu.geometry import Tensor
+from schedules.families.cpu.isa import ISAS, Isa
+from schedules.families.cpu.kernel import LLVM_FUNCTIONS
+from schedules.families.cpu.pages import MALFORMED, PagedGeometry, PagedTensor
+from schedules.families.cpu.ragged import sequences
+from schedules.families.cpu.ragged.kernel import flat, rows_argument
+from schedules.families.cpu.ragged.sequences import Starts, make_sense
+from schedules.families.cpu.ragged.work import attend_macro
+from schedules.families.interface import Program, Target, paged_program
+from schedules.tile.dtypes import element_type
+from schedules.tile.tile_scheduler import Traversal
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where the keys of ``batch`` sequences are: how many (``buffer``), and on which pages (a row of ``table``)."""
+
+    buffer: tirx.Buffer
+    table: tirx.Buffer
+    table_stride: Expr
+    batch: Expr
+    pages_per_sequence: Expr
+    pages: Expr
+    page_size: Expr
+
+    def own_length(self, sequence: Expr) -> Expr:
+        """How many keys a sequence has; none of what follows the last one."""
+        length = T.cast(self.buffer[T.min(sequence, self.batch - 1)], "int64")
+        return T.Select(sequence < self.batch, length, T.int64(0))
+
+    def place(self, sequence: Expr) -> Expr:
+        """Where its row of the table begins."""
+        return sequence * self.table_stride
+
+    def at(self, call: PagedGeometry, place: Expr) -> PagedGeometry:
+        """The call with the keys of the sequence whose row of the table that is."""
+        return replace(call, first_entry=place)
+
+    def make_sense(self) -> Expr:
+        """Whether lengths fit the table, and the pages that they need the cache (``runtime_c/sequences.c``)."""
+        places = (self.buffer.access_ptr("r"), self.table.access_ptr("r"), self.table_stride)
+        sizes = (self.batch, self.pages_per_sequence, self.pages, self.page_size)
+        return T.call_extern("int32", "tvm_flash_pages_make_sense", *places, *sizes) != 0
+
+
+def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+    """The kernel of one pattern, in the order of a template (see :mod:`schedules.families.interface`)."""
+    arguments, values = pattern.parameter_symbols()
+    func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
+    func = append_arguments(func, arguments)
+    itemsize = element_type(pattern.dtype).bytes
+    return paged_program(func, pattern.params, "s_tir", alignment=itemsize, index_bits=64)
+
+
+def _pages_argument(handle, name: str, pages, page_size, heads, width, dtype: str):
+    """An argument of rank 4: a buffer, and its strides by page, head and row."""
+    strides = tuple(tirx.Var(f"{name}_{axis}_stride", "int64") for axis in ("page", "row", "head"))
+    buffer = T.match_buffer(handle, (pages, page_size, heads, width), dtype, strides=(*strides, T.int64(1)))
+    by_page, by_row, by_head = strides
+    return buffer, (by_page, by_head, by_row)
+
+
+def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
+    dtype = pattern.dtype
+    attend = attend_macro(pattern, config, isa, traversal)
+
+    @T.prim_func(s_tir=True, check_well_formed=False)
+    def attention(
+        q: T.handle,
+        k: T.handle,
+        v: T.handle,
+        o: T.handle,
+        lse: T.handle,
+        cu_seqlens_q: T.handle,
+        seqlens_k: T.handle,
+        page_table: T.handle,
+        softmax_scale: T.float32,
+    ):
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        total_q, heads, kv_heads, starts, batch = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        pages, page_size, pages_per_sequence, table_stride = T.int64(), T.int64(), T.int64(), T.int64()
+        head_dim, head_dim_v, lse_length = T.int64(), T.int64(), T.int64()
+        Q = T.meta_var(rows_argument(q, "q", total_q, heads, head_dim, dtype))
+        K = T.meta_var(_pages_argument(k, "k", pages, page_size, kv_heads, head_dim, dtype))
+        V = T.meta_var(_pages_argument(v, "v", pages, page_size, kv_heads, head_dim_v, dtype))
+        O = T.meta_var(rows_argument(o, "o", total_q, heads, head_dim_v, dtype))
+        LSE = T.match_buffer(lse, (lse_length,), "float32")
+        q_starts = T.match_buffer(cu_seqlens_q, (starts,), "int32", align=4)
+        lengths = T.match_buffer(seqlens_k, (batch,), "int32", align=4)
+        entries = T.match_buffer(
+            page_table, (batch, pages_per_sequence), "int32", strides=(table_stride, T.int64(1)), align=4
+        )
+        rows = T.meta_var([Tensor(flat(buffer), strides) for buffer, strides in (Q, O)])
+        cache = T.meta_var([PagedTensor(flat(buffer), strides) for buffer, strides in (K, V)])
+        table = T.meta_var(flat(entries))
+        queries = T.meta_var(Starts(q_starts, batch, total_q))
+        keys = T.meta_var(Pages(lengths, table, table_stride, batch, pages_per_sequence, pages, page_size))
+        call = T.meta_var(
+            PagedGeometry(
+                *(pattern, rows[0], *cache, rows[1], LSE, lse_length, softmax_scale, params),
+                *(batch, heads, kv_heads, total_q, T.int64(0), head_dim, head_dim_v, T.int64(0), total_q, T.int64(0)),
+                *(table, T.int64(0), page_size),
+            )
+        )
+        if multiplication(isa, dtype) in LLVM_FUNCTIONS:
+            T.attr(0, "pragma_import_llvm", LLVM_FUNCTIONS[multiplication(isa, dtype)])
+        assert make_sense(queries), sequences.MALFORMED
+        assert keys.make_sense(), MALFORMED
+        attend(call, queries, keys)
+
+    return attention

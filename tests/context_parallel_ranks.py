@@ -1,0 +1,286 @@
+"""What processes that share sequences do in ``tests/test_context_parallel.py``: in a world of several, on CPUs or GPUs.
+
+``python -m tests.context_parallel_ranks FILE RANKS TASK …`` has so many processes of this machine do some of ``TASKS``,
+each of which gives something, and saves what the first process was given, by task.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tests.context_parallel_cases import CASES, NAMES, Case
+from tvm_flash import ProcessGroupError, TvmFlashError
+from tvm_flash.distributed import context_parallel_attention, shard_batch, shard_sequence, unshard_sequence
+
+#: How long a process that is gone may keep the others.
+TIMEOUT = timedelta(seconds=100)
+
+#: Meshes by name: their shape, and how keys are exchanged.
+MESHES = {
+    "1": ((1,), "gather"),
+    "2 gather": ((2,), "gather"),
+    "2 ring": ((2,), "ring"),
+    "2 heads": ((2,), "heads"),
+    "3 ring": ((3,), "ring"),
+    "4 gather": ((4,), "gather"),
+    "4 heads": ((4,), "heads"),
+    "8 gather": ((8,), "gather"),
+    "8 ring": ((8,), "ring"),
+    "2 × 4 ring": ((2, 4), "ring"),
+    "4 × 2 gather": ((4, 2), "gather"),
+}
+
+#: What is computed on a GPU: in 16 bits, of what its kernels take.
+ON_GPUS = ("1", "2 gather", "2 ring", "2 heads")
+#: What is computed on each mesh: of every case a few, and a few on every mesh.
+EVERYWHERE = ("causal", "causal documents")
+OF_ALL = ("3 ring", "8 gather", "2 × 4 ring")
+IN_16_BITS = ("1", "8 gather", "8 ring")
+RUNS = {
+    (case, mesh, dtype)
+    for case in CASES
+    for mesh in MESHES
+    for dtype in (torch.float32, torch.bfloat16)
+    if (mesh in OF_ALL or case in EVERYWHERE if dtype == torch.float32 else mesh in IN_16_BITS and case in EVERYWHERE)
+}
+RUNS_ON_GPUS = {(case, mesh, torch.bfloat16) for case in CASES for mesh in ON_GPUS}
+
+
+@cache
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    """The first ranks of the world in a mesh; all of the world ask for the same meshes in one order."""
+    count = torch.Size(shape).numel()
+    return DeviceMesh(device().type, torch.arange(count).view(shape))
+
+
+def device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def together(case: Case, inputs: dict, mesh: DeviceMesh, **options) -> dict[str, torch.Tensor]:
+    """Results and gradients by name, of the whole sequence in the layout bhsd, as the ranks of a mesh find them."""
+    layout = options.get("layout", "bhsd")
+    order = {n: options[n] for n in ("balance", "exchange") if n in options}
+    swap = layout == "bshd"
+
+    def seen(x):
+        """A tensor in the layout of the call, or back."""
+        return x.transpose(1, 2) if swap and x.ndim == 4 else x
+
+    def axis(x):
+        return 1 if swap and x.ndim == 4 else 2
+
+    def own(name):
+        x = seen(inputs[name].to(device()))
+        return shard_sequence(x, mesh, dim=axis(x), **order)
+
+    q, k, v = (own(n).requires_grad_() for n in "qkv")
+    of_heads = {n: inputs[n] for n in ("slopes", "sinks") if inputs[n] is not None}
+    of_heads = {n: x.to(device(), copy=True).requires_grad_() for n, x in of_heads.items()}
+    parameters = {"alibi_slopes": of_heads.get("slopes"), "sinks": of_heads.get("sinks")}
+    out, lse = context_parallel_attention(q, k, v, mesh, **parameters, return_lse=True, **case.options, **options)
+    torch.autograd.backward([out, lse], [own("dout"), torch.where(lse > -torch.inf, own("dlse"), 0.0)])
+    found = dict(zip(NAMES, (out.detach(), lse.detach(), q.grad, k.grad, v.grad), strict=False))
+    found = {n: seen(unshard_sequence(x, mesh, dim=axis(x), **order)).cpu() for n, x in found.items()}
+    for name, x in of_heads.items():
+        for dim in range(mesh.ndim):
+            dist.all_reduce(x.grad, group=mesh.get_group(dim))
+        found[f"d_{name}"] = x.grad.cpu()
+    return found
+
+
+def results() -> dict:
+    """Of each run the results; they must be the same on all ranks."""
+    found = {}
+    for name, (shape, exchange) in MESHES.items():
+        if torch.Size(shape).numel() > dist.get_world_size():
+            continue
+        mesh = mesh_of(shape)
+        if mesh.get_coordinate() is None:
+            continue
+        for run in sorted(RUNS if device().type == "cpu" else RUNS_ON_GPUS, key=str):
+            if run[1] == name:
+                case = CASES[run[0]]
+                found[run] = together(case, case.inputs(run[2]), mesh, exchange=exchange)
+    return found
+
+
+def other_orders() -> dict:
+    """The same case in another layout, in chunks that follow each other, and again."""
+    case, mesh = CASES["causal"], mesh_of((3,))
+    if mesh.get_coordinate() is None:
+        return {}
+    inputs = case.inputs(torch.float32)
+    return {
+        "again": [together(case, inputs, mesh, exchange=e) for e in ("ring", "ring", "gather", "gather")],
+        "bshd": together(case, inputs, mesh, layout="bshd"),
+        "contiguous": together(case, inputs, mesh, balance="contiguous", exchange="ring"),
+    }
+
+
+def errors() -> dict:
+    """What each rank is told of calls that are wrong on some of them."""
+    mesh, rank = mesh_of((3,)), dist.get_rank()
+    if mesh.get_coordinate() is None:
+        return {}
+    found = {}
+
+    def told(name, **changed):
+        q = k = v = torch.zeros(1, 4, 10, 32)
+        options = {"causal": True}
+        for argument, value in changed.items():
+            if argument in "qkv":
+                q, k, v = (value if n == argument else x for n, x in zip("qkv", (q, k, v), strict=True))
+            else:
+                options[argument] = value
+        try:
+            context_parallel_attention(q, k, v, mesh, **options)
+            said = "nothing"
+        except TvmFlashError as e:
+            said = f"{type(e).__name__}: {e}"
+        everything = [None] * 3
+        dist.all_gather_object(everything, said, group=mesh.get_group())
+        found[name] = everything
+
+    one, last = rank == 1, rank == 2
+    few = torch.zeros(1, 4, 8, 32)
+    told("heads", q=torch.zeros(1, 8 if one else 4, 10, 32))
+    told("rows", **(dict.fromkeys("qkv", few) if last else {}))
+    told("dtype", k=torch.zeros(1, 4, 10, 32, dtype=torch.float16 if last else torch.float32))
+    told("causal", causal=not one)
+    told("documents", cu_seqlens=[0, 30 + one])
+    told("documents fall", cu_seqlens=[0, 9, 3])
+    told("keys", k=torch.zeros(1, 4, 9, 32), v=torch.zeros(1, 4, 9, 32))
+    told("exchange", exchange="by pigeon")
+    told("a batch of documents", cu_seqlens=[0, 30], **dict.fromkeys("qkv", torch.zeros(2, 4, 10, 32)))
+    told("heads among ranks", exchange="heads")
+    return found
+
+
+def batches() -> dict:
+    """A batch dealt out, and its tensors put together again."""
+    found = {}
+    for shape in ((3,), (2, 2)):
+        mesh = mesh_of(shape)
+        if mesh.get_coordinate() is None:
+            continue
+        ids = torch.arange(34).view(2, 17)
+        mine = shard_batch({"input_ids": ids, "labels": ids}, mesh)
+        found[shape] = {name: unshard_sequence(x, mesh) for name, x in mine.items()}
+    return found
+
+
+def deaths() -> dict:
+    """What the others are told, and how soon, when the last rank is gone: before a call, and in its midst."""
+    from tvm_flash.distributed import attention
+
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    mesh = DeviceMesh("cpu", torch.arange(last + 1))
+    case = CASES["causal"]
+    inputs = case.inputs(torch.float32)
+    together(case, inputs, mesh)
+    if rank == last:
+        attention._Attention.apply = lambda *_: os._exit(0)
+    start, said = time.monotonic(), []
+    for _ in range(2):
+        try:
+            together(case, inputs, mesh, exchange="ring")
+        except ProcessGroupError as e:
+            said.append(str(e))
+    return {"said": said, "seconds": time.monotonic() - start}
+
+
+def torch_rings() -> dict:
+    """PyTorch's own rings on the functions that its registry gets from this package, here on the processor."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention as rings
+
+    from tvm_flash.integrations import pytorch
+
+    mesh = mesh_of((4,))
+    if mesh.get_coordinate() is None:
+        return {}
+    library, called = torch.library.Library("aten", "IMPL", "CPU"), []
+    for name in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"):
+        function = pytorch._CUDA[name]
+
+        def replacement(*args, function=function, name=name, **kwargs):
+            called.append(name)
+            with torch.no_grad():
+                return function(*args, **kwargs)
+
+        library.impl(name, replacement)
+    found = {}
+    for causal in (True, False):
+        case = Case("", {"causal": causal}, kv_heads=8, length=96)
+        inputs = case.inputs(torch.float32)
+        q, k, v, dout = (shard_sequence(inputs[n], mesh, dim=2) for n in ("q", "k", "v", "dout"))
+        rings._cp_options.enable_load_balance = causal
+        if not causal:
+            q, k, v, dout = (inputs[n].chunk(4, 2)[dist.get_rank()] for n in ("q", "k", "v", "dout"))
+        out, lse, *rest = rings._scaled_dot_product_ring_flash_attention(mesh, q, k, v, is_causal=causal)
+        starts = rest[:4]
+        given = (dout, q, k, v, out, lse, *starts, 0.0, causal, *rest[4:6])
+        gradients = rings._scaled_dot_product_ring_flash_attention_backward(mesh, *given)[:3]
+        balance = {"balance": "zigzag" if causal else "contiguous"}
+        whole = [unshard_sequence(x, mesh, dim=2, **balance) for x in (out, *gradients)]
+        found[causal] = dict(zip(("out", "dq", "dk", "dv"), whole, strict=True))
+    library._destroy()
+    return {"found": found, "called": sorted(set(called))}
+
+
+TASKS = {f.__name__: f for f in (results, other_orders, errors, batches, deaths, torch_rings)}
+
+
+def work(rank: int, world: int, folder: str, tasks: list[str]) -> None:
+    """What one process does: the tasks in order, with NCCL where each process has a GPU of its own, else with gloo."""
+    store, backend = dist.FileStore(os.path.join(folder, "store"), world), "gloo"
+    if torch.cuda.device_count() >= world:
+        backend = "nccl"
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    found = {task: TASKS[task]() for task in tasks}
+    if rank == 0:
+        torch.save(found, os.path.join(folder, "found.pt"))
+    if "deaths" not in tasks:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def main(folder: str, world: str, *tasks: str) -> int:
+    """Fork the processes, which so have all modules already, and wait for them."""
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(int(world)):
+        child = os.fork()
+        if child == 0:
+            try:
+                work(rank, int(world), folder, list(tasks))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:  # the others would wait for it
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

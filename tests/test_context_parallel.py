@@ -1,0 +1,151 @@
+"""Sequences that processes of this machine share: results and gradients against float64 and one process; errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.context_parallel_cases import CASES, Case
+from tests.context_parallel_ranks import EVERYWHERE, MESHES, RUNS, TIMEOUT
+from tvm_flash.distributed.kernels import has_accumulate, has_partial
+from tvm_flash.machine.device import Device
+
+pytestmark = pytest.mark.usefixtures("trains")
+
+#: Of the largest exact number, in float32: some roundings of sums over all keys.
+TOLERANCE = 4e-6
+
+
+def run(folder, ranks, *tasks):
+    """What the first of some processes found, by task."""
+    command = [sys.executable, "-m", "tests.context_parallel_ranks", str(folder), str(ranks), *tasks]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return torch.load(folder / "found.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def found(cpu_pack, tmp_path_factory):
+    """What eight processes found."""
+    return run(tmp_path_factory.mktemp("ranks"), 8, "results", "other_orders", "errors", "batches", "torch_rings")
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """Exact results by case and dtype."""
+    known = {}
+
+    def of(name, dtype):
+        if (name, dtype) not in known:
+            known[name, dtype] = CASES[name].exact(CASES[name].inputs(dtype))
+        return known[name, dtype]
+
+    return of
+
+
+def difference(got, exact):
+    """By which a result is off, equal infinities by nothing."""
+    return torch.where(got.double() == exact, 0.0, got.double() - exact)
+
+
+def check(found, exact):
+    assert found.keys() == exact.keys()
+    for name, x in exact.items():
+        largest = x[x.isfinite()].abs().max()
+        assert difference(found[name], x).abs().max() <= TOLERANCE * largest, name
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_float32_against_float64(found, exact, mesh):
+    runs = [case for case, on, dtype in RUNS if on == mesh and dtype == torch.float32]
+    assert len(runs) >= 2
+    for case in runs:
+        check(found["results"][case, mesh, torch.float32], exact(case, torch.float32))
+
+
+@pytest.mark.parametrize("mesh", ["8 gather", "8 ring"])
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_eight_ranks_err_as_one_does(found, exact, case, mesh):
+    """In 16 bits: no more than 1.1 of its error, of all numbers together, and nowhere much more."""
+    expected = exact(case, torch.bfloat16)
+    alone, together = (found["results"][case, m, torch.bfloat16] for m in ("1", mesh))
+    for name in ("out", "dq", "dk", "dv"):
+        one, all_ = (difference(x[name], expected[name]) for x in (alone, together))
+        assert all_.pow(2).mean() <= 1.1**2 * one.pow(2).mean(), name
+        assert all_.abs().max() <= 1.5 * one.abs().max(), name
+
+
+def test_kernels_that_leave_and_add_to_float32(cpu_pack):
+    for dtype in ("float32", "float16", "bfloat16"):
+        for head_dim in (32, 128, 256):
+            assert has_partial(Device("cpu"), dtype, head_dim, head_dim)
+            assert has_accumulate(Device("cpu"), dtype, head_dim, head_dim, ("alibi_slopes",))
+
+
+def test_the_same_bits_on_every_run(found):
+    one, two, gathered, again = found["other_orders"]["again"]
+    for a, b in ((one, two), (gathered, again)):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("order", ["bshd", "contiguous"])
+def test_another_layout_and_another_order(found, exact, order):
+    check(found["other_orders"][order], exact("causal", torch.float32))
+
+
+def test_errors_on_every_rank(found):
+    errors = found["errors"]
+    everywhere = {
+        "heads": "heads: is 4 on rank 0, but 8 on rank 1; expected the same on all ranks of the mesh",
+        "rows": "q: has 10 rows on rank 0, expected 9 of 28 positions in all; use tvm_flash.distributed.shard_sequence",
+        "causal": "causal: is True on rank 0, but False on rank 1",
+        "documents": "cu_seqlens: is [30] on rank 0, but [31] on rank 1",
+        "documents fall": "cu_seqlens: falls from 9 to 3 after sequence 1, expected numbers that never fall",
+        "keys": "k: has 9 rows, but q has 10; expected keys and queries of the same positions",
+        "exchange": "exchange: is 'by pigeon', expected one of 'auto', 'gather', 'ring', 'heads'",
+        "a batch of documents": "cu_seqlens: is given, and q has batch 2; expected a batch of one",
+        "heads among ranks": "q: has 4 heads, expected a multiple of the 3 ranks",
+    }
+    for name, text in everywhere.items():
+        assert all(said.startswith(f"InvalidArgumentError: {text}") for said in errors[name]), errors[name]
+    first, second, third = errors["dtype"]
+    assert third.startswith("ArgumentTypeError: k: has dtype float16, but q has float32")
+    assert first == second == third.replace("ArgumentTypeError: ", "InvalidArgumentError: on rank 2: ")
+    assert errors.keys() == {*everywhere, "dtype"}
+
+
+def test_a_rank_that_dies_is_told_of(cpu_pack, tmp_path):
+    """In the midst of a call, and before the next; sooner than the timeout, since its connections are closed."""
+    told = run(tmp_path, 3, "deaths")["deaths"]
+    assert len(told["said"]) == 2 and told["seconds"] < TIMEOUT.total_seconds()
+    assert all("rank 0 had no answer from another of the ranks [0, 1, 2]" in said for said in told["said"])
+
+
+def test_batches_are_dealt_out_and_put_together(found):
+    ids = torch.arange(34).view(2, 17)
+    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    for whole in found["batches"].values():
+        assert torch.equal(whole["input_ids"], ids) and torch.equal(whole["labels"], ids)
+        assert torch.equal(whole["shift_labels"], shifted)
+        assert torch.equal(whole["position_ids"], torch.arange(17)[None])
+    assert len(found["batches"]) == 2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rings_of_torch_on_the_functions_of_its_registry(found, causal):
+    """torch's ``context_parallel`` has operators of CUDA alone; its rings call them here on the processor."""
+    rings = found["torch_rings"]
+    assert rings["called"] == [
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_backward",
+    ]
+    case = Case("", {"causal": causal}, kv_heads=8, length=96)
+    inputs = case.inputs(torch.float32)
+    exact = case.exact({**inputs, "dlse": torch.zeros_like(inputs["dlse"])})
+    check(rings["found"][causal], {name: x for name, x in exact.items() if name != "lse"})

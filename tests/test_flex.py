@@ -1,0 +1,172 @@
+"""Definitions made of FlexAttention's functions, beside PyTorch's own ``flex_attention`` in float64."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from schedules.definition.errors import DefinitionError
+from schedules.definition.flex import from_flex
+from tests import oracle
+from tvm_flash import reference
+
+torch = pytest.importorskip("torch")
+flex = pytest.importorskip("torch.nn.attention.flex_attention")
+
+BATCH, HEADS, HEAD_DIM, SCALE = 2, 4, 16, 0.25
+HIDDEN = -float("inf")
+
+
+# ---------------------------------------------------------------- masks
+
+
+def causal(b, h, q_idx, kv_idx):
+    return q_idx >= kv_idx
+
+
+def prefix(b, h, q_idx, kv_idx):
+    return (kv_idx < 7) | (q_idx >= kv_idx)
+
+
+def window(b, h, q_idx, kv_idx):
+    return (q_idx >= kv_idx) & (q_idx - kv_idx <= 4)
+
+
+def dilated(b, h, q_idx, kv_idx):
+    return ((q_idx - kv_idx) % 3 == 0) & (q_idx >= kv_idx)
+
+
+def neighbourhood(b, h, q_idx, kv_idx):
+    return (q_idx // 5 - kv_idx // 5).abs().le(1) & ((q_idx % 5) - (kv_idx % 5)).abs().le(2)
+
+
+def by_batch_and_head(b, h, q_idx, kv_idx):
+    return (kv_idx >= b * 2) & ~((h == 1) & (kv_idx > 9))
+
+
+def joined(b, h, q_idx, kv_idx):
+    return flex.or_masks(flex.and_masks(causal, dilated), window)(b, h, q_idx, kv_idx)
+
+
+MASKS = (causal, prefix, window, dilated, neighbourhood, by_batch_and_head, joined)
+
+# ---------------------------------------------------------------- scores
+
+
+def softcap(score, b, h, q_idx, kv_idx):
+    return 20 * torch.tanh(score / 20)
+
+
+def alibi(score, b, h, q_idx, kv_idx):
+    return score - torch.exp2(-8.0 * (h + 1) / HEADS) * (q_idx - kv_idx).abs()
+
+
+def relative(score, b, h, q_idx, kv_idx):
+    return score + (q_idx - kv_idx)
+
+
+def causal_by_score(score, b, h, q_idx, kv_idx):
+    return torch.where(q_idx >= kv_idx, score, HIDDEN)
+
+
+def causal_by_the_other_branch(score, b, h, q_idx, kv_idx):
+    return torch.where(q_idx < kv_idx, HIDDEN, score * 2)
+
+
+def composed(score, b, h, q_idx, kv_idx):
+    return causal_by_score(softcap(alibi(score, b, h, q_idx, kv_idx), b, h, q_idx, kv_idx), b, h, q_idx, kv_idx)
+
+
+def clamped(score, b, h, q_idx, kv_idx):
+    return score.clamp(-1.5, 1.0) + torch.nn.functional.relu(score) * torch.sigmoid(score)
+
+
+def arithmetic(score, b, h, q_idx, kv_idx):
+    distance = torch.add(score, kv_idx - q_idx, alpha=0.5) - torch.floor_divide(q_idx, 3)
+    return torch.maximum(distance, torch.tensor(0.3)) - torch.remainder(score, 0.7) / (1 + score.square())
+
+
+SCORES = (softcap, alibi, relative, causal_by_score, causal_by_the_other_branch, composed, clamped, arithmetic)
+PAIRS = [*((None, m) for m in MASKS), *((s, None) for s in SCORES), (softcap, prefix), (composed, window)]
+
+
+def tensors(lengths=(13, 17)):
+    rng = np.random.default_rng(3)
+    return [rng.standard_normal((BATCH, HEADS, n, HEAD_DIM), np.float32) for n in (lengths[0], lengths[1], lengths[1])]
+
+
+def of_flex_attention(q, k, v, score, mask):
+    """PyTorch's own, in float64."""
+    q, k, v = (torch.from_numpy(x).double() for x in (q, k, v))
+    block = None
+    if mask is not None:
+        block = flex.create_block_mask(mask, BATCH, HEADS, q.shape[2], k.shape[2], device="cpu")
+    out, lse = flex.flex_attention(q, k, v, score_mod=score, block_mask=block, scale=SCALE, return_lse=True)
+    return out.numpy(), lse.numpy()
+
+
+@pytest.mark.parametrize(("score", "mask"), PAIRS, ids=lambda f: getattr(f, "__name__", "none"))
+def test_a_definition_says_what_flex_attention_does(score, mask):
+    q, k, v = tensors()
+    want, want_lse = of_flex_attention(q, k, v, score, mask)
+    definition = from_flex(score, mask)
+    twin, twin_lse = reference.attention(
+        q, k, v, softmax_scale=SCALE, mask=definition.mask.twin, score=definition.score.twin
+    )
+    np.testing.assert_allclose(twin, want, atol=1e-12, rtol=0)
+    np.testing.assert_allclose(twin_lse, want_lse, atol=1e-12, rtol=0)
+    got = oracle.operator(definition, "forward", HEAD_DIM, HEAD_DIM)(q=q, k=k, v=v, softmax_scale=SCALE)
+    np.testing.assert_allclose(got.o, want, atol=2e-6, rtol=0)
+    np.testing.assert_allclose(got.lse, want_lse, atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("score", [softcap, composed, clamped], ids=lambda f: f.__name__)
+def test_its_gradients_are_those_of_the_function(score):
+    q, k, v = tensors()
+    leaves = [torch.from_numpy(x).double().requires_grad_() for x in (q, k, v)]
+    places = torch.meshgrid(*(torch.arange(n) for n in (BATCH, HEADS, q.shape[2], k.shape[2])), indexing="ij")
+    prob = torch.softmax(score(leaves[0] @ leaves[1].mT * SCALE, *places), dim=-1)
+    out = prob.nan_to_num() @ leaves[2]
+    dout = np.random.default_rng(4).standard_normal(out.shape)
+    out.backward(torch.from_numpy(dout))
+    definition = from_flex(score)
+    found = reference.attention_backward(
+        dout, q, k, v, softmax_scale=SCALE, mask=definition.mask.twin, score=definition.score.twin
+    )
+    for got, leaf in zip((found.dq, found.dk, found.dv), leaves, strict=True):
+        np.testing.assert_allclose(got, leaf.grad.numpy(), atol=1e-8, rtol=0)
+    assert oracle.operator(definition, "backward", HEAD_DIM, HEAD_DIM)
+
+
+def test_a_score_of_minus_infinity_becomes_a_mask_that_skips_tiles():
+    definition = from_flex(causal_by_score)
+    assert definition.score.name == "identity"
+    assert definition.mask.params == ()
+    assert from_flex(causal_by_the_other_branch).mask.name == "causal_by_the_other_branch_mask"
+
+
+def test_nothing_given_is_plain_attention():
+    definition = from_flex()
+    assert (definition.score.name, definition.mask.name) == ("identity", "full")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"score_mod": lambda s, b, h, q, k: s.erfinv()}, "erfinv"),
+        ({"score_mod": lambda s, b, h, q, k: s.half()}, "float16"),
+        ({"score_mod": lambda s, b, h, q, k: (q & 1) + s}, "bitwise_and"),
+        ({"score_mod": lambda s, b, h, q, k: s if q > k else s * 2}, "branches on their values"),
+        ({"score_mod": lambda s, b, h, q, k: torch.where(s > 0, s, HIDDEN)}, "by the value of the score"),
+        ({"score_mod": lambda s, b, h, q: s}, r"\(score, b, h, q_idx, kv_idx\)"),
+        ({"score_mod": lambda s, b, h, q, k: None}, "NoneType"),
+        ({"score_mod": lambda s, b, h, q, k: q >= k}, "expected float"),
+        ({"score_mod": lambda s, b, h, q, k: s + torch.tensor([1.0, 2.0])[h]}, "hold it in a variable"),
+        ({"score_mod": 3}, "score_mod is int"),
+        ({"mask_mod": lambda b, h, q, k: q - k}, "expected bool"),
+        ({"mask_mod": functools.partial(torch.add)}, "can't be traced"),
+    ],
+)
+def test_what_isnt_known_is_refused_by_name(given, message):
+    with pytest.raises(DefinitionError, match=message):
+        from_flex(**given)

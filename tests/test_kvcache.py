@@ -1,0 +1,215 @@
+"""``flash_attention_with_kvcache``: what is appended, turned and attended to, and wrong calls."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from tvm_flash import (
+    ArgumentTypeError,
+    InvalidArgumentError,
+    NotSupportedError,
+    TvmFlashError,
+    flash_attention_with_kvcache,
+    nn,
+)
+from tvm_flash.tracing import torch_cache
+
+pytestmark = pytest.mark.usefixtures("cpu_pack")
+
+HEADS, KV_HEADS, WIDTH, ROOM, PAGE = 4, 2, 64, 96, 16
+
+
+def turned(x, cos, sin, positions, interleaved):
+    """``(rows, heads, head_dim)`` by the definition of the rotation, in float64."""
+    width = 2 * cos.shape[1]
+    pairs = [(2 * i, 2 * i + 1) if interleaved else (i, width // 2 + i) for i in range(width // 2)]
+    y = x.double().clone()
+    for n, (i, j) in enumerate(pairs):
+        c, s = (t[positions, n].double()[:, None] for t in (cos, sin))
+        y[..., i], y[..., j] = x[..., i] * c - x[..., j] * s, x[..., i] * s + x[..., j] * c
+    return y
+
+
+def case(dtype, paged, turns, causal, queries, added, leftpad):
+    """A call of three sequences, and what must come out: of the function, and in the caches."""
+    rng = torch.Generator().manual_seed(hash((str(dtype), paged, turns, causal, queries, added, leftpad)) % 2**31)
+    lengths = torch.tensor([20, 0, 70] if sum(added) else [20, 30, 70], dtype=torch.int32)
+
+    def normal(*sizes):
+        return torch.randn(*sizes, generator=rng).to(dtype)
+
+    caches = [normal(5, ROOM, KV_HEADS, WIDTH) for _ in "kv"]
+    entries = torch.tensor([4, 0, 2], dtype=torch.int32)
+    q, k, v = (normal(sum(n), h, WIDTH) for n, h in ((queries, HEADS), (added, KV_HEADS), (added, KV_HEADS)))
+    angles = torch.rand(100, 16, generator=rng) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    pad = torch.tensor([0, 0, 9], dtype=torch.int32) if leftpad else None
+    after, outs = [x.clone() for x in caches], []
+    for b, (first, entry) in enumerate(zip(lengths.tolist(), entries.tolist(), strict=True)):
+        rows, new = (slice(sum(n[:b]), sum(n[: b + 1])) for n in (queries, added))
+        x, y = q[rows], k[new]
+        if turns:
+            places = torch.arange(queries[b]) + first if causal else torch.full((queries[b],), first)
+            x = turned(x, cos, sin, places, turns == "interleaved").to(dtype)
+            y = turned(y, cos, sin, torch.arange(added[b]) + first, turns == "interleaved").to(dtype)
+        end = first + added[b]
+        after[0][entry, first:end], after[1][entry, first:end] = y, v[new]
+        keys, values = (t[entry, :end].double().repeat_interleave(HEADS // KV_HEADS, 1) for t in after)
+        scores = torch.einsum("ihd,jhd->hij", x.double(), keys) / math.sqrt(WIDTH)
+        i, j = torch.arange(queries[b])[:, None], torch.arange(end)
+        seen = (j >= (pad[b] if leftpad else 0)) & ((j <= i + end - queries[b]) | (not causal))
+        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0)
+        outs.append(torch.einsum("hij,jhd->ihd", weights, values))
+    options = {"cache_seqlens": lengths, "cache_leftpad": pad, "causal": causal, "cache_batch_idx": entries}
+    if turns:
+        options |= {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": turns == "interleaved"}
+    if paged:
+        order = torch.randperm(5 * ROOM // PAGE, generator=rng)
+        caches = [x.view(-1, PAGE, KV_HEADS, WIDTH)[order] for x in caches]
+        options["page_table"] = order.argsort().view(5, -1)[entries.long()].int()
+        options["cache_batch_idx"] = None
+        after = [x.view(-1, PAGE, KV_HEADS, WIDTH)[order] for x in after]
+    return q, caches, (k, v) if sum(added) else (None, None), options, torch.cat(outs), after
+
+
+def starts(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("paged", (False, True), ids=("contiguous", "paged"))
+@pytest.mark.parametrize("turns", ("", "interleaved", "halves"))
+@pytest.mark.parametrize(
+    ("queries", "added"), [((1, 1, 1), (1, 1, 1)), ((5, 2, 20), (3, 2, 17)), ((3, 3, 3), (0, 0, 0))]
+)
+@pytest.mark.parametrize(("dtype", "causal"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_against_float64(dtype, causal, paged, turns, queries, added):
+    if turns and not sum(added):
+        return
+    q, caches, new, options, want, after = case(dtype, paged, turns, causal, queries, added, leftpad=causal)
+    equal = len({*queries}) == len({*added}) == 1
+    if equal:
+        q, new = (q.view(3, -1, HEADS, WIDTH), [x if x is None else x.view(3, -1, KV_HEADS, WIDTH) for x in new])
+    else:
+        options |= {"cu_seqlens_q": starts(queries), "cu_seqlens_k_new": starts(added)}
+    out, lse = flash_attention_with_kvcache(q, *caches, *new, **options, return_lse=True)
+    assert out.shape == q.shape and lse.shape == ((3, HEADS, queries[0]) if equal else (HEADS, sum(queries)))
+    assert (out.flatten(0, -3).double() - want).abs().max() < (2e-6 if dtype == torch.float32 else 2e-2)
+    for found, wanted in zip(caches, after, strict=True):
+        assert (found.double() - wanted.double()).abs().max() < (1e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_the_drop_in_of_flash_attn():
+    q, caches, (k, v), options, want, after = case(torch.float32, True, "", True, (1, 1, 1), (1, 1, 1), False)
+    q, k, v = (x[:, None] for x in (q, k, v))
+    lengths, table = options["cache_seqlens"].long(), options["page_table"]
+    copies = [[x.clone() for x in caches] for _ in range(2)]
+    out = nn.flash_attn_with_kvcache(q, *copies[0], k, v, None, None, lengths, block_table=table, causal=True)
+    assert (out[:, 0] - want).abs().max() < 2e-6 and torch.equal(copies[0][0], after[0])
+    given = {"cache_seqlens": lengths, "page_table": table, "causal": True, "num_splits": 3, "pack_gqa": True}
+    again = nn.flash_attn_with_kvcache(
+        q.flatten(0, 1), *copies[1], k, v, **given, cu_seqlens_q=starts((1, 1, 1)), return_softmax_lse=True
+    )
+    assert torch.equal(again[0], out[:, 0]) and again[1].shape == (HEADS, 3)
+    lengths = (lengths + 1).tolist()
+    paged = nn.flash_attn_varlen_func(
+        *(q[:, 0], *copies[0], starts((1, 1, 1)), starts(lengths), 1, max(lengths)), causal=True, block_table=table
+    )
+    assert torch.equal(paged, out[:, 0])
+    for name in ("qv", "k_descale"):
+        with pytest.raises(NotSupportedError, match=f"^{name}"):
+            nn.flash_attn_with_kvcache(q, *caches, **{name: q})
+
+
+def test_rows_and_places_that_there_are_not_change_nothing():
+    """As a captured graph leaves them: rows after the last sequence, and sequences without room or pages."""
+    _, caches, (k, v), options, _, after = case(torch.float32, True, "", True, (5, 2, 20), (3, 2, 17), False)
+    table, lengths = options["page_table"], options["cache_seqlens"]
+    more = [torch.cat([x, torch.full_like(x[:7], torch.nan)]) for x in (k, v)]
+    found = [x.clone() for x in caches]
+    torch.ops.tvm_flash.append_to_cache(*found, *more, starts((3, 2, 17)), lengths, table)
+    assert torch.equal(found[0], after[0]) and torch.equal(found[1], after[1])
+    found = [x.clone() for x in caches]
+    torch.ops.tvm_flash.append_to_cache(*found, *more, starts((0, 0, 0)), lengths, table)
+    assert torch.equal(found[0], caches[0])
+    nowhere = torch.cat([table, torch.full_like(table[:1], -1)]), torch.cat([lengths, torch.tensor([-1]).int()])
+    torch.ops.tvm_flash.append_to_cache(*found, *(x[:4, None] for x in (k, v)), None, *nowhere[::-1])
+    changed = (found[0] != caches[0]).any(-1).any(-1).sum()
+    assert changed == 3 and all(
+        (found[0][table[b, n // PAGE], n % PAGE] == k[b]).all() for b, n in enumerate((20, 0, 70))
+    )
+
+
+def test_a_compiled_program_appends_and_attends():
+    q, caches, (k, v), options, _, _ = case(torch.float32, True, "interleaved", True, (1, 1, 1), (1, 1, 1), False)
+    options = {name: x for name, x in options.items() if x is not None}
+
+    def program(q, k_cache, v_cache, k, v):
+        return flash_attention_with_kvcache(q, k_cache, v_cache, k, v, **options)
+
+    new = [x[:, None] for x in (k, v)]
+    found = [[x.clone() for x in caches] for _ in range(2)]
+    out = program(q[:, None], *found[0], *new)
+    assert torch.equal(torch.compile(program, backend="aot_eager", fullgraph=True)(q[:, None], *found[1], *new), out)
+    assert torch.equal(found[0][0], found[1][0])
+
+
+def test_a_number_for_all_sequences_and_none():
+    k_cache, v_cache = torch.randn(2, 3, 40, KV_HEADS, WIDTH)
+    q = torch.randn(3, 2, HEADS, WIDTH)
+    whole = flash_attention_with_kvcache(q, k_cache, v_cache, causal=True)
+    assert torch.equal(whole, flash_attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=40, causal=True))
+    assert not torch.equal(whole, flash_attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=39, causal=True))
+
+
+def good():
+    q, caches, (k, v), options, _, _ = case(torch.float32, True, "", True, (1, 1, 1), (1, 1, 1), False)
+    given = {"q": q[:, None], "k_cache": caches[0], "v_cache": caches[1], "k": k[:, None], "v": v[:, None], **options}
+    return {name: x for name, x in given.items() if x is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"k": None}, InvalidArgumentError, "^k: is None, and the other isn't"),
+        ({"cache_seqlens": None}, InvalidArgumentError, "^cache_seqlens: is None, and k and v"),
+        ({"cache_seqlens": 96}, InvalidArgumentError, "^cache_seqlens: is 96 of sequence 0, and 1 more"),
+        ({"cache_seqlens": -1}, InvalidArgumentError, "^cache_seqlens: is -1, expected 0 to 96"),
+        ({"cache_seqlens": 1.5}, ArgumentTypeError, "^cache_seqlens: is 1.5"),
+        ({"cache_seqlens": torch.zeros(3)}, ArgumentTypeError, "^cache_seqlens: has dtype float32, expected int32"),
+        ({"cache_seqlens": torch.zeros(2).int()}, InvalidArgumentError, "^cache_seqlens: has shape"),
+        ({"page_table": torch.full((3, 6), 99).int()}, InvalidArgumentError, r"^page_table: is 99 at \[0, 0\]"),
+        ({"page_table": torch.zeros(2, 6).int()}, InvalidArgumentError, "^page_table: has shape"),
+        ({"cache_batch_idx": torch.zeros(3).int()}, InvalidArgumentError, "^cache_batch_idx: is given beside"),
+        (
+            {"page_table": None, "cache_batch_idx": torch.ones(3).int(), "cache_seqlens": 9},
+            *(InvalidArgumentError, "names an entry twice"),
+        ),
+        ({"v": torch.zeros(3, 2, 2, 64)}, InvalidArgumentError, "^v: has shape"),
+        ({"k": torch.zeros(3, 1, 2, 64).half()}, ArgumentTypeError, "^k: has dtype float16, but q has float32"),
+        ({"rotary_cos": torch.zeros(99, 8)}, InvalidArgumentError, "^rotary_sin: is None"),
+        (dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(70, 8)), InvalidArgumentError, "^rotary_cos: has 70"),
+        (dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(99, 33)), InvalidArgumentError, "at most 64"),
+        ({"q": torch.zeros(3, 1, 3, 64)}, InvalidArgumentError, "^k_cache: has 2 heads"),
+        ({"q": torch.zeros(3, 4, 64)}, InvalidArgumentError, "^q: has shape"),
+        ({"softcap": -1.0}, InvalidArgumentError, "^softcap"),
+        ({"num_splits": -1}, ArgumentTypeError, "^num_splits"),
+        ({"q": torch.zeros(3, 1, 4, 64).requires_grad_()}, NotSupportedError, "^q, k, v: a gradient is required"),
+        ({"q": torch.zeros(3, 1, 4, 64).numpy()}, ArgumentTypeError, "^q: is a numpy.ndarray"),
+    ],
+)
+def test_nothing_is_written_by_a_wrong_call(changes, error, says):
+    given = good()
+    caches = [given[name].clone() for name in ("k_cache", "v_cache")]
+    with pytest.raises(error, match=says):
+        flash_attention_with_kvcache(**{**given, **changes})
+    assert issubclass(error, TvmFlashError)
+    assert torch.equal(given["k_cache"], caches[0]) and torch.equal(given["v_cache"], caches[1])
+
+
+def test_starts_are_kept_for_each_number_of_sequences():
+    first = torch_cache._multiples(torch.device("cpu"), 3, 5)
+    assert first is torch_cache._multiples(torch.device("cpu"), 3, 5) and first.tolist() == [0, 5, 10, 15]

@@ -1,0 +1,55 @@
+"""Kernels over keys on pages, their CUDA sources run on the processor (tests/simt), against float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("tvm")
+pytest.importorskip("torch")
+
+from schedules.builder.compile import entry_of, lower, pattern_of
+from schedules.builder.suite import KernelSpec
+from schedules.families import maker_of
+from schedules.families.interface import PAGED, PAGED_DECODE, Target
+from tests import paged_trials, torch_cases
+from tests.simt.simulate import Simulated
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+
+#: Arch, template, kind, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to copy.
+KERNELS = (
+    ("sm_80", "v2", PAGED_DECODE, 64, 64, "window", "identity", "bfloat16"),
+    ("sm_90a", "v2", PAGED_DECODE, 128, 128, "positioned", "optional", "float16"),
+    ("sm_90a", "v2", PAGED, 128, 128, "causal", "identity", "float16"),
+    ("sm_80", "v2", PAGED, 64, 64, "positioned", "optional", "float16"),
+    ("sm_75", "v1", PAGED, 64, 64, "causal", "identity", "float16"),
+    ("sm_70", "v1", PAGED, 64, 64, "full", "identity", "float16"),
+)
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=lambda k: "-".join(map(str, k)))
+def kernel(request, tmp_path_factory):
+    """A kernel's spec and parameters, and what runs it on CPU tensors by role."""
+    arch, template, kind, head_dim, head_dim_v, mask, score, dtype = request.param
+    spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v, kind=kind)
+    target = Target(arch)
+    pattern = pattern_of(spec, target)
+    config = maker_of(target, kind).default_configs(template, pattern, target)[0]
+    lowered = lower(spec, pattern, target, config)
+    simulated = Simulated(lowered.program, lowered.text, tmp_path_factory.mktemp(arch))
+    functions = [simulated.module[launch.symbol] for launch in lowered.program.launches]
+    compute = torch_cases.by_entry(entry_of(spec, target, pattern, lowered, "default", {}), functions, "cpu")
+    return SimpleNamespace(spec=spec, params=pattern.params, compute=compute)
+
+
+def test_sequences_of_all_lengths(kernel):
+    for label, problem in paged_trials.problems(kernel.spec, kernel.params):
+        try:
+            problem.check(*problem.run(kernel.compute, "cpu"), "cpu")
+        except AssertionError as e:
+            raise AssertionError(f"{label}: {e}") from e
+
+
+def test_neighbours_and_places_of_pages_change_nothing(kernel):
+    paged_trials.check_neighbours(kernel.spec, kernel.params, kernel.compute, "cpu")

@@ -1,0 +1,153 @@
+"""That all ranks of a mesh are about to do the same thing, asked before any of them sends a tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tvm_flash.distributed.exchange import talking
+from tvm_flash.errors import InvalidArgumentError, TvmFlashError
+
+#: Bytes that a rank says of a call.
+_ROOM = 2048
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The place of this process in a mesh.
+
+    Attributes
+    ----------
+    sizes: outer and inner ranks.
+    place: the own outer and inner rank.
+    outer, inner: the groups along the axes; None along one of a single rank.
+    talk: connections of all ranks of the mesh, over which a few bytes go on the host.
+    ranks: their numbers in the world, by place, the inner axis running fastest.
+    """
+
+    sizes: tuple[int, int]
+    place: tuple[int, int]
+    outer: dist.ProcessGroup | None
+    inner: dist.ProcessGroup | None
+    talk: dist.ProcessGroupGloo
+    ranks: tuple[int, ...]
+
+
+def axes_of(mesh: DeviceMesh, heads: bool) -> Axes:
+    """Where this process is; ``heads`` says of a mesh with one axis that it is the inner one.
+
+    Raises
+    ------
+    InvalidArgumentError: it is no mesh of one or two axes with this process in it.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise InvalidArgumentError(
+            f"mesh: is a {type(mesh).__qualname__}, expected a torch.distributed.DeviceMesh, as of init_device_mesh"
+        )
+    place = mesh.get_coordinate()
+    if place is None:
+        raise InvalidArgumentError(f"mesh: rank {dist.get_rank()} isn't in {mesh}; call it on the ranks of the mesh")
+    if mesh.ndim not in (1, 2):
+        raise InvalidArgumentError(
+            f"mesh: has {mesh.ndim} axes, expected one, or two: of ranks that exchange keys and of ranks that exchange "
+            f"heads; take these of it, as with mesh['outer', 'inner']"
+        )
+    shape, ranks = tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())
+    return _axes(tuple(mesh.get_all_groups()), shape, ranks, mesh.device_type, tuple(place), heads)
+
+
+@functools.lru_cache(maxsize=64)
+def _axes(groups: tuple[dist.ProcessGroup, ...], shape, ranks, device: str, place, heads: bool) -> Axes:
+    """The same by the groups along the axes, which no later mesh has again."""
+    sizes = shape
+    if len(groups) == 1:
+        sizes, place = ((1, *shape), (0, *place)) if heads else ((*shape, 1), (*place, 0))
+    if device != "cpu":
+        for group in groups:
+            # Every rank of a group has to be there when its first messages go, and later not all may have some.
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+    outer = groups[0] if sizes[0] > 1 else None
+    inner = groups[-1] if sizes[1] > 1 else None
+    return Axes(sizes, place, outer, inner, _talk(groups, ranks, device), ranks)
+
+
+#: How often a private group of some ranks was made, by all of them.
+_made: dict[tuple[int, ...], int] = {}
+
+
+@functools.lru_cache(maxsize=64)
+def _talk(groups: tuple[dist.ProcessGroup, ...], ranks: tuple[int, ...], device: str) -> dist.ProcessGroupGloo:
+    """Connections among all ranks of a mesh for a few bytes on the host, with the timeout of the mesh's groups.
+
+    They belong to no group that is known to others: ``new_group`` wants all of the world to call it.
+    """
+    _made[ranks] = _made.get(ranks, 0) + 1
+    name = f"tvm_flash/{','.join(map(str, ranks))}/{_made[ranks]}"
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    timeout = max(group._get_backend(torch.device(device)).options._timeout for group in groups)
+    with talking(ranks):
+        return dist.ProcessGroupGloo(store, ranks.index(dist.get_rank()), len(ranks), timeout)
+
+
+class Agreement:
+    """What this rank says of a call, and then what all say of it."""
+
+    def __init__(self, axes: Axes):
+        self._talk, self._ranks = axes.talk, axes.ranks
+        self._said: dict[str, Any] = {}
+        self._error: TvmFlashError | None = None
+
+    def says(self, **what: Any) -> None:
+        """Say something of a call: plain values by name."""
+        self._said |= what
+
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        """A block whose errors all ranks hear of; what it leaves out isn't done."""
+        try:
+            yield
+        except TvmFlashError as e:
+            self._error = e
+
+    def reach(self, differ: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """What each rank says, by its place in the mesh, once all say the same but for the names in ``differ``.
+
+        Raises
+        ------
+        TvmFlashError: that of this rank.
+        InvalidArgumentError: another rank has an error, or says something else.
+        ProcessGroupError: a rank doesn't say anything.
+        """
+        words = self._said if self._error is None else {"error": str(self._error)[: _ROOM // 4]}
+        everything = self._exchange(json.dumps(words).encode())
+        if self._error is not None:
+            raise self._error
+        said_by = dict(zip(self._ranks, everything, strict=True))
+        for rank, said in said_by.items():
+            if "error" in said:
+                raise InvalidArgumentError(f"on rank {rank}: {said['error']}")
+        first = self._ranks[0]
+        for name, value in said_by[first].items():
+            for rank, said in said_by.items():
+                if name not in differ and said.get(name) != value:
+                    raise InvalidArgumentError(
+                        f"{name}: is {value} on rank {first}, but {said.get(name)} on rank {rank}; expected the same "
+                        f"on all ranks of the mesh"
+                    )
+        return everything
+
+    def _exchange(self, words: bytes) -> list[dict[str, Any]]:
+        mine = torch.zeros(_ROOM, dtype=torch.uint8)
+        mine[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+        rooms = [torch.empty_like(mine) for _ in self._ranks]
+        with talking(self._ranks):
+            self._talk.allgather(rooms, mine).wait()
+        return [json.loads(bytes(room.tolist()).rstrip(b"\0")) for room in rooms]

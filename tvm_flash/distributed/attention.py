@@ -1,0 +1,308 @@
+"""Attention over a sequence that the processes of a mesh share."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from tvm_flash.call import checks
+from tvm_flash.call.prepare import same_framework
+from tvm_flash.call.problem import INT32_MAX
+from tvm_flash.call.ragged import fault_of
+from tvm_flash.distributed.agreement import Agreement, Axes, axes_of
+from tvm_flash.distributed.heads import HeadExchange
+from tvm_flash.distributed.kernels import Kernels
+from tvm_flash.distributed.merge import sink_gradients
+from tvm_flash.distributed.placement import BALANCES, Placement, size
+from tvm_flash.distributed.plan import EXCHANGES, plan
+from tvm_flash.distributed.sight import Sight
+from tvm_flash.distributed.steps import Job
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
+from tvm_flash.tracing.torch_ops import readable
+
+#: Bytes of keys, values and their float32 gradients up to which "auto" has a rank hold those of the whole sequence.
+GATHERED_BYTES = 8 << 30
+
+
+@torch.compiler.disable
+def context_parallel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mesh: DeviceMesh,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+    return_lse: bool = False,
+    layout: str = "bhsd",
+    balance: str = "zigzag",
+    exchange: str = "auto",
+) -> Any:
+    """Attention over a sequence of which each rank of a mesh holds a part; differentiable.
+
+    Parameters
+    ----------
+    q: ``(batch, heads, rows, head_dim)``, the rank's rows in the order of :func:`shard_sequence`; dtypes and strides as
+        in :func:`tvm_flash.flash_attention`.
+    k, v: ``(batch, kv_heads, rows, head_dim)`` and ``(batch, kv_heads, rows, head_dim_v)``, of the same positions.
+    mesh: of one axis, along which keys are exchanged (heads with ``exchange="heads"``); or of two: along the first keys
+        are exchanged, along the second heads, whose number it must divide.
+    causal, softmax_scale, window_size, softcap, alibi_slopes, sinks, return_lse: as in
+        :func:`tvm_flash.flash_attention`, of the whole sequence; slopes and sinks are those of all heads, on every
+        rank.  A rank gets the part of their gradients that its rows and heads give: the gradient is the sum over the
+        ranks, as of any weight.
+    cu_seqlens: where documents begin in the whole sequence, and the last one ends, which don't see each other; the same
+        numbers on every rank, in a list or a tensor on the CPU, where they are read.  For a batch of one.
+    layout: of q, k, v and the result: ``"bhsd"`` or ``"bshd"``.
+    balance: as it was given to :func:`shard_sequence`.
+    exchange: ``"gather"`` gets all keys that a rank's queries see before it computes, with those of some heads on their
+        way while others are computed: the result is the same bits as on one device, of the rows that kernels compute
+        together.  ``"ring"`` gets those of one rank after the other and holds no more than two, and puts float32
+        results together; ``"heads"`` needs a mesh with one axis.  ``"auto"`` is ``"gather"`` where a rank has room for
+        it (8 GiB of keys, values and gradients), else ``"ring"``.
+
+    Returns
+    -------
+    The rank's rows of the result, ``(batch, heads, rows, head_dim_v)`` in q's dtype; zeros in a row that sees no key.
+    With ``return_lse`` a pair of that and float32 ``(batch, heads, rows)``.
+
+    Raises
+    ------
+    InvalidArgumentError (ValueError), ArgumentTypeError (TypeError): an argument is wrong on some rank, or isn't the
+        same on all; every rank raises, before any tensor is sent.
+    NotSupportedError, KernelNotFoundError (NotImplementedError): nothing can compute it.
+    ProcessGroupError (RuntimeError): a process is gone, or didn't answer within its group's timeout.
+
+    Notes
+    -----
+    Sums over ranks are float32 and have one order: the same bits on every run with one mesh.  The methods are Ring
+    Attention (Liu et al., 2023), its zigzag order, and DeepSpeed-Ulysses (Jacobs et al., 2023).
+    """
+    axes = axes_of(mesh, exchange == "heads")
+    asked = Agreement(axes)
+    with asked.checking():
+        check_order(mesh, balance, exchange)
+        sizes = _sizes_of(layout, q, k, v)
+        window = checks.check_window(window_size)
+        causal = checks.check_flag("causal", causal)
+        ends = _document_ends(cu_seqlens, sizes.batch)
+        slopes = _checked_parameter("alibi_slopes", alibi_slopes, q, sizes)
+        sinks = _checked_parameter("sinks", sinks, q, sizes)
+        if sizes.heads % axes.sizes[1]:
+            raise InvalidArgumentError(
+                f"q: has {sizes.heads} heads, expected a multiple of the {axes.sizes[1]} ranks of the mesh's axis that "
+                f"exchanges heads"
+            )
+        scale = checks.check_scale(softmax_scale, sizes.head_dim)
+        softcap, return_lse = checks.check_softcap(softcap), checks.check_flag("return_lse", return_lse)
+        asked.says(
+            batch=sizes.batch, heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim,
+            head_dim_v=sizes.head_dim_v, dtype=str(q.dtype), causal=causal, window_size=window, softcap=softcap,
+            softmax_scale=scale, slopes=None if slopes is None else list(slopes.shape), sinks=sinks is not None,
+            layout=layout, balance=balance,
+            exchange=exchange, cu_seqlens=_in_short(ends),
+            records=torch.is_grad_enabled() and [x.requires_grad for x in (q, k, v)],
+            rows=sizes.seqlen_q,
+        )  # fmt: skip
+    everything = asked.reach(differ=("rows",))
+    placement = agreed_placement("q", [said["rows"] for said in everything], axes, balance)
+    if ends is not None and ends[-1:] > (placement.length,):
+        raise InvalidArgumentError(
+            f"cu_seqlens: ends with {ends[-1]}, expected at most the {placement.length} positions of the sequence"
+        )
+    left, right = (None if x == -1 else x for x in window)
+    sight = Sight(left, 0 if causal else right, (placement.length,) if ends is None else ends)
+    if exchange not in EXCHANGES:
+        kept = placement.length * sizes.batch * sizes.kv_heads * (sizes.head_dim + sizes.head_dim_v)
+        fits = kept // axes.sizes[1] * (q.element_size() + 4) <= GATHERED_BYTES
+        exchange = "gather" if fits or axes.outer is None else "ring"
+    call = _Call(axes, placement, sight, layout, exchange, scale, softcap)
+    out, lse = _Attention.apply(call, q, k, v, slopes, sinks)
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call after its checks."""
+
+    axes: Axes
+    placement: Placement
+    sight: Sight
+    layout: str
+    exchange: str
+    softmax_scale: float
+    softcap: float
+
+    def own(self, x: torch.Tensor | None, heads: int) -> torch.Tensor | None:
+        """The part of a parameter with a value for each head that is of this rank's ``heads``."""
+        first = self.axes.place[1] * heads
+        return None if x is None else x[..., first : first + heads]
+
+    def of_all(self, own: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A gradient ``(batch, heads)`` of this rank's heads in the place of theirs among all, and as ``like``."""
+        inner, ranks = self.axes.place[1], self.axes.sizes[1]
+        among = own.new_zeros((own.shape[0], ranks, own.shape[1]))
+        among[:, inner] = own
+        return among.flatten(1).sum_to_size(like.shape)
+
+    def job(self, slopes: torch.Tensor | None, sinks: torch.Tensor | None, heads: int, learns: bool) -> Job:
+        """What this rank does, with ``heads`` query heads."""
+        slopes, sinks = self.own(slopes, heads), self.own(sinks, heads)
+        kernels = Kernels(self.softmax_scale, self.softcap, self.sight.left, self.sight.right, slopes, learns)
+        what = plan(self.placement, self.sight, self.exchange, self.axes.place[0], slopes is not None)
+        return Job(what, self.axes.outer, kernels, sinks)
+
+    def to_heads(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Some heads of all rows of the outer rank, ``(batch, heads, rows, dim)``."""
+        return list(tensors) if self.axes.inner is None else self._inner.to_heads(tensors)
+
+    def to_rows(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The other way round."""
+        return list(tensors) if self.axes.inner is None else self._inner.to_rows(tensors)
+
+    @property
+    def _inner(self) -> HeadExchange:
+        outer, inner = self.axes.place
+        return HeadExchange(self.axes.inner, inner, self.placement.rows_of_inner(outer))
+
+    def repeats(self, kv_heads: int) -> int:
+        """How often a key head is there, so that each inner rank has those that its query heads read."""
+        return math.lcm(kv_heads, self.axes.sizes[1]) // kv_heads
+
+    def as_bhsd(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor of the caller's as ``(batch, heads, rows, dim)``, or one of those as the caller's."""
+        return x.transpose(1, 2) if self.layout == "bshd" else x
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, q, k, v, slopes, sinks):
+        ctx.call, ctx.kv_heads = call, k.shape[1 if call.layout == "bhsd" else 2]
+        q, k, v = (call.as_bhsd(x) for x in (q, k, v))
+        repeats = call.repeats(k.shape[1])
+        k, v = (x if repeats == 1 else x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        q, k, v = call.to_heads(q, k, v)
+        out, lse = call.job(slopes, sinks, q.shape[1], learns=False).forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse, slopes, sinks)
+        ctx.set_materialize_grads(False)
+        mine, lse = call.to_rows(out, lse[..., None])
+        return call.as_bhsd(mine), lse[..., 0].contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        call, kv_heads = ctx.call, ctx.kv_heads
+        q, k, v, out, lse, slopes, sinks = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 6
+        tensors = []
+        if dout is not None:
+            tensors.append(call.as_bhsd(dout))
+        if dlse is not None:
+            tensors.append(dlse[..., None])
+        tensors = call.to_heads(*tensors)
+        dlse = None if dlse is None else tensors.pop()[..., 0]
+        dout = torch.zeros_like(out) if dout is None else tensors.pop()
+        repeats = call.repeats(kv_heads)
+        job = call.job(slopes, sinks, q.shape[1], learns=ctx.needs_input_grad[4])
+        dtype = q.dtype if repeats == 1 else torch.float32
+        dout, *tensors, dlse = readable(dout, q, k, v, out, lse, dlse)
+        *found, d_slopes = job.backward(dout, *tensors, dlse, dtype)
+        dq, dk, dv = call.to_rows(*found)
+        if repeats > 1:
+            dk, dv = (x.unflatten(1, (kv_heads, repeats)).sum(2).to(q.dtype) for x in (dk, dv))
+        d_slopes = None if d_slopes is None else call.of_all(d_slopes, slopes)
+        d_sinks = None
+        if ctx.needs_input_grad[5]:
+            d_sinks = call.of_all(sink_gradients(dout, out, lse, dlse, job.sinks), sinks)
+        return None, *(call.as_bhsd(x) for x in (dq, dk, dv)), d_slopes, d_sinks
+
+
+def check_order(mesh: DeviceMesh, balance: str, exchange: str) -> None:
+    """That the order of positions is one that there is.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    exchanges = ("auto", *EXCHANGES, "heads")
+    for name, value, known in (("balance", balance, BALANCES), ("exchange", exchange, exchanges)):
+        if value not in known:
+            raise InvalidArgumentError(f"{name}: is {value!r}, expected one of {', '.join(map(repr, known))}")
+    if exchange == "heads" and mesh.ndim != 1:
+        raise InvalidArgumentError(
+            "exchange: is 'heads' and the mesh has two axes, along the second of which heads are exchanged anyway; "
+            "expected 'auto', 'gather' or 'ring', which say what is done along the first"
+        )
+
+
+def agreed_placement(name: str, rows: list[int], axes: Axes, balance: str) -> Placement:
+    """How a sequence lies on the ranks, of each of which it is known how many rows a tensor has.
+
+    Raises
+    ------
+    InvalidArgumentError: :func:`shard_sequence` would have given them others.
+    """
+    placement = Placement(sum(rows), *axes.sizes, balance)
+    for rank, found, held in zip(axes.ranks, rows, placement.order(), strict=True):
+        if found != size(held):
+            raise InvalidArgumentError(
+                f"{name}: has {found} rows on rank {rank}, expected {size(held)} of {sum(rows)} positions in all; use "
+                f"tvm_flash.distributed.shard_sequence with the same mesh, balance={balance!r} and exchange"
+            )
+    return placement
+
+
+def _sizes_of(layout: str, q: Any, k: Any, v: Any) -> checks.Sizes:
+    checks.check_layout(layout)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise ArgumentTypeError(f"{name}: is a {type(x).__qualname__}, expected a torch.Tensor")
+    framework = same_framework({"q": q, "k": k, "v": v})
+    sizes = checks.check_tensors(layout, *(framework.view(x, name) for name, x in (("q", q), ("k", k), ("v", v))))
+    if sizes.seqlen_q != sizes.seqlen_kv:
+        raise InvalidArgumentError(
+            f"k: has {sizes.seqlen_kv} rows, but q has {sizes.seqlen_q}; expected keys and queries of the same "
+            f"positions"
+        )
+    return sizes
+
+
+def _document_ends(cu_seqlens: Any, batch: int) -> tuple[int, ...] | None:
+    """Where documents end, without empty ones."""
+    if cu_seqlens is None:
+        return None
+    starts = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
+    if batch != 1:
+        raise InvalidArgumentError(f"cu_seqlens: is given, and q has batch {batch}; expected a batch of one")
+    if not starts or not all(isinstance(n, int) for n in starts):
+        raise InvalidArgumentError(
+            "cu_seqlens: expected whole numbers, 0 first: where documents begin and the last ends"
+        )
+    if fault := fault_of(starts, "q", INT32_MAX):
+        raise InvalidArgumentError(f"cu_seqlens: {fault}")
+    return tuple(b for a, b in itertools.pairwise(starts) if b > a)
+
+
+def _in_short(ends: tuple[int, ...] | None) -> list[int] | None:
+    """What is said of documents to other ranks, who have their own to compare."""
+    return None if ends is None else list(ends) if len(ends) <= 16 else [len(ends), hash(ends)]
+
+
+def _checked_parameter(name: str, x: Any, q: torch.Tensor, sizes: checks.Sizes) -> torch.Tensor | None:
+    """A parameter with a value for each head."""
+    if x is not None:
+        framework = same_framework({"q": q, name: x})
+        checks.check_per_head(name, framework.view(x, name), "float32", sizes, framework.view(q, "q"))
+    return x

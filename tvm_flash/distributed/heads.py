@@ -1,0 +1,66 @@
+"""From all heads of some positions to some heads of all positions, and back: an all-to-all among the inner ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from tvm_flash.distributed.exchange import talking
+from tvm_flash.distributed.placement import Interval
+
+
+@dataclass(frozen=True)
+class HeadExchange:
+    """The exchange of one inner group.
+
+    Attributes
+    ----------
+    group: the inner ranks.
+    rank: the own one among them.
+    rows: which rows of the outer rank's each holds, one after the other.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    rows: tuple[Interval, ...]
+
+    def to_heads(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All rows ``(batch, heads / ranks, rows, dim)`` of tensors ``(batch, heads, own rows, dim)``."""
+        ranks = len(self.rows)
+        parts = [x.unflatten(1, (ranks, -1)) for x in tensors]
+        sends = [torch.cat([_bytes(x[:, i]) for x in parts]) for i in range(ranks)]
+        shapes = [[(x.shape[0], x.shape[2], self._count(i), x.shape[4]) for x in parts] for i in range(ranks)]
+        return self._exchanged(sends, shapes, [x.dtype for x in tensors], dim=2)
+
+    def to_rows(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Own rows ``(batch, heads, own rows, dim)`` of tensors ``(batch, heads / ranks, rows, dim)``."""
+        ranks = len(self.rows)
+        sends = [torch.cat([_bytes(x[:, :, a:b]) for x in tensors]) for a, b in self.rows]
+        shapes = [(x.shape[0], x.shape[1], self._count(self.rank), x.shape[3]) for x in tensors]
+        return self._exchanged(sends, [shapes] * ranks, [x.dtype for x in tensors], dim=1)
+
+    def _count(self, rank: int) -> int:
+        first, end = self.rows[rank]
+        return end - first
+
+    def _exchanged(self, sends, shapes, dtypes, dim) -> list[torch.Tensor]:
+        """What the ranks sent, each tensor's parts put together along a dimension."""
+        sizes = [[math.prod(shape) * dtype.itemsize for shape, dtype in zip(of, dtypes, strict=True)] for of in shapes]
+        received = sends[0].new_empty(sum(map(sum, sizes)))
+        with talking(self.group):
+            dist.all_to_all_single(
+                received, torch.cat(sends), [sum(x) for x in sizes], [x.numel() for x in sends], group=self.group
+            )
+        parts = [of.split(size) for of, size in zip(received.split([sum(x) for x in sizes]), sizes, strict=True)]
+        return [
+            torch.cat([part[i].view(dtype).view(shape[i]) for part, shape in zip(parts, shapes, strict=True)], dim)
+            for i, dtype in enumerate(dtypes)
+        ]
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)

@@ -1,0 +1,159 @@
+"""Attention of the queries that a rank holds, and its gradients, step by step of a plan.
+
+Messages of the next step are on their way while one is computed.  Keys and values lie side by side, rows first,
+``(rows, batch, kv_heads, head_dim + head_dim_v)``, so that any rows of them are one message, into their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from tvm_flash.distributed.exchange import Return, fetch
+from tvm_flash.distributed.kernels import Kernels
+from tvm_flash.distributed.merge import add_sinks, merge
+from tvm_flash.distributed.plan import Call, Plan, Step
+
+#: Into how many groups heads are split at most where one step has all keys, so that those of the next group are on
+#: their way while one is computed.
+HEAD_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads ``[first, end)`` that are computed together, and the key heads that they read."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step for some heads: its number among all, and its keys once they are there."""
+
+    number: int
+    heads: Heads
+    step: Step
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank does.
+
+    Attributes
+    ----------
+    plan: its steps.
+    group: the ranks that exchange keys; None if there is one.
+    kernels: what is computed.
+    sinks: float32 ``(heads,)`` or ``(batch, heads)``, or none.
+    """
+
+    plan: Plan
+    group: dist.ProcessGroup | None
+    kernels: Kernels
+    sinks: torch.Tensor | None = None
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result and its log-sum-exp of tensors ``(batch, heads, rows, head_dim)``."""
+        merges = self.plan.merges or self.sinks is not None
+        out = empty_as(q, v.shape[3], torch.float32 if merges else q.dtype)
+        if merges or not self.plan.covers:
+            out.zero_()
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        for stage in self._stages(q, k, v):
+            kernels = self.kernels.of_heads(*stage.heads.queries)
+            for call in stage.step.calls:
+                rows = _rows(call, stage.heads)
+                tensors = (q[rows], *_keys(stage.keys, call, k.shape[3]))
+                if merges:
+                    merge(out[rows], lse[rows], *kernels.partial(call, *tensors))
+                else:
+                    lse[rows] = kernels.forward(call, *tensors, out[rows])
+        if self.sinks is not None:
+            add_sinks(out, lse, self.sinks)
+        return out.to(q.dtype), lse
+
+    def backward(self, dout, q, k, v, out, lse, dlse, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of q, of the keys and values that this rank holds, in a dtype, and of the slopes if they learn."""
+        head_dim, learns = k.shape[3], self.kernels.learns
+        once = not self.plan.merges and not self.kernels.adds(q, v)
+        dq = empty_as(q, q.shape[3], q.dtype if once else torch.float32)
+        if not (once and self.plan.covers):
+            dq.zero_()
+        dk, dv = empty_as(k, k.shape[3], dtype), empty_as(v, v.shape[3], dtype)
+        d_slopes = q.new_zeros(q.shape[:2], dtype=torch.float32) if learns else None
+        sums: dict[Heads, torch.Tensor] = {}
+        last = None
+        for stage in self._stages(q, k, v):
+            heads, step = stage.heads, stage.step
+            if heads not in sums:
+                shape = (k.shape[2], *stage.keys.shape[1:])
+                sums[heads] = stage.keys.new_zeros(shape, dtype=torch.float32)
+            gradients = sums[heads] if step.own is None else torch.zeros_like(stage.keys, dtype=torch.float32)
+            kernels = self.kernels.of_heads(*heads.queries)
+            for call in step.calls:
+                rows = _rows(call, heads)
+                places = (dq[rows], *_keys(gradients, call, head_dim), d_slopes[rows[:2]] if learns else None)
+                keys = _keys(stage.keys, call, head_dim)
+                kept = (out[rows], lse[rows], None if dlse is None else dlse[rows])
+                kernels.backward(call, dout[rows], q[rows], *keys, *kept, *places, once=once)
+            if last is not None:
+                last.wait()
+            last = Return(self.group, 2 * stage.number + 1, step, gradients, sums[heads])
+        if last is not None:
+            last.wait()
+        for heads, x in sums.items():
+            x = x.permute(1, 2, 0, 3)
+            dk[:, slice(*heads.keys)] = x[..., :head_dim]
+            dv[:, slice(*heads.keys)] = x[..., head_dim:]
+        return dq.to(q.dtype), dk, dv, d_slopes
+
+    def _stages(self, q, k, v) -> Iterator[Stage]:
+        """All steps, those of the first heads first; the messages of each begin before the one before is computed."""
+        groups = _head_groups(q.shape[1], k.shape[1], len(self.plan.steps), self.group)
+        held = dict.fromkeys(groups)
+        order = [(heads, step) for heads in groups for step in self.plan.steps]
+
+        def begin(number):
+            heads, step = order[number]
+            if held[heads] is None:
+                parts = (x[:, slice(*heads.keys)].permute(2, 0, 1, 3) for x in (k, v))
+                held[heads] = torch.cat([*parts], dim=-1)
+            return fetch(self.group, 2 * number, step, held[heads])
+
+        following = begin(0)
+        for number, (heads, step) in enumerate(order):
+            keys, messages = following
+            if number + 1 < len(order):
+                following = begin(number + 1)
+            messages.wait()
+            yield Stage(number, heads, step, keys)
+
+
+def _head_groups(heads: int, kv_heads: int, steps: int, group: dist.ProcessGroup | None) -> list[Heads]:
+    count = max(n for n in range(1, HEAD_GROUPS + 1) if kv_heads % n == 0) if group is not None and steps == 1 else 1
+    return [
+        Heads((i * heads // count, (i + 1) * heads // count), (i * kv_heads // count, (i + 1) * kv_heads // count))
+        for i in range(count)
+    ]
+
+
+def _rows(call: Call, heads: Heads) -> tuple[slice, slice, slice]:
+    """Where a call's rows are in tensors ``(batch, heads, rows, …)``."""
+    return slice(None), slice(*heads.queries), slice(*call.rows)
+
+
+def _keys(keys: torch.Tensor, call: Call, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A call's keys and values ``(batch, kv_heads, rows, head_dim)``, views of what lies side by side."""
+    rows = keys[slice(*call.keys)].permute(1, 2, 0, 3)
+    return rows[..., :head_dim], rows[..., head_dim:]
+
+
+def empty_as(x: torch.Tensor, last: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the shape of x but for the last dimension, with the same order of dimensions in memory."""
+    order = sorted(range(x.ndim - 1), key=lambda dim: (-x.stride(dim), dim))
+    return torch.empty_permuted((*x.shape[:-1], last), (*order, x.ndim - 1), dtype=dtype, device=x.device)

@@ -1,0 +1,116 @@
+"""The functions of the package ``flash_attn`` over a cache of keys and values: its arguments of versions 2 and 3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tvm_flash.errors import NotSupportedError
+from tvm_flash.kvcache import flash_attention_with_kvcache
+from tvm_flash.nn.windows import sides
+from tvm_flash.paged import flash_attention_paged
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: torch.Tensor | None = None,
+    qv: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    attention_chunk: int = 0,
+    scheduler_metadata: Any = None,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+):
+    """Attention of new tokens to a cache, to which their keys and values are appended first; FlashAttention 2 and 3.
+
+    It is one call of :func:`tvm_flash.flash_attention_with_kvcache`.  Arguments up to ``return_softmax_lse`` are those
+    of version 2, in its order; what version 3 has besides is given by name: ``page_table`` is its ``block_table``.
+    ``num_splits``, ``scheduler_metadata``, ``pack_gqa`` and ``sm_margin`` change nothing: keys are always split at the
+    same positions.  int32 tensors may have another integer dtype, and are converted then.
+
+    Returns
+    -------
+    As q, with the head_dim of v_cache; with ``return_softmax_lse`` also the log-sum-exp ``(batch, heads, seqlen_q)``,
+    or ``(heads, total_q)`` with ``cu_seqlens_q``.
+
+    Raises
+    ------
+    NotSupportedError: ``qv``, a scale of an 8-bit cache or a chunk of attention is given; and what
+        :func:`tvm_flash.flash_attention_with_kvcache` raises.
+    """
+    for name, x in (("qv", qv), ("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
+        if x is not None:
+            raise NotSupportedError(f"{name}: is given, and there are no kernels for it; leave it out")
+    if attention_chunk:
+        raise NotSupportedError(f"attention_chunk: is {attention_chunk}, and there is no such mask; give 0")
+    if block_table is not None and page_table is not None:
+        raise NotSupportedError("page_table: is given beside block_table, which is the same; give one of them")
+    return flash_attention_with_kvcache(
+        *(q, k_cache, v_cache, k, v),
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_seqlens=as_int32(cache_seqlens),
+        cache_batch_idx=as_int32(cache_batch_idx),
+        cache_leftpad=as_int32(cache_leftpad),
+        page_table=as_int32(block_table if page_table is None else page_table),
+        cu_seqlens_q=as_int32(cu_seqlens_q),
+        cu_seqlens_k_new=as_int32(cu_seqlens_k_new),
+        max_seqlen_q=max_seqlen_q,
+        rotary_seqlens=as_int32(rotary_seqlens),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=sides(window_size),
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        rotary_interleaved=rotary_interleaved,
+        num_splits=num_splits,
+        return_lse=return_softmax_lse,
+    )
+
+
+def attend_pages(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    starts_q: torch.Tensor,
+    starts_k: torch.Tensor,
+    page_table: torch.Tensor,
+    max_seqlen_q: int | None,
+    **options: Any,
+):
+    """:func:`tvm_flash.flash_attention_paged` with the starts that sequences of keys would have without pages."""
+    starts_q, starts_k, page_table = map(as_int32, (starts_q, starts_k, page_table))
+    longest = max_seqlen_q if isinstance(max_seqlen_q, int) else None
+    return flash_attention_paged(q, k_cache, v_cache, starts_q, starts_k.diff(), page_table, longest, **options)
+
+
+def as_int32(x: Any) -> Any:
+    """An integer tensor as int32; anything else as it is."""
+    is_integer = isinstance(x, torch.Tensor) and x.dtype in (torch.int64, torch.int16, torch.uint8, torch.int8)
+    return x.int() if is_integer else x

@@ -1,0 +1,9 @@
+"""Windows as flash_attn's functions take them."""
+
+from __future__ import annotations
+
+
+def sides(window_size: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """``(left, right)`` with −1 for a side that is None or negative."""
+    found = (None, None) if window_size is None else tuple(window_size)
+    return tuple(-1 if x is None or x < 0 else x for x in found)

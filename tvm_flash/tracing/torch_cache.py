@@ -1,0 +1,218 @@
+"""A cache of keys and values in PyTorch: the rotation and the appending of new ones, and attention to all of it.
+
+Importing this module registers ``torch.ops.tvm_flash.append_to_cache`` and ``rotate``, which programs see as operators.
+They are made of torch's own: on a GPU about a dozen small launches for appending and seven for each rotation, none of
+which waits, allocates otherwise than through torch, or depends on what is in a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tvm_flash.call import eager
+from tvm_flash.call.signature import Options
+from tvm_flash.errors import NotSupportedError
+from tvm_flash.frameworks.torch import TORCH
+from tvm_flash.operators import PAGED, RAGGED_LAYOUT
+from tvm_flash.paged import flash_attention_paged
+from tvm_flash.tracing import torch_cache_checks as cache_checks
+from tvm_flash.tracing import torch_ragged  # noqa: F401  the operator of the attention
+from tvm_flash.tracing.torch_gradients import is_recorded
+
+_library = torch.library.Library("tvm_flash", "FRAGMENT")
+_tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+_library.define(
+    "append_to_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor? cu_seqlens, "
+    "Tensor cache_seqlens, Tensor page_table) -> ()",
+    tags=_tags,
+)
+_library.define("rotate(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved) -> Tensor", tags=_tags)
+
+
+def attend(
+    tensors: Mapping[str, Any],
+    cache_seqlens: Any,
+    longest: int | None,
+    interleaved: Any,
+    num_splits: Any,
+    options: dict[str, Any],
+) -> Any:
+    """What :func:`tvm_flash.flash_attention_with_kvcache` does with its tensors by name and the rest of its options."""
+    compiling = torch.compiler.is_compiling()
+    along = bool(options["causal"]) or tuple(options["window_size"]) != (-1, -1)
+    sizes = cache_checks.check(tensors, cache_seqlens, longest, interleaved, num_splits)
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    if is_recorded([q, k, v, *(tensors[name] for name in ("k_cache", "v_cache"))]):
+        raise NotSupportedError(
+            "q, k, v: a gradient is required, and of keys in a cache there is none; call under torch.no_grad(), or use "
+            "flash_attention"
+        )
+    starts = tensors["cu_seqlens_q"]
+    if starts is None:
+        starts, longest = _multiples(q.device, sizes.batch, q.shape[1]), q.shape[1]
+    before = cache_seqlens
+    if not isinstance(before, torch.Tensor):
+        number = sizes.capacity if before is None else int(before)
+        before = torch.full((sizes.batch,), number, dtype=torch.int32, device=q.device)
+    k_cache, v_cache, table = _on_pages(tensors, sizes.batch)
+    after, added = before, tensors["cu_seqlens_k_new"]
+    if k is not None:
+        after = before + (k.shape[1] if added is None else added.diff())
+    leftpad = tensors["cache_leftpad"]
+    call = {
+        "q": q if q.ndim == 3 else q.flatten(0, 1),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "cu_seqlens_q": starts,
+        "seqlens_k": after,
+        "page_table": table,
+    }
+    options = options | {"kv_start": None if leftpad is None else leftpad[:, None], "max_seqlen_q": longest}
+    if not compiling and not TORCH.watched(tuple(x for x in (*tensors.values(), before) if x is not None)):
+        _check_all(call, options)
+        if q.device.type == "cpu":
+            cache_checks.check_contents(tensors, before, after, table, sizes, along)
+    if tensors["rotary_cos"] is not None:
+        turned = tensors["rotary_seqlens"]
+        turned = before if turned is None else turned
+        turn = functools.partial(_turned, tensors=tensors, first=turned, interleaved=bool(interleaved))
+        call["q"] = turn(call["q"], starts=tensors["cu_seqlens_q"], each=q.shape[1] if q.ndim == 4 else 0, along=along)
+        k = turn(k.reshape(-1, *k.shape[-2:]), starts=added, each=k.shape[1] if added is None else 0, along=True)
+        k = k.view(tensors["k"].shape)
+    if k is not None:
+        torch.ops.tvm_flash.append_to_cache(k_cache, v_cache, k, v, added, before, table)
+    result = flash_attention_paged(**call, **options)
+    if q.ndim == 3:
+        return result
+    out, lse = result if options["return_lse"] else (result, None)
+    out = out.view(*q.shape[:3], v_cache.shape[-1])
+    return (out, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1)) if options["return_lse"] else out
+
+
+def _check_all(call: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Everything that the attention will check, a kernel for it included.
+
+    Raises
+    ------
+    TvmFlashError: see :mod:`tvm_flash.errors`.
+    """
+    named = ("causal", "window_size", "softcap")
+    asked = Options(
+        *(RAGGED_LAYOUT, "auto", options["return_lse"], options["softmax_scale"], *(options[n] for n in named)),
+        op=PAGED,
+        layout_known=True,
+        longest=options["max_seqlen_q"],
+    )
+    parameters = {n: options[n] for n in ("alibi_slopes", "sinks", "kv_start") if options[n] is not None}
+    eager.plan_of(asked, TORCH, {**call, **parameters})
+
+
+def _on_pages(tensors: Mapping[str, Any], batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The caches and a table of their pages: one without pages has one for each entry."""
+    k_cache, table = tensors["k_cache"], tensors["page_table"]
+    if table is None:
+        entries = tensors["cache_batch_idx"]
+        entries = _multiples(k_cache.device, batch - 1, 1) if entries is None else entries
+        table = entries[:, None]
+    return k_cache, tensors["v_cache"], table
+
+
+_kept: dict[tuple[torch.device, int, int], torch.Tensor] = {}
+
+
+def _multiples(device: torch.device, count: int, step: int) -> torch.Tensor:
+    """``0, step, …, count * step`` as int32; kept, since a captured graph may read it as long as it lives."""
+    if torch.compiler.is_compiling():
+        return torch.arange(count + 1, dtype=torch.int32, device=device) * step
+    key = (device, count, step)
+    found = _kept.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = torch.arange(count + 1, dtype=torch.int32) * step
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # nothing may be copied from here
+                return torch.arange(count + 1, dtype=torch.int32, device=device) * step
+            found = found.to(device)  # waits for the copy, once
+        if not torch._subclasses.fake_tensor.is_fake(found):
+            _kept[key] = found
+    return found
+
+
+def _turned(x, *, tensors, first, interleaved, starts, each, along):
+    """Rows after the rotation by their positions: those from ``first`` on in each sequence, or ``first`` for all."""
+    if starts is None:
+        positions = first[:, None].expand(-1, each)
+        if along:
+            positions = positions + torch.arange(each, dtype=torch.int32, device=x.device)
+        positions = positions.reshape(-1)
+    else:
+        rows, b = _sequence_of_rows(starts, x.shape[0])
+        positions = first[b] + (rows - starts[b] if along else 0)
+    return torch.ops.tvm_flash.rotate(x, tensors["rotary_cos"], tensors["rotary_sin"], positions, interleaved)
+
+
+def _sequence_of_rows(starts: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's number, and the sequence that it is in; a row after the last sequence counts as the last row of it."""
+    rows = torch.arange(total, dtype=torch.int32, device=starts.device)
+    rows = torch.minimum(rows, starts[-1] - 1).clamp_min(0)
+    b = torch.bucketize(rows, starts[1:], right=True, out_int32=True)
+    return rows, b.clamp_max(starts.shape[0] - 2)
+
+
+# ---------------------------------------------------------------- operators
+
+
+def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table):
+    if not k.numel() and not v.numel():
+        return
+    pages, size = k_cache.shape[:2]
+    if cu_seqlens is None:
+        each = k.shape[1]
+        positions = (cache_seqlens[:, None] + torch.arange(each, dtype=torch.int32, device=k.device)).flatten()
+        b = torch.arange(len(positions), device=k.device) // each
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        valid = positions >= 0
+    else:
+        rows, b = _sequence_of_rows(cu_seqlens, k.shape[0])
+        positions = cache_seqlens[b] + rows - cu_seqlens[b]
+        valid = (positions >= 0) & (torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1])
+    column = positions // size
+    page = page_table[b, column.clamp(0, page_table.shape[1] - 1)].long()
+    valid &= (column < page_table.shape[1]) & (page >= 0) & (page < pages)
+    inside = (positions % size).long()
+    if k.device.type == "cpu" and valid.all():
+        k_cache[page, inside], v_cache[page, inside] = k, v
+        return
+    # What has no place is written where the first that has one is, with its values; if none has one, nothing changes.
+    first, some = valid.to(torch.int32).argmax(keepdim=True), valid.any()
+    page, inside = (torch.where(valid, x, torch.where(some, x[first], 0)) for x in (page, inside))
+    for cache, x in ((k_cache, k), (v_cache, v)):
+        instead = torch.where(some, x[first], cache[:1, 0])
+        cache[page, inside] = torch.where(valid[:, None, None], x, instead)
+
+
+def _rotate(x, cos, sin, positions, interleaved):
+    at = positions.clamp(0, cos.shape[0] - 1)
+    cos, sin = (t.index_select(0, at)[:, None].float() for t in (cos, sin))
+    width = 2 * cos.shape[-1]
+    places = (
+        (slice(0, width, 2), slice(1, width, 2)) if interleaved else (slice(0, width // 2), slice(width // 2, width))
+    )
+    a, b = (x[..., p].float() for p in places)
+    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    turned[..., width:] = x[..., width:]
+    turned[..., places[0]] = a * cos - b * sin
+    turned[..., places[1]] = a * sin + b * cos
+    return turned
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("append_to_cache", _append, _key)
+    _library.impl("rotate", _rotate, _key)
+torch.library.register_fake("tvm_flash::append_to_cache", lambda *_: None, lib=_library)
+torch.library.register_fake(
+    "tvm_flash::rotate", lambda x, *_: torch.empty(x.shape, dtype=x.dtype, device=x.device), lib=_library
+)
