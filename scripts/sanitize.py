@@ -22,17 +22,18 @@ import math
 
 import numpy as np
 
-from tvm_flash.commands import check as selfcheck
-from tvm_flash.commands.check_sequences import on_pages, packed
 from tvm_flash.machine.device import Device
+from tvm_flash.measure import small_case
+from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS
+from tvm_flash.measure.small_sequences import on_pages, packed
 from tvm_flash.packs.registry import registry
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 #: (batch, heads, kv_heads), (seqlen_q, seqlen_kv): query heads that share a tile; several row tiles and tiles of keys.
 SHAPES = (
-    ((selfcheck.BATCH, selfcheck.HEADS, selfcheck.KV_HEADS), (33, 70)),
-    ((selfcheck.BATCH, selfcheck.HEADS, selfcheck.KV_HEADS), (300, 333)),
+    ((BATCH, HEADS, KV_HEADS), (33, 70)),
+    ((BATCH, HEADS, KV_HEADS), (300, 333)),
 )
 #: More row tiles than a GPU has room for, for kernels whose blocks go on to others.
 MANY = ((4, 50, 50), (20, 140))
@@ -57,7 +58,7 @@ def run(arch: str, symbol: str) -> int:
         e = kernel.entry
         for heads, seqlens in (*SHAPES, *([MANY] if e.config.get("waves") else [])):
             print(f"{number} of {len(kernels)}: {e.symbol}, {heads}, {seqlens}", flush=True)
-            q, k, v = selfcheck.random_inputs(e.dtype, e.head_dim, e.head_dim_v, heads, seqlens)
+            q, k, v = small_case.random_inputs(e.dtype, e.head_dim, e.head_dim_v, heads, seqlens)
             given = {"q": q, "k": k, "v": v}
             if e.op == "backward":
                 given |= outputs(q, v)
@@ -65,7 +66,9 @@ def run(arch: str, symbol: str) -> int:
                 given = packed([{role: x[b] for role, x in given.items()} for b in range(len(q))], after=3)
             if e.form == "paged":
                 given = on_pages(given)
-            found = selfcheck.run(kernel, device, given, 1 / math.sqrt(e.head_dim), (e.head_dim, e.head_dim_v))
+            found = small_case.run(
+                e, registry().load(kernel), device, given, 1 / math.sqrt(e.head_dim), (e.head_dim, e.head_dim_v)
+            )
             for role in found.keys() - {"lse"}:
                 assert np.isfinite(found[role]).all(), f"not all of {role} is written"
     if not kernels:

@@ -17,6 +17,7 @@ from tvm_flash.catalogue import MASKS
 from tvm_flash.commands import check as selfcheck
 from tvm_flash.commands.cli import main
 from tvm_flash.machine.device import Device
+from tvm_flash.measure import small_case
 from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest
 from tvm_flash.packs.registry import registry
 
@@ -186,7 +187,7 @@ def test_the_cases_of_a_check_see_keys(mask, lengths):
     """A kernel for long sequences must have something to get wrong: most rows see keys, and masks hide some."""
     params = tuple(p.name for p in MASKS[mask].params)
     found, full = (
-        selfcheck._expected("forward", "float32", 8, 8, name, "identity", given, (), lengths, *lengths).exact["o"][0]
+        small_case._expected("forward", "float32", 8, 8, name, "identity", given, (), lengths, *lengths).exact["o"][0]
         for name, given in ((mask, params), ("full", ()))
     )
     assert found.any(axis=-1).mean() > 0.8

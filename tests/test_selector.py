@@ -334,3 +334,10 @@ def test_a_program_that_can_run_one_launch_takes_a_kernel_of_one(packs):
     found = explain(problem(seqlen_q=1, seqlen_kv=9000, workspaces=False), GPU, "auto")
     assert found.chosen.symbol == "v2_float16_d64_full_identity"
     assert "needs several launches or a workspace" in str(found)
+
+
+def test_what_keys_on_pages_get(cpu_pack):
+    found = BackendSelector("cpu").explain(8, 32, 1, 128, kv_heads=8, seq_len_kv=4096, causal=True, paged=True)
+    assert found.chosen.kind == "paged" and "stands in for causal" in found.reason
+    with pytest.raises(InvalidArgumentError, match=r"^backward: is True"):
+        BackendSelector("cpu").explain(8, 32, 1, 128, paged=True, backward=True)

@@ -79,6 +79,14 @@ def test_code(stage, has):
     assert has in show.listing(SPEC, SM_80, stage).text
 
 
+def test_one_result_of_a_backward(capsys):
+    """Of the launches for delta, for dk and dv, and for dq, the last."""
+    assert show.main(["V2", "--arch", "sm_80", "--head-dim", "64", "--op", "dq", "--stage", "cuda"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("# dq of v2_float16_d64_full_identity_backward for sm_80")
+    assert text.count("__global__") == 1 and "backward_dq_kernel(" in text
+
+
 def test_code_of_a_processor():
     spec = KernelSpec("v1", "attention", "full", "identity", "float32", 64, 64)
     assert "define" in show.listing(spec, CPU, "llvm").text

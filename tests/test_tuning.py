@@ -73,7 +73,7 @@ def test_variations_of_the_default_are_tried_first(tmp_path, rigged):
     assert {key(r): r.search for r in records.read(log)} == {(16, 1): "default", (48, 2): "variation 0"}
     wrong = subprocess.run([*command, "--variation", "block_k=3"], capture_output=True, text=True)
     assert wrong.returncode == 2
-    assert "--variation block_k: unknown; a configuration for cpu" in wrong.stderr
+    assert "--variation block_k: unknown; a forward configuration for cpu" in wrong.stderr
 
 
 def test_a_search_survives_everything_and_decides_what_is_built(tmp_path, rigged):
@@ -168,4 +168,4 @@ def test_a_configuration_that_a_family_fails_on_is_no_candidate(tmp_path, rigged
     proposals = [Proposal(spec, rigged_family.Config(48, 2), "test") for spec in tasks]
     made, not_made = emit.emit(folder, TARGET, tasks, proposals, "000", jobs=1)
     assert not made and "ZeroDivisionError" in not_made[0].reason
-    assert folder.batches() in ([], [Batch("000-000-0", (), (PROBLEM,), {"v1": {}})])
+    assert folder.batches() in ([], [Batch("000-000-0", (), (PROBLEM,), {"v1_float32_d64_full_identity": {}})])

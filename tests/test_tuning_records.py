@@ -308,6 +308,6 @@ def test_a_peer_is_timed_in_its_own_surroundings(monkeypatch):
     peer = Contestant(Implementation("other", "Other", "a function", ours=False), "bshd", "bhsd", prepare, around)
     monkeypatch.setattr(peers, "contestants", lambda kind: [peer])
     workload = Workload.parse("b=1 h=2 s=8 d=16 fp32")
-    found = peers.peers_of(workload, tuple(torch.zeros(1, 2, 8, 16) for _ in range(3)), "cpu")
+    found = peers.peers_of(workload, {role: torch.zeros(1, 2, 8, 16) for role in "qkv"}, "cpu")
     assert found["other"].call() == 1
     assert not inside

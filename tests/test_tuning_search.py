@@ -11,9 +11,10 @@ import pytest
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
-from schedules.families import FAMILY, family_of
+from schedules.families import FAMILY, family_of, kinds_of, maker_of
 from schedules.families.cpu.isa import ISAS
-from schedules.families.interface import Target
+from schedules.families.interface import BACKWARD_ACCUMULATE, PARTIAL, Target
+from schedules.tuning import emit, kinds
 from schedules.tuning.budget import Budget
 from schedules.tuning.space import Space
 from schedules.tuning.strategy import STRATEGIES, Evolutionary, geometric_mean
@@ -28,6 +29,8 @@ from tvm_flash.measure.workloads import Workload, standard_suite
         "b=4 h=16 s=4096 d=128 causal float16",
         "b=1 h=32 hk=8 s=1 sk=4096 d=128 full bfloat16",
         "b=2 h=4 s=512 d=192 dv=128 window=128 softcap=30 alibi float32",
+        "b=8 h=4 hk=2 s=512 d=64 causal ragged backward float32",
+        "b=8 h=4 s=2 sk=512 d=64 causal paged float32",
     ],
 )
 def test_a_workload_comes_back_from_its_text(text):
@@ -47,6 +50,7 @@ def test_a_workload_may_take_its_dtype_from_outside():
         ("b=1 h=2 s=3 d=8 fp16 causual", "'causual' isn't understood"),
         ("b=1 h=2 s=0 d=8 fp16", "'s=0' isn't understood"),
         ("b=1 h=3 hk=2 s=3 d=8 fp16", "hk=2 doesn't divide h=3"),
+        ("b=1 h=3 s=3 d=8 paged backward fp16", "leave out paged or backward"),
     ],
 )
 def test_a_wrong_workload_is_refused_with_the_reason(text, complaint):
@@ -58,6 +62,10 @@ def test_operations_of_a_workload():
     assert Workload.parse("b=2 h=3 s=10 d=8 full fp16").flops == 4 * 2 * 3 * 10 * 10 * 8
     assert Workload.parse("b=2 h=3 s=10 d=8 causal fp16").flops == 2 * 2 * 3 * 10 * 10 * 8
     assert Workload.parse("b=1 h=1 s=10 sk=30 d=8 causal fp16").flops == 4 * (10 * 30 - 50) * 8
+    assert Workload.parse("b=2 h=3 s=10 d=8 causal backward fp16").flops == 5 * 2 * 3 * 10 * 10 * 8
+    ragged = Workload.parse("b=3 h=2 s=10 sk=40 d=8 full ragged backward fp16")
+    assert ragged.flops == 10 * 2 * sum(q * k for q, k in ragged.lengths) * 8
+    assert len(set(ragged.lengths)) == 3 and ragged.totals == tuple(map(sum, zip(*ragged.lengths, strict=True)))
 
 
 def test_the_standard_suite_has_the_grid():
@@ -104,6 +112,25 @@ def test_every_family_declares_a_space_with_its_default_in_it(target):
                 assert getattr(config, name) in values, f"the default {name} isn't in the space"
         refused = sum(space.rejections().values())
         assert refused + len(feasible) == len(list(space.combinations()))
+
+
+@pytest.mark.parametrize("target", [Target("cpu", "avx2"), *map(Target, ("sm_75", "sm_86", "sm_90a"))], ids=str)
+def test_every_kind_declares_a_space_with_its_default_in_it(target):
+    family = family_of(target)
+    for kind in kinds_of(target)[1:]:
+        if kind not in kinds.KINDS:
+            assert kind in (PARTIAL, BACKWARD_ACCUMULATE)
+            continue
+        for head_dim in (64, 256):
+            problem = Workload.parse(f"b=1 h=2 s=512 d={head_dim} causal", family.DTYPES[-1])
+            spec = kinds.spec_for(kind, family.TEMPLATES[-1], kinds.problem_of(kind, problem), gpu=target.arch != "cpu")
+            space = emit.space_of(spec, target)
+            assert set(space.axes) <= {f.name for f in dataclasses.fields(maker_of(target, kind).Config)}
+            if space.refusal(space.base) is None:
+                assert sum(len(values) > 1 for values in space.axes.values()) >= 2
+                for config in emit.defaults_of(spec, target).values():
+                    for name, values in space.axes.items():
+                        assert getattr(config, name) in values, f"{spec.symbol}: the default {name} isn't in the space"
 
 
 def test_random_numbers_of_a_space_are_repeatable():

@@ -14,12 +14,16 @@ from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, Problem, normalise
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.machine.device import Device, parse
-from tvm_flash.operators import FORWARD, OPERATORS, RAGGED, RAGGED_LAYOUT
+from tvm_flash.operators import FORWARD, OPERATORS, PAGED, RAGGED, RAGGED_LAYOUT
 
 PREFERENCES = ("speed", "compatibility")
 
 #: dtype for a device when none is given: what one would run there.
 _USUAL_DTYPE = {"cpu": "float32", "cuda": "float16"}
+
+
+#: Keys on a page that an explanation is of; which kernel runs doesn't depend on it.
+_PAGE_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -164,17 +168,25 @@ class BackendSelector:
         variant: str = "auto",
         backward: bool = False,
         ragged: bool = False,
+        paged: bool = False,
     ) -> Explanation:
         """What :meth:`select_attention` (or ``flash_attention`` with ``variant``) chooses, and why no other kernel.
 
         With ``backward`` the same for the kernel that computes the gradients; with ``ragged`` for that of
-        ``flash_attention_varlen`` on ``batch`` sequences that are so long on average.
+        ``flash_attention_varlen`` on ``batch`` sequences that are so long on average, and with ``paged`` for that of
+        ``flash_attention_paged`` on as many with so many keys at most, on pages of 16.
         """
         problem = self._problem(batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout)
-        op = RAGGED if ragged else FORWARD
+        op = PAGED if paged else RAGGED if ragged else FORWARD
+        if backward and not OPERATORS[op].backward:
+            raise InvalidArgumentError("backward: is True, and of keys on pages there are no gradients; leave it out")
         problem = dataclasses.replace(problem, op=OPERATORS[op].backward if backward else op)
-        if ragged:
+        if ragged or paged:
             lengths = {"seqlen_q": batch * problem.seqlen_q, "seqlen_kv": batch * problem.seqlen_kv}
+            if paged:
+                pages = -(-problem.seqlen_kv // _PAGE_SIZE)
+                lengths |= {"pages": batch * pages, "page_size": _PAGE_SIZE, "pages_per_sequence": pages}
+                lengths |= {"seqlen_kv": pages * _PAGE_SIZE, "longest": problem.seqlen_q}
             mask = "causal" if causal else "full"
             problem = dataclasses.replace(problem, **lengths, layout=RAGGED_LAYOUT, mask=mask)
         return explain(problem, self.device, checks.check_variant(variant), self.prefer)

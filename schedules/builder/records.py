@@ -84,13 +84,14 @@ class Measurement:
     ----------
     kind: ``"measured"``.
     device, driver, arch, run_as: as in :class:`Record`; ``isa`` and ``threads`` are of a processor.
-    template, dtype, head_dim, head_dim_v, mask, score: of the kernel, as in the manifest.
+    template, dtype, head_dim, head_dim_v, mask, score: of the kernel, as in the manifest; ``kernel_kind`` is its kind,
+        ``"forward"`` in records that are older than the field.
     problem: what was timed, as :class:`tvm_flash.measure.workloads.Workload` reads it.
     config: the configuration as JSON.
     status: ``"ok"``; ``"wrong"`` numbers; ``"hung"``, ``"crashed"``; ``"not built"``: by ``reason``.
     microseconds: the median; ``spread`` the 10th to the 90th percentile; None unless ``"ok"``, as all figures below.
-    tflops: operations of the two products by the median time; ``percent_of_peak`` of what a large matrix product of the
-        same dtype reached in the same process.
+    tflops: operations of the products, two or a backward's five, by the median time; ``percent_of_peak`` of what a
+        large matrix product of the same dtype reached in the same process.
     gain: time of the incumbent over this time, both as medians of the same rounds.
     incumbent: kernel hash of that incumbent; ``default`` tells that this configuration is the family's default here.
     rounds: how many there were; ``given_up`` if that is fewer than the others had, since it was clearly slower.
@@ -133,6 +134,7 @@ class Measurement:
     versions: dict[str, str]
     date: str
     given_up: bool = False
+    kernel_kind: str = "forward"
     schema: int = SCHEMA
 
     @property

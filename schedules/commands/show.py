@@ -15,7 +15,7 @@ from pathlib import Path
 import tvm
 from tvm import tirx
 
-from schedules.builder.compile import Lowered, cpu_target, definition_of, lower_for_each
+from schedules.builder.compile import Lowered, cpu_target, definition_of, export_cuda, lower_for_each
 from schedules.builder.plan import BuildRequest, parse_targets, select
 from schedules.builder.suite import SCOPES, HeadDim, KernelSpec, Selection
 from schedules.definition.definition_file import DefinitionFile
@@ -114,6 +114,8 @@ CPU_STAGES = {
 
 #: The stages before there is a template: an operator's mathematics, and the derivative of the score.
 DEFINITION, GRADIENT = "definition", "gradient"
+#: What a backward computes, each by some of its launches.
+GRADIENTS = ("dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,22 @@ def _derivatives(pattern: Pattern) -> str:
     return "\n".join(lines)
 
 
-def listing(spec: KernelSpec, request: BuildRequest, stage: str, op: str = "forward") -> Listing:
+def _of_result(lowered: Lowered, result: str, target: Target) -> Lowered:
+    """Of a kernel's launches only those that write or complete a result."""
+    program = lowered.program
+    launches = tuple(launch for launch in program.launches if result in launch.roles)
+    roles = {role for launch in launches for role in launch.roles}
+    workspaces = tuple(w for w in program.workspaces if w.name in roles)
+    program = dataclasses.replace(program, launches=launches, workspaces=workspaces)
+    text = lowered.text if target.arch == "cpu" else export_cuda(program, target)
+    return dataclasses.replace(lowered, program=program, text=text)
+
+
+def listing(spec: KernelSpec, request: BuildRequest, stage: str, op: str = "forward", result: str = "") -> Listing:
     """A kernel, as a build of the request would make it for its first target, at a stage.
 
-    An operator other than ``forward`` that no kind of kernels is called after has the stage ``definition`` only.
+    An operator other than ``forward`` that no kind of kernels is called after has the stage ``definition`` only.  If a
+    ``result`` is named, only launches of it are shown.
 
     Raises
     ------
@@ -180,8 +194,9 @@ def listing(spec: KernelSpec, request: BuildRequest, stage: str, op: str = "forw
         raise ValueError(f"--bucket {spec.bucket}: there are {', '.join(map(str, buckets))}")
     if isinstance(lowered, Rejected):
         raise ValueError(f"{spec.symbol}: {lowered.reason}")
+    lowered = _of_result(lowered, result, target) if result else lowered
     config = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(lowered.config).items())
-    title = f"{spec.symbol} for {target}, {stages[stage].about} ({config})"
+    title = f"{f'{result} of ' if result else ''}{spec.symbol} for {target}, {stages[stage].about} ({config})"
     return Listing(title, stages[stage].make(lowered, target), stages[stage].language)
 
 
@@ -191,6 +206,8 @@ def listing(spec: KernelSpec, request: BuildRequest, stage: str, op: str = "forw
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command: 0, or 2 for a request that can't be carried out."""
     options = _parser().parse_args(arguments)
+    result = options.op if options.op in GRADIENTS else ""
+    options.op = "backward" if result else options.op
     try:
         target = parse_targets([options.arch or "native"])[-1]
         request = _request(options, target)
@@ -198,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         templates = options.templates or (["v2"] if "v2" in family_of(target).TEMPLATES else ["v1"])
         templates = templates[:1] if options.stage in (DEFINITION, GRADIENT) else templates
         specs = [dataclasses.replace(spec, template=t) for t in templates]
-        listings = [listing(one, request, options.stage, options.op) for one in specs]
+        listings = [listing(one, request, options.stage, options.op, result) for one in specs]
     except (ValueError, ToolchainError, DefinitionError) as e:
         print(f"show: {e}", file=sys.stderr)
         return 2
@@ -214,7 +231,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     stages = (DEFINITION, GRADIENT, *dict.fromkeys((*GPU_STAGES, *CPU_STAGES)))
     parser.add_argument("--stage", choices=stages, default="tir", help="default: tir; llvm and asm are the CPU's")
-    parser.add_argument("--op", choices=tuple(OPERATORS), default="forward", help="an operator; default: forward")
+    choices = (*OPERATORS, *GRADIENTS)
+    parser.add_argument(
+        "--op", choices=choices, default="forward", help="an operator, or of a backward one result; default: forward"
+    )
     parser.add_argument("--arch", help="cpu, sm_80, sm_90a, …; default: this machine's GPU, or its processor")
     parser.add_argument("--head-dim", default="128", help="128, or 192:128 if values have a size of their own")
     parser.add_argument("--dtype", help="default: float16, on a processor float32")

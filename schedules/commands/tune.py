@@ -34,6 +34,8 @@ _EXAMPLES = """\
 examples:
   scripts/tune.py --arch native --problem "b=4 h=16 s=4096 d=128 causal fp16"
   scripts/tune.py --arch cpu --suite standard --dtype float32 --strategy evolutionary --budget 10min
+  scripts/tune.py --arch native --problem "b=8 h=8 s=512 d=64 causal ragged backward fp32"
+  scripts/tune.py --arch sm_90a --kind backward --suite standard --head-dim 128 --budget 50 --emit DIR
   scripts/tune.py --arch sm_86 --suite standard --budget 200 --emit DIR       on a machine without a GPU, then
   scripts/tune.py --measure DIR                                               on one with it, without TVM; or on many:
   scripts/tune.py --measure DIR --engine ray --address HOST:6379
@@ -87,9 +89,10 @@ def _tune(arguments: Sequence[str]) -> int:
             raise ValueError(f"--template {template}: unknown; expected one of {', '.join(TEMPLATES)}")
     target = parse_targets([options.arch], options.isa)[-1]  # of "native", the GPU if there is one
     workloads = _workloads(options, target)
-    tasks = tasks_for(workloads, options.template or TEMPLATES, target)
+    tasks = tasks_for(workloads, options.template or TEMPLATES, target, options.kind)
     if not tasks:
-        raise ValueError(f"{target} has no kernel for any of the problems")
+        whose = f"{target} has no {' or '.join(options.kind)} kernel".replace("  ", " ")
+        raise ValueError(f"{whose} for any of the problems")
     if options.dry_run:
         _print_spaces(tasks, target)
         return 0
@@ -190,16 +193,35 @@ def _devices(options: argparse.Namespace, arch: str) -> list[str]:
 
 def _workloads(options: argparse.Namespace, target) -> list[Workload]:
     from schedules.families import family_of
+    from schedules.tuning import kinds
 
+    for kind in options.kind:
+        if kind not in kinds.KINDS:
+            raise ValueError(f"--kind {kind}: unknown; expected one of {', '.join(kinds.KINDS)}")
     dtypes = options.dtype or family_of(target).DTYPES
     if bool(options.problem) == bool(options.suite):
         raise ValueError("either --problem or --suite is needed: what is to be fast?")
     if options.suite:
-        return standard_suite(
-            "cpu" if target.arch == "cpu" else "cuda", dtypes, options.head_dim, options.seqlen, options.mask
-        )
-    named = [_parse_problem(text) for text in options.problem]
-    return list(dict.fromkeys(w for text in named for w in _in_dtypes(text, options.dtype)))
+        device = "cpu" if target.arch == "cpu" else "cuda"
+        found = standard_suite(device, dtypes, options.head_dim, options.seqlen, options.mask)
+    else:
+        named = [_parse_problem(text) for text in options.problem]
+        found = [w for text in named for w in _in_dtypes(text, options.dtype)]
+    return list(dict.fromkeys(one for w in found for one in _of_kinds(w, options.kind)))
+
+
+def _of_kinds(workload: Workload, asked: Sequence[str]) -> list[Workload]:
+    """A problem as those of the kinds that were asked for; one that says itself what it is must be one of theirs."""
+    from schedules.tuning import kinds
+
+    if not asked:
+        return [workload]
+    if not workload.words:
+        return [kinds.problem_of(kind, workload) for kind in asked]
+    if not kinds.of(workload, asked):
+        whose = ", ".join(kinds.of(workload))
+        raise ValueError(f"--kind {', '.join(asked)}: the problem {workload} is one of {whose}; leave out one of both")
+    return [workload]
 
 
 def _parse_problem(text: str) -> tuple[str, bool]:
@@ -264,6 +286,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", default="native", help="native (default: the GPU, else the CPU), cpu, sm_80, …")
     parser.add_argument("--isa", default="", help="of CPU kernels: amx, avx512, avx2, …; else this machine's best")
     parser.add_argument("--template", type=values, **several, help="v1, v2 (default: both)")
+    parser.add_argument(
+        "--kind", type=values, **several, help="forward, decode, backward, ragged, … (default: what the problem says)"
+    )
     parser.add_argument("--problem", action="append", default=[], help='such as "b=4 h=16 s=4096 d=128 causal fp16"')
     parser.add_argument("--suite", choices=("standard",), help="the usual problems; these options keep some of them:")
     parser.add_argument("--dtype", type=values, **several, help="float32, float16, bfloat16")

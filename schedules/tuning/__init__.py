@@ -1,7 +1,7 @@
 """Schedule tuning: configurations are searched, built, checked, timed, and written down in ``tuning_logs/``.
 
 ==================== ===========================================================================================
-``workload``         what is timed: one attention problem, as ``"b=4 h=16 s=4096 d=128 causal"``
+``kinds``            the kinds of kernels that are tuned, and which kernel a problem is for
 ``space``            which configurations a family has for it, and why others are refused
 ``strategy``         in which order they are tried: exhaustive, random, evolutionary
 ``candidate``        a configuration of a kernel as a file that a machine without TVM understands
@@ -9,9 +9,9 @@
 ``folder``           a folder of candidates that several machines measure together
 ``compiler``         source files to modules
 ``child``, ``check``, ``timing``, ``peers``   the process that runs kernels: right numbers first, then time
+``problem``, ``forms``, ``exact``   a timed problem: its tensors, how sequences lie, some results in float64
 ``measure``          starts such processes, survives them, and writes records
 ``best``             records to the configurations that ``build_kernels`` takes, and the command where there are none
-``report``, ``diff`` pictures and tables of logs
-``command``          ``scripts/tune.py``
+``report``, ``tables``  pictures and tables of logs; ``schedules/commands/tune.py`` is the command
 ==================== ===========================================================================================
 """

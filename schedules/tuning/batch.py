@@ -154,8 +154,8 @@ class BatchRun:
             ],
             "workloads": self.batch.workloads,
             "incumbents": {
-                template: {w: id for w, id in ids.items() if id in usable}
-                for template, ids in self.batch.incumbents.items()
+                symbol: {w: id for w, id in ids.items() if id in usable}
+                for symbol, ids in self.batch.incumbents.items()
             },
             "skip": [[id, w] for id in usable for w in self.batch.workloads if (id, w) not in todo],
             "peers": self.options.peers,
@@ -200,8 +200,7 @@ class BatchRun:
         median = statistics.median(microseconds)
         flops = w.flops / median * 1e6
         peak = self.about["peaks"][w.dtype]
-        template = self.candidates[id].entry.template
-        incumbent = self.batch.incumbents.get(template, {}).get(workload, "")
+        incumbent = self._incumbent(id, workload) or ""
         of_incumbent = self.seconds.get((incumbent, workload))
         gain = statistics.median(of_incumbent[: len(seconds)]) / statistics.median(seconds) if of_incumbent else None
         self._record(
@@ -223,7 +222,7 @@ class BatchRun:
             return
         candidate = self.candidates[id]
         entry = candidate.entry
-        incumbent = self.batch.incumbents.get(entry.template, {}).get(workload)
+        incumbent = self._incumbent(id, workload)
         unknown = dict.fromkeys(("microseconds", "spread", "tflops", "percent_of_peak", "gain", "error"))
         record = Measurement(
             kind="measured",
@@ -243,9 +242,14 @@ class BatchRun:
             default=incumbent == id,
             kernel_hash=candidate.kernel_hash,
             search=candidate.search,
+            kernel_kind=entry.kind,
         )
         self.done.add((candidate.kernel_hash, workload))
         self.write(record)
+
+    def _incumbent(self, id: str, workload: str) -> str | None:
+        """The candidate that is the default beside another one."""
+        return self.batch.incumbents.get(self.candidates[id].entry.symbol, {}).get(workload)
 
     def _write_peer(self, event: dict[str, Any]) -> None:
         microseconds = [s * 1e6 for s in event["seconds"]]

@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from schedules.builder import records
 from schedules.builder.configs import NO_RECORDS, Proposal, Tuned
-from schedules.builder.records import Line, Measurement
+from schedules.builder.records import Measurement
 from schedules.builder.suite import KernelSpec
 from schedules.families import FAMILY
-from schedules.families.interface import FORWARD, Target
-from schedules.tuning import tables
+from schedules.families.interface import Target
+from schedules.tuning import kinds, tables
 from tvm_flash.machine import cpu, cuda
 from tvm_flash.measure.workloads import Workload
 from tvm_flash.packs.manifest import Speed
@@ -30,10 +30,6 @@ WORTH = {"cuda": math.log(1.01), "cpu": math.log(1.03)}
 
 #: How tuned configurations are used: those that may ship, none, or all that were measured.
 MODES = ("auto", "default", "measured")
-
-
-#: What makes two kernels the same, apart from configuration and bucket; names as in the manifest and in records.
-_KIND = ("template", "dtype", "head_dim", "head_dim_v", "mask", "score")
 
 
 class Tuning:
@@ -48,24 +44,23 @@ class Tuning:
     def __init__(self, mode: str, folder: Path = records.LOGS):
         self.mode = mode
         self.measured = [r for r in records.measured(folder) if r.status == "ok"] if mode != "default" else []
-        self.verified = records.verified(folder)
+        self.verified: dict[tuple[str, str], list[str]] = {}  # hashes of sources, by arch and kernel
+        for r in records.verified(folder).values():
+            self.verified.setdefault((r.arch, r.symbol.removesuffix(f"_s{r.bucket}")), []).append(r.source_hash)
         self.here = devices_here() if self.measured else frozenset()
 
     def __call__(self, spec: KernelSpec, target: Target) -> Tuned:
-        """What the records say of a kernel; nothing of kinds beside the usual one, which the tuner doesn't measure."""
-        if spec.kind != FORWARD:
-            return NO_RECORDS
+        """What the records say of a kernel."""
         arch, isa = target.arch, target.isa
-        same_kind = [r for r in self.measured if _is_kind(r, spec)]
-        if not same_kind:
+        of_it = [r for r in self.measured if kinds.is_of(r, spec)]
+        if not of_it:
             return NO_RECORDS
-        own = [r for r in same_kind if (r.arch, r.isa) == (arch, isa)]
-        chosen = self._nearest(same_kind, arch, isa)
+        own = [r for r in of_it if (r.arch, r.isa) == (arch, isa)]
+        chosen = self._nearest(of_it, arch, isa)
         needs_no_proof = arch == "cpu" or self.mode == "measured" or any(r.device in self.here for r in chosen)
-        verified = [r.source_hash for r in self.verified.values() if r.arch == arch and _is_kind(r, spec)]
         return Tuned(
-            proposals=proposals(chosen, exact=bool(chosen) and chosen[0].arch == arch),
-            verified=None if needs_no_proof else tuple(sorted(verified)),
+            proposals=proposals(chosen, bool(chosen) and chosen[0].arch == arch, kinds.has_buckets(spec.kind)),
+            verified=None if needs_no_proof else tuple(sorted(self.verified.get((arch, spec.symbol), ()))),
             speeds=speeds(r for r in own if r.run_as == "native"),
         )
 
@@ -88,10 +83,6 @@ class Tuning:
         return (_steps(record.arch, arch), record.run_as != "native", record.device not in self.here)
 
 
-def _is_kind(record: Line, spec: KernelSpec) -> bool:
-    return all(getattr(record, name) == getattr(spec, name) for name in _KIND)
-
-
 def _steps(one: str, other: str) -> int:
     """How far apart two archs of a family are."""
     archs = [arch for arch, family in FAMILY.items() if family == FAMILY[one]]
@@ -111,9 +102,12 @@ def speeds(measured: Iterable[Measurement]) -> dict[str, tuple[Speed, ...]]:
     found: dict[str, list[Speed]] = {}
     for (kernel_hash, device, problem), r in newest.items():
         w = Workload.parse(problem)
+        seqlen_q, seqlen_kv = w.totals
         speed = Speed(
             device=device,
-            **{n: getattr(w, n) for n in ("batch", "heads", "seqlen_q", "seqlen_kv", "head_dim")},
+            **{n: getattr(w, n) for n in ("batch", "heads", "head_dim")},
+            seqlen_q=seqlen_q,
+            seqlen_kv=seqlen_kv,
             microseconds=r.microseconds,
             tflops=r.tflops,
             record=r.name,
@@ -122,14 +116,18 @@ def speeds(measured: Iterable[Measurement]) -> dict[str, tuple[Speed, ...]]:
     return {kernel_hash: tuple(of_it) for kernel_hash, of_it in found.items()}
 
 
-def proposals(measured: Sequence[Measurement], exact: bool) -> tuple[Proposal, ...]:
+def proposals(measured: Sequence[Measurement], exact: bool, by_length: bool = True) -> tuple[Proposal, ...]:
     """Configurations by length for one kernel on one device; none where the default is the best everywhere.
 
-    ``exact``: whether the records are of the arch that is built for.
+    ``exact``: whether the records are of the arch that is built for.  ``by_length``: whether there may be several.
     """
+
+    def length_of(r: Measurement) -> int:
+        return Workload.parse(r.problem).seqlen_kv if by_length else 0
+
     current = tables.of_newest_source(measured)
-    lengths = sorted({Workload.parse(r.problem).seqlen_kv for r in current})
-    costs, found = _costs(current)
+    lengths = sorted(set(map(length_of, current)))
+    costs, found = _costs(current, length_of)
     worth = WORTH["cpu" if any(r.arch == "cpu" for r in current) else "cuda"]
     segments = _segments(lengths, costs, worth)
     if all(config is None for _, config in segments):
@@ -145,13 +143,13 @@ def proposals(measured: Sequence[Measurement], exact: bool) -> tuple[Proposal, .
     return tuple(chosen)
 
 
-def _costs(measured: Sequence[Measurement]) -> tuple[dict, dict]:
+def _costs(measured: Sequence[Measurement], length_of: Callable[[Measurement], int]) -> tuple[dict, dict]:
     """Logarithms of time over the default's by configuration (None: the default) and length; a record of each."""
     ratios: dict[tuple[str | None, int], dict[str, float]] = {}
     found: dict[tuple[str | None, int], Measurement] = {}
     for r in sorted(measured, key=lambda r: r.date):
         if r.default or (r.gain and not r.given_up):
-            key = (None if r.default else json.dumps(r.config, sort_keys=True), Workload.parse(r.problem).seqlen_kv)
+            key = (None if r.default else json.dumps(r.config, sort_keys=True), length_of(r))
             ratios.setdefault(key, {})[r.problem] = 0.0 if r.default else -math.log(r.gain)
             found[key] = r
     problems = {length: set() for _, length in ratios}

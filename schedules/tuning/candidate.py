@@ -47,7 +47,8 @@ class Batch:
     name: also its place in the order.
     candidates: ids.
     workloads: as text.
-    incumbents: by template and workload, the id of the family's default, which is timed beside the candidates.
+    incumbents: by kernel (its symbol) and workload, the id of the family's default, which is timed beside the
+        candidates.
     """
 
     name: str

@@ -17,6 +17,7 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from schedules.toolchain.process import die_with_parent
 from schedules.tuning import check, timing
 from schedules.tuning.check import WrongNumbersError
 from schedules.tuning.peers import peers_of
+from schedules.tuning.problem import Problem
 from tvm_flash.measure.peaks import matmul_peak
 from tvm_flash.measure.timing import Rounds
 from tvm_flash.measure.workloads import Workload
@@ -59,10 +61,9 @@ class Child:
         for id, entry in self.entries.items():
             self.say("begin", what="check", id=id)
             try:
+                self.errors[id] = check.check_small(entry, Path(self.modules[id]), self.device)
                 module = tvm_ffi.load_module(self.modules[id])
-                functions = tuple(module[launch.symbol] for launch in entry.launches)
-                self.errors[id] = check.check_small(entry, functions, self.device)
-                self.functions[id] = functions
+                self.functions[id] = tuple(module[launch.symbol] for launch in entry.launches)
             except WrongNumbersError as e:
                 self.say("wrong", id=id, reason=str(e))
         # 3. Then time, workload by workload.
@@ -90,46 +91,25 @@ class Child:
     def measure(self, workload: Workload) -> None:
         """All candidates on one workload."""
         w, text = workload, str(workload)
-        incumbents = {template: ids[text] for template, ids in self.incumbents.items() if text in ids}
-        wanted = [id for id in self.functions if (id, text) not in self.skip or id in incumbents.values()]
+        incumbents = {ids[text] for ids in self.incumbents.values() if text in ids}
+        wanted = [id for id in self.functions if (id, text) not in self.skip or id in incumbents]
         if all((id, text) in self.skip for id in wanted):
             return
-        dtype = getattr(torch, w.dtype)
-        torch.manual_seed(0)
-
-        def tensor(heads, seqlen, dim):
-            return torch.randn(w.batch, heads, seqlen, dim, device=self.device).to(dtype)
-
         self.say("begin", what=f"inputs of {text}")
-        q, k, v = (
-            tensor(w.heads, w.seqlen_q, w.head_dim),
-            tensor(w.kv_heads, w.seqlen_kv, w.head_dim),
-            tensor(w.kv_heads, w.seqlen_kv, w.head_dim_v),
-        )
-        slopes = torch.rand(w.batch, w.heads, device=self.device)
-        params = {**w.params(), "alibi_slopes": slopes}
-        rows = check.rows_of(w, q, k, v, params)
-        by_layout = {"bhsd": (q, k, v), "bshd": tuple(x.transpose(1, 2).contiguous() for x in (q, k, v))}
-        outputs = {layout: x[0].new_empty((*x[0].shape[:3], w.head_dim_v)) for layout, x in by_layout.items()}
-        nobody_asked = torch.empty(1, device=self.device)  # for the log-sum-exp
+        problem = Problem(w, self.device)
         calls, errors = {}, {}
         for id in wanted:
             entry = self.entries[id]
-            o = outputs[entry.layout]
-            tensors = dict(zip(("q", "k", "v"), by_layout[entry.layout], strict=True))
-            values = {**tensors, "o": o, "lse": nobody_asked, "softmax_scale": w.softmax_scale, **params}
-            call = check.call_of(entry, self.functions[id], values, self.device)
+            call = problem.call(entry, self.functions[id])
             self.say("begin", what=f"first call on {text}", id=id, workload=text)
-            o.fill_(torch.nan)
-            call()
             try:
-                share = check.check_rows(rows, o if entry.layout == "bhsd" else o.transpose(1, 2))
+                share = problem.check(entry, call)
             except WrongNumbersError as e:
                 self.say("wrong", id=id, workload=text, reason=str(e))
                 continue
             calls[id], errors[id] = call, max(share, self.errors[id])
         ours = dict(calls)
-        peers = peers_of(w, by_layout["bhsd"], self.kind) if self.with_peers else {}
+        peers = peers_of(w, problem.inputs, self.kind) if self.with_peers else {}
         calls |= {name: peer.call for name, peer in peers.items()}
         if not ours:
             return
@@ -140,7 +120,7 @@ class Child:
         def begins(name):
             self.say("begin", what=f"timing on {text}", **({"id": name, "workload": text} if name in ours else {}))
 
-        always = {*incumbents.values(), *(calls.keys() - ours.keys())}
+        always = incumbents | (calls.keys() - ours.keys())
         times = timing.in_turn(calls, always & calls.keys(), self.effort, self.kind, self.order, begins)
         for name, seconds in times.items():
             if name in ours:

@@ -13,17 +13,17 @@ from typing import Any
 from schedules.builder import compile as compiling
 from schedules.builder.build import worker_pool
 from schedules.builder.plan import sources_digest
-from schedules.builder.suite import HEAD_DIMS, HEAD_DIMS_BETWEEN, HeadDim, KernelSpec
+from schedules.builder.suite import KernelSpec
 from schedules.definition.pattern import Pattern
-from schedules.families import family_of
+from schedules.families import family_of, kinds_of, maker_of
 from schedules.families.interface import Rejected, Target
 from schedules.toolchain import cpu
 from schedules.toolchain.process import ToolchainError
+from schedules.tuning import kinds
 from schedules.tuning.candidate import Batch, Candidate, Emission
 from schedules.tuning.folder import Folder
 from schedules.tuning.space import Space
 from tvm_flash.measure.workloads import Workload
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Candidates of one batch: enough to share the start of a process, few enough to lose little with it.
 BATCH = 24
@@ -46,17 +46,9 @@ class NotMade:
     reason: str
 
 
-def spec_for(template: str, workload: Workload, target: Target) -> KernelSpec:
-    """The kernel that would run a workload: with the smallest usual head_dim that holds it, else with its own."""
-    usual = HEAD_DIMS if target.arch == "cpu" or workload.score != "identity" else HEAD_DIMS + HEAD_DIMS_BETWEEN
-    dims = [d for d in usual if d.qk >= workload.head_dim and d.v >= workload.head_dim_v]
-    dim = min(dims, key=lambda d: (d.qk, d.v), default=HeadDim(workload.head_dim, workload.head_dim_v))
-    return KernelSpec(template, BUILTIN_DEFINITION, workload.mask, workload.score, workload.dtype, dim.qk, dim.v)
-
-
 def space_of(spec: KernelSpec, target: Target) -> Space:
     """The configurations of a kernel."""
-    return Space.of(spec.template, _pattern(spec, target), target)
+    return Space.of(spec.template, _pattern(spec, target), target, spec.kind)
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,11 +58,11 @@ def _pattern(spec: KernelSpec, target: Target) -> Pattern:
 
 def defaults_of(spec: KernelSpec, target: Target) -> Mapping[int, Any]:
     """The family's configurations for a kernel by bucket."""
-    return family_of(target).default_configs(spec.template, _pattern(spec, target), target)
+    return maker_of(target, spec.kind).default_configs(spec.template, _pattern(spec, target), target)
 
 
 def default_for(spec: KernelSpec, target: Target, workload: Workload) -> Any:
-    """The family's configuration for a kernel at a length."""
+    """The configuration that the family has for a kernel at a length."""
     configs = defaults_of(spec, target)
     return configs[max(bucket for bucket in configs if bucket <= workload.seqlen_kv)]
 
@@ -115,14 +107,15 @@ def emit(
         (spec, w): Proposal(spec, default_for(spec, target, w), "default") for spec, ws in tasks.items() for w in ws
     }
     wanted = list(dict.fromkeys((*defaults.values(), *proposals)))
-    candidates, not_made = _make_all(folder, target, wanted, jobs, progress)
-    # 2. Kernels of both templates for the same workloads share batches, so that their times can be compared.
+    candidates, not_made = _make_all(folder, target, tasks, wanted, jobs, progress)
+    # 2. Kernels of both templates and of several kinds for the same workloads share batches, so that their times can be
+    #    compared.
     groups: dict[tuple[Workload, ...], list[KernelSpec]] = {}
     for spec, workloads in tasks.items():
         groups.setdefault(tuple(workloads), []).append(spec)
     for number, (workloads, specs) in enumerate(groups.items()):
         incumbents = {
-            spec.template: {
+            spec.symbol: {
                 str(w): candidates[defaults[spec, w]].id for w in workloads if defaults[spec, w] in candidates
             }
             for spec in specs
@@ -135,15 +128,15 @@ def emit(
     return {p: candidates[p] for p in proposals if p in candidates}, not_made
 
 
-def _make_all(folder, target, wanted, jobs, progress) -> tuple[dict[Proposal, Candidate], list[NotMade]]:
+def _make_all(folder, target, tasks, wanted, jobs, progress) -> tuple[dict[Proposal, Candidate], list[NotMade]]:
     results: dict[Proposal, Candidate | NotMade] = {}
     if jobs == 1:
         for proposal in wanted:
-            results[proposal] = _make(folder.path, target, proposal)
+            results[proposal] = _make(folder.path, target, proposal, tasks[proposal.spec])
             progress()
     else:
         with worker_pool(jobs) as pool:
-            futures = {pool.submit(_make, folder.path, target, p): p for p in wanted}
+            futures = {pool.submit(_make, folder.path, target, p, tasks[p.spec]): p for p in wanted}
             try:
                 for future in as_completed(futures):
                     results[futures[future]] = future.result()
@@ -155,7 +148,7 @@ def _make_all(folder, target, wanted, jobs, progress) -> tuple[dict[Proposal, Ca
     return made, [results[p] for p in wanted if p not in made]
 
 
-def _make(path: Path, target: Target, proposal: Proposal) -> Candidate | NotMade:
+def _make(path: Path, target: Target, proposal: Proposal, workloads: Sequence[Workload]) -> Candidate | NotMade:
     """One candidate with its source or module; in a worker process."""
     folder, spec = Folder(path), proposal.spec
     pattern = _pattern(spec, target)
@@ -167,6 +160,8 @@ def _make(path: Path, target: Target, proposal: Proposal) -> Candidate | NotMade
         return NotMade(proposal, lowered.reason)
     id = f"{spec.symbol}-{lowered.kernel_hash[:12]}"
     entry = compiling.entry_of(spec, target, pattern, lowered, proposal.search, {})
+    if too_many := [str(w) for w in workloads if not kinds.has_room(entry, w)]:
+        return NotMade(proposal, f"it is for fewer query rows a key than {', '.join(too_many)}")
     candidate = Candidate(id, target.isa, entry, lowered.kernel_hash, proposal.search)
     if not folder.has(id):
         if target.arch == "cpu":
@@ -189,13 +184,17 @@ def _make_module(folder: Folder, target: Target, spec: KernelSpec, lowered, id: 
 
 
 def tasks_for(
-    workloads: Iterable[Workload], templates: Iterable[str], target: Target
+    workloads: Iterable[Workload], templates: Iterable[str], target: Target, asked: Sequence[str] = ()
 ) -> dict[KernelSpec, list[Workload]]:
-    """The kernels that workloads need, with the workloads of each; those that the machine can't have are left out."""
-    family = family_of(target)
-    tasks: dict[KernelSpec, list[Workload]] = {}
+    """The kernels that workloads need, with the workloads of each; those that the machine can't have are left out.
+
+    ``asked`` names their kinds; the usual one for each workload if it is empty.
+    """
+    family, tasks = family_of(target), {}
     for workload in workloads:
-        for template in templates:
-            if template in family.TEMPLATES and workload.dtype in family.DTYPES:
-                tasks.setdefault(spec_for(template, workload, target), []).append(workload)
+        for kind in kinds.of(workload, asked):
+            if kind in kinds_of(target) and workload.dtype in family.DTYPES:
+                for template in kinds.templates_of(kind, templates, family.TEMPLATES):
+                    spec = kinds.spec_for(kind, template, workload, target.arch != "cpu")
+                    tasks.setdefault(spec, []).append(workload)
     return {s: w for s, w in tasks.items() if space_of(s, target).refusal(space_of(s, target).base) is None}

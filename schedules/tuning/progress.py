@@ -8,6 +8,7 @@ import threading
 
 from schedules.builder import records
 from schedules.builder.records import Measurement
+from schedules.tuning.tables import kernel_of
 
 
 def short(config: dict) -> str:
@@ -67,14 +68,15 @@ class Progress:
         with self.lock:
             if record.status != "ok":
                 self._say(
-                    f"{record.status}: {record.template} {record.problem} {short(record.config)}: {record.reason}"
+                    f"{record.status}: {kernel_of(record)} {record.problem} {short(record.config)}: {record.reason}"
                 )
                 return
-            key = (record.template, record.problem)
+            key = (kernel_of(record), record.problem)
             if record.microseconds < self.best.get(key, math.inf):
                 self.best[key] = record.microseconds
                 gain = f"{record.gain:.3f} × the default" if record.gain else ""
-                text = f"{record.template} {record.problem}: {record.microseconds:.1f} µs, {record.tflops:.4g} TFLOP/s"
+                speed = f"{record.microseconds:.1f} µs, {record.tflops:.4g} TFLOP/s"
+                text = f"{kernel_of(record)} {record.problem}: {speed}"
                 self._say(f"{text} {gain}  {short(record.config)}", best=True)
 
     def _say(self, text: str, best: bool = False) -> None:

@@ -15,8 +15,9 @@ from schedules.builder import records
 from schedules.builder.plan import sources_digest
 from schedules.builder.records import Measurement
 from schedules.builder.suite import KernelSpec
-from schedules.families import family_of
+from schedules.families import maker_of
 from schedules.families.interface import Target
+from schedules.tuning import kinds
 from schedules.tuning.batch import Options
 from schedules.tuning.budget import Budget
 from schedules.tuning.emit import NotMade, Proposal, begin, defaults_of, emit, space_of
@@ -126,9 +127,12 @@ class Search:
         ------
         ValueError: the family's configurations have no such field.
         """
-        names = [f.name for f in dataclasses.fields(family_of(self.target).Config)]
-        for name in sorted({name for fields in self.variations for name in fields} - set(names)):
-            raise ValueError(f"--variation {name}: unknown; a configuration for {self.target} has {', '.join(names)}")
+        given = {name for fields in self.variations for name in fields}
+        for kind in dict.fromkeys(spec.kind for spec in self.tasks):
+            names = [f.name for f in dataclasses.fields(maker_of(self.target, kind).Config)]
+            for name in sorted(given - set(names)):
+                whose = f"a {kind} configuration for {self.target}"
+                raise ValueError(f"--variation {name}: unknown; {whose} has {', '.join(names)}")
         proposals = {}
         for spec in self.tasks:
             for fields in self.variations:
@@ -161,10 +165,9 @@ class Search:
         logs = [self.log] if self.log else sorted(records.LOGS.glob("*.jsonl"))
         found = [line for path in logs if self.resume and path.exists() for line in records.read(path)]
         measured = [r for r in (*found, *folder.records()) if isinstance(r, Measurement)]
-        config = family_of(self.target).Config
         known = {}
         for spec in self.tasks:
-            costs = costs_of(measured, spec, self.target, config)
+            costs = costs_of(measured, spec, self.target, maker_of(self.target, spec.kind).Config)
             known[spec] = dict.fromkeys(defaults_of(spec, self.target).values(), 1.0) | costs
             known[spec] |= {n.proposal.config: math.inf for n in self.not_made if n.proposal.spec == spec}
         return known
@@ -174,8 +177,7 @@ def costs_of(measured: Iterable[Measurement], spec: KernelSpec, target: Target, 
     """Time over that of the incumbent by configuration, geometric mean over the problems; infinite where it failed."""
     ratios: dict[Any, dict[str, float]] = {}
     for r in measured:
-        same_kernel = all(getattr(r, n) == getattr(spec, n) for n in ("template", "dtype", "head_dim", "mask", "score"))
-        if same_kernel and r.head_dim_v == spec.head_dim_v and (r.arch, r.isa) == (target.arch, target.isa):
+        if kinds.is_of(r, spec) and (r.arch, r.isa) == (target.arch, target.isa):
             try:
                 key = config(**r.config)
             except TypeError:  # an older version of the family had other fields

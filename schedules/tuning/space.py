@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from schedules.definition.pattern import Pattern
-from schedules.families import family_of
-from schedules.families.interface import Rejected, Target
+from schedules.families import maker_of
+from schedules.families.interface import FORWARD, Rejected, Target
 
 
 @dataclass(frozen=True)
 class Space:
-    """Values for fields of a family's ``Config``; fields without values keep those of ``base``.
+    """Values for fields of a ``Config``, that of a kind of a family's kernels; others keep those of ``base``.
 
     ``base`` is the family's default for any length.
     """
@@ -27,17 +27,23 @@ class Space:
     target: Target
     base: Any
     axes: Mapping[str, tuple]
+    kind: str = FORWARD
 
     @staticmethod
-    def of(template: str, pattern: Pattern, target: Target) -> Space:
-        """The space that the target's family declares."""
-        family = family_of(target)
-        base = family.default_configs(template, pattern, target)[0]
-        return Space(template, pattern, target, base, family.space(template, pattern, target))
+    def of(template: str, pattern: Pattern, target: Target, kind: str = FORWARD) -> Space:
+        """The space that the target's family declares for a kind.
+
+        Raises
+        ------
+        KeyError: the family makes no such kernels.
+        """
+        maker = maker_of(target, kind)
+        base = maker.default_configs(template, pattern, target)[0]
+        return Space(template, pattern, target, base, maker.space(template, pattern, target), kind)
 
     def refusal(self, config) -> Rejected | None:
         """Why a configuration can't be compiled; None if it can."""
-        return family_of(self.target).feasible(self.pattern, config, self.target)
+        return maker_of(self.target, self.kind).feasible(self.pattern, config, self.target)
 
     def combinations(self) -> Iterator[Any]:
         """Every combination of values, feasible or not, in the order of the declaration."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from schedules.builder.records import Line, Measurement
 from schedules.tuning.strategy import geometric_mean
 from tvm_flash.measure.workloads import Workload
+from tvm_flash.operators import FORWARD
 
 
 def usable(lines: Iterable[Line], problems: Collection[str] = ()) -> list[Measurement]:
@@ -26,19 +27,25 @@ def of_newest_source(measured: Sequence[Measurement]) -> list[Measurement]:
 
 def _default_of(r: Measurement) -> tuple[object, ...]:
     """What has one default: a kernel at a length."""
-    return r.arch, r.template, r.dtype, r.head_dim, r.head_dim_v, r.mask, r.score, Workload.parse(r.problem).seqlen_kv
+    of_kernel = (r.arch, r.template, r.dtype, r.head_dim, r.head_dim_v, r.mask, r.score, r.kernel_kind)
+    return *of_kernel, Workload.parse(r.problem).seqlen_kv
+
+
+def kernel_of(r: Measurement) -> str:
+    """Template and, of another than the usual one, kind of a kernel."""
+    return r.template if r.kernel_kind == FORWARD else f"{r.template} {r.kernel_kind}"
 
 
 def by_cell(measured: Iterable[Measurement]) -> dict[tuple[str, str, str], list[Measurement]]:
-    """Measurements by (arch, template, problem), in the order of dtype, head_dim, mask and length."""
+    """Measurements by (arch, template and kind, problem), in the order of kind, dtype, head_dim, mask and length."""
     cells: dict[tuple[str, str, str], list[Measurement]] = {}
     for r in measured:
-        cells.setdefault((r.arch, r.template, r.problem), []).append(r)
+        cells.setdefault((r.arch, kernel_of(r), r.problem), []).append(r)
 
     def order(key):
-        arch, template, problem = key
+        arch, kernel, problem = key
         w = Workload.parse(problem)
-        return arch, w.dtype, w.head_dim, w.mask, w.seqlen_kv, w.seqlen_q, template
+        return arch, w.words, w.dtype, w.head_dim, w.mask, w.seqlen_kv, w.seqlen_q, kernel
 
     return {key: cells[key] for key in sorted(cells, key=order)}
 
@@ -55,17 +62,17 @@ def best_of(cell: Iterable[Measurement]) -> Measurement:
 
 
 def gains(lines: Iterable[Line], problems: Collection[str] = ()) -> str:
-    """For each template and problem the default and the best, and the geometric mean of the gains."""
-    rows = [("template", "problem", "tried", "default µs", "best µs", "TFLOP/s", "gain", "best configuration")]
+    """For each kernel and problem the default and the best, and the geometric mean of the gains."""
+    rows = [("kernel", "problem", "tried", "default µs", "best µs", "TFLOP/s", "gain", "best configuration")]
     ratios = []
-    for (arch, template, problem), cell in by_cell(of_newest_source(usable(lines, problems))).items():
+    for (arch, kernel, problem), cell in by_cell(of_newest_source(usable(lines, problems))).items():
         best = best_of(cell)
         defaults = [r for r in cell if r.default]
         gain = best.gain or 1.0
         ratios.append(gain)
         rows.append(
             (
-                f"{arch} {template}",
+                f"{arch} {kernel}",
                 problem,
                 str(len({r.kernel_hash for r in cell})),
                 f"{defaults[-1].microseconds:.1f}" if defaults else "–",
@@ -89,7 +96,7 @@ def _changed(best: Measurement, defaults: list[Measurement]) -> str:
 def difference(old: Iterable[Line], new: Iterable[Line]) -> str:
     """The best of each problem in both logs, where both have it, and the cells that only one has."""
     before, after = (by_cell(usable(lines)) for lines in (old, new))
-    rows = [("template", "problem", "old µs", "new µs", "old/new", "configuration")]
+    rows = [("kernel", "problem", "old µs", "new µs", "old/new", "configuration")]
     ratios = []
     for key in after:
         if key in before:

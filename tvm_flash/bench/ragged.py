@@ -6,7 +6,6 @@ Of equal lengths our own function for a dense batch runs too.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,8 @@ from tvm_flash import flash_attention_v2, flash_attention_varlen
 from tvm_flash.bench import machine
 from tvm_flash.display import Entry, Screen, Table, table
 from tvm_flash.machine.device import Device
-from tvm_flash.measure import timing
+from tvm_flash.measure import ragged_peers, timing
+from tvm_flash.measure.workloads import spread
 
 #: Of ``(sequences, mean length, heads, kv_heads, head_dim, causal)`` on a GPU: prompts, short ones, long ones.
 GPU_BATCHES = (
@@ -72,14 +72,6 @@ def batches(kind: str, dtypes: Sequence[str], causal: str, backward: bool) -> li
     return found
 
 
-def spread(count: int, mean: int) -> tuple[int, ...]:
-    """``count`` lengths from a fifth to nine fifths of ``mean``, the same on every machine."""
-    import torch
-
-    share = torch.rand(count, generator=torch.Generator().manual_seed(count))
-    return tuple(max(1, int(x)) for x in share * 1.6 * mean + 0.2 * mean)
-
-
 def calls_of(batch: Batch, device: str) -> dict[str, Callable]:
     """What computes a batch, by name; each call does all of it."""
     import torch
@@ -93,7 +85,6 @@ def calls_of(batch: Batch, device: str) -> dict[str, Callable]:
 
     q, k, v = rows(batch.heads), rows(batch.kv_heads), rows(batch.kv_heads)
     starts = torch.tensor([0, *batch.lengths], device=device).cumsum(0).int()
-    ends = starts.tolist()
     longest, causal = max(batch.lengths), batch.causal
 
     def ours():
@@ -103,43 +94,19 @@ def calls_of(batch: Batch, device: str) -> dict[str, Callable]:
         batched = (x.view(len(batch.lengths), longest, *x.shape[1:]) for x in (q, k, v))
         return flash_attention_v2(*batched, causal=causal).flatten(0, 1)
 
-    def one_at_a_time():
-        found = []
-        for first, end in itertools.pairwise(ends):
-            own = (x[None, first:end].transpose(1, 2) for x in (q, k, v))
-            grouped = {"enable_gqa": True} if batch.heads != batch.kv_heads else {}
-            out = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=causal, **grouped)
-            found.append(out[0].transpose(0, 1))
-        return torch.cat(found)
-
-    calls = {"ours": ours, "torch, one at a time": one_at_a_time}
+    calls = {"ours": ours, **ragged_peers.peers(q, k, v, batch.lengths, causal)}
     if len(set(batch.lengths)) == 1:
         calls["ours, dense"] = dense
-    if device != "cpu" and (attend := _varlen_attn()) is not None and batch.dtype != "float32":
-        options = {"window_size": (-1, 0)} if causal else {}
-        options |= {"enable_gqa": True} if batch.heads != batch.kv_heads else {}
-        calls["varlen_attn"] = lambda: attend(q, k, v, starts, starts, longest, longest, **options)
     if not batch.backward:
         return calls
     dout = torch.randn(total, batch.heads, batch.head_dim, generator=generator, device=device).to(q.dtype)
-    return {name: _backward(call, (q, k, v), dout) for name, call in calls.items()}
+    return {name: _queries_gradient(call, (q, k, v), dout) for name, call in calls.items()}
 
 
-def _varlen_attn():
-    """PyTorch's own function, or None if this version has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-def _backward(call: Callable, leaves, dout) -> Callable:
-    """The gradients alone, that of the queries: what the forward left is kept."""
-    import torch
-
-    out = call()
-    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)[0]
+def _queries_gradient(call: Callable, leaves, dout) -> Callable:
+    """All gradients, of which that of the queries is compared."""
+    gradients = ragged_peers.backward(call, leaves, dout)
+    return lambda: gradients()[0]
 
 
 @dataclass(frozen=True)
@@ -167,7 +134,7 @@ def measure(
                 del calls[name]
         rounds = next(iter(timing.measure(device.kind, calls, effort).values()))
         seconds = {name: timing.digits(timing.figure("", rounds[name])) for name in calls}
-        peer = first.get("torch, one at a time")
+        peer = first.get(ragged_peers.ONE_AT_A_TIME)
         difference = float("nan")
         if peer is not None and "ours" in first:
             difference = ((first["ours"].double() - peer.double()).norm() / peer.double().norm()).item()

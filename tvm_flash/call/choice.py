@@ -150,11 +150,9 @@ def _in_order(
 
 def _measured(entry: KernelEntry, problem: Problem, device: Device) -> str:
     """How fast a kernel was on the nearest problem that was measured, or the command that measures and tunes it."""
-    if problem.is_ragged:  # the tuner has problems of equal lengths only
-        return f"never on {device.name}; `python -m tvm_flash bench --ragged` does that"
     if speed := nearest(entry, problem, device):
         return str(speed)
-    return f"never on {device.name}; {tune_command(problem, device)} does that, and finds what is faster"
+    return f"never on {device.name}; {tune_command(entry, problem, device)} does that, and finds what is faster"
 
 
 def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple[list[Installed], list[Rejection]]:

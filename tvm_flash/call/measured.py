@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from tvm_flash.call.problem import Problem
 from tvm_flash.machine.device import Device
-from tvm_flash.packs.manifest import KernelEntry, Speed
+from tvm_flash.operators import OPERATORS
+from tvm_flash.packs.manifest import RAGGED, KernelEntry, Speed
 
 #: Measured times that differ by less decide nothing.
 TIE = 1.02
@@ -66,11 +67,16 @@ def _ratio(a: int, b: int) -> float:
     return abs(math.log(a / b))
 
 
-def tune_command(problem: Problem, device: Device) -> str:
-    """The command that measures kernels for a problem on a device."""
-    p = problem
-    words = [f"b={p.batch}", f"h={p.heads}", f"s={p.seqlen_q}", f"d={p.head_dim}"]
+def tune_command(entry: KernelEntry, problem: Problem, device: Device) -> str:
+    """The command that measures a kernel, and others of its kind, for a problem on a device."""
+    p, count = problem, problem.batch if problem.is_ragged else 1
+    # The tuner is told mean lengths, and the run time knows those of all sequences, or what a page table has room for.
+    seqlen_q, seqlen_kv = max(1, p.seqlen_q // count), max(1, p.seqlen_kv // (count if p.form == RAGGED else 1))
+    words = [f"b={p.batch}", f"h={p.heads}", f"s={seqlen_q}", f"d={p.head_dim}"]
     words += [f"hk={p.kv_heads}"] if p.kv_heads != p.heads else []
-    words += [f"sk={p.seqlen_kv}"] if p.seqlen_kv != p.seqlen_q else []
+    words += [f"sk={seqlen_kv}"] if seqlen_kv != seqlen_q else []
     words += ["causal"] if "causal" in p.masks[:1] else []
-    return f'scripts/tune.py --arch {device.native_arch} --problem "{" ".join(words)} {p.dtype}"'
+    words += [p.form] if p.is_ragged else []
+    words += ["backward"] if OPERATORS[p.op].differentiates else []
+    kind = f" --kind {entry.kind}" if entry.max_rows is not None else ""  # the problem doesn't say that
+    return f'scripts/tune.py --arch {device.native_arch}{kind} --problem "{" ".join(words)} {p.dtype}"'

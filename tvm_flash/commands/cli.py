@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--ragged", action="store_true", help="for B sequences of different lengths, S on average, one after the other"
     )
+    explain.add_argument("--paged", action="store_true", help="for B sequences whose keys lie on pages of a cache")
     explain.add_argument("--layout", choices=LAYOUTS, default="bhsd", help="of the caller's tensors (default: bhsd)")
     explain.add_argument("--variant", choices=VARIANTS, default="auto")
     where = explain.add_mutually_exclusive_group()
@@ -151,6 +152,7 @@ def _explain(options: argparse.Namespace) -> int:
         variant=options.variant,
         backward=options.backward,
         ragged=options.ragged,
+        paged=options.paged,
     )
     if options.json:
         print(json.dumps(explanation_page.as_data(explanation), indent=1))

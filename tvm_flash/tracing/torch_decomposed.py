@@ -64,24 +64,73 @@ def attention_varlen(
     return_lse=False,
 ):
     """What ``torch.ops.tvm_flash.attention_varlen`` gives: all rows see all keys but those of other sequences."""
-    batch = cu_seqlens_q.shape[0] - 1
-    rows, columns = (torch.arange(x.shape[0], device=q.device) for x in (q, k))
-    of_row, of_key = ((x[:, None] >= cu[1:]).sum(-1) for x, cu in ((rows, cu_seqlens_q), (columns, cu_seqlens_k)))
-    # Rows after the last sequence are of none; where they are said to stand doesn't matter.
-    row, key = (x.clamp(max=max(batch - 1, 0)) for x in (of_row, of_key))
-    lengths_q, lengths_k = (cu[1:] - cu[:-1] for cu in (cu_seqlens_q, cu_seqlens_k))
-    queries = (rows - cu_seqlens_q[:-1][row] + lengths_k[row] - lengths_q[row])[:, None]
-    keys = columns - cu_seqlens_k[:-1][key]
-    hidden = [
-        of_row[:, None] != of_key,
-        (of_row == batch)[:, None],
-        *_outside(queries, keys, causal, window_left, window_right),
-    ]
-    slopes, sinks = (None if x is None else _each_row(x, row) for x in (alibi_slopes, sinks))
+    columns = torch.arange(k.shape[0], device=q.device)
+    of_key = _sequence_of(columns, cu_seqlens_k)
+    positions = columns - cu_seqlens_k[:-1][_clamped(of_key, cu_seqlens_q)]
+    keys = (of_key, positions, cu_seqlens_k[1:] - cu_seqlens_k[:-1])
+    sides = (causal, window_left, window_right)
+    given = (alibi_slopes, sinks, softmax_scale, softcap, return_lse)
+    return _sequences(q, k, v, cu_seqlens_q, keys, sides, [], *given)
+
+
+def attention_paged(
+    q,
+    k_cache,
+    v_cache,
+    cu_seqlens_q,
+    seqlens_k,
+    page_table,
+    alibi_slopes=None,
+    sinks=None,
+    kv_start=None,
+    *,
+    softmax_scale=None,
+    causal=False,
+    window_left=None,
+    window_right=None,
+    softcap=0.0,
+    max_seqlen_q=None,
+    return_lse=False,
+):
+    """What ``torch.ops.tvm_flash.attention_paged`` gives: the keys of each sequence are gathered, as many as may be."""
+    room = page_table.shape[1] * k_cache.shape[1]
+    columns = torch.arange(page_table.shape[0] * room, device=q.device)
+    of_key, positions = columns // room, columns % room
+    there = (positions < seqlens_k[of_key])[:, None, None]
+    pages = page_table.long().clamp(0, k_cache.shape[0] - 1)
+    k, v = (torch.where(there, x[pages].flatten(0, 2), 0) for x in (k_cache, v_cache))
+    hidden = [~there[:, 0, 0][None]]
+    if kv_start is not None:  # (heads, 1, keys), or without heads
+        hidden.append(positions < kv_start[of_key].T[:, None])
+    keys, sides = (of_key, positions, seqlens_k), (causal, window_left, window_right)
+    given = (alibi_slopes, sinks, softmax_scale, softcap, return_lse)
+    return _sequences(q, k, v, cu_seqlens_q, keys, sides, hidden, *given)
+
+
+def _sequence_of(rows, starts):
+    """Which sequence each row is in; those after the last are in one more."""
+    return (rows[:, None] >= starts[1:]).sum(-1)
+
+
+def _clamped(sequence, starts):
+    """The same as one that there is; where rows after the last are said to stand doesn't matter."""
+    return sequence.clamp(max=max(starts.shape[0] - 2, 0))
+
+
+def _sequences(q, k, v, starts, keys, sides, hidden, slopes, sinks, softmax_scale, softcap, return_lse):
+    """All rows see all keys but those of other sequences; ``keys`` are the sequence and the position of each key, and
+    how many each sequence has."""
+    of_key, positions, lengths_k = keys
+    rows, batch = torch.arange(q.shape[0], device=q.device), starts.shape[0] - 1
+    of_row = _sequence_of(rows, starts)
+    row = _clamped(of_row, starts)
+    queries = (rows - starts[:-1][row] + lengths_k[row] - (starts[1:] - starts[:-1])[row])[:, None]
+    hidden = [*hidden, of_row[:, None] != of_key, (of_row == batch)[:, None], *_outside(queries, positions, *sides)]
+    slopes, sinks = (None if x is None else _each_row(x, row) for x in (slopes, sinks))
     if sinks is not None:
         sinks = torch.where((of_row == batch)[:, None], -torch.inf, sinks)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    out, lse = _attend(q, k, v, queries - keys, hidden, slopes, sinks, softmax_scale, softcap)
+    out, lse = _attend(q, k, v, queries - positions, hidden, slopes, sinks, softmax_scale, softcap)
     return out.transpose(0, 1).contiguous(), lse if return_lse else q.new_empty(0, dtype=torch.float32)
 
 

@@ -50,6 +50,7 @@ _library.define(
     f"{_NUMBERS}, int? max_seqlen_q=None, bool return_lse=False) -> (Tensor, Tensor)",
     tags=_tags,
 )
+_DECOMPOSED = {RAGGED: torch_decomposed.attention_varlen, PAGED: torch_decomposed.attention_paged}
 _NAMES = {RAGGED: "attention_varlen", RAGGED_BACKWARD: "attention_varlen_backward", PAGED: "attention_paged"}
 
 
@@ -102,8 +103,8 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
     own |= {"max_seqlen_q": options.longest} if options.op == PAGED else {}
     left, right = options.window_size
     compute = getattr(torch.ops.tvm_flash, _NAMES[options.op])
-    if options.op == RAGGED and torch_ops.is_for_onnx():
-        compute = torch_decomposed.attention_varlen
+    if options.op in _DECOMPOSED and torch_ops.is_for_onnx():
+        compute = _DECOMPOSED[options.op]
     results = compute(
         *(tensors[name] for name in operator.inputs),
         *(tensors.get(name) for name in (*operator.optional, *operator.starts, *_PARAMETERS[options.op])),
@@ -269,6 +270,17 @@ def _backward_flops(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *
     return _products(q, k, cu_seqlens_q, cu_seqlens_k) * (3 * q.shape[2] + 2 * v.shape[2])
 
 
-for _op, _formula in ((RAGGED, _flops), (RAGGED_BACKWARD, _backward_flops)):
+def _paged_flops(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, *_, out_val=None, **__) -> int:
+    """The same, of the keys that each sequence has."""
+    lengths = _lengths(cu_seqlens_q)
+    if lengths is None:
+        pairs = q.shape[0] * page_table.shape[1] * k_cache.shape[1]
+    else:
+        pairs = sum(a * b for a, b in zip(lengths, seqlens_k.tolist(), strict=True))
+    return 2 * q.shape[1] * pairs * (q.shape[2] + v_cache.shape[3])
+
+
+for _op, _formula in ((RAGGED, _flops), (RAGGED_BACKWARD, _backward_flops), (PAGED, _paged_flops)):
     register_flop_formula(getattr(torch.ops.tvm_flash, _NAMES[_op]), get_raw=True)(_formula)
-torch._decomp.register_decomposition(torch.ops.tvm_flash.attention_varlen.default)(torch_decomposed.attention_varlen)
+for _op, _decomposed in _DECOMPOSED.items():
+    torch._decomp.register_decomposition(getattr(torch.ops.tvm_flash, _NAMES[_op]).default)(_decomposed)

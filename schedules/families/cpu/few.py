@@ -197,6 +197,13 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                 )
 
     @T.inline
+    def begin_rows(P: Geometry, bases, key0):
+        """Look up the rows of the first tile; those of each further one are while the one before is computed."""
+        if P.is_paged:
+            P.k.last[0] = T.int64(-1)
+            find_rows(P, bases, key0, N, T.bitwise_and(key0, T.int64(2 * N - 1)))
+
+    @T.inline
     def part(call: Geometry, workspace, b, h, p, count):
         outputs, maxima, sums = workspace
         P = T.meta_var(call.with_room(2 * N))
@@ -228,10 +235,11 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         first_tile: T.int64 = visible[0] // N
         tiles: T.int64 = (visible[1] + (N - 1)) // N - first_tile
         mine = T.meta_var(split.tiles(N, first_tile, tiles, p, count))
+        begin_rows(P, (k_base, v_base), mine[0] * N)
         for tile in T.serial(mine[0], mine[1]):
             key0: T.int64 = tile * N
             keys: T.int64 = T.min(T.int64(N), P.seqlen_kv - key0)
-            find_rows(P, b, h, key0, 2 * N)
+            find_rows(P, (k_base, v_base), key0 + N, N, T.bitwise_and(key0 + N, T.int64(2 * N - 1)))
             for i in T.serial(P.seqlen_q):
                 live: T.bool = P.pattern.tile_live(site, i, i, key0, key0 + keys - 1)
                 full: T.bool = P.pattern.tile_full(site, i, i, key0, key0 + (N - 1))

@@ -1,6 +1,7 @@
 """Keys on pages of a cache: where the rows of a tile are, looked up once for all of its queries.
 
-Page numbers are read a page at a time, so that a tile of keys costs a division, and an addition for each key.
+Page numbers are read a page at a time, so that a tile of keys costs a division and, where pages have a multiple of 8
+rows, an addition and a store for each 8 keys.
 """
 
 from __future__ import annotations
@@ -13,26 +14,33 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
 from schedules.families.cpu.geometry import Geometry, SequenceGeometry, Tensor
+from schedules.tile.key_source import ContiguousRows
 
 #: What a kernel says of lengths or pages that make no sense; the run time looks which and says it better.
 MALFORMED = "seqlens_k, page_table: expected lengths that the table has pages for, and pages that the cache has"
+
+
+#: Rows that are written down together.
+_TOGETHER = 8
 
 
 @dataclass(frozen=True)
 class PagedTensor(Tensor):
     """Keys or values on pages; strides are those of page, head and row.
 
-    ``rows`` has the offsets of the rows that were looked up last, of the keys from ``first_key`` on.
+    ``rows`` has the offsets of rows that were looked up, that of a key at its number modulo ``room``, which is a power
+    of two, or in a tile at its number there.  The largest number that was looked up is ``last[0]``.
     """
 
     rows: tirx.Buffer | None = None
-    first_key: tirx.Buffer | None = None
+    last: tirx.Buffer | None = None
+    room: int = 0
 
     def of_key(self, base: Expr, key: Expr) -> Expr:
-        return self.rows[key - self.first_key[0]]
+        return self.rows[T.bitwise_and(key, T.int64(self.room - 1))]
 
     def near_key(self, base: Expr, key: Expr) -> Expr:
-        return self.rows[T.min(key - self.first_key[0], self.first_key[1])]
+        return self.of_key(base, T.min(key, self.last[0]))
 
     def in_tile(self, first: Expr, j: Expr) -> Expr:
         return self.rows[j]
@@ -48,35 +56,54 @@ class PagedGeometry(SequenceGeometry):
 
     is_paged = True
 
+    def key_rows(self, b: Expr, h: Expr) -> ContiguousRows:
+        """Where the head begins in every page: pages are looked up."""
+        return super().key_rows(T.int64(0), h)
+
+    def value_rows(self, b: Expr, h: Expr) -> ContiguousRows:
+        """The same of values."""
+        return super().value_rows(T.int64(0), h)
+
     def with_room(self, keys: int) -> PagedGeometry:
-        def room(name, count):
+        def place(name, count):
             buffer = T.sblock_alloc_buffer((count,), "int64", scope="local")
             IRBuilder.name(name, buffer)
             return buffer
 
-        first_key = room("first_key", 2)
-        k, v = (replace(getattr(self, x), rows=room(f"{x}_rows", keys), first_key=first_key) for x in "kv")
+        last = place("last_key", 1)
+        k, v = (replace(getattr(self, x), rows=place(f"{x}_rows", keys), last=last, room=keys) for x in "kv")
         return replace(self, k=k, v=v)
 
 
 @T.inline
-def find_rows(P: Geometry, b, h, key0, most):
-    """Look up the rows of up to ``most`` keys from ``key0`` on, for the functions of ``P.k`` and ``P.v``."""
+def find_rows(P: Geometry, bases, key0, most, at):
+    """Look up the rows of up to ``most`` keys from ``key0`` on, if there are any, and write them down from ``at`` on.
+
+    ``bases`` are where the head begins in a page of keys and of values.  ``most`` is a multiple of 8, and so is
+    ``key0``.
+    """
     if P.is_paged:
         count: T.int64 = T.min(T.int64(most), P.seqlen_kv - key0)
-        page: T.int64 = P.first_entry + key0 // P.page_size
-        inside: T.int64 = key0 % P.page_size
-        done: T.int64 = T.int64(0)
-        while done < count:
-            run: T.int64 = T.min(P.page_size - inside, count - done)
+        page: T.int64 = P.first_entry + T.truncdiv(key0, P.page_size)
+        inside: T.int64 = T.truncmod(key0, P.page_size)
+        place: T.int64 = at
+        end: T.int64 = at + count
+        while place < end:
+            run: T.int64 = T.min(P.page_size - inside, end - place)
             number: T.int64 = T.cast(P.table[page], "int64")
-            k_row: T.int64 = P.k.row(number, P.kv_head(h), inside)
-            v_row: T.int64 = P.v.row(number, P.kv_head(h), inside)
-            for j in T.serial(run):
-                P.k.rows[done + j] = k_row + j * P.k.strides[2]
-                P.v.rows[done + j] = v_row + j * P.v.strides[2]
-            done = done + run
+            k_row: T.int64 = bases[0] + number * P.k.strides[0] + inside * P.k.strides[2]
+            v_row: T.int64 = bases[1] + number * P.v.strides[0] + inside * P.v.strides[2]
+            if P.page_size % _TOGETHER == 0:
+                for block in T.serial((run + (_TOGETHER - 1)) // _TOGETHER):
+                    for lane in T.vectorized(_TOGETHER):
+                        j = T.meta_var(block * _TOGETHER + lane)
+                        P.k.rows[place + j] = k_row + j * P.k.strides[2]
+                        P.v.rows[place + j] = v_row + j * P.v.strides[2]
+            else:
+                for j in T.serial(run):
+                    P.k.rows[place + j] = k_row + j * P.k.strides[2]
+                    P.v.rows[place + j] = v_row + j * P.v.strides[2]
+            place = place + run
             page = page + 1
             inside = T.int64(0)
-        P.k.first_key[0] = key0
-        P.k.first_key[1] = count - 1
+        P.k.last[0] = T.max(key0 + count - 1, P.k.last[0])

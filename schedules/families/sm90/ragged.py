@@ -275,7 +275,7 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field that are worth trying."""
     return {
-        "num_consumer_warpgroups": (1, 2, 3),
+        "num_consumer_warpgroups": (1, 2, 3, 4),
         "block_n": (48, 64, 80, 96, 128),
         "num_stages": (2, 4),
         "blocks_per_sm": (1, 2, 3),

@@ -45,7 +45,7 @@ class Backward:
     def space(self, template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
         """Values of each field that are worth trying."""
         return {
-            "block_n": (64, 128),
+            "block_n": (32, 64, 128),
             "block_m": (16, 32, 64),
             "num_warps": (4, 8),
             "num_stages": (2, 3),

@@ -1,4 +1,4 @@
-"""Inputs of :mod:`tvm_flash.commands.check` for kernels over sequences of different lengths, packed and on pages."""
+"""Inputs of :mod:`tvm_flash.measure.small_case` for sequences of different lengths, packed and on pages."""
 
 from __future__ import annotations
 
