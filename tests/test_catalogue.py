@@ -116,5 +116,5 @@ def test_scores_by_option():
 
 
 def test_the_cases_cover_the_catalogue():
-    assert {c.mask for c in CASES} >= set(catalogue.MASKS) - {"sink_window"}
+    assert {c.mask for c in CASES} >= set(catalogue.MASKS) - {"sink_window", "given"}
     assert {c.score for c in CASES} >= {"identity", "softcap_alibi", "optional", "optional_sinks"}

@@ -25,7 +25,7 @@ def run(folder, ranks, *tasks):
     """What the first of some processes found, by task."""
     command = [sys.executable, "-m", "tests.context_parallel_ranks", str(folder), str(ranks), *tasks]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(folder / "found.pt", weights_only=False)
 

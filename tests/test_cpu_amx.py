@@ -16,8 +16,8 @@ import tvm_ffi
 from schedules.builder.compile import pattern_of
 from schedules.builder.suite import KernelSpec
 from schedules.families import cpu
-from schedules.families.interface import RAGGED
-from tests import cases, ragged_cases, torch_cases
+from schedules.families.interface import PAGED, RAGGED
+from tests import cases, paged_cases, ragged_cases, torch_cases
 from tests.amx import emulate
 from tests.cases import CASES
 from tests.torch_cases import attend, own_case
@@ -98,6 +98,20 @@ def test_ragged_sequences(tmp_path):
             data = ragged_cases.inputs(case)
             compute = lambda values, _: function(*(values[role] for role in roles))  # noqa: E731
             ragged_cases.check(case, data, *ragged_cases.run(case, data, compute, pattern.params))
+
+
+def test_keys_on_pages(tmp_path):
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "positioned", "optional", "bfloat16", 64, 64, kind=PAGED)
+    pattern = pattern_of(spec, emulate.TARGET)
+    config = cpu.paged.default_configs("v2", pattern, emulate.TARGET)[0]
+    function = tvm_ffi.load_module(str(emulate.build(spec, pattern, config, tmp_path)))[spec.symbol]
+    where = ("cu_seqlens_q", "seqlens_k", "page_table", "softmax_scale")
+    roles = ("q", "k", "v", "o", "lse", *where, *(p.name for p in pattern.params))
+    for case in paged_cases.PAGED_CASES:
+        if case.of.dtype == "bfloat16":
+            data = ragged_cases.inputs(case.of)
+            compute = lambda values, _: function(*(values[role] for role in roles))  # noqa: E731
+            paged_cases.check(case, data, *paged_cases.run(case, data, compute, pattern.params))
 
 
 def test_repeats_are_bit_equal(kernel):

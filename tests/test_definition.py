@@ -46,6 +46,8 @@ def test_oracle_agrees_with_numpy(score, mask, shape):
     )
     attention = Attention(SCORES[score], MASKS[mask])
     values = {**PARAMS, **{n: rng.random((batch, heads), dtype=np.float32) for n in ("alibi_slopes", "sinks")}}
+    scores = (batch, heads, seqlen_q, seqlen_kv)
+    values |= {"visible": rng.random(scores) < 0.6, "bias": rng.standard_normal(scores, dtype=np.float32)}
     placed = ("kv_start", "kv_end", "query_start")
     values |= {name: rng.integers(0, seqlen_kv + 3, (batch, heads), np.int32) for name in placed}
     params = {p.name: values[p.name] for p in attention.params}

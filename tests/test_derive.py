@@ -46,6 +46,8 @@ def problem(attention, shape, seed=5):
     k, v = normal(batch, kv_heads, seqlen_kv, HEAD_DIM), normal(batch, kv_heads, seqlen_kv, HEAD_DIM_V)
     values = {"window_left": 3, "window_right": 1, "sink_tokens": 2, "softcap": 1.5}
     values |= {name: rng.random((batch, heads), dtype=np.float32) for name in ("alibi_slopes", "sinks")}
+    values |= {"visible": rng.random((batch, heads, seqlen_q, seqlen_kv)) < 0.7}
+    values |= {"bias": normal(batch, heads, seqlen_q, seqlen_kv)}
     placed = ("kv_start", "kv_end", "query_start")
     values |= {name: rng.integers(0, seqlen_kv + 3, (batch, heads), np.int32) for name in placed}
     values |= {"has_query_start": 1, "has_alibi_slopes": 1, "has_sinks": 1}
@@ -66,6 +68,7 @@ TORCH_SCORES = {
         p["softcap"] * (s / p["softcap"]).tanh() - p["alibi_slopes"][..., None, None] * distance
     ),
 }
+TORCH_SCORES["biased"] = lambda s, p, distance: s + p["bias"]
 TORCH_SCORES["optional"] = TORCH_SCORES["optional_sinks"] = TORCH_SCORES["softcap_alibi"]  # with all options given
 
 
@@ -76,7 +79,7 @@ def autograd(attention, q, k, v, dout, dlse, params):
     leaves = {"dq": q, "dk": k, "dv": v, **{f"d_{name}": params[name] for name in asked}}
     leaves = {name: torch.tensor(np.float64(x), requires_grad=True) for name, x in leaves.items()}
     i, j = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])[None]
-    wide = {n: x[..., None, None] if np.ndim(x) else x for n, x in params.items()}
+    wide = {n: x[..., None, None] if np.ndim(x) == 2 else x for n, x in params.items()}
     at = reference.Positions(i, j, q.shape[2], k.shape[2], wide)
     group = q.shape[1] // k.shape[1]
     keys, values = (leaves[n].repeat_interleave(group, dim=1) for n in ("dk", "dv"))

@@ -8,7 +8,9 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from schedules.families import core_kinds_of, maker_of
+from schedules.builder.plan import BuildRequest, select
+from schedules.builder.suite import Selection
+from schedules.families import core_kinds_of, is_verified_size, maker_of
 from schedules.families.interface import BACKWARD, Program, Rejected, Target
 from schedules.templates import v1, v2
 from tests.machine_code import compiled
@@ -64,12 +66,18 @@ def test_every_head_dim_has_a_configuration(arch, score):
     ],
 )
 def test_what_does_not_fit_is_refused(pattern, change, reason):
-    pattern, target = pattern_of(**pattern), Target("sm_80")
+    pattern, target = pattern_of(**{"dtype": "bfloat16", **pattern}), Target("sm_80")
     maker = maker_of(target, BACKWARD)
     refused = maker.feasible(pattern, replace(maker.default_configs("v1", pattern, target)[0], **change), target)
     assert isinstance(refused, Rejected)
     assert reason in refused.reason
 
 
-def test_the_core_set_has_it():
-    assert all(BACKWARD in core_kinds_of(Target(arch)) for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120"))
+def test_the_core_set_has_it_at_the_sizes_that_hardware_has_run():
+    for target in map(Target, ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")):
+        assert BACKWARD in core_kinds_of(target)
+        assert all(is_verified_size(target, BACKWARD, *d) for d in ((64, 64), (96, 96), (128, 128), (192, 128)))
+    specs = select(BuildRequest((Target("sm_80"),)), Target("sm_80"))
+    assert {s.head_dim for s in specs if s.kind == BACKWARD} == {64, 96, 128, 192}
+    named = BuildRequest((Target("sm_80"),), Selection(kinds=(BACKWARD,)))
+    assert {s.head_dim for s in select(named, Target("sm_80"))} == {64, 96, 128, 192, 256}

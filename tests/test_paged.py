@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import paged_cases, ragged_cases
+from tests import paged_cases, ragged_cases, random_paged
 from tests.paged_cases import PAGED_CASES, PagedCase
 from tests.ragged_cases import RaggedCase, rows_tensor
 from tests.test_varlen import options_of
@@ -44,6 +44,11 @@ def test_against_float64(case):
     out, lse = flash_attention_paged(**tensors(case, data), return_lse=True, **options_of(case.of, data))
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
     paged_cases.check(case, data, out.double().numpy(), lse.double().numpy())
+
+
+def test_random_calls():
+    count, _, lines = random_paged.failures(range(12))
+    assert not lines and count == 12, "\n".join(lines)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))

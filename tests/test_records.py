@@ -11,7 +11,7 @@ from schedules.builder import records
 from schedules.builder.compile import lower_for_each
 from schedules.builder.records import Measurement, PeerMeasurement, Record
 from schedules.builder.suite import KernelSpec, Selection
-from schedules.families import FAMILY, core_kinds_of, family_of
+from schedules.families import FAMILY, core_kinds_of, family_of, is_verified_size
 from schedules.families.interface import Rejected, Target
 from tvm_flash.packs.registry import registry
 
@@ -96,7 +96,7 @@ def core_groups():
             for s in Selection().specs(
                 family.DTYPES, gpu=True, kinds=core_kinds_of(targets[0]), templates=family.TEMPLATES
             )
-            if s.template in family.TEMPLATES
+            if s.template in family.TEMPLATES and is_verified_size(targets[0], s.kind, s.head_dim, s.head_dim_v)
         ]
         for group, members in itertools.groupby(specs, key=lambda s: s.group):
             yield pytest.param(tuple(targets), tuple(members), id=f"{name}-{group}")

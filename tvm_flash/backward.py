@@ -176,7 +176,7 @@ def _parameters(alibi_slopes: Any, sinks: Any, d_alibi_slopes: Any, d_sinks: Any
 
 def backward_of(name: str, layout: str, variant: str, declared: dict[str, Param]) -> Callable[..., Any]:
     """The gradients of a definition of the user's own, whose parameters are ``declared``."""
-    scalars = tuple(p for p in declared if not declared[p].per_head)
+    scalars = tuple(p for p in declared if not declared[p].is_tensor)
 
     def backward(
         dout,
@@ -197,7 +197,7 @@ def backward_of(name: str, layout: str, variant: str, declared: dict[str, Param]
     ):
         memory = {p: params.pop(gradient_of(p), None) for p in declared}
         check_params(name, params, declared)
-        given = {p: x for p, x in params.items() if declared[p].per_head}
+        given = {p: x for p, x in params.items() if declared[p].is_tensor}
         given = {p: given[p] for p in declared if p in given}
         attend = _of_function(layout, given, gradients, memory, name=name, scalars=scalars, declared=declared)
         numbers = [params[p] for p in scalars]
@@ -224,10 +224,12 @@ def _of_function(
     ``parameters`` are tensors by name, None if they aren't given; ``memory`` is what was given for their gradients.
     """
     wanted = tuple(gradients)
-    learnt = [n for n, x in parameters.items() if x is not None and declared[n].dtype == "float32"]
+    learnt = [
+        n for n, x in parameters.items() if x is not None and "float" in declared[n].dtype and not declared[n].rank
+    ]
     if unknown := [n for n in wanted if n not in learnt]:
         raise InvalidArgumentError(
-            f"gradients: has {', '.join(map(repr, unknown))}, expected names of float32 parameters that are given: "
+            f"gradients: has {', '.join(map(repr, unknown))}, expected names of float parameters that are given: "
             f"{', '.join(map(repr, learnt)) or 'there are none'}"
         )
     for n, x in memory.items():

@@ -28,11 +28,13 @@ PARAMS: Mapping[str, Param] = {
         Param("kv_end", "int32", per_head=True),
         Param("query_start", "int32", per_head=True),
         Param("has_query_start", "int32"),
+        Param("visible", "bool", axes="bhij"),
+        Param("bias", "float32", axes="bhij", gradient=True),
     )
 }
 
 #: Parameters that are tensors.
-PER_HEAD: Mapping[str, Param] = {name: p for name, p in PARAMS.items() if p.per_head}
+PER_HEAD: Mapping[str, Param] = {name: p for name, p in PARAMS.items() if p.is_tensor}
 
 #: Of these, what a kernel can do without: such a one has a number beside it, ``has_`` and its name, 0 if it is missing.
 OPTIONAL = tuple(name for name in PER_HEAD if f"has_{name}" in PARAMS)
@@ -68,6 +70,7 @@ MASKS: Mapping[str, Kind] = _kinds(
     sink_window=("window_left window_right sink_tokens", ()),
     padded=("window_left window_right kv_start kv_end", ("positioned",)),
     positioned=("window_left window_right kv_start kv_end has_query_start query_start", ()),
+    given=("visible", ()),
 )
 
 SCORES: Mapping[str, Kind] = _kinds(
@@ -77,12 +80,15 @@ SCORES: Mapping[str, Kind] = _kinds(
     softcap_alibi=("softcap alibi_slopes", ("optional", "optional_sinks")),
     optional=("softcap has_alibi_slopes alibi_slopes", ("optional_sinks",)),
     optional_sinks=("softcap has_alibi_slopes alibi_slopes has_sinks sinks", ()),
+    biased=("bias", ()),
 )
 
 
-def score_of(softcap: bool, alibi_slopes: bool, sinks: bool = False) -> str:
+def score_of(softcap: bool, alibi_slopes: bool, sinks: bool = False, bias: bool = False) -> str:
     """The cheapest score with these options."""
     if sinks:
         return "optional_sinks"
+    if bias:
+        return "biased"
     wanted = (("softcap",) if softcap else ()) + (("alibi_slopes",) if alibi_slopes else ())
     return next(name for name, kind in SCORES.items() if tuple(p.name for p in kind.params) == wanted)

@@ -119,8 +119,9 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
     Returns
     -------
     ``fn(q, k, v, *, softmax_scale=None, return_lse=False, out=None, **params)``: like :func:`flash_attention`, the
-    definition's run-time parameters by name: numbers, or ``(heads,)`` or ``(batch, heads)`` tensors for those that have
-    a value for each head.  Its attribute ``backward`` is to it what :func:`tvm_flash.flash_attention_backward` is to
+    definition's run-time parameters by name: numbers; tensors of any strides with the sizes of their axes, or 1 where
+    they are the same, the first ones of which may be missing, as ``(heads,)`` or ``(batch, heads)``; tables.  Its
+    attribute ``backward`` is to it what :func:`tvm_flash.flash_attention_backward` is to
     :func:`flash_attention`: ``fn.backward(dout, q, k, v, out, lse, *, gradients=(), **params)``.
 
     Raises
@@ -130,13 +131,13 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
     check_layout(layout)
     check_variant(variant)
     declared = params_of(name)
-    per_head = tuple(p for p in declared if declared[p].per_head)
-    scalars = tuple(p for p in declared if not declared[p].per_head)
-    attend = entrance(signature(layout, name, per_head, scalars))
+    tensors = tuple(p for p in declared if declared[p].is_tensor)
+    scalars = tuple(p for p in declared if not declared[p].is_tensor)
+    attend = entrance(signature(layout, name, tensors, scalars))
 
     def fn(q, k, v, *, softmax_scale=None, return_lse=False, out=None, **params):
         check_params(name, params, declared)
-        given, numbers = [params[p] for p in per_head], [params[p] for p in scalars]
+        given, numbers = [params[p] for p in tensors], [params[p] for p in scalars]
         return attend(q, k, v, *given, out, variant, return_lse, softmax_scale, *numbers)
 
     fn.__name__ = fn.__qualname__ = name

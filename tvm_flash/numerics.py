@@ -132,7 +132,7 @@ def usual_attention(
     so that each of :func:`orders` counts; in 16 bits it hides behind that of the weights, and one order stands for all.
     """
     k, v = (np.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
-    values = {name: x if np.ndim(x) == 0 else np.asarray(x)[..., None, None] for name, x in params.items()}
+    values = reference.beside_scores(params)
     rows, columns = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])[None, :]
     at = reference.Positions(rows, columns, q.shape[2], k.shape[2], values)
     visible = np.broadcast_to(mask(at), (*q.shape[:3], k.shape[2]))
@@ -140,10 +140,11 @@ def usual_attention(
     def attend(terms, keys):
         products = _one_by_one(q[..., terms], np.swapaxes(k[..., terms], -1, -2))
         s = np.where(visible, score(products * np.float32(softmax_scale), at), -np.inf).astype(np.float32)
-        row_max = s.max(axis=-1, keepdims=True, initial=-np.inf)
+        sink = reference.sink_of(score, at).astype(np.float32)
+        row_max = np.maximum(s.max(axis=-1, keepdims=True, initial=-np.inf), sink)
         with np.errstate(invalid="ignore"):
             prob = np.where(row_max == -np.inf, np.float32(0), np.exp(s - row_max))[..., keys]
-            row_sum = prob.sum(axis=-1, keepdims=True)
+            row_sum = prob.sum(axis=-1, keepdims=True) + np.where(sink == -np.inf, 0, np.exp(sink - row_max))
             weights, values = round_to(prob, dtype), v[..., keys, :]
             return round_to(np.where(row_sum == 0, np.float32(0), _sum_of_tiles(weights, values) / row_sum), dtype)
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tvm_flash import catalogue
+
 #: Step of central differences: at values around 1 their error is about 1e-10, half of it from rounding.
 STEP = 2.0**-16
 
@@ -93,6 +95,11 @@ def optional_sinks(s, at):
     return optional(s, at)
 
 
+def biased(s, at):
+    """With a number added to each score (:func:`torch.nn.functional.scaled_dot_product_attention`)."""
+    return s + at.params["bias"]
+
+
 def full(at):
     """Every query sees every key."""
     return at.j < at.seqlen_kv
@@ -125,10 +132,15 @@ def positioned(at):
     return padded(at)
 
 
+def given(at):
+    """Each query sees the keys that a tensor says."""
+    return at.params["visible"]
+
+
 SCORES: Mapping[str, Callable] = {
-    f.__name__: f for f in (identity, softcap, alibi, softcap_alibi, optional, optional_sinks)
+    f.__name__: f for f in (identity, softcap, alibi, softcap_alibi, optional, optional_sinks, biased)
 }
-MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window, padded, positioned)}
+MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window, padded, positioned, given)}
 
 
 def attention(
@@ -140,6 +152,7 @@ def attention(
     mask: Callable = full,
     score: Callable = identity,
     params: Mapping[str, Any] | None = None,
+    axes: Mapping[str, str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention and its log-sum-exp in float64.
 
@@ -149,6 +162,8 @@ def attention(
     v: ``(batch, kv_heads, seqlen_kv, head_dim_v)``; any real dtype.
     mask, score: twins from this module, or functions of the same form; a score may have a sink (:func:`with_sink`).
     params: values by name; per-head ones as ``(batch, heads)`` or ``(heads,)``.
+    axes: of the parameters that are tensors, some of ``"bhij"``, ``""`` of a table; if not given, what the package's
+        own parameters have, and ``"bh"`` of others.
 
     Returns
     -------
@@ -156,7 +171,7 @@ def attention(
     lse: ``(batch, heads, seqlen_q)`` float64, natural logarithm; in such a row the sink, or −inf without one.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        state = _Forward.of(q, k, v, softmax_scale, mask, score, params)
+        state = _Forward.of(q, k, v, softmax_scale, mask, score, params, axes)
         out = np.where(state.row_sum == 0, 0.0, np.einsum("bhij,bhjd->bhid", state.prob, state.v))
     return out, state.lse
 
@@ -184,6 +199,7 @@ def attention_backward(
     params: Mapping[str, Any] | None = None,
     gradients: Sequence[str] = (),
     rounded: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    axes: Mapping[str, str] | None = None,
 ) -> Gradients:
     """Gradients of attention in float64, given those of its output and of its log-sum-exp.
 
@@ -205,7 +221,7 @@ def attention_backward(
     dq, dk, dv, and the parameters' gradients by name, in the shapes of the parameters.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        state = _Forward.of(q, k, v, softmax_scale, mask, score, params)
+        state = _Forward.of(q, k, v, softmax_scale, mask, score, params, axes)
         dout = np.where(state.row_sum == 0, 0.0, np.asarray(dout, np.float64))
         dp = np.einsum("bhid,bhjd->bhij", dout, state.v)
         delta = np.einsum("bhij,bhij->bhi", state.prob, np.where(state.prob == 0, 0.0, dp))
@@ -236,19 +252,17 @@ class _Forward:
     lse: np.ndarray
 
     @staticmethod
-    def of(q, k, v, softmax_scale, mask, score, params) -> _Forward:
+    def of(q, k, v, softmax_scale, mask, score, params, axes) -> _Forward:
         q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
         heads, seqlen_q, kv_heads, seqlen_kv = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
         k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
-        values = {
-            n: x if np.ndim(x) == 0 else np.asarray(x, np.float64)[..., None, None] for n, x in (params or {}).items()
-        }
+        values = beside_scores(params or {}, axes)
         indices = (np.arange(n).reshape(-1, *[1] * (3 - a)) for a, n in enumerate((len(q), heads, seqlen_q, seqlen_kv)))
         b, h, i, j = indices
         at = Positions(i, j, seqlen_q, seqlen_kv, values, b, h)
         s = np.einsum("bhid,bhjd->bhij", q, k) * softmax_scale
         x = np.where(mask(at), score(s, at), -np.inf)
-        row_max, sink = x.max(axis=-1, keepdims=True, initial=-np.inf), _sink_of(score, at)
+        row_max, sink = x.max(axis=-1, keepdims=True, initial=-np.inf), sink_of(score, at)
         row_max = np.maximum(row_max, sink)
         prob = np.where(row_max == -np.inf, 0.0, np.exp(x - row_max))
         row_sum = prob.sum(axis=-1, keepdims=True) + np.where(sink == -np.inf, 0.0, np.exp(sink - row_max))
@@ -256,7 +270,23 @@ class _Forward:
         return _Forward(q, k, v, kv_heads, at, s, np.where(row_sum == 0, 0.0, prob / row_sum), row_sum, lse[..., 0])
 
 
-def _sink_of(score: Callable, at: Positions) -> np.ndarray:
+def beside_scores(params: Mapping[str, Any], axes: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Parameters by name as they broadcast against scores; ``axes`` as for :func:`attention`."""
+    axes = {**{p.name: p.axes for p in catalogue.PARAMS.values()}, **(axes or {})}
+    return {n: _beside_scores(x, axes.get(n, "bh")) for n, x in params.items()}
+
+
+def _beside_scores(x: Any, axes: str) -> Any:
+    """A parameter as it broadcasts against scores; a number, or a table, as it is."""
+    if np.ndim(x) == 0 or not axes:
+        return x
+    x = np.asarray(x)
+    x = x if x.dtype == bool else x.astype(np.float64)
+    x = x[(None,) * (len(axes) - x.ndim)]
+    return x[tuple(slice(None) if a in axes else None for a in "bhij")]
+
+
+def sink_of(score: Callable, at: Positions) -> np.ndarray:
     """The sink of a score, −inf if it has none."""
     sink = getattr(score, "sink", None)
     return np.asarray(-np.inf if sink is None else sink(at), np.float64)
@@ -274,19 +304,18 @@ def _parameter_gradient(name: str, score: Callable, state: _Forward, dscore: np.
     def of_value(value):
         return score(state.s, dataclasses.replace(state.at, params={**state.at.params, name: value}))
 
-    def sink_of_value(value):
-        return _sink_of(score, dataclasses.replace(state.at, params={**state.at.params, name: value}))
+    def of_sink_value(value):
+        return sink_of(score, dataclasses.replace(state.at, params={**state.at.params, name: value}))
 
     value = np.asarray(state.at.params[name], np.float64)
     shares = np.where(state.prob == 0, 0.0, dscore * _difference(of_value, value))
-    sink = _sink_of(score, state.at)
+    sink = sink_of(score, state.at)
     if (sink > -np.inf).any():
         weight = np.where(sink == -np.inf, 0.0, np.exp(sink - state.lse[..., None]))
-        share = np.where(weight == 0, 0.0, weight * delta[..., None] * _difference(sink_of_value, value))
+        share = np.where(weight == 0, 0.0, weight * delta[..., None] * _difference(of_sink_value, value))
         shares = shares.sum(axis=-1, keepdims=True) - share
     if not shape:
         return shares.sum()
-    shares = shares.sum(axis=(-1, -2))
-    extra = tuple(range(shares.ndim - len(shape)))
-    broadcast = tuple(a for a, size in enumerate(shape, len(extra)) if size == 1 and shares.shape[a] > 1)
-    return shares.sum(axis=(*extra, *broadcast)).reshape(shape)
+    whole = np.shape(value)  # beside scores, with 1 for what it lacks
+    broadcast = tuple(a for a, size in enumerate(whole) if size == 1)
+    return shares.sum(axis=broadcast, keepdims=True).reshape(shape)

@@ -32,8 +32,11 @@ CORE_VARIANTS = (
     ("positioned", "optional"),
 )
 
+#: Masks and scores of whole tensors, as torch's attention takes them, on the CPU.
+WITH_TENSORS = (("given", "identity"), ("full", "biased"))
+
 #: The same on the CPU, where the last kernel has sinks too: one that isn't given costs a comparison for each row tile.
-CPU_VARIANTS = (*CORE_VARIANTS[:-1], ("positioned", "optional_sinks"))
+CPU_VARIANTS = (*CORE_VARIANTS[:-1], ("positioned", "optional_sinks"), *WITH_TENSORS)
 
 TEMPLATES = ("v1", "v2")
 
@@ -64,7 +67,7 @@ SCOPES = {
     FORWARD: Scope(CPU_VARIANTS, between=True, own_definitions=True, on_gpus=CORE_VARIANTS),
     DECODE: Scope((("window", "identity"),)),
     BACKWARD: Scope(
-        (("positioned", "optional_sinks"),),
+        (("positioned", "optional_sinks"), *WITH_TENSORS),
         between=True,
         own_definitions=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),

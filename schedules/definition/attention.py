@@ -41,7 +41,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition import blocks
 from schedules.definition.blocks import Formula, Sizes
 from schedules.definition.catalogue import FULL, IDENTITY, Head, Mask, Position, ScoreModification
-from schedules.definition.parameters import Site, append_arguments, parameter_symbols
+from schedules.definition.parameters import Site, Table, append_arguments, parameter_symbols, value_of
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
 
 BLOCKS = ("qk", "score", "mask", "row_max", "prob", "row_sum", "pv", "out", "lse")
@@ -49,8 +49,9 @@ BLOCKS = ("qk", "score", "mask", "row_max", "prob", "row_sum", "pv", "out", "lse
 #: Further ones where there is a sink.
 SINK_BLOCKS = ("sink_max", "sink_sum")
 
-#: Attribute of a definition: names of the parameters that ask for a gradient.
-GRADIENTS = "gradients"
+#: Attributes of a definition: names of the parameters that ask for a gradient; and of those that are tensors or tables
+#: ``"name:axes"`` or ``"name:rank"``, ``"bh"`` being left out.
+GRADIENTS, AXES = "gradients", "axes"
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,16 @@ class Attention:
         arguments, values = parameter_symbols(self.params, index_dtype)
         formula = _Formula(self, head_dim, head_dim_v or head_dim, dtype, index_dtype)
         func = append_arguments(attend(formula, values), arguments)
-        asked = [p.name for p in self.params if p.gradient]
-        return func.with_attr(GRADIENTS, asked) if asked else func
+        return with_parameters(func, self.params)
+
+
+def with_parameters(func: PrimFunc, params: tuple[Param, ...]) -> PrimFunc:
+    """``func`` with attributes that say of its parameters what its arguments don't."""
+    asked = [p.name for p in params if p.gradient]
+    tensors = [f"{p.name}:{p.axes or p.rank}" for p in params if p.is_tensor and not p.per_head]
+    for name, values in ((GRADIENTS, asked), (AXES, tensors)):
+        func = func.with_attr(name, values) if values else func
+    return func
 
 
 @dataclass(frozen=True)
@@ -104,21 +113,25 @@ class _Formula:
     index_dtype: str
 
     def score(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
-        return self.definition.score.expr(s * site.softmax_scale, _position(site, i, j))
+        return self.definition.score.expr(s * site.softmax_scale, self._position(site, i, j))
 
     def visible(self, site: Site, i: Expr, j: Expr) -> Expr | None:
-        return self.definition.mask.expr(_position(site, i, j))
+        return self.definition.mask.expr(self._position(site, i, j))
 
     @property
     def has_sink(self) -> bool:
         return self.definition.score.sink is not None
 
     def sink(self, site: Site) -> Expr:
-        return self.definition.score.sink(Head(site.b, site.h, site.params))
+        return self.definition.score.sink(Head(site.b, site.h, self._values(site, None, None)))
 
+    def _values(self, site: Site, i: Expr | None, j: Expr | None) -> dict[str, Expr]:
+        return {p.name: value_of(p, site, i, j) for p in self.definition.params if not p.rank}
 
-def _position(site: Site, i: Expr, j: Expr) -> Position:
-    return Position(site.b, site.h, i, j, site.seqlen_q, site.seqlen_kv, site.params)
+    def _position(self, site: Site, i: Expr, j: Expr) -> Position:
+        tables = {p.name: Table(site.params[p.name]) for p in self.definition.params if p.rank}
+        values = self._values(site, i, j)
+        return Position(site.b, site.h, i, j, site.seqlen_q, site.seqlen_kv, values, tables)
 
 
 def attend(formula: Formula, values, keys: tuple[tirx.Var, tirx.Var] | None = None) -> PrimFunc:

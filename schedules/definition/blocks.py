@@ -19,7 +19,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
-from schedules.definition.parameters import Site, axes_of, gradient_name
+from schedules.definition.parameters import Site, gradient_name
 from tvm_flash.packs.manifest import Param
 
 
@@ -97,10 +97,9 @@ class Sizes:
 
     def site(self, b: Expr, h: Expr) -> Site:
         """The call at one batch entry and head."""
-        values = {n: x[b, h] if isinstance(x.ty, tirx.BufferType) else x for n, x in self.params.items()}
         seqlens = (self.seqlen_q, self.seqlen_kv) if self.lengths is None else (x[b] for x in self.lengths)
         seqlen_q, seqlen_kv = seqlens
-        return Site(b, h, self.batch, self.heads, self.kv_heads, seqlen_q, seqlen_kv, self.softmax_scale, values)
+        return Site(b, h, self.batch, self.heads, self.kv_heads, seqlen_q, seqlen_kv, self.softmax_scale, self.params)
 
 
 # ---------------------------------------------------------------- how a block is written
@@ -318,7 +317,7 @@ def ds(dS, dX, P, S, n: Sizes, formula: Formula) -> None:
 
 def parameter_gradient(dA, param: Param, dX, P, S, n: Sizes, formula: Formula) -> None:
     """``dA = sum dX * ∂score/∂param`` over the axes that the parameter doesn't have."""
-    kept = axes_of(param)
+    kept = param.of_gradient
     summed = "".join(a for a in "bhij" if a not in kept)
     with _block(gradient_name(param), n, kept, summed) as index:
         at = dict(zip(kept + summed, index, strict=True))
@@ -332,7 +331,7 @@ def parameter_gradient(dA, param: Param, dX, P, S, n: Sizes, formula: Formula) -
 
 def sink_gradient(dA, param: Param, W, D, n: Sizes, formula: Formula) -> None:
     """``dA = -sum W * D * ∂sink/∂param``: a sink takes from its row what it has no value for."""
-    kept = axes_of(param)
+    kept = param.of_gradient
     summed = "".join(a for a in "bhi" if a not in kept)
     with _block(gradient_name(param), n, kept, summed) as index:
         at = dict(zip(kept + summed, index, strict=True))

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from schedules.definition.errors import DefinitionError
+from schedules.definition.parameters import Table
 from tvm_flash import catalogue, reference
 from tvm_flash.packs.manifest import FARTHEST_START, Param
 
@@ -23,8 +26,9 @@ from tvm_flash.packs.manifest import FARTHEST_START, Param
 class Position:
     """Where one score is: TIR expressions.
 
-    ``b, h, i, j`` are batch, query head, query and key index.  ``param["name"]`` is a run-time parameter, for a
-    per-head one the value that belongs to ``(b, h)``.
+    ``b, h, i, j`` are batch, query head, query and key index.  ``param["name"]`` is a run-time parameter, of a tensor
+    the value that belongs to this place: float32, int32 or a predicate.  ``table["name"](index, …)`` is an element of a
+    table, each index moved to the nearest that there is, and ``table["name"].shape`` are its sizes.
     """
 
     b: Expr
@@ -34,6 +38,7 @@ class Position:
     seqlen_q: Expr
     seqlen_kv: Expr
     param: Mapping[str, Expr]
+    table: Mapping[str, Table] = field(default_factory=dict)
 
     @property
     def diagonal(self) -> Expr:
@@ -78,13 +83,41 @@ class Mask:
     """``expr(at)`` is a predicate, or None for "always"; ``twin`` is the same in numpy.
 
     Comparisons that are affine in ``i`` and ``j``, joined by ``T.And`` and ``T.Or``, let the templates skip and unmask
-    whole tiles; anything else is computed element by element.
+    whole tiles; anything else is computed element by element.  ``mask & other`` sees what both see, ``mask | other``
+    what one of them does; parameters of one name are the same.
     """
 
     name: str
     expr: Callable[[Position], Expr | None]
     twin: Callable
     params: tuple[Param, ...] = ()
+
+    def __and__(self, other: Mask) -> Mask:
+        return self._joined(other, "and", T.And, np.logical_and, lambda a, b: b if a is None else a)
+
+    def __or__(self, other: Mask) -> Mask:
+        return self._joined(other, "or", T.Or, np.logical_or, lambda a, b: None)
+
+    def _joined(self, other: Mask, word: str, join: Callable, join_twins: Callable, where_always: Callable) -> Mask:
+        """Both masks as one; ``where_always`` says what they are if one of them hides nothing."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+        params = tuple(dict.fromkeys((*self.params, *other.params)))
+        names = [p.name for p in params]
+        if again := {n for n in names if names.count(n) > 1}:
+            raise DefinitionError(
+                f"masks {self.name!r} and {other.name!r}: mean different parameters by {min(again)!r}"
+            )
+
+        def expr(at):
+            a, b = self.expr(at), other.expr(at)
+            return where_always(a, b) if a is None or b is None else join(a, b)
+
+        def twin(at):
+            return join_twins(self.twin(at), other.twin(at))
+
+        twin.__name__ = name = f"{self.name}_{word}_{other.name}"
+        return Mask(name, expr, twin, params)
 
 
 def _softcap(s, at):
@@ -151,6 +184,7 @@ SCORES: Mapping[str, ScoreModification] = {
         _score(_softcap_alibi, reference.softcap_alibi),
         _score(_optional, reference.optional),
         _score(_optional, reference.optional_sinks, _sinks),
+        _score(lambda s, at: s + at.param["bias"], reference.biased),
     )
 }
 
@@ -164,5 +198,6 @@ MASKS: Mapping[str, Mask] = {
         _mask(_sink_window, reference.sink_window),
         _mask(_padded, reference.padded),
         _mask(_padded, reference.positioned),
+        _mask(lambda at: at.param["visible"], reference.given),
     )
 }

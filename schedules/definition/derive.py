@@ -80,8 +80,7 @@ def derive(pattern: Formula, op: str) -> PrimFunc:
     gradients, targets = gradient_symbols(pattern.params if operator.has_gradients else (), index_dtype)
     func = operator.write(pattern, Symbols(values, targets, scalars))
     func = append_arguments(func, [*scalars.values(), *parameters, *gradients])
-    asked = [p.name for p in pattern.params if p.gradient]
-    return func.with_attr(attention.GRADIENTS, asked) if asked and operator.has_scores else func
+    return attention.with_parameters(func, pattern.params) if operator.has_scores else func
 
 
 #: The operators by name.

@@ -7,21 +7,24 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from schedules.definition.errors import DefinitionError
 from tvm_flash.packs.manifest import Param
 
 #: What a definition's axes are called in the names of sizes and strides.
-_SIZES = {"b": "batch", "h": "heads"}
-_STRIDES = {"b": "batch_stride", "h": "head_stride"}
+_SIZES = {"b": "batch", "h": "heads", "i": "queries", "j": "keys"}
+_STRIDES = {"b": "batch_stride", "h": "head_stride", "i": "query_stride", "j": "key_stride"}
 
 
 @dataclass(frozen=True)
 class Site:
     """What stands in a kernel for the definition's own variables: TIR expressions of the pattern's ``index_dtype``.
 
-    ``params`` has a value for each run-time parameter, for a per-head one the value that belongs to ``(b, h)``; where
-    the operator is ``partial``, ``first_key`` and ``last_key`` too.
+    ``params`` has for each run-time parameter its value, for a per-head one that which belongs to ``(b, h)``; or what
+    gives a tensor's value at a query and a key: the buffer, or a :class:`Place`; and the buffer of a table.  Where the
+    operator is ``partial``, it has ``first_key`` and ``last_key`` too.
     """
 
     b: Expr
@@ -35,14 +38,71 @@ class Site:
     params: Mapping[str, Expr]
 
 
-def axes_of(param: Param) -> str:
-    """The axes of a score, of ``b h i j``, for which a parameter has a value each; none if it is one number."""
-    return "bh" if param.per_head else ""
+@dataclass(frozen=True)
+class Place:
+    """A tensor at one batch entry and head; queries and keys that there are not have the value of the last one."""
+
+    buffer: tirx.Buffer
+    axes: str
+    b: Expr
+    h: Expr
+    seqlen_q: Expr
+    seqlen_kv: Expr
+
+    def __call__(self, i: Expr, j: Expr) -> Expr:
+        i, j = (T.min(x, n - 1) for x, n in ((i, self.seqlen_q), (j, self.seqlen_kv)))
+        at = {"b": self.b, "h": self.h, "i": i, "j": j}
+        return widened(self.buffer[tuple(at[a] for a in self.axes)])
+
+
+def value_of(param: Param, site: Site, i: Expr | None, j: Expr | None) -> Expr | None:
+    """A parameter's value at a place: float32, int32, or a predicate; the buffer of a table; None where it has none."""
+    x = site.params[param.name]
+    if isinstance(x, Place):
+        return x(i, j)
+    if not isinstance(x.ty, tirx.BufferType) or param.rank:
+        return x
+    at = {"b": site.b, "h": site.h, "i": i, "j": j}
+    index = tuple(at[a] for a in param.axes)
+    return None if any(x is None for x in index) else widened(x[index])
+
+
+def widened(x: Expr) -> Expr:
+    """A 16-bit value as float32, any other as it is."""
+    return T.cast(x, "float32") if str(x.ty.dtype) in ("float16", "bfloat16") else x
+
+
+def value_dtype(param: Param) -> str:
+    """The dtype of a parameter's values in expressions."""
+    return "float32" if param.dtype in ("float16", "bfloat16") else param.dtype
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as an expression reads it: ``table(index, …)``, each index moved to the nearest that there is."""
+
+    buffer: tirx.Buffer
+
+    @property
+    def shape(self) -> tuple[Expr, ...]:
+        """Its sizes."""
+        return tuple(self.buffer.ty.shape)
+
+    def __call__(self, *index: Expr) -> Expr:
+        if len(index) != len(self.shape):
+            raise DefinitionError(f"table {self.buffer.name!r}: has rank {len(self.shape)}, and {len(index)} indices")
+        return widened(
+            self.buffer[tuple(_within(T.cast(x, n.ty.dtype), n) for x, n in zip(index, self.shape, strict=True))]
+        )
+
+
+def _within(index: Expr, size: Expr) -> Expr:
+    return T.max(T.min(index, size - 1), tirx.const(0, size.ty.dtype))
 
 
 def parameter_symbols(params: tuple[Param, ...], index_dtype: str):
     """Fresh TIR variables and buffers for run-time parameters: as a list of function arguments, and by name."""
-    values = {p.name: _tensor(p.name, p, index_dtype) if axes_of(p) else tirx.Var(p.name, p.dtype) for p in params}
+    values = {p.name: _tensor(p.name, p, index_dtype) if p.is_tensor else tirx.Var(p.name, p.dtype) for p in params}
     return list(values.values()), values
 
 
@@ -51,7 +111,7 @@ def gradient_symbols(params: tuple[Param, ...], index_dtype: str):
 
     The gradient of a number is a tensor with one element.
     """
-    values = {p.name: _tensor(gradient_name(p), p, index_dtype) for p in params if p.gradient}
+    values = {p.name: _gradient(p, index_dtype) for p in params if p.gradient}
     return list(values.values()), values
 
 
@@ -60,12 +120,16 @@ def gradient_name(param: Param) -> str:
     return f"d_{param.name}"
 
 
+def _gradient(param: Param, index_dtype: str):
+    if not param.axes:
+        return tirx.decl_buffer([tirx.IntImm(index_dtype, 1)], "float32", name=gradient_name(param))
+    return _tensor(gradient_name(param), Param(param.name, "float32", axes=param.of_gradient), index_dtype)
+
+
 def _tensor(name: str, param: Param, index_dtype: str):
-    axes = axes_of(param)
-    if not axes:
-        return tirx.decl_buffer([tirx.IntImm(index_dtype, 1)], param.dtype, name=name)
-    sizes = [tirx.Var(f"{name}_{_SIZES[a]}", index_dtype) for a in axes]
-    strides = [tirx.Var(f"{name}_{_STRIDES[a]}", index_dtype) for a in axes]
+    sizes = [_SIZES[a] for a in param.axes] or [f"size{n}" for n in range(param.rank)]
+    strides = [_STRIDES[a] for a in param.axes] or [f"stride{n}" for n in range(param.rank)]
+    sizes, strides = ([tirx.Var(f"{name}_{x}", index_dtype) for x in names] for names in (sizes, strides))
     return tirx.decl_buffer(sizes, param.dtype, name=name, strides=strides)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import tvm_ffi
 from tvm import sym, tirx
 from tvm.ir import Expr
+from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
 from schedules.definition.cases import Cases
@@ -27,7 +28,7 @@ from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import derivative
 from schedules.definition.operator import PAGES, STARTS, Symbols
-from schedules.definition.parameters import Site, append_arguments, axes_of, parameter_symbols
+from schedules.definition.parameters import Site, append_arguments, parameter_symbols, value_of
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
 from tvm_flash.packs.manifest import Param
@@ -64,6 +65,7 @@ class Pattern:
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
     depends_on_head: what is made of the raw score, or the mask, differs from head to head.
     narrows: the rows that see a key go on to the last one, and begin no earlier for later keys, as of a causal mask.
+    is_opaque: the mask has parts of which nothing is known but by a look at each score.
     is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
         needed.
     has_sink: the softmax has a logit beside those of keys.
@@ -74,7 +76,9 @@ class Pattern:
         self.func, self.op, self.params, self.arguments = found.func, found.op, found.params, found.arguments
         self.dtype, self.head_dim, self.head_dim_v, self.index_dtype = _sizes_of(found.arguments)
         seen = [x for x in (found.key_range, found.visible) if x is not None]
-        self._mask = decompose(tirx.all(*seen), self._variables.index) if seen else None
+        varying = [self._variables.params[p.name] for p in found.params if "i" in p.axes or "j" in p.axes]
+        self._mask = decompose(tirx.all(*seen), self._variables.index, varying) if seen else None
+        self.is_opaque = self._mask is not None and self._mask.is_opaque
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
         self.is_interval = self._mask is None or self._mask.is_interval
@@ -139,6 +143,20 @@ class Pattern:
         """The derivative of the sink with respect to a float parameter; else as ``score_gradient``."""
         return self._substitute(self._derivative(name, None, self._found.sink), site, self._zero, self._zero)
 
+    @property
+    def of_mask(self) -> tuple[Param, ...]:
+        """The parameters of the mask."""
+        return self._those_of(self._found.visible)
+
+    @property
+    def of_score(self) -> tuple[Param, ...]:
+        """The parameters of the score."""
+        return self._those_of(self._found.score)
+
+    def _those_of(self, expr: Expr | None) -> tuple[Param, ...]:
+        known = self._variables.params
+        return tuple(p for p in self.params if expr is not None and _mentions(expr, known[p.name]))
+
     def is_of_sink(self, param: Param) -> bool:
         """Whether a parameter is one of the sink."""
         return self.has_sink and _mentions(self._found.sink, self._variables.params[param.name])
@@ -174,7 +192,12 @@ class Pattern:
         chosen = chosen if self.has_choice or isinstance(chosen, tuple) else None
         if (name, chosen) not in self._derivatives:
             param = next((p for p in self.params if p.name == name), None)
-            if param and not param.dtype.startswith("float"):
+            if param and param.rank:
+                raise DefinitionError(
+                    f"parameter {name!r}: is a table, and has no gradient; look up in the framework, and give a tensor "
+                    f"over axes of scores, whose gradient flows back"
+                )
+            if param and "float" not in param.dtype:
                 raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
             score = self._known_score(chosen) if sink is None else sink
             variable = self._variables.params[name] if param else self._variables.s
@@ -245,26 +268,37 @@ class Pattern:
         if expr is None:
             return False
         of_head = [self._variables.index[1]]
-        of_head += [self._variables.params[p.name] for p in self.params if "h" in axes_of(p)]
+        of_head += [self._variables.params[p.name] for p in self.params if "h" in p.axes]
         return any(_mentions(expr, x) for x in of_head)
 
     def _substitute(self, expr: Expr, site: Site, i: Expr, j: Expr, s: Expr | None = None) -> Expr:
         """``expr`` with a kernel's values in place of the definition's variables; ``s`` is the raw product."""
         arguments, variables = self.arguments, self._variables
         sizes = (site.batch, site.heads, site.seqlen_q, site.kv_heads, site.seqlen_kv)
-        named = {**variables.params, **{name: arguments[name] for name in OPERATORS[self.op].scalars}}
+        scalars = {name: arguments[name] for name in OPERATORS[self.op].scalars}
         pairs = [
             *zip(variables.index, (site.b, site.h, i, j), strict=True),
             *zip(variables.sizes, sizes, strict=True),
             (arguments["softmax_scale"], site.softmax_scale),
-            *((x, site.params[name]) for name, x in named.items() if name in site.params),
+            *((x, site.params[name]) for name, x in scalars.items() if name in site.params),
         ]
+        for p in self.params:
+            value = value_of(p, site, i, j) if p.name in site.params else None
+            if value is not None:
+                pairs.append((variables.params[p.name], value))
+            if p.rank:
+                pairs += zip(variables.params[p.name].ty.shape, value.ty.shape, strict=True)
         if s is not None:
             pairs.append((variables.s, s * site.softmax_scale))
+
+        tables = [(variables.params[p.name], site.params[p.name]) for p in self.params if p.rank]
 
         def replace(node):
             if isinstance(node, tirx.Var):
                 return next((new for old, new in pairs if node.same_as(old)), node)
+            if isinstance(node, TensorLoad):
+                table = next((new for old, new in tables if node.source.same_as(old)), None)
+                return node if table is None else table[tuple(node.indices)]
             return node
 
         return tvm_ffi.structural_map(expr, replace, order="post")

@@ -15,11 +15,11 @@ from tvm.ir import Call, Expr, PrimType
 from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
-from schedules.definition.attention import GRADIENTS
+from schedules.definition.attention import AXES, GRADIENTS
 from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
 from schedules.definition.operator import PAGES, STARTS, Operator
-from schedules.definition.parameters import axes_of
+from schedules.definition.parameters import value_dtype
 from tvm_flash.packs.manifest import Param
 
 #: The buffers with the lengths of a ragged batch's sequences.
@@ -80,7 +80,8 @@ def read(func: PrimFunc) -> Reading:
     blocks = blocks_of(func)
     op, operator = _operator_of(blocks)
     arguments, parameters, gradients = _arguments_of(func, operator)
-    params = tuple(_param(p, asked_gradients(func)) for p in parameters)
+    axes = dict(x.split(":") for x in (func.attrs or {}).get(AXES, ()))
+    params = tuple(_param(p, asked_gradients(func), axes) for p in parameters)
     found = Reading(func, op, blocks, arguments, parameters, gradients, params)
     return _with_expressions(found) if operator.has_scores else found
 
@@ -147,13 +148,22 @@ def _arguments_of(func: PrimFunc, operator: Operator):
     return dict(zip(roles, fixed, strict=True)), others[:split], others[split:]
 
 
-def _param(argument, asked: tuple[str, ...]) -> Param:
-    gradient = argument.name in asked
+def _param(argument, asked: tuple[str, ...], axes: dict[str, str]) -> Param:
+    name, gradient = argument.name, argument.name in asked
     if isinstance(argument.ty, PrimType):
-        return Param(argument.name, str(argument.ty.dtype), gradient=gradient)
-    if len(argument.ty.shape) != 2:
-        raise DefinitionError(f"argument {argument.name!r}: a tensor parameter has the shape (batch, heads)")
-    return Param(argument.name, str(argument.ty.dtype), per_head=True, gradient=gradient)
+        what = {}
+    else:
+        kind, rank = axes.get(name, "bh"), len(argument.ty.shape)
+        what = {"rank": int(kind)} if kind.isdigit() else {"axes": kind}
+        if rank != what.get("rank", len(kind)):
+            raise DefinitionError(
+                f"argument {name!r}: has rank {rank}; a tensor parameter has the shape (batch, heads), or the axes or "
+                f"the rank that the function's attribute {AXES!r} says"
+            )
+    try:
+        return Param(name, str(argument.ty.dtype), gradient=gradient, **what)
+    except ValueError as e:
+        raise DefinitionError(f"argument {name!r}: {e}") from None
 
 
 # ---------------------------------------------------------------- score and mask
@@ -164,7 +174,7 @@ def _with_expressions(found: Reading) -> Reading:
     block = found.blocks["score"]
     _expect_store(block, "score")
     params = {
-        p.name: tirx.Var(p.name, p.dtype) if axes_of(p) else variable
+        p.name: tirx.Var(p.name, value_dtype(p)) if p.axes else variable
         for p, variable in zip(found.params, found.parameters, strict=True)
     }
     index = tuple(x.var for x in block.iter_vars)
@@ -211,7 +221,7 @@ def _score(found: Reading, variables: Variables) -> Expr:
             "parameters only"
         )
     value = _canonical(found, variables, block.body.value, block)
-    if left := _loads(value):
+    if left := _loads(value, found.params):
         raise DefinitionError(
             f"block 'score': reads {left[0]}; it may read the product of block 'qk' at [b, h, i, j], multiplied by "
             f"softmax_scale, and parameters"
@@ -232,7 +242,7 @@ def _predicate(found: Reading, variables: Variables, name: str, *, optional: boo
             + block.script()
         )
     condition = _canonical(found, variables, value.args[0], block)
-    if _loads(condition):
+    if _loads(condition, found.params):
         raise DefinitionError(
             f"block {name!r}: the mask depends on the score; it may depend on positions and parameters only"
         )
@@ -255,7 +265,7 @@ def _sink(found: Reading, variables: Variables) -> Expr | None:
         )
     sink = _canonical(found, variables, value, block)
     queries = [v for v in _variables_of(sink) if any(v.same_as(x) for x in (*variables.index[2:], variables.s))]
-    if queries or _loads(sink):
+    if queries or _loads(sink, found.params):
         raise DefinitionError(
             f"block {block.name_hint!r}: the sink {sink} depends on more than batch, head and parameters"
         )
@@ -264,7 +274,8 @@ def _sink(found: Reading, variables: Variables) -> Expr | None:
 
 def _canonical(found: Reading, variables: Variables, expr: Expr, block: s_tir.SBlock) -> Expr:
     """``expr`` of a block, in ``variables``."""
-    axes = {p.name: axes_of(p) for p in found.params}
+    axes = {p.name: p.axes for p in found.params if p.axes}
+    scalars = {p.name for p in found.params if not p.axes}
     index = tuple(zip((x.var for x in block.iter_vars), variables.index, strict=False))  # a row has no key
     at = dict(zip("bhij", variables.index, strict=True))
     scale = found.arguments["softmax_scale"]
@@ -275,15 +286,23 @@ def _canonical(found: Reading, variables: Variables, expr: Expr, block: s_tir.SB
         return len(node.indices) == len(place) and all(a.same_as(b) for a, b in zip(node.indices, place, strict=True))
 
     def is_product(node):
-        return isinstance(node, TensorLoad) and node.source.name not in axes and reads(node, variables.index)
+        mine = {*axes, *scalars}
+        return isinstance(node, TensorLoad) and node.source.name not in mine and reads(node, variables.index)
 
     def parameter(name, node):
         if not reads(node, [at[a] for a in axes[name]]):
             where = ", ".join(axes[name])
             raise DefinitionError(f"block {block.name_hint!r}: parameter {name!r} is read elsewhere than at [{where}]")
-        return variables.params[name]
+        variable = variables.params[name]
+        return (
+            variable if node.ty.dtype == variable.ty.dtype else narrow.setdefault(name, tirx.Var(name, node.ty.dtype))
+        )
+
+    narrow = {}
 
     def rewrite(node):
+        if isinstance(node, tirx.Cast) and any(node.value.same_as(x) for x in narrow.values()):
+            return variables.params[node.value.name]
         if isinstance(node, tirx.Mul) and node.b.same_as(scale) and is_product(node.a):
             return variables.s
         if isinstance(node, TensorLoad) and node.source.name in axes:
@@ -302,10 +321,11 @@ def _expect_store(block: s_tir.SBlock, name: str) -> None:
         raise DefinitionError(f"block {name!r}: expected one store X[b, h, i, j] = ..., found\n" + block.script())
 
 
-def _loads(expr: Expr) -> list:
-    found = []
+def _loads(expr: Expr, params: tuple[Param, ...] = ()) -> list:
+    """What an expression reads of tensors, tables apart."""
+    found, tables = [], {p.name for p in params if p.rank}
     tvm_ffi.structural_walk(expr, [(TensorLoad, found.append)])
-    return found
+    return [x for x in found if x.source.name not in tables]
 
 
 def _hides(value: Expr) -> bool:

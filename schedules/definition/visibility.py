@@ -6,6 +6,7 @@ index i and the key index j; whatever isn't affine stays as it is.  Every part a
 * ``visible_range(span)``, ``full_range(span)``: of a span of rows, the keys ``[lo, hi)`` that some row may see, that
   every row sees; of a span of keys, the rows that may see some key, that see every key;
 * ``live(tile)``, ``full(tile)``: whether some, whether every element of a tile is seen;
+* ``is_opaque``: something in it isn't affine, and what it lets be seen is known of single elements only;
 * ``has_gaps``: the visible keys of a row need not be one interval; ``is_interval``: they are exactly its
   ``visible_range``.
 
@@ -17,8 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import tvm_ffi
 from tvm import sym, tirx
 from tvm.ir import Expr
+from tvm.ir.expr import TensorLoad
 
 ROWS, KEYS = "rows", "keys"
 
@@ -65,6 +68,7 @@ class _Affine:
     cj: int
     c: Expr
     has_gaps = False
+    is_opaque = False
     is_interval = True
 
     @property
@@ -112,6 +116,10 @@ class _All:
     def is_interval(self):
         return all(p.is_interval for p in self.parts)
 
+    @property
+    def is_opaque(self):
+        return any(p.is_opaque for p in self.parts)
+
     def _range(self, span, which):
         los, his = zip(*(getattr(p, which)(span) for p in self.parts), strict=True)
         return _fold(tirx.max, los), _fold(tirx.min, his)
@@ -136,6 +144,10 @@ class _Any:
     has_gaps = True
     is_interval = False
 
+    @property
+    def is_opaque(self):
+        return any(p.is_opaque for p in self.parts)
+
     def visible_range(self, span):
         los, his = zip(*(p.visible_range(span) for p in self.parts), strict=True)
         return _fold(tirx.min, los), _fold(tirx.max, his)
@@ -157,6 +169,7 @@ class _Opaque:
     predicate: Expr
     has_gaps = False
     is_interval = False
+    is_opaque = True
 
     def visible_range(self, span):
         return _zero(span), span.others
@@ -178,13 +191,27 @@ def _fold(op, items):
     return result
 
 
-def decompose(predicate: Expr, index):
-    """The mask as a tree of parts; ``index`` are the definition's variables b, h, i, j."""
+def decompose(predicate: Expr, index, varying=()):
+    """The mask as a tree of parts; ``index`` are the definition's variables b, h, i, j, and ``varying`` the parameters
+    that differ from query to query or key to key."""
     if isinstance(predicate, tirx.And):
-        return _All(predicate, (decompose(predicate.a, index), decompose(predicate.b, index)))
+        return _All(predicate, tuple(decompose(x, index, varying) for x in (predicate.a, predicate.b)))
     if isinstance(predicate, tirx.Or):
-        return _Any(predicate, (decompose(predicate.a, index), decompose(predicate.b, index)))
+        return _Any(predicate, tuple(decompose(x, index, varying) for x in (predicate.a, predicate.b)))
+    if _reads_position(predicate, index[2:], varying):
+        return _Opaque(predicate)
     return _comparison(predicate, index) or _Opaque(predicate)
+
+
+def _reads_position(predicate: Expr, positions, varying) -> bool:
+    """Whether it has a parameter of a query or a key, or an element of a table that depends on one."""
+    tensors, loads = [], []
+    tvm_ffi.structural_walk(predicate, [(tirx.Var, tensors.append), (TensorLoad, loads.append)])
+    read = []
+    for load in loads:
+        for x in load.indices:
+            tvm_ffi.structural_walk(x, [(tirx.Var, read.append)])
+    return any(x.same_as(v) for x in tensors for v in varying) or any(x.same_as(v) for x in read for v in positions)
 
 
 def _comparison(predicate: Expr, index) -> _Affine | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import FORWARD, Program, Rejected, Target
+from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, FORWARD, Program, Rejected, Target
 from schedules.tile.tile_scheduler import Traversal
 
 #: Family module for each arch that packs can be built for.
@@ -48,6 +48,11 @@ def core_kinds_of(target: Target) -> tuple[str, ...]:
     return tuple(kind for kind in kinds_of(target) if kind not in unverified)
 
 
+def is_verified_size(target: Target, kind: str, head_dim: int, head_dim_v: int) -> bool:
+    """Whether kernels of a kind that the core set has were verified on hardware at a size: the core set has those."""
+    return (head_dim, head_dim_v) not in getattr(family_of(target), "UNVERIFIED_HEAD_DIMS", {}).get(kind, ())
+
+
 def maker_of(target: Target, kind: str = FORWARD):
     """What makes the kernels of a kind: the family's module itself for the usual one, else one of its ``KINDS``.
 
@@ -81,11 +86,27 @@ def schedule(
         return Rejected(f"{target} has no {traversal.template} kernels; it has {', '.join(family.TEMPLATES)}")
     if pattern.dtype not in family.DTYPES:
         return Rejected(f"{target} can't compute {pattern.dtype}; it can {', '.join(family.DTYPES)}")
-    # 2. The configuration must fit the machine.
+    # 2. It must know what the definition reads.
+    reads = _unknown(pattern, target, kind)
+    if reads:
+        return Rejected(reads)
+    # 3. The configuration must fit the machine.
     maker = maker_of(target, kind)
     config = config or maker.default_configs(traversal.template, pattern, target)[0]
     refusal = maker.feasible(pattern, config, target)
     if refusal:
         return refusal
-    # 3. The family writes the kernel in the template's order and layout.
+    # 4. The family writes the kernel in the template's order and layout.
     return maker.program(pattern, config, target, traversal, name)
+
+
+def _unknown(pattern: Pattern, target: Target, kind: str) -> str:
+    """What of a definition no kernel of a kind and a target knows; empty if there is none."""
+    wide = ", ".join(p.name for p in pattern.params if p.is_tensor and not p.per_head)
+    if target.arch != "cpu" and (wide or pattern.has_sink):
+        return (
+            f"the definition has {wide or 'a sink'}, and only kernels of the CPU read tables, other tensors and sinks"
+        )
+    if wide and kind not in (FORWARD, BACKWARD, BACKWARD_ACCUMULATE):
+        return f"the definition has {wide}, and kernels of the kind {kind} read a value for each head only"
+    return ""

@@ -14,7 +14,8 @@ sits.  It is a module with
 * ``KINDS``, if it makes kernels of other kinds than the usual one, each a module (or object) with ``Config``,
   ``default_configs``, ``space``, ``feasible`` and ``program`` as above, by name: :data:`DECODE` splits the keys for few
   rows.  :func:`schedules.families.maker_of` finds them.  Those that no hardware has run yet are in
-  ``UNVERIFIED_KINDS``, and are built only if they are asked for by name.
+  ``UNVERIFIED_KINDS``, and are built only if they are asked for by name; so are those of the sizes that
+  ``UNVERIFIED_HEAD_DIMS`` has by kind, pairs of head_dim and head_dim_v.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.attention import append_arguments
-from schedules.definition.parameters import axes_of, gradient_symbols
+from schedules.definition.parameters import gradient_symbols
 from schedules.tile.geometry import flat, wide
 from schedules.tile.softmax import from_lane
 from schedules.tile.tile_scheduler import ceildiv
@@ -26,14 +26,14 @@ def parameter_sums(asked: Sequence[Param], name: str) -> PrimFunc:
     or have one element.
     """
     arguments, values = gradient_symbols(tuple(asked), "int32")
-    per_head = next((values[p.name] for p in asked if axes_of(p)), None)
+    per_head = next((values[p.name] for p in asked if p.axes), None)
     elements = per_head.shape[0] * per_head.shape[1] if per_head is not None else T.int32(1)
     length = tirx.Var("sums_length", "int32")
 
     def add(memory, n, param, block, lane):
         """Add the shares of element ``block`` of the gradient of the ``n``-th parameter."""
         out = values[param.name]
-        own = elements if axes_of(param) else T.int32(1)
+        own = elements if param.axes else T.int32(1)
         count = T.bind(T.truncdiv(length, own * len(asked)))
         first = T.bind(T.min(block, own - 1) * count + n * (count * own))
         total = T.alloc_local([1], "float32")
@@ -45,7 +45,7 @@ def parameter_sums(asked: Sequence[Param], name: str) -> PrimFunc:
         for step in range(_LANES.bit_length() - 1):
             T.buffer_store(total, operator.add(total[0], from_lane(total[0], 1 << step)), [0])
         place = T.int64(0)
-        if axes_of(param):
+        if param.axes:
             batch_stride, head_stride = out.ty.strides
             heads = out.shape[1]
             place = wide(T.truncdiv(block, heads)) * wide(batch_stride) + wide(T.truncmod(block, heads)) * wide(

@@ -15,12 +15,14 @@ from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, LayoutErro
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.operators import RAGGED_LAYOUT, tensor
 from tvm_flash.packs import sizes
+from tvm_flash.packs.manifest import Param
 
 _DIMENSIONS = {
     "bhsd": "(batch, heads, seq, head_dim)",
     "bshd": "(batch, seq, heads, head_dim)",
     RAGGED_LAYOUT: "(total, heads, head_dim)",
 }
+_AXES = {"b": "batch", "h": "heads", "i": "seqlen_q", "j": "seqlen_kv"}
 _OTHER_LAYOUT = {"bhsd": "bshd", "bshd": "bhsd"}
 _DEVICES = ("cpu", "cuda")
 
@@ -39,6 +41,11 @@ class Sizes:
     seqlen_kv: int
     head_dim: int
     head_dim_v: int
+
+    def of_axes(self, axes: str) -> tuple[int, ...]:
+        """The sizes of axes of scores, ``"bhij"`` or some of them."""
+        found = {"b": self.batch, "h": self.heads, "i": self.seqlen_q, "j": self.seqlen_kv}
+        return tuple(found[a] for a in axes)
 
     def shape_of(self, name: str, layout: str) -> tuple[int, ...]:
         """Shape of a tensor of an operator (:mod:`tvm_flash.operators`) in a layout."""
@@ -368,15 +375,24 @@ def _check_dense(name: str, x: TensorView) -> None:
         )
 
 
-def check_per_head(name: str, x: TensorView, dtype: str, sizes: Sizes, q: TensorView) -> None:
-    """A parameter with one value a head, or one a batch entry and head; a size of 1 stands for all of a dimension."""
-    whole = (sizes.batch, sizes.heads)
-    if x.shape != whole[1:] and not (
-        len(x.shape) == 2 and all(n in (1, m) for n, m in zip(x.shape, whole, strict=True))
-    ):
+def check_parameter(param: Param, x: TensorView, sizes: Sizes, q: TensorView) -> None:
+    """A parameter that is a tensor: of its first axes some may be missing, and a size of 1 stands for all of one; or a
+    table, of its rank and any sizes."""
+    name, dtype = param.name, param.dtype
+    if param.rank and (len(x.shape) != param.rank or 0 in x.shape):
         raise InvalidArgumentError(
-            f"{name}: has shape {x.shape}, expected ({sizes.heads},) or ({sizes.batch}, {sizes.heads}): "
-            f"one value for each head"
+            f"{name}: has shape {x.shape}, expected a table with {param.rank} dimensions, none of them of size 0"
+        )
+    whole = sizes.of_axes(param.axes)
+    tail = whole[len(whole) - len(x.shape) :]
+    if not param.rank and (
+        not 0 < len(x.shape) <= len(whole) or any(n not in (1, m) for n, m in zip(x.shape, tail, strict=True))
+    ):
+        per_head = param.per_head and f"({sizes.heads},) or {whole}: one value for each head"
+        names = ", ".join(_AXES[a] for a in param.axes)
+        raise InvalidArgumentError(
+            f"{name}: has shape {x.shape}, expected "
+            + (per_head or f"{whole}, which is ({names}), with 1 for an axis along which it is the same")
         )
     if x.dtype != dtype:
         raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected {dtype}; convert it")

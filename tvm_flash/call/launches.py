@@ -15,7 +15,7 @@ from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.machine.ffi import TensorSpec
 from tvm_flash.operators import gradient_of, role_of, tensor
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import DENSE, KernelEntry
+from tvm_flash.packs.manifest import DENSE, KernelEntry, Param
 
 #: Role of the memory that workspaces are in: those that hold anything at first, and those that hold zeros.
 UNDEFINED, ZEROED = "workspaces", "zeroed workspaces"
@@ -96,12 +96,16 @@ def made_by(request: Request, entry: KernelEntry, extents: Mapping[str, int]) ->
     The latter are the gradients of parameters; parameters of a mask that stands in for a simpler one; and flat tensors
     of all in all one element: a kernel takes a shorter one than expected for none, and there is no shorter one.
     """
-    operator, arguments = request.operator, {x.role: x for x in entry.arguments}
+    operator = request.operator
     found = [Made(n, request.shape_of(n), request.dtype_of(n)) for n in request.results if n not in request.given]
     if operator.differentiates:
-        unasked = [n for p in entry.params if p.gradient and (n := gradient_of(p.name)) not in request.outputs]
-        shapes = {1: (1,), 2: (request.sizes.batch, request.sizes.heads)}
-        found += [Made(n, shapes[arguments[n].rank], "float32") for n in unasked]
+        for p in entry.params:
+            if p.gradient and gradient_of(p.name) not in request.outputs:
+                of_head = p.of_gradient in ("", "bh")  # others are large, and a kernel takes one element for none
+                shape = (
+                    request.sizes.of_axes(p.of_gradient) if of_head and p.axes else (1,) * max(1, len(p.of_gradient))
+                )
+                found.append(Made(gradient_of(p.name), shape, "float32"))
     for name in (*operator.on_request, *operator.optional):
         shape = request.shape_of(name)
         if math.prod(shape) == 1 and name not in request.results and name not in request.given:
@@ -120,7 +124,7 @@ def arguments_of(
     found: dict[str, TensorSpec | int | float] = {"softmax_scale": request.softmax_scale, **request.scalars}
     for name, x in request.given.items():
         if name in request.parameters:
-            found[name] = _per_head(x, request)
+            found[name] = _parameter(request.declared[name], x, request)
         else:
             found[role_of(name)] = _spec(name, x.shape, x.strides, x.dtype, request, swap)
     heads = (request.sizes.batch, request.sizes.heads)
@@ -144,11 +148,13 @@ def arguments_of(
     return found
 
 
-def _per_head(x: TensorView, request: Request) -> TensorSpec:
-    """A parameter with a value for each head as ``(batch, heads)``, strides of 0 where it has one for all."""
-    strides = x.strides if len(x.shape) == 2 else (0, x.strides[0])
-    strides = tuple(0 if n == 1 else s for n, s in zip((1, *x.shape)[-2:], strides, strict=True))
-    shape = (request.sizes.batch, request.sizes.heads)
+def _parameter(param: Param, x: TensorView, request: Request) -> TensorSpec:
+    """A parameter with the sizes of all its axes, strides of 0 where it has one value for all; a table as it is."""
+    shape, strides = x.shape, x.strides
+    if param.axes:
+        missing = len(param.axes) - len(x.shape)
+        strides = (0,) * missing + tuple(0 if n == 1 else s for n, s in zip(x.shape, x.strides, strict=True))
+        shape = request.sizes.of_axes(param.axes)
     return TensorSpec(shape, strides, x.dtype, request.device.kind, request.device.index)
 
 
@@ -165,6 +171,6 @@ def _spec(
         shape, strides = (math.prod(shape),), (1,)
     plain = contiguous_strides(shape)
     strides = tuple(p if n == 1 else s for n, s, p in zip(shape, strides, plain, strict=True))
-    if swap and len(shape) == 4:
+    if swap and len(tensor(name).axes) == 4:
         shape, strides = ((x[0], x[2], x[1], x[3]) for x in (shape, strides))
     return TensorSpec(shape, strides, dtype, request.device.kind, request.device.index)

@@ -75,7 +75,7 @@ class Plan:
         arguments = arguments_of(entry, request, self._made, extents)
         functions = registry().load(self.choice.kernel)
         present = {*request.given, *(x.name for x in self._made), *operator.on_request}
-        absent = {*(p.name for p in entry.params if p.per_head), *operator.optional} - present
+        absent = {*(p.name for p in entry.params if p.is_tensor), *operator.optional} - present
         self._launches = [
             (function, [arguments[x.role] for x in launch.arguments], _tensor_roles(launch, absent))
             for function, launch in zip(functions, entry.launches, strict=True)

@@ -62,7 +62,7 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
     parameters = tuple(name for name in given if name not in operator.all_inputs)
     what, scalars, declared = _computation(options, sizes, parameters)
     for name in parameters:
-        checks.check_per_head(name, given[name], declared[name].dtype, sizes, q)
+        checks.check_parameter(declared[name], given[name], sizes, q)
     request = Request(
         framework=framework,
         layout=options.layout,
@@ -81,6 +81,7 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
         variant=checks.check_variant(options.variant),
         softmax_scale=checks.check_scale(options.softmax_scale, sizes.head_dim),
         scalars=scalars,
+        declared=declared,
         given=given,
         parameters=parameters,
         outputs=outputs,
@@ -180,11 +181,16 @@ def kinds_of(
         seqlen_q = seqlen_kv = INT32_MAX
     mask = normalise_mask(checks.check_flag("causal", options.causal), window, seqlen_q, seqlen_kv)
     padded = "kv_start" in per_head or "kv_end" in per_head
-    kind = "positioned" if "query_start" in per_head else "padded" if padded else mask.kind
+    if "visible" in per_head:
+        kind = "given"
+    elif "query_start" in per_head:
+        kind = "positioned"
+    else:
+        kind = "padded" if padded else mask.kind
     capped = checks.check_softcap(options.softcap) != 0
     return mask, {
         "definition": BUILTIN_DEFINITION, "mask": kind,
-        "score": score_of(capped, "alibi_slopes" in per_head, "sinks" in per_head),
+        "score": score_of(capped, "alibi_slopes" in per_head, "sinks" in per_head, "bias" in per_head),
     }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from tvm_flash.call.checks import Sizes
 from tvm_flash.call.problem import Problem
 from tvm_flash.frameworks import Framework, TensorView
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import OPERATORS, Operator, tensor
+from tvm_flash.operators import OPERATORS, Operator, gradient_of, tensor
+from tvm_flash.packs.manifest import Param
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Request:
 
     ``given`` are its tensors by name, in the order of the call; ``parameters`` and ``outputs`` name those that are
     parameters of mask and score, and the outputs, given or not.  ``results`` names what the call returns, in order.
-    ``scalars`` are the run-time parameters that are numbers, by name.  ``suspicion`` is the text of a warning that
-    heads and sequence may be swapped.
+    ``scalars`` are the run-time parameters that are numbers, by name, and ``declared`` says what is known of each one.
+    ``suspicion`` is the text of a warning that heads and sequence may be swapped.
     """
 
     framework: Framework
@@ -30,6 +31,7 @@ class Request:
     variant: str
     softmax_scale: float
     scalars: Mapping[str, float | int]
+    declared: Mapping[str, Param]
     given: Mapping[str, TensorView]
     parameters: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -53,6 +55,9 @@ class Request:
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the operator, in the layout of the call."""
+        param = self.declared.get(name.removeprefix("d_"))
+        if param is not None and name == gradient_of(param.name) and param.axes:
+            return self.sizes.of_axes(param.of_gradient)
         return self.sizes.shape_of(name, self.layout)
 
     def dtype_of(self, name: str) -> str:

@@ -17,7 +17,7 @@ from tvm_flash.distributed.exchange import talking
 from tvm_flash.errors import InvalidArgumentError, TvmFlashError
 
 #: Bytes that a rank says of a call.
-_ROOM = 2048
+_ROOM = 4096
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Agreement:
         InvalidArgumentError: another rank has an error, or says something else.
         ProcessGroupError: a rank doesn't say anything.
         """
-        words = self._said if self._error is None else {"error": str(self._error)[: _ROOM // 4]}
+        words = self._said if self._error is None else {"error": str(self._error)[: _ROOM // 8]}
         everything = self._exchange(json.dumps(words).encode())
         if self._error is not None:
             raise self._error

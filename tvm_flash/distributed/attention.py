@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +11,24 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from tvm_flash.call import checks
-from tvm_flash.call.prepare import same_framework
-from tvm_flash.call.problem import INT32_MAX
-from tvm_flash.call.ragged import fault_of
 from tvm_flash.distributed.agreement import Agreement, Axes, axes_of
+from tvm_flash.distributed.arguments import (
+    agreed_placement,
+    check_ends,
+    check_order,
+    checked_parameter,
+    document_ends,
+    in_short,
+    sizes_of,
+)
 from tvm_flash.distributed.heads import HeadExchange
 from tvm_flash.distributed.kernels import Kernels
 from tvm_flash.distributed.merge import sink_gradients
-from tvm_flash.distributed.placement import BALANCES, Placement, size
+from tvm_flash.distributed.placement import Placement
 from tvm_flash.distributed.plan import EXCHANGES, plan
 from tvm_flash.distributed.sight import Sight
 from tvm_flash.distributed.steps import Job
-from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
+from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.tracing.torch_ops import readable
 
 #: Bytes of keys, values and their float32 gradients up to which "auto" has a rank hold those of the whole sequence.
@@ -93,12 +98,12 @@ def context_parallel_attention(
     asked = Agreement(axes)
     with asked.checking():
         check_order(mesh, balance, exchange)
-        sizes = _sizes_of(layout, q, k, v)
+        sizes = sizes_of(layout, q, k, v)
         window = checks.check_window(window_size)
         causal = checks.check_flag("causal", causal)
-        ends = _document_ends(cu_seqlens, sizes.batch)
-        slopes = _checked_parameter("alibi_slopes", alibi_slopes, q, sizes)
-        sinks = _checked_parameter("sinks", sinks, q, sizes)
+        ends = document_ends(cu_seqlens, sizes.batch)
+        slopes = checked_parameter("alibi_slopes", alibi_slopes, q, sizes)
+        sinks = checked_parameter("sinks", sinks, q, sizes)
         if sizes.heads % axes.sizes[1]:
             raise InvalidArgumentError(
                 f"q: has {sizes.heads} heads, expected a multiple of the {axes.sizes[1]} ranks of the mesh's axis that "
@@ -111,16 +116,14 @@ def context_parallel_attention(
             head_dim_v=sizes.head_dim_v, dtype=str(q.dtype), causal=causal, window_size=window, softcap=softcap,
             softmax_scale=scale, slopes=None if slopes is None else list(slopes.shape), sinks=sinks is not None,
             layout=layout, balance=balance,
-            exchange=exchange, cu_seqlens=_in_short(ends),
+            exchange=exchange, cu_seqlens=in_short(ends),
             records=torch.is_grad_enabled() and [x.requires_grad for x in (q, k, v)],
             rows=sizes.seqlen_q,
         )  # fmt: skip
     everything = asked.reach(differ=("rows",))
     placement = agreed_placement("q", [said["rows"] for said in everything], axes, balance)
-    if ends is not None and ends[-1:] > (placement.length,):
-        raise InvalidArgumentError(
-            f"cu_seqlens: ends with {ends[-1]}, expected at most the {placement.length} positions of the sequence"
-        )
+    if ends is not None:
+        check_ends(ends, placement.length)
     left, right = (None if x == -1 else x for x in window)
     sight = Sight(left, 0 if causal else right, (placement.length,) if ends is None else ends)
     if exchange not in EXCHANGES:
@@ -227,82 +230,3 @@ class _Attention(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             d_sinks = call.of_all(sink_gradients(dout, out, lse, dlse, job.sinks), sinks)
         return None, *(call.as_bhsd(x) for x in (dq, dk, dv)), d_slopes, d_sinks
-
-
-def check_order(mesh: DeviceMesh, balance: str, exchange: str) -> None:
-    """That the order of positions is one that there is.
-
-    Raises
-    ------
-    InvalidArgumentError
-    """
-    exchanges = ("auto", *EXCHANGES, "heads")
-    for name, value, known in (("balance", balance, BALANCES), ("exchange", exchange, exchanges)):
-        if value not in known:
-            raise InvalidArgumentError(f"{name}: is {value!r}, expected one of {', '.join(map(repr, known))}")
-    if exchange == "heads" and mesh.ndim != 1:
-        raise InvalidArgumentError(
-            "exchange: is 'heads' and the mesh has two axes, along the second of which heads are exchanged anyway; "
-            "expected 'auto', 'gather' or 'ring', which say what is done along the first"
-        )
-
-
-def agreed_placement(name: str, rows: list[int], axes: Axes, balance: str) -> Placement:
-    """How a sequence lies on the ranks, of each of which it is known how many rows a tensor has.
-
-    Raises
-    ------
-    InvalidArgumentError: :func:`shard_sequence` would have given them others.
-    """
-    placement = Placement(sum(rows), *axes.sizes, balance)
-    for rank, found, held in zip(axes.ranks, rows, placement.order(), strict=True):
-        if found != size(held):
-            raise InvalidArgumentError(
-                f"{name}: has {found} rows on rank {rank}, expected {size(held)} of {sum(rows)} positions in all; use "
-                f"tvm_flash.distributed.shard_sequence with the same mesh, balance={balance!r} and exchange"
-            )
-    return placement
-
-
-def _sizes_of(layout: str, q: Any, k: Any, v: Any) -> checks.Sizes:
-    checks.check_layout(layout)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise ArgumentTypeError(f"{name}: is a {type(x).__qualname__}, expected a torch.Tensor")
-    framework = same_framework({"q": q, "k": k, "v": v})
-    sizes = checks.check_tensors(layout, *(framework.view(x, name) for name, x in (("q", q), ("k", k), ("v", v))))
-    if sizes.seqlen_q != sizes.seqlen_kv:
-        raise InvalidArgumentError(
-            f"k: has {sizes.seqlen_kv} rows, but q has {sizes.seqlen_q}; expected keys and queries of the same "
-            f"positions"
-        )
-    return sizes
-
-
-def _document_ends(cu_seqlens: Any, batch: int) -> tuple[int, ...] | None:
-    """Where documents end, without empty ones."""
-    if cu_seqlens is None:
-        return None
-    starts = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
-    if batch != 1:
-        raise InvalidArgumentError(f"cu_seqlens: is given, and q has batch {batch}; expected a batch of one")
-    if not starts or not all(isinstance(n, int) for n in starts):
-        raise InvalidArgumentError(
-            "cu_seqlens: expected whole numbers, 0 first: where documents begin and the last ends"
-        )
-    if fault := fault_of(starts, "q", INT32_MAX):
-        raise InvalidArgumentError(f"cu_seqlens: {fault}")
-    return tuple(b for a, b in itertools.pairwise(starts) if b > a)
-
-
-def _in_short(ends: tuple[int, ...] | None) -> list[int] | None:
-    """What is said of documents to other ranks, who have their own to compare."""
-    return None if ends is None else list(ends) if len(ends) <= 16 else [len(ends), hash(ends)]
-
-
-def _checked_parameter(name: str, x: Any, q: torch.Tensor, sizes: checks.Sizes) -> torch.Tensor | None:
-    """A parameter with a value for each head."""
-    if x is not None:
-        framework = same_framework({"q": q, name: x})
-        checks.check_per_head(name, framework.view(x, name), "float32", sizes, framework.view(q, "q"))
-    return x

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tvm_flash.distributed.agreement import Agreement, Axes, axes_of
-from tvm_flash.distributed.attention import agreed_placement, check_order
+from tvm_flash.distributed.arguments import agreed_placement, check_order
 from tvm_flash.distributed.exchange import talking
 from tvm_flash.distributed.placement import Interval, Placement, size
 from tvm_flash.errors import InvalidArgumentError

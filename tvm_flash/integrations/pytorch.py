@@ -243,7 +243,8 @@ def _flash_forward(
     if op == PAGED:
         lengths = cum_seq_k.diff() if seqused_k is None else seqused_k
         where, options = (cum_seq_q, lengths.int(), block_table), _ragged_options(query, scale, is_causal, window)
-        results = torch.ops.tvm_flash.attention_paged(query, key, value, *where, **options, return_lse=True)
+        options |= {"max_seqlen_q": max_q, "return_lse": True}
+        results = torch.ops.tvm_flash.attention_paged(query, key, value, *where, **options)
         return *results, *_unused(query), query.new_empty(0)
     if op == RAGGED:
         starts, options = (cum_seq_q, cum_seq_k), _ragged_options(query, scale, is_causal, window)

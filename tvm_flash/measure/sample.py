@@ -26,8 +26,22 @@ PARAMS = {
 }
 
 
+def _of_scores(seqlen_q: int, seqlen_kv: int) -> dict[str, np.ndarray]:
+    """Parameters with a value for each score: three keys of four are seen, and none by one query."""
+    i, j = np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)
+    head = np.arange(BATCH * HEADS).reshape(BATCH, HEADS, 1, 1)
+    return {
+        "visible": ((i + 3 * j + head) % 4 > 0) & (i != head),
+        "bias": np.cos(0.1 * i - 0.3 * j + head).astype(np.float32),
+    }
+
+
+PARAMS |= _of_scores(SEQLEN_Q, SEQLEN_KV)
+
+
 def params_of(seqlen_q: int, seqlen_kv: int) -> dict[str, Any]:
     """The parameters for other lengths than the case's: key ranges end as far from the last key, and query 0 stands as
     far from where it would stand anyway, so that about as many rows see keys."""
     later, farther = seqlen_kv - SEQLEN_KV, (seqlen_kv - seqlen_q) - (SEQLEN_KV - SEQLEN_Q)
-    return {**PARAMS, "kv_end": PARAMS["kv_end"] + later, "query_start": PARAMS["query_start"] + farther}
+    placed = {"kv_end": PARAMS["kv_end"] + later, "query_start": PARAMS["query_start"] + farther}
+    return {**PARAMS, **placed, **_of_scores(seqlen_q, seqlen_kv)}

@@ -193,20 +193,22 @@ def run(
         of |= {"batch": q[0], "heads": q[1], "kv_heads": k[1], "seqlen_q": q[2], "seqlen_kv": k[2]}
         extents = entry.extents(sizes.of(**of))
         shapes = {role_of(name): tuple(of[a] for a in x.axes if a in of) for name, x in TENSORS.items()}
-    shapes |= {gradient_of(p.name): (of["batch"], of["heads"]) if p.per_head else (1,) for p in entry.params}
+    axes = {"b": of["batch"], "h": of["heads"], "i": of.get("seqlen_q"), "j": of.get("seqlen_kv")}
+    shapes |= {gradient_of(p.name): tuple(axes[a] for a in p.of_gradient) or (1,) for p in entry.params}
+    learnt = {gradient_of(p.name) for p in entry.params}
     written, numbers, arrays = [], {"softmax_scale": scale}, {}
     numbers |= {
-        p.name: (float if p.dtype == "float32" else int)(params[p.name]) for p in entry.params if not p.per_head
+        p.name: (float if p.dtype == "float32" else int)(params[p.name]) for p in entry.params if not p.is_tensor
     }
     numbers |= {scalar.name: extents[scalar.name] for scalar in entry.scalars}
-    per_head = {p.name: params[p.name] for p in entry.params if p.per_head}
+    tensors = {p.name: params[p.name] for p in entry.params if p.is_tensor}
     workspaces = {w.name: w for w in entry.workspaces}
     for argument in entry.arguments:
         role = argument.role
         if not argument.rank:
             continue
-        if role in per_head:
-            arrays[role] = per_head[role]
+        if role in tensors:
+            arrays[role] = tensors[role]
         elif role in inputs:
             arrays[role] = _encoded(inputs[role], argument, order)
         elif role in workspaces:
@@ -215,7 +217,8 @@ def run(
             arrays[role] = _aligned(numerics.encode(np.full(shape, first, np.float32), argument.dtype))
         else:
             written.append(role)
-            arrays[role] = _encoded(np.full(shapes[role], np.nan, np.float32), argument, order)
+            own = (0, 1, 2, 3) if role in learnt else order
+            arrays[role] = _encoded(np.full(shapes[role], np.nan, np.float32), argument, own)
     arguments: dict[str, TensorSpec | int | float] = dict(numbers)
     for role, x in arrays.items():
         strides = contiguous_strides(x.shape)
@@ -226,7 +229,8 @@ def run(
         launches.append((Frame(function, [arguments[role] for role in roles]), [r for r in roles if r in arrays]))
     _run(launches, device, arrays, written)
     found = {role: numerics.decode(arrays[role], entry.dtype_of(role)) for role in written}
-    return {r: x.transpose(order) if x.ndim == 4 else x.reshape(shapes[r]) for r, x in found.items()}
+    laid_out = {r for r, x in found.items() if x.ndim == 4 and r not in learnt}
+    return {r: x.transpose(order) if r in laid_out else x.reshape(shapes[r]) for r, x in found.items()}
 
 
 def _aligned(x: np.ndarray) -> np.ndarray:

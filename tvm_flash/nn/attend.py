@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,47 @@ _attend = {layout: entrance(signature(layout, layout_known=True)) for layout in 
 _attend_with_sinks = {
     layout: entrance(signature(layout, parameters=("alibi_slopes", "sinks"), layout_known=True)) for layout in LAYOUTS
 }
+
+_attend_masked = {
+    (layout, name): entrance(signature(layout, parameters=(name,), layout_known=True))
+    for layout in LAYOUTS
+    for name in ("visible", "bias")
+}
+
+
+@dataclass(frozen=True)
+class WholeMask:
+    """A mask of torch's that differs between queries: which keys are seen, or what is added to scores.
+
+    ``values`` is boolean, or float32, and broadcasts to ``(batch, heads, seqlen_q, seqlen_kv)``.
+    """
+
+    values: torch.Tensor
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Mask and score of the kernels that take it."""
+        return ("given", "identity") if self.values.dtype == torch.bool else ("full", "biased")
+
+    def attend(self, layout: str, q: Any, k: Any, v: Any, softmax_scale: float | None = None) -> Any:
+        """Attention with it."""
+        name = "visible" if self.values.dtype == torch.bool else "bias"
+        # fmt: off
+        return _attend_masked[layout, name](q, k, v, self.values, None,
+                                            "auto", False, softmax_scale, False, (-1, -1), 0.0)
+        # fmt: on
+
+
+def whole_mask_of(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> WholeMask | str:
+    """A mask of torch's over queries and keys ``(…, seq, head_dim)`` as one of scores, or why it isn't one."""
+    scores = (*query.shape[:-1], key.shape[-2])
+    shape = attn_mask.shape
+    if len(shape) > len(scores) or any(
+        n not in (1, m) for n, m in zip(reversed(shape), reversed(scores), strict=False)
+    ):
+        return f"attn_mask has shape {tuple(shape)}, which doesn't broadcast to {tuple(scores)}"
+    attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(shape))
+    return WholeMask(attn_mask if attn_mask.dtype in (torch.bool, torch.float32) else attn_mask.float())
 
 
 def attend(

@@ -1,6 +1,6 @@
 """``torch.nn.functional.scaled_dot_product_attention``, computed by this package's kernels where they can.
 
-Where they can't (dropout, a mask of the user's own over queries and keys, a device or dtype without kernels)
+Where they can't (dropout, on a GPU a mask of the user's own over queries and keys, a device or dtype without kernels)
 torch's own function computes it, and a :class:`FallbackWarning` says why, once for each reason.
 """
 
@@ -20,7 +20,7 @@ from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, Problem
 from tvm_flash.errors import FallbackWarning, TvmFlashError
 from tvm_flash.frameworks.torch_watch import has_tangent_below, is_differentiated
 from tvm_flash.machine.device import Device
-from tvm_flash.nn.attend import attend, fit
+from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
 from tvm_flash.nn.jagged import sequences_of
 from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.operators import FORWARD, OPERATORS, RAGGED, RAGGED_LAYOUT
@@ -46,8 +46,9 @@ def scaled_dot_product_attention(
     ----------
     query: ``(batch, heads, seqlen_q, head_dim)``, or without the batch or with it alone (three dimensions).
     key, value: ``(batch, heads, seqlen_kv, head_dim)``; with ``enable_gqa`` fewer heads.
-    attn_mask: boolean, true where a key is seen, or added to the scores.  Computed here if it is the same for all
-        queries and heads (``(batch, 1, 1, seqlen_kv)``, or expanded from that), as padding masks are.
+    attn_mask: boolean, true where a key is seen, or added to the scores, of any shape that broadcasts to ``(batch,
+        heads, seqlen_q, seqlen_kv)``; one of numbers may require a gradient.  On a GPU it is computed here if it is the
+        same for all queries and heads (``(batch, 1, 1, seqlen_kv)``, or expanded from that), as padding masks are.
     dropout_p: 0 is computed here.
     is_causal: aligned **top-left**, as torch does: query i sees the keys 0 … i, whatever the lengths.
     scale: of the scores; ``1/sqrt(head_dim)`` if not given.
@@ -82,16 +83,29 @@ def scaled_dot_product_attention(
         query, key, value = (_as_autocast(x, query.device.type) for x in (query, key, value))
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
-        mask = None if attn_mask is None else key_mask_of(attn_mask, query, key, scale)
-        reason = mask if isinstance(mask, str) else None
-    if reason is None:
         kind = "full" if not is_causal else "window" if query.shape[-2] > key.shape[-2] else "causal"
-        kind = kind if mask is None else "padded"
-        reason = no_kernel(kind, query, key, value)
+        mask = None if attn_mask is None else _mask_of(attn_mask, query, key, value, scale)
+        reason = mask if isinstance(mask, str) else no_kernel(kind, query, key, value) if mask is None else None
     if reason is not None:
         warn_of_fallback(reason)
         return torch_sdpa(*asked, **options)
     return _compute(query, key, value, mask, is_causal, scale)
+
+
+def _mask_of(
+    attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+) -> KeyMask | WholeMask | str:
+    """A mask as kernels take it: over keys if it is one, or else of all scores; or why none does."""
+    learnt = is_differentiated(attn_mask)
+    keys = "a gradient of attn_mask is required" if learnt else key_mask_of(attn_mask, query, key, scale)
+    if not isinstance(keys, str):
+        return no_kernel("padded", query, key, value) or keys
+    whole = whole_mask_of(attn_mask, query, key)
+    if isinstance(whole, str):
+        return whole
+    ops = (FORWARD, OPERATORS[FORWARD].backward) if learnt else None
+    reason = no_kernel(whole.kind[0], query, key, value, whole.kind[1], ops)
+    return whole if reason is None else f"{keys}; {reason}"
 
 
 def _answer_for_torch(tensors: tuple[torch.Tensor | None, ...]) -> list[str]:
@@ -120,8 +134,6 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         return "dropout_p isn't 0, and these kernels have no dropout"
     if any(map(has_tangent_below, (query, key, value))):
         return "a forward-mode derivative is asked for, and these kernels have gradients in reverse mode only"
-    if isinstance(attn_mask, torch.Tensor) and is_differentiated(attn_mask):
-        return "a gradient of attn_mask is required, and these kernels take masks over keys"
     shapes = q, k, v = query.shape, key.shape, value.shape
     if not (len(q) == len(k) == len(v) and len(q) in (3, 4)):
         return f"the tensors have {', '.join(str(len(x)) for x in shapes)} dimensions, expected 4, or 3, of each"
@@ -242,7 +254,7 @@ def _order(query: torch.Tensor) -> tuple[int, ...]:
     return order if order[3] == 3 else _HEADS_APART
 
 
-def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: float | None) -> torch.Tensor:
+def _compute(query, key, value, mask: KeyMask | WholeMask | None, is_causal: bool, scale: float | None) -> torch.Tensor:
     whole = query.ndim == 4
     if not whole:  # (heads, seqlen, head_dim)
         query, key, value = query[None], key[None], value[None]
@@ -254,7 +266,9 @@ def _compute(query, key, value, mask: KeyMask | None, is_causal: bool, scale: fl
     order = _order(query)
     layout = "bshd" if order == _HEADS_SIDE_BY_SIDE else "bhsd"
     query, key, value = fit(query), fit(key), fit(value)
-    if mask is not None:
+    if isinstance(mask, WholeMask):
+        call = functools.partial(mask.attend, layout)
+    elif mask is not None:
         key, value = mask.arrange(key), mask.arrange(value)
         call = functools.partial(padded_attention, layout=layout, key_range=mask.key_range())
     else:

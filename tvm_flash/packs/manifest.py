@@ -16,8 +16,9 @@ answers empty problems itself.  Roles are:
 * ``lse``: flat float32, ``batch * heads * seqlen_q`` values in ``(batch, heads, seqlen_q)`` order; a shorter tensor
   (one element, say) means that nobody asked for it, and then it isn't written.
 * ``softmax_scale``: a float32.
-* a run-time parameter of the mask or the score by its name, one of ``KernelEntry.params``: a number, or for a
-  ``per_head`` parameter a ``(batch, heads)`` tensor (a stride of 0 broadcasts over the batch).
+* a run-time parameter of the mask or the score by its name, one of ``KernelEntry.params``: a number; a tensor with the
+  sizes of its ``axes``, of any strides (a stride of 0 broadcasts); or a table of its ``rank``, of any sizes and
+  strides.
 * a workspace by its name, one of ``KernelEntry.workspaces``: a contiguous tensor at a multiple of 128 bytes that lives
   for the launches of one call, of a shape that follows from the problem's sizes.  What a launch finds in it is what an
   earlier launch left there, or zeros if it is ``zeroed``, or anything.
@@ -58,8 +59,8 @@ before it writes anything, if that isn't so.  Those of ``paged_decode`` are for 
 
 Those of ``backward`` take ``do`` (as ``o``), ``o`` and ``lse`` as a forward kernel left them, and ``dlse`` (as ``lse``;
 a shorter tensor means that there is none), and write all of ``dq``, ``dk`` and ``dv`` (as ``q``, ``k`` and ``v``), and
-``d_NAME`` of each parameter that asks for its gradient: float32, ``(batch, heads)`` of one ``per_head``, else one
-element.
+``d_NAME`` of each parameter that asks for its gradient: float32, ``(batch, heads)`` and what else its ``axes`` have of
+queries and keys (``Param.of_gradient``), or one element of a number.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ BUILTIN_DEFINITION = "attention"
 
 LAYOUT_OF_TEMPLATE = {"v1": "bhsd", "v2": "bshd"}
 
+#: The dtypes of parameters; a number is of one of the first two.
+PARAM_DTYPES = ("float32", "int32", "float16", "bfloat16", "bool")
+
 #: The most blocks of a GPU's launch along any axis of its grid but the first.
 MOST_BLOCKS = 65535
 
@@ -99,16 +103,52 @@ FARTHEST_START = 2**29
 
 @dataclass(frozen=True)
 class Param:
-    """A run-time parameter of a mask or a score modification.
+    """A run-time parameter of a mask or a score modification: a number, a tensor, or a table.
 
-    ``dtype`` is ``"float32"`` or ``"int32"``.  A ``per_head`` parameter is a tensor ``(batch, heads)``.  A float one
-    may ask for its ``gradient``: then it is learnt, and the backward computes it.
+    Attributes
+    ----------
+    dtype: ``"float32"`` or ``"int32"``, of a tensor or table ``"float16"``, ``"bfloat16"`` or ``"bool"`` too.
+    axes: of a tensor, which of the axes of scores, batch, query head, query and key, ``"bhij"`` in this order, it has a
+        value each for.
+    per_head: the same as ``axes="bh"``.
+    rank: of a table, whose indices are expressions: how many it has.
+    gradient: a float number or tensor is learnt, and the backward computes its gradient.
     """
 
     name: str
     dtype: str
     per_head: bool = False
     gradient: bool = False
+    axes: str = ""
+    rank: int = 0
+
+    def __post_init__(self):
+        if self.per_head and not self.axes:
+            object.__setattr__(self, "axes", "bh")
+        object.__setattr__(self, "per_head", self.axes == "bh")
+        if tuple(self.axes) != tuple(a for a in "bhij" if a in self.axes):
+            raise ValueError(f"axes: is {self.axes!r}, expected some of 'bhij' in this order")
+        if self.rank and self.axes:
+            raise ValueError(f"{self.name}: has axes {self.axes!r} and the rank {self.rank} of a table; expected one")
+        if self.dtype not in PARAM_DTYPES or (self.dtype not in PARAM_DTYPES[:2] and not self.is_tensor):
+            known = PARAM_DTYPES if self.is_tensor else PARAM_DTYPES[:2]
+            raise ValueError(f"dtype: is {self.dtype!r}, expected one of {', '.join(known)}")
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it is a tensor or a table, and no number."""
+        return bool(self.axes or self.rank)
+
+    @property
+    def of_gradient(self) -> str:
+        """The axes of its gradient: those of batch and head are left to whoever sums over them; none of a number."""
+        return "".join(a for a in "bhij" if a in "bh" or a in self.axes) if self.axes else ""
+
+    def aligned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of such a tensor beside its gradient, with 1 for what it lacks."""
+        whole = (1,) * (len(self.axes) - len(shape)) + tuple(shape)
+        sizes = dict(zip(self.axes, whole, strict=True))
+        return tuple(sizes.get(a, 1) for a in self.of_gradient)
 
 
 @dataclass(frozen=True)

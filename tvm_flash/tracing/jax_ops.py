@@ -20,11 +20,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from tvm_flash.call.backward import why_no_backward
 from tvm_flash.call.choice import choose
-from tvm_flash.call.prepare import request_of
+from tvm_flash.call.prepare import params_of, request_of
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
 from tvm_flash.call.suspicion import warn_of_layout
-from tvm_flash.catalogue import DEFAULTS
+from tvm_flash.catalogue import DEFAULTS, PARAMS
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError, TvmFlashError
 from tvm_flash.frameworks.base import TensorView, contiguous_strides
 from tvm_flash.frameworks.jax import Jax
@@ -32,7 +32,7 @@ from tvm_flash.machine import cuda, ffi
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import OPERATORS, RAGGED_LAYOUT, gradient_of, role_of, tensor
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import PAGED, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, PAGED, KernelEntry
 from tvm_flash.packs.registry import Installed, registry
 
 #: Name of a platform in JAX's programs, in its foreign function interface, and of its devices here.
@@ -141,8 +141,10 @@ def _backward(options, names, kept, cotangents):
     options = options._replace(op=OPERATORS[options.op].backward, flag=False, gradients=learnt)
     dq, dk, dv, *others = _step(options, {**tensors, **{name: arrays[name] for name in parameters}})
     found = {"q": dq, "k": dk, "v": dv}
+    builtin = options.definition == BUILTIN_DEFINITION
+    declared = PARAMS if builtin else params_of(options.definition)
     for name, x in zip(learnt, others, strict=True):
-        found[name] = _reduced(x, arrays[name].shape)
+        found[name] = _reduced(x, declared[name], arrays[name])
     return tuple(found.get(name) for name in names)
 
 
@@ -156,11 +158,10 @@ def _array(x):
     return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
 
 
-def _reduced(gradient, shape):
-    """The gradient ``(batch, heads)`` of a parameter in its own shape, in which one value may stand for a batch."""
-    whole = (1, *shape) if len(shape) == 1 else shape
-    axes = tuple(i for i, n in enumerate(whole) if n == 1)
-    return gradient.sum(axes, keepdims=True).reshape(shape)
+def _reduced(gradient, param, x):
+    """The gradient of a parameter in its dtype and shape, in which one value may stand for all of an axis."""
+    axes = tuple(i for i, n in enumerate(param.aligned(x.shape)) if n == 1)
+    return gradient.sum(axes, keepdims=True).reshape(x.shape).astype(x.dtype)
 
 
 # ---------------------------------------------------------------- a step
@@ -199,6 +200,13 @@ def _mapped(options: Options, names: tuple[str, ...]) -> Callable:
             x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
             for x, is_mapped in zip(arrays, mapped, strict=True)
         ]
+        if options.definition != BUILTIN_DEFINITION:
+            wide = [p.name for p in params_of(options.definition).values() if p.is_tensor and not p.per_head]
+            if any(name in wide for name in names):
+                raise NotSupportedError(
+                    f"{', '.join(wide)}: the call is mapped by jax.vmap, and such parameters can't be; use the batch "
+                    f"dimension of q, k and v"
+                )
         batch = arrays[0].shape[1]
         for i, (name, x) in enumerate(zip(names, arrays, strict=True)):
             if name not in (*operator.inputs, *operator.optional):  # one value a head, or also a batch entry
@@ -335,18 +343,20 @@ def _call_kernel(target: str, request: Request, kernel: Installed, *arrays):
     names = {role_of(n): n for n in (*request.outputs, *request.operator.on_request)}
     extents = entry.extents(request.sizes.by_name)
     workspaces = {w.name: w for w in entry.workspaces}
-    heads = (request.sizes.batch, request.sizes.heads)
+    params = {p.name: p for p in entry.params}
 
     def in_layout(name, x):
         if tensor(name).flat:
             return x.reshape(-1)
-        return jnp.swapaxes(x, 1, 2) if swap and x.ndim == 4 else x
+        return jnp.swapaxes(x, 1, 2) if swap and len(tensor(name).axes) == 4 else x
 
     def read(argument):
         name, x = given.get(argument.role, (None, None))
-        if argument.rank == 2:  # of a parameter; one that isn't given isn't used
+        param = params.get(argument.role)
+        if param is not None and param.axes:  # one that isn't given isn't used
             default = sizes.evaluate(DEFAULTS.get(argument.role, 0), extents)
-            return jnp.broadcast_to(jnp.full((), default, argument.dtype) if x is None else x, heads)
+            whole = request.sizes.of_axes(param.axes)
+            return jnp.broadcast_to(jnp.full((), default, argument.dtype) if x is None else x, whole)
         return jnp.zeros(1, argument.dtype) if x is None else in_layout(name, x)
 
     def written(role):

@@ -19,6 +19,8 @@ def attention(
     kv_end=None,
     query_start=None,
     sinks=None,
+    visible=None,
+    bias=None,
     *,
     layout="bhsd",
     variant="auto",
@@ -41,8 +43,10 @@ def attention(
         hidden.append(keys < _each(kv_start))
     if kv_end is not None:
         hidden.append(keys >= _each(kv_end))
+    if visible is not None:
+        hidden.append(~visible)
     slopes, sinks = (None if x is None else _each(x) for x in (alibi_slopes, sinks))
-    out, lse = _attend(q, k, v, queries - keys, hidden, slopes, sinks, softmax_scale, softcap)
+    out, lse = _attend(q, k, v, queries - keys, hidden, slopes, sinks, softmax_scale, softcap, bias)
     out = out if layout == "bhsd" else out.transpose(1, 2).contiguous()
     return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
 
@@ -134,11 +138,11 @@ def _sequences(q, k, v, starts, keys, sides, hidden, slopes, sinks, softmax_scal
     return out.transpose(0, 1).contiguous(), lse if return_lse else q.new_empty(0, dtype=torch.float32)
 
 
-def _attend(q, k, v, distances, hidden, slopes, sinks, softmax_scale, softcap):
+def _attend(q, k, v, distances, hidden, slopes, sinks, softmax_scale, softcap, bias=None):
     """Attention of ``(…, heads, rows, head_dim)`` tensors, and its log-sum-exp.
 
-    ``distances`` are those from keys to queries, ``hidden`` lists where a key is hidden, and slopes and sinks are given
-    so that they broadcast against scores.
+    ``distances`` are those from keys to queries, ``hidden`` lists where a key is hidden, and slopes, sinks and bias are
+    given so that they broadcast against scores.
     """
     dtype, group = q.dtype, q.shape[-3] // k.shape[-3]
     q, k, v = (x.float() for x in (q, k, v))
@@ -148,6 +152,8 @@ def _attend(q, k, v, distances, hidden, slopes, sinks, softmax_scale, softcap):
         scores = torch.tanh(scores / softcap) * softcap
     if slopes is not None:
         scores = scores - slopes * distances.abs()
+    if bias is not None:
+        scores = scores + bias
     for one in hidden:
         scores = scores.masked_fill(one, -torch.inf)
     if sinks is not None:  # a key more, whose value is 0

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from tvm_flash.errors import NotSupportedError
 from tvm_flash.frameworks.torch_watch import has_tangent
+from tvm_flash.packs.manifest import Param
 
 # Where an operator is answered, a transform of torch.func has chosen its level: a function of this kind adds none.
 _Function = torch.autograd.function._SingleLevelFunction
@@ -37,8 +38,9 @@ class Pair:
     ----------
     forward: ``(q, k, v, *parameters) -> (out, lse)``.
     backward: ``(dout, q, k, v, out, lse, dlse, *parameters, gradients) -> [dq, dk, dv, …]``, those of the parameters
-        that are named in ``gradients`` last, with a value for each batch entry and head.
+        that are named in ``gradients`` last, with the axes of :attr:`Param.of_gradient`.
     parameters: names of the parameters, of which any may be None in a call.
+    declared: what is known of the parameters, by name.
     asked: whether the caller wants the log-sum-exp too.
     check: raises for a call whose gradients nothing computes, given q, k, v, the parameters that are there by name, and
         the names of those whose gradients are wanted.
@@ -47,6 +49,7 @@ class Pair:
     forward: Callable[..., Sequence[torch.Tensor]]
     backward: Callable[..., Sequence[torch.Tensor]]
     parameters: tuple[str, ...]
+    declared: Mapping[str, Param]
     asked: bool
     check: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor], tuple[str, ...]], None]
 
@@ -114,11 +117,16 @@ class _Attention(_Function):
         dq, dk, dv, *others = pair.backward(dout, q, k, v, out, lse, dlse, *parameters, gradients=needed)
         found = dict(zip(needed, others, strict=True))
         of_parameters = (
-            found[name].sum_to_size(x.shape) if name in found else None  # one value may stand for a whole batch
+            _of_parameter(found[name], pair.declared[name], x) if name in found else None
             for name, x in zip(pair.parameters, parameters, strict=True)
         )
         of_inputs = (x if need else None for x, need in zip((dq, dk, dv), ctx.needs_input_grad[1:4], strict=True))
         return None, *of_inputs, *of_parameters
+
+
+def _of_parameter(gradient, param, x):
+    """The gradient of a parameter in its shape, in which one value may stand for all of an axis, and in its dtype."""
+    return gradient.sum_to_size(param.aligned(tuple(x.shape))).reshape(x.shape).to(x.dtype)
 
 
 class _Once(_Function):

@@ -17,12 +17,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tvm_flash.call import checks
 from tvm_flash.call.backward import why_no_backward
+from tvm_flash.call.prepare import params_of
 from tvm_flash.call.signature import Options, Signature, signature
+from tvm_flash.catalogue import PARAMS
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks.torch import name_of
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS, RAGGED_LAYOUT
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
 from tvm_flash.packs.registry import on_refresh
 from tvm_flash.tracing import torch_decomposed
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
@@ -38,7 +40,7 @@ if tuple(int(x) for x in torch.__version__.split(".")[:2]) < _MINIMUM:
     )
 
 #: The parameters of the package's own definition that are tensors, in the order of the operators.
-_PARAMETERS = ("alibi_slopes", "kv_start", "kv_end", "query_start", "sinks")
+_PARAMETERS = ("alibi_slopes", "kv_start", "kv_end", "query_start", "sinks", "visible", "bias")
 
 _library = torch.library.Library("tvm_flash", "DEF")
 # Inductor may otherwise hand over tensors whose last dimension isn't contiguous.
@@ -182,10 +184,18 @@ def _pair(of: Signature, rest: tuple) -> Pair:
 
     asked = checks.check_flag("return_lse", asked)
     names = (*of.starts, *of.parameters)
-    return Pair(lambda *tensors: of.call(*tensors, None, variant, True, *others), backward, names, asked, check)
+    declared = declared_of(of.definition)
+    return Pair(
+        lambda *tensors: of.call(*tensors, None, variant, True, *others), backward, names, declared, asked, check
+    )
 
 
 on_refresh(_pair.cache_clear)
+
+
+def declared_of(definition: str) -> Mapping[str, Param]:
+    """What is known of the parameters of a definition."""
+    return PARAMS if definition == BUILTIN_DEFINITION else params_of(definition)
 
 
 def written(name: str, to: Any, result: Any) -> Any:
@@ -270,10 +280,12 @@ def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
     return out, q.new_empty(_rows(q, layout) if return_lse else (0,), dtype=torch.float32)
 
 
-def _backward_shapes(dout, q, k, v, *_, layout="bhsd", gradients=(), **__):
+def _backward_shapes(dout, q, k, v, *_, layout="bhsd", gradients=(), name=BUILTIN_DEFINITION, **__):
     check_shapes(layout, q, k, v)
-    heads = _rows(q, layout)[:2]
-    return [*(x.new_empty(x.shape) for x in (q, k, v)), *(q.new_empty(heads, dtype=torch.float32) for _ in gradients)]
+    declared = declared_of(name) if gradients else {}
+    sizes = dict(zip("bhij", (*_rows(q, layout), k.shape[2 if layout == "bhsd" else 1]), strict=True))
+    learnt = [[sizes[a] for a in declared[x].of_gradient] or [1] for x in gradients]
+    return [*(x.new_empty(x.shape) for x in (q, k, v)), *(q.new_empty(n, dtype=torch.float32) for n in learnt)]
 
 
 def _rows(q, layout):
@@ -305,6 +317,7 @@ def _where_autograd_listens(op, custom):
             lambda *tensors: below(operator, *flat(*tensors), **own, return_lse=True),
             lambda *tensors, gradients: operators[BACKWARD](*flat(*tensors), **own, gradients=gradients),
             tuple(names),
+            declared_of(options.get("name", BUILTIN_DEFINITION)),
             asked=options.get("return_lse", False),
             check=functools.partial(_check_backward, own),
         )

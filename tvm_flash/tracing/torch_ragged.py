@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tvm_flash.call.paged import check_paged
 from tvm_flash.call.ragged import count_sequences
 from tvm_flash.call.signature import Options, signature
+from tvm_flash.catalogue import PARAMS
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import name_of
@@ -201,6 +202,7 @@ def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_s
         lambda *tensors: below(forward, *tensors, **own, return_lse=True),
         lambda *tensors, gradients: backward(*tensors, **own, gradients=gradients),
         (*_STARTS, *_PARAMETERS[RAGGED]),
+        PARAMS,
         asked=options.get("return_lse", False),
         check=check,
     )

@@ -7,12 +7,22 @@ from typing import Any
 
 import torch
 
+from tvm_flash.call.prepare import params_of
+from tvm_flash.errors import NotSupportedError
+
 
 def larger_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
     """A rule that makes one batch of the mapped and the own batch dimension."""
 
     def rule(info, in_dims, *arguments, **options):
         size = info.batch_size
+        if "name" in options:
+            declared = params_of(options["name"])
+            if wide := [n for n in options["per_head_names"] if not declared[n].per_head]:
+                raise NotSupportedError(
+                    f"{', '.join(wide)}: the call is mapped by torch.vmap, and such parameters can't be; use the batch "
+                    f"dimension of q, k and v"
+                )
 
         def merged(x, dim):
             if isinstance(x, (list, tuple)):
@@ -23,6 +33,8 @@ def larger_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
             x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
             if x.ndim < 4:  # one value a head, or also a batch entry
                 x = (x[:, None] if x.ndim == 2 else x).expand(size, batch, -1)
+            elif x.ndim == 5 and x.shape[1] != batch:  # a mask or a bias that is one for a batch
+                x = x.expand(size, batch, *x.shape[2:])
             return x.flatten(0, 1)
 
         first, dim = arguments[0], in_dims[0]

@@ -19,6 +19,7 @@ from tvm.script.ir_builder import IRBuilder
 
 from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.pages import find_rows
+from schedules.families.cpu.places import Staged
 from schedules.families.cpu.steps import f32, finite_or_zero
 from schedules.families.cpu.vector_math import exp2
 from schedules.tile.dtypes import element_type
@@ -120,7 +121,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         for block in T.serial((keys + (_R - 1)) // _R):
             for r in T.unroll(_R):
                 row[r] = P.k.of_key(k_base, T.min(key0 + block * _R + r, P.seqlen_kv - 1))
-                prefetch(P.v, P.v.near_key(v_base, key0 + block * _R + r), P.head_dim_v)
+                prefetch(P.v, P.v.of_key(v_base, key0 + block * _R + r), P.head_dim_v)
                 for lane in T.vectorized(_W):
                     acc[r * _W + lane] = T.float32(0)
             for d in T.serial(P.head_dim // _W):
@@ -133,20 +134,22 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                 S[block * _R + r] = (acc[r * _W] + acc[r * _W + 2]) + (acc[r * _W + 1] + acc[r * _W + 3])
 
     @T.inline
-    def apply_to_elements(S, score, site, i, key0, chosen):
+    def apply_to_elements(S, score, site, i, key0, chosen, staged):
         for c in T.unroll(chunks):
             for lane in T.vectorized(lanes):
-                S[c * lanes + lane] = score(site, S[c * lanes + lane], i, key0 + c * lanes + lane, chosen)
+                S[c * lanes + lane] = score(
+                    staged.site(site, c * lanes + lane), S[c * lanes + lane], i, key0 + c * lanes + lane, chosen
+                )
 
     @T.inline
-    def apply_score(S, pattern, score, site, i, key0):
+    def apply_score(S, pattern, score, site, i, key0, staged):
         if pattern.has_choice:
             if pattern.choice(site):  # asked once, not for every score
-                apply_to_elements(S, score, site, i, key0, True)
+                apply_to_elements(S, score, site, i, key0, True, staged)
             else:
-                apply_to_elements(S, score, site, i, key0, False)
+                apply_to_elements(S, score, site, i, key0, False, staged)
         else:
-            apply_to_elements(S, score, site, i, key0, None)
+            apply_to_elements(S, score, site, i, key0, None, staged)
 
     @T.inline
     def softmax(S, lanewise, maxima, sums, factor, r, scale):
@@ -184,7 +187,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
             for lane in T.vectorized(_W):
                 tile_output[e * _W + lane] = T.float32(0)
         for j in T.serial(keys):
-            prefetch(P.k, P.k.near_key(k_base, key0 + N + j), P.head_dim)
+            prefetch(P.k, P.k.of_key(k_base, key0 + N + j), P.head_dim)
             if S[j] != T.float32(0):
                 v_row: T.int64 = P.v.of_key(v_base, key0 + j)
                 for e in T.serial(P.head_dim_v // _W):
@@ -200,7 +203,6 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
     def begin_rows(P: Geometry, bases, key0):
         """Look up the rows of the first tile; those of each further one are while the one before is computed."""
         if P.is_paged:
-            P.k.last[0] = T.int64(-1)
             find_rows(P, bases, key0, N, T.bitwise_and(key0, T.int64(2 * N - 1)))
 
     @T.inline
@@ -214,6 +216,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         tile_output = T.sblock_alloc_buffer((head_dim_v,), "float32", scope="local")
         factor = T.sblock_alloc_buffer((1,), "float32", scope="local")
         row = T.sblock_alloc_buffer((_R,), "int64", scope="local")
+        staged = T.meta_var(Staged(P.pattern.params, "j", N))
         k_base: T.int64 = P.key_rows(b, h).offset(T.int64(0), T.int64(0))
         v_base: T.int64 = P.value_rows(b, h).offset(T.int64(0), T.int64(0))
         r0: T.int64 = P.part_row(b, h, p, count)
@@ -244,12 +247,13 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                 live: T.bool = P.pattern.tile_live(site, i, i, key0, key0 + keys - 1)
                 full: T.bool = P.pattern.tile_full(site, i, i, key0, key0 + (N - 1))
                 if live:
+                    staged.fill(P, b, h, key0, keys, i)
                     dot_products(P, QF, S, acc, row, i, k_base, v_base, key0, keys)
                     if full:
                         if not P.pattern.is_scale_only:
-                            apply_score(S, P.pattern, P.stored_score, site, i, key0)
+                            apply_score(S, P.pattern, P.stored_score, site, i, key0, staged)
                     else:
-                        apply_score(S, P.pattern, P.masked_score, site, i, key0)
+                        apply_score(S, P.pattern, P.masked_score, site, i, key0, staged)
                     softmax(S, lanewise, maxima, sums, factor, r0 + i, scale)
                     output = T.meta_var((outputs, (r0 + i) * P.head_dim_v))
                     accumulate(P, S, tile_output, factor, output, k_base, v_base, key0, keys)

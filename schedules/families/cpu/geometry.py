@@ -9,11 +9,13 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from schedules.definition.parameters import Place
 from schedules.definition.pattern import Pattern, Site
 from schedules.families.cpu.vector_math import vectorizable
 from schedules.tile.key_source import ContiguousRows
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 from schedules.tile.sequences import Dense
+from tvm_flash.packs.manifest import Param
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,8 @@ class Tensor:
         return rows * self.strides[2]
 
     def of_key(self, base: Expr, key: Expr) -> Expr:
-        """Offset of the row of a key, ``base`` being that of the head's first."""
+        """Offset of the row of a key, ``base`` being that of the head's first; of no key it is any number."""
         return base + key * self.strides[2]
-
-    def near_key(self, base: Expr, key: Expr) -> Expr:
-        """The same, of some row or none if there is no such key."""
-        return self.of_key(base, key)
 
     def in_tile(self, first: Expr, j: Expr) -> Expr:
         """Offset of the row of key number ``j`` of a tile, ``first`` being that of its first."""
@@ -87,10 +85,15 @@ class Geometry:
 
     def site(self, b: Expr, h: Expr) -> Site:
         """What the pattern has to know of one batch and head."""
-        per_head = {p.name for p in self.pattern.params if p.per_head}
-        params = {name: x[b, h] if name in per_head else x for name, x in self.params.items()}
+        params = {p.name: self._parameter(p, b, h) for p in self.pattern.params}
         sizes = (self.batch, self.heads, self.kv_heads, self.seqlen_q, self.seqlen_kv)
         return Site(b, h, *sizes, self.softmax_scale, params)
+
+    def _parameter(self, param: Param, b: Expr, h: Expr):
+        x = self.params[param.name]
+        if not param.axes:
+            return x
+        return x[b, h] if param.per_head else Place(x, param.axes, b, h, self.seqlen_q, self.seqlen_kv)
 
     def kv_head(self, h: Expr) -> Expr:
         """The head of k and v that query head ``h`` reads."""
@@ -124,10 +127,13 @@ class Geometry:
         """The score of a raw product as it is stored; ``chosen`` as in :meth:`Pattern.score`."""
         return product if self.pattern.is_scale_only else vectorizable(self.pattern.score(site, product, i, j, chosen))
 
-    def masked_score(self, site: Site, product: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
-        """The same, −inf where query ``i`` doesn't see key ``j``."""
+    def masked_score(
+        self, site: Site, product: Expr, i: Expr, j: Expr, chosen: bool | None = None, seen: Expr | None = None
+    ) -> Expr:
+        """The same, −inf where query ``i`` doesn't see key ``j``, or where it isn't ``seen``, if that is known."""
         value = self.stored_score(site, product, i, j, chosen)
-        return T.Select(self.pattern.mask(site, i, j), value, T.float32(NEGATIVE_INFINITY))
+        seen = self.pattern.mask(site, i, j) if seen is None else seen
+        return T.Select(seen, value, T.float32(NEGATIVE_INFINITY))
 
     def sink(self, b: Expr, h: Expr) -> Expr:
         """The logit that a head's rows have beside those of keys; −inf, a constant, if there is none."""

@@ -29,18 +29,14 @@ class PagedTensor(Tensor):
     """Keys or values on pages; strides are those of page, head and row.
 
     ``rows`` has the offsets of rows that were looked up, that of a key at its number modulo ``room``, which is a power
-    of two, or in a tile at its number there.  The largest number that was looked up is ``last[0]``.
+    of two, or in a tile at its number there.
     """
 
     rows: tirx.Buffer | None = None
-    last: tirx.Buffer | None = None
     room: int = 0
 
     def of_key(self, base: Expr, key: Expr) -> Expr:
         return self.rows[T.bitwise_and(key, T.int64(self.room - 1))]
-
-    def near_key(self, base: Expr, key: Expr) -> Expr:
-        return self.of_key(base, T.min(key, self.last[0]))
 
     def in_tile(self, first: Expr, j: Expr) -> Expr:
         return self.rows[j]
@@ -70,8 +66,7 @@ class PagedGeometry(SequenceGeometry):
             IRBuilder.name(name, buffer)
             return buffer
 
-        last = place("last_key", 1)
-        k, v = (replace(getattr(self, x), rows=place(f"{x}_rows", keys), last=last, room=keys) for x in "kv")
+        k, v = (replace(getattr(self, x), rows=place(f"{x}_rows", keys), room=keys) for x in "kv")
         return replace(self, k=k, v=v)
 
 
@@ -106,4 +101,3 @@ def find_rows(P: Geometry, bases, key0, most, at):
             place = place + run
             page = page + 1
             inside = T.int64(0)
-        P.k.last[0] = T.max(key0 + count - 1, P.k.last[0])

@@ -33,25 +33,36 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
     """The macros for one configuration and vector width, by name."""
     V = config.row_vectors
 
+    def at_element(staged, look, site, j, lane):
+        """The call at an element, and what is known of the mask there."""
+        return staged.site(site, lane, j), {} if look is None else look.seen(j * V * lanes + lane)
+
     @T.inline
-    def apply_to_elements(ST, score, site, first, key0, keys, chosen):
+    def apply_to_elements(ST, score, site, first, key0, keys, chosen, staged, look):
         for j in T.serial(keys):
             for n in T.unroll(V):
                 for lane in T.vectorized(lanes):
+                    known = T.meta_var(at_element(staged, look, site, j, n * lanes + lane))
                     ST[j, n * lanes + lane] = score(
-                        site, ST[j, n * lanes + lane], first + n * lanes + lane, key0 + j, chosen
+                        known[0],
+                        ST[j, n * lanes + lane],
+                        first + n * lanes + lane,
+                        key0 + j,
+                        chosen,
+                        **known[1],
                     )
 
     @T.inline
-    def apply_score(ST, pattern, score, site, first, key0, keys):
-        """``ST[j, i] = score(site, ST[j, i], first + i, key0 + j)``."""
+    def apply_score(ST, pattern, score, site, first, key0, keys, staged, look):
+        """``ST[j, i] = score(site, ST[j, i], first + i, key0 + j)``, with the parameters that are ``staged``, and what
+        a ``look`` at the mask has found, unless that is None."""
         if pattern.has_choice:
             if pattern.choice(site):  # asked once, not for every score
-                apply_to_elements(ST, score, site, first, key0, keys, True)
+                apply_to_elements(ST, score, site, first, key0, keys, True, staged, look)
             else:
-                apply_to_elements(ST, score, site, first, key0, keys, False)
+                apply_to_elements(ST, score, site, first, key0, keys, False, staged, look)
         else:
-            apply_to_elements(ST, score, site, first, key0, keys, None)
+            apply_to_elements(ST, score, site, first, key0, keys, None, staged, look)
 
     @T.inline
     def online_softmax(ST, row_max, row_sum, correction, highest, total, column, keys, scale):
@@ -86,7 +97,18 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
                     row_sum[column + n * lanes + lane] * correction[n * lanes + lane] + total[n * lanes + lane]
                 )
 
-    return SimpleNamespace(apply_score=apply_score, online_softmax=online_softmax)
+    def look_at(look, P, site, b, h, first, last, key0, keys):
+        """See what a tile has to see."""
+        look.staged.fill(P, b, h, first, last + 1 - first, key0, keys)
+        look.begin()
+        with T.serial(keys) as j:
+            look.row(
+                j * V * lanes,
+                V,
+                lambda x: P.pattern.mask(look.staged.site(site, x, j), first + x, key0 + j),
+            )
+
+    return SimpleNamespace(apply_score=apply_score, online_softmax=online_softmax, look_at=look_at)
 
 
 def finite_or_zero(x):

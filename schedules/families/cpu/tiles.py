@@ -21,6 +21,7 @@ from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.pages import find_rows
 from schedules.families.cpu.pairs import pair_products
+from schedules.families.cpu.places import Look, Staged
 from schedules.families.cpu.steps import make_steps
 
 MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products, "tiles": tile_products}
@@ -51,6 +52,8 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         acc = T.sblock_alloc_buffer(products.accumulators, "float32", scope="local")
         row = T.sblock_alloc_buffer((R,), "int64", scope="local")
         largest = T.sblock_alloc_buffer((8,), "uint16", scope="local")
+        staged = T.meta_var(Staged(P.pattern.of_score, "i", G, N))
+        look = T.meta_var(Look(P.pattern, "i", G, N, lanes))
 
         # Mutable scalars, not let-bindings: TVM's index analysis would follow those through everything below.
         rows: T.int64 = T.min(T.int64(M), P.seqlen_q - row0)
@@ -90,13 +93,19 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                 last: T.int64 = T.min(first + G, P.seqlen_q) - 1
                 live: T.bool = P.pattern.tile_live(site, first, last, key0, key0 + keys - 1)
                 full: T.bool = P.pattern.tile_full(site, first, last, key0, key0 + keys - 1)
+                if look.is_needed:
+                    if live:
+                        steps.look_at(look, P, site, b, h, first, last, key0, keys)
+                        live = look.any()
+                        full = look.all()
                 if live:
+                    staged.fill(P, b, h, first, last + 1 - first, key0, keys)
                     products.scores(P, QT, KT, ST, acc, row, k_at, column, keys)
                     if full:
                         if not P.pattern.is_scale_only:
-                            steps.apply_score(ST, P.pattern, P.stored_score, site, first, key0, keys)
+                            steps.apply_score(ST, P.pattern, P.stored_score, site, first, key0, keys, staged, None)
                     else:
-                        steps.apply_score(ST, P.pattern, P.masked_score, site, first, key0, keys)
+                        steps.apply_score(ST, P.pattern, P.masked_score, site, first, key0, keys, staged, look)
                     steps.online_softmax(ST, row_max, row_sum, correction, highest, total, column, keys, scale)
                     products.output(P, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full)
 

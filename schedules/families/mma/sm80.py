@@ -141,25 +141,32 @@ class BackwardQueries(AsynchronousStages, AmpereProducts, QueryMachine):
     """The backward's launch for dq."""
 
 
-#: Of the backward, by head_dim, the first that is large enough.  TFLOP/s of a launch by itself, sm_80 code recompiled
-#: for an H200, V1, bf16, full and causal attention over 8k positions; other sizes were not run.
+#: Of the backward, by head_dim, the first that is large enough, where shared memory is 99 KiB; paced, sm_120 spilled 8
+#: to 80 bytes at 96 to 192.
+_BACKWARD_SMALL = {
+    64: backward.Config(128, 32, 4, 2, 2, 128, 32, 4, 2, 2, paced=False),
+    96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 1, paced=False),
+    128: backward.Config(128, 32, 8, 2, 1, 128, 32, 8, 2, 1, paced=False),
+    192: backward.Config(32, 32, 4, 2, 1, 64, 32, 4, 2, 1, warps_per_tile=2, paced=False),
+    256: backward.Config(32, 32, 4, 2, 1, 64, 16, 4, 2, 1, warps_per_tile=2),
+}
+#: The same for sm_80.  TFLOP/s of a launch by itself, recompiled for an H200, V1, bf16, full and causal attention over
+#: 8k positions; other sizes were not run.
 _BACKWARD_LARGE = {
     # dk and dv 370, 352; with 64 queries and 8 warps 303, 299; 256 keys 351, 318.  dq 392, 375; with 32 keys 361, 360.
     64: backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2, paced=False),
-    96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 2),
+    96: _BACKWARD_SMALL[96],
     # dk and dv 345, 324; with 32 queries 291, 287; 64 keys and two blocks, as an H200 has room for, 352, 336.  dq 391,
-    # 347; with 128 queries, 16 a warp, and 64 keys 336, 324.  Pairs of warps were not run.
+    # 347; with 128 queries, 16 a warp, and 64 keys 336, 324.  Pairs of warps don't spill unpaced; they weren't run.
     128: backward.Config(128, 64, 8, 2, 1, 256, 32, 8, 2, 1),
     192: backward.Config(64, 64, 8, 2, 1, 128, 32, 8, 2, 1, warps_per_tile=2),
     256: backward.Config(64, 32, 8, 2, 1, 64, 32, 4, 2, 1, warps_per_tile=2),
 }
-#: The same where shared memory is 99 KiB.
-_BACKWARD_SMALL = {
-    64: backward.Config(128, 32, 4, 2, 2, 128, 32, 4, 2, 2, paced=False),
-    96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 1),
-    128: backward.Config(128, 32, 8, 2, 1, 128, 32, 8, 2, 1),
-    192: backward.Config(64, 16, 4, 2, 1, 64, 32, 4, 2, 1),
-    256: backward.Config(32, 32, 4, 2, 1, 64, 16, 4, 2, 1, warps_per_tile=2),
+#: The same for sm_120, which spilled 12 bytes of dk and dv at 64, and 92 to 224 of dq at 256.
+_BACKWARD_BLACKWELL = {
+    **_BACKWARD_SMALL,
+    64: backward.Config(128, 16, 4, 2, 2, 128, 32, 4, 2, 2, paced=False),
+    256: backward.Config(32, 32, 4, 2, 1, 32, 32, 2, 2, 1, warps_per_tile=2, paced=False),
 }
 
 
@@ -171,16 +178,22 @@ _BACKWARD_WITH_PARAMETERS = {
 }
 _BACKWARD_SMALL_WITH_PARAMETERS = {
     64: _BACKWARD_WITH_PARAMETERS[64],
-    128: backward.Config(128, 16, 8, 2, 1, 128, 32, 8, 2, 1),  # 32 queries a step spilled 8 bytes
+    128: backward.Config(128, 16, 8, 2, 1, 128, 32, 8, 2, 1, paced=False),  # 32 queries a step spilled 8 bytes
     256: dataclasses.replace(_BACKWARD_SMALL[256], paced=False),  # paced, it spilled 8 to 16 bytes
 }
+#: Template and dtype of the only kernels of sm_80 with tiles of its own up to 128 that a GPU has run: of 4096
+#: positions, full and causal, 272 and 250 TFLOP/s at 64, 256 and 222 at 128; others have 266, 240, 206, 194.
+_VERIFIED = ("v1", "bfloat16")
+_BACKWARD_TABLES = {"sm_80": _BACKWARD_LARGE, "sm_120": _BACKWARD_BLACKWELL}
 
 
 def _backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
-    if target.arch == "sm_80":
-        table = _BACKWARD_WITH_PARAMETERS if pattern.params else _BACKWARD_LARGE
+    if pattern.params:
+        table = _BACKWARD_WITH_PARAMETERS if target.arch == "sm_80" else _BACKWARD_SMALL_WITH_PARAMETERS
     else:
-        table = _BACKWARD_SMALL_WITH_PARAMETERS if pattern.params else _BACKWARD_SMALL
+        table = _BACKWARD_TABLES.get(target.arch, _BACKWARD_SMALL)
+        if target.arch == "sm_80" and pattern.head_dim <= 128 and (template, pattern.dtype) != _VERIFIED:
+            table = _BACKWARD_SMALL
     return limits.by_head_dim(table, pattern)
 
 
@@ -192,3 +205,5 @@ KINDS = {
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
 }
 UNVERIFIED_KINDS = (PAGED, PAGED_DECODE)
+#: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
+UNVERIFIED_HEAD_DIMS = {BACKWARD: ((192, 192), (256, 256))}

@@ -13,7 +13,7 @@ from tvm_flash.errors import InvalidArgumentError, NotSupportedError
 from tvm_flash.integrations.transformers import by_torch
 from tvm_flash.integrations.transformers.masks import UNBOUNDED, KeyRanges, Mask
 from tvm_flash.kvcache import flash_attention_with_kvcache
-from tvm_flash.nn.attend import attend
+from tvm_flash.nn.attend import WholeMask, attend, whole_mask_of
 from tvm_flash.nn.flash_attn import flash_attn_varlen_func
 from tvm_flash.nn.masks import key_mask_of
 from tvm_flash.nn.sdpa import no_kernel, refusal, warn_of_fallback
@@ -139,6 +139,9 @@ def attention_forward(
     reason = reason or refusal(query, key, value, None, dropout, False, scaling, True)
     if reason is None and mask is not None:
         ranges, key, value, reason = _as_ranges(mask, query, key, value, scaling)
+        whole = None if reason is None or softcap or sink is not None else _whole_mask(mask, query, key, value)
+        if whole is not None:
+            return _by_whole_mask(query, key, value, whole, scaling), None
     reason = reason or _no_kernel(query, key, value, ranges, window, softcap, sequences)
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     if reason is None:
@@ -234,6 +237,21 @@ def _as_ranges(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value
     if isinstance(found, str):
         return None, key, value, found
     return KeyRanges(key.shape[2], found.key_range()), found.arrange(key), found.arrange(value), None
+
+
+def _whole_mask(mask: torch.Tensor, query, key, value) -> WholeMask | None:
+    """A mask over queries and keys, if there are kernels that take it."""
+    whole = whole_mask_of(mask, query, key)
+    if isinstance(whole, str) or no_kernel(whole.kind[0], query, key, value, whole.kind[1]) is not None:
+        return None
+    return whole
+
+
+def _by_whole_mask(query, key, value, whole: WholeMask, scaling: float | None) -> torch.Tensor:
+    scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    head_dim_v = value.shape[-1]
+    query, key, value = (_fit(x).transpose(1, 2) for x in (query, key, value))
+    return whole.attend("bshd", query, key, value, scaling)[..., :head_dim_v].contiguous()
 
 
 def _no_kernel(query, key, value, ranges, window, softcap, sequences) -> str | None:

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 from tvm.script import tirx as T
 
-from schedules.definition.parameters import axes_of
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config
-from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry
+from schedules.families.cpu.backward.geometry import MOST_SECTIONS, SUMMED, Geometry
 from schedules.families.cpu.steps import f32
 from schedules.families.cpu.vector_math import exp2
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
+from tvm_flash.packs.manifest import Param
 
 #: Elements in a vector: what every head_dim is a multiple of.
 _W = 8
@@ -23,9 +23,15 @@ def round_up(x, step):
     return (x + (step - 1)) // step
 
 
+def summed(pattern: Pattern) -> list[Param]:
+    """The parameters whose gradients are summed over everything of a head."""
+    return [p for p in pattern.params if p.gradient and p.of_gradient in SUMMED]
+
+
 def make_ends(pattern: Pattern, config: Config, accumulates: bool) -> SimpleNamespace:
     """The macros by name; with ``accumulates`` results are added to what is there."""
-    M, asked = config.block_m, [p for p in pattern.params if p.gradient]
+    M, asked = config.block_m, summed(pattern)
+    spread = [p for p in pattern.learnt if p not in asked]
 
     def announce(P, items, products):
         """Tell the thread pool what the next loop is; ``products`` multiply-adds for each query and key."""
@@ -82,6 +88,17 @@ def make_ends(pattern: Pattern, config: Config, accumulates: bool) -> SimpleName
             with T.serial(P.batch * P.heads * MOST_SECTIONS) as x:
                 T.buffer_store(P.sums[p.name], T.float32(0), [x])
 
+    def begin_places(P, b, h):
+        """Zeros in a head's gradients of parameters over queries or keys."""
+        for p in spread if not accumulates else ():
+            extents = {
+                "i": P.seqlen_q if "i" in p.axes else T.int64(1),
+                "j": P.seqlen_kv if "j" in p.axes else T.int64(1),
+            }
+            with T.serial(T.Select(P.wants(p), extents["i"], T.int64(0))) as i, T.serial(extents["j"]) as j:
+                at = {"b": b, "h": h, "i": i, "j": j}
+                T.buffer_store(P.gradients[p.name], T.float32(0), [at[a] for a in p.of_gradient])
+
     def add_to_sinks(P, b, h, site, total):
         at = (b * P.heads + h) * MOST_SECTIONS
         for p in pattern.learnt_of_sink:
@@ -102,11 +119,11 @@ def make_ends(pattern: Pattern, config: Config, accumulates: bool) -> SimpleName
         """Add the sums of key sections, and where a parameter is one number, those of all heads."""
         for p in asked:
             out = P.gradients[p.name]
-            if not axes_of(p) and not accumulates:
+            if not p.axes and not accumulates:
                 T.buffer_store(out, T.float32(0), [T.int64(0)])
             with T.grid(P.batch, P.heads) as (b, h):
-                place = [b, h] if axes_of(p) else [T.int64(0)]
-                if axes_of(p) and not accumulates:
+                place = [b, h] if p.axes else [T.int64(0)]
+                if p.axes and not accumulates:
                     T.buffer_store(out, T.float32(0), place)
                 with T.serial(T.int64(MOST_SECTIONS)) as c:
                     share = P.sums[p.name][(b * P.heads + h) * MOST_SECTIONS + c]
@@ -117,6 +134,8 @@ def make_ends(pattern: Pattern, config: Config, accumulates: bool) -> SimpleName
         begin_rows=begin_rows,
         store_rows=store_rows,
         begin_sinks=begin_sinks,
+        begin_places=begin_places,
+        has_places=bool(spread),
         begin_parameters=begin_parameters,
         store_parameters=store_parameters,
     )

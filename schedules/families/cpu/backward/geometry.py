@@ -13,9 +13,13 @@ from schedules.definition.pattern import Site
 from schedules.families.cpu import geometry as forward
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.vector_math import vectorizable
+from tvm_flash.packs.manifest import Param
 
 #: Rows of queries, and keys, of a section at least; how many sections there are at most.
 SECTION, MOST_SECTIONS = 256, 16
+
+#: Axes of the gradients that are summed over the sections of a head's keys; others have a place for each.
+SUMMED = ("", "bh")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class Geometry(forward.Geometry):
     def group(self) -> Expr:
         """How many query heads read one head of keys."""
         return self.heads // self.kv_heads
+
+    def wants(self, param: Param) -> Expr:
+        """Whether the gradient of a parameter over queries or keys is asked for; of a single element it isn't."""
+        extents = {"b": self.batch, "h": self.heads, "i": self.seqlen_q, "j": self.seqlen_kv}
+        shape = self.gradients[param.name].shape
+        return tirx.all(*(n >= extents[a] for n, a in zip(shape, param.of_gradient, strict=True)))
 
     def key_row(self, b: Expr, g: Expr) -> Expr:
         """Where the sums of a head's first key are, counted in keys."""

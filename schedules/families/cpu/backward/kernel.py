@@ -22,7 +22,7 @@ from tvm.script import tirx as T
 from schedules.definition.parameters import append_arguments, gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config, multiplication
-from schedules.families.cpu.backward.ends import make_ends, round_up
+from schedules.families.cpu.backward.ends import make_ends, round_up, summed
 from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, sections
 from schedules.families.cpu.backward.tile import section_macro
 from schedules.families.cpu.geometry import Tensor
@@ -44,6 +44,7 @@ def program(
     arguments, values = pattern.parameter_symbols()
     gradients, targets = gradient_symbols(pattern.params, pattern.index_dtype)
     asked = [p for p in pattern.params if p.gradient]
+    of_heads = summed(pattern)
     isa = ISAS[target.isa]
     G = config.row_vectors * isa.lanes
     width, width_v = (("*", ("ceildiv", d, G), G) for d in ("head_dim", "head_dim_v"))
@@ -52,14 +53,17 @@ def program(
         Workspace("dq_sum", "float32", (("*", "batch", "heads", "seqlen_q", width),)),
         Workspace("dk_sum", "float32", (("*", "batch", "kv_heads", "seqlen_kv", width),)),
         Workspace("dv_sum", "float32", (("*", "batch", "kv_heads", "seqlen_kv", width_v),)),
-        *(Workspace(f"{gradient_name(p)}_sums", "float32", (("*", "batch", "heads", MOST_SECTIONS),)) for p in asked),
+        *(
+            Workspace(f"{gradient_name(p)}_sums", "float32", (("*", "batch", "heads", MOST_SECTIONS),))
+            for p in of_heads
+        ),
     )
-    sums = {p.name: vector_argument(f"{gradient_name(p)}_sums") for p in asked}
+    sums = {p.name: vector_argument(f"{gradient_name(p)}_sums") for p in of_heads}
     func = _kernel(pattern, config, isa, traversal, values, targets, sums, name, accumulates)
     func = append_arguments(func, [*arguments, *gradients, *sums.values()])
     roles = ("q", "k", "v", "o", "do", "lse", "dlse", "dq", "dk", "dv", "softmax_scale")
     roles += ("delta", "dq_sum", "dk_sum", "dv_sum", *(p.name for p in pattern.params))
-    roles += (*map(gradient_name, asked), *(f"{gradient_name(p)}_sums" for p in asked))
+    roles += (*map(gradient_name, asked), *(f"{gradient_name(p)}_sums" for p in of_heads))
     launch = ScheduledLaunch(func, roles)
     alignment = element_type(pattern.dtype).bytes
     return Program("backward", (launch,), "s_tir", alignment=alignment, index_bits=64, workspaces=workspaces)
@@ -159,6 +163,12 @@ def _kernel(
 
         # 1. What each row needs to know, and empty sums.
         ends.begin_parameters(P)
+        if ends.has_places:
+            for w in T.parallel(batch * heads):
+                with T.sblock("places"):
+                    T.reads()
+                    T.writes()
+                    ends.begin_places(P, w // heads, w % heads)
         T.evaluate(ends.announce(P, batch * heads * row_tiles, head_dim + head_dim_v))
         for w in T.parallel(batch * heads * row_tiles):
             with T.sblock("begin"):

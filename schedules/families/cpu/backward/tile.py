@@ -25,9 +25,10 @@ from tvm.script.ir_builder import IRBuilder
 
 from schedules.families.cpu.backward.config import Config, multiplication, padded
 from schedules.families.cpu.backward.floats import by_column, by_row, float_products
-from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry
+from schedules.families.cpu.backward.geometry import MOST_SECTIONS, SUMMED, Geometry
 from schedules.families.cpu.backward.pairs import pair_products
 from schedules.families.cpu.isa import Isa
+from schedules.families.cpu.places import Look, Staged
 from schedules.families.cpu.steps import f32
 from schedules.families.cpu.vector_math import exp2
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
@@ -47,7 +48,8 @@ def section_macro(pattern, config: Config, isa: Isa):
     M, N, lanes = config.block_m, config.block_n, isa.lanes
     D, E = padded(head_dim, config, isa), padded(head_dim_v, config, isa)
     products = MULTIPLICATIONS[multiplication(isa, dtype)](config, isa, dtype, head_dim, head_dim_v)
-    asked = [p.name for p in pattern.learnt]
+    asked = [p.name for p in pattern.learnt if p.of_gradient in SUMMED]
+    spread = [p for p in pattern.learnt if p.of_gradient not in SUMMED]
     learns = bool(asked)
     learnt = -(-max(1, len(asked)) * lanes // 8) * 8  # numbers are cleared by eights
     bits, step = products.bits, products.columns
@@ -57,6 +59,7 @@ def section_macro(pattern, config: Config, isa: Isa):
         "dP": ((M * N,), "float32"),
         "dK": ((N * D,), "float32"),
         "dV": ((N * E,), "float32"),
+        **{f"d_{p.name}": ((N,), "float32") for p in spread},
     }
     registers = {
         "acc": ((config.tile_rows * config.row_vectors * lanes,), "float32"),
@@ -66,12 +69,14 @@ def section_macro(pattern, config: Config, isa: Isa):
         "of_queries": ((8,), bits),
     }
 
-    def score(P: Geometry, site, product, i, key, lane, c, begin, end, full, chosen):
+    def score(P: Geometry, site, look, product, i, row, key, lane, c, begin, end, full, chosen):
         """The score of row ``i`` and key ``key + lane``, −inf where it isn't seen."""
         value = P.score(site, product, i, key + lane, chosen)
         if full:
             return value
-        if pattern.is_interval:
+        if look.is_needed:
+            visible = look.seen(row * N + c * lanes + lane)["seen"]
+        elif pattern.is_interval:
             column = T.cast(c * lanes, "int32") + lane
             visible = T.And(column >= begin, column < end)
         else:
@@ -82,20 +87,55 @@ def section_macro(pattern, config: Config, isa: Isa):
         """A vector's share in the gradients of parameters."""
         for n, param in enumerate(asked):
             with T.vectorized(lanes) as lane:
-                slope = P.parameter_gradient(param, site, local.product[lane], i, key + lane, chosen)
+                slope = P.parameter_gradient(param, site(lane), local.product[lane], i, key + lane, chosen)
                 share = if_weight(local.prob[lane], local.dscore[lane] * slope)
                 T.buffer_store(local.parameters, local.parameters[n * lanes + lane] + share, [n * lanes + lane])
 
+    def shares_of_places(P: Geometry, t, local, site, i, key, column, chosen):
+        """A vector's shares in the gradients of parameters over queries or keys."""
+        for param in spread:
+            with T.vectorized(lanes) as lane:
+                slope = P.parameter_gradient(param.name, site(lane), local.product[lane], i, key + lane, chosen)
+                share = if_weight(local.prob[lane], local.dscore[lane] * slope)
+                T.buffer_store(vars(t)[f"d_{param.name}"], share, [column + lane])
+
+    def add_to_places(P: Geometry, t, site, i, key0, columns):
+        """Add a row's shares to those gradients: to a query's, or to each key's."""
+        for param in spread:
+            shares, out = vars(t)[f"d_{param.name}"], P.gradients[param.name]
+            with T.serial(T.Select(P.wants(param), columns, T.int64(0))) as j:
+                at = {"b": site.b, "h": site.h, "i": i, "j": key0 + j}
+                place = [at[a] for a in param.of_gradient]
+                T.buffer_store(out, out[tuple(place)] + shares[j], place)
+
+    def at_vector(staged, site, c):
+        """The call at a lane of a vector."""
+        return lambda lane: staged.site(site, c * lanes + lane)
+
+    def look_at(look, P, site, row0, rows, key0, columns):
+        """See what a tile has to see."""
+        look.begin()
+        with T.serial(rows) as i:
+            look.staged.fill(P, site.b, site.h, key0, columns, row0 + i)
+            with T.serial((columns + (lanes - 1)) // lanes) as c:
+                first = c * lanes
+                look.row(
+                    i * N + first,
+                    1,
+                    lambda x: pattern.mask(look.staged.site(site, first + x), row0 + i, key0 + first + x),
+                )
+
     @T.inline
-    def turn(P: Geometry, t, local, site, full, lse_at, row0, key0, rows, columns, chosen):
+    def turn(P: Geometry, t, local, at_head, full, lse_at, row0, key0, rows, columns, chosen):
         """Probabilities into ``S``, gradients of scaled products into ``dP``: 0 of a key without weight."""
         for i in T.serial(rows):
+            at_head.staged.fill(P, at_head.site.b, at_head.site.h, key0, columns, row0 + i)
             # A row that saw nothing subtracts +inf in place of −inf: its probabilities are 0.
             lse: T.float32 = P.lse[lse_at + i]
             subtract: T.float32 = T.Select(lse == T.float32(NEGATIVE_INFINITY), T.float32(math.inf), lse)
             difference: T.float32 = P.delta[lse_at + i]
             # Where a row sees one interval of keys, two comparisons of 32-bit numbers say which.
-            seen = T.meta_var(pattern.keys_of(site, row0 + i, row0 + i).visible)
+            seen = T.meta_var(pattern.keys_of(at_head.site, row0 + i, row0 + i).visible)
             begin: T.int32 = T.cast(T.min(T.max(seen[0] - key0, 0), N), "int32")
             end: T.int32 = T.cast(T.min(T.max(seen[1] - key0, 0), N), "int32")
             for c in T.serial((columns + (step - 1)) // step * (step // lanes)):
@@ -103,10 +143,26 @@ def section_macro(pattern, config: Config, isa: Isa):
                 key: T.int64 = key0 + c * lanes
                 for lane in T.vectorized(lanes):
                     local.product[lane] = t.S[at + lane]
+                here = T.meta_var(at_vector(at_head.staged, at_head.site, c))
                 for lane in T.vectorized(lanes):
                     local.prob[lane] = exp2(
                         (
-                            score(P, site, local.product[lane], row0 + i, key, lane, c, begin, end, full, chosen)
+                            score(
+                                *(
+                                    P,
+                                    here(lane),
+                                    at_head.look,
+                                    local.product[lane],
+                                    row0 + i,
+                                    i,
+                                    key,
+                                    lane,
+                                    c,
+                                    begin,
+                                    end,
+                                ),
+                                *(full, chosen),
+                            )
                             - subtract
                         )
                         * T.float32(LOG2_E)
@@ -118,19 +174,22 @@ def section_macro(pattern, config: Config, isa: Isa):
                 for lane in T.vectorized(lanes):
                     t.dP[at + lane] = if_weight(
                         local.prob[lane],
-                        local.dscore[lane] * P.score_gradient(site, local.product[lane], row0 + i, key + lane, chosen),
+                        local.dscore[lane]
+                        * P.score_gradient(here(lane), local.product[lane], row0 + i, key + lane, chosen),
                     )
-                add_to_parameters(P, local, site, row0 + i, key, chosen)
+                add_to_parameters(P, local, here, row0 + i, key, chosen)
+                shares_of_places(P, t, local, here, row0 + i, key, c * lanes, chosen)
+            add_to_places(P, t, at_head.site, row0 + i, key0, columns)
 
     @T.inline
-    def turn_chosen(P: Geometry, t, local, site, full, lse_at, row0, key0, rows, columns):
+    def turn_chosen(P: Geometry, t, local, at_head, full, lse_at, row0, key0, rows, columns):
         if pattern.has_choice:
-            if pattern.choice(site):  # asked once, not for every score
-                turn(P, t, local, site, full, lse_at, row0, key0, rows, columns, True)
+            if pattern.choice(at_head.site):  # asked once, not for every score
+                turn(P, t, local, at_head, full, lse_at, row0, key0, rows, columns, True)
             else:
-                turn(P, t, local, site, full, lse_at, row0, key0, rows, columns, False)
+                turn(P, t, local, at_head, full, lse_at, row0, key0, rows, columns, False)
         else:
-            turn(P, t, local, site, full, lse_at, row0, key0, rows, columns, None)
+            turn(P, t, local, at_head, full, lse_at, row0, key0, rows, columns, None)
 
     @T.inline
     def add_where_seen(out, base, stride, left, tensor, at, rows, width, depth):
@@ -188,6 +247,8 @@ def section_macro(pattern, config: Config, isa: Isa):
     def section(P: Geometry, b, g, first_key, end_key, first_row, end_row, slot, begins):
         t = T.meta_var(allocate(buffers))
         local = T.meta_var(allocate(registers, "local"))
+        staged = T.meta_var(Staged(pattern.of_score, "j", N))
+        look = T.meta_var(Look(pattern, "j", N, M, lanes))
         key_rows = T.meta_var(P.key_rows(b, g * P.group))
         value_rows = T.meta_var(P.value_rows(b, g * P.group))
         for key_tile in T.serial((T.max(end_key - first_key, T.int64(0)) + (N - 1)) // N):
@@ -209,6 +270,11 @@ def section_macro(pattern, config: Config, isa: Isa):
                     rows: T.int64 = T.min(T.int64(M), end_row - row0)
                     live: T.bool = pattern.tile_live(site, row0, row0 + rows - 1, key0, key0 + keys - 1)
                     full: T.bool = pattern.tile_full(site, row0, row0 + rows - 1, key0, key0 + (N - 1))
+                    if look.is_needed:
+                        if live:
+                            look_at(look, P, site, row0, rows, key0, keys)
+                            live = look.any()
+                            full = T.And(look.all(), keys == N)
                     if live:
                         # 1. Keys, once; queries and the gradients of their outputs.
                         if not seen:
@@ -224,10 +290,11 @@ def section_macro(pattern, config: Config, isa: Isa):
                         products.load_queries(P, t, q_at, do_at, rows, local.of_queries)
                         # 2. Scores, and what they become.
                         products.scores(P, t, local.acc, rows, keys)
+                        at_head = T.meta_var(SimpleNamespace(site=site, staged=staged, look=look))
                         if full:
-                            turn_chosen(P, t, local, site, True, lse_at, row0, key0, rows, keys)
+                            turn_chosen(P, t, local, at_head, True, lse_at, row0, key0, rows, keys)
                         else:
-                            turn_chosen(P, t, local, site, False, lse_at, row0, key0, rows, keys)
+                            turn_chosen(P, t, local, at_head, False, lse_at, row0, key0, rows, keys)
                         # 3. The three sums.
                         tile_gradients(P, t, local, full, q_at, do_at, k_at, lse_at * P.width, rows, keys)
                 if learns:

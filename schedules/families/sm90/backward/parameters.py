@@ -10,7 +10,7 @@ import operator
 from tvm import tirx
 from tvm.script import tirx as T
 
-from schedules.definition.parameters import axes_of, gradient_name, gradient_symbols
+from schedules.definition.parameters import gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
 from schedules.families.sm90.backward.rows import tiles_of
@@ -79,7 +79,7 @@ class ParameterGradients:
         """All warps of a block: write the gradients of the parameters of a head of keys' query heads."""
         group = tensors.group
         for n, p in enumerate(self.params):
-            if axes_of(p):
+            if p.axes:
                 # each warp takes every so many of the heads
                 with T.serial(T.truncdiv(group - warp + (warps - 1), warps)) as i:
                     head = kv_head * group + warp + i * warps

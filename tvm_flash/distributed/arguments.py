@@ -1,0 +1,124 @@
+"""The checks of what users give: alone on each rank, and of what all ranks have said."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from tvm_flash.call import checks
+from tvm_flash.call.prepare import same_framework
+from tvm_flash.call.problem import INT32_MAX
+from tvm_flash.call.ragged import fault_of
+from tvm_flash.distributed.agreement import Axes
+from tvm_flash.distributed.placement import BALANCES, Placement, size
+from tvm_flash.distributed.plan import EXCHANGES
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
+
+
+def check_order(mesh: DeviceMesh, balance: str, exchange: str) -> None:
+    """That the order of positions is one that there is.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    exchanges = ("auto", *EXCHANGES, "heads")
+    for name, value, known in (("balance", balance, BALANCES), ("exchange", exchange, exchanges)):
+        if value not in known:
+            raise InvalidArgumentError(f"{name}: is {value!r}, expected one of {', '.join(map(repr, known))}")
+    if exchange == "heads" and mesh.ndim != 1:
+        raise InvalidArgumentError(
+            "exchange: is 'heads' and the mesh has two axes, along the second of which heads are exchanged anyway; "
+            "expected 'auto', 'gather' or 'ring', which say what is done along the first"
+        )
+
+
+def agreed_placement(name: str, rows: list[int], axes: Axes, balance: str) -> Placement:
+    """How a sequence lies on the ranks, of each of which it is known how many rows a tensor has.
+
+    Raises
+    ------
+    InvalidArgumentError: :func:`shard_sequence` would have given them others.
+    """
+    placement = Placement(sum(rows), *axes.sizes, balance)
+    for rank, found, held in zip(axes.ranks, rows, placement.order(), strict=True):
+        if found != size(held):
+            raise InvalidArgumentError(
+                f"{name}: has {found} rows on rank {rank}, expected {size(held)} of {sum(rows)} positions in all; use "
+                f"tvm_flash.distributed.shard_sequence with the same mesh, balance={balance!r} and exchange"
+            )
+    return placement
+
+
+def sizes_of(layout: str, q: Any, k: Any, v: Any) -> checks.Sizes:
+    """The sizes of a rank's part.
+
+    Raises
+    ------
+    TvmFlashError: it isn't what attention takes.
+    """
+    checks.check_layout(layout)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise ArgumentTypeError(f"{name}: is a {type(x).__qualname__}, expected a torch.Tensor")
+    framework = same_framework({"q": q, "k": k, "v": v})
+    sizes = checks.check_tensors(layout, *(framework.view(x, name) for name, x in (("q", q), ("k", k), ("v", v))))
+    if sizes.seqlen_q != sizes.seqlen_kv:
+        raise InvalidArgumentError(
+            f"k: has {sizes.seqlen_kv} rows, but q has {sizes.seqlen_q}; expected keys and queries of the same "
+            f"positions"
+        )
+    return sizes
+
+
+def document_ends(cu_seqlens: Any, batch: int) -> tuple[int, ...] | None:
+    """Where documents end, without empty ones.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    if cu_seqlens is None:
+        return None
+    starts = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
+    if batch != 1:
+        raise InvalidArgumentError(f"cu_seqlens: is given, and q has batch {batch}; expected a batch of one")
+    if not starts or not all(isinstance(n, int) for n in starts):
+        raise InvalidArgumentError(
+            "cu_seqlens: expected whole numbers, 0 first: where documents begin and the last ends"
+        )
+    if fault := fault_of(starts, "q", INT32_MAX):
+        raise InvalidArgumentError(f"cu_seqlens: {fault}")
+    return tuple(b for a, b in itertools.pairwise(starts) if b > a)
+
+
+def check_ends(ends: tuple[int, ...], length: int) -> None:
+    """That documents lie within a sequence.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    if ends[-1:] > (length,):
+        raise InvalidArgumentError(f"cu_seqlens: ends with {ends[-1]}, expected at most the {length} positions of q")
+
+
+def in_short(ends: tuple[int, ...] | None) -> list[int] | None:
+    """What is said of documents to other ranks, who have their own to compare."""
+    return None if ends is None else list(ends) if len(ends) <= 16 else [len(ends), hash(ends)]
+
+
+def checked_parameter(name: str, x: Any, q: torch.Tensor, sizes: checks.Sizes) -> torch.Tensor | None:
+    """A parameter with a value for each head.
+
+    Raises
+    ------
+    TvmFlashError: it isn't that.
+    """
+    if x is not None:
+        framework = same_framework({"q": q, name: x})
+        checks.check_per_head(name, framework.view(x, name), "float32", sizes, framework.view(q, "q"))
+    return x
