@@ -116,7 +116,7 @@ def main() -> int:
     options = parser.parse_args()
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, TFLOP/s")
     wrong = 0
-    for head_dim in (64, 128):
+    for head_dim in (64, 128, 256):
         for mask in ("full", "causal"):
             kernel = kernel_for(options.dtype, head_dim, mask)
             if kernel is None:

@@ -43,10 +43,11 @@ def by_abi(function: Callable, params: Iterable[Param]) -> Compute:
 
 
 def by_entry(entry: KernelEntry, functions: Sequence[Callable], device: str) -> Compute:
-    """A kernel of a pack; workspaces hold NaN, or zeros if they are to."""
+    """A kernel of a pack; workspaces hold NaN or large numbers, or zeros if they are to."""
 
     def make(shape: tuple[int, ...], dtype: str, zeroed: bool) -> torch.Tensor:
-        return torch.full(shape, 0.0 if zeroed else torch.nan, dtype=getattr(torch, dtype), device=device)
+        anything = 1 << 20 if dtype.startswith("int") else torch.nan
+        return torch.full(shape, 0 if zeroed else anything, dtype=getattr(torch, dtype), device=device)
 
     return lambda values, problem: by_role.bind(entry, functions, values, problem, make)()
 

@@ -19,7 +19,14 @@ import numpy as np
 import torch
 
 from schedules.builder.records import Record
-from tests import backward_trials, forward_trials, paged_trials, ragged_trials, torch_cases
+from tests import (
+    backward_trials,
+    forward_trials,
+    paged_trials,
+    ragged_backward_trials,
+    ragged_trials,
+    torch_cases,
+)
 from tests.trials import Trial, Usual
 from tvm_flash.machine import cuda
 from tvm_flash.machine.arch import runs_on
@@ -42,6 +49,7 @@ class Operator:
 OPERATORS = {
     "forward": Operator(forward_trials.trials, forward_trials.usual),
     "ragged": Operator(ragged_trials.trials, ragged_trials.usual),
+    "ragged_backward": Operator(ragged_backward_trials.trials, ragged_backward_trials.usual),
     "paged": Operator(paged_trials.trials, paged_trials.usual),
     "paged_decode": Operator(paged_trials.trials, paged_trials.usual),
     "backward": Operator(backward_trials.trials, backward_trials.usual),

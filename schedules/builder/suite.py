@@ -77,7 +77,11 @@ SCOPES = {
         between=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
     ),
-    RAGGED_BACKWARD: Scope((("window", "optional_sinks"),), on_gpus=(("window", "optional"),)),
+    RAGGED_BACKWARD: Scope(
+        (("window", "optional_sinks"),),
+        between=True,
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
+    ),
     PAGED: Scope(
         (("positioned", "optional_sinks"),),
         between=True,

@@ -23,6 +23,7 @@ from tvm.ir import Expr
 from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
+from schedules.definition.cases import Cases
 from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import derivative
@@ -31,6 +32,9 @@ from schedules.definition.parameters import Site, append_arguments, parameter_sy
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
 from tvm_flash.packs.manifest import Param
+
+#: What a kernel knows of a score where it computes it: nothing, its choice, or the answers to all of its conditions.
+Known = bool | tuple[bool, ...] | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Pattern:
     params: the run-time parameters, in the order of the definition's arguments.
     is_scale_only: the score is ``s * softmax_scale`` and nothing more, so that the scale folds into the exponential.
     has_choice: the score is one of two, and which of them it is depends on no query and no key.
+    conditions: how many conditions in the score depend on no query and no key (:mod:`schedules.definition.cases`).
     is_unmasked: every query sees every key.
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
     depends_on_head: what is made of the raw score, or the mask, differs from head to head.
@@ -81,7 +86,9 @@ class Pattern:
         self.is_scale_only = found.score is None or found.score.same_as(self._variables.s)
         self._choice = _split_choice(found.score, self._variables)
         self.has_choice = self._choice is not None
-        self._derivatives: dict[tuple[str | None, bool | None], Expr] = {}
+        self._cases = Cases(found.score, (*self._variables.index[2:], self._variables.s))
+        self.conditions = len(self._cases.conditions)
+        self._derivatives: dict[tuple[str | None, Known], Expr] = {}
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
         self.has_sink = found.sink is not None
 
@@ -95,15 +102,25 @@ class Pattern:
         """Which of the two scores it is, where ``has_choice``: true for the first."""
         return self._substitute(self._choice[0], site, self._zero, self._zero)
 
-    def score(self, site: Site, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
+    def condition(self, site: Site, number: int) -> Expr:
+        """Condition number ``number`` of ``conditions``."""
+        return self._substitute(self._cases.conditions[number], site, self._zero, self._zero)
+
+    def score(self, site: Site, s: Expr, i: Expr, j: Expr, chosen: Known = None) -> Expr:
         """The scaled and modified score (float32, natural units) of the raw product ``s = q · k``.
 
-        ``chosen`` says that ``choice`` is known to be so, and leaves out the other score.
+        ``chosen`` says that ``choice`` is known to be so, and leaves out the other score; or it has the answers to all
+        ``conditions``, and leaves out whatever they rule out.
         """
-        value = self._found.score if chosen is None or not self.has_choice else self._choice[1 if chosen else 2]
-        return self._substitute(value, site, i, j, s)
+        return self._substitute(self._known_score(chosen), site, i, j, s)
 
-    def score_gradient(self, site: Site, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
+    def _known_score(self, chosen: Known) -> Expr:
+        """In the definition's variables."""
+        if isinstance(chosen, tuple):
+            return self._cases.score(chosen)
+        return self._found.score if chosen is None or not self.has_choice else self._choice[1 if chosen else 2]
+
+    def score_gradient(self, site: Site, s: Expr, i: Expr, j: Expr, chosen: Known = None) -> Expr:
         """The derivative of the score with respect to ``s * softmax_scale``, for the raw product ``s = q · k``.
 
         The constant 1 where something is added to the scaled product, or nothing.  ``chosen`` is as in :meth:`score`.
@@ -114,7 +131,7 @@ class Pattern:
         """
         return self._substitute(self._derivative(None, chosen), site, i, j, s)
 
-    def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
+    def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr, chosen: Known = None) -> Expr:
         """The derivative of the score with respect to a float parameter; else as ``score_gradient``."""
         return self._substitute(self._derivative(name, chosen), site, i, j, s)
 
@@ -170,9 +187,9 @@ class Pattern:
                 raise DefinitionError(f"parameter {p.name!r}: is one of the score and of the sink; make it two")
             self._derivative(p.name, None, self._found.sink)
 
-    def _derivative(self, name: str | None, chosen: bool | None, sink: Expr | None = None) -> Expr:
+    def _derivative(self, name: str | None, chosen: Known, sink: Expr | None = None) -> Expr:
         """That of the score, or of the one that was chosen, with respect to ``s`` or to a parameter; taken once."""
-        chosen = chosen if self.has_choice else None
+        chosen = chosen if self.has_choice or isinstance(chosen, tuple) else None
         if (name, chosen) not in self._derivatives:
             param = next((p for p in self.params if p.name == name), None)
             if param and param.rank:
@@ -182,9 +199,7 @@ class Pattern:
                 )
             if param and "float" not in param.dtype:
                 raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
-            score = sink
-            if score is None:
-                score = self._found.score if chosen is None else self._choice[1 if chosen else 2]
+            score = self._known_score(chosen) if sink is None else sink
             variable = self._variables.params[name] if param else self._variables.s
             self._derivatives[name, chosen] = derivative(score, variable)
         return self._derivatives[name, chosen]

@@ -163,7 +163,11 @@ class RaggedGeometry(Geometry):
         traversal = replace(traversal, layout=RAGGED_LAYOUT)
         Geometry.__init__(self, pattern, traversal, handles, softmax_scale, parameters, alignment)
         ends = tirx.Var("starts", "int32")
-        of_queries, of_keys = (T.match_buffer(handle, (ends,), "int32", align=4) for handle in starts)
+        self._begin_at(ends, [T.match_buffer(handle, (ends,), "int32", align=4) for handle in starts])
+
+    def _begin_at(self, ends, starts):
+        """Sequences begin where the buffers ``starts`` of ``ends`` numbers say, of queries and of keys."""
+        of_queries, of_keys = starts
         self.batch = ends - 1
         self.queries = Ragged(of_queries, self.batch, self.seqlen_q)
         self.keys = Ragged(of_keys, self.batch, self.seqlen_kv)

@@ -78,6 +78,30 @@ class FoundTile:
             self.write(queries, keys, found, item.head, m_block, length)
 
     @T.inline
+    def look_up_keys(self, queries: Ragged, keys: Ragged, rows, slot, lane):
+        """A whole warp: find the tile of ``rows`` keys whose slot it is, the first ones first.
+
+        ``m_block`` is then its number among those of its sequence, and ``head`` the same even if there is no such tile.
+        Those after the last sequence no row sees.
+        """
+        found: T.int32 = 0
+        find_sequence(keys, rows, slot, lane, found)
+        if lane == 0:
+            own = T.meta_var(keys.of(found))
+            number: T.int32 = slot - keys.first_slot(found, rows)
+            length: T.int32 = own.length
+            self.write(queries, keys, found, number, T.Select(number * rows < length, number, -1), 0)
+            self.words[self.first + _KEYS] = length
+            if found < queries.batch:
+                self.words[self.first + _QUERIES] = queries.of(found).length
+            self.words[self.first + _OTHER] = T.Cast("int32", T.And(number == 0, found < queries.batch))
+
+    @property
+    def begins(self) -> Expr:
+        """Whether the slot of a tile of keys is a sequence's first one."""
+        return self._word(_OTHER) != 0
+
+    @T.inline
     def write(self, queries: Ragged, keys: Ragged, found, head, m_block, length):
         """One lane: what there is to know of an m-block of sequence ``found``, which has ``length`` rows."""
         own = T.meta_var(queries.of(found))

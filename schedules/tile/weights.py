@@ -8,6 +8,8 @@ What a row is to be shifted by comes as ``-lse * log2(e)``, and −inf where it 
 
 from __future__ import annotations
 
+import tvm_ffi
+from tvm import sym, tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
@@ -39,13 +41,38 @@ def packing(dtype: str):
     return pack
 
 
+def _with_steps_apart(expr: Expr, place) -> Expr:
+    """``expr``, where it makes a float of a whole number that grows evenly along the loops whose counts ``place`` has,
+    with that number where they begin plus the growth, which is known when the loops are unrolled.
+
+    Of all registers of a step one conversion is left.  The number is exact up to 2^24.
+    """
+    counts: list[tirx.Var] = []
+    for x in place:
+        tvm_ffi.structural_walk(x, [(tirx.Var, counts.append)])
+
+    def replace(e):
+        if not isinstance(e, tirx.Cast) or not str(e.value.ty.dtype).startswith("int"):
+            return e
+        terms = sym.detect_linear_equation(e.value, counts)
+        if not terms:
+            return e
+        *factors, first = terms
+        growth = sum((x * f for x, f in zip(counts, factors, strict=True)), tirx.IntImm("int32", 0))
+        return tirx.Cast(e.ty.dtype, first) + tirx.Cast(e.ty.dtype, growth)
+
+    return tvm_ffi.structural_map(expr, replace, order="post")
+
+
 @T.meta_class
 class Weights(ScoreTile):
     """Scores of ``columns`` columns a step to factors, and if they are wanted to packed probabilities too.
 
     The rows are queries and the columns keys, or if ``transposed`` the other way round.  ``pack`` is as
     :func:`packing` makes it, the other arguments are those of :class:`ScoreTile`.  If ``descending``, scores are
-    weighed from the last column to the first, for which ptxas may need fewer registers.
+    weighed from the last column to the first, for which ptxas may need fewer registers.  If ``asks_once``, each case of
+    the score has a branch of its own, in which nothing is asked; else only the two of a choice.  There no element has
+    a branch either: ptxas makes one of a selection that would save an exponential.
     """
 
     def __init__(
@@ -60,8 +87,10 @@ class Weights(ScoreTile):
         tile_step: int = 0,
         pack=None,
         descending: bool = False,
+        asks_once: bool = False,
     ):
         ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)
+        self.asks_once = asks_once and not self.folded
         self.transposed, self.descending = transposed, descending
         self.pack = pack or packing(pattern.dtype)
         self.scale = local(self.signed_scale())
@@ -88,7 +117,9 @@ class Weights(ScoreTile):
 
         ``shift(t, g, r, e)`` is the shift of a register's query.
         """
-        if self.pattern.has_choice:
+        if self.asks_once:
+            self._in_each_case(lambda known: self._weigh(S, P, shift, row0, column0, masked, known))
+        elif self.pattern.has_choice:
             # asked once, not for every score
             if self.pattern.choice(self.at):
                 self._weigh(S, P, shift, row0, column0, masked, True)
@@ -104,13 +135,26 @@ class Weights(ScoreTile):
         ``P``, if it isn't None, takes the packed probabilities, ``G`` the packed gradients of scaled products, and
         ``sums`` has those of the parameters that ask for one, to be added to.
         """
-        if self.pattern.has_choice:
+        if self.asks_once:
+            self._in_each_case(lambda known: self._turn(S, E, P, G, shift, row0, column0, masked, known, sums))
+        elif self.pattern.has_choice:
             if self.pattern.choice(self.at):
                 self._turn(S, E, P, G, shift, row0, column0, masked, True, sums)
             else:
                 self._turn(S, E, P, G, shift, row0, column0, masked, False, sums)
         else:
             self._turn(S, E, P, G, shift, row0, column0, masked, None, sums)
+
+    def _in_each_case(self, compute, known: tuple[bool, ...] = ()):
+        """``compute(answers)`` in a branch of each case."""
+        if len(known) == self.pattern.conditions:
+            compute(known)
+            return
+        with T.If(self.pattern.condition(self.at, len(known))):
+            with T.Then():
+                self._in_each_case(compute, (*known, True))
+            with T.Else():
+                self._in_each_case(compute, (*known, False))
 
     @T.inline
     def _weigh(self, S, P, shift, row0, column0, masked, chosen):
@@ -130,8 +174,8 @@ class Weights(ScoreTile):
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         interval = T.meta_var((None if from_zero else begin[t * 2 + r], end[t * 2 + r]))
                         seen = T.meta_var(self._seen(at, g, e, interval, masked))
-                        p[e] = T.exp2(self._exponent(S[x], at, chosen, seen) + shift(t, g, r, e))
-                        S[x] = self._factor(p[e], S[x], at, chosen, masked)
+                        p[e] = self._weight(S[x], at, (t, g, r, e), chosen, seen, shift)
+                        S[x] = self._factor(p[e], S[x], at, (t, g, r, e), chosen, masked)
                     if P is not None:
                         self.pack(P, t * (self.stride // 2) + g * 2 + r, p[0], p[1])
 
@@ -152,10 +196,10 @@ class Weights(ScoreTile):
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         interval = T.meta_var((None if from_zero else begin[t * 2 + r], end[t * 2 + r]))
                         seen = T.meta_var(self._seen(at, g, e, interval, masked))
-                        p[e] = T.exp2(self._exponent(S[x], at, chosen, seen) + shift(t, g, r, e))
+                        p[e] = self._weight(S[x], at, (t, g, r, e), chosen, seen, shift)
                         E[x] = self._if_weight(p[e], p[e] * E[x], masked)
-                        self._add_to_parameters(sums, p[e], E[x], S[x], at, chosen, masked)
-                        E[x] = self._if_weight(p[e], self._times_slope(E[x], S[x], at, chosen), masked)
+                        self._add_to_parameters(sums, p[e], E[x], S[x], at, (t, g, r, e), chosen, masked)
+                        E[x] = self._if_weight(p[e], self._times_slope(E[x], S[x], at, (t, g, r, e), chosen), masked)
                     i = T.meta_var(t * self.stride + g * 4 + r * 2)
                     word = T.meta_var(t * (self.stride // 2) + g * 2 + r)
                     if P is not None:
@@ -166,15 +210,20 @@ class Weights(ScoreTile):
         """``value``, or 0 where a key has no weight, whatever stands beside it."""
         return T.Select(p == T.float32(0), T.float32(0), value) if masked else value
 
-    def _times_slope(self, value, s, at, chosen):
+    def _slope(self, s, at, place, chosen):
         slope = self.slope(s, *at, chosen)
+        return slope if slope is None or not self.asks_once else _with_steps_apart(slope, place)
+
+    def _times_slope(self, value, s, at, place, chosen):
+        slope = self._slope(s, at, place, chosen)
         return value if slope is None else value * slope
 
-    def _add_to_parameters(self, sums, p, value, s, at, chosen, masked):
+    def _add_to_parameters(self, sums, p, value, s, at, place, chosen, masked):
         """Add ``value``, the gradient of a score, times its derivatives to the sums of parameters."""
         for n, param in enumerate(x for x in self.pattern.params if x.gradient and sums is not None):
             slope = self.parameter_slope(param.name, s, *at, chosen)
             if slope is not None:
+                slope = _with_steps_apart(slope, place) if self.asks_once else slope
                 T.buffer_store(sums, sums[n] + self._if_weight(p, value * slope, masked), [n])
 
     @T.inline
@@ -197,12 +246,20 @@ class Weights(ScoreTile):
         (begin, end), column = interval, g * self.fragment.group + e
         return column < end if begin is None else T.And(column < end, column >= begin)
 
-    def _exponent(self, s, at, chosen, seen):
+    def _weight(self, s, at, place, chosen, seen, shift):
+        """The probability of the register at ``place``, the counts of its loops."""
         value = s * self.scale if self.folded else self.modified(s, *at, chosen)
-        return value if seen is None else T.Select(seen, value, T.float32(NEGATIVE_INFINITY))
+        if not self.asks_once:
+            value = value if seen is None else T.Select(seen, value, T.float32(NEGATIVE_INFINITY))
+            return T.exp2(value + shift(*place))
+        p = T.exp2(_with_steps_apart(value, place) + shift(*place))
+        if seen is None:
+            return p
+        bits = T.Select(seen, T.uint32(0xFFFFFFFF), T.uint32(0))
+        return T.reinterpret("float32", T.bitwise_and(T.reinterpret("uint32", p), bits))
 
-    def _factor(self, p, s, at, chosen, masked):
-        slope = self.slope(s, *at, chosen)
+    def _factor(self, p, s, at, place, chosen, masked):
+        slope = self._slope(s, at, place, chosen)
         if slope is None:
             return p
         # where a key has no weight, its derivative may be anything

@@ -56,6 +56,7 @@ _INSTRUCTIONS = {
     r"mbarrier\.arrive\.\S+ _, \[%0\];": "simt::mbarrier_arrive({0}, 1);",
     r".*LAB_WAIT:.*mbarrier\.try_wait\.parity\.": "simt::mbarrier_wait({0}, {1});",
     # Bulk copies.
+    r"cp\.async\.bulk\.prefetch\.L2\.global ": "",
     r"cp\.async\.bulk\.tensor\.\dd\.shared::(cluster|cta)\.global(\.tile)?\.mbarrier::complete_tx::bytes \[": (
         "simt::load_bulk({last}, simt::pieces_of(*(const CUtensorMap*){1}, {0}, {{{middle2}}}));"
     ),

@@ -7,10 +7,21 @@ turns, softmax overlapped with products.
 from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import BACKWARD, DECODE, PAGED, PAGED_DECODE, RAGGED, Program, Target, forward_program
+from schedules.families.interface import (
+    BACKWARD,
+    DECODE,
+    PAGED,
+    PAGED_DECODE,
+    RAGGED,
+    RAGGED_BACKWARD,
+    Program,
+    Target,
+    forward_program,
+)
 from schedules.families.mma import asynchronous
 from schedules.families.mma.paged_decode import PagedDecoding
 from schedules.families.sm90 import backward, decode, paged, ragged
+from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
@@ -44,6 +55,7 @@ KINDS = {
     DECODE: decode,
     BACKWARD: backward,
     RAGGED: ragged,
+    RAGGED_BACKWARD: ragged_backward,
     PAGED: paged,
     PAGED_DECODE: PagedDecoding(
         asynchronous.Config, asynchronous.DecodeMachine, PAGED_DECODE_CONFIGS, asynchronous.feasible, early=True

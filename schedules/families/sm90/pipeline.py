@@ -123,16 +123,20 @@ class Pipeline:
         self.empty.wait(state.index, T.bitwise_xor(state.phase, 1))
 
     @T.inline
-    def expect(self, state):
-        """Producer: the bytes of a tile are about to come to its stage, which is empty."""
+    def expect(self, state, beside=0):
+        """Producer: the bytes of a tile are about to come to its stage, which is empty.
+
+        ``beside`` are bytes that other copies bring, for which its barrier waits too.
+        """
         T.ptx.mbarrier.arrive.expect_tx.shared.b64(
-            self.full.ptr_to([state.index]), T.uint32(self.panels * self.rows * PANEL * 2)
+            self.full.ptr_to([state.index]), T.uint32(self.panels * self.rows * PANEL * 2 + beside)
         )
 
     @T.inline
-    def load(self, state, descriptor, at):
-        """Producer: fill the tile's stage, which is empty, with the box at ``at``, coordinates behind the panel's."""
-        self.expect(state)
+    def load(self, state, descriptor, at, beside=0):
+        """Producer: fill the tile's stage, which is empty, with the box at ``at``, coordinates behind the panel's, and
+        expect ``beside`` bytes more."""
+        self.expect(state, beside)
         for p in T.unroll(self.panels):
             load_panel(self.pointer(state)(p, 0, 0), descriptor, p, at, self.full.ptr_to([state.index]))
 

@@ -7,12 +7,10 @@ barrier                means                                 arrivals           
 ====================== ===================================== ===================== ============== ========
 ``k.full``, ``v.full`` the block's keys, values are there    1 + bytes             every consumer 0
                                                                                    thread
-``q.full[stage]``,     a tile of queries and its shifts, of  2 + bytes: producer   every consumer turn
-``do.full[stage]``     dO and its −delta, are there          and warp of numbers   thread
-``q.empty[stage]``     every consumer warp has its S and dK  8                     producer of Q, turn + 1
-                                                                                   warp of shifts
-``do.empty[stage]``    every consumer warp has its dP and dV 8                     producer of dO, turn + 1
-                                                                                   warp of −delta
+``q.full[stage]``,     a tile of queries and its shifts, of  1 + bytes             every consumer turn
+``do.full[stage]``     dO and its −delta, are there                                thread
+``q.empty[stage]``     every consumer warp has its S and dK  8                     producer of Q  turn + 1
+``do.empty[stage]``    every consumer warp has its dP and dV 8                     producer of dO turn + 1
 ====================== ===================================== ===================== ============== ========
 
 dq:
@@ -28,8 +26,8 @@ barrier                means                                 arrivals           
 ``v.empty[stage]``     every consumer warp has its dP        8                     producer of V  turn + 1
 ====================== ===================================== ===================== ============== ========
 
-The joint launch has those of dk and dv, but the warpgroup for dq fetches the tiles, two warps or all four of it bring
-the numbers of their rows, and none waits until a stage of theirs is empty.  Beside them:
+The joint launch has those of dk and dv, but the warpgroup for dq fetches the tiles, and waits for no stage of theirs to
+be empty.  Beside them:
 
 ====================== ===================================== ===================== ============== ========
 barrier                means                                 arrivals              who waits      parity
@@ -48,11 +46,6 @@ warpgroups share their keys, both wait at one of 256 threads.
 """
 
 from __future__ import annotations
-
-from schedules.families.sm90.barriers import PRODUCER_ARRIVALS
-
-#: Arrivals where a tile is full when its rows' numbers are there too: the producer's thread, and their warp.
-TILE_ARRIVALS = PRODUCER_ARRIVALS + 1
 
 #: The named barrier of both consumer warpgroups.
 ALL_CONSUMERS = 1

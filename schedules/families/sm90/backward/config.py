@@ -39,7 +39,7 @@ class Config:
     joint: one launch makes dk, dv and dq, with five products and sums of dq in memory; of the fields above the first
         two are its own.
     head_section: heads whose blocks are started together in the joint launch, those of the same keys after each other.
-    tiles_told: how many tiles a block adds to before it tells the next one; a power of two.
+    prefetches: the joint launch asks for sums of dq two tiles before it adds to them.
     shares_keys: both consumer warpgroups of the launch for dk and dv have the same 64 keys, and one computes dv, the
         other dk, with scores of its own: one product more, and room for a head_dim of 256.
     """
@@ -52,7 +52,7 @@ class Config:
     heads_first: bool = False
     joint: bool = False
     head_section: int = 16
-    tiles_told: int = 1
+    prefetches: bool = False
     shares_keys: bool = False
 
     @property
@@ -103,6 +103,19 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     return {0: replace(found, overlaps=overlaps)}
 
 
+def tiles_told(pattern: Pattern) -> tuple[tuple[int, int], ...]:
+    """How many tiles a block of the joint launch adds to before it tells the next one, a power of two, for so many rows
+    or more: it changes no bits.
+
+    On an H200, bfloat16, TFLOP/s with 1 and 2 tiles (docs/hopper.md): head_dim 128 full 371 and 377 at 512 rows, 380
+    and 461 at 16k; causal 239 and 231 at 512, 511 and 541 at 8k; head_dim 64 causal 495 and 464 at 8k, 490 and 538 at
+    16k.
+    """
+    if max(pattern.head_dim, pattern.head_dim_v) <= 64:
+        return (0, 1), (16384, 2)
+    return ((0, 2),) if pattern.is_unmasked else ((0, 1), (8192, 2))
+
+
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config`` that are worth trying."""
     return {
@@ -114,7 +127,7 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "heads_first": (False, True),
         "joint": (True, False),
         "head_section": (8, 16, 32),
-        "tiles_told": (1, 2, 4),
+        "prefetches": (False, True),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
 

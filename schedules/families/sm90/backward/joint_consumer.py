@@ -27,8 +27,8 @@ class JointConsumer(KeyConsumer):
     """As :class:`KeyConsumer`; ``ds`` is the pipeline to the warpgroup for dq, of tiles keys by queries; ``parts``
     sums the results of the blocks that share a group of query heads."""
 
-    def __init__(self, pattern, config, block, pipelines, shifts, starts, ds, parts, index, warp, lane):
-        KeyConsumer.__init__(self, pattern, config, block, pipelines, shifts, starts, index, warp, lane)
+    def __init__(self, pattern, config, block, pipelines, numbers, ds, parts, index, warp, lane):
+        KeyConsumer.__init__(self, pattern, config, block, pipelines, numbers, index, warp, lane)
         self.ds, self.parts = ds, parts
 
     @T.inline
@@ -98,13 +98,17 @@ class JointConsumer(KeyConsumer):
 
     @T.inline
     def write(self, dk_map, dv_map):
-        """Store dk and dv, once the warpgroup for dq has read K for the last time."""
-        if self.counter.count > 0:
-            last = T.meta_var(self.counter.state(self.ds.stages, behind=1))
-            self.ds.empty.wait(last.index, last.phase)
+        """Store dk and dv, or if others share the group add them to the sums, which the last one stores."""
         if self.parts.count == 1:
             KeyConsumer.write(self, dk_map, dv_map)
         else:
             self.parts.add(self.acc_dk, self.acc_dv)
             if self.block.part == self.parts.count - 1:
                 KeyConsumer.write(self, dk_map, dv_map)
+
+    @T.inline
+    def release_keys(self):
+        """Until the warpgroup for dq has read K for the last time."""
+        if self.counter.count > 0:
+            last = T.meta_var(self.counter.state(self.ds.stages, behind=1))
+            self.ds.empty.wait(last.index, last.phase)

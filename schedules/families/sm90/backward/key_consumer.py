@@ -26,6 +26,7 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.barriers import ALL_CONSUMERS
 from schedules.families.sm90.backward.config import CONSUMERS, Config
+from schedules.families.sm90.backward.numbers import RowNumbers
 from schedules.families.sm90.backward.operands import KEPT_PANELS, own_rows
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
 from schedules.families.sm90.backward.walk import KeyBlock
@@ -42,8 +43,8 @@ from schedules.tile.weights import Weights
 class KeyConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
-    ``pipelines`` are those of Q, K, V and dO; ``shifts`` and ``starts`` (−delta) have a number for each row of
-    each stage of Q and dO.  ``results`` names which of dk and dv it computes.
+    ``pipelines`` are those of Q, K, V and dO, ``numbers`` the shifts and −delta of the rows of Q and dO.  ``results``
+    names which of dk and dv it computes.
     """
 
     def __init__(
@@ -52,8 +53,7 @@ class KeyConsumer:
         config: Config,
         block: KeyBlock,
         pipelines,
-        shifts,
-        starts,
+        numbers: tuple[RowNumbers, RowNumbers],
         index,
         warp,
         lane,
@@ -61,7 +61,7 @@ class KeyConsumer:
     ):
         self.pattern, self.config, self.block = pattern, config, block
         self.q, self.k, self.v, self.do = pipelines
-        self.shifts, self.starts = shifts, starts
+        self.shifts, self.starts = (x.staged for x in numbers)
         self.index, self.warp, self.lane = index, warp, lane
         self.has_dk, self.has_dv = "k" in results, "v" in results
         D, E, M = pattern.head_dim, pattern.head_dim_v, config.block_m
@@ -185,15 +185,17 @@ class KeyConsumer:
             for i in T.unroll(self.pattern.head_dim_v // 2):
                 self.acc_dv[i] = T.float32(0)
         self.k.consumer_wait(self.k.state(0))
-        self.v.consumer_wait(self.v.state(0))
         for g in T.serial(self.block.group):
             site = T.meta_var(self.block.site(g))
             walk = self.block.tiles(site)
-            weights = Weights(self.pattern, site, self.config.block_m, True, descending=self.config.joint)
+            weights = Weights(
+                self.pattern, site, self.config.block_m, True, descending=self.config.joint, asks_once=True
+            )
             if walk.steps > 0:
                 first = T.meta_var(self.counter.state(self.q.stages))
                 self.q.consumer_wait(first)
                 self.issue_scores(first)
+                self.v.consumer_wait(self.v.state(0))
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 self.steps(walk, weights)
         self.write(dk_map, dv_map)
@@ -218,15 +220,23 @@ class KeyConsumer:
             T.ptx.bar.sync(ALL_CONSUMERS, CONSUMERS * WARPGROUP_THREADS)
         else:
             NamedBarriers(CONSUMERS).queries_read(self.index)
-        k = T.meta_var(self.k.pointer(self.k.state(0)))
-        v = T.meta_var(self.v.pointer(self.v.state(0)))
-        D, E = T.meta_var((self.pattern.head_dim, self.pattern.head_dim_v))
-        at = T.meta_var(self.block.keys(self.key))
         if self.has_dv:
-            stage_rows(self.pattern.dtype, self.acc_dv, E, T.float32(1), v, self.key, self.lane)
-            store_rows(dv_map, E, v, at, self.key, self.lane)
+            self.store(self.v, self.acc_dv, self.pattern.head_dim_v, T.float32(1), dv_map)
+        self.release_keys()
         if self.has_dk:
-            stage_rows(self.pattern.dtype, self.acc_dk, D, self.block.tensors.softmax_scale, k, self.key, self.lane)
-            store_rows(dk_map, D, k, at, self.key, self.lane)
+            self.store(self.k, self.acc_dk, self.pattern.head_dim, self.block.tensors.softmax_scale, dk_map)
         if self.lane == 0:
             T.evaluate(wait_stored())
+
+    @T.inline
+    def release_keys(self):
+        """Until nobody else reads K."""
+
+    @T.inline
+    def store(self, keys, acc, columns, factor, descriptor):
+        """Store accumulators times ``factor`` from this warp's rows of ``keys``."""
+        # of a block of no queries it may still be on its way
+        keys.consumer_wait(keys.state(0))
+        pointer = T.meta_var(keys.pointer(keys.state(0)))
+        stage_rows(self.pattern.dtype, acc, columns, factor, pointer, self.key, self.lane)
+        store_rows(descriptor, columns, pointer, self.block.keys(self.key), self.key, self.lane)

@@ -9,37 +9,44 @@ from tvm.tirx import PrimFunc
 from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import ScheduledLaunch
-from schedules.families.sm90.backward.barriers import TILE_ARRIVALS
 from schedules.families.sm90.backward.config import CONSUMERS, Config, registers_of_keys
 from schedules.families.sm90.backward.key_consumer import KeyConsumer
-from schedules.families.sm90.backward.key_producer import fetch_numbers, fetch_tiles
+from schedules.families.sm90.backward.key_producer import fetch_tiles
+from schedules.families.sm90.backward.numbers import RowNumbers, row_numbers
 from schedules.families.sm90.backward.parameters import ParameterGradients
+from schedules.families.sm90.backward.rows import SHIFTS, STARTS
 from schedules.families.sm90.backward.stores import WARP_ROWS
-from schedules.families.sm90.backward.walk import KeyBlock, KeyScheduler
+from schedules.families.sm90.backward.walk import KeyBlock, KeyScheduler, key_blocks
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import panels
 from schedules.families.sm90.pipeline import Pipeline
-from schedules.families.sm90.tma import encode_keys
 from schedules.tile.geometry import parameterised
-from schedules.tile.gradients import Tensors
-from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.gradients import Starts, tensors_of
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
-from schedules.tile.weights import negative, shift_of
 
 #: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
-ROLES = ("q", "k", "v", "do", "lse", "delta", "dk", "dv", "softmax_scale")
+ROLES = ("q", "k", "v", "do", SHIFTS, STARTS, "dk", "dv", "softmax_scale")
 
 
-def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> ScheduledLaunch:
-    """The launch of a pattern."""
+def build(
+    pattern: Pattern, config: Config, traversal: Traversal, name: str, starts: Starts | None = None
+) -> ScheduledLaunch:
+    """The launch of a pattern; ``starts`` says where ragged sequences begin."""
     learnt = ParameterGradients(pattern, writes=True)
-    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt))
-    func = append_arguments(func, learnt.arguments).with_attr("global_symbol", name)
-    return ScheduledLaunch(func, (*ROLES, *(p.name for p in pattern.params), *learnt.roles))
+    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, starts))
+    func = append_arguments(func, [*learnt.arguments, *(starts.arguments if starts else ())])
+    roles = (*ROLES, *(p.name for p in pattern.params), *learnt.roles, *(starts.roles if starts else ()))
+    return ScheduledLaunch(func.with_attr("global_symbol", name), roles)
 
 
 def _kernel(
-    pattern: Pattern, config: Config, traversal: Traversal, parameters: dict, learnt: ParameterGradients
+    pattern: Pattern,
+    config: Config,
+    traversal: Traversal,
+    parameters: dict,
+    learnt: ParameterGradients,
+    starts: Starts | None,
 ) -> PrimFunc:
     dtype, M, N, D, E = pattern.dtype, config.block_m, config.block_keys, pattern.head_dim, pattern.head_dim_v
     producer_registers, consumer_registers = registers_of_keys(pattern, config)
@@ -51,34 +58,32 @@ def _kernel(
         k: T.handle,
         v: T.handle,
         do: T.handle,
-        lse: T.handle,
-        delta: T.handle,
+        row_shifts: T.handle,
+        row_starts: T.handle,
         dk: T.handle,
         dv: T.handle,
         softmax_scale: T.float32,
     ):
-        tensors = Tensors(
-            pattern,
-            traversal,
-            {"q": q, "k": k, "v": v, "do": do, "dk": dk, "dv": dv, "lse": lse, "delta": delta},
-            softmax_scale,
-            parameters,
-        )
+        handles = T.meta_var({"q": q, "k": k, "v": v, "do": do, "dk": dk, "dv": dv})
+        tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, parameters))
+        memory = T.meta_var(row_numbers(row_shifts, row_starts))
         gradients = T.meta_var(tensors.gradients)
-        scheduler = KeyScheduler(tensors, config)
+        blocks = T.meta_var(key_blocks(tensors, N))
+        scheduler = KeyScheduler(tensors, blocks, config)
+        tiles = T.bind(tensors.tiles_of_rows(M))
         # 1. Descriptors of the tensors, made on the host.
         q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(q_map, tensors.q, M))
+        T.evaluate(blocks.encode(q_map, tensors.q, M))
         do_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(do_map, gradients["do"], M))
+        T.evaluate(blocks.encode(do_map, gradients["do"], M))
         k_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(k_map, tensors.k, N))
+        T.evaluate(blocks.encode(k_map, tensors.k, N))
         v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(v_map, tensors.v, N))
+        T.evaluate(blocks.encode(v_map, tensors.v, N))
         dk_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(dk_map, gradients["dk"], WARP_ROWS))
+        T.evaluate(blocks.encode(dk_map, gradients["dk"], WARP_ROWS))
         dv_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(dv_map, gradients["dv"], WARP_ROWS))
+        T.evaluate(blocks.encode(dv_map, gradients["dv"], WARP_ROWS))
         # 2. Blocks, warps, lanes.
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
@@ -92,54 +97,57 @@ def _kernel(
         v_tile = Pipeline(pool, 1, panels(E), N, dtype)
         q_pipeline = Pipeline(pool, config.num_stages, panels(D), M, dtype)
         do_pipeline = Pipeline(pool, config.num_stages, panels(E), M, dtype)
-        shifts = pool.alloc((config.num_stages, M), "float32", align=16)
-        starts = pool.alloc((config.num_stages, M), "float32", align=16)
+        shifts = RowNumbers(pool, config.num_stages, M, memory[0])
+        begins = RowNumbers(pool, config.num_stages, M, memory[1])
         k_tile.add_barriers(pool)
         v_tile.add_barriers(pool)
         q_pipeline.add_barriers(pool)
         do_pipeline.add_barriers(pool)
+        blocks.add_memory(pool)
         pool.commit()
+        place = T.meta_var(scheduler.place((x, y, z))[0])
         if warp == producer:  # only a whole warp may elect
+            blocks.find(place, lane)
             if T.cuda.elect_sync():
                 k_tile.init(consumer_arrivals(CONSUMERS))
                 v_tile.init(consumer_arrivals(CONSUMERS))
-                q_pipeline.init(consumer_arrivals(CONSUMERS), TILE_ARRIVALS)
-                do_pipeline.init(consumer_arrivals(CONSUMERS), TILE_ARRIVALS)
+                q_pipeline.init(consumer_arrivals(CONSUMERS))
+                do_pipeline.init(consumer_arrivals(CONSUMERS))
                 T.ptx.fence.mbarrier_init.release.cluster()
         T.cuda.cta_sync()
-        block = KeyBlock(pattern, config, tensors, scheduler, (x, y, z))
+        block = KeyBlock(pattern, config, blocks, scheduler, (x, y, z))
         # 4. Gradients of parameters, by the first block of a head.
         if len(learnt.params) > 0:
-            if block.key_first == 0:
-                learnt.add(tensors, block.batch, block.kv_head, warp, config.threads // 32, lane)
+            if blocks.begins(block):
+                learnt.add(block.tensors, block.batch, block.kv_head, warp, config.threads // 32, lane)
+
         # 5. Tasks.
-        lse_rows, delta_rows = T.meta_var(tensors.row_terms())
-        if warp >= producer:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
-            if warp == producer:
-                if T.cuda.elect_sync():
-                    fetch_tiles(block, k_tile, k_map, q_pipeline, q_map)
-            if warp == producer + 1:
-                if T.cuda.elect_sync():
-                    fetch_tiles(block, v_tile, v_map, do_pipeline, do_map)
-            if warp == producer + 2:
-                fetch_numbers(block, q_pipeline, shifts, lse_rows, NEGATIVE_INFINITY, shift_of, lane)
-            if warp == producer + 3:
-                fetch_numbers(block, do_pipeline, starts, delta_rows, 0.0, negative, lane)
-        else:
-            T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
-            pipelines = T.meta_var((q_pipeline, k_tile, v_tile, do_pipeline))
-            of_lane = T.meta_var((warp // WARPS, warp % WARPS, lane))
-            if config.shares_keys:
-                if warp < WARPS:
-                    KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane, results="v").run(
-                        None, dv_map
-                    )
-                else:
-                    KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane, results="k").run(
-                        dk_map, None
-                    )
+        @T.inline
+        def work():
+            if warp >= producer:
+                T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
+                if warp == producer:
+                    if T.cuda.elect_sync():
+                        fetch_tiles(block, k_tile, k_map, q_pipeline, q_map, shifts, tiles)
+                if warp == producer + 1:
+                    if T.cuda.elect_sync():
+                        fetch_tiles(block, v_tile, v_map, do_pipeline, do_map, begins, tiles)
             else:
-                KeyConsumer(pattern, config, block, pipelines, shifts, starts, *of_lane).run(dk_map, dv_map)
+                T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
+                pipelines = T.meta_var((q_pipeline, k_tile, v_tile, do_pipeline))
+                of_lane = T.meta_var(((shifts, begins), warp // WARPS, warp % WARPS, lane))
+                if config.shares_keys:
+                    if warp < WARPS:
+                        KeyConsumer(pattern, config, block, pipelines, *of_lane, results="v").run(None, dv_map)
+                    else:
+                        KeyConsumer(pattern, config, block, pipelines, *of_lane, results="k").run(dk_map, None)
+                else:
+                    KeyConsumer(pattern, config, block, pipelines, *of_lane).run(dk_map, dv_map)
+
+        if static(blocks.looks_up):
+            if blocks.exists():
+                work()
+        else:
+            work()
 
     return backward

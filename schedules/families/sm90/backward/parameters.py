@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 from schedules.definition.parameters import gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
+from schedules.families.sm90.backward.rows import tiles_of
 from schedules.families.sm90.barriers import WARPS
 from schedules.tile.geometry import flat, local, wide
 from schedules.tile.softmax import from_lane
@@ -30,10 +31,10 @@ def learnt(pattern: Pattern) -> tuple[Param, ...]:
     return tuple(p for p in pattern.params if p.gradient)
 
 
-def workspaces(pattern: Pattern) -> tuple[Workspace, ...]:
+def workspaces(pattern: Pattern, ragged: bool) -> tuple[Workspace, ...]:
     """Memory for the shares, if a parameter asks for a gradient."""
     count = len(learnt(pattern))
-    size = ("*", count, "batch", "heads", ("ceildiv", "seqlen_q", BLOCK), SHARES)
+    size = ("*", count, tiles_of(BLOCK, ragged), SHARES)
     return (Workspace(NAME, "float32", (size,)),) if count else ()
 
 
@@ -52,17 +53,26 @@ class ParameterGradients:
 
     def _first(self, tensors, n: int, batch, head):
         """Where the shares of a head begin, and how many it has."""
-        count = ceildiv(tensors.seqlen_q, BLOCK) * SHARES
-        row = wide(n) * wide(tensors.batch) + wide(batch)
-        return (row * wide(tensors.heads) + wide(head)) * wide(count), count
+        tiles = tensors.tiles_of_rows(BLOCK)
+        row = n * tensors.head_rows + tensors.head_row(batch, head)
+        count = ceildiv(tensors.queries.of(batch).length, BLOCK) * SHARES
+        if tensors.may_lack_keys:
+            count = T.Select(tensors.keys.of(batch).length > 0, count, 0)
+        return wide(row * tiles + tensors.first_tile(batch, BLOCK)) * SHARES, count
 
     def store(self, tensors, sums, batch, head, share, lane):
-        """A warp: leave what its lanes have in ``sums`` as share number ``share`` of a head."""
+        """A warp: leave what its lanes have in ``sums`` as share number ``share`` of a head.
+
+        Rows without keys leave none: those after the last sequence have no place for it.
+        """
         for n in range(len(self.params)):
             total = local(sums[n])
             _add_lanes(total)
             first, _ = self._first(tensors, n, batch, head)
-            with T.If(lane == 0), T.Then():
+            leaves = lane == 0
+            if tensors.may_lack_keys:
+                leaves = T.And(leaves, tensors.keys.of(batch).length > 0)
+            with T.If(leaves), T.Then():
                 T.buffer_store(flat(self.shares), total.source[0], [first + wide(share)])
 
     def add(self, tensors, batch, kv_head, warp, warps: int, lane):

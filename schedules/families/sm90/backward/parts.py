@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.families.mma.registers import anew
 from schedules.families.sm90.backward.config import CONSUMERS
 from schedules.families.sm90.backward.sums import add_to_tile, await_count, store_tile, take_tile, tell
 from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import WARPS
 from schedules.tile.geometry import wide
-from schedules.tile.tile_scheduler import ceildiv
 
 
 @T.meta_class
@@ -27,10 +25,8 @@ class Parts:
 
     def _row(self):
         """Number of these 16 keys among all, int64."""
-        tensors = self.block.tensors
-        blocks = ceildiv(tensors.seqlen_kv, self.block.config.block_keys)
-        head = wide(anew(self.block.batch)) * wide(tensors.kv_heads) + wide(self.block.kv_head)
-        return (head * wide(blocks) + wide(self.block.number)) * (CONSUMERS * WARPS) + wide(self.warp)
+        place = self.block.block_place(self.block.tensors.kv_heads, self.block.kv_head)
+        return wide(place * (CONSUMERS * WARPS) + self.warp)
 
     @T.inline
     def add(self, acc_dk, acc_dv):

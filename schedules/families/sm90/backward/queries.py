@@ -10,36 +10,43 @@ from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import ScheduledLaunch
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_queries
+from schedules.families.sm90.backward.numbers import row_numbers
 from schedules.families.sm90.backward.parameters import ParameterGradients
+from schedules.families.sm90.backward.query_blocks import query_blocks
 from schedules.families.sm90.backward.query_consumer import QueryConsumer
+from schedules.families.sm90.backward.rows import SHIFTS, STARTS
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
-from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import panels
-from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.producer import fetch_keys
-from schedules.families.sm90.tile_scheduler import TileScheduler
-from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block
-from schedules.tile.geometry import parameterised
-from schedules.tile.gradients import Tensors
+from schedules.tile.geometry import flat, parameterised
+from schedules.tile.gradients import Starts, tensors_of
 from schedules.tile.tile_scheduler import Traversal
 
 #: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
-ROLES = ("q", "k", "v", "do", "lse", "delta", "dq", "softmax_scale")
+ROLES = ("q", "k", "v", "do", SHIFTS, STARTS, "dq", "softmax_scale")
 
 
-def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> ScheduledLaunch:
-    """The launch of a pattern."""
+def build(
+    pattern: Pattern, config: Config, traversal: Traversal, name: str, starts: Starts | None = None
+) -> ScheduledLaunch:
+    """The launch of a pattern; ``starts`` says where ragged sequences begin."""
     learnt = ParameterGradients(pattern, writes=False)
-    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt))
-    func = append_arguments(func, learnt.arguments).with_attr("global_symbol", name)
-    return ScheduledLaunch(func, (*ROLES, *(p.name for p in pattern.params), *learnt.roles))
+    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, starts))
+    func = append_arguments(func, [*learnt.arguments, *(starts.arguments if starts else ())])
+    roles = (*ROLES, *(p.name for p in pattern.params), *learnt.roles, *(starts.roles if starts else ()))
+    return ScheduledLaunch(func.with_attr("global_symbol", name), roles)
 
 
 def _kernel(
-    pattern: Pattern, config: Config, traversal: Traversal, parameters: dict, learnt: ParameterGradients
+    pattern: Pattern,
+    config: Config,
+    traversal: Traversal,
+    parameters: dict,
+    learnt: ParameterGradients,
+    starts: Starts | None,
 ) -> PrimFunc:
     dtype, D, E = pattern.dtype, pattern.head_dim, pattern.head_dim_v
     tiles = config.for_queries
@@ -52,32 +59,28 @@ def _kernel(
         k: T.handle,
         v: T.handle,
         do: T.handle,
-        lse: T.handle,
-        delta: T.handle,
+        row_shifts: T.handle,
+        row_starts: T.handle,
         dq: T.handle,
         softmax_scale: T.float32,
     ):
-        tensors = Tensors(
-            pattern,
-            traversal,
-            {"q": q, "k": k, "v": v, "do": do, "dq": dq, "lse": lse, "delta": delta},
-            softmax_scale,
-            parameters,
-        )
+        handles = T.meta_var({"q": q, "k": k, "v": v, "do": do, "dq": dq})
+        tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, parameters))
+        memory = T.meta_var(row_numbers(row_shifts, row_starts))
         gradients = T.meta_var(tensors.gradients)
-        rows = Rows(tiles, tensors)
-        scheduler = TileScheduler(tensors, rows, tiles)
+        rows, scheduler, boxes = T.meta_var(query_blocks(pattern, tensors, tiles))
+        places = T.bind(tensors.tiles_of_rows(config.block_m))
         # 1. Descriptors of the tensors, made on the host.
         q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_queries(q_map, tensors.q, rows, BLOCK))
+        T.evaluate(boxes.encode_queries(q_map, tensors.q, BLOCK))
         do_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_queries(do_map, gradients["do"], rows, BLOCK))
+        T.evaluate(boxes.encode_queries(do_map, gradients["do"], BLOCK))
         k_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(k_map, tensors.k, tiles.block_n))
+        T.evaluate(boxes.encode_keys(k_map, tensors.k, tiles.block_n))
         v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_keys(v_map, tensors.v, tiles.block_n))
+        T.evaluate(boxes.encode_keys(v_map, tensors.v, tiles.block_n))
         dq_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(encode_queries(dq_map, gradients["dq"], rows, WARP_ROWS))
+        T.evaluate(boxes.encode_queries(dq_map, gradients["dq"], WARP_ROWS))
         # 2. Blocks, warps, lanes.
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
@@ -95,9 +98,10 @@ def _kernel(
         do_tile.add_barriers(pool)
         k_pipeline.add_barriers(pool)
         v_pipeline.add_barriers(pool)
+        scheduler.add_memory(pool)
         pool.commit()
-        block = Block(pattern, tiles, tensors, rows, scheduler, DenseBoxes(tensors, rows), (x, y, z))
         if warp == producer:  # only a whole warp may elect
+            scheduler.look_up((x, y, z), lane)
             if T.cuda.elect_sync():
                 q_tile.init(consumer_arrivals(CONSUMERS))
                 do_tile.init(consumer_arrivals(CONSUMERS))
@@ -105,23 +109,28 @@ def _kernel(
                 v_pipeline.init(consumer_arrivals(CONSUMERS))
                 T.ptx.fence.mbarrier_init.release.cluster()
         T.cuda.cta_sync()
+
         # 4. Tasks.
-        if warp >= producer:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
-            if warp == producer:
-                if T.cuda.elect_sync():
-                    q_tile.load(q_tile.state(0), q_map, block.queries(0))
-                    fetch_keys(block, k_pipeline, k_map, 0)
-            if warp == producer + 1:
-                if T.cuda.elect_sync():
-                    do_tile.load(do_tile.state(0), do_map, block.queries(0))
-                    fetch_keys(block, v_pipeline, v_map, 0)
-        else:
-            T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
-            pipelines = T.meta_var((q_tile, k_pipeline, v_pipeline, do_tile))
-            consumer = QueryConsumer(
-                pattern, tiles, block, pipelines, learnt, config.overlaps, warp // 4, warp % 4, lane
-            )
-            consumer.run(dq_map)
+        @T.inline
+        def work():
+            block = Block(pattern, tiles, tensors, rows, scheduler, boxes, (x, y, z))
+            if warp >= producer:
+                T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
+                if warp == producer:
+                    if T.cuda.elect_sync():
+                        q_tile.load(q_tile.state(0), q_map, block.queries(0))
+                        fetch_keys(block, k_pipeline, k_map, 0)
+                if warp == producer + 1:
+                    if T.cuda.elect_sync():
+                        do_tile.load(do_tile.state(0), do_map, block.queries(0))
+                        fetch_keys(block, v_pipeline, v_map, 0)
+            else:
+                T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
+                pipelines = T.meta_var((q_tile, k_pipeline, v_pipeline, do_tile))
+                numbers = T.meta_var((flat(memory[0]), flat(memory[1]), places, config.block_m))
+                of_lane = T.meta_var((warp // 4, warp % 4, lane))
+                QueryConsumer(pattern, tiles, block, pipelines, numbers, learnt, config.overlaps, *of_lane).run(dq_map)
+
+        scheduler.if_found(work)
 
     return backward

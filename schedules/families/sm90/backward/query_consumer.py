@@ -28,15 +28,17 @@ from schedules.families.sm90.tma import wait_stored
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset
 from schedules.families.sm90.work_tile import Block, KeyWalk
 from schedules.tile.fragment import M16N8
+from schedules.tile.geometry import wide
 from schedules.tile.score import NEGATIVE_INFINITY
-from schedules.tile.weights import Weights, shift_of
+from schedules.tile.weights import Weights
 
 
 @T.meta_class
 class QueryConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
-    ``pipelines`` are those of Q, K, V and dO; ``parameters`` are those with gradients.  Either it ``overlaps``
+    ``pipelines`` are those of Q, K, V and dO; ``numbers`` are the flat memory of shifts and of −delta, how many tiles
+    each head has a place for there, and their rows; ``parameters`` are those with gradients.  Either it ``overlaps``
     the product of a step with the next one's, or each step is by itself.
     """
 
@@ -46,6 +48,7 @@ class QueryConsumer:
         config: Config,
         block: Block,
         pipelines,
+        numbers,
         parameters: ParameterGradients,
         overlaps: bool,
         index,
@@ -58,8 +61,8 @@ class QueryConsumer:
         D, E, N = pattern.head_dim, pattern.head_dim_v, config.block_n
         self.scores = Products(pattern.dtype, BLOCK, N, D, D)
         self.gradients = Products(pattern.dtype, BLOCK, N, E, E)
-        self.parameters, self.overlaps = parameters, overlaps
-        self.weights = Weights(pattern, block.site, N, False)
+        self.numbers, self.parameters, self.overlaps = numbers, parameters, overlaps
+        self.weights = Weights(pattern, block.site, N, False, asks_once=True)
         # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
         self.acc_dq = T.alloc_local([D // 2], "float32")
         self.acc_s = T.alloc_local([N // 2], "float32")
@@ -113,16 +116,19 @@ class QueryConsumer:
     @T.inline
     def read_terms(self):
         """The shifts and −delta of this lane's two rows; rows past the last one weigh nothing."""
-        geometry = T.meta_var(self.block.geometry)
-        lse, delta = T.meta_var(geometry.row_terms())
+        geometry, batch = T.meta_var((self.block.geometry, self.block.batch))
+        shifts, starts, places, rows = T.meta_var(self.numbers)
+        tile = T.meta_var(geometry.head_row(batch, self.block.head) * places + geometry.first_tile(batch, rows))
+        # rows that have no keys may be after the last sequence, and have no place there
+        keys = T.meta_var(geometry.keys.of(batch).length)
         for r in T.unroll(2):
             row: T.int32 = self.block.row_first + self.row + M16N8.row(self.lane) + r * M16N8.row_step
             self.shift[r] = T.float32(NEGATIVE_INFINITY)
             self.start[r] = T.float32(0)
-            if row < geometry.seqlen_q:
-                at: T.int64 = geometry.lse_offset(self.block.batch, self.block.head, row)
-                self.shift[r] = shift_of(lse[at])
-                self.start[r] = T.float32(0) - delta[at]
+            if T.And(row < geometry.queries.of(batch).length, keys > 0):
+                at: T.int64 = wide(tile * rows + row)
+                self.shift[r] = shifts[at]
+                self.start[r] = starts[at]
 
     def first_of(self, walk, i):
         """This lane's first query and key of step ``i``."""

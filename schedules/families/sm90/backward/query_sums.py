@@ -6,7 +6,8 @@ A step, when a tile of dS is full:
    are past all products of the tile before, whose stage it takes, so that no barrier says that a stage is empty;
 2. ``dQ = dSᵀ K`` in chunks of 64 queries and 64 columns; while the first one runs, tell the next block of the tiles
    before, and wait for this block's turn at this one;
-3. add each chunk to the sum in memory, which the first block begins.
+3. add each chunk to the sum in memory, which the first block begins.  The last block that a tile is visible to adds the
+   sum to what it has, and writes dq.
 
 All blocks of a head go from the last tile of queries to the first, and wait only for blocks that were started before
 them.
@@ -19,16 +20,23 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.mma.registers import anew
 from schedules.families.sm90.backward.config import Config
-from schedules.families.sm90.backward.sums import add_to_tile, await_count, store_tile, tell
+from schedules.families.sm90.backward.numbers import RowNumbers
+from schedules.families.sm90.backward.sums import (
+    add_to_tile,
+    await_count,
+    prefetch_tile,
+    store_tile,
+    take_tile,
+    tell,
+)
 from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import WARPS
 from schedules.families.sm90.config import PANEL, panels
 from schedules.families.sm90.wgmma import mn_major, rows_offset
 from schedules.tile.dtypes import element_type
-from schedules.tile.geometry import wide
-from schedules.tile.score import NEGATIVE_INFINITY
-from schedules.tile.tile_scheduler import ceildiv
-from schedules.tile.weights import negative, shift_of
+from schedules.tile.fragment import M16N8
+from schedules.tile.geometry import flat, wide
+from schedules.tile.static import static
 
 #: Tiles of queries that are fetched before their step.
 AHEAD = 2
@@ -38,8 +46,9 @@ AHEAD = 2
 class QuerySums:
     """Warp ``warp`` of the warpgroup and lane ``lane``.
 
-    ``pipelines`` are those of Q, K, V and dO, ``maps`` their descriptors, ``numbers`` the shifts and −delta of the rows
-    of each stage; ``sums`` and ``progress`` are flat views of the workspaces.
+    ``pipelines`` are those of Q, K, V and dO, ``maps`` their descriptors, ``numbers`` the shifts and −delta of their
+    rows; ``sums`` and ``progress`` are flat views of the workspaces, for ``tiles`` tiles of each query head;
+    ``tiles_told`` is how many tiles a block adds to before it tells the next one, a power of two.
     """
 
     def __init__(
@@ -49,10 +58,12 @@ class QuerySums:
         block: KeyBlock,
         pipelines,
         maps,
-        numbers,
+        numbers: tuple[RowNumbers, RowNumbers],
         ds,
         sums,
         progress,
+        tiles,
+        tiles_told,
         warp,
         lane,
     ):
@@ -61,89 +72,77 @@ class QuerySums:
         self.q_map, self.k_map, self.v_map, self.do_map = maps
         self.shifts, self.starts = numbers
         self.ds, self.sums, self.progress = ds, sums, progress
+        self.tiles, self.tiles_told = tiles, tiles_told
         self.warp, self.lane = warp, lane
         self.chunks = config.block_m // PANEL, panels(pattern.head_dim)
         self.acc = T.alloc_local([PANEL // 2], "float32")
+        self.taken = T.alloc_local([PANEL // 4], "float32")
+        self.packed = T.alloc_local([1], "uint32")
         self.n = T.local_scalar("int32")  # tiles so far
         self.next_head, self.next_step = T.local_scalar("int32"), T.local_scalar("int32")  # of the tile to fetch next
         self.known = T.local_scalar("int32")
-        self.number = T.alloc_local([2], "float32")
-        self.has_rows = warp * 32 < config.block_m
 
     # ------------------------------------------------------------ fetching
 
     @T.inline
-    def load_numbers(self, walk):
-        """Start to read lse and delta of the rows of the tile to fetch next; of rows that aren't there, none."""
-        tensors = T.meta_var(self.block.tensors)
-        lse, delta = T.meta_var(tensors.row_terms())
-        self.number[0] = T.float32(NEGATIVE_INFINITY)
-        self.number[1] = T.float32(0)
-        row: T.int32 = walk.tile(walk.steps - 1 - self.next_step) * self.config.block_m + self.warp * 32 + self.lane
-        if T.And(self.next_head < self.block.group, T.And(self.has_rows, row < tensors.seqlen_q)):
-            at: T.int64 = tensors.lse_offset(anew(self.block.batch), self.block.head(self.next_head), row)
-            self.number[0] = lse[at]
-            self.number[1] = delta[at]
-
-    @T.inline
     def fetch(self, walk, n):
-        """Fetch the next tile, number ``n``: queries and gradients of outputs, and the numbers that were read.
-
-        Then start to read those of the tile after it.
-        """
+        """Fetch the next tile, number ``n``: queries and gradients of outputs, and the numbers of their rows."""
         q = T.meta_var(self.q.state(n))
         if self.next_head < self.block.group:
-            if self.has_rows:
-                row = T.meta_var(self.warp * 32 + self.lane)
-                self.shifts[q.index, row] = shift_of(self.number[0])
-                self.starts[q.index, row] = negative(self.number[1])
-                T.cuda.warp_sync()
-                if self.lane == 0:
-                    self.q.full.arrive(q.index)
-                    self.do.full.arrive(q.index)
             if self.warp == 0:
                 if T.cuda.elect_sync():
-                    query = T.meta_var(walk.tile(walk.steps - 1 - self.next_step) * self.config.block_m)
-                    at = T.meta_var((query, self.block.head(self.next_head), self.block.batch))
-                    self.q.load(q, self.q_map, at)
-                    self.do.load(q, self.do_map, at)
+                    tile: T.int32 = walk.tile(walk.steps - 1 - self.next_step)
+                    head: T.int32 = self.block.head(self.next_head)
+                    at = T.meta_var(self.block.queries(tile * self.config.block_m, head))
+                    place: T.int32 = self.block.tile_place(head, tile, self.tiles)
+                    self.q.load(q, self.q_map, at, self.shifts.bytes)
+                    self.shifts.load(self.q, q, place)
+                    self.do.load(q, self.do_map, at, self.starts.bytes)
+                    self.starts.load(self.do, q, place)
+                    if static(self.config.prefetches):
+                        if self.block.number > 0:
+                            elements = T.meta_var(self.config.block_m * self.chunks[1] * PANEL)
+                            sums = T.meta_var(self.sums.ptr_to([wide(place) * elements]))
+                            T.evaluate(prefetch_tile(sums, elements * 4))
             self.next_step = self.next_step + 1
             if self.next_step == walk.steps:
                 self.next_step = 0
                 self.next_head = self.next_head + 1
-            self.load_numbers(walk)
 
     @T.inline
     def start(self, walk):
-        """Fetch the block's keys and values, and the first tiles."""
+        """Fetch the block's keys and values, and the first tiles, in the order in which they are needed."""
         self.n = 0
         self.next_head = 0
         self.next_step = 0
+        self.load(self.k, self.k_map)
+        if walk.steps > 0:
+            self.fetch(walk, 0)
+        self.load(self.v, self.v_map)
+        if walk.steps > 0:
+            for n in T.unroll(1, AHEAD):
+                self.fetch(walk, n)
+
+    @T.inline
+    def load(self, keys, descriptor):
+        """Fetch the block's keys or values."""
         if self.warp == 0:
             if T.cuda.elect_sync():
-                self.k.load(self.k.state(0), self.k_map, self.block.keys(0))
-                self.v.load(self.v.state(0), self.v_map, self.block.keys(0))
-        if walk.steps > 0:
-            self.load_numbers(walk)
-            for n in T.unroll(AHEAD):
-                self.fetch(walk, n)
+                keys.load(keys.state(0), descriptor, self.block.keys(0))
 
     # ------------------------------------------------------------ sums
 
-    def _progress(self, head, number):
-        """Where it stands how far a block of keys has come in a query head; each warp for its own rows."""
-        tensors = self.block.tensors
-        blocks = ceildiv(tensors.seqlen_kv, self.config.block_keys)
-        row = wide(anew(self.block.batch)) * wide(tensors.heads) + wide(head)
-        return self.progress.ptr_to([(row * wide(blocks) + wide(number)) * WARPS + wide(self.warp)])
+    def _progress(self, head, before: int = 0):
+        """Where it stands how far this block of keys has come in a query head, or that ``before`` it; each warp for its
+        own rows."""
+        place = self.block.block_place(self.block.tensors.heads, head)
+        return self.progress.ptr_to([wide(anew((place - before) * WARPS + self.warp))])
 
     def _sum(self, head, tile, chunk):
         """Where a lane's accumulators of a chunk are in the sums: four, and the next four 128 elements on."""
-        tensors, config = self.block.tensors, self.config
-        tiles = ceildiv(tensors.seqlen_q, config.block_m)
-        row = (wide(anew(self.block.batch)) * wide(tensors.heads) + wide(head)) * wide(tiles) + wide(tile)
-        elements = config.block_m * self.chunks[1] * PANEL
-        return row * elements + wide((chunk * WARPS + self.warp) * (16 * PANEL) + self.lane * 4)
+        elements = self.config.block_m * self.chunks[1] * PANEL
+        place = self.block.tile_place(head, tile, self.tiles)
+        return wide(place) * elements + wide((chunk * WARPS + self.warp) * (16 * PANEL) + self.lane * 4)
 
     @T.inline
     def multiply(self, ds, chunk):
@@ -172,15 +171,16 @@ class QuerySums:
         if self.block.number > 0:
             if self.known < wanted:
                 if self.lane == 0:
-                    self.known = await_count(self._progress(head, self.block.number - 1), self.known, wanted)
+                    self.known = await_count(self._progress(head, 1), self.known, wanted)
                 self.known = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), self.known, 0, 32)
+                T.cuda.warp_sync()
 
     @T.inline
     def tell(self, head, count):
         """Tell the block of keys after this one that this warp has added to ``count`` tiles of a head."""
         T.cuda.warp_sync()
         if self.lane == 0:
-            T.evaluate(tell(self._progress(head, self.block.number), count))
+            T.evaluate(tell(self._progress(head), count))
 
     @T.inline
     def add(self, head, tile, chunk):
@@ -192,6 +192,45 @@ class QuerySums:
         else:
             for i in T.unroll(8):
                 T.evaluate(add_to_tile(self.sums.ptr_to([at + i * 128]), *[self.acc[i * 4 + x] for x in range(4)]))
+
+    def is_last(self, g, tile):
+        """Whether the keys that a tile of queries sees end in this block."""
+        block, M = self.block, self.config.block_m
+        last = T.min(tile * M + (M - 1), block.tensors.queries.of(block.batch).length - 1)
+        end = self.pattern.keys_of(block.site(g), tile * M, last).visible[1]
+        return block.key_first + self.config.block_keys >= end
+
+    @T.inline
+    def write(self, head, tile, chunk):
+        """Add the sum to a chunk, and write it as dq."""
+        tensors = T.meta_var(self.block.tensors)
+        out = T.meta_var(tensors.gradients["dq"])
+        elements = T.meta_var(flat(out.buffer))
+        pack = T.meta_var(element_type(self.pattern.dtype).pack)
+        if self.block.number > 0:
+            at: T.int64 = self._sum(anew(head), tile, chunk)
+            for half in T.unroll(2):
+                for i in T.unroll(4):
+                    T.evaluate(
+                        take_tile(T.address_of(self.taken[i * 4]), self.sums.ptr_to([at + (half * 4 + i) * 128]))
+                    )
+                for x in T.unroll(16):
+                    self.acc[half * 16 + x] = self.taken[x] + self.acc[half * 16 + x]
+        lane: T.int32 = anew(self.lane)  # what follows isn't kept in registers
+        column: T.int32 = chunk % self.chunks[1] * PANEL + M16N8.column(lane)
+        row: T.int32 = tile * self.config.block_m + chunk // self.chunks[1] * PANEL
+        row = row + self.warp * 16 + M16N8.row(lane)
+        own = T.meta_var(tensors.queries.of(self.block.batch))
+        to: T.int64 = out.offset(anew(self.block.batch), anew(head), own.at(row), column)
+        for r in T.unroll(2):
+            if row + r * M16N8.row_step < own.length:
+                for i in T.unroll(8):
+                    if column + i * 8 < tensors.head_dim:
+                        x = T.meta_var(i * 4 + r * 2)
+                        scale = T.meta_var(tensors.softmax_scale)
+                        T.ptx[pack](self.packed[0], self.acc[x + 1] * scale, self.acc[x] * scale)
+                        T.ptx["st.global.b32"](elements.ptr_to([to + i * 8]), self.packed[0])
+            to = to + out.rows_offset(T.int32(M16N8.row_step))
 
     # ------------------------------------------------------------ the whole
 
@@ -212,19 +251,23 @@ class QuerySums:
         head = T.meta_var(self.block.head(g))
         tile: T.int32 = walk.tile(walk.steps - 1 - i)
         ds = T.meta_var(self.ds.state(self.n))
+        last: T.bool = self.is_last(g, tile)
         self.ds.consumer_wait(ds)
         self.fetch(walk, self.n + AHEAD)
         for chunk in T.unroll(self.chunks[0] * self.chunks[1]):
             self.multiply(ds, chunk)
             if chunk == 0:
                 # Both take as long as the way to memory and back, or longer: the product runs meanwhile.
-                if T.And(i > 0, T.bitwise_and(i, self.config.tiles_told - 1) == 0):
+                if T.And(i > 0, T.bitwise_and(i, self.tiles_told - 1) == 0):
                     self.tell(head, i)
                 self.await_turn(head, i + 1)
             T.ptx.wgmma.wait_group.sync.aligned(0)
             if chunk == self.chunks[0] * self.chunks[1] - 1:
                 self.ds.consumer_release(ds, self.lane)
-            self.add(head, tile, chunk)
+            if last:
+                self.write(head, tile, chunk)
+            else:
+                self.add(head, tile, chunk)
         if i + 1 == walk.steps:
             self.tell(head, i + 1)
         self.n = self.n + 1

@@ -32,6 +32,12 @@ __forceinline__ __device__ void take_tile(float* to, const void* from) {
 }
 """
 
+_PREFETCH = """
+__forceinline__ __device__ void prefetch_tile(const void* tile, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(tile), "r"(bytes) : "memory");
+}
+"""
+
 _TELL = """
 __forceinline__ __device__ void tell(void* progress, int count) {
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
@@ -62,6 +68,11 @@ def add_to_tile(to, a, b, c, d):
 def take_tile(to, source):
     """What is there, to the four numbers from ``to`` on."""
     return T.cuda.func_call("take_tile", to, source, source_code=_TAKE)
+
+
+def prefetch_tile(tile, size: int):
+    """One thread: start to bring ``size`` bytes of sums into the cache."""
+    return T.cuda.func_call("prefetch_tile", tile, size, source_code=_PREFETCH)
 
 
 def tell(progress, count: Expr):

@@ -1,0 +1,31 @@
+"""The backward of ragged sequences: the same launches, whose blocks of queries and of keys are slots that they look up.
+
+What is behind the end of a sequence TMA reads as zero and doesn't write
+(:func:`schedules.families.sm90.tma.encode_ragged`), and the first launch leaves rows there that weigh nothing.
+"""
+
+from __future__ import annotations
+
+from schedules.definition.parameters import axes_of
+from schedules.definition.pattern import Pattern
+from schedules.families.interface import Program, Rejected, Target
+from schedules.families.sm90.backward import config as dense
+from schedules.families.sm90.backward.config import Config, default_configs, space
+from schedules.families.sm90.backward.program import program as launches
+from schedules.tile.tile_scheduler import Traversal
+
+__all__ = ["Config", "default_configs", "feasible", "program", "space"]
+
+
+def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+    """Whether the configuration can be compiled for the pattern; None if so."""
+    if config.heads_first:
+        return Rejected("heads_first: slots of ragged sequences may be more than a grid's third axis has")
+    if whole := [p.name for p in pattern.params if p.gradient and "b" not in axes_of(p)]:
+        return Rejected(f"the gradient of {', '.join(whole)} isn't summed over ragged sequences")
+    return dense.feasible(pattern, config, target)
+
+
+def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+    """The launches; ``config`` must be feasible."""
+    return launches(pattern, config, target, traversal, name, ragged=True)
