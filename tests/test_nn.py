@@ -159,8 +159,6 @@ def test_masks_of_any_shape(name, dtype):
     want = torch_sdpa(*exact, attn_mask=given.double() if mask.is_floating_point() else mask)
     close = 3e-6 if dtype == torch.float32 else 2e-2
     assert (out - want).abs().max() < close
-    if name == "nothing but a large number":  # a log-sum-exp that is as large knows nothing of weights
-        return
     dout = torch.randn(out.shape)
     (out * dout).sum().backward()
     (want * dout).sum().backward()
