@@ -48,7 +48,30 @@ def joined(b, h, q_idx, kv_idx):
     return flex.or_masks(flex.and_masks(causal, dilated), window)(b, h, q_idx, kv_idx)
 
 
+DOCUMENTS = torch.tensor([0] * 6 + [1] * 4 + [2] * 7)
+DOCUMENTS_OF = torch.stack([DOCUMENTS, DOCUMENTS.flip(0)]).int()
+VISIBLE = torch.rand(HEADS, 13, 17, generator=torch.Generator().manual_seed(5)) < 0.6
+LIMIT = torch.tensor(5)
+
+
+def documents(b, h, q_idx, kv_idx):
+    return (DOCUMENTS[q_idx] == DOCUMENTS[kv_idx]) & (q_idx >= kv_idx)
+
+
+def documents_of_each_entry(b, h, q_idx, kv_idx):
+    return DOCUMENTS_OF[b, q_idx] == DOCUMENTS_OF[b, kv_idx]
+
+
+def given_mask(b, h, q_idx, kv_idx):
+    return VISIBLE[h, q_idx, kv_idx]
+
+
+def up_to_a_limit(b, h, q_idx, kv_idx):
+    return kv_idx < q_idx + LIMIT
+
+
 MASKS = (causal, prefix, window, dilated, neighbourhood, by_batch_and_head, joined)
+MASKS += (documents, documents_of_each_entry, given_mask, up_to_a_limit)
 
 # ---------------------------------------------------------------- scores
 
@@ -86,7 +109,29 @@ def arithmetic(score, b, h, q_idx, kv_idx):
     return torch.maximum(distance, torch.tensor(0.3)) - torch.remainder(score, 0.7) / (1 + score.square())
 
 
+SLOPES = torch.rand(HEADS, generator=torch.Generator().manual_seed(6))
+BIAS = torch.randn(BATCH, HEADS, 13, 17, generator=torch.Generator().manual_seed(7))
+RELATIVE = torch.randn(HEADS, 29, generator=torch.Generator().manual_seed(8)).double()
+
+
+def learnt_slopes(score, b, h, q_idx, kv_idx):
+    return score - SLOPES[h] * (q_idx - kv_idx).abs()
+
+
+def biased(score, b, h, q_idx, kv_idx):
+    return score + BIAS[b, h, q_idx, kv_idx]
+
+
+def relative_table(score, b, h, q_idx, kv_idx):
+    return score + RELATIVE[h, kv_idx - q_idx + 12]
+
+
+def from_the_end(score, b, h, q_idx, kv_idx):
+    return score + RELATIVE[h, kv_idx - q_idx - 3]  # a negative index counts from the end
+
+
 SCORES = (softcap, alibi, relative, causal_by_score, causal_by_the_other_branch, composed, clamped, arithmetic)
+SCORES += (learnt_slopes, biased, relative_table, from_the_end)
 PAIRS = [*((None, m) for m in MASKS), *((s, None) for s in SCORES), (softcap, prefix), (composed, window)]
 
 
@@ -105,19 +150,42 @@ def of_flex_attention(q, k, v, score, mask):
     return out.numpy(), lse.numpy()
 
 
+def values_of(definition):
+    """The tensors that the functions hold on to, as the definition's parameters want them; numbers as numbers."""
+    found = {p.name: globals()[p.name] for p in definition.params}
+    return {
+        p.name: found[p.name].to(getattr(torch, p.dtype)).numpy() if found[p.name].ndim else found[p.name].item()
+        for p in definition.params
+    }
+
+
 @pytest.mark.parametrize(("score", "mask"), PAIRS, ids=lambda f: getattr(f, "__name__", "none"))
 def test_a_definition_says_what_flex_attention_does(score, mask):
     q, k, v = tensors()
     want, want_lse = of_flex_attention(q, k, v, score, mask)
     definition = from_flex(score, mask)
-    twin, twin_lse = reference.attention(
-        q, k, v, softmax_scale=SCALE, mask=definition.mask.twin, score=definition.score.twin
-    )
-    np.testing.assert_allclose(twin, want, atol=1e-12, rtol=0)
-    np.testing.assert_allclose(twin_lse, want_lse, atol=1e-12, rtol=0)
-    got = oracle.operator(definition, "forward", HEAD_DIM, HEAD_DIM)(q=q, k=k, v=v, softmax_scale=SCALE)
+    values = values_of(definition)
+    what = {"mask": definition.mask.twin, "score": definition.score.twin, "params": values}
+    what["axes"] = {p.name: p.axes for p in definition.params}
+    twin, twin_lse = reference.attention(q, k, v, softmax_scale=SCALE, **what)
+    np.testing.assert_allclose(twin, want, atol=1e-6 if definition.params else 1e-12, rtol=0)
+    np.testing.assert_allclose(twin_lse, want_lse, atol=1e-6 if definition.params else 1e-12, rtol=0)
+    got = oracle.operator(definition, "forward", HEAD_DIM, HEAD_DIM)(q=q, k=k, v=v, softmax_scale=SCALE, **values)
     np.testing.assert_allclose(got.o, want, atol=2e-6, rtol=0)
     np.testing.assert_allclose(got.lse, want_lse, atol=4e-6, rtol=0)
+
+
+def test_a_tensor_read_where_the_score_is_has_axes_and_others_are_tables():
+    axes = {p.name: (p.axes, p.rank) for f in (biased, learnt_slopes, relative_table) for p in from_flex(f).params}
+    assert axes == {"BIAS": ("bhij", 0), "SLOPES": ("h", 0), "RELATIVE": ("", 2)}
+    assert {p.name: p.rank for p in from_flex(None, documents).params} == {"DOCUMENTS": 1}
+    assert from_flex(None, given_mask).params[0].dtype == "bool"
+    learnt = RELATIVE.clone().requires_grad_()
+    with pytest.raises(DefinitionError, match="requires a gradient"):
+        from_flex(lambda s, b, h, q, k: s + learnt[h, k - q + 12])
+    bias = BIAS.clone().requires_grad_()
+    (param,) = from_flex(lambda s, b, h, q, k: s + bias[b, h, q, k]).params
+    assert param.gradient and param.name == "bias"
 
 
 @pytest.mark.parametrize("score", [softcap, composed, clamped], ids=lambda f: f.__name__)

@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import FULL, IDENTITY, Mask, ScoreModification
-from schedules.definition.flex.graph import Formula, without_hidden
+from schedules.definition.flex.graph import Formula, settled, without_hidden
 from schedules.definition.flex.rules import NumPy, Tir
 
 
@@ -35,9 +35,10 @@ def from_flex(
     Returns
     -------
     An :class:`Attention`.  Every tensor that the functions hold on to is a parameter of the variable's name, given at
-    each call: a table with as many dimensions, of any sizes, integers as int32, float64 as float32.  One that
-    requires a gradient has one.  Positions count from 0 in both sequences, as FlexAttention's do: nothing is aligned
-    bottom-right.
+    each call, integers as int32, float64 as float32.  One that is read at ``[b, h, q_idx, kv_idx]`` only, or at some of
+    these in this order, has a value for each, and a gradient if it requires one; any other is a table of any sizes, and
+    an index beyond its end reads the last element.  Positions count from 0 in both sequences, as FlexAttention's do:
+    nothing is aligned bottom-right.
 
     Raises
     ------
@@ -45,8 +46,10 @@ def from_flex(
         message names it.
     ImportError: PyTorch isn't installed.
     """
-    score = None if score_mod is None else Formula.of(score_mod, "score_mod")
-    masks = [] if mask_mod is None else [Formula.of(mask_mod, "mask_mod")]
+    given = [(score_mod, "score_mod"), (mask_mod, "mask_mod")]
+    formulas = settled([Formula.of(function, role) for function, role in given if function is not None])
+    score = None if score_mod is None else formulas[0]
+    masks = [] if mask_mod is None else formulas[-1:]
     if score is not None:
         score, hidden = without_hidden(score)
         masks += [] if hidden is None else [hidden]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,11 +41,15 @@ _ZEROS_AND_ONES = [
 
 @dataclass(frozen=True)
 class Formula:
-    """The result of a function as a tree of nodes, and the parameters that it reads in the order of first use."""
+    """The result of a function as a tree of nodes, and the parameters that it reads in the order of first use.
+
+    ``learnt`` are those that require a gradient.
+    """
 
     name: str
     result: Node
     params: tuple[Param, ...]
+    learnt: frozenset[str] = frozenset()
 
     @staticmethod
     def of(function: Callable, role: str) -> Formula:
@@ -57,6 +62,54 @@ class Formula:
         """The formula of one of its nodes."""
         names = {x.operands[0] for x in node.parts() if x.what == "parameter"}
         return Formula(self.name, node, tuple(p for p in self.params if p.name in names))
+
+
+def settled(formulas: list[Formula]) -> list[Formula]:
+    """The formulas with a tensor of axes in place of each table that is read at one place only: the batch entry, head,
+    query and key of the score, or some of these in this order.  Of such a one there is a gradient.
+
+    Raises
+    ------
+    DefinitionError: a tensor that requires a gradient is read otherwise.
+    """
+    indices: dict[str, set[tuple[Node, ...]]] = {}
+    for formula in formulas:
+        for node in formula.result.parts():
+            if node.what == "read":
+                indices.setdefault(node.operands[0].operands[0], set()).add(node.operands[1:])
+    axes = {name: _axes_of(found) for name, found in indices.items()}
+    learnt = {name for f in formulas for name in f.learnt}
+    known: dict[int, Node] = {}
+
+    def placed(node: Node) -> Node:
+        if id(node) not in known:
+            if node.what == "read" and axes[node.operands[0].operands[0]]:
+                known[id(node)] = Node("parameter", (node.operands[0].operands[0], 0), node.kind)
+            else:
+                operands = tuple(placed(x) if isinstance(x, Node) else x for x in node.operands)
+                known[id(node)] = dataclasses.replace(node, operands=operands)
+        return known[id(node)]
+
+    def declared(param: Param) -> Param:
+        if axes.get(param.name):
+            return Param(param.name, param.dtype, axes=axes[param.name], gradient=param.name in learnt)
+        if param.rank and param.name in learnt:
+            raise DefinitionError(
+                f"{param.name}: requires a gradient, which is known of a tensor that is read at one place only: some "
+                f"of [b, h, q_idx, kv_idx] in this order; pass {param.name}.detach()"
+            )
+        return param
+
+    return [Formula(f.name, placed(f.result), tuple(declared(p) for p in f.params)) for f in formulas]
+
+
+def _axes_of(indices: set[tuple[Node, ...]]) -> str:
+    """The axes of scores that are the only indices of a tensor; none if there are others."""
+    names = [tuple(i.operands[0] if i.what == "argument" else "" for i in each) for each in indices]
+    order = ARGUMENTS["mask_mod"]
+    if len(names) > 1 or list(names[0]) != [x for x in order if x in names[0]]:
+        return ""
+    return "".join("bhij"[order.index(x)] for x in names[0])
 
 
 def without_hidden(formula: Formula) -> tuple[Formula | None, Formula | None]:
@@ -96,6 +149,7 @@ class _Reader:
         self._function, self._role = function, role
         self._name = name if name.isidentifier() else "function"
         self._params: dict[str, Param] = {}
+        self._learnt: set[str] = set()
         self._held = _held_by(function)
 
     def read(self) -> Formula:
@@ -118,7 +172,7 @@ class _Reader:
             raise self._refusal(
                 f"returns {got}; expected {_RESULTS[self._role]}: it is called as {_called(self._role)}"
             )
-        return Formula(self._name, result, tuple(self._params.values()))
+        return Formula(self._name, result, tuple(self._params.values()), frozenset(self._learnt))
 
     def _trace(self):
         import torch
@@ -146,10 +200,12 @@ class _Reader:
         if name is None:
             raise self._refusal(f"makes a tensor of shape {tuple(tensor.shape)}; hold it in a variable outside instead")
         if tensor.ndim:
-            param = Param(name, _TABLES[dtype], rank=tensor.ndim, gradient=tensor.requires_grad)
+            param = Param(name, _TABLES[dtype], rank=tensor.ndim)
         else:
             param = Param(name, "float32" if kind == "float" else "int32", gradient=tensor.requires_grad)
         self._params[name] = param
+        if tensor.requires_grad:
+            self._learnt.add(name)
         return Node("parameter", (name, tensor.ndim), kind)
 
     def _operation(self, node, values) -> Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,15 @@ class Node:
             isinstance(x, Node) and x.is_natural for x in self.operands[: 2 if self.what != "maximum" else None]
         )
 
-    def parts(self) -> Iterator[Node]:
-        """It, and all nodes below it."""
-        yield self
-        for x in self.operands:
-            if isinstance(x, Node):
-                yield from x.parts()
+    def parts(self) -> list[Node]:
+        """It, and all nodes below it, each once."""
+        found, todo = {}, [self]
+        while todo:
+            node = todo.pop()
+            if id(node) not in found:
+                found[id(node)] = node
+                todo.extend(x for x in node.operands if isinstance(x, Node))
+        return list(found.values())
 
 
 class Language:
@@ -122,7 +125,7 @@ class Tir(Language):
 
     def number(self, name, kind):
         value = self._at.param[name]
-        return self.cast(value, "bool") if kind == "bool" else value
+        return self.cast(value, "bool") if kind == "bool" and str(value.ty.dtype) != "bool" else value
 
     def element(self, name, indices):
         return self._at.table[name](*indices)
