@@ -6,7 +6,6 @@ What is behind the end of a sequence TMA reads as zero and doesn't write
 
 from __future__ import annotations
 
-from schedules.definition.parameters import axes_of
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.backward import config as dense
@@ -21,7 +20,7 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     """Whether the configuration can be compiled for the pattern; None if so."""
     if config.heads_first:
         return Rejected("heads_first: slots of ragged sequences may be more than a grid's third axis has")
-    if whole := [p.name for p in pattern.params if p.gradient and "b" not in axes_of(p)]:
+    if whole := [p.name for p in pattern.params if p.gradient and "b" not in p.axes]:
         return Rejected(f"the gradient of {', '.join(whole)} isn't summed over ragged sequences")
     return dense.feasible(pattern, config, target)
 
