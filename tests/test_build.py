@@ -102,7 +102,7 @@ def test_damaged_module_is_rebuilt(request_):
 
 
 def test_refused_kernels_are_reported_and_no_failure(request_):
-    selection = Selection(("v1", "v2"), ("float32",), (D64, HeadDim(256, 256)), ("full",))
+    selection = Selection(("v1", "v2"), ("float32",), (D64, HeadDim(256, 256)), ("full",), ("identity",))
     (report,) = build(dataclasses.replace(request_, selection=selection))
     assert not report.failed
     refused = {r.symbol: r.reason for r in report.results if isinstance(r, Refused)}
@@ -114,7 +114,7 @@ def test_refused_kernels_are_reported_and_no_failure(request_):
 def test_nothing_built_is_a_failure_and_leaves_the_pack(request_):
     build(request_)
     before = contents(request_.output / CPU.folder)
-    selection = Selection(("v1",), ("float32",), (HeadDim(256, 256),), ("full",))
+    selection = Selection(("v1",), ("float32",), (HeadDim(256, 256),), ("full",), ("identity",))
     (report,) = build(dataclasses.replace(request_, selection=selection))
     assert report.manifest is not None  # what was there
     assert contents(request_.output / CPU.folder) == before

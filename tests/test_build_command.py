@@ -35,6 +35,7 @@ def test_command_prints_a_table_and_refusals(tmp_path, capsys):
         "--head-dim=64,256",
         "--dtype=float32",
         "--mask=full",
+        "--score=identity",
     ]
     assert build_command.main([*arguments, "--jobs=1"]) == 0
     out = capsys.readouterr().out
@@ -98,7 +99,7 @@ def definitions(tmp_path):
 @pytest.mark.parametrize(("name", "mask", "score"), [("squared", "causal", "square"), ("plain", "custom", "custom")])
 def test_definition_is_added_to_the_pack(request_, definitions, name, mask, score):
     (first,) = build(request_)
-    selection = dataclasses.replace(TWO_GROUPS, head_dims=(D64,), masks=())
+    selection = dataclasses.replace(TWO_GROUPS, head_dims=(D64,), masks=(), scores=())
     mine = dataclasses.replace(request_, selection=selection, definition=DefinitionFile(definitions, name))
     (second,) = build(mine)
     (entry,) = added(first, second)

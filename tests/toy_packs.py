@@ -12,7 +12,7 @@ from schedules.families.interface import Target
 
 CPU = Target("cpu", "toy")
 D64, D128 = HeadDim(64, 64), HeadDim(128, 128)
-TWO_GROUPS = Selection(templates=("v1",), dtypes=("float32",), head_dims=(D64, D128), masks=("full", "causal"))
+TWO_GROUPS = Selection(("v1",), ("float32",), (D64, D128), ("full", "causal"), ("identity",))
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
