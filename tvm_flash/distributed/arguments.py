@@ -12,6 +12,7 @@ from tvm_flash.call import checks
 from tvm_flash.call.prepare import same_framework
 from tvm_flash.call.problem import INT32_MAX
 from tvm_flash.call.ragged import fault_of
+from tvm_flash.catalogue import PARAMS
 from tvm_flash.distributed.agreement import Axes
 from tvm_flash.distributed.placement import BALANCES, Placement, size
 from tvm_flash.distributed.plan import EXCHANGES
@@ -120,5 +121,5 @@ def checked_parameter(name: str, x: Any, q: torch.Tensor, sizes: checks.Sizes) -
     """
     if x is not None:
         framework = same_framework({"q": q, name: x})
-        checks.check_per_head(name, framework.view(x, name), "float32", sizes, framework.view(q, "q"))
+        checks.check_parameter(PARAMS[name], framework.view(x, name), sizes, framework.view(q, "q"))
     return x
