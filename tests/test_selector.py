@@ -68,6 +68,20 @@ def test_the_policy_on_gpus(packs, capability, arch, prefer, template, says):
 
 
 @pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ({"score": "optional_sinks"}, r"^sinks: only kernels of the CPU know it; .*sigmoid\(lse - sinks\)$"),
+        ({"mask": "given"}, r"^visible: .*PyTorch's own function$"),
+        ({"score": "biased"}, r"^bias: .*PyTorch's own function$"),
+    ],
+)
+def test_what_only_processors_know_names_no_build_that_would_refuse(packs, what, says):
+    packs(kernel("v1", "sm_80"), kernel("v2", "sm_80"))
+    with pytest.raises(NotSupportedError, match=says):
+        choose(problem(**what), GPU, "auto")
+
+
+@pytest.mark.parametrize(
     ("layout", "batch", "seq_len", "template"),
     [("bhsd", 2, 512, "v1"), ("bshd", 2, 512, "v2"), ("bhsd", 16, 4096, "v2"), ("bhsd", 16, 512, "v1")],
 )

@@ -86,7 +86,8 @@ class Pattern:
         self.is_scale_only = found.score is None or found.score.same_as(self._variables.s)
         self._choice = _split_choice(found.score, self._variables)
         self.has_choice = self._choice is not None
-        self._cases = Cases(found.score, (*self._variables.index[2:], self._variables.s))
+        scores = self._variables  # an operator that computes none has no variables of theirs
+        self._cases = Cases(found.score, () if scores is None else (*scores.index[2:], scores.s))
         self.conditions = len(self._cases.conditions)
         self._derivatives: dict[tuple[str | None, Known], Expr] = {}
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))

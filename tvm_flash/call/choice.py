@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tvm_flash.call.measured import compare, nearest, tune_command
 from tvm_flash.call.problem import Problem
+from tvm_flash.catalogue import CPU_ONLY
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS, PARTIAL
@@ -291,6 +292,9 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         return KernelNotFoundError(
             f"q, k, v: are {problem.dtype}, and GPU kernels take float16, from sm_80 on also bfloat16; convert them"
         )
+    unknown = [] if custom or device.kind != "cuda" else problem.cpu_only
+    if unknown:
+        return NotSupportedError(f"{unknown[0]}: only kernels of the CPU know it; on a GPU {CPU_ONLY[unknown[0]]}")
     if nearest is None:
         of = f" of the definition {problem.definition!r}" if custom else ""
         command = build_command(arch, *options, "--dtype", problem.dtype)
