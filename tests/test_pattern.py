@@ -87,6 +87,9 @@ PARAMS = {"window_left": 3, "window_right": 1, "sink_tokens": 2, "kv_start": 2, 
 PARAMS |= {"query_start": 4, "has_query_start": 1}
 SIZES = ((9, 9), (5, 13), (13, 5), (1, 10))
 
+#: What a mask hides that has a value for each query and key stands in that tensor, and not in its expression.
+EVALUABLE = [m for m in (*MASKS.values(), *ODD) if not any("i" in p.axes or "j" in p.axes for p in m.params)]
+
 
 def visible_of(mask, seqlen_q, seqlen_kv):
     own = {p.name: PARAMS[p.name] for p in mask.params}
@@ -109,7 +112,7 @@ def check_ranges(ranges, seen, exact, whole=True):
         assert full_hi - full_lo == every.sum()
 
 
-@pytest.mark.parametrize("mask", (*MASKS.values(), *ODD), ids=lambda m: m.name)
+@pytest.mark.parametrize("mask", EVALUABLE, ids=lambda m: m.name)
 @pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), SIZES)
 def test_ranges_against_brute_force(mask, seqlen_q, seqlen_kv):
     pattern = match(Attention(mask=mask)(8, "float32"))
@@ -141,7 +144,7 @@ def test_ranges_against_brute_force(mask, seqlen_q, seqlen_kv):
         assert bool(evaluate(pattern.mask(site, constant(i), constant(j)))) == expected
 
 
-@pytest.mark.parametrize("mask", (*MASKS.values(), *ODD), ids=lambda m: m.name)
+@pytest.mark.parametrize("mask", EVALUABLE, ids=lambda m: m.name)
 @pytest.mark.parametrize("keys", ((3, 8), (5, 5), (9, 20), (-2, 3)))
 def test_ranges_of_a_part(mask, keys):
     seqlen_q, seqlen_kv = 9, 11
