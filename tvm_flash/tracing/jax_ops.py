@@ -32,7 +32,7 @@ from tvm_flash.machine import cuda, ffi
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import OPERATORS, RAGGED_LAYOUT, gradient_of, role_of, tensor
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, PAGED, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, PAGED, KernelEntry
 from tvm_flash.packs.registry import Installed, registry
 
 #: Name of a platform in JAX's programs, in its foreign function interface, and of its devices here.
@@ -338,7 +338,7 @@ def _by_role(functions: list[Callable], entry: KernelEntry, given: tuple[str, ..
 
 def _call_kernel(target: str, request: Request, kernel: Installed, *arrays):
     entry = kernel.entry
-    swap = entry.layout != request.layout
+    swap = entry.form == DENSE and entry.layout != request.layout
     given = {role_of(name): (name, x) for name, x in zip(request.given, arrays, strict=True)}
     names = {role_of(n): n for n in (*request.outputs, *request.operator.on_request)}
     extents = entry.extents(request.sizes.by_name)
