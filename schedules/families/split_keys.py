@@ -96,37 +96,47 @@ def program(
 PAGED_SPLIT_LENGTHS: SplitLengths = ((0, 64), (2048, 128), (4096, 256), (32768, 512))
 
 
-def paged_split_length(keys: Expr) -> Expr:
+def paged_split_length(keys: Expr, lengths: SplitLengths = PAGED_SPLIT_LENGTHS) -> Expr:
     """Keys of a split of a sequence of ``keys`` keys."""
-    (_, length), *others = PAGED_SPLIT_LENGTHS
+    (_, length), *others = lengths
     found = T.int32(length)
     for fewest, length in others:
         found = T.Select(keys >= fewest, T.int32(length), found)
     return found
 
 
-def paged_split_count(keys: Expr) -> Expr:
+def paged_split_count(keys: Expr, lengths: SplitLengths = PAGED_SPLIT_LENGTHS) -> Expr:
     """How many splits a sequence of ``keys`` keys has."""
-    return ceildiv(keys, paged_split_length(T.max(keys, 0)))
+    return ceildiv(keys, paged_split_length(T.max(keys, 0), lengths))
 
 
-def _most_paged_splits() -> tuple:
+def _most_paged_splits(lengths: SplitLengths) -> tuple:
     """How many splits a sequence has at most that fits its row of the table, as an expression of the sizes."""
-    ends = [(fewest, fewest // length) for (_, length), (fewest, _) in itertools.pairwise(PAGED_SPLIT_LENGTHS)]
-    longest = ("ceildiv", "seqlen_kv", ("steps", "seqlen_kv", *PAGED_SPLIT_LENGTHS))
+    ends = [(fewest, fewest // length) for (_, length), (fewest, _) in itertools.pairwise(lengths)]
+    longest = ("ceildiv", "seqlen_kv", ("steps", "seqlen_kv", *lengths))
     return "max", longest, ("steps", "seqlen_kv", (0, 1), *ends)
 
 
-def paged_program(pattern: Pattern, partial: PrimFunc, name: str, *, alignment: int, waits: bool) -> Program:
-    """Both launches, of ragged sequences with their keys on pages.
+def paged_program(
+    pattern: Pattern,
+    partial: PrimFunc,
+    name: str,
+    *,
+    alignment: int,
+    waits: bool,
+    lengths: SplitLengths = PAGED_SPLIT_LENGTHS,
+) -> Program:
+    """Both launches, of ragged sequences with their keys on pages, with splits of ``lengths``.
 
     ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``.
     """
     rows = ("*", "heads", "total_q")
-    splits = _most_paged_splits()
+    splits = _most_paged_splits(lengths)
     results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
     params = tuple(p.name for p in pattern.params)
-    combining = combine_ragged(pattern, paged_split_count, f"{name}_combine", alignment, waits)
+    combining = combine_ragged(
+        pattern, lambda keys: paged_split_count(keys, lengths), f"{name}_combine", alignment, waits
+    )
     return Program(
         "forward",
         (
