@@ -98,9 +98,10 @@ def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_
     report, count = compiled(program.functions, tmp_path)
     assert len(report.kernels) == 2
     assert all(kernel.spills == kernel.stack == 0 for kernel in report.kernels)
-    assert max(kernel.registers for kernel in report.kernels) <= config.registers
+    resident = 65536 // (config.threads * config.blocks_per_sm)  # setmaxnreg shares them out anew
+    assert max(kernel.registers for kernel in report.kernels) <= resident
     assert count["HGMMA"] >= pattern.head_dim // 16 + config.block_n // 16
-    assert count["UTMALDG"] >= 3
+    assert count["UTMALDG"] >= 4
     host = next(tmp_path.glob("*.cu")).read_text()
     assert "griddepcontrol.wait" in host
     embedded = embed(*split(host, "kernel.cu"), tmp_path / "image")
