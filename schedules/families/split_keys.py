@@ -105,6 +105,11 @@ def paged_split_length(keys: Expr, lengths: SplitLengths = PAGED_SPLIT_LENGTHS) 
     return found
 
 
+def paged_split_bits(keys: Expr, block_n: int, lengths: SplitLengths) -> Expr:
+    """Of how many tiles of ``block_n`` keys a split of a sequence of ``keys`` keys is, as a power of two."""
+    return paged_split_length(keys, [(fewest, (length // block_n).bit_length() - 1) for fewest, length in lengths])
+
+
 def paged_split_count(keys: Expr, lengths: SplitLengths = PAGED_SPLIT_LENGTHS) -> Expr:
     """How many splits a sequence of ``keys`` keys has."""
     return ceildiv(keys, paged_split_length(T.max(keys, 0), lengths))

@@ -48,28 +48,6 @@ class DenseBoxes:
         keys = self.geometry.keys.of(block.batch)
         return ContiguousRows(self.geometry.k, block.batch, block.kv_head, keys).box(key)
 
-    def fetching(self, block, tensor: Tensor, lane):
-        """How a warp, of which this is lane ``lane``, fetches tiles of k or v one after the other."""
-        return WholeTiles(self, block, lane)
-
-
-@T.meta_class
-class WholeTiles:
-    """Tiles of keys that are one box each."""
-
-    def __init__(self, boxes: DenseBoxes, block, lane):
-        self.boxes, self.block, self.lane = boxes, block, lane
-
-    @T.inline
-    def look_up(self, key_first):
-        """Where the tile from key ``key_first`` on is, follows from its number."""
-
-    @T.inline
-    def load(self, pipeline, state, descriptor, key_first):
-        """Fill a stage, which is empty, with that tile."""
-        if self.lane == 0:
-            pipeline.load(state, descriptor, self.boxes.keys(self.block, key_first))
-
 
 class RaggedBoxes:
     """Of tensors of ragged sequences: a box ends where its sequence does."""

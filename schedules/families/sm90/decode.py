@@ -1,12 +1,13 @@
 """Decoding: few query rows for each head of keys, so that the keys are split among blocks.
 
-Two launches.  The first (:mod:`schedules.families.sm90.split_kernel`) leaves a normalised output in float32 and its
-log-sum-exp of each split of the keys.  The second combines the splits (:mod:`schedules.tile.combine`); it begins while
+Two launches.  The first has a block for each split of the keys, head of keys and batch: the forward kernel's main loop
+with one consumer warpgroup and a single producer's warp, restricted to the split's keys, which leaves a normalised
+output in float32 and its log-sum-exp.  The second combines the splits (:mod:`schedules.tile.combine`); it begins while
 the first one ends.
 
 Splits are at fixed positions, multiples of a length that follows from the number of keys alone, so that a sequence has
-the same bits in any batch.  One kernel for a window with sides beyond the ends serves full and causal attention as
-well.
+the same bits in any batch.  What limits these kernels is memory: every step masks and takes the maximum, and one kernel
+for a window with sides beyond the ends serves full and causal attention as well.
 """
 
 from __future__ import annotations
@@ -14,27 +15,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tvm.backend.cuda.lang import SMEMPool
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.families import split_keys
 from schedules.families.interface import Program, Rejected, Target
-from schedules.families.sm90.barriers import WARPGROUP_THREADS
+from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.boxes import DenseBoxes
-from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, REGISTERS, WARPGROUP_ROWS, panels
+from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
-from schedules.families.sm90.parts import PartScheduler
-from schedules.families.sm90.split_kernel import compute_parts
-from schedules.tile.geometry import Geometry, parameterised
+from schedules.families.sm90.consumer import Consumer
+from schedules.families.sm90.packing import Rows
+from schedules.families.sm90.pipeline import Pipeline
+from schedules.families.sm90.tma import encode_keys, encode_queries
+from schedules.families.sm90.work_tile import Block, KeyWalk
+from schedules.tile.epilogue import normalise
+from schedules.tile.geometry import Geometry, flat, parameterised, wide
 from schedules.tile.partial import PartialResults
-from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.tile_scheduler import Traversal, ceildiv
 
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
 
 #: Keys of a split, by the fewest keys of the sequence: as few as fill the machine with one sequence, unless its blocks
 #: would take longer to start and end than to read (the table in docs/hopper.md, "Decoding").
 SPLIT_LENGTHS = ((0, 64), (1024, 128), (4096, 256), (8192, 512), (65536, 1024), (131072, 2048))
+
+_REGISTER_FILE = 65536
+_MOST_REGISTERS = 255
+
+_EXIT = '__forceinline__ __device__ void leave() { asm volatile("exit;"); }\n'
 
 
 @dataclass(frozen=True)
@@ -62,13 +74,13 @@ class Config:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: the consumer warpgroup and that of those which fetch."""
-        return 2 * WARPGROUP_THREADS
+        """Threads of a block: the consumer warpgroup and the producer's warp."""
+        return 32 * (WARPS + 1)
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Registers of a thread that fetches, and of a consumer's."""
-        return REGISTERS[1, max(self.blocks_per_sm, 2)]
+    def registers(self) -> int:
+        """Registers of a thread."""
+        return min(_REGISTER_FILE // (self.threads * self.blocks_per_sm) // 8 * 8, _MOST_REGISTERS)
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
@@ -103,14 +115,149 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     if (needed := _shared_memory(pattern, config)) > available:
         return Rejected(f"needs {needed} bytes of shared memory, a block of {target} has {available}")
     needed = config.block_n // 2 + config.block_n // 4 + pattern.head_dim_v // 2 + OTHER_REGISTERS
-    if needed > config.registers[1]:
-        return Rejected(f"needs about {needed} registers a thread, a consumer has {config.registers[1]}")
+    if needed > config.registers:
+        return Rejected(f"needs about {needed} registers a thread, there are {config.registers}")
     return None
 
 
 def _shared_memory(pattern: Pattern, config: Config) -> int:
     keys = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
     return (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + BARRIER_BYTES
+
+
+@T.meta_class
+class SplitScheduler:
+    """A block for each split of the keys, ``block_m`` rows of a head, and batch.
+
+    Heads-outer takes all splits of a head one after the other, as they are in memory, seq-outer all heads of a split.
+    Batches lie on the first axis too, the only one that has room for more than 65535.  Made before
+    ``T.device_entry()``, of host expressions.
+    """
+
+    def __init__(self, geometry: Geometry, rows: Rows, config: Config, traversal: Traversal, splits, split_length):
+        self.config, self.rows, self.splits, self.batch = config, rows, splits, geometry.batch
+        self.seq_outer = traversal.layout == "bshd"  # the heads of a position lie one after the other
+        self.m_blocks = T.bind(ceildiv(rows.count, config.block_m))
+        self.work = T.bind(rows.heads * self.m_blocks)
+        self.tiles = T.bind(T.truncdiv(split_length, config.block_n))
+
+    def work_tiles(self, at):
+        """A block has the rows of one work tile."""
+        return 1
+
+    def own(self, geometry, rows, tile):
+        """Geometry and rows of the block's work tile: those of all."""
+        return geometry, rows
+
+    def grid(self):
+        """Blocks along each axis."""
+        first, second = (self.work, self.splits) if self.seq_outer else (self.splits, self.work)
+        return [first * self.batch, second, 1]
+
+    def _places(self, at):
+        """Batch of the block at ``at``, its split, and the number of its work tile among those of the batch."""
+        extent = self.work if self.seq_outer else self.splits
+        batch = T.truncdiv(at[0], extent)
+        rest = at[0] - batch * extent
+        return (batch, at[1], rest) if self.seq_outer else (batch, rest, at[1])
+
+    def split(self, at):
+        """The split of the block at ``at``."""
+        return self._places(at)[1]
+
+    def work_tile(self, at, tile):
+        """Place among those of its head, first query head and batch of the block's work tile."""
+        batch, _, work = self._places(at)
+        head = T.truncdiv(work, self.m_blocks)
+        return work - head * self.m_blocks, head * self.rows.head_step, batch
+
+    def first_row(self, place, tile):
+        """First row of the work tile in place ``place`` of its head."""
+        return place * self.config.block_m
+
+    def key_tiles(self, at):
+        """First and end of the tiles of keys of a block's split."""
+        first = self.split(at) * self.tiles
+        return first, first + self.tiles
+
+
+@T.meta_class
+class Partial:
+    """Where a block leaves the partial results of its split."""
+
+    def __init__(self, results: PartialResults):
+        self.o, self.lse = flat(results.o), flat(results.lse)
+        self.splits, self.columns = results.splits, results.columns
+
+    def index(self, block: Block, row, position):
+        """Number of a row of the work tile, and of the block's split in it, int64."""
+        geometry = block.geometry
+        head = wide(block.batch) * wide(geometry.heads) + wide(block.head + block.rows.head(row))
+        at = head * wide(geometry.seqlen_q) + wide(position)
+        return at * wide(self.splits) + wide(block.scheduler.split(block.at))
+
+    @T.inline
+    def nothing_seen(self, block, thread):
+        """All threads: the block's rows see nothing of its split."""
+        row = block.row_first + thread
+        position = T.meta_var(block.rows.position(row))
+        if T.And(thread < WARPGROUP_ROWS, T.And(row < block.rows.count, position < block.geometry.seqlen_q)):
+            self.lse[self.index(block, row, position)] = T.float32(NEGATIVE_INFINITY)
+
+
+@T.meta_class
+class PartialConsumer(Consumer):
+    """The consumer warpgroup of a split: every step masks and takes the maximum, and rows go straight to memory."""
+
+    def __init__(self, pattern: Pattern, config: Config, block: Block, pipelines, partial: Partial, warp, lane):
+        Consumer.__init__(self, pattern, config, block, pipelines, None, 0, warp, lane)
+        self.partial = partial
+
+    @T.inline
+    def run(self):
+        """Compute the block's work tile."""
+        self.counter.start()
+        self.start()
+        walk = self.walk()
+        self.masked_steps(walk, 1, walk.steps)
+        v = T.meta_var(self.v_state())
+        self.issue_pv(v)
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.finished.keep(self.softmax)
+        self.write_partial()
+
+    @T.inline
+    def first_softmax(self, walk, k):
+        """Probabilities of the first step, with the exact maximum."""
+        column0 = T.meta_var(self._column0(walk.key_first(0)))
+        self.k.consumer_release(k, self.lane)
+        self.softmax.reset()
+        self.softmax.scores(self.acc_s, self._row0(), column0, True)
+        self.softmax.track(self.acc_s, 0.0)
+        self.softmax.probabilities(self.acc_s, self.softmax.scale)
+
+    @T.inline
+    def write_partial(self):
+        """Write the rows of this lane that there are."""
+        normalise(self.finished, self.acc_o, self.outputs)
+        fragment = T.meta_var(self.softmax.fragment)
+        column: T.int32 = fragment.column(self.lane)
+        for r in T.unroll(2):
+            row: T.int32 = self.block.row_first + self.row + fragment.row(self.lane) + r * fragment.row_step
+            position = T.meta_var(self.block.rows.position(row))
+            if T.And(row < self.block.rows.count, position < self.block.geometry.seqlen_q):
+                index: T.int64 = self.partial.index(self.block, row, position)
+                if column == 0:
+                    self.partial.lse[index] = self.finished.lse(r)
+                for g in T.unroll(self.outputs // 4):
+                    i = T.meta_var(g * 4 + r * 2)
+                    T.ptx["st.global.v2.f32"](
+                        self.partial.o.ptr_to(
+                            [index * self.partial.columns + wide(column + fragment.output_column(g))]
+                        ),
+                        self.acc_o[i],
+                        self.acc_o[i + 1],
+                    )
 
 
 def partial(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> PrimFunc:
@@ -121,6 +268,8 @@ def partial(pattern: Pattern, config: Config, traversal: Traversal, name: str) -
 
 
 def _partial(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
+    dtype, E = pattern.dtype, pattern.head_dim_v
+
     @T.prim_func(check_well_formed=False)
     def attention(
         q: T.handle,
@@ -132,9 +281,67 @@ def _partial(pattern: Pattern, config: Config, traversal: Traversal, parameters:
         split_length: T.int32,
     ):
         geometry = Geometry(pattern, traversal, (q, k, v), softmax_scale, parameters, ALIGNMENT)
-        results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
-        scheduler = PartScheduler(pattern, geometry, config, lambda keys: split_length, results.splits)
-        compute_parts(pattern, geometry, scheduler, DenseBoxes(geometry, None), results)
+        results = PartialResults((o_partial, lse_partial), E)
+        rows = Rows(config, geometry)
+        scheduler = SplitScheduler(geometry, rows, config, traversal, results.splits, split_length)
+        # 1. Descriptors of the tensors, made on the host.
+        q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_queries(q_map, geometry.q, rows, config.block_m))
+        k_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_keys(k_map, geometry.k, config.block_n))
+        v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_keys(v_map, geometry.v, config.block_n))
+        # 2. Blocks, warps, lanes.
+        T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
+        x, y, z = T.cta_id(scheduler.grid())
+        warp = T.warp_id([config.threads // 32])
+        lane = T.lane_id([32])
+        thread = T.thread_id([config.threads])
+        # 3. The block's part of the keys; the launch that combines may begin when every block has come here.
+        T.ptx.griddepcontrol.launch_dependents()
+        block = Block(pattern, config, geometry, rows, scheduler, DenseBoxes(geometry, rows), (x, y, z))
+        left = Partial(results)
+        walk = KeyWalk(block, 0, config.block_m)
+        if walk.tiles.end <= walk.tiles.begin:
+            left.nothing_seen(block, thread)
+            T.evaluate(T.cuda.func_call("leave", source_code=_EXIT))
+        # 4. Shared memory: queries, pipelines of keys and values, barriers.
+        pool = SMEMPool()
+        q_pipeline = Pipeline(pool, 1, panels(pattern.head_dim), config.block_m, dtype)
+        k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
+        v_pipeline = Pipeline(pool, config.num_stages, panels(E), config.block_n, dtype)
+        q_pipeline.add_barriers(pool)
+        k_pipeline.add_barriers(pool)
+        v_pipeline.add_barriers(pool)
+        pool.commit()
+        pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
+        if warp == WARPS:
+            if T.cuda.elect_sync():
+                q_pipeline.init(1)
+                k_pipeline.init(consumer_arrivals(1))
+                v_pipeline.init(consumer_arrivals(1))
+                T.ptx.fence.mbarrier_init.release.cluster()
+                q_pipeline.load(q_pipeline.state(0), q_map, block.queries(0))
+                for i in T.unroll(config.num_stages):
+                    if i < walk.steps:
+                        first = T.meta_var(block.keys(walk.key_first(i)))
+                        k_pipeline.load(k_pipeline.state(i), k_map, first)
+                        v_pipeline.load(v_pipeline.state(i), v_map, first)
+        T.cuda.cta_sync()
+        # 5. Tasks.
+        if warp == WARPS:
+            if T.cuda.elect_sync():
+                for i in T.serial(config.num_stages, walk.steps):
+                    # K before its stage of V is waited for: the consumers release V(n-1) when K(n+1) is there.
+                    at = T.meta_var(block.keys(walk.key_first(i)))
+                    k_pipeline.producer_acquire(k_pipeline.state(i))
+                    k_pipeline.load(k_pipeline.state(i), k_map, at)
+                    v_pipeline.producer_acquire(v_pipeline.state(i))
+                    v_pipeline.load(v_pipeline.state(i), v_map, at)
+        else:
+            consumer = PartialConsumer(pattern, config, block, pipelines, left, warp, lane)
+            consumer.run()
 
     return attention
 

@@ -1,8 +1,8 @@
 """Decoding over keys on pages on Hopper: few query rows for each head of keys, so that the keys are split among blocks.
 
-The kernel of :mod:`schedules.families.sm90.split_kernel` on ragged sequences, whose tiles of keys are several boxes of
-TMA (:class:`schedules.families.sm90.boxes.PagedBoxes`).  How long the splits of a sequence are follows from its own
-number of keys, which the device reads; blocks are as many as the machine runs at a time.
+The kernel of :mod:`schedules.families.sm90.split_kernel`, whose tiles of keys are several boxes of TMA
+(:class:`schedules.families.sm90.boxes.PagedBoxes`).  How long the splits of a sequence are follows from its own number
+of keys, which the device reads; blocks are as many as the machine runs at a time.
 
 The second launch knows by itself which splits a row has: what the first one doesn't write of the partial results is
 never read.
@@ -10,16 +10,27 @@ never read.
 
 from __future__ import annotations
 
-from tvm.ir import Expr
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.families import split_keys
 from schedules.families.interface import Program, Rejected, Target
-from schedules.families.sm90 import decode
+from schedules.families.sm90.barriers import WARPGROUP_THREADS
 from schedules.families.sm90.boxes import PagedBoxes
-from schedules.families.sm90.decode import ALIGNMENT, Config, default_configs, space
+from schedules.families.sm90.config import (
+    BARRIER_BYTES,
+    OTHER_REGISTERS,
+    PANEL,
+    REGISTERS,
+    WARPGROUP_ROWS,
+    available_memory,
+    panels,
+)
+from schedules.families.sm90.kernel import ALIGNMENT
 from schedules.families.sm90.parts import PartScheduler
 from schedules.families.sm90.split_kernel import compute_parts
 from schedules.tile.geometry import PagedGeometry, parameterised
@@ -28,24 +39,94 @@ from schedules.tile.tile_scheduler import Traversal
 
 __all__ = ["Config", "default_configs", "feasible", "program", "space"]
 
+#: Keys of a split, by the sequence's own number of keys; powers of two.
+SPLIT_LENGTHS = ((0, 64), (1024, 128), (4096, 256), (8192, 512), (65536, 1024), (131072, 2048))
 
-#: Keys of a split, by the sequence's own number of keys.
-SPLIT_LENGTHS = decode.SPLIT_LENGTHS
+#: Registers of a thread that fetches, and of a consumer's, in a block that has the multiprocessor for itself.
+_ALONE = (40, 248)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is scheduled.
+
+    Attributes
+    ----------
+    block_n: keys of a tile, a power of two from 16 on that no split is shorter than.
+    num_stages: stages of each of the two pipelines, of K and of V.
+    blocks_per_sm: blocks that share a multiprocessor.
+    pack_heads: query heads of a group share a row tile.
+    """
+
+    block_n: int = 64
+    num_stages: int = 2
+    blocks_per_sm: int = 2
+    pack_heads: bool = True
+
+    # What the main loop asks of a configuration.
+    num_consumer_warpgroups = 1
+    block_m = WARPGROUP_ROWS
+    pingpong = overlap_tiles = persistent = False
+    several_tiles = True
+    tiles_per_cta = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the consumer warpgroup and that of those which fetch."""
+        return 2 * WARPGROUP_THREADS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread that fetches, and of a consumer's."""
+        return _ALONE if self.blocks_per_sm == 1 else REGISTERS[1, self.blocks_per_sm]
+
+
+def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """The configuration of a pattern."""
+    packs = not pattern.depends_on_head
+    if pattern.head_dim <= 64:
+        return {0: Config(num_stages=4, pack_heads=packs)}
+    if pattern.head_dim <= 128:
+        return {0: Config(pack_heads=packs)}
+    # Of 32 keys a tile, registers for a score that isn't only scaled are spilled.
+    keys, stages = (32, 4) if pattern.is_scale_only else (16, 8)
+    return {0: Config(block_n=keys, num_stages=stages, blocks_per_sm=1, pack_heads=packs)}
+
+
+def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+    """Values of each field of ``Config`` that are worth trying."""
+    return {"block_n": (32, 64), "num_stages": (2, 3, 4, 6), "blocks_per_sm": (1, 2, 3)}
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
     """Whether the configuration can be compiled for the pattern."""
-    if config.block_n & (config.block_n - 1):
-        return Rejected(f"block_n {config.block_n} is no power of two, of which a box is a part")
-    return decode.feasible(pattern, config, target)
-
-
-def _split_length(keys: Expr) -> Expr:
-    return split_keys.paged_split_length(keys, SPLIT_LENGTHS)
+    for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
+        if head_dim % 16 or not 16 <= head_dim <= 256:
+            return Rejected(f"{name} {head_dim} is not a multiple of 16 from 16 to 256")
+    shortest = min(length for _, length in SPLIT_LENGTHS)
+    if config.block_n not in (16, 32, 64) or config.block_n > shortest:
+        return Rejected(f"block_n {config.block_n} is no power of two from 16 to {shortest}, of which splits are")
+    if not 2 <= config.num_stages <= 8:
+        return Rejected(f"num_stages {config.num_stages} is not from 2 to 8")
+    if config.blocks_per_sm not in (1, 2, 3, 4):
+        return Rejected(f"blocks_per_sm {config.blocks_per_sm} is not from 1 to 4")
+    if pattern.depends_on_head and config.pack_heads:
+        return Rejected("a score or a mask that differs from head to head can't have heads packed")
+    keys = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
+    needed = (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + BARRIER_BYTES
+    if needed > (available := available_memory(config)):
+        return Rejected(f"needs {needed} bytes of shared memory, a block of {target} has {available}")
+    needed = config.block_n // 2 + config.block_n // 4 + pattern.head_dim_v // 2 + OTHER_REGISTERS
+    if needed > config.registers[1]:
+        return Rejected(f"needs about {needed} registers a thread, a consumer has {config.registers[1]}")
+    return None
 
 
 def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
     """``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``."""
+
+    def split_bits(keys):
+        return split_keys.paged_split_bits(keys, config.block_n, SPLIT_LENGTHS)
 
     def make(parameters):
         @T.prim_func(check_well_formed=False)
@@ -63,7 +144,7 @@ def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
             handles = T.meta_var(((q, k, v), (cu_seqlens_q, seqlens_k, page_table)))
             geometry = PagedGeometry(pattern, *handles, softmax_scale, parameters, ALIGNMENT)
             results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
-            scheduler = PartScheduler(pattern, geometry, config, _split_length, results.splits)
+            scheduler = PartScheduler(pattern, geometry, config, split_bits, results.splits)
             compute_parts(pattern, geometry, scheduler, PagedBoxes(geometry, config.block_n), results)
 
         return attention

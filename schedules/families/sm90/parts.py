@@ -36,15 +36,15 @@ class PartScheduler:
 
     Parameters
     ----------
-    split_length: ``split_length(keys)``, how long the splits of a sequence of so many keys are, a multiple of
-        ``config.block_n``.
+    split_bits: ``split_bits(keys)``, of how many tiles of ``config.block_n`` keys the splits of a sequence of so many
+        keys are, as a power of two.
     most_splits: that no sequence has more than.
     """
 
     def __init__(
-        self, pattern: Pattern, geometry: Geometry, config, split_length: Callable[[Expr], Expr], most_splits: Expr
+        self, pattern: Pattern, geometry: Geometry, config, split_bits: Callable[[Expr], Expr], most_splits: Expr
     ):
-        self.geometry, self.config, self.split_length, self.most_splits = geometry, config, split_length, most_splits
+        self.geometry, self.config, self.split_bits, self.most_splits = geometry, config, split_bits, most_splits
         one = not config.pack_heads
         self.group = T.int32(1) if one else T.bind(T.truncdiv(geometry.heads, geometry.kv_heads))
         self.units = T.bind(T.truncdiv(geometry.heads, self.group))
@@ -53,8 +53,8 @@ class PartScheduler:
         self.shares = T.bind(T.max(T.min(T.truncdiv(resident, self.units), most), 1))
 
     def grid(self):
-        """Blocks along the one axis."""
-        return [self.shares * self.units]
+        """Blocks along each axis."""
+        return [self.units, self.shares]
 
     def tiles(self, sequence: Expr) -> Expr:
         """How many tiles of keys a sequence counts for: none if it has no queries."""
@@ -66,8 +66,7 @@ class PartScheduler:
 
     def key_tiles(self, part: Part):
         """First and end of the tiles of keys of a part."""
-        first = part.split * part.split_tiles
-        return first, first + part.split_tiles
+        return part.tiles_before(part.split), part.tiles_before(part.split + 1)
 
 
 @T.meta_class
@@ -103,12 +102,12 @@ class Part:
     ``exists`` says whether there is one, ``other_rows`` whether its rows are others than those of the part before.
     """
 
-    def __init__(self, pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, block):
+    def __init__(self, pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, unit, share):
         self.pattern, self.config, self.geometry, self.scheduler = pattern, scheduler.config, geometry, scheduler
         self.boxes = boxes
-        self.block = block
-        self.head = local(T.truncmod(block, scheduler.units) * scheduler.group)
-        self.kv_head = local(geometry.kv_head(self.head))
+        self.share = share
+        self.head = local(unit * scheduler.group)
+        self.kv_head = local(unit if self.config.pack_heads else geometry.kv_head(self.head))
         # The tiles before those of the sequence, and the end of the range that splits of the block begin in.
         self.before, self.end = (local(T.int32(0)) for _ in range(2))
         self.batch, self.split, self.m_block = (local(T.int32(0)) for _ in range(3))
@@ -128,20 +127,24 @@ class Part:
         """How many tiles the sequence counts for."""
         return self.scheduler.tiles_of(self.seqlen_q, self.seqlen_kv)
 
-    @property
-    def split_tiles(self):
-        """Tiles of a split of the sequence."""
-        return T.truncdiv(self.scheduler.split_length(self.seqlen_kv), self.config.block_n)
+    def tiles_before(self, split):
+        """Tiles of the sequence before a split."""
+        return T.shift_left(split, self.scheduler.split_bits(self.seqlen_kv))
+
+    def splits_within(self, tiles):
+        """How many splits begin in the first ``tiles`` tiles of the sequence."""
+        bits = self.scheduler.split_bits(self.seqlen_kv)
+        return T.shift_right(tiles + T.shift_left(T.int32(1), bits) - 1, bits)
 
     @property
     def splits(self):
         """How many splits the sequence has."""
-        return T.min(ceildiv(self.tiles, self.split_tiles), self.scheduler.most_splits)
+        return T.min(self.splits_within(self.tiles), self.scheduler.most_splits)
 
     @property
     def exists(self):
         """Whether the block has come to a part, and not to its end."""
-        return self.before + self.split * self.split_tiles < self.end
+        return self.before + self.tiles_before(self.split) < self.end
 
     @property
     def row_first(self):
@@ -154,7 +157,7 @@ class Part:
         scheduler = T.meta_var(self.scheduler)
         batch = T.meta_var(self.geometry.batch)
         # 1. A lane sums the tiles of as many sequences as it has.
-        each: T.int32 = T.truncdiv(batch + (_LANES - 1), _LANES)
+        each: T.int32 = T.shift_right(batch + (_LANES - 1), 5)
         mine: T.int32 = 0
         for i in T.serial(each):
             if lane * each + i < batch:
@@ -162,11 +165,11 @@ class Part:
         sums: T.int32 = sum_up_to_lane(mine, lane)
         total: T.int32 = from_lane(sums, _LANES - 1)
         # 2. The block's range, and the sequence in which it begins.
-        share: T.int32 = T.truncdiv(total + (scheduler.shares - 1), scheduler.shares)
-        begin: T.int32 = T.min(T.truncdiv(self.block, scheduler.units) * share, total)
-        self.end = T.min(begin + share, total)
-        owner: T.int32 = T.min(count_lanes(sums <= begin), _LANES - 1)
-        self.before = from_lane(sums - mine, owner)
+        size: T.int32 = T.truncdiv(total + (scheduler.shares - 1), scheduler.shares)
+        begin: T.int32 = self.share * size
+        self.end = T.min(begin + size, total)
+        owner: T.int32 = count_lanes(sums <= begin)
+        self.before = from_lane(sums - mine, T.bitwise_and(owner, _LANES - 1))
         self.batch = owner * each
         if begin < self.end:
             self.enter()
@@ -174,8 +177,10 @@ class Part:
                 self.leave()
                 self.enter()
             # 3. The first split that begins there.
-            self.split = ceildiv(begin - self.before, self.split_tiles)
+            self.split = self.splits_within(begin - self.before)
             self.go_on()
+        else:
+            self.end = 0
 
     @T.inline
     def enter(self):

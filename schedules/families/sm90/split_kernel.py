@@ -26,6 +26,8 @@ from schedules.tile.score import NEGATIVE_INFINITY
 
 #: Elements of 16 bytes, which a thread copies at once.
 _CHUNK = 8
+#: Copies of a thread that are on their way at a time.
+_ON_THE_WAY = 4
 
 
 @T.meta_class
@@ -113,24 +115,27 @@ class PartConsumer(Consumer):
         thread = T.meta_var(self.warp * 32 + self.lane)
         source = T.meta_var(flat(part.geometry.q.buffer))
         barriers = T.meta_var(NamedBarriers(1))
-        words = T.alloc_local([times * 4], "uint32")
-        for i in T.unroll(times * 4):
-            words[i] = T.uint32(0)
-        for i in T.unroll(times):
-            row: T.int32 = T.truncdiv(i * WARPGROUP_THREADS + thread, columns)
-            column: T.int32 = T.truncmod(i * WARPGROUP_THREADS + thread, columns) * _CHUNK
-            if T.And(part.row_first + row < part.rows.count, column < part.geometry.head_dim):
-                T.ptx["ld.global.v4.b32"](
-                    *[words[i * 4 + x] for x in range(4)], source.ptr_to([packed.offset(part.row_first + row, column)])
-                )
-        barriers.queries_read(0)
         to = T.meta_var(self.q.pointer(self.q_state()))
-        for i in T.unroll(times):
-            row: T.int32 = T.truncdiv(i * WARPGROUP_THREADS + thread, columns)
-            chunk: T.int32 = T.truncmod(i * WARPGROUP_THREADS + thread, columns)
-            panel: T.int32 = T.truncdiv(chunk, PANEL // _CHUNK)
-            place: T.int32 = swizzled(T.truncmod(chunk, PANEL // _CHUNK), row)
-            T.ptx["st.shared.v4.b32"](to(panel, row, place), *[words[i * 4 + x] for x in range(4)])
+        words = T.alloc_local([_ON_THE_WAY * 4], "uint32")
+        barriers.queries_read(0)
+        for first in T.unroll(times // _ON_THE_WAY):
+            for i in T.unroll(_ON_THE_WAY):
+                number: T.int32 = (first * _ON_THE_WAY + i) * WARPGROUP_THREADS + thread
+                row: T.int32 = part.row_first + T.truncdiv(number, columns)
+                column: T.int32 = T.truncmod(number, columns) * _CHUNK
+                for x in T.unroll(4):
+                    words[i * 4 + x] = T.uint32(0)
+                if T.And(row < part.rows.count, column < part.geometry.head_dim):
+                    T.ptx["ld.global.v4.b32"](
+                        *[words[i * 4 + x] for x in range(4)], source.ptr_to([packed.offset(row, column)])
+                    )
+            for i in T.unroll(_ON_THE_WAY):
+                number: T.int32 = (first * _ON_THE_WAY + i) * WARPGROUP_THREADS + thread
+                row: T.int32 = T.truncdiv(number, columns)
+                chunk: T.int32 = T.truncmod(number, columns)
+                panel: T.int32 = T.truncdiv(chunk, PANEL // _CHUNK)
+                place: T.int32 = swizzled(T.truncmod(chunk, PANEL // _CHUNK), row)
+                T.ptx["st.shared.v4.b32"](to(panel, row, place), *[words[i * 4 + x] for x in range(4)])
         T.ptx.fence.proxy.async_.shared__cta()
         barriers.queries_read(0)
         self.softmax.place(self._row0())
@@ -198,7 +203,7 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     # 2. Blocks, warps, lanes; the launch that combines may begin when every block has come here.
     T.device_entry()
     T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
-    x = T.cta_id(scheduler.grid())
+    unit, share = T.cta_id(scheduler.grid())
     warp = T.warp_id([config.threads // 32])
     lane = T.lane_id([32])
     T.thread_id([config.threads])
@@ -217,7 +222,7 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
             v_pipeline.init(consumer_arrivals(1))
             T.ptx.fence.mbarrier_init.release.cluster()
     # 4. The block's parts.
-    part = Part(pattern, geometry, scheduler, boxes, x)
+    part = Part(pattern, geometry, scheduler, boxes, unit, share)
     part.find(lane)
     T.cuda.cta_sync()
     # 5. Tasks: a warp fetches K, one V, two have none.
