@@ -9,8 +9,9 @@ from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import Config
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.tile_scheduler import TileScheduler
-from schedules.tile.geometry import Geometry, Parameters, local, site
+from schedules.tile.geometry import Geometry, local, site
 from schedules.tile.key_range import KeyTiles
+from schedules.tile.parameters import Parameters
 
 
 @T.meta_class
