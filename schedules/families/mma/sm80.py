@@ -206,6 +206,5 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
-UNVERIFIED_KINDS = (PAGED, PAGED_DECODE)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = {BACKWARD: ((192, 192), (256, 256))}

@@ -61,7 +61,6 @@ KINDS = {
         asynchronous.Config, asynchronous.DecodeMachine, PAGED_DECODE_CONFIGS, asynchronous.feasible, early=True
     ),
 }
-UNVERIFIED_KINDS = (PAGED, PAGED_DECODE)
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
