@@ -13,9 +13,9 @@ from tvm.script import tirx as T
 from schedules.definition.parameters import gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
-from schedules.families.sm90.backward.rows import tiles_of
 from schedules.families.sm90.barriers import WARPS
 from schedules.tile.geometry import flat, local, wide
+from schedules.tile.gradients import tiles_of
 from schedules.tile.softmax import from_lane
 from schedules.tile.tile_scheduler import ceildiv
 from tvm_flash.packs.manifest import Param, Workspace
