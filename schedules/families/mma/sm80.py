@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import BACKWARD, DECODE, PAGED, PAGED_DECODE, RAGGED, Program, Target
+from schedules.families.interface import BACKWARD, DECODE, FORWARD, PAGED, PAGED_DECODE, RAGGED, Program, Target
 from schedules.families.mma import backward, mma
 from schedules.families.mma.asynchronous import Config, DecodeMachine, Machine, PairedMachine, feasible
 from schedules.families.mma.backward.key_machine import KeyMachine
@@ -204,6 +204,7 @@ KINDS = {
     PAGED: PagedForward(Config, default_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
 }
-UNVERIFIED_KINDS = (PAGED, PAGED_DECODE)
+TENSOR_KINDS = (FORWARD, BACKWARD)
+SINK_KINDS = (FORWARD, *KINDS)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = {BACKWARD: ((192, 192), (256, 256))}

@@ -66,7 +66,6 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
-UNVERIFIED_KINDS = (PAGED, PAGED_DECODE)
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

@@ -10,6 +10,7 @@ from schedules.families.interface import Rejected, Target
 from schedules.families.limits import SHARED_MEMORY, registers_for
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.fragment import M16N8
+from schedules.tile.weights import summed
 
 #: Registers beside sums, S and dP, what is packed, and operands: addresses, counters, numbers of rows.
 _OTHER_REGISTERS = 32
@@ -133,7 +134,7 @@ def _fits(
 def _shared_memory(pattern: Pattern, config: LaunchConfig, transposed: bool) -> int:
     types = tensor_types(pattern)
     rows = config.own_rows + config.num_stages * config.step_rows
-    asked = sum(p.gradient for p in pattern.params)
+    asked = len(summed(pattern))
     numbers = config.num_stages * config.step_rows * 2 if transposed else config.own_rows * 2 + asked * config.num_warps
     exchanged = config.own_rows * config.step_rows if config.parts > 1 else 0
     return types.k.bytes * (rows * (pattern.head_dim + pattern.head_dim_v) + exchanged) + 4 * numbers

@@ -12,7 +12,7 @@ from schedules.tile.dtypes import CHUNK_BYTES
 from schedules.tile.geometry import local
 from schedules.tile.gradients import Tensors
 from schedules.tile.score import NEGATIVE_INFINITY
-from schedules.tile.weights import negative, shift_of
+from schedules.tile.weights import negative, shift_of_row
 
 
 @T.meta_class
@@ -56,7 +56,7 @@ class KeyMachine(GradientMachine):
         if thread < rows:
             self.next_number = T.float32(NEGATIVE_INFINITY)
             if exists:
-                self.next_number = shift_of(self.lse[index])
+                self.next_number = shift_of_row(self.pattern, at, self.lse[index], row)
         else:
             self.next_number = T.float32(0)
             if T.And(exists, thread < 2 * rows):

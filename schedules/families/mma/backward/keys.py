@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.mma.backward.config import Config
 from schedules.families.mma.backward.machine import Sides
@@ -12,9 +13,11 @@ from schedules.families.mma.backward.parts import of_queries
 from schedules.families.mma.mma import this_place
 from schedules.families.mma.registers import anew
 from schedules.tile.dtypes import tensor_types
-from schedules.tile.geometry import Parameters, flat, parameterised, site
+from schedules.tile.geometry import flat, parameterised, site
 from schedules.tile.gradients import Tensors
 from schedules.tile.key_source import ContiguousRows
+from schedules.tile.parameters import Parameters
+from schedules.tile.place_gradients import Targets
 from schedules.tile.query_range import QueryTiles
 from schedules.tile.tile_scheduler import Order, Traversal, Work, ceildiv
 
@@ -39,8 +42,8 @@ def _order(pattern: Pattern, config: Config, traversal: Traversal, tensors: Tens
 
 
 def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
-    """The kernel of a pattern; its arguments have the ``ROLES``."""
-    launch = config.keys
+    """The kernel of a pattern; its arguments have the ``ROLES``, and those of ``Targets`` are the last."""
+    launch, targets = config.keys, Targets(pattern, transposed=True)
 
     def make(values):
         @T.prim_func(check_well_formed=False)
@@ -86,7 +89,8 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                     parameters = Parameters(tensors, b, head)
                     at = T.meta_var(site(tensors, parameters, b, head))
                     tiles = QueryTiles(pattern, at, key_first, launch.own_rows, launch.step_rows)
-                    weights = T.meta_var(machine.weights(at))
+                    places = T.meta_var(machine.place_gradients(targets, at))
+                    weights = T.meta_var(machine.weights(at, places))
                     sources = T.meta_var(
                         (
                             ContiguousRows(tensors.q, anew(b), anew(head), queries),
@@ -95,6 +99,7 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                     )
                     visited = T.meta_var(machine.rows_of(sources))
                     machine.visit(visited, weights, of_queries(tiles))
+                    machine.store_places(places)
                 # 4. Results.  Where the block is comes anew, so that it isn't kept until here.
                 machine.finish()
                 place = T.meta_var(order.work_tile(this_place()))
@@ -109,4 +114,4 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
 
         return backward.with_attr("global_symbol", name)
 
-    return parameterised(pattern, make)
+    return append_arguments(parameterised(pattern, make), targets.arguments)

@@ -36,6 +36,7 @@ from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import store_rows
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import local
+from schedules.tile.place_gradients import PlaceGradients, Targets
 from schedules.tile.smem import SharedTile
 from schedules.tile.weights import Weights
 
@@ -107,8 +108,8 @@ class GradientMachine(RowCopies):
     def place_shared(self, pool):
         """Shared memory beside the tiles."""
 
-    def weights(self, at) -> Weights:
-        """Scores of one head to probabilities and gradients."""
+    def weights(self, at, places: PlaceGradients | None = None) -> Weights:
+        """Scores of one head to probabilities and gradients; ``places`` as in :class:`Weights`."""
         return Weights(
             self.pattern,
             at,
@@ -117,7 +118,28 @@ class GradientMachine(RowCopies):
             m_tiles=self.m_tiles,
             tile_step=self.tile_step,
             pack=self.pack_pair,
+            places=places,
         )
+
+    def place_gradients(self, targets: Targets, at) -> PlaceGradients | None:
+        """What takes the gradients of one head that have values for queries or keys, if there are any."""
+        if not targets.params:
+            return None
+        return PlaceGradients(targets, at, self.fragment, self.m_tiles, self.tile_step, self.transposed)
+
+    @T.inline
+    def store_places(self, places):
+        """Store those of the block's own rows; those of both warps that share them, one after the other."""
+        if places is not None and len(places.sums) > 0:
+            row0 = T.meta_var(self.first_row(fresh("tid.x")) + self.fragment.row(self.lane))
+            if self.parts == 1:
+                places.store_sums(row0, self.lane)
+            else:
+                if self.part == 0:
+                    places.store_sums(row0, self.lane)
+                self.sync_sharing_warps()
+                if self.part != 0:
+                    places.store_sums(row0, self.lane, adds=True)
 
     def output_column(self, group):
         """First column of a register group of a sum, counted from the first of this part's: every other 16 of two."""

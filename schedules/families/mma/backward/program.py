@@ -10,7 +10,9 @@ from schedules.families.mma.backward.config import Config
 from schedules.families.mma.mma import ALIGNMENT, INDEX_BITS
 from schedules.tile.delta import delta
 from schedules.tile.parameter_sums import parameter_sums
+from schedules.tile.place_gradients import Targets
 from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.weights import summed
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Workspace
 
@@ -18,14 +20,17 @@ from tvm_flash.packs.manifest import Workspace
 def program(pattern: Pattern, config: Config, traversal: Traversal, name: str, machines) -> Program:
     """The launches; ``config`` must be feasible, and ``machines`` are those for dk and dv, and for dq."""
     params = tuple(p.name for p in pattern.params)
-    asked = [p for p in pattern.params if p.gradient]
+    asked = summed(pattern)
+    of_keys, of_queries = (Targets(pattern, transposed).roles for transposed in (True, False))
     rows, m_blocks = ("*", "batch", "heads", "seqlen_q"), ("ceildiv", "seqlen_q", config.block_m_dq)
     launches = [
         ScheduledLaunch(delta(pattern, traversal, name, ALIGNMENT), ("o", "do", "dlse", "delta")),
-        ScheduledLaunch(keys.build(pattern, config, traversal, f"{name}_dkdv", machines[0]), (*keys.ROLES, *params)),
+        ScheduledLaunch(
+            keys.build(pattern, config, traversal, f"{name}_dkdv", machines[0]), (*keys.ROLES, *params, *of_keys)
+        ),
         ScheduledLaunch(
             queries.build(pattern, config, traversal, f"{name}_dq", machines[1]),
-            (*queries.ROLES, *params, *(["parameter_sums"] if asked else [])),
+            (*queries.ROLES, *params, *(["parameter_sums"] if asked else []), *of_queries),
         ),
     ]
     workspaces = [Workspace("delta", "float32", (rows,))]

@@ -15,21 +15,25 @@ from schedules.families.mma.backward.machine import Sides
 from schedules.families.mma.backward.parts import of_keys
 from schedules.families.mma.mma import DenseBlocks, scheduler, this_place
 from schedules.families.mma.registers import anew
-from schedules.tile.geometry import Parameters, flat, parameterised, site
+from schedules.tile.geometry import flat, parameterised, site
 from schedules.tile.gradients import Tensors
 from schedules.tile.key_range import KeyTiles
 from schedules.tile.key_source import ContiguousRows
+from schedules.tile.parameters import Parameters
+from schedules.tile.place_gradients import Targets
 from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.weights import summed
 
 #: Roles of the kernel's arguments, before those of the pattern's parameters.
 ROLES = ("q", "k", "v", "do", "lse", "delta", "dq", "softmax_scale")
 
 
 def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
-    """The kernel of a pattern; its arguments have the ``ROLES``, and ``parameter_sums`` is the last if there is one."""
-    launch = config.queries
+    """The kernel of a pattern; its arguments have the ``ROLES``, then there is ``parameter_sums`` if there are any, and
+    those of ``Targets``."""
+    launch, targets = config.queries, Targets(pattern, transposed=False)
     tiling = SimpleNamespace(block_m=launch.own_rows, section_mib=config.section_mib)
-    asked = any(p.gradient for p in pattern.params)
+    asked = bool(summed(pattern))
     sums = tirx.decl_buffer([tirx.Var("sums_length", "int32")], "float32", name="parameter_sums")
 
     def make(values):
@@ -75,6 +79,8 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                 machine = machine_type(pattern, launch, own, row_first, tensors)
                 machine.begin()
                 machine.read_numbers(at)
+                places = T.meta_var(machine.place_gradients(targets, at))
+                machine.clear_places(places, tiles)
                 # 3. The keys, from the first that is seen to the last.
                 sources = T.meta_var(
                     (
@@ -83,10 +89,11 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                     )
                 )
                 visited = T.meta_var(machine.rows_of(sources))
-                weights = T.meta_var(machine.weights(at))
+                weights = T.meta_var(machine.weights(at, places))
                 machine.visit(visited, weights, of_keys(tiles))
                 # 4. Results.  Where the block is comes anew, so that it isn't kept until here.
                 machine.finish()
+                machine.store_places(places)
                 if not pattern.is_unmasked:
                     machine.clear_blind_rows()
                 place = T.meta_var(order.work_tile(this_place()))
@@ -104,4 +111,4 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
         return backward.with_attr("global_symbol", name)
 
     func = parameterised(pattern, make)
-    return append_arguments(func, [sums]) if asked else func
+    return append_arguments(func, [*([sums] if asked else []), *targets.arguments])
