@@ -58,9 +58,13 @@ class ScoreTile:
         f = self.fragment
         return row0 + (t * self.tile_step + r * f.row_step), column0 + (g * f.group + e)
 
-    def modified(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
-        """The modified score in powers of two; ``chosen`` as in :meth:`Pattern.score`."""
-        return _with_accurate_tanh(self.pattern.score(self.at, s, i, j, chosen)) * T.float32(LOG2_E)
+    def site(self, t, g, r, e) -> Site:
+        """What the definition's variables are at a register: the same everywhere, but for tensors that are there."""
+        return self.at
+
+    def modified(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None, at: Site | None = None) -> Expr:
+        """The modified score in powers of two; ``chosen`` as in :meth:`Pattern.score`, ``at`` the register's site."""
+        return _with_accurate_tanh(self.pattern.score(at or self.at, s, i, j, chosen)) * T.float32(LOG2_E)
 
     def slope(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr | None:
         """The derivative of the score with respect to the scaled product, of the raw one ``s``; None for 1."""
@@ -111,7 +115,7 @@ class ScoreTile:
                     for e in T.unroll(2):
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                        S[i] = self.modified(S[i], at[0], at[1], chosen)
+                        S[i] = self.modified(S[i], at[0], at[1], chosen, self.site(t, g, r, e))
 
     @T.inline
     def _mask_interval(self, S, row0, column0, first):
@@ -139,4 +143,5 @@ class ScoreTile:
                     for e in T.unroll(2):
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                        S[i] = T.Select(self.pattern.mask(self.at, at[0], at[1]), S[i], T.float32(NEGATIVE_INFINITY))
+                        seen = T.meta_var(self.pattern.mask(self.site(t, g, r, e), at[0], at[1]))
+                        S[i] = T.Select(seen, S[i], T.float32(NEGATIVE_INFINITY))
