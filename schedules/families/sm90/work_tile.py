@@ -43,7 +43,7 @@ class Block:
         self.head, self.batch = local(head), local(batch)
         self.row_first = local(scheduler.first_row(place, T.int32(0)))
         self.kv_head = local(T.truncdiv(self.head, rows.group))
-        self.parameters = Parameters(geometry, self.batch, self.head)
+        self.parameters = Parameters(self.geometry, self.batch, self.head)
         self.site = site(self.geometry, self.parameters, self.batch, self.head)
 
     def queries(self, row):

@@ -90,10 +90,10 @@ class Config:
         )
 
 
-def feasible(pattern: Pattern, config: Config, target: Target, staged: bool = False) -> Rejected | None:
+def feasible(pattern: Pattern, config: Config, target: Target, staged: bool = False, found: int = 0) -> Rejected | None:
     """Whether the machine has room for a block of either launch, and the score has a derivative; None if so.
 
-    ``staged``: tiles are on their way in registers.
+    ``staged``: tiles are on their way in registers.  ``found``: bytes of shared memory for what a block has looked up.
     """
     for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
         if head_dim % 32:
@@ -102,13 +102,13 @@ def feasible(pattern: Pattern, config: Config, target: Target, staged: bool = Fa
         pattern.differentiate()
     except DefinitionError as e:
         return Rejected(f"the score has no backward: {e}")
-    return _fits("dkdv", pattern, config.keys, target, True, staged) or _fits(
-        "dq", pattern, config.queries, target, False, staged
+    return _fits("dkdv", pattern, config.keys, target, True, staged, found) or _fits(
+        "dq", pattern, config.queries, target, False, staged, found
     )
 
 
 def _fits(
-    launch: str, pattern: Pattern, config: LaunchConfig, target: Target, transposed: bool, staged: bool
+    launch: str, pattern: Pattern, config: LaunchConfig, target: Target, transposed: bool, staged: bool, found: int
 ) -> Rejected | None:
     R, M = config.own_rows, config.step_rows
     if config.parts not in (1, 2) or config.num_warps % config.parts:
@@ -122,7 +122,7 @@ def _fits(
         )
     if config.num_stages < 2:
         return Rejected(f"{launch}: num_stages {config.num_stages} must be at least 2")
-    shared, available = _shared_memory(pattern, config, transposed), SHARED_MEMORY[target.arch]
+    shared, available = _shared_memory(pattern, config, transposed) + found, SHARED_MEMORY[target.arch]
     if shared > available:
         return Rejected(f"{launch}: needs {shared} bytes of shared memory, a block of {target} has {available}")
     registers = _registers(pattern, config, transposed) + (_staging(pattern, config) if staged else 0)

@@ -56,13 +56,15 @@ class GradientMachine(RowCopies):
     """Shared tiles, registers and steps of one block.
 
     ``own`` are row sources of what the block keeps, from row ``own_first`` on, and keys if ``transposed``: then there
-    is a sum of P too.  A launch's machine brings ``place_shared(pool)``; ``shift(t, g, r, e)`` and
-    ``start(t, g, r, e)``, lse and delta of a register's query as a step wants them, after ``prepare_starts()`` and
-    ``prepare_shifts()``; ``load_numbers(at, live)`` and ``store_numbers(stage)``, which fetch them where queries are
-    visited; ``arrive_at(masked)``; and ``parameter_sums``.
+    is a sum of P too.  ``pool`` is its shared memory if somebody has taken of it already.
+
+    A launch's machine brings ``place_shared(pool)``; ``shift(t, g, r, e)`` and ``start(t, g, r, e)``, lse and delta of
+    a register's query as a step wants them, after ``prepare_starts()`` and ``prepare_shifts()``; ``load_numbers(at,
+    live)`` and ``store_numbers(stage)``, which fetch them where queries are visited; ``arrive_at(masked)``; and
+    ``parameter_sums``.
     """
 
-    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, *, transposed: bool):
+    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, pool=None, *, transposed: bool):
         D, E = pattern.head_dim, pattern.head_dim_v
         R, M = config.own_rows, config.step_rows
         self.pattern, self.config, self.fragment = pattern, config, M16N8
@@ -71,7 +73,7 @@ class GradientMachine(RowCopies):
         self.m_tiles, self.tile_step = config.m_tiles, M16N8.tile_rows
         self.parts = config.parts
         # 1. Shared memory: own tiles, stages of visited ones, and numbers of the visited queries.
-        pool = SMEMPool()
+        pool = pool or SMEMPool()
         shapes = (
             ((1, R, D), self.types.q),
             ((1, R, E), self.types.o),
@@ -107,6 +109,10 @@ class GradientMachine(RowCopies):
 
     def place_shared(self, pool):
         """Shared memory beside the tiles."""
+
+    def term_of(self, at, row):
+        """Where lse and delta of a query of the block's sequence are, int64."""
+        return self.tensors.lse_offset(at.b, at.h, self.tensors.queries.of(at.b).at(row))
 
     def weights(self, at, places: PlaceGradients | None = None) -> Weights:
         """Scores of one head to probabilities and gradients; ``places`` as in :class:`Weights`."""
