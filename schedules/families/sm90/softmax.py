@@ -33,6 +33,9 @@ class Softmax(OnlineSoftmax):
     ``step_sum`` is a step's share of ``row_sum``, in this lane; ``rows`` tells which query a row is.
     """
 
+    #: They are fetched beforehand.
+    reads = False
+
     def __init__(self, pattern: Pattern, at: Site, rows: Rows, columns: int):
         self.rows = rows
         OnlineSoftmax.__init__(self, pattern, at, M16N8, 1, columns)
@@ -52,11 +55,15 @@ class Softmax(OnlineSoftmax):
         for x in self.tensors.values():
             x.fetch([self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)], column0, last)
 
-    def site(self, t, g, r, e):
-        """With the values of tensors that are in registers."""
+    def look_at(self, t, g, r, e) -> None:
+        self.register = (g, r, e)
+
+    @property
+    def here(self) -> Site:
+        """The site of the register that is looked at, with the values of tensors that are in registers."""
         if not self.tensors:
             return self.at
-        known = {name: x.value(g, r, e) for name, x in self.tensors.items()}
+        known = {name: x.value(*self.register) for name, x in self.tensors.items()}
         return replace(self.at, params={**self.at.params, **known})
 
     def position(self, row0, column0, t, g, r, e):
@@ -136,6 +143,8 @@ class Softmax(OnlineSoftmax):
 @T.meta_class
 class Finished(OnlineSoftmax):
     """Row sums and references of a finished work tile, kept while the next one has begun."""
+
+    reads = False
 
     def __init__(self, softmax: Softmax):
         self.rows = softmax.rows
