@@ -42,7 +42,7 @@ def problem(attention, seqlen_q, seqlen_kv, head_dim, seed=0):
         "gate": rng.random((BATCH, seqlen_q), np.float32),
         "q_document": np.sort(rng.integers(0, 4, (BATCH, seqlen_q))).astype(np.int32),
         "k_document": np.sort(rng.integers(0, 4, (BATCH, seqlen_kv))).astype(np.int32),
-        "positions": rng.standard_normal((HEADS, 101), np.float32),
+        "positions": rng.standard_normal((HEADS, 41), np.float32),
         "allowed": rng.random((BATCH, 1, seqlen_q, seqlen_kv)) < 0.4,
     }
     values["allowed"][0, 0, :, : seqlen_kv // 2] = False  # tiles in which nobody sees anything
@@ -86,11 +86,26 @@ def test_what_is_read_of_a_definition_is_what_was_written():
     assert [p.name for p in match(documents(8, "float32")).of_mask] == ["q_document", "k_document"]
 
 
-def test_tables_are_not_learnt_and_clamp_their_indices():
+def test_the_gradient_of_a_table_by_the_oracle():
+    """Each element has the sum over all scores that read it, those of indices beyond the ends included."""
+    q, k, v, dout, params = problem(relative, 9, 43, 8)
+    given = {"axes": axes_of(relative), "softmax_scale": SCALE, "score": relative.score.twin}
+    positions = {"positions": params["positions"]}
+    unmasked = Attention(relative.score)
+    found = oracle.gradients(unmasked, dout, q, k, v, SCALE, positions)
+    exact = reference.attention_backward(dout, q, k, v, params=positions, gradients=("positions",), **given)
+    np.testing.assert_allclose(found.d_positions, exact.params["positions"], atol=5e-6, rtol=0)
+    assert np.abs(exact.params["positions"][:, -1]).min() > 1e-3  # what is beyond the end, too
+    np.testing.assert_allclose(found.dq, exact.dq, atol=5e-6, rtol=0)
+
+
+def test_tables_that_make_no_sense_are_refused():
     learnt = Param("positions", "float32", rank=2, gradient=True)
-    score = ScoreModification("learnt", relative.score.expr, relative.score.twin, (learnt,))
-    with pytest.raises(DefinitionError, match="'positions': is a table, and has no gradient"):
-        derive(match(Attention(score)(8, "float32")), "backward")
+    by_score = ScoreModification(
+        "by_score", lambda s, at: s + at.table["positions"](at.h, T.Cast("int32", s)), relative.score.twin, (learnt,)
+    )
+    with pytest.raises(DefinitionError, match="no derivative with respect to s is known of positions"):
+        derive(match(Attention(by_score)(8, "float32")), "backward")
     wrong = ScoreModification("wrong", lambda s, at: s + at.table["positions"](at.h), relative.score.twin, (learnt,))
     with pytest.raises(tvm.error.DiagnosticError, match="'positions': has rank 2, and 1 indices"):
         Attention(wrong)(8, "float32")

@@ -58,7 +58,7 @@ def allowed_twin(at):
 
 
 relative = Attention(
-    ScoreModification("relative", _relative, relative_twin, (Param("positions", "float32", rank=2),)),
+    ScoreModification("relative", _relative, relative_twin, (Param("positions", "float32", rank=2, gradient=True),)),
     Mask("allowed", _allowed, allowed_twin, (Param("allowed", "bool", axes="bhij"),)),
 )
 
