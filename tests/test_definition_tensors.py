@@ -109,8 +109,8 @@ def test_parameters_that_make_no_sense_are_refused():
 
 def test_other_kernels_refuse_what_they_do_not_know():
     pattern = match(documents(64, "float16", index_dtype="int32"))
-    refusal = v2.apply(pattern, Target("sm_80"), "x")
-    assert isinstance(refusal, Rejected) and "only kernels of the CPU" in refusal.reason
+    refusal = v2.apply(pattern, Target("sm_80"), "x", kind=RAGGED)
+    assert isinstance(refusal, Rejected) and "those of forward, backward read tensors" in refusal.reason
     refusal = schedule(v2.TRAVERSAL, match(documents(64, "float32")), Target("cpu", "avx2"), "x", kind=RAGGED)
     assert isinstance(refusal, Rejected) and "a value for each head only" in refusal.reason
 

@@ -257,9 +257,7 @@ class _Forward:
         heads, seqlen_q, kv_heads, seqlen_kv = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
         k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
         values = beside_scores(params or {}, axes)
-        indices = (np.arange(n).reshape(-1, *[1] * (3 - a)) for a, n in enumerate((len(q), heads, seqlen_q, seqlen_kv)))
-        b, h, i, j = indices
-        at = Positions(i, j, seqlen_q, seqlen_kv, values, b, h)
+        at = positions(len(q), heads, seqlen_q, seqlen_kv, values)
         s = np.einsum("bhid,bhjd->bhij", q, k) * softmax_scale
         x = np.where(mask(at), score(s, at), -np.inf)
         row_max, sink = x.max(axis=-1, keepdims=True, initial=-np.inf), sink_of(score, at)
@@ -274,6 +272,13 @@ def beside_scores(params: Mapping[str, Any], axes: Mapping[str, str] | None = No
     """Parameters by name as they broadcast against scores; ``axes`` as for :func:`attention`."""
     axes = {**{p.name: p.axes for p in catalogue.PARAMS.values()}, **(axes or {})}
     return {n: _beside_scores(x, axes.get(n, "bh")) for n, x in params.items()}
+
+
+def positions(batch: int, heads: int, seqlen_q: int, seqlen_kv: int, params: Mapping[str, Any]) -> Positions:
+    """All positions of a problem, ``params`` as they broadcast against its scores."""
+    sizes = (batch, heads, seqlen_q, seqlen_kv)
+    b, h, i, j = (np.arange(n).reshape(-1, *[1] * (3 - a)) for a, n in enumerate(sizes))
+    return Positions(i, j, seqlen_q, seqlen_kv, params, b, h)
 
 
 def _beside_scores(x: Any, axes: str) -> Any:

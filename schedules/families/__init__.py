@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, FORWARD, Program, Rejected, Target
+from schedules.families.interface import FORWARD, Program, Rejected, Target
 from schedules.tile.tile_scheduler import Traversal
 
 #: Family module for each arch that packs can be built for.
@@ -102,11 +102,13 @@ def schedule(
 
 def _unknown(pattern: Pattern, target: Target, kind: str) -> str:
     """What of a definition no kernel of a kind and a target knows; empty if there is none."""
-    wide = ", ".join(p.name for p in pattern.params if p.is_tensor and not p.per_head)
-    if target.arch != "cpu" and (wide or pattern.has_sink):
-        return (
-            f"the definition has {wide or 'a sink'}, and only kernels of the CPU read tables, other tensors and sinks"
-        )
-    if wide and kind not in (FORWARD, BACKWARD, BACKWARD_ACCUMULATE):
-        return f"the definition has {wide}, and kernels of the kind {kind} read a value for each head only"
+    family = family_of(target)
+    spread = ", ".join(p.name for p in pattern.params if p.is_tensor and not p.per_head)
+    of_tensors, of_sinks = (getattr(family, name, ()) for name in ("TENSOR_KINDS", "SINK_KINDS"))
+    if spread and kind not in of_tensors:
+        others = f"; those of {', '.join(of_tensors)} read tensors and tables too" if of_tensors else ""
+        only = "read a value for each head only"
+        return f"the definition has {spread}, and {target} kernels of the kind {kind} {only}{others}"
+    if pattern.has_sink and kind not in of_sinks:
+        return f"the definition has a sink, and {target} kernels of the kind {kind} have none"
     return ""

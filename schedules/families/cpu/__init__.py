@@ -11,7 +11,7 @@ from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
 from schedules.families.cpu.space import space
-from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, PAGED, PARTIAL, RAGGED, RAGGED_BACKWARD
+from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, FORWARD, PAGED, PARTIAL, RAGGED, RAGGED_BACKWARD
 
 DTYPES = ("float32", "float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
@@ -30,13 +30,17 @@ KINDS = {
     RAGGED_BACKWARD: backward.ragged,
     PAGED: paged,
 }
+TENSOR_KINDS = (FORWARD, BACKWARD, BACKWARD_ACCUMULATE)
+SINK_KINDS = (FORWARD, *KINDS)
 
 __all__ = [
     "DTYPES",
     "INDEX_DTYPE",
     "ISAS",
     "KINDS",
+    "SINK_KINDS",
     "TEMPLATES",
+    "TENSOR_KINDS",
     "Config",
     "Isa",
     "default_configs",
