@@ -28,7 +28,7 @@ from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import by_elements, derivative
 from schedules.definition.operator import PAGES, STARTS, Symbols
-from schedules.definition.parameters import Site, append_arguments, parameter_symbols, value_of
+from schedules.definition.parameters import Lookup, Site, append_arguments, parameter_symbols, value_of
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
 from tvm_flash.packs.manifest import Param
@@ -69,6 +69,7 @@ class Pattern:
     is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
         needed.
     has_sink: the softmax has a logit beside those of keys.
+    is_uneven: the score reads tensors or tables, so that a row's scores at some keys say nothing of those at others.
     """
 
     def __init__(self, found: Reading):
@@ -84,14 +85,16 @@ class Pattern:
         self.is_interval = self._mask is None or self._mask.is_interval
         self.narrows = self._mask is None or getattr(self._mask, "narrows", False)
         self.is_scale_only = found.score is None or found.score.same_as(self._variables.s)
-        self._choice = _split_choice(found.score, self._variables)
-        self.has_choice = self._choice is not None
         scores = self._variables  # an operator that computes none has no variables of theirs
-        self._cases = Cases(found.score, () if scores is None else (*scores.index[2:], scores.s))
+        varying = () if scores is None else (*scores.index[2:], scores.s, *varying)
+        self._choice = _split_choice(found.score, varying)
+        self.has_choice = self._choice is not None
+        self._cases = Cases(found.score, varying)
         self.conditions = len(self._cases.conditions)
         self._derivatives: dict[tuple[str | None, Known], Expr] = {}
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
         self.has_sink = found.sink is not None
+        self.is_uneven = found.score is not None and any(p.is_spread for p in self.of_score)
 
     # ---- what a template asks
 
@@ -303,10 +306,11 @@ class Pattern:
         ]
         for p in self.params:
             value = value_of(p, site, i, j) if p.name in site.params else None
-            if value is not None:
-                pairs.append((variables.params[p.name], value))
             if p.rank:
-                pairs += zip(variables.params[p.name].ty.shape, value.ty.shape, strict=True)
+                shape = value.shape if isinstance(value, Lookup) else value.ty.shape
+                pairs += zip(variables.params[p.name].ty.shape, shape, strict=True)
+            elif value is not None:
+                pairs.append((variables.params[p.name], value))
         if s is not None:
             pairs.append((variables.s, s * site.softmax_scale))
 
@@ -334,11 +338,11 @@ def _mentions(expr: Expr, variable: Expr) -> bool:
     return any(found)
 
 
-def _split_choice(score: Expr | None, variables) -> tuple[Expr, Expr, Expr] | None:
-    """``(condition, score, other score)`` if a score is one of two by a condition that knows no query and no key."""
+def _split_choice(score: Expr | None, varying) -> tuple[Expr, Expr, Expr] | None:
+    """``(condition, score, other score)`` if a score is one of two by a condition without the variables ``varying``,
+    which differ from query to query or key to key."""
     if score is None or not getattr(getattr(score, "op", None), "name", "").endswith("if_then_else"):
         return None
-    varying = (*variables.index[2:], variables.s)
     return None if any(_mentions(score.args[0], x) for x in varying) else tuple(score.args)
 
 

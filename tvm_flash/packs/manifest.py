@@ -140,6 +140,16 @@ class Param:
         return bool(self.axes or self.rank)
 
     @property
+    def is_spread(self) -> bool:
+        """Whether it is a table, or a tensor with values for queries or keys, and not for heads alone."""
+        return self.is_tensor and not self.is_summed
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether a kernel sums its gradient over all queries and keys of a head."""
+        return not self.rank and self.of_gradient in ("", "bh")
+
+    @property
     def of_gradient(self) -> str:
         """The axes of its gradient: those of batch and head are left to whoever sums over them.
 

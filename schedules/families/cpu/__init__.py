@@ -11,7 +11,16 @@ from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
 from schedules.families.cpu.space import space
-from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, PAGED, PARTIAL, RAGGED, RAGGED_BACKWARD, Target
+from schedules.families.interface import (
+    BACKWARD,
+    BACKWARD_ACCUMULATE,
+    FORWARD,
+    PAGED,
+    PARTIAL,
+    RAGGED,
+    RAGGED_BACKWARD,
+    Target,
+)
 
 DTYPES = ("float32", "float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
@@ -32,6 +41,9 @@ KINDS = {
     RAGGED_BACKWARD: backward.ragged,
     PAGED: paged,
 }
+TENSOR_KINDS = (FORWARD, BACKWARD, BACKWARD_ACCUMULATE)
+LEARNT_TABLE_KINDS = (BACKWARD, BACKWARD_ACCUMULATE)
+SINK_KINDS = (FORWARD, *KINDS)
 
 
 def mask_tile(config: Config, target: Target) -> tuple[int, int]:
@@ -44,7 +56,9 @@ __all__ = [
     "INDEX_DTYPE",
     "ISAS",
     "KINDS",
+    "SINK_KINDS",
     "TEMPLATES",
+    "TENSOR_KINDS",
     "Config",
     "Isa",
     "default_configs",

@@ -306,8 +306,15 @@ class Consumer:
         T.ptx.wgmma.wait_group.sync.aligned(0)
         if static(self.config.several_tiles):
             self.v.consumer_release(v, self.lane)
-        self.finished.keep(self.softmax)
+        self.keep()
         self.write(self.block.tile)
+
+    @T.inline
+    def keep(self):
+        """Keep the sums of a work tile that is scored; the sink is that of the head, which a block's tiles share."""
+        self.finished.keep(self.softmax)
+        if self.finished.has_sink:
+            self.finished.add_sink(lambda row: self.block.geometry.sink(self.pattern, self.block.site))
 
     def walk(self):
         """The steps of the work tile, as this warpgroup's rows see them."""
@@ -346,7 +353,7 @@ class Consumer:
         walk = self.walk()
         self.q.consumer_wait(self.q_state())
         self.issue(k, v)
-        self.finished.keep(self.softmax)
+        self.keep()
         self.first_softmax(walk, k)
         self.next_k(k, self._more(walk, 0))
         self.finish_pv(v)

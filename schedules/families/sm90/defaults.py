@@ -14,14 +14,14 @@ from schedules.families.sm90.config import ALL, Config
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """Configurations by the fewest keys that they are meant for."""
     configs = _configs(pattern)
-    if any(p.per_head for p in pattern.params):  # read once, for one place
+    if any(p.is_tensor for p in pattern.params):  # read once, for one place
         configs = {
             b: replace(c, waves=0, overlap_tiles=c.overlap_tiles and c.tiles_per_cta > 1) for b, c in configs.items()
         }
     if pattern.has_gaps:
         alone = {"tiles_per_cta": 1, "waves": 0, "overlap_tiles": False, "separate_output": False}
         configs = {bucket: replace(c, **alone) for bucket, c in configs.items()}
-    if pattern.head_dim <= 128 and not pattern.depends_on_head:  # with more it would spill
+    if pattern.head_dim <= 128 and not (pattern.depends_on_head or pattern.has_sink):  # with more it would spill
         configs = {bucket: replace(c, pack_heads=True) for bucket, c in configs.items()}
     # A bucket that has become the same as the one below it needs no kernel of its own.
     buckets = sorted(configs)
@@ -52,7 +52,7 @@ def _head_dim_64(pattern: Pattern) -> dict[int, Config]:
 def _head_dim_128(pattern: Pattern) -> dict[int, Config]:
     if not pattern.is_scale_only:
         # Parameters of a head (ALiBi's slope) take registers, with 128 keys they would spill.
-        return {0: Config(block_n=96 if any(p.per_head for p in pattern.params) else 128)}
+        return {0: Config(block_n=96 if any(p.is_tensor for p in pattern.params) else 128)}
     wide = Config(waves=1)
     narrow = replace(wide, num_stages=4, block_n=80)
     if pattern.is_unmasked:
