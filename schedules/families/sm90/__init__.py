@@ -10,6 +10,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import (
     BACKWARD,
     DECODE,
+    FORWARD,
     PAGED,
     PAGED_DECODE,
     RAGGED,
@@ -30,7 +31,9 @@ __all__ = [
     "DTYPES",
     "INDEX_DTYPE",
     "KINDS",
+    "SINK_KINDS",
     "TEMPLATES",
+    "TENSOR_KINDS",
     "Config",
     "default_configs",
     "feasible",
@@ -49,7 +52,8 @@ KINDS = {
     PAGED: paged,
     PAGED_DECODE: paged_decode,
 }
-UNVERIFIED_KINDS = (PAGED, PAGED_DECODE)
+TENSOR_KINDS = (FORWARD, BACKWARD)
+SINK_KINDS = (FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

@@ -1,0 +1,289 @@
+"""Gradients, ragged and paged sequences, and caches on a GPU, through the public functions.
+
+The cases are those of the tests on CPUs, in 16 bits.  Kernels alone have ``test_gpu.py``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.paged_cases import PAGED_CASES
+from tests.ragged_cases import RAGGED_CASES, RaggedCase
+from tvm_flash import (
+    check_pages,
+    flash_attention,
+    flash_attention_backward,
+    flash_attention_paged,
+    flash_attention_varlen,
+    flash_attention_with_kvcache,
+    nn,
+    numerics,
+)
+from tvm_flash.machine import cuda
+from tvm_flash.machine.device import Device
+from tvm_flash.packs.registry import registry
+
+torch = pytest.importorskip("torch")
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.device_count(), reason="there is no CUDA device")]
+
+from tests import gradient_cases, paged_cases, ragged_cases, test_training  # noqa: E402
+from tests import test_kvcache as cache_cases  # noqa: E402
+from tests.ragged_cases import rows_tensor  # noqa: E402
+from tests.test_varlen import options_of  # noqa: E402
+
+DTYPES = ("float16", "bfloat16")
+
+
+def of_kind(kind: str):
+    """Skips where the GPU's pack has no kernels of a kind."""
+    archs = Device("cuda", 0).archs() if cuda.device_count() else []
+    found = any(k.entry.kind == kind for arch in archs for k in registry().kernels(arch))
+    return pytest.mark.skipif(not found, reason=f"the pack of this GPU has no {kind} kernels")
+
+
+def on_gpu(options: dict) -> dict:
+    return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+
+
+# ---------------------------------------------------------------- training
+
+MODES = {
+    "full": {},
+    "causal": {"causal": True},
+    "scale": {"scale": 0.21, "causal": True},
+    "softcap": {"softcap": 1.5, "causal": True},
+    "slopes": {"slopes": True},
+}
+
+
+def dense(dtype, mode, seqlen_q=33, head_dim=64):
+    torch.manual_seed(0)
+    shapes = ((2, 4, seqlen_q, head_dim), (2, 2, 50, head_dim), (2, 2, 50, head_dim))
+    tensors = [torch.randn(s).to("cuda", getattr(torch, dtype)) for s in shapes]
+    return tensors + ([torch.rand(4, device="cuda")] if MODES[mode].get("slopes") else [])
+
+
+def ours(mode):
+    options = {k: v for k, v in MODES[mode].items() if k not in ("slopes", "scale")}
+    options |= {"softmax_scale": MODES[mode].get("scale", 0.125)}
+
+    def attend(q, k, v, slopes=None):
+        return flash_attention(q, k, v, alibi_slopes=slopes, return_lse=True, **options)
+
+    return attend
+
+
+def plain(mode):
+    options = {k: v for k, v in MODES[mode].items() if k != "slopes"}
+
+    def attend(q, k, v, slopes=None):
+        with torch.device("cuda"):
+            if slopes is None or q.dtype == torch.float64:
+                return test_training.exact(q, k, v, slopes, **options)
+            out, lse = test_training.exact(*(x.float() for x in (q, k, v)), slopes, **options)  # slopes are float32
+            return out.to(q.dtype), lse
+
+    return attend
+
+
+def weights(seqlen_q=33, head_dim=64):
+    torch.manual_seed(1)
+    return torch.randn(2, 4, seqlen_q, head_dim, device="cuda"), torch.randn(2, 4, seqlen_q, device="cuda")
+
+
+@of_kind("backward")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+def test_gradients(mode, dtype, compiled):
+    tensors = dense(dtype, mode)
+    attend = torch.compile(ours(mode), fullgraph=True, backend="aot_eager") if compiled else ours(mode)
+    found = test_training.gradients(attend, tensors, weights())
+    again = test_training.gradients(attend, tensors, weights())
+    usual = test_training.gradients(plain(mode), tensors, weights())
+    exact = test_training.gradients(plain(mode), [x.double() for x in tensors], weights())
+    for x, y, torchs, want in zip(found, again, usual, exact, strict=True):
+        bound = numerics.gradient_bound(*(t.double().cpu().numpy() for t in (torchs, want)), dtype)
+        assert (x.double() - want).abs().max().item() <= bound
+        assert torch.equal(x, y)
+
+
+@of_kind("backward")
+def test_a_captured_training_step_replays():
+    tensors = dense("bfloat16", "causal")
+    dout = weights()[0].bfloat16()
+    out, lse = flash_attention(*tensors, causal=True, return_lse=True)
+
+    def step():
+        return flash_attention_backward(dout, *tensors, out, lse, causal=True)
+
+    want = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for x in found:
+        x.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, found, want))
+
+
+# ---------------------------------------------------------------- sequences of different lengths
+
+
+@of_kind("ragged")
+@pytest.mark.parametrize("case", [c for c in RAGGED_CASES if c.dtype in DTYPES], ids=lambda c: c.id)
+def test_ragged(case):
+    data = ragged_cases.inputs(case)
+    rows = [rows_tensor(x, case, "cuda") for x in (data.q, data.k, data.v)]
+    starts = [torch.from_numpy(x).cuda() for x in case.starts]
+    options = on_gpu(options_of(case, data))
+    out, lse = flash_attention_varlen(*rows, *starts, return_lse=True, **options)
+    ragged_cases.check(case, data, *(x.double().cpu().numpy() for x in (out, lse)), "cuda")
+
+
+@of_kind("ragged_backward")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        RaggedCase((33, 0, 5, 70, 2), 4, 64, (40, 9, 5, 60, 130), kv_heads=2, mask="causal", after=(6, 3)),
+        RaggedCase((20, 300, 7), 2, 64, kv_heads=1, score="softcap_alibi", params=(("softcap", 2.0),)),
+    ],
+    ids=lambda c: c.mask,
+)
+def test_ragged_gradients(case, dtype):
+    case = ragged_cases.replace(case, dtype=dtype)
+    data, given = ragged_cases.inputs(case), ragged_cases.outer(case, with_dlse=True)
+    rows = [rows_tensor(x, case, "cuda").nan_to_num().requires_grad_() for x in (data.q, data.k, data.v)]
+    starts = [torch.from_numpy(x).cuda() for x in case.starts]
+    options = on_gpu(options_of(case, data))
+    learnt = [options["alibi_slopes"].requires_grad_()] if "alibi_slopes" in options else []
+    out, lse = flash_attention_varlen(*rows, *starts, return_lse=True, **options)
+    dout, dlse = (torch.from_numpy(x).nan_to_num().cuda() for x in (given.dout, given.dlse))
+    loss = (out * dout).sum() + lse.where(lse.isfinite(), 0).mul(dlse).sum()
+    found = torch.autograd.grad(loss, [*rows, *learnt])
+    names = ["dq", "dk", "dv", *(["d_alibi_slopes"] if learnt else [])]
+    got = {name: x.double().cpu().numpy() for name, x in zip(names, found, strict=True)}
+    slopes = got.pop("d_alibi_slopes", None)
+    ragged_cases.check_backward(case, data, given, got)
+    if slopes is not None:
+        # One number of many terms, each off by the rounding of its row's output: what torch happens to be off by is no
+        # measure for it.
+        want = np.concatenate([slopes_of(case, b, data, given) for b in range(case.batch)])
+        assert np.abs(slopes - want).max() <= 2 * numerics.EPSILON[dtype] * np.abs(want).max()
+
+
+def slopes_of(case, b, data, given):
+    """Gradients of the slopes in float64, for sequence ``b``."""
+    i, _ = case.rows(b)
+    own = gradient_cases.Outer(given.dout[i].swapaxes(0, 1)[None], given.dlse[None, :, i])
+    return gradient_cases.expected(case.alone(b), data.alone(case, b), own, ("alibi_slopes",))["d_alibi_slopes"]
+
+
+@of_kind("ragged")
+def test_a_graph_of_ragged_sequences_replays_with_other_lengths():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(300, h, 64, device="cuda").half() for h in (4, 2, 2))
+    starts = torch.tensor([0, 100, 100, 300], dtype=torch.int32, device="cuda")
+
+    def attend():
+        return flash_attention_varlen(q, k, v, starts, starts, causal=True)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for lengths in ([0, 1, 170, 300], [0, 0, 0, 300], [0, 150, 290, 290]):
+        starts.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert torch.equal(out, attend())
+
+
+# ---------------------------------------------------------------- keys on pages, and caches
+
+
+@of_kind("paged")
+@pytest.mark.parametrize("case", [c for c in PAGED_CASES if c.of.dtype in DTYPES], ids=lambda c: c.id)
+def test_paged(case):
+    data = ragged_cases.inputs(case.of)
+    made = paged_cases.caches(case, data)
+    k_cache, v_cache = paged_cases.cache_tensors(case, made, "cuda")
+    starts = torch.from_numpy(case.of.starts[0]).cuda()
+    lengths, table = (torch.from_numpy(getattr(made, n)).cuda() for n in ("seqlens_k", "page_table"))
+    q = rows_tensor(data.q, case.of, "cuda")
+    options = on_gpu(options_of(case.of, data))
+    out, lse = flash_attention_paged(q, k_cache, v_cache, starts, lengths, table, return_lse=True, **options)
+    paged_cases.check(case, data, *(x.double().cpu().numpy() for x in (out, lse)), "cuda")
+
+
+@of_kind("paged_decode")
+def test_a_graph_of_decoding_replays_with_other_lengths_and_pages():
+    torch.manual_seed(0)
+    q = torch.randn(3, 8, 128, device="cuda").bfloat16()
+    k, v = (torch.randn(200, 16, 2, 128, device="cuda").bfloat16() for _ in "kv")
+    starts = torch.arange(4, dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([40, 700, 1], dtype=torch.int32, device="cuda")
+    table = torch.randperm(200)[:150].int().view(3, 50).cuda()
+
+    def attend():
+        return flash_attention_paged(q, k, v, starts, lengths, table, max_seqlen_q=1, causal=True)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for new in ([41, 701, 2], [0, 800, 33], [800, 1, 799]):
+        lengths.copy_(torch.tensor(new))
+        table.copy_(torch.randperm(200)[:150].int().view(3, 50))
+        check_pages(q, k, starts, lengths, table)
+        graph.replay()
+        assert torch.equal(out, attend())
+
+
+@of_kind("paged_decode")
+def test_a_sequence_has_the_same_bits_alone_and_among_others():
+    torch.manual_seed(0)
+    q = torch.randn(9, 8, 128, device="cuda").half()
+    k, v = (torch.randn(600, 16, 2, 128, device="cuda").half() for _ in "kv")
+    lengths = torch.tensor([5, 1000, 33, 16, 1, 800, 999, 0, 64], dtype=torch.int32, device="cuda")
+    table = torch.randperm(600)[: 9 * 64].int().view(9, 64).cuda()
+    starts = torch.arange(10, dtype=torch.int32, device="cuda")
+    whole = flash_attention_paged(q, k, v, starts, lengths, table, max_seqlen_q=1)
+    for b in range(9):
+        own = (q[b : b + 1], k, v, starts[:2], lengths[b : b + 1], table[b : b + 1])
+        assert torch.equal(flash_attention_paged(*own, max_seqlen_q=1)[0], whole[b])
+
+
+@of_kind("paged")
+@pytest.mark.parametrize("paged", (False, True), ids=("contiguous", "paged"))
+@pytest.mark.parametrize("turns", ("", "interleaved", "halves"))
+@pytest.mark.parametrize(("queries", "added"), [((1, 1, 1), (1, 1, 1)), ((5, 2, 20), (3, 2, 17))])
+@pytest.mark.parametrize(("dtype", "causal"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_kvcache(dtype, causal, paged, turns, queries, added):
+    q, caches, new, options, want, after = cache_cases.case(dtype, paged, turns, causal, queries, added, leftpad=causal)
+    options |= {"cu_seqlens_q": cache_cases.starts(queries), "cu_seqlens_k_new": cache_cases.starts(added)}
+    caches, new = [x.cuda() for x in caches], [x.cuda() for x in new]
+    out = flash_attention_with_kvcache(q.cuda(), *caches, *new, **on_gpu(options))
+    assert (out.double().cpu() - want).abs().max() < 2e-2
+    for found, wanted in zip(caches, after, strict=True):
+        assert (found.double().cpu() - wanted.double()).abs().max() < 0.02
+
+
+@of_kind("ragged")
+def test_drop_ins_of_flash_attn():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(70, 4, 64, device="cuda").bfloat16() for _ in "qkv")
+    starts = torch.tensor([0, 30, 70], dtype=torch.int32, device="cuda")
+    out = nn.flash_attn_varlen_func(q, k, v, starts, starts, 40, 40, causal=True)
+    assert torch.equal(out, flash_attention_varlen(q, k, v, starts, starts, causal=True))
+    parts = [
+        flash_attention(*(x[None, i:j].transpose(1, 2) for x in (q, k, v)), causal=True) for i, j in ((0, 30), (30, 70))
+    ]
+    whole = torch.cat([x.transpose(1, 2)[0] for x in parts])
+    assert (out.float() - whole.float()).abs().max() < 2e-2
