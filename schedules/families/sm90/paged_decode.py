@@ -6,6 +6,9 @@ of keys, which the device reads; blocks are as many as the machine runs at a tim
 
 The second launch knows by itself which splits a row has: what the first one doesn't write of the partial results is
 never read.
+
+Where that isn't faster (:func:`_by_boxes`), kernels are those of mma.sync (:mod:`schedules.families.mma.paged_decode`):
+rows of wgmma are 64, which heads that can't share a tile don't fill.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from tvm.tirx import PrimFunc
 from schedules.definition.pattern import Pattern
 from schedules.families import split_keys
 from schedules.families.interface import Program, Rejected, Target
+from schedules.families.mma import asynchronous
+from schedules.families.mma.paged_decode import PagedDecoding
 from schedules.families.sm90.barriers import WARPGROUP_THREADS
 from schedules.families.sm90.boxes import PagedBoxes
 from schedules.families.sm90.config import (
@@ -44,6 +49,19 @@ SPLIT_LENGTHS = ((0, 64), (1024, 128), (4096, 256), (8192, 512), (65536, 1024), 
 
 #: Registers of a thread that fetches, and of a consumer's, in a block that has the multiprocessor for itself.
 _ALONE = (40, 248)
+
+#: The kernels of mma.sync.
+_WARPS = PagedDecoding(
+    asynchronous.Config,
+    asynchronous.DecodeMachine,
+    {
+        64: asynchronous.Config(16, 32, 1, 3, 8, q_in_registers=True),
+        128: asynchronous.Config(16, 32, 1, 2, 6, q_in_registers=True),
+        256: asynchronous.Config(16, 16, 1, 3, 3),
+    },
+    asynchronous.feasible,
+    early=True,
+)
 
 
 @dataclass(frozen=True)
@@ -81,16 +99,20 @@ class Config:
         return _ALONE if self.blocks_per_sm == 1 else REGISTERS[1, self.blocks_per_sm]
 
 
-def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+def _by_boxes(pattern: Pattern) -> bool:
+    """Whether TMA and wgmma are the faster ones for a pattern.
+
+    On an H200, 16 x 4k keys on pages of 16, heads of 2048 columns in groups of four, us by both: head_dim 128 45.3 and
+    52.7, head_dim 64 51.1 and 49.6, 256 44.4 and 43.8; with heads that aren't packed 213 and 149 at 128.
+    """
+    return not pattern.depends_on_head and 64 < pattern.head_dim <= 128
+
+
+def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, object]:
     """The configuration of a pattern."""
-    packs = not pattern.depends_on_head
-    if pattern.head_dim <= 64:
-        return {0: Config(num_stages=4, pack_heads=packs)}
-    if pattern.head_dim <= 128:
-        return {0: Config(pack_heads=packs)}
-    # Of 32 keys a tile, registers for a score that isn't only scaled are spilled.
-    keys, stages = (32, 4) if pattern.is_scale_only else (16, 8)
-    return {0: Config(block_n=keys, num_stages=stages, blocks_per_sm=1, pack_heads=packs)}
+    if not _by_boxes(pattern):
+        return _WARPS.default_configs(template, pattern, target)
+    return {0: Config()}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
@@ -98,8 +120,10 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
     return {"block_n": (32, 64), "num_stages": (2, 3, 4, 6), "blocks_per_sm": (1, 2, 3)}
 
 
-def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Target) -> Rejected | None:
     """Whether the configuration can be compiled for the pattern."""
+    if not isinstance(config, Config):
+        return _WARPS.feasible(pattern, config, target)
     for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
         if head_dim % 16 or not 16 <= head_dim <= 256:
             return Rejected(f"{name} {head_dim} is not a multiple of 16 from 16 to 256")
@@ -152,7 +176,11 @@ def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
     return parameterised(pattern, make).with_attr("global_symbol", name)
 
 
-def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+def program(
+    pattern: Pattern, config: Config | asynchronous.Config, target: Target, traversal: Traversal, name: str
+) -> Program:
     """The two launches; ``config`` must be feasible."""
+    if not isinstance(config, Config):
+        return _WARPS.program(pattern, config, target, traversal, name)
     func = _partial(pattern, config, name)
     return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=True, lengths=SPLIT_LENGTHS)

@@ -21,9 +21,10 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.config import WARPGROUP_ROWS
-from schedules.tile.geometry import Geometry, Parameters, local, site
+from schedules.tile.geometry import Geometry, local, site
 from schedules.tile.levels import from_lane, sum_up_to_lane
 from schedules.tile.packing import PackedRows
+from schedules.tile.parameters import Parameters
 from schedules.tile.sequences import count_lanes
 from schedules.tile.tile_scheduler import ceildiv
 
