@@ -9,8 +9,13 @@ pytest.importorskip("tvm")
 from tvm import tirx
 from tvm.sym import Analyzer
 
+from schedules.builder.compile import pattern_of
+from schedules.builder.suite import KernelSpec
 from schedules.families import split_keys
+from schedules.families.interface import Target
 from schedules.families.sm90 import paged_decode
+from schedules.templates import v2
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.packs.sizes import evaluate
 
 
@@ -46,3 +51,14 @@ def test_splits_are_whole_tiles_and_cover_the_keys(split_lengths):
         assert length % 64 == 0
         assert (on_device(keys, count) - 1) * length < keys
         assert on_device(keys, count) * length >= keys
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 8, 15, 16, 17, 24, 48, 1500, 8192])
+def test_boxes_are_chosen_for_pages_that_are_whole_ones(page_size):
+    target = Target("sm_90a")
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", "identity", "float16", 128, 128, kind="paged_decode")
+    pattern = pattern_of(spec, target)
+    (config,) = paged_decode.default_configs("v2", pattern, target).values()
+    program = paged_decode.program(pattern, config, target, v2.TRAVERSAL, "kernel")
+    sizes = {"page_size": page_size, "seqlen_kv": 4096}
+    assert evaluate(program.max_rows, sizes) == (0 if page_size % 16 else 64)

@@ -130,15 +130,20 @@ def paged_program(
     alignment: int,
     waits: bool,
     lengths: SplitLengths = PAGED_SPLIT_LENGTHS,
+    page_step: int = 1,
 ) -> Program:
     """Both launches, of ragged sequences with their keys on pages, with splits of ``lengths``.
 
+    They are meant for pages of multiples of ``page_step`` keys; others they compute as well.
     ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``.
     """
     rows = ("*", "heads", "total_q")
     splits = _most_paged_splits(lengths)
     results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
     params = tuple(p.name for p in pattern.params)
+    filled = ("*", page_step, ("ceildiv", "page_size", page_step))  # the size of a page, if it is such a multiple
+    fits = ("steps", ("ceildiv", filled, ("max", "page_size", 1)), (0, 1), (2, 0))
+    most_rows = ("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern))
     combining = combine_ragged(
         pattern, lambda keys: paged_split_count(keys, lengths), f"{name}_combine", alignment, waits
     )
@@ -155,5 +160,5 @@ def paged_program(
             Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
-        max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
+        max_rows=most_rows if page_step == 1 else ("*", fits, most_rows),
     )

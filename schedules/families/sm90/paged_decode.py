@@ -63,6 +63,10 @@ _WARPS = PagedDecoding(
     early=True,
 )
 
+#: Rows that boxes must have for the run time to choose this kernel.  Prompts on pages of one key reach a fifth of what
+#: they do on pages of 16 (docs/hopper.md, "Keys on pages"); decoding by boxes of few rows was never timed.
+BOX_ROWS = 16
+
 
 @dataclass(frozen=True)
 class Config:
@@ -70,7 +74,7 @@ class Config:
 
     Attributes
     ----------
-    block_n: keys of a tile, a power of two from 16 on that no split is shorter than.
+    block_n: keys of a tile, a power of two from 16 to 128; no split is shorter.
     num_stages: stages of each of the two pipelines, of K and of V.
     blocks_per_sm: blocks that share a multiprocessor.
     pack_heads: query heads of a group share a row tile.
@@ -97,6 +101,11 @@ class Config:
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that fetches, and of a consumer's."""
         return _ALONE if self.blocks_per_sm == 1 else REGISTERS[1, self.blocks_per_sm]
+
+
+def split_lengths(config: Config) -> split_keys.SplitLengths:
+    """Keys of a split with a configuration, by the sequence's own number of keys: whole tiles."""
+    return tuple((fewest, max(length, config.block_n)) for fewest, length in SPLIT_LENGTHS)
 
 
 def _by_boxes(pattern: Pattern) -> bool:
@@ -127,9 +136,8 @@ def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Tar
     for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
         if head_dim % 16 or not 16 <= head_dim <= 256:
             return Rejected(f"{name} {head_dim} is not a multiple of 16 from 16 to 256")
-    shortest = min(length for _, length in SPLIT_LENGTHS)
-    if config.block_n not in (16, 32, 64) or config.block_n > shortest:
-        return Rejected(f"block_n {config.block_n} is no power of two from 16 to {shortest}, of which splits are")
+    if config.block_n not in (16, 32, 64, 128):
+        return Rejected(f"block_n {config.block_n} is no power of two from 16 to 128, of which splits are")
     if not 2 <= config.num_stages <= 8:
         return Rejected(f"num_stages {config.num_stages} is not from 2 to 8")
     if config.blocks_per_sm not in (1, 2, 3, 4):
@@ -150,7 +158,7 @@ def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
     """``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``."""
 
     def split_bits(keys):
-        return split_keys.paged_split_bits(keys, config.block_n, SPLIT_LENGTHS)
+        return split_keys.paged_split_bits(keys, config.block_n, split_lengths(config))
 
     def make(parameters):
         @T.prim_func(check_well_formed=False)
@@ -183,4 +191,5 @@ def program(
     if not isinstance(config, Config):
         return _WARPS.program(pattern, config, target, traversal, name)
     func = _partial(pattern, config, name)
-    return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=True, lengths=SPLIT_LENGTHS)
+    options = {"lengths": split_lengths(config), "page_step": BOX_ROWS}
+    return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=True, **options)
