@@ -142,6 +142,7 @@ class BackwardQueries(StagedStages, TuringProducts, QueryMachine):
     """The backward's launch for dq."""
 
 
+_BACKWARD_MACHINE = backward.Machine(staged=True)
 #: Of the backward, by head_dim, the first that is large enough; no hardware has run them.
 _BACKWARD = {
     64: backward.Config(128, 16, 4, 2, 1, 128, 32, 4, 2, 1, paced=False),  # 32 queries a step spilled 8 bytes
@@ -156,8 +157,8 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
 KINDS = {
     RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine),
     PAGED: PagedForward(Config, _ragged_configs, space, feasible, _machine),
-    BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, staged=True),
-    RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, staged=True),
+    BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
+    RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
