@@ -1,6 +1,7 @@
 """The ledger: CUDA kernels ship only with a record of a run on hardware of exactly their source."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ from schedules.builder import records
 from schedules.builder.compile import lower_for_each
 from schedules.builder.records import Measurement, PeerMeasurement, Record
 from schedules.builder.suite import KernelSpec, Selection
-from schedules.families import FAMILY, core_kinds_of, family_of, is_verified_size
+from schedules.families import FAMILY, core_kinds_of, family_of, has_core_kernels, is_verified_size
 from schedules.families.interface import Rejected, Target
 from tvm_flash.packs.registry import registry
 
@@ -94,7 +95,11 @@ def core_groups():
         specs = [
             s
             for s in Selection().specs(
-                family.DTYPES, gpu=True, kinds=core_kinds_of(targets[0]), templates=family.TEMPLATES
+                family.DTYPES,
+                gpu=True,
+                kinds=core_kinds_of(targets[0]),
+                templates=family.TEMPLATES,
+                has=functools.partial(has_core_kernels, targets[0]),
             )
             if s.template in family.TEMPLATES and is_verified_size(targets[0], s.kind, s.head_dim, s.head_dim_v)
         ]
