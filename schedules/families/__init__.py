@@ -9,7 +9,7 @@ import importlib
 
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import FORWARD, Program, Rejected, Target
+from schedules.families.interface import FORWARD, GRADIENT_KINDS, Program, Rejected, Target
 from schedules.tile.tile_scheduler import Traversal
 
 #: Family module for each arch that packs can be built for.
@@ -120,6 +120,12 @@ def _unknown(pattern: Pattern, target: Target, kind: str) -> str:
         others = f"; those of {', '.join(of_tensors)} read tensors and tables too" if of_tensors else ""
         only = "read a value for each head only"
         return f"the definition has {spread}, and {target} kernels of the kind {kind} {only}{others}"
+    tables = ", ".join(p.name for p in pattern.learnt if p.rank)
+    if tables and kind in GRADIENT_KINDS and kind not in getattr(family, "LEARNT_TABLE_KINDS", ()):
+        return (
+            f"the gradient of a table is asked for, {tables}, and {target} kernels of the kind {kind} have none; look "
+            f"up in the framework, and give a tensor over axes of scores, whose gradient flows back"
+        )
     if pattern.has_sink and kind not in of_sinks:
         return f"the definition has a sink, and {target} kernels of the kind {kind} have none"
     return ""

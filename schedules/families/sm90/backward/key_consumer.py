@@ -81,7 +81,7 @@ class KeyConsumer:
         self.acc_s = T.alloc_local([M // 2], "float32")
         self.p = T.alloc_local([M // 4], "uint32")
         self.targets = targets if self.has_dk and targets is not None and targets.params else None
-        self.ds = T.alloc_local([M // 4], "uint32") if self.targets else self.p
+        self.packed_ds = T.alloc_local([M // 4], "uint32") if self.targets else self.p
         self.n = T.local_scalar("int32")  # tiles of queries, over all heads of the group
         self.counter = TileCounter(self.n)
         self.first = 0 if config.shares_keys else index * WARPGROUP_ROWS  # first key of this warpgroup in the block
@@ -133,7 +133,7 @@ class KeyConsumer:
     def issue_dk(self, q):
         """Start dK of the tile of queries ``q``."""
         T.ptx.wgmma.fence.sync.aligned()
-        self.gradients.pv(self.acc_dk, self.ds, self._row_descriptor(self.q, q))
+        self.gradients.pv(self.acc_dk, self.packed_ds, self._row_descriptor(self.q, q))
         T.ptx.wgmma.commit_group.sync.aligned()
 
     # ------------------------------------------------------------ steps
@@ -182,7 +182,7 @@ class KeyConsumer:
             self.acc_s,
             self.acc_dp,
             p,
-            self.ds,
+            self.packed_ds,
             lambda t, g, r, e: self._number(self.shifts, q, g, e),
             query,
             key,
