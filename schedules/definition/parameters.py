@@ -130,7 +130,7 @@ def parameter_symbols(params: tuple[Param, ...], index_dtype: str):
 def gradient_symbols(params: tuple[Param, ...], index_dtype: str):
     """Fresh buffers for the gradients of the parameters that ask for one: as a list, and by the parameter's name.
 
-    The gradient of a number is a tensor with one element.
+    The gradient of a number is a tensor with one element, that of a table a tensor of its shape.
     """
     values = {p.name: _gradient(p, index_dtype) for p in params if p.gradient}
     return list(values.values()), values
@@ -142,6 +142,8 @@ def gradient_name(param: Param) -> str:
 
 
 def _gradient(param: Param, index_dtype: str):
+    if param.rank:
+        return _tensor(gradient_name(param), Param(param.name, "float32", rank=param.rank), index_dtype)
     if not param.axes:
         return tirx.decl_buffer([tirx.IntImm(index_dtype, 1)], "float32", name=gradient_name(param))
     return _tensor(gradient_name(param), Param(param.name, "float32", axes=param.of_gradient), index_dtype)

@@ -26,7 +26,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition.cases import Cases
 from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
-from schedules.definition.gradient import derivative
+from schedules.definition.gradient import by_elements, derivative
 from schedules.definition.operator import PAGES, STARTS, Symbols
 from schedules.definition.parameters import Lookup, Site, append_arguments, parameter_symbols, value_of
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
@@ -139,6 +139,22 @@ class Pattern:
         """The derivative of the score with respect to a float parameter; else as ``score_gradient``."""
         return self._substitute(self._derivative(name, chosen), site, i, j, s)
 
+    def table_gradients(
+        self, name: str, site: Site, s: Expr, i: Expr, j: Expr, chosen: Known = None
+    ) -> list[tuple[tuple[Expr, ...], Expr]]:
+        """Which elements of a table the score reads, each by its indices, and the derivative with respect to it.
+
+        An element that is read at several places of the expression is there several times.  Else as ``score_gradient``.
+        """
+        return [
+            (tuple(self._substitute(x, site, i, j, s) for x in index), self._substitute(slope, site, i, j, s))
+            for index, slope in self._table_derivatives(name, chosen)
+        ]
+
+    def elements_read(self, name: str, chosen: Known = None) -> int:
+        """How many elements of a table ``table_gradients`` has."""
+        return len(self._table_derivatives(name, chosen))
+
     def sink(self, site: Site) -> Expr:
         """The logit of a head that is in the denominator beside those of keys, float32, where ``has_sink``."""
         return self._substitute(self._found.sink, site, self._zero, self._zero)
@@ -185,7 +201,7 @@ class Pattern:
         """
         self._derivative(None, None)
         for p in self.learnt:
-            self._derivative(p.name, None)
+            (self._table_derivatives if p.rank else self._derivative)(p.name, None)
         for p in self.learnt_of_sink:
             if _mentions(self._found.score, self._variables.params[p.name]):
                 raise DefinitionError(f"parameter {p.name!r}: is one of the score and of the sink; make it two")
@@ -196,16 +212,18 @@ class Pattern:
         chosen = chosen if self.has_choice or isinstance(chosen, tuple) else None
         if (name, chosen) not in self._derivatives:
             param = next((p for p in self.params if p.name == name), None)
-            if param and param.rank:
-                raise DefinitionError(
-                    f"parameter {name!r}: is a table, and has no gradient; look up in the framework, and give a tensor "
-                    f"over axes of scores, whose gradient flows back"
-                )
-            if param and "float" not in param.dtype:
-                raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
+            _expect_float(param)
             score = self._known_score(chosen) if sink is None else sink
             variable = self._variables.params[name] if param else self._variables.s
             self._derivatives[name, chosen] = derivative(score, variable)
+        return self._derivatives[name, chosen]
+
+    def _table_derivatives(self, name: str, chosen: Known) -> list[tuple[tuple[Expr, ...], Expr]]:
+        """Indices and derivatives in the definition's variables; taken once."""
+        chosen = chosen if self.has_choice or isinstance(chosen, tuple) else None
+        if (name, chosen) not in self._derivatives:
+            _expect_float(next(p for p in self.params if p.name == name))
+            self._derivatives[name, chosen] = by_elements(self._known_score(chosen), self._variables.params[name])
         return self._derivatives[name, chosen]
 
     def visible(self, site: Site, i: Expr, j: Expr) -> Expr | None:
@@ -307,6 +325,11 @@ class Pattern:
             return node
 
         return tvm_ffi.structural_map(expr, replace, order="post")
+
+
+def _expect_float(param: Param | None) -> None:
+    if param and "float" not in param.dtype:
+        raise DefinitionError(f"parameter {param.name!r}: is {param.dtype}; only a float parameter has a gradient")
 
 
 def _mentions(expr: Expr, variable: Expr) -> bool:

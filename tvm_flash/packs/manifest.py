@@ -112,7 +112,7 @@ class Param:
         value each for.
     per_head: the same as ``axes="bh"``.
     rank: of a table, whose indices are expressions: how many it has.
-    gradient: a float number or tensor is learnt, and the backward computes its gradient.
+    gradient: a float number, tensor or table is learnt, and the backward computes its gradient.
     """
 
     name: str
@@ -151,11 +151,16 @@ class Param:
 
     @property
     def of_gradient(self) -> str:
-        """The axes of its gradient: those of batch and head are left to whoever sums over them; none of a number."""
+        """The axes of its gradient: those of batch and head are left to whoever sums over them.
+
+        A number has none, and neither has a table, whose gradient has its own shape.
+        """
         return "".join(a for a in "bhij" if a in "bh" or a in self.axes) if self.axes else ""
 
     def aligned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of such a tensor beside its gradient, with 1 for what it lacks."""
+        """The shape of such a tensor beside its gradient, with 1 for what it lacks; a table's is its own."""
+        if self.rank:
+            return tuple(shape)
         whole = (1,) * (len(self.axes) - len(shape)) + tuple(shape)
         sizes = dict(zip(self.axes, whole, strict=True))
         return tuple(sizes.get(a, 1) for a in self.of_gradient)

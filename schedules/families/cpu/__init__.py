@@ -11,10 +11,21 @@ from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
 from schedules.families.cpu.space import space
-from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, FORWARD, PAGED, PARTIAL, RAGGED, RAGGED_BACKWARD
+from schedules.families.interface import (
+    BACKWARD,
+    BACKWARD_ACCUMULATE,
+    FORWARD,
+    PAGED,
+    PARTIAL,
+    RAGGED,
+    RAGGED_BACKWARD,
+    Target,
+)
 
 DTYPES = ("float32", "float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
+
+
 INDEX_DTYPE = "int64"
 KINDS = {
     BACKWARD: backward,
@@ -31,7 +42,14 @@ KINDS = {
     PAGED: paged,
 }
 TENSOR_KINDS = (FORWARD, BACKWARD, BACKWARD_ACCUMULATE)
+LEARNT_TABLE_KINDS = (BACKWARD, BACKWARD_ACCUMULATE)
 SINK_KINDS = (FORWARD, *KINDS)
+
+
+def mask_tile(config: Config, target: Target) -> tuple[int, int]:
+    """The rows and columns that a kernel decides about at once: a group of rows of its tile."""
+    return config.row_vectors * ISAS[target.isa].lanes, config.block_n
+
 
 __all__ = [
     "DTYPES",
@@ -45,6 +63,7 @@ __all__ = [
     "Isa",
     "default_configs",
     "feasible",
+    "mask_tile",
     "program",
     "space",
 ]
