@@ -237,4 +237,4 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
 UNVERIFIED_KINDS = (RAGGED_BACKWARD,)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
-UNVERIFIED_HEAD_DIMS = {kind: ((192, 192), (256, 256)) for kind in (BACKWARD, RAGGED_BACKWARD)}
+UNVERIFIED_HEAD_DIMS = dict.fromkeys((BACKWARD, RAGGED_BACKWARD), ((192, 192), (256, 256)))
