@@ -132,6 +132,13 @@ def _ragged_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     return {0: limits.by_head_dim(table, pattern)}
 
 
+def _paged_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """At 128 a warp of 32 rows has no registers for the pages of its keys and for parameters: 76 bytes spilled."""
+    if any(p.per_head for p in pattern.params) and 96 < pattern.head_dim <= 128:
+        return {0: Config(128, 32, 8, 1)}
+    return _ragged_configs(template, pattern, target)
+
+
 @T.meta_class
 class BackwardKeys(StagedStages, TuringProducts, KeyMachine):
     """The backward's launch for dk and dv."""
@@ -156,7 +163,7 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
 
 KINDS = {
     RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine),
-    PAGED: PagedForward(Config, _ragged_configs, space, feasible, _machine),
+    PAGED: PagedForward(Config, _paged_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
 }
