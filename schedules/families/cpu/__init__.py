@@ -10,8 +10,17 @@ from schedules.families.cpu import backward, paged, ragged
 from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
+from schedules.families.cpu.paged.scaled import ScaledPages
 from schedules.families.cpu.space import space
-from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, PAGED, PARTIAL, RAGGED, RAGGED_BACKWARD
+from schedules.families.interface import (
+    BACKWARD,
+    BACKWARD_ACCUMULATE,
+    PAGED,
+    PAGED_SCALED,
+    PARTIAL,
+    RAGGED,
+    RAGGED_BACKWARD,
+)
 
 DTYPES = ("float32", "float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
@@ -29,6 +38,7 @@ KINDS = {
     RAGGED: ragged,
     RAGGED_BACKWARD: backward.ragged,
     PAGED: paged,
+    **{kind: ScaledPages(cache) for cache, kind in PAGED_SCALED.items()},
 }
 
 __all__ = [
