@@ -15,9 +15,7 @@ from tvm_flash.operators import PAGED, PAGED_PARAMETERS, PAGED_SCALED, RAGGED_LA
 _attend = entrance(signature(RAGGED_LAYOUT, parameters=PAGED_PARAMETERS, op=PAGED, layout_known=True))
 
 
-_attend_scaled = entrance(
-    signature(RAGGED_LAYOUT, parameters=PAGED_PARAMETERS, op=PAGED_SCALED, layout_known=True)
-)
+_attend_scaled = entrance(signature(RAGGED_LAYOUT, parameters=PAGED_PARAMETERS, op=PAGED_SCALED, layout_known=True))
 
 
 def flash_attention_paged(

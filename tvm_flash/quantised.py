@@ -1,8 +1,8 @@
 """Keys and values in 8 bits: what they stand for, and how they are made.
 
-An element ``x`` of a cache with the scale ``s`` of its head, or of its page and head, stands for ``float32(x) * s``: the
-product is rounded to float32, and then to the dtype of the queries, to the nearest and ties to even.  Attention over
-the cache gives the bits that it gives over what that is.
+An element ``x`` of a cache with the scale ``s`` of its head, or of its page and head, stands for ``float32(x) * s``,
+rounded to float32 and then to the dtype of the queries, to the nearest and ties to even.  Attention over the cache
+gives the bits that it gives over that.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class Formula(Protocol):
     ``s`` is the product ``q · k``, neither scaled nor modified.  ``visible`` is None where every query sees every key.
     ``sink`` is a logit of a head that is in the denominator of the softmax beside those of keys, if ``has_sink``.
     ``score_gradient`` is the derivative of the score with respect to the scaled product; ``differentiate`` raises a
-    DefinitionError where it, or that of a parameter, isn't known.  ``cache`` is the dtype of keys and values of operators
-    that let them have 8 bits.
+    DefinitionError where it, or that of a parameter, isn't known.  ``cache`` is the dtype of keys and values where an
+    operator lets them have 8 bits.
     """
 
     head_dim: int

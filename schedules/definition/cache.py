@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 
-from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
@@ -27,30 +26,19 @@ STORED = {"float8_e4m3fn": "uint8", "int8": "int8"}
 
 
 def widened(x: Expr) -> Expr:
-    """The value of an element of a cache, float32, exactly; a vector of them too."""
-    dtype = str(x.ty.dtype)
-    lanes = dtype.partition("x")[2]
-
-    def wide(kind: str) -> str:
-        return f"{kind}x{lanes}" if lanes else kind
-
-    def const(value, kind: str = "uint32") -> Expr:
-        one = tirx.const(value, kind)
-        return T.Broadcast(one, int(lanes)) if lanes else one
-
-    if dtype.startswith("int8"):
-        return T.cast(x, wide("float32"))
-    bits = T.cast(x, wide("uint32"))
-    magnitude = T.bitwise_and(bits, const(0x7F))
+    """The value of an element of a cache, float32, exactly."""
+    if str(x.ty.dtype) == "int8":
+        return T.cast(x, "float32")
+    bits = T.cast(x, "int32")
+    magnitude = T.bitwise_and(bits, 0x7F)
     # An exponent of 0 means 1 without the leading bit: those few have it, and it is taken away as a number.
-    small = magnitude < const(8)
-    leading = T.Select(small, const(1), const(0))
-    normal = T.shift_left(magnitude + T.shift_left(leading + const(120), const(3)), const(20))
-    value = T.reinterpret(wide("float32"), normal)
-    value = T.Select(small, value - const(2.0**-6, "float32"), value)
-    value = T.Select(magnitude == const(0x7F), const(math.nan, "float32"), value)
-    sign = T.shift_left(T.bitwise_and(bits, const(0x80)), const(24))
-    return T.reinterpret(wide("float32"), T.bitwise_or(T.reinterpret(wide("uint32"), value), sign))
+    small = magnitude < 8
+    leading = T.Select(small, T.int32(1), T.int32(0))
+    value = T.reinterpret("float32", T.shift_left(magnitude + T.shift_left(leading + 120, 3), 20))
+    value = T.Select(small, value - T.float32(2.0**-6), value)
+    value = T.Select(magnitude == 0x7F, T.float32(math.nan), value)
+    sign = T.shift_left(T.bitwise_and(bits, 0x80), 24)
+    return T.reinterpret("float32", T.bitwise_or(T.reinterpret("int32", value), sign))
 
 
 def dequantised(x: Expr, scale: Expr, dtype: str) -> Expr:

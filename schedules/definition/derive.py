@@ -86,7 +86,6 @@ def derive(pattern: Formula, op: str, cache: str = "") -> PrimFunc:
     return attention.with_parameters(func, pattern.params) if operator.has_scores else func
 
 
-
 def _paged_blocks(kind: str) -> tuple[str, ...]:
     return (
         *("q_lengths", "k_lengths", "q_batch", f"k_from_{kind}", f"v_from_{kind}", "qk", "score", "mask", "own_keys"),

@@ -126,7 +126,6 @@ def paged_scaled(formula: Formula, symbols: Symbols) -> PrimFunc:
     return paged_scaled
 
 
-
 def _sizes(
     q_starts, k_lengths, heads, total_q, head_dim_v, kv_heads, most_keys, head_dim, softmax_scale, params
 ) -> Sizes:

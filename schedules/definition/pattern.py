@@ -361,7 +361,12 @@ def _sizes_of(arguments) -> tuple[str, int, int, str]:
             axes, rank = "(batch, heads, seq, head_dim)", 4
         if len(x.ty.shape) != rank + (role == "o_parts") or not isinstance(x.ty.shape[-1], tirx.IntImm):
             raise DefinitionError(f"arguments: {role} is {axes} with a constant head_dim")
-    return str(arguments.get("q", keys).ty.dtype), int(keys.ty.shape[-1]), int(values.ty.shape[-1]), str(keys.ty.shape[0].ty.dtype)
+    return (
+        str(arguments.get("q", keys).ty.dtype),
+        int(keys.ty.shape[-1]),
+        int(values.ty.shape[-1]),
+        str(keys.ty.shape[0].ty.dtype),
+    )
 
 
 def _check(found: Reading, pattern: Pattern) -> None:

@@ -63,8 +63,8 @@ for caches of 8 bits: ``k`` and ``v`` are uint8, the bytes of float8_e4m3fn, or 
 * ``k_scale``, ``v_scale``: float32 ``(pages, kv_heads)`` on the device, of any strides (0 broadcasts): what elements of
   a page and head are multiplied with.
 
-An element ``x`` stands for ``float32(x) * scale``, rounded to float32 and then to the dtype of ``q``, to the nearest and
-ties to even; the results are those of the kernel without scales on that.
+An element ``x`` stands for ``float32(x) * scale``, rounded to float32 and then to the dtype of ``q``, to the nearest
+and ties to even; the results are those of the kernel without scales on that.
 
 Those of ``backward`` take ``do`` (as ``o``), ``o`` and ``lse`` as a forward kernel left them, and ``dlse`` (as ``lse``;
 a shorter tensor means that there is none), and write all of ``dq``, ``dk`` and ``dv`` (as ``q``, ``k`` and ``v``), and

@@ -101,9 +101,10 @@ class PagedGeometry(SequenceGeometry):
             if not self.is_scaled:
                 return x
             factors = place(f"{name}_factors", keys, "float32")
-            return replace(
-                x, factors=factors, tile=tile, flat=place(f"{name}_tile", tile * x.width, x.dtype, "global")
-            )
+            # Of bfloat16 a view: TVM widens a buffer of its own, and then no two elements are a word.
+            memory = place(f"{name}_tile", tile * x.width, "uint16" if x.dtype == "bfloat16" else x.dtype, "global")
+            flat = T.decl_buffer((tile * x.width,), x.dtype, data=memory.data)
+            return replace(x, factors=factors, tile=tile, flat=flat)
 
         return replace(self, k=with_rows("k"), v=with_rows("v"))
 
