@@ -120,7 +120,7 @@ def _check_scale(name: str, x: TensorView, q: TensorView, cache: tuple) -> None:
     pages, heads = cache[0], cache[2]
     if x.shape not in ((heads,), (1, heads), (pages, heads)):
         raise InvalidArgumentError(
-            f"{name}: has shape {x.shape}, expected ({heads},) or ({pages}, {heads}): one for each head, or for each page "
+            f"{name}: has shape {x.shape}, expected ({heads},) or ({pages}, {heads}): one for each head, or a page "
             f"and head"
         )
     if x.device != q.device:
