@@ -16,10 +16,10 @@ from schedules.definition.catalogue import FULL, MASKS, Mask, ScoreModification
 from schedules.definition.derive import derive
 from schedules.definition.pattern import DefinitionError, match
 from schedules.families import schedule
-from schedules.families.interface import RAGGED, Rejected, Target
+from schedules.families.interface import BACKWARD, RAGGED, Rejected, Target
 from schedules.templates import v2
 from tests import oracle
-from tests.definitions.with_tensors import documents, relative
+from tests.definitions.with_tensors import documents, learnt_relative, relative
 from tvm_flash import reference
 from tvm_flash.packs.manifest import Param
 
@@ -42,7 +42,7 @@ def problem(attention, seqlen_q, seqlen_kv, head_dim, seed=0):
         "gate": rng.random((BATCH, seqlen_q), np.float32),
         "q_document": np.sort(rng.integers(0, 4, (BATCH, seqlen_q))).astype(np.int32),
         "k_document": np.sort(rng.integers(0, 4, (BATCH, seqlen_kv))).astype(np.int32),
-        "positions": rng.standard_normal((HEADS, 101), np.float32),
+        "positions": rng.standard_normal((HEADS, 41), np.float32),
         "allowed": rng.random((BATCH, 1, seqlen_q, seqlen_kv)) < 0.4,
     }
     values["allowed"][0, 0, :, : seqlen_kv // 2] = False  # tiles in which nobody sees anything
@@ -86,11 +86,26 @@ def test_what_is_read_of_a_definition_is_what_was_written():
     assert [p.name for p in match(documents(8, "float32")).of_mask] == ["q_document", "k_document"]
 
 
-def test_tables_are_not_learnt_and_clamp_their_indices():
+def test_the_gradient_of_a_table_by_the_oracle():
+    """Each element has the sum over all scores that read it, those of indices beyond the ends included."""
+    q, k, v, dout, params = problem(learnt_relative, 9, 43, 8)
+    given = {"axes": axes_of(learnt_relative), "softmax_scale": SCALE, "score": learnt_relative.score.twin}
+    positions = {"positions": params["positions"]}
+    unmasked = Attention(learnt_relative.score)
+    found = oracle.gradients(unmasked, dout, q, k, v, SCALE, positions)
+    exact = reference.attention_backward(dout, q, k, v, params=positions, gradients=("positions",), **given)
+    np.testing.assert_allclose(found.d_positions, exact.params["positions"], atol=5e-6, rtol=0)
+    assert np.abs(exact.params["positions"][:, -1]).min() > 1e-3  # what is beyond the end, too
+    np.testing.assert_allclose(found.dq, exact.dq, atol=5e-6, rtol=0)
+
+
+def test_tables_that_make_no_sense_are_refused():
     learnt = Param("positions", "float32", rank=2, gradient=True)
-    score = ScoreModification("learnt", relative.score.expr, relative.score.twin, (learnt,))
-    with pytest.raises(DefinitionError, match="'positions': is a table, and has no gradient"):
-        derive(match(Attention(score)(8, "float32")), "backward")
+    by_score = ScoreModification(
+        "by_score", lambda s, at: s + at.table["positions"](at.h, T.Cast("int32", s)), relative.score.twin, (learnt,)
+    )
+    with pytest.raises(DefinitionError, match="no derivative with respect to s is known of positions"):
+        derive(match(Attention(by_score)(8, "float32")), "backward")
     wrong = ScoreModification("wrong", lambda s, at: s + at.table["positions"](at.h), relative.score.twin, (learnt,))
     with pytest.raises(tvm.error.DiagnosticError, match="'positions': has rank 2, and 1 indices"):
         Attention(wrong)(8, "float32")
@@ -109,10 +124,13 @@ def test_parameters_that_make_no_sense_are_refused():
 
 def test_other_kernels_refuse_what_they_do_not_know():
     pattern = match(documents(64, "float16", index_dtype="int32"))
-    refusal = v2.apply(pattern, Target("sm_80"), "x")
-    assert isinstance(refusal, Rejected) and "only kernels of the CPU" in refusal.reason
+    refusal = v2.apply(pattern, Target("sm_80"), "x", kind=RAGGED)
+    assert isinstance(refusal, Rejected) and "those of forward, backward read tensors" in refusal.reason
     refusal = schedule(v2.TRAVERSAL, match(documents(64, "float32")), Target("cpu", "avx2"), "x", kind=RAGGED)
     assert isinstance(refusal, Rejected) and "a value for each head only" in refusal.reason
+    pattern = match(learnt_relative(64, "float16", index_dtype="int32"))
+    refusal = v2.apply(pattern, Target("sm_80"), "x", kind=BACKWARD)
+    assert isinstance(refusal, Rejected) and "the gradient of a table is asked for, positions" in refusal.reason
 
 
 # ---------------------------------------------------------------- masks that are joined
@@ -150,7 +168,7 @@ def test_joined_masks_keep_what_templates_know_of_them():
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     packs = tmp_path_factory.mktemp("packs")
-    for name in ("documents", "relative"):
+    for name in ("documents", "learnt_relative"):
         command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--dtype", "float32"]
         command += ["--head-dim", "32", "--template", "v2", "--output", packs]
         command += ["--definition", f"{ROOT / 'tests/definitions/with_tensors.py'}:{name}"]
@@ -191,8 +209,8 @@ assert "tvm" not in sys.modules and "schedules" not in sys.modules
 
 def test_kernels_read_tensors_and_learn_them(pack):
     """Long and short, few queries, tiles and rows that see nothing; against float64, by PyTorch's autograd."""
-    problems = [(a, n, m) for a in (documents, relative) for n, m in ((150, 200), (5, 300), (90, 40))]
-    names = {id(documents): "documents", id(relative): "relative"}
+    problems = [(a, n, m) for a in (documents, learnt_relative) for n, m in ((150, 200), (5, 300), (90, 40))]
+    names = {id(documents): "documents", id(learnt_relative): "learnt_relative"}
     for number, (attention, seqlen_q, seqlen_kv) in enumerate(problems):
         q, k, v, dout, params = problem(attention, seqlen_q, seqlen_kv, 32, number)
         asked = [p.name for p in attention.params if p.gradient]

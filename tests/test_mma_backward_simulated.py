@@ -27,6 +27,7 @@ KERNELS = (
     ("sm_80", "v2", 64, 64, "full", "identity", "bfloat16"),
     ("sm_80", "v1", 128, 128, "causal", "identity", "float16"),
     ("sm_86", "v1", 64, 64, "positioned", "optional", "float16"),
+    ("sm_80", "v2", 64, 64, "positioned", "optional_sinks", "float16"),
     ("sm_75", "v1", 64, 64, "window", "softcap", "float16"),
     ("sm_80", "v2", 192, 128, "sink_window", "identity", "bfloat16"),  # pairs of warps, a mask with gaps
 )
@@ -64,9 +65,7 @@ def test_the_shared_cases(made_kernel):
 def case_of(made_kernel, **sizes):
     """A case of a kernel's own kind and full width, and its inputs."""
     case = own_case(made_kernel, **sizes)
-    numbers = {"has_query_start": 1, "has_alibi_slopes": 1}
-    more = tuple((p.name, numbers[p.name]) for p in made_kernel.params if p.name in numbers)
-    case = replace(case, batch=2, params=(*case.params, *more))
+    case = replace(case, batch=2)
     return case, cases.inputs(case)
 
 

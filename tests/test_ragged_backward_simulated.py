@@ -26,7 +26,7 @@ from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 KERNELS = (
     ("sm_90a", "v2", 64, 64, "full", "identity", "bfloat16"),
     ("sm_90a", "v2", 128, 128, "causal", "identity", "float16"),
-    ("sm_90a", "v2", 64, 64, "window", "optional", "bfloat16"),
+    ("sm_90a", "v2", 64, 64, "window", "optional_sinks", "bfloat16"),
 )
 
 

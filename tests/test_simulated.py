@@ -36,6 +36,7 @@ KERNELS = (
     ("sm_80", "v2", 192, 128, "full", "alibi", "bfloat16"),
     ("sm_86", "v1", 96, 96, "sink_window", "identity", "float16"),  # a mask with gaps
     ("sm_86", "v2", 256, 256, "window", "identity", "float16"),
+    ("sm_80", "v2", 64, 64, "positioned", "optional_sinks", "bfloat16"),
 )
 
 

@@ -37,6 +37,7 @@ KERNELS = (
     ("forward", "v2", 128, 128, "window", "softcap_alibi", "float16"),
     ("forward", "v1", 256, 256, "full", "identity", "float16"),
     ("forward", "v2", 192, 128, "padded", "identity", "float16"),
+    ("forward", "v2", 64, 64, "positioned", "optional_sinks", "bfloat16"),
     ("decode", "v2", 128, 128, "window", "softcap_alibi", "bfloat16"),
 )
 

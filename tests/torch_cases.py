@@ -97,6 +97,7 @@ def own_case(kernel, **sizes) -> Case:
     """A case of such a kernel's own kind and full width."""
     spec = kernel.spec
     params = {"window_left": 90, "window_right": 3, "sink_tokens": 5, "softcap": 2.0}
+    params |= {"has_query_start": 1, "has_alibi_slopes": 1, "has_sinks": 1}
     return Case(
         1,
         2,

@@ -224,9 +224,7 @@ def _of_function(
     ``parameters`` are tensors by name, None if they aren't given; ``memory`` is what was given for their gradients.
     """
     wanted = tuple(gradients)
-    learnt = [
-        n for n, x in parameters.items() if x is not None and "float" in declared[n].dtype and not declared[n].rank
-    ]
+    learnt = [n for n, x in parameters.items() if x is not None and "float" in declared[n].dtype]
     if unknown := [n for n in wanted if n not in learnt]:
         raise InvalidArgumentError(
             f"gradients: has {', '.join(map(repr, unknown))}, expected names of float parameters that are given: "

@@ -125,6 +125,7 @@ def usual_attention(
     score: Callable,
     params: Mapping[str, Any],
     dtype: str,
+    axes: Mapping[str, str] | None = None,
 ) -> list[np.ndarray]:
     """Attention as one expects it of a dtype: float32 throughout, weights and result rounded.  One result an order.
 
@@ -132,9 +133,7 @@ def usual_attention(
     so that each of :func:`orders` counts; in 16 bits it hides behind that of the weights, and one order stands for all.
     """
     k, v = (np.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
-    values = reference.beside_scores(params)
-    rows, columns = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])[None, :]
-    at = reference.Positions(rows, columns, q.shape[2], k.shape[2], values)
+    at = reference.positions(*q.shape[:3], k.shape[2], reference.beside_scores(params, axes))
     visible = np.broadcast_to(mask(at), (*q.shape[:3], k.shape[2]))
 
     def attend(terms, keys):

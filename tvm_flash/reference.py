@@ -37,6 +37,10 @@ class Positions:
     b: np.ndarray | None = None
     h: np.ndarray | None = None
 
+    def with_param(self, name: str, value: Any) -> Positions:
+        """The same with another value of a parameter."""
+        return dataclasses.replace(self, params={**self.params, name: value})
+
     @property
     def diagonal(self) -> np.ndarray:
         aligned = self.seqlen_kv - self.seqlen_q
@@ -205,8 +209,9 @@ def attention_backward(
 
     A twin needs no derivative of its own: that of the score, with respect to the scaled product and to a parameter, is
     taken by central differences with the step ``STEP`` times the larger of 1 and the value, relative error about 1e-10.
-    They need no more than that the twin takes arrays, as complex steps would not: NumPy's ``abs`` and ``maximum`` of
-    complex numbers are other functions.  At a corner they have the mean of both sides.
+    The twin is asked again for each element of a table.  They need no more than that it takes arrays, as complex steps
+    would not: NumPy's ``abs`` and ``maximum`` of complex numbers are other functions.  At a corner they have the mean
+    of both sides.
 
     Parameters
     ----------
@@ -227,9 +232,15 @@ def attention_backward(
         delta = np.einsum("bhij,bhij->bhi", state.prob, np.where(state.prob == 0, 0.0, dp))
         delta = delta - (0.0 if dlse is None else np.asarray(dlse, np.float64))
         dscore = np.where(state.prob == 0, 0.0, state.prob * (dp - delta[..., None]))
-        slope = _difference(lambda s: score(s, state.at), state.s)
+        slope = difference(lambda s: score(s, state.at), state.s)
         ds = rounded(np.where(state.prob == 0, 0.0, dscore * slope)) * softmax_scale
-        found = {n: _parameter_gradient(n, score, state, dscore, delta, np.shape((params or {})[n])) for n in gradients}
+        tables = {n for n, x in (axes or {}).items() if not x and np.ndim((params or {})[n])}
+        found = {
+            n: _table_gradient(n, score, state, dscore)
+            if n in tables
+            else _parameter_gradient(n, score, state, dscore, delta, np.shape((params or {})[n]))
+            for n in gradients
+        }
     dq = np.einsum("bhij,bhjd->bhid", ds, state.k)
     dk, dv = np.einsum("bhij,bhid->bhjd", ds, state.q), np.einsum("bhij,bhid->bhjd", rounded(state.prob), dout)
     grouped = (state.q.shape[0], state.kv_heads, -1)
@@ -257,9 +268,7 @@ class _Forward:
         heads, seqlen_q, kv_heads, seqlen_kv = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
         k, v = (np.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
         values = beside_scores(params or {}, axes)
-        indices = (np.arange(n).reshape(-1, *[1] * (3 - a)) for a, n in enumerate((len(q), heads, seqlen_q, seqlen_kv)))
-        b, h, i, j = indices
-        at = Positions(i, j, seqlen_q, seqlen_kv, values, b, h)
+        at = positions(len(q), heads, seqlen_q, seqlen_kv, values)
         s = np.einsum("bhid,bhjd->bhij", q, k) * softmax_scale
         x = np.where(mask(at), score(s, at), -np.inf)
         row_max, sink = x.max(axis=-1, keepdims=True, initial=-np.inf), sink_of(score, at)
@@ -268,6 +277,13 @@ class _Forward:
         row_sum = prob.sum(axis=-1, keepdims=True) + np.where(sink == -np.inf, 0.0, np.exp(sink - row_max))
         lse = np.where(row_sum == 0, -np.inf, row_max + np.log(row_sum))
         return _Forward(q, k, v, kv_heads, at, s, np.where(row_sum == 0, 0.0, prob / row_sum), row_sum, lse[..., 0])
+
+
+def positions(batch: int, heads: int, seqlen_q: int, seqlen_kv: int, params: Mapping[str, Any]) -> Positions:
+    """The scores of a whole call; ``params`` as they broadcast against these (:func:`beside_scores`)."""
+    sizes = (batch, heads, seqlen_q, seqlen_kv)
+    b, h, i, j = (np.arange(n).reshape(-1, *[1] * (3 - a)) for a, n in enumerate(sizes))
+    return Positions(i, j, seqlen_q, seqlen_kv, params, b, h)
 
 
 def beside_scores(params: Mapping[str, Any], axes: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -292,27 +308,44 @@ def sink_of(score: Callable, at: Positions) -> np.ndarray:
     return np.asarray(-np.inf if sink is None else sink(at), np.float64)
 
 
-def _difference(function: Callable, x: np.ndarray) -> np.ndarray:
+def difference(function: Callable, x: np.ndarray) -> np.ndarray:
     """The derivative of an elementwise function by central differences."""
     step = STEP * np.maximum(1.0, np.abs(x))
     return (function(x + step) - function(x - step)) / (2 * step)
+
+
+def _table_gradient(name: str, score: Callable, state: _Forward, dscore: np.ndarray) -> np.ndarray:
+    """The sum of ``dscore * score`` differentiated by each element of a table, one after another."""
+    table = np.array(state.at.params[name], np.float64)
+    found = np.zeros(table.shape)
+
+    def total(index, value):
+        kept, table[index] = table[index], value
+        x = score(state.s, state.at.with_param(name, table))
+        table[index] = kept
+        return np.where(state.prob == 0, 0.0, dscore * x)
+
+    for index, value in np.ndenumerate(table.copy()):
+        step = STEP * max(1.0, abs(value))
+        found[index] = (total(index, value + step) - total(index, value - step)).sum() / (2 * step)
+    return found
 
 
 def _parameter_gradient(name: str, score: Callable, state: _Forward, dscore: np.ndarray, delta, shape) -> np.ndarray:
     """The sum of ``dscore * ∂score/∂parameter`` over the axes that the parameter doesn't have, and the sink's share."""
 
     def of_value(value):
-        return score(state.s, dataclasses.replace(state.at, params={**state.at.params, name: value}))
+        return score(state.s, state.at.with_param(name, value))
 
     def of_sink_value(value):
-        return sink_of(score, dataclasses.replace(state.at, params={**state.at.params, name: value}))
+        return sink_of(score, state.at.with_param(name, value))
 
     value = np.asarray(state.at.params[name], np.float64)
-    shares = np.where(state.prob == 0, 0.0, dscore * _difference(of_value, value))
+    shares = np.where(state.prob == 0, 0.0, dscore * difference(of_value, value))
     sink = sink_of(score, state.at)
     if (sink > -np.inf).any():
         weight = np.where(sink == -np.inf, 0.0, np.exp(sink - state.lse[..., None]))
-        share = np.where(weight == 0, 0.0, weight * delta[..., None] * _difference(of_sink_value, value))
+        share = np.where(weight == 0, 0.0, weight * delta[..., None] * difference(of_sink_value, value))
         shares = shares.sum(axis=-1, keepdims=True) - share
     if not shape:
         return shares.sum()

@@ -19,6 +19,8 @@ from schedules.builder.emit import emit
 from schedules.builder.pack import PackBusyError
 from schedules.builder.plan import PACKS, BuildRequest, PackPlan, default_jobs, parse_targets, plan
 from schedules.builder.suite import HeadDim, Selection
+from schedules.definition.attention import Attention
+from schedules.definition.check import check
 from schedules.definition.definition_file import DefinitionFile
 from schedules.toolchain.process import ToolchainError
 from schedules.tuning.best import MODES, Tuning
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for target in request.targets:
                 (_print_list if options.list else _print_plan)(console, request, plan(request, target))
             return 0
+        _check(console, request)
         if options.emit:
             _emit(console, request, options.emit)
             return 0
@@ -115,6 +118,14 @@ def _request(arguments: Sequence[str] | None) -> tuple[BuildRequest, argparse.Na
         tuning=Tuning(options.configs),
     )
     return request, options
+
+
+def _check(console: Console, request: BuildRequest) -> None:
+    """Compare a definition of the user's own with its twins, unless all of its kernels are there already."""
+    definition = request.definition.load() if request.definition else None
+    if isinstance(definition, Attention) and any(plan(request, target).jobs for target in request.targets):
+        with console.status(f"checking {definition.name}"):
+            check(definition)
 
 
 def _emit(console: Console, request: BuildRequest, folder: Path) -> None:

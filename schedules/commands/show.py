@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
-from tvm import tirx
 
-from schedules.builder.compile import Lowered, cpu_target, definition_of, export_cuda, lower_for_each
+from schedules.builder.compile import Lowered, cpu_target, export_cuda, lower_for_each
 from schedules.builder.plan import BuildRequest, parse_targets, select
 from schedules.builder.suite import SCOPES, HeadDim, KernelSpec, Selection
+from schedules.commands.show_definition import DEFINITION, STAGES, before_templates, parse_lengths
 from schedules.definition.definition_file import DefinitionFile
-from schedules.definition.derive import OPERATORS, derive
-from schedules.definition.parameters import Site
-from schedules.definition.pattern import DefinitionError, Pattern, match
+from schedules.definition.derive import OPERATORS
+from schedules.definition.errors import DefinitionError
 from schedules.families import family_of
 from schedules.families.interface import FORWARD, Rejected, Target
 from schedules.toolchain import cuda
@@ -112,8 +111,6 @@ CPU_STAGES = {
     "asm": Stage("machine code", "gas", _cpu_text("asm")),
 }
 
-#: The stages before there is a template: an operator's mathematics, and the derivative of the score.
-DEFINITION, GRADIENT = "definition", "gradient"
 #: What a backward computes, each by some of its launches.
 GRADIENTS = ("dq", "dk", "dv")
 
@@ -127,33 +124,6 @@ class Listing:
     language: str
 
 
-def _before_templates(spec: KernelSpec, request: BuildRequest, stage: str, op: str) -> Listing:
-    pattern = match(definition_of(spec, request.targets[0], request.definition))
-    kind = f"head_dim {HeadDim(spec.head_dim, spec.head_dim_v)}, {spec.dtype}, {spec.mask}, {spec.score}"
-    if stage == GRADIENT:
-        return Listing(f"{stage}: {spec.score}", _derivatives(pattern), "python")
-    return Listing(f"{stage} of {op}: {kind}", derive(pattern, op).script(), "python")
-
-
-def _derivatives(pattern: Pattern) -> str:
-    """The score and its derivatives as expressions of the scaled product ``s``."""
-    names = ("b", "h", "batch", "heads", "kv_heads", "seqlen_q", "seqlen_kv")
-    params = {p.name: tirx.Var(p.name, p.dtype) for p in pattern.params}
-    site = Site(*(tirx.Var(n, pattern.index_dtype) for n in names), tirx.const(1.0, "float32"), params)
-    at = (site, tirx.Var("s", "float32"), *(tirx.Var(n, pattern.index_dtype) for n in ("i", "j")))
-    lines = [
-        "# s = softmax_scale * (q · k)",
-        f"score = {pattern.score(*at)}",
-        f"d_score_d_s = {pattern.score_gradient(*at)}",
-    ]
-    lines += [
-        f"d_score_d_{p.name} = {pattern.parameter_gradient(p.name, *at)}"
-        for p in pattern.params
-        if p.dtype.startswith("float")
-    ]
-    return "\n".join(lines)
-
-
 def _of_result(lowered: Lowered, result: str, target: Target) -> Lowered:
     """Of a kernel's launches only those that write or complete a result."""
     program = lowered.program
@@ -165,11 +135,20 @@ def _of_result(lowered: Lowered, result: str, target: Target) -> Lowered:
     return dataclasses.replace(lowered, program=program, text=text)
 
 
-def listing(spec: KernelSpec, request: BuildRequest, stage: str, op: str = "forward", result: str = "") -> Listing:
+def listing(
+    spec: KernelSpec,
+    request: BuildRequest,
+    stage: str,
+    op: str = "forward",
+    result: str = "",
+    lengths: tuple[int, int] = (512, 512),
+    picture: Path | None = None,
+) -> Listing:
     """A kernel, as a build of the request would make it for its first target, at a stage.
 
-    An operator other than ``forward`` that no kind of kernels is called after has the stage ``definition`` only.  If a
-    ``result`` is named, only launches of it are shown.
+    ``lengths``, of queries and keys, are those of the picture of a mask, which goes to a file too if there is a name
+    for it.  An operator other than ``forward`` that no kind of kernels is called after has the stage ``definition``
+    only.  If a ``result`` is named, only launches of it are shown.
 
     Raises
     ------
@@ -178,12 +157,12 @@ def listing(spec: KernelSpec, request: BuildRequest, stage: str, op: str = "forw
     """
     target = request.targets[0]
     stages = CPU_STAGES if target.arch == "cpu" else GPU_STAGES
-    if stage in (DEFINITION, GRADIENT):
-        return _before_templates(spec, request, stage, op)
+    if stage in STAGES:
+        return Listing(*before_templates(spec, request, stage, op, lengths, picture))
     if op not in ("forward", spec.kind):
         raise ValueError(f"--stage {stage}: {op} has {DEFINITION}; kernels are made of {', '.join(SCOPES)}")
     if stage not in stages:
-        raise ValueError(f"--stage {stage}: {target.arch} has {', '.join((DEFINITION, GRADIENT, *stages))}")
+        raise ValueError(f"--stage {stage}: {target.arch} has {', '.join((*STAGES, *stages))}")
     buckets = {}
     kernels = lower_for_each(spec.with_bucket(0), (target,), request.configs, request.definition, request.tuned)
     for one, _, _, lowered, _ in kernels:
@@ -209,13 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = options.op if options.op in GRADIENTS else ""
     options.op = "backward" if result else options.op
     try:
-        target = parse_targets([options.arch or "native"])[-1]
+        target = parse_targets([options.arch or "native"], options.isa)[-1]
         request = _request(options, target)
         spec = select(request, target)[0].with_bucket(options.bucket)
         templates = options.templates or (["v2"] if "v2" in family_of(target).TEMPLATES else ["v1"])
-        templates = templates[:1] if options.stage in (DEFINITION, GRADIENT) else templates
+        templates = templates[:1] if options.stage in STAGES else templates
         specs = [dataclasses.replace(spec, template=t) for t in templates]
-        listings = [listing(one, request, options.stage, options.op, result) for one in specs]
+        more = parse_lengths(options.lengths), options.picture
+        listings = [listing(one, request, options.stage, options.op, result, *more) for one in specs]
     except (ValueError, ToolchainError, DefinitionError) as e:
         print(f"show: {e}", file=sys.stderr)
         return 2
@@ -229,19 +209,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "templates", nargs="*", type=str.lower, metavar="V1|V2", help="one, or both beside one another (default: V2)"
     )
-    stages = (DEFINITION, GRADIENT, *dict.fromkeys((*GPU_STAGES, *CPU_STAGES)))
+    stages = (*STAGES, *dict.fromkeys((*GPU_STAGES, *CPU_STAGES)))
     parser.add_argument("--stage", choices=stages, default="tir", help="default: tir; llvm and asm are the CPU's")
     choices = (*OPERATORS, *GRADIENTS)
     parser.add_argument(
         "--op", choices=choices, default="forward", help="an operator, or of a backward one result; default: forward"
     )
     parser.add_argument("--arch", help="cpu, sm_80, sm_90a, …; default: this machine's GPU, or its processor")
+    parser.add_argument("--isa", default="", help="of a processor: avx2, baseline, …; default: this machine's best")
     parser.add_argument("--head-dim", default="128", help="128, or 192:128 if values have a size of their own")
     parser.add_argument("--dtype", help="default: float16, on a processor float32")
     parser.add_argument("--mask", default="full", help="full, causal, window, …")
     parser.add_argument("--score", default="identity", help="identity, softcap, alibi, …")
     parser.add_argument("--kind", choices=tuple(SCOPES), help="default: that of the operator")
     parser.add_argument("--bucket", type=int, default=0, help="the kernel for sequences of so many keys or more")
+    parser.add_argument("--lengths", default="512", help="of a mask's picture: 512, or 256x512 for queries and keys")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="where a mask's picture goes")
     parser.add_argument("--definition", metavar="FILE.py:NAME", help="a definition of your own")
     return parser
 
@@ -252,7 +235,7 @@ def _request(options: argparse.Namespace, target: Target) -> BuildRequest:
             raise ValueError(f"{template}: unknown; expected V1 or V2")
     dtype = options.dtype or ("float32" if target.arch == "cpu" else "float16")
     head_dims = (HeadDim.parse(options.head_dim),)
-    scheduled = options.stage not in (DEFINITION, GRADIENT)
+    scheduled = options.stage not in STAGES
     kind = options.kind or (options.op if scheduled and options.op in SCOPES else FORWARD)
     chosen = Selection(("v2",), (dtype,), head_dims, (options.mask,), (options.score,), (kind,))
     definition = DefinitionFile.parse(options.definition) if options.definition else None

@@ -29,8 +29,9 @@ operators are derived from it: :mod:`schedules.definition.derive`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -60,11 +61,15 @@ class Attention:
 
     ``build_kernels --definition file.py:name`` takes one of these, or any function with the signature of
     :meth:`__call__` that returns such a PrimFunc.
+
+    ``example(batch, heads, seqlen_q, seqlen_kv)``, if there is one, has values for parameters by name, which a check
+    and a picture of the definition use in place of random ones: for what means something only together.
     """
 
     score: ScoreModification = IDENTITY
     mask: Mask = FULL
     name: str = BUILTIN_DEFINITION
+    example: Callable[[int, int, int, int], Mapping[str, Any]] | None = None
 
     @property
     def params(self) -> tuple[Param, ...]:

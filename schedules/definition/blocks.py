@@ -2,15 +2,15 @@
 
 Axes are letters: ``b`` batch, ``h`` query head, ``g`` head of keys and values, ``r`` query heads that read one, ``i``
 query, ``j`` key, ``d`` element of a query or key row, ``e`` of a value row, ``p`` part, ``t`` and ``u`` row of queries
-and of keys where sequences lie one after the other.  What lies between inputs and outputs is float32.  Of the buffers
-that a block is given, the first is what it writes.
+and of keys where sequences lie one after the other, ``w``, ``x``, ``y``, ``z`` those of a table.  What lies between
+inputs and outputs is float32.  Of the buffers that a block is given, the first is what it writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,9 +54,15 @@ class Formula(Protocol):
 
     def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr) -> Expr: ...
 
+    def table_gradients(self, name: str, site: Site, s: Expr, i: Expr, j: Expr) -> list[tuple[tuple, Expr]]: ...
+
     def sink_gradient(self, name: str, site: Site) -> Expr: ...
 
     def is_of_sink(self, param: Param) -> bool: ...
+
+
+#: What the indices of a table are called.
+_OF_TABLES = "wxyz"
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,14 @@ class Sizes:
 
 
 @contextlib.contextmanager
-def _block(name: str, n: Sizes, kept: str, summed: str = ""):
-    """A named block with its loops; gives its index variables, those it reduces over last."""
+def _block(name: str, n: Sizes, kept: str, summed: str = "", sizes: Sequence[Expr] | None = None):
+    """A named block with its loops; gives its index variables, those it reduces over last.
+
+    ``sizes`` are the extents of the axes ``kept`` if they are none of attention's.
+    """
     axes = kept + summed
-    with T.grid(*n.extents(axes)) as loops, T.sblock(name):
+    extents = n.extents(axes) if sizes is None else [*sizes, *n.extents(summed)]
+    with T.grid(*extents) as loops, T.sblock(name):
         loops = list(loops) if len(axes) > 1 else [loops]
         index = T.axis.remap("S" * len(kept) + "R" * len(summed), loops)
         index = list(index) if len(axes) > 1 else [index]
@@ -200,6 +210,12 @@ def key_range(Y, X, n: Sizes, first_key: Expr, last_key: Expr) -> None:
 
 def _hidden_unless(visible: Expr, value: Expr) -> Expr:
     return T.if_then_else(visible, value, T.float32(-math.inf))
+
+
+def of_scores(name: str, X, S, n: Sizes, value: Callable) -> None:
+    """``X[b, h, i, j] = value(site, i, j, S[b, h, i, j])``."""
+    with _block(name, n, "bhij") as (b, h, i, j):
+        _store(X[b, h, i, j], value(n.site(b, h), i, j, S[b, h, i, j]))
 
 
 # ---------------------------------------------------------------- softmax
@@ -329,6 +345,20 @@ def parameter_gradient(dA, param: Param, dX, P, S, n: Sizes, formula: Formula) -
         T.reads(dX[b, h, i, j], P[b, h, i, j], S[b, h, i, j])
         T.writes(dA[place])  # not found by itself: this buffer becomes an argument later
         slope = formula.parameter_gradient(param.name, n.site(b, h), S[b, h, i, j], i, j)
+        _add(dA[place], _zero_if(P[b, h, i, j] == T.float32(0), dX[b, h, i, j] * slope))
+
+
+def table_gradient(dA, param: Param, dX, P, S, n: Sizes, formula: Formula) -> None:
+    """``dA[w, …] = sum dX * ∂score/∂table[w, …]``: each element's share of all scores that read it."""
+    kept = _OF_TABLES[: param.rank]
+    with _block(gradient_name(param), n, kept, "bhij", list(dA.shape)) as index:
+        place, (b, h, i, j) = tuple(index[: param.rank]), index[param.rank :]
+        T.reads(dX[b, h, i, j], P[b, h, i, j], S[b, h, i, j])
+        T.writes(dA[place])  # as above
+        slope = T.float32(0)
+        for read, of_element in formula.table_gradients(param.name, n.site(b, h), S[b, h, i, j], i, j):
+            is_here = tirx.all(*(x == y for x, y in zip(read, place, strict=True)))
+            slope = slope + _zero_if(tirx.Not(is_here), of_element)
         _add(dA[place], _zero_if(P[b, h, i, j] == T.float32(0), dX[b, h, i, j] * slope))
 
 

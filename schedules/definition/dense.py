@@ -156,7 +156,9 @@ def gradients(
     for param in formula.params:
         if param.gradient:
             target = symbols.gradients[param.name]
-            if formula.is_of_sink(param):
+            if param.rank:
+                blocks.table_gradient(target, param, dX, P, S, n, formula)
+            elif formula.is_of_sink(param):
                 blocks.sink_gradient(target, param, W, Delta, n, formula)
             else:
                 blocks.parameter_gradient(target, param, dX, P, S, n, formula)

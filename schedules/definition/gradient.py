@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 import tvm_ffi
 from tvm import tirx
 from tvm.ir import Call, Expr
+from tvm.ir.expr import TensorLoad
 from tvm.script import tirx as T
 
 from schedules.definition.errors import DefinitionError
@@ -54,6 +55,38 @@ def derivative(expr: Expr, x: tirx.Var) -> Expr:
         raise DefinitionError(f"no derivative with respect to {x.name} is known of {e}, a part of {expr}")
 
     return d(expr)
+
+
+def by_elements(expr: Expr, table: tirx.Var) -> list[tuple[tuple[Expr, ...], Expr]]:
+    """The elements of a table that ``expr`` reads, each by its indices, and the derivative with respect to it.
+
+    Elements whose indices are written differently are told apart, though they may be the same one.
+
+    Raises
+    ------
+    DefinitionError: as :func:`derivative`.
+    """
+    loads: list[TensorLoad] = []
+
+    def collect(load: TensorLoad) -> None:
+        if load.source.same_as(table) and not any(tvm_ffi.structural_equal(load, x) for x in loads):
+            loads.append(load)
+
+    tvm_ffi.structural_walk(expr, [(TensorLoad, collect)])
+    return [(tuple(load.indices), _by_element(expr, load)) for load in loads]
+
+
+def _by_element(expr: Expr, load: TensorLoad) -> Expr:
+    element = tirx.Var(load.source.name, load.ty.dtype)
+
+    def hide(node):
+        return element if isinstance(node, TensorLoad) and tvm_ffi.structural_equal(node, load) else node
+
+    def show(node):
+        return load if isinstance(node, tirx.Var) and node.same_as(element) else node
+
+    found = derivative(tvm_ffi.structural_map(expr, hide, order="post"), element)
+    return tvm_ffi.structural_map(found, show, order="post")
 
 
 def _is_floating(e: Expr) -> bool:

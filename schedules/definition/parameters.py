@@ -23,8 +23,8 @@ class Site:
     """What stands in a kernel for the definition's own variables: TIR expressions of the pattern's ``index_dtype``.
 
     ``params`` has for each run-time parameter its value, for a per-head one that which belongs to ``(b, h)``; or what
-    gives a tensor's value at a query and a key: the buffer, or a :class:`Place`; and the buffer of a table.  Where the
-    operator is ``partial``, it has ``first_key`` and ``last_key`` too.
+    gives a tensor's value at a query and a key: the buffer, or a :class:`Reader`; and the buffer of a table, or a
+    :class:`Lookup`.  Where the operator is ``partial``, it has ``first_key`` and ``last_key`` too.
     """
 
     b: Expr
@@ -38,8 +38,26 @@ class Site:
     params: Mapping[str, Expr]
 
 
+class Reader:
+    """What a kernel has of a tensor for one batch entry and head: its value at a query and a key."""
+
+    def __call__(self, i: Expr, j: Expr) -> Expr:
+        """The value at query ``i`` and key ``j``, float32, int32 or a predicate."""
+        raise NotImplementedError
+
+
+class Lookup:
+    """What a kernel has of a table: its ``shape``, and elements by indices that are within it."""
+
+    shape: tuple[Expr, ...]
+
+    def __getitem__(self, index: tuple[Expr, ...]) -> Expr:
+        """An element in the table's own dtype."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Place:
+class Place(Reader):
     """A tensor at one batch entry and head; queries and keys that there are not have the value of the last one."""
 
     buffer: tirx.Buffer
@@ -56,11 +74,14 @@ class Place:
 
 
 def value_of(param: Param, site: Site, i: Expr | None, j: Expr | None) -> Expr | None:
-    """A parameter's value at a place: float32, int32, or a predicate; the buffer of a table; None where it has none."""
+    """A parameter's value at a place: float32, int32, or a predicate; what a table is in a kernel; None where it has
+    none."""
     x = site.params[param.name]
-    if isinstance(x, Place):
+    if param.rank:
+        return x
+    if isinstance(x, Reader):
         return x(i, j)
-    if not isinstance(x.ty, tirx.BufferType) or param.rank:
+    if not isinstance(x.ty, tirx.BufferType):
         return x
     at = {"b": site.b, "h": site.h, "i": i, "j": j}
     index = tuple(at[a] for a in param.axes)
@@ -109,7 +130,7 @@ def parameter_symbols(params: tuple[Param, ...], index_dtype: str):
 def gradient_symbols(params: tuple[Param, ...], index_dtype: str):
     """Fresh buffers for the gradients of the parameters that ask for one: as a list, and by the parameter's name.
 
-    The gradient of a number is a tensor with one element.
+    The gradient of a number is a tensor with one element, that of a table a tensor of its shape.
     """
     values = {p.name: _gradient(p, index_dtype) for p in params if p.gradient}
     return list(values.values()), values
@@ -121,6 +142,8 @@ def gradient_name(param: Param) -> str:
 
 
 def _gradient(param: Param, index_dtype: str):
+    if param.rank:
+        return _tensor(gradient_name(param), Param(param.name, "float32", rank=param.rank), index_dtype)
     if not param.axes:
         return tirx.decl_buffer([tirx.IntImm(index_dtype, 1)], "float32", name=gradient_name(param))
     return _tensor(gradient_name(param), Param(param.name, "float32", axes=param.of_gradient), index_dtype)

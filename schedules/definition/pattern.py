@@ -27,9 +27,9 @@ from schedules.definition.cache import STORED
 from schedules.definition.cases import Cases
 from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
-from schedules.definition.gradient import derivative
+from schedules.definition.gradient import by_elements, derivative
 from schedules.definition.operator import PAGES, SCALES, STARTS, Symbols
-from schedules.definition.parameters import Site, append_arguments, parameter_symbols, value_of
+from schedules.definition.parameters import Lookup, Site, append_arguments, parameter_symbols, value_of
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
 from tvm_flash.packs.manifest import Param
@@ -71,6 +71,7 @@ class Pattern:
     is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
         needed.
     has_sink: the softmax has a logit beside those of keys.
+    is_uneven: the score reads tensors or tables, so that a row's scores at some keys say nothing of those at others.
     """
 
     def __init__(self, found: Reading):
@@ -87,14 +88,16 @@ class Pattern:
         self.is_interval = self._mask is None or self._mask.is_interval
         self.narrows = self._mask is None or getattr(self._mask, "narrows", False)
         self.is_scale_only = found.score is None or found.score.same_as(self._variables.s)
-        self._choice = _split_choice(found.score, self._variables)
-        self.has_choice = self._choice is not None
         scores = self._variables  # an operator that computes none has no variables of theirs
-        self._cases = Cases(found.score, () if scores is None else (*scores.index[2:], scores.s))
+        varying = () if scores is None else (*scores.index[2:], scores.s, *varying)
+        self._choice = _split_choice(found.score, varying)
+        self.has_choice = self._choice is not None
+        self._cases = Cases(found.score, varying)
         self.conditions = len(self._cases.conditions)
         self._derivatives: dict[tuple[str | None, Known], Expr] = {}
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
         self.has_sink = found.sink is not None
+        self.is_uneven = found.score is not None and any(p.is_spread for p in self.of_score)
 
     # ---- what a template asks
 
@@ -138,6 +141,22 @@ class Pattern:
     def parameter_gradient(self, name: str, site: Site, s: Expr, i: Expr, j: Expr, chosen: Known = None) -> Expr:
         """The derivative of the score with respect to a float parameter; else as ``score_gradient``."""
         return self._substitute(self._derivative(name, chosen), site, i, j, s)
+
+    def table_gradients(
+        self, name: str, site: Site, s: Expr, i: Expr, j: Expr, chosen: Known = None
+    ) -> list[tuple[tuple[Expr, ...], Expr]]:
+        """Which elements of a table the score reads, each by its indices, and the derivative with respect to it.
+
+        An element that is read at several places of the expression is there several times.  Else as ``score_gradient``.
+        """
+        return [
+            (tuple(self._substitute(x, site, i, j, s) for x in index), self._substitute(slope, site, i, j, s))
+            for index, slope in self._table_derivatives(name, chosen)
+        ]
+
+    def elements_read(self, name: str, chosen: Known = None) -> int:
+        """How many elements of a table ``table_gradients`` has."""
+        return len(self._table_derivatives(name, chosen))
 
     def sink(self, site: Site) -> Expr:
         """The logit of a head that is in the denominator beside those of keys, float32, where ``has_sink``."""
@@ -185,7 +204,7 @@ class Pattern:
         """
         self._derivative(None, None)
         for p in self.learnt:
-            self._derivative(p.name, None)
+            (self._table_derivatives if p.rank else self._derivative)(p.name, None)
         for p in self.learnt_of_sink:
             if _mentions(self._found.score, self._variables.params[p.name]):
                 raise DefinitionError(f"parameter {p.name!r}: is one of the score and of the sink; make it two")
@@ -196,16 +215,18 @@ class Pattern:
         chosen = chosen if self.has_choice or isinstance(chosen, tuple) else None
         if (name, chosen) not in self._derivatives:
             param = next((p for p in self.params if p.name == name), None)
-            if param and param.rank:
-                raise DefinitionError(
-                    f"parameter {name!r}: is a table, and has no gradient; look up in the framework, and give a tensor "
-                    f"over axes of scores, whose gradient flows back"
-                )
-            if param and "float" not in param.dtype:
-                raise DefinitionError(f"parameter {name!r}: is {param.dtype}; only a float parameter has a gradient")
+            _expect_float(param)
             score = self._known_score(chosen) if sink is None else sink
             variable = self._variables.params[name] if param else self._variables.s
             self._derivatives[name, chosen] = derivative(score, variable)
+        return self._derivatives[name, chosen]
+
+    def _table_derivatives(self, name: str, chosen: Known) -> list[tuple[tuple[Expr, ...], Expr]]:
+        """Indices and derivatives in the definition's variables; taken once."""
+        chosen = chosen if self.has_choice or isinstance(chosen, tuple) else None
+        if (name, chosen) not in self._derivatives:
+            _expect_float(next(p for p in self.params if p.name == name))
+            self._derivatives[name, chosen] = by_elements(self._known_score(chosen), self._variables.params[name])
         return self._derivatives[name, chosen]
 
     def visible(self, site: Site, i: Expr, j: Expr) -> Expr | None:
@@ -288,10 +309,11 @@ class Pattern:
         ]
         for p in self.params:
             value = value_of(p, site, i, j) if p.name in site.params else None
-            if value is not None:
-                pairs.append((variables.params[p.name], value))
             if p.rank:
-                pairs += zip(variables.params[p.name].ty.shape, value.ty.shape, strict=True)
+                shape = value.shape if isinstance(value, Lookup) else value.ty.shape
+                pairs += zip(variables.params[p.name].ty.shape, shape, strict=True)
+            elif value is not None:
+                pairs.append((variables.params[p.name], value))
         if s is not None:
             pairs.append((variables.s, s * site.softmax_scale))
 
@@ -308,17 +330,22 @@ class Pattern:
         return tvm_ffi.structural_map(expr, replace, order="post")
 
 
+def _expect_float(param: Param | None) -> None:
+    if param and "float" not in param.dtype:
+        raise DefinitionError(f"parameter {param.name!r}: is {param.dtype}; only a float parameter has a gradient")
+
+
 def _mentions(expr: Expr, variable: Expr) -> bool:
     found = []
     tvm_ffi.structural_walk(expr, [(tirx.Var, lambda x: found.append(x.same_as(variable)))])
     return any(found)
 
 
-def _split_choice(score: Expr | None, variables) -> tuple[Expr, Expr, Expr] | None:
-    """``(condition, score, other score)`` if a score is one of two by a condition that knows no query and no key."""
+def _split_choice(score: Expr | None, varying) -> tuple[Expr, Expr, Expr] | None:
+    """``(condition, score, other score)`` if a score is one of two by a condition without the variables ``varying``,
+    which differ from query to query or key to key."""
     if score is None or not getattr(getattr(score, "op", None), "name", "").endswith("if_then_else"):
         return None
-    varying = (*variables.index[2:], variables.s)
     return None if any(_mentions(score.args[0], x) for x in varying) else tuple(score.args)
 
 

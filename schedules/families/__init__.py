@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 
+from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, FORWARD, Program, Rejected, Target
+from schedules.families.interface import FORWARD, GRADIENT_KINDS, Program, Rejected, Target
 from schedules.tile.tile_scheduler import Traversal
 
 #: Family module for each arch that packs can be built for.
@@ -51,6 +52,16 @@ def core_kinds_of(target: Target) -> tuple[str, ...]:
 def is_verified_size(target: Target, kind: str, head_dim: int, head_dim_v: int) -> bool:
     """Whether kernels of a kind that the core set has were verified on hardware at a size: the core set has those."""
     return (head_dim, head_dim_v) not in getattr(family_of(target), "UNVERIFIED_HEAD_DIMS", {}).get(kind, ())
+
+
+def has_core_kernels(target: Target, kind: str, mask: str, score: str) -> bool:
+    """Whether the core set has kernels of a kind for a mask and a score that read tensors, or have sinks: the target's
+    family knows how, and they were verified on hardware."""
+    family = family_of(target)
+    of_tensors, of_sinks = (getattr(family, name, ()) for name in ("TENSOR_KINDS", "SINK_KINDS"))
+    reads = any(p.is_tensor and not p.per_head for p in (*MASKS[mask].params, *SCORES[score].params))
+    knows = (kind in of_tensors or not reads) and (kind in of_sinks or SCORES[score].sink is None)
+    return knows and (mask, score) not in getattr(family, "UNVERIFIED_VARIANTS", {}).get(kind, ())
 
 
 def maker_of(target: Target, kind: str = FORWARD):
@@ -102,11 +113,19 @@ def schedule(
 
 def _unknown(pattern: Pattern, target: Target, kind: str) -> str:
     """What of a definition no kernel of a kind and a target knows; empty if there is none."""
-    wide = ", ".join(p.name for p in pattern.params if p.is_tensor and not p.per_head)
-    if target.arch != "cpu" and (wide or pattern.has_sink):
+    family = family_of(target)
+    spread = ", ".join(p.name for p in pattern.params if p.is_tensor and not p.per_head)
+    of_tensors, of_sinks = (getattr(family, name, ()) for name in ("TENSOR_KINDS", "SINK_KINDS"))
+    if spread and kind not in of_tensors:
+        others = f"; those of {', '.join(of_tensors)} read tensors and tables too" if of_tensors else ""
+        only = "read a value for each head only"
+        return f"the definition has {spread}, and {target} kernels of the kind {kind} {only}{others}"
+    tables = ", ".join(p.name for p in pattern.learnt if p.rank)
+    if tables and kind in GRADIENT_KINDS and kind not in getattr(family, "LEARNT_TABLE_KINDS", ()):
         return (
-            f"the definition has {wide or 'a sink'}, and only kernels of the CPU read tables, other tensors and sinks"
+            f"the gradient of a table is asked for, {tables}, and {target} kernels of the kind {kind} have none; look "
+            f"up in the framework, and give a tensor over axes of scores, whose gradient flows back"
         )
-    if wide and kind not in (FORWARD, BACKWARD, BACKWARD_ACCUMULATE):
-        return f"the definition has {wide}, and kernels of the kind {kind} read a value for each head only"
+    if pattern.has_sink and kind not in of_sinks:
+        return f"the definition has a sink, and {target} kernels of the kind {kind} have none"
     return ""

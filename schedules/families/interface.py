@@ -15,7 +15,11 @@ sits.  It is a module with
   ``default_configs``, ``space``, ``feasible`` and ``program`` as above, by name: :data:`DECODE` splits the keys for few
   rows.  :func:`schedules.families.maker_of` finds them.  Those that no hardware has run yet are in
   ``UNVERIFIED_KINDS``, and are built only if they are asked for by name; so are those of the sizes that
-  ``UNVERIFIED_HEAD_DIMS`` has by kind, pairs of head_dim and head_dim_v.
+  ``UNVERIFIED_HEAD_DIMS`` has by kind, pairs of head_dim and head_dim_v, and those for usual sizes of the masks and
+  scores that ``UNVERIFIED_VARIANTS`` has by kind.
+* ``TENSOR_KINDS``, ``SINK_KINDS``: which kinds of its kernels, the usual one included, read parameters that are tables
+  or tensors over other axes than heads, and which have sinks; none if it doesn't say.  ``LEARNT_TABLE_KINDS``: which of
+  them compute the gradient of a table.
 """
 
 from __future__ import annotations
@@ -46,6 +50,8 @@ PAGED_DECODE_SCALED = {"float8_e4m3fn": "paged_decode_e4m3", "int8": "paged_deco
 SCALES = ("k_scale", "v_scale")
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
+#: The kinds of gradients.
+GRADIENT_KINDS = (BACKWARD, BACKWARD_ACCUMULATE, RAGGED_BACKWARD)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
-from schedules.tile.combine import combine, combine_ragged
+from schedules.tile.combine import Sinks, combine, combine_ragged
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 from tvm_flash.packs.manifest import Scalar, Workspace
 
@@ -75,7 +75,7 @@ def program(
         "forward",
         (
             ScheduledLaunch(partial, ("q", "k", "v", *results, "softmax_scale", "split_length", *params)),
-            ScheduledLaunch(combining, (*results, "o", "lse")),
+            ScheduledLaunch(combining, (*results, "o", "lse", *Sinks(pattern).roles)),
         ),
         "tirx",
         alignment=alignment,
@@ -131,7 +131,7 @@ def paged_program(pattern: Pattern, partial: PrimFunc, name: str, *, alignment: 
         "forward",
         (
             ScheduledLaunch(partial, ("q", "k", "v", *results, *where, "page_table", "softmax_scale", *params)),
-            ScheduledLaunch(combining, (*results, "o", "lse", *where)),
+            ScheduledLaunch(combining, (*results, "o", "lse", *where, *Sinks(pattern).roles)),
         ),
         "tirx",
         alignment=alignment,

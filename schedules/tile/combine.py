@@ -12,14 +12,17 @@ rows as that leaves groups for.
 from __future__ import annotations
 
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from schedules.definition.parameters import Site, append_arguments, parameter_symbols
 from schedules.definition.pattern import Pattern
 from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import RAGGED_LAYOUT, Tensor, flat, wide
+from schedules.tile.parameters import OfHead
 from schedules.tile.partial import PartialResults
-from schedules.tile.score import LN_2, LOG2_E
+from schedules.tile.score import LN_2, LOG2_E, NEGATIVE_INFINITY
 from schedules.tile.sequences import Ragged, find_owner
 from schedules.tile.softmax import LOWEST, from_lane
 from schedules.tile.tile_scheduler import Traversal, ceildiv
@@ -36,6 +39,28 @@ BLOCKS_PER_SM = 4
 
 #: Groups that share a row of a ragged sequence at most.
 _SHARING = 4
+
+
+@T.meta_class
+class Sinks:
+    """Sinks, where the pattern has them: of each row a part more, without keys and with the output 0.
+
+    ``arguments`` are the further ones of the launch, of the ``roles``.
+    """
+
+    def __init__(self, pattern: Pattern):
+        self.pattern = pattern
+        self.params = tuple(p for p in pattern.params if pattern.is_of_sink(p))
+        self.roles = tuple(p.name for p in self.params)
+        self.arguments, self.symbols = parameter_symbols(self.params, pattern.index_dtype)
+
+    def of(self, b: Expr, h: Expr) -> Expr:
+        """The logit of a batch entry and head."""
+        values = {
+            p.name: OfHead(self.symbols[p.name], p.axes).value(b, h) if p.axes else self.symbols[p.name]
+            for p in self.params
+        }
+        return self.pattern.sink(Site(b, h, *[T.int32(0)] * 5, T.float32(1), values))
 
 
 @T.meta_class
@@ -67,6 +92,13 @@ class Partials:
     @T.inline
     def look_up(self, row, lane, splits):
         """A whole warp: set ``splits`` to how many a row has; here all have the same number."""
+
+    @T.inline
+    def look_up_sink(self, sinks: Sinks, row, lane, sink):
+        """A whole warp: set ``sink`` to the logit that a row has beside those of its splits."""
+        head_row: T.int32 = T.truncdiv(row, self.seqlen_q)
+        if row < self.rows:
+            sink = sinks.of(T.truncdiv(head_row, self.heads), T.truncmod(head_row, self.heads))  # noqa: F841
 
     @T.inline
     def write(self, row, column, lane, values, factor, lse):
@@ -126,6 +158,13 @@ class RaggedPartials(Partials):
             splits = T.min(self.split_count(self.lengths[owner]), self.splits)  # noqa: F841, the caller's
 
     @T.inline
+    def look_up_sink(self, sinks: Sinks, row, lane, sink):
+        owner: T.int32 = 0
+        find_owner(self.queries, T.truncmod(row, self.total_q), lane, owner)
+        if T.And(row < self.rows, owner < self.queries.batch):
+            sink = sinks.of(owner, T.truncdiv(row, self.total_q))  # noqa: F841, the caller's
+
+    @T.inline
     def write(self, row, column, lane, values, factor, lse):
         self.store(
             row, (0, T.truncdiv(row, self.total_q), T.truncmod(row, self.total_q), column), lane, values, factor, lse
@@ -148,27 +187,32 @@ def _largest(lse, first, splits, lane, span, value, peak):
 
 
 def combine(pattern: Pattern, traversal: Traversal, name: str, alignment: int, waits: bool) -> PrimFunc:
-    """``(o_partial, lse_partial, o, lse)``: partial results (:mod:`schedules.tile.partial`) to o and lse.
+    """``(o_partial, lse_partial, o, lse, *sinks)``: partial results (:mod:`schedules.tile.partial`) to o and lse.
+
+    ``sinks`` are the parameters of the pattern's sink, if it has one (:class:`Sinks`).
 
     Parameters
     ----------
     waits: whether the launch before lets this one begin early, so that it has to wait for what that writes.
     """
 
+    sinks = Sinks(pattern)
+
     @T.prim_func(check_well_formed=False)
     def kernel(o_partial: T.handle, lse_partial: T.handle, o: T.handle, lse: T.handle):
-        _combine(pattern, Partials(pattern, traversal, (o_partial, lse_partial, o, lse), alignment), waits)
+        _combine(pattern, Partials(pattern, traversal, (o_partial, lse_partial, o, lse), alignment), waits, sinks)
 
-    return kernel.with_attr("global_symbol", name)
+    return append_arguments(kernel.with_attr("global_symbol", name), sinks.arguments)
 
 
 def combine_ragged(pattern: Pattern, split_count, name: str, alignment: int, waits: bool) -> PrimFunc:
-    """``(o_partial, lse_partial, o, lse, cu_seqlens_q, seqlens_k)``: the same of ragged sequences.
+    """``(o_partial, lse_partial, o, lse, cu_seqlens_q, seqlens_k, *sinks)``: the same of ragged sequences.
 
     Parameters
     ----------
     split_count: ``split_count(keys)``, how many splits a sequence of so many keys has.
     """
+    sinks = Sinks(pattern)
 
     @T.prim_func(check_well_formed=False)
     def kernel(
@@ -180,13 +224,13 @@ def combine_ragged(pattern: Pattern, split_count, name: str, alignment: int, wai
         seqlens_k: T.handle,
     ):
         handles = T.meta_var(((o_partial, lse_partial, o, lse), (cu_seqlens_q, seqlens_k)))
-        _combine(pattern, RaggedPartials(pattern, *handles, split_count, alignment), waits)
+        _combine(pattern, RaggedPartials(pattern, *handles, split_count, alignment), waits, sinks)
 
-    return kernel.with_attr("global_symbol", name)
+    return append_arguments(kernel.with_attr("global_symbol", name), sinks.arguments)
 
 
 @T.inline
-def _combine(pattern: Pattern, at, waits):
+def _combine(pattern: Pattern, at, waits, sinks: Sinks):
     """The kernel's text."""
     columns = T.meta_var(pattern.head_dim_v)
     lanes = T.meta_var(1 << (-(-columns // COLUMNS) - 1).bit_length())  # of a group, a power of two
@@ -218,6 +262,10 @@ def _combine(pattern: Pattern, at, waits):
         T.ptx.griddepcontrol.wait()
     # 2. The largest log-sum-exp; finite, so that −inf minus it is −inf.
     peak: T.float32 = T.float32(LOWEST)
+    if pattern.has_sink:
+        sink: T.float32 = T.float32(NEGATIVE_INFINITY)
+        at.look_up_sink(sinks, row, T.truncmod(thread, 32), sink)
+        peak = T.max(peak, sink)
     span = T.meta_var(min(lanes, 32))
     _largest(logs, first, splits, T.truncmod(thread, span), span, weight, peak)
     # 3. Each group sums its splits, weighted.
@@ -258,5 +306,7 @@ def _combine(pattern: Pattern, at, waits):
                 total = total + sum_shared[group + g]
                 for x in T.unroll(COLUMNS):
                     acc[x] = acc[x] + acc_shared[(thread + g * lanes) * COLUMNS + x]
+        if pattern.has_sink:
+            total = total + T.exp2((sink - peak) * T.float32(LOG2_E))
         inverse: T.float32 = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
         at.write(row, column, lane, acc, inverse, peak + T.log2(total) * T.float32(LN_2))

@@ -15,7 +15,7 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.tile.dtypes import element_type
-from schedules.tile.geometry import Tensor, flat
+from schedules.tile.geometry import RAGGED_LAYOUT, Tensor, flat
 from schedules.tile.softmax import from_lane
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 
@@ -28,15 +28,18 @@ ROWS = 4
 class Outputs:
     """The arguments of the launch: tensors ``o`` and ``do``, flat ``dlse`` and ``delta``, and sizes."""
 
-    def __init__(self, pattern: Pattern, traversal: Traversal, handles, alignment: int):
+    def __init__(self, pattern: Pattern, traversal: Traversal, handles, alignment: int, ragged: bool):
         o, do, dlse, delta = handles
+        layout = RAGGED_LAYOUT if ragged else traversal.layout
         names = ("batch", "heads", "seqlen_q", "head_dim_v", "dlse_length", "delta_length")
         self.batch, self.heads, self.seqlen_q, self.head_dim_v, self.dlse_length, self.delta_length = (
             tirx.Var(name, "int32") for name in names
         )
         sizes = {"batch": self.batch, "heads": self.heads, "seq": self.seqlen_q, "dim": self.head_dim_v}
-        self.o = Tensor(o, "o", sizes, pattern.dtype, traversal.layout, alignment)
-        self.do = Tensor(do, "do", sizes, pattern.dtype, traversal.layout, alignment)
+        self.o = Tensor(o, "o", sizes, pattern.dtype, layout, alignment)
+        self.do = Tensor(do, "do", sizes, pattern.dtype, layout, alignment)
+        if ragged:
+            self.batch = T.int32(1)
         self.dlse = T.match_buffer(dlse, (self.dlse_length,), "float32", align=4)
         self.delta = T.match_buffer(delta, (self.delta_length,), "float32", align=4)
 
@@ -62,10 +65,11 @@ def halves(word: Expr, dtype: str) -> tuple[Expr, Expr]:
     return tuple(T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", x))) for x in (low, high))
 
 
-def delta(pattern: Pattern, traversal: Traversal, name: str, alignment: int) -> PrimFunc:
+def delta(pattern: Pattern, traversal: Traversal, name: str, alignment: int, *, ragged: bool = False) -> PrimFunc:
     """``(o, do, dlse, delta)``: 16-bit tensors of the same shape, whose strides are multiples of 16 bytes, to delta.
 
-    ``dlse`` and ``delta`` are flat; a ``dlse`` that is shorter than there are rows means none.
+    ``dlse`` and ``delta`` are flat; a ``dlse`` that is shorter than there are rows means none.  Tensors of ``ragged``
+    sequences have no batch axis, and delta is in the order (heads, positions).
     """
     dtype, chunk = pattern.dtype, element_type(pattern.dtype).chunk
     lanes = 1 << (-(-pattern.head_dim_v // chunk) - 1).bit_length()
@@ -74,7 +78,7 @@ def delta(pattern: Pattern, traversal: Traversal, name: str, alignment: int) -> 
 
     @T.prim_func(check_well_formed=False)
     def kernel(o: T.handle, do: T.handle, dlse: T.handle, delta: T.handle):
-        at = Outputs(pattern, traversal, (o, do, dlse, delta), alignment)
+        at = Outputs(pattern, traversal, (o, do, dlse, delta), alignment, ragged)
         T.device_entry()
         block = T.cta_id([ceildiv(at.rows, groups * ROWS)])
         thread = T.thread_id([THREADS])

@@ -8,11 +8,12 @@ are in this block.
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from dataclasses import replace
 
 from tvm import tirx
-from tvm.ir import Expr, PrimType
+from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -125,7 +126,7 @@ class Geometry:
             self.lse = T.match_buffer(results[1], (self.lse_length,), "float32", align=4)
         self.queries, self.keys = Dense(self.seqlen_q), Dense(self.seqlen_kv)
         self.softmax_scale = softmax_scale
-        self.parameters = parameters
+        self.parameters, self.declared = parameters, {p.name: p for p in pattern.params}
 
     def key_rows(self, tensor: Tensor, b: Expr, kv_head: Expr, keys: Sequence) -> ContiguousRows | PagedRows:
         """Where the keys of a sequence are in k or v."""
@@ -138,6 +139,10 @@ class Geometry:
     def work(self, rows: int) -> Work:
         """The work tiles of ``rows`` rows of a launch."""
         return Work(self.queries.tiles(rows), self.heads, self.batch)
+
+    def sink(self, pattern: Pattern, at: Site) -> Expr:
+        """The logit that the rows at a site have beside those of keys, where the pattern has one."""
+        return pattern.sink(at)
 
     @property
     def lse_wanted(self) -> Expr:
@@ -171,11 +176,15 @@ class RaggedGeometry(Geometry):
         self.batch = ends - 1
         self.queries = Ragged(of_queries, self.batch, self.seqlen_q)
         self.keys = Ragged(of_keys, self.batch, self.seqlen_kv)
-        self.starts = self.queries, self.keys
+        self.all_queries = self.queries
 
     def work(self, rows: int) -> Work:
         """Slots for row tiles, those of all sequences together."""
         return Work(self.queries.tiles(rows), self.heads, T.int32(1))
+
+    def sink(self, pattern: Pattern, at: Site) -> Expr:
+        is_of_sequence = self.queries.of(at.b).offset < self.all_queries.begin(self.batch)
+        return T.Select(is_of_sequence, pattern.sink(at), T.float32(-math.inf))  # rows after the last have none
 
     @property
     def lse_wanted(self) -> Expr:
@@ -229,44 +238,19 @@ class PagedGeometry(RaggedGeometry):
         self.seqlen_kv = columns * self.page_size
         self.queries = Ragged(starts, self.batch, self.seqlen_q)
         self.keys = Lengths(lengths, self.batch, self.seqlen_kv)
+        self.all_queries = self.queries
         self.softmax_scale = softmax_scale
-        self.parameters = parameters
+        self.parameters, self.declared = parameters, {p.name: p for p in pattern.params}
 
     def key_rows(self, tensor: Tensor, b: Expr, kv_head: Expr, keys: Sequence) -> PagedRows:
         entries = flat(self.table)
         return PagedRows(tensor, lambda page: entries[wide(b) * wide(self.table_stride) + wide(page)], kv_head, keys)
 
 
-@T.meta_class
-class Parameters:
-    """The run-time parameters that belong to one ``(batch, head)``: scalars as they are, per-head ones read once."""
-
-    def __init__(self, geometry: Geometry, b: Expr, h: Expr):
-        self.geometry = geometry
-        self.values = {}
-        self.loaded = []
-        for name, value in geometry.parameters.items():
-            if isinstance(value.ty, PrimType):
-                self.values[name] = value
-                continue
-            batch_stride, head_stride = value.ty.strides
-            source = flat(value)
-            self.loaded.append(source)
-            self.values[name] = local(source[wide(b) * wide(batch_stride) + wide(h) * wide(head_stride)])
-
-    def read(self, b: Expr, h: Expr):
-        """Read those of another batch and head in their place."""
-        per_head = [(name, x) for name, x in self.geometry.parameters.items() if not isinstance(x.ty, PrimType)]
-        for (name, value), source in zip(per_head, self.loaded, strict=True):
-            batch_stride, head_stride = value.ty.strides
-            at = wide(b) * wide(batch_stride) + wide(h) * wide(head_stride)
-            T.buffer_store(self.values[name].source, source[at], [0])
-
-
-def site(geometry: Geometry, parameters: Parameters, b: Expr, h: Expr) -> Site:
+def site(geometry: Geometry, parameters, b: Expr, h: Expr) -> Site:
     """What the definition's variables are in a block that computes rows of head ``h`` of batch ``b``.
 
-    Its lengths are those of the batch's own sequences.
+    Its lengths are those of the batch's own sequences; ``parameters`` as in :mod:`schedules.tile.parameters`.
     """
     return Site(
         b,

@@ -17,6 +17,13 @@ from schedules.tile.tile_scheduler import Traversal
 ALIGNMENT = 16
 
 
+def tiles_of(block_m: int, ragged: bool) -> tuple:
+    """How many tiles of ``block_m`` rows all heads have a place for, as a size (:meth:`Tensors.tiles_of_rows`)."""
+    if ragged:  # one more than there may be: sizes know no quotient that is rounded down
+        return ("*", "heads", ("+", ("ceildiv", "total_q", block_m), "batch", 1))
+    return ("*", "batch", "heads", ("ceildiv", "seqlen_q", block_m))
+
+
 @T.meta_class
 class _Gradients:
     """What a backward's launches have beside the forward's tensors: mixed into a geometry."""
@@ -33,10 +40,18 @@ class _Gradients:
             if name in handles:
                 sizes = {**like.sizes, "dim": dim}
                 self.gradients[name] = Tensor(handles[name], name, sizes, element.name, layout, ALIGNMENT)
+        if "lse" in handles:
+            rows = T.int32(), T.int32()
+            self.lse = T.match_buffer(handles["lse"], (rows[0],), "float32", align=4)
+            self.delta = T.match_buffer(handles["delta"], (rows[1],), "float32", align=4)
 
     def _add_group(self):
         # Query heads that read one head of keys; made here, on the host, as a division costs a block more than a load.
         self.group = T.bind(T.truncdiv(self.heads, self.kv_heads))
+
+    def row_terms(self):
+        """Flat views of ``lse`` and ``delta``."""
+        return flat(self.lse), flat(self.delta)
 
 
 @T.meta_class
@@ -53,15 +68,7 @@ class Tensors(_Gradients, Geometry):
         inputs = tuple(handles[name] for name in ("q", "k", "v"))
         Geometry.__init__(self, pattern, traversal, inputs, softmax_scale, parameters, ALIGNMENT)
         self._add_gradients(pattern, traversal.layout, handles)
-        if "lse" in handles:
-            rows = T.int32(), T.int32()
-            self.lse = T.match_buffer(handles["lse"], (rows[0],), "float32", align=4)
-            self.delta = T.match_buffer(handles["delta"], (rows[1],), "float32", align=4)
         self._add_group()
-
-    def row_terms(self):
-        """Flat views of ``lse`` and ``delta``."""
-        return flat(self.lse), flat(self.delta)
 
     def head_row(self, b: Expr, h: Expr) -> Expr:
         """Number of a query head among those of all batches."""
@@ -79,6 +86,10 @@ class Tensors(_Gradients, Geometry):
     def first_tile(self, b: Expr, rows: int) -> Expr | int:
         """The place of the first tile of a batch among those of its head."""
         return 0
+
+    def has_sequence(self, b: Expr) -> Expr:
+        """Whether a block's rows are of a batch."""
+        return T.bool(True)
 
 
 class Starts:
@@ -107,6 +118,7 @@ class RaggedTensors(_Gradients, RaggedGeometry):
         traversal = replace(traversal, layout=RAGGED_LAYOUT)
         Geometry.__init__(self, pattern, traversal, inputs, softmax_scale, parameters, ALIGNMENT)
         self._begin_at(starts.ends, starts.arguments)
+        self.all_queries = self.queries
         self._add_gradients(pattern, RAGGED_LAYOUT, handles)
         self._add_group()
 
@@ -126,6 +138,10 @@ class RaggedTensors(_Gradients, RaggedGeometry):
     def first_tile(self, b: Expr, rows: int) -> Expr:
         """The first slot of a sequence, which isn't the one after the last."""
         return T.truncdiv(self.queries.of(b).offset, rows) + b
+
+    def has_sequence(self, b: Expr) -> Expr:
+        """Whether a block's rows, which are of batch ``b`` else, aren't those after the last sequence."""
+        return self.queries.of(b).offset < self.all_queries.begin(self.batch)
 
 
 def tensors_of(pattern: Pattern, traversal: Traversal, handles: dict, starts: Starts | None, *numbers):

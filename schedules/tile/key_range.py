@@ -59,10 +59,11 @@ class KeyTiles:
     def seen_end(self) -> Expr:
         """The tile with which a walk from right to left has shown every row a key, in ``full_begin .. full_end``.
 
-        The last key that all rows see is in a partly visible tile, or else in the last fully visible one.
+        The last key that all rows see is in a partly visible tile, or else in the last fully visible one.  Where no
+        tile is known to be fully visible, nothing is known of rows either.
         """
         if not self.has_full:
-            return self.end
+            return self.begin
         masked = T.And(self._full_hi > self.full_end * self._block_n, self.full_end < self.end)
         return T.max(self.full_end - T.Select(masked, 0, 1), self.full_begin)
 

@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
 from schedules.tile.fragment import Fragment
-from schedules.tile.score import LN_2, ScoreTile
+from schedules.tile.score import LN_2, LOG2_E, ScoreTile
 
 #: Powers of two by which a score may exceed its row's reference; 2^8 leaves P and the row sum far from overflow.
 LAZY = 8.0
@@ -47,10 +47,15 @@ class OnlineSoftmax(ScoreTile):
     A step with maxima is ``scores``, ``track``, ``rescale`` of the output if ``grown`` isn't 0, and ``exponentials`` of
     all groups with ``scale``.  One without is ``modify`` and ``exponentials`` with ``signed_scale()``.  All can begin
     with m-tile ``first``, if those before it see nothing.  ``tile_step``: rows from one m-tile of a warp to the next.
+    Where the definition has a sink, and the rows are not those of a part of the keys, ``add_sink`` follows ``finish``.
     """
+
+    #: Whether keys are all that there are, so that a sink belongs to the rows.
+    is_whole = True
 
     def __init__(self, pattern: Pattern, at: Site, fragment: Fragment, m_tiles: int, columns: int, tile_step: int = 0):
         ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)
+        self.has_sink = pattern.has_sink and self.is_whole
         rows = 2 * m_tiles
         self.row_max = T.alloc_local([rows], "float32")  # the reference
         self.row_sum = T.alloc_local([rows], "float32")  # of this lane's columns; complete after ``finish``
@@ -133,10 +138,24 @@ class OnlineSoftmax(ScoreTile):
         """Complete the row sums; after the last tile."""
         self.reduce_rows(self.row_sum, operator.add)
 
+    @T.inline
+    def add_sink(self, sinks):
+        """Count in each finished row a logit without a key: ``sinks(row)``, −inf for none."""
+        for i in T.unroll(2 * self.m_tiles):
+            sink: T.float32 = sinks(i) * T.float32(LOG2_E)
+            self.peak[i] = T.max(self.row_max[i], sink)
+            self.correction[i] = T.exp2(self.row_max[i] - self.peak[i])
+            total: T.float32 = self.row_sum[i] * self.correction[i] + T.exp2(sink - self.peak[i])
+            self.correction[i] = T.Select(self.row_sum[i] == T.float32(0), T.float32(0), self.correction[i] / total)
+            self.row_sum[i] = total
+            self.row_max[i] = self.peak[i]
+
     def lse(self, row) -> Expr:
         """Natural logarithm of the sum of exponentials of a finished row; −inf if it saw nothing."""
         return (self.row_max[row] + T.log2(self.row_sum[row])) * T.float32(LN_2)
 
     def inverse(self, row) -> Expr:
-        """1 / row sum of a finished row; 0 if it saw nothing."""
+        """1 / row sum of a finished row; 0 if it saw nothing.  With a sink it is in the sum."""
+        if self.has_sink:
+            return self.correction[row]
         return T.Select(self.row_sum[row] == T.float32(0), T.float32(0), T.float32(1) / self.row_sum[row])

@@ -16,13 +16,35 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern, Site
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8, Fragment
-from schedules.tile.geometry import constant, local
+from schedules.tile.geometry import Geometry, constant, local
+from schedules.tile.place_gradients import PlaceGradients
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY, ScoreTile
+from tvm_flash.packs.manifest import Param
 
 
 def shift_of(lse: Expr) -> Expr:
     """What is added to scores in powers of two before they are exponentiated."""
     return T.Select(lse == T.float32(NEGATIVE_INFINITY), lse, lse * T.float32(-LOG2_E))
+
+
+def shift_of_row(pattern: Pattern, at: Site, lse: Expr, row: Expr) -> Expr:
+    """The same of a query, whose log-sum-exp may be that of a sink alone: then it sees nothing either."""
+    if not pattern.has_sink or pattern.is_unmasked or not pattern.is_interval:
+        return shift_of(lse)
+    begin, end = pattern.keys_of(at, row, row).visible
+    return T.Select(begin < end, shift_of(lse), T.float32(NEGATIVE_INFINITY))
+
+
+def sink_share(pattern: Pattern, geometry: Geometry, at: Site, lse: Expr, delta: Expr) -> Expr:
+    """A row's share in the gradient of its sink: that of a score whose value is 0."""
+    sink = geometry.sink(pattern, at)
+    has_weight = T.And(sink > T.float32(NEGATIVE_INFINITY), lse > T.float32(NEGATIVE_INFINITY))
+    return T.Select(has_weight, T.exp2((sink - lse) * T.float32(LOG2_E)) * negative(delta), T.float32(0))
+
+
+def summed(pattern: Pattern) -> tuple[Param, ...]:
+    """The parameters whose gradients are summed over everything of a head: those whose sums a launch leaves."""
+    return tuple(p for p in pattern.params if p.gradient and p.is_summed)
 
 
 def negative(x: Expr) -> Expr:
@@ -72,7 +94,8 @@ class Weights(ScoreTile):
     :func:`packing` makes it, the other arguments are those of :class:`ScoreTile`.  If ``descending``, scores are
     weighed from the last column to the first, for which ptxas may need fewer registers.  If ``asks_once``, each case of
     the score has a branch of its own, in which nothing is asked; else only the two of a choice.  There no element has
-    a branch either: ptxas makes one of a selection that would save an exponential.
+    a branch either: ptxas makes one of a selection that would save an exponential.  ``places`` takes the gradients of
+    parameters that have values for queries or keys.
     """
 
     def __init__(
@@ -88,10 +111,12 @@ class Weights(ScoreTile):
         pack=None,
         descending: bool = False,
         asks_once: bool = False,
+        places: PlaceGradients | None = None,
     ):
+        self.transposed, self.descending = transposed, descending
         ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)
         self.asks_once = asks_once and not self.folded
-        self.transposed, self.descending = transposed, descending
+        self.places = places
         self.pack = pack or packing(pattern.dtype)
         self.scale = local(self.signed_scale())
 
@@ -117,6 +142,10 @@ class Weights(ScoreTile):
 
         ``shift(t, g, r, e)`` is the shift of a register's query.
         """
+        self.by_tiles(row0, column0, lambda: self._weigh_by_case(S, P, shift, row0, column0, masked))
+
+    @T.inline
+    def _weigh_by_case(self, S, P, shift, row0, column0, masked):
         if self.asks_once:
             self._in_each_case(lambda known: self._weigh(S, P, shift, row0, column0, masked, known))
         elif self.pattern.has_choice:
@@ -135,6 +164,10 @@ class Weights(ScoreTile):
         ``P``, if it isn't None, takes the packed probabilities, ``G`` the packed gradients of scaled products, and
         ``sums`` has those of the parameters that ask for one, to be added to.
         """
+        self.by_tiles(row0, column0, lambda: self._turn_by_case(S, E, P, G, shift, row0, column0, masked, sums))
+
+    @T.inline
+    def _turn_by_case(self, S, E, P, G, shift, row0, column0, masked, sums):
         if self.asks_once:
             self._in_each_case(lambda known: self._turn(S, E, P, G, shift, row0, column0, masked, known, sums))
         elif self.pattern.has_choice:
@@ -169,7 +202,9 @@ class Weights(ScoreTile):
             for n in T.unroll(self.groups):
                 g = T.meta_var(self.groups - 1 - n if self.descending else n)
                 for r in T.unroll(2):
+                    self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
+                        self.look_at(t, g, r, e)
                         x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         interval = T.meta_var((None if from_zero else begin[t * 2 + r], end[t * 2 + r]))
@@ -191,7 +226,9 @@ class Weights(ScoreTile):
         for t in T.unroll(self.m_tiles):
             for g in T.unroll(self.groups):
                 for r in T.unroll(2):
+                    self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
+                        self.look_at(t, g, r, e)
                         x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         interval = T.meta_var((None if from_zero else begin[t * 2 + r], end[t * 2 + r]))
@@ -220,11 +257,19 @@ class Weights(ScoreTile):
 
     def _add_to_parameters(self, sums, p, value, s, at, place, chosen, masked):
         """Add ``value``, the gradient of a score, times its derivatives to the sums of parameters."""
-        for n, param in enumerate(x for x in self.pattern.params if x.gradient and sums is not None):
-            slope = self.parameter_slope(param.name, s, *at, chosen)
+        for n, param in enumerate(summed(self.pattern) if sums is not None else ()):
+            slope = None if self.pattern.is_of_sink(param) else self.parameter_slope(param.name, s, *at, chosen)
             if slope is not None:
                 slope = _with_steps_apart(slope, place) if self.asks_once else slope
                 T.buffer_store(sums, sums[n] + self._if_weight(p, value * slope, masked), [n])
+        for param in self.places.params if self.places is not None else ():
+            slope = self.parameter_slope(param.name, s, *at, chosen)
+            self.places.add(
+                param,
+                T.float32(0) if slope is None else self._if_weight(p, value * slope, masked),
+                at,
+                place,
+            )
 
     @T.inline
     def _set_bounds(self, begin, end, row0, column0):
@@ -242,7 +287,7 @@ class Weights(ScoreTile):
         if not masked:
             return None
         if not self.pattern.is_interval:
-            return self.pattern.mask(self.at, *at)
+            return self.pattern.mask(self.here, *at)
         (begin, end), column = interval, g * self.fragment.group + e
         return column < end if begin is None else T.And(column < end, column >= begin)
 

@@ -62,4 +62,9 @@ relative = Attention(
     Mask("allowed", _allowed, allowed_twin, (Param("allowed", "bool", axes="bhij"),)),
 )
 
+learnt_relative = Attention(
+    ScoreModification("relative", _relative, relative_twin, (Param("positions", "float32", rank=2, gradient=True),)),
+    relative.mask,
+)
+
 plain_allowed = Attention(IDENTITY, relative.mask)

@@ -102,9 +102,8 @@ def made_by(request: Request, entry: KernelEntry, extents: Mapping[str, int]) ->
         for p in entry.params:
             if p.gradient and gradient_of(p.name) not in request.outputs:
                 of_head = p.of_gradient in ("", "bh")  # others are large, and a kernel takes one element for none
-                shape = (
-                    request.sizes.of_axes(p.of_gradient) if of_head and p.axes else (1,) * max(1, len(p.of_gradient))
-                )
+                rank = p.rank or max(1, len(p.of_gradient))
+                shape = request.sizes.of_axes(p.of_gradient) if of_head and p.axes else (1,) * rank
                 found.append(Made(gradient_of(p.name), shape, "float32"))
     for name in (*operator.on_request, *operator.optional):
         shape = request.shape_of(name)

@@ -194,7 +194,8 @@ def run(
         extents = entry.extents(sizes.of(**of))
         shapes = {role_of(name): tuple(of[a] for a in x.axes if a in of) for name, x in TENSORS.items()}
     axes = {"b": of["batch"], "h": of["heads"], "i": of.get("seqlen_q"), "j": of.get("seqlen_kv")}
-    shapes |= {gradient_of(p.name): tuple(axes[a] for a in p.of_gradient) or (1,) for p in entry.params}
+    shapes |= {gradient_of(p.name): tuple(axes[a] for a in p.of_gradient) or (1,) for p in entry.params if not p.rank}
+    shapes |= {gradient_of(p.name): np.shape(params[p.name]) for p in entry.params if p.rank}
     learnt = {gradient_of(p.name) for p in entry.params}
     written, numbers, arrays = [], {"softmax_scale": scale}, {}
     numbers |= {

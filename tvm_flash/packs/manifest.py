@@ -133,7 +133,7 @@ class Param:
         value each for.
     per_head: the same as ``axes="bh"``.
     rank: of a table, whose indices are expressions: how many it has.
-    gradient: a float number or tensor is learnt, and the backward computes its gradient.
+    gradient: a float number, tensor or table is learnt, and the backward computes its gradient.
     """
 
     name: str
@@ -161,12 +161,27 @@ class Param:
         return bool(self.axes or self.rank)
 
     @property
+    def is_spread(self) -> bool:
+        """Whether it is a table, or a tensor with values for queries or keys, and not for heads alone."""
+        return self.is_tensor and not self.is_summed
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether a kernel sums its gradient over all queries and keys of a head."""
+        return not self.rank and self.of_gradient in ("", "bh")
+
+    @property
     def of_gradient(self) -> str:
-        """The axes of its gradient: those of batch and head are left to whoever sums over them; none of a number."""
+        """The axes of its gradient: those of batch and head are left to whoever sums over them.
+
+        A number has none, and neither has a table, whose gradient has its own shape.
+        """
         return "".join(a for a in "bhij" if a in "bh" or a in self.axes) if self.axes else ""
 
     def aligned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of such a tensor beside its gradient, with 1 for what it lacks."""
+        """The shape of such a tensor beside its gradient, with 1 for what it lacks; a table's is its own."""
+        if self.rank:
+            return tuple(shape)
         whole = (1,) * (len(self.axes) - len(shape)) + tuple(shape)
         sizes = dict(zip(self.axes, whole, strict=True))
         return tuple(sizes.get(a, 1) for a in self.of_gradient)

@@ -280,11 +280,16 @@ def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
     return out, q.new_empty(_rows(q, layout) if return_lse else (0,), dtype=torch.float32)
 
 
-def _backward_shapes(dout, q, k, v, *_, layout="bhsd", gradients=(), name=BUILTIN_DEFINITION, **__):
+def _backward_shapes(
+    dout, q, k, v, *rest, layout="bhsd", gradients=(), name=BUILTIN_DEFINITION, per_head_names=(), **_
+):
     check_shapes(layout, q, k, v)
     declared = declared_of(name) if gradients else {}
+    given = dict(zip(per_head_names, rest[-2], strict=True)) if per_head_names else {}
     sizes = dict(zip("bhij", (*_rows(q, layout), k.shape[2 if layout == "bhsd" else 1]), strict=True))
-    learnt = [[sizes[a] for a in declared[x].of_gradient] or [1] for x in gradients]
+    learnt = [
+        given[x].shape if declared[x].rank else [sizes[a] for a in declared[x].of_gradient] or [1] for x in gradients
+    ]
     return [*(x.new_empty(x.shape) for x in (q, k, v)), *(q.new_empty(n, dtype=torch.float32) for n in learnt)]
 
 

@@ -66,11 +66,7 @@ class Formula:
 
 def settled(formulas: list[Formula]) -> list[Formula]:
     """The formulas with a tensor of axes in place of each table that is read at one place only: the batch entry, head,
-    query and key of the score, or some of these in this order.  Of such a one there is a gradient.
-
-    Raises
-    ------
-    DefinitionError: a tensor that requires a gradient is read otherwise.
+    query and key of the score, or some of these in this order.
     """
     indices: dict[str, set[tuple[Node, ...]]] = {}
     for formula in formulas:
@@ -93,12 +89,7 @@ def settled(formulas: list[Formula]) -> list[Formula]:
     def declared(param: Param) -> Param:
         if axes.get(param.name):
             return Param(param.name, param.dtype, axes=axes[param.name], gradient=param.name in learnt)
-        if param.rank and param.name in learnt:
-            raise DefinitionError(
-                f"{param.name}: requires a gradient, which is known of a tensor that is read at one place only: some "
-                f"of [b, h, q_idx, kv_idx] in this order; pass {param.name}.detach()"
-            )
-        return param
+        return dataclasses.replace(param, gradient=param.name in learnt)
 
     return [Formula(f.name, placed(f.result), tuple(declared(p) for p in f.params)) for f in formulas]
 

@@ -15,15 +15,19 @@ from schedules.families.cpu.space import space
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    FORWARD,
     PAGED,
     PAGED_SCALED,
     PARTIAL,
     RAGGED,
     RAGGED_BACKWARD,
+    Target,
 )
 
 DTYPES = ("float32", "float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
+
+
 INDEX_DTYPE = "int64"
 KINDS = {
     BACKWARD: backward,
@@ -40,17 +44,29 @@ KINDS = {
     PAGED: paged,
     **{kind: ScaledPages(cache) for cache, kind in PAGED_SCALED.items()},
 }
+TENSOR_KINDS = (FORWARD, BACKWARD, BACKWARD_ACCUMULATE)
+LEARNT_TABLE_KINDS = (BACKWARD, BACKWARD_ACCUMULATE)
+SINK_KINDS = (FORWARD, *KINDS)
+
+
+def mask_tile(config: Config, target: Target) -> tuple[int, int]:
+    """The rows and columns that a kernel decides about at once: a group of rows of its tile."""
+    return config.row_vectors * ISAS[target.isa].lanes, config.block_n
+
 
 __all__ = [
     "DTYPES",
     "INDEX_DTYPE",
     "ISAS",
     "KINDS",
+    "SINK_KINDS",
     "TEMPLATES",
+    "TENSOR_KINDS",
     "Config",
     "Isa",
     "default_configs",
     "feasible",
+    "mask_tile",
     "program",
     "space",
 ]

@@ -24,10 +24,11 @@ from schedules.families import limits, split_keys
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.mma.mma import ALIGNMENT, this_place
 from schedules.tile.epilogue import normalise
-from schedules.tile.geometry import Geometry, Parameters, flat, parameterised, site, wide
+from schedules.tile.geometry import Geometry, flat, parameterised, site, wide
 from schedules.tile.key_range import KeyTiles, next_visible
 from schedules.tile.key_source import ContiguousRows
 from schedules.tile.packing import PackedRows
+from schedules.tile.parameters import Parameters
 from schedules.tile.partial import PartialResults
 from schedules.tile.softmax import OnlineSoftmax
 from schedules.tile.tile_scheduler import Order, Traversal, Work, WorkTile, ceildiv
@@ -39,6 +40,8 @@ SPLIT_LENGTHS = ((0, 64), (2048, 128), (4096, 256), (131072, 512))
 @T.meta_class
 class PackedSoftmax(OnlineSoftmax):
     """The shared softmax on packed rows: the query of each row is computed once and kept."""
+
+    is_whole = False
 
     def __init__(self, *args):
         OnlineSoftmax.__init__(self, *args)

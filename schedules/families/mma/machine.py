@@ -363,3 +363,10 @@ class BlockMachine(RowCopies):
     def finish(self):
         """The row sums are complete."""
         self.softmax.finish()
+        self.add_sink()
+
+    @T.inline
+    def add_sink(self):
+        """The rows' logit without a key, if they have one."""
+        if self.softmax.has_sink:
+            self.softmax.add_sink(lambda row: self.geometry.sink(self.pattern, self.at))

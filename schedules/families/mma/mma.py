@@ -19,9 +19,10 @@ from schedules.families.interface import Program, forward_program
 from schedules.families.mma.registers import anew, fresh
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import normalise, store_lse, store_rows
-from schedules.tile.geometry import Geometry, PagedGeometry, Parameters, RaggedGeometry, flat, parameterised, site
+from schedules.tile.geometry import Geometry, PagedGeometry, RaggedGeometry, flat, parameterised, site
 from schedules.tile.key_range import KeyTiles, in_parts, is_full, next_visible
 from schedules.tile.key_source import ContiguousRows
+from schedules.tile.parameters import Parameters
 from schedules.tile.slots import WORDS, FoundTile, Own
 from schedules.tile.tile_scheduler import InOneRow, Order, Place, Traversal, WorkTile, longest_first
 from tvm_flash.packs import sizes
@@ -131,7 +132,7 @@ def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, careful, step):
     """``step(tile, masked, tracked)`` for all tiles, from right to left; ``rows`` are the first and the last row.
 
     Tiles that every row sees whole go without mask and, once every row has a reference, without maxima, unless
-    ``careful``.
+    ``careful``, or scores are uneven: then a bias of −inf may have left a row without one.
     """
     if pattern.has_gaps:
         tile: T.int32 = tiles.end - 1
@@ -153,7 +154,7 @@ def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, careful, step):
         @T.inline
         def fully(first, last):
             for i in T.serial(first - last):
-                step(first - 1 - i, False, False)
+                step(first - 1 - i, False, pattern.is_uneven)
 
         bounds = T.meta_var((tiles.end, plain_end, plain_begin, tiles.begin))
         in_parts(bounds, tiles.has_full, tiles.has_left, partly, fully)

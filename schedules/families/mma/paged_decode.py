@@ -21,9 +21,10 @@ from schedules.families import split_keys
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.mma.decode import Decoding, store_partial
 from schedules.families.mma.mma import ALIGNMENT
-from schedules.tile.geometry import PagedGeometry, Parameters, flat, parameterised, site
+from schedules.tile.geometry import PagedGeometry, flat, parameterised, site
 from schedules.tile.key_range import KeyTiles, next_visible
 from schedules.tile.packing import PackedRows
+from schedules.tile.parameters import Parameters
 from schedules.tile.partial import PartialResults
 from schedules.tile.tile_scheduler import Traversal, WorkTile, ceildiv
 

@@ -117,3 +117,4 @@ class PairedProducts(LdmatrixProducts):
         """The row sums are complete: over the lanes of a row, and over both warps."""
         self.softmax.finish()
         self.share(self.softmax.row_sum, operator.add)
+        self.add_sink()

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import PAGED, RAGGED, Program, Rejected, Target
+from schedules.families.interface import FORWARD, PAGED, RAGGED, Program, Rejected, Target
 from schedules.families.mma import mma
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.ragged import PagedForward, RaggedForward
@@ -176,4 +176,6 @@ KINDS = {
     RAGGED: RaggedForward(Config, default_configs, space, feasible, lambda config: Machine),
     PAGED: PagedForward(Config, default_configs, space, feasible, lambda config: Machine),
 }
+TENSOR_KINDS = (FORWARD,)
+SINK_KINDS = (FORWARD, *KINDS)
 UNVERIFIED_KINDS = (PAGED,)

@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import BACKWARD, PAGED, RAGGED, Program, Rejected, Target
+from schedules.families.interface import BACKWARD, FORWARD, PAGED, RAGGED, RAGGED_BACKWARD, Program, Rejected, Target
 from schedules.families.mma import backward, ldmatrix, mma
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -157,5 +157,8 @@ KINDS = {
     RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine),
     PAGED: PagedForward(Config, _ragged_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, staged=True),
+    RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, staged=True),
 }
-UNVERIFIED_KINDS = (PAGED,)
+TENSOR_KINDS = (FORWARD, BACKWARD)
+SINK_KINDS = (FORWARD, *KINDS)
+UNVERIFIED_KINDS = (PAGED, RAGGED_BACKWARD)

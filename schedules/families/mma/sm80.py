@@ -9,7 +9,17 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import BACKWARD, DECODE, PAGED, PAGED_DECODE, RAGGED, Program, Target
+from schedules.families.interface import (
+    BACKWARD,
+    DECODE,
+    FORWARD,
+    PAGED,
+    PAGED_DECODE,
+    RAGGED,
+    RAGGED_BACKWARD,
+    Program,
+    Target,
+)
 from schedules.families.mma import backward, mma
 from schedules.families.mma.asynchronous import Config, DecodeMachine, Machine, PairedMachine, feasible
 from schedules.families.mma.backward.key_machine import KeyMachine
@@ -197,12 +207,22 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
     return limits.by_head_dim(table, pattern)
 
 
+def _ragged_backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
+    if pattern.params:
+        return _backward_config(template, pattern, target)
+    return limits.by_head_dim(_BACKWARD_TABLES.get(target.arch, _BACKWARD_SMALL), pattern)
+
+
 KINDS = {
     DECODE: Decoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
     PAGED_DECODE: PagedDecoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     PAGED: PagedForward(Config, default_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
+    RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
 }
+TENSOR_KINDS = (FORWARD, BACKWARD)
+SINK_KINDS = (FORWARD, *KINDS)
+UNVERIFIED_KINDS = (RAGGED_BACKWARD,)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = {BACKWARD: ((192, 192), (256, 256))}

@@ -10,6 +10,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import (
     BACKWARD,
     DECODE,
+    FORWARD,
     PAGED,
     PAGED_DECODE,
     RAGGED,
@@ -32,7 +33,9 @@ __all__ = [
     "DTYPES",
     "INDEX_DTYPE",
     "KINDS",
+    "SINK_KINDS",
     "TEMPLATES",
+    "TENSOR_KINDS",
     "Config",
     "default_configs",
     "feasible",
@@ -60,6 +63,16 @@ KINDS = {
     PAGED_DECODE: PagedDecoding(
         asynchronous.Config, asynchronous.DecodeMachine, PAGED_DECODE_CONFIGS, asynchronous.feasible, early=True
     ),
+}
+TENSOR_KINDS = (FORWARD, BACKWARD)
+SINK_KINDS = (FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
+UNVERIFIED_VARIANTS = {
+    FORWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
+    BACKWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
+    RAGGED: (("window", "optional_sinks"),),
+    RAGGED_BACKWARD: (("window", "optional_sinks"),),
+    PAGED: (("positioned", "optional_sinks"),),
+    PAGED_DECODE: (("positioned", "optional_sinks"),),
 }
 
 

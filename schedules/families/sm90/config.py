@@ -164,9 +164,9 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected("separate_output gains nothing with one work tile a block: tiles_per_cta 2 or waves")
     if pattern.has_gaps and config.several_tiles and config.keeps_parameters:
         return Rejected("a mask with gaps needs tiles_per_cta 1 and waves 0: its tiles are counted as they come")
-    if pattern.depends_on_head and config.pack_heads:
-        return Rejected("a score or a mask that differs from head to head can't have heads packed")
-    if any(p.per_head for p in pattern.params) and config.persistent and config.keeps_parameters:
+    if (pattern.depends_on_head or pattern.has_sink) and config.pack_heads:
+        return Rejected("a score, a mask or a sink that differs from head to head can't have heads packed")
+    if any(p.is_tensor for p in pattern.params) and config.persistent and config.keeps_parameters:
         return Rejected("parameters of each head need waves 0: a block reads them once")
     if config.overlap_tiles and not (config.several_tiles and q_stages(pattern, config) == 2):
         return Rejected("overlap_tiles needs tiles_per_cta 2 or waves, and room for the queries of two work tiles")

@@ -14,14 +14,14 @@ from schedules.families.sm90.config import ALL, Config
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """Configurations by the fewest keys that they are meant for."""
     configs = _configs(pattern)
-    if any(p.per_head for p in pattern.params):  # read once, for one place
+    if any(p.is_tensor for p in pattern.params):  # read once, for one place
         configs = {
             b: replace(c, waves=0, overlap_tiles=c.overlap_tiles and c.tiles_per_cta > 1) for b, c in configs.items()
         }
     if pattern.has_gaps:
         alone = {"tiles_per_cta": 1, "waves": 0, "overlap_tiles": False, "separate_output": False}
         configs = {bucket: replace(c, **alone) for bucket, c in configs.items()}
-    if pattern.head_dim <= 128 and not pattern.depends_on_head:  # with more it would spill
+    if pattern.head_dim <= 128 and not (pattern.depends_on_head or pattern.has_sink):  # with more it would spill
         configs = {bucket: replace(c, pack_heads=True) for bucket, c in configs.items()}
     # A bucket that has become the same as the one below it needs no kernel of its own.
     buckets = sorted(configs)
@@ -30,6 +30,8 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
 
 def _configs(pattern: Pattern) -> dict[int, Config]:
+    if any(p.is_spread for p in pattern.params):
+        return {0: _with_tensors(pattern)}
     if pattern.head_dim <= 64:
         return _head_dim_64(pattern)
     if pattern.head_dim <= 128:
@@ -37,6 +39,16 @@ def _configs(pattern: Pattern) -> dict[int, Config]:
     if pattern.head_dim <= 192:
         return _head_dim_192(pattern)
     return _head_dim_256(pattern)
+
+
+def _with_tensors(pattern: Pattern) -> Config:
+    """Fewer keys, as what tensors hold for a step's scores is in registers too; a bias may hide all that a row's first
+    tile has, so that every step looks for the maximum."""
+    if pattern.head_dim <= 64:
+        return Config(block_n=96, tiles_per_cta=2, overlap_tiles=True, running_max=True)
+    if pattern.head_dim <= 128:
+        return Config(block_n=80, running_max=True)
+    return Config(block_n=48, pingpong=pattern.head_dim <= 192, running_max=True)
 
 
 def _head_dim_64(pattern: Pattern) -> dict[int, Config]:
@@ -52,7 +64,7 @@ def _head_dim_64(pattern: Pattern) -> dict[int, Config]:
 def _head_dim_128(pattern: Pattern) -> dict[int, Config]:
     if not pattern.is_scale_only:
         # Parameters of a head (ALiBi's slope) take registers, with 128 keys they would spill.
-        return {0: Config(block_n=96 if any(p.per_head for p in pattern.params) else 128)}
+        return {0: Config(block_n=96 if any(p.is_tensor for p in pattern.params) else 128)}
     wide = Config(waves=1)
     narrow = replace(wide, num_stages=4, block_n=80)
     if pattern.is_unmasked:

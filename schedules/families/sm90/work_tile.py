@@ -9,8 +9,9 @@ from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import Config
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.tile_scheduler import TileScheduler
-from schedules.tile.geometry import Geometry, Parameters, local, site
+from schedules.tile.geometry import Geometry, local, site
 from schedules.tile.key_range import KeyTiles
+from schedules.tile.parameters import Parameters
 
 
 @T.meta_class
@@ -42,7 +43,7 @@ class Block:
         self.head, self.batch = local(head), local(batch)
         self.row_first = local(scheduler.first_row(place, T.int32(0)))
         self.kv_head = local(T.truncdiv(self.head, rows.group))
-        self.parameters = Parameters(geometry, self.batch, self.head)
+        self.parameters = Parameters(self.geometry, self.batch, self.head)
         self.site = site(self.geometry, self.parameters, self.batch, self.head)
 
     def queries(self, row):

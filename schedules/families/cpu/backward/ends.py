@@ -25,13 +25,18 @@ def round_up(x, step):
 
 def summed(pattern: Pattern) -> list[Param]:
     """The parameters whose gradients are summed over everything of a head."""
-    return [p for p in pattern.params if p.gradient and p.of_gradient in SUMMED]
+    return [p for p in pattern.params if p.gradient and p.of_gradient in SUMMED and not p.rank]
+
+
+def learnt_tables(pattern: Pattern) -> tuple[Param, ...]:
+    """The tables that ask for a gradient."""
+    return tuple(p for p in pattern.learnt if p.rank)
 
 
 def make_ends(pattern: Pattern, config: Config, accumulates: bool) -> SimpleNamespace:
     """The macros by name; with ``accumulates`` results are added to what is there."""
     M, asked = config.block_m, summed(pattern)
-    spread = [p for p in pattern.learnt if p not in asked]
+    spread = [p for p in pattern.learnt if p not in asked and not p.rank]
 
     def announce(P, items, products):
         """Tell the thread pool what the next loop is; ``products`` multiply-adds for each query and key."""

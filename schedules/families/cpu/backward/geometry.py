@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Site
 from schedules.families.cpu import geometry as forward
+from schedules.families.cpu.backward.tables import Tables
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.vector_math import vectorizable
 from tvm_flash.packs.manifest import Param
@@ -28,7 +29,8 @@ class Geometry(forward.Geometry):
 
     ``dq_sum``, ``dk_sum`` and ``dv_sum`` are flat float32 sums, a row in ``(batch, heads, seq)`` order, with
     ``width`` or ``width_v`` elements each; ``delta`` is one for each query row.  ``sums`` has, by parameter, a sum for
-    each ``(batch, head, key section)``, and ``gradients`` the tensor it goes to.
+    each ``(batch, head, key section)``, ``tables`` the sums of those that are tables, and ``gradients`` the tensor that
+    a parameter's gradient goes to.
     """
 
     do: Tensor
@@ -42,9 +44,19 @@ class Geometry(forward.Geometry):
     dk_sum: tirx.Buffer
     dv_sum: tirx.Buffer
     sums: Mapping[str, tirx.Buffer]
+    tables: Tables
     gradients: Mapping[str, tirx.Buffer]
     width: Expr
     width_v: Expr
+
+    def in_lane(self, lane: Expr) -> Geometry:
+        """The same for whoever adds to the sums of this lane."""
+        return replace(self, tables=replace(self.tables, lane=lane))
+
+    def table_gradients(self, name: str, site: Site, product, i, j, chosen: bool | None = None) -> list:
+        """Which elements of a table a score reads, and the derivatives with respect to them."""
+        found = self.pattern.table_gradients(name, site, product, i, j, chosen)
+        return [(index, vectorizable(slope)) for index, slope in found]
 
     @property
     def group(self) -> Expr:
@@ -52,7 +64,10 @@ class Geometry(forward.Geometry):
         return self.heads // self.kv_heads
 
     def wants(self, param: Param) -> Expr:
-        """Whether the gradient of a parameter over queries or keys is asked for; of a single element it isn't."""
+        """Whether the gradient of a parameter over queries or keys, or of a table, is asked for; of a single element it
+        isn't."""
+        if param.rank:
+            return self.tables.wants(param)
         extents = {"b": self.batch, "h": self.heads, "i": self.seqlen_q, "j": self.seqlen_kv}
         shape = self.gradients[param.name].shape
         return tirx.all(*(n >= extents[a] for n, a in zip(shape, param.of_gradient, strict=True)))

@@ -5,7 +5,8 @@ of a head are taken in turns.  In turn ``t`` the work item of key section ``c`` 
 round: no two items of a turn have a section in common, so that each adds to ``dk`` and ``dv`` of its keys and to ``dq``
 of its queries without asking anybody.  All are summed in an order that has nothing to do with threads, each pair of
 tiles is visited once (five products; a kernel for dq beside one for dk and dv would need seven), and what is kept in
-memory beside the results is one float32 for each of their elements.
+memory beside the results is one float32 for each of their elements.  Where a table is learnt, items of a turn share its
+elements, and are dealt to lanes (``tables.py``).
 
 1. ``delta`` of each row, and ``dq`` begins with zeros.
 2. The turns.
@@ -22,8 +23,9 @@ from tvm.script import tirx as T
 from schedules.definition.parameters import append_arguments, gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config, multiplication
-from schedules.families.cpu.backward.ends import make_ends, round_up, summed
+from schedules.families.cpu.backward.ends import learnt_tables, make_ends, round_up, summed
 from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, sections
+from schedules.families.cpu.backward.tables import Tables, lanes_of
 from schedules.families.cpu.backward.tile import section_macro
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
@@ -105,6 +107,20 @@ def _kernel(
         return T.match_buffer(handle, (tirx.Var(f"{name}_length", "int64"),), "float32")
 
     up, ends, learns_sinks = round_up, make_ends(pattern, config, accumulates), bool(pattern.learnt_of_sink)
+    of_tables = learnt_tables(pattern)
+    learns_tables = bool(of_tables)
+
+    @T.inline
+    def visit(P: Geometry, turn, count, section_rows, section_keys, w):
+        """Work item ``w`` of a turn."""
+        slot: T.int64 = w % count
+        first_key: T.int64 = slot * section_keys
+        first_row: T.int64 = (slot + turn) % count * section_rows
+        end_key: T.int64 = T.min(first_key + section_keys, P.seqlen_kv)
+        end_row: T.int64 = T.min(first_row + section_rows, P.seqlen_q)
+        b: T.int64 = w // count // P.kv_heads
+        g: T.int64 = w // count % P.kv_heads
+        section(P, b, g, first_key, end_key, first_row, end_row, slot, turn == 0)
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def backward(
@@ -145,12 +161,14 @@ def _kernel(
             [vector(delta, "delta"), vector(dq_sum, "dq_sum"), vector(dk_sum, "dk_sum"), vector(dv_sum, "dv_sum")]
         )
         t = T.meta_var(flat(tensors))
+        items = T.meta_var(batch * kv_heads * sections(seqlen_q, seqlen_kv))
+        tables = T.meta_var(Tables.of(of_tables, params, gradients, lanes_of(items)))
         P = T.meta_var(
             Geometry(
                 *(pattern, t.q, t.k, t.v, t.o, LSE, LSE.shape[0], softmax_scale, params),
                 *(batch, heads, kv_heads, seqlen_q, seqlen_kv, head_dim, head_dim_v),
                 *(t.do, dLSE, dLSE.shape[0], t.dq, t.dk, t.dv, *rest),
-                *(sums, gradients, up(head_dim, G) * G, up(head_dim_v, G) * G),
+                *(sums, tables, gradients, up(head_dim, G) * G, up(head_dim_v, G) * G),
             )
         )
         if multiplication(isa, dtype) in LLVM_FUNCTIONS:
@@ -163,6 +181,13 @@ def _kernel(
 
         # 1. What each row needs to know, and empty sums.
         ends.begin_parameters(P)
+        lanes = T.meta_var(lanes_of(items))
+        if learns_tables:
+            for lane in T.parallel(lanes):
+                with T.sblock("tables"):
+                    T.reads()
+                    T.writes()
+                    tables.begin(lane)
         if ends.has_places:
             for w in T.parallel(batch * heads):
                 with T.sblock("places"):
@@ -178,21 +203,23 @@ def _kernel(
 
         # 2. The turns.
         for turn in T.serial(count):
-            T.evaluate(
-                ends.announce(P, batch * kv_heads * count, up(seqlen_kv, count) * (3 * head_dim + 2 * head_dim_v))
-            )
-            for w in T.parallel(batch * kv_heads * count):
-                with T.sblock("section"):
-                    T.reads()
-                    T.writes()
-                    slot: T.int64 = w % count
-                    first_key: T.int64 = slot * section_keys
-                    first_row: T.int64 = (slot + turn) % count * section_rows
-                    end_key: T.int64 = T.min(first_key + section_keys, seqlen_kv)
-                    end_row: T.int64 = T.min(first_row + section_rows, seqlen_q)
-                    b: T.int64 = w // count // kv_heads
-                    g: T.int64 = w // count % kv_heads
-                    section(P, b, g, first_key, end_key, first_row, end_row, slot, turn == 0)
+            T.evaluate(ends.announce(P, items, up(seqlen_kv, count) * (3 * head_dim + 2 * head_dim_v)))
+            if learns_tables:
+                for lane in T.parallel(lanes):
+                    with T.sblock("lane"):
+                        T.reads()
+                        T.writes()
+                        for w in T.serial(lane * items // lanes, (lane + 1) * items // lanes):
+                            with T.sblock("section"):
+                                T.reads()
+                                T.writes()
+                                visit(P.in_lane(lane), turn, count, section_rows, section_keys, w)
+            else:
+                for w in T.parallel(items):
+                    with T.sblock("section"):
+                        T.reads()
+                        T.writes()
+                        visit(P, turn, count, section_rows, section_keys, w)
 
         # 3. The results.
         if learns_sinks:
@@ -202,6 +229,7 @@ def _kernel(
                     T.writes()
                     ends.begin_sinks(P, w // heads, w % heads)
         ends.store_parameters(P)
+        tables.store(lanes, accumulates)
         T.evaluate(ends.announce(P, batch * heads * row_tiles, head_dim))
         for w in T.parallel(batch * heads * row_tiles):
             with T.sblock("store_rows"):

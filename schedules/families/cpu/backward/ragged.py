@@ -18,6 +18,7 @@ from schedules.families.cpu.backward.config import Config, default_configs, feas
 from schedules.families.cpu.backward.ends import make_ends, round_up
 from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, SequenceGeometry, sections
 from schedules.families.cpu.backward.kernel import vector_argument
+from schedules.families.cpu.backward.tables import Tables
 from schedules.families.cpu.backward.tile import section_macro
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
@@ -152,7 +153,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
                 *(pattern, t.q, t.k, t.v, t.o, LSE, LSE.shape[0], softmax_scale, params),
                 *(T.int64(1), heads, kv_heads, total_q, total_k, head_dim, head_dim_v),
                 *(t.do, dLSE, dLSE.shape[0], t.dq, t.dk, t.dv, *rest),
-                *(sums, gradients, up(head_dim, G) * G, up(head_dim_v, G) * G),
+                *(sums, Tables((), {}, {}, {}), gradients, up(head_dim, G) * G, up(head_dim_v, G) * G),
             )
         )
         call = T.meta_var(of_sequences(whole, starts - 1))

@@ -48,7 +48,8 @@ def section_macro(pattern, config: Config, isa: Isa):
     M, N, lanes = config.block_m, config.block_n, isa.lanes
     D, E = padded(head_dim, config, isa), padded(head_dim_v, config, isa)
     products = MULTIPLICATIONS[multiplication(isa, dtype)](config, isa, dtype, head_dim, head_dim_v)
-    asked = [p.name for p in pattern.learnt if p.of_gradient in SUMMED]
+    tables = [p for p in pattern.learnt if p.rank]
+    asked = [p.name for p in pattern.learnt if p.of_gradient in SUMMED and not p.rank]
     spread = [p for p in pattern.learnt if p.of_gradient not in SUMMED]
     learns = bool(asked)
     learnt = -(-max(1, len(asked)) * lanes // 8) * 8  # numbers are cleared by eights
@@ -60,6 +61,7 @@ def section_macro(pattern, config: Config, isa: Isa):
         "dK": ((N * D,), "float32"),
         "dV": ((N * E,), "float32"),
         **{f"d_{p.name}": ((N,), "float32") for p in spread},
+        **{f"d_{p.name}{n}": ((N,), "float32") for p in tables for n in range(pattern.elements_read(p.name))},
     }
     registers = {
         "acc": ((config.tile_rows * config.row_vectors * lanes,), "float32"),
@@ -92,21 +94,33 @@ def section_macro(pattern, config: Config, isa: Isa):
                 T.buffer_store(local.parameters, local.parameters[n * lanes + lane] + share, [n * lanes + lane])
 
     def shares_of_places(P: Geometry, t, local, site, i, key, column, chosen):
-        """A vector's shares in the gradients of parameters over queries or keys."""
+        """A vector's shares in the gradients of parameters over queries or keys, and of tables."""
         for param in spread:
             with T.vectorized(lanes) as lane:
                 slope = P.parameter_gradient(param.name, site(lane), local.product[lane], i, key + lane, chosen)
                 share = if_weight(local.prob[lane], local.dscore[lane] * slope)
                 T.buffer_store(vars(t)[f"d_{param.name}"], share, [column + lane])
+        for param in tables:
+            for n in range(pattern.elements_read(param.name, chosen)):
+                with T.vectorized(lanes) as lane:
+                    read = P.table_gradients(param.name, site(lane), local.product[lane], i, key + lane, chosen)
+                    _, slope = read[n]
+                    share = if_weight(local.prob[lane], local.dscore[lane] * slope)
+                    T.buffer_store(vars(t)[f"d_{param.name}{n}"], share, [column + lane])
 
-    def add_to_places(P: Geometry, t, site, i, key0, columns):
-        """Add a row's shares to those gradients: to a query's, or to each key's."""
+    def add_to_places(P: Geometry, t, site, i, key0, columns, chosen):
+        """Add a row's shares to those gradients: to a query's, or to each key's; or to elements of tables."""
         for param in spread:
             shares, out = vars(t)[f"d_{param.name}"], P.gradients[param.name]
             with T.serial(T.Select(P.wants(param), columns, T.int64(0))) as j:
                 at = {"b": site.b, "h": site.h, "i": i, "j": key0 + j}
                 place = [at[a] for a in param.of_gradient]
                 T.buffer_store(out, out[tuple(place)] + shares[j], place)
+        for param in tables:
+            with T.serial(T.Select(P.wants(param), columns, T.int64(0))) as j:
+                read = P.table_gradients(param.name, site, T.float32(0), i, key0 + j, chosen)
+                for n, (index, _) in enumerate(read):
+                    P.tables.add(param, index, vars(t)[f"d_{param.name}{n}"][j])
 
     def at_vector(staged, site, c):
         """The call at a lane of a vector."""
@@ -179,7 +193,7 @@ def section_macro(pattern, config: Config, isa: Isa):
                     )
                 add_to_parameters(P, local, here, row0 + i, key, chosen)
                 shares_of_places(P, t, local, here, row0 + i, key, c * lanes, chosen)
-            add_to_places(P, t, at_head.site, row0 + i, key0, columns)
+            add_to_places(P, t, at_head.site, row0 + i, key0, columns, chosen)
 
     @T.inline
     def turn_chosen(P: Geometry, t, local, at_head, full, lse_at, row0, key0, rows, columns):

@@ -1,4 +1,4 @@
-"""The same over keys and values in 8 bits: a tile of them becomes one in the dtype of queries, and then nothing differs.
+"""The same over keys and values in 8 bits: a tile of them becomes one in the dtype of queries; all else is the same.
 
 So the result is, bit for bit, that of the kernel without scales on what the cache stands for
 (:mod:`schedules.definition.cache`).

@@ -18,7 +18,9 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.mma.backward import program as launches
 from schedules.families.mma.backward.config import Config, feasible
+from schedules.tile.slots import BYTES
 from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.weights import summed
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,17 @@ class Backward:
     def program(self, pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
         """The launches."""
         return launches.program(pattern, config, traversal, name, self.machines)
+
+
+class RaggedBackward(Backward):
+    """The same of ragged sequences, whose blocks are slots that they look up."""
+
+    def feasible(self, pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+        """Whether the machine has room for the blocks, and the gradients of parameters are those of sequences."""
+        if whole := [p.name for p in summed(pattern) if "b" not in p.axes]:
+            return Rejected(f"the gradient of {', '.join(whole)} isn't summed over ragged sequences")
+        return feasible(pattern, config, target, self.staged, found=BYTES)
+
+    def program(self, pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+        """The launches."""
+        return launches.program(pattern, config, traversal, name, self.machines, ragged=True)

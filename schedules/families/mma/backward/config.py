@@ -10,6 +10,7 @@ from schedules.families.interface import Rejected, Target
 from schedules.families.limits import SHARED_MEMORY, registers_for
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.fragment import M16N8
+from schedules.tile.weights import summed
 
 #: Registers beside sums, S and dP, what is packed, and operands: addresses, counters, numbers of rows.
 _OTHER_REGISTERS = 32
@@ -89,10 +90,10 @@ class Config:
         )
 
 
-def feasible(pattern: Pattern, config: Config, target: Target, staged: bool = False) -> Rejected | None:
+def feasible(pattern: Pattern, config: Config, target: Target, staged: bool = False, found: int = 0) -> Rejected | None:
     """Whether the machine has room for a block of either launch, and the score has a derivative; None if so.
 
-    ``staged``: tiles are on their way in registers.
+    ``staged``: tiles are on their way in registers.  ``found``: bytes of shared memory for what a block has looked up.
     """
     for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
         if head_dim % 32:
@@ -101,13 +102,13 @@ def feasible(pattern: Pattern, config: Config, target: Target, staged: bool = Fa
         pattern.differentiate()
     except DefinitionError as e:
         return Rejected(f"the score has no backward: {e}")
-    return _fits("dkdv", pattern, config.keys, target, True, staged) or _fits(
-        "dq", pattern, config.queries, target, False, staged
+    return _fits("dkdv", pattern, config.keys, target, True, staged, found) or _fits(
+        "dq", pattern, config.queries, target, False, staged, found
     )
 
 
 def _fits(
-    launch: str, pattern: Pattern, config: LaunchConfig, target: Target, transposed: bool, staged: bool
+    launch: str, pattern: Pattern, config: LaunchConfig, target: Target, transposed: bool, staged: bool, found: int
 ) -> Rejected | None:
     R, M = config.own_rows, config.step_rows
     if config.parts not in (1, 2) or config.num_warps % config.parts:
@@ -121,7 +122,7 @@ def _fits(
         )
     if config.num_stages < 2:
         return Rejected(f"{launch}: num_stages {config.num_stages} must be at least 2")
-    shared, available = _shared_memory(pattern, config, transposed), SHARED_MEMORY[target.arch]
+    shared, available = _shared_memory(pattern, config, transposed) + found, SHARED_MEMORY[target.arch]
     if shared > available:
         return Rejected(f"{launch}: needs {shared} bytes of shared memory, a block of {target} has {available}")
     registers = _registers(pattern, config, transposed) + (_staging(pattern, config) if staged else 0)
@@ -133,7 +134,7 @@ def _fits(
 def _shared_memory(pattern: Pattern, config: LaunchConfig, transposed: bool) -> int:
     types = tensor_types(pattern)
     rows = config.own_rows + config.num_stages * config.step_rows
-    asked = sum(p.gradient for p in pattern.params)
+    asked = len(summed(pattern))
     numbers = config.num_stages * config.step_rows * 2 if transposed else config.own_rows * 2 + asked * config.num_warps
     exchanged = config.own_rows * config.step_rows if config.parts > 1 else 0
     return types.k.bytes * (rows * (pattern.head_dim + pattern.head_dim_v) + exchanged) + 4 * numbers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
@@ -12,17 +14,17 @@ from schedules.tile.dtypes import CHUNK_BYTES
 from schedules.tile.geometry import local
 from schedules.tile.gradients import Tensors
 from schedules.tile.score import NEGATIVE_INFINITY
-from schedules.tile.weights import negative, shift_of
+from schedules.tile.weights import negative, shift_of_row
 
 
 @T.meta_class
 class KeyMachine(GradientMachine):
     """The block's own rows are keys and values; of visited queries it wants to know lse and delta."""
 
-    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, tensors: Tensors):
+    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, tensors: Tensors, pool=None):
         self.tensors, self.parameter_sums = tensors, None
         self.lse, self.delta = tensors.row_terms()
-        GradientMachine.__init__(self, pattern, config, own, own_first, transposed=True)
+        GradientMachine.__init__(self, pattern, config, own, own_first, pool, transposed=True)
         self.next_number = local(T.float32(0))
 
     def place_shared(self, pool):
@@ -51,12 +53,12 @@ class KeyMachine(GradientMachine):
         rows = T.meta_var(self.config.step_rows)
         thread: T.int32 = fresh("tid.x")
         row: T.int32 = self.fetched * rows + thread % rows
-        index: T.int64 = self.tensors.lse_offset(anew(at.b), anew(at.h), row)
+        index: T.int64 = self.term_of(replace(at, b=anew(at.b), h=anew(at.h)), row)
         exists: T.bool = T.And(live, row < at.seqlen_q)
         if thread < rows:
             self.next_number = T.float32(NEGATIVE_INFINITY)
             if exists:
-                self.next_number = shift_of(self.lse[index])
+                self.next_number = shift_of_row(self.pattern, at, self.lse[index], row)
         else:
             self.next_number = T.float32(0)
             if T.And(exists, thread < 2 * rows):

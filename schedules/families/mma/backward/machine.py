@@ -36,6 +36,7 @@ from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import store_rows
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import local
+from schedules.tile.place_gradients import PlaceGradients, Targets
 from schedules.tile.smem import SharedTile
 from schedules.tile.weights import Weights
 
@@ -55,13 +56,15 @@ class GradientMachine(RowCopies):
     """Shared tiles, registers and steps of one block.
 
     ``own`` are row sources of what the block keeps, from row ``own_first`` on, and keys if ``transposed``: then there
-    is a sum of P too.  A launch's machine brings ``place_shared(pool)``; ``shift(t, g, r, e)`` and
-    ``start(t, g, r, e)``, lse and delta of a register's query as a step wants them, after ``prepare_starts()`` and
-    ``prepare_shifts()``; ``load_numbers(at, live)`` and ``store_numbers(stage)``, which fetch them where queries are
-    visited; ``arrive_at(masked)``; and ``parameter_sums``.
+    is a sum of P too.  ``pool`` is its shared memory if somebody has taken of it already.
+
+    A launch's machine brings ``place_shared(pool)``; ``shift(t, g, r, e)`` and ``start(t, g, r, e)``, lse and delta of
+    a register's query as a step wants them, after ``prepare_starts()`` and ``prepare_shifts()``; ``load_numbers(at,
+    live)`` and ``store_numbers(stage)``, which fetch them where queries are visited; ``arrive_at(masked)``; and
+    ``parameter_sums``.
     """
 
-    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, *, transposed: bool):
+    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, pool=None, *, transposed: bool):
         D, E = pattern.head_dim, pattern.head_dim_v
         R, M = config.own_rows, config.step_rows
         self.pattern, self.config, self.fragment = pattern, config, M16N8
@@ -70,7 +73,7 @@ class GradientMachine(RowCopies):
         self.m_tiles, self.tile_step = config.m_tiles, M16N8.tile_rows
         self.parts = config.parts
         # 1. Shared memory: own tiles, stages of visited ones, and numbers of the visited queries.
-        pool = SMEMPool()
+        pool = pool or SMEMPool()
         shapes = (
             ((1, R, D), self.types.q),
             ((1, R, E), self.types.o),
@@ -107,8 +110,12 @@ class GradientMachine(RowCopies):
     def place_shared(self, pool):
         """Shared memory beside the tiles."""
 
-    def weights(self, at) -> Weights:
-        """Scores of one head to probabilities and gradients."""
+    def term_of(self, at, row):
+        """Where lse and delta of a query of the block's sequence are, int64."""
+        return self.tensors.lse_offset(at.b, at.h, self.tensors.queries.of(at.b).at(row))
+
+    def weights(self, at, places: PlaceGradients | None = None) -> Weights:
+        """Scores of one head to probabilities and gradients; ``places`` as in :class:`Weights`."""
         return Weights(
             self.pattern,
             at,
@@ -117,7 +124,28 @@ class GradientMachine(RowCopies):
             m_tiles=self.m_tiles,
             tile_step=self.tile_step,
             pack=self.pack_pair,
+            places=places,
         )
+
+    def place_gradients(self, targets: Targets, at) -> PlaceGradients | None:
+        """What takes the gradients of one head that have values for queries or keys, if there are any."""
+        if not targets.params:
+            return None
+        return PlaceGradients(targets, at, self.fragment, self.m_tiles, self.tile_step, self.transposed)
+
+    @T.inline
+    def store_places(self, places):
+        """Store those of the block's own rows; those of both warps that share them, one after the other."""
+        if places is not None and len(places.sums) > 0:
+            row0 = T.meta_var(self.first_row(fresh("tid.x")) + self.fragment.row(self.lane))
+            if self.parts == 1:
+                places.store_sums(row0, self.lane)
+            else:
+                if self.part == 0:
+                    places.store_sums(row0, self.lane)
+                self.sync_sharing_warps()
+                if self.part != 0:
+                    places.store_sums(row0, self.lane, adds=True)
 
     def output_column(self, group):
         """First column of a register group of a sum, counted from the first of this part's: every other 16 of two."""

@@ -9,31 +9,40 @@ from schedules.families.mma.backward import keys, queries
 from schedules.families.mma.backward.config import Config
 from schedules.families.mma.mma import ALIGNMENT, INDEX_BITS
 from schedules.tile.delta import delta
-from schedules.tile.parameter_sums import parameter_sums
+from schedules.tile.gradients import Starts, tiles_of
+from schedules.tile.parameter_sums import parameter_sums, ragged_parameter_sums
+from schedules.tile.place_gradients import Targets
 from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.weights import summed
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Workspace
 
 
-def program(pattern: Pattern, config: Config, traversal: Traversal, name: str, machines) -> Program:
-    """The launches; ``config`` must be feasible, and ``machines`` are those for dk and dv, and for dq."""
+def program(
+    pattern: Pattern, config: Config, traversal: Traversal, name: str, machines, *, ragged: bool = False
+) -> Program:
+    """The launches; ``config`` must be feasible, and ``machines`` are those for dk and dv, and for dq.
+
+    ``ragged``: of sequences of different lengths.
+    """
     params = tuple(p.name for p in pattern.params)
-    asked = [p for p in pattern.params if p.gradient]
-    rows, m_blocks = ("*", "batch", "heads", "seqlen_q"), ("ceildiv", "seqlen_q", config.block_m_dq)
+    asked = summed(pattern)
+    of_keys, of_queries = (Targets(pattern, transposed).roles for transposed in (True, False))
+    sums, starts = (("parameter_sums",) if asked else ()), (Starts.roles if ragged else ())
+    of_delta = delta(pattern, traversal, name, ALIGNMENT, ragged=ragged)
+    of_dkdv = keys.build(pattern, config, traversal, f"{name}_dkdv", machines[0], Starts() if ragged else None)
+    of_dq = queries.build(pattern, config, traversal, f"{name}_dq", machines[1], Starts() if ragged else None)
     launches = [
-        ScheduledLaunch(delta(pattern, traversal, name, ALIGNMENT), ("o", "do", "dlse", "delta")),
-        ScheduledLaunch(keys.build(pattern, config, traversal, f"{name}_dkdv", machines[0]), (*keys.ROLES, *params)),
-        ScheduledLaunch(
-            queries.build(pattern, config, traversal, f"{name}_dq", machines[1]),
-            (*queries.ROLES, *params, *(["parameter_sums"] if asked else [])),
-        ),
+        ScheduledLaunch(of_delta, ("o", "do", "dlse", "delta")),
+        ScheduledLaunch(of_dkdv, (*keys.ROLES, *params, *of_keys, *starts)),
+        ScheduledLaunch(of_dq, (*queries.ROLES, *params, *sums, *of_queries, *starts)),
     ]
+    rows = ("*", "heads", "total_q") if ragged else ("*", "batch", "heads", "seqlen_q")
     workspaces = [Workspace("delta", "float32", (rows,))]
     if asked:
-        count = ("*", len(asked), "batch", "heads", m_blocks)
-        workspaces.append(Workspace("parameter_sums", "float32", (count,)))
-        func = parameter_sums(asked, f"{name}_parameters")
-        launches.append(ScheduledLaunch(func, ("parameter_sums", *map(gradient_name, asked))))
+        size = ("*", len(asked), *tiles_of(config.block_m_dq, ragged)[1:])
+        workspaces.append(Workspace("parameter_sums", "float32", (size,)))
+        launches.append(_sums(pattern, config, asked, f"{name}_parameters", ragged))
     return Program(
         "backward",
         tuple(launches),
@@ -41,8 +50,17 @@ def program(pattern: Pattern, config: Config, traversal: Traversal, name: str, m
         alignment=ALIGNMENT,
         index_bits=INDEX_BITS,
         workspaces=tuple(workspaces),
-        narrow_axes=_narrow_axes(config, traversal),
+        narrow_axes=() if ragged else _narrow_axes(config, traversal),
     )
+
+
+def _sums(pattern: Pattern, config: Config, asked, name: str, ragged: bool) -> ScheduledLaunch:
+    """The launch that adds what the blocks have left for gradients of parameters."""
+    gradients = tuple(gradient_name(p) for p in asked)
+    if not ragged:
+        return ScheduledLaunch(parameter_sums(asked, name), ("parameter_sums", *gradients))
+    func = ragged_parameter_sums(asked, name, config.block_m_dq, pattern.dtype, Starts())
+    return ScheduledLaunch(func, ("parameter_sums", "q", *gradients, Starts.roles[0]))
 
 
 def _narrow_axes(config: Config, traversal: Traversal) -> tuple[sizes.Expression, ...]:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
+from schedules.families.mma.backward.blocks import looks_up, query_blocks, tensors_of_block
 from schedules.families.mma.backward.config import Config
 from schedules.families.mma.backward.machine import Sides
 from schedules.families.mma.backward.parts import of_keys
-from schedules.families.mma.mma import DenseBlocks, scheduler, this_place
+from schedules.families.mma.mma import this_place
 from schedules.families.mma.registers import anew
-from schedules.tile.geometry import Parameters, flat, parameterised, site
-from schedules.tile.gradients import Tensors
+from schedules.tile.geometry import flat, parameterised, site
+from schedules.tile.gradients import Starts, tensors_of
 from schedules.tile.key_range import KeyTiles
 from schedules.tile.key_source import ContiguousRows
+from schedules.tile.parameters import Parameters
+from schedules.tile.place_gradients import Targets
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.weights import summed
 
 #: Roles of the kernel's arguments, before those of the pattern's parameters.
 ROLES = ("q", "k", "v", "do", "lse", "delta", "dq", "softmax_scale")
 
 
-def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
-    """The kernel of a pattern; its arguments have the ``ROLES``, and ``parameter_sums`` is the last if there is one."""
-    launch = config.queries
-    tiling = SimpleNamespace(block_m=launch.own_rows, section_mib=config.section_mib)
-    asked = any(p.gradient for p in pattern.params)
+def build(
+    pattern: Pattern, config: Config, traversal: Traversal, name: str, machine_type, starts: Starts | None = None
+) -> PrimFunc:
+    """The kernel of a pattern; its arguments have the ``ROLES``, then come the pattern's parameters, ``parameter_sums``
+    if there are any, those of ``Targets``, and ``starts`` if sequences are ragged."""
+    launch, targets = config.queries, Targets(pattern, transposed=False)
+    asked = bool(summed(pattern))
     sums = tirx.decl_buffer([tirx.Var("sums_length", "int32")], "float32", name="parameter_sums")
 
     def make(values):
@@ -46,25 +51,28 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
         ):
             # 1. Arguments.
             handles = T.meta_var({"q": q, "k": k, "v": v, "do": do, "dq": dq, "lse": lse, "delta": delta})
-            tensors = Tensors(pattern, traversal, handles, softmax_scale, values)
+            tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, values))
             gradients = T.meta_var(tensors.gradients)
             T.device_entry()
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": launch.min_blocks_per_sm})
-            order = T.meta_var(DenseBlocks(scheduler(pattern, tiling, traversal, tensors)))
+            order = T.meta_var(query_blocks(pattern, config, traversal, tensors))
             _x, _y, _z = T.cta_id([*order.grid()])
             _tid = T.thread_id([launch.threads])
+            if static(looks_up(order)):
+                order.find(tensors, launch.own_rows)
+            own_tensors = T.meta_var(tensors_of_block(order, tensors))
             if order.exists(this_place()):
                 # 2. Which queries of which head this block owns, and which keys they see.
                 block = T.meta_var(order.work_tile(this_place()))
                 b: T.int32 = block.batch
                 h: T.int32 = block.head
                 row_first = T.meta_var(block.m_block * launch.own_rows)  # computed anew where it is used
-                queries = T.meta_var(tensors.queries.of(b))
-                keys = T.meta_var(tensors.keys.of(b))
+                queries = T.meta_var(own_tensors.queries.of(b))
+                keys = T.meta_var(own_tensors.keys.of(b))
                 row_last: T.int32 = T.min(row_first + launch.own_rows, queries.length) - 1
                 kv_head: T.int32 = tensors.kv_head(h)
-                parameters = Parameters(tensors, b, h)
-                at = T.meta_var(site(tensors, parameters, b, h))
+                parameters = Parameters(own_tensors, b, h)
+                at = T.meta_var(site(own_tensors, parameters, b, h))
                 tiles = KeyTiles(pattern, at, row_first, row_last, launch.step_rows)
                 own = T.meta_var(
                     Sides(
@@ -72,9 +80,11 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                         ContiguousRows(gradients["do"], b, h, queries),
                     )
                 )
-                machine = machine_type(pattern, launch, own, row_first, tensors)
+                machine = machine_type(pattern, launch, own, row_first, own_tensors, order.pool)
                 machine.begin()
                 machine.read_numbers(at)
+                places = T.meta_var(machine.place_gradients(targets, at))
+                machine.clear_places(places, tiles)
                 # 3. The keys, from the first that is seen to the last.
                 sources = T.meta_var(
                     (
@@ -83,25 +93,24 @@ def build(pattern: Pattern, config: Config, traversal: Traversal, name: str, mac
                     )
                 )
                 visited = T.meta_var(machine.rows_of(sources))
-                weights = T.meta_var(machine.weights(at))
+                weights = T.meta_var(machine.weights(at, places))
                 machine.visit(visited, weights, of_keys(tiles))
                 # 4. Results.  Where the block is comes anew, so that it isn't kept until here.
                 machine.finish()
+                machine.store_places(places)
                 if not pattern.is_unmasked:
                     machine.clear_blind_rows()
                 place = T.meta_var(order.work_tile(this_place()))
                 dQ = flat(gradients["dq"].buffer)
                 machine.store(
-                    gradients["dq"], tensors.queries, dQ, place, machine.sum_ds, machine.own_tiles.scores, softmax_scale
-                )
+                    gradients["dq"], own_tensors.queries, dQ, place, machine.sum_ds, machine.own_tiles.scores,
+                    softmax_scale,
+                )  # fmt: skip
                 if asked:
-                    machine.store_parameters(
-                        sums,
-                        (place.batch * tensors.heads + place.head) * order.order.work.m_blocks + place.m_block,
-                        tensors.batch * tensors.heads * order.order.work.m_blocks,
-                    )
+                    machine.store_parameters(sums, place)
 
         return backward.with_attr("global_symbol", name)
 
     func = parameterised(pattern, make)
-    return append_arguments(func, [sums]) if asked else func
+    others = [*([sums] if asked else []), *targets.arguments, *(starts.arguments if starts else ())]
+    return append_arguments(func, others)

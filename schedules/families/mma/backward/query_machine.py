@@ -11,19 +11,19 @@ from schedules.families.mma.registers import fresh
 from schedules.tile.gradients import Tensors
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.softmax import from_lane
-from schedules.tile.weights import negative, shift_of
+from schedules.tile.weights import negative, shift_of_row, sink_share, summed
 
 
 @T.meta_class
 class QueryMachine(GradientMachine):
     """The block's own rows are queries and dO: lse and delta of its rows come once."""
 
-    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, tensors: Tensors):
+    def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, tensors: Tensors, pool=None):
         self.tensors = tensors
         self.lse, self.delta = tensors.row_terms()
-        self.asked = sum(p.gradient for p in pattern.params)
+        self.asked = len(summed(pattern))
         self.parameter_sums = T.alloc_local([self.asked], "float32") if self.asked else None
-        GradientMachine.__init__(self, pattern, config, own, own_first, transposed=False)
+        GradientMachine.__init__(self, pattern, config, own, own_first, pool, transposed=False)
         self.row_shift, self.row_start = (T.alloc_local([2 * self.m_tiles], "float32") for _ in range(2))
 
     def place_shared(self, pool):
@@ -50,12 +50,32 @@ class QueryMachine(GradientMachine):
             self.numbers[0, thread] = T.float32(NEGATIVE_INFINITY)
             self.numbers[1, thread] = T.float32(0)
             if self.own_first + thread < at.seqlen_q:
-                index: T.int64 = self.tensors.lse_offset(at.b, at.h, self.own_first + thread)
-                self.numbers[0, thread] = shift_of(self.lse[index])
+                index: T.int64 = self.term_of(at, self.own_first + thread)
+                self.numbers[0, thread] = shift_of_row(self.pattern, at, self.lse[index], self.own_first + thread)
                 self.numbers[1, thread] = negative(self.delta[index])
         if self.parameter_sums is not None:
             for n in T.unroll(self.asked):
                 self.parameter_sums[n] = T.float32(0)
+            if len(self.pattern.learnt_of_sink) > 0:
+                if T.And(thread < self.config.own_rows, self.own_first + thread < at.seqlen_q):
+                    place: T.int64 = self.term_of(at, self.own_first + thread)
+                    share: T.float32 = sink_share(self.pattern, self.tensors, at, self.lse[place], self.delta[place])
+                    T.evaluate(self.begin_sums_of_sink(share, at))
+
+    def begin_sums_of_sink(self, share, at) -> int:
+        """Let the sums of the sink's parameters begin with a row's share in its gradient; what a text may call."""
+        for n, p in enumerate(summed(self.pattern)):
+            if self.pattern.is_of_sink(p):
+                T.buffer_store(self.parameter_sums, share * self.pattern.sink_gradient(p.name, at), [n])
+        return 0
+
+    @T.inline
+    def clear_places(self, places, tiles):
+        """Zeros in gradients of scores, but for tiles that all warps visit.  A barrier is to follow."""
+        if places is not None and not self.pattern.is_unmasked:
+            M = T.meta_var(self.config.step_rows)
+            visited = T.meta_var((tiles.full_begin * M, tiles.full_end * M))
+            places.clear(self.own_first, self.config.own_rows, visited, fresh("tid.x"), self.config.threads)
 
     @T.inline
     def prepare(self, n, to):
@@ -100,9 +120,16 @@ class QueryMachine(GradientMachine):
                             self.sum_ds[t * self.d_stride + g * 4 + r * 2 + e] = T.float32(0)
 
     @T.inline
-    def store_parameters(self, sums, index, count):
-        """The block's share in the gradients of parameters, to element ``index`` of ``count`` that each has in
-        ``sums``."""
+    def store_parameters(self, sums, place):
+        """The block's share in the gradients of parameters, to where ``sums`` has those of the work tile ``place``.
+
+        Rows after the last sequence have none.
+        """
+        tensors = T.meta_var(self.tensors)
+        tiles = T.meta_var(tensors.tiles_of_rows(self.config.own_rows))
+        head_row = T.meta_var(tensors.head_row(place.batch, place.head))
+        index = T.meta_var(head_row * tiles + tensors.first_tile(place.batch, self.config.own_rows) + place.m_block)
+        count = T.meta_var(tensors.head_rows * tiles)
         for n in T.unroll(self.asked):
             for step in T.unroll(5):
                 self.parameter_sums[n] = self.parameter_sums[n] + from_lane(self.parameter_sums[n], 1 << step)
@@ -110,7 +137,7 @@ class QueryMachine(GradientMachine):
                 self.warp_sums[n, fresh("tid.x") // 32] = self.parameter_sums[n]
         T.cuda.cta_sync()
         for n in T.unroll(self.asked):
-            if fresh("tid.x") == n:
+            if T.And(fresh("tid.x") == n, tensors.has_sequence(place.batch)):
                 self.parameter_sums[n] = self.warp_sums[n, 0]
                 for w in T.unroll(1, self.config.num_warps):
                     self.parameter_sums[n] = self.parameter_sums[n] + self.warp_sums[n, w]

@@ -10,6 +10,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
 from schedules.families.sm90 import config as forward
 from schedules.families.sm90.config import BARRIER_BYTES, PANEL, SHARED_MEMORY, WARPGROUP_ROWS, panels
+from schedules.tile.place_gradients import stored_by
 
 #: Consumer warpgroups of either launch, and the rows of a block of them, 64 each.
 CONSUMERS = 2
@@ -87,13 +88,16 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
         if feasible(pattern, found, target) is None:
             return {0: found}
     plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
-    overlaps = not any(p.gradient for p in pattern.params)
+    overlaps = not pattern.learnt
+    if any(p.is_spread for p in pattern.params):
+        return {0: replace(_with_tensors(pattern), overlaps=overlaps)}
     if pattern.head_dim <= 64:
         # Where the score is one of two, each has a branch of its own, and ptxas has enough registers for 96 queries.
         block_m = 96 if plain or pattern.has_choice else 80
         found = Config(block_m=block_m, num_stages=4, block_n=128 if plain else 96, num_stages_dq=4)
     elif pattern.head_dim <= 128:
-        found = Config() if plain else Config(block_m=48, block_n=64)
+        # Beside a sink and the sum of its gradient, 64 keys would spill.
+        found = Config() if plain else Config(block_m=48, block_n=48 if pattern.has_sink else 64)
     elif pattern.head_dim + pattern.head_dim_v <= 320:
         found = Config(block_m=32, block_n=80 if plain else 64)
     elif pattern.head_dim <= 192:
@@ -101,6 +105,17 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     else:
         found = Config(block_m=64 if plain else 32, num_stages=2, block_n=48, shares_keys=True)
     return {0: replace(found, overlaps=overlaps)}
+
+
+def _with_tensors(pattern: Pattern) -> Config:
+    """Smaller steps, as addresses and elements of tensors take registers too; chosen without measurements."""
+    if pattern.head_dim <= 64:
+        return Config(block_m=64, num_stages=4, block_n=64, num_stages_dq=4)
+    if pattern.head_dim <= 128:
+        return Config(block_m=32, block_n=64)
+    if pattern.head_dim + pattern.head_dim_v <= 320:
+        return Config(block_m=16, block_n=48)
+    return Config(block_m=32, num_stages=2, block_n=32, shares_keys=True)
 
 
 def tiles_told(pattern: Pattern) -> tuple[tuple[int, int], ...]:
@@ -143,7 +158,7 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected(f"the score has no backward: {e}")
     if config.joint:
         return _refuse_joint(pattern, config, target)
-    if config.overlaps and (asked := [p.name for p in pattern.params if p.gradient]):
+    if config.overlaps and (asked := [p.name for p in pattern.learnt]):
         return Rejected(f"overlaps: the gradient of {', '.join(asked)} is summed by steps by themselves")
     for name, size in (("block_m", config.block_m), ("block_n", config.block_n)):
         if size % 16 or not 16 <= size <= 256:
@@ -195,6 +210,8 @@ def registers_of_queries(pattern: Pattern, config: Config) -> tuple[int, int]:
 def _registers_of_keys(pattern: Pattern, config: Config) -> int:
     of_dk, of_dv = pattern.head_dim // 2, pattern.head_dim_v // 2
     step = config.block_m + config.block_m // 4
+    if stored_by(pattern, transposed=True):
+        step += config.block_m // 4
     if config.shares_keys:
         return max(of_dk + step, of_dv + step - config.block_m // 2) + OTHER_REGISTERS
     return of_dk + of_dv + step + OTHER_REGISTERS

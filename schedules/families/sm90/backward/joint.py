@@ -17,14 +17,14 @@ from schedules.families.sm90.backward.joint_consumer import JointConsumer
 from schedules.families.sm90.backward.numbers import RowNumbers, row_numbers
 from schedules.families.sm90.backward.parts import Parts
 from schedules.families.sm90.backward.query_sums import QuerySums
-from schedules.families.sm90.backward.rows import SHIFTS, STARTS, tiles_of
+from schedules.families.sm90.backward.rows import SHIFTS, STARTS
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.backward.walk import KeyBlock, SectionScheduler, exists_both, key_blocks
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import PANEL, panels
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.tile.geometry import flat, parameterised
-from schedules.tile.gradients import Starts, tensors_of
+from schedules.tile.gradients import Starts, tensors_of, tiles_of
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs.manifest import Scalar, Workspace
 

@@ -12,6 +12,9 @@ and the two never wait for each other.  No product is in flight at the end of a 
 wait for.
 Registers of a thread, at head_dim 128 and 64 queries: dK and dV 128, S 32, dP 32, P or dS 16.
 
+Where parameters have gradients for keys, a step has S and dP at once, and dS beside P: the sums of these gradients need
+all of them.
+
 Q is read by S and dK, dO by dP and dV: each is released after the second.  Only this warpgroup reads its rows of K and
 V, so dK and dV are stored from there.
 
@@ -36,6 +39,7 @@ from schedules.families.sm90.pipeline import Pipeline, TileCounter
 from schedules.families.sm90.tma import wait_stored
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset
 from schedules.tile.fragment import M16N8
+from schedules.tile.place_gradients import PlaceGradients, Targets
 from schedules.tile.weights import Weights
 
 
@@ -44,7 +48,7 @@ class KeyConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
     ``pipelines`` are those of Q, K, V and dO, ``numbers`` the shifts and −delta of the rows of Q and dO.  ``results``
-    names which of dk and dv it computes.
+    names which of dk and dv it computes; ``targets`` are parameters that have gradients for keys.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class KeyConsumer:
         warp,
         lane,
         results: str = "kv",
+        targets: Targets | None = None,
     ):
         self.pattern, self.config, self.block = pattern, config, block
         self.q, self.k, self.v, self.do = pipelines
@@ -75,6 +80,8 @@ class KeyConsumer:
             self.acc_dv = T.alloc_local([E // 2], "float32")
         self.acc_s = T.alloc_local([M // 2], "float32")
         self.p = T.alloc_local([M // 4], "uint32")
+        self.targets = targets if self.has_dk and targets is not None and targets.params else None
+        self.packed_ds = T.alloc_local([M // 4], "uint32") if self.targets else self.p
         self.n = T.local_scalar("int32")  # tiles of queries, over all heads of the group
         self.counter = TileCounter(self.n)
         self.first = 0 if config.shares_keys else index * WARPGROUP_ROWS  # first key of this warpgroup in the block
@@ -126,7 +133,7 @@ class KeyConsumer:
     def issue_dk(self, q):
         """Start dK of the tile of queries ``q``."""
         T.ptx.wgmma.fence.sync.aligned()
-        self.gradients.pv(self.acc_dk, self.p, self._row_descriptor(self.q, q))
+        self.gradients.pv(self.acc_dk, self.packed_ds, self._row_descriptor(self.q, q))
         T.ptx.wgmma.commit_group.sync.aligned()
 
     # ------------------------------------------------------------ steps
@@ -150,8 +157,45 @@ class KeyConsumer:
         q = T.meta_var(self.counter.state(self.q.stages))
         query = T.meta_var(tile * self.config.block_m + self.column)
         key = T.meta_var(self.block.key_first + self.key + M16N8.row(self.lane))
-        p = T.meta_var(self.p if self.has_dv else None)
         self.do.consumer_wait(q)
+        if self.targets is not None:
+            self.turn(weights, q, query, key, masked)
+        else:
+            self.weigh(weights, q, query, key, masked)
+        self.counter.advance()
+        # Past the last tile S is that of whatever is in the stage, and nobody looks at it.
+        if more:
+            self.q.consumer_wait(self.counter.state(self.q.stages))
+        self.issue_scores(self.counter.state(self.q.stages))
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        if not self.has_dk or self.targets is not None:
+            self.do.consumer_release(q, self.lane)
+        self.q.consumer_release(q, self.lane)
+
+    @T.inline
+    def turn(self, weights, q, query, key, masked):
+        """Gradients of a step whose S and dP are there at once; issue what follows from them."""
+        p = T.meta_var(self.p if self.has_dv else None)
+        self.issue_dp(q)
+        T.ptx.wgmma.wait_group.sync.aligned(0)
+        weights.turn(
+            self.acc_s,
+            self.acc_dp,
+            p,
+            self.packed_ds,
+            lambda t, g, r, e: self._number(self.shifts, q, g, e),
+            query,
+            key,
+            masked,
+        )
+        if self.has_dv:
+            self.issue_dv(q)
+        self.issue_dk(q)
+
+    @T.inline
+    def weigh(self, weights, q, query, key, masked):
+        """Weights of a step while dP is computed, then gradients; issue what follows from them."""
+        p = T.meta_var(self.p if self.has_dv else None)
         if self.has_dk:
             self.issue_dp(q)
         weights.weigh(self.acc_s, p, lambda t, g, r, e: self._number(self.shifts, q, g, e), query, key, masked)
@@ -162,15 +206,6 @@ class KeyConsumer:
             self.do.consumer_release(q, self.lane)
             weights.gradients(self.acc_s, self.acc_dp, self.p, masked)
             self.issue_dk(q)
-        self.counter.advance()
-        # Past the last tile S is that of whatever is in the stage, and nobody looks at it.
-        if more:
-            self.q.consumer_wait(self.counter.state(self.q.stages))
-        self.issue_scores(self.counter.state(self.q.stages))
-        T.ptx.wgmma.wait_group.sync.aligned(0)
-        if not self.has_dk:
-            self.do.consumer_release(q, self.lane)
-        self.q.consumer_release(q, self.lane)
 
     # ------------------------------------------------------------ the whole
 
@@ -188,8 +223,15 @@ class KeyConsumer:
         for g in T.serial(self.block.group):
             site = T.meta_var(self.block.site(g))
             walk = self.block.tiles(site)
+            places = T.meta_var(self.place_gradients(site))
             weights = Weights(
-                self.pattern, site, self.config.block_m, True, descending=self.config.joint, asks_once=True
+                self.pattern,
+                site,
+                self.config.block_m,
+                True,
+                descending=self.config.joint,
+                asks_once=True,
+                places=places,
             )
             if walk.steps > 0:
                 first = T.meta_var(self.counter.state(self.q.stages))
@@ -198,7 +240,15 @@ class KeyConsumer:
                 self.v.consumer_wait(self.v.state(0))
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 self.steps(walk, weights)
+            if places is not None:
+                places.store_sums(self.block.key_first + self.key + M16N8.row(self.lane), self.lane)
         self.write(dk_map, dv_map)
+
+    def place_gradients(self, site) -> PlaceGradients | None:
+        """What takes the gradients of parameters that have values for keys, in one head."""
+        if self.targets is None:
+            return None
+        return PlaceGradients(self.targets, site, M16N8, 1, M16N8.tile_rows, True)
 
     @T.inline
     def steps(self, walk, weights):

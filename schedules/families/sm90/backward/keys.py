@@ -22,6 +22,7 @@ from schedules.families.sm90.config import panels
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.tile.geometry import parameterised
 from schedules.tile.gradients import Starts, tensors_of
+from schedules.tile.place_gradients import Targets
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 
@@ -33,10 +34,13 @@ def build(
     pattern: Pattern, config: Config, traversal: Traversal, name: str, starts: Starts | None = None
 ) -> ScheduledLaunch:
     """The launch of a pattern; ``starts`` says where ragged sequences begin."""
-    learnt = ParameterGradients(pattern, writes=True)
-    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, starts))
-    func = append_arguments(func, [*learnt.arguments, *(starts.arguments if starts else ())])
-    roles = (*ROLES, *(p.name for p in pattern.params), *learnt.roles, *(starts.roles if starts else ()))
+    learnt, targets = ParameterGradients(pattern, writes=True), Targets(pattern, transposed=True)
+    func = parameterised(
+        pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, targets, starts)
+    )
+    func = append_arguments(func, [*learnt.arguments, *targets.arguments, *(starts.arguments if starts else ())])
+    params = tuple(p.name for p in pattern.params)
+    roles = (*ROLES, *params, *learnt.roles, *targets.roles, *(starts.roles if starts else ()))
     return ScheduledLaunch(func.with_attr("global_symbol", name), roles)
 
 
@@ -46,6 +50,7 @@ def _kernel(
     traversal: Traversal,
     parameters: dict,
     learnt: ParameterGradients,
+    targets: Targets,
     starts: Starts | None,
 ) -> PrimFunc:
     dtype, M, N, D, E = pattern.dtype, config.block_m, config.block_keys, pattern.head_dim, pattern.head_dim_v
@@ -140,9 +145,9 @@ def _kernel(
                     if warp < WARPS:
                         KeyConsumer(pattern, config, block, pipelines, *of_lane, results="v").run(None, dv_map)
                     else:
-                        KeyConsumer(pattern, config, block, pipelines, *of_lane, results="k").run(dk_map, None)
+                        KeyConsumer(pattern, config, block, pipelines, *of_lane, "k", targets).run(dk_map, None)
                 else:
-                    KeyConsumer(pattern, config, block, pipelines, *of_lane).run(dk_map, dv_map)
+                    KeyConsumer(pattern, config, block, pipelines, *of_lane, targets=targets).run(dk_map, dv_map)
 
         if static(blocks.looks_up):
             if blocks.exists():

@@ -1,4 +1,4 @@
-"""Gradients of parameters: each warp of the launch for dq leaves its share, and the next launch adds them.
+"""Gradients of parameters that are summed: each warp of the launch for dq leaves its share, the next one adds them.
 
 They are added in an order that follows from the sizes alone, by the block that has the first keys of a head of keys.
 """
@@ -13,12 +13,13 @@ from tvm.script import tirx as T
 from schedules.definition.parameters import gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
-from schedules.families.sm90.backward.rows import tiles_of
 from schedules.families.sm90.barriers import WARPS
 from schedules.tile.geometry import flat, local, wide
+from schedules.tile.gradients import tiles_of
 from schedules.tile.softmax import from_lane
 from schedules.tile.tile_scheduler import ceildiv
-from tvm_flash.packs.manifest import Param, Workspace
+from schedules.tile.weights import summed
+from tvm_flash.packs.manifest import Workspace
 
 #: Shares of each 128 queries: one a consumer warp.
 SHARES = WARPS * CONSUMERS
@@ -26,14 +27,9 @@ SHARES = WARPS * CONSUMERS
 NAME = "parameter_shares"
 
 
-def learnt(pattern: Pattern) -> tuple[Param, ...]:
-    """The parameters that ask for a gradient."""
-    return tuple(p for p in pattern.params if p.gradient)
-
-
 def workspaces(pattern: Pattern, ragged: bool) -> tuple[Workspace, ...]:
     """Memory for the shares, if a parameter asks for a gradient."""
-    count = len(learnt(pattern))
+    count = len(summed(pattern))
     size = ("*", count, tiles_of(BLOCK, ragged), SHARES)
     return (Workspace(NAME, "float32", (size,)),) if count else ()
 
@@ -43,7 +39,7 @@ class ParameterGradients:
     """The arguments of a launch beside the pattern's parameters: the shares, and ``d_NAME`` if it ``writes`` them."""
 
     def __init__(self, pattern: Pattern, *, writes: bool):
-        self.params = learnt(pattern)
+        self.pattern, self.params, self.has_sink = pattern, summed(pattern), pattern.has_sink
         targets, self.targets = gradient_symbols(self.params if writes else (), pattern.index_dtype)
         self.arguments, self.roles = [*targets], tuple(gradient_name(p) for p in self.params if writes)
         if self.params:
@@ -56,14 +52,29 @@ class ParameterGradients:
         tiles = tensors.tiles_of_rows(BLOCK)
         row = n * tensors.head_rows + tensors.head_row(batch, head)
         count = ceildiv(tensors.queries.of(batch).length, BLOCK) * SHARES
-        if tensors.may_lack_keys:
+        if tensors.may_lack_keys and not self.has_sink:
             count = T.Select(tensors.keys.of(batch).length > 0, count, 0)
         return wide(row * tiles + tensors.first_tile(batch, BLOCK)) * SHARES, count
+
+    def counts(self, tensors, batch):
+        """Whether the rows of a block have a place among those of all: those after the last sequence have none.
+
+        Without a sink, rows that have no keys have no gradients, and don't count either.
+        """
+        if self.has_sink and tensors.may_lack_keys:
+            return tensors.queries.of(batch).offset < tensors.all_queries.begin(tensors.batch)
+        return tensors.keys.of(batch).length > 0
+
+    def add_to_sinks(self, sums, site, gradient):
+        """Add the gradient of the sink times its derivatives to the sums of its parameters."""
+        for n, param in enumerate(self.params):
+            if param in self.pattern.learnt_of_sink:
+                T.buffer_store(sums, sums[n] + gradient * self.pattern.sink_gradient(param.name, site), [n])
 
     def store(self, tensors, sums, batch, head, share, lane):
         """A warp: leave what its lanes have in ``sums`` as share number ``share`` of a head.
 
-        Rows without keys leave none: those after the last sequence have no place for it.
+        Rows that don't count leave none (:meth:`counts`).
         """
         for n in range(len(self.params)):
             total = local(sums[n])
@@ -71,7 +82,7 @@ class ParameterGradients:
             first, _ = self._first(tensors, n, batch, head)
             leaves = lane == 0
             if tensors.may_lack_keys:
-                leaves = T.And(leaves, tensors.keys.of(batch).length > 0)
+                leaves = T.And(leaves, self.counts(tensors, batch))
             with T.If(leaves), T.Then():
                 T.buffer_store(flat(self.shares), total.source[0], [first + wide(share)])
 

@@ -23,6 +23,7 @@ from schedules.families.sm90.producer import fetch_keys
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import flat, parameterised
 from schedules.tile.gradients import Starts, tensors_of
+from schedules.tile.place_gradients import Targets
 from schedules.tile.tile_scheduler import Traversal
 
 #: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
@@ -33,10 +34,13 @@ def build(
     pattern: Pattern, config: Config, traversal: Traversal, name: str, starts: Starts | None = None
 ) -> ScheduledLaunch:
     """The launch of a pattern; ``starts`` says where ragged sequences begin."""
-    learnt = ParameterGradients(pattern, writes=False)
-    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, starts))
-    func = append_arguments(func, [*learnt.arguments, *(starts.arguments if starts else ())])
-    roles = (*ROLES, *(p.name for p in pattern.params), *learnt.roles, *(starts.roles if starts else ()))
+    learnt, targets = ParameterGradients(pattern, writes=False), Targets(pattern, transposed=False)
+    func = parameterised(
+        pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, targets, starts)
+    )
+    func = append_arguments(func, [*learnt.arguments, *targets.arguments, *(starts.arguments if starts else ())])
+    params = tuple(p.name for p in pattern.params)
+    roles = (*ROLES, *params, *learnt.roles, *targets.roles, *(starts.roles if starts else ()))
     return ScheduledLaunch(func.with_attr("global_symbol", name), roles)
 
 
@@ -46,6 +50,7 @@ def _kernel(
     traversal: Traversal,
     parameters: dict,
     learnt: ParameterGradients,
+    targets: Targets,
     starts: Starts | None,
 ) -> PrimFunc:
     dtype, D, E = pattern.dtype, pattern.head_dim, pattern.head_dim_v
@@ -129,7 +134,10 @@ def _kernel(
                 pipelines = T.meta_var((q_tile, k_pipeline, v_pipeline, do_tile))
                 numbers = T.meta_var((flat(memory[0]), flat(memory[1]), places, config.block_m))
                 of_lane = T.meta_var((warp // 4, warp % 4, lane))
-                QueryConsumer(pattern, tiles, block, pipelines, numbers, learnt, config.overlaps, *of_lane).run(dq_map)
+                of_parameters = T.meta_var((learnt, targets))
+                QueryConsumer(pattern, tiles, block, pipelines, numbers, of_parameters, config.overlaps, *of_lane).run(
+                    dq_map
+                )
 
         scheduler.if_found(work)
 

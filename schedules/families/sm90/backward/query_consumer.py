@@ -21,7 +21,7 @@ from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
 from schedules.families.sm90.backward.operands import KEPT_PANELS, own_rows
 from schedules.families.sm90.backward.parameters import SHARES, ParameterGradients
 from schedules.families.sm90.backward.stores import stage_rows, store_rows
-from schedules.families.sm90.barriers import WARPS, NamedBarriers
+from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
 from schedules.families.sm90.pipeline import Pipeline, TileCounter
 from schedules.families.sm90.tma import wait_stored
@@ -29,7 +29,8 @@ from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offs
 from schedules.families.sm90.work_tile import Block, KeyWalk
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import wide
-from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.place_gradients import PlaceGradients, Targets
+from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 from schedules.tile.weights import Weights
 
 
@@ -38,8 +39,9 @@ class QueryConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
     ``pipelines`` are those of Q, K, V and dO; ``numbers`` are the flat memory of shifts and of −delta, how many tiles
-    each head has a place for there, and their rows; ``parameters`` are those with gradients.  Either it ``overlaps``
-    the product of a step with the next one's, or each step is by itself.
+    each head has a place for there, and their rows; ``parameters`` are those whose gradients are summed, and those that
+    have values for queries.  Either it ``overlaps`` the product of a step with the next one's, or each step is by
+    itself.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class QueryConsumer:
         block: Block,
         pipelines,
         numbers,
-        parameters: ParameterGradients,
+        parameters: tuple[ParameterGradients, Targets],
         overlaps: bool,
         index,
         warp,
@@ -61,14 +63,17 @@ class QueryConsumer:
         D, E, N = pattern.head_dim, pattern.head_dim_v, config.block_n
         self.scores = Products(pattern.dtype, BLOCK, N, D, D)
         self.gradients = Products(pattern.dtype, BLOCK, N, E, E)
-        self.numbers, self.parameters, self.overlaps = numbers, parameters, overlaps
-        self.weights = Weights(pattern, block.site, N, False, asks_once=True)
+        self.numbers, self.overlaps = numbers, overlaps
+        self.parameters, targets = parameters
+        self.places = PlaceGradients(targets, block.site, M16N8, 1, M16N8.tile_rows, False) if targets.params else None
+        self.weights = Weights(pattern, block.site, N, False, asks_once=True, places=self.places)
         # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
         self.acc_dq = T.alloc_local([D // 2], "float32")
         self.acc_s = T.alloc_local([N // 2], "float32")
         self.acc_dp = T.alloc_local([N // 2], "float32")
         self.ds = T.alloc_local([N // 4], "uint32")
-        self.parameter_sums = T.alloc_local([len(parameters.params)], "float32") if parameters.params else None
+        summed = len(self.parameters.params)
+        self.parameter_sums = T.alloc_local([summed], "float32") if summed else None
         self.shift = T.alloc_local([2], "float32")
         self.start = T.alloc_local([2], "float32")  # −delta
         self.n = T.local_scalar("int32")  # tiles of keys so far
@@ -119,16 +124,39 @@ class QueryConsumer:
         geometry, batch = T.meta_var((self.block.geometry, self.block.batch))
         shifts, starts, places, rows = T.meta_var(self.numbers)
         tile = T.meta_var(geometry.head_row(batch, self.block.head) * places + geometry.first_tile(batch, rows))
-        # rows that have no keys may be after the last sequence, and have no place there
-        keys = T.meta_var(geometry.keys.of(batch).length)
+        counts = T.meta_var(self.parameters.counts(geometry, batch))
         for r in T.unroll(2):
             row: T.int32 = self.block.row_first + self.row + M16N8.row(self.lane) + r * M16N8.row_step
             self.shift[r] = T.float32(NEGATIVE_INFINITY)
             self.start[r] = T.float32(0)
-            if T.And(row < geometry.queries.of(batch).length, keys > 0):
+            if T.And(row < geometry.queries.of(batch).length, counts):
                 at: T.int64 = wide(tile * rows + row)
                 self.shift[r] = shifts[at]
                 self.start[r] = starts[at]
+
+    def sink_shift(self):
+        """The sink in powers of two: plus a row's shift it is the exponent of its share of the row."""
+        return self.block.geometry.sink(self.pattern, self.block.site) * T.float32(LOG2_E)
+
+    @T.inline
+    def add_sinks(self):
+        """This lane's rows in the gradients of parameters of the sink: one of the lanes that share a row has it."""
+        if M16N8.column(self.lane) == 0:
+            for r in T.unroll(2):
+                gradient: T.float32 = T.exp2(self.sink_shift() + self.shift[r]) * self.start[r]
+                self.parameters.add_to_sinks(self.parameter_sums, self.block.site, gradient)
+
+    @T.inline
+    def clear_places(self, walk):
+        """Zeros in gradients of scores where this warpgroup's rows may visit no keys."""
+        begin = T.meta_var(walk.key_first(walk.steps - 1))
+        end = T.meta_var(walk.key_first(0) + self.config.block_n)
+        visited = T.meta_var((T.int32(0), T.int32(0)) if self.pattern.has_gaps else (begin, end))
+        row = T.meta_var(self.block.row_first + self.index * WARPGROUP_ROWS)
+        thread = T.meta_var(self.warp * 32 + self.lane)
+        self.places.clear(row, WARPGROUP_ROWS, visited, thread, WARPGROUP_THREADS)
+        if self.pattern.has_gaps:
+            NamedBarriers(CONSUMERS).queries_read(self.index)
 
     def first_of(self, walk, i):
         """This lane's first query and key of step ``i``."""
@@ -233,6 +261,8 @@ class QueryConsumer:
                 self.parameter_sums[n] = T.float32(0)
         self.read_terms()
         walk = KeyWalk(self.block, 0, self.config.block_m)
+        if self.places is not None:
+            self.clear_places(walk)
         self.q.consumer_wait(self.q.state(0))
         self.do.consumer_wait(self.do.state(0))
         # 1. Tiles of keys from right to left: masked, full, masked.
@@ -251,6 +281,10 @@ class QueryConsumer:
             self.issue_dq(self.counter.state(self.k.stages, behind=1))
             T.ptx.wgmma.wait_group.sync.aligned(0)
         self.write(dq_map)
+        if self.places is not None:
+            self.places.store_sums(self.block.row_first + self.row + M16N8.row(self.lane), self.lane)
+        if len(self.pattern.learnt_of_sink) > 0:
+            self.add_sinks()
         if len(self.parameters.params) > 0:
             share = T.meta_var(T.truncdiv(self.block.row_first, BLOCK) * SHARES + self.index * WARPS + self.warp)
             self.parameters.store(
@@ -262,12 +296,19 @@ class QueryConsumer:
                 self.lane,
             )
 
+    def sees_nothing(self, r):
+        """Whether no key has any weight in one of this lane's rows: where there is a sink, it is all that there is."""
+        nothing = self.shift[r] == T.float32(NEGATIVE_INFINITY)
+        if not self.pattern.has_sink:
+            return nothing
+        return T.Or(nothing, T.float32(0) - self.sink_shift() == self.shift[r])
+
     @T.inline
     def write(self, dq_map):
         """Store dq from this warpgroup's rows of Q, once none of its warps reads them."""
         for r in T.unroll(2):
             # a row that sees nothing may still hold the NaN of a key that it doesn't see
-            if self.shift[r] == T.float32(NEGATIVE_INFINITY):
+            if self.sees_nothing(r):
                 for g in T.unroll(self.pattern.head_dim // 8):
                     for e in T.unroll(2):
                         self.acc_dq[g * 4 + r * 2 + e] = T.float32(0)

@@ -23,7 +23,7 @@ from schedules.families.interface import ScheduledLaunch
 from schedules.tile.delta import ROWS, THREADS, halves
 from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import RAGGED_LAYOUT, Tensor, flat, local, wide
-from schedules.tile.gradients import ALIGNMENT, Starts
+from schedules.tile.gradients import ALIGNMENT, Starts, tiles_of
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.sequences import Ragged
 from schedules.tile.softmax import from_lane
@@ -33,13 +33,6 @@ from tvm_flash.packs.manifest import Workspace
 
 #: The workspaces with a number for each row of each tile.
 SHIFTS, STARTS = "row_shifts", "row_starts"
-
-
-def tiles_of(block_m: int, ragged: bool) -> tuple:
-    """How many tiles of rows all heads have a place for (:meth:`schedules.tile.gradients.Tensors.tiles_of_rows`)."""
-    if ragged:  # one more than there may be: sizes know no quotient that is rounded down
-        return ("*", "heads", ("+", ("ceildiv", "total_q", block_m), "batch", 1))
-    return ("*", "batch", "heads", ("ceildiv", "seqlen_q", block_m))
 
 
 def workspaces(block_m: int, ragged: bool) -> tuple[Workspace, ...]:

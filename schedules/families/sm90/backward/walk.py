@@ -10,8 +10,9 @@ from schedules.definition.pattern import Pattern, Site
 from schedules.families.mma.registers import anew
 from schedules.families.sm90.backward.config import Config
 from schedules.families.sm90.tma import encode_keys, encode_ragged, ragged_box
-from schedules.tile.geometry import Parameters, local, site
+from schedules.tile.geometry import local, site
 from schedules.tile.gradients import RaggedTensors, Tensors
+from schedules.tile.parameters import Parameters
 from schedules.tile.query_range import QueryTiles
 from schedules.tile.slots import WORDS, FoundTile, Own
 from schedules.tile.tile_scheduler import ceildiv
