@@ -17,6 +17,8 @@ from schedules.families.interface import (
     PAGED_DECODE,
     RAGGED,
     RAGGED_BACKWARD,
+    WITH_SINKS,
+    WITH_TENSORS,
     Program,
     Target,
 )
@@ -223,6 +225,8 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
+#: Of what reads tensors or has sinks, no GPU has run these kernels yet.
+UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS))
 UNVERIFIED_KINDS = (RAGGED_BACKWARD,)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = {BACKWARD: ((192, 192), (256, 256))}

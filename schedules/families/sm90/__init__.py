@@ -15,6 +15,8 @@ from schedules.families.interface import (
     PAGED_DECODE,
     RAGGED,
     RAGGED_BACKWARD,
+    WITH_SINKS,
+    WITH_TENSORS,
     Program,
     Target,
     forward_program,
@@ -66,6 +68,8 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
+#: Of what reads tensors or has sinks, no GPU has run these kernels yet.
+UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS))
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
