@@ -51,6 +51,8 @@ class ScoreTile:
     """
 
     transposed = False
+    #: Whether elements of tensors are read here, in pairs where they lie so.
+    reads = True
 
     def __init__(self, pattern: Pattern, at: Site, fragment: Fragment, m_tiles: int, columns: int, tile_step: int = 0):
         self.pattern, self.at, self.fragment = pattern, at, fragment
@@ -58,7 +60,7 @@ class ScoreTile:
         self.tile_step = tile_step or fragment.tile_rows
         self.stride = fragment.registers(columns)
         self.folded = pattern.is_scale_only
-        reads = any(isinstance(x, Elements) for x in at.params.values())
+        reads = self.reads and any(isinstance(x, Elements) for x in at.params.values())
         self.pairs = ElementPairs(at, 2 * m_tiles, self.transposed) if reads else None
         self.in_pairs = None
 

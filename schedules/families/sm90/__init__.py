@@ -15,8 +15,6 @@ from schedules.families.interface import (
     PAGED_DECODE,
     RAGGED,
     RAGGED_BACKWARD,
-    WITH_SINKS,
-    WITH_TENSORS,
     Program,
     Target,
     forward_program,
@@ -68,8 +66,14 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
-#: Of what reads tensors or has sinks, no GPU has run these kernels yet.
-UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS))
+UNVERIFIED_VARIANTS = {
+    FORWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
+    BACKWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
+    RAGGED: (("window", "optional_sinks"),),
+    RAGGED_BACKWARD: (("window", "optional_sinks"),),
+    PAGED: (("positioned", "optional_sinks"),),
+    PAGED_DECODE: (("positioned", "optional_sinks"),),
+}
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
