@@ -20,8 +20,8 @@ from tests.torch_cases import Compute
 from tests.trials import Results, Trial, Usual
 from tvm_flash.packs.manifest import KernelEntry
 
-#: A window and a soft cap for kernels that have them.
-_NUMBERS = {"window_left": 90, "window_right": 3, "softcap": 2.0}
+#: A window, a soft cap and sinks for kernels that have them.
+_NUMBERS = {"window_left": 90, "window_right": 3, "softcap": 2.0, "has_alibi_slopes": 0, "has_sinks": 1}
 
 
 def serves(entry, case: RaggedCase) -> bool:
@@ -55,7 +55,9 @@ def _own(entry, queries: tuple[int, ...], **fields) -> RaggedCase:
     """A case of a kernel's own mask and score."""
     mask, score = entry.mask, {"optional": "softcap_alibi"}.get(entry.score, entry.score)
     names = ("window_left", "window_right") if mask == "window" else ()
-    params = tuple((n, _NUMBERS[n]) for n in (*names, *(("softcap",) if "softcap" in score else ())))
+    options = ("softcap", "has_alibi_slopes", "has_sinks") if "sinks" in score else ("softcap",)
+    names = (*names, *(options if "softcap" in score or "sinks" in score else ()))
+    params = tuple((n, _NUMBERS[n]) for n in names)
     dims = {"head_dim": entry.head_dim, "head_dim_v": entry.head_dim_v, "dtype": entry.dtype}
     return RaggedCase(queries, mask=mask, score=score, params=params, **{"heads": 2, **dims, **fields})
 

@@ -15,7 +15,8 @@ sits.  It is a module with
   ``default_configs``, ``space``, ``feasible`` and ``program`` as above, by name: :data:`DECODE` splits the keys for few
   rows.  :func:`schedules.families.maker_of` finds them.  Those that no hardware has run yet are in
   ``UNVERIFIED_KINDS``, and are built only if they are asked for by name; so are those of the sizes that
-  ``UNVERIFIED_HEAD_DIMS`` has by kind, pairs of head_dim and head_dim_v.
+  ``UNVERIFIED_HEAD_DIMS`` has by kind, pairs of head_dim and head_dim_v, and those for usual sizes of the masks and
+  scores that ``UNVERIFIED_VARIANTS`` has by kind.
 * ``TENSOR_KINDS``, ``SINK_KINDS``: which kinds of its kernels, the usual one included, read parameters that are tables
   or tensors over other axes than heads, and which have sinks; none if it doesn't say.  ``LEARNT_TABLE_KINDS``: which of
   them compute the gradient of a table.
@@ -46,6 +47,10 @@ PAGED, PAGED_DECODE = "paged", "paged_decode"
 BACKWARD_ACCUMULATE = "backward_accumulate"
 #: The kinds of gradients.
 GRADIENT_KINDS = (BACKWARD, BACKWARD_ACCUMULATE, RAGGED_BACKWARD)
+
+#: Masks and scores of whole tensors, as torch's attention takes them, and those with a sink.
+WITH_TENSORS = (("given", "identity"), ("full", "biased"))
+WITH_SINKS = (("positioned", "optional_sinks"), ("window", "optional_sinks"))
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,15 @@ class Elements(Reader):
     def __init__(self, memory, strides: Mapping[str, Expr], first: Expr, lengths: Mapping[str, Expr]):
         self.memory, self.strides, self.first, self.lengths = memory, strides, first, lengths
 
-    def offset(self, i: Expr, j: Expr) -> Expr:
-        """Elements before that of a query and a key, of the last one if there is none there."""
-        at = {a: T.min(x, self.lengths[a] - 1) for a, x in (("i", i), ("j", j)) if a in self.strides}
+    @property
+    def dtype(self) -> str:
+        """That of the tensor."""
+        return str(self.memory.dtype)
+
+    def offset(self, i: Expr, j: Expr, bounded: str = "ij") -> Expr:
+        """Elements before that of a query and a key; along the axes ``bounded``, of the last if there is none there."""
+        at = {a: x for a, x in (("i", i), ("j", j)) if a in self.strides}
+        at = {a: T.min(x, self.lengths[a] - 1) if a in bounded else x for a, x in at.items()}
         return sum((wide(x) * wide(self.strides[a]) for a, x in at.items()), self.first + T.int64(0))
 
     def __call__(self, i: Expr, j: Expr) -> Expr:

@@ -16,8 +16,10 @@ from tvm.ir import Call, Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
+from schedules.tile.element_pairs import ElementPairs
 from schedules.tile.fragment import Fragment
 from schedules.tile.geometry import constant
+from schedules.tile.parameters import Elements
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
@@ -42,9 +44,15 @@ def _with_accurate_tanh(expr: Expr) -> Expr:
 class ScoreTile:
     """The scores of the rows that one lane shares in: ``2 * m_tiles`` rows of ``columns`` columns.
 
+    Rows are queries and columns keys, unless it is ``transposed``.
+
     All can begin with m-tile ``first``, if those before it see nothing.  ``tile_step``: rows from one m-tile of a warp
     to the next.
     """
+
+    transposed = False
+    #: Whether elements of tensors are read here, in pairs where they lie so.
+    reads = True
 
     def __init__(self, pattern: Pattern, at: Site, fragment: Fragment, m_tiles: int, columns: int, tile_step: int = 0):
         self.pattern, self.at, self.fragment = pattern, at, fragment
@@ -52,24 +60,63 @@ class ScoreTile:
         self.tile_step = tile_step or fragment.tile_rows
         self.stride = fragment.registers(columns)
         self.folded = pattern.is_scale_only
+        reads = self.reads and any(isinstance(x, Elements) for x in at.params.values())
+        self.pairs = ElementPairs(at, 2 * m_tiles, self.transposed) if reads else None
+        self.in_pairs = None
 
     def position(self, row0: Expr, column0: Expr, t, g, r, e) -> tuple[Expr, Expr]:
         """Row and column of a register, from those of this lane's first one."""
         f = self.fragment
         return row0 + (t * self.tile_step + r * f.row_step), column0 + (g * f.group + e)
 
+    # ------------------------------------------------------------ elements of tensors
+
+    @property
+    def here(self) -> Site:
+        """The site of the register that is looked at: where tensors are read in pairs, with what was read."""
+        return self.at if self.in_pairs is None else self.pairs.site(self.at, *self.in_pairs)
+
+    def by_tiles(self, row0: Expr, column0: Expr, compute) -> None:
+        """``compute()``, in whose loops :meth:`look_at_pair` and :meth:`look_at` are called: in a text of its own
+        where the elements of tensors can be read in pairs."""
+        if self.pairs is None:
+            compute()
+            return
+        last = self.position(row0, column0, 0, self.groups - 1, 0, 1)[0 if self.transposed else 1]
+        with T.If(self.pairs.covers(self.at, last)):
+            with T.Then():
+                for n in range(2 * self.m_tiles):
+                    self.pairs.begin_row(n, *self.position(row0, column0, n // 2, 0, n % 2, 0))
+                self.in_pairs = (0, 0, 0)
+                compute()
+                self.in_pairs = None
+            with T.Else():
+                compute()
+
+    def look_at_pair(self, t, g, r) -> None:
+        """The registers of two columns are next."""
+        if self.in_pairs is not None:
+            self.pairs.fetch(t * 2 + r, g * self.fragment.group)
+
+    def look_at(self, t, g, r, e) -> None:
+        """A register is next."""
+        if self.in_pairs is not None:
+            self.in_pairs = (t * 2 + r, g * self.fragment.group, e)
+
+    # ------------------------------------------------------------ one score
+
     def modified(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
         """The modified score in powers of two; ``chosen`` as in :meth:`Pattern.score`."""
-        return _with_accurate_tanh(self.pattern.score(self.at, s, i, j, chosen)) * T.float32(LOG2_E)
+        return _with_accurate_tanh(self.pattern.score(self.here, s, i, j, chosen)) * T.float32(LOG2_E)
 
     def slope(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr | None:
         """The derivative of the score with respect to the scaled product, of the raw one ``s``; None for 1."""
-        value = self.pattern.score_gradient(self.at, s, i, j, chosen)
+        value = self.pattern.score_gradient(self.here, s, i, j, chosen)
         return None if isinstance(value, tirx.FloatImm) and value.value == 1 else _with_accurate_tanh(value)
 
     def parameter_slope(self, name: str, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr | None:
         """The derivative of the score with respect to a parameter, of the raw product ``s``; None for 0."""
-        value = self.pattern.parameter_gradient(name, self.at, s, i, j, chosen)
+        value = self.pattern.parameter_gradient(name, self.here, s, i, j, chosen)
         return None if isinstance(value, tirx.FloatImm) and value.value == 0 else _with_accurate_tanh(value)
 
     def signed_scale(self) -> Expr:
@@ -88,6 +135,10 @@ class ScoreTile:
     @T.inline
     def modify(self, S, row0, column0, masked, first=0):
         """Raw products to scores, −inf where the mask hides them; ``row0``, ``column0`` are this lane's first ones."""
+        self.by_tiles(row0, column0, lambda: self._modify(S, row0, column0, masked, first))
+
+    @T.inline
+    def _modify(self, S, row0, column0, masked, first):
         if not self.folded:
             if self.pattern.has_choice:
                 # asked once, not for every score
@@ -108,7 +159,9 @@ class ScoreTile:
         for t in T.unroll(first, self.m_tiles):
             for g in T.unroll(self.groups):
                 for r in T.unroll(2):
+                    self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
+                        self.look_at(t, g, r, e)
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
                         S[i] = self.modified(S[i], at[0], at[1], chosen)
@@ -136,7 +189,9 @@ class ScoreTile:
         for t in T.unroll(first, self.m_tiles):
             for g in T.unroll(self.groups):
                 for r in T.unroll(2):
+                    self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
+                        self.look_at(t, g, r, e)
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                        S[i] = T.Select(self.pattern.mask(self.at, at[0], at[1]), S[i], T.float32(NEGATIVE_INFINITY))
+                        S[i] = T.Select(self.pattern.mask(self.here, at[0], at[1]), S[i], T.float32(NEGATIVE_INFINITY))

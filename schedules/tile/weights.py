@@ -113,9 +113,9 @@ class Weights(ScoreTile):
         asks_once: bool = False,
         places: PlaceGradients | None = None,
     ):
+        self.transposed, self.descending = transposed, descending
         ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)
         self.asks_once = asks_once and not self.folded
-        self.transposed, self.descending = transposed, descending
         self.places = places
         self.pack = pack or packing(pattern.dtype)
         self.scale = local(self.signed_scale())
@@ -142,6 +142,10 @@ class Weights(ScoreTile):
 
         ``shift(t, g, r, e)`` is the shift of a register's query.
         """
+        self.by_tiles(row0, column0, lambda: self._weigh_by_case(S, P, shift, row0, column0, masked))
+
+    @T.inline
+    def _weigh_by_case(self, S, P, shift, row0, column0, masked):
         if self.asks_once:
             self._in_each_case(lambda known: self._weigh(S, P, shift, row0, column0, masked, known))
         elif self.pattern.has_choice:
@@ -160,6 +164,10 @@ class Weights(ScoreTile):
         ``P``, if it isn't None, takes the packed probabilities, ``G`` the packed gradients of scaled products, and
         ``sums`` has those of the parameters that ask for one, to be added to.
         """
+        self.by_tiles(row0, column0, lambda: self._turn_by_case(S, E, P, G, shift, row0, column0, masked, sums))
+
+    @T.inline
+    def _turn_by_case(self, S, E, P, G, shift, row0, column0, masked, sums):
         if self.asks_once:
             self._in_each_case(lambda known: self._turn(S, E, P, G, shift, row0, column0, masked, known, sums))
         elif self.pattern.has_choice:
@@ -194,7 +202,9 @@ class Weights(ScoreTile):
             for n in T.unroll(self.groups):
                 g = T.meta_var(self.groups - 1 - n if self.descending else n)
                 for r in T.unroll(2):
+                    self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
+                        self.look_at(t, g, r, e)
                         x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         interval = T.meta_var((None if from_zero else begin[t * 2 + r], end[t * 2 + r]))
@@ -216,7 +226,9 @@ class Weights(ScoreTile):
         for t in T.unroll(self.m_tiles):
             for g in T.unroll(self.groups):
                 for r in T.unroll(2):
+                    self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
+                        self.look_at(t, g, r, e)
                         x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         interval = T.meta_var((None if from_zero else begin[t * 2 + r], end[t * 2 + r]))
@@ -275,7 +287,7 @@ class Weights(ScoreTile):
         if not masked:
             return None
         if not self.pattern.is_interval:
-            return self.pattern.mask(self.at, *at)
+            return self.pattern.mask(self.here, *at)
         (begin, end), column = interval, g * self.fragment.group + e
         return column < end if begin is None else T.And(column < end, column >= begin)
 

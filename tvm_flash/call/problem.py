@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm_flash.catalogue import CPU_ONLY, MASKS, SCORES
+from tvm_flash.catalogue import INSTEAD, MASKS, SCORES
 from tvm_flash.operators import FORWARD, OPERATORS
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, FARTHEST_START, PAGED
@@ -143,9 +143,9 @@ class Problem:
         return SCORES[self.score].stand_ins if self.score else ()
 
     @property
-    def cpu_only(self) -> list[str]:
-        """The parameters of its mask and score that kernels of GPUs don't know."""
-        return [p.name for p in (*MASKS[self.mask].params, *SCORES[self.score].params) if p.name in CPU_ONLY]
+    def unusual(self) -> list[str]:
+        """The parameters of its mask and score that few kernels of GPUs know."""
+        return [p.name for p in (*MASKS[self.mask].params, *SCORES[self.score].params) if p.name in INSTEAD]
 
     def __str__(self) -> str:
         kv = f", kv_heads {self.kv_heads}" if self.kv_heads != self.heads else ""

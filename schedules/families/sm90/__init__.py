@@ -66,6 +66,14 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
+UNVERIFIED_VARIANTS = {
+    FORWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
+    BACKWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
+    RAGGED: (("window", "optional_sinks"),),
+    RAGGED_BACKWARD: (("window", "optional_sinks"),),
+    PAGED: (("positioned", "optional_sinks"),),
+    PAGED_DECODE: (("positioned", "optional_sinks"),),
+}
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

@@ -75,6 +75,7 @@ class Consumer:
         self.acc_o = T.alloc_local([self.outputs], "float32")
         self.p = T.alloc_local([config.block_n // 4], "uint32")
         self.softmax = Softmax(pattern, block.site, block.rows, config.block_n)
+        self.softmax.add_tensors(lane)
         self.finished = Finished(self.softmax)
         self.n = T.local_scalar("int32")  # tiles of keys that were scored, over all work tiles
         self.counter = TileCounter(self.n)
@@ -172,11 +173,18 @@ class Consumer:
         return key_first + self.softmax.fragment.column(self.lane)
 
     @T.inline
+    def fetch(self, key_first):
+        """Fetch what tensors hold for the scores of the tile of keys from ``key_first`` on."""
+        if len(self.softmax.tensors) > 0:
+            self.softmax.fetch(self._row0(), self._column0(key_first), key_first + (self.config.block_n - 1))
+
+    @T.inline
     def step(self, walk, i, masked):
         """Step ``i`` of the work tile, with the maximum."""
         key_first = T.meta_var(walk.key_first(i))
         k = T.meta_var(self.k_state())
         v = T.meta_var(self.v_state())
+        self.fetch(key_first)
         self.issue(k, v)
         self.k.consumer_release(k, self.lane)
         self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), masked)
@@ -195,6 +203,7 @@ class Consumer:
         key_first = T.meta_var(walk.key_first(i))
         k = T.meta_var(self.k_state())
         v = T.meta_var(self.v_state())
+        self.fetch(key_first)
         self.issue(k, v)
         self.softmax.modify(self.acc_s, self._row0(), self._column0(key_first), False)
         self.softmax.probabilities(self.acc_s, self.softmax.signed_scale())
@@ -288,6 +297,7 @@ class Consumer:
         if self.may_skip:
             self.skip(walk.hidden)
         k = T.meta_var(self.k_state())
+        self.fetch(walk.key_first(self.first))
         self.q.consumer_wait(self.q_state())
         self.k.consumer_wait(k)
         self.issue_qk(k)
@@ -351,6 +361,7 @@ class Consumer:
         self.epilogue.scores_done(self.block.tile, self.lane)
         self.block.advance()
         walk = self.walk()
+        self.fetch(walk.key_first(self.first))
         self.q.consumer_wait(self.q_state())
         self.issue(k, v)
         self.keep()

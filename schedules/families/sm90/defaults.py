@@ -30,6 +30,8 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
 
 def _configs(pattern: Pattern) -> dict[int, Config]:
+    if any(p.is_spread for p in pattern.params):
+        return {0: _with_tensors(pattern)}
     if pattern.head_dim <= 64:
         return _head_dim_64(pattern)
     if pattern.head_dim <= 128:
@@ -37,6 +39,16 @@ def _configs(pattern: Pattern) -> dict[int, Config]:
     if pattern.head_dim <= 192:
         return _head_dim_192(pattern)
     return _head_dim_256(pattern)
+
+
+def _with_tensors(pattern: Pattern) -> Config:
+    """Fewer keys, as what tensors hold for a step's scores is in registers too; a bias may hide all that a row's first
+    tile has, so that every step looks for the maximum."""
+    if pattern.head_dim <= 64:
+        return Config(block_n=96, tiles_per_cta=2, overlap_tiles=True, running_max=True)
+    if pattern.head_dim <= 128:
+        return Config(block_n=80, running_max=True)
+    return Config(block_n=48, pingpong=pattern.head_dim <= 192, running_max=True)
 
 
 def _head_dim_64(pattern: Pattern) -> dict[int, Config]:

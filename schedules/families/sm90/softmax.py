@@ -6,10 +6,13 @@ sum has left the range in which float16 certainly held every probability.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
 from schedules.families.sm90.packing import Rows
+from schedules.families.sm90.tensor_tile import TensorTile
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat
@@ -30,10 +33,38 @@ class Softmax(OnlineSoftmax):
     ``step_sum`` is a step's share of ``row_sum``, in this lane; ``rows`` tells which query a row is.
     """
 
+    #: They are fetched beforehand.
+    reads = False
+
     def __init__(self, pattern: Pattern, at: Site, rows: Rows, columns: int):
         self.rows = rows
         OnlineSoftmax.__init__(self, pattern, at, M16N8, 1, columns)
         self.step_sum = T.alloc_local([2], "float32")
+        self.tensors = {}
+
+    def add_tensors(self, lane):
+        """Keep the values of tensors with an axis of keys in registers, by :meth:`fetch`."""
+        of_keys = [p for p in self.pattern.params if "j" in p.axes]
+        self.tensors = {
+            p.name: TensorTile(p, self.at.params[p.name], self.fragment, self.groups * self.fragment.group, lane)
+            for p in of_keys
+        }
+
+    def fetch(self, row0, column0, last):
+        """Fetch what tensors hold for a step's scores; ``last`` is the last of its keys."""
+        for x in self.tensors.values():
+            x.fetch([self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)], column0, last)
+
+    def look_at(self, t, g, r, e) -> None:
+        self.register = (g, r, e)
+
+    @property
+    def here(self) -> Site:
+        """The site of the register that is looked at, with the values of tensors that are in registers."""
+        if not self.tensors:
+            return self.at
+        known = {name: x.value(*self.register) for name, x in self.tensors.items()}
+        return replace(self.at, params={**self.at.params, **known})
 
     def position(self, row0, column0, t, g, r, e):
         """Query and key of a register, from row and key of this lane's first one."""
@@ -112,6 +143,8 @@ class Softmax(OnlineSoftmax):
 @T.meta_class
 class Finished(OnlineSoftmax):
     """Row sums and references of a finished work tile, kept while the next one has begun."""
+
+    reads = False
 
     def __init__(self, softmax: Softmax):
         self.rows = softmax.rows

@@ -96,7 +96,8 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
         block_m = 96 if plain or pattern.has_choice else 80
         found = Config(block_m=block_m, num_stages=4, block_n=128 if plain else 96, num_stages_dq=4)
     elif pattern.head_dim <= 128:
-        found = Config() if plain else Config(block_m=48, block_n=64)
+        # Beside a sink and the sum of its gradient, 64 keys would spill.
+        found = Config() if plain else Config(block_m=48, block_n=48 if pattern.has_sink else 64)
     elif pattern.head_dim + pattern.head_dim_v <= 320:
         found = Config(block_m=32, block_n=80 if plain else 64)
     elif pattern.head_dim <= 192:

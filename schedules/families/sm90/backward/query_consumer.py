@@ -260,8 +260,6 @@ class QueryConsumer:
             for n in T.unroll(len(self.parameters.params)):
                 self.parameter_sums[n] = T.float32(0)
         self.read_terms()
-        if len(self.pattern.learnt_of_sink) > 0:
-            self.add_sinks()
         walk = KeyWalk(self.block, 0, self.config.block_m)
         if self.places is not None:
             self.clear_places(walk)
@@ -285,6 +283,8 @@ class QueryConsumer:
         self.write(dq_map)
         if self.places is not None:
             self.places.store_sums(self.block.row_first + self.row + M16N8.row(self.lane), self.lane)
+        if len(self.pattern.learnt_of_sink) > 0:
+            self.add_sinks()
         if len(self.parameters.params) > 0:
             share = T.meta_var(T.truncdiv(self.block.row_first, BLOCK) * SHARES + self.index * WARPS + self.warp)
             self.parameters.store(
