@@ -28,6 +28,7 @@ from schedules.definition.cases import Cases
 from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import by_elements, derivative
+from schedules.definition.intervals import Atom
 from schedules.definition.operator import PAGES, SCALES, STARTS, Symbols
 from schedules.definition.parameters import Lookup, Site, append_arguments, parameter_symbols, value_of
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
@@ -67,7 +68,9 @@ class Pattern:
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
     depends_on_head: what is made of the raw score, or the mask, differs from head to head.
     narrows: the rows that see a key go on to the last one, and begin no earlier for later keys, as of a causal mask.
-    is_opaque: the mask has parts of which nothing is known but by a look at each score.
+    is_opaque: the mask has parts from which no range of keys follows; a tile may have to be looked at score by score.
+    atoms: what these parts read at a query alone or at a key alone; who knows its bounds in blocks of these, knows more
+        of a tile.
     is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
         needed.
     has_sink: the softmax has a logit beside those of keys.
@@ -81,7 +84,9 @@ class Pattern:
         self.cache = _cache_of(found.arguments)
         seen = [x for x in (found.key_range, found.visible) if x is not None]
         varying = [self._variables.params[p.name] for p in found.params if "i" in p.axes or "j" in p.axes]
-        self._mask = decompose(tirx.all(*seen), self._variables.index, varying) if seen else None
+        tensors = [(self._variables.params[p.name], p.axes) for p in found.params if p.axes]
+        self._mask = decompose(tirx.all(*seen), self._variables.index, tensors) if seen else None
+        self.atoms = () if self._mask is None else self._mask.atoms
         self.is_opaque = self._mask is not None and self._mask.is_opaque
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
@@ -256,20 +261,27 @@ class Pattern:
         whole = tirx.Select(key_last < site.seqlen_kv, hi, lo)
         return Ranges(self._range(span, "visible_range"), (lo, sym.Analyzer().simplify(whole)))
 
-    def tile_full(self, site: Site, row_first, row_last, col_first, col_last) -> Expr:
-        """Whether every row of the tile certainly sees every column; all bounds inclusive."""
+    def atom_value(self, atom: Atom, site: Site, x: Expr) -> Expr:
+        """The value of an atom at query or key number ``x``."""
+        return self._substitute(atom.expr, site, x, x)
+
+    def tile_full(self, site: Site, row_first, row_last, col_first, col_last, bounds=None) -> Expr:
+        """Whether every row of the tile certainly sees every column; all bounds inclusive.
+
+        ``bounds(atom)`` has the least and the greatest value of an atom in the tile's rows, or columns, if it is known.
+        """
         inside = col_last < site.seqlen_kv
         if self._mask is None:
             return inside
-        tile = Tile(row_first, row_last, col_first, col_last, self._at(site, row_first, col_first))
+        tile = Tile(row_first, row_last, col_first, col_last, self._at(site, row_first, col_first), bounds)
         return tirx.all(inside, self._mask.full(tile))
 
-    def tile_live(self, site: Site, row_first, row_last, col_first, col_last) -> Expr:
-        """Whether some row of the tile may see some column; all bounds inclusive."""
+    def tile_live(self, site: Site, row_first, row_last, col_first, col_last, bounds=None) -> Expr:
+        """Whether some row of the tile may see some column; else as ``tile_full``."""
         inside = col_first < site.seqlen_kv
         if self._mask is None:
             return inside
-        tile = Tile(row_first, row_last, col_first, col_last, self._at(site, row_first, col_first))
+        tile = Tile(row_first, row_last, col_first, col_last, self._at(site, row_first, col_first), bounds)
         return tirx.all(inside, self._mask.live(tile))
 
     @property

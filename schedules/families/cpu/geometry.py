@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.parameters import Place
 from schedules.definition.pattern import Pattern, Site
+from schedules.families.cpu.bounds import BlockBounds
 from schedules.families.cpu.vector_math import vectorizable
 from schedules.tile.key_source import ContiguousRows
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
@@ -64,7 +65,8 @@ class Tensor:
 class Geometry:
     """A call, and the pattern that it computes.
 
-    ``params`` has the run-time parameters by name, per-head ones as ``(batch, heads)`` buffers.
+    ``params`` has the run-time parameters by name, per-head ones as ``(batch, heads)`` buffers; ``bounds`` is what is
+    known of them in blocks of queries and keys.
     """
 
     pattern: Pattern
@@ -83,6 +85,7 @@ class Geometry:
     seqlen_kv: Expr
     head_dim: Expr
     head_dim_v: Expr
+    bounds: BlockBounds | None = field(default=None, kw_only=True)
 
     #: Whether keys lie on pages.
     is_paged = False
@@ -100,6 +103,16 @@ class Geometry:
         if not param.axes:
             return x
         return x[b, h] if param.per_head else Place(x, param.axes, b, h, self.seqlen_q, self.seqlen_kv)
+
+    def tile_live(self, site: Site, row: Expr, last_row: Expr, key: Expr, last_key: Expr) -> Expr:
+        """Whether some row of a tile may see some key; it begins with a block of each where ``bounds`` are known."""
+        known = None if self.bounds is None else self.bounds.of_tile(site, row, key)
+        return self.pattern.tile_live(site, row, last_row, key, last_key, known)
+
+    def tile_full(self, site: Site, row: Expr, last_row: Expr, key: Expr, last_key: Expr) -> Expr:
+        """Whether every row of a tile certainly sees every key; else as ``tile_live``."""
+        known = None if self.bounds is None else self.bounds.of_tile(site, row, key)
+        return self.pattern.tile_full(site, row, last_row, key, last_key, known)
 
     def kv_head(self, h: Expr) -> Expr:
         """The head of k and v that query head ``h`` reads."""
