@@ -12,7 +12,18 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import BACKWARD, FORWARD, PAGED, RAGGED, RAGGED_BACKWARD, Program, Rejected, Target
+from schedules.families.interface import (
+    BACKWARD,
+    FORWARD,
+    PAGED,
+    RAGGED,
+    RAGGED_BACKWARD,
+    WITH_SINKS,
+    WITH_TENSORS,
+    Program,
+    Rejected,
+    Target,
+)
 from schedules.families.mma import backward, mma
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -207,4 +218,6 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
+#: Of what reads tensors or has sinks, no GPU has run these kernels yet.
+UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS))
 UNVERIFIED_KINDS = (PAGED, BACKWARD, RAGGED_BACKWARD)

@@ -235,6 +235,5 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
-UNVERIFIED_KINDS = (RAGGED_BACKWARD,)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = dict.fromkeys((BACKWARD, RAGGED_BACKWARD), ((192, 192), (256, 256)))
