@@ -66,14 +66,7 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
-UNVERIFIED_VARIANTS = {
-    FORWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
-    BACKWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
-    RAGGED: (("window", "optional_sinks"),),
-    RAGGED_BACKWARD: (("window", "optional_sinks"),),
-    PAGED: (("positioned", "optional_sinks"),),
-    PAGED_DECODE: (("positioned", "optional_sinks"),),
-}
+UNVERIFIED_VARIANTS = {kind: (("positioned", "optional_sinks"),) for kind in (PAGED, PAGED_DECODE)}
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
