@@ -16,6 +16,7 @@ from schedules.families.interface import (
     PARTIAL,
     RAGGED,
     RAGGED_BACKWARD,
+    WITH_TENSORS,
 )
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
@@ -31,9 +32,6 @@ CORE_VARIANTS = (
     ("padded", "identity"),
     ("positioned", "optional"),
 )
-
-#: Masks and scores of whole tensors, as torch's attention takes them.
-WITH_TENSORS = (("given", "identity"), ("full", "biased"))
 
 #: The same on the CPU, where the last kernel has sinks too: one that isn't given costs a comparison for each row tile.
 CPU_VARIANTS = (*CORE_VARIANTS[:-1], ("positioned", "optional_sinks"), *WITH_TENSORS)

@@ -48,6 +48,10 @@ BACKWARD_ACCUMULATE = "backward_accumulate"
 #: The kinds of gradients.
 GRADIENT_KINDS = (BACKWARD, BACKWARD_ACCUMULATE, RAGGED_BACKWARD)
 
+#: Masks and scores of whole tensors, as torch's attention takes them, and those with a sink.
+WITH_TENSORS = (("given", "identity"), ("full", "biased"))
+WITH_SINKS = (("positioned", "optional_sinks"), ("window", "optional_sinks"))
+
 
 @dataclass(frozen=True)
 class Target:

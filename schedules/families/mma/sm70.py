@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import FORWARD, PAGED, RAGGED, Program, Rejected, Target
+from schedules.families.interface import FORWARD, PAGED, RAGGED, WITH_SINKS, WITH_TENSORS, Program, Rejected, Target
 from schedules.families.mma import mma
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.ragged import PagedForward, RaggedForward
@@ -178,4 +178,6 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD,)
 SINK_KINDS = (FORWARD, *KINDS)
+#: Of what reads tensors or has sinks, no GPU has run these kernels yet.
+UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS))
 UNVERIFIED_KINDS = (PAGED,)

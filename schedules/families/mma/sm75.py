@@ -9,7 +9,17 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import BACKWARD, FORWARD, PAGED, RAGGED, RAGGED_BACKWARD, Program, Rejected, Target
+from schedules.families.interface import (
+    BACKWARD,
+    FORWARD,
+    PAGED,
+    RAGGED,
+    RAGGED_BACKWARD,
+    WITH_SINKS,
+    Program,
+    Rejected,
+    Target,
+)
 from schedules.families.mma import backward, ldmatrix, mma
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -161,4 +171,6 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
+#: No GPU has run these with sinks yet.
+UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
 UNVERIFIED_KINDS = (PAGED, RAGGED_BACKWARD)

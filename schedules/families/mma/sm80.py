@@ -17,6 +17,7 @@ from schedules.families.interface import (
     PAGED_DECODE,
     RAGGED,
     RAGGED_BACKWARD,
+    WITH_SINKS,
     Program,
     Target,
 )
@@ -223,6 +224,8 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
+#: No GPU has run these with sinks yet.
+UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
 UNVERIFIED_KINDS = (RAGGED_BACKWARD,)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = {BACKWARD: ((192, 192), (256, 256))}
