@@ -25,15 +25,16 @@ TEMPLATES = {"v1": v1, "v2": v2}
         ("sm_80", "v1", {"mask": "causal", "head_dim": 128}),
         ("sm_86", "v2", {"mask": "positioned", "score": "optional", "head_dim": 64, "dtype": "bfloat16"}),
         ("sm_75", "v1", {"mask": "causal", "head_dim": 64}),
+        ("sm_80", "v2", {"score": "biased", "head_dim": 128, "dtype": "bfloat16"}),
     ],
-    ids=["80-128-causal", "86-64-positioned-optional", "75-64-causal"],
+    ids=["80-128-causal", "86-64-positioned-optional", "75-64-causal", "80-128-biased"],
 )
 def test_machine_code(arch, template, pattern, tmp_path):
     pattern, target = pattern_of(**pattern), Target(arch)
     program = TEMPLATES[template].apply(pattern, target, "kernel", kind=BACKWARD)
     assert isinstance(program, Program), program
     _, report, count = compiled(program, arch, tmp_path)
-    assert len(report.kernels) == len(program.launches) == 3 + any(p.gradient for p in pattern.params)
+    assert len(report.kernels) == len(program.launches) == 3 + any(p.gradient and p.is_summed for p in pattern.params)
     assert count["LDL"] == count["STL"] == 0
     # Four products of 16 keys and 16 queries at least in one launch, three in the other.
     assert count["HMMA"] >= 7 * pattern.head_dim // 16 * 2
