@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from tests import cases, forward_trials, gradient_cases, torch_cases
+from tests import cases, forward_trials, gradient_cases, tensor_trials, torch_cases
 from tests.cases import Case, Inputs
 from tests.gradient_cases import SUMS, Outer
 from tests.torch_cases import Compute
@@ -25,6 +25,9 @@ _SIZES = ((4, 1, 250, 213), (2, 2, 700, 900), (6, 2, 129, 640), (1, 1, 1, 300))
 
 def trials(entry: KernelEntry) -> Iterator[Trial]:
     """All of them, for a kernel."""
+    if any(p.is_spread for p in entry.params):
+        yield from tensor_trials.backward(tensor_trials.kernel_of(entry))
+        return
     for number, (case, data) in enumerate((*forward_trials.cases_of(entry), *_own_cases(entry))):
         yield _trial(entry, case, data, gradient_cases.outer(case, with_dlse=number % 2 == 1))
 
@@ -84,5 +87,10 @@ def usual(entry: KernelEntry) -> Usual:
     rows = forward.sizes["batch"] * forward.sizes["heads"] * forward.sizes["seqlen_q"]
     values |= {"lse": torch.full((rows,), 8.0, device="cuda"), "dlse": torch.empty(1, device="cuda")}
     values |= {"do": torch.randn_like(values["o"]), **{f"d{x}": torch.empty_like(values[x]) for x in "qkv"}}
-    values |= {f"d_{p.name}": torch.empty_like(values[p.name]) for p in entry.params if p.gradient}
+    # of a gradient for each score, which would be larger than all else, nobody asks
+    values |= {
+        f"d_{p.name}": torch.empty((1,) * 4, device="cuda") if p.is_spread else torch.empty_like(values[p.name])
+        for p in entry.params
+        if p.gradient
+    }
     return Usual(forward.name, values, forward.sizes, 2.5 * forward.flops)

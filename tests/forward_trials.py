@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from tests import cases, torch_cases
+from tests import cases, tensor_trials, torch_cases
 from tests.cases import CASES, Case, Inputs
 from tests.torch_cases import Compute
 from tests.trials import Results, Trial, Usual
@@ -197,6 +197,9 @@ def _own(entry: KernelEntry, numbers: dict[str, int]) -> dict[str, object]:
 
 def trials(entry: KernelEntry) -> Iterator[Trial]:
     """All of them, for a kernel."""
+    if any(p.is_spread for p in entry.params):
+        yield from tensor_trials.forward(tensor_trials.kernel_of(entry))
+        return
     labelled = [(case.id, case, data) for case, data in cases_of(entry)]
     more = itertools.chain(many_places(entry), all_split_lengths(entry), adversarial(entry))
     labelled += [(f"{name} {case.id}", case, data) for name, case, data in more]
@@ -245,7 +248,13 @@ def usual(entry: KernelEntry) -> Usual:
     values |= {"has_alibi_slopes": 1, "has_query_start": 1}
     ends = {"kv_start": 0, "kv_end": seqlen_kv, "query_start": 0}
     values |= {n: torch.full((batch, heads), x, dtype=torch.int32, device="cuda") for n, x in ends.items()}
-    pairs = {"full": seqlen_kv, "causal": seqlen_kv / 2}.get(entry.mask, min(WINDOW + 1, seqlen_kv)) * seqlen_q
+    whole = (batch, heads, seqlen_q, seqlen_kv)
+    values["bias"] = torch.randn(seqlen_q, seqlen_kv, device="cuda").expand(whole)
+    values["visible"] = (torch.rand(seqlen_q, seqlen_kv, device="cuda") < 0.9).expand(whole)
+    values |= {"has_sinks": 1, "sinks": torch.rand(batch, heads, device="cuda")}
+    pairs = {"full": seqlen_kv, "given": seqlen_kv, "causal": seqlen_kv / 2}.get(
+        entry.mask, min(WINDOW + 1, seqlen_kv)
+    ) * seqlen_q
     if entry.max_rows is not None:  # the keys that the step sees, all of them
         values["window_left"], pairs = seqlen_kv, seqlen_q * seqlen_kv
     flops = 2.0 * batch * heads * pairs * (D + E)

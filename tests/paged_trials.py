@@ -161,7 +161,7 @@ def usual(entry: KernelEntry) -> Usual:
     values |= {"softmax_scale": D**-0.5, **PARAMS, "has_query_start": 0, "softcap": 30.0}
     values |= {"window_left": _KEYS, "window_right": _KEYS}
     each = (_BATCH, heads)
-    values["alibi_slopes"] = torch.rand(each, device="cuda")
+    values |= {n: torch.rand(each, device="cuda") for n in ("alibi_slopes", "sinks")} | {"has_sinks": 1}
     values |= {n: torch.zeros(each, dtype=torch.int32, device="cuda") for n in ("kv_start", "query_start")}
     values["kv_end"] = torch.full(each, _KEYS, dtype=torch.int32, device="cuda")
     name = f"{entry.kind} b={_BATCH} q={queries} k={_KEYS} h={heads} on {kv_heads} d={D}"

@@ -247,7 +247,7 @@ def usual(entry: KernelEntry) -> Usual:
     values |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "softmax_scale": own.softmax_scale, **PARAMS}
     values |= {"window_left": _LONGEST_WINDOW, "window_right": 0, "has_query_start": 0, "softcap": 30.0}
     each = (len(_LENGTHS), heads)
-    values["alibi_slopes"] = torch.rand(each, device="cuda")
+    values |= {n: torch.rand(each, device="cuda") for n in ("alibi_slopes", "sinks")} | {"has_sinks": 1}
     values |= {n: torch.zeros(each, dtype=torch.int32, device="cuda") for n in ("kv_start", "query_start")}
     values["kv_end"] = torch.full(each, max(_LENGTHS), dtype=torch.int32, device="cuda")
     share = {"full": lambda n: n, "causal": lambda n: n / 2}.get(entry.mask, lambda n: min(_LONGEST_WINDOW + 1, n))

@@ -110,10 +110,11 @@ def test_padding_masks(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])
-def test_few_keys_on_a_gpu_are_left_to_torch(device):
-    q, k, v = tensors(device=device)
+def test_few_keys_on_a_gpu_are_not_sorted(device):
+    """A mask over them is one of scores, for head dimensions of which there are such kernels; others are torch's."""
+    agree(*tensors(device=device), attn_mask=masks(device)["gaps"])
     with pytest.warns(FallbackWarning, match=r"sorting fewer than 1536 keys.*padded_attention"):
-        ours(q, k, v, attn_mask=masks(device)["gaps"])
+        ours(*tensors(head_dims=(256, 256), device=device), attn_mask=masks(device)["gaps"])
 
 
 @pytest.mark.parametrize("hidden", (-math.inf, torch.finfo(torch.float32).min))
@@ -147,33 +148,37 @@ def whole_masks():
     }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", whole_masks())
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_masks_of_any_shape(name, dtype):
+def test_masks_of_any_shape(name, dtype, device):
     """And their gradients, which torch computes in float64 to compare with."""
-    mask = whole_masks()[name]
-    q, k, v = (x.to(dtype).requires_grad_() for x in tensors())
+    if device != "cpu" and (dtype == torch.float32 or name == "nothing but a large number"):
+        pytest.skip("a GPU multiplies 16 bits, and there a row that is as good as hidden is hidden")
+    mask = whole_masks()[name].to(device)
+    q, k, v = (x.to(dtype).requires_grad_() for x in tensors(device=device))
     given = mask.to(dtype) if mask.is_floating_point() else mask
     out = ours(q, k, v, attn_mask=given)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     want = torch_sdpa(*exact, attn_mask=given.double() if mask.is_floating_point() else mask)
     close = 3e-6 if dtype == torch.float32 else 2e-2
     assert (out - want).abs().max() < close
-    dout = torch.randn(out.shape)
+    dout = torch.randn(out.shape).to(device)
     (out * dout).sum().backward()
     (want * dout).sum().backward()
     for x, y in zip((q, k, v), exact, strict=True):
         assert (x.grad - y.grad).abs().max() < 2 * close * max(1.0, float(y.grad.abs().max()))
 
 
-def test_a_bias_is_learnt():
-    q, k, v = tensors()
-    bias = torch.randn(4, 33, 70, requires_grad=True)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_bias_is_learnt(device):
+    q, k, v = tensors(device=device)
+    bias = torch.randn(4, 33, 70).to(device, q.dtype).requires_grad_()
     exact = bias.detach().double().requires_grad_()
-    dout = torch.randn(q.shape)
+    dout = torch.randn(q.shape).to(device, q.dtype)
     (ours(q, k, v, attn_mask=bias) * dout).sum().backward()
     (torch_sdpa(q.double(), k.double(), v.double(), attn_mask=exact) * dout).sum().backward()
-    assert (bias.grad - exact.grad).abs().max() < 1e-5
+    assert (bias.grad - exact.grad).abs().max() < (1e-5 if device == "cpu" else 1e-2)
     program = torch.compile(lambda b: ours(q, k, v, attn_mask=b), fullgraph=True, backend="aot_eager")
     again = bias.detach().requires_grad_()
     (program(again) * dout).sum().backward()

@@ -70,12 +70,15 @@ def test_the_policy_on_gpus(packs, capability, arch, prefer, template, says):
 @pytest.mark.parametrize(
     ("what", "says"),
     [
-        ({"score": "optional_sinks"}, r"^sinks: only kernels of the CPU know it; .*sigmoid\(lse - sinks\)$"),
-        ({"mask": "given"}, r"^visible: .*PyTorch's own function$"),
-        ({"score": "biased"}, r"^bias: .*PyTorch's own function$"),
+        (
+            {"score": "optional_sinks"},
+            r"^sinks: no sm_80 kernel .*--score optional_sinks`, or .*sigmoid\(lse - sinks\)$",
+        ),
+        ({"mask": "given"}, r"^visible: .*--mask given --score identity`, or use PyTorch's own function$"),
+        ({"score": "biased"}, r"^bias: .*--mask full --score biased`, or use PyTorch's own function$"),
     ],
 )
-def test_what_only_processors_know_names_no_build_that_would_refuse(packs, what, says):
+def test_what_few_kernels_know_names_a_build_and_what_does_the_same(packs, what, says):
     packs(kernel("v1", "sm_80"), kernel("v2", "sm_80"))
     with pytest.raises(NotSupportedError, match=says):
         choose(problem(**what), GPU, "auto")

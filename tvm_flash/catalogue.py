@@ -39,8 +39,8 @@ PER_HEAD: Mapping[str, Param] = {name: p for name, p in PARAMS.items() if p.is_t
 #: Of these, what a kernel can do without: such a one has a number beside it, ``has_`` and its name, 0 if it is missing.
 OPTIONAL = tuple(name for name in PER_HEAD if f"has_{name}" in PARAMS)
 
-#: Parameters that kernels of GPUs don't know, and what does the same without them.
-CPU_ONLY: Mapping[str, str] = {
+#: Parameters that GPU packs have kernels of the usual head dimensions for, and what does the same without them.
+INSTEAD: Mapping[str, str] = {
     "sinks": "multiply the result without them by sigmoid(lse - sinks)",
     "visible": "use PyTorch's own function",
     "bias": "use PyTorch's own function",

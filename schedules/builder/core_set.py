@@ -7,6 +7,7 @@ same.  ``scripts/lower_core_set.py`` writes it anew.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -19,7 +20,7 @@ from pathlib import Path
 from schedules.builder.compile import lower_for_each
 from schedules.builder.records import LOGS
 from schedules.builder.suite import KernelSpec, Selection
-from schedules.families import FAMILY, core_kinds_of, family_of, is_verified_size
+from schedules.families import FAMILY, core_kinds_of, family_of, has_core_kernels, is_verified_size
 from schedules.families.interface import Rejected, Target
 from schedules.toolchain import cuda
 
@@ -63,7 +64,11 @@ def groups() -> Iterator[Group]:
         specs = [
             s
             for s in Selection().specs(
-                family.DTYPES, gpu=True, kinds=core_kinds_of(targets[0]), templates=family.TEMPLATES
+                family.DTYPES,
+                gpu=True,
+                kinds=core_kinds_of(targets[0]),
+                templates=family.TEMPLATES,
+                has=functools.partial(has_core_kernels, targets[0]),
             )
             if s.template in family.TEMPLATES and is_verified_size(targets[0], s.kind, s.head_dim, s.head_dim_v)
         ]

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from schedules.builder import pack, sources
@@ -21,7 +21,7 @@ from schedules.builder.configs import NO_RECORDS, ChosenConfig, Tuned
 from schedules.builder.suite import SCOPES, TEMPLATES, KernelSpec, Selection
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.definition_file import DefinitionFile
-from schedules.families import FAMILY, core_kinds_of, family_of, is_verified_size, kinds_of
+from schedules.families import FAMILY, core_kinds_of, family_of, has_core_kernels, is_verified_size, kinds_of
 from schedules.families.interface import Target
 from schedules.toolchain import machine
 from schedules.toolchain.host import HOST_HEADER
@@ -138,7 +138,13 @@ def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
         return tuple(
             chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds, templates=family.TEMPLATES)
         )
-    specs = chosen.specs(family.DTYPES, gpu=target.arch != "cpu", kinds=kinds, templates=family.TEMPLATES)
+    specs = chosen.specs(
+        family.DTYPES,
+        gpu=target.arch != "cpu",
+        kinds=kinds,
+        templates=family.TEMPLATES,
+        has=partial(has_core_kernels, target),
+    )
     return tuple(s for s in specs if chosen.kinds or is_verified_size(target, s.kind, s.head_dim, s.head_dim_v))
 
 

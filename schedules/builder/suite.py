@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from schedules.families.interface import (
@@ -13,9 +13,12 @@ from schedules.families.interface import (
     FORWARD,
     PAGED,
     PAGED_DECODE,
+    PAGED_DECODE_SCALED,
+    PAGED_SCALED,
     PARTIAL,
     RAGGED,
     RAGGED_BACKWARD,
+    WITH_TENSORS,
 )
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
@@ -32,9 +35,6 @@ CORE_VARIANTS = (
     ("positioned", "optional"),
 )
 
-#: Masks and scores of whole tensors, as torch's attention takes them, on the CPU.
-WITH_TENSORS = (("given", "identity"), ("full", "biased"))
-
 #: The same on the CPU, where the last kernel has sinks too: one that isn't given costs a comparison for each row tile.
 CPU_VARIANTS = (*CORE_VARIANTS[:-1], ("positioned", "optional_sinks"), *WITH_TENSORS)
 
@@ -49,6 +49,8 @@ class Scope:
     ----------
     variants: the (mask, score) pairs.
     on_gpus: those on a GPU, if they aren't the same.
+    usual_sizes: further ones on a GPU, with kernels for ``USUAL_HEAD_DIMS`` only and of one template, where its family
+        has what they need.
     between: whether there are kernels for ``HEAD_DIMS_BETWEEN``, on a GPU.
     own_definitions: whether a definition of the user's own gets such kernels without asking for them.
     """
@@ -57,6 +59,7 @@ class Scope:
     between: bool = False
     own_definitions: bool = False
     on_gpus: tuple[tuple[str, str], ...] | None = None
+    usual_sizes: tuple[tuple[str, str], ...] = ()
 
 
 #: Of every kind that families make (:mod:`schedules.families.interface`) what is built unless it is asked for by name.
@@ -64,30 +67,47 @@ class Scope:
 #: CPU's backward, the kernel that has everything was as fast as those of plain masks: 0.99 to 1.02 of their time,
 #: causal bfloat16 of 512 and 1024 keys 1.02 and 1.04.
 SCOPES = {
-    FORWARD: Scope(CPU_VARIANTS, between=True, own_definitions=True, on_gpus=CORE_VARIANTS),
+    FORWARD: Scope(
+        CPU_VARIANTS,
+        between=True,
+        own_definitions=True,
+        on_gpus=CORE_VARIANTS,
+        usual_sizes=(*WITH_TENSORS, ("positioned", "optional_sinks")),
+    ),
     DECODE: Scope((("window", "identity"),)),
     BACKWARD: Scope(
         (("positioned", "optional_sinks"), *WITH_TENSORS),
         between=True,
         own_definitions=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
+        usual_sizes=(*WITH_TENSORS, ("positioned", "optional_sinks")),
     ),
     RAGGED: Scope(
         (("window", "optional_sinks"),),
         between=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
+        usual_sizes=(("window", "optional_sinks"),),
     ),
     RAGGED_BACKWARD: Scope(
         (("window", "optional_sinks"),),
         between=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
+        usual_sizes=(("window", "optional_sinks"),),
     ),
     PAGED: Scope(
         (("positioned", "optional_sinks"),),
         between=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
+        usual_sizes=(("positioned", "optional_sinks"),),
     ),
-    PAGED_DECODE: Scope((("window", "identity"), ("positioned", "optional"))),
+    PAGED_DECODE: Scope(
+        (("window", "identity"), ("positioned", "optional")), usual_sizes=(("positioned", "optional_sinks"),)
+    ),
+    # Of a cache of 8 bits one kernel has everything.
+    **{
+        kind: Scope((("positioned", "optional_sinks"),))
+        for kind in (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values())
+    },
     # Of sequences that several devices hold; one template, as they are for rings alone.
     PARTIAL: Scope((("positioned", "optional"),)),
     BACKWARD_ACCUMULATE: Scope((("positioned", "optional_sinks"),)),
@@ -95,7 +115,10 @@ SCOPES = {
 
 #: Kinds of which there are kernels of one template, the family's last: those whose tensors have no batch axis, and so
 #: one layout, and those that context parallel attention alone calls, which take tensors of either layout.
-ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, PARTIAL, BACKWARD_ACCUMULATE)
+ONE_TEMPLATE = (
+    *(RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, *PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values()),
+    *(PARTIAL, BACKWARD_ACCUMULATE),
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +151,9 @@ class HeadDim:
 
 #: A kernel serves every head_dim up to its own, so that few sizes cover all.
 HEAD_DIMS = tuple(HeadDim(d, d) for d in (64, 128, 256))
+
+#: Those of most models.
+USUAL_HEAD_DIMS = HEAD_DIMS[:2]
 
 #: Sizes of models that lie between those.  A GPU multiplies a padded column as it does a real one, so that it gets
 #: kernels for them too, of plain scores; with other scores or padding the next larger kernel serves.
@@ -195,12 +221,18 @@ class Selection:
         if self.masks and self.scores:
             chosen = tuple((m, s) for m in self.masks for s in self.scores)
         else:
-            usual = CORE_VARIANTS if gpu else CPU_VARIANTS
+            usual = (*CORE_VARIANTS, *WITH_TENSORS) if gpu else CPU_VARIANTS
             known = tuple((m, s) for m, s in usual if m in self.masks or s in self.scores)
             missing = [(m, "identity") for m in self.masks if m not in {c[0] for c in known}]
             missing += [("window", s) for s in self.scores if s not in {c[1] for c in known}]
             chosen = (*known, *missing)
         return chosen if kind == FORWARD or kind in self.kinds else tuple(c for c in chosen if c in core)
+
+    def _of_usual_sizes(self, kind: str, dim: HeadDim, has) -> tuple[tuple[str, str], ...]:
+        """The variants for the usual sizes only, unless others are named."""
+        if has is None or self.masks or self.scores or dim not in USUAL_HEAD_DIMS:
+            return ()
+        return tuple(v for v in SCOPES[kind].usual_sizes if has(kind, *v))
 
     def specs(
         self,
@@ -211,6 +243,7 @@ class Selection:
         gpu: bool = False,
         kinds: Sequence[str] = (FORWARD,),
         templates: Sequence[str] = TEMPLATES,
+        has: Callable[[str, str, str], bool] = lambda kind, mask, score: False,
     ) -> list[KernelSpec]:
         """The kernels selected, in order.
 
@@ -221,6 +254,7 @@ class Selection:
         gpu: whether the arch is that of a GPU, whose core set has ``HEAD_DIMS_BETWEEN``.
         kinds: of kernels that the arch has.
         templates: that the arch has.
+        has: whether it has kernels of a kind for one of the variants in ``usual_sizes``.
         """
         own, variants = definition != BUILTIN_DEFINITION, tuple(variants)
         between = gpu and not self.head_dims and not own
@@ -234,6 +268,10 @@ class Selection:
             for kind in wanted
             if kind not in ONE_TEMPLATE or template == templates[-1]
             if not between or dim not in HEAD_DIMS_BETWEEN or SCOPES[kind].between
-            for mask, score in variants or self.variants(kind, gpu)
+            for mask, score in variants
+            or (
+                *self.variants(kind, gpu),
+                *self._of_usual_sizes(kind, dim, has if gpu and template == templates[-1] else None),
+            )
             if not between or dim not in HEAD_DIMS_BETWEEN or (score == "identity" and mask != "padded")
         ]

@@ -23,11 +23,13 @@ from tvm.ir import Expr
 from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
+from schedules.definition.cache import STORED
 from schedules.definition.cases import Cases
 from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import by_elements, derivative
-from schedules.definition.operator import PAGES, STARTS, Symbols
+from schedules.definition.intervals import Atom
+from schedules.definition.operator import PAGES, SCALES, STARTS, Symbols
 from schedules.definition.parameters import Lookup, Site, append_arguments, parameter_symbols, value_of
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
@@ -57,6 +59,7 @@ class Pattern:
     arguments: the function's own variables for its tensors and scalars, by role.
     head_dim, head_dim_v, dtype, index_dtype: as in the definition; ``head_dim`` is that of values if there are no rows
         of keys among the arguments.
+    cache: the dtype of keys and values where they have 8 bits, or else the first one that they may have.
     params: the run-time parameters, in the order of the definition's arguments.
     is_scale_only: the score is ``s * softmax_scale`` and nothing more, so that the scale folds into the exponential.
     has_choice: the score is one of two, and which of them it is depends on no query and no key.
@@ -65,7 +68,9 @@ class Pattern:
     has_gaps: the visible keys of a row need not be one interval, so that ``tile_live`` is worth asking.
     depends_on_head: what is made of the raw score, or the mask, differs from head to head.
     narrows: the rows that see a key go on to the last one, and begin no earlier for later keys, as of a causal mask.
-    is_opaque: the mask has parts of which nothing is known but by a look at each score.
+    is_opaque: the mask has parts from which no range of keys follows; a tile may have to be looked at score by score.
+    atoms: what these parts read at a query alone or at a key alone; who knows its bounds in blocks of these, knows more
+        of a tile.
     is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
         needed.
     has_sink: the softmax has a logit beside those of keys.
@@ -76,9 +81,12 @@ class Pattern:
         self._found, self._variables = found, found.variables
         self.func, self.op, self.params, self.arguments = found.func, found.op, found.params, found.arguments
         self.dtype, self.head_dim, self.head_dim_v, self.index_dtype = _sizes_of(found.arguments)
+        self.cache = _cache_of(found.arguments)
         seen = [x for x in (found.key_range, found.visible) if x is not None]
         varying = [self._variables.params[p.name] for p in found.params if "i" in p.axes or "j" in p.axes]
-        self._mask = decompose(tirx.all(*seen), self._variables.index, varying) if seen else None
+        tensors = [(self._variables.params[p.name], p.axes) for p in found.params if p.axes]
+        self._mask = decompose(tirx.all(*seen), self._variables.index, tensors) if seen else None
+        self.atoms = () if self._mask is None else self._mask.atoms
         self.is_opaque = self._mask is not None and self._mask.is_opaque
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
@@ -253,20 +261,27 @@ class Pattern:
         whole = tirx.Select(key_last < site.seqlen_kv, hi, lo)
         return Ranges(self._range(span, "visible_range"), (lo, sym.Analyzer().simplify(whole)))
 
-    def tile_full(self, site: Site, row_first, row_last, col_first, col_last) -> Expr:
-        """Whether every row of the tile certainly sees every column; all bounds inclusive."""
+    def atom_value(self, atom: Atom, site: Site, x: Expr) -> Expr:
+        """The value of an atom at query or key number ``x``."""
+        return self._substitute(atom.expr, site, x, x)
+
+    def tile_full(self, site: Site, row_first, row_last, col_first, col_last, bounds=None) -> Expr:
+        """Whether every row of the tile certainly sees every column; all bounds inclusive.
+
+        ``bounds(atom)`` has the least and the greatest value of an atom in the tile's rows, or columns, if it is known.
+        """
         inside = col_last < site.seqlen_kv
         if self._mask is None:
             return inside
-        tile = Tile(row_first, row_last, col_first, col_last, self._at(site, row_first, col_first))
+        tile = Tile(row_first, row_last, col_first, col_last, self._at(site, row_first, col_first), bounds)
         return tirx.all(inside, self._mask.full(tile))
 
-    def tile_live(self, site: Site, row_first, row_last, col_first, col_last) -> Expr:
-        """Whether some row of the tile may see some column; all bounds inclusive."""
+    def tile_live(self, site: Site, row_first, row_last, col_first, col_last, bounds=None) -> Expr:
+        """Whether some row of the tile may see some column; else as ``tile_full``."""
         inside = col_first < site.seqlen_kv
         if self._mask is None:
             return inside
-        tile = Tile(row_first, row_last, col_first, col_last, self._at(site, row_first, col_first))
+        tile = Tile(row_first, row_last, col_first, col_last, self._at(site, row_first, col_first), bounds)
         return tirx.all(inside, self._mask.live(tile))
 
     @property
@@ -367,11 +382,15 @@ def match(func: PrimFunc) -> Pattern:
 # ---------------------------------------------------------------- making sure of the rest
 
 
+#: Tensors whose last dimension isn't that of a row.
+_WITHOUT_ROWS = ("lse", "dlse", "delta", "lse_parts")
+
+
 def _sizes_of(arguments) -> tuple[str, int, int, str]:
     """dtype, head_dim, head_dim_v and index dtype of an operator."""
     keys, values = (arguments.get(role, arguments.get("o")) for role in ("k", "v"))
     for role, x in arguments.items():
-        if not isinstance(x.ty, tirx.BufferType) or role in ("lse", "dlse", "delta", "lse_parts", *STARTS, *PAGES):
+        if not isinstance(x.ty, tirx.BufferType) or role in (*_WITHOUT_ROWS, *STARTS, *PAGES, *SCALES):
             continue
         if is_paged(arguments) and role in ("k", "v"):
             axes, rank = "(pages, page_size, heads, head_dim)", 4
@@ -381,7 +400,12 @@ def _sizes_of(arguments) -> tuple[str, int, int, str]:
             axes, rank = "(batch, heads, seq, head_dim)", 4
         if len(x.ty.shape) != rank + (role == "o_parts") or not isinstance(x.ty.shape[-1], tirx.IntImm):
             raise DefinitionError(f"arguments: {role} is {axes} with a constant head_dim")
-    return str(keys.ty.dtype), int(keys.ty.shape[-1]), int(values.ty.shape[-1]), str(keys.ty.shape[0].ty.dtype)
+    return (
+        str(arguments.get("q", keys).ty.dtype),
+        int(keys.ty.shape[-1]),
+        int(values.ty.shape[-1]),
+        str(keys.ty.shape[0].ty.dtype),
+    )
 
 
 def _check(found: Reading, pattern: Pattern) -> None:
@@ -392,6 +416,7 @@ def _check(found: Reading, pattern: Pattern) -> None:
         {p.name: x for p, x in zip(found.params, found.parameters, strict=True)},
         {p.name: x for p, x in zip(asked, found.gradients, strict=True)},
         {name: found.arguments[name] for name in operator.scalars},
+        pattern.cache,
     )
     model = operator.write(pattern, symbols)
     expected = blocks_of(model)
@@ -409,6 +434,17 @@ def _check(found: Reading, pattern: Pattern) -> None:
     if not tvm_ffi.structural_equal(*common):
         where = tvm_ffi.get_first_structural_mismatch(*common)
         raise DefinitionError(f"the blocks are not connected as in attention; first difference at {where}")
+
+
+def _cache_of(arguments) -> str:
+    """The dtype of keys and values that have 8 bits; where they have that of queries, the one to derive others with."""
+    if SCALES[0] not in arguments:
+        return next(iter(STORED))
+    stored = str(arguments["k"].ty.dtype)
+    found = next((cache for cache, bits in STORED.items() if bits == stored), None)
+    if found is None:
+        raise DefinitionError(f"arguments: k is {stored}, and a cache with scales is one of {', '.join(STORED)}")
+    return found
 
 
 def _plain(func: PrimFunc) -> PrimFunc:

@@ -6,7 +6,8 @@ index i and the key index j; whatever isn't affine stays as it is.  Every part a
 * ``visible_range(span)``, ``full_range(span)``: of a span of rows, the keys ``[lo, hi)`` that some row may see, that
   every row sees; of a span of keys, the rows that may see some key, that see every key;
 * ``live(tile)``, ``full(tile)``: whether some, whether every element of a tile is seen;
-* ``is_opaque``: something in it isn't affine, and what it lets be seen is known of single elements only;
+* ``is_opaque``: something in it isn't affine, and no range of keys or rows follows from it; what is known of a tile
+  then follows from interval arithmetic (:mod:`schedules.definition.intervals`);
 * ``has_gaps``: the visible keys of a row need not be one interval; ``is_interval``: they are exactly its
   ``visible_range``.
 
@@ -22,6 +23,8 @@ import tvm_ffi
 from tvm import sym, tirx
 from tvm.ir import Expr
 from tvm.ir.expr import TensorLoad
+
+from schedules.definition.intervals import Atom, Tilewise
 
 ROWS, KEYS = "rows", "keys"
 
@@ -42,13 +45,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of scores, all bounds inclusive."""
+    """A tile of scores, all bounds inclusive; ``bounds`` has those of atoms, where a kernel knows them."""
 
     row_first: Expr
     row_last: Expr
     col_first: Expr
     col_last: Expr
     substitute: Callable[[Expr], Expr]
+    bounds: Callable[[Atom], tuple[Expr, Expr]] | None = None
 
 
 def _always(value: bool) -> Expr:
@@ -70,6 +74,7 @@ class _Affine:
     has_gaps = False
     is_opaque = False
     is_interval = True
+    atoms = ()
 
     @property
     def narrows(self):
@@ -109,6 +114,10 @@ class _All:
     parts: tuple
 
     @property
+    def atoms(self):
+        return tuple(a for p in self.parts for a in p.atoms)
+
+    @property
     def has_gaps(self):
         return any(p.has_gaps for p in self.parts)
 
@@ -145,6 +154,10 @@ class _Any:
     is_interval = False
 
     @property
+    def atoms(self):
+        return tuple(a for p in self.parts for a in p.atoms)
+
+    @property
     def is_opaque(self):
         return any(p.is_opaque for p in self.parts)
 
@@ -164,12 +177,20 @@ class _Any:
 
 @dataclass(frozen=True)
 class _Opaque:
-    """A predicate that isn't affine: nothing is known of a tile without looking at each element."""
+    """A predicate that isn't affine."""
 
     predicate: Expr
-    has_gaps = False
+    tilewise: Tilewise
     is_interval = False
     is_opaque = True
+
+    @property
+    def atoms(self):
+        return tuple(self.tilewise.atoms)
+
+    @property
+    def has_gaps(self):
+        return self.tilewise.may is not None and not self.atoms
 
     def visible_range(self, span):
         return _zero(span), span.others
@@ -178,10 +199,27 @@ class _Opaque:
         return _zero(span), _zero(span)
 
     def full(self, tile):
-        return _always(False)
+        return self._known(tile, self.tilewise.must, False)
 
     def live(self, tile):
-        return _always(True)
+        return self._known(tile, self.tilewise.may, True)
+
+    def _known(self, tile: Tile, expr: Expr | None, otherwise: bool) -> Expr:
+        if expr is None or (self.atoms and tile.bounds is None):
+            return _always(otherwise)
+        pairs = [
+            *zip(self.tilewise.rows, (tile.row_first, tile.row_last), strict=True),
+            *zip(self.tilewise.columns, (tile.col_first, tile.col_last), strict=True),
+        ]
+        for atom in self.atoms:
+            pairs += zip((atom.low, atom.high), tile.bounds(atom), strict=True)
+
+        def replace(node):
+            if isinstance(node, tirx.Var):
+                return next((new for old, new in pairs if node.same_as(old)), node)
+            return node
+
+        return tvm_ffi.structural_map(tile.substitute(expr), replace, order="post")
 
 
 def _fold(op, items):
@@ -191,16 +229,16 @@ def _fold(op, items):
     return result
 
 
-def decompose(predicate: Expr, index, varying=()):
-    """The mask as a tree of parts; ``index`` are the definition's variables b, h, i, j, and ``varying`` the parameters
-    that differ from query to query or key to key."""
+def decompose(predicate: Expr, index, tensors=()):
+    """The mask as a tree of parts; ``index`` are the definition's variables b, h, i, j, and ``tensors`` the parameters
+    that differ along some of these, with their axes."""
+    varying = [v for v, axes in tensors if "i" in axes or "j" in axes]
     if isinstance(predicate, tirx.And):
-        return _All(predicate, tuple(decompose(x, index, varying) for x in (predicate.a, predicate.b)))
+        return _All(predicate, tuple(decompose(x, index, tensors) for x in (predicate.a, predicate.b)))
     if isinstance(predicate, tirx.Or):
-        return _Any(predicate, tuple(decompose(x, index, varying) for x in (predicate.a, predicate.b)))
-    if _reads_position(predicate, index[2:], varying):
-        return _Opaque(predicate)
-    return _comparison(predicate, index) or _Opaque(predicate)
+        return _Any(predicate, tuple(decompose(x, index, tensors) for x in (predicate.a, predicate.b)))
+    affine = None if _reads_position(predicate, index[2:], varying) else _comparison(predicate, index)
+    return affine or _Opaque(predicate, Tilewise(predicate, index, tensors))
 
 
 def _reads_position(predicate: Expr, positions, varying) -> bool:

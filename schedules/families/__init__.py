@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 
+from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import FORWARD, GRADIENT_KINDS, Program, Rejected, Target
 from schedules.tile.tile_scheduler import Traversal
@@ -51,6 +52,16 @@ def core_kinds_of(target: Target) -> tuple[str, ...]:
 def is_verified_size(target: Target, kind: str, head_dim: int, head_dim_v: int) -> bool:
     """Whether kernels of a kind that the core set has were verified on hardware at a size: the core set has those."""
     return (head_dim, head_dim_v) not in getattr(family_of(target), "UNVERIFIED_HEAD_DIMS", {}).get(kind, ())
+
+
+def has_core_kernels(target: Target, kind: str, mask: str, score: str) -> bool:
+    """Whether the core set has kernels of a kind for a mask and a score that read tensors, or have sinks: the target's
+    family knows how, and they were verified on hardware."""
+    family = family_of(target)
+    of_tensors, of_sinks = (getattr(family, name, ()) for name in ("TENSOR_KINDS", "SINK_KINDS"))
+    reads = any(p.is_tensor and not p.per_head for p in (*MASKS[mask].params, *SCORES[score].params))
+    knows = (kind in of_tensors or not reads) and (kind in of_sinks or SCORES[score].sink is None)
+    return knows and (mask, score) not in getattr(family, "UNVERIFIED_VARIANTS", {}).get(kind, ())
 
 
 def maker_of(target: Target, kind: str = FORWARD):

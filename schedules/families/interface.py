@@ -15,7 +15,8 @@ sits.  It is a module with
   ``default_configs``, ``space``, ``feasible`` and ``program`` as above, by name: :data:`DECODE` splits the keys for few
   rows.  :func:`schedules.families.maker_of` finds them.  Those that no hardware has run yet are in
   ``UNVERIFIED_KINDS``, and are built only if they are asked for by name; so are those of the sizes that
-  ``UNVERIFIED_HEAD_DIMS`` has by kind, pairs of head_dim and head_dim_v.
+  ``UNVERIFIED_HEAD_DIMS`` has by kind, pairs of head_dim and head_dim_v, and those for usual sizes of the masks and
+  scores that ``UNVERIFIED_VARIANTS`` has by kind.
 * ``TENSOR_KINDS``, ``SINK_KINDS``: which kinds of its kernels, the usual one included, read parameters that are tables
   or tensors over other axes than heads, and which have sinks; none if it doesn't say.  ``LEARNT_TABLE_KINDS``: which of
   them compute the gradient of a table.
@@ -42,10 +43,19 @@ RAGGED = "ragged"
 RAGGED_BACKWARD = "ragged_backward"
 #: Those of such sequences whose keys lie on pages: the usual one, and the one that splits the keys for few query rows.
 PAGED, PAGED_DECODE = "paged", "paged_decode"
+#: The same with keys and values in 8 bits, by the dtype of the cache.
+PAGED_SCALED = {"float8_e4m3fn": "paged_e4m3", "int8": "paged_int8"}
+PAGED_DECODE_SCALED = {"float8_e4m3fn": "paged_decode_e4m3", "int8": "paged_decode_int8"}
+#: Roles of their scales.
+SCALES = ("k_scale", "v_scale")
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
 #: The kinds of gradients.
 GRADIENT_KINDS = (BACKWARD, BACKWARD_ACCUMULATE, RAGGED_BACKWARD)
+
+#: Masks and scores of whole tensors, as torch's attention takes them, and those with a sink.
+WITH_TENSORS = (("given", "identity"), ("full", "biased"))
+WITH_SINKS = (("positioned", "optional_sinks"), ("window", "optional_sinks"))
 
 
 @dataclass(frozen=True)
@@ -160,9 +170,9 @@ def ragged_program(
 
 
 def paged_program(
-    func: PrimFunc, params: Iterable[Param], pipeline: str, *, alignment: int, index_bits: int
+    func: PrimFunc, params: Iterable[Param], pipeline: str, *, alignment: int, index_bits: int, scaled: bool = False
 ) -> Program:
-    """Attention of ragged sequences over keys on pages, in one launch."""
-    where = ("cu_seqlens_q", "seqlens_k", "page_table")
+    """Attention of ragged sequences over keys on pages, in one launch; with scales if those are ``scaled``."""
+    where = ("cu_seqlens_q", "seqlens_k", "page_table", *(SCALES if scaled else ()))
     roles = ("q", "k", "v", "o", "lse", *where, "softmax_scale", *(p.name for p in params))
     return Program("forward", (ScheduledLaunch(func, roles),), pipeline, alignment, index_bits)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tvm_flash.call.measured import compare, nearest, tune_command
 from tvm_flash.call.problem import Problem
-from tvm_flash.catalogue import CPU_ONLY
+from tvm_flash.catalogue import INSTEAD
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS, PARTIAL
@@ -176,7 +176,8 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
 def candidates(arch: str, problem: Problem) -> list[Installed]:
     """The installed kernels of an arch that compute a problem's operator, in its dtype and definition."""
     found = registry().candidates(arch, problem.definition, problem.dtype, OPERATORS[problem.op].computes)
-    return [k for k in found if k.entry.form == problem.form]
+    cache = problem.cache_dtype or problem.dtype
+    return [k for k in found if k.entry.form == problem.form and k.entry.cache_dtype == cache]
 
 
 def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:
@@ -295,15 +296,18 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     dims += f":{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else ""
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
     if problem.op != FORWARD:
-        options += ["--kind", ACCUMULATE if problem.accumulate else problem.op]
-    whose = arch if problem.op == FORWARD else f"{arch} {problem.op.replace('_', ' ')}"
+        options += ["--kind", ACCUMULATE if problem.accumulate else problem.kind]
+    whose = arch if problem.op == FORWARD else f"{arch} {problem.kind.replace('_', ' ')}"
     if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):
         return KernelNotFoundError(
             f"q, k, v: are {problem.dtype}, and GPU kernels take float16, from sm_80 on also bfloat16; convert them"
         )
-    unknown = [] if custom or device.kind != "cuda" else problem.cpu_only
-    if unknown:
-        return NotSupportedError(f"{unknown[0]}: only kernels of the CPU know it; on a GPU {CPU_ONLY[unknown[0]]}")
+    unusual = [] if custom or device.kind != "cuda" else problem.unusual
+    if unusual and (nearest is None or nearest.stage in (_SCORE, _MASK, _HEAD_DIM)):
+        command = build_command(arch, *options, "--head-dim", dims, "--dtype", problem.dtype, *_kind(problem))
+        return KernelNotFoundError(
+            f"{unusual[0]}: no {whose} kernel that is installed knows it; run `{command}`, or {INSTEAD[unusual[0]]}"
+        )
     if nearest is None:
         of = f" of the definition {problem.definition!r}" if custom else ""
         command = build_command(arch, *options, "--dtype", problem.dtype)
@@ -371,6 +375,8 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
+    if problem.mask == "given" or problem.score == "biased":
+        return "--mask", problem.mask, "--score", problem.score
     everything = "optional_sinks" if problem.score == "optional_sinks" else "optional"
     if problem.is_ragged:
         return "--mask", "positioned" if problem.form == PAGED else "window", "--score", everything

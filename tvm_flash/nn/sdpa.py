@@ -1,6 +1,6 @@
 """``torch.nn.functional.scaled_dot_product_attention``, computed by this package's kernels where they can.
 
-Where they can't (dropout, on a GPU a mask of the user's own over queries and keys, a device or dtype without kernels)
+Where they can't (dropout, on a GPU a whole mask at a head_dim beyond 128, a device or dtype without kernels)
 torch's own function computes it, and a :class:`FallbackWarning` says why, once for each reason.
 """
 
@@ -47,8 +47,9 @@ def scaled_dot_product_attention(
     query: ``(batch, heads, seqlen_q, head_dim)``, or without the batch or with it alone (three dimensions).
     key, value: ``(batch, heads, seqlen_kv, head_dim)``; with ``enable_gqa`` fewer heads.
     attn_mask: boolean, true where a key is seen, or added to the scores, of any shape that broadcasts to ``(batch,
-        heads, seqlen_q, seqlen_kv)``; one of numbers may require a gradient.  On a GPU it is computed here if it is the
-        same for all queries and heads (``(batch, 1, 1, seqlen_kv)``, or expanded from that), as padding masks are.
+        heads, seqlen_q, seqlen_kv)``; one of numbers may require a gradient.  On a GPU it is computed here up to a
+        head_dim of 128, and beyond if it is the same for all queries and heads (``(batch, 1, 1, seqlen_kv)``, or
+        expanded from that), as padding masks are; a row whose numbers are all below -2e38 sees nothing there.
     dropout_p: 0 is computed here.
     is_causal: aligned **top-left**, as torch does: query i sees the keys 0 … i, whatever the lengths.
     scale: of the scores; ``1/sqrt(head_dim)`` if not given.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.parameters import Place
 from schedules.definition.pattern import Pattern, Site
+from schedules.families.cpu.bounds import BlockBounds
 from schedules.families.cpu.vector_math import vectorizable
 from schedules.tile.key_source import ContiguousRows
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
@@ -55,12 +56,17 @@ class Tensor:
         """Offset of the row of key number ``j`` of a tile, ``first`` being that of its first."""
         return first + j * self.strides[2]
 
+    def in_memory(self, base: Expr, key: Expr) -> tuple[tirx.Buffer, Expr]:
+        """The buffer that the row of a key comes from, and its offset there."""
+        return self.flat, self.of_key(base, key)
+
 
 @dataclass(frozen=True)
 class Geometry:
     """A call, and the pattern that it computes.
 
-    ``params`` has the run-time parameters by name, per-head ones as ``(batch, heads)`` buffers.
+    ``params`` has the run-time parameters by name, per-head ones as ``(batch, heads)`` buffers; ``bounds`` is what is
+    known of them in blocks of queries and keys.
     """
 
     pattern: Pattern
@@ -79,9 +85,12 @@ class Geometry:
     seqlen_kv: Expr
     head_dim: Expr
     head_dim_v: Expr
+    bounds: BlockBounds | None = field(default=None, kw_only=True)
 
     #: Whether keys lie on pages.
     is_paged = False
+    #: Whether they have 8 bits, and scales.
+    is_scaled = False
 
     def site(self, b: Expr, h: Expr) -> Site:
         """What the pattern has to know of one batch and head."""
@@ -95,6 +104,16 @@ class Geometry:
             return x
         return x[b, h] if param.per_head else Place(x, param.axes, b, h, self.seqlen_q, self.seqlen_kv)
 
+    def tile_live(self, site: Site, row: Expr, last_row: Expr, key: Expr, last_key: Expr) -> Expr:
+        """Whether some row of a tile may see some key; it begins with a block of each where ``bounds`` are known."""
+        known = None if self.bounds is None else self.bounds.of_tile(site, row, key)
+        return self.pattern.tile_live(site, row, last_row, key, last_key, known)
+
+    def tile_full(self, site: Site, row: Expr, last_row: Expr, key: Expr, last_key: Expr) -> Expr:
+        """Whether every row of a tile certainly sees every key; else as ``tile_live``."""
+        known = None if self.bounds is None else self.bounds.of_tile(site, row, key)
+        return self.pattern.tile_full(site, row, last_row, key, last_key, known)
+
     def kv_head(self, h: Expr) -> Expr:
         """The head of k and v that query head ``h`` reads."""
         return h // (self.heads // self.kv_heads)
@@ -107,8 +126,9 @@ class Geometry:
         """Where their values are."""
         return ContiguousRows(self.v, b, self.kv_head(h), Dense(self.seqlen_kv).of(b))
 
-    def with_room(self, keys: int) -> Geometry:
-        """The same call within a block that looks up the rows of so many keys at once, where that is needed."""
+    def with_room(self, keys: int, tile: int) -> Geometry:
+        """The same call within a block that looks up the rows of so many keys at once, where that is needed, and
+        computes with tiles of ``tile`` keys."""
         return self
 
     def scale(self) -> Expr:

@@ -7,6 +7,7 @@ from tvm.script import tirx as T
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.amx import TILE_PRODUCT
+from schedules.families.cpu.bounds import fill_bounds, with_bounds
 from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.few import FEW, EqualParts, few_queries_macros
 from schedules.families.cpu.geometry import Geometry, Tensor
@@ -132,6 +133,8 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                 for w in T.serial(batch * heads):
                     join(geometry, (outputs, maxima, sums), w // heads, w % heads, count)
         else:
+            P = T.meta_var(with_bounds(geometry, config.row_vectors * isa.lanes, config.block_n))
+            fill_bounds(P)
             T.evaluate(announce(geometry, batch * heads * ((seqlen_q + (M - 1)) // M)))
             for w in T.parallel(batch * heads * ((seqlen_q + (M - 1)) // M)):
                 with T.sblock("row_tile"):
@@ -141,6 +144,6 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                     b: T.int64 = item.batch
                     h: T.int64 = item.head
                     row0: T.int64 = item.m_block * M
-                    row_tile(geometry, b, h, row0)
+                    row_tile(P, b, h, row0)
 
     return attention

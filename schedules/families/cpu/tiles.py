@@ -19,7 +19,7 @@ from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.floats import float_products
 from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.isa import Isa
-from schedules.families.cpu.pages import find_rows
+from schedules.families.cpu.pages import find_rows, widen_tile
 from schedules.families.cpu.pairs import pair_products
 from schedules.families.cpu.places import Look, Staged
 from schedules.families.cpu.steps import make_steps
@@ -36,7 +36,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
 
     @T.inline
     def row_tile(call: Geometry, b, h, row0):
-        P = T.meta_var(call.with_room(N))
+        P = T.meta_var(call.with_room(N, N))
         QT = T.sblock_alloc_buffer(*products.queries)
         KT = T.sblock_alloc_buffer(*products.keys)
         VT = T.sblock_alloc_buffer(*products.values)
@@ -62,6 +62,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         value_rows = T.meta_var(P.value_rows(b, h))
         k_base: T.int64 = key_rows.offset(T.int64(0), T.int64(0))
         v_base: T.int64 = value_rows.offset(T.int64(0), T.int64(0))
+        kv_head: T.int64 = P.kv_head(h)
         scale: T.float32 = P.exponent_scale()
         site = T.meta_var(P.site(b, h))
 
@@ -76,7 +77,10 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                 row_max[i * lanes + lane] = P.first_max(b, h)
                 row_sum[i * lanes + lane] = P.first_sum(b, h)
 
-        # 2. The kv tiles in which some row may see something, and in each the groups of rows that may.
+        # 2. The kv tiles in which some row may see something, and in each the groups of rows that may.  A tile is
+        # loaded when the first group needs it; an element is written here, so that its memory is not given away.
+        KT[0, 0] = T.cast(0, products.keys[1])
+        VT[0, 0] = T.cast(0, products.values[1])
         visible = T.meta_var(P.pattern.keys_of(site, row0, row0 + rows - 1).visible)
         first_tile: T.int64 = visible[0] // N
         end_tile: T.int64 = (visible[1] + (N - 1)) // N
@@ -85,20 +89,24 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
             keys: T.int64 = T.min(T.int64(N), P.seqlen_kv - key0)
             k_at: T.int64 = key_rows.moved(k_base, T.int64(0), key0)
             v_at: T.int64 = value_rows.moved(v_base, T.int64(0), key0)
-            find_rows(P, (k_base, v_base), key0, N, T.int64(0))
-            products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
+            find_rows(P, (k_base, v_base, kv_head), key0, N, T.int64(0))
+            loaded: T.bool = T.bool(False)
             for group in T.serial(groups):
                 column: T.int64 = group * G
                 first: T.int64 = row0 + column
                 last: T.int64 = T.min(first + G, P.seqlen_q) - 1
-                live: T.bool = P.pattern.tile_live(site, first, last, key0, key0 + keys - 1)
-                full: T.bool = P.pattern.tile_full(site, first, last, key0, key0 + keys - 1)
+                live: T.bool = P.tile_live(site, first, last, key0, key0 + keys - 1)
+                full: T.bool = P.tile_full(site, first, last, key0, key0 + keys - 1)
                 if look.is_needed:
-                    if live:
+                    if T.And(live, T.Not(full)):
                         steps.look_at(look, P, site, b, h, first, last, key0, keys)
                         live = look.any()
                         full = look.all()
                 if live:
+                    if not loaded:
+                        widen_tile(P, keys, T.int64(0))
+                        products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
+                        loaded = T.bool(True)
                     staged.fill(P, b, h, first, last + 1 - first, key0, keys)
                     products.scores(P, QT, KT, ST, acc, row, k_at, column, keys)
                     if full:

@@ -15,6 +15,7 @@ from schedules.families.interface import (
     PAGED_DECODE,
     RAGGED,
     RAGGED_BACKWARD,
+    WITH_SINKS,
     Program,
     Target,
     forward_program,
@@ -54,6 +55,8 @@ KINDS = {
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
+#: No GPU has run these with sinks yet.
+UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

@@ -27,6 +27,7 @@ from schedules.families.cpu.backward.ends import learnt_tables, make_ends, round
 from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, sections
 from schedules.families.cpu.backward.tables import Tables, lanes_of
 from schedules.families.cpu.backward.tile import section_macro
+from schedules.families.cpu.bounds import fill_bounds, with_bounds
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED
@@ -164,11 +165,15 @@ def _kernel(
         items = T.meta_var(batch * kv_heads * sections(seqlen_q, seqlen_kv))
         tables = T.meta_var(Tables.of(of_tables, params, gradients, lanes_of(items)))
         P = T.meta_var(
-            Geometry(
-                *(pattern, t.q, t.k, t.v, t.o, LSE, LSE.shape[0], softmax_scale, params),
-                *(batch, heads, kv_heads, seqlen_q, seqlen_kv, head_dim, head_dim_v),
-                *(t.do, dLSE, dLSE.shape[0], t.dq, t.dk, t.dv, *rest),
-                *(sums, tables, gradients, up(head_dim, G) * G, up(head_dim_v, G) * G),
+            with_bounds(
+                Geometry(
+                    *(pattern, t.q, t.k, t.v, t.o, LSE, LSE.shape[0], softmax_scale, params),
+                    *(batch, heads, kv_heads, seqlen_q, seqlen_kv, head_dim, head_dim_v),
+                    *(t.do, dLSE, dLSE.shape[0], t.dq, t.dk, t.dv, *rest),
+                    *(sums, tables, gradients, up(head_dim, G) * G, up(head_dim_v, G) * G),
+                ),
+                M,
+                N,
             )
         )
         if multiplication(isa, dtype) in LLVM_FUNCTIONS:
@@ -178,6 +183,8 @@ def _kernel(
         count: T.int64 = sections(seqlen_q, seqlen_kv)
         section_rows: T.int64 = up(row_tiles, count) * M
         section_keys: T.int64 = up(key_tiles, count) * N
+
+        fill_bounds(P)
 
         # 1. What each row needs to know, and empty sums.
         ends.begin_parameters(P)

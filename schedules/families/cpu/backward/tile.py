@@ -282,10 +282,10 @@ def section_macro(pattern, config: Config, isa: Isa):
                 for row_tile in T.serial(first // M, T.max(first // M, (end + (M - 1)) // M)):
                     row0: T.int64 = first_row + row_tile * M
                     rows: T.int64 = T.min(T.int64(M), end_row - row0)
-                    live: T.bool = pattern.tile_live(site, row0, row0 + rows - 1, key0, key0 + keys - 1)
-                    full: T.bool = pattern.tile_full(site, row0, row0 + rows - 1, key0, key0 + (N - 1))
+                    live: T.bool = P.tile_live(site, row0, row0 + rows - 1, key0, key0 + keys - 1)
+                    full: T.bool = P.tile_full(site, row0, row0 + rows - 1, key0, key0 + (N - 1))
                     if look.is_needed:
-                        if live:
+                        if T.And(live, T.Not(full)):
                             look_at(look, P, site, row0, rows, key0, keys)
                             live = look.any()
                             full = T.And(look.all(), keys == N)

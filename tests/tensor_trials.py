@@ -1,0 +1,241 @@
+"""What kernels must get right that read tensors over the axes of scores, or tables: forward and backward.
+
+Values of all, or a size of 1 that is broadcast, biases of −inf, tiles and rows that see nothing; memory in which two
+neighbouring elements may be read at once, and such where they may not.  Needs torch; no TVM.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tests.torch_cases import Compute, tensor
+from tests.trials import Results, Trial
+from tvm_flash import numerics, reference
+from tvm_flash.packs import sizes
+from tvm_flash.packs.manifest import Param
+
+#: Of (heads, kv_heads, seqlen_q, seqlen_kv), and how tensors lie: with all sizes, the same for all heads and batch
+#: entries, the same for all keys, or with strides that divide nothing.
+TRIALS = (
+    ((2, 1, 150, 200), "whole"),
+    ((4, 2, 70, 330), "same for heads"),
+    ((1, 1, 130, 96), "same for keys"),
+    ((2, 2, 65, 129), "apart"),
+)
+GRADIENTS = ("dq", "dk", "dv")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Of a kernel what trials need: its ``params``, ``layout``, largest head dimensions, and the numpy twins."""
+
+    params: tuple[Param, ...]
+    layout: str
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    mask: Callable
+    score: Callable
+    name: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes, and how tensors lie, as in ``TRIALS``."""
+
+    kernel: Kernel
+    sizes: tuple[int, int, int, int]
+    lie: str
+    batch: int = 2
+    softmax_scale: float = 0.2
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """q, k, v and dout ``(batch, heads, seq, dim)``, and the parameters."""
+        rng = np.random.default_rng(zlib.crc32(repr((self.sizes, self.lie)).encode()))
+        heads, kv_heads, seqlen_q, seqlen_kv = self.sizes
+        D, E = self.kernel.head_dim, self.kernel.head_dim_v
+        shapes = {"q": (heads, seqlen_q, D), "k": (kv_heads, seqlen_kv, D), "v": (kv_heads, seqlen_kv, E)}
+        shapes["dout"] = (heads, seqlen_q, E)
+        found = {
+            n: numerics.round_to(rng.standard_normal((self.batch, *s), np.float32), self.kernel.dtype)
+            for n, s in shapes.items()
+        }
+        return found | {p.name: self._values(p, rng) for p in self.kernel.params}
+
+    def _values(self, param: Param, rng):
+        extents = {"b": self.batch, "h": self.sizes[0], "i": self.sizes[2], "j": self.sizes[3]}
+        missing = {"same for heads": "bh", "same for keys": "j"}.get(self.lie, "")
+        shape = [1 if a in missing and len(param.axes) > 1 else extents[a] for a in param.axes]
+        if param.rank:
+            return rng.standard_normal((self.sizes[0], *[101] * (param.rank - 1)), np.float32)
+        if param.dtype == "bool":
+            x = rng.random(shape) < 0.5
+            if shape[-1] > 1:
+                x[..., : shape[-1] // 2 + 20] &= False  # tiles in which nobody sees anything
+            if "i" in param.axes and extents["i"] == shape[param.axes.index("i")]:
+                x[(..., shape[-2] // 2, slice(None)) if "j" in param.axes else (..., shape[-1] // 2)] = False
+            return x
+        if param.dtype == "int32":
+            return np.sort(rng.integers(0, 4, shape)).astype(np.int32)
+        x = rng.standard_normal(shape, np.float32)
+        if self.lie == "apart" and param.axes.endswith("ij"):
+            x[..., -40:] = -np.inf  # the keys that are walked over first
+        return numerics.round_to(x, param.dtype)
+
+    @property
+    def what(self) -> dict:
+        """The arguments of the reference that say which attention it is."""
+        params = {p.name: self.arrays[p.name] for p in self.kernel.params}
+        axes = {p.name: p.axes for p in self.kernel.params}
+        twins = {"mask": self.kernel.mask, "score": self.kernel.score}
+        return {"softmax_scale": self.softmax_scale, "params": params, "axes": axes, **twins}
+
+    @property
+    def extents(self) -> dict[str, int]:
+        """Sizes by name."""
+        heads, kv_heads, seqlen_q, seqlen_kv = self.sizes
+        of = (self.batch, heads, seqlen_q, kv_heads, seqlen_kv, self.kernel.head_dim, self.kernel.head_dim_v)
+        return sizes.of(*of)
+
+    @functools.cached_property
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """Output and lse in float64."""
+        with np.errstate(invalid="ignore"):
+            return reference.attention(*(self.arrays[n] for n in "qkv"), **self.what)
+
+    def given(self, device: str) -> dict:
+        """What forward and backward take, by role."""
+        lay = functools.partial(tensor, dtype=self.kernel.dtype, layout=self.kernel.layout, strides="contiguous")
+        values = {n: lay(self.arrays[n], device=device) for n in "qkv"}
+        values |= {p.name: self._tensor(p).to(device) for p in self.kernel.params}
+        for p in self.kernel.params:
+            values[p.name] = self._spread(values[p.name], p)
+        return values | {"softmax_scale": self.softmax_scale}
+
+    def _tensor(self, param: Param) -> torch.Tensor:
+        x = torch.from_numpy(self.arrays[param.name])
+        return x.to(getattr(torch, param.dtype)) if "float" in param.dtype else x
+
+    def _spread(self, x: torch.Tensor, param: Param) -> torch.Tensor:
+        """With all sizes, as a call gives a tensor; with an element between any two if they are ``apart``."""
+        if self.lie == "apart":
+            room = torch.empty((*x.shape, 2), dtype=x.dtype, device=x.device)
+            room[..., 0] = x
+            x = room[..., 0]
+        extents = dict(zip("bhij", (self.batch, self.sizes[0], *self.sizes[2:]), strict=True))
+        return x.expand([extents[a] for a in param.axes]) if param.axes else x
+
+    def gradient_shape(self, param: Param) -> tuple[int, ...]:
+        """That of what a kernel gives of a parameter."""
+        extents = dict(zip("bhij", (self.batch, self.sizes[0], *self.sizes[2:]), strict=True))
+        return tuple(extents[a] for a in param.of_gradient) or (1,)
+
+
+def kernel_of(entry, twins: Mapping[str, Callable] | None = None) -> Kernel:
+    """What trials need of an entry; ``twins``, ``mask`` and ``score``, are those of a definition that isn't ours."""
+    twins = twins or {"mask": reference.MASKS[entry.mask], "score": reference.SCORES[entry.score]}
+    return Kernel(entry.params, entry.layout, entry.dtype, entry.head_dim, entry.head_dim_v, **twins, name=entry.symbol)
+
+
+def forward(kernel: Kernel, which=TRIALS) -> Iterator[Trial]:
+    """Trials of a forward kernel, all or those named."""
+    for problem in (Problem(kernel, *x) for x in which):
+        yield Trial(f"tensors {problem.lie} {problem.sizes}", *_forward(problem))
+
+
+def _forward(problem: Problem):
+    def run(compute: Compute, device: str) -> Results:
+        heads, _, rows, _ = problem.sizes
+        shape = (problem.batch, heads, rows, problem.kernel.head_dim_v)
+        out = tensor(
+            np.full(shape, np.nan, np.float32), problem.kernel.dtype, problem.kernel.layout, "contiguous", device
+        )
+        lse = torch.full((problem.batch * heads * rows,), torch.nan, device=device)
+        compute({**problem.given(device), "o": out, "lse": lse}, problem.extents)
+        out = out if problem.kernel.layout == "bhsd" else out.transpose(1, 2)
+        return out.double().cpu().numpy(), lse.double().cpu().numpy().reshape(shape[:3])
+
+    def check(results: Results, device: str) -> float:
+        (out, lse), (want, want_lse) = results, problem.expected
+        with np.errstate(invalid="ignore"):
+            usual = numerics.usual_attention(
+                *(problem.arrays[n] for n in "qkv"), dtype=problem.kernel.dtype, **problem.what
+            )
+        allowed = numerics.bound(usual, want, problem.kernel.dtype)
+        allowed += numerics.EPSILON["float32"] / 2 * numerics.magnitude(want_lse) * numerics.magnitude(want)
+        error = np.abs(out - want).max()
+        assert error <= allowed, f"output differs by {error:.3g}, allowed {allowed:.3g}"
+        blind = np.isneginf(want_lse)
+        assert np.array_equal(np.isneginf(lse), blind) and not out[blind].any()
+        lse_error = np.abs(lse[~blind] - want_lse[~blind]).max()
+        assert lse_error <= numerics.lse_bound(want_lse[~blind]), f"lse differs by {lse_error:.3g}"
+        return float(error / allowed)
+
+    return run, check
+
+
+def backward(kernel: Kernel, which=TRIALS) -> Iterator[Trial]:
+    """Trials of a backward kernel, all or those named."""
+    for problem in (Problem(kernel, *x) for x in which):
+        yield Trial(f"gradients, tensors {problem.lie} {problem.sizes}", *_backward(problem))
+
+
+def _backward(problem: Problem):
+    kernel = problem.kernel
+    learnt = [p for p in kernel.params if p.gradient]
+
+    def run(compute: Compute, device: str) -> Results:
+        values = problem.given(device)
+        out, lse = problem.expected
+        lay = functools.partial(tensor, dtype=kernel.dtype, layout=kernel.layout, strides="contiguous", device=device)
+        values |= {"o": lay(out.astype(np.float32)), "do": lay(problem.arrays["dout"])}
+        flat = {"lse": lse.astype(np.float32).reshape(-1), "dlse": np.full(1, np.nan, np.float32)}
+        values |= {n: torch.from_numpy(x).to(device) for n, x in flat.items()}
+        results = {f"d{n}": torch.full_like(values[n], torch.nan) for n in "qkv"}
+        of_params = {f"d_{p.name}": torch.full(problem.gradient_shape(p), torch.nan, device=device) for p in learnt}
+        compute({**values, **results, **of_params}, problem.extents)
+        if kernel.layout == "bshd":
+            results = {n: x.transpose(1, 2) for n, x in results.items()}
+        return tuple(x.double().cpu().numpy() for x in (*results.values(), *of_params.values()))
+
+    def check(results: Results, device: str) -> float:
+        given = [problem.arrays[n] for n in ("dout", "q", "k", "v")]
+        names = [p.name for p in learnt]
+        with np.errstate(invalid="ignore"):
+            exact = reference.attention_backward(*given, gradients=names, **problem.what)
+            usual = numerics.usual_gradients(*given, dtype=kernel.dtype, gradients=names, **problem.what)
+        # The output comes rounded, and so delta: gradients of scores are off by that, in proportion to weights.
+        products = np.abs(problem.arrays["dout"] * problem.expected[0]).sum(-1)
+        of_delta, rows, worst = numerics.EPSILON[kernel.dtype] / 2 * products.max(), products.size, 0.0
+        for name, got in zip((*GRADIENTS, *names), results, strict=True):
+            of = (getattr(x, name) if name in GRADIENTS else x.params[name] for x in (usual, exact))
+            near, want = of
+            if name not in GRADIENTS:
+                param = next(p for p in learnt if p.name == name)
+                got = _summed(got, param, want.shape)
+            dtype = kernel.dtype if name in GRADIENTS else "float32"
+            allowed = max(numerics.bound([near], want, dtype), 2**-8 * numerics.magnitude(want) / 8)
+            if name not in GRADIENTS:
+                allowed += of_delta * np.sqrt(max(1, rows / want.size))
+            error = numerics.largest_error(got, want)
+            assert error <= allowed, f"d{name} differs by {error:.3g}, allowed {allowed:.3g}"
+            worst = max(worst, error / allowed)
+        return float(worst)
+
+    return run, check
+
+
+def _summed(got: np.ndarray, param: Param, shape: tuple[int, ...]) -> np.ndarray:
+    """The gradient that a kernel gives, summed over the axes that the parameter lacks or is broadcast along."""
+    sizes_of = dict(zip(param.axes, (1,) * (len(param.axes) - len(shape)) + tuple(shape), strict=True))
+    for axis, a in enumerate(param.of_gradient):
+        if sizes_of.get(a, 1) == 1:
+            got = got.sum(axis, keepdims=True)
+    return got.reshape(shape)

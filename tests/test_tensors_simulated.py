@@ -1,0 +1,74 @@
+"""Kernels that read tensors over the axes of scores, or tables: CUDA sources run on the processor (tests/simt)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("tvm")
+pytest.importorskip("torch")
+
+import numpy as np
+
+from schedules.builder.compile import entry_of, lower
+from schedules.builder.suite import KernelSpec
+from schedules.definition.attention import Attention
+from schedules.definition.catalogue import FULL, IDENTITY, MASKS, SCORES
+from schedules.definition.pattern import match
+from schedules.families import maker_of
+from schedules.families.interface import BACKWARD, FORWARD, Target
+from tests import tensor_trials, torch_cases
+from tests.definitions.with_tensors import documents, relative
+from tests.simt.simulate import Simulated
+
+BIASED, GIVEN = Attention(SCORES["biased"], FULL, "biased"), Attention(IDENTITY, MASKS["given"], "given")
+
+#: Definition, arch, template, kind, head_dim, dtype: each family, each kind, gradients of all axes.
+KERNELS = (
+    (documents, "sm_80", "v2", FORWARD, 64, "bfloat16"),
+    (documents, "sm_80", "v2", BACKWARD, 64, "float16"),
+    (BIASED, "sm_80", "v2", BACKWARD, 192, "float16"),  # pairs of warps share keys
+    (relative, "sm_86", "v1", FORWARD, 128, "float16"),
+    (BIASED, "sm_75", "v1", FORWARD, 64, "float16"),
+    (GIVEN, "sm_75", "v1", BACKWARD, 64, "float16"),
+    (documents, "sm_70", "v1", FORWARD, 64, "float16"),
+    (documents, "sm_90a", "v2", FORWARD, 64, "bfloat16"),
+    (relative, "sm_90a", "v1", FORWARD, 128, "float16"),
+    (documents, "sm_90a", "v2", BACKWARD, 64, "float16"),
+    (BIASED, "sm_90a", "v2", BACKWARD, 128, "bfloat16"),
+)
+
+
+def made(attention, arch, template, kind, head_dim, dtype, folder):
+    """What trials need of a kernel, and what runs it on CPU tensors by role."""
+    target, name = Target(arch), attention.name
+    spec = KernelSpec(template, name, "own", "own", dtype, head_dim, head_dim, kind=kind)
+    pattern = match(attention(head_dim, dtype, index_dtype="int32"))
+    config = maker_of(target, kind).default_configs(template, pattern, target)[0]
+    lowered = lower(spec, pattern, target, config)
+    simulated = Simulated(lowered.program, lowered.text, folder)
+    functions = [simulated.module[launch.symbol] for launch in lowered.program.launches]
+    entry = entry_of(spec, target, pattern, lowered, "default", {})
+    twins = {"mask": attention.mask.twin, "score": attention.score.twin}
+    compute = torch_cases.by_entry(entry, functions, "cpu")
+    return SimpleNamespace(kernel=tensor_trials.kernel_of(entry, twins), simulated=simulated, compute=compute)
+
+
+#: Two tiles of queries, and keys that no tile divides; of the second, neighbours can't be read at once.
+TRIALS = (((2, 1, 140, 136), "whole"), ((2, 2, 65, 97), "apart"))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k[0].score.name}-{'-'.join(map(str, k[1:]))}")
+def test_all_ways_in_which_tensors_lie(kernel, tmp_path):
+    found = made(*kernel, tmp_path)
+    trials = tensor_trials.backward if kernel[3] == BACKWARD else tensor_trials.forward
+    for trial in trials(found.kernel, TRIALS):
+        results = trial.run(found.compute, "cpu")
+        try:
+            trial.check(results, "cpu")
+        except AssertionError as e:
+            raise AssertionError(f"{trial.label}: {e}") from e
+    found.simulated.configure(7)  # threads in another order: the trial that was last
+    again = trial.run(found.compute, "cpu")
+    assert all(np.array_equal(a, b) for a, b in zip(results, again, strict=True))
