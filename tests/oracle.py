@@ -25,6 +25,7 @@ OUTPUTS = {
     "ragged": ("o", "lse"),
     "ragged_backward": ("dq", "dk", "dv"),
     "paged": ("o", "lse"),
+    "paged_scaled": ("o", "lse"),
 }
 
 
@@ -56,9 +57,9 @@ def compiled(func) -> Callable:
 
 
 @functools.lru_cache(maxsize=64)
-def operator(attention, op: str, head_dim: int, head_dim_v: int) -> Callable:
+def operator(attention, op: str, head_dim: int, head_dim_v: int, cache: str = "") -> Callable:
     """The oracle of an operator of a definition."""
-    return compiled(derive(match(attention(head_dim, "float32", head_dim_v=head_dim_v)), op))
+    return compiled(derive(match(attention(head_dim, "float32", head_dim_v=head_dim_v)), op, cache))
 
 
 def gradients(attention, dout, q, k, v, softmax_scale, params, dlse=None) -> SimpleNamespace:

@@ -21,6 +21,7 @@ from tvm_flash.interface import custom_attention, flash_attention, flash_attenti
 from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.padded import padded_attention
 from tvm_flash.paged import check_pages, flash_attention_paged
+from tvm_flash.quantised import dequantise_cache, quantise_cache
 from tvm_flash.selector import BackendSelector
 from tvm_flash.varlen import flash_attention_varlen
 
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "check_pages",
     "custom_attention",
+    "dequantise_cache",
     "flash_attention",
     "flash_attention_backward",
     "flash_attention_paged",
@@ -50,4 +52,5 @@ __all__ = [
     "flash_attention_with_kvcache",
     "padded_attention",
     "padded_attention_backward",
+    "quantise_cache",
 ]

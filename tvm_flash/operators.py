@@ -21,6 +21,10 @@ PARTIAL = "partial"
 #: Forward of such sequences whose keys lie on pages of a cache.
 PAGED = "paged"
 
+#: The same with keys and values in 8 bits, and scales.
+PAGED_SCALED = "paged_scaled"
+SCALES = ("k_scale", "v_scale")
+
 #: The role (:mod:`tvm_flash.packs.manifest`) of a tensor that callers know by another name.
 _ROLES = {"out": "o", "dout": "do", "k_cache": "k", "v_cache": "v"}
 
@@ -74,6 +78,7 @@ TENSORS |= {
     "v_cache": Tensor((), (*_PAGES, "head_dim_v")),
     "seqlens_k": Tensor((), ("batch",), "int32", flat=True),
     "page_table": Tensor((), ("batch", "pages_per_sequence"), "int32"),
+    **dict.fromkeys(SCALES, Tensor((), ("pages", "kv_heads"), "float32")),
 }
 
 #: The gradient of a parameter with a value for each head.
@@ -151,19 +156,21 @@ _BACKWARD = Operator(
     differentiates=True,
 )
 _SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k")
+_PAGED = replace(
+    _FORWARD,
+    inputs=("q", "k_cache", "v_cache"),
+    starts=("cu_seqlens_q", "seqlens_k", "page_table"),
+    backward="",
+    form=manifest.PAGED,
+)
 OPERATORS = {
     FORWARD: _FORWARD,
     BACKWARD: _BACKWARD,
     PARTIAL: replace(_FORWARD, backward="", float32=("out",)),
     RAGGED: replace(_FORWARD, starts=_SEQUENCES, backward=RAGGED_BACKWARD, form=manifest.RAGGED),
     RAGGED_BACKWARD: replace(_BACKWARD, starts=_SEQUENCES, form=manifest.RAGGED),
-    PAGED: replace(
-        _FORWARD,
-        inputs=("q", "k_cache", "v_cache"),
-        starts=("cu_seqlens_q", "seqlens_k", "page_table"),
-        backward="",
-        form=manifest.PAGED,
-    ),
+    PAGED: _PAGED,
+    PAGED_SCALED: replace(_PAGED, starts=(*_PAGED.starts, *SCALES)),
 }
 
 #: The parameters of mask and score that are tensors, of calls with keys on pages.

@@ -10,9 +10,12 @@ from tvm_flash.call.prepare import same_framework
 from tvm_flash.call.ragged import fault_of
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import InvalidArgumentError
-from tvm_flash.operators import PAGED, PAGED_PARAMETERS, RAGGED_LAYOUT
+from tvm_flash.operators import PAGED, PAGED_PARAMETERS, PAGED_SCALED, RAGGED_LAYOUT
 
 _attend = entrance(signature(RAGGED_LAYOUT, parameters=PAGED_PARAMETERS, op=PAGED, layout_known=True))
+
+
+_attend_scaled = entrance(signature(RAGGED_LAYOUT, parameters=PAGED_PARAMETERS, op=PAGED_SCALED, layout_known=True))
 
 
 def flash_attention_paged(
@@ -31,6 +34,8 @@ def flash_attention_paged(
     alibi_slopes: Any = None,
     sinks: Any = None,
     kv_start: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
     return_lse: bool = False,
     out: Any = None,
 ) -> Any:
@@ -58,6 +63,9 @@ def flash_attention_paged(
     window_size, softcap: as in :func:`tvm_flash.flash_attention`.
     alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``.
     sinks: as in :func:`tvm_flash.flash_attention`, ``(heads,)`` or ``(batch, heads)``.
+    k_scale, v_scale: of caches in 8 bits, float8_e4m3fn or int8: float32 ``(kv_heads,)`` or ``(pages, kv_heads)``.  An
+        element stands for itself times the scale (:func:`tvm_flash.dequantise_cache`), and the result is that of a
+        cache of what they stand for, bit for bit.
     kv_start: int32 ``(batch, 1)`` or ``(batch, heads)``: keys before this one are hidden (left padding).
     return_lse: also return the log-sum-exp of each row.
     out: where the result goes, of the result's shape and dtype; must not share memory with an input.
@@ -76,9 +84,20 @@ def flash_attention_paged(
     PackError, KernelError (RuntimeError): no pack for the device, a damaged pack, a failed launch.
     """
     # fmt: off
+    if k_scale is not None or v_scale is not None:
+        return _attend_scaled(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, *_both(k_scale, v_scale),
+                              alibi_slopes, sinks, kv_start, out,
+                              "auto", return_lse, softmax_scale, causal, window_size, softcap, max_seqlen_q)
     return _attend(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, alibi_slopes, sinks, kv_start, out,
                    "auto", return_lse, softmax_scale, causal, window_size, softcap, max_seqlen_q)
     # fmt: on
+
+
+def _both(k_scale: Any, v_scale: Any) -> tuple[Any, Any]:
+    if k_scale is None or v_scale is None:
+        missing, other = ("k_scale", "v_scale") if k_scale is None else ("v_scale", "k_scale")
+        raise InvalidArgumentError(f"{missing}: is None, and {other} is given; give both, or none")
+    return k_scale, v_scale
 
 
 def check_pages(q: Any, k_cache: Any, cu_seqlens_q: Any, seqlens_k: Any, page_table: Any) -> None:

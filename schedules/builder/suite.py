@@ -13,6 +13,8 @@ from schedules.families.interface import (
     FORWARD,
     PAGED,
     PAGED_DECODE,
+    PAGED_DECODE_SCALED,
+    PAGED_SCALED,
     PARTIAL,
     RAGGED,
     RAGGED_BACKWARD,
@@ -101,6 +103,11 @@ SCOPES = {
     PAGED_DECODE: Scope(
         (("window", "identity"), ("positioned", "optional")), usual_sizes=(("positioned", "optional_sinks"),)
     ),
+    # Of a cache of 8 bits one kernel has everything.
+    **{
+        kind: Scope((("positioned", "optional_sinks"),))
+        for kind in (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values())
+    },
     # Of sequences that several devices hold; one template, as they are for rings alone.
     PARTIAL: Scope((("positioned", "optional"),)),
     BACKWARD_ACCUMULATE: Scope((("positioned", "optional_sinks"),)),
@@ -108,7 +115,10 @@ SCOPES = {
 
 #: Kinds of which there are kernels of one template, the family's last: those whose tensors have no batch axis, and so
 #: one layout, and those that context parallel attention alone calls, which take tensors of either layout.
-ONE_TEMPLATE = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, PARTIAL, BACKWARD_ACCUMULATE)
+ONE_TEMPLATE = (
+    *(RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, *PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values()),
+    *(PARTIAL, BACKWARD_ACCUMULATE),
+)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ class _Formula:
     head_dim_v: int
     dtype: str
     index_dtype: str
+    cache: str = ""
 
     def score(self, site: Site, s: Expr, i: Expr, j: Expr) -> Expr:
         return self.definition.score.expr(s * site.softmax_scale, self._position(site, i, j))

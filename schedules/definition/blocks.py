@@ -19,6 +19,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
+from schedules.definition.cache import dequantised
 from schedules.definition.parameters import Site, gradient_name
 from tvm_flash.packs.manifest import Param
 
@@ -29,13 +30,15 @@ class Formula(Protocol):
     ``s`` is the product ``q · k``, neither scaled nor modified.  ``visible`` is None where every query sees every key.
     ``sink`` is a logit of a head that is in the denominator of the softmax beside those of keys, if ``has_sink``.
     ``score_gradient`` is the derivative of the score with respect to the scaled product; ``differentiate`` raises a
-    DefinitionError where it, or that of a parameter, isn't known.
+    DefinitionError where it, or that of a parameter, isn't known.  ``cache`` is the dtype of keys and values where an
+    operator lets them have 8 bits.
     """
 
     head_dim: int
     head_dim_v: int
     dtype: str
     index_dtype: str
+    cache: str
     params: tuple[Param, ...]
     has_sink: bool
 
@@ -389,12 +392,17 @@ def given_lengths(name: str, L, given, n: Sizes) -> None:
         _store(L[b], T.cast(given[b], L.dtype))
 
 
-def from_pages(name: str, X, pages, table, n: Sizes, axes: str) -> None:
-    """``X[b, g, j, d] = pages[table[b, j // size], j % size, g, d]``, 0 past a sequence's last key."""
+def from_pages(name: str, X, pages, table, n: Sizes, axes: str, scales=None) -> None:
+    """``X[b, g, j, d] = pages[table[b, j // size], j % size, g, d]``, 0 past a sequence's last key.
+
+    With ``scales[page, g]`` elements have 8 bits, and ``X`` gets what they stand for.
+    """
     size = pages.shape[1]
     with _block(name, n, axes) as (b, g, j, d):
         page = T.cast(table[b, T.floordiv(j, size)], j.ty.dtype)
         element = pages[page, T.floormod(j, size), g, d]
+        if scales is not None:
+            element = dequantised(element, scales[page, g], X.dtype)
         _store(X[b, g, j, d], T.if_then_else(j < n.lengths[1][b], element, tirx.const(0, X.dtype)))
 
 

@@ -12,6 +12,7 @@ backward         dq, dk, dv, and ``d_NAME`` of each parameter that asks for a gr
 ragged           o and lse of sequences of different lengths, one after the other in ``(total, heads, head_dim)``
 ragged_backward  their gradients
 paged            as ``ragged``, with the keys on pages of a cache
+paged_scaled     as ``paged``, with keys and values in 8 bits
 ===============  ======================================================================================
 
 The output of a part is normalised: it is attention over the part's keys, so that whoever holds ``(o, lse)`` of disjoint
@@ -39,7 +40,8 @@ no sequence, those after the last, get zeros, and the lse −inf.
 
 ``paged`` is ``ragged`` but for where keys are: sequence ``b`` has ``seqlens_k[b]`` of them, and key ``j`` is row ``j %
 page_size`` of page ``page_table[b, j // page_size]`` of k and v, ``(pages, page_size, kv_heads, …)``.  Entries of the
-table that no key needs are never read.
+table that no key needs are never read.  ``paged_scaled`` is ``paged`` on what elements of 8 bits stand for
+(:mod:`schedules.definition.cache`); each page and head has a scale, float32 ``(pages, kv_heads)``.
 
 Each function compiled as it stands is the oracle of its operator.  They are written in
 :mod:`schedules.definition.dense`, :mod:`~schedules.definition.ragged` and :mod:`~schedules.definition.paged`; a further
@@ -54,17 +56,18 @@ from tvm.tirx import PrimFunc
 from schedules.definition import attention, dense, paged, ragged
 from schedules.definition.blocks import Formula
 from schedules.definition.dense import GRADIENT_BLOCKS
-from schedules.definition.operator import KEY_RANGE, PAGES, STARTS, Operator, Symbols
+from schedules.definition.operator import KEY_RANGE, PAGES, SCALES, STARTS, Operator, Symbols
 from schedules.definition.parameters import append_arguments, gradient_symbols, parameter_symbols
 
 
-def derive(pattern: Formula, op: str) -> PrimFunc:
+def derive(pattern: Formula, op: str, cache: str = "") -> PrimFunc:
     """An operator of the attention that was matched.
 
     Parameters
     ----------
     pattern: what :func:`schedules.definition.pattern.match` found in a definition.
     op: one of ``OPERATORS``.
+    cache: of ``paged_scaled`` the dtype of keys and values, if not that of the operator that was matched.
 
     Returns
     -------
@@ -78,9 +81,16 @@ def derive(pattern: Formula, op: str) -> PrimFunc:
     scalars = {name: tirx.Var(name, "int32") for name in operator.scalars}
     parameters, values = parameter_symbols(pattern.params if operator.has_scores else (), index_dtype)
     gradients, targets = gradient_symbols(pattern.params if operator.has_gradients else (), index_dtype)
-    func = operator.write(pattern, Symbols(values, targets, scalars))
+    func = operator.write(pattern, Symbols(values, targets, scalars, cache or pattern.cache))
     func = append_arguments(func, [*scalars.values(), *parameters, *gradients])
     return attention.with_parameters(func, pattern.params) if operator.has_scores else func
+
+
+def _paged_blocks(kind: str) -> tuple[str, ...]:
+    return (
+        *("q_lengths", "k_lengths", "q_batch", f"k_from_{kind}", f"v_from_{kind}", "qk", "score", "mask", "own_keys"),
+        *("row_max", "prob", "row_sum", "pv", "out", "lse", "o_rows", "lse_rows"),
+    )
 
 
 #: The operators by name.
@@ -129,11 +139,14 @@ OPERATORS: dict[str, Operator] = {
     ),
     "paged": Operator(
         ("q", "k", "v", "o", "lse", STARTS[0], *PAGES, "softmax_scale"),
-        (
-            *("q_lengths", "k_lengths", "q_batch", "k_from_pages", "v_from_pages", "qk", "score", "mask", "own_keys"),
-            *("row_max", "prob", "row_sum", "pv", "out", "lse", "o_rows", "lse_rows"),
-        ),
+        _paged_blocks("pages"),
         paged.paged,
+        of_sink=attention.SINK_BLOCKS,
+    ),
+    "paged_scaled": Operator(
+        ("q", "k", "v", "o", "lse", STARTS[0], *PAGES, *SCALES, "softmax_scale"),
+        _paged_blocks("scaled_pages"),
+        paged.paged_scaled,
         of_sink=attention.SINK_BLOCKS,
     ),
 }

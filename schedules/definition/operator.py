@@ -20,14 +20,22 @@ STARTS = ("cu_seqlens_q", "cu_seqlens_k")
 #: pages, int32 ``(batch, pages_per_sequence)``.
 PAGES = ("seqlens_k", "page_table")
 
+#: Arguments of one whose keys and values have 8 bits: what elements of a page and head are multiplied with, float32
+#: ``(pages, kv_heads)``.
+SCALES = ("k_scale", "v_scale")
+
 
 @dataclass(frozen=True)
 class Symbols:
-    """What a function is written with besides its own arguments: parameters, gradients and scalars by name."""
+    """What a function is written with besides its own arguments: parameters, gradients and scalars by name.
+
+    ``cache`` is the dtype of keys and values where it isn't that of queries.
+    """
 
     parameters: dict
     gradients: dict
     scalars: dict
+    cache: str = ""
 
 
 @dataclass(frozen=True)

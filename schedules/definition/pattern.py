@@ -23,12 +23,13 @@ from tvm.ir import Expr
 from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
+from schedules.definition.cache import STORED
 from schedules.definition.cases import Cases
 from schedules.definition.derive import OPERATORS
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import by_elements, derivative
 from schedules.definition.intervals import Atom
-from schedules.definition.operator import PAGES, STARTS, Symbols
+from schedules.definition.operator import PAGES, SCALES, STARTS, Symbols
 from schedules.definition.parameters import Lookup, Site, append_arguments, parameter_symbols, value_of
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
@@ -58,6 +59,7 @@ class Pattern:
     arguments: the function's own variables for its tensors and scalars, by role.
     head_dim, head_dim_v, dtype, index_dtype: as in the definition; ``head_dim`` is that of values if there are no rows
         of keys among the arguments.
+    cache: the dtype of keys and values where they have 8 bits, or else the first one that they may have.
     params: the run-time parameters, in the order of the definition's arguments.
     is_scale_only: the score is ``s * softmax_scale`` and nothing more, so that the scale folds into the exponential.
     has_choice: the score is one of two, and which of them it is depends on no query and no key.
@@ -79,6 +81,7 @@ class Pattern:
         self._found, self._variables = found, found.variables
         self.func, self.op, self.params, self.arguments = found.func, found.op, found.params, found.arguments
         self.dtype, self.head_dim, self.head_dim_v, self.index_dtype = _sizes_of(found.arguments)
+        self.cache = _cache_of(found.arguments)
         seen = [x for x in (found.key_range, found.visible) if x is not None]
         varying = [self._variables.params[p.name] for p in found.params if "i" in p.axes or "j" in p.axes]
         tensors = [(self._variables.params[p.name], p.axes) for p in found.params if p.axes]
@@ -379,11 +382,15 @@ def match(func: PrimFunc) -> Pattern:
 # ---------------------------------------------------------------- making sure of the rest
 
 
+#: Tensors whose last dimension isn't that of a row.
+_WITHOUT_ROWS = ("lse", "dlse", "delta", "lse_parts")
+
+
 def _sizes_of(arguments) -> tuple[str, int, int, str]:
     """dtype, head_dim, head_dim_v and index dtype of an operator."""
     keys, values = (arguments.get(role, arguments.get("o")) for role in ("k", "v"))
     for role, x in arguments.items():
-        if not isinstance(x.ty, tirx.BufferType) or role in ("lse", "dlse", "delta", "lse_parts", *STARTS, *PAGES):
+        if not isinstance(x.ty, tirx.BufferType) or role in (*_WITHOUT_ROWS, *STARTS, *PAGES, *SCALES):
             continue
         if is_paged(arguments) and role in ("k", "v"):
             axes, rank = "(pages, page_size, heads, head_dim)", 4
@@ -393,7 +400,12 @@ def _sizes_of(arguments) -> tuple[str, int, int, str]:
             axes, rank = "(batch, heads, seq, head_dim)", 4
         if len(x.ty.shape) != rank + (role == "o_parts") or not isinstance(x.ty.shape[-1], tirx.IntImm):
             raise DefinitionError(f"arguments: {role} is {axes} with a constant head_dim")
-    return str(keys.ty.dtype), int(keys.ty.shape[-1]), int(values.ty.shape[-1]), str(keys.ty.shape[0].ty.dtype)
+    return (
+        str(arguments.get("q", keys).ty.dtype),
+        int(keys.ty.shape[-1]),
+        int(values.ty.shape[-1]),
+        str(keys.ty.shape[0].ty.dtype),
+    )
 
 
 def _check(found: Reading, pattern: Pattern) -> None:
@@ -404,6 +416,7 @@ def _check(found: Reading, pattern: Pattern) -> None:
         {p.name: x for p, x in zip(found.params, found.parameters, strict=True)},
         {p.name: x for p, x in zip(asked, found.gradients, strict=True)},
         {name: found.arguments[name] for name in operator.scalars},
+        pattern.cache,
     )
     model = operator.write(pattern, symbols)
     expected = blocks_of(model)
@@ -421,6 +434,17 @@ def _check(found: Reading, pattern: Pattern) -> None:
     if not tvm_ffi.structural_equal(*common):
         where = tvm_ffi.get_first_structural_mismatch(*common)
         raise DefinitionError(f"the blocks are not connected as in attention; first difference at {where}")
+
+
+def _cache_of(arguments) -> str:
+    """The dtype of keys and values that have 8 bits; where they have that of queries, the one to derive others with."""
+    if SCALES[0] not in arguments:
+        return next(iter(STORED))
+    stored = str(arguments["k"].ty.dtype)
+    found = next((cache for cache, bits in STORED.items() if bits == stored), None)
+    if found is None:
+        raise DefinitionError(f"arguments: k is {stored}, and a cache with scales is one of {', '.join(STORED)}")
+    return found
 
 
 def _plain(func: PrimFunc) -> PrimFunc:

@@ -43,6 +43,11 @@ RAGGED = "ragged"
 RAGGED_BACKWARD = "ragged_backward"
 #: Those of such sequences whose keys lie on pages: the usual one, and the one that splits the keys for few query rows.
 PAGED, PAGED_DECODE = "paged", "paged_decode"
+#: The same with keys and values in 8 bits, by the dtype of the cache.
+PAGED_SCALED = {"float8_e4m3fn": "paged_e4m3", "int8": "paged_int8"}
+PAGED_DECODE_SCALED = {"float8_e4m3fn": "paged_decode_e4m3", "int8": "paged_decode_int8"}
+#: Roles of their scales.
+SCALES = ("k_scale", "v_scale")
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
 #: The kinds of gradients.
@@ -165,9 +170,9 @@ def ragged_program(
 
 
 def paged_program(
-    func: PrimFunc, params: Iterable[Param], pipeline: str, *, alignment: int, index_bits: int
+    func: PrimFunc, params: Iterable[Param], pipeline: str, *, alignment: int, index_bits: int, scaled: bool = False
 ) -> Program:
-    """Attention of ragged sequences over keys on pages, in one launch."""
-    where = ("cu_seqlens_q", "seqlens_k", "page_table")
+    """Attention of ragged sequences over keys on pages, in one launch; with scales if those are ``scaled``."""
+    where = ("cu_seqlens_q", "seqlens_k", "page_table", *(SCALES if scaled else ()))
     roles = ("q", "k", "v", "o", "lse", *where, "softmax_scale", *(p.name for p in params))
     return Program("forward", (ScheduledLaunch(func, roles),), pipeline, alignment, index_bits)

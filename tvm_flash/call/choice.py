@@ -176,7 +176,8 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
 def candidates(arch: str, problem: Problem) -> list[Installed]:
     """The installed kernels of an arch that compute a problem's operator, in its dtype and definition."""
     found = registry().candidates(arch, problem.definition, problem.dtype, OPERATORS[problem.op].computes)
-    return [k for k in found if k.entry.form == problem.form]
+    cache = problem.cache_dtype or problem.dtype
+    return [k for k in found if k.entry.form == problem.form and k.entry.cache_dtype == cache]
 
 
 def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:
@@ -286,8 +287,8 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     dims += f":{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else ""
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
     if problem.op != FORWARD:
-        options += ["--kind", ACCUMULATE if problem.accumulate else problem.op]
-    whose = arch if problem.op == FORWARD else f"{arch} {problem.op.replace('_', ' ')}"
+        options += ["--kind", ACCUMULATE if problem.accumulate else problem.kind]
+    whose = arch if problem.op == FORWARD else f"{arch} {problem.kind.replace('_', ' ')}"
     if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):
         return KernelNotFoundError(
             f"q, k, v: are {problem.dtype}, and GPU kernels take float16, from sm_80 on also bfloat16; convert them"

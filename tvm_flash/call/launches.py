@@ -13,9 +13,9 @@ from tvm_flash.call.request import Request
 from tvm_flash.catalogue import DEFAULTS
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.machine.ffi import TensorSpec
-from tvm_flash.operators import gradient_of, role_of, tensor
+from tvm_flash.operators import SCALES, gradient_of, role_of, tensor
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import DENSE, KernelEntry, Param
+from tvm_flash.packs.manifest import DENSE, TAKEN_AS, KernelEntry, Param
 
 #: Role of the memory that workspaces are in: those that hold anything at first, and those that hold zeros.
 UNDEFINED, ZEROED = "workspaces", "zeroed workspaces"
@@ -124,8 +124,11 @@ def arguments_of(
     for name, x in request.given.items():
         if name in request.parameters:
             found[name] = _parameter(request.declared[name], x, request)
+        elif name in SCALES:
+            found[name] = _scale(x, request)
         else:
-            found[role_of(name)] = _spec(name, x.shape, x.strides, x.dtype, request, swap)
+            dtype = TAKEN_AS.get(x.dtype, x.dtype)
+            found[role_of(name)] = _spec(name, x.shape, x.strides, dtype, request, swap)
     heads = (request.sizes.batch, request.sizes.heads)
     for x in made:
         if x.name in DEFAULTS:
@@ -155,6 +158,13 @@ def _parameter(param: Param, x: TensorView, request: Request) -> TensorSpec:
         strides = (0,) * missing + tuple(0 if n == 1 else s for n, s in zip(x.shape, x.strides, strict=True))
         shape = request.sizes.of_axes(param.axes)
     return TensorSpec(shape, strides, x.dtype, request.device.kind, request.device.index)
+
+
+def _scale(x: TensorView, request: Request) -> TensorSpec:
+    """A scale with a value for each page and head, with a stride of 0 where it has one for all pages."""
+    of_pages = x.strides[0] if len(x.shape) > 1 and x.shape[0] > 1 else 0
+    strides = (of_pages, x.strides[-1])
+    return TensorSpec(request.shape_of("k_scale"), strides, x.dtype, request.device.kind, request.device.index)
 
 
 def _spec(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.frameworks import TensorView
 
-ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "bool": 1}
+ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4, "bool": 1}
 
 #: Alignments are looked at up to this many bytes: no kernel needs more.
 MAX_ALIGNMENT = 128

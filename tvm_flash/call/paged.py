@@ -10,7 +10,9 @@ from tvm_flash.call import checks
 from tvm_flash.call.ragged import fault_of
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.frameworks import TensorView
+from tvm_flash.operators import SCALES
 from tvm_flash.packs import sizes
+from tvm_flash.packs.manifest import CACHE_OF_KIND
 
 _DIMENSIONS = {
     "q": "(total_q, heads, head_dim)",
@@ -20,6 +22,9 @@ _DIMENSIONS = {
     "seqlens_k": "(batch,)",
     "page_table": "(batch, pages_per_sequence)",
 }
+
+
+_CACHE_DTYPES = tuple(dict.fromkeys(CACHE_OF_KIND.values()))
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,16 @@ def check_paged(given: Mapping[str, TensorView], longest: int | None) -> PagedSi
             raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected int32; convert it")
     q, k, v = (given[name] for name in ("q", "k_cache", "v_cache"))
     checks.check_element_type("q", q)
+    _check_cache_dtypes(given)
     for name, x in (("k_cache", k), ("v_cache", v)):
-        if x.dtype != q.dtype:
-            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, but q has {q.dtype}; convert one to the other's")
         if x.device != q.device:
             raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
     _check_shapes(q.shape, k.shape, v.shape)
     for name, x in (("q", q), ("k_cache", k), ("v_cache", v)):
         checks.check_strides(name, x)
+    for name in SCALES:
+        if name in given:
+            _check_scale(name, given[name], q, k.shape)
     batch, starts = given["seqlens_k"].shape[0], given["cu_seqlens_q"].shape[0]
     if starts != batch + 1:
         raise InvalidArgumentError(
@@ -85,6 +92,39 @@ def check_paged(given: Mapping[str, TensorView], longest: int | None) -> PagedSi
         *(batch, q.shape[1], k.shape[2], q.shape[0], entries[1] * k.shape[1], q.shape[2], v.shape[3]),
         *(k.shape[0], k.shape[1], entries[1], longest),
     )
+
+
+def _check_cache_dtypes(given: Mapping[str, TensorView]) -> None:
+    """That keys and values are of q's dtype, or both of one of 8 bits beside their scales."""
+    q, scaled = given["q"], SCALES[0] in given
+    for name in ("k_cache", "v_cache"):
+        dtype = given[name].dtype
+        if scaled and dtype not in _CACHE_DTYPES:
+            raise ArgumentTypeError(
+                f"{name}: has dtype {dtype}, and scales are given; expected {' or '.join(_CACHE_DTYPES)}, or leave "
+                f"k_scale and v_scale out"
+            )
+        if not scaled and dtype in _CACHE_DTYPES:
+            raise ArgumentTypeError(f"{name}: has dtype {dtype}, and no scales are given; give k_scale and v_scale")
+        if not scaled and dtype != q.dtype:
+            raise ArgumentTypeError(f"{name}: has dtype {dtype}, but q has {q.dtype}; convert one to the other's")
+    k, v = (given[name].dtype for name in ("k_cache", "v_cache"))
+    if k != v:
+        raise ArgumentTypeError(f"v_cache: has dtype {v}, but k_cache has {k}; convert one to the other's")
+
+
+def _check_scale(name: str, x: TensorView, q: TensorView, cache: tuple) -> None:
+    """The dtype, shape and device of a scale beside a cache of a shape."""
+    if x.dtype != "float32":
+        raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected float32; convert it")
+    pages, heads = cache[0], cache[2]
+    if x.shape not in ((heads,), (1, heads), (pages, heads)):
+        raise InvalidArgumentError(
+            f"{name}: has shape {x.shape}, expected ({heads},) or ({pages}, {heads}): one for each head, or a page "
+            f"and head"
+        )
+    if x.device != q.device:
+        raise ArgumentTypeError(f"{name}: is on {x.device}, expected {q.device}, where q is; move it")
 
 
 def _check_shapes(q: tuple, k: tuple, v: tuple) -> None:

@@ -26,7 +26,7 @@ from tvm_flash.catalogue import OPTIONAL, PER_HEAD, score_of
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import OPERATORS
+from tvm_flash.operators import OPERATORS, PAGED_SCALED, SCALES
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, PAGED, KernelEntry, Param
 from tvm_flash.packs.registry import build_command, registry
 
@@ -71,6 +71,7 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
             **vars(sizes),
             **what,
             dtype=q.dtype,
+            cache_dtype=given["k_cache"].dtype if options.op == PAGED_SCALED else "",
             layout=options.layout,
             workspaces=framework.allocates(q.device_kind),
             op=options.op,
@@ -89,7 +90,7 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
         suspicion=None if options.layout_known else checks.layout_suspicion(options.layout, sizes, q),
     )
     for name in operator.all_inputs:
-        if name in given and name not in ("q", "k", "v"):
+        if name in given and name not in ("q", "k", "v", *SCALES):
             checks.check_input(name, given[name], request.shape_of(name), request.dtype_of(name), q)
     memory_of = {name: _check_output(request, name, tensors.get(name)) for name in outputs}
     given = {**given, **{name: x for name, x in memory_of.items() if x is not None}}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tvm_flash.catalogue import INSTEAD, MASKS, SCORES
 from tvm_flash.operators import FORWARD, OPERATORS
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, FARTHEST_START, PAGED
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, CACHE_OF_KIND, DENSE, FARTHEST_START, PAGED
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("bhsd", "bshd")
@@ -78,7 +78,7 @@ class Problem:
     float32 ones that are there, ``gradients`` of which parameters some are wanted.  Of sequences of different lengths
     ``batch`` is how many there are, and the lengths are those of all together; with their keys on pages,
     ``pages_per_sequence * page_size`` are those that a sequence may have, and ``longest`` (None if unknown) is how many
-    queries none exceeds.
+    queries none exceeds.  ``cache_dtype`` is that of keys and values which have 8 bits.
     """
 
     batch: int
@@ -99,10 +99,16 @@ class Problem:
     workspaces: bool = True
     accumulate: bool = False
     gradients: tuple[str, ...] = ()
+    cache_dtype: str = ""
     pages: int = 0
     page_size: int = 0
     pages_per_sequence: int = 0
     longest: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """A kind of kernels for it, as a build is asked for."""
+        return next((k for k, dtype in CACHE_OF_KIND.items() if dtype == self.cache_dtype), self.op)
 
     @property
     def rows(self) -> int:
@@ -152,6 +158,7 @@ class Problem:
         lengths = str(self.seqlen_q) if self.seqlen_q == self.seqlen_kv else f"{self.seqlen_q}×{self.seqlen_kv}"
         dims = str(self.head_dim) if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
         what = f"{self.mask}, {self.score}" if self.mask else self.definition
+        what += f", a cache of {self.cache_dtype}" if self.cache_dtype else ""
         if self.is_ragged:
             return (
                 f"{self.batch} sequences, heads {self.heads}{kv}, rows {lengths}, head_dim {dims}, {self.dtype}, {what}"

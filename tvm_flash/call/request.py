@@ -66,4 +66,6 @@ class Request:
         """The dtype of a tensor of the operator."""
         if name in self.operator.float32 or (self.problem.accumulate and name in self.outputs):
             return "float32"
+        if name in ("k_cache", "v_cache"):
+            return self.problem.cache_dtype or self.problem.dtype
         return tensor(name).dtype or self.problem.dtype

@@ -58,11 +58,11 @@ class NumPy(Framework):
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The NumPy dtype; bfloat16 exists where ml_dtypes is installed, which it is where an array of it came from."""
-    if name == "bfloat16":
+    """The NumPy dtype; some exist where ml_dtypes is installed, which it is where an array of one came from."""
+    if name in ("bfloat16", "float8_e4m3fn"):
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(getattr(ml_dtypes, name))
     return np.dtype(name)
 
 

@@ -22,7 +22,15 @@ from types import ModuleType
 from tvm_flash.errors import KernelError, NotSupportedError
 
 #: ``DLDataType`` codes and bits by dtype name.
-_DL_DTYPES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16), "int32": (0, 32), "bool": (6, 8)}
+_DL_DTYPES = {
+    "float32": (2, 32),
+    "float16": (2, 16),
+    "bfloat16": (4, 16),
+    "int32": (0, 32),
+    "bool": (6, 8),
+    "int8": (0, 8),
+    "uint8": (1, 8),
+}
 #: ``DLDeviceType`` by device kind.
 DL_DEVICES = {"cpu": 1, "cuda": 2}
 # TVMFFITypeIndex

@@ -57,6 +57,15 @@ Sequences have at most ``pages_per_sequence * page_size`` keys, on pages that th
 before it writes anything, if that isn't so.  Those of ``paged_decode`` are for few queries of each sequence
 (``max_rows``) and split the keys at fixed positions.  Sizes are those of :func:`tvm_flash.packs.sizes.of_pages`.
 
+Kernels of the kinds ``paged_e4m3``, ``paged_int8``, ``paged_decode_e4m3`` and ``paged_decode_int8`` are the same but
+for caches of 8 bits: ``k`` and ``v`` are uint8, the bytes of float8_e4m3fn, or int8.  They take after the table:
+
+* ``k_scale``, ``v_scale``: float32 ``(pages, kv_heads)`` on the device, of any strides (0 broadcasts): what elements of
+  a page and head are multiplied with.
+
+An element ``x`` stands for ``float32(x) * scale``, rounded to float32 and then to the dtype of ``q``, to the nearest
+and ties to even; the results are those of the kernel without scales on that.
+
 Those of ``backward`` take ``do`` (as ``o``), ``o`` and ``lse`` as a forward kernel left them, and ``dlse`` (as ``lse``;
 a shorter tensor means that there is none), and write all of ``dq``, ``dk`` and ``dv`` (as ``q``, ``k`` and ``v``), and
 ``d_NAME`` of each parameter that asks for its gradient: float32, ``(batch, heads)`` and what else its ``axes`` have of
@@ -95,6 +104,18 @@ DENSE, RAGGED, PAGED = "dense", "ragged", "paged"
 
 #: The form of the sequences that kernels of a kind are for; those that aren't named are for dense ones.
 FORM_OF_KIND = {"ragged": RAGGED, "ragged_backward": RAGGED, "paged": PAGED, "paged_decode": PAGED}
+
+#: The dtype of the cache that kernels of a kind read, where that isn't the dtype of q.
+CACHE_OF_KIND = {
+    "paged_e4m3": "float8_e4m3fn",
+    "paged_int8": "int8",
+    "paged_decode_e4m3": "float8_e4m3fn",
+    "paged_decode_int8": "int8",
+}
+FORM_OF_KIND |= dict.fromkeys(CACHE_OF_KIND, PAGED)
+
+#: Dtypes whose tensors kernels take as tensors of another: numbers of 8 bits as the bytes that they are.
+TAKEN_AS = {"float8_e4m3fn": "uint8"}
 
 #: Largest ``query_start`` of the mask ``positioned``, and the same below 0; those beyond count as it.  So no sum of a
 #: position and a window leaves int32.
@@ -362,6 +383,11 @@ class KernelEntry:
     def form(self) -> str:
         """How the sequences lie that it is for: ``"dense"``, ``"ragged"`` or ``"paged"``."""
         return FORM_OF_KIND.get(self.kind, DENSE)
+
+    @property
+    def cache_dtype(self) -> str:
+        """The dtype of keys and values: that of ``q``, or of 8 bits."""
+        return CACHE_OF_KIND.get(self.kind, self.dtype)
 
     @property
     def layout(self) -> str:

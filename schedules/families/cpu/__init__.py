@@ -10,12 +10,14 @@ from schedules.families.cpu import backward, paged, ragged
 from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
+from schedules.families.cpu.paged.scaled import ScaledPages
 from schedules.families.cpu.space import space
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
     FORWARD,
     PAGED,
+    PAGED_SCALED,
     PARTIAL,
     RAGGED,
     RAGGED_BACKWARD,
@@ -40,6 +42,7 @@ KINDS = {
     RAGGED: ragged,
     RAGGED_BACKWARD: backward.ragged,
     PAGED: paged,
+    **{kind: ScaledPages(cache) for cache, kind in PAGED_SCALED.items()},
 }
 TENSOR_KINDS = (FORWARD, BACKWARD, BACKWARD_ACCUMULATE)
 LEARNT_TABLE_KINDS = (BACKWARD, BACKWARD_ACCUMULATE)

@@ -12,17 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from tvm import tirx
+from tvm import DataType, tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
 from schedules.families.cpu.geometry import Geometry
-from schedules.families.cpu.pages import find_rows
+from schedules.families.cpu.pages import find_rows, widen_tile
 from schedules.families.cpu.places import Staged
 from schedules.families.cpu.steps import f32, finite_or_zero
 from schedules.families.cpu.vector_math import exp2
-from schedules.tile.dtypes import element_type
 from schedules.tile.score import NEGATIVE_INFINITY
 
 #: The most queries for which this is the faster way.  On a Zen 4 core (8 heads, 2048 keys, head_dim 64) a query took
@@ -102,16 +101,20 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
 
     ``workspace`` is ``(outputs, maxima, sums)``, flat buffers over (batch, heads, part, query[, head_dim_v]).
     """
-    N, itemsize = max(block_n, _TILE), element_type(dtype).bytes
+    N = max(block_n, _TILE)
     chunks = N // lanes
 
+    def itemsize(buffer) -> int:
+        return DataType(str(buffer.dtype)).bits // 8
+
     @T.inline
-    def prefetch(tensor, offset, width):
-        """Ask for a row's cache lines; where there is none, nothing happens."""
-        for line in T.serial((width * itemsize + 63) // 64):
+    def prefetch(row, width):
+        """Ask for the cache lines of a row of a buffer; where there is none, nothing happens."""
+        buffer, offset = row
+        for line in T.serial((width * itemsize(buffer) + 63) // 64):
             T.evaluate(
                 T.call_intrin(
-                    "void", "tirx.prefetch", T.address_of(tensor.flat[offset + line * (64 // itemsize)]), 0, 2, 1
+                    "void", "tirx.prefetch", T.address_of(buffer[offset + line * (64 // itemsize(buffer))]), 0, 2, 1
                 )
             )
 
@@ -121,7 +124,8 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         for block in T.serial((keys + (_R - 1)) // _R):
             for r in T.unroll(_R):
                 row[r] = P.k.of_key(k_base, T.min(key0 + block * _R + r, P.seqlen_kv - 1))
-                prefetch(P.v, P.v.of_key(v_base, key0 + block * _R + r), P.head_dim_v)
+                if not P.is_scaled:  # they are in a tile already
+                    prefetch(P.v.in_memory(v_base, key0 + block * _R + r), P.head_dim_v)
                 for lane in T.vectorized(_W):
                     acc[r * _W + lane] = T.float32(0)
             for d in T.serial(P.head_dim // _W):
@@ -187,7 +191,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
             for lane in T.vectorized(_W):
                 tile_output[e * _W + lane] = T.float32(0)
         for j in T.serial(keys):
-            prefetch(P.k, P.k.of_key(k_base, key0 + N + j), P.head_dim)
+            prefetch(P.k.in_memory(k_base, key0 + N + j), P.head_dim)
             if S[j] != T.float32(0):
                 v_row: T.int64 = P.v.of_key(v_base, key0 + j)
                 for e in T.serial(P.head_dim_v // _W):
@@ -208,7 +212,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
     @T.inline
     def part(call: Geometry, workspace, b, h, p, count):
         outputs, maxima, sums = workspace
-        P = T.meta_var(call.with_room(2 * N))
+        P = T.meta_var(call.with_room(2 * N, N))
         QF = T.sblock_alloc_buffer((FEW, head_dim), "float32")
         S = T.sblock_alloc_buffer((N,), "float32", scope="local")
         acc = T.sblock_alloc_buffer((_R * _W,), "float32", scope="local")
@@ -219,6 +223,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         staged = T.meta_var(Staged(P.pattern.params, "j", N))
         k_base: T.int64 = P.key_rows(b, h).offset(T.int64(0), T.int64(0))
         v_base: T.int64 = P.value_rows(b, h).offset(T.int64(0), T.int64(0))
+        kv_head: T.int64 = P.kv_head(h)
         r0: T.int64 = P.part_row(b, h, p, count)
         scale: T.float32 = P.exponent_scale()
         site = T.meta_var(P.site(b, h))
@@ -238,11 +243,12 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         first_tile: T.int64 = visible[0] // N
         tiles: T.int64 = (visible[1] + (N - 1)) // N - first_tile
         mine = T.meta_var(split.tiles(N, first_tile, tiles, p, count))
-        begin_rows(P, (k_base, v_base), mine[0] * N)
+        begin_rows(P, (k_base, v_base, kv_head), mine[0] * N)
         for tile in T.serial(mine[0], mine[1]):
             key0: T.int64 = tile * N
             keys: T.int64 = T.min(T.int64(N), P.seqlen_kv - key0)
-            find_rows(P, (k_base, v_base), key0 + N, N, T.bitwise_and(key0 + N, T.int64(2 * N - 1)))
+            find_rows(P, (k_base, v_base, kv_head), key0 + N, N, T.bitwise_and(key0 + N, T.int64(2 * N - 1)))
+            widen_tile(P, keys, T.bitwise_and(key0, T.int64(2 * N - 1)))
             for i in T.serial(P.seqlen_q):
                 live: T.bool = P.pattern.tile_live(site, i, i, key0, key0 + keys - 1)
                 full: T.bool = P.pattern.tile_full(site, i, i, key0, key0 + (N - 1))

@@ -56,6 +56,10 @@ class Tensor:
         """Offset of the row of key number ``j`` of a tile, ``first`` being that of its first."""
         return first + j * self.strides[2]
 
+    def in_memory(self, base: Expr, key: Expr) -> tuple[tirx.Buffer, Expr]:
+        """The buffer that the row of a key comes from, and its offset there."""
+        return self.flat, self.of_key(base, key)
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -85,6 +89,8 @@ class Geometry:
 
     #: Whether keys lie on pages.
     is_paged = False
+    #: Whether they have 8 bits, and scales.
+    is_scaled = False
 
     def site(self, b: Expr, h: Expr) -> Site:
         """What the pattern has to know of one batch and head."""
@@ -120,8 +126,9 @@ class Geometry:
         """Where their values are."""
         return ContiguousRows(self.v, b, self.kv_head(h), Dense(self.seqlen_kv).of(b))
 
-    def with_room(self, keys: int) -> Geometry:
-        """The same call within a block that looks up the rows of so many keys at once, where that is needed."""
+    def with_room(self, keys: int, tile: int) -> Geometry:
+        """The same call within a block that looks up the rows of so many keys at once, where that is needed, and
+        computes with tiles of ``tile`` keys."""
         return self
 
     def scale(self) -> Expr:

@@ -19,7 +19,7 @@ from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.floats import float_products
 from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.isa import Isa
-from schedules.families.cpu.pages import find_rows
+from schedules.families.cpu.pages import find_rows, widen_tile
 from schedules.families.cpu.pairs import pair_products
 from schedules.families.cpu.places import Look, Staged
 from schedules.families.cpu.steps import make_steps
@@ -36,7 +36,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
 
     @T.inline
     def row_tile(call: Geometry, b, h, row0):
-        P = T.meta_var(call.with_room(N))
+        P = T.meta_var(call.with_room(N, N))
         QT = T.sblock_alloc_buffer(*products.queries)
         KT = T.sblock_alloc_buffer(*products.keys)
         VT = T.sblock_alloc_buffer(*products.values)
@@ -62,6 +62,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         value_rows = T.meta_var(P.value_rows(b, h))
         k_base: T.int64 = key_rows.offset(T.int64(0), T.int64(0))
         v_base: T.int64 = value_rows.offset(T.int64(0), T.int64(0))
+        kv_head: T.int64 = P.kv_head(h)
         scale: T.float32 = P.exponent_scale()
         site = T.meta_var(P.site(b, h))
 
@@ -88,7 +89,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
             keys: T.int64 = T.min(T.int64(N), P.seqlen_kv - key0)
             k_at: T.int64 = key_rows.moved(k_base, T.int64(0), key0)
             v_at: T.int64 = value_rows.moved(v_base, T.int64(0), key0)
-            find_rows(P, (k_base, v_base), key0, N, T.int64(0))
+            find_rows(P, (k_base, v_base, kv_head), key0, N, T.int64(0))
             loaded: T.bool = T.bool(False)
             for group in T.serial(groups):
                 column: T.int64 = group * G
@@ -103,6 +104,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                         full = look.all()
                 if live:
                     if not loaded:
+                        widen_tile(P, keys, T.int64(0))
                         products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
                         loaded = T.bool(True)
                     staged.fill(P, b, h, first, last + 1 - first, key0, keys)

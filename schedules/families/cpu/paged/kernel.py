@@ -65,7 +65,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     return paged_program(func, pattern.params, "s_tir", alignment=itemsize, index_bits=64)
 
 
-def _pages_argument(handle, name: str, pages, page_size, heads, width, dtype: str):
+def pages_argument(handle, name: str, pages, page_size, heads, width, dtype: str):
     """An argument of rank 4: a buffer, and its strides by page, head and row."""
     strides = tuple(tirx.Var(f"{name}_{axis}_stride", "int64") for axis in ("page", "row", "head"))
     buffer = T.match_buffer(handle, (pages, page_size, heads, width), dtype, strides=(*strides, T.int64(1)))
@@ -94,8 +94,8 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         pages, page_size, pages_per_sequence, table_stride = T.int64(), T.int64(), T.int64(), T.int64()
         head_dim, head_dim_v, lse_length = T.int64(), T.int64(), T.int64()
         Q = T.meta_var(rows_argument(q, "q", total_q, heads, head_dim, dtype))
-        K = T.meta_var(_pages_argument(k, "k", pages, page_size, kv_heads, head_dim, dtype))
-        V = T.meta_var(_pages_argument(v, "v", pages, page_size, kv_heads, head_dim_v, dtype))
+        K = T.meta_var(pages_argument(k, "k", pages, page_size, kv_heads, head_dim, dtype))
+        V = T.meta_var(pages_argument(v, "v", pages, page_size, kv_heads, head_dim_v, dtype))
         O = T.meta_var(rows_argument(o, "o", total_q, heads, head_dim_v, dtype))
         LSE = T.match_buffer(lse, (lse_length,), "float32")
         q_starts = T.match_buffer(cu_seqlens_q, (starts,), "int32", align=4)

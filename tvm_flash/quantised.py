@@ -1,0 +1,173 @@
+"""Keys and values in 8 bits: what they stand for, and how they are made.
+
+An element ``x`` of a cache with the scale ``s`` of its head, or of its page and head, stands for ``float32(x) * s``,
+rounded to float32 and then to the dtype of the queries, to the nearest and ties to even.  Attention over the cache
+gives the bits that it gives over that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
+from tvm_flash.frameworks import framework_of
+from tvm_flash.packs.manifest import CACHE_OF_KIND
+
+#: The largest number that an element is, by the dtype of the cache.
+LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
+
+CACHE_DTYPES = tuple(dict.fromkeys(CACHE_OF_KIND.values()))
+
+
+def quantise_cache(x: Any, dtype: str = "float8_e4m3fn", scale: Any = None) -> tuple[Any, Any]:
+    """Keys or values in 8 bits.
+
+    ``x / scale`` in float32 is brought into the range of the dtype, ±448 of ``"float8_e4m3fn"`` and ±127 of ``"int8"``,
+    and rounded to the nearest, ties to even; NaN stays NaN in the former, and is 0 in the latter.  It is how
+    :func:`tvm_flash.flash_attention_with_kvcache` appends.
+
+    Parameters
+    ----------
+    x: ``(…, kv_heads, dim)``, a tensor of torch, NumPy or JAX, of float32, float16 or bfloat16.
+    dtype: ``"float8_e4m3fn"`` or ``"int8"``.
+    scale: float32 ``(kv_heads,)``, or ``(pages, kv_heads)`` where x is ``(pages, page_size, kv_heads, dim)``.  If it
+        isn't given, each head gets what makes its largest element the largest of the dtype.
+
+    Returns
+    -------
+    The elements in ``dtype``, shaped as x (of NumPy's arrays, float8_e4m3fn is that of ml_dtypes), and the scale.
+
+    Raises
+    ------
+    ArgumentTypeError, InvalidArgumentError: an argument is wrong.
+    """
+    if dtype not in CACHE_DTYPES:
+        raise ArgumentTypeError(f"dtype: is {dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
+    xp = _arrays(x, "x")
+    _check_rows(x, "x")
+    wide = xp.float32(x)
+    if scale is None:
+        axes = tuple(i for i in range(wide.ndim) if i != wide.ndim - 2)
+        largest = xp.largest(abs(wide), axes)
+        scale = xp.where(largest > 0, largest / LARGEST[dtype], 1.0)
+        scale = xp.float32(scale)
+    return rounded(xp, wide / _beside(x, scale), dtype), scale
+
+
+def dequantise_cache(x: Any, scale: Any, dtype: str) -> Any:
+    """What keys or values in 8 bits stand for, in the dtype of the queries that read them.
+
+    Parameters
+    ----------
+    x: ``(…, kv_heads, dim)`` of float8_e4m3fn or int8, a tensor of torch, NumPy or JAX.
+    scale: float32 ``(kv_heads,)``, or ``(pages, kv_heads)`` where x is ``(pages, page_size, kv_heads, dim)``.
+    dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+
+    Raises
+    ------
+    ArgumentTypeError, InvalidArgumentError: an argument is wrong.
+    """
+    xp = _arrays(x, "x")
+    _check_rows(x, "x")
+    if xp.name_of(x) not in CACHE_DTYPES:
+        raise ArgumentTypeError(f"x: has dtype {xp.name_of(x)}, expected one of {', '.join(CACHE_DTYPES)}")
+    return xp.cast(xp.float32(x) * _beside(x, scale), dtype)
+
+
+def rounded(xp: Any, x: Any, dtype: str) -> Any:
+    """Float32 elements, already divided by their scales, in a dtype of 8 bits; ``xp`` is that of their framework."""
+    most = LARGEST[dtype]
+    x = xp.clip(x, -most, most)
+    if dtype == "int8":
+        x = xp.where(x == x, xp.round(x), 0.0)
+    return xp.cast(x, dtype)
+
+
+def _check_rows(x: Any, name: str) -> None:
+    if len(x.shape) < 2:
+        raise InvalidArgumentError(f"{name}: has shape {tuple(x.shape)}, expected (…, kv_heads, dim)")
+
+
+def _beside(x: Any, scale: Any) -> Any:
+    """A scale so that it broadcasts against ``x``."""
+    shape, own = tuple(x.shape), tuple(scale.shape)
+    if own == shape[-2:-1]:
+        return scale[:, None]
+    if len(shape) == 4 and own in ((shape[0], shape[2]), (1, shape[2])):
+        return scale[:, None, :, None]
+    paged = f", or ({shape[0]}, {shape[2]})" if len(shape) == 4 else ""
+    raise InvalidArgumentError(f"scale: has shape {own}, expected ({shape[-2]},){paged}: one for each head")
+
+
+def _arrays(x: Any, name: str) -> Any:
+    """The few functions that are needed, of the framework of a tensor.
+
+    Raises
+    ------
+    ArgumentTypeError: it is of another framework.
+    """
+    framework = framework_of(x, name).name
+    if framework not in _FRAMEWORKS:
+        raise ArgumentTypeError(f"{name}: is a {framework} tensor, expected one of {', '.join(_FRAMEWORKS)}")
+    return _FRAMEWORKS[framework]()
+
+
+class _NumPy:
+    def __init__(self, module: Any):
+        self._module = module
+        self.clip, self.round, self.where = module.clip, module.round, module.where
+
+    def name_of(self, x):
+        return x.dtype.name
+
+    def float32(self, x):
+        return x.astype(self._module.float32)
+
+    def largest(self, x, axes):
+        return self._module.max(x, axis=axes)
+
+    def cast(self, x, dtype):
+        from tvm_flash.frameworks.numpy import dtype_of
+
+        return x.astype(dtype_of(dtype))
+
+
+class _Torch:
+    def __init__(self):
+        import torch
+
+        self._module = torch
+        self.clip, self.round, self.where = torch.clamp, torch.round, torch.where
+
+    def name_of(self, x):
+        return str(x.dtype).removeprefix("torch.")
+
+    def float32(self, x):
+        return x.float()
+
+    def largest(self, x, axes):
+        return x.amax(axes)
+
+    def cast(self, x, dtype):
+        return x.to(getattr(self._module, dtype))
+
+
+@functools.cache
+def _numpy() -> _NumPy:
+    import numpy
+
+    return _NumPy(numpy)
+
+
+@functools.cache
+def _jax() -> _NumPy:
+    import jax.numpy
+
+    return _NumPy(jax.numpy)
+
+
+#: PyTorch's functions, for whoever has its tensors at hand.
+torch_arrays = functools.cache(_Torch)
+
+_FRAMEWORKS = {"numpy": _numpy, "torch": torch_arrays, "jax": _jax}
