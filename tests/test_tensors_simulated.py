@@ -34,6 +34,10 @@ KERNELS = (
     (relative, "sm_86", "v1", FORWARD, 128, "float16"),
     (GIVEN, "sm_75", "v1", BACKWARD, 64, "float16"),
     (documents, "sm_70", "v1", FORWARD, 64, "float16"),
+    (documents, "sm_90a", "v2", FORWARD, 64, "bfloat16"),
+    (relative, "sm_90a", "v1", FORWARD, 128, "float16"),
+    (documents, "sm_90a", "v2", BACKWARD, 64, "float16"),
+    (BIASED, "sm_90a", "v2", BACKWARD, 128, "bfloat16"),
 )
 
 
