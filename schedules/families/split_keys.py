@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Rejected, ScheduledLaunch
+from schedules.families.interface import SCALES, Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
 from schedules.tile.combine import Sinks, combine, combine_ragged
 from schedules.tile.tile_scheduler import Traversal, ceildiv
@@ -117,11 +117,15 @@ def _most_paged_splits() -> tuple:
     return "max", longest, ("steps", "seqlen_kv", (0, 1), *ends)
 
 
-def paged_program(pattern: Pattern, partial: PrimFunc, name: str, *, alignment: int, waits: bool) -> Program:
+def paged_program(
+    pattern: Pattern, partial: PrimFunc, name: str, *, alignment: int, waits: bool, scaled: bool = False
+) -> Program:
     """Both launches, of ragged sequences with their keys on pages.
 
-    ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``.
+    ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``; if
+    it is ``scaled``, the scales of a cache of 8 bits follow the table.
     """
+    table = ("page_table", *(SCALES if scaled else ()))
     rows = ("*", "heads", "total_q")
     splits = _most_paged_splits()
     results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
@@ -130,7 +134,7 @@ def paged_program(pattern: Pattern, partial: PrimFunc, name: str, *, alignment: 
     return Program(
         "forward",
         (
-            ScheduledLaunch(partial, ("q", "k", "v", *results, *where, "page_table", "softmax_scale", *params)),
+            ScheduledLaunch(partial, ("q", "k", "v", *results, *where, *table, "softmax_scale", *params)),
             ScheduledLaunch(combining, (*results, "o", "lse", *where, *Sinks(pattern).roles)),
         ),
         "tirx",

@@ -15,13 +15,14 @@ from schedules.families.interface import (
     FORWARD,
     PAGED,
     PAGED_DECODE,
+    PAGED_DECODE_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     WITH_SINKS,
     Program,
     Target,
 )
-from schedules.families.mma import backward, mma
+from schedules.families.mma import backward, mma, scaled_decode
 from schedules.families.mma.asynchronous import Config, DecodeMachine, Machine, PairedMachine, feasible
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -219,6 +220,7 @@ KINDS = {
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
     PAGED_DECODE: PagedDecoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     PAGED: PagedForward(Config, default_configs, space, feasible, _machine),
+    **scaled_decode.kinds(Config, feasible),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
 }
@@ -226,6 +228,6 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
-UNVERIFIED_KINDS = (RAGGED_BACKWARD,)
+UNVERIFIED_KINDS = (RAGGED_BACKWARD, *PAGED_DECODE_SCALED.values())
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = {BACKWARD: ((192, 192), (256, 256))}

@@ -13,13 +13,14 @@ from schedules.families.interface import (
     FORWARD,
     PAGED,
     PAGED_DECODE,
+    PAGED_DECODE_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     Program,
     Target,
     forward_program,
 )
-from schedules.families.mma import asynchronous
+from schedules.families.mma import asynchronous, scaled_decode
 from schedules.families.mma.paged_decode import PagedDecoding
 from schedules.families.sm90 import backward, decode, paged, ragged
 from schedules.families.sm90.backward import ragged as ragged_backward
@@ -63,9 +64,11 @@ KINDS = {
     PAGED_DECODE: PagedDecoding(
         asynchronous.Config, asynchronous.DecodeMachine, PAGED_DECODE_CONFIGS, asynchronous.feasible, early=True
     ),
+    **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
-SINK_KINDS = (FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
+SINK_KINDS = (*PAGED_DECODE_SCALED.values(), FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
+UNVERIFIED_KINDS = tuple(PAGED_DECODE_SCALED.values())
 UNVERIFIED_VARIANTS = {
     FORWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
     BACKWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
