@@ -33,7 +33,10 @@ GRADIENTS = ("dq", "dk", "dv")
 
 @dataclass(frozen=True)
 class Kernel:
-    """Of a kernel what trials need: its ``params``, ``layout``, largest head dimensions, and the numpy twins."""
+    """Of a kernel what trials need: its ``params``, ``layout``, largest head dimensions, and the numpy twins.
+
+    ``sample(batch, heads, seqlen_q, seqlen_kv)`` gives parameters by name, where random ones make no sense.
+    """
 
     params: tuple[Param, ...]
     layout: str
@@ -43,6 +46,7 @@ class Kernel:
     mask: Callable
     score: Callable
     name: str
+    sample: Callable[..., Mapping] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Problem:
             n: numerics.round_to(rng.standard_normal((self.batch, *s), np.float32), self.kernel.dtype)
             for n, s in shapes.items()
         }
+        if self.kernel.sample is not None:
+            return found | dict(self.kernel.sample(self.batch, heads, seqlen_q, seqlen_kv))
         return found | {p.name: self._values(p, rng) for p in self.kernel.params}
 
     def _values(self, param: Param, rng):
@@ -114,9 +120,9 @@ class Problem:
         """What forward and backward take, by role."""
         lay = functools.partial(tensor, dtype=self.kernel.dtype, layout=self.kernel.layout, strides="contiguous")
         values = {n: lay(self.arrays[n], device=device) for n in "qkv"}
-        values |= {p.name: self._tensor(p).to(device) for p in self.kernel.params}
         for p in self.kernel.params:
-            values[p.name] = self._spread(values[p.name], p)
+            x = self.arrays[p.name]
+            values[p.name] = self._spread(self._tensor(p).to(device), p) if p.is_tensor else x
         return values | {"softmax_scale": self.softmax_scale}
 
     def _tensor(self, param: Param) -> torch.Tensor:
@@ -138,10 +144,20 @@ class Problem:
         return tuple(extents[a] for a in param.of_gradient) or (1,)
 
 
-def kernel_of(entry, twins: Mapping[str, Callable] | None = None) -> Kernel:
-    """What trials need of an entry; ``twins``, ``mask`` and ``score``, are those of a definition that isn't ours."""
+def kernel_of(entry, twins: Mapping[str, Callable] | None = None, sample: Callable | None = None) -> Kernel:
+    """What trials need of an entry; ``twins``, ``mask`` and ``score``, are those of a definition that isn't ours, and
+    ``sample`` its parameters."""
     twins = twins or {"mask": reference.MASKS[entry.mask], "score": reference.SCORES[entry.score]}
-    return Kernel(entry.params, entry.layout, entry.dtype, entry.head_dim, entry.head_dim_v, **twins, name=entry.symbol)
+    return Kernel(
+        entry.params,
+        entry.layout,
+        entry.dtype,
+        entry.head_dim,
+        entry.head_dim_v,
+        **twins,
+        name=entry.symbol,
+        sample=sample,
+    )
 
 
 def forward(kernel: Kernel, which=TRIALS) -> Iterator[Trial]:
@@ -234,6 +250,8 @@ def _backward(problem: Problem):
 
 def _summed(got: np.ndarray, param: Param, shape: tuple[int, ...]) -> np.ndarray:
     """The gradient that a kernel gives, summed over the axes that the parameter lacks or is broadcast along."""
+    if not param.axes:
+        return got.reshape(shape)
     sizes_of = dict(zip(param.axes, (1,) * (len(param.axes) - len(shape)) + tuple(shape), strict=True))
     for axis, a in enumerate(param.of_gradient):
         if sizes_of.get(a, 1) == 1:

@@ -10,8 +10,8 @@ pytest.importorskip("tvm")
 
 from schedules.builder.plan import BuildRequest, select
 from schedules.builder.suite import Selection
-from schedules.families import core_kinds_of, is_verified_size, maker_of
-from schedules.families.interface import BACKWARD, Program, Rejected, Target
+from schedules.families import core_kinds_of, family_of, is_verified_size, maker_of
+from schedules.families.interface import BACKWARD, RAGGED_BACKWARD, Program, Rejected, Target
 from schedules.templates import v1, v2
 from tests.machine_code import compiled
 from tests.test_gpu_compile import pattern_of
@@ -41,15 +41,28 @@ def test_machine_code(arch, template, pattern, tmp_path):
     assert (count["LDGSTS"] == 0) == (arch == "sm_75")
 
 
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_120"])
+#: Head_dims that an arch's backward has, from 32 on.
+HEAD_DIMS = {"sm_70": (32, 64, 96, 128), "sm_75": (32, 64, 96, 128)}
+
+
+@pytest.mark.parametrize("arch", ["sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_120"])
 @pytest.mark.parametrize("score", ["identity", "optional"])
-def test_every_head_dim_has_a_configuration(arch, score):
+@pytest.mark.parametrize("kind", [BACKWARD, RAGGED_BACKWARD])
+def test_every_head_dim_has_a_configuration(arch, score, kind):
     target = Target(arch)
-    maker = maker_of(target, BACKWARD)
-    for head_dim in (32, 64, 96, 128) if arch == "sm_75" else (32, 64, 96, 128, 192, 256):
+    maker, template = maker_of(target, kind), family_of(target).TEMPLATES[-1]
+    for head_dim in HEAD_DIMS.get(arch, (32, 64, 96, 128, 192, 256)):
         pattern = pattern_of(head_dim, "positioned" if score == "optional" else "causal", score)
-        for config in maker.default_configs("v1", pattern, target).values():
+        for config in maker.default_configs(template, pattern, target).values():
             assert maker.feasible(pattern, config, target) is None
+
+
+def test_ragged_gradients_dont_spill_where_dense_tiles_would(tmp_path):
+    pattern, target = pattern_of(96, "full", dtype="bfloat16"), Target("sm_120")
+    program = v2.apply(pattern, target, "kernel", kind=RAGGED_BACKWARD)
+    assert isinstance(program, Program), program
+    _, report, count = compiled(program, "sm_120", tmp_path)
+    assert len(report.kernels) == 3 and count["LDL"] == count["STL"] == 0
 
 
 @pytest.mark.parametrize(

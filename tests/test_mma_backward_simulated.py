@@ -29,12 +29,16 @@ KERNELS = (
     ("sm_86", "v1", 64, 64, "positioned", "optional", "float16"),
     ("sm_80", "v2", 64, 64, "positioned", "optional_sinks", "float16"),
     ("sm_75", "v1", 64, 64, "window", "softcap", "float16"),
+    ("sm_70", "v1", 64, 64, "positioned", "optional", "float16"),
+    ("sm_70", "v1", 128, 128, "causal", "identity", "float16"),  # pairs of warps on Volta
     ("sm_80", "v2", 192, 128, "sink_window", "identity", "bfloat16"),  # pairs of warps, a mask with gaps
 )
 
 
 #: For tests that need rows and keys that don't see each other.
-CAUSAL = pytest.mark.parametrize("made_kernel", [k for k in KERNELS if "causal" in k], ids=["causal"], indirect=True)
+CAUSAL = pytest.mark.parametrize(
+    "made_kernel", [k for k in KERNELS if "causal" in k], ids=lambda k: k[0], indirect=True
+)
 
 
 def made(arch, template, head_dim, head_dim_v, mask, score, dtype, folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
@@ -42,7 +43,7 @@ def kernel(request, tmp_path_factory):
     simulated = Simulated(lowered.program, lowered.text, tmp_path_factory.mktemp(arch))
     functions = [simulated.module[launch.symbol] for launch in lowered.program.launches]
     compute = torch_cases.by_entry(entry_of(spec, target, pattern, lowered, "default", {}), functions, "cpu")
-    return SimpleNamespace(spec=spec, params=pattern.params, compute=compute)
+    return SimpleNamespace(spec=spec, params=pattern.params, compute=compute, configure=simulated.configure)
 
 
 def test_sequences_of_all_lengths(kernel):
@@ -55,3 +56,16 @@ def test_sequences_of_all_lengths(kernel):
 
 def test_neighbours_and_places_of_pages_change_nothing(kernel):
     paged_trials.check_neighbours(kernel.spec, kernel.params, kernel.compute, "cpu")
+
+
+def test_how_many_blocks_share_the_keys_changes_nothing(kernel):
+    many = dict(paged_trials.problems(kernel.spec, kernel.params))["many"]
+    for problem in (paged_trials.neighbours(kernel.spec, kernel.params, page_size=24), many):
+        found = []
+        for multiprocessors in (1, 7, 50):  # of the last, most blocks have nothing to do
+            kernel.configure(multiprocessors=multiprocessors)
+            found.append(problem.run(kernel.compute, "cpu"))
+        kernel.configure()
+        problem.check(*found[0], "cpu")
+        for other in found[1:]:
+            assert all(map(np.array_equal, found[0], other))

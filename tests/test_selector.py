@@ -346,6 +346,14 @@ def test_few_rows_take_the_kernel_that_splits_the_keys(packs, rows, keys, says):
     assert (grouped.kind == "decode") == (not says)
 
 
+def test_a_larger_head_dim_is_better_than_a_dearer_mask_where_keys_are_split(packs):
+    larger = decode_kernel(head_dim=256, head_dim_v=256)
+    packs(decode_kernel(mask="positioned"), larger, capability=(9, 0))
+    found = explain(problem(seqlen_q=1, seqlen_kv=9000), GPU, "auto")
+    assert found.chosen.symbol == larger.symbol
+    assert "fits, but the mask window is cheaper" in str(found)
+
+
 def test_a_program_that_can_run_one_launch_takes_a_kernel_of_one(packs):
     packs(kernel("v2", "sm_90a", mask="full"), decode_kernel(), capability=(9, 0))
     found = explain(problem(seqlen_q=1, seqlen_kv=9000, workspaces=False), GPU, "auto")

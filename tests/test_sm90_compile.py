@@ -67,6 +67,7 @@ def compiler():
         (v1, 0, {"head_dim": 256}),
         (v1, 4096, {"mask": "causal", "head_dim": 256}),
         (v2, 0, {"mask": "sink_window", "head_dim": 192, "head_dim_v": 128}),
+        (v2, 0, {"score": "biased", "head_dim": 128}),
     ],
     ids=lambda x: (
         "-".join(map(str, x.values())) if isinstance(x, dict) else str(getattr(x, "__name__", x)).split(".")[-1]

@@ -9,7 +9,13 @@ pytest.importorskip("tvm")
 from tvm import tirx
 from tvm.sym import Analyzer
 
+from schedules.builder.compile import pattern_of
+from schedules.builder.suite import KernelSpec
 from schedules.families import split_keys
+from schedules.families.interface import Target
+from schedules.families.sm90 import paged_decode
+from schedules.templates import v2
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.packs.sizes import evaluate
 
 
@@ -18,11 +24,16 @@ def on_device(keys: int, function) -> int:
     return int(Analyzer().simplify(function(tirx.IntImm("int32", keys))))
 
 
-def test_a_table_has_room_for_the_splits_of_every_sequence_that_fits_it():
-    borders = [begin for begin, _ in split_keys.PAGED_SPLIT_LENGTHS if begin]
+#: Those of mma.sync, and of Hopper.
+LENGTHS = (split_keys.PAGED_SPLIT_LENGTHS, paged_decode.SPLIT_LENGTHS)
+
+
+@pytest.mark.parametrize("split_lengths", LENGTHS)
+def test_a_table_has_room_for_the_splits_of_every_sequence_that_fits_it(split_lengths):
+    borders = [begin for begin, _ in split_lengths if begin]
     lengths = sorted({0, 1, 63, 64, 65, 100_000, *(b + d for b in borders for d in (-1, 0, 1, 77))})
-    splits = {keys: on_device(keys, split_keys.paged_split_count) for keys in lengths}
-    most = split_keys._most_paged_splits()
+    splits = {keys: on_device(keys, lambda n: split_keys.paged_split_count(n, split_lengths)) for keys in lengths}
+    most = split_keys._most_paged_splits(split_lengths)
     for table in lengths[1:]:
         room = evaluate(most, {"seqlen_kv": table})
         assert max(n for keys, n in splits.items() if keys <= table) <= room
@@ -30,9 +41,24 @@ def test_a_table_has_room_for_the_splits_of_every_sequence_that_fits_it():
     assert splits[65] == 2
 
 
-def test_splits_are_whole_tiles_and_cover_the_keys():
+@pytest.mark.parametrize("split_lengths", LENGTHS)
+def test_splits_are_whole_tiles_and_cover_the_keys(split_lengths):
+    def count(keys):
+        return split_keys.paged_split_count(keys, split_lengths)
+
     for keys in (1, 64, 2047, 2048, 5000, 32768, 131072):
-        length = on_device(keys, split_keys.paged_split_length)
+        length = on_device(keys, lambda n: split_keys.paged_split_length(n, split_lengths))
         assert length % 64 == 0
-        assert (on_device(keys, split_keys.paged_split_count) - 1) * length < keys
-        assert on_device(keys, split_keys.paged_split_count) * length >= keys
+        assert (on_device(keys, count) - 1) * length < keys
+        assert on_device(keys, count) * length >= keys
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 8, 15, 16, 17, 24, 48, 1500, 8192])
+def test_boxes_are_chosen_for_pages_that_are_whole_ones(page_size):
+    target = Target("sm_90a")
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", "identity", "float16", 128, 128, kind="paged_decode")
+    pattern = pattern_of(spec, target)
+    (config,) = paged_decode.default_configs("v2", pattern, target).values()
+    program = paged_decode.program(pattern, config, target, v2.TRAVERSAL, "kernel")
+    sizes = {"page_size": page_size, "seqlen_kv": 4096}
+    assert evaluate(program.max_rows, sizes) == (0 if page_size % 16 else 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from schedules.builder.suite import KernelSpec
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import FULL, IDENTITY, MASKS, SCORES
 from schedules.definition.pattern import match
+from schedules.definition.sample import parameters_of
 from schedules.families import maker_of
 from schedules.families.interface import BACKWARD, FORWARD, Target
 from tests import tensor_trials, torch_cases
@@ -30,9 +32,12 @@ KERNELS = (
     (documents, "sm_80", "v2", BACKWARD, 64, "float16"),
     (BIASED, "sm_80", "v2", BACKWARD, 192, "float16"),  # pairs of warps share keys
     (relative, "sm_86", "v1", FORWARD, 128, "float16"),
-    (BIASED, "sm_75", "v1", FORWARD, 64, "float16"),
     (GIVEN, "sm_75", "v1", BACKWARD, 64, "float16"),
     (documents, "sm_70", "v1", FORWARD, 64, "float16"),
+    (documents, "sm_90a", "v2", FORWARD, 64, "bfloat16"),
+    (relative, "sm_90a", "v1", FORWARD, 128, "float16"),
+    (documents, "sm_90a", "v2", BACKWARD, 64, "float16"),
+    (BIASED, "sm_90a", "v2", BACKWARD, 128, "bfloat16"),
 )
 
 
@@ -48,7 +53,9 @@ def made(attention, arch, template, kind, head_dim, dtype, folder):
     entry = entry_of(spec, target, pattern, lowered, "default", {})
     twins = {"mask": attention.mask.twin, "score": attention.score.twin}
     compute = torch_cases.by_entry(entry, functions, "cpu")
-    return SimpleNamespace(kernel=tensor_trials.kernel_of(entry, twins), simulated=simulated, compute=compute)
+    sample = functools.partial(parameters_of, attention) if attention.example else None
+    kernel = tensor_trials.kernel_of(entry, twins, sample)
+    return SimpleNamespace(kernel=kernel, simulated=simulated, compute=compute)
 
 
 #: Two tiles of queries, and keys that no tile divides; of the second, neighbours can't be read at once.

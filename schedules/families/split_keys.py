@@ -96,41 +96,60 @@ def program(
 PAGED_SPLIT_LENGTHS: SplitLengths = ((0, 64), (2048, 128), (4096, 256), (32768, 512))
 
 
-def paged_split_length(keys: Expr) -> Expr:
+def paged_split_length(keys: Expr, lengths: SplitLengths = PAGED_SPLIT_LENGTHS) -> Expr:
     """Keys of a split of a sequence of ``keys`` keys."""
-    (_, length), *others = PAGED_SPLIT_LENGTHS
+    (_, length), *others = lengths
     found = T.int32(length)
     for fewest, length in others:
         found = T.Select(keys >= fewest, T.int32(length), found)
     return found
 
 
-def paged_split_count(keys: Expr) -> Expr:
+def paged_split_bits(keys: Expr, block_n: int, lengths: SplitLengths) -> Expr:
+    """Of how many tiles of ``block_n`` keys a split of a sequence of ``keys`` keys is, as a power of two."""
+    return paged_split_length(keys, [(fewest, (length // block_n).bit_length() - 1) for fewest, length in lengths])
+
+
+def paged_split_count(keys: Expr, lengths: SplitLengths = PAGED_SPLIT_LENGTHS) -> Expr:
     """How many splits a sequence of ``keys`` keys has."""
-    return ceildiv(keys, paged_split_length(T.max(keys, 0)))
+    return ceildiv(keys, paged_split_length(T.max(keys, 0), lengths))
 
 
-def _most_paged_splits() -> tuple:
+def _most_paged_splits(lengths: SplitLengths) -> tuple:
     """How many splits a sequence has at most that fits its row of the table, as an expression of the sizes."""
-    ends = [(fewest, fewest // length) for (_, length), (fewest, _) in itertools.pairwise(PAGED_SPLIT_LENGTHS)]
-    longest = ("ceildiv", "seqlen_kv", ("steps", "seqlen_kv", *PAGED_SPLIT_LENGTHS))
+    ends = [(fewest, fewest // length) for (_, length), (fewest, _) in itertools.pairwise(lengths)]
+    longest = ("ceildiv", "seqlen_kv", ("steps", "seqlen_kv", *lengths))
     return "max", longest, ("steps", "seqlen_kv", (0, 1), *ends)
 
 
 def paged_program(
-    pattern: Pattern, partial: PrimFunc, name: str, *, alignment: int, waits: bool, scaled: bool = False
+    pattern: Pattern,
+    partial: PrimFunc,
+    name: str,
+    *,
+    alignment: int,
+    waits: bool,
+    lengths: SplitLengths = PAGED_SPLIT_LENGTHS,
+    page_step: int = 1,
+    scaled: bool = False,
 ) -> Program:
-    """Both launches, of ragged sequences with their keys on pages.
+    """Both launches, of ragged sequences with their keys on pages, with splits of ``lengths``.
 
+    They are meant for pages of multiples of ``page_step`` keys; others they compute as well.
     ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``; if
     it is ``scaled``, the scales of a cache of 8 bits follow the table.
     """
     table = ("page_table", *(SCALES if scaled else ()))
     rows = ("*", "heads", "total_q")
-    splits = _most_paged_splits()
+    splits = _most_paged_splits(lengths)
     results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
     params = tuple(p.name for p in pattern.params)
-    combining = combine_ragged(pattern, paged_split_count, f"{name}_combine", alignment, waits)
+    filled = ("*", page_step, ("ceildiv", "page_size", page_step))  # the size of a page, if it is such a multiple
+    fits = ("steps", ("ceildiv", filled, ("max", "page_size", 1)), (0, 1), (2, 0))
+    most_rows = ("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern))
+    combining = combine_ragged(
+        pattern, lambda keys: paged_split_count(keys, lengths), f"{name}_combine", alignment, waits
+    )
     return Program(
         "forward",
         (
@@ -144,5 +163,5 @@ def paged_program(
             Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
-        max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
+        max_rows=most_rows if page_step == 1 else ("*", fits, most_rows),
     )

@@ -19,7 +19,8 @@ from schedules.definition.pattern import Site
 from schedules.tile.geometry import local, wide
 from schedules.tile.parameters import Elements
 
-_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+#: Bytes of an element.
+BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 
 _ALIGNED = """
 __forceinline__ __device__ int is_multiple(const void* address, int bytes) {
@@ -42,7 +43,7 @@ def _is_multiple(address: Expr, size: int) -> Expr:
 
 
 def _load_pair(address: Expr, dtype: str) -> Expr:
-    size = 2 * _BYTES[dtype]
+    size = 2 * BYTES[dtype]
     type_, word = _WORDS[size]
     source = _PAIR.format(type=type_, size=size)
     return T.cuda.func_call(f"load_pair_{size}", address, source_code=source, return_type=word)
@@ -50,7 +51,7 @@ def _load_pair(address: Expr, dtype: str) -> Expr:
 
 def _half(pair: Expr, e: Expr, dtype: str) -> Expr:
     """The first or the second element of a pair, widened."""
-    bits = 8 * _BYTES[dtype]
+    bits = 8 * BYTES[dtype]
     shifted = T.shift_right(pair, T.Cast(str(pair.ty.dtype), e * bits))
     if dtype == "bool":
         return T.bitwise_and(T.Cast("uint32", shifted), T.uint32(255)) != T.uint32(0)
@@ -61,7 +62,7 @@ def _half(pair: Expr, e: Expr, dtype: str) -> Expr:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fetched(Reader):
+class Fetched(Reader):
     """What has been read of a tensor: its value wherever it is asked for."""
 
     value: Expr
@@ -82,7 +83,7 @@ class ElementPairs:
         # of each row the offset of this lane's first column
         self.first = {name: T.alloc_local([rows], "int64") for name in self.elements}
         self.pair = {
-            name: T.alloc_local([1], _WORDS[2 * _BYTES[x.dtype]][1])
+            name: T.alloc_local([1], _WORDS[2 * BYTES[x.dtype]][1])
             for name, x in self.elements.items()
             if self.across in x.strides and not transposed
         }
@@ -91,7 +92,7 @@ class ElementPairs:
 
     def _lies_in_pairs(self, x: Elements) -> Expr:
         even = [T.bitwise_and(stride, 1) == 0 for axis, stride in x.strides.items() if axis != "j"]
-        return tirx.all(x.strides["j"] == 1, *even, _is_multiple(x.memory.ptr_to([0]), 2 * _BYTES[x.dtype]))
+        return tirx.all(x.strides["j"] == 1, *even, _is_multiple(x.memory.ptr_to([0]), 2 * BYTES[x.dtype]))
 
     def covers(self, at: Site, last_column: Expr) -> Expr:
         """Whether a tile may be read this way: all of a lane's columns exist, and tensors lie as they should."""
@@ -119,5 +120,5 @@ class ElementPairs:
                 stride = wide(x.strides[self.across]) if self.across in x.strides else None
                 offset = self.first[name][n] + (T.int64(0) if stride is None else wide(column + e) * stride)
                 value = widened(x.memory[offset])
-            values[name] = _Fetched(value)
+            values[name] = Fetched(value)
         return dataclasses.replace(at, params=values)

@@ -57,6 +57,16 @@ def _call(name: str, source: str, *arguments: Expr) -> Expr:
     return T.cuda.func_call(name, *arguments, source_code=source, return_type="int32")
 
 
+def sum_up_to_lane(x: Expr, lane: Expr) -> Expr:
+    """The sum of ``x`` of the warp's lanes up to this one, which all ask."""
+    return _call("sum_up_to_lane", _SUM, x, lane)
+
+
+def from_lane(x: Expr, lane: Expr | int) -> Expr:
+    """``x`` of a lane of the warp, all of which ask."""
+    return _call("from_lane", _FROM_LANE, x, lane)
+
+
 @T.meta_class
 class LevelWalk:
     """A warp's way through the shares of ``rows`` rows, a power of two; ``rises`` says that later rows see more keys.
@@ -154,11 +164,11 @@ class LevelWalk:
                     + (self._in_group(self.middle, self._odd()) if self.rises else 0)
                 )
                 own: T.int32 = shares * self.heads
-                up_to: T.int32 = _call("sum_up_to_lane", _SUM, own, lane)
-                all_own: T.int32 = _call("from_lane", _FROM_LANE, up_to, _LANES - 1)
+                up_to: T.int32 = sum_up_to_lane(own, lane)
+                all_own: T.int32 = from_lane(up_to, _LANES - 1)
                 if number < self.before + all_own:
                     at: T.int32 = count_lanes(self.before + up_to <= number)
-                    share = number - self.before - _call("from_lane", _FROM_LANE, up_to - own, at)
+                    share = number - self.before - from_lane(up_to - own, at)
                     self.sequence = self.next + at
                     going = 0
                 else:

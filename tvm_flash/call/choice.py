@@ -184,10 +184,11 @@ def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance:
     entry = kernel.entry
     mask, score = (problem.masks.index(entry.mask), problem.scores.index(entry.score)) if problem.masks else (0, 0)
     features = len(kernel.pack.manifest.cpu_features)
-    return (
-        *(order.index(entry.template), distance, -features, entry.max_rows is None),
-        *(entry.head_dim, entry.head_dim_v, mask, score, -entry.bucket, kernel.rank),
-    )
+    kind, size = (mask, score), (entry.head_dim, entry.head_dim_v)
+    # Where keys are split, reading them is what takes time, and of a larger head_dim no more is read.
+    fit = (*size, *kind) if entry.max_rows is None else (*kind, *size)
+    first = (order.index(entry.template), distance, -features, entry.max_rows is None)
+    return (*first, *fit, -entry.bucket, kernel.rank)
 
 
 def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
@@ -206,7 +207,7 @@ def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
     if entry.max_rows is not None:
         most = sizes.evaluate(entry.max_rows, problem.sizes)
         if problem.rows > most:
-            rows = f"{most} query rows a key or fewer, not {problem.rows}" if most else "longer sequences"
+            rows = f"{most} query rows a key or fewer, not {problem.rows}" if most else _others(entry)
             return Rejection(entry, _ROWS, f"is for {rows}, at {problem.seqlen_kv} keys")
     if (entry.workspaces or len(entry.launches) > 1) and not problem.workspaces:
         return Rejection(entry, _ROWS, "needs several launches or a workspace, which this framework hasn't there")
@@ -234,6 +235,12 @@ def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
             f"needs data and strides at multiples of {entry.alignment} bytes, not {problem.alignment}",
         )
     return None
+
+
+def _others(entry: KernelEntry) -> str:
+    """What a kernel that takes no rows of a problem is for."""
+    paged = entry.max_rows is not None and "page_size" in sizes.names(entry.max_rows)
+    return "longer sequences, or pages of other sizes" if paged else "longer sequences"
 
 
 def _reason(
@@ -269,6 +276,8 @@ def _why_after(entry: KernelEntry, best: KernelEntry, order: tuple[str, str]) ->
         return f"fits, but {best.arch} is closer to the device"
     if (entry.max_rows is None) != (best.max_rows is None):
         return "fits, but a kernel that splits the keys is meant for so few query rows"
+    if entry.max_rows is not None and entry.mask != best.mask:
+        return f"fits, but the mask {best.mask} is cheaper"
     if (entry.head_dim, entry.head_dim_v) != (best.head_dim, best.head_dim_v):
         return f"fits, but its head_dim {entry.head_dim} is larger than needed"
     if entry.mask != best.mask:

@@ -12,8 +12,23 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
-from schedules.families.interface import FORWARD, PAGED, RAGGED, WITH_SINKS, WITH_TENSORS, Program, Rejected, Target
-from schedules.families.mma import mma
+from schedules.families.interface import (
+    BACKWARD,
+    FORWARD,
+    PAGED,
+    RAGGED,
+    RAGGED_BACKWARD,
+    WITH_SINKS,
+    WITH_TENSORS,
+    Program,
+    Rejected,
+    Target,
+)
+from schedules.families.mma import backward, mma
+from schedules.families.mma.backward.key_machine import KeyMachine
+from schedules.families.mma.backward.query_machine import QueryMachine
+from schedules.families.mma.backward.volta import VoltaProducts
+from schedules.families.mma.instructions import StagedStages
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
@@ -172,12 +187,37 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     return mma.program(func, pattern, config, traversal)
 
 
+@T.meta_class
+class BackwardKeys(StagedStages, VoltaProducts, KeyMachine):
+    """The backward's launch for dk and dv."""
+
+
+@T.meta_class
+class BackwardQueries(StagedStages, VoltaProducts, QueryMachine):
+    """The backward's launch for dq."""
+
+
+_BACKWARD_MACHINE = backward.Machine(VOLTA, staged=True)
+#: Of the backward, by head_dim, the first that is large enough; beyond 64 both sums of 32 keys don't fit the registers
+#: of one warp.  No Volta has run them.
+_BACKWARD = {
+    64: backward.Config(128, 16, 4, 2, 1, 128, 16, 4, 2, 1),
+    128: backward.Config(64, 16, 4, 2, 1, 128, 16, 4, 2, 1, warps_per_tile=2),
+}
+
+
+def _backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
+    return limits.by_head_dim(_BACKWARD, pattern)
+
+
 KINDS = {
     RAGGED: RaggedForward(Config, default_configs, space, feasible, lambda config: Machine),
     PAGED: PagedForward(Config, default_configs, space, feasible, lambda config: Machine),
+    BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
+    RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
 }
-TENSOR_KINDS = (FORWARD,)
+TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
 #: Of what reads tensors or has sinks, no GPU has run these kernels yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS))
-UNVERIFIED_KINDS = (PAGED,)
+UNVERIFIED_KINDS = (PAGED, BACKWARD, RAGGED_BACKWARD)

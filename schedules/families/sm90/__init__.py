@@ -16,13 +16,13 @@ from schedules.families.interface import (
     PAGED_DECODE_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
+    WITH_SINKS,
     Program,
     Target,
     forward_program,
 )
 from schedules.families.mma import asynchronous, scaled_decode
-from schedules.families.mma.paged_decode import PagedDecoding
-from schedules.families.sm90 import backward, decode, paged, ragged
+from schedules.families.sm90 import backward, decode, paged, paged_decode, ragged
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import default_configs
@@ -47,36 +47,20 @@ __all__ = [
 DTYPES = ("float16", "bfloat16")
 TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
-#: Of these, by head_dim.
-PAGED_DECODE_CONFIGS = {
-    64: asynchronous.Config(16, 32, 1, 3, 8, q_in_registers=True),
-    128: asynchronous.Config(16, 32, 1, 2, 6, q_in_registers=True),
-    256: asynchronous.Config(16, 16, 1, 3, 3),
-}
-#: Decoding over pages has the kernels of mma.sync: it is bound by memory, and threads that copy rows of 16 bytes each
-#: don't mind how short pages are.
 KINDS = {
     DECODE: decode,
     BACKWARD: backward,
     RAGGED: ragged,
     RAGGED_BACKWARD: ragged_backward,
     PAGED: paged,
-    PAGED_DECODE: PagedDecoding(
-        asynchronous.Config, asynchronous.DecodeMachine, PAGED_DECODE_CONFIGS, asynchronous.feasible, early=True
-    ),
+    PAGED_DECODE: paged_decode,
     **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
-SINK_KINDS = (*PAGED_DECODE_SCALED.values(), FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
+SINK_KINDS = (FORWARD, *KINDS)
 UNVERIFIED_KINDS = tuple(PAGED_DECODE_SCALED.values())
-UNVERIFIED_VARIANTS = {
-    FORWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
-    BACKWARD: (("given", "identity"), ("full", "biased"), ("positioned", "optional_sinks")),
-    RAGGED: (("window", "optional_sinks"),),
-    RAGGED_BACKWARD: (("window", "optional_sinks"),),
-    PAGED: (("positioned", "optional_sinks"),),
-    PAGED_DECODE: (("positioned", "optional_sinks"),),
-}
+#: No GPU has run these with sinks yet.
+UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

@@ -116,3 +116,56 @@ class PagedBoxes(RaggedBoxes):
                         paged_box(steps, page, at[1], seen, block.kv_head),
                         pipeline.full.ptr_to([state.index]),
                     )
+
+    def fetching(self, block, tensor: Tensor, lane):
+        """How a warp, of which this is lane ``lane``, fetches tiles of k or v one after the other."""
+        return TilesOfPages(self, block, tensor, lane)
+
+
+@T.meta_class
+class TilesOfPages:
+    """Tiles of keys that are several boxes each, which the lanes share.
+
+    Pages are looked up apart from loading, before a stage is waited for.
+    """
+
+    def __init__(self, boxes: PagedBoxes, block, tensor: Tensor, lane):
+        self.boxes, self.block, self.lane = boxes, block, lane
+        self.tensor, self.steps = tensor, boxes.steps[id(tensor)]
+        self.pages = T.alloc_local([max(boxes.block_n // 32, 1)], "int32")
+
+    def _row(self, i):
+        """First row in the tile of this lane's box number ``i``, ``block_n`` or more if there is none."""
+        return (i * 32 + self.lane) * self.boxes.rows
+
+    @T.inline
+    def look_up(self, key_first):
+        """Look up on which pages the tile from key ``key_first`` on is."""
+        geometry, block = T.meta_var((self.boxes.geometry, self.block))
+        rows = T.meta_var(geometry.key_rows(self.tensor, block.batch, block.kv_head, geometry.keys.of(block.batch)))
+        for i in T.unroll(max(self.boxes.block_n // 32, 1)):
+            key: T.int32 = key_first + self._row(i)
+            self.pages[i] = 0
+            if T.And(self._row(i) < self.boxes.block_n, key < self.block.seqlen_kv):
+                self.pages[i] = rows.entry(rows.split(key)[0])
+
+    @T.inline
+    def load(self, pipeline, state, descriptor, key_first):
+        """Fill a stage, which is empty, with that tile; what is past the last key is zero."""
+        if self.lane == 0:
+            pipeline.expect(state)
+        T.cuda.warp_sync()
+        for i in T.unroll(max(self.boxes.block_n // 32, 1)):
+            row: T.int32 = self._row(i)
+            if row < self.boxes.block_n:
+                key: T.int32 = key_first + row
+                seen: T.int32 = T.min(T.max(self.block.seqlen_kv - key, 0), self.boxes.rows)
+                at: T.int32 = T.truncmod(key, self.boxes.geometry.page_size)
+                for p in T.unroll(pipeline.panels):
+                    load_panel(
+                        pipeline.pointer(state)(p, row, 0),
+                        descriptor,
+                        p,
+                        paged_box(self.steps, self.pages[i], at, seen, self.block.kv_head),
+                        pipeline.full.ptr_to([state.index]),
+                    )

@@ -7,10 +7,9 @@ instructions that the compiler can't move behind the wait for the scores.
 
 from __future__ import annotations
 
-from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from schedules.definition.parameters import Reader
+from schedules.tile.element_pairs import BYTES, Fetched
 from schedules.tile.fragment import Fragment
 from schedules.tile.geometry import local, wide
 from schedules.tile.parameters import Elements
@@ -21,19 +20,6 @@ __forceinline__ __device__ int is_aligned(const void* place, int bytes) {
   return ((unsigned long long)place & (bytes - 1)) == 0;
 }
 """
-
-#: Bytes of an element.
-_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
-
-
-class Known(Reader):
-    """A value that is in a register."""
-
-    def __init__(self, value: Expr):
-        self.value = value
-
-    def __call__(self, i: Expr, j: Expr) -> Expr:
-        return self.value
 
 
 @T.meta_class
@@ -46,7 +32,7 @@ class TensorTile:
     def __init__(self, param: Param, elements: Elements, fragment: Fragment, columns: int, lane):
         self.param, self.elements, self.fragment, self.lane = param, elements, fragment, lane
         self.groups, self.rows = columns // fragment.group, 2 if "i" in param.axes else 1
-        self.bytes = _BYTES[param.dtype]
+        self.bytes = BYTES[param.dtype]
         self.per_pair = 2 if self.bytes == 4 else 1
         self.words = T.alloc_local([self.groups * self.rows * self.per_pair], "uint32")
         # whether pairs are words that lie together in every row
@@ -110,15 +96,15 @@ class TensorTile:
             return T.shift_left(T.Cast("uint32", T.reinterpret("uint16", value)), T.uint32(16 * e))
         return T.shift_left(T.Cast("uint32", value), self._shift() + T.uint32(8 * e))
 
-    def value(self, g, r, e) -> Known:
+    def value(self, g, r, e) -> Fetched:
         """That of a register; ``g``, ``r`` and ``e`` may be counts of loops that are unrolled."""
         word, e = self._word(g, r if self.rows == 2 else 0), T.Cast("uint32", e)
         if self.per_pair == 2:
-            return Known(T.reinterpret(self.param.dtype, self.words[word + T.Cast("int32", e)]))
+            return Fetched(T.reinterpret(self.param.dtype, self.words[word + T.Cast("int32", e)]))
         if self.bytes == 1:
             byte = T.shift_right(self.words[word], self._shift() + e * T.uint32(8))
-            return Known(T.bitwise_and(byte, T.uint32(1)) != T.uint32(0))
+            return Fetched(T.bitwise_and(byte, T.uint32(1)) != T.uint32(0))
         half = T.shift_right(self.words[word], e * T.uint32(16))
         if self.param.dtype == "bfloat16":
-            return Known(T.reinterpret("float32", T.shift_left(half, T.uint32(16))))
-        return Known(T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", half))))
+            return Fetched(T.reinterpret("float32", T.shift_left(half, T.uint32(16))))
+        return Fetched(T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", half))))

@@ -12,13 +12,12 @@ of parameters are summed by a fourth launch from what each block of the third ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.mma.backward import program as launches
-from schedules.families.mma.backward.config import Config, feasible
-from schedules.tile.slots import BYTES
+from schedules.families.mma.backward.config import MACHINE, Config, Machine, feasible
 from schedules.tile.tile_scheduler import Traversal
 from schedules.tile.weights import summed
 
@@ -31,12 +30,12 @@ class Backward:
     ----------
     machines: the types of its machines for dk and dv, and for dq.
     choose: its configuration for a template, a pattern and a target.
-    staged: whether tiles are on their way in registers.
+    machine: what the configurations must fit.
     """
 
     machines: tuple[type, type]
     choose: Callable[[str, Pattern, Target], Config]
-    staged: bool = False
+    machine: Machine = MACHINE
 
     Config = Config
 
@@ -63,7 +62,7 @@ class Backward:
 
     def feasible(self, pattern: Pattern, config: Config, target: Target) -> Rejected | None:
         """Whether the machine has room for the blocks, and the score has a derivative."""
-        return feasible(pattern, config, target, self.staged)
+        return feasible(pattern, config, target, self.machine)
 
     def program(self, pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
         """The launches."""
@@ -77,7 +76,7 @@ class RaggedBackward(Backward):
         """Whether the machine has room for the blocks, and the gradients of parameters are those of sequences."""
         if whole := [p.name for p in summed(pattern) if "b" not in p.axes]:
             return Rejected(f"the gradient of {', '.join(whole)} isn't summed over ragged sequences")
-        return feasible(pattern, config, target, self.staged, found=BYTES)
+        return feasible(pattern, config, target, replace(self.machine, looks_up=True))
 
     def program(self, pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
         """The launches."""

@@ -9,7 +9,9 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
 from schedules.families.limits import SHARED_MEMORY, registers_for
 from schedules.tile.dtypes import tensor_types
-from schedules.tile.fragment import M16N8
+from schedules.tile.fragment import M16N8, Fragment
+from schedules.tile.slots import WORDS
+from schedules.tile.smem import TILE_ALIGNMENT
 from schedules.tile.weights import summed
 
 #: Registers beside sums, S and dP, what is packed, and operands: addresses, counters, numbers of rows.
@@ -38,10 +40,9 @@ class LaunchConfig:
         """Threads of a block."""
         return 32 * self.num_warps
 
-    @property
-    def m_tiles(self) -> int:
-        """Tiles of 16 rows of a warp."""
-        return self.own_rows * self.parts // (M16N8.tile_rows * self.num_warps)
+    def m_tiles(self, fragment: Fragment) -> int:
+        """Tiles of a warp."""
+        return self.own_rows * self.parts // (fragment.tile_rows * self.num_warps)
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,22 @@ class Config:
         )
 
 
-def feasible(pattern: Pattern, config: Config, target: Target, staged: bool = False, found: int = 0) -> Rejected | None:
-    """Whether the machine has room for a block of either launch, and the score has a derivative; None if so.
+@dataclass(frozen=True)
+class Machine:
+    """What configurations must fit beside an arch: where accumulators sit, whether tiles are on their way in registers
+    (``staged``), and whether blocks have shared memory for a work tile that they look up (``looks_up``)."""
 
-    ``staged``: tiles are on their way in registers.  ``found``: bytes of shared memory for what a block has looked up.
-    """
+    fragment: Fragment = M16N8
+    staged: bool = False
+    looks_up: bool = False
+
+
+#: One with asynchronous copies and m16n8 products, where blocks know their work tile.
+MACHINE = Machine()
+
+
+def feasible(pattern: Pattern, config: Config, target: Target, machine: Machine) -> Rejected | None:
+    """Whether the machine has room for a block of either launch, and the score has a derivative; None if so."""
     for name, head_dim in (("head_dim", pattern.head_dim), ("head_dim_v", pattern.head_dim_v)):
         if head_dim % 32:
             return Rejected(f"{name} {head_dim} is not a multiple of 32; build for the next larger one")
@@ -102,49 +114,56 @@ def feasible(pattern: Pattern, config: Config, target: Target, staged: bool = Fa
         pattern.differentiate()
     except DefinitionError as e:
         return Rejected(f"the score has no backward: {e}")
-    return _fits("dkdv", pattern, config.keys, target, True, staged, found) or _fits(
-        "dq", pattern, config.queries, target, False, staged, found
+    return _fits("dkdv", pattern, config.keys, target, True, machine) or _fits(
+        "dq", pattern, config.queries, target, False, machine
     )
 
 
 def _fits(
-    launch: str, pattern: Pattern, config: LaunchConfig, target: Target, transposed: bool, staged: bool, found: int
+    launch: str, pattern: Pattern, config: LaunchConfig, target: Target, transposed: bool, machine: Machine
 ) -> Rejected | None:
-    R, M = config.own_rows, config.step_rows
+    R, M, fragment = config.own_rows, config.step_rows, machine.fragment
     if config.parts not in (1, 2) or config.num_warps % config.parts:
         return Rejected(f"{launch}: warps_per_tile {config.parts} must be 1, or 2 and num_warps even")
-    if config.m_tiles not in (1, 2) or M16N8.tile_rows * config.m_tiles * config.num_warps != R * config.parts:
-        return Rejected(f"{launch}: {R} rows don't give each of {config.num_warps} warps 16 or 32")
-    if M % (16 * config.parts) or config.threads < 2 * M:
-        unit = 16 * config.parts
+    most, tiles = 32 // fragment.tile_rows, config.m_tiles(fragment)
+    if not 1 <= tiles <= most or fragment.tile_rows * tiles * config.num_warps != R * config.parts:
+        rows = " or ".join(str(fragment.tile_rows * n) for n in range(1, most + 1))
+        return Rejected(f"{launch}: {R} rows don't give each of {config.num_warps} warps {rows}")
+    unit = 2 * fragment.group * config.parts
+    if M % unit or config.threads < 2 * M:
         return Rejected(
             f"{launch}: {M} rows a step are not a multiple of {unit} up to half of {config.threads} threads"
         )
     if config.num_stages < 2:
         return Rejected(f"{launch}: num_stages {config.num_stages} must be at least 2")
-    shared, available = _shared_memory(pattern, config, transposed) + found, SHARED_MEMORY[target.arch]
+    shared = _shared_memory(pattern, config, transposed, machine.looks_up)
+    available = SHARED_MEMORY[target.arch]
     if shared > available:
         return Rejected(f"{launch}: needs {shared} bytes of shared memory, a block of {target} has {available}")
-    registers = _registers(pattern, config, transposed) + (_staging(pattern, config) if staged else 0)
+    registers = _registers(pattern, config, transposed, fragment)
+    registers += _staging(pattern, config) if machine.staged else 0
     if registers > registers_for(config):
         return Rejected(f"{launch}: needs about {registers} registers a thread, {registers_for(config)} are to be had")
     return None
 
 
-def _shared_memory(pattern: Pattern, config: LaunchConfig, transposed: bool) -> int:
+def _shared_memory(pattern: Pattern, config: LaunchConfig, transposed: bool, looks_up: bool) -> int:
     types = tensor_types(pattern)
     rows = config.own_rows + config.num_stages * config.step_rows
     asked = len(summed(pattern))
     numbers = config.num_stages * config.step_rows * 2 if transposed else config.own_rows * 2 + asked * config.num_warps
     exchanged = config.own_rows * config.step_rows if config.parts > 1 else 0
-    return types.k.bytes * (rows * (pattern.head_dim + pattern.head_dim_v) + exchanged) + 4 * numbers
+    others = 4 * numbers
+    if looks_up:  # it is before the tiles, with the numbers
+        others = -(-(4 * (numbers + WORDS)) // TILE_ALIGNMENT) * TILE_ALIGNMENT
+    return types.k.bytes * (rows * (pattern.head_dim + pattern.head_dim_v) + exchanged) + others
 
 
-def _registers(pattern: Pattern, config: LaunchConfig, transposed: bool) -> int:
+def _registers(pattern: Pattern, config: LaunchConfig, transposed: bool, fragment: Fragment) -> int:
     sums = pattern.head_dim + (pattern.head_dim_v if transposed else 0)
     # S and dP, of which P and dS take the place
-    fragments = M16N8.registers(sums // config.parts) + 2 * M16N8.registers(config.step_rows // config.parts)
-    return config.m_tiles * (fragments + 4) + 4 + _OTHER_REGISTERS
+    fragments = fragment.registers(sums // config.parts) + 2 * fragment.registers(config.step_rows // config.parts)
+    return config.m_tiles(fragment) * (fragments + 4) + 4 + _OTHER_REGISTERS
 
 
 def _staging(pattern: Pattern, config: LaunchConfig) -> int:

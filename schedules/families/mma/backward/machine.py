@@ -64,27 +64,33 @@ class GradientMachine(RowCopies):
     ``parameter_sums``.
     """
 
+    #: Where an accumulator register of a family's products sits.
+    fragment = M16N8
+
     def __init__(self, pattern: Pattern, config: LaunchConfig, own: Sides, own_first, pool=None, *, transposed: bool):
         D, E = pattern.head_dim, pattern.head_dim_v
         R, M = config.own_rows, config.step_rows
-        self.pattern, self.config, self.fragment = pattern, config, M16N8
+        self.pattern, self.config = pattern, config
         self.transposed, self.stages, self.threads = transposed, config.num_stages, config.threads
         self.types = tensor_types(pattern)
-        self.m_tiles, self.tile_step = config.m_tiles, M16N8.tile_rows
+        self.m_tiles, self.tile_step = config.m_tiles(self.fragment), self.fragment.tile_rows
         self.parts = config.parts
         # 1. Shared memory: own tiles, stages of visited ones, and numbers of the visited queries.
-        pool = pool or SMEMPool()
+        shared = pool or SMEMPool()
+        if pool is not None:  # beside what is there, before the tiles' alignment
+            self.place_shared(shared)
         shapes = (
             ((1, R, D), self.types.q),
             ((1, R, E), self.types.o),
             ((self.stages, M, D), self.types.k),
             ((self.stages, M, E), self.types.v),
         )
-        tiles = [SharedTile(pool, *shape, element) for shape, element in shapes]
+        tiles = [SharedTile(shared, *shape, element) for shape, element in shapes]
         self.own_tiles, self.visited_tiles = Sides(*tiles[:2]), Sides(*tiles[2:])
-        self.exchanged = SharedTile(pool, 1, R, M, self.types.v) if self.parts > 1 else None
-        self.place_shared(pool)
-        pool.commit()
+        self.exchanged = SharedTile(shared, 1, R, M, self.types.v) if self.parts > 1 else None
+        if pool is None:
+            self.place_shared(shared)
+        shared.commit()
         # 2. Where this thread's rows are: computed anew where it is asked, as registers are few.
         self.lane = fresh("tid.x") % 32
         self.part = fresh("tid.x") // 32 % self.parts if self.parts > 1 else 0
@@ -93,8 +99,8 @@ class GradientMachine(RowCopies):
         self.own_first = own_first
         # 3. Registers: sums of 16 rows an m-tile, S and dP, P and dS packed, operands.
         self.columns = M // self.parts
-        self.s_stride = M16N8.registers(self.columns)
-        self.d_stride, self.e_stride = (M16N8.registers(x // self.parts) for x in (D, E))
+        self.s_stride = self.fragment.registers(self.columns)
+        self.d_stride, self.e_stride = (self.fragment.registers(x // self.parts) for x in (D, E))
         self.sum_ds = T.alloc_local([self.m_tiles * self.d_stride], "float32")
         self.sum_p = T.alloc_local([self.m_tiles * self.e_stride], "float32") if transposed else None
         self.S = T.alloc_local([self.m_tiles * self.s_stride], "float32")
@@ -121,6 +127,7 @@ class GradientMachine(RowCopies):
             at,
             self.columns,
             self.transposed,
+            fragment=self.fragment,
             m_tiles=self.m_tiles,
             tile_step=self.tile_step,
             pack=self.pack_pair,

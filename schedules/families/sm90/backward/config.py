@@ -108,14 +108,18 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
 
 def _with_tensors(pattern: Pattern) -> Config:
-    """Smaller steps, as addresses and elements of tensors take registers too; chosen without measurements."""
+    """Smaller steps, as addresses and elements of tensors take registers too: the largest that compile without spills
+    with a bias of all axes, half of them with several tensors."""
+    several = sum(p.is_spread for p in pattern.params) > 1
     if pattern.head_dim <= 64:
-        return Config(block_m=64, num_stages=4, block_n=64, num_stages_dq=4)
+        size = 32 if several else 64
+        return Config(block_m=size, num_stages=4, block_n=size, num_stages_dq=4)
+    size = 16 if several else 32
     if pattern.head_dim <= 128:
-        return Config(block_m=32, block_n=64)
+        return Config(block_m=size, block_n=size)
     if pattern.head_dim + pattern.head_dim_v <= 320:
-        return Config(block_m=16, block_n=48)
-    return Config(block_m=32, num_stages=2, block_n=32, shares_keys=True)
+        return Config(block_m=16, block_n=16)
+    return Config(block_m=16, num_stages=2, block_n=16, shares_keys=True)
 
 
 def tiles_told(pattern: Pattern) -> tuple[tuple[int, int], ...]:
