@@ -187,7 +187,9 @@ def test_the_cases_of_a_check_see_keys(mask, lengths):
     """A kernel for long sequences must have something to get wrong: most rows see keys, and masks hide some."""
     params = tuple(p.name for p in MASKS[mask].params)
     found, full = (
-        small_case._expected("forward", "float32", 8, 8, name, "identity", given, (), lengths, *lengths).exact["o"][0]
+        small_case._expected(
+            "forward", "float32", 8, 8, name, "identity", given, (), "float32", lengths, *lengths
+        ).exact["o"][0]
         for name, given in ((mask, params), ("full", ()))
     )
     assert found.any(axis=-1).mean() > 0.8

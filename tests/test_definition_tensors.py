@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
+from tvm import s_tir
+from tvm.ir.expr import TensorLoad
 from tvm.script import tirx as T
+from tvm.tirx import BufferStore, PrimFunc
 
-from schedules.definition.attention import Attention
+from schedules.definition.attention import AXES, Attention
 from schedules.definition.catalogue import FULL, MASKS, Mask, ScoreModification
 from schedules.definition.derive import derive
 from schedules.definition.pattern import DefinitionError, match
@@ -131,6 +135,44 @@ def test_other_kernels_refuse_what_they_do_not_know():
     pattern = match(learnt_relative(64, "float16", index_dtype="int32"))
     refusal = v2.apply(pattern, Target("sm_80"), "x", kind=BACKWARD)
     assert isinstance(refusal, Rejected) and "the gradient of a table is asked for, positions" in refusal.reason
+
+
+# ---------------------------------------------------------------- what the matcher refuses
+
+
+def edited(func, edit):
+    """``func`` with what ``edit`` makes of each of its nodes."""
+    return PrimFunc(func.params, tvm_ffi.structural_map(func.body, edit, order="post"), func.ret_type, func.attrs)
+
+
+def test_a_tensor_that_is_read_elsewhere_is_refused():
+    def first_key(node):
+        if isinstance(node, TensorLoad) and node.source.name == "bias":
+            h, i, j = node.indices
+            return node.source[h, i, j * 0]
+        return node
+
+    with pytest.raises(DefinitionError, match=r"block 'score': parameter 'bias' is read elsewhere than at \[h, i, j\]"):
+        match(edited(documents(8, "float32"), first_key))
+
+
+def test_axes_that_a_tensor_does_not_have_are_refused():
+    wrong = documents(8, "float32").with_attr(AXES, ["bias:hi", "key_bias:bj", "gate:bi"])
+    with pytest.raises(DefinitionError, match="argument 'bias': has rank 3; a tensor parameter has the shape"):
+        match(wrong)
+
+
+def test_another_gradient_of_a_table_is_refused():
+    def twice(node):
+        if not (isinstance(node, s_tir.SBlock) and node.name_hint == "d_positions"):
+            return node
+        body = BufferStore(node.body.buffer, node.body.value * 2, node.body.indices)
+        return s_tir.SBlock(node.iter_vars, node.reads, node.writes, node.name_hint, body, node.init)
+
+    func = derive(match(learnt_relative(8, "float32")), "backward")
+    assert match(func).params == learnt_relative.params
+    with pytest.raises(DefinitionError, match="block 'd_positions': is not the step of attention"):
+        match(edited(func, twice))
 
 
 # ---------------------------------------------------------------- masks that are joined

@@ -119,7 +119,7 @@ def test_the_drop_in_of_flash_attn():
         *(q[:, 0], *copies[0], starts((1, 1, 1)), starts(lengths), 1, max(lengths)), causal=True, block_table=table
     )
     assert torch.equal(paged, out[:, 0])
-    for name in ("qv", "k_descale"):
+    for name in ("qv", "q_descale"):
         with pytest.raises(NotSupportedError, match=f"^{name}"):
             nn.flash_attn_with_kvcache(q, *caches, **{name: q})
 

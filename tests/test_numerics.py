@@ -118,3 +118,18 @@ def test_a_peer_that_fails_allows_nothing():
     for usual in ([failed, near], [near, failed], [near, np.array([np.inf, 2.0])]):
         assert numerics.bound(usual, exact, "float32") == bound
     assert numerics.bound([failed], exact, "float32") == numerics.EPSILON["float32"] * 2
+
+
+def test_numbers_of_8_bits_are_torchs():
+    torch = pytest.importorskip("torch")
+    every = np.arange(256, dtype=np.uint8)
+    torchs = torch.from_numpy(every).view(torch.float8_e4m3fn).float().numpy()
+    assert np.array_equal(numerics.decode(every, "float8_e4m3fn"), torchs, equal_nan=True)
+    rng = np.random.default_rng(0)
+    between = (torchs[:126] + torchs[1:127]) / 2
+    x = rng.standard_normal(10_000) * np.exp(rng.uniform(-9, 4, 10_000))
+    x = np.clip(np.concatenate([x, between, -between, [0.0, -0.0]]), -448, 448).astype(np.float32)
+    wanted = torch.from_numpy(x).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    assert np.array_equal(numerics.encode(x, "float8_e4m3fn"), wanted)
+    few = np.array([np.nan, 500, -127.6, 0.5, 1.5], np.float32)
+    assert numerics.encode(few, "int8").tolist() == [-128, 127, -127, 0, 2]

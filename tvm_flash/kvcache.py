@@ -31,6 +31,8 @@ def flash_attention_with_kvcache(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
     rotary_interleaved: bool = True,
     num_splits: int = 0,
     return_lse: bool = False,
@@ -64,6 +66,9 @@ def flash_attention_with_kvcache(
     causal: query i of a sequence sees keys up to ``i + length - seqlen_q``, ``length`` being what is in the cache
         afterwards.
     softmax_scale, window_size, softcap, alibi_slopes, sinks: as in :func:`tvm_flash.flash_attention_paged`.
+    k_scale, v_scale: of caches in 8 bits, float8_e4m3fn or int8, as in :func:`tvm_flash.flash_attention_paged` (of a
+        cache without a page table, its entries are the pages).  New keys, turned first, and values are divided by the
+        scale of their place in float32 and rounded as :func:`tvm_flash.quantise_cache` does it.
     rotary_interleaved: whether elements 0 and 1, 2 and 3, … are turned together, or else 0 and ``rotary_dim / 2``, ….
     num_splits: taken as other packages take it; keys are always split at the same positions.
     return_lse: also return the log-sum-exp.
@@ -93,4 +98,5 @@ def flash_attention_with_kvcache(
     tensors |= {"cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
     options = {"causal": causal, "softmax_scale": softmax_scale, "window_size": window_size, "softcap": softcap}
     options |= {"alibi_slopes": alibi_slopes, "sinks": sinks, "return_lse": return_lse}
+    tensors |= {"k_scale": k_scale, "v_scale": v_scale}
     return torch_cache.attend(tensors, cache_seqlens, max_seqlen_q, rotary_interleaved, num_splits, options)

@@ -35,10 +35,23 @@ FEW = 20_000
 
 
 def encode(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Memory of a dtype with the values of ``x``, rounded to nearest even; bfloat16, which NumPy lacks, as uint16."""
-    if dtype != "bfloat16":
+    """Memory of a dtype with the values of ``x``, rounded to nearest even.
+
+    NumPy lacks bfloat16, which is uint16 here, and float8_e4m3fn, which is uint8.  In 8 bits what is too large becomes
+    the largest number, and NaN of int8 the one number that no cache has, -128.
+    """
+    if dtype not in ("bfloat16", "float8_e4m3fn", "int8"):
         return np.ascontiguousarray(x, dtype=dtype)
     x = np.ascontiguousarray(x, dtype=np.float32)
+    if dtype == "int8":
+        return np.where(np.isnan(x), -128, np.rint(np.clip(np.nan_to_num(x), -127, 127))).astype(np.int8)
+    if dtype == "float8_e4m3fn":
+        above = np.searchsorted(_E4M3, np.minimum(np.abs(np.nan_to_num(x)), _E4M3[-1]))
+        below = np.maximum(above - 1, 0)
+        to_above, to_below = _E4M3[above] - np.abs(x), np.abs(x) - _E4M3[below]
+        nearest = np.where((to_above < to_below) | ((to_above == to_below) & (above % 2 == 0)), above, below)
+        nearest = np.where(np.abs(x) >= _E4M3[-1], len(_E4M3) - 1, nearest)
+        return np.where(np.isnan(x), 0x7F, nearest | np.signbit(x) << 7).astype(np.uint8)
     bits = x.view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
@@ -46,9 +59,15 @@ def encode(x: np.ndarray, dtype: str) -> np.ndarray:
 
 def decode(memory: np.ndarray, dtype: str) -> np.ndarray:
     """The values of a dtype's memory as float32."""
+    if dtype == "float8_e4m3fn":
+        return np.append(_E4M3, np.float32(np.nan))[memory & 0x7F] * np.where(memory & 0x80, np.float32(-1), 1)
     if dtype != "bfloat16":
         return memory.astype(np.float32)
     return (memory.astype(np.uint32) << 16).view(np.float32)
+
+
+#: The numbers of float8_e4m3fn that aren't negative, in order: 4 bits of exponent with a bias of 7, 3 of fraction.
+_E4M3 = np.array([(i & 7 | (8 if i > 7 else 0)) * 2.0 ** (max(i >> 3, 1) - 10) for i in range(0x7F)], np.float32)
 
 
 def round_to(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -291,14 +291,14 @@ def _canonical(found: Reading, variables: Variables, expr: Expr, block: s_tir.SB
 
     def parameter(name, node):
         if not reads(node, [at[a] for a in axes[name]]):
-            where = ", ".join(axes[name])
-            raise DefinitionError(f"block {block.name_hint!r}: parameter {name!r} is read elsewhere than at [{where}]")
+            elsewhere.append(name)
+            return node
         variable = variables.params[name]
         return (
             variable if node.ty.dtype == variable.ty.dtype else narrow.setdefault(name, tirx.Var(name, node.ty.dtype))
         )
 
-    narrow = {}
+    narrow, elsewhere = {}, []
 
     def rewrite(node):
         if isinstance(node, tirx.Cast) and any(node.value.same_as(x) for x in narrow.values()):
@@ -313,7 +313,11 @@ def _canonical(found: Reading, variables: Variables, expr: Expr, block: s_tir.SB
             return next((new for old, new in index if node.same_as(old)), node)
         return node
 
-    return tvm_ffi.structural_map(expr, rewrite, order="post")
+    rewritten = tvm_ffi.structural_map(expr, rewrite, order="post")
+    if elsewhere:  # not raised inside: what calls ``rewrite`` would make another error of it
+        name, where = elsewhere[0], ", ".join(axes[elsewhere[0]])
+        raise DefinitionError(f"block {block.name_hint!r}: parameter {name!r} is read elsewhere than at [{where}]")
+    return rewritten
 
 
 def _expect_store(block: s_tir.SBlock, name: str) -> None:

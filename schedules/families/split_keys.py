@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Rejected, ScheduledLaunch
+from schedules.families.interface import SCALES, Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
 from schedules.tile.combine import Sinks, combine, combine_ragged
 from schedules.tile.tile_scheduler import Traversal, ceildiv
@@ -131,12 +131,15 @@ def paged_program(
     waits: bool,
     lengths: SplitLengths = PAGED_SPLIT_LENGTHS,
     page_step: int = 1,
+    scaled: bool = False,
 ) -> Program:
     """Both launches, of ragged sequences with their keys on pages, with splits of ``lengths``.
 
     They are meant for pages of multiples of ``page_step`` keys; others they compute as well.
-    ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``.
+    ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``; if
+    it is ``scaled``, the scales of a cache of 8 bits follow the table.
     """
+    table = ("page_table", *(SCALES if scaled else ()))
     rows = ("*", "heads", "total_q")
     splits = _most_paged_splits(lengths)
     results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
@@ -150,7 +153,7 @@ def paged_program(
     return Program(
         "forward",
         (
-            ScheduledLaunch(partial, ("q", "k", "v", *results, *where, "page_table", "softmax_scale", *params)),
+            ScheduledLaunch(partial, ("q", "k", "v", *results, *where, *table, "softmax_scale", *params)),
             ScheduledLaunch(combining, (*results, "o", "lse", *where, *Sinks(pattern).roles)),
         ),
         "tirx",

@@ -45,6 +45,7 @@ ELEMENT_TYPES = {
         ElementType("bfloat16", 2, "bf16"),
         ElementType("float8_e4m3fn", 1, "e4m3"),
         ElementType("int8", 1, "s8"),
+        ElementType("uint8", 1, "u8"),  # as which kernels take e4m3
     )
 }
 

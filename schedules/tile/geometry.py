@@ -206,10 +206,10 @@ class PagedGeometry(RaggedGeometry):
     """The same where the keys of the sequences lie on pages.
 
     ``where`` are the handles of the rows' starts, the keys' lengths and the table of pages.  A kernel that computes
-    partial results has no ``o`` and ``lse``.
+    partial results has no ``o`` and ``lse``.  ``types`` are those of the tensors, if they aren't the pattern's.
     """
 
-    def __init__(self, pattern: Pattern, handles, where, softmax_scale, parameters: dict, alignment: int):
+    def __init__(self, pattern: Pattern, handles, where, softmax_scale, parameters: dict, alignment: int, types=None):
         q, k, v, *results = handles
         names = ("heads", "kv_heads", "total_q", "head_dim", "head_dim_v", "batch", "starts")
         self.heads, self.kv_heads, self.seqlen_q, self.head_dim, self.head_dim_v, self.batch, ends = (
@@ -218,7 +218,7 @@ class PagedGeometry(RaggedGeometry):
         pages, self.page_size, columns = (tirx.Var(n, "int32") for n in ("pages", "page_size", "pages_per_sequence"))
         rows = {"seq": self.seqlen_q, "heads": self.heads}
         keys = {"batch": pages, "seq": self.page_size, "heads": self.kv_heads}
-        types = tensor_types(pattern)
+        types = types or tensor_types(pattern)
 
         def tensor(handle, name, sizes, dim, element, layout):
             return Tensor(handle, name, {**sizes, "dim": dim}, element.name, layout, alignment)

@@ -55,7 +55,8 @@ static bool reach(int place) {
 struct Copy {
   uint32_t to;
   const void* from;
-  uint32_t size;
+  uint32_t size;  // what is copied of the whole, zeros follow
+  uint32_t whole;
 };
 
 // A thread that waits may go on when ``(*place & mask) != value``.

@@ -43,15 +43,17 @@ static void fence_async() { unfenced.fence(block->current); }
 // it does of its output): so that what was written to their place too early is lost, as it may be on hardware.
 static void land(const std::vector<Copy>& copies) {
   for (const Copy& c : copies) {
-    memset(at(c.to), 0, 16);
+    memset(at(c.to), 0, c.whole);
     memcpy(at(c.to), c.from, c.size);
-    unfenced.wrote(block->current, c.to, 16);
+    unfenced.wrote(block->current, c.to, c.whole);
   }
 }
 static void wait(size_t in_flight) {
   for (auto& groups = self().groups; groups.size() > in_flight; groups.pop_front()) land(groups.front());
 }
-static void copy_later(uint32_t to, const void* from, uint32_t size) { self().open.push_back({to, from, size}); }
+static void copy_later(uint32_t to, const void* from, uint32_t size, uint32_t whole = 16) {
+  self().open.push_back({to, from, size, whole});
+}
 static void commit() {
   self().groups.push_back(std::move(self().open));
   self().open.clear();

@@ -74,6 +74,16 @@ static T __shfl_up_sync(uint, T value, int distance, int) {
 static int __any_sync(uint, int predicate) { return simt::any(predicate); }
 static uint32_t __ballot_sync(uint, int predicate) { return simt::ballot(predicate); }
 static int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
+static float __uint_as_float(uint32_t x) {
+  float y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+static uint32_t __float_as_uint(float x) {
+  uint32_t y;
+  memcpy(&y, &x, 4);
+  return y;
+}
 static int __popc(uint32_t x) { return __builtin_popcount(x); }
 static void __syncthreads() { simt::barrier(0, simt::block->threads.size()); }
 static void __syncwarp() { simt::together([](simt::Thread*) {}); }

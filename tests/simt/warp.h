@@ -32,6 +32,16 @@ static float widen(uint16_t x, bool brain) {
   static const Widened widened;
   return widened.of[brain][x];
 }
+// Two e4m3, the bytes of a word.
+static void widen_e4m3(float& a, float& b, uint32_t pair) {
+  float* to[] = {&a, &b};
+  for (int i = 0; i < 2; i++) {
+    uint32_t x = pair >> 8 * i & 0xff, exponent = x >> 3 & 15, mantissa = x & 7;
+    float value = exponent ? ldexpf(8 + mantissa, int(exponent) - 10) : ldexpf(mantissa, -9);
+    if ((x & 0x7f) == 0x7f) value = NAN;
+    *to[i] = x & 0x80 ? -value : value;
+  }
+}
 static uint16_t narrow(float x, bool brain) {
   uint16_t bits;
   if (brain) {

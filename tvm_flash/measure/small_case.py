@@ -22,9 +22,12 @@ from tvm_flash.machine.device import Device
 from tvm_flash.machine.ffi import Frame, Kernel, TensorSpec
 from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS, params_of
 from tvm_flash.measure.small_sequences import on_pages, one_after_another, packed
-from tvm_flash.operators import FORWARD, TENSORS, gradient_of, role_of
+from tvm_flash.operators import FORWARD, SCALES, TENSORS, gradient_of, role_of
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import DENSE, PAGED, RAGGED, Argument, KernelEntry
+
+#: Of each head of an 8-bit cache, what its elements are multiplied with.
+CACHE_SCALES = np.linspace(0.03, 0.05, KV_HEADS, dtype=np.float32)
 
 
 def share(figures: tuple[float, float]) -> float:
@@ -57,7 +60,8 @@ def compare(
 def kind_of(entry: KernelEntry) -> tuple:
     """What the exact results of a kernel follow from, and its bucket: kernels of one kind share them."""
     names, learnt = (tuple(p.name for p in entry.params if p.gradient or not only) for only in (False, True))
-    return entry.op, entry.dtype, entry.head_dim, entry.head_dim_v, entry.mask, entry.score, names, learnt, entry.bucket
+    what = entry.op, entry.dtype, entry.head_dim, entry.head_dim_v, entry.mask, entry.score, names, learnt
+    return *what, entry.cache_dtype, entry.bucket
 
 
 @dataclass(frozen=True)
@@ -79,19 +83,28 @@ def _expected(
     score: str,
     params: tuple[str, ...],
     learnt: tuple[str, ...],
+    cache_dtype: str,
     lengths: tuple[int, int],
     seqlen_q: int,
     seqlen_kv: int,
 ) -> _Expected:
-    """Those of one case, with the parameters for ``lengths``, which are its own or those of the longest sequence."""
+    """Those of one case, with the parameters for ``lengths``, which are its own or those of the longest sequence.
+
+    Where keys and values have 8 bits, the inputs are their elements, each head's with a scale of ``CACHE_SCALES``.
+    """
     q, k, v = random_inputs(dtype, head_dim, head_dim_v, (BATCH, HEADS, KV_HEADS), (seqlen_q, seqlen_kv))
+    elements = k, v
+    if cache_dtype != dtype:
+        scales = CACHE_SCALES[:, None, None]
+        elements = tuple(numerics.round_to(x / scales, cache_dtype) for x in (k, v))
+        k, v = (numerics.round_to(x * scales, dtype) for x in elements)
     what = {
         "softmax_scale": 1 / math.sqrt(head_dim),
         "mask": reference.MASKS[mask],
         "score": reference.SCORES[score],
         "params": {name: x for name, x in params_of(*lengths).items() if name in params},
     }
-    inputs = {"q": q, "k": k, "v": v}
+    inputs = {"q": q, "k": elements[0], "v": elements[1]}
     out, lse = reference.attention(q, k, v, **what)
     if op == FORWARD:
         bound = numerics.bound(numerics.usual_attention(q, k, v, dtype=dtype, **what), out, dtype)
@@ -135,7 +148,9 @@ def _expected_of_sequences(*what) -> _Expected:
 def _expected_on_pages(*what) -> _Expected:
     """The same with the keys on pages."""
     found = _expected_of_sequences(*what)
-    return dataclasses.replace(found, inputs=on_pages(found.inputs))
+    inputs = on_pages(found.inputs)
+    scales = np.tile(CACHE_SCALES, (len(inputs["k"]), 1))
+    return dataclasses.replace(found, inputs=inputs | dict.fromkeys(SCALES, scales))
 
 
 _EXPECTED = {DENSE: _expected, RAGGED: _expected_of_sequences, PAGED: _expected_on_pages}
@@ -211,7 +226,8 @@ def run(
         if role in tensors:
             arrays[role] = tensors[role]
         elif role in inputs:
-            arrays[role] = _encoded(inputs[role], argument, order)
+            cached = entry.cache_dtype != entry.dtype and role in ("k", "v")
+            arrays[role] = _encoded(inputs[role], argument, order, entry.cache_dtype if cached else "")
         elif role in workspaces:
             shape = tuple(sizes.evaluate(n, extents) for n in workspaces[role].shape)
             first = 0.0 if workspaces[role].zeroed else np.nan
@@ -243,10 +259,10 @@ def _aligned(x: np.ndarray) -> np.ndarray:
     return found
 
 
-def _encoded(x: np.ndarray, argument: Argument, order: tuple[int, ...]) -> np.ndarray:
-    """Memory as a kernel takes it: its layout, a vector for what is flat."""
+def _encoded(x: np.ndarray, argument: Argument, order: tuple[int, ...], dtype: str = "") -> np.ndarray:
+    """Memory as a kernel takes it: its layout, a vector for what is flat; of another ``dtype`` than it says, if any."""
     x = x.transpose(order) if argument.rank == 4 else x.reshape(-1) if argument.rank == 1 else x
-    return numerics.encode(x, argument.dtype)
+    return numerics.encode(x, dtype or argument.dtype)
 
 
 def _run(

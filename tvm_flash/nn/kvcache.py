@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from tvm_flash.errors import NotSupportedError
+from tvm_flash.errors import InvalidArgumentError, NotSupportedError
 from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.nn.windows import sides
 from tvm_flash.paged import flash_attention_paged
@@ -61,16 +62,24 @@ def flash_attn_with_kvcache(
 
     Raises
     ------
-    NotSupportedError: ``qv``, a scale of an 8-bit cache or a chunk of attention is given; and what
+    NotSupportedError: ``qv``, a scale of queries in 8 bits or a chunk of attention is given; and what
         :func:`tvm_flash.flash_attention_with_kvcache` raises.
     """
-    for name, x in (("qv", qv), ("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
+    for name, x in (("qv", qv), ("q_descale", q_descale)):
         if x is not None:
             raise NotSupportedError(f"{name}: is given, and there are no kernels for it; leave it out")
     if attention_chunk:
         raise NotSupportedError(f"attention_chunk: is {attention_chunk}, and there is no such mask; give 0")
     if block_table is not None and page_table is not None:
         raise NotSupportedError("page_table: is given beside block_table, which is the same; give one of them")
+    table = as_int32(block_table if page_table is None else page_table)
+    lengths = k_cache.shape[1] * (1 if table is None else table.shape[1]) if cache_seqlens is None else cache_seqlens
+    if k is not None:
+        lengths = lengths + (k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff())
+    of_pages = functools.partial(_of_pages, k_cache, table, cache_batch_idx, lengths)
+    for name, scale in (("k_descale", k_descale), ("v_descale", v_descale)):
+        if scale is not None and scale.ndim != 2:
+            raise InvalidArgumentError(f"{name}: has shape {tuple(scale.shape)}, expected (batch, kv_heads)")
     return flash_attention_with_kvcache(
         *(q, k_cache, v_cache, k, v),
         rotary_cos=rotary_cos,
@@ -78,7 +87,7 @@ def flash_attn_with_kvcache(
         cache_seqlens=as_int32(cache_seqlens),
         cache_batch_idx=as_int32(cache_batch_idx),
         cache_leftpad=as_int32(cache_leftpad),
-        page_table=as_int32(block_table if page_table is None else page_table),
+        page_table=table,
         cu_seqlens_q=as_int32(cu_seqlens_q),
         cu_seqlens_k_new=as_int32(cu_seqlens_k_new),
         max_seqlen_q=max_seqlen_q,
@@ -88,10 +97,31 @@ def flash_attn_with_kvcache(
         window_size=sides(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        k_scale=of_pages(k_descale),
+        v_scale=of_pages(v_descale),
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
         return_lse=return_softmax_lse,
     )
+
+
+def _of_pages(cache: torch.Tensor, table: torch.Tensor | None, entries: Any, lengths: Any, scale: Any) -> Any:
+    """Scales ``(batch, kv_heads)`` of sequences as those of pages: each page has that of the sequence it belongs to.
+
+    ``lengths`` are how many keys each sequence has, or a number for all.  One scale for all sequences stays one.
+    """
+    if scale is None or scale.shape[0] == 1 or scale.stride(0) == 0:
+        return None if scale is None else scale[0]
+    pages, size = cache.shape[:2]
+    if table is None:
+        numbers = torch.arange(scale.shape[0], device=scale.device) if entries is None else entries
+        table, lengths = numbers[:, None], size
+    needed = torch.as_tensor(lengths, device=scale.device).reshape(-1, 1)
+    first = size * torch.arange(table.shape[1], device=scale.device)
+    used = (first < needed) & (table >= 0) & (table < pages)
+    made = scale.new_ones(pages + 1, scale.shape[1])
+    made[torch.where(used, table, pages).long()] = scale[:, None].expand(-1, table.shape[1], -1)
+    return made[:pages]
 
 
 def attend_pages(

@@ -16,9 +16,10 @@ import torch
 from tvm_flash.call import eager
 from tvm_flash.call.signature import Options
 from tvm_flash.errors import NotSupportedError
-from tvm_flash.frameworks.torch import TORCH
-from tvm_flash.operators import PAGED, RAGGED_LAYOUT
+from tvm_flash.frameworks.torch import TORCH, name_of
+from tvm_flash.operators import PAGED, PAGED_SCALED, RAGGED_LAYOUT, SCALES
 from tvm_flash.paged import flash_attention_paged
+from tvm_flash.quantised import rounded, torch_arrays
 from tvm_flash.tracing import torch_cache_checks as cache_checks
 from tvm_flash.tracing import torch_ragged  # noqa: F401  the operator of the attention
 from tvm_flash.tracing.torch_gradients import is_recorded
@@ -27,7 +28,7 @@ _library = torch.library.Library("tvm_flash", "FRAGMENT")
 _tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 _library.define(
     "append_to_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor? cu_seqlens, "
-    "Tensor cache_seqlens, Tensor page_table) -> ()",
+    "Tensor cache_seqlens, Tensor page_table, Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
     tags=_tags,
 )
 _library.define("rotate(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved) -> Tensor", tags=_tags)
@@ -71,6 +72,8 @@ def attend(
         "seqlens_k": after,
         "page_table": table,
     }
+    scales = {name: tensors[name] for name in SCALES if tensors[name] is not None}
+    call |= scales
     options = options | {"kv_start": None if leftpad is None else leftpad[:, None], "max_seqlen_q": longest}
     if not compiling and not TORCH.watched(tuple(x for x in (*tensors.values(), before) if x is not None)):
         _check_all(call, options)
@@ -84,7 +87,7 @@ def attend(
         k = turn(k.reshape(-1, *k.shape[-2:]), starts=added, each=k.shape[1] if added is None else 0, along=True)
         k = k.view(tensors["k"].shape)
     if k is not None:
-        torch.ops.tvm_flash.append_to_cache(k_cache, v_cache, k, v, added, before, table)
+        torch.ops.tvm_flash.append_to_cache(k_cache, v_cache, k, v, added, before, table, *scales.values())
     result = flash_attention_paged(**call, **options)
     if q.ndim == 3:
         return result
@@ -103,7 +106,7 @@ def _check_all(call: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     named = ("causal", "window_size", "softcap")
     asked = Options(
         *(RAGGED_LAYOUT, "auto", options["return_lse"], options["softmax_scale"], *(options[n] for n in named)),
-        op=PAGED,
+        op=PAGED_SCALED if SCALES[0] in call else PAGED,
         layout_known=True,
         longest=options["max_seqlen_q"],
     )
@@ -165,7 +168,7 @@ def _sequence_of_rows(starts: torch.Tensor, total: int) -> tuple[torch.Tensor, t
 # ---------------------------------------------------------------- operators
 
 
-def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table):
+def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_scale=None, v_scale=None):
     if not k.numel() and not v.numel():
         return
     pages, size = k_cache.shape[:2]
@@ -183,6 +186,10 @@ def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table):
     page = page_table[b, column.clamp(0, page_table.shape[1] - 1)].long()
     valid &= (column < page_table.shape[1]) & (page >= 0) & (page < pages)
     inside = (positions % size).long()
+    if k_scale is not None:
+        at = page.clamp(0, pages - 1)
+        k, v = (_in_8_bits(x, s, at, k_cache.dtype) for x, s in ((k, k_scale), (v, v_scale)))
+        k_cache, v_cache = (x.view(torch.uint8) for x in (k_cache, v_cache))
     if k.device.type == "cpu" and valid.all():
         k_cache[page, inside], v_cache[page, inside] = k, v
         return
@@ -192,6 +199,13 @@ def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table):
     for cache, x in ((k_cache, k), (v_cache, v)):
         instead = torch.where(some, x[first], cache[:1, 0])
         cache[page, inside] = torch.where(valid[:, None, None], x, instead)
+
+
+def _in_8_bits(x, scale, page, dtype):
+    """Rows that come to pages, as the bytes that a cache of a dtype has of them."""
+    if scale.ndim == 2:
+        scale = scale[page] if scale.shape[0] > 1 else scale[0]
+    return rounded(torch_arrays(), x.float() / scale[..., None], name_of(dtype)).view(torch.uint8)
 
 
 def _rotate(x, cos, sin, positions, interleaved):

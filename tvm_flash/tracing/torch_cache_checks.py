@@ -12,8 +12,10 @@ from tvm_flash.call import checks
 from tvm_flash.call.ragged import fault_of
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.frameworks.torch import name_of
+from tvm_flash.operators import SCALES
 
 _INT32 = ("cache_batch_idx", "cache_leftpad", "page_table", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_seqlens")
+_CACHES = ("k_cache", "v_cache")
 _FLOATS = ("k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin")
 
 
@@ -46,6 +48,8 @@ def check(tensors: Mapping[str, Any], cache_seqlens: Any, longest: Any, interlea
             raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
         if (name in _INT32 or name == "cache_seqlens") and x.dtype != torch.int32:
             raise ArgumentTypeError(f"{name}: has dtype {name_of(x.dtype)}, expected int32; convert it")
+        if name in _CACHES and given.keys() & SCALES:
+            continue  # attention checks them, before anything is written
         if name in _FLOATS and x.dtype != q.dtype:
             raise ArgumentTypeError(
                 f"{name}: has dtype {name_of(x.dtype)}, but q has {name_of(q.dtype)}; convert one to the other's"
@@ -55,6 +59,9 @@ def check(tensors: Mapping[str, Any], cache_seqlens: Any, longest: Any, interlea
         raise ArgumentTypeError(
             f"num_splits: is {num_splits!r}, expected a whole number from 0 on; nothing depends on it"
         )
+    for name, other in (SCALES, SCALES[::-1]):
+        if tensors[name] is None and tensors[other] is not None:
+            raise InvalidArgumentError(f"{name}: is None, and {other} is given; give both, or none")
     batch = _batch(tensors)
     page_table = tensors["page_table"]
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):

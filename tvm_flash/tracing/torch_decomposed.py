@@ -111,6 +111,17 @@ def attention_paged(
     return _sequences(q, k, v, cu_seqlens_q, keys, sides, hidden, *given)
 
 
+def attention_paged_scaled(
+    q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, k_scale, v_scale, *parameters, **options
+):
+    """What ``torch.ops.tvm_flash.attention_paged_scaled`` gives: the cache is made what it stands for first."""
+    caches = (
+        (x.float() * (s[:, None, :, None] if s.ndim == 2 else s[:, None])).to(q.dtype)
+        for x, s in ((k_cache, k_scale), (v_cache, v_scale))
+    )
+    return attention_paged(q, *caches, cu_seqlens_q, seqlens_k, page_table, *parameters, **options)
+
+
 def _sequence_of(rows, starts):
     """Which sequence each row is in; those after the last are in one more."""
     return (rows[:, None] >= starts[1:]).sum(-1)

@@ -21,14 +21,24 @@ from tvm_flash.catalogue import PARAMS
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import name_of
-from tvm_flash.operators import OPERATORS, PAGED, PAGED_PARAMETERS, RAGGED, RAGGED_BACKWARD, RAGGED_LAYOUT
+from tvm_flash.operators import (
+    OPERATORS,
+    PAGED,
+    PAGED_PARAMETERS,
+    PAGED_SCALED,
+    RAGGED,
+    RAGGED_BACKWARD,
+    RAGGED_LAYOUT,
+)
 from tvm_flash.tracing import torch_decomposed, torch_ops
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, is_known
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
 from tvm_flash.tracing.torch_ops import check_kernel, readable, with_kinds_named, written
 
 _STARTS = OPERATORS[RAGGED].starts
-_PARAMETERS = {RAGGED: ("alibi_slopes", "sinks"), RAGGED_BACKWARD: ("alibi_slopes", "sinks"), PAGED: PAGED_PARAMETERS}
+_ON_PAGES = (PAGED, PAGED_SCALED)
+_PARAMETERS = dict.fromkeys((RAGGED, RAGGED_BACKWARD), ("alibi_slopes", "sinks"))
+_PARAMETERS |= dict.fromkeys(_ON_PAGES, PAGED_PARAMETERS)
 
 _NUMBERS = (
     "float? softmax_scale=None, bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
@@ -45,14 +55,24 @@ _library.define(
     f"{_OPTIONS}, str[] gradients) -> Tensor[]",
     tags=_tags,
 )
-_library.define(
-    "attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqlens_k, "
-    "Tensor page_table, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? kv_start=None, *, "
-    f"{_NUMBERS}, int? max_seqlen_q=None, bool return_lse=False) -> (Tensor, Tensor)",
-    tags=_tags,
-)
-_DECOMPOSED = {RAGGED: torch_decomposed.attention_varlen, PAGED: torch_decomposed.attention_paged}
-_NAMES = {RAGGED: "attention_varlen", RAGGED_BACKWARD: "attention_varlen_backward", PAGED: "attention_paged"}
+for _name, _scales in (("attention_paged", ""), ("attention_paged_scaled", "Tensor k_scale, Tensor v_scale, ")):
+    _library.define(
+        f"{_name}(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqlens_k, Tensor page_table, "
+        f"{_scales}Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? kv_start=None, *, "
+        f"{_NUMBERS}, int? max_seqlen_q=None, bool return_lse=False) -> (Tensor, Tensor)",
+        tags=_tags,
+    )
+_DECOMPOSED = {
+    RAGGED: torch_decomposed.attention_varlen,
+    PAGED: torch_decomposed.attention_paged,
+    PAGED_SCALED: torch_decomposed.attention_paged_scaled,
+}
+_NAMES = {
+    RAGGED: "attention_varlen",
+    RAGGED_BACKWARD: "attention_varlen_backward",
+    PAGED: "attention_paged",
+    PAGED_SCALED: "attention_paged_scaled",
+}
 
 
 def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
@@ -72,7 +92,7 @@ def recorded(options: Options, tensors: Mapping[str, Any], call: tuple | None) -
     ------
     NotSupportedError: keys lie on pages.
     """
-    if options.op == PAGED:
+    if options.op in _ON_PAGES:
         _refuse_gradients(tensors)
     return torch_ops.recorded(options, tensors, call, traced=attention)
 
@@ -101,7 +121,7 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
             raise ArgumentTypeError(f"{name}: is on {tensors[name].device}, expected {device}, where q is; move it")
     outputs = operator.all_outputs(options.gradients)
     own = {"gradients": list(options.gradients)} if operator.differentiates else {"return_lse": options.flag}
-    own |= {"max_seqlen_q": options.longest} if options.op == PAGED else {}
+    own |= {"max_seqlen_q": options.longest} if options.op in _ON_PAGES else {}
     left, right = options.window_size
     compute = getattr(torch.ops.tvm_flash, _NAMES[options.op])
     if options.op in _DECOMPOSED and torch_ops.is_for_onnx():
@@ -133,7 +153,7 @@ def _run(op, *tensors, return_lse=False, gradients=(), max_seqlen_q=None, **opti
     compute = signature(RAGGED_LAYOUT, parameters=_PARAMETERS[op], **made_for).call
     given = len(operator.all_inputs) + len(_PARAMETERS[op])
     tensors = (*tensors, *[None] * (given - len(tensors)), *[None] * len(operator.all_outputs(gradients)))
-    numbers = (*_numbers(**options), max_seqlen_q) if op == PAGED else _numbers(**options)
+    numbers = (*_numbers(**options), max_seqlen_q) if op in _ON_PAGES else _numbers(**options)
     if operator.differentiates:
         return list(compute(*readable(*tensors[:7]), *tensors[7:], "auto", False, *numbers))
     result = compute(*tensors, "auto", return_lse, *numbers)
@@ -170,10 +190,11 @@ def _shapes(q, k, v, cu_seqlens_q, cu_seqlens_k, *_, return_lse=False, **__):
     return out, q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
 
 
-def _paged_shapes(q, k_cache, v_cache, *others, return_lse=False, max_seqlen_q=None, **__):
-    tensors = (q, k_cache, v_cache, *others[:3])
+def _paged_shapes(op, q, k_cache, v_cache, *others, return_lse=False, max_seqlen_q=None, **__):
+    names = OPERATORS[op].all_inputs
+    tensors = (q, k_cache, v_cache, *others)[: len(names)]
     if all(map(is_known, tensors)):
-        check_paged(_views(OPERATORS[PAGED].all_inputs, tensors), max_seqlen_q)
+        check_paged(_views(names, tensors), max_seqlen_q)
     out = q.new_empty((*q.shape[:2], v_cache.shape[3]))
     return out, q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
 
@@ -216,10 +237,10 @@ def _backward_where_autograd_listens(*tensors, **options):
     return record_once(backward, *tensors, **options)
 
 
-def _paged_where_autograd_listens(*tensors, **options):
+def _paged_where_autograd_listens(op, *tensors, **options):
     if is_recorded(tensors):
-        _refuse_gradients(dict(zip((*OPERATORS[PAGED].all_inputs, *PAGED_PARAMETERS), tensors, strict=False)))
-    return below(getattr(torch.ops.tvm_flash, _NAMES[PAGED]).default, *tensors, **options)
+        _refuse_gradients(dict(zip((*OPERATORS[op].all_inputs, *PAGED_PARAMETERS), tensors, strict=False)))
+    return below(getattr(torch.ops.tvm_flash, _NAMES[op]).default, *tensors, **options)
 
 
 def _refuse_vmap(info, in_dims, *arguments, **options):
@@ -232,9 +253,10 @@ def _refuse_vmap(info, in_dims, *arguments, **options):
 _LISTENING = {
     RAGGED: _forward_where_autograd_listens,
     RAGGED_BACKWARD: _backward_where_autograd_listens,
-    PAGED: _paged_where_autograd_listens,
+    **{op: functools.partial(_paged_where_autograd_listens, op) for op in _ON_PAGES},
 }
-_FAKE = {RAGGED: _shapes, RAGGED_BACKWARD: _backward_shapes, PAGED: _paged_shapes}
+_FAKE = {RAGGED: _shapes, RAGGED_BACKWARD: _backward_shapes}
+_FAKE |= {op: functools.partial(_paged_shapes, op) for op in _ON_PAGES}
 for _op, _name in _NAMES.items():
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, functools.partial(_run, _op), _key)
@@ -282,7 +304,7 @@ def _paged_flops(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, *_, o
     return 2 * q.shape[1] * pairs * (q.shape[2] + v_cache.shape[3])
 
 
-for _op, _formula in ((RAGGED, _flops), (RAGGED_BACKWARD, _backward_flops), (PAGED, _paged_flops)):
+for _op, _formula in ((RAGGED, _flops), (RAGGED_BACKWARD, _backward_flops), *((op, _paged_flops) for op in _ON_PAGES)):
     register_flop_formula(getattr(torch.ops.tvm_flash, _NAMES[_op]), get_raw=True)(_formula)
 for _op, _decomposed in _DECOMPOSED.items():
     torch._decomp.register_decomposition(getattr(torch.ops.tvm_flash, _NAMES[_op]).default)(_decomposed)

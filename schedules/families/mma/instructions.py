@@ -7,7 +7,7 @@ from tvm.script import tirx as T
 
 from schedules.families.mma.staged import load_or_zero, pack_halves
 
-_COPY = "cp.async.cg.shared.global.L2::128B"
+COPY = "cp.async.cg.shared.global.L2::128B"
 _TURING = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
 
 
@@ -21,7 +21,7 @@ class AsynchronousCopies:
         @T.inline
         def row(n, memory, shared, inside):
             size = T.meta_var(T.Select(inside, T.uint32(16), T.uint32(0)))
-            T.ptx[_COPY](shared, matrix.memory.ptr_to([memory]), 16, size)
+            T.ptx[COPY](shared, matrix.memory.ptr_to([memory]), 16, size)
 
         matrix.find(tile_first)
         self.each_row(matrix, stage, tile_first, live, ragged, row)

@@ -44,14 +44,14 @@ class LdmatrixProducts:
         first_key = part * (self.config.block_n // self.parts)
         return (
             self.q.tile.address(warp_row + lane % 16, lane // 16),
-            self.k.tile.address(first_key + lane // 16 * 8 + lane % 8, lane // 8 % 2),
-            self.v.tile.address(first_key + lane % 16, part * 2 + lane // 16),
+            self.k_tile.address(first_key + lane // 16 * 8 + lane % 8, lane // 8 % 2),
+            self.v_tile.address(first_key + lane % 16, part * 2 + lane // 16),
         )
 
     @T.inline
     def scores(self, first=0):
         """S = Q K for the tile in use, from m-tile ``first``."""
-        self.scores_from(self.q_from, self.k_from + T.Cast("uint32", self.use * self.k.tile.stage_bytes), first)
+        self.scores_from(self.q_from, self.k_from + T.Cast("uint32", self.use * self.k_tile.stage_bytes), first)
 
     @T.inline
     def load_q(self, q_from, k, a, first):
@@ -68,7 +68,7 @@ class LdmatrixProducts:
     @T.inline
     def load_v(self, v_from, key, n, b=0):
         """Fragments of 16 keys from ``key`` and the n-th 16 columns of V, to ``B[b]`` and on."""
-        T.ptx[LOAD_TRANSPOSED](*[self.B[b + x] for x in range(4)], self.v.tile.at(v_from, key, n * 2))
+        T.ptx[LOAD_TRANSPOSED](*[self.B[b + x] for x in range(4)], self.v_tile.at(v_from, key, n * 2))
 
     @T.inline
     def multiply_pair(self, C, c, A, a, b=0):
@@ -105,7 +105,7 @@ class LdmatrixProducts:
             if not self.q_in_registers:
                 self.load_q(q_from, k, 0, first)
             for n in T.unroll(self.config.block_n // self.parts // 16):
-                T.ptx[LOAD](*[self.B[x] for x in range(4)], self.k.tile.at(k_from, n * 16, k * 2))
+                T.ptx[LOAD](*[self.B[x] for x in range(4)], self.k_tile.at(k_from, n * 16, k * 2))
                 for t in T.unroll(first, self.m_tiles):
                     self.multiply_pair(self.S, t * self.s_stride + n * 8, self.A, a + t * 4)
 
@@ -121,5 +121,5 @@ class LdmatrixProducts:
     @T.inline
     def accumulate(self, k, first=0):
         """O += P V for the k-th 16 keys of the tile in use."""
-        v_from: T.uint32 = self.v_from + T.Cast("uint32", self.use * self.v.tile.stage_bytes)
+        v_from: T.uint32 = self.v_from + T.Cast("uint32", self.use * self.v_tile.stage_bytes)
         self.multiply_v(v_from, k * 16, self.head_dim_v // 16, 1, first)

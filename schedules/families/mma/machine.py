@@ -221,12 +221,13 @@ class BlockMachine(RowCopies):
         pool = pool or SMEMPool()
         self.first_byte = -(-pool.offset // TILE_ALIGNMENT) * TILE_ALIGNMENT
         types = self.types = tensor_types(pattern)
+        of_keys, of_values = self.cache_types()
         tiles_of = [
             SharedTile(pool, stages, rows, columns, element)
             for stages, rows, columns, element in (
                 (1, M, D, types.q),
-                (num_stages, N, D, types.k),
-                (num_stages, N, E, types.v),
+                (num_stages, N, D, of_keys),
+                (num_stages, N, E, of_values),
             )
         ]
         self.place_shared(pool)
@@ -250,7 +251,13 @@ class BlockMachine(RowCopies):
         self.place_block(block, thread)
         # the tile that is copied next, and the buffer in use
         self.fetched, self.use = (local(T.int32(0)) for _ in range(2))
+        # what products read
+        self.k_tile, self.v_tile = self.k.tile, self.v.tile
         self.place_operands()
+
+    def cache_types(self):
+        """Element types of the tiles that keys and values are copied to."""
+        return self.types.k, self.types.v
 
     def place_shared(self, pool):
         """Shared memory beside the tiles."""

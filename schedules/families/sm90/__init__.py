@@ -13,6 +13,7 @@ from schedules.families.interface import (
     FORWARD,
     PAGED,
     PAGED_DECODE,
+    PAGED_DECODE_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     WITH_SINKS,
@@ -20,6 +21,7 @@ from schedules.families.interface import (
     Target,
     forward_program,
 )
+from schedules.families.mma import asynchronous, scaled_decode
 from schedules.families.sm90 import backward, decode, paged, paged_decode, ragged
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import Config, feasible, narrow_axes
@@ -52,9 +54,11 @@ KINDS = {
     RAGGED_BACKWARD: ragged_backward,
     PAGED: paged,
     PAGED_DECODE: paged_decode,
+    **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
-SINK_KINDS = (FORWARD, BACKWARD, RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE)
+SINK_KINDS = (FORWARD, *KINDS)
+UNVERIFIED_KINDS = tuple(PAGED_DECODE_SCALED.values())
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
 

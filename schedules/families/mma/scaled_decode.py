@@ -1,0 +1,91 @@
+"""Decoding over pages of a cache of 8 bits: the launches of :mod:`schedules.families.mma.paged_decode` with scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from schedules.definition.pattern import Pattern
+from schedules.families import split_keys
+from schedules.families.interface import PAGED_DECODE_SCALED, Program, Rejected, Target
+from schedules.families.mma.mma import ALIGNMENT
+from schedules.families.mma.paged_decode import PagedDecoding, attend_splits
+from schedules.families.mma.widen import ScaledGeometry, machine_for
+from schedules.tile.dtypes import element_type, tensor_types
+from schedules.tile.geometry import parameterised
+from schedules.tile.partial import PartialResults
+from schedules.tile.tile_scheduler import Traversal
+
+
+def partial(pattern: Pattern, config, name: str, machine_type, packs: bool, early: bool) -> PrimFunc:
+    """``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, k_scale, v_scale, softmax_scale,
+    *params)``; else as without scales."""
+
+    def make(values):
+        @T.prim_func(check_well_formed=False)
+        def attention(
+            q: T.handle,
+            k: T.handle,
+            v: T.handle,
+            o_partial: T.handle,
+            lse_partial: T.handle,
+            cu_seqlens_q: T.handle,
+            seqlens_k: T.handle,
+            page_table: T.handle,
+            k_scale: T.handle,
+            v_scale: T.handle,
+            softmax_scale: T.float32,
+        ):
+            handles = T.meta_var(((q, k, v), (cu_seqlens_q, seqlens_k, page_table), (k_scale, v_scale)))
+            geometry = ScaledGeometry(pattern, *handles, softmax_scale, values, ALIGNMENT, machine_type.cache)
+            results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
+            attend_splits(pattern, config, machine_type, geometry, results, packs, early)
+
+        return attention.with_attr("global_symbol", name)
+
+    return parameterised(pattern, make)
+
+
+@dataclass(frozen=True)
+class ScaledDecoding(PagedDecoding):
+    """A family's kernels over a cache of one dtype; ``machine`` is that of 16 bits, and stands for it."""
+
+    cache: str = ""
+
+    def feasible(self, pattern: Pattern, config, target: Target) -> Rejected | None:
+        """Whether the machine has room for a block, and tiles fill the splits."""
+        return self.refusal(config) or self.fits(pattern, config, target, found=self._beside(pattern, config))
+
+    @staticmethod
+    def _beside(pattern: Pattern, config) -> int:
+        """Bytes of shared memory beyond stages of 16 bits: those of a tile and of scales, less what 8 bits save."""
+        types, stored = tensor_types(pattern), element_type("int8").bytes
+        elements = config.block_n * (pattern.head_dim + pattern.head_dim_v)
+        scales = 2 * config.num_stages * config.block_n * element_type("float32").bytes
+        return elements * types.k.bytes + scales - config.num_stages * elements * (types.k.bytes - stored)
+
+    def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
+        """The two launches."""
+        machine = machine_for(self.cache, target.arch)
+        func = partial(pattern, config, name, machine, not pattern.depends_on_head, self.early)
+        return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=self.early, scaled=True)
+
+
+#: Of these, by head_dim: the stages of 8 bits are half as large, and a tile of 16 bits is beside them.
+CONFIGS: Mapping[int, tuple[int, int, int, int, int]] = {
+    64: (16, 32, 1, 3, 8),
+    128: (16, 32, 1, 3, 5),
+    256: (16, 16, 1, 3, 4),
+}
+
+
+def kinds(config_type, fits, early: bool = False) -> dict[str, ScaledDecoding]:
+    """The kinds of a family, by name."""
+    configs = {d: config_type(*x, q_in_registers=d <= 128) for d, x in CONFIGS.items()}
+    return {
+        kind: ScaledDecoding(config_type, None, configs, fits, early=early, cache=cache)
+        for cache, kind in PAGED_DECODE_SCALED.items()
+    }
