@@ -109,6 +109,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return refusal
     if config.num_stages not in (2, 4, 8):
         return Rejected(f"num_stages {config.num_stages} is not 2, 4 or 8")
+    if pattern.has_gaps:
+        return Rejected("a mask with gaps isn't decoded with split keys: every tile of them is loaded")
     if pattern.depends_on_head and config.pack_heads:
         return Rejected("a score or a mask that differs from head to head can't have heads packed")
     available = _available_memory(config)
