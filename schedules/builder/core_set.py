@@ -94,7 +94,7 @@ def _files() -> list[Path]:
     for name in _MAKERS:
         path = _ROOT / name
         found += [path] if path.is_file() else [p for p in path.rglob("*") if p.suffix in (".py", ".h", ".c")]
-    return sorted(found)
+    return sorted(path for path in found if "cpu" not in path.parts)  # another family's
 
 
 def known(path: Path = PATH) -> dict[str, dict[str, str]]:

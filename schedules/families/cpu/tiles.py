@@ -77,10 +77,13 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                 row_max[i * lanes + lane] = P.first_max(b, h)
                 row_sum[i * lanes + lane] = P.first_sum(b, h)
 
-        # 2. The kv tiles in which some row may see something, and in each the groups of rows that may.  A tile is
-        # loaded when the first group needs it; an element is written here, so that its memory is not given away.
-        KT[0, 0] = T.cast(0, products.keys[1])
-        VT[0, 0] = T.cast(0, products.values[1])
+        # 2. The kv tiles in which some row may see something, and in each the groups of rows that may.  Where no group
+        # may after all, a tile is loaded when the first one needs it (a test that costs up to 2% elsewhere); an element
+        # is written here, so that its memory is not given away.
+        on_demand = T.meta_var(P.pattern.has_gaps or look.is_needed or P.bounds is not None)
+        if on_demand:
+            KT[0, 0] = T.cast(0, products.keys[1])
+            VT[0, 0] = T.cast(0, products.values[1])
         visible = T.meta_var(P.pattern.keys_of(site, row0, row0 + rows - 1).visible)
         first_tile: T.int64 = visible[0] // N
         end_tile: T.int64 = (visible[1] + (N - 1)) // N
@@ -90,7 +93,10 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
             k_at: T.int64 = key_rows.moved(k_base, T.int64(0), key0)
             v_at: T.int64 = value_rows.moved(v_base, T.int64(0), key0)
             find_rows(P, (k_base, v_base, kv_head), key0, N, T.int64(0))
-            loaded: T.bool = T.bool(False)
+            loaded: T.bool = T.bool(not on_demand)
+            if not on_demand:
+                widen_tile(P, keys, T.int64(0))
+                products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
             for group in T.serial(groups):
                 column: T.int64 = group * G
                 first: T.int64 = row0 + column
@@ -103,10 +109,11 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                         live = look.any()
                         full = look.all()
                 if live:
-                    if not loaded:
-                        widen_tile(P, keys, T.int64(0))
-                        products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
-                        loaded = T.bool(True)
+                    if on_demand:
+                        if not loaded:
+                            widen_tile(P, keys, T.int64(0))
+                            products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
+                            loaded = T.bool(True)
                     staged.fill(P, b, h, first, last + 1 - first, key0, keys)
                     products.scores(P, QT, KT, ST, acc, row, k_at, column, keys)
                     if full:
