@@ -126,7 +126,7 @@ def test_two_templates_on_a_wide_terminal(monkeypatch):
     [
         (["V3"], "expected V1 or V2"),
         (["V2", "--arch", "sm_75", "--head-dim", "64"], "sm_75 has no v2 kernels"),
-        (["V1", "--arch", "cpu", "--stage", "sass"], "cpu has definition, gradient, tir, llvm, asm"),
+        (["V1", "--arch", "cpu", "--stage", "sass"], "cpu has definition, gradient, mask, tir, llvm, asm"),
         (["--arch", "cpu", "--op", "delta", "--stage", "tir"], "delta has definition"),
         (["--arch", "sm_99"], "unknown"),
         (["--arch", "sm_80", "--mask", "wrong"], "wrong"),
