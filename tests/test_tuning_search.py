@@ -11,7 +11,7 @@ import pytest
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
-from schedules.families import FAMILY, family_of, kinds_of, maker_of
+from schedules.families import FAMILY, family_of, kinds_of
 from schedules.families.cpu.isa import ISAS
 from schedules.families.interface import BACKWARD_ACCUMULATE, PARTIAL, Target
 from schedules.tuning import emit, kinds
@@ -19,6 +19,7 @@ from schedules.tuning.budget import Budget
 from schedules.tuning.space import Space
 from schedules.tuning.strategy import STRATEGIES, Evolutionary, geometric_mean
 from tvm_flash.measure.workloads import Workload, standard_suite
+from tvm_flash.packs.manifest import CACHE_OF_KIND
 
 # ---------------------------------------------------------------- problems and budgets
 
@@ -119,13 +120,13 @@ def test_every_kind_declares_a_space_with_its_default_in_it(target):
     family = family_of(target)
     for kind in kinds_of(target)[1:]:
         if kind not in kinds.KINDS:
-            assert kind in (PARTIAL, BACKWARD_ACCUMULATE)
+            assert kind in (PARTIAL, BACKWARD_ACCUMULATE, *CACHE_OF_KIND)
             continue
         for head_dim in (64, 256):
             problem = Workload.parse(f"b=1 h=2 s=512 d={head_dim} causal", family.DTYPES[-1])
             spec = kinds.spec_for(kind, family.TEMPLATES[-1], kinds.problem_of(kind, problem), gpu=target.arch != "cpu")
             space = emit.space_of(spec, target)
-            assert set(space.axes) <= {f.name for f in dataclasses.fields(maker_of(target, kind).Config)}
+            assert set(space.axes) <= {f.name for f in dataclasses.fields(space.base)}
             if space.refusal(space.base) is None:
                 assert sum(len(values) > 1 for values in space.axes.values()) >= 2
                 for config in emit.defaults_of(spec, target).values():

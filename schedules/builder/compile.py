@@ -151,18 +151,22 @@ def configs_of(
     family = family_of(target)
     if spec.template not in family.TEMPLATES or spec.dtype not in family.DTYPES:
         return {0: (None, "default")}, ""
-    maker = maker_of(target, spec.kind)
-    defaults = maker.default_configs(spec.template, pattern, target)
+    defaults = maker_of(target, spec.kind).default_configs(spec.template, pattern, target)
     configs, note = {bucket: (config, "default") for bucket, config in defaults.items()}, ""
     if tuned.proposals:
         note = _objection(spec, pattern, target, tuned)
         if not note:
-            configs = with_proposals(defaults, tuned.proposals, maker.Config)
+            configs = with_proposals(defaults, tuned.proposals, _config_type(defaults))
     for bucket in configs:
         record = chosen.get(spec.with_bucket(bucket).symbol)
         if record:
-            configs[bucket] = (maker.Config(**record.config), record.source)
+            configs[bucket] = (_config_type(defaults)(**record.config), record.source)
     return configs, note
+
+
+def _config_type(defaults: Mapping[int, object]) -> type:
+    """The class of a kernel's configurations; where a kind has kernels of two forms, that of the pattern's."""
+    return type(next(iter(defaults.values())))
 
 
 def _objection(spec: KernelSpec, pattern: Pattern, target: Target, tuned: Tuned) -> str:
@@ -172,7 +176,8 @@ def _objection(spec: KernelSpec, pattern: Pattern, target: Target, tuned: Tuned)
             continue
         log = proposal.source.partition("#")[0]
         try:
-            config = maker_of(target, spec.kind).Config(**proposal.config)
+            defaults = maker_of(target, spec.kind).default_configs(spec.template, pattern, target)
+            config = _config_type(defaults)(**proposal.config)
         except TypeError:
             return f"{log} isn't followed: the family's configurations have other fields now"
         lowered = lower(spec.with_bucket(proposal.bucket), pattern, target, config)

@@ -125,7 +125,9 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
-    """Values of each field of ``Config`` that are worth trying."""
+    """Values of each field of a pattern's configuration that are worth trying."""
+    if not _by_boxes(pattern):
+        return _WARPS.space(template, pattern, target)
     return {"block_n": (32, 64), "num_stages": (2, 3, 4, 6), "blocks_per_sm": (1, 2, 3)}
 
 
