@@ -44,3 +44,11 @@ def quantised(
         given |= {name: stored.to(device), f"{name}_scale": scale.to(device)}
         plain[name] = stood_for.to(device)
     return given, plain
+
+
+def as_kernels_take(case: PagedCase, scaled: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of ``quantised`` by role: a scale for each page and head, numbers of 8 bits as bytes."""
+    shape = (case.sizes["pages"], case.of.kv_heads)
+    scales = {name: scaled[name].expand(shape) for name in ("k_scale", "v_scale")}
+    caches = {name: scaled[name] for name in "kv"}
+    return scales | {n: x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for n, x in caches.items()}

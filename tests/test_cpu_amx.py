@@ -15,13 +15,13 @@ import tvm_ffi
 
 from schedules.builder.compile import pattern_of
 from schedules.builder.suite import KernelSpec
-from schedules.families import cpu
-from schedules.families.interface import PAGED, RAGGED
-from tests import cases, paged_cases, ragged_cases, torch_cases
+from schedules.families import cpu, maker_of
+from schedules.families.interface import PAGED, RAGGED, SCALES
+from tests import cases, paged_cases, ragged_cases, scaled_cases, torch_cases
 from tests.amx import emulate
 from tests.cases import CASES
 from tests.torch_cases import attend, own_case
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, CACHE_OF_KIND
 
 #: Template, head_dim, head_dim_v, mask, score, and what differs from the default configuration.
 KERNELS = (
@@ -100,18 +100,39 @@ def test_ragged_sequences(tmp_path):
             ragged_cases.check(case, data, *ragged_cases.run(case, data, compute, pattern.params))
 
 
-def test_keys_on_pages(tmp_path):
-    spec = KernelSpec("v2", BUILTIN_DEFINITION, "positioned", "optional", "bfloat16", 64, 64, kind=PAGED)
+def paged_kernel(kind, folder):
+    """What runs a kernel whose keys are on pages, and its parameters."""
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "positioned", "optional", "bfloat16", 64, 64, kind=kind)
     pattern = pattern_of(spec, emulate.TARGET)
-    config = cpu.paged.default_configs("v2", pattern, emulate.TARGET)[0]
-    function = tvm_ffi.load_module(str(emulate.build(spec, pattern, config, tmp_path)))[spec.symbol]
-    where = ("cu_seqlens_q", "seqlens_k", "page_table", "softmax_scale")
+    config = maker_of(emulate.TARGET, kind).default_configs("v2", pattern, emulate.TARGET)[0]
+    folder.mkdir(exist_ok=True)
+    function = tvm_ffi.load_module(str(emulate.build(spec, pattern, config, folder)))[spec.symbol]
+    where = ("cu_seqlens_q", "seqlens_k", "page_table", *(SCALES if kind != PAGED else ()), "softmax_scale")
     roles = ("q", "k", "v", "o", "lse", *where, *(p.name for p in pattern.params))
+    return (lambda values, _: function(*(values[role] for role in roles))), pattern.params
+
+
+def test_keys_on_pages(tmp_path):
+    compute, params = paged_kernel(PAGED, tmp_path)
     for case in paged_cases.PAGED_CASES:
         if case.of.dtype == "bfloat16":
             data = ragged_cases.inputs(case.of)
-            compute = lambda values, _: function(*(values[role] for role in roles))  # noqa: E731
-            paged_cases.check(case, data, *paged_cases.run(case, data, compute, pattern.params))
+            paged_cases.check(case, data, *paged_cases.run(case, data, compute, params))
+
+
+@pytest.mark.parametrize("cache", scaled_cases.CACHES)
+def test_caches_of_8_bits_give_the_bits_of_what_they_stand_for(cache, tmp_path):
+    kind = next(k for k, dtype in CACHE_OF_KIND.items() if dtype == cache)
+    kernels = paged_kernel(PAGED, tmp_path / "plain"), paged_kernel(kind, tmp_path / "scaled")
+    for i, case in enumerate(c for c in paged_cases.PAGED_CASES if c.of.dtype == "bfloat16"):
+        data = ragged_cases.inputs(case.of)
+        scaled, plain = scaled_cases.quantised(case, data, cache, bool(i % 2))
+        found = []
+        for (compute, params), own in zip(kernels, (plain, scaled_cases.as_kernels_take(case, scaled)), strict=True):
+            run = lambda values, sizes, own=own, compute=compute: compute({**values, **own}, sizes)  # noqa: E731
+            found.append(paged_cases.run(case, data, run, params))
+        for x, y in zip(*found, strict=True):
+            assert np.array_equal(x, y)
 
 
 def test_repeats_are_bit_equal(kernel):

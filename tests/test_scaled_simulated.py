@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("tvm")
 pytest.importorskip("torch")
 
-import torch
 
 from schedules.builder.compile import entry_of, lower, pattern_of
 from schedules.builder.suite import KernelSpec
@@ -19,7 +18,7 @@ from schedules.families.interface import PAGED_DECODE, Target
 from tests import paged_cases, ragged_cases, torch_cases
 from tests.paged_cases import PagedCase
 from tests.ragged_cases import RaggedCase
-from tests.scaled_cases import quantised
+from tests.scaled_cases import as_kernels_take, quantised
 from tests.simt.simulate import Simulated
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
@@ -64,11 +63,7 @@ def test_the_bits_of_what_a_cache_stands_for(arch, kind, cache, folder):
         data = ragged_cases.inputs(case.of)
         scaled, plain = quantised(case, data, cache, bool(i))
         found = []
-        for (compute, params), own in zip(kernels, (plain, scaled), strict=True):
-            scales = {f"{n}_scale": own.get(f"{n}_scale") for n in "kv"}
-            shape = (case.sizes["pages"], case.of.kv_heads)
-            own = own | {n: x.expand(shape) for n, x in scales.items() if x is not None}
-            own = {n: x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for n, x in own.items()}
+        for (compute, params), own in zip(kernels, (plain, as_kernels_take(case, scaled)), strict=True):
 
             def run(values, extents, own=own, compute=compute):
                 compute({**values, **own}, extents)
