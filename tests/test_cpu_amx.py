@@ -15,8 +15,9 @@ import tvm_ffi
 
 from schedules.builder.compile import pattern_of
 from schedules.builder.suite import KernelSpec
+from schedules.definition.operator import SCALES
 from schedules.families import cpu, maker_of
-from schedules.families.interface import PAGED, RAGGED, SCALES
+from schedules.families.interface import PAGED, RAGGED
 from tests import cases, paged_cases, ragged_cases, scaled_cases, torch_cases
 from tests.amx import emulate
 from tests.cases import CASES

@@ -152,32 +152,27 @@ def configs_of(
     if spec.template not in family.TEMPLATES or spec.dtype not in family.DTYPES:
         return {0: (None, "default")}, ""
     defaults = maker_of(target, spec.kind).default_configs(spec.template, pattern, target)
+    config_type = type(next(iter(defaults.values())))  # a kind may have kernels of two forms, a pattern has one
     configs, note = {bucket: (config, "default") for bucket, config in defaults.items()}, ""
     if tuned.proposals:
-        note = _objection(spec, pattern, target, tuned)
+        note = _objection(spec, pattern, target, tuned, config_type)
         if not note:
-            configs = with_proposals(defaults, tuned.proposals, _config_type(defaults))
+            configs = with_proposals(defaults, tuned.proposals, config_type)
     for bucket in configs:
         record = chosen.get(spec.with_bucket(bucket).symbol)
         if record:
-            configs[bucket] = (_config_type(defaults)(**record.config), record.source)
+            configs[bucket] = (config_type(**record.config), record.source)
     return configs, note
 
 
-def _config_type(defaults: Mapping[int, object]) -> type:
-    """The class of a kernel's configurations; where a kind has kernels of two forms, that of the pattern's."""
-    return type(next(iter(defaults.values())))
-
-
-def _objection(spec: KernelSpec, pattern: Pattern, target: Target, tuned: Tuned) -> str:
+def _objection(spec: KernelSpec, pattern: Pattern, target: Target, tuned: Tuned, config_type: type) -> str:
     """Why what records propose for a spec can't be built as it is; empty if it can."""
     for proposal in tuned.proposals:
         if proposal.config is None:
             continue
         log = proposal.source.partition("#")[0]
         try:
-            defaults = maker_of(target, spec.kind).default_configs(spec.template, pattern, target)
-            config = _config_type(defaults)(**proposal.config)
+            config = config_type(**proposal.config)
         except TypeError:
             return f"{log} isn't followed: the family's configurations have other fields now"
         lowered = lower(spec.with_bucket(proposal.bucket), pattern, target, config)

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from tvm.ir import PrimType
 from tvm.tirx import PrimFunc
 
+from schedules.definition.operator import SCALES
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
 
@@ -46,8 +47,6 @@ PAGED, PAGED_DECODE = "paged", "paged_decode"
 #: The same with keys and values in 8 bits, by the dtype of the cache.
 PAGED_SCALED = {"float8_e4m3fn": "paged_e4m3", "int8": "paged_int8"}
 PAGED_DECODE_SCALED = {"float8_e4m3fn": "paged_decode_e4m3", "int8": "paged_decode_int8"}
-#: Roles of their scales.
-SCALES = ("k_scale", "v_scale")
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
 #: The kinds of gradients.

@@ -13,8 +13,9 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from schedules.definition.operator import SCALES
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import SCALES, Program, Rejected, ScheduledLaunch
+from schedules.families.interface import Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
 from schedules.tile.combine import Sinks, combine, combine_ragged
 from schedules.tile.tile_scheduler import Traversal, ceildiv
