@@ -23,6 +23,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tvm_flash.machine import cpu  # noqa: E402
+
 LENGTHS, HEAD_DIMS, HEADS = (1024, 2048, 4096), (64, 128), 4
 ROUNDS, SECONDS = 7, 0.05
 NAMES = ("documents", "prefix", "window", "bias", "softcap_alibi", "neighbourhood")
@@ -210,12 +212,6 @@ def table(results):
     return "\n".join(lines)
 
 
-def processor():
-    """What this machine's processor calls itself."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", metavar="FOLDER", help="build the kernels there, and time nothing")
@@ -239,7 +235,7 @@ def main():
             results.append(cell)
             print(table([cell]).splitlines()[2], flush=True)
             if options.output:
-                what = {"processor": processor(), "threads": 1, "torch": torch.__version__, "heads": HEADS}
+                what = {"processor": cpu.name(), "threads": 1, "torch": torch.__version__, "heads": HEADS}
                 text = json.dumps({**what, "cells": results}, indent=1)
                 options.output.write_text(text + "\n")
                 heading = (

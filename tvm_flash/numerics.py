@@ -46,11 +46,11 @@ def encode(x: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "int8":
         return np.where(np.isnan(x), -128, np.rint(np.clip(np.nan_to_num(x), -127, 127))).astype(np.int8)
     if dtype == "float8_e4m3fn":
-        above = np.searchsorted(_E4M3, np.minimum(np.abs(np.nan_to_num(x)), _E4M3[-1]))
+        size = np.minimum(np.abs(np.nan_to_num(x)), _E4M3[-1])
+        above = np.searchsorted(_E4M3, size)
         below = np.maximum(above - 1, 0)
-        to_above, to_below = _E4M3[above] - np.abs(x), np.abs(x) - _E4M3[below]
+        to_above, to_below = _E4M3[above] - size, size - _E4M3[below]
         nearest = np.where((to_above < to_below) | ((to_above == to_below) & (above % 2 == 0)), above, below)
-        nearest = np.where(np.abs(x) >= _E4M3[-1], len(_E4M3) - 1, nearest)
         return np.where(np.isnan(x), 0x7F, nearest | np.signbit(x) << 7).astype(np.uint8)
     bits = x.view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)

@@ -7,7 +7,6 @@ same.  ``scripts/lower_core_set.py`` writes it anew.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schedules.builder.compile import lower_for_each
+from schedules.builder.plan import BuildRequest, select
 from schedules.builder.records import LOGS
-from schedules.builder.suite import KernelSpec, Selection
-from schedules.families import FAMILY, core_kinds_of, family_of, has_core_kernels, is_verified_size
+from schedules.builder.suite import KernelSpec
+from schedules.families import FAMILY, family_of
 from schedules.families.interface import Rejected, Target
 from schedules.toolchain import cuda
 
@@ -60,18 +60,8 @@ def groups() -> Iterator[Group]:
         if arch != "cpu":
             families.setdefault(name, []).append(Target(arch))
     for name, targets in families.items():
-        family = family_of(targets[0])
-        specs = [
-            s
-            for s in Selection().specs(
-                family.DTYPES,
-                gpu=True,
-                kinds=core_kinds_of(targets[0]),
-                templates=family.TEMPLATES,
-                has=functools.partial(has_core_kernels, targets[0]),
-            )
-            if s.template in family.TEMPLATES and is_verified_size(targets[0], s.kind, s.head_dim, s.head_dim_v)
-        ]
+        chosen = select(BuildRequest(tuple(targets)), targets[0])
+        specs = [s for s in chosen if s.template in family_of(targets[0]).TEMPLATES]
         for group, members in itertools.groupby(specs, key=lambda s: s.group):
             yield Group(f"{name}-{group}", tuple(targets), tuple(members))
 
