@@ -296,6 +296,18 @@ EXPORT void tvm_flash_announce(int64_t items, int64_t work) {
   announced.work = work;
 }
 
+/* Threads that a launch has, if it isn't small and there is no other. */
+static int launch_threads(RunTeam* run) {
+  pthread_once(&once, initialise);
+  *run = pool.forked ? NULL : torchs_team();
+  return *run && !asked_for ? team.threads() : threads;
+}
+
+EXPORT int64_t tvm_flash_launch_threads(void) {
+  RunTeam run;
+  return inside ? 1 : launch_threads(&run);
+}
+
 EXPORT int tvm_flash_ParallelLaunch(Task task, void* closure, int tasks) {
   pthread_once(&once, initialise);
   int64_t items = announced.items ? announced.items : INT32_MAX, work = announced.work ? announced.work : INT64_MAX;
@@ -303,9 +315,8 @@ EXPORT int tvm_flash_ParallelLaunch(Task task, void* closure, int tasks) {
   RunTeam run = NULL;
   int size = 1, running = atomic_fetch_add(&launches_running, 1) + 1;
   if (!inside && items > 1 && work >= SMALL_WORK) {
-    run = pool.forked ? NULL : torchs_team();
-    /* Each thread that calls has a team of its own: several at once share the processors. */
-    size = run ? (asked_for ? asked_for : team.threads()) / running : threads;
+    size = launch_threads(&run);
+    if (run) size /= running; /* each thread that calls has a team of its own: several at once share the processors */
   }
   if (size < 2)
     tasks = 1;

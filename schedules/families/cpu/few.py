@@ -18,7 +18,6 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
 from schedules.families.cpu.geometry import Geometry
-from schedules.families.cpu.pages import find_rows, widen_tile
 from schedules.families.cpu.places import Staged
 from schedules.families.cpu.steps import f32, finite_or_zero
 from schedules.families.cpu.vector_math import exp2
@@ -124,8 +123,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         for block in T.serial((keys + (_R - 1)) // _R):
             for r in T.unroll(_R):
                 row[r] = P.k.of_key(k_base, T.min(key0 + block * _R + r, P.seqlen_kv - 1))
-                if not P.is_scaled:  # they are in a tile already
-                    prefetch(P.v.in_memory(v_base, key0 + block * _R + r), P.head_dim_v)
+                prefetch(P.v.in_memory(v_base, key0 + block * _R + r), P.head_dim_v)
                 for lane in T.vectorized(_W):
                     acc[r * _W + lane] = T.float32(0)
             for d in T.serial(P.head_dim // _W):
@@ -204,15 +202,8 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                 )
 
     @T.inline
-    def begin_rows(P: Geometry, bases, key0):
-        """Look up the rows of the first tile; those of each further one are while the one before is computed."""
-        if P.is_paged:
-            find_rows(P, bases, key0, N, T.bitwise_and(key0, T.int64(2 * N - 1)))
-
-    @T.inline
-    def part(call: Geometry, workspace, b, h, p, count):
+    def part(P: Geometry, workspace, b, h, p, count):
         outputs, maxima, sums = workspace
-        P = T.meta_var(call.with_room(2 * N, N))
         QF = T.sblock_alloc_buffer((FEW, head_dim), "float32")
         S = T.sblock_alloc_buffer((N,), "float32", scope="local")
         acc = T.sblock_alloc_buffer((_R * _W,), "float32", scope="local")
@@ -223,7 +214,6 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         staged = T.meta_var(Staged(P.pattern.params, "j", N))
         k_base: T.int64 = P.key_rows(b, h).offset(T.int64(0), T.int64(0))
         v_base: T.int64 = P.value_rows(b, h).offset(T.int64(0), T.int64(0))
-        kv_head: T.int64 = P.kv_head(h)
         r0: T.int64 = P.part_row(b, h, p, count)
         scale: T.float32 = P.exponent_scale()
         site = T.meta_var(P.site(b, h))
@@ -243,12 +233,9 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         first_tile: T.int64 = visible[0] // N
         tiles: T.int64 = (visible[1] + (N - 1)) // N - first_tile
         mine = T.meta_var(split.tiles(N, first_tile, tiles, p, count))
-        begin_rows(P, (k_base, v_base, kv_head), mine[0] * N)
         for tile in T.serial(mine[0], mine[1]):
             key0: T.int64 = tile * N
             keys: T.int64 = T.min(T.int64(N), P.seqlen_kv - key0)
-            find_rows(P, (k_base, v_base, kv_head), key0 + N, N, T.bitwise_and(key0 + N, T.int64(2 * N - 1)))
-            widen_tile(P, keys, T.bitwise_and(key0, T.int64(2 * N - 1)))
             for i in T.serial(P.seqlen_q):
                 live: T.bool = P.pattern.tile_live(site, i, i, key0, key0 + keys - 1)
                 full: T.bool = P.pattern.tile_full(site, i, i, key0, key0 + (N - 1))
@@ -263,6 +250,12 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
                     softmax(S, lanewise, maxima, sums, factor, r0 + i, scale)
                     output = T.meta_var((outputs, (r0 + i) * P.head_dim_v))
                     accumulate(P, S, tile_output, factor, output, k_base, v_base, key0, keys)
+
+    return part, join_macro(split)
+
+
+def join_macro(split: Split):
+    """A macro ``join(geometry, workspace, b, h, count)``: put the parts of one head together."""
 
     def first_total(P: Geometry, b, h, subtract, scale):
         """What the sum of a row begins with: the sink's share."""
@@ -298,4 +291,4 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
             if P.wants_lse():
                 P.lse[P.lse_row(b, h) + i] = highest * P.scale() + T.log(total)
 
-    return part, join
+    return join

@@ -52,13 +52,21 @@ class Tensor:
         """Offset of the row of a key, ``base`` being that of the head's first; of no key it is any number."""
         return base + key * self.strides[2]
 
+    def base(self, first: Expr, heads: Expr | int) -> Expr:
+        """That offset for the head which comes so many after the one that has ``first``."""
+        return first + heads * self.strides[1]
+
+    def near(self, base: Expr, key: Expr, j: Expr | int) -> Expr:
+        """That of key ``key + j``, which is in the same tile as ``key``."""
+        return self.of_key(base, key + j)
+
     def in_tile(self, first: Expr, j: Expr) -> Expr:
         """Offset of the row of key number ``j`` of a tile, ``first`` being that of its first."""
         return first + j * self.strides[2]
 
-    def in_memory(self, base: Expr, key: Expr) -> tuple[tirx.Buffer, Expr]:
-        """The buffer that the row of a key comes from, and its offset there."""
-        return self.flat, self.of_key(base, key)
+    def in_memory(self, base: Expr, key: Expr, j: Expr | int = 0) -> tuple[tirx.Buffer, Expr]:
+        """The buffer that the row of key ``key + j``, in the same tile as ``key``, comes from, and its offset there."""
+        return self.flat, self.near(base, key, j)
 
 
 @dataclass(frozen=True)

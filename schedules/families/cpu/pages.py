@@ -36,8 +36,11 @@ class PagedTensor(Tensor):
     rows: tirx.Buffer | None = None
     room: int = 0
 
-    def of_key(self, base: Expr, key: Expr) -> Expr:
-        return self.rows[T.bitwise_and(key, T.int64(self.room - 1))]
+    def base(self, first: Expr, heads: Expr | int) -> Expr:
+        return heads * self.strides[1]
+
+    def near(self, base: Expr, key: Expr, j: Expr | int) -> Expr:
+        return base + self.rows[T.bitwise_and(key, T.int64(self.room - 1)) + j]
 
     def in_tile(self, first: Expr, j: Expr) -> Expr:
         return self.rows[j]
@@ -48,24 +51,24 @@ class ScaledTensor(PagedTensor):
     """The same in 8 bits: elements ``stored``, and ``scales`` by page and head.
 
     ``flat`` has the rows of the tile of keys that is computed with, ``tile`` keys of ``width`` elements in ``dtype``;
-    ``factors`` the scales of rows that were looked up.
+    ``numbers`` the pages of rows that were looked up.
     """
 
     stored: tirx.Buffer | None = None
     scales: tirx.Buffer | None = None
-    factors: tirx.Buffer | None = None
+    numbers: tirx.Buffer | None = None
     width: int = 0
     tile: int = 0
     dtype: str = ""
 
-    def of_key(self, base: Expr, key: Expr) -> Expr:
-        return T.bitwise_and(key, T.int64(self.tile - 1)) * self.width
+    def near(self, base: Expr, key: Expr, j: Expr | int) -> Expr:
+        return (T.bitwise_and(key, T.int64(self.tile - 1)) + j) * self.width
 
     def in_tile(self, first: Expr, j: Expr) -> Expr:
         return j * self.width
 
-    def in_memory(self, base: Expr, key: Expr) -> tuple[tirx.Buffer, Expr]:
-        return self.stored, super().of_key(base, key)
+    def in_memory(self, base: Expr, key: Expr, j: Expr | int = 0) -> tuple[tirx.Buffer, Expr]:
+        return self.stored, super().near(base, key, j)
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,12 @@ class PagedGeometry(SequenceGeometry):
             x = replace(getattr(self, name), rows=place(f"{name}_rows", keys), room=keys)
             if not self.is_scaled:
                 return x
-            factors = place(f"{name}_factors", keys, "float32")
             # Of bfloat16 a view: TVM widens a buffer of its own, and then no two elements are a word.
             memory = place(f"{name}_tile", tile * x.width, "uint16" if x.dtype == "bfloat16" else x.dtype, "global")
             flat = T.decl_buffer((tile * x.width,), x.dtype, data=memory.data)
-            return replace(x, factors=factors, tile=tile, flat=flat)
+            return replace(x, numbers=numbers, tile=tile, flat=flat)
 
+        numbers = place("numbers", keys) if self.is_scaled else None
         return replace(self, k=with_rows("k"), v=with_rows("v"))
 
 
@@ -113,7 +116,7 @@ class PagedGeometry(SequenceGeometry):
 def find_rows(P: Geometry, bases, key0, most, at):
     """Look up the rows of up to ``most`` keys from ``key0`` on, if there are any, and write them down from ``at`` on.
 
-    ``bases`` are where the head begins in a page of keys and of values, and its number.  ``most`` is a multiple of 8,
+    ``bases`` are where the head begins in a page of keys and of values.  ``most`` is a multiple of 8,
     and so is ``key0``.
     """
     if P.is_paged:
@@ -138,21 +141,18 @@ def find_rows(P: Geometry, bases, key0, most, at):
                     P.k.rows[place + j] = k_row + j * P.k.strides[2]
                     P.v.rows[place + j] = v_row + j * P.v.strides[2]
             if P.is_scaled:
-                k_factor: T.float32 = P.k.scales[number, bases[2]]
-                v_factor: T.float32 = P.v.scales[number, bases[2]]
                 for j in T.serial(run):
-                    P.k.factors[place + j] = k_factor
-                    P.v.factors[place + j] = v_factor
+                    P.k.numbers[place + j] = number
             place = place + run
             page = page + 1
             inside = T.int64(0)
 
 
 @T.inline
-def _widen_rows(tensor: ScaledTensor, width, keys, at):
+def _widen_rows(tensor: ScaledTensor, base, head, width, keys, at):
     for j in T.serial(keys):
-        row: T.int64 = tensor.rows[at + j]
-        factor: T.float32 = tensor.factors[at + j]
+        row: T.int64 = base + tensor.rows[at + j]
+        factor: T.float32 = tensor.scales[tensor.numbers[at + j], head]
         for d in T.serial(width // _TOGETHER):
             for lane in T.vectorized(_TOGETHER):
                 tensor.flat[j * tensor.width + d * _TOGETHER + lane] = dequantised(
@@ -161,8 +161,11 @@ def _widen_rows(tensor: ScaledTensor, width, keys, at):
 
 
 @T.inline
-def widen_tile(P: Geometry, keys, at):
-    """Bring the rows of ``keys`` keys, which were looked up from ``at`` on, into the tiles that products read."""
+def widen_tile(P: Geometry, keys, at, head):
+    """Bring the rows of ``keys`` keys, which were looked up from ``at`` on, into the tiles that products read.
+
+    ``head`` is where its rows are from those that were looked up on, of keys and values, and its number.
+    """
     if P.is_scaled:
-        _widen_rows(P.k, P.head_dim, keys, at)
-        _widen_rows(P.v, P.head_dim_v, keys, at)
+        _widen_rows(P.k, head[0], head[2], P.head_dim, keys, at)
+        _widen_rows(P.v, head[1], head[2], P.head_dim_v, keys, at)

@@ -92,10 +92,10 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
             keys: T.int64 = T.min(T.int64(N), P.seqlen_kv - key0)
             k_at: T.int64 = key_rows.moved(k_base, T.int64(0), key0)
             v_at: T.int64 = value_rows.moved(v_base, T.int64(0), key0)
-            find_rows(P, (k_base, v_base, kv_head), key0, N, T.int64(0))
+            find_rows(P, (k_base, v_base), key0, N, T.int64(0))
             loaded: T.bool = T.bool(not on_demand)
             if not on_demand:
-                widen_tile(P, keys, T.int64(0))
+                widen_tile(P, keys, T.int64(0), (T.int64(0), T.int64(0), kv_head))
                 products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
             for group in T.serial(groups):
                 column: T.int64 = group * G
@@ -111,7 +111,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                 if live:
                     if on_demand:
                         if not loaded:
-                            widen_tile(P, keys, T.int64(0))
+                            widen_tile(P, keys, T.int64(0), (T.int64(0), T.int64(0), kv_head))
                             products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
                             loaded = T.bool(True)
                     staged.fill(P, b, h, first, last + 1 - first, key0, keys)

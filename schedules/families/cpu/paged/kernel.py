@@ -10,15 +10,14 @@ from tvm.script import tirx as T
 
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
-from schedules.families.cpu.config import Config, multiplication
+from schedules.families.cpu.config import Config
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
-from schedules.families.cpu.kernel import LLVM_FUNCTIONS
 from schedules.families.cpu.pages import MALFORMED, PagedGeometry, PagedTensor
 from schedules.families.cpu.ragged import sequences
 from schedules.families.cpu.ragged.kernel import flat, rows_argument
 from schedules.families.cpu.ragged.sequences import Starts, make_sense
-from schedules.families.cpu.ragged.work import attend_macro
+from schedules.families.cpu.ragged.work import attend_macro, functions_of
 from schedules.families.interface import Program, Target, paged_program
 from schedules.tile.dtypes import element_type
 from schedules.tile.tile_scheduler import Traversal
@@ -115,8 +114,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                 *(table, T.int64(0), page_size),
             )
         )
-        if multiplication(isa, dtype) in LLVM_FUNCTIONS:
-            T.attr(0, "pragma_import_llvm", LLVM_FUNCTIONS[multiplication(isa, dtype)])
+        T.attr(0, "pragma_import_llvm", functions_of(isa, dtype))
         assert make_sense(queries), sequences.MALFORMED
         assert keys.make_sense(), MALFORMED
         attend(call, queries, keys)

@@ -13,16 +13,15 @@ from tvm.script import tirx as T
 from schedules.definition.attention import append_arguments
 from schedules.definition.cache import STORED
 from schedules.definition.pattern import Pattern
-from schedules.families.cpu.config import Config, default_configs, feasible, multiplication
+from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
-from schedules.families.cpu.kernel import LLVM_FUNCTIONS
 from schedules.families.cpu.paged.kernel import Pages, pages_argument
 from schedules.families.cpu.pages import MALFORMED, PagedGeometry, ScaledTensor
 from schedules.families.cpu.ragged import sequences
 from schedules.families.cpu.ragged.kernel import flat, rows_argument
 from schedules.families.cpu.ragged.sequences import Starts, make_sense
-from schedules.families.cpu.ragged.work import attend_macro
+from schedules.families.cpu.ragged.work import attend_macro, functions_of
 from schedules.families.cpu.space import space
 from schedules.families.interface import Program, Target, paged_program
 from schedules.tile.tile_scheduler import Traversal
@@ -98,8 +97,7 @@ def _kernel(pattern: Pattern, stored: str, config: Config, isa: Isa, traversal: 
                 *(table, T.int64(0), page_size),
             )
         )
-        if multiplication(isa, dtype) in LLVM_FUNCTIONS:
-            T.attr(0, "pragma_import_llvm", LLVM_FUNCTIONS[multiplication(isa, dtype)])
+        T.attr(0, "pragma_import_llvm", functions_of(isa, dtype))
         assert make_sense(queries), sequences.MALFORMED
         assert keys.make_sense(), MALFORMED
         attend(call, queries, keys)

@@ -7,12 +7,12 @@ from tvm.script import tirx as T
 
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
-from schedules.families.cpu.config import Config, multiplication
+from schedules.families.cpu.config import Config
 from schedules.families.cpu.geometry import SequenceGeometry, Tensor
 from schedules.families.cpu.isa import ISAS, Isa
-from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED
+from schedules.families.cpu.kernel import UNBOUNDED
 from schedules.families.cpu.ragged.sequences import MALFORMED, Starts, make_sense
-from schedules.families.cpu.ragged.work import attend_macro
+from schedules.families.cpu.ragged.work import attend_macro, functions_of
 from schedules.families.interface import Program, Target, ragged_program
 from schedules.tile.dtypes import element_type
 from schedules.tile.tile_scheduler import Traversal
@@ -73,8 +73,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                 *(starts - 1, heads, kv_heads, total_q, total_k, head_dim, head_dim_v, T.int64(0), total_q, T.int64(0)),
             )
         )
-        if multiplication(isa, dtype) in LLVM_FUNCTIONS:
-            T.attr(0, "pragma_import_llvm", LLVM_FUNCTIONS[multiplication(isa, dtype)])
+        T.attr(0, "pragma_import_llvm", functions_of(isa, dtype))
         assert T.And(make_sense(queries), make_sense(keys)), MALFORMED
         attend(call, queries, keys)
 

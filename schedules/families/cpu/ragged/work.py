@@ -4,7 +4,8 @@
 2. Shares of them go to the threads; a work item is what it is for sequences alone (``tiles.py``, ``few.py``).
 3. Parts of keys are put together.
 
-Query heads that read the same part of keys are neighbours, so that a thread reads it from memory once.
+Query heads that read the same part of keys are one item, and those of its other heads too where there are enough parts
+(``decode/group.py``), so that a thread reads keys from memory once and in their order.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
-from schedules.families.cpu.config import Config
-from schedules.families.cpu.few import FEW, PART_KEYS, FixedParts, few_queries_macros
+from schedules.families.cpu.config import Config, multiplication
+from schedules.families.cpu.decode.group import group_macro
+from schedules.families.cpu.decode.products import has_pairs
+from schedules.families.cpu.decode.vectors import functions
+from schedules.families.cpu.few import FEW, PART_KEYS, FixedParts, join_macro
 from schedules.families.cpu.geometry import SequenceGeometry
 from schedules.families.cpu.isa import Isa
-from schedules.families.cpu.kernel import item_macro
+from schedules.families.cpu.kernel import LLVM_FUNCTIONS, item_macro
 from schedules.families.cpu.ragged.sequences import Shares, Starts, append, begin_share, find
 from schedules.families.cpu.tiles import row_tile_macro
 from schedules.tile.tile_scheduler import Traversal
 
 #: What a work item costs beside its products, in keys.
 _KEYS_OF_AN_ITEM = 64
+#: Parts of keys that a thread gets at least, where there are as many with heads apart.
+_ITEMS_OF_A_THREAD = 4
 #: How much longer a query and a key take where there are few queries, whose products load an operand each.
 _COST_OF_FEW = 4
 
@@ -47,12 +53,18 @@ class Keys(Protocol):
         """The call with the keys of the sequence whose are at a place."""
 
 
+def functions_of(isa: Isa, dtype: str) -> str:
+    """LLVM's assembly that kernels of sequences call."""
+    multiplied = LLVM_FUNCTIONS.get(multiplication(isa, dtype), "")
+    return multiplied + functions(isa.lanes, has_pairs(isa, dtype))
+
+
 def attend_macro(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal):
     """A macro ``(call, queries, keys)``: all sequences, of which ``queries`` and ``keys`` say where they are."""
     dtype, M = pattern.dtype, config.block_m
     row_tile = row_tile_macro(config, isa, dtype, pattern.head_dim, pattern.head_dim_v)
     split = FixedParts()
-    part, join = few_queries_macros(config.block_n, isa.lanes, dtype, pattern.head_dim, pattern.head_dim_v, split)
+    part, join = group_macro(isa, dtype, pattern.head_dim, pattern.head_dim_v, split), join_macro(split)
     work_item = item_macro(pattern, traversal)
 
     def of_sequence(call: SequenceGeometry, keys: Keys, first_q, length_q, place, length_k, first_part_row):
@@ -89,7 +101,18 @@ def attend_macro(pattern: Pattern, config: Config, isa: Isa, traversal: Traversa
             sums = T.sblock_alloc_buffer((most,), "float32")
             shares = T.meta_var(Shares(items, costs, starts))
 
-            # 1. Each sequence's work items.
+            # 1. Each sequence's work items.  Parts are shared out by heads where there are too few of them.
+            parts: T.int64 = T.int64(0)
+            for s in T.serial(starts):
+                length_q: T.int64 = queries.length(s)
+                length_k: T.int64 = keys.own_length(s)
+                P = T.meta_var(of_sequence(call, keys, T.int64(0), length_q, T.int64(0), length_k, T.int64(0)))
+                if T.And(length_q > 0, length_q <= FEW):
+                    parts = parts + split.count(P)
+            wanted: T.int64 = T.call_extern("int64", "tvm_flash_launch_threads") * _ITEMS_OF_A_THREAD
+            blocks: T.int64 = T.min(T.max((wanted + (parts - 1)) // T.max(parts, T.int64(1)), T.int64(1)), kv_heads)
+            together: T.int64 = (kv_heads + (blocks - 1)) // blocks
+            blocks = (kv_heads + (together - 1)) // together
             items[0] = T.int64(0)
             costs[0] = T.int64(0)
             part_rows[0] = T.int64(0)
@@ -101,7 +124,7 @@ def attend_macro(pattern: Pattern, config: Config, isa: Isa, traversal: Traversa
                 if length_q <= FEW:
                     count = T.Select(length_q > 0, split.count(P), T.int64(0))
                     cost = T.meta_var(length_q * length_k // split.count(P) + _KEYS_OF_AN_ITEM)
-                    append(shares, s, heads * count, cost * _COST_OF_FEW)
+                    append(shares, s, blocks * count, heads // blocks * cost * _COST_OF_FEW)
                 else:
                     tiles: T.int64 = (length_q + (M - 1)) // M
                     rows: T.int64 = (length_q + (tiles - 1)) // tiles
@@ -134,11 +157,9 @@ def attend_macro(pattern: Pattern, config: Config, isa: Isa, traversal: Traversa
                             with T.sblock("part"):
                                 T.reads()
                                 T.writes()
-                                count: T.int64 = split.count(P)
-                                group: T.int64 = heads // kv_heads
-                                p: T.int64 = w // group % count
-                                h: T.int64 = w // group // count * group + w % group
-                                part(P, (outputs, maxima, sums), s, h, p, count)
+                                kv_first: T.int64 = w % blocks * together
+                                kv_count: T.int64 = T.min(kv_heads - kv_first, together)
+                                part(P, (outputs, maxima, sums), s, kv_first, kv_count, w // blocks, split.count(P))
                         else:
                             with T.sblock("row_tile"):
                                 T.reads()
