@@ -74,7 +74,7 @@ def test_calls_and_programs_take_the_options_of_the_functions():
     schema = torch.ops.tvm_flash.attention.default._schema.arguments
     taken = {a.name for a in schema}
     assert taken == set(arguments) - {"window_size", "out"} | {"layout", "window_left", "window_right"} | set(
-        catalogue.PER_HEAD
+        catalogue.TENSORS
     )
 
 

@@ -34,10 +34,10 @@ PARAMS: Mapping[str, Param] = {
 }
 
 #: Parameters that are tensors.
-PER_HEAD: Mapping[str, Param] = {name: p for name, p in PARAMS.items() if p.is_tensor}
+TENSORS: Mapping[str, Param] = {name: p for name, p in PARAMS.items() if p.is_tensor}
 
 #: Of these, what a kernel can do without: such a one has a number beside it, ``has_`` and its name, 0 if it is missing.
-OPTIONAL = tuple(name for name in PER_HEAD if f"has_{name}" in PARAMS)
+OPTIONAL = tuple(name for name in TENSORS if f"has_{name}" in PARAMS)
 
 #: Parameters that GPU packs have kernels of the usual head dimensions for, and what does the same without them.
 INSTEAD: Mapping[str, str] = {

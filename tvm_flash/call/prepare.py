@@ -22,7 +22,7 @@ from tvm_flash.call.problem import (
 from tvm_flash.call.ragged import count_sequences
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
-from tvm_flash.catalogue import OPTIONAL, PER_HEAD, score_of
+from tvm_flash.catalogue import OPTIONAL, TENSORS, score_of
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
@@ -142,18 +142,18 @@ def _check_accumulators(outputs: tuple[str, ...], tensors: Mapping[str, Any]) ->
 
 
 def _computation(
-    options: Options, sizes: checks.Sizes, per_head: Collection[str]
+    options: Options, sizes: checks.Sizes, given: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, float | int], Mapping[str, Param]]:
     """What is computed: fields of the problem, the scalar parameters, and the declarations of those that are tensors.
 
-    ``per_head`` names the tensors that are given.
+    ``given`` names the tensors that are given.
     """
-    mask, what = kinds_of(options, sizes.seqlen_q, sizes.seqlen_kv, per_head)
+    mask, what = kinds_of(options, sizes.seqlen_q, sizes.seqlen_kv, given)
     if options.definition != BUILTIN_DEFINITION:
         params = params_of(options.definition)
         return what, {name: _scalar(params[name], x) for name, x in options.params}, params
     left, right = (min(x, INT32_MAX) for x in mask.widths(sizes.seqlen_q, sizes.seqlen_kv))
-    if "query_start" in per_head:  # queries may stand anywhere, so that no bound is known to cut nothing off
+    if "query_start" in given:  # queries may stand anywhere, so that no bound is known to cut nothing off
         if sizes.seqlen_q + sizes.seqlen_kv > MAX_POSITIONED:
             raise NotSupportedError(
                 f"query_start: there are {sizes.seqlen_q} queries and {sizes.seqlen_kv} keys, and with it at most "
@@ -162,12 +162,12 @@ def _computation(
         left, right = (UNBOUNDED if x == -1 else min(x, UNBOUNDED) for x in checks.check_window(options.window_size))
         right = 0 if options.causal else right
     scalars = {"softcap": checks.check_softcap(options.softcap), "window_left": left, "window_right": right}
-    scalars |= {f"has_{name}": int(name in per_head) for name in OPTIONAL}
-    return what, scalars, PER_HEAD
+    scalars |= {f"has_{name}": int(name in given) for name in OPTIONAL}
+    return what, scalars, TENSORS
 
 
 def kinds_of(
-    options: Options, seqlen_q: int, seqlen_kv: int, per_head: Collection[str]
+    options: Options, seqlen_q: int, seqlen_kv: int, given: Collection[str]
 ) -> tuple[Mask | None, dict[str, str]]:
     """The mask in its normal form (None for a definition of the user's own), and definition, mask and score by name.
 
@@ -181,17 +181,17 @@ def kinds_of(
     if OPERATORS[options.op].starts:  # which kernel runs has nothing to do with how long sequences are
         seqlen_q = seqlen_kv = INT32_MAX
     mask = normalise_mask(checks.check_flag("causal", options.causal), window, seqlen_q, seqlen_kv)
-    padded = "kv_start" in per_head or "kv_end" in per_head
-    if "visible" in per_head:
+    padded = "kv_start" in given or "kv_end" in given
+    if "visible" in given:
         kind = "given"
-    elif "query_start" in per_head:
+    elif "query_start" in given:
         kind = "positioned"
     else:
         kind = "padded" if padded else mask.kind
     capped = checks.check_softcap(options.softcap) != 0
     return mask, {
         "definition": BUILTIN_DEFINITION, "mask": kind,
-        "score": score_of(capped, "alibi_slopes" in per_head, "sinks" in per_head, "bias" in per_head),
+        "score": score_of(capped, "alibi_slopes" in given, "sinks" in given, "bias" in given),
     }  # fmt: skip
 
 

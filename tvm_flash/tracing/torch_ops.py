@@ -60,7 +60,7 @@ _BUILTIN = (
     f"{', '.join(f'Tensor? {name}=None' for name in _PARAMETERS)}, *, {_LAYOUT}, "
     "bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
 )
-_CUSTOM = f"Tensor[] per_head, float[] numbers, *, str name, str[] per_head_names, str[] number_names, {_LAYOUT}"
+_CUSTOM = f"Tensor[] parameters, float[] numbers, *, str name, str[] parameter_names, str[] number_names, {_LAYOUT}"
 
 _NAMES = {FORWARD: ("attention", "custom_attention"), BACKWARD: ("attention_backward", "custom_attention_backward")}
 for _op, _names in _NAMES.items():
@@ -127,13 +127,13 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
             **own,
         )
     else:
-        per_head = {n: x for n, x in tensors.items() if n not in (*operator.inputs, *operator.optional, *outputs)}
+        parameters = {n: x for n, x in tensors.items() if n not in (*operator.inputs, *operator.optional, *outputs)}
         results = custom(
             *inputs,
-            list(per_head.values()),
+            list(parameters.values()),
             [value for _, value in options.params],
             name=options.definition,
-            per_head_names=list(per_head),
+            parameter_names=list(parameters),
             number_names=[name for name, _ in options.params],
             **own,
         )
@@ -239,10 +239,10 @@ def _builtin(op, *arguments, causal=False, window_left=None, window_right=None, 
     return _run(op, {"parameters": _PARAMETERS}, tensors, (causal, window, softcap), **others)
 
 
-def _custom(op, *arguments, name, per_head_names, number_names, **others):
-    *tensors, per_head, numbers = arguments
-    what = {"definition": name, "parameters": tuple(per_head_names), "scalars": tuple(number_names)}
-    return _run(op, what, (*tensors, *per_head), numbers, **others)
+def _custom(op, *arguments, name, parameter_names, number_names, **others):
+    *tensors, parameters, numbers = arguments
+    what = {"definition": name, "parameters": tuple(parameter_names), "scalars": tuple(number_names)}
+    return _run(op, what, (*tensors, *parameters), numbers, **others)
 
 
 def _count(op):
@@ -281,11 +281,11 @@ def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
 
 
 def _backward_shapes(
-    dout, q, k, v, *rest, layout="bhsd", gradients=(), name=BUILTIN_DEFINITION, per_head_names=(), **_
+    dout, q, k, v, *rest, layout="bhsd", gradients=(), name=BUILTIN_DEFINITION, parameter_names=(), **_
 ):
     check_shapes(layout, q, k, v)
     declared = declared_of(name) if gradients else {}
-    given = dict(zip(per_head_names, rest[-2], strict=True)) if per_head_names else {}
+    given = dict(zip(parameter_names, rest[-2], strict=True)) if parameter_names else {}
     sizes = dict(zip("bhij", (*_rows(q, layout), k.shape[2 if layout == "bhsd" else 1]), strict=True))
     learnt = [
         given[x].shape if declared[x].rank else [sizes[a] for a in declared[x].of_gradient] or [1] for x in gradients
@@ -307,7 +307,7 @@ def _where_autograd_listens(op, custom):
 
     def forward(q, k, v, *rest, **options):
         if custom:
-            (parameters, *last), names = rest, options["per_head_names"]
+            (parameters, *last), names = rest, options["parameter_names"]
         else:
             parameters, last, names = (*rest, *[None] * (len(_PARAMETERS) - len(rest))), (), _PARAMETERS
         if not is_recorded((q, k, v, *parameters)):

@@ -18,7 +18,7 @@ def larger_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
         size = info.batch_size
         if "name" in options:
             declared = params_of(options["name"])
-            if wide := [n for n in options["per_head_names"] if not declared[n].per_head]:
+            if wide := [n for n in options["parameter_names"] if not declared[n].per_head]:
                 raise NotSupportedError(
                     f"{', '.join(wide)}: the call is mapped by torch.vmap, and such parameters can't be; use the batch "
                     f"dimension of q, k and v"
