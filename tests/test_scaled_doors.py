@@ -114,7 +114,7 @@ def test_scales_of_sequences_as_flash_attention_has_them(paged):
         )
     beyond = LENGTHS.long() + 2**32
     with pytest.raises(InvalidArgumentError, match=r"^cache_seqlens: is 2147483647"):
-        nn.flash_attn_with_kvcache(*given, **where, k_descale=own["k"], v_descale=own["v"], cache_seqlens=beyond)
+        nn.flash_attn_with_kvcache(*given, **where, k_descale=one[None], v_descale=one[None], cache_seqlens=beyond)
 
 
 class Model(torch.nn.Module):
