@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from tvm_flash.bench import processor
 from tvm_flash.commands.cli import main
