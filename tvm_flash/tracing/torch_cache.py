@@ -86,10 +86,9 @@ def attend(
     options = options | {"kv_start": None if leftpad is None else leftpad[:, None], "max_seqlen_q": longest}
     if not compiling and not TORCH.watched(tuple(x for x in (*tensors.values(), before) if x is not None)):
         _check_all(call, options)
-        if k is not None:
-            cache_checks.check_memory(everything | {"cache_seqlens": cache_seqlens})
+        shift = 0 if k is None else cache_checks.check_memory(everything | {"cache_seqlens": cache_seqlens})
         if q.device.type == "cpu":
-            check_contents(tensors, before, after, table, sizes, along)
+            check_contents(tensors, before, after, table, sizes, along, shift)
     if tensors["rotary_cos"] is not None:
         turned = tensors["rotary_seqlens"]
         turned = before if turned is None else turned

@@ -191,14 +191,18 @@ def _check_rotation(tensors: Mapping[str, Any]) -> None:
     _check_shape("rotary_sin", sin, tuple(cos.shape), "that of rotary_cos")
 
 
-def check_memory(tensors: Mapping[str, Any]) -> None:
+def check_memory(tensors: Mapping[str, Any]) -> int:
     """That caches that are written have their elements for themselves; ``tensors`` are all of the call, by name.
+
+    Pages of both caches may take turns in one buffer, so that page p of k_cache is page p − n of v_cache.  Which of
+    them a sequence has is for :mod:`.torch_cache_contents` to see; the result is n, or 0 if they share nothing.
 
     Raises
     ------
     InvalidArgumentError
     """
     at = {name: x.data_ptr() for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+    shift = 0
     for cache in _CACHES:
         x = tensors[cache]
         own = x.shape, x.stride(), x.element_size()
@@ -218,11 +222,26 @@ def check_memory(tensors: Mapping[str, Any]) -> None:
             if not begin <= address < end or name == cache:
                 continue
             y = tensors[name]
-            if _share(*own, y.shape, y.stride(), y.element_size(), address - at[cache]):
+            distance = address - at[cache]
+            if _share(*own, y.shape, y.stride(), y.element_size(), distance):
+                if name in _CACHES and (shift := _pages_between(*own, y.stride(), abs(distance))):
+                    shift = shift if at["v_cache"] > at["k_cache"] else -shift
+                    continue
                 raise InvalidArgumentError(
                     f"{name}: shares memory with {cache}, to which keys are appended; give it memory of its own, as "
                     f"with {name}.clone()"
                 )
+
+    return shift
+
+
+def _pages_between(shape, strides, item_size, others, distance: int) -> int:
+    """How many pages lie between two caches whose pages take turns; 0 if they don't."""
+    page, size = (
+        strides[0] * item_size,
+        item_size + sum(item_size * s * (n - 1) for s, n in zip(strides[1:], shape[1:], strict=True)),
+    )
+    return distance // page if strides == others and page >= size and not distance % page else 0
 
 
 _is_injective = functools.lru_cache(maxsize=64)(checks.is_injective)

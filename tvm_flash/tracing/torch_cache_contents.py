@@ -20,8 +20,11 @@ def check_contents(
     table: torch.Tensor,
     sizes: Sizes,
     along: bool,
+    shift: int,
 ) -> None:
     """What is in int32 tensors of the CPU; ``along`` says that queries are turned by positions of their own.
+
+    Page p of k_cache is page p − ``shift`` of v_cache, if that isn't 0.
 
     Raises
     ------
@@ -52,6 +55,14 @@ def check_contents(
             if pages
             else f"k_cache: has no pages, and sequence {b} has {int(last[b])} keys; expected the pages that hold them"
         )
+    if shift:
+        of_keys = set(entries_of[needed].tolist())
+        if both := of_keys & {page + shift for page in of_keys}:
+            page = min(both)
+            raise InvalidArgumentError(
+                f"v_cache: shares memory with k_cache, to which keys are appended, and its page {page - shift} is page "
+                f"{page} there; sequences need both, give v_cache memory of its own"
+            )
     entries = tensors["cache_batch_idx"]
     if tensors["k"] is not None and entries is not None and len(set(entries.tolist())) < len(entries):
         raise InvalidArgumentError(
