@@ -11,7 +11,7 @@ its own is still there.
 =========== =================== =================================================
 buffer      shape               holds
 =========== =================== =================================================
-QT          (D' / 2, M)         pairs of queries; D' is D rounded up to 32
+QT          (M/G, D' / 2, G)    pairs of queries of each group; D' is D rounded up to 32
 KT          (N, D')             keys with zeros around, where the caller's won't do
 VT          (E', N)             values transposed, 0 past the last key
 PT          (N / 2, G)          pairs of probabilities, of one group
@@ -128,7 +128,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
         macros.load_queries(P, QT, state, b, h, row0, rows, count)
         for d in T.serial(P.head_dim // 2, _whole(P.head_dim) // 2):
             for i in T.serial(count):
-                QT[d, i] = T.uint32(0)
+                QT[i // G, d, i % G] = T.uint32(0)
 
     @T.inline
     def load_tile(P: Geometry, KT, VT, largest, k_at, v_at, keys):
@@ -156,7 +156,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                 VT[e, j] = T.uint16(0)
 
     @T.inline
-    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, column, keys):
+    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys):
         steps: T.int64 = _whole(P.head_dim) // BLOCK
         for block in T.serial(_whole(keys) // BLOCK):
             if is_copied(P, keys):
@@ -164,7 +164,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                     product(
                         *(_at(ST, "w", block * BLOCK, 0), 4 * G),
                         *(_at(KT, "r", block * BLOCK, 0), T.int64(2 * KT.shape[1])),
-                        *(_at(QT, "r", 0, column), 4 * M, steps),
+                        *(_at(QT, "r", group, 0, 0), 4 * G, steps),
                     )
                 )
             else:
@@ -172,12 +172,12 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                     product(
                         *(_at(ST, "w", block * BLOCK, 0), 4 * G),
                         *(T.address_of(P.k.flat[k_at + block * BLOCK * P.k.strides[2]]), 2 * P.k.strides[2]),
-                        *(_at(QT, "r", 0, column), 4 * M, steps),
+                        *(_at(QT, "r", group, 0, 0), 4 * G, steps),
                     )
                 )
 
     @T.inline
-    def output_of_all(P: Geometry, PT, VT, OT, acc, correction, column, keys):
+    def output_of_all(P: Geometry, PT, VT, OT, acc, correction, group, keys):
         for block in T.serial(_whole(P.head_dim_v) // BLOCK):
             T.evaluate(
                 product(
@@ -189,25 +189,25 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             for r in T.serial(T.min(T.int64(BLOCK), P.head_dim_v - block * BLOCK)):
                 for n in T.unroll(V):
                     for lane in T.vectorized(lanes):
-                        OT[block * BLOCK + r, column + n * lanes + lane] = (
-                            OT[block * BLOCK + r, column + n * lanes + lane] * correction[n * lanes + lane]
+                        OT[group, block * BLOCK + r, n * lanes + lane] = (
+                            OT[group, block * BLOCK + r, n * lanes + lane] * correction[n * lanes + lane]
                             + acc[r * G + n * lanes + lane]
                         )
 
     @T.inline
-    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
+    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full):
         if full or macros.is_finite(largest):
             macros.round_probabilities(ST, PT, keys, _whole(keys))
-            output_of_all(P, PT, VT, OT, acc, correction, column, keys)
+            output_of_all(P, PT, VT, OT, acc, correction, group, keys)
         else:
-            macros.output_of_visible(P, ST, OT, correction, v_at, column, keys)
+            macros.output_of_visible(P, ST, OT, correction, v_at, group, keys)
 
     @T.inline
     def finish(state):
         T.evaluate(T.call_extern("int32", "tvm_flash_tiles_end", _at(state, "r", 0)))
 
     return SimpleNamespace(
-        queries=((_whole(head_dim) // 2, M), "uint32"),
+        queries=((M // G, _whole(head_dim) // 2, G), "uint32"),
         keys=((N, _whole(head_dim)), "uint16"),
         values=((_whole(head_dim_v), N), "uint16"),
         probabilities=((N // 2, G), "uint32"),

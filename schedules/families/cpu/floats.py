@@ -3,7 +3,7 @@
 =========== ========== =========================================
 buffer      shape      holds
 =========== ========== =========================================
-QT          (D, M)     queries
+QT          (M/G, D, G)  queries of each group
 KT, VT      (N, D)     keys and values; unused if they are float32
 acc         (R * G,)   the register tile
 =========== ========== =========================================
@@ -28,15 +28,16 @@ _CHAIN = 128
 def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_dim_v: int) -> SimpleNamespace:
     """Macros ``load_queries``, ``load_tile``, ``scores``, ``output``, and the shapes and dtypes of their buffers."""
     M, N, R, V = config.block_m, config.block_n, config.tile_rows, config.row_vectors
+    G = V * lanes
     converts = dtype != "float32"
 
     @T.inline
     def load_queries(P: Geometry, QT, state, b, h, row0, rows, count):
-        """``QT[d, i] = q[row0 + i, d]``; queries past ``rows`` repeat the last one."""
+        """``QT[i // G, d, i % G] = q[row0 + i, d]``; queries past ``rows`` repeat the last one."""
         for i in T.serial(count):
             q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
             for d in T.serial(P.head_dim):
-                QT[d, i] = f32(P.q.flat[q_row + d])
+                QT[i // G, d, i % G] = f32(P.q.flat[q_row + d])
 
     @T.inline
     def convert(tile, tensor, base, keys, width):
@@ -59,8 +60,8 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
                 acc[x * lanes + lane] = T.float32(0)
 
     @T.inline
-    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, column, keys):
-        """``ST[j, i] = sum_d k[j, d] * QT[d, column + i]``, in chains of ``_CHAIN``.
+    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys):
+        """``ST[j, i] = sum_d k[j, d] * QT[group, d, i]``, in chains of ``_CHAIN``.
 
         Register tiles may reach past the last key, and repeat it; those rows of ``ST`` are never read.
         """
@@ -74,7 +75,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
                         element: T.let[T.float32] = KT[tile * R + r, d] if converts else P.k.flat[row[r] + d]
                         for n in T.unroll(V):
                             for lane in T.vectorized(lanes):
-                                acc[(r * V + n) * lanes + lane] += element * QT[d, column + n * lanes + lane]
+                                acc[(r * V + n) * lanes + lane] += element * QT[group, d, n * lanes + lane]
                 if chain == 0:
                     for r in T.unroll(R):
                         for n in T.unroll(V):
@@ -87,7 +88,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
                                 ST[tile * R + r, n * lanes + lane] += acc[(r * V + n) * lanes + lane]
 
     @T.inline
-    def output_with(P: Geometry, ST, VT, OT, acc, correction, v_at, column, keys, update):
+    def output_with(P: Geometry, ST, VT, OT, acc, correction, v_at, group, keys, update):
         for tile in T.serial(P.head_dim_v // R):
             zero(acc)
             for j in T.serial(keys):
@@ -103,33 +104,33 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
             for r in T.unroll(R):
                 for n in T.unroll(V):
                     for lane in T.vectorized(lanes):
-                        OT[tile * R + r, column + n * lanes + lane] = (
-                            OT[tile * R + r, column + n * lanes + lane] * correction[n * lanes + lane]
+                        OT[group, tile * R + r, n * lanes + lane] = (
+                            OT[group, tile * R + r, n * lanes + lane] * correction[n * lanes + lane]
                             + acc[(r * V + n) * lanes + lane]
                         )
 
     @T.inline
-    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
-        """``OT[e, i] = OT[e, i] * correction[i] + sum_j v[j, e] * ST[j, i]``.
+    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full):
+        """``OT[group, e, i] = OT[group, e, i] * correction[i] + sum_j v[j, e] * ST[j, i]``.
 
         A tile is summed by itself first: a chain of N additions and one of tiles, not one of all keys, which was seven
         times less accurate at 2048 keys.
         """
         if full:
-            output_with(P, ST, VT, OT, acc, correction, v_at, column, keys, accumulate)
+            output_with(P, ST, VT, OT, acc, correction, v_at, group, keys, accumulate)
         else:
-            output_with(P, ST, VT, OT, acc, correction, v_at, column, keys, accumulate_visible)
+            output_with(P, ST, VT, OT, acc, correction, v_at, group, keys, accumulate_visible)
 
     @T.inline
     def finish(state):
         pass
 
     return SimpleNamespace(
-        queries=((head_dim, M), "float32"),
+        queries=((M // G, head_dim, G), "float32"),
         keys=((N if converts else 1, head_dim), "float32"),
         values=((N if converts else 1, head_dim_v), "float32"),
         probabilities=((1, 1), "float32"),
-        accumulators=(R * V * lanes,),
+        accumulators=(R * G,),
         state=((1,), "uint8"),
         load_queries=load_queries,
         load_tile=load_tile,

@@ -7,7 +7,7 @@ where the caller has it.
 =========== ============= ==================================
 buffer      shape         holds
 =========== ============= ==================================
-QT          (D / 2, M)    pairs of queries
+QT          (M/G, D/2, G) pairs of queries of each group
 PT          (N / 2, G)    pairs of probabilities, of one group
 VT          (N / 2, E)    pairs of values
 =========== ============= ==================================
@@ -68,13 +68,14 @@ def rounded_pair(low, high):
 def make_pair_macros(config: Config) -> SimpleNamespace:
     """What the products on pairs and on tile registers share."""
     V = config.row_vectors
+    G = V * LANES
 
     @T.inline
     def load_queries(P: Geometry, QT, state, b, h, row0, rows, count):
         for i in T.serial(count):
             q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
             for d in T.serial(P.head_dim // 2):
-                QT[d, i] = pair(bits(P.q.flat[q_row + 2 * d]), bits(P.q.flat[q_row + 2 * d + 1]))
+                QT[i // G, d, i % G] = pair(bits(P.q.flat[q_row + 2 * d]), bits(P.q.flat[q_row + 2 * d + 1]))
 
     @T.inline
     def round_probabilities(ST, PT, keys, end):
@@ -89,16 +90,16 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
                     PT[j, n * LANES + lane] = rounded_pair(ST[2 * j, n * LANES + lane], ST[2 * j + 1, n * LANES + lane])
 
     @T.inline
-    def output_of_visible(P: Geometry, ST, OT, correction, v_at, column, keys):
+    def output_of_visible(P: Geometry, ST, OT, correction, v_at, group, keys):
         """Key by key, for a masked tile with an inf or NaN among its values: a masked key must not bring it in."""
         for e in T.serial(P.head_dim_v):
             for n in T.unroll(V):
                 for lane in T.vectorized(LANES):
-                    OT[e, column + n * LANES + lane] *= correction[n * LANES + lane]
+                    OT[group, e, n * LANES + lane] *= correction[n * LANES + lane]
                 for j in T.serial(keys):
                     for lane in T.vectorized(LANES):
-                        OT[e, column + n * LANES + lane] = accumulate_visible(
-                            OT[e, column + n * LANES + lane],
+                        OT[group, e, n * LANES + lane] = accumulate_visible(
+                            OT[group, e, n * LANES + lane],
                             ST[j, n * LANES + lane],
                             f32(P.v.flat[P.v.in_tile(v_at, j) + e]),
                         )
@@ -151,7 +152,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             acc[T.Ramp(x * LANES, 1, LANES)] = T.Broadcast(T.float32(0), LANES)
 
     @T.inline
-    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, column, keys):
+    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys):
         for tile in T.serial((keys + (R - 1)) // R):
             zero(acc)
             for r in T.unroll(R):
@@ -161,7 +162,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                     for n in T.unroll(V):
                         acc[T.Ramp((r * V + n) * LANES, 1, LANES)] = dot(
                             acc[T.Ramp((r * V + n) * LANES, 1, LANES)],
-                            QT[d, T.Ramp(column + n * LANES, 1, LANES)],
+                            QT[group, d, T.Ramp(n * LANES, 1, LANES)],
                             T.reinterpret("uint32", P.k.flat[T.Ramp(row[r] + 2 * d, 1, 2)]),
                         )
             for r in T.unroll(R):
@@ -169,7 +170,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                     ST[tile * R + r, T.Ramp(n * LANES, 1, LANES)] = acc[T.Ramp((r * V + n) * LANES, 1, LANES)]
 
     @T.inline
-    def output_of_all(P: Geometry, PT, VT, OT, acc, correction, column, keys):
+    def output_of_all(P: Geometry, PT, VT, OT, acc, correction, group, keys):
         for tile in T.serial(P.head_dim_v // R):
             zero(acc)
             for j in T.serial((keys + 1) // 2):
@@ -183,25 +184,25 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             for r in T.unroll(R):
                 for n in T.unroll(V):
                     for lane in T.vectorized(LANES):
-                        OT[tile * R + r, column + n * LANES + lane] = (
-                            OT[tile * R + r, column + n * LANES + lane] * correction[n * LANES + lane]
+                        OT[group, tile * R + r, n * LANES + lane] = (
+                            OT[group, tile * R + r, n * LANES + lane] * correction[n * LANES + lane]
                             + acc[(r * V + n) * LANES + lane]
                         )
 
     @T.inline
-    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
+    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full):
         if full or macros.is_finite(largest):
             macros.round_probabilities(ST, PT, keys, (keys + 1) // 2 * 2)
-            output_of_all(P, PT, VT, OT, acc, correction, column, keys)
+            output_of_all(P, PT, VT, OT, acc, correction, group, keys)
         else:
-            macros.output_of_visible(P, ST, OT, correction, v_at, column, keys)
+            macros.output_of_visible(P, ST, OT, correction, v_at, group, keys)
 
     @T.inline
     def finish(state):
         pass
 
     return SimpleNamespace(
-        queries=((head_dim // 2, M), "uint32"),
+        queries=((M // G, head_dim // 2, G), "uint32"),
         keys=((1, 1), "uint32"),
         values=((N // 2, head_dim_v), "uint32"),
         probabilities=((N // 2, G), "uint32"),

@@ -30,7 +30,8 @@ MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products, "tiles": ti
 def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim_v: int):
     """A macro ``(geometry, b, h, row0)`` that computes up to ``block_m`` rows from ``row0`` on."""
     M, N, R, lanes = config.block_m, config.block_n, config.tile_rows, isa.lanes
-    G = config.row_vectors * lanes
+    V = config.row_vectors
+    G = V * lanes
     steps = make_steps(config, lanes)
     products = MULTIPLICATIONS[multiplication(isa, dtype)](config, lanes, dtype, head_dim, head_dim_v)
 
@@ -42,7 +43,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         VT = T.sblock_alloc_buffer(*products.values)
         PT = T.sblock_alloc_buffer(*products.probabilities)
         state = T.sblock_alloc_buffer(*products.state)
-        OT = T.sblock_alloc_buffer((head_dim_v, M), "float32")
+        OT = T.sblock_alloc_buffer((M // G, head_dim_v, G), "float32")
         ST = T.sblock_alloc_buffer((N, G), "float32")
         row_max = T.sblock_alloc_buffer((M,), "float32")
         row_sum = T.sblock_alloc_buffer((M,), "float32")
@@ -68,10 +69,11 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
 
         # 1. Queries transposed; rows past the end repeat the last one and are never stored.
         products.load_queries(P, QT, state, b, h, row0, rows, groups * G)
-        for e in T.serial(P.head_dim_v):
-            for i in T.serial(groups * G // lanes):
-                for lane in T.vectorized(lanes):
-                    OT[e, i * lanes + lane] = T.float32(0)
+        for group in T.serial(groups):
+            for e in T.serial(P.head_dim_v):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        OT[group, e, n * lanes + lane] = T.float32(0)
         for i in T.serial(M // lanes):
             for lane in T.vectorized(lanes):
                 row_max[i * lanes + lane] = P.first_max(b, h)
@@ -115,14 +117,14 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                             products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
                             loaded = T.bool(True)
                     staged.fill(P, b, h, first, last + 1 - first, key0, keys)
-                    products.scores(P, QT, KT, ST, acc, row, k_at, column, keys)
+                    products.scores(P, QT, KT, ST, acc, row, k_at, group, keys)
                     if full:
                         if not P.pattern.is_scale_only:
                             steps.apply_score(ST, P.pattern, P.stored_score, site, first, key0, keys, staged, None)
                     else:
                         steps.apply_score(ST, P.pattern, P.masked_score, site, first, key0, keys, staged, look)
                     steps.online_softmax(ST, row_max, row_sum, correction, highest, total, column, keys, scale)
-                    products.output(P, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full)
+                    products.output(P, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full)
 
         products.finish(state)
 
@@ -137,13 +139,16 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                 row_sum[i * lanes + lane] = T.Select(
                     row_sum[i * lanes + lane] == T.float32(0), T.float32(1), row_sum[i * lanes + lane]
                 )
-        for e in T.serial(P.head_dim_v):
-            for i in T.serial(groups * G // lanes):
-                for lane in T.vectorized(lanes):
-                    OT[e, i * lanes + lane] = OT[e, i * lanes + lane] / row_sum[i * lanes + lane]
+        for group in T.serial(groups):
+            for e in T.serial(P.head_dim_v):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        OT[group, e, n * lanes + lane] = (
+                            OT[group, e, n * lanes + lane] / row_sum[group * G + n * lanes + lane]
+                        )
         for i in T.serial(rows):
             o_row: T.int64 = P.o.row(b, h, row0 + i)
             for e in T.serial(P.head_dim_v):
-                P.o.flat[o_row + e] = T.cast(OT[e, i], P.o.flat.dtype)
+                P.o.flat[o_row + e] = T.cast(OT[i // G, e, i % G], P.o.flat.dtype)
 
     return row_tile
