@@ -18,6 +18,7 @@ from tvm.script import tirx as T
 from schedules.families.cpu.config import Config
 from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.steps import accumulate, accumulate_visible, f32
+from schedules.families.cpu.transpose import make_transposed_load
 
 #: So many products of a score are summed one after another; then the sums of such chains are added up.  At head_dim 256
 #: the error of a result falls from 1.5 to 0.95 of that of torch's attention (root mean square; the largest from 4 to
@@ -31,13 +32,16 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
     G = V * lanes
     converts = dtype != "float32"
 
+    def words(flat, row, d, count):
+        """``count`` elements of a row from ``d`` on, as float32."""
+        return f32(flat[row + d]) if count == 1 else T.cast(flat[T.Ramp(row + d, 1, count)], f"float32x{count}")
+
+    load_transposed = make_transposed_load(config.row_vectors, lanes, words)
+
     @T.inline
-    def load_queries(P: Geometry, QT, state, b, h, row0, rows, count):
+    def load_queries(P: Geometry, QT, state, block, b, h, row0, rows, count):
         """``QT[i // G, d, i % G] = q[row0 + i, d]``; queries past ``rows`` repeat the last one."""
-        for i in T.serial(count):
-            q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
-            for d in T.serial(P.head_dim):
-                QT[i // G, d, i % G] = f32(P.q.flat[q_row + d])
+        load_transposed(P, QT, block, b, h, row0, rows, count, P.head_dim)
 
     @T.inline
     def convert(tile, tensor, base, keys, width):
@@ -48,7 +52,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
                     tile[j, d * 8 + lane] = f32(tensor.flat[tensor.in_tile(base, j) + d * 8 + lane])
 
     @T.inline
-    def load_tile(P: Geometry, KT, VT, largest, k_at, v_at, keys):
+    def load_tile(P: Geometry, KT, VT, largest, block, k_at, v_at, keys):
         if converts:
             convert(KT, P.k, k_at, keys, P.head_dim)
             convert(VT, P.v, v_at, keys, P.head_dim_v)

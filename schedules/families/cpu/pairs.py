@@ -22,6 +22,7 @@ from tvm.script import tirx as T
 from schedules.families.cpu.config import Config
 from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.steps import accumulate_visible, f32
+from schedules.families.cpu.transpose import make_transposed_load
 
 #: acc[i] += a[i].low * pair.low + a[i].high * pair.high, all lanes with the one pair.
 DOT_PAIRS = """
@@ -68,14 +69,16 @@ def rounded_pair(low, high):
 def make_pair_macros(config: Config) -> SimpleNamespace:
     """What the products on pairs and on tile registers share."""
     V = config.row_vectors
-    G = V * LANES
+
+    def words(flat, row, d, count):
+        """``count`` pairs of a row from pair ``d`` on."""
+        return T.reinterpret(f"uint32x{count}" if count > 1 else "uint32", flat[T.Ramp(row + 2 * d, 1, 2 * count)])
+
+    load_transposed = make_transposed_load(V, LANES, words)
 
     @T.inline
-    def load_queries(P: Geometry, QT, state, b, h, row0, rows, count):
-        for i in T.serial(count):
-            q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
-            for d in T.serial(P.head_dim // 2):
-                QT[i // G, d, i % G] = pair(bits(P.q.flat[q_row + 2 * d]), bits(P.q.flat[q_row + 2 * d + 1]))
+    def load_queries(P: Geometry, QT, state, block, b, h, row0, rows, count):
+        load_transposed(P, QT, block, b, h, row0, rows, count, P.head_dim // 2)
 
     @T.inline
     def round_probabilities(ST, PT, keys, end):
@@ -127,7 +130,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
     macros = make_pair_macros(config)
 
     @T.inline
-    def load_tile(P: Geometry, KT, VT, largest, k_at, v_at, keys):
+    def load_tile(P: Geometry, KT, VT, largest, block, k_at, v_at, keys):
         """Values as pairs, the last one with 0 if ``keys`` is odd; ``largest`` of their magnitudes, as bits."""
         for lane in T.vectorized(8):
             largest[lane] = T.uint16(0)

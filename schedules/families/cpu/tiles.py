@@ -23,6 +23,7 @@ from schedules.families.cpu.pages import find_rows, widen_tile
 from schedules.families.cpu.pairs import pair_products
 from schedules.families.cpu.places import Look, Staged
 from schedules.families.cpu.steps import make_steps
+from schedules.families.cpu.transpose import make_transposed_store, transpose_function
 
 MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products, "tiles": tile_products}
 
@@ -35,8 +36,11 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
     steps = make_steps(config, lanes)
     products = MULTIPLICATIONS[multiplication(isa, dtype)](config, lanes, dtype, head_dim, head_dim_v)
 
+    store_transposed = make_transposed_store(V, lanes)
+
     @T.inline
     def row_tile(call: Geometry, b, h, row0):
+        T.attr(0, "pragma_import_llvm", transpose_function(lanes))
         P = T.meta_var(call.with_room(N, N))
         QT = T.sblock_alloc_buffer(*products.queries)
         KT = T.sblock_alloc_buffer(*products.keys)
@@ -51,6 +55,8 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         highest = T.sblock_alloc_buffer((G,), "float32", scope="local")
         total = T.sblock_alloc_buffer((G,), "float32", scope="local")
         acc = T.sblock_alloc_buffer(products.accumulators, "float32", scope="local")
+        block = T.sblock_alloc_buffer((lanes, lanes), products.queries[1], scope="local")
+        result = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
         row = T.sblock_alloc_buffer((R,), "int64", scope="local")
         largest = T.sblock_alloc_buffer((8,), "uint16", scope="local")
         staged = T.meta_var(Staged(P.pattern.of_score, "i", G, N))
@@ -68,7 +74,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         site = T.meta_var(P.site(b, h))
 
         # 1. Queries transposed; rows past the end repeat the last one and are never stored.
-        products.load_queries(P, QT, state, b, h, row0, rows, groups * G)
+        products.load_queries(P, QT, state, block, b, h, row0, rows, groups * G)
         for group in T.serial(groups):
             for e in T.serial(P.head_dim_v):
                 for n in T.unroll(V):
@@ -98,7 +104,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
             loaded: T.bool = T.bool(not on_demand)
             if not on_demand:
                 widen_tile(P, keys, T.int64(0))
-                products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
+                products.load_tile(P, KT, VT, largest, block, k_at, v_at, keys)
             for group in T.serial(groups):
                 column: T.int64 = group * G
                 first: T.int64 = row0 + column
@@ -114,7 +120,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                     if on_demand:
                         if not loaded:
                             widen_tile(P, keys, T.int64(0))
-                            products.load_tile(P, KT, VT, largest, k_at, v_at, keys)
+                            products.load_tile(P, KT, VT, largest, block, k_at, v_at, keys)
                             loaded = T.bool(True)
                     staged.fill(P, b, h, first, last + 1 - first, key0, keys)
                     products.scores(P, QT, KT, ST, acc, row, k_at, group, keys)
@@ -146,9 +152,6 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                         OT[group, e, n * lanes + lane] = (
                             OT[group, e, n * lanes + lane] / row_sum[group * G + n * lanes + lane]
                         )
-        for i in T.serial(rows):
-            o_row: T.int64 = P.o.row(b, h, row0 + i)
-            for e in T.serial(P.head_dim_v):
-                P.o.flat[o_row + e] = T.cast(OT[i // G, e, i % G], P.o.flat.dtype)
+        store_transposed(P, OT, result, b, h, row0, rows)
 
     return row_tile
