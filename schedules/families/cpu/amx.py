@@ -111,9 +111,13 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
     def product(c, ldc, a, lda, b, ldb, steps):
         return T.call_extern("int32", "tvm_flash_tile_product", c, T.int64(ldc), a, lda, b, T.int64(ldb), steps)
 
-    def is_copied(P: Geometry, keys):
-        """Whether the keys of a tile aren't where a product can read them: too few, too narrow, or on pages."""
-        return T.bool(True) if P.is_paged else T.Or(keys < N, tirx.NE(P.head_dim % BLOCK, T.int64(0)))
+    def is_copied(P: Geometry, keys, rows):
+        """Whether the keys of a tile aren't where a product can read them, or would read them slowly several times:
+        too few, too narrow, on pages, or apart."""
+        if P.is_paged:
+            return T.bool(True)
+        unfit = T.Or(keys < N, tirx.NE(P.head_dim % BLOCK, T.int64(0)))
+        return T.Or(unfit, T.And(rows >= 2 * G, P.k.is_apart(P.head_dim)))
 
     def value_row(P: Geometry, v_at, j, keys):
         """The row of a key's values, and what its elements are masked with: 0 past the last key."""
@@ -129,18 +133,21 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                 QT[i // G, d, i % G] = T.uint32(0)
 
     @T.inline
-    def load_tile(P: Geometry, KT, VT, largest, block, k_at, v_at, keys):
+    def load_tile(P: Geometry, KT, VT, largest, block, k_at, v_at, keys, rows):
         for lane in T.vectorized(8):
             largest[lane] = T.uint16(0)
-        if is_copied(P, keys):
-            for j in T.serial(N):
-                for d in T.serial(_whole(P.head_dim) // 8):
+        if is_copied(P, keys, rows):
+            for j in T.serial(_whole(keys)):
+                key: T.int64 = P.k.in_tile(k_at, T.min(j, keys - 1))
+                for d in T.serial(P.head_dim // BLOCK):
+                    for lane in T.vectorized(BLOCK):
+                        KT[j, d * BLOCK + lane] = bits(P.k.flat[key + d * BLOCK + lane])
+                for d in T.serial(P.head_dim // BLOCK * (BLOCK // 8), P.head_dim // 8):
+                    for lane in T.vectorized(8):
+                        KT[j, d * 8 + lane] = bits(P.k.flat[key + d * 8 + lane])
+                for d in T.serial(P.head_dim // 8, _whole(P.head_dim) // 8):
                     for lane in T.vectorized(8):
                         KT[j, d * 8 + lane] = T.uint16(0)
-            for j in T.serial(keys):
-                for d in T.serial(P.head_dim // 8):
-                    for lane in T.vectorized(8):
-                        KT[j, d * 8 + lane] = bits(P.k.flat[P.k.in_tile(k_at, j) + d * 8 + lane])
         for j in T.serial(keys):
             for e in T.serial(P.head_dim_v // 8):
                 for lane in T.vectorized(8):
@@ -167,10 +174,10 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                     VT[e, j] = T.bitwise_and(bits(P.v.flat[row[0] + e]), row[1])
 
     @T.inline
-    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys):
+    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys, rows):
         steps: T.int64 = _whole(P.head_dim) // BLOCK
         for block in T.serial(_whole(keys) // BLOCK):
-            if is_copied(P, keys):
+            if is_copied(P, keys, rows):
                 T.evaluate(
                     product(
                         *(place(ST, "w", block * BLOCK, 0), 4 * G),
@@ -206,7 +213,7 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                         )
 
     @T.inline
-    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full):
+    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full, rows):
         if full or macros.is_finite(largest):
             macros.round_probabilities(ST, PT, keys, _whole(keys))
             output_of_all(P, PT, VT, OT, acc, correction, group, keys)

@@ -8,6 +8,7 @@ where the caller has it.
 buffer      shape         holds
 =========== ============= ==================================
 QT          (M/G, D/2, G) pairs of queries of each group
+KT          (N, D / 2)    pairs of keys, only where rows are apart
 PT          (N / 2, G)    pairs of probabilities, of one group
 VT          (N / 2, E)    pairs of values
 =========== ============= ==================================
@@ -115,6 +116,7 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
         return bound < T.uint16(_INF)
 
     return SimpleNamespace(
+        words=words,
         load_queries=load_queries,
         round_probabilities=round_probabilities,
         output_of_visible=output_of_visible,
@@ -129,9 +131,17 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
     G = V * LANES
     macros = make_pair_macros(config)
 
+    def is_packed(P: Geometry, rows):
+        """Whether keys are brought together, as of float32 (``floats.py``)."""
+        return T.And(rows >= 2 * G, P.k.is_apart(P.head_dim))
+
     @T.inline
-    def load_tile(P: Geometry, KT, VT, largest, block, k_at, v_at, keys):
+    def load_tile(P: Geometry, KT, VT, largest, block, k_at, v_at, keys, rows):
         """Values as pairs, the last one with 0 if ``keys`` is odd; ``largest`` of their magnitudes, as bits."""
+        if is_packed(P, rows):
+            for j in T.serial(keys):
+                for d in T.serial(P.head_dim // 8):
+                    KT[j, T.Ramp(d * 4, 1, 4)] = macros.words(P.k.flat, P.k.in_tile(k_at, j), d * 4, 4)
         for lane in T.vectorized(8):
             largest[lane] = T.uint16(0)
         for j in T.serial((keys + 1) // 2):
@@ -155,7 +165,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             acc[T.Ramp(x * LANES, 1, LANES)] = T.Broadcast(T.float32(0), LANES)
 
     @T.inline
-    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys):
+    def scores_with(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys, in_tile):
         for tile in T.serial((keys + (R - 1)) // R):
             zero(acc)
             for r in T.unroll(R):
@@ -166,11 +176,18 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                         acc[T.Ramp((r * V + n) * LANES, 1, LANES)] = dot(
                             acc[T.Ramp((r * V + n) * LANES, 1, LANES)],
                             QT[group, d, T.Ramp(n * LANES, 1, LANES)],
-                            T.reinterpret("uint32", P.k.flat[T.Ramp(row[r] + 2 * d, 1, 2)]),
+                            KT[tile * R + r, d] if in_tile else macros.words(P.k.flat, row[r], d, 1),
                         )
             for r in T.unroll(R):
                 for n in T.unroll(V):
                     ST[tile * R + r, T.Ramp(n * LANES, 1, LANES)] = acc[T.Ramp((r * V + n) * LANES, 1, LANES)]
+
+    @T.inline
+    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys, rows):
+        if is_packed(P, rows):
+            scores_with(P, QT, KT, ST, acc, row, k_at, group, keys, True)
+        else:
+            scores_with(P, QT, KT, ST, acc, row, k_at, group, keys, False)
 
     @T.inline
     def output_of_all(P: Geometry, PT, VT, OT, acc, correction, group, keys):
@@ -193,7 +210,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                         )
 
     @T.inline
-    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full):
+    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full, rows):
         if full or macros.is_finite(largest):
             macros.round_probabilities(ST, PT, keys, (keys + 1) // 2 * 2)
             output_of_all(P, PT, VT, OT, acc, correction, group, keys)
@@ -206,7 +223,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
 
     return SimpleNamespace(
         queries=((M // G, head_dim // 2, G), "uint32"),
-        keys=((1, 1), "uint32"),
+        keys=((N, head_dim // 2), "uint32"),
         values=((N // 2, head_dim_v), "uint32"),
         probabilities=((N // 2, G), "uint32"),
         accumulators=(R * G,),

@@ -104,7 +104,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
             loaded: T.bool = T.bool(not on_demand)
             if not on_demand:
                 widen_tile(P, keys, T.int64(0))
-                products.load_tile(P, KT, VT, largest, block, k_at, v_at, keys)
+                products.load_tile(P, KT, VT, largest, block, k_at, v_at, keys, rows)
             for group in T.serial(groups):
                 column: T.int64 = group * G
                 first: T.int64 = row0 + column
@@ -120,17 +120,17 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                     if on_demand:
                         if not loaded:
                             widen_tile(P, keys, T.int64(0))
-                            products.load_tile(P, KT, VT, largest, block, k_at, v_at, keys)
+                            products.load_tile(P, KT, VT, largest, block, k_at, v_at, keys, rows)
                             loaded = T.bool(True)
                     staged.fill(P, b, h, first, last + 1 - first, key0, keys)
-                    products.scores(P, QT, KT, ST, acc, row, k_at, group, keys)
+                    products.scores(P, QT, KT, ST, acc, row, k_at, group, keys, rows)
                     if full:
                         if not P.pattern.is_scale_only:
                             steps.apply_score(ST, P.pattern, P.stored_score, site, first, key0, keys, staged, None)
                     else:
                         steps.apply_score(ST, P.pattern, P.masked_score, site, first, key0, keys, staged, look)
                     steps.online_softmax(ST, row_max, row_sum, correction, highest, total, column, keys, scale)
-                    products.output(P, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full)
+                    products.output(P, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full, rows)
 
         products.finish(state)
 
