@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from tvm_flash.call import checks, memory
 from tvm_flash.call.prepare import request_of
@@ -58,12 +59,13 @@ def check_options(options: Options) -> Options:
 
 
 def check_kinds(tensors: dict[str, Any]) -> None:
-    """That each of the tensors (by name) is of a kind that the operators know.
+    """That each of the tensors (by name) is of a kind that the operators know, and where q is.
 
     Raises
     ------
     ArgumentTypeError, NotSupportedError
     """
+    q = tensors["q"]
     for name, x in tensors.items():
         if isinstance(x, torch.Tensor):
             check_dense(x, name)
@@ -79,6 +81,19 @@ def check_kinds(tensors: dict[str, Any]) -> None:
             raise ArgumentTypeError(
                 f"{name}: is a {type(x).__qualname__}, but q is a tensor of torch; use torch.as_tensor({name})"
             )
+        if name not in ("k", "v") and isinstance(x, torch.Tensor) and isinstance(q, torch.Tensor):  # not torch.fx's
+            check_place(name, x, q)
+
+
+def check_place(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    """That a tensor is where q is: shapes are all that comes of a call with one that has no memory.
+
+    Raises
+    ------
+    ArgumentTypeError
+    """
+    if x.device != q.device:
+        raise ArgumentTypeError(f"{name}: is on {x.device}, expected {q.device}, where q is; move it")
 
 
 def check_call(options: Options, tensors: dict[str, Any]) -> None:
@@ -128,14 +143,17 @@ def _warn_while_compiling(text: str, layout: str) -> None:
 _warn_while_compiling._dynamo_marked_constant = True
 
 
-def check_shapes(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_shapes(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> None:
     """Devices, dtypes and ranks of the inputs, and, where all sizes are known, what must fit together.
+
+    ``others`` are what else an operator was given, of which tensors must be where q is.
 
     Raises
     ------
     ArgumentTypeError, InvalidArgumentError, LayoutError
     """
     _check_same(q, k, v)
+    check_places(q, *others)
     shapes = [tuple(x.shape) for x in (q, k, v)]
     dtype = name_of(q.dtype)
     views = [TensorView(s, contiguous_strides(s), dtype, "cpu", 0, pointer=0) for s in shapes]
@@ -143,6 +161,13 @@ def check_shapes(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
         checks.check_tensors(layout, *views)
     else:
         checks.check_kinds(layout, *views)
+
+
+def check_places(q: torch.Tensor, *others: Any) -> None:
+    """:func:`check_place` of all tensors that an operator was given, which have no names there."""
+    for x in pytree.tree_leaves(others):
+        if isinstance(x, torch.Tensor):
+            check_place("a tensor", x, q)
 
 
 def _check_same(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
