@@ -17,12 +17,9 @@ from tvm_flash.call.signature import Options
 from tvm_flash.call.suspicion import warn_of_layout
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
-from tvm_flash.frameworks.torch import Torch, check_dense, is_functorch_wrapped, is_wrapper, name_of
+from tvm_flash.frameworks.torch import CAN_ASK_SYMBOLS, Torch, check_dense, is_functorch_wrapped, is_wrapper, name_of
 from tvm_flash.operators import OPERATORS
 from tvm_flash.packs.manifest import PAGED
-
-#: Whether a program that is being compiled can be asked what it knows of a symbol: 2.5 can't, 2.11 can.
-_CAN_ASK_SYMBOLS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool, torch.fx.Proxy)
 
@@ -121,7 +118,7 @@ def check_call(options: Options, tensors: dict[str, Any]) -> None:
 def warn_in_program(options: Options, q: torch.Tensor, k: torch.Tensor) -> None:
     """The warning of a plain call, once, while ``torch.compile`` or ``torch.export`` makes a program; a size that may
     vary is no reason for it."""
-    if not _CAN_ASK_SYMBOLS or options.layout_known or q.ndim != 4 or k.ndim != 4:
+    if not CAN_ASK_SYMBOLS or options.layout_known or q.ndim != 4 or k.ndim != 4:
         return
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
