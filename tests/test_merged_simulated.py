@@ -25,7 +25,8 @@ KERNELS = (
     ("sm_80", "v2", 64, "causal", "identity", "bfloat16"),
     ("sm_80", "v2", 256, "full", "identity", "float16"),  # pairs of warps
     ("sm_75", "v1", 128, "causal", "identity", "float16"),
-    ("sm_70", "v1", 64, "positioned", "optional", "float16"),
+    ("sm_90a", "v2", 128, "causal", "identity", "bfloat16"),
+    ("sm_90a", "v2", 64, "positioned", "optional", "float16"),
 )
 
 
@@ -52,7 +53,7 @@ def merged(kernel, case, data, state):
 def test_results_of_other_keys(kernel):
     """Twice the same bits."""
     whole = own_case(kernel, kv_heads=1, seqlen_q=150, seqlen_kv=213)
-    for case in (*list(shared_cases(kernel.spec))[:3], whole):
+    for case in (*list(shared_cases(kernel.spec))[:1], whole):
         data = cases.inputs(case)
         state = merged_trials.state_of(case, data)
         results = merged(kernel, case, data, state)

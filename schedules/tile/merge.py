@@ -37,7 +37,7 @@ def merge_rows(
     o_offset,
     sync,
 ):
-    """Put the outputs ``acc``, ``stride`` registers an m-tile, of finished rows into ``O``, and their sums into ``LSE``.
+    """Put the outputs ``acc`` of finished rows, ``stride`` registers an m-tile, into ``O``, their sums into ``LSE``.
 
     ``O`` and ``LSE`` are flat views.  ``row_of(t, r)`` is the row of a register, of ``rows`` that there are;
     ``lse_offset(row)`` and ``o_offset(row)`` say where it is, the latter from this lane's first ``column`` of

@@ -27,8 +27,8 @@ from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.instructions import StagedStages, TuringProducts
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
-from schedules.families.mma.paired import PairedProducts
 from schedules.families.mma.merged import MergedForward
+from schedules.families.mma.paired import PairedProducts
 from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.families.mma.staged import StagedCopies, staging_registers
 from schedules.tile.fragment import M16N8
