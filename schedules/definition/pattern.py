@@ -71,6 +71,8 @@ class Pattern:
     is_opaque: the mask has parts from which no range of keys follows; a tile may have to be looked at score by score.
     atoms: what these parts read at a query alone or at a key alone; who knows its bounds in blocks of these, knows more
         of a tile.
+    has_unknown: of some part not even these say anything, such as a tensor over queries and keys together; a tile is
+        only known after each of its scores was looked at.
     is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
         needed.
     has_sink: the softmax has a logit beside those of keys.
@@ -88,6 +90,7 @@ class Pattern:
         self._mask = decompose(tirx.all(*seen), self._variables.index, tensors) if seen else None
         self.atoms = () if self._mask is None else self._mask.atoms
         self.is_opaque = self._mask is not None and self._mask.is_opaque
+        self.has_unknown = self._mask is not None and self._mask.has_unknown
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
         self.is_interval = self._mask is None or self._mask.is_interval
@@ -181,6 +184,11 @@ class Pattern:
         """The parameters of the score."""
         return self._those_of(self._found.score)
 
+    def mask_depends_on(self, axis: str) -> bool:
+        """Whether the mask names an axis of ``bhij`` itself, and not only by its parameters."""
+        predicate = None if self._mask is None else self._mask.predicate
+        return predicate is not None and _mentions(predicate, self._variables.index["bhij".index(axis)])
+
     def _those_of(self, expr: Expr | None) -> tuple[Param, ...]:
         known = self._variables.params
         return tuple(p for p in self.params if expr is not None and _mentions(expr, known[p.name]))
@@ -242,7 +250,11 @@ class Pattern:
     def mask(self, site: Site, i: Expr, j: Expr) -> Expr:
         """Whether query ``i`` sees key ``j``; also false for ``j >= seqlen_kv``, and outside the keys of a part."""
         inside = j < site.seqlen_kv
-        return inside if self._mask is None else tirx.all(inside, self._substitute(self._mask.predicate, site, i, j))
+        return inside if self._mask is None else tirx.all(inside, self.mask_inside(site, i, j))
+
+    def mask_inside(self, site: Site, i: Expr, j: Expr) -> Expr:
+        """The same of a key that exists, where there is a mask."""
+        return self._substitute(self._mask.predicate, site, i, j)
 
     def keys_of(self, site: Site, row_first: Expr, row_last: Expr) -> Ranges:
         """Keys that some row, and that every row of ``row_first .. row_last`` (inclusive) sees."""

@@ -263,12 +263,15 @@ def _run(
 
 
 def readable(dout, q, k, v, out, lse, dlse, *parameters):
-    """The tensors of a backward, with gradients that lie as kernels take them, not as whoever computed them saw fit."""
+    """The tensors of a backward as kernels take them.
+
+    Gradients lie as whoever computed them saw fit, and one log-sum-exp stands for many where gradients are mapped.
+    """
     sizes = [s * dout.element_size() for s, n in zip(dout.stride()[:-1], dout.shape, strict=False) if n > 1]
     aligned = dout.device.type == "cpu" or not any(n % 16 for n in (dout.data_ptr(), *sizes))
     if not aligned or (dout.shape[-1] > 1 and dout.stride(-1) != 1):
         dout = dout.clone(memory_format=torch.contiguous_format)
-    return dout, q, k, v, out, lse, dlse if dlse is None else dlse.contiguous(), *parameters
+    return dout, q, k, v, out, lse.contiguous(), dlse if dlse is None else dlse.contiguous(), *parameters
 
 
 # ---------------------------------------------------------------- on fake tensors

@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.parameters import Place
 from schedules.definition.pattern import Pattern, Site
+from schedules.families.cpu.block_table import BlockTable
 from schedules.families.cpu.bounds import BlockBounds
 from schedules.families.cpu.vector_math import vectorizable
 from schedules.tile.key_source import ContiguousRows
@@ -66,7 +67,7 @@ class Geometry:
     """A call, and the pattern that it computes.
 
     ``params`` has the run-time parameters by name, per-head ones as ``(batch, heads)`` buffers; ``bounds`` is what is
-    known of them in blocks of queries and keys.
+    known beyond positions of the mask in tiles of queries and keys.
     """
 
     pattern: Pattern
@@ -85,7 +86,7 @@ class Geometry:
     seqlen_kv: Expr
     head_dim: Expr
     head_dim_v: Expr
-    bounds: BlockBounds | None = field(default=None, kw_only=True)
+    bounds: BlockBounds | BlockTable | None = field(default=None, kw_only=True)
 
     #: Whether keys lie on pages.
     is_paged = False
@@ -106,13 +107,11 @@ class Geometry:
 
     def tile_live(self, site: Site, row: Expr, last_row: Expr, key: Expr, last_key: Expr) -> Expr:
         """Whether some row of a tile may see some key; it begins with a block of each where ``bounds`` are known."""
-        known = None if self.bounds is None else self.bounds.of_tile(site, row, key)
-        return self.pattern.tile_live(site, row, last_row, key, last_key, known)
+        return (self.bounds or self.pattern).tile_live(site, row, last_row, key, last_key)
 
     def tile_full(self, site: Site, row: Expr, last_row: Expr, key: Expr, last_key: Expr) -> Expr:
         """Whether every row of a tile certainly sees every key; else as ``tile_live``."""
-        known = None if self.bounds is None else self.bounds.of_tile(site, row, key)
-        return self.pattern.tile_full(site, row, last_row, key, last_key, known)
+        return (self.bounds or self.pattern).tile_full(site, row, last_row, key, last_key)
 
     def kv_head(self, h: Expr) -> Expr:
         """The head of k and v that query head ``h`` reads."""
