@@ -33,7 +33,7 @@ def attend_sequences(
     Those are missing in packs of some archs; each run of neighbours of one length is a call on views then, for which
     the starts are read on the host.
     """
-    starts_q, starts_k = as_int32(starts_q), as_int32(starts_k)
+    starts_q, starts_k = map(as_int32, (starts_q, starts_k))
     options = {"causal": causal, "softmax_scale": softmax_scale, "window_size": window_size, "softcap": softcap}
     mask = "full" if window_size == (-1, -1) and not causal else "window"
     if not is_ragged(mask, q, k, v, softcap, alibi_slopes):
