@@ -28,8 +28,9 @@ from tvm_flash.backward import (
 )
 from tvm_flash.errors import NotSupportedError
 from tvm_flash.nn.attend import attend, fit
+from tvm_flash.nn.causal import top_left
 from tvm_flash.nn.masks import KeyMask, key_mask_of
-from tvm_flash.nn.sdpa import no_kernel, top_left, warn_of_fallback
+from tvm_flash.nn.sdpa import no_kernel, warn_of_fallback
 from tvm_flash.operators import BACKWARD, FORWARD, PAGED, RAGGED, RAGGED_BACKWARD
 from tvm_flash.padded import padded_attention
 

@@ -12,6 +12,7 @@ from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
     FORWARD,
+    MERGED,
     PAGED,
     RAGGED,
     RAGGED_BACKWARD,
@@ -26,6 +27,7 @@ from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.instructions import StagedStages, TuringProducts
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
+from schedules.families.mma.merged import MergedForward
 from schedules.families.mma.paired import PairedProducts
 from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.families.mma.staged import StagedCopies, staging_registers
@@ -176,8 +178,11 @@ KINDS = {
     PAGED: PagedForward(Config, _paged_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
+    MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
-SINK_KINDS = (FORWARD, *KINDS)
+#: Where results are merged, a sink is put in once, after the parts of all keys.
+SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
+UNVERIFIED_KINDS = (MERGED,)

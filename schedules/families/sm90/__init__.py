@@ -11,6 +11,7 @@ from schedules.families.interface import (
     BACKWARD,
     DECODE,
     FORWARD,
+    MERGED,
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_SCALED,
@@ -23,7 +24,7 @@ from schedules.families.interface import (
 )
 from schedules.families.mma import asynchronous, scaled_decode
 from schedules.families.ranged import own_name, with_ranges
-from schedules.families.sm90 import backward, decode, paged, paged_decode, ragged
+from schedules.families.sm90 import backward, decode, merged, paged, paged_decode, ragged
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import default_configs
@@ -51,6 +52,7 @@ TEMPLATES = ("v1", "v2")
 INDEX_DTYPE = "int32"
 KINDS = {
     DECODE: decode,
+    MERGED: merged,
     BACKWARD: backward,
     RAGGED: ragged,
     RAGGED_BACKWARD: ragged_backward,
@@ -59,8 +61,9 @@ KINDS = {
     **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
-SINK_KINDS = (FORWARD, *KINDS)
-UNVERIFIED_KINDS = tuple(PAGED_DECODE_SCALED.values())
+#: Where results are merged, a sink is put in once, after the parts of all keys.
+SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
+UNVERIFIED_KINDS = (*PAGED_DECODE_SCALED.values(), MERGED)
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
 
