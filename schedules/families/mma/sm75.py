@@ -92,13 +92,14 @@ _CONFIGS = {
     192: Config(64, 32, 4, 1),
     256: Config(64, 32, 4, 1, v_ahead=True, warps_per_tile=2),  # 230, 238; a warp to a row tile and 16 keys 197, 202
 }
-#: The same with parameters that differ from head to head, with which the configurations above spill 12 to 172 bytes.
+#: The same with parameters that differ from head to head, or a mask that reads ids, with which the configurations above
+#: spill 12 to 172 bytes.
 _WITH_PARAMETERS = {**_CONFIGS, 64: Config(128, 64, 4, 1), 256: Config(64, 16, 4, 1)}
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
-    table = _WITH_PARAMETERS if any(p.per_head for p in pattern.params) else _CONFIGS
+    table = _WITH_PARAMETERS if pattern.atoms or any(p.per_head for p in pattern.params) else _CONFIGS
     return {0: limits.by_head_dim(table, pattern)}
 
 
@@ -134,8 +135,7 @@ def _machine(config: Config) -> type:
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    func = mma.kernel(pattern, config, traversal, name, _machine(config))
-    return mma.program(func, pattern, config, traversal)
+    return mma.program(pattern, config, traversal, name, _machine(config))
 
 
 def _ragged_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:

@@ -140,8 +140,7 @@ def _machine(config: Config) -> type:
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    func = mma.kernel(pattern, config, traversal, name, _machine(config))
-    return mma.program(func, pattern, config, traversal)
+    return mma.program(pattern, config, traversal, name, _machine(config))
 
 
 @T.meta_class
