@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.verification import functions_of
+from tests.installed import functions_of
 from tvm_flash.machine.arch import runs_on
 from tvm_flash.packs import by_role, sizes
 from tvm_flash.packs.registry import registry

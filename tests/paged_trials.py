@@ -8,7 +8,7 @@ page.  Needs torch; no TVM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,21 +45,34 @@ class Paged(Ragged):
             row[:n], places = places[:n], places[n:]
         return table, pages
 
+    def placed(self, x: np.ndarray, table: np.ndarray, pages: int, nothing: float) -> np.ndarray:
+        """Keys ``(heads, positions, dim)`` of all sequences on their pages; ``nothing`` where no key is."""
+        heads, _, dim = x.shape
+        cache = np.full((pages, self.page_size, heads, dim), nothing, x.dtype)
+        for b, (_, keys) in enumerate(self.lengths):
+            j, first = np.arange(keys), self.starts[1][b]
+            cache[table[b, j // self.page_size], j % self.page_size] = x[:, first + j].swapaxes(0, 1)
+        return cache
+
+    def strided(self, cache: torch.Tensor) -> torch.Tensor:
+        """A cache as it lies in memory."""
+        return cache.transpose(1, 2).contiguous().transpose(1, 2) if self.transposed else cache
+
+    def caches(
+        self, values: dict[str, np.ndarray], table: np.ndarray, pages: int, device: str, spoilt: frozenset[int]
+    ) -> dict[str, torch.Tensor]:
+        """What kernels take of keys and values on pages, by role."""
+        dtype = getattr(torch, self.own.dtype)
+        caches = {name: self.placed(x, table, pages, np.nan) for name, x in values.items()}
+        return {name: self.strided(torch.from_numpy(x).to(device, dtype)) for name, x in caches.items()}
+
     def run(self, compute: Compute, device: str, spoilt: frozenset[int] = frozenset()) -> Results:
         """Output ``(heads, positions, dim)`` and lse ``(heads, positions)``, float64."""
         values = self.tensors(spoilt)
         table, pages = self.table()
-        starts, key_starts = self.starts
-        given = {}
-        for name in ("k", "v"):
-            x = values.pop(name)
-            heads, _, dim = x.shape
-            cache = np.full((pages, self.page_size, heads, dim), np.nan, np.float32)
-            for b, (_, keys) in enumerate(self.lengths):
-                j = np.arange(keys)
-                cache[table[b, j // self.page_size], j % self.page_size] = x[:, key_starts[b] + j].swapaxes(0, 1)
-            cache = torch.from_numpy(cache).to(device, getattr(torch, self.own.dtype))
-            given[name] = cache.transpose(1, 2).contiguous().transpose(1, 2) if self.transposed else cache
+        starts, _ = self.starts
+        keys = {name: values.pop(name) for name in ("k", "v")}
+        given = self.caches(keys, table, pages, device, spoilt)
         values["o"] = np.full((*values["q"].shape[:2], self.own.head_dim_v), np.nan, np.float32)
         given |= {name: self._tensor(values.pop(name), device) for name in ("q", "o")}
         wide = torch.full((len(table), table.shape[1] + 3), _NO_PAGE, dtype=torch.int32, device=device)
@@ -86,53 +99,67 @@ FEW_ROWS = (
 )
 
 
+def decodes(spec) -> bool:
+    """Whether a kernel is for few rows."""
+    return spec.kind.startswith("paged_decode")
+
+
 def _lengths(spec) -> tuple:
-    return FEW_ROWS if spec.kind == "paged_decode" else ragged_trials.BORDERS
+    return FEW_ROWS if decodes(spec) else ragged_trials.BORDERS
 
 
-def problems(spec, params) -> Iterator[tuple[str, Paged]]:
-    """The problems of a kernel, by label."""
+def problems(spec, params, make: Callable[..., Paged] = Paged, columns: int = 8) -> Iterator[tuple[str, Paged]]:
+    """The problems of a kernel, by label: ``make`` makes them, ``columns`` have 16 bytes in a cache."""
     plain = own_case(spec, params)
     first, second = _lengths(spec)
-    yield "pages of 16", Paged(plain, first, trailing=3)
-    yield "pages of 24", Paged(plain, second, trailing=0, transposed=True, page_size=24)
-    yield "pages of 256", Paged(plain, first, page_size=256)
-    yield "a page for each sequence", Paged(plain, second, trailing=1, page_size=1200, spare=0)
-    grouped = own_case(spec, params, heads=4, kv_heads=1, head_dim=spec.head_dim - 8, head_dim_v=spec.head_dim_v - 24)
-    some = ((2, 70), (1, 90), (17, 17)) if spec.kind == "paged_decode" else ((70, 70), (1, 90), (17, 17))
-    yield "grouped heads", Paged(grouped, some, trailing=130, page_size=1, seed=1)
-    yield "many", Paged(replace(plain, heads=1, kv_heads=1), ragged_trials.MANY, trailing=1, page_size=8)
+    yield "pages of 16", make(plain, first, trailing=3)
+    yield "pages of 24", make(plain, second, trailing=0, transposed=True, page_size=24)
+    yield "pages of 256", make(plain, first, page_size=256)
+    yield "a page for each sequence", make(plain, second, trailing=1, page_size=1200, spare=0)
+    dims = {"head_dim": spec.head_dim - columns, "head_dim_v": spec.head_dim_v - 3 * columns}
+    grouped = own_case(spec, params, heads=4, kv_heads=1, **dims)
+    some = ((2, 70), (1, 90), (17, 17)) if decodes(spec) else ((70, 70), (1, 90), (17, 17))
+    yield "grouped heads", make(grouped, some, trailing=130, page_size=1, seed=1)
+    yield "many", make(replace(plain, heads=1, kv_heads=1), ragged_trials.MANY, trailing=1, page_size=8)
 
 
-def neighbours(spec, params, page_size: int = 64, seed: int = 0) -> Paged:
+def neighbours(spec, params, page_size: int = 64, seed: int = 0, make: Callable[..., Paged] = Paged) -> Paged:
     """Sequences of different lengths beside each other."""
-    lengths = (
-        ((1, 30), (4, 129), (1, 1090), (2, 75)) if spec.kind == "paged_decode" else ((30, 30), (40, 129), (140, 75))
-    )
-    return Paged(own_case(spec, params), lengths, trailing=9, page_size=page_size, seed=seed)
+    lengths = ((1, 30), (4, 129), (1, 1090), (2, 75)) if decodes(spec) else ((30, 30), (40, 129), (140, 75))
+    return make(own_case(spec, params), lengths, trailing=9, page_size=page_size, seed=seed)
 
 
-def check_neighbours(spec, params, compute: Compute, device: str) -> None:
+def check_neighbours(spec, params, compute: Compute, device: str, make: Callable[..., Paged] = Paged) -> None:
     """Assert that a sequence has the same bits alone, in a batch, and wherever its pages of whatever size are."""
-    problem = neighbours(spec, params)
+    problem = neighbours(spec, params, make=make)
     ragged_trials.check_neighbours(problem, compute, device)
     right = problem.run(compute, device)
     for page_size, seed in ((64, 1), (16, 2), (7, 3)):
-        found = neighbours(spec, params, page_size, seed).run(compute, device)
+        found = neighbours(spec, params, page_size, seed, make).run(compute, device)
         assert all(map(np.array_equal, right, found)), f"pages of {page_size} in another order change bits"
 
 
 def trials(entry: KernelEntry) -> Iterator[Trial]:
     """All of them, for a kernel."""
     for label, problem in problems(entry, entry.params):
-        yield Trial(label, problem.run, lambda results, device, own=problem: own.check(*results, device))
-    problem = neighbours(entry, entry.params)
+        yield trial(label, problem)
+    yield trial_of_neighbours(entry)
+
+
+def trial(label: str, problem: Paged) -> Trial:
+    """A problem, compared with float64."""
+    return Trial(label, problem.run, lambda results, device: problem.check(*results, device))
+
+
+def trial_of_neighbours(entry: KernelEntry, make: Callable[..., Paged] = Paged) -> Trial:
+    """That of :func:`check_neighbours`."""
 
     def run(compute: Compute, device: str) -> Results:
-        check_neighbours(entry, entry.params, compute, device)
+        check_neighbours(entry, entry.params, compute, device, make)
         return problem.run(compute, device)
 
-    yield Trial("neighbours", run, lambda results, device: problem.check(*results, device))
+    problem = neighbours(entry, entry.params, make=make)
+    return Trial("neighbours", run, lambda results, device: problem.check(*results, device))
 
 
 #: What is timed: chunks of 256 queries at the end of 16 sequences, or a query for each; pages of 16.
@@ -143,7 +170,7 @@ def usual(entry: KernelEntry) -> Usual:
     """What is timed of a kernel."""
     heads = max(1, 2048 // entry.head_dim)
     kv_heads = max(1, heads // 4)
-    queries = 1 if entry.kind == "paged_decode" else _CHUNK
+    queries = 1 if decodes(entry) else _CHUNK
     columns = _KEYS // _PAGE
     pages, total = _BATCH * columns, _BATCH * queries
     D, E = entry.head_dim, entry.head_dim_v

@@ -70,8 +70,49 @@ def up_to_a_limit(b, h, q_idx, kv_idx):
     return kv_idx < q_idx + LIMIT
 
 
+HALVES = (torch.arange(17) % 4 / 10).half()
+TABLES = [DOCUMENTS, torch.arange(17) // 4]
+
+
+def truth_values_computed_with(b, h, q_idx, kv_idx):
+    one, other = q_idx >= kv_idx, kv_idx > 3
+    return (((one + other) * (other != (kv_idx > 9))) | (one < other)) ^ torch.maximum(one, kv_idx % 2 == 0)
+
+
+def whole_powers_and_truth_of_integers(b, h, q_idx, kv_idx):
+    return ((q_idx - kv_idx) ** 3 <= 8) & torch.logical_xor(q_idx // 5, kv_idx // 5 - 1)
+
+
+def negative_numbers(b, h, q_idx, kv_idx):
+    return (DOCUMENTS[q_idx.clamp(max=-2)] <= DOCUMENTS[kv_idx]) & ((q_idx - kv_idx) % (-h - 1) > -2)
+
+
+def sixteen_bits_beside_a_number(b, h, q_idx, kv_idx):
+    return (HALVES[kv_idx] == 0.1) | (HALVES[q_idx] > 0.15)
+
+
+def tables_of_a_list(b, h, q_idx, kv_idx):
+    return (TABLES[0][q_idx] == TABLES[0][kv_idx]) | (TABLES[1][q_idx] == TABLES[1][kv_idx])
+
+
+class UpTo:
+    """A mask with what it knows of its own."""
+
+    def __init__(self):
+        self.own_limit, self.own_ids = LIMIT, DOCUMENTS
+
+    def __call__(self, b, h, q_idx, kv_idx):
+        return (kv_idx < q_idx + self.own_limit) & (self.own_ids[kv_idx] >= 1)
+
+
+up_to = UpTo()
+
+HOLDER = [UpTo()]
+
 MASKS = (causal, prefix, window, dilated, neighbourhood, by_batch_and_head, joined)
 MASKS += (documents, documents_of_each_entry, given_mask, up_to_a_limit)
+MASKS += (truth_values_computed_with, whole_powers_and_truth_of_integers, negative_numbers)
+MASKS += (sixteen_bits_beside_a_number, tables_of_a_list, up_to)
 
 # ---------------------------------------------------------------- scores
 
@@ -130,8 +171,16 @@ def from_the_end(score, b, h, q_idx, kv_idx):
     return score + RELATIVE[h, kv_idx - q_idx - 3]  # a negative index counts from the end
 
 
+def inner_infinities(score, b, h, q_idx, kv_idx):
+    return torch.relu(causal_by_score(score, b, h, q_idx, kv_idx)) + torch.rsub(score, 1.0, alpha=2)
+
+
+def table_of_a_table(score, b, h, q_idx, kv_idx):
+    return score + HALVES[TABLES[1][kv_idx]] * score
+
+
 SCORES = (softcap, alibi, relative, causal_by_score, causal_by_the_other_branch, composed, clamped, arithmetic)
-SCORES += (learnt_slopes, biased, relative_table, from_the_end)
+SCORES += (learnt_slopes, biased, relative_table, from_the_end, inner_infinities, table_of_a_table)
 PAIRS = [*((None, m) for m in MASKS), *((s, None) for s in SCORES), (softcap, prefix), (composed, window)]
 
 
@@ -152,7 +201,8 @@ def of_flex_attention(q, k, v, score, mask):
 
 def values_of(definition):
     """The tensors that the functions hold on to, as the definition's parameters want them; numbers as numbers."""
-    found = {p.name: globals()[p.name] for p in definition.params}
+    known = {**globals(), "TABLES_0": TABLES[0], "TABLES_1": TABLES[1], "own_limit": LIMIT, "own_ids": DOCUMENTS}
+    found = {p.name: known[p.name] for p in definition.params}
     return {
         p.name: found[p.name].to(getattr(torch, p.dtype)).numpy() if found[p.name].ndim else found[p.name].item()
         for p in definition.params
@@ -206,6 +256,36 @@ def test_its_gradients_are_those_of_the_function(score):
     assert oracle.operator(definition, "backward", HEAD_DIM, HEAD_DIM)
 
 
+def test_a_sigmoid_of_large_scores_has_no_gradient_and_no_nan():
+    q, k, v = tensors()
+    definition = from_flex(lambda s, b, h, q, k: s * torch.sigmoid(300 * s))
+    forward, backward = (oracle.operator(definition, op, HEAD_DIM, HEAD_DIM) for op in ("forward", "backward"))
+    given = {"q": q, "k": k, "v": v, "softmax_scale": SCALE}
+    out = forward(**given)
+    dout = np.random.default_rng(4).standard_normal(out.o.shape, np.float32)
+    found = backward(**given, do=dout, lse=out.lse, delta=(dout * out.o).sum(-1))
+    what = {"mask": definition.mask.twin, "score": definition.score.twin}
+    want = reference.attention_backward(dout, q, k, v, softmax_scale=SCALE, **what)
+    np.testing.assert_allclose(found.dq, want.dq, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found.dk, want.dk, atol=1e-4, rtol=0)
+
+
+def masks_of(*tables):
+    def mask_of(ids):
+        return lambda b, h, q_idx, kv_idx: ids[q_idx] == ids[kv_idx]
+
+    return [mask_of(x) for x in tables]
+
+
+def test_two_tensors_of_one_name_are_not_one_parameter():
+    same, other = masks_of(*TABLES), masks_of(DOCUMENTS)[0]
+    with pytest.raises(DefinitionError, match="two tensors in variables named 'ids'"):
+        from_flex(None, flex.and_masks(*same))
+    with pytest.raises(DefinitionError, match="two tensors in variables named 'ids'"):
+        from_flex(lambda s, b, h, q, k: torch.where(same[1](b, h, q, k), s, HIDDEN), other)
+    assert [p.name for p in from_flex(None, flex.and_masks(same[0], other)).params] == ["ids"]
+
+
 def test_a_score_of_minus_infinity_becomes_a_mask_that_skips_tiles():
     definition = from_flex(causal_by_score)
     assert definition.score.name == "identity"
@@ -231,6 +311,12 @@ def test_nothing_given_is_plain_attention():
         ({"score_mod": lambda s, b, h, q, k: q >= k}, "expected float"),
         ({"score_mod": lambda s, b, h, q, k: s + torch.tensor([1.0, 2.0])[h]}, "hold it in a variable"),
         ({"score_mod": 3}, "score_mod is int"),
+        ({"score_mod": lambda s, b, h, q, k: s.detach() * s}, "detaches what has a gradient"),
+        ({"score_mod": lambda s, b, h, q, k: q * 1.0}, "never uses its score"),
+        ({"score_mod": lambda s, b, h, q, k: s + 2**h}, r"2\.0\*\*h"),
+        ({"mask_mod": lambda b, h, q, k: HALVES[k] < q}, r"by \.float\(\)"),
+        ({"mask_mod": lambda b, h, q, k: k < HOLDER[0].own_limit}, "where its name isn't known"),
+        ({"mask_mod": lambda b, h, q, k, lse=DOCUMENTS: lse[k] == 0}, "named 'lse'"),
         ({"mask_mod": lambda b, h, q, k: q - k}, "expected bool"),
         ({"mask_mod": functools.partial(torch.add)}, "can't be traced"),
     ],

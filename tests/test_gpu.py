@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.device_count(), reason="there is no CUDA device")]
 
 from tests import forward_trials, torch_cases, verification  # noqa: E402
+from tests.installed import functions_of  # noqa: E402
 from tvm_flash.packs.manifest import DENSE  # noqa: E402
 
 KERNELS = verification.cuda_kernels()
@@ -33,7 +34,7 @@ def test_against_float64(kernel):
 @pytest.mark.parametrize("kernel", THAT_WRITE_LSE, ids=name)
 def test_lse_is_left_alone_where_there_is_no_room(kernel):
     case, data = next(forward_trials.cases_of(kernel.entry))
-    compute = torch_cases.by_entry(kernel.entry, verification.functions_of(kernel), "cuda")
+    compute = torch_cases.by_entry(kernel.entry, functions_of(kernel), "cuda")
     rows = case.batch * case.heads * case.seqlen_q
     arguments = (case, data, compute, kernel.entry.layout)
     out, lse = torch_cases.run(*arguments, lse_length=rows - 1, device="cuda")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -197,7 +198,21 @@ def good():
         ({"q": torch.zeros(3, 4, 64)}, InvalidArgumentError, "^q: has shape"),
         ({"softcap": -1.0}, InvalidArgumentError, "^softcap"),
         ({"num_splits": -1}, ArgumentTypeError, "^num_splits"),
-        ({"q": torch.zeros(3, 1, 4, 64).requires_grad_()}, NotSupportedError, "^q, k, v: a gradient is required"),
+        ({"q": torch.zeros(3, 1, 4, 64).requires_grad_()}, NotSupportedError, "^q: a gradient is required"),
+        ({"sinks": torch.zeros(4).requires_grad_()}, NotSupportedError, "^sinks: a gradient is required"),
+        (
+            {"rotary_cos": torch.zeros(99, 8).requires_grad_(), "rotary_sin": torch.zeros(99, 8)},
+            *(NotSupportedError, "^rotary_cos: a gradient is required"),
+        ),
+        ({"causal": torch.ones(3) > 0}, ArgumentTypeError, "^causal: is"),
+        ({"window_size": 5}, ArgumentTypeError, "^window_size: is 5"),
+        ({"cache_seqlens": np.zeros(3, np.int32)}, ArgumentTypeError, "^cache_seqlens: is array"),
+        ({"k": np.zeros((3, 1, 2, 64))}, ArgumentTypeError, r"^k: is a numpy.ndarray.*torch.as_tensor\(k\)"),
+        ({"k": torch.zeros(3, 1, 2, 64).to_sparse()}, ArgumentTypeError, "^k: has the layout"),
+        (
+            {"cache_seqlens": torch.tensor([5, 2**31 - 1, 7]).int()},
+            *(InvalidArgumentError, "^cache_seqlens: is 2147483647 of sequence 1, and 1 more"),
+        ),
         ({"q": torch.zeros(3, 1, 4, 64).numpy()}, ArgumentTypeError, "^q: is a numpy.ndarray"),
     ],
 )
@@ -208,6 +223,78 @@ def test_nothing_is_written_by_a_wrong_call(changes, error, says):
         flash_attention_with_kvcache(**{**given, **changes})
     assert issubclass(error, TvmFlashError)
     assert torch.equal(given["k_cache"], caches[0]) and torch.equal(given["v_cache"], caches[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (lambda g: {"v_cache": g["k_cache"]}, "^v_cache: shares memory with k_cache"),
+        (
+            lambda g: {"k_cache": g["k_cache"][:-1], "v_cache": g["k_cache"].as_strided(*shifted(g))},
+            "^v_cache: shares memory with",
+        ),
+        (lambda g: {"v": g["k_cache"][:3, :1]}, r"^v: shares memory with k_cache.*v\.clone\(\)"),
+        (lambda g: {"q": g["v_cache"].view(-1, 1, 4, 64)[:3]}, "^q: shares memory with v_cache"),
+        (lambda g: {"k_cache": g["k_cache"][:1].expand(len(g["k_cache"]), -1, -1, -1)}, "^k_cache: has strides"),
+        (lambda g: {"k_cache": g["k_cache"][:, :1].expand_as(g["k_cache"])}, "^k_cache: has strides"),
+        (lambda g: {"page_table": g["page_table"][:1].expand(3, -1), "cache_seqlens": 7}, "page_table: has page"),
+        (lambda g: {"page_table": shared(g)}, r"\[1, 0\], to whose rows 0 to 0.*at \[0, 1\], where they are other"),
+        (lambda g: {"k_cache": made_in_inference_mode(g["k_cache"])}, "^k_cache: was made in torch.inference_mode"),
+    ],
+)
+def test_what_would_overwrite_other_keys_is_refused(changes, says):
+    given = good()
+    caches = [given[name].clone() for name in ("k_cache", "v_cache")]
+    with pytest.raises(InvalidArgumentError, match=says):
+        flash_attention_with_kvcache(**{**given, **changes(given)})
+    assert torch.equal(given["k_cache"], caches[0]) and torch.equal(given["v_cache"], caches[1])
+
+
+def shifted(given):
+    """Shape, strides and offset of a cache that lies a row of a head behind that of the keys."""
+    return (len(given["k_cache"]) - 1, *given["k_cache"].shape[1:]), given["k_cache"].stride(), 64
+
+
+def shared(given):
+    """A table by which the first key of sequence 1 comes to a page of sequence 0."""
+    table = given["page_table"].clone()
+    table[1, 0] = table[0, 1]
+    return table
+
+
+def made_in_inference_mode(x):
+    with torch.inference_mode():
+        return x.clone()
+
+
+def test_caches_side_by_side_and_prefixes_in_common_are_written():
+    given = good()
+    pairs = torch.stack((given["k_cache"], given["v_cache"]), 3).contiguous()
+    want = flash_attention_with_kvcache(**given)
+    again = {**given, "k_cache": pairs[:, :, :, 0], "v_cache": pairs[:, :, :, 1]}
+    assert torch.equal(flash_attention_with_kvcache(**again), want)
+    assert torch.equal(pairs[:, :, :, 0], given["k_cache"]) and torch.equal(pairs[:, :, :, 1], given["v_cache"])
+    turns = torch.stack((given["k_cache"], given["v_cache"]), 1).flatten(0, 1)
+    again |= {"k_cache": turns[:-1], "v_cache": turns[1:], "page_table": 2 * given["page_table"]}
+    assert torch.equal(flash_attention_with_kvcache(**again), want)
+    assert torch.equal(turns[::2], given["k_cache"]) and torch.equal(turns[1::2], given["v_cache"])
+    with pytest.raises(InvalidArgumentError, match=r"^v_cache: shares memory.* sequences need both"):
+        again["page_table"] = again["page_table"] + torch.arange(again["page_table"].shape[1]) % 2
+        flash_attention_with_kvcache(**again | {"page_table": again["page_table"].int()})
+    assert torch.equal(turns[::2], given["k_cache"]) and torch.equal(turns[1::2], given["v_cache"])
+    lengths = torch.tensor([PAGE + 3, PAGE + 2, PAGE], dtype=torch.int32)
+    table = given["page_table"].clone()
+    table[:, 0] = table[0, 0]  # a prefix that is full, and nobody writes to
+    strided = torch.stack((lengths, lengths), 1)[:, 0]
+    before = given["k_cache"].clone()
+    out = flash_attention_with_kvcache(**{**given, "page_table": table, "cache_seqlens": strided})
+    for b in range(3):
+        assert torch.equal(given["k_cache"][table[b, 1], lengths[b] - PAGE], given["k"][b, 0])
+    assert torch.equal(given["k_cache"][table[0, 0]], before[table[0, 0]]) and out.isfinite().all()
+    seen = flash_attention_with_kvcache(
+        **{**given, "page_table": table, "cache_seqlens": strided + 1, "k": None, "v": None}
+    )
+    assert torch.equal(seen, out)
 
 
 def test_starts_are_kept_for_each_number_of_sequences():

@@ -494,3 +494,12 @@ def test_jagged_tensors_that_are_left_to_torch():
         found = nn.scaled_dot_product_attention(q, k, v)
     for a, b in zip(found.unbind(), torch_sdpa(q, k, v).unbind(), strict=True):
         assert (a - b).abs().max() < 1e-5
+
+
+def test_what_is_no_tensor_is_torchs_to_refuse():
+    q, k, v = tensors()
+    for call in (lambda f: f(None, k, v), lambda f: f(q.tolist(), k, v), lambda f: f(q, k, v, [[1.0]])):
+        with pytest.raises(TypeError) as wanted:
+            call(torch_sdpa)
+        with pytest.raises(TypeError, match=re.escape(str(wanted.value).splitlines()[0])):
+            call(ours)

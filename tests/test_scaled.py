@@ -21,6 +21,7 @@ from tvm_flash import (
     flash_attention_paged,
     quantise_cache,
 )
+from tvm_flash.quantised import LARGEST
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
@@ -109,6 +110,30 @@ def test_frameworks_round_the_same(cache):
     assert (error <= (abs(x[1:]) / 16 if cache == "float8_e4m3fn" else 0) + scale[:, None] / 2).all()
 
 
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("framework", ("numpy", "torch", "jax"))
+def test_a_scale_is_never_lost(cache, framework):
+    """Of what is tiny, without elements, or has infinities and NaN: those are as they are, and others as without."""
+    make = {"numpy": np.asarray, "torch": torch.from_numpy, "jax": lambda x: x}[framework]
+    if framework == "jax":
+        make = pytest.importorskip("jax.numpy").asarray
+
+    def there_and_back(values):
+        stored, scale = quantise_cache(make(np.float32(values).reshape(-1, 1, 3)), cache)
+        back = dequantise_cache(stored, scale, "float32")
+        return np.asarray(back).ravel(), float(np.asarray(scale)[0])
+
+    for values in ([1e-44, 0, -3e-45], [3e-38, 0, 0], [0, 0, 0]):
+        back, scale = there_and_back(values)
+        assert scale >= np.finfo(np.float32).tiny and abs(back - values).max() <= scale / 2
+    back, scale = there_and_back([1, np.nan, -2])
+    assert abs(scale * LARGEST[cache] / 2 - 1) < 1e-6 and abs(back[[0, 2]] - [1, -2]).max() < scale
+    assert np.isnan(back[1]) if cache == "float8_e4m3fn" else back[1] == 0
+    back, again = there_and_back([1, np.inf, -2])
+    assert again == scale and abs(back - [1, 2, -2]).max() < scale
+    assert there_and_back(np.zeros((0, 3)))[1] == 1
+
+
 def test_wrong_calls_say_what_mends_them():
     data = ragged_cases.inputs(CASE.of)
     right, plain = given(CASE, data, "int8", False)
@@ -128,6 +153,12 @@ def test_wrong_calls_say_what_mends_them():
     for call, text in (
         (lambda: quantise_cache(k_scale, "int8"), "x: has shape"),
         (lambda: quantise_cache(plain["k_cache"], "int4"), "dtype: is 'int4'"),
+        (lambda: quantise_cache(plain["k_cache"].double(), "int8"), "x: has dtype float64, expected one of float32"),
+        (lambda: quantise_cache(plain["k_cache"], "int8", k_scale.double()), "scale: has dtype float64"),
+        (lambda: quantise_cache(plain["k_cache"], "int8", k_scale.numpy()), "scale: is a tensor of another framework"),
+        (lambda: quantise_cache(plain["k_cache"], "int8", 2.0), "scale: is a builtins.float"),
+        (lambda: dequantise_cache(right["k_cache"], k_scale, "float64"), "dtype: is 'float64'"),
+        (lambda: dequantise_cache(right["k_cache"], k_scale, torch.float16), "dtype: is torch.float16"),
         (lambda: dequantise_cache(plain["k_cache"], k_scale, "float16"), "x: has dtype float32"),
         (lambda: dequantise_cache(right["k_cache"], k_scale[:1], "float16"), "scale: has shape"),
     ):

@@ -98,8 +98,23 @@ def test_scales_of_sequences_as_flash_attention_has_them(paged):
         **{"cache_seqlens": LENGTHS, "causal": True, "k_descale": own["k"], "v_descale": own["v"]} | where,
     )
     assert torch.equal(found, want)
-    with pytest.raises(InvalidArgumentError, match="k_descale: has shape"):
-        nn.flash_attn_with_kvcache(*(tensors[n] for n in ("q", "k_cache", "v_cache")), k_descale=torch.ones(2))
+    given, one = [tensors[n] for n in ("q", "k_cache", "v_cache")], torch.ones(2)
+    for wrong, text in (
+        ({"k_descale": one, "v_descale": one}, r"^k_descale: has shape \(2,\)"),
+        ({"k_descale": own["k"], "v_descale": own["v"][:-1]}, "^v_descale: has shape"),
+        ({"k_descale": own["k"]}, "^v_descale: is None"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=text):
+            nn.flash_attn_with_kvcache(*given, **wrong, **where, cache_seqlens=LENGTHS)
+    name, shared = next(iter(where)), next(iter(where.values())).clone()
+    shared[0] = shared[2]
+    with pytest.raises(InvalidArgumentError, match=r"^k_descale: sequence [02] has another scale"):
+        nn.flash_attn_with_kvcache(
+            *given, **{name: shared, "k_descale": own["k"], "v_descale": own["v"]}, cache_seqlens=LENGTHS
+        )
+    beyond = LENGTHS.long() + 2**32
+    with pytest.raises(InvalidArgumentError, match=r"^cache_seqlens: is 2147483647"):
+        nn.flash_attn_with_kvcache(*given, **where, k_descale=one[None], v_descale=one[None], cache_seqlens=beyond)
 
 
 class Model(torch.nn.Module):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -24,7 +25,7 @@ from schedules.families.cpu.bounds import fill_bounds, with_bounds
 from tvm_flash.packs.manifest import Param
 
 GALLERY = Path(__file__).resolve().parent.parent / "schedules" / "definition" / "gallery"
-BLOCK_M, BLOCK_N = 16, 8
+BLOCK_M, BLOCK_N, LANES = 16, 8, 4
 #: Masks of which every tile that sees nothing is known to, and those of which every tile that sees all is.
 KNOWN = {
     "documents",
@@ -57,8 +58,8 @@ class Call:
         return Site(b, h, batch, heads, heads, seqlen_q, seqlen_kv, T.float32(1), self.params)
 
 
-def asked(definition, lengths):
-    """``tile_live`` and ``tile_full`` of each tile of the first head, as arrays."""
+def asked(definition, lengths, laid):
+    """``tile_live`` and ``tile_full`` of each tile of the first head, as arrays; ``laid`` puts tensors into memory."""
     pattern = match(definition(8, "float32"))
     arguments, params = parameter_symbols(pattern.params, pattern.index_dtype)
     sizes = tuple(tirx.IntImm("int64", n) for n in (1, 1, *lengths))
@@ -69,16 +70,15 @@ def asked(definition, lengths):
     def write(P, m, n):
         rows, columns = (m * BLOCK_M, n * BLOCK_N), (BLOCK_M, BLOCK_N)
         last = [T.min(x + (size - 1), end - 1) for x, size, end in zip(rows, columns, lengths, strict=True)]
-        bounds = P.bounds.of_tile(P.site(0, 0), *rows) if P.bounds else None
-        for buffer, ask in ((live, pattern.tile_live), (full, pattern.tile_full)):
-            known = ask(P.site(T.int64(0), T.int64(0)), rows[0], last[0], rows[1], last[1], bounds)
-            T.buffer_store(buffer, T.cast(known, "int32"), [m, n])
+        knows, site = P.bounds or pattern, P.site(T.int64(0), T.int64(0))
+        for buffer, ask in ((live, knows.tile_live), (full, knows.tile_full)):
+            T.buffer_store(buffer, T.cast(ask(site, rows[0], last[0], rows[1], last[1]), "int32"), [m, n])
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def tiles():
         T.func_attr({"tirx.noalias": True, "global_symbol": "tiles"})
-        P = T.meta_var(with_bounds(call, BLOCK_M, BLOCK_N))
-        fill_bounds(P)
+        P = T.meta_var(with_bounds(call, BLOCK_M, BLOCK_N, LANES))
+        fill_bounds(P, announce=lambda items, work: 0)
         for m, n in T.grid(T.int64(shape[0]), T.int64(shape[1])):
             with T.sblock("tile"):
                 T.reads()
@@ -88,14 +88,14 @@ def asked(definition, lengths):
     module = tvm.compile(append_arguments(tiles, [live, full, *arguments]), target=tvm.target.Target({"kind": "llvm"}))
     found = [tvm.runtime.tensor(np.full(shape, -1, np.int32)) for _ in range(2)]
     values = parameters_of(definition, 1, 1, *lengths)
-    given = [tvm.runtime.tensor(x) if isinstance(x, np.ndarray) else x for x in values.values()]
+    given = [tvm_ffi.from_dlpack(laid(x)) if isinstance(x, np.ndarray) else x for x in values.values()]
     module["tiles"](*found, *given)
     return SimpleNamespace(live=found[0].numpy() == 1, full=found[1].numpy() == 1)
 
 
-def compare(definition, lengths):
+def compare(definition, lengths, laid=np.asarray):
     """Never wrong; gives what is known of how many tiles that see nothing, and of how many that see all."""
-    found, tiles = asked(definition, lengths), Picture.of(definition, *lengths, BLOCK_M, BLOCK_N).tiles
+    found, tiles = asked(definition, lengths, laid), Picture.of(definition, *lengths, BLOCK_M, BLOCK_N).tiles
     assert found.live[tiles != NOTHING].all() and (tiles[found.full] == ALL).all()
     return (~found.live).sum(), (tiles == NOTHING).sum(), found.full.sum(), (tiles == ALL).sum()
 
@@ -165,6 +165,58 @@ def test_ids_that_flex_attention_reads_of_a_table():
     ids = DOCUMENTS.numpy().astype(np.int32)
     definition = Attention(definition.score, definition.mask, example=lambda *_: {"DOCUMENTS": ids})
     skipped, invisible, full, whole = compare(definition, (128, 128))
+    assert skipped == invisible > 0 and full == whole > 0
+
+
+def in_blocks(batch, heads, seqlen_q, seqlen_kv):
+    """What is seen of blocks, and one whole row."""
+    blocks = np.random.default_rng(5).random((-(-seqlen_q // 24), -(-seqlen_kv // 20))) < 0.4
+    seen = np.kron(blocks, np.ones((24, 20), bool))[:seqlen_q, :seqlen_kv]
+    seen[30] = True
+    return {"seen": seen}
+
+
+def repeated(*axes):
+    """A tensor that is the same along axes, by strides of 0."""
+    return lambda x: np.lib.stride_tricks.as_strided(
+        x, x.shape, [0 if n in axes else stride for n, stride in enumerate(x.strides)], writeable=True
+    )
+
+
+@pytest.mark.parametrize(
+    "laid, lengths, causal",
+    (
+        (np.asarray, (96, 160), False),
+        (np.asarray, (70, 101), True),
+        (np.asfortranarray, (70, 101), True),
+        (repeated(0), (70, 101), False),
+        (repeated(1), (96, 160), False),
+    ),
+)
+def test_all_is_known_of_a_tensor_over_queries_and_keys(laid, lengths, causal):
+    params = (Param("seen", "bool", axes="ij"),)
+    mask = Mask("in_blocks", lambda at: at.param["seen"], lambda at: at.params["seen"], params)
+    mask = mask & MASKS["causal"] if causal else mask
+    definition = Attention(IDENTITY, mask, example=lambda *sizes: {"seen": laid(in_blocks(*sizes)["seen"])})
+    assert match(definition(8, "float32")).has_unknown
+    skipped, invisible, full, whole = compare(definition, lengths, laid)
+    assert skipped == invisible > 0 and full == whole > 0
+
+
+def test_all_is_known_of_pairs_of_labels():
+    """Of a table that positions are looked up in, and of numbers that aren't integers."""
+
+    def example(batch, heads, seqlen_q, seqlen_kv):
+        rng = np.random.default_rng(6)
+        return {"pairs": rng.random((4, 4)) < 0.5, "height": np.linspace(0, 9, seqlen_kv, dtype=np.float32)}
+
+    mask = Mask(
+        "pairs",
+        lambda at: T.And(at.table["pairs"](at.i // 40, at.j // 30), at.param["height"] < T.Cast("float32", at.i)),
+        lambda at: at.params["pairs"][at.i // 40, at.j // 30] & (at.params["height"] < at.i),
+        (Param("pairs", "bool", rank=2), Param("height", "float32", axes="j")),
+    )
+    skipped, invisible, full, whole = compare(Attention(IDENTITY, mask, example=example), (130, 120))
     assert skipped == invisible > 0 and full == whole > 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,16 +21,19 @@ from schedules.builder.records import Record
 from tests import (
     backward_trials,
     forward_trials,
+    merged_trials,
     paged_trials,
     ragged_backward_trials,
     ragged_trials,
+    scaled_trials,
     torch_cases,
 )
+from tests.installed import functions_of
 from tests.trials import Trial, Usual
 from tvm_flash.machine import cuda
 from tvm_flash.machine.arch import runs_on
 from tvm_flash.packs import by_role
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, CACHE_OF_KIND, KernelEntry
 from tvm_flash.packs.registry import Installed, registry
 
 WARM_UP, REPEATS = 3, 20
@@ -48,10 +50,12 @@ class Operator:
 #: By operator, or by kind where kernels of a kind take other tensors.
 OPERATORS = {
     "forward": Operator(forward_trials.trials, forward_trials.usual),
+    "merged": Operator(merged_trials.trials, merged_trials.usual),
     "ragged": Operator(ragged_trials.trials, ragged_trials.usual),
     "ragged_backward": Operator(ragged_backward_trials.trials, ragged_backward_trials.usual),
     "paged": Operator(paged_trials.trials, paged_trials.usual),
     "paged_decode": Operator(paged_trials.trials, paged_trials.usual),
+    **dict.fromkeys(CACHE_OF_KIND, Operator(scaled_trials.trials, scaled_trials.usual)),
     "backward": Operator(backward_trials.trials, backward_trials.usual),
 }
 
@@ -136,20 +140,6 @@ def record(kernel: Installed, count: int, error: float) -> Record:
         versions={**kernel.pack.manifest.versions, "torch": torch.__version__},
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
-
-
-@functools.cache
-def module(path):
-    """A module, loaded once."""
-    import tvm_ffi
-
-    return tvm_ffi.load_module(str(path))
-
-
-def functions_of(kernel: Installed) -> tuple[Callable, ...]:
-    """The kernel's launches, which take torch tensors."""
-    loaded = module(kernel.pack.folder.resolve() / kernel.entry.module)
-    return tuple(loaded[launch.symbol] for launch in kernel.entry.launches)
 
 
 def cuda_kernels(archs: Iterable[str] = ()) -> list[Installed]:

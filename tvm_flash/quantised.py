@@ -10,12 +10,17 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
+
+from tvm_flash.call.problem import DTYPES
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.frameworks import framework_of
 from tvm_flash.packs.manifest import CACHE_OF_KIND
 
 #: The largest number that an element is, by the dtype of the cache.
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
+
+_FLOAT32_MAX, _FLOAT32_NORMAL = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
 
 CACHE_DTYPES = tuple(dict.fromkeys(CACHE_OF_KIND.values()))
 
@@ -24,7 +29,7 @@ def quantise_cache(x: Any, dtype: str = "float8_e4m3fn", scale: Any = None) -> t
     """Keys or values in 8 bits.
 
     ``x / scale`` in float32 is brought into the range of the dtype, ±448 of ``"float8_e4m3fn"`` and ±127 of ``"int8"``,
-    and rounded to the nearest, ties to even; NaN stays NaN in the former, and is 0 in the latter.  It is how
+    and rounded to the nearest, ties to even; NaN, and 0 / 0, are NaN in the former and 0 in the latter.  It is how
     :func:`tvm_flash.flash_attention_with_kvcache` appends.
 
     Parameters
@@ -32,7 +37,7 @@ def quantise_cache(x: Any, dtype: str = "float8_e4m3fn", scale: Any = None) -> t
     x: ``(…, kv_heads, dim)``, a tensor of torch, NumPy or JAX, of float32, float16 or bfloat16.
     dtype: ``"float8_e4m3fn"`` or ``"int8"``.
     scale: float32 ``(kv_heads,)``, or ``(pages, kv_heads)`` where x is ``(pages, page_size, kv_heads, dim)``.  If it
-        isn't given, each head gets what makes its largest element the largest of the dtype.
+        isn't given, each head gets what makes its largest finite element the largest of the dtype; 1 if all are 0.
 
     Returns
     -------
@@ -42,17 +47,19 @@ def quantise_cache(x: Any, dtype: str = "float8_e4m3fn", scale: Any = None) -> t
     ------
     ArgumentTypeError, InvalidArgumentError: an argument is wrong.
     """
-    if dtype not in CACHE_DTYPES:
-        raise ArgumentTypeError(f"dtype: is {dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in CACHE_DTYPES:
+        raise ArgumentTypeError(f"dtype: is {dtype!r}, expected one of {', '.join(map(repr, CACHE_DTYPES))}")
     xp = _arrays(x, "x")
-    _check_rows(x, "x")
+    _check_rows(xp, x, DTYPES)
     wide = xp.float32(x)
     if scale is None:
         axes = tuple(i for i in range(wide.ndim) if i != wide.ndim - 2)
-        largest = xp.largest(abs(wide), axes)
-        scale = xp.where(largest > 0, largest / LARGEST[dtype], 1.0)
-        scale = xp.float32(scale)
-    return rounded(xp, wide / _beside(x, scale), dtype), scale
+        size = xp.where(abs(wide) <= _FLOAT32_MAX, abs(wide), 0.0)  # of what is neither infinite nor NaN
+        largest = xp.largest(size, axes) if 0 not in x.shape else size.sum(axes)
+        # A scale that isn't a normal number has lost digits, and on some machines it is 0.
+        scale = xp.where(largest > 0, xp.float32(largest / LARGEST[dtype]), 1.0)
+        scale = xp.float32(xp.where(scale < _FLOAT32_NORMAL, _FLOAT32_NORMAL, scale))
+    return rounded(xp, xp.quotient(wide, _beside(xp, x, scale)), dtype), scale
 
 
 def dequantise_cache(x: Any, scale: Any, dtype: str) -> Any:
@@ -68,11 +75,11 @@ def dequantise_cache(x: Any, scale: Any, dtype: str) -> Any:
     ------
     ArgumentTypeError, InvalidArgumentError: an argument is wrong.
     """
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ArgumentTypeError(f"dtype: is {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
     xp = _arrays(x, "x")
-    _check_rows(x, "x")
-    if xp.name_of(x) not in CACHE_DTYPES:
-        raise ArgumentTypeError(f"x: has dtype {xp.name_of(x)}, expected one of {', '.join(CACHE_DTYPES)}")
-    return xp.cast(xp.float32(x) * _beside(x, scale), dtype)
+    _check_rows(xp, x, CACHE_DTYPES)
+    return xp.cast(xp.float32(x) * _beside(xp, x, scale), dtype)
 
 
 def rounded(xp: Any, x: Any, dtype: str) -> Any:
@@ -84,13 +91,19 @@ def rounded(xp: Any, x: Any, dtype: str) -> Any:
     return xp.cast(x, dtype)
 
 
-def _check_rows(x: Any, name: str) -> None:
+def _check_rows(xp: Any, x: Any, dtypes: tuple[str, ...]) -> None:
     if len(x.shape) < 2:
-        raise InvalidArgumentError(f"{name}: has shape {tuple(x.shape)}, expected (…, kv_heads, dim)")
+        raise InvalidArgumentError(f"x: has shape {tuple(x.shape)}, expected (…, kv_heads, dim)")
+    if xp.name_of(x) not in dtypes:
+        raise ArgumentTypeError(f"x: has dtype {xp.name_of(x)}, expected one of {', '.join(dtypes)}; convert it")
 
 
-def _beside(x: Any, scale: Any) -> Any:
+def _beside(xp: Any, x: Any, scale: Any) -> Any:
     """A scale so that it broadcasts against ``x``."""
+    if _arrays(scale, "scale") is not xp:
+        raise ArgumentTypeError("scale: is a tensor of another framework than x; convert one to the other's")
+    if xp.name_of(scale) != "float32":
+        raise ArgumentTypeError(f"scale: has dtype {xp.name_of(scale)}, expected float32; convert it")
     shape, own = tuple(x.shape), tuple(scale.shape)
     if own == shape[-2:-1]:
         return scale[:, None]
@@ -127,6 +140,10 @@ class _NumPy:
     def largest(self, x, axes):
         return self._module.max(x, axis=axes)
 
+    def quotient(self, x, y):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # infinities and NaN have their places
+            return x / y
+
     def cast(self, x, dtype):
         from tvm_flash.frameworks.numpy import dtype_of
 
@@ -149,15 +166,16 @@ class _Torch:
     def largest(self, x, axes):
         return x.amax(axes)
 
+    def quotient(self, x, y):
+        return x / y
+
     def cast(self, x, dtype):
         return x.to(getattr(self._module, dtype))
 
 
 @functools.cache
 def _numpy() -> _NumPy:
-    import numpy
-
-    return _NumPy(numpy)
+    return _NumPy(np)
 
 
 @functools.cache

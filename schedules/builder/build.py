@@ -114,6 +114,8 @@ def build(request: BuildRequest, progress: Callable[[Job, list[Result]], None] =
     with ExitStack() as locks:
         # 2. What is missing, of all packs together, so that all workers are busy.
         works = {t: locks.enter_context(pack.locked(request.output, t.folder)) for t in request.targets}
+        for target in request.targets:
+            pack.restore(request.output / target.folder)
         plans = [plan(request, target) for target in request.targets]
         done: dict[tuple[Target, KernelSpec], tuple[Result, ...]] = {}
         # 3. Compile; what is finished is remembered even if the build is killed.

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from tvm_flash.packs import archive
 from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest, ModuleFile
 
 #: Beside the packs: locks, and what incremental builds know.  Never shipped.
@@ -66,6 +67,21 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest.from_json((folder / MANIFEST_NAME).read_text())
     except (OSError, ValueError):
         return None
+
+
+def restore(folder: Path) -> None:
+    """Put a pack's modules beside its manifest if they lie in an archive, so that a build can go on from them.
+
+    Raises
+    ------
+    PackError: the archive is damaged, or can't be unpacked.
+    """
+    manifest, source = read_manifest(folder), archive.archive_of(folder)
+    if manifest and source:
+        files = {f.file: f for f in (*manifest.modules, *manifest.support_files)}
+        missing = {name: file for name, file in files.items() if not (folder / name).exists()}
+        if missing:
+            archive.unpack(source, folder.name, missing, folder)
 
 
 def is_intact(folder: Path, file: ModuleFile) -> bool:

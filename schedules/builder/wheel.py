@@ -1,4 +1,4 @@
-"""The wheel: packs of every arch, and a tag that says on which systems they load."""
+"""The wheel: packs of every arch in archives, and a tag that says on which systems they load."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schedules.builder import pack, records
+from schedules.builder.archives import pack_into_archives
 from schedules.builder.plan import PACKS, ROOT
 from schedules.toolchain.process import ToolchainError, run
 from tvm_flash.packs.manifest import MANIFEST_NAME
@@ -41,7 +42,12 @@ def build_wheel(output: Path) -> Wheel:
     with tempfile.TemporaryDirectory(dir=output) as scratch:
         run([sys.executable, "-m", "build", "--wheel", "--outdir", scratch, ROOT], "building the wheel")
         (plain,) = Path(scratch).glob("*.whl")
-        tag = [sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", platform_of(plain), plain]
+        platform = platform_of(plain)
+        run([sys.executable, "-m", "wheel", "unpack", "--dest", scratch, plain], "unpacking the wheel")
+        (content,) = (path for path in Path(scratch).iterdir() if path.is_dir())
+        pack_into_archives(content / PACKS.relative_to(ROOT))
+        run([sys.executable, "-m", "wheel", "pack", "--dest-dir", scratch, content], "packing the wheel")
+        tag = [sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", platform, plain]
         path = output / run(tag, "tagging the wheel").split()[-1]
         shutil.move(plain.with_name(path.name), path)
     return Wheel(path, path.stat().st_size)

@@ -334,7 +334,8 @@ def _parser() -> argparse.ArgumentParser:
         "--recompile-for", default="", metavar="ARCH", help="make a newer arch's code from the same sources"
     )
     parser.add_argument("--step-limit", type=float, default=20.0, help="seconds until a kernel counts as hung")
-    parser.add_argument("--effort", default="", metavar="NAME=X …", help="rounds, block, warm_up, trial, hopeless")
+    effort = "rounds, block, warm_up, trial, hopeless, patience"
+    parser.add_argument("--effort", default="", metavar="NAME=X …", help=effort)
     return parser
 
 

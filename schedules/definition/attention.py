@@ -42,7 +42,14 @@ from tvm.tirx import PrimFunc
 from schedules.definition import blocks
 from schedules.definition.blocks import Formula, Sizes
 from schedules.definition.catalogue import FULL, IDENTITY, Head, Mask, Position, ScoreModification
-from schedules.definition.parameters import Site, Table, append_arguments, parameter_symbols, value_of
+from schedules.definition.parameters import (
+    Site,
+    Table,
+    append_arguments,
+    check_names,
+    parameter_symbols,
+    value_of,
+)
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
 
 BLOCKS = ("qk", "score", "mask", "row_max", "prob", "row_sum", "pv", "out", "lse")
@@ -70,6 +77,9 @@ class Attention:
     mask: Mask = FULL
     name: str = BUILTIN_DEFINITION
     example: Callable[[int, int, int, int], Mapping[str, Any]] | None = None
+
+    def __post_init__(self):
+        check_names(self.name, self.params)
 
     @property
     def params(self) -> tuple[Param, ...]:

@@ -44,7 +44,8 @@ class Tilewise:
 
     ``index`` are the definition's variables b, h, i, j, and ``axes`` has the axes of the variables that are tensors.
     ``may`` and ``must`` are expressions of these variables, of ``rows`` and ``columns`` (first and last, inclusive) and
-    of the bounds of ``atoms``; None where nothing is known.
+    of the bounds of ``atoms``; None where nothing is known.  ``has_unknown`` says that some part of the predicate tells
+    nothing: each score has to be looked at.
     """
 
     def __init__(self, predicate: Expr, index: Sequence[tirx.Var], axes: Sequence[tuple[tirx.Var, str]]):
@@ -54,9 +55,11 @@ class Tilewise:
             for name, x in (("row", index[2]), ("column", index[3]))
         )
         self.atoms: list[Atom] = []
+        self.has_unknown = False
         self.may, self.must = self._predicate(predicate)
         if any(x is not None and _count(x) > _LONGEST for x in (self.may, self.must)):
             self.may = self.must = None
+            self.has_unknown = True
         used = [x for e in (self.may, self.must) if e is not None for x in _variables(e)]
         self.atoms = [a for a in self.atoms if any(x.same_as(a.low) or x.same_as(a.high) for x in used)]
 
@@ -76,9 +79,11 @@ class Tilewise:
             return e, e
         if type(e) in _COMPARISONS:
             a, b = self._integer(e.a), self._integer(e.b)
-            return (None, None) if a is None or b is None else _COMPARISONS[type(e)](a, b)
+            if a is not None and b is not None:
+                return _COMPARISONS[type(e)](a, b)
         atom = self._atom(e)
         if atom is None:
+            self.has_unknown = True
             return None, None
         return atom.high != 0, atom.low != 0
 

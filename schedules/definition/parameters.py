@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,11 +12,40 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.errors import DefinitionError
+from tvm_flash.operators import TENSORS
 from tvm_flash.packs.manifest import Param
 
 #: What a definition's axes are called in the names of sizes and strides.
 _SIZES = {"b": "batch", "h": "heads", "i": "queries", "j": "keys"}
 _STRIDES = {"b": "batch_stride", "h": "head_stride", "i": "query_stride", "j": "key_stride"}
+
+
+#: Names that a parameter can't have: those of other tensors and numbers of calls and kernels.
+_TAKEN = {"o", "do", "delta", "softmax_scale", "return_lse", "accumulate", "gradients", "first_key", "last_key"}
+_TAKEN |= TENSORS.keys()
+
+
+def check_names(definition: str, params: tuple[Param, ...]) -> None:
+    """That each parameter of a definition has a name of its own, by which a call can give it.
+
+    Raises
+    ------
+    DefinitionError
+    """
+    for i, param in enumerate(params):
+        name, gradients = param.name, {f"d_{p.name}" for p in params if p.gradient}
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise DefinitionError(f"{definition}: a parameter is named {name!r}; expected a name as Python's arguments")
+        if name in _TAKEN or name in gradients or name.endswith(("_sum", "_sums", "_partial")):
+            raise DefinitionError(
+                f"{definition}: a parameter is named {name!r}, as another tensor or option of a call or a kernel; name "
+                f"it otherwise"
+            )
+        if other := next((p for p in params[:i] if p.name == name), None):
+            raise DefinitionError(
+                f"{definition}: its mask and its score have two parameters named {name!r}, {other} and {param}; name "
+                f"one of them otherwise"
+            )
 
 
 @dataclass(frozen=True)

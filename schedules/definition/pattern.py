@@ -43,11 +43,13 @@ Known = bool | tuple[bool, ...] | None
 class Ranges:
     """Of keys or rows, ``[lo, hi)`` each: those outside ``visible`` see nothing; those in ``full`` see everything.
 
-    ``0 <= lo <= hi`` always holds, and ``hi`` is at most how many there are.
+    ``0 <= lo <= hi`` always holds, and ``hi`` is at most how many there are.  ``registers`` are those that hold them,
+    if they had to be read.
     """
 
     visible: tuple[Expr, Expr]
     full: tuple[Expr, Expr]
+    registers: tuple = ()
 
 
 class Pattern:
@@ -71,6 +73,8 @@ class Pattern:
     is_opaque: the mask has parts from which no range of keys follows; a tile may have to be looked at score by score.
     atoms: what these parts read at a query alone or at a key alone; who knows its bounds in blocks of these, knows more
         of a tile.
+    has_unknown: of some part not even these say anything, such as a tensor over queries and keys together; a tile is
+        only known after each of its scores was looked at.
     is_interval: row i sees exactly the visible keys of ``keys_of(site, i, i)``, so that no other test of a key is
         needed.
     has_sink: the softmax has a logit beside those of keys.
@@ -88,6 +92,7 @@ class Pattern:
         self._mask = decompose(tirx.all(*seen), self._variables.index, tensors) if seen else None
         self.atoms = () if self._mask is None else self._mask.atoms
         self.is_opaque = self._mask is not None and self._mask.is_opaque
+        self.has_unknown = self._mask is not None and self._mask.has_unknown
         self.is_unmasked = self._mask is None
         self.has_gaps = self._mask is not None and self._mask.has_gaps
         self.is_interval = self._mask is None or self._mask.is_interval
@@ -181,6 +186,15 @@ class Pattern:
         """The parameters of the score."""
         return self._those_of(self._found.score)
 
+    def mask_depends_on(self, axis: str) -> bool:
+        """Whether the mask names an axis of ``bhij`` itself, and not only by its parameters."""
+        predicate = None if self._mask is None else self._mask.predicate
+        return predicate is not None and _mentions(predicate, self._variables.index["bhij".index(axis)])
+
+    def mask_differs_along(self, axis: str) -> bool:
+        """Whether the mask may differ along an axis."""
+        return self.mask_depends_on(axis) or any(axis in p.axes for p in self.of_mask)
+
     def _those_of(self, expr: Expr | None) -> tuple[Param, ...]:
         known = self._variables.params
         return tuple(p for p in self.params if expr is not None and _mentions(expr, known[p.name]))
@@ -242,12 +256,24 @@ class Pattern:
     def mask(self, site: Site, i: Expr, j: Expr) -> Expr:
         """Whether query ``i`` sees key ``j``; also false for ``j >= seqlen_kv``, and outside the keys of a part."""
         inside = j < site.seqlen_kv
-        return inside if self._mask is None else tirx.all(inside, self._substitute(self._mask.predicate, site, i, j))
+        return inside if self._mask is None else tirx.all(inside, self.mask_inside(site, i, j))
+
+    def mask_inside(self, site: Site, i: Expr, j: Expr) -> Expr:
+        """The same of a key that exists, where there is a mask."""
+        return self._substitute(self._mask.predicate, site, i, j)
 
     def keys_of(self, site: Site, row_first: Expr, row_last: Expr) -> Ranges:
         """Keys that some row, and that every row of ``row_first .. row_last`` (inclusive) sees."""
         span = Span(ROWS, row_first, row_last, site.seqlen_kv, self._at(site, row_first, self._zero))
         return Ranges(self._range(span, "visible_range"), self._range(span, "full_range"))
+
+    def keys_of_tile(self, site: Site, row_first: Expr, row_last: Expr) -> Ranges:
+        """The same of a tile of rows, where a kernel may know more than positions say."""
+        return self.keys_of(site, row_first, row_last)
+
+    def rows_of_tile(self, site: Site, key_first: Expr, key_last: Expr) -> Ranges:
+        """As ``rows_of``, of a tile of keys."""
+        return self.rows_of(site, key_first, key_last)
 
     def rows_of(self, site: Site, key_first: Expr, key_last: Expr) -> Ranges:
         """Rows that see some key, and that see every key of ``key_first .. key_last`` (inclusive).

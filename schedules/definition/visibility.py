@@ -8,6 +8,7 @@ index i and the key index j; whatever isn't affine stays as it is.  Every part a
 * ``live(tile)``, ``full(tile)``: whether some, whether every element of a tile is seen;
 * ``is_opaque``: something in it isn't affine, and no range of keys or rows follows from it; what is known of a tile
   then follows from interval arithmetic (:mod:`schedules.definition.intervals`);
+* ``has_unknown``: not even that says anything of some part of it;
 * ``has_gaps``: the visible keys of a row need not be one interval; ``is_interval``: they are exactly its
   ``visible_range``.
 
@@ -72,6 +73,7 @@ class _Affine:
     cj: int
     c: Expr
     has_gaps = False
+    has_unknown = False
     is_opaque = False
     is_interval = True
     atoms = ()
@@ -129,6 +131,10 @@ class _All:
     def is_opaque(self):
         return any(p.is_opaque for p in self.parts)
 
+    @property
+    def has_unknown(self):
+        return any(p.has_unknown for p in self.parts)
+
     def _range(self, span, which):
         los, his = zip(*(getattr(p, which)(span) for p in self.parts), strict=True)
         return _fold(tirx.max, los), _fold(tirx.min, his)
@@ -161,6 +167,10 @@ class _Any:
     def is_opaque(self):
         return any(p.is_opaque for p in self.parts)
 
+    @property
+    def has_unknown(self):
+        return any(p.has_unknown for p in self.parts)
+
     def visible_range(self, span):
         los, his = zip(*(p.visible_range(span) for p in self.parts), strict=True)
         return _fold(tirx.min, los), _fold(tirx.max, his)
@@ -187,6 +197,10 @@ class _Opaque:
     @property
     def atoms(self):
         return tuple(self.tilewise.atoms)
+
+    @property
+    def has_unknown(self):
+        return self.tilewise.has_unknown
 
     @property
     def has_gaps(self):

@@ -32,12 +32,14 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.operator import SCALES
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import Argument, Param, Scalar, Workspace
+from tvm_flash.packs.manifest import SCALED_KINDS, Argument, Param, Scalar, Workspace
 
 #: Kinds of kernels: the usual one; the one for few query rows, with the keys split among blocks; that of gradients.
 FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
 #: That of results in float32, to be put together with those of other keys.
 PARTIAL = "partial"
+#: That of results that are put into float32 ones of other keys.
+MERGED = "merged"
 #: That of ragged sequences, whose tensors have no batch axis.
 RAGGED = "ragged"
 #: That of their gradients.
@@ -45,8 +47,7 @@ RAGGED_BACKWARD = "ragged_backward"
 #: Those of such sequences whose keys lie on pages: the usual one, and the one that splits the keys for few query rows.
 PAGED, PAGED_DECODE = "paged", "paged_decode"
 #: The same with keys and values in 8 bits, by the dtype of the cache.
-PAGED_SCALED = {"float8_e4m3fn": "paged_e4m3", "int8": "paged_int8"}
-PAGED_DECODE_SCALED = {"float8_e4m3fn": "paged_decode_e4m3", "int8": "paged_decode_int8"}
+PAGED_SCALED, PAGED_DECODE_SCALED = (SCALED_KINDS[kind] for kind in (PAGED, PAGED_DECODE))
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
 #: The kinds of gradients.

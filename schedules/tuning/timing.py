@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tvm_flash.measure.others import undisturbed
+from tvm_flash.measure.others import PATIENCE, undisturbed
 from tvm_flash.measure.timing import cpu_times
 
 Call = Callable[[], object]
@@ -27,7 +27,8 @@ class Effort:
     """How long is measured.
 
     ``rounds``, and ``block`` seconds of calls in each; ``warm_up`` seconds of calls before a batch.  After ``trial``
-    rounds what takes ``hopeless`` times as long as the best is given up.
+    rounds what takes ``hopeless`` times as long as the best is given up.  ``patience`` is how many seconds may go into
+    rounds that are repeated, since other processes disturbed them.
     """
 
     rounds: int
@@ -35,6 +36,7 @@ class Effort:
     warm_up: float
     trial: int = 2
     hopeless: float = 1.3
+    patience: float = PATIENCE
 
 
 #: A block of 5 ms is some 5 to 50 calls, and the card is at its power cap after half a second of them.
@@ -92,7 +94,7 @@ def in_turn(
         return seconds
 
     for number in range(effort.rounds):
-        for name, seconds in (undisturbed(one_round) if device == "cpu" else one_round()).items():
+        for name, seconds in (undisturbed(one_round, effort.patience) if device == "cpu" else one_round()).items():
             times[name].append(seconds)
         if number + 1 == effort.trial:
             best = min(statistics.median(t) for t in times.values())

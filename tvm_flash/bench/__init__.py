@@ -12,6 +12,7 @@
 ``ratios``      ours over peers: best peer, geometric mean, worst cell
 ``tables``      tables for a terminal and for a page
 ``plots``       pictures
+``processor``   a CPU's table: each template beside torch on the template's memory
 ``page``        docs/benchmarks.md
 ``command``     the options
 =============== ================================================================

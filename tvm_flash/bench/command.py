@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ragged", action="store_true", help="sequences of different lengths, beside torch a sequence at a time"
     )
+    parser.add_argument(
+        "--processor", action="store_true", help="a CPU's table: each template beside torch on the template's memory"
+    )
     parser.add_argument("--peers", type=_words, metavar="cudnn,flash,…", help="only these; default: all there are")
     parser.add_argument("--quick", action="store_true", help="a few cells, two short rounds")
     parser.add_argument("--rounds", type=int, help="rounds of each cell (default: 3; CPU: 9)")
@@ -61,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
     screen = Screen()
     if options.ragged:
         return _ragged(options, screen)
+    if options.processor:
+        return _processor(options, screen)
     reference = recorded.read(options.reference) if options.reference else None
     runs = _read(options) if options.files else [_measure(options)]
     if options.json and options.files:
@@ -144,20 +149,35 @@ def _ragged(options: argparse.Namespace, screen: Screen) -> int:
     from tvm_flash.bench import ragged
     from tvm_flash.machine import device as devices
 
-    refused = {"--dims": options.dims, "--seqs": options.seqs, "--shape": options.shape, "--from": options.files}
-    refused |= {
-        "--peers": options.peers,
-        "--reference": options.reference,
-        "--plot": options.plot,
-        "--page": options.page,
-    }
-    if given := [name for name, value in refused.items() if value]:
-        raise InvalidArgumentError(f"{', '.join(given)}: --ragged has batches of its own, and a table; leave it out")
+    _refuse_grid(options, "--ragged", ("--page",))
     device = devices.parse(options.device)
     default = ("float32", "bfloat16") if device.kind == "cpu" else ("bfloat16",)
     work = ragged.batches(device.kind, options.dtype or default, options.causal, options.backward)
     with progress(len(work)) as bar:
         return ragged.run(device, work, _effort(options, device.kind), screen, bar.begins, options.json)
+
+
+def _processor(options: argparse.Namespace, screen: Screen) -> int:
+    require("bench", "torch")
+    from tvm_flash.bench import processor
+    from tvm_flash.machine import device as devices
+
+    _refuse_grid(options, "--processor", ("--backward",))
+    device = devices.parse(options.device or "cpu")
+    if device.kind != "cpu":
+        raise InvalidArgumentError(f"--device {device}: --processor is of CPUs; expected cpu")
+    masks = {"yes": ["causal"], "no": ["full"], "both": []}[options.causal]
+    work, files, again = processor.cells(options.dtype, masks), (options.json, options.page), _again(options.words)
+    with progress(processor.steps(work)) as bar:
+        return processor.run(device, work, _effort(options, device.kind), screen, bar.begins, files, again)
+
+
+def _refuse_grid(options: argparse.Namespace, name: str, others: Sequence[str]) -> None:
+    """Options that say nothing of what has cells and a table of its own, and ``others``."""
+    of_grid = ("--dims", "--seqs", "--shape", "--from", "--peers", "--reference", "--plot")
+    given = [x for x in (*of_grid, *others) if getattr(options, "files" if x == "--from" else x[2:])]
+    if given:
+        raise InvalidArgumentError(f"{', '.join(given)}: {name} has batches of its own, and a table; leave it out")
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -345,13 +345,20 @@ def check_output(name: str, x: TensorView, shape: tuple[int, ...], dtype: str, q
     if not x.writable:
         raise InvalidArgumentError(f"{name}: is read-only; leave it out to get a new tensor")
     check_strides(name, x)
+    if not is_injective(x.shape, x.strides):
+        raise InvalidArgumentError(
+            f"{name}: has strides {x.strides}, in which elements share memory; use a tensor that isn't expanded"
+        )
+
+
+def is_injective(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether no two elements lie in one place; strides that interleave count as if some did."""
     reach = 1
-    for stride, size in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
-        if 0 not in x.shape and stride < reach:
-            raise InvalidArgumentError(
-                f"{name}: has strides {x.strides}, in which elements share memory; use a tensor that isn't expanded"
-            )
+    for stride, size in sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1):
+        if stride < reach:
+            return 0 in shape
         reach += stride * (size - 1)
+    return True
 
 
 def _check_likeness(

@@ -34,12 +34,16 @@ NOWHERE = Footprint(0, 0, (0,), (0,), 1)
 
 def footprint(x: TensorView) -> Footprint:
     """The footprint of a tensor; empty (``low == high``) if it has no elements."""
-    item = ITEM_SIZE[x.dtype]
-    if 0 in x.shape:
-        return Footprint(0, 0, x.shape, x.strides, item)
-    strides = tuple(s * item for s in x.strides)
-    reach = [s * (n - 1) for s, n in zip(strides, x.shape, strict=True)]
-    return Footprint(sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + item, x.shape, strides, item)
+    return footprint_of(x.shape, x.strides, ITEM_SIZE[x.dtype])
+
+
+def footprint_of(shape: tuple[int, ...], strides: tuple[int, ...], item: int) -> Footprint:
+    """That of a tensor whose elements have ``item`` bytes; strides are in elements."""
+    if 0 in shape:
+        return Footprint(0, 0, shape, strides, item)
+    strides = tuple(s * item for s in strides)
+    reach = [s * (n - 1) for s, n in zip(strides, shape, strict=True)]
+    return Footprint(sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + item, shape, strides, item)
 
 
 def overlap(a: Footprint, pointer_a: int, b: Footprint, pointer_b: int) -> bool:

@@ -67,7 +67,7 @@ def _threads() -> dict[str, int]:
         files = [f.file for f in kernel.pack.manifest.support_files if f.file.startswith(cpu.RUNTIME_STEM)]
         with contextlib.suppress(PackError, OSError):
             registry().load(kernel)  # checks the files
-            return {"threads": cpu.threads(kernel.pack.folder / files[0])}
+            return {"threads": cpu.threads(registry().place_of(kernel.pack) / files[0])}
     return {}
 
 

@@ -56,13 +56,13 @@ def busy_seconds() -> float | None:
     return ticks / os.sysconf("SC_CLK_TCK") if lines else None
 
 
-def undisturbed(one_round: Callable[[], Round]) -> Round:
+def undisturbed(one_round: Callable[[], Round], patience: float = PATIENCE) -> Round:
     """What a round of timing returns when others leave it alone, or when patience is at an end."""
     global _spent
     while True:
         watch = Watch()
         result = one_round()
-        if watch.share() <= TOLERATED or _spent > PATIENCE:
+        if watch.share() <= TOLERATED or _spent > patience:
             return result
         time.sleep(REST)
         _spent += watch.seconds()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -73,23 +72,20 @@ def flash_attn_with_kvcache(
     if block_table is not None and page_table is not None:
         raise NotSupportedError("page_table: is given beside block_table, which is the same; give one of them")
     table = as_int32(block_table if page_table is None else page_table)
-    lengths = k_cache.shape[1] * (1 if table is None else table.shape[1]) if cache_seqlens is None else cache_seqlens
-    if k is not None:
-        lengths = lengths + (k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff())
-    of_pages = functools.partial(_of_pages, k_cache, table, cache_batch_idx, lengths)
-    for name, scale in (("k_descale", k_descale), ("v_descale", v_descale)):
-        if scale is not None and scale.ndim != 2:
-            raise InvalidArgumentError(f"{name}: has shape {tuple(scale.shape)}, expected (batch, kv_heads)")
+    given = {"cache_seqlens": as_int32(cache_seqlens), "cache_batch_idx": as_int32(cache_batch_idx)}
+    given |= {"cu_seqlens_q": as_int32(cu_seqlens_q), "cu_seqlens_k_new": as_int32(cu_seqlens_k_new)}
+    scales = {}
+    for name, scale, other in (("k_descale", k_descale, v_descale), ("v_descale", v_descale, k_descale)):
+        if scale is None and other is not None:
+            raise InvalidArgumentError(f"{name}: is None, and the other isn't; give both, or none")
+        scales[name] = None if scale is None else _of_pages(name, scale, q, k_cache, k, table, given)
     return flash_attention_with_kvcache(
         *(q, k_cache, v_cache, k, v),
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
-        cache_seqlens=as_int32(cache_seqlens),
-        cache_batch_idx=as_int32(cache_batch_idx),
         cache_leftpad=as_int32(cache_leftpad),
         page_table=table,
-        cu_seqlens_q=as_int32(cu_seqlens_q),
-        cu_seqlens_k_new=as_int32(cu_seqlens_k_new),
+        **given,
         max_seqlen_q=max_seqlen_q,
         rotary_seqlens=as_int32(rotary_seqlens),
         softmax_scale=softmax_scale,
@@ -97,30 +93,55 @@ def flash_attn_with_kvcache(
         window_size=sides(window_size),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
-        k_scale=of_pages(k_descale),
-        v_scale=of_pages(v_descale),
+        k_scale=scales["k_descale"],
+        v_scale=scales["v_descale"],
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
         return_lse=return_softmax_lse,
     )
 
 
-def _of_pages(cache: torch.Tensor, table: torch.Tensor | None, entries: Any, lengths: Any, scale: Any) -> Any:
+def _of_pages(name: str, scale: torch.Tensor, q: torch.Tensor, cache: torch.Tensor, new: Any, table: Any, given: dict):
     """Scales ``(batch, kv_heads)`` of sequences as those of pages: each page has that of the sequence it belongs to.
 
-    ``lengths`` are how many keys each sequence has, or a number for all.  One scale for all sequences stays one.
+    ``new`` are the keys that are appended, ``given`` the integers of the call by name.  One scale for all sequences
+    stays one.
+
+    Raises
+    ------
+    InvalidArgumentError: another shape; or a page is of two sequences with different scales, looked for on the CPU.
     """
-    if scale is None or scale.shape[0] == 1 or scale.stride(0) == 0:
-        return None if scale is None else scale[0]
+    starts, entries, lengths = (given[n] for n in ("cu_seqlens_q", "cache_batch_idx", "cache_seqlens"))
+    batch, heads = q.shape[0] if starts is None else starts.shape[0] - 1, cache.shape[2]
+    if tuple(scale.shape) not in ((1, heads), (batch, heads)):
+        raise InvalidArgumentError(
+            f"{name}: has shape {tuple(scale.shape)}, expected ({batch}, {heads}), (batch, kv_heads), or (1, {heads})"
+        )
+    if scale.shape[0] == 1 or scale.stride(0) == 0:
+        return scale[0]
     pages, size = cache.shape[:2]
     if table is None:
-        numbers = torch.arange(scale.shape[0], device=scale.device) if entries is None else entries
+        numbers = torch.arange(batch, device=scale.device) if entries is None else entries
         table, lengths = numbers[:, None], size
+    elif lengths is None:
+        lengths = size * table.shape[1]
+    elif new is not None:
+        added = given["cu_seqlens_k_new"]
+        lengths = lengths + (new.shape[1] if added is None else added.diff())
     needed = torch.as_tensor(lengths, device=scale.device).reshape(-1, 1)
     first = size * torch.arange(table.shape[1], device=scale.device)
     used = (first < needed) & (table >= 0) & (table < pages)
-    made = scale.new_ones(pages + 1, scale.shape[1])
-    made[torch.where(used, table, pages).long()] = scale[:, None].expand(-1, table.shape[1], -1)
+    at, wanted = torch.where(used, table, pages).long(), scale[:, None].expand(-1, table.shape[1], -1)
+    made = scale.new_ones(pages + 1, heads)
+    made[at] = wanted
+    if scale.device.type == "cpu" and not torch.compiler.is_compiling():
+        differ = used & (made[at] != wanted).any(-1)
+        if differ.any():
+            b, i = differ.nonzero()[0].tolist()
+            raise InvalidArgumentError(
+                f"{name}: sequence {b} has another scale than a further one of page {int(table[b, i])}, whose elements "
+                f"have one; give sequences that share pages the same"
+            )
     return made[:pages]
 
 
@@ -141,6 +162,10 @@ def attend_pages(
 
 
 def as_int32(x: Any) -> Any:
-    """An integer tensor as int32; anything else as it is."""
-    is_integer = isinstance(x, torch.Tensor) and x.dtype in (torch.int64, torch.int16, torch.uint8, torch.int8)
-    return x.int() if is_integer else x
+    """An integer tensor as int32, numbers without room in it at its ends, where checks see them; others as they are."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int16, torch.uint8, torch.int8):
+        return x
+    return x.clamp(_INT32.min, _INT32.max).int() if x.dtype == torch.int64 else x.int()
+
+
+_INT32 = torch.iinfo(torch.int32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tvm_flash.errors import FallbackWarning, TvmFlashError
 from tvm_flash.frameworks.torch_watch import has_tangent_below, is_differentiated
 from tvm_flash.machine.device import Device
 from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
+from tvm_flash.nn.causal import bottom_right, is_causal_bias, is_of, is_top_left, kind_of, top_left
 from tvm_flash.nn.jagged import sequences_of
 from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.operators import FORWARD, OPERATORS, RAGGED, RAGGED_LAYOUT
@@ -71,26 +73,40 @@ def scaled_dot_product_attention(
     tensors = (query, key, value, attn_mask)
     asked = (query, key, value, attn_mask, dropout_p, is_causal)
     options = {"scale": scale, **({"enable_gqa": True} if enable_gqa else {})}
-    if any(isinstance(x, torch.Tensor) and x.is_nested for x in tensors):
+    aligned = top_left if is_causal else None
+    given = tensors if attn_mask is not None else tensors[:3]
+    if not all(isinstance(x, torch.Tensor) for x in given):
+        return torch_sdpa(*asked, **options)  # which says what is wrong
+    if any(x.is_nested for x in given):
         return _nested(asked, options)
     if has_torch_function(tensors):  # tensors and modes that answer functions in their own way, and torch.fx
-        if not (kinds := _answer_for_torch(tensors)):
+        biased = is_causal_bias(attn_mask) and not has_torch_function((query, key, value))
+        if biased and is_of(attn_mask, query, key) and not is_causal:
+            attn_mask, aligned = None, top_left if is_top_left(attn_mask) else bottom_right
+        elif kinds := ["CausalBias"] if biased else _answer_for_torch(tensors):
+            warn_of_fallback(f"{', '.join(kinds)} answers torch's functions in its own way")
+            return _torchs(asked, options)
+        else:
             return handle_torch_function(scaled_dot_product_attention, tensors, *asked, **options)
-        if kinds == ["CausalBias"] and _is_top_left(attn_mask) and not is_causal:
-            return scaled_dot_product_attention(query, key, value, None, dropout_p, True, **options)
-        warn_of_fallback(f"{', '.join(kinds)} answers torch's functions in its own way")
-        return torch_sdpa(*asked, **options)
     if query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type):
         query, key, value = (_as_autocast(x, query.device.type) for x in (query, key, value))
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
-        kind = "full" if not is_causal else "window" if query.shape[-2] > key.shape[-2] else "causal"
+        kind = "full" if aligned is None else kind_of(aligned, query.shape[-2], key.shape[-2])
         mask = None if attn_mask is None else _mask_of(attn_mask, query, key, value, scale)
         reason = mask if isinstance(mask, str) else no_kernel(kind, query, key, value) if mask is None else None
     if reason is not None:
         warn_of_fallback(reason)
-        return torch_sdpa(*asked, **options)
-    return _compute(query, key, value, mask, is_causal, scale)
+        return _torchs(asked, options)
+    return _compute(query, key, value, mask, aligned, scale)
+
+
+def _torchs(asked: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
+    """torch's own function, also in a program that has put this one in its place."""
+    bias = asked[3]
+    if is_causal_bias(bias):  # it answers the function that torch.nn.functional has now, and no other
+        return bias.__torch_function__(torch.nn.functional.scaled_dot_product_attention, (type(bias),), asked, options)
+    return torch_sdpa(*asked, **options)
 
 
 def _mask_of(
@@ -118,11 +134,6 @@ def _answer_for_torch(tensors: tuple[torch.Tensor | None, ...]) -> list[str]:
     return sorted(kind.__name__ for kind, answer in answers.items() if answer is not usual)
 
 
-def _is_top_left(bias: Any) -> bool:
-    """Whether a ``CausalBias`` of torch's means what ``is_causal`` does."""
-    return bias.seq_len_q == bias.seq_len_kv or bias.variant.name == "UPPER_LEFT"
-
-
 def _as_autocast(x: torch.Tensor, kind: str) -> torch.Tensor:
     """A tensor as autocast hands it on: float64, and what is on another kind of device, stays as it is."""
     eligible = x.is_floating_point() and x.dtype is not torch.float64 and x.device.type == kind
@@ -146,6 +157,8 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         return f"scale is {scale}, and these kernels take positive ones"
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return f"attn_mask is {attn_mask.dtype}, and query {query.dtype}"
+    if attn_mask is not None and attn_mask.device != query.device:
+        return f"attn_mask is on {attn_mask.device}, and query on {query.device}"
     if is_causal and attn_mask is not None:
         return "attn_mask and is_causal are both given"
     if q[-1] != k[-1] or k[-2] != v[-2] or k[-3] != v[-3] or 0 in (q[-1], v[-1]):
@@ -255,7 +268,14 @@ def _order(query: torch.Tensor) -> tuple[int, ...]:
     return order if order[3] == 3 else _HEADS_APART
 
 
-def _compute(query, key, value, mask: KeyMask | WholeMask | None, is_causal: bool, scale: float | None) -> torch.Tensor:
+def _compute(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: KeyMask | WholeMask | None,
+    aligned: Callable | None,
+    scale: float | None,
+) -> torch.Tensor:
     whole = query.ndim == 4
     if not whole:  # (heads, seqlen, head_dim)
         query, key, value = query[None], key[None], value[None]
@@ -273,8 +293,8 @@ def _compute(query, key, value, mask: KeyMask | WholeMask | None, is_causal: boo
         key, value = mask.arrange(key), mask.arrange(value)
         call = functools.partial(padded_attention, layout=layout, key_range=mask.key_range())
     else:
-        key, value, options = top_left(query, key, value) if is_causal else (key, value, {})
-        call = functools.partial(attend, layout, **options)
+        key, value, options = aligned(query, key, value) if aligned else (key, value, {})
+        call = functools.partial(padded_attention if "key_range" in options else attend, layout=layout, **options)
     if layout == "bshd":
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     out = call(q=query, k=key, v=value, softmax_scale=scale)
@@ -284,21 +304,6 @@ def _compute(query, key, value, mask: KeyMask | WholeMask | None, is_causal: boo
         laid_out = torch.empty_permuted(shape, order, dtype=out.dtype, device=out.device)
         out = laid_out.copy_(out[..., :head_dim_v])
     return out if whole else out[0]
-
-
-def top_left(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Keys, values and options of a call that is aligned bottom-right, for a causal mask that is aligned top-left.
-
-    The tensors are ``(batch, heads, seq, head_dim)``.
-    """
-    seqlen_q, seqlen_kv = query.shape[2], key.shape[2]
-    if seqlen_q > seqlen_kv:  # the last queries see all keys: a window of what lies beyond the bottom-right diagonal
-        return key, value, {"window_size": (-1, seqlen_q - seqlen_kv)}
-    if seqlen_kv > seqlen_q:  # keys after the last query are never seen
-        key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
-    return key, value, {"causal": True}
 
 
 # TorchScript compiles the text of functions, and takes torch's operator for this one.

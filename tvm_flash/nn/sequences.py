@@ -9,6 +9,7 @@ import torch
 from tvm_flash.call.ragged import fault_of
 from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.nn.attend import attend
+from tvm_flash.nn.kvcache import as_int32
 from tvm_flash.nn.sdpa import no_kernel
 from tvm_flash.varlen import flash_attention_varlen
 
@@ -32,9 +33,7 @@ def attend_sequences(
     Those are missing in packs of some archs; each run of neighbours of one length is a call on views then, for which
     the starts are read on the host.
     """
-    starts_q, starts_k = (
-        x if x.dtype == torch.int32 or x.is_floating_point() else x.int() for x in (starts_q, starts_k)
-    )
+    starts_q, starts_k = map(as_int32, (starts_q, starts_k))
     options = {"causal": causal, "softmax_scale": softmax_scale, "window_size": window_size, "softcap": softcap}
     mask = "full" if window_size == (-1, -1) and not causal else "window"
     if not is_ragged(mask, q, k, v, softcap, alibi_slopes):

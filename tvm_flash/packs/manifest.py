@@ -105,13 +105,11 @@ DENSE, RAGGED, PAGED = "dense", "ragged", "paged"
 #: The form of the sequences that kernels of a kind are for; those that aren't named are for dense ones.
 FORM_OF_KIND = {"ragged": RAGGED, "ragged_backward": RAGGED, "paged": PAGED, "paged_decode": PAGED}
 
+#: Kinds of kernels over caches of 8 bits, by the kind for those in the dtype of q and by the dtype of the cache.
+SCALED_KINDS = {kind: {"float8_e4m3fn": f"{kind}_e4m3", "int8": f"{kind}_int8"} for kind in ("paged", "paged_decode")}
+
 #: The dtype of the cache that kernels of a kind read, where that isn't the dtype of q.
-CACHE_OF_KIND = {
-    "paged_e4m3": "float8_e4m3fn",
-    "paged_int8": "int8",
-    "paged_decode_e4m3": "float8_e4m3fn",
-    "paged_decode_int8": "int8",
-}
+CACHE_OF_KIND = {kind: cache for kinds in SCALED_KINDS.values() for cache, kind in kinds.items()}
 FORM_OF_KIND |= dict.fromkeys(CACHE_OF_KIND, PAGED)
 
 #: Dtypes whose tensors kernels take as tensors of another: numbers of 8 bits as the bytes that they are.

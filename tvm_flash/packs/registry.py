@@ -3,7 +3,8 @@
 A pack is a folder with a ``manifest.json``, either a folder on the search path itself or right under one.  Folders are
 searched in this order: those of the environment variable ``TVM_FLASH_PACKS``, the user's own
 (``~/.cache/tvm_flash/packs``), and ``packs/`` of the package.  Reading manifests loads nothing; a module is loaded when
-a kernel of it is first called, after its sha256 was compared with the manifest's.
+a kernel of it is first called, after its sha256 was compared with the manifest's; modules that lie in an archive are
+unpacked then (:mod:`tvm_flash.packs.archive`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from tvm_flash.errors import PackError
 from tvm_flash.machine import cpu, ffi
 from tvm_flash.machine.arch import capability_of
+from tvm_flash.packs import archive
 from tvm_flash.packs.manifest import MANIFEST_NAME, KernelEntry, Manifest, ModuleFile
 
 PATH_VARIABLE = "TVM_FLASH_PACKS"
@@ -68,7 +70,7 @@ def search_path() -> tuple[Path, ...]:
 
 def own_packs() -> Path:
     """The user's own folder of packs; it need not exist."""
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "tvm_flash", "packs")
+    return archive.user_cache() / "packs"
 
 
 def build_command(arch: str, *options: str) -> str:
@@ -87,6 +89,7 @@ class Registry:
         self._candidates: dict[tuple[str, ...], list[Installed]] = {}
         self._kernels: dict[tuple[Path, str], tuple[ffi.Kernel, ...]] = {}
         self._modules: dict[Path, object] = {}
+        self._places: dict[Path, Path] = {}
         self._lock = threading.Lock()
         for folder in _pack_folders(folders):
             try:
@@ -142,22 +145,35 @@ class Registry:
                 )
         return functions
 
+    def place_of(self, pack: Pack) -> Path:
+        """The folder that has a pack's modules, where they are unpacked now if they lie in an archive.
+
+        Raises
+        ------
+        PackError: they can't be unpacked.
+        """
+        place = self._places.get(pack.folder)
+        if place is None:
+            place = self._places[pack.folder] = archive.place_of(pack.folder, pack.manifest)
+        return place
+
     def _module(self, pack: Pack, name: str):
-        path = pack.folder / name
-        if path not in self._modules:
+        if (pack.folder / name) not in self._modules:
             files = {m.file: m for m in pack.manifest.modules}
             if name not in files:
                 raise _damaged(pack, f"{MANIFEST_NAME} doesn't list {name}")
+            place = self.place_of(pack)
+            path = place / name
             for file in (*pack.manifest.support_files, files[name]):
-                _verify(pack, file)
+                _verify(pack, place, file)
                 for stem, load in _on_support_file.items():
                     if file.file.startswith(stem):
                         load(path.with_name(file.file))
             try:
-                self._modules[path] = ffi.load_module(path)
+                self._modules[pack.folder / name] = ffi.load_module(path)
             except OSError as e:
-                raise _damaged(pack, f"{name} can't be loaded: {e}") from e
-        return self._modules[path]
+                raise _damaged(pack, f"{name} can't be loaded: {e}", place) from e
+        return self._modules[pack.folder / name]
 
 
 def _function(module: object, kernel: Installed, symbol: str) -> ffi.Kernel:
@@ -201,24 +217,30 @@ def _written_by_anyone(path: Path) -> bool:
     return not path.is_relative_to(PACKAGE_PACKS) and bool(path.stat().st_mode & stat.S_IWOTH)
 
 
-def _verify(pack: Pack, file: ModuleFile) -> None:
-    path = pack.folder / file.file
+def _verify(pack: Pack, place: Path, file: ModuleFile) -> None:
+    path = place / file.file
     if path.name != file.file:
         raise _damaged(pack, f"{MANIFEST_NAME} names {file.file!r}, which isn't a plain file name")
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise _damaged(pack, f"{file.file} can't be read: {e.strerror}") from e
+        raise _damaged(pack, f"{file.file} can't be read: {e.strerror}", place) from e
     if _written_by_anyone(path):
-        raise _damaged(pack, f"{file.file} {_BY_ANYONE}; take that right away with chmod o-w if you trust it")
+        raise _damaged(pack, f"{file.file} {_BY_ANYONE}; take that right away with chmod o-w if you trust it", place)
     if len(data) != file.size:
-        raise _damaged(pack, f"{file.file} has {len(data)} bytes, expected {file.size}: truncated or replaced")
+        raise _damaged(pack, f"{file.file} has {len(data)} bytes, expected {file.size}: truncated or replaced", place)
     if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise _damaged(pack, f"{file.file} isn't what was built: its sha256 differs from the manifest's")
+        raise _damaged(pack, f"{file.file} isn't what was built: its sha256 differs from the manifest's", place)
 
 
-def _damaged(pack: Pack, what: str) -> PackError:
-    return PackError(f"pack {pack.folder}: {what}; run `{build_command(pack.arch)}`")
+def _damaged(pack: Pack, what: str, place: Path | None = None) -> PackError:
+    """The error for a pack that can't be used as it is, and what mends it; ``place`` has its modules."""
+    if place in (None, pack.folder):
+        return PackError(f"pack {pack.folder}: {what}; run `{build_command(pack.arch)}`")
+    return PackError(
+        f"pack {pack.folder}, unpacked in {place}: {what}; remove that folder, and it is unpacked again, or set "
+        f"XDG_CACHE_HOME, which says where"
+    )
 
 
 _current: Registry | None = None

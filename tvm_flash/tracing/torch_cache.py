@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tvm_flash.call import eager
+from tvm_flash.call import checks, eager
 from tvm_flash.call.signature import Options
 from tvm_flash.errors import NotSupportedError
 from tvm_flash.frameworks.torch import TORCH, name_of
@@ -22,6 +22,7 @@ from tvm_flash.paged import flash_attention_paged
 from tvm_flash.quantised import rounded, torch_arrays
 from tvm_flash.tracing import torch_cache_checks as cache_checks
 from tvm_flash.tracing import torch_ragged  # noqa: F401  the operator of the attention
+from tvm_flash.tracing.torch_cache_contents import check_contents
 from tvm_flash.tracing.torch_gradients import is_recorded
 
 _library = torch.library.Library("tvm_flash", "FRAGMENT")
@@ -34,6 +35,9 @@ _library.define(
 _library.define("rotate(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved) -> Tensor", tags=_tags)
 
 
+_DIFFERENTIABLE = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "alibi_slopes", "sinks", *SCALES)
+
+
 def attend(
     tensors: Mapping[str, Any],
     cache_seqlens: Any,
@@ -44,13 +48,17 @@ def attend(
 ) -> Any:
     """What :func:`tvm_flash.flash_attention_with_kvcache` does with its tensors by name and the rest of its options."""
     compiling = torch.compiler.is_compiling()
-    along = bool(options["causal"]) or tuple(options["window_size"]) != (-1, -1)
+    causal, window = checks.check_flag("causal", options["causal"]), checks.check_window(options["window_size"])
+    along = causal or window != (-1, -1)
     sizes = cache_checks.check(tensors, cache_seqlens, longest, interleaved, num_splits)
-    q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    if is_recorded([q, k, v, *(tensors[name] for name in ("k_cache", "v_cache"))]):
+    q, k = tensors["q"], tensors["k"]
+    everything = tensors | options
+    floats = [everything[n] for n in _DIFFERENTIABLE if isinstance(everything[n], torch.Tensor)]
+    if is_recorded(floats):
+        asked_of = ", ".join(n for n in _DIFFERENTIABLE if getattr(everything[n], "requires_grad", False))
         raise NotSupportedError(
-            "q, k, v: a gradient is required, and of keys in a cache there is none; call under torch.no_grad(), or use "
-            "flash_attention"
+            f"{asked_of}: a gradient is required, and of keys in a cache there is none; call under torch.no_grad(), or "
+            f"use flash_attention"
         )
     starts = tensors["cu_seqlens_q"]
     if starts is None:
@@ -59,6 +67,7 @@ def attend(
     if not isinstance(before, torch.Tensor):
         number = sizes.capacity if before is None else int(before)
         before = torch.full((sizes.batch,), number, dtype=torch.int32, device=q.device)
+    before = before.contiguous()
     k_cache, v_cache, table = _on_pages(tensors, sizes.batch)
     after, added = before, tensors["cu_seqlens_k_new"]
     if k is not None:
@@ -77,8 +86,9 @@ def attend(
     options = options | {"kv_start": None if leftpad is None else leftpad[:, None], "max_seqlen_q": longest}
     if not compiling and not TORCH.watched(tuple(x for x in (*tensors.values(), before) if x is not None)):
         _check_all(call, options)
+        shift = 0 if k is None else cache_checks.check_memory(everything | {"cache_seqlens": cache_seqlens})
         if q.device.type == "cpu":
-            cache_checks.check_contents(tensors, before, after, table, sizes, along)
+            check_contents(tensors, before, after, table, sizes, along, shift)
     if tensors["rotary_cos"] is not None:
         turned = tensors["rotary_seqlens"]
         turned = before if turned is None else turned
@@ -87,7 +97,7 @@ def attend(
         k = turn(k.reshape(-1, *k.shape[-2:]), starts=added, each=k.shape[1] if added is None else 0, along=True)
         k = k.view(tensors["k"].shape)
     if k is not None:
-        torch.ops.tvm_flash.append_to_cache(k_cache, v_cache, k, v, added, before, table, *scales.values())
+        torch.ops.tvm_flash.append_to_cache(k_cache, v_cache, k, tensors["v"], added, before, table, *scales.values())
     result = flash_attention_paged(**call, **options)
     if q.ndim == 3:
         return result

@@ -1,17 +1,21 @@
-"""What :func:`tvm_flash.flash_attention_with_kvcache` checks before it writes, beside what its attention does."""
+"""What :func:`tvm_flash.flash_attention_with_kvcache` checks of its arguments, beside what its attention does.
+
+What is in tensors is another file's: :mod:`.torch_cache_contents`.
+"""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tvm_flash.call import checks
-from tvm_flash.call.ragged import fault_of
+from tvm_flash.call import checks, memory
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
-from tvm_flash.frameworks.torch import name_of
+from tvm_flash.frameworks.torch import check_dense, name_of
 from tvm_flash.operators import SCALES
 
 _INT32 = ("cache_batch_idx", "cache_leftpad", "page_table", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_seqlens")
@@ -43,7 +47,11 @@ def check(tensors: Mapping[str, Any], cache_seqlens: Any, longest: Any, interlea
             raise ArgumentTypeError(f"{name}: is None, expected a tensor")
     for name, x in given.items():
         if not isinstance(x, torch.Tensor):
-            raise ArgumentTypeError(f"{name}: is a {type(x).__qualname__}, but q is a tensor of torch")
+            raise ArgumentTypeError(
+                f"{name}: is a {type(x).__module__}.{type(x).__qualname__}, but q is a tensor of torch; use "
+                f"torch.as_tensor({name})"
+            )
+        check_dense(x, name)
         if x.device != q.device:
             raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
         if (name in _INT32 or name == "cache_seqlens") and x.dtype != torch.int32:
@@ -124,10 +132,13 @@ def _check_lengths(tensors: Mapping[str, Any], cache_seqlens: Any, batch: int, c
     if isinstance(cache_seqlens, torch.Tensor):
         _check_shape("cache_seqlens", cache_seqlens, (batch,), "how many keys each sequence has")
     elif cache_seqlens is not None:
-        if isinstance(cache_seqlens, bool) or not hasattr(type(cache_seqlens), "__index__"):
+        try:
+            cache_seqlens = operator.index(None if isinstance(cache_seqlens, bool) else cache_seqlens)
+        except TypeError:
             raise ArgumentTypeError(
-                f"cache_seqlens: is {cache_seqlens!r}, expected int32 ({batch},) or a whole number for all sequences"
-            )
+                f"cache_seqlens: is {cache_seqlens!r}, expected a tensor int32 ({batch},) or a whole number for all "
+                f"sequences"
+            ) from None
         if not 0 <= cache_seqlens <= capacity:
             raise InvalidArgumentError(f"cache_seqlens: is {cache_seqlens}, expected 0 to {capacity}")
     for name in ("cache_leftpad", "rotary_seqlens"):
@@ -180,58 +191,67 @@ def _check_rotation(tensors: Mapping[str, Any]) -> None:
     _check_shape("rotary_sin", sin, tuple(cos.shape), "that of rotary_cos")
 
 
-def check_contents(
-    tensors: Mapping[str, Any],
-    before: torch.Tensor,
-    after: torch.Tensor,
-    table: torch.Tensor,
-    sizes: Sizes,
-    along: bool,
-) -> None:
-    """What is in int32 tensors of the CPU; ``along`` says that queries are turned by positions of their own.
+def check_memory(tensors: Mapping[str, Any]) -> int:
+    """That caches that are written have their elements for themselves; ``tensors`` are all of the call, by name.
+
+    Pages of both caches may take turns in one buffer, so that page p of k_cache is page p − n of v_cache.  Which of
+    them a sequence has is for :mod:`.torch_cache_contents` to see; the result is n, or 0 if they share nothing.
 
     Raises
     ------
     InvalidArgumentError
     """
-    for name, of in (("cu_seqlens_q", "q"), ("cu_seqlens_k_new", "k")):
-        if tensors[name] is not None and (fault := fault_of(tensors[name].tolist(), of, tensors[of].shape[0])):
-            raise InvalidArgumentError(f"{name}: {fault}")
-    short, long = (x.tolist() for x in (before, after))
-    for b, (first, last) in enumerate(zip(short, long, strict=True)):
-        if first < 0 or last > sizes.capacity:
-            new = f", and {last - first} more come to them" if last > first else ""
+    at = {name: x.data_ptr() for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+    shift = 0
+    for cache in _CACHES:
+        x = tensors[cache]
+        own = x.shape, x.stride(), x.element_size()
+        if x.is_inference() and not torch.is_inference_mode_enabled():
             raise InvalidArgumentError(
-                f"cache_seqlens: is {first} of sequence {b}{new}, expected room for them among {sizes.capacity} keys"
+                f"{cache}: was made in torch.inference_mode, where alone it can be written; call there too, or clone it"
             )
-    page_size, pages = tensors["k_cache"].shape[1], tensors["k_cache"].shape[0]
-    needed = (after + (page_size - 1)).div(max(page_size, 1), rounding_mode="floor")
-    wrong = ((table < 0) | (table >= pages)) & (torch.arange(table.shape[1])[None] < needed[:, None])
-    if wrong.any():
-        b, i = wrong.nonzero()[0].tolist()
-        name, place = (
-            ("page_table", f"[{b}, {i}]") if tensors["page_table"] is not None else ("cache_batch_idx", f"[{b}]")
-        )
-        raise InvalidArgumentError(f"{name}: is {int(table[b, i])} at {place}, expected 0 to {pages - 1}")
-    entries = tensors["cache_batch_idx"]
-    if tensors["k"] is not None and entries is not None and len(set(entries.tolist())) < len(entries):
-        raise InvalidArgumentError(
-            "cache_batch_idx: names an entry twice, and keys are appended; expected different ones"
-        )
-    _check_positions(tensors, before, after, along)
+        if not _is_injective(*own[:2]):
+            raise InvalidArgumentError(
+                f"{cache}: has strides {own[1]}, in which elements share memory, and keys are appended; use a tensor "
+                f"that isn't expanded"
+            )
+        storage = x.untyped_storage()
+        begin = storage.data_ptr()
+        end = begin + storage.nbytes()
+        for name, address in at.items():
+            if not begin <= address < end or name == cache:
+                continue
+            y = tensors[name]
+            distance = address - at[cache]
+            if _share(*own, y.shape, y.stride(), y.element_size(), distance):
+                if name in _CACHES and (shift := _pages_between(*own, y.stride(), abs(distance))):
+                    shift = shift if at["v_cache"] > at["k_cache"] else -shift
+                    continue
+                raise InvalidArgumentError(
+                    f"{name}: shares memory with {cache}, to which keys are appended; give it memory of its own, as "
+                    f"with {name}.clone()"
+                )
+
+    return shift
 
 
-def _check_positions(tensors: Mapping[str, Any], before: torch.Tensor, after: torch.Tensor, along: bool) -> None:
-    """That the rotation has an angle for each position."""
-    cos, first = tensors["rotary_cos"], tensors["rotary_seqlens"]
-    if cos is None or not before.numel():
-        return
-    first = before if first is None else first
-    last = first + torch.maximum(after - before, torch.ones_like(before)) - 1
-    if along:
-        starts, q = tensors["cu_seqlens_q"], tensors["q"]
-        last = torch.maximum(last, first + (q.shape[1] if starts is None else starts.diff()) - 1)
-    if int(first.min()) < 0 or int(last.max()) >= cos.shape[0]:
-        raise InvalidArgumentError(
-            f"rotary_cos: has {cos.shape[0]} positions, and {int(first.min())} to {int(last.max())} are needed"
-        )
+def _pages_between(shape, strides, item_size, others, distance: int) -> int:
+    """How many pages lie between two caches whose pages take turns; 0 if they don't."""
+    page, size = (
+        strides[0] * item_size,
+        item_size + sum(item_size * s * (n - 1) for s, n in zip(strides[1:], shape[1:], strict=True)),
+    )
+    return distance // page if strides == others and page >= size and not distance % page else 0
+
+
+_is_injective = functools.lru_cache(maxsize=64)(checks.is_injective)
+
+
+@functools.lru_cache(maxsize=256)
+def _share(shape, strides, item_size, other_shape, other_strides, other_item_size, distance: int) -> bool:
+    """Whether two tensors of some shapes and strides, so many bytes from each other, share one."""
+    one, other = (
+        memory.footprint_of(*x) for x in ((shape, strides, item_size), (other_shape, other_strides, other_item_size))
+    )
+    base = 1 << 40  # the addresses don't matter, but none is negative
+    return memory.overlap(one, base, other, base + distance)

@@ -5,7 +5,8 @@ Between the passes q, k, v, the parameters that are tensors, the result and its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,16 @@ def below(operator: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return operator(*arguments, **options)
 
 
+@contextlib.contextmanager
+def _recording_below() -> Iterator[None]:
+    """Have the levels of ``torch.func`` below differentiate too: an autograd function's forward turns that off."""
+    if not torch._C._are_functorch_transforms_active():
+        yield
+        return
+    with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
 def _apply(function: type, *arguments: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
         with enable_single_level_autograd_function():
@@ -96,7 +107,8 @@ class _Attention(_Function):
     def forward(ctx, pair, q, k, v, *parameters):
         given = {name: x for name, x in zip(pair.parameters, parameters, strict=True) if x is not None}
         pair.check(q, k, v, given, tuple(name for name, x in given.items() if x.requires_grad))
-        out, lse = pair.forward(q, k, v, *parameters)
+        with _recording_below():
+            out, lse = pair.forward(q, k, v, *parameters)
         ctx.pair = pair
         ctx.save_for_backward(q, k, v, out, lse, *parameters)
         ctx.set_materialize_grads(False)
@@ -133,7 +145,8 @@ class _Once(_Function):
     @staticmethod
     def forward(ctx, operator, spec, *leaves):
         arguments, options = pytree.tree_unflatten(list(leaves), spec)
-        return tuple(below(operator, *arguments, **options))
+        with _recording_below():
+            return tuple(below(operator, *arguments, **options))
 
     @staticmethod
     def backward(ctx, *gradients):

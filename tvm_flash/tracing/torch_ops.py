@@ -263,19 +263,22 @@ def _run(
 
 
 def readable(dout, q, k, v, out, lse, dlse, *parameters):
-    """The tensors of a backward, with gradients that lie as kernels take them, not as whoever computed them saw fit."""
+    """The tensors of a backward as kernels take them.
+
+    Gradients lie as whoever computed them saw fit, and one log-sum-exp stands for many where gradients are mapped.
+    """
     sizes = [s * dout.element_size() for s, n in zip(dout.stride()[:-1], dout.shape, strict=False) if n > 1]
     aligned = dout.device.type == "cpu" or not any(n % 16 for n in (dout.data_ptr(), *sizes))
     if not aligned or (dout.shape[-1] > 1 and dout.stride(-1) != 1):
         dout = dout.clone(memory_format=torch.contiguous_format)
-    return dout, q, k, v, out, lse, dlse if dlse is None else dlse.contiguous(), *parameters
+    return dout, q, k, v, out, lse.contiguous(), dlse if dlse is None else dlse.contiguous(), *parameters
 
 
 # ---------------------------------------------------------------- on fake tensors
 
 
-def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
-    check_shapes(layout, q, k, v)
+def _shapes(q, k, v, *others, layout="bhsd", return_lse=False, **_):
+    check_shapes(layout, q, k, v, *others)
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, q.new_empty(_rows(q, layout) if return_lse else (0,), dtype=torch.float32)
 
@@ -283,7 +286,7 @@ def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
 def _backward_shapes(
     dout, q, k, v, *rest, layout="bhsd", gradients=(), name=BUILTIN_DEFINITION, parameter_names=(), **_
 ):
-    check_shapes(layout, q, k, v)
+    check_shapes(layout, q, k, v, dout, *rest)
     declared = declared_of(name) if gradients else {}
     given = dict(zip(parameter_names, rest[-2], strict=True)) if parameter_names else {}
     sizes = dict(zip("bhij", (*_rows(q, layout), k.shape[2 if layout == "bhsd" else 1]), strict=True))

@@ -17,7 +17,8 @@ from tvm.script import tirx as T
 
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import FULL, IDENTITY, Mask, ScoreModification
-from schedules.definition.flex.graph import Formula, settled, without_hidden
+from schedules.definition.flex.formula import Formula, settled, without_hidden
+from schedules.definition.flex.graph import read
 from schedules.definition.flex.rules import NumPy, Tir
 
 
@@ -34,11 +35,12 @@ def from_flex(
 
     Returns
     -------
-    An :class:`Attention`.  Every tensor that the functions hold on to is a parameter of the variable's name, given at
-    each call, integers as int32, float64 as float32.  One that is read at ``[b, h, q_idx, kv_idx]`` only, or at some of
-    these in this order, has a value for each, and a gradient if it requires one; any other is a table of any sizes, and
-    an index beyond its end reads the last element.  Positions count from 0 in both sequences, as FlexAttention's do:
-    nothing is aligned bottom-right.
+    An :class:`Attention`.  Every tensor that the functions hold on to is a parameter of the variable's name (or the
+    attribute's, the default argument's; ``name_0`` in a list, ``name_key`` in a dictionary), given at each call,
+    integers as int32, float64 as float32.  One that is read at ``[b, h, q_idx, kv_idx]`` only, or at some of these in
+    this order, has a value for each, and a gradient if it requires one; any other is a table of any sizes, and an index
+    beyond its end reads the last element.  Positions count from 0 in both sequences, as FlexAttention's do: nothing is
+    aligned bottom-right.
 
     Raises
     ------
@@ -47,7 +49,7 @@ def from_flex(
     ImportError: PyTorch isn't installed.
     """
     given = [(score_mod, "score_mod"), (mask_mod, "mask_mod")]
-    formulas = settled([Formula.of(function, role) for function, role in given if function is not None])
+    formulas = settled([read(function, role) for function, role in given if function is not None])
     score = None if score_mod is None else formulas[0]
     masks = [] if mask_mod is None else formulas[-1:]
     if score is not None:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from schedules.definition.errors import DefinitionError
+from schedules.definition.flex.formula import ARGUMENTS, Formula, same_name
+from schedules.definition.flex.held import held_by, identity
 from schedules.definition.flex.rules import RULES, Node
 from tvm_flash.packs.manifest import Param
 
-#: The arguments of the two functions: those of a mask lack the score.
-ARGUMENTS = {
-    "score_mod": ("score", "b", "h", "q_idx", "kv_idx"),
-    "mask_mod": ("b", "h", "q_idx", "kv_idx"),
-}
 _RESULTS = {"score_mod": "float", "mask_mod": "bool"}
 
 #: How values of a dtype of torch are computed.
@@ -32,6 +27,9 @@ _TABLES = {
 #: Operations that leave the value as it is, but perhaps for its kind.
 _CASTS = ("_to_copy", "alias", "clone", "detach", "lift_fresh_copy", "lift_fresh", "_assert_tensor_metadata")
 
+#: Operations by which a tensor comes into a graph that the traced function makes itself.
+_MADE_HERE = ("lift_fresh_copy", "lift_fresh")
+
 #: Operations that make a number, and at which place it is among their arguments.
 _CONSTANTS = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}
 _ZEROS_AND_ONES = [
@@ -39,97 +37,16 @@ _ZEROS_AND_ONES = [
 ]
 
 
-@dataclass(frozen=True)
-class Formula:
-    """The result of a function as a tree of nodes, and the parameters that it reads in the order of first use.
-
-    ``learnt`` are those that require a gradient.
-    """
-
-    name: str
-    result: Node
-    params: tuple[Param, ...]
-    learnt: frozenset[str] = frozenset()
-
-    @staticmethod
-    def of(function: Callable, role: str) -> Formula:
-        """Trace ``function``, which was given as the argument ``role``."""
-        if not callable(function):
-            raise DefinitionError(f"{role} is {type(function).__name__}; expected a function {_called(role)}")
-        return _Reader(function, role).read()
-
-    def part(self, node: Node) -> Formula:
-        """The formula of one of its nodes."""
-        names = {x.operands[0] for x in node.parts() if x.what == "parameter"}
-        return Formula(self.name, node, tuple(p for p in self.params if p.name in names))
-
-
-def settled(formulas: list[Formula]) -> list[Formula]:
-    """The formulas with a tensor of axes in place of each table that is read at one place only: the batch entry, head,
-    query and key of the score, or some of these in this order.
-    """
-    indices: dict[str, set[tuple[Node, ...]]] = {}
-    for formula in formulas:
-        for node in formula.result.parts():
-            if node.what == "read":
-                indices.setdefault(node.operands[0].operands[0], set()).add(node.operands[1:])
-    axes = {name: _axes_of(found) for name, found in indices.items()}
-    learnt = {name for f in formulas for name in f.learnt}
-    known: dict[int, Node] = {}
-
-    def placed(node: Node) -> Node:
-        if id(node) not in known:
-            if node.what == "read" and axes[node.operands[0].operands[0]]:
-                known[id(node)] = Node("parameter", (node.operands[0].operands[0], 0), node.kind)
-            else:
-                operands = tuple(placed(x) if isinstance(x, Node) else x for x in node.operands)
-                known[id(node)] = dataclasses.replace(node, operands=operands)
-        return known[id(node)]
-
-    def declared(param: Param) -> Param:
-        if axes.get(param.name):
-            return Param(param.name, param.dtype, axes=axes[param.name], gradient=param.name in learnt)
-        return dataclasses.replace(param, gradient=param.name in learnt)
-
-    return [Formula(f.name, placed(f.result), tuple(declared(p) for p in f.params)) for f in formulas]
-
-
-def _axes_of(indices: set[tuple[Node, ...]]) -> str:
-    """The axes of scores that are the only indices of a tensor; none if there are others."""
-    names = [tuple(i.operands[0] if i.what == "argument" else "" for i in each) for each in indices]
-    order = ARGUMENTS["mask_mod"]
-    if len(names) > 1 or list(names[0]) != [x for x in order if x in names[0]]:
-        return ""
-    return "".join("bhij"[order.index(x)] for x in names[0])
-
-
-def without_hidden(formula: Formula) -> tuple[Formula | None, Formula | None]:
-    """A score without its outermost choices of −inf, and what is true where none of them hides a key.
-
-    Either is None if nothing is left of it.
+def read(function: Callable, role: str) -> Formula:
+    """Trace ``function``, which was given as the argument ``role``.
 
     Raises
     ------
-    DefinitionError: a key is hidden by the value of its score.
+    DefinitionError: it isn't a function of scores or of positions, or has an operation that isn't known.
     """
-    node, visible = formula.result, None
-    while node.what == "where":
-        condition, a, b = node.operands
-        if b.is_minus_infinity:
-            node, shown = a, condition
-        elif a.is_minus_infinity:
-            node, shown = b, Node("logical_not", (condition,), "bool")
-        else:
-            break
-        visible = shown if visible is None else Node("logical_and", (visible, shown), "bool")
-    score = None if node.is_score else formula.part(node)
-    if visible is None:
-        return score, None
-    if any(x.is_score for x in visible.parts()):
-        raise DefinitionError(
-            f"score_mod {formula.name!r} hides keys by the value of the score, where a mask has positions"
-        )
-    return score, formula.part(visible)
+    if not callable(function):
+        raise DefinitionError(f"{role} is {type(function).__name__}; expected a function {_called(role)}")
+    return _Reader(function, role).read()
 
 
 class _Reader:
@@ -141,7 +58,8 @@ class _Reader:
         self._name = name if name.isidentifier() else "function"
         self._params: dict[str, Param] = {}
         self._learnt: set[str] = set()
-        self._held = _held_by(function)
+        self._tensors: dict[str, tuple] = {}
+        self._held = held_by(function)
 
     def read(self) -> Formula:
         graph_module = self._trace()
@@ -152,7 +70,8 @@ class _Reader:
                 argument = next(arguments)
                 values[node] = Node("argument", (argument,), "float" if argument == "score" else "int")
             elif node.op == "get_attr":
-                values[node] = self._parameter(getattr(graph_module, node.target))
+                made_here = all(_name_of(user) in _MADE_HERE for user in node.users)
+                values[node] = self._parameter(getattr(graph_module, node.target), made_here)
             elif node.op == "call_function":
                 values[node] = self._operation(node, values)
             else:
@@ -163,7 +82,9 @@ class _Reader:
             raise self._refusal(
                 f"returns {got}; expected {_RESULTS[self._role]}: it is called as {_called(self._role)}"
             )
-        return Formula(self._name, result, tuple(self._params.values()), frozenset(self._learnt))
+        if self._role == "score_mod" and not any(x.is_score for x in result.parts()):
+            raise self._refusal("never uses its score, so that it isn't attention")
+        return Formula(self._name, result, tuple(self._params.values()), frozenset(self._learnt), self._tensors)
 
     def _trace(self):
         import torch
@@ -172,7 +93,8 @@ class _Reader:
         kinds = [torch.float32 if a == "score" else torch.int32 for a in ARGUMENTS[self._role]]
         try:
             with _table_reads():
-                trace = make_fx(self._function, tracing_mode="fake", _allow_non_fake_inputs=True)
+                # Methods and arguments with defaults have another number of arguments than they are called with.
+                trace = make_fx(lambda *x: self._function(*x), tracing_mode="fake", _allow_non_fake_inputs=True)
                 return trace(*(torch.zeros((), dtype=kind) for kind in kinds))
         except Exception as e:  # a user's function may fail in any way; the cause is chained
             raise self._refusal(
@@ -180,16 +102,21 @@ class _Reader:
                 f"their values: {type(e).__name__}: {e}"
             ) from e
 
-    def _parameter(self, tensor) -> Node:
+    def _parameter(self, tensor, made_here: bool) -> Node:
         dtype = _dtype(tensor)
         if dtype not in _TABLES:
             raise self._refusal(f"reads a tensor of {dtype}; expected one of {', '.join(_TABLES)}")
         kind = {"bool": "bool", "int32": "int"}.get(_TABLES[dtype], "float")
-        name = self._held.get(_identity(tensor))
-        if name is None and not tensor.ndim:  # the function makes it itself, of a number
+        if made_here and not tensor.ndim:  # the function makes it itself, of a number
             return Node("constant", (tensor.item(),), kind)
+        name = self._held.get(identity(tensor))
         if name is None:
-            raise self._refusal(f"makes a tensor of shape {tuple(tensor.shape)}; hold it in a variable outside instead")
+            made = "makes" if made_here else "holds, where its name isn't known,"
+            raise self._refusal(
+                f"{made} a tensor of shape {tuple(tensor.shape)}; hold it in a variable outside instead"
+            )
+        if self._tensors.setdefault(name, identity(tensor)) != identity(tensor):
+            raise self._refusal(same_name("holds", name))
         if tensor.ndim:
             param = Param(name, _TABLES[dtype], rank=tensor.ndim)
         else:
@@ -200,7 +127,7 @@ class _Reader:
         return Node("parameter", (name, tensor.ndim), kind)
 
     def _operation(self, node, values) -> Node:
-        what = getattr(node.target, "overloadpacket", node.target).__name__
+        what = _name_of(node)
         if what == "index":
             return self._read_of(node, values)
         kind = _KINDS.get(_dtype(node.meta.get("val")))
@@ -211,15 +138,54 @@ class _Reader:
         if what in _ZEROS_AND_ONES:
             return Node("constant", (int("ones" in what),), kind)
         if what in _CASTS:
-            return Node("cast", (values[node.args[0]],), kind)
+            return self._cast(what, values[node.args[0]], kind)
         if node.kwargs.get("rounding_mode"):
             what = f"{what}_{node.kwargs['rounding_mode']}"
         if what not in RULES or (what.startswith("bitwise") and kind != "bool"):
             raise self._unknown(node)
-        operands = [self._operand(values, x) for x in node.args]
-        if node.kwargs.get("alpha", 1) != 1:
-            operands[1] = Node("mul", (operands[1], self._operand(values, node.kwargs["alpha"])), kind)
-        return Node(what, tuple(operands), kind)
+        args, alpha = node.args, node.kwargs.get("alpha", 1)
+        if what == "rsub":
+            args, alpha = args[:2], args[2] if len(args) > 2 else alpha
+        operands = [self._operand(values, x) for x in self._rounded(node, args)]
+        if alpha != 1:
+            scaled = 0 if what == "rsub" else 1
+            operands[scaled] = Node("mul", (operands[scaled], self._operand(values, alpha)), kind)
+        return self._power(node, operands, kind) if what == "pow" else Node(what, tuple(operands), kind)
+
+    def _cast(self, what: str, x: Node, kind: str) -> Node:
+        if what == "detach" and any(y.is_score or y.operands[0] in self._learnt for y in x.parts()):
+            raise self._refusal("detaches what has a gradient, and derivatives here follow from the formula alone")
+        return Node("cast", (x,), kind)
+
+    def _rounded(self, node, args) -> list:
+        """Arguments of an operation; a number beside elements of 16 bits is rounded to them, as PyTorch does."""
+        narrow = {_dtype(x.meta["val"]) for x in args if hasattr(x, "op")} & {"float16", "bfloat16"}
+        others = {_dtype(x.meta["val"]) for x in args if hasattr(x, "op")} - narrow
+        if not narrow or others & {"float32", "float64"} or len(narrow) > 1:
+            return list(args)
+        if others & {"int32", "int64"}:
+            raise self._refusal(
+                f"has {node.format_node()} of {', '.join(narrow)} and integers, which PyTorch rounds to 16 bits first; "
+                f"make the former float32, by .float()"
+            )
+        import torch
+
+        dtype = getattr(torch, *narrow)
+        return [torch.tensor(x, dtype=dtype).item() if type(x) in (int, float) else x for x in args]
+
+    def _power(self, node, operands: list[Node], kind: str) -> Node:
+        """A power; with a small whole exponent a product, which integers and negative bases have too."""
+        base, exponent = operands
+        n = exponent.operands[0] if exponent.what == "constant" else None
+        if n in range(1, 9):
+            base = Node("cast", (base,), kind)
+            return functools.reduce(lambda x, _: Node("mul", (x, base), kind), range(int(n) - 1), base)
+        if kind != "float":
+            raise self._refusal(
+                f"has {node.format_node()}; of integers powers with an exponent of 1 to 8 are known, and of floats "
+                f"others too: 2.0**h"
+            )
+        return Node("pow", (base, exponent), kind)
 
     def _read_of(self, node, values) -> Node:
         table, indices = values.get(node.args[0]), [values.get(x) for x in node.args[1]]
@@ -248,6 +214,11 @@ class _Reader:
         return DefinitionError(f"{self._role} {self._name!r} {text}")
 
 
+def _name_of(node) -> str:
+    """The name of the operation of a node of PyTorch's graph."""
+    return getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+
+
 def _called(role: str) -> str:
     return f"({', '.join(ARGUMENTS[role])})"
 
@@ -272,28 +243,3 @@ def _table_reads():
             return func(*args, **(kwargs or {}))
 
     return TableReads()
-
-
-def _identity(tensor) -> tuple:
-    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
-
-
-def _held_by(function: Callable) -> dict[tuple, str]:
-    """Names of the tensors in the closure and among the globals of a function, and of the functions there."""
-    import torch
-
-    names: dict[tuple, str] = {}
-    seen, todo = set(), [function]
-    while todo:
-        current = todo.pop()
-        if id(current) in seen or not inspect.isfunction(current):
-            continue
-        seen.add(id(current))
-        found = inspect.getclosurevars(current)
-        for name, value in {**found.globals, **found.nonlocals}.items():
-            for x in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(x, torch.Tensor):
-                    names.setdefault(_identity(x), name)
-                elif inspect.isfunction(x):
-                    todo.append(x)
-    return names

@@ -50,9 +50,10 @@ class Node:
             return self.operands[1].is_natural
         if self.what in ("add", "mul", "floor_divide", "minimum"):
             return all(x.is_natural for x in self.operands)
-        return self.what in ("maximum", "clamp", "clamp_min") and any(
-            isinstance(x, Node) and x.is_natural for x in self.operands[: 2 if self.what != "maximum" else None]
-        )
+        if self.what == "clamp":
+            x, low, high = (*self.operands, None, None)[:3]
+            return (x.is_natural or (low is not None and low.is_natural)) and (high is None or high.is_natural)
+        return self.what in ("maximum", "clamp_min") and any(x.is_natural for x in self.operands)
 
     def parts(self) -> list[Node]:
         """It, and all nodes below it, each once."""
@@ -100,7 +101,8 @@ class Language:
         rule = RULES[what]
         kinds = rule.kinds(node)
         given = [None if x is None else self.of_kind(x, kind) for x, kind in zip(operands, kinds, strict=True)]
-        return rule.function(self, *given)
+        result = rule.function(self, *given)
+        return self.cast(result, "bool") if rule.kinds is _of_result and node.kind == "bool" else result
 
     def _index(self, index: Node, parameter: Node, dimension: int):
         """A negative index counts from the end, as it does in PyTorch."""
@@ -128,12 +130,23 @@ class Tir(Language):
         return self.cast(value, "bool") if kind == "bool" and str(value.ty.dtype) != "bool" else value
 
     def element(self, name, indices):
-        return self._at.table[name](*indices)
+        dtype = self._at.i.ty.dtype
+        return self._at.table[name](*(i if i.ty.dtype == dtype else T.Cast(str(dtype), i) for i in indices))
 
     def size(self, name, dimension):
         return self._at.table[name].shape[dimension]
 
-    where = staticmethod(tirx.Select)
+    @staticmethod
+    def where(condition, a, b):
+        """A choice of values of one kind; integers may have two dtypes."""
+        if a.ty.dtype != b.ty.dtype:
+            a, b = (T.Cast("int64", x) for x in (a, b))
+        return tirx.Select(condition, a, b)
+
+    @staticmethod
+    def like(a, value):
+        return tirx.const(value, a.ty.dtype)
+
     logical_and, logical_or, logical_not = staticmethod(T.And), staticmethod(T.Or), staticmethod(tirx.Not)
     equal, not_equal = staticmethod(tirx.EQ), staticmethod(tirx.NE)
     minimum, maximum = staticmethod(T.min), staticmethod(T.max)
@@ -168,6 +181,10 @@ class NumPy(Language):
     def size(self, name, dimension):
         return self._at.params[name].shape[dimension]
 
+    @staticmethod
+    def like(a, value):
+        return value
+
     def __getattr__(self, name):
         return getattr(np, name)
 
@@ -176,12 +193,13 @@ class NumPy(Language):
 
 
 def _of_result(node):
-    return [node.kind] * len(node.operands)
+    """The result's kind; truth values are computed with as integers, of which each but 0 is true."""
+    return ["int" if node.kind == "bool" else node.kind] * len(node.operands)
 
 
 def _of_all(node):
     kinds = [x.kind for x in node.operands]
-    return [next(kind for kind in ("float", "int", "bool") if kind in kinds)] * len(kinds)
+    return ["float" if "float" in kinds else "int"] * len(kinds)
 
 
 def _of_choice(node):
@@ -205,9 +223,18 @@ def _clamp(l, a, low=None, high=None):
     return a if high is None else l.minimum(a, high)
 
 
+def _relu(l, a):
+    zero = l.like(a, 0)
+    return l.where(a <= zero, zero, a)
+
+
 def _sign(l, a):
-    one, zero = a * 0 + 1, a * 0
+    one, zero = l.like(a, 1), l.like(a, 0)
     return l.where(a > zero, one, l.where(a < zero, -one, zero))
+
+
+def _differ(l, a, b):
+    return l.not_equal(l.cast(a, "int"), l.cast(b, "int"))
 
 
 #: What each ATen operation is.
@@ -230,7 +257,7 @@ RULES: dict[str, Rule] = {
     "clamp": Rule(_clamp),
     "clamp_min": Rule(lambda l, a, b: l.maximum(a, b)),
     "clamp_max": Rule(lambda l, a, b: l.minimum(a, b)),
-    "relu": Rule(lambda l, a: l.maximum(a, 0 * a)),
+    "relu": Rule(_relu),
     "pow": Rule(lambda l, a, b: l.power(a, b)),
     "exp": Rule(lambda l, a: l.exp(a)),
     "exp2": Rule(lambda l, a: l.exp2(a)),
@@ -242,7 +269,7 @@ RULES: dict[str, Rule] = {
     "sin": Rule(lambda l, a: l.sin(a)),
     "cos": Rule(lambda l, a: l.cos(a)),
     "tanh": Rule(lambda l, a: l.tanh(a)),
-    "sigmoid": Rule(lambda l, a: 1 / (1 + l.exp(-a))),
+    "sigmoid": Rule(lambda l, a: 0.5 + 0.5 * l.tanh(0.5 * a)),  # no infinity, of which its derivative would be NaN
     "floor": Rule(lambda l, a: l.floor(a)),
     "ceil": Rule(lambda l, a: l.ceil(a)),
     "where": Rule(lambda l, a, b, c: l.where(a, b, c), _of_choice),
@@ -254,7 +281,7 @@ RULES: dict[str, Rule] = {
     "ge": Rule(lambda l, a, b: a >= b, _of_all),
     "logical_and": Rule(lambda l, a, b: l.logical_and(a, b), _of_bools),
     "logical_or": Rule(lambda l, a, b: l.logical_or(a, b), _of_bools),
-    "logical_xor": Rule(lambda l, a, b: l.not_equal(a, b), _of_bools),
+    "logical_xor": Rule(_differ, _of_bools),
     "logical_not": Rule(lambda l, a: l.logical_not(a), _of_bools),
 }
 # Of bools PyTorch's bits are the same; of integers they aren't known here.

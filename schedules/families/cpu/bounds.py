@@ -16,6 +16,7 @@ from tvm.script.ir_builder import IRBuilder
 
 from schedules.definition.intervals import Atom
 from schedules.definition.parameters import Site
+from schedules.families.cpu.block_table import BlockTable
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ class BlockBounds:
             found.append((atom, low, high))
         return BlockBounds(geometry, block_m, block_n, tuple(found))
 
-    def fill(self) -> None:
+    def fill(self, announce) -> None:
         """Look at each query and key once."""
         P = self.geometry
         for atom, low, high in self.buffers:
             batch, heads = self._extents(atom)
             length = P.seqlen_q if atom.axis == "i" else P.seqlen_kv
             size, blocks, dtype = self._size(atom), self._blocks(atom), str(low.dtype)
+            T.evaluate(announce(batch * heads * blocks, batch * heads * length))
             with T.parallel(batch * heads * blocks) as w, T.sblock("bounds"):
                 T.reads()
                 T.writes()
@@ -61,7 +63,15 @@ class BlockBounds:
                     T.buffer_store(low, T.min(low[w], value), [w])
                     T.buffer_store(high, T.max(high[w], value), [w])
 
-    def of_tile(self, site: Site, row: Expr, column: Expr):
+    def tile_live(self, site: Site, row: Expr, last_row: Expr, key: Expr, last_key: Expr) -> Expr:
+        """Whether some row of the tile that begins with a block of each may see some key."""
+        return self.geometry.pattern.tile_live(site, row, last_row, key, last_key, self._of_tile(site, row, key))
+
+    def tile_full(self, site: Site, row: Expr, last_row: Expr, key: Expr, last_key: Expr) -> Expr:
+        """Whether every row of it certainly sees every key."""
+        return self.geometry.pattern.tile_full(site, row, last_row, key, last_key, self._of_tile(site, row, key))
+
+    def _of_tile(self, site: Site, row: Expr, column: Expr):
         """What the bounds of an atom are in the blocks that begin with a row and a column."""
 
         def bounds(atom: Atom):
@@ -86,12 +96,20 @@ class BlockBounds:
         return (length + (self._size(atom) - 1)) // self._size(atom)
 
 
-def with_bounds(geometry, block_m: int, block_n: int):
-    """The call, with memory for the bounds if its mask has atoms."""
-    return replace(geometry, bounds=BlockBounds.of(geometry, block_m, block_n)) if geometry.pattern.atoms else geometry
+def with_bounds(geometry, block_m: int, block_n: int, lanes: int):
+    """The call, with memory for what is to be known of tiles, if anything is beyond their positions."""
+    pattern = geometry.pattern
+    if pattern.has_unknown:
+        return replace(geometry, bounds=BlockTable.of(geometry, block_m, block_n, lanes))
+    return replace(geometry, bounds=BlockBounds.of(geometry, block_m, block_n)) if pattern.atoms else geometry
 
 
-def fill_bounds(geometry) -> None:
-    """Find the bounds, if there are any."""
+def announce(items: Expr, work: Expr) -> Expr:
+    """Tell the thread pool what the next loop is; a small one is not worth sharing."""
+    return T.call_extern("void", "tvm_flash_announce", items, work)
+
+
+def fill_bounds(geometry, announce=announce) -> None:
+    """Find out what there is to know, if anything; ``announce`` precedes a loop that threads share."""
     if geometry.bounds is not None:
-        geometry.bounds.fill()
+        geometry.bounds.fill(announce)

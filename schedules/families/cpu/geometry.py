@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.parameters import Place
 from schedules.definition.pattern import Pattern, Site
+from schedules.families.cpu.block_table import BlockTable
 from schedules.families.cpu.bounds import BlockBounds
 from schedules.families.cpu.vector_math import vectorizable
 from schedules.tile.key_source import ContiguousRows
@@ -48,6 +49,10 @@ class Tensor:
         """Elements from a row to the one that is ``rows`` rows on."""
         return rows * self.strides[2]
 
+    def is_apart(self, width: Expr) -> Expr:
+        """Whether there is something else between rows of ``width`` elements."""
+        return self.strides[2] > width
+
     def of_key(self, base: Expr, key: Expr) -> Expr:
         """Offset of the row of a key, ``base`` being that of the head's first; of no key it is any number."""
         return base + key * self.strides[2]
@@ -74,7 +79,7 @@ class Geometry:
     """A call, and the pattern that it computes.
 
     ``params`` has the run-time parameters by name, per-head ones as ``(batch, heads)`` buffers; ``bounds`` is what is
-    known of them in blocks of queries and keys.
+    known beyond positions of the mask in tiles of queries and keys.
     """
 
     pattern: Pattern
@@ -93,7 +98,7 @@ class Geometry:
     seqlen_kv: Expr
     head_dim: Expr
     head_dim_v: Expr
-    bounds: BlockBounds | None = field(default=None, kw_only=True)
+    bounds: BlockBounds | BlockTable | None = field(default=None, kw_only=True)
 
     #: Whether keys lie on pages.
     is_paged = False
@@ -114,13 +119,11 @@ class Geometry:
 
     def tile_live(self, site: Site, row: Expr, last_row: Expr, key: Expr, last_key: Expr) -> Expr:
         """Whether some row of a tile may see some key; it begins with a block of each where ``bounds`` are known."""
-        known = None if self.bounds is None else self.bounds.of_tile(site, row, key)
-        return self.pattern.tile_live(site, row, last_row, key, last_key, known)
+        return (self.bounds or self.pattern).tile_live(site, row, last_row, key, last_key)
 
     def tile_full(self, site: Site, row: Expr, last_row: Expr, key: Expr, last_key: Expr) -> Expr:
         """Whether every row of a tile certainly sees every key; else as ``tile_live``."""
-        known = None if self.bounds is None else self.bounds.of_tile(site, row, key)
-        return self.pattern.tile_full(site, row, last_row, key, last_key, known)
+        return (self.bounds or self.pattern).tile_full(site, row, last_row, key, last_key)
 
     def kv_head(self, h: Expr) -> Expr:
         """The head of k and v that query head ``h`` reads."""

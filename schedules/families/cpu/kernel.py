@@ -133,7 +133,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
                 for w in T.serial(batch * heads):
                     join(geometry, (outputs, maxima, sums), w // heads, w % heads, count)
         else:
-            P = T.meta_var(with_bounds(geometry, config.row_vectors * isa.lanes, config.block_n))
+            P = T.meta_var(with_bounds(geometry, config.row_vectors * isa.lanes, config.block_n, isa.lanes))
             fill_bounds(P)
             T.evaluate(announce(geometry, batch * heads * ((seqlen_q + (M - 1)) // M)))
             for w in T.parallel(batch * heads * ((seqlen_q + (M - 1)) // M)):

@@ -67,6 +67,9 @@ class ScaledTensor(PagedTensor):
     def in_tile(self, first: Expr, j: Expr) -> Expr:
         return j * self.width
 
+    def is_apart(self, width: Expr) -> Expr:
+        return T.bool(False)
+
     def in_memory(self, base: Expr, key: Expr, j: Expr | int = 0) -> tuple[tirx.Buffer, Expr]:
         return self.stored, super().near(base, key, j)
 

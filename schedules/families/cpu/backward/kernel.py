@@ -174,6 +174,7 @@ def _kernel(
                 ),
                 M,
                 N,
+                isa.lanes,
             )
         )
         if multiplication(isa, dtype) in LLVM_FUNCTIONS:
