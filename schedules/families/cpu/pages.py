@@ -13,8 +13,8 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
-from schedules.definition.cache import dequantised
 from schedules.families.cpu.geometry import Geometry, SequenceGeometry, Tensor
+from schedules.families.cpu.widen import TABLE, widen_rows
 from schedules.tile.key_source import ContiguousRows
 
 #: What a kernel says of lengths or pages that make no sense; the run time looks which and says it better.
@@ -51,15 +51,21 @@ class ScaledTensor(PagedTensor):
     """The same in 8 bits: elements ``stored``, and ``scales`` by page and head.
 
     ``flat`` has the rows of the tile of keys that is computed with, ``tile`` keys of ``width`` elements in ``dtype``;
-    ``numbers`` the pages of rows that were looked up.
+    ``numbers`` the pages of rows that were looked up.  Where elements are looked up (:mod:`.widen`), ``memory`` is
+    ``flat`` as words, ``table`` (``words``) what magnitudes stand for, and ``made`` the scale that it was made for.
     """
 
     stored: tirx.Buffer | None = None
     scales: tirx.Buffer | None = None
     numbers: tirx.Buffer | None = None
+    memory: tirx.Buffer | None = None
+    words: tirx.Buffer | None = None
+    table: tirx.Buffer | None = None
+    made: tirx.Buffer | None = None
     width: int = 0
     tile: int = 0
     dtype: str = ""
+    looks_up: bool = False
 
     def near(self, base: Expr, key: Expr, j: Expr | int) -> Expr:
         return (T.bitwise_and(key, T.int64(self.tile - 1)) + j) * self.width
@@ -106,10 +112,16 @@ class PagedGeometry(SequenceGeometry):
             x = replace(getattr(self, name), rows=place(f"{name}_rows", keys), room=keys)
             if not self.is_scaled:
                 return x
-            # Of bfloat16 a view: TVM widens a buffer of its own, and then no two elements are a word.
-            memory = place(f"{name}_tile", tile * x.width, "uint16" if x.dtype == "bfloat16" else x.dtype, "global")
+            # Of 16 bits a view: TVM widens a buffer of bfloat16, and then no two elements are a word.
+            memory = place(f"{name}_tile", tile * x.width, "float32" if x.dtype == "float32" else "uint16", "global")
             flat = T.decl_buffer((tile * x.width,), x.dtype, data=memory.data)
-            return replace(x, numbers=numbers, tile=tile, flat=flat)
+            x = replace(x, numbers=numbers, tile=tile, flat=flat, memory=memory)
+            if not x.looks_up:
+                return x
+            made = place(f"{name}_made", 1)
+            T.buffer_store(made, T.int64(-1), [0])
+            words = place(f"{name}_table", TABLE, "uint16", "global")
+            return replace(x, words=words, table=T.decl_buffer((TABLE,), x.dtype, data=words.data), made=made)
 
         numbers = place("numbers", keys) if self.is_scaled else None
         return replace(self, k=with_rows("k"), v=with_rows("v"))
@@ -152,23 +164,11 @@ def find_rows(P: Geometry, bases, key0, most, at):
 
 
 @T.inline
-def _widen_rows(tensor: ScaledTensor, base, head, width, keys, at):
-    for j in T.serial(keys):
-        row: T.int64 = base + tensor.rows[at + j]
-        factor: T.float32 = tensor.scales[tensor.numbers[at + j], head]
-        for d in T.serial(width // _TOGETHER):
-            for lane in T.vectorized(_TOGETHER):
-                tensor.flat[j * tensor.width + d * _TOGETHER + lane] = dequantised(
-                    tensor.stored[row + d * _TOGETHER + lane], factor, tensor.dtype
-                )
-
-
-@T.inline
 def widen_tile(P: Geometry, keys, at, head):
     """Bring the rows of ``keys`` keys, which were looked up from ``at`` on, into the tiles that products read.
 
     ``head`` is where its rows are from those that were looked up on, of keys and values, and its number.
     """
     if P.is_scaled:
-        _widen_rows(P.k, head[0], head[2], P.head_dim, keys, at)
-        _widen_rows(P.v, head[1], head[2], P.head_dim_v, keys, at)
+        widen_rows(P.k, head[0], head[2], P.head_dim, keys, at)
+        widen_rows(P.v, head[1], head[2], P.head_dim_v, keys, at)

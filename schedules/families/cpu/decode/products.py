@@ -141,12 +141,16 @@ def products(isa: Isa, dtype: str, head_dim: int, head_dim_v: int) -> SimpleName
 
     @T.inline
     def load_values(P: Geometry, VW, v_base, key0, keys):
-        """Values of a tile; where there is one too few for a pair, the last one has no probability the second time."""
+        """Values of a tile; where there is one too few for a pair, 0 is the other."""
         if paired:
             for j in T.serial((keys + 1) // 2):
                 low: T.int64 = P.v.near(v_base, key0, 2 * j)
                 high: T.int64 = P.v.near(v_base, key0, T.min(2 * j + 1, keys - 1))
                 load_pairs(P, VW, j, low, high)
+            if keys % 2 == 1:
+                last = T.meta_var(keys // 2 * value_words)
+                for e in T.serial(value_words):
+                    VW[last + e] = T.bitwise_and(VW[last + e], T.uint32(0xFFFF))
         else:
             for j in T.serial(keys):
                 load_row(VW, j * value_words, P.v, P.v.near(v_base, key0, j), P.head_dim_v, head_dim_v)

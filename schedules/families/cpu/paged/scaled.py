@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 from schedules.definition.attention import append_arguments
 from schedules.definition.cache import STORED
 from schedules.definition.pattern import Pattern
+from schedules.families.cpu import widen
 from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
@@ -48,6 +49,7 @@ class ScaledPages:
 def _kernel(pattern: Pattern, stored: str, config: Config, isa: Isa, traversal: Traversal, params, name: str):
     dtype = pattern.dtype
     attend = attend_macro(pattern, config, isa, traversal)
+    how = {"dtype": dtype, "looks_up": widen.looks_up(isa, dtype)}
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def attention(
@@ -83,8 +85,8 @@ def _kernel(pattern: Pattern, stored: str, config: Config, isa: Isa, traversal: 
         rows = T.meta_var([Tensor(flat(buffer), strides) for buffer, strides in (Q, O)])
         cache = T.meta_var(
             [
-                ScaledTensor(None, K[1], stored=flat(K[0]), scales=k_scales, width=pattern.head_dim, dtype=dtype),
-                ScaledTensor(None, V[1], stored=flat(V[0]), scales=v_scales, width=pattern.head_dim_v, dtype=dtype),
+                ScaledTensor(None, K[1], stored=flat(K[0]), scales=k_scales, width=pattern.head_dim, **how),
+                ScaledTensor(None, V[1], stored=flat(V[0]), scales=v_scales, width=pattern.head_dim_v, **how),
             ]
         )
         table = T.meta_var(flat(entries))
@@ -97,7 +99,7 @@ def _kernel(pattern: Pattern, stored: str, config: Config, isa: Isa, traversal: 
                 *(table, T.int64(0), page_size),
             )
         )
-        T.attr(0, "pragma_import_llvm", functions_of(isa, dtype))
+        T.attr(0, "pragma_import_llvm", functions_of(isa, dtype) + widen.functions(isa, dtype))
         assert make_sense(queries), sequences.MALFORMED
         assert keys.make_sense(), MALFORMED
         attend(call, queries, keys)
