@@ -300,3 +300,18 @@ def test_caches_side_by_side_and_prefixes_in_common_are_written():
 def test_starts_are_kept_for_each_number_of_sequences():
     first = torch_cache._multiples(torch.device("cpu"), 3, 5)
     assert first is torch_cache._multiples(torch.device("cpu"), 3, 5) and first.tolist() == [0, 5, 10, 15]
+
+
+def test_rows_of_a_table_for_each_entry_of_a_batch_of_caches():
+    """FlashAttention 3 takes ``cache_batch_idx`` beside ``page_table``: which of its rows each sequence has."""
+    q, cache = torch.randn(2, 1, 4, 16), torch.randn(9, 4, 2, 16)
+    table, lengths = torch.randperm(9)[:8].int().view(4, 2), torch.tensor([5, 7], dtype=torch.int32)
+    entries = torch.tensor([3, 1])
+
+    def attend(entries, **tables):
+        return nn.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths, cache_batch_idx=entries, **tables)
+
+    assert torch.equal(attend(entries, page_table=table), attend(None, page_table=table[entries]))
+    for wrong in ([4, 0], [-1, 0], [[1, 0]], [1.0, 0.0], [True, False]):
+        with pytest.raises((InvalidArgumentError, ArgumentTypeError), match="cache_batch_idx"):
+            attend(torch.tensor(wrong), page_table=table)
