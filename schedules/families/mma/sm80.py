@@ -16,12 +16,13 @@ from schedules.families.interface import (
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_SCALED,
+    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     Program,
     Target,
 )
-from schedules.families.mma import backward, mma, scaled_decode
+from schedules.families.mma import backward, mma, scaled, scaled_decode
 from schedules.families.mma.asynchronous import Config, DecodeMachine, Machine, PairedMachine, feasible
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -231,12 +232,13 @@ KINDS = {
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
     PAGED_DECODE: PagedDecoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     PAGED: PagedForward(Config, default_configs, space, feasible, _machine),
+    **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(Config, feasible),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
-UNVERIFIED_KINDS = tuple(PAGED_DECODE_SCALED.values())
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values())
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = dict.fromkeys((BACKWARD, RAGGED_BACKWARD), ((192, 192), (256, 256)))

@@ -14,6 +14,7 @@ from schedules.families.interface import (
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_SCALED,
+    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     WITH_SINKS,
@@ -21,7 +22,7 @@ from schedules.families.interface import (
     Target,
     forward_program,
 )
-from schedules.families.mma import asynchronous, scaled_decode
+from schedules.families.mma import asynchronous, scaled, scaled_decode
 from schedules.families.sm90 import backward, decode, paged, paged_decode, ragged
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import Config, feasible, narrow_axes
@@ -54,11 +55,12 @@ KINDS = {
     RAGGED_BACKWARD: ragged_backward,
     PAGED: paged,
     PAGED_DECODE: paged_decode,
+    **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *KINDS)
-UNVERIFIED_KINDS = tuple(PAGED_DECODE_SCALED.values())
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values())
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
 
