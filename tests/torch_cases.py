@@ -59,8 +59,16 @@ def sizes_of(case: Case) -> dict[str, int]:
     )
 
 
-def run(case: Case, data: Inputs, compute: Compute, layout: str, lse_length: int | None = None, device: str = "cpu"):
-    """Run a forward kernel on a case, with outputs full of NaN beforehand.
+def run(
+    case: Case,
+    data: Inputs,
+    compute: Compute,
+    layout: str,
+    lse_length: int | None = None,
+    device: str = "cpu",
+    state: tuple[np.ndarray, np.ndarray] | None = None,
+):
+    """Run a forward kernel on a case, with outputs full of NaN beforehand; or, of one that merges, with the ``state``.
 
     Returns
     -------
@@ -71,7 +79,11 @@ def run(case: Case, data: Inputs, compute: Compute, layout: str, lse_length: int
     arrays = {"q": data.q, "k": data.k, "v": data.v, "o": unwritten}
     values = {role: tensor(x, case.dtype, layout, case.strides, device) for role, x in arrays.items()}
     rows = case.batch * case.heads * case.seqlen_q
-    o, lse = values["o"], torch.full((rows if lse_length is None else lse_length,), torch.nan, device=device)
+    lse = torch.full((rows if lse_length is None else lse_length,), torch.nan, device=device)
+    if state is not None:
+        values["o"] = tensor(state[0].copy(), "float32", layout, case.strides, device)
+        lse = torch.from_numpy(state[1].flatten()).to(device)
+    o = values["o"]
     params = {n: torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x for n, x in data.params.items()}
     compute({**values, "lse": lse, "softmax_scale": case.softmax_scale, **params}, sizes_of(case))
     o = o if layout == "bhsd" else o.transpose(1, 2)

@@ -21,6 +21,7 @@ from schedules.builder.records import Record
 from tests import (
     backward_trials,
     forward_trials,
+    merged_trials,
     paged_trials,
     ragged_backward_trials,
     ragged_trials,
@@ -49,6 +50,7 @@ class Operator:
 #: By operator, or by kind where kernels of a kind take other tensors.
 OPERATORS = {
     "forward": Operator(forward_trials.trials, forward_trials.usual),
+    "merged": Operator(merged_trials.trials, merged_trials.usual),
     "ragged": Operator(ragged_trials.trials, ragged_trials.usual),
     "ragged_backward": Operator(ragged_backward_trials.trials, ragged_backward_trials.usual),
     "paged": Operator(paged_trials.trials, paged_trials.usual),

@@ -18,6 +18,9 @@ RAGGED, RAGGED_BACKWARD = "ragged", "ragged_backward"
 #: Attention over some of the keys, in float32, to be put together with that over others; also a kind of kernels.
 PARTIAL = "partial"
 
+#: The same put into what there is of others, in the memory of the call; also a kind of kernels.
+MERGED = "merged"
+
 #: Forward of such sequences whose keys lie on pages of a cache.
 PAGED = "paged"
 
@@ -98,7 +101,7 @@ class Operator:
     ----------
     inputs: the tensors that a call must give, in order.
     outputs: the results that a call may bring memory for, in order; all are returned.
-    flag: name of the option of its own.
+    flag: name of the option of its own; ``accumulate`` says that results are added to what is there, in float32.
     computes: the operator in a pack that kernels for it have.
     optional: further inputs, which a call may lack.
     starts: further inputs, which a call must give, wherever they lie in memory: where sequences of different lengths
@@ -167,6 +170,7 @@ OPERATORS = {
     FORWARD: _FORWARD,
     BACKWARD: _BACKWARD,
     PARTIAL: replace(_FORWARD, backward="", float32=("out",)),
+    MERGED: replace(_FORWARD, outputs=("out", "lse"), flag="accumulate", on_request=(), backward=""),
     RAGGED: replace(_FORWARD, starts=_SEQUENCES, backward=RAGGED_BACKWARD, form=manifest.RAGGED),
     RAGGED_BACKWARD: replace(_BACKWARD, starts=_SEQUENCES, form=manifest.RAGGED),
     PAGED: _PAGED,

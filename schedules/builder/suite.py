@@ -11,6 +11,7 @@ from schedules.families.interface import (
     BACKWARD_ACCUMULATE,
     DECODE,
     FORWARD,
+    MERGED,
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_SCALED,
@@ -114,6 +115,7 @@ SCOPES = {
         ),
     ),
     # Of sequences that several devices hold; one template, as they are for rings alone.
+    MERGED: Scope((("full", "identity"), ("causal", "identity"), ("positioned", "optional"))),
     PARTIAL: Scope((("positioned", "optional"),)),
     BACKWARD_ACCUMULATE: Scope((("positioned", "optional_sinks"),)),
 }
@@ -122,7 +124,7 @@ SCOPES = {
 #: one layout, and those that context parallel attention alone calls, which take tensors of either layout.
 ONE_TEMPLATE = (
     *(RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, *PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values()),
-    *(PARTIAL, BACKWARD_ACCUMULATE),
+    *(PARTIAL, MERGED, BACKWARD_ACCUMULATE),
 )
 
 

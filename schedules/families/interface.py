@@ -38,6 +38,8 @@ from tvm_flash.packs.manifest import SCALED_KINDS, Argument, Param, Scalar, Work
 FORWARD, DECODE, BACKWARD = "forward", "decode", "backward"
 #: That of results in float32, to be put together with those of other keys.
 PARTIAL = "partial"
+#: That of results that are put into float32 ones of other keys.
+MERGED = "merged"
 #: That of ragged sequences, whose tensors have no batch axis.
 RAGGED = "ragged"
 #: That of their gradients.

@@ -19,7 +19,7 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern, Site
-from schedules.tile.dtypes import tensor_types
+from schedules.tile.dtypes import TensorTypes, element_type, tensor_types
 from schedules.tile.key_source import ContiguousRows, PagedRows
 from schedules.tile.sequences import Dense, Lengths, Ragged, Sequence
 from schedules.tile.tile_scheduler import Traversal, Work
@@ -99,6 +99,9 @@ class Geometry:
     (:mod:`schedules.tile.sequences`).
     """
 
+    #: Whether results are put into what ``o``, in float32 then, and ``lse`` have of other keys.
+    merges = False
+
     def __init__(
         self, pattern: Pattern, traversal: Traversal, handles, softmax_scale, parameters: dict, alignment: int
     ):
@@ -109,7 +112,7 @@ class Geometry:
         )
         queries = {"batch": self.batch, "heads": self.heads, "seq": self.seqlen_q}
         keys = {"batch": self.batch, "heads": self.kv_heads, "seq": self.seqlen_kv}
-        types = tensor_types(pattern)
+        types = self.types_of(pattern)
         tensors = [
             (q, "q", queries, self.head_dim, types.q),
             (k, "k", keys, self.head_dim, types.k),
@@ -127,6 +130,11 @@ class Geometry:
         self.queries, self.keys = Dense(self.seqlen_q), Dense(self.seqlen_kv)
         self.softmax_scale = softmax_scale
         self.parameters, self.declared = parameters, {p.name: p for p in pattern.params}
+
+    def types_of(self, pattern: Pattern) -> TensorTypes:
+        """The element types of the tensors."""
+        types = tensor_types(pattern)
+        return replace(types, o=element_type("float32")) if self.merges else types
 
     def key_rows(self, tensor: Tensor, b: Expr, kv_head: Expr, keys: Sequence) -> ContiguousRows | PagedRows:
         """Where the keys of a sequence are in k or v."""
@@ -152,6 +160,13 @@ class Geometry:
     def lse_offset(self, b: Expr, h: Expr, row: Expr) -> Expr:
         """Where the log-sum-exp of a row is in the flat tensor, int64."""
         return (wide(b) * wide(self.heads) + wide(h)) * wide(self.seqlen_q) + wide(row)
+
+
+@T.meta_class
+class MergedGeometry(Geometry):
+    """The same where ``o`` and ``lse`` have the results of other keys, which those of these are put into."""
+
+    merges = True
 
 
 @T.meta_class

@@ -15,7 +15,7 @@ from tvm_flash.call.problem import Problem
 from tvm_flash.catalogue import INSTEAD
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import ACCUMULATE, FORWARD, OPERATORS, PARTIAL
+from tvm_flash.operators import ACCUMULATE, FORWARD, MERGED, OPERATORS, PARTIAL
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE, MOST_BLOCKS, PAGED, KernelEntry
 from tvm_flash.packs.registry import Installed, build_command, registry
@@ -191,13 +191,15 @@ def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance:
     return (*first, *fit, -entry.bucket, kernel.rank)
 
 
+#: What kinds of kernels do that add to what is there.
+_ADDS = {ACCUMULATE: "adds to gradients that are there", MERGED: "puts its result into one that is there"}
+
+
 def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
     """Why a kernel of the right operator, dtype and definition can't run the problem; None if it can."""
-    if (entry.kind == ACCUMULATE) != problem.accumulate:
-        what = (
-            "adds to gradients that are there" if entry.kind == ACCUMULATE else "writes gradients, and doesn't add them"
-        )
-        return Rejection(entry, _KIND, what)
+    if (entry.kind in _ADDS) != problem.accumulate:
+        what = "results" if problem.op == MERGED else "gradients"
+        return Rejection(entry, _KIND, _ADDS.get(entry.kind, f"writes {what}, and doesn't add them"))
     if (entry.kind == PARTIAL) != (problem.op == PARTIAL):
         what = "leaves its result" if entry.kind == PARTIAL else f"rounds its result to {problem.dtype}, not"
         return Rejection(entry, _KIND, f"{what} in float32")
@@ -296,7 +298,7 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     dims += f":{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else ""
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
     if problem.op != FORWARD:
-        options += ["--kind", ACCUMULATE if problem.accumulate else problem.kind]
+        options += ["--kind", ACCUMULATE if problem.accumulate and problem.op != MERGED else problem.kind]
     whose = arch if problem.op == FORWARD else f"{arch} {problem.kind.replace('_', ' ')}"
     if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):
         return KernelNotFoundError(
@@ -354,11 +356,12 @@ def _named(problem: Problem) -> str:
 
 
 def _wrong_kind(problem: Problem, kernel: str, nearest: Rejection, command: str) -> str:
+    if problem.op == MERGED:
+        return f"no {kernel} puts its result into one that is there; run `{command}`"
     if problem.accumulate:
-        built = f", or run `{command}`" if kernel.startswith("cpu") else ""  # GPUs have none yet
         return (
             f"accumulate: is True, and no {kernel} adds to gradients that are there; leave it out, and add the results "
-            f"to float32 tensors{built}"
+            f"to float32 tensors, or run `{command}`"
         )
     if problem.op == PARTIAL:
         return f"no {kernel} leaves its result in float32; run `{command}`"

@@ -52,7 +52,7 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
     """
     operator = OPERATORS[options.op]
     flag = checks.check_flag(operator.flag, options.flag)
-    accumulate = flag and operator.differentiates
+    accumulate = flag and operator.flag == "accumulate"
     outputs = operator.all_outputs(options.gradients)
     if accumulate:
         _check_accumulators(outputs, tensors)
@@ -136,7 +136,7 @@ def _check_accumulators(outputs: tuple[str, ...], tensors: Mapping[str, Any]) ->
     for name in outputs:
         if name not in tensors:
             raise InvalidArgumentError(
-                f"{name}: isn't given, and with accumulate=True gradients are added to what is there; give a float32 "
+                f"{name}: isn't given, and with accumulate=True results are added to what is there; give a float32 "
                 f"tensor for each of {', '.join(outputs)}, zeros at first"
             )
 

@@ -16,14 +16,19 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, forward_program
+from schedules.families.mma.paired import PART_COLUMNS
 from schedules.families.mma.registers import anew, fresh
+from schedules.families.ranged import own_name, with_ranges
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import normalise, store_lse, store_rows
 from schedules.tile.geometry import Geometry, PagedGeometry, RaggedGeometry, flat, parameterised, site
 from schedules.tile.key_range import KeyTiles, in_parts, is_full, next_visible
 from schedules.tile.key_source import ContiguousRows
+from schedules.tile.mask_ranges import ranged
+from schedules.tile.merge import merge_rows
 from schedules.tile.parameters import Parameters
 from schedules.tile.slots import WORDS, FoundTile, Own
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import InOneRow, Order, Place, Traversal, WorkTile, longest_first
 from tvm_flash.packs import sizes
 
@@ -199,6 +204,21 @@ def store_output(machine, queries, O):
 
 
 @T.inline
+def merge_output(machine, queries, LSE, O):
+    """Put the results of rows of ``queries`` into those of other keys."""
+    g = T.meta_var(machine.geometry)
+    softmax = T.meta_var(machine.softmax)
+    column: T.int32 = machine.fragment.column(machine.lane) + machine.part * PART_COLUMNS
+    merge_rows(
+        softmax, machine.O, machine.o_stride, g.head_dim_v, O, LSE, column, machine.output_column,
+        lambda t, r: softmax.position(machine.row0, 0, t, 0, r, 0)[0], queries.length,
+        lambda row: g.lse_offset(machine.at.b, machine.at.h, queries.at(row)),
+        lambda row: g.o.offset(machine.at.b, machine.at.h, queries.at(row), column),
+        machine.sync_sharing_warps,
+    )  # fmt: skip
+
+
+@T.inline
 def look_for_faults(machine, careful):
     """Set ``careful`` if some row of the block has to be computed again, with maxima; else clear it.
 
@@ -270,8 +290,11 @@ def attend(pattern: Pattern, config, geometry: Geometry, blocks, machine_type):
             machine.finish()
             LSE = flat(geometry.lse)
             O = flat(geometry.o.buffer)
-            store_lse(geometry, queries, machine.softmax, LSE, machine.row0, machine.lane)
-            store_output(machine, queries, O)
+            if static(geometry.merges):
+                merge_output(machine, queries, LSE, O)
+            else:
+                store_lse(geometry, queries, machine.softmax, LSE, machine.row0, machine.lane)
+                store_output(machine, queries, O)
 
 
 @T.inline
@@ -335,13 +358,13 @@ def ragged_kernel(pattern: Pattern, config, traversal: Traversal, name: str, mac
     return parameterised(pattern, make)
 
 
-def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_type) -> PrimFunc:
+def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_type, geometry_type=Geometry) -> PrimFunc:
     """The kernel of a family whose ``machine_type`` does one block's work."""
 
     def make(values):
         @T.prim_func(check_well_formed=False)
         def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
-            geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, values, ALIGNMENT)
+            geometry = geometry_type(pattern, traversal, (q, k, v, o, lse), softmax_scale, values, ALIGNMENT)
             T.device_entry()
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.min_blocks_per_sm})
             blocks = T.meta_var(DenseBlocks(scheduler(pattern, config, traversal, geometry)))
@@ -354,7 +377,12 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_ty
     return parameterised(pattern, make)
 
 
-def program(func: PrimFunc, pattern: Pattern, config, traversal: Traversal) -> Program:
-    """The program of a forward kernel."""
+def program(pattern: Pattern, config, traversal: Traversal, name: str, machine_type, geometry_type=Geometry) -> Program:
+    """The program of a forward kernel; further arguments as in :func:`kernel`."""
+    known = ranged(pattern, "i", config.block_m)
+    func = kernel(known, config, traversal, own_name(known, name), machine_type, geometry_type)
     axes = narrow_axes(config, traversal)
-    return forward_program(func, pattern.params, "tirx", alignment=ALIGNMENT, index_bits=INDEX_BITS, narrow_axes=axes)
+    attention = forward_program(
+        func, known.params, "tirx", alignment=ALIGNMENT, index_bits=INDEX_BITS, narrow_axes=axes
+    )
+    return with_ranges(attention, traversal, name, known)

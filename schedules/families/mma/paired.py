@@ -22,6 +22,8 @@ from schedules.tile.smem import SharedTile
 
 #: Named barriers of the pairs begin here; barrier 0 is the whole block's.
 _FIRST_BARRIER = 1
+#: Columns of V after which those of the other one begin.
+PART_COLUMNS = 16
 
 
 class PairedProducts(LdmatrixProducts):

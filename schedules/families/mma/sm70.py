@@ -15,6 +15,7 @@ from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
     FORWARD,
+    MERGED,
     PAGED,
     RAGGED,
     RAGGED_BACKWARD,
@@ -30,6 +31,7 @@ from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.backward.volta import VoltaProducts
 from schedules.families.mma.instructions import StagedStages
 from schedules.families.mma.machine import BlockMachine
+from schedules.families.mma.merged import MergedForward
 from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
 from schedules.tile.fragment import VOLTA
@@ -183,8 +185,7 @@ def feasible(pattern: Pattern, config: Config, target: Target, found: int = 0) -
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    func = mma.kernel(pattern, config, traversal, name, Machine)
-    return mma.program(func, pattern, config, traversal)
+    return mma.program(pattern, config, traversal, name, Machine)
 
 
 @T.meta_class
@@ -215,9 +216,11 @@ KINDS = {
     PAGED: PagedForward(Config, default_configs, space, feasible, lambda config: Machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
+    MERGED: MergedForward(Config, default_configs, space, feasible, lambda config: Machine),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
-SINK_KINDS = (FORWARD, *KINDS)
+#: Where results are merged, a sink is put in once, after the parts of all keys.
+SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: Of what reads tensors or has sinks, no GPU has run these kernels yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS))
-UNVERIFIED_KINDS = (PAGED, BACKWARD, RAGGED_BACKWARD)
+UNVERIFIED_KINDS = (PAGED, BACKWARD, RAGGED_BACKWARD, MERGED)

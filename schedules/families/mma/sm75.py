@@ -12,6 +12,7 @@ from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
     FORWARD,
+    MERGED,
     PAGED,
     PAGED_SCALED,
     RAGGED,
@@ -27,6 +28,7 @@ from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.instructions import StagedStages, TuringProducts
 from schedules.families.mma.ldmatrix import LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine
+from schedules.families.mma.merged import MergedForward
 from schedules.families.mma.paired import PairedProducts
 from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.families.mma.scaled_machines import StagedWidening
@@ -92,13 +94,14 @@ _CONFIGS = {
     192: Config(64, 32, 4, 1),
     256: Config(64, 32, 4, 1, v_ahead=True, warps_per_tile=2),  # 230, 238; a warp to a row tile and 16 keys 197, 202
 }
-#: The same with parameters that differ from head to head, with which the configurations above spill 12 to 172 bytes.
+#: The same with parameters that differ from head to head, or a mask that reads ids, with which the configurations above
+#: spill 12 to 172 bytes.
 _WITH_PARAMETERS = {**_CONFIGS, 64: Config(128, 64, 4, 1), 256: Config(64, 16, 4, 1)}
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
-    table = _WITH_PARAMETERS if any(p.per_head for p in pattern.params) else _CONFIGS
+    table = _WITH_PARAMETERS if pattern.atoms or any(p.per_head for p in pattern.params) else _CONFIGS
     return {0: limits.by_head_dim(table, pattern)}
 
 
@@ -134,8 +137,7 @@ def _machine(config: Config) -> type:
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    func = mma.kernel(pattern, config, traversal, name, _machine(config))
-    return mma.program(func, pattern, config, traversal)
+    return mma.program(pattern, config, traversal, name, _machine(config))
 
 
 def _ragged_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
@@ -192,9 +194,11 @@ KINDS = {
     ),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
+    MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
-SINK_KINDS = (FORWARD, *KINDS)
-UNVERIFIED_KINDS = tuple(PAGED_SCALED.values())
+#: Where results are merged, a sink is put in once, after the parts of all keys.
+SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), MERGED)

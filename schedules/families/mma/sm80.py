@@ -13,6 +13,7 @@ from schedules.families.interface import (
     BACKWARD,
     DECODE,
     FORWARD,
+    MERGED,
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_SCALED,
@@ -28,6 +29,7 @@ from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.decode import Decoding
 from schedules.families.mma.instructions import AmpereProducts, AsynchronousStages
+from schedules.families.mma.merged import MergedForward
 from schedules.families.mma.paged_decode import PagedDecoding
 from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.tile.tile_scheduler import Traversal
@@ -139,8 +141,7 @@ def _machine(config: Config) -> type:
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    func = mma.kernel(pattern, config, traversal, name, _machine(config))
-    return mma.program(func, pattern, config, traversal)
+    return mma.program(pattern, config, traversal, name, _machine(config))
 
 
 @T.meta_class
@@ -236,9 +237,11 @@ KINDS = {
     **scaled_decode.kinds(Config, feasible),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
+    MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
-SINK_KINDS = (FORWARD, *KINDS)
-UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values())
+#: Where results are merged, a sink is put in once, after the parts of all keys.
+SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), MERGED)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = dict.fromkeys((BACKWARD, RAGGED_BACKWARD), ((192, 192), (256, 256)))

@@ -1,4 +1,4 @@
-"""The epilogue: finished rows pass through shared memory, which aliases their queries' or is of its own.
+"""The epilogue: finished rows pass through shared memory, which aliases their queries' or is of its own; or not at all.
 
 A consumer warpgroup acquires its place, fills it and commits it; one thread of the producer's warpgroup stores it by
 TMA and releases it.
@@ -22,11 +22,37 @@ from schedules.families.sm90.tma import wait_stored
 from schedules.families.sm90.work_tile import Block
 
 
-def epilogue(pattern: Pattern, config: Config, pool, q: Pipeline):
-    """The epilogue that a configuration asks for, with memory from the pool."""
+def epilogue(pattern: Pattern, config: Config, pool, q: Pipeline, merges: bool = False):
+    """The epilogue that a configuration asks for, with memory from the pool; ``merges``: results are merged."""
+    if merges:
+        return InPlace(config, q)
     columns = panels(pattern.head_dim_v)
     kind = OwnMemory if config.separate_output else AliasesQ
     return kind(pattern, config, pool, q, columns)
+
+
+@T.meta_class
+class InPlace:
+    """Warps put their rows where they belong themselves, and the next queries can come as soon as the last scores are
+    computed.
+    """
+
+    stores = False
+
+    def __init__(self, config: Config, q: Pipeline):
+        self.q, self.releases = q, consumer_arrivals(config.num_consumer_warpgroups)
+
+    def add_barriers(self, pool):
+        """There are none."""
+
+    @T.inline
+    def init(self):
+        """Nor anything to initialise."""
+
+    @T.inline
+    def scores_done(self, tile, lane):
+        """A warp: the last scores of work tile ``tile`` are computed, so its queries may go."""
+        self.q.consumer_release(self.q.state(tile), lane)
 
 
 @T.meta_class
@@ -35,6 +61,8 @@ class AliasesQ:
 
     ``releases``: how often the queries of a work tile are released.
     """
+
+    stores = True
 
     def __init__(self, pattern: Pattern, config: Config, pool, q: Pipeline, columns: int):
         self.consumers, self.q, self.columns = config.num_consumer_warpgroups, q, columns
@@ -90,6 +118,8 @@ class OwnMemory:
     a turn from the one after the next, and a warpgroup may come back with its next work tile before its last rows are
     stored.
     """
+
+    stores = True
 
     def __init__(self, pattern: Pattern, config: Config, pool, q: Pipeline, columns: int):
         self.consumers, self.q, self.columns = config.num_consumer_warpgroups, q, columns

@@ -27,26 +27,32 @@ from schedules.tile.tile_scheduler import Traversal
 ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
 
 
-def build(pattern: Pattern, config: Config, traversal: Traversal, name: str) -> PrimFunc:
+def build(
+    pattern: Pattern, config: Config, traversal: Traversal, name: str, geometry_type=Geometry, consumer_type=Consumer
+) -> PrimFunc:
     """The kernel of a pattern."""
-    return parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters)).with_attr(
-        "global_symbol", name
+    func = parameterised(
+        pattern,
+        lambda parameters: _kernel(pattern, config, traversal, parameters, geometry_type, consumer_type),
     )
+    return func.with_attr("global_symbol", name)
 
 
-def _kernel(pattern: Pattern, config: Config, traversal: Traversal, parameters: dict) -> PrimFunc:
+def _kernel(
+    pattern: Pattern, config: Config, traversal: Traversal, parameters: dict, geometry_type, consumer_type
+) -> PrimFunc:
     @T.prim_func(check_well_formed=False)
     def attention(q: T.handle, k: T.handle, v: T.handle, o: T.handle, lse: T.handle, softmax_scale: T.float32):
-        geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, parameters, ALIGNMENT)
+        geometry = geometry_type(pattern, traversal, (q, k, v, o, lse), softmax_scale, parameters, ALIGNMENT)
         rows = Rows(config, geometry)
         scheduler = TileScheduler(geometry, rows, config)
-        attend(pattern, config, geometry, rows, scheduler, DenseBoxes(geometry, rows))
+        attend(pattern, config, geometry, rows, scheduler, DenseBoxes(geometry, rows), consumer_type)
 
     return attention
 
 
 @T.inline
-def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, scheduler, boxes):
+def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, scheduler, boxes, consumer_type=Consumer):
     """The kernel's text, from the descriptors on."""
     producer_registers, consumer_registers = T.meta_var(config.registers)
     consumers = T.meta_var(config.num_consumer_warpgroups)
@@ -59,7 +65,8 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
     v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
     T.evaluate(boxes.encode_keys(v_map, geometry.v, config.block_n))
     o_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-    T.evaluate(boxes.encode_queries(o_map, geometry.o, WARPGROUP_ROWS))
+    if static(not geometry.merges):
+        T.evaluate(boxes.encode_queries(o_map, geometry.o, WARPGROUP_ROWS))
     # 2. Blocks, warps, lanes.
     T.device_entry()
     T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
@@ -73,7 +80,7 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
     q_pipeline = Pipeline(pool, q_stages(pattern, config), panels(pattern.head_dim), config.block_m, dtype)
     k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
     v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
-    finished = epilogue(pattern, config, pool, q_pipeline)
+    finished = epilogue(pattern, config, pool, q_pipeline, geometry.merges)
     q_pipeline.add_barriers(pool)
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
@@ -124,12 +131,13 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
                     if T.cuda.elect_sync():
                         fetch_queries(block, q_pipeline, q_map)
             if warp == producer + 3:
-                if T.cuda.elect_sync():
-                    store_outputs(block, finished, o_map)
+                if static(finished.stores):
+                    if T.cuda.elect_sync():
+                        store_outputs(block, finished, o_map)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
             pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
-            consumer = Consumer(pattern, config, block, pipelines, finished, warp // 4, warp % 4, lane)
+            consumer = consumer_type(pattern, config, block, pipelines, finished, warp // 4, warp % 4, lane)
             consumer.run()
 
     scheduler.if_found(work)
