@@ -65,7 +65,7 @@ KINDS = {
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (*PAGED_DECODE_SCALED.values(), MERGED)
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), MERGED)
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
 
