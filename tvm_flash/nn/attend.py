@@ -42,14 +42,18 @@ class WholeMask:
         """Mask and score of the kernels that take it."""
         return ("given", "identity") if self.values.dtype == torch.bool else ("full", "biased")
 
+    @property
+    def name(self) -> str:
+        """The parameter that it is for those kernels."""
+        return "visible" if self.values.dtype == torch.bool else "bias"
+
     def attend(self, layout: str, q: Any, k: Any, v: Any, softmax_scale: float | None = None) -> Any:
         """Attention with it."""
-        name = "visible" if self.values.dtype == torch.bool else "bias"
         # fmt: off
-        out = _attend_masked[layout, name](q, k, v, self.values, None,
-                                           "auto", False, softmax_scale, False, (-1, -1), 0.0)
+        out = _attend_masked[layout, self.name](q, k, v, self.values, None,
+                                                "auto", False, softmax_scale, False, (-1, -1), 0.0)
         # fmt: on
-        if name == "bias" and any(map(is_differentiated, (q, k, v, self.values))):
+        if self.name == "bias" and any(map(is_differentiated, (q, k, v, self.values))):
             return self._with_even_gradients(out, layout, k.shape[1 if layout == "bshd" else 2])
         return out
 
