@@ -120,7 +120,7 @@ class PagedGeometry(SequenceGeometry):
                 return x
             made = place(f"{name}_made", 1)
             T.buffer_store(made, T.int64(-1), [0])
-            words = place(f"{name}_table", TABLE, "uint16", "global")
+            words = place(f"{name}_table", TABLE, "uint16")  # local: not with others of another dtype
             return replace(x, words=words, table=T.decl_buffer((TABLE,), x.dtype, data=words.data), made=made)
 
         numbers = place("numbers", keys) if self.is_scaled else None
