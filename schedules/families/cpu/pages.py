@@ -112,15 +112,16 @@ class PagedGeometry(SequenceGeometry):
             x = replace(getattr(self, name), rows=place(f"{name}_rows", keys), room=keys)
             if not self.is_scaled:
                 return x
+            # All of this is local, so that TVM doesn't put it where functions outside TIR find another dtype.
             # Of 16 bits a view: TVM widens a buffer of bfloat16, and then no two elements are a word.
-            memory = place(f"{name}_tile", tile * x.width, "float32" if x.dtype == "float32" else "uint16", "global")
+            memory = place(f"{name}_tile", tile * x.width, "float32" if x.dtype == "float32" else "uint16")
             flat = T.decl_buffer((tile * x.width,), x.dtype, data=memory.data)
             x = replace(x, numbers=numbers, tile=tile, flat=flat, memory=memory)
             if not x.looks_up:
                 return x
             made = place(f"{name}_made", 1)
             T.buffer_store(made, T.int64(-1), [0])
-            words = place(f"{name}_table", TABLE, "uint16")  # local: not with others of another dtype
+            words = place(f"{name}_table", TABLE, "uint16")
             return replace(x, words=words, table=T.decl_buffer((TABLE,), x.dtype, data=words.data), made=made)
 
         numbers = place("numbers", keys) if self.is_scaled else None
