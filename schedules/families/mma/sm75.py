@@ -11,6 +11,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
+    BACKWARD_ACCUMULATE,
     FORWARD,
     MERGED,
     PAGED,
@@ -177,6 +178,9 @@ KINDS = {
     RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine),
     PAGED: PagedForward(Config, _paged_configs, space, feasible, _machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
+    BACKWARD_ACCUMULATE: backward.AccumulatingBackward(
+        (BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE
+    ),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
@@ -185,4 +189,7 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
-UNVERIFIED_KINDS = (MERGED,)
+UNVERIFIED_KINDS = (
+    MERGED,
+    BACKWARD_ACCUMULATE,
+)
