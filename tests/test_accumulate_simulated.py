@@ -25,7 +25,6 @@ from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
 #: Arch, template, head_dim, mask, score, dtype: each family with each of its ways to end.
 KERNELS = (
     ("sm_80", "v2", 64, "positioned", "optional", "bfloat16"),
-    ("sm_75", "v1", 128, "causal", "identity", "float16"),
     ("sm_90a", "v2", 64, "causal", "identity", "bfloat16"),  # sums of dq in memory
     ("sm_90a", "v2", 64, "window", "alibi", "float16"),
 )
