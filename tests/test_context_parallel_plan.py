@@ -146,7 +146,7 @@ def test_into_how_many_parts_heads_are_split():
     assert parts(1 << 20, False, kv_heads=3) == (3, 1)
     assert parts(1 << 20, False, kv_heads=1) == (1, 1)
     assert parts(1 << 18, True, fetches=False) == (1, 4)
-    assert parts(1 << 15, True, fetches=False) == (1, 1)
+    assert parts(1 << 18, True, ranks=8, fetches=False) == parts(1 << 15, True, fetches=False) == (1, 1)
     assert Work(1, 8, 8, 1 << 20, 2, 1000, 0, True).in_backward == 2
     halves = Heads((8, 16), (2, 4)).parts(2)
     assert halves == [Heads((8, 12), (2, 3)), Heads((12, 16), (3, 4))]

@@ -18,9 +18,10 @@ _ENOUGH_BLOCKS = 4096
 #: Into how many groups the forward's heads are split at most.
 _MOST_GROUPS = 4
 
-#: Keys that a query sees, of all batch entries together, from which on the backward is faster in launches of few heads
-#: of keys: they share less of the cache.  TFLOP/s of a GPU in launches of 2 and 4, and of 8 by one GPU alone: 64k full
-#: 507, 443, 393; 256k full 457, 384, 380; 256k causal 509, 473, 381; but 64k causal, of half as many, 486, 510, 547.
+#: Keys that a query sees in a call, of all batch entries together, from which on the backward is faster in launches of
+#: few heads of keys: they share less of the cache.  TFLOP/s of a GPU in launches of 2 and 4, and of 8 by one GPU alone:
+#: 64k full 507, 443, 393; 256k full 457, 384, 380; 256k causal 509, 473, 381; but 64k causal, half as many, 486, 510,
+#: 547.
 _MANY_KEYS = 1 << 16
 #: As many heads of keys are few.
 _FEW = 2
@@ -88,7 +89,8 @@ class Work:
     @property
     def in_backward(self) -> int:
         """Into how many launches of a call those of the backward are."""
-        if self.batch * self._seen >= _MANY_KEYS:
+        keys = self._seen if self.fetches else self._seen // self.ranks  # of a call
+        if self.batch * keys >= _MANY_KEYS:
             return self._divisor(self.kv_heads // _FEW)
         return self._divisor(2) if self.fetches else 1
 
