@@ -34,12 +34,17 @@ class Case:
             return torch.randn(shape, generator=make).to(of)
 
         rows, keys = (self.batch, self.heads, self.length), (self.batch, self.kv_heads, self.length)
+        q, k, v = (tensor(*rows, self.head_dim), tensor(*keys, self.head_dim), tensor(*keys, self.head_dim_v))
+        slopes = None if self.slopes is None else tensor(*self.slopes, of=torch.float32).abs() / 10
+        sinks = None if self.sinks is None else tensor(*self.sinks, of=torch.float32) * 2
+        if sinks is not None:
+            sinks[..., 3] = -torch.inf  # none
         return {
-            "q": tensor(*rows, self.head_dim),
-            "k": tensor(*keys, self.head_dim),
-            "v": tensor(*keys, self.head_dim_v),
-            "slopes": None if self.slopes is None else tensor(*self.slopes, of=torch.float32).abs() / 10,
-            "sinks": None if self.sinks is None else tensor(*self.sinks, of=torch.float32) * 2,
+            "q": q,
+            "k": k,
+            "v": v,
+            "slopes": slopes,
+            "sinks": sinks,
             "dout": tensor(*rows, self.head_dim_v),
             "dlse": tensor(*rows, of=torch.float32),
         }
@@ -67,7 +72,7 @@ class Case:
         lse = torch.logsumexp(scores, -1)
         some = lse > -torch.inf
         if sinks is not None:
-            lse = torch.where(some, torch.logaddexp(lse, sinks[..., None]), lse)
+            lse = torch.where(some, torch.logaddexp(torch.where(some, lse, 0.0), sinks[..., None]), lse)
         p = torch.where(seen, torch.exp(scores - torch.where(some, lse, 0.0)[..., None]), 0.0)
         out = p @ v
         flowing = (out * inputs["dout"].double()).sum() + (torch.where(some, lse, 0.0) * inputs["dlse"]).sum()

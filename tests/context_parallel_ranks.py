@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tests.context_parallel_cases import CASES, NAMES, Case
-from tvm_flash import ProcessGroupError, TvmFlashError
+from tvm_flash import ProcessGroupError
 from tvm_flash.distributed import context_parallel_attention, launches, shard_batch, shard_sequence, unshard_sequence
 
 #: How long a process that is gone may keep the others.
@@ -137,6 +137,13 @@ def other_orders() -> dict:
     }
 
 
+class Unlucky:
+    """What raises something of its own where numbers are expected."""
+
+    def __iter__(self):
+        raise ZeroDivisionError("bad luck")
+
+
 def errors() -> dict:
     """What each rank is told of calls that are wrong on some of them."""
     mesh, rank = mesh_of((3,)), dist.get_rank()
@@ -155,7 +162,7 @@ def errors() -> dict:
         try:
             context_parallel_attention(q, k, v, mesh, **options)
             said = "nothing"
-        except TvmFlashError as e:
+        except Exception as e:
             said = f"{type(e).__name__}: {e}"
         everything = [None] * 3
         dist.all_gather_object(everything, said, group=mesh.get_group())
@@ -173,6 +180,11 @@ def errors() -> dict:
     told("exchange", exchange="by pigeon")
     told("a batch of documents", cu_seqlens=[0, 30], **dict.fromkeys("qkv", torch.zeros(2, 4, 10, 32)))
     told("heads among ranks", exchange="heads")
+    told("sinks that learn", sinks=torch.zeros(4, requires_grad=one))
+    told("a number for documents", cu_seqlens=30)
+    told("whatever happens", cu_seqlens=Unlucky() if one else [0, 30])
+    told("no heads", **dict.fromkeys("qkv", torch.zeros(1, 0, 10, 32)))
+    told("no gradients of what has none", causal=True, return_lse=one)
     return found
 
 

@@ -111,13 +111,20 @@ def test_errors_on_every_rank(found):
         "exchange": "exchange: is 'by pigeon', expected one of 'auto', 'gather', 'ring', 'heads'",
         "a batch of documents": "cu_seqlens: is given, and q has batch 2; expected a batch of one",
         "heads among ranks": "q: has 4 heads, expected a multiple of the 3 ranks",
+        "sinks that learn": "requires_grad: is [] on rank 0, but ['sinks'] on rank 1",
+        "a number for documents": "cu_seqlens: is 30, expected whole numbers",
     }
     for name, text in everywhere.items():
         assert all(said.startswith(f"InvalidArgumentError: {text}") for said in errors[name]), errors[name]
     first, second, third = errors["dtype"]
     assert third.startswith("ArgumentTypeError: k: has dtype float16, but q has float32")
     assert first == second == third.replace("ArgumentTypeError: ", "InvalidArgumentError: on rank 2: ")
-    assert errors.keys() == {*everywhere, "dtype"}
+    first, second, third = errors["whatever happens"]
+    assert second == "ZeroDivisionError: bad luck"
+    assert first == third == "InvalidArgumentError: on rank 1: ZeroDivisionError('bad luck')"
+    fine = ("no heads", "no gradients of what has none")
+    assert all(errors[name] == ["nothing"] * 3 for name in fine)
+    assert errors.keys() == {*everywhere, *fine, "dtype", "whatever happens"}
 
 
 def test_a_rank_that_dies_is_told_of(cpu_pack, tmp_path):

@@ -19,6 +19,9 @@ from tvm_flash import (  # noqa: E402
     LayoutWarning,
     TvmFlashError,
     flash_attention,
+    flash_attention_backward,
+    flash_attention_paged,
+    flash_attention_varlen,
     padded_attention,
 )
 from tvm_flash.call import suspicion  # noqa: E402
@@ -198,3 +201,44 @@ def test_a_kernel_that_was_selected_for_another_device():
             kernel(Q, Q, Q)
     selected = SelectedKernel("v2", "bhsd", "cpu", "", Device("cpu", 0))
     assert selected(*[Q.to("meta")] * 3).shape == Q.shape
+
+
+STARTS = torch.tensor([0, 20], dtype=torch.int32)
+ROWS, LSE = Q[0].transpose(0, 1), torch.zeros(1, 2, 20)
+PAGES, TABLE, LENGTHS = torch.randn(3, 8, 2, 32), torch.tensor([[2, 0, 1]], dtype=torch.int32), STARTS[1:]
+
+
+@pytest.mark.parametrize(
+    ("function", "tensors", "options"),
+    [
+        (
+            flash_attention,
+            (Q, Q, Q),
+            {"alibi_slopes": torch.rand(2), "sinks": torch.rand(2), "out": torch.empty_like(Q)},
+        ),
+        (padded_attention, (Q, Q, Q, torch.tensor([[0, 9]], dtype=torch.int32)), {"query_start": LENGTHS}),
+        (flash_attention_varlen, (ROWS, ROWS, ROWS, STARTS, STARTS), {"alibi_slopes": torch.rand(2)}),
+        (flash_attention_paged, (ROWS, PAGES, PAGES, STARTS, LENGTHS, TABLE), {"sinks": torch.rand(2)}),
+        (flash_attention_backward, (Q, Q, Q, Q, Q, LSE), {"dlse": LSE, "dq": torch.empty_like(Q)}),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_a_tensor_without_memory_among_others_is_refused(function, tensors, options):
+    """Nothing is computed of one, so that the result would be what happened to be in memory."""
+    function(*tensors, **options)
+    for i in range(len(tensors)):
+        with pytest.raises(TvmFlashError, match=r"is on (meta|cpu)"):
+            function(*tensors[:i], tensors[i].to("meta"), *tensors[i + 1 :], **options)
+    for name, x in options.items():
+        with pytest.raises(TvmFlashError, match=f"{name}: is on meta"):
+            function(*tensors, **{**options, name: x.to("meta")})
+
+
+def test_a_tensor_without_memory_is_refused_by_the_operators_themselves():
+    operators = torch.ops.tvm_flash
+    with pytest.raises(TvmFlashError, match="is on meta"):
+        operators.attention(Q, Q, Q, torch.rand(2, device="meta"))
+    with pytest.raises(TvmFlashError, match="is on meta"):
+        operators.attention_varlen(ROWS, ROWS, ROWS, STARTS.to("meta"), STARTS)
+    with pytest.raises(TvmFlashError, match="is on meta"):
+        operators.attention_paged(ROWS, PAGES, PAGES, STARTS, LENGTHS, TABLE.to("meta"))

@@ -43,11 +43,13 @@ Known = bool | tuple[bool, ...] | None
 class Ranges:
     """Of keys or rows, ``[lo, hi)`` each: those outside ``visible`` see nothing; those in ``full`` see everything.
 
-    ``0 <= lo <= hi`` always holds, and ``hi`` is at most how many there are.
+    ``0 <= lo <= hi`` always holds, and ``hi`` is at most how many there are.  ``registers`` are those that hold them,
+    if they had to be read.
     """
 
     visible: tuple[Expr, Expr]
     full: tuple[Expr, Expr]
+    registers: tuple = ()
 
 
 class Pattern:
@@ -189,6 +191,10 @@ class Pattern:
         predicate = None if self._mask is None else self._mask.predicate
         return predicate is not None and _mentions(predicate, self._variables.index["bhij".index(axis)])
 
+    def mask_differs_along(self, axis: str) -> bool:
+        """Whether the mask may differ along an axis."""
+        return self.mask_depends_on(axis) or any(axis in p.axes for p in self.of_mask)
+
     def _those_of(self, expr: Expr | None) -> tuple[Param, ...]:
         known = self._variables.params
         return tuple(p for p in self.params if expr is not None and _mentions(expr, known[p.name]))
@@ -260,6 +266,14 @@ class Pattern:
         """Keys that some row, and that every row of ``row_first .. row_last`` (inclusive) sees."""
         span = Span(ROWS, row_first, row_last, site.seqlen_kv, self._at(site, row_first, self._zero))
         return Ranges(self._range(span, "visible_range"), self._range(span, "full_range"))
+
+    def keys_of_tile(self, site: Site, row_first: Expr, row_last: Expr) -> Ranges:
+        """The same of a tile of rows, where a kernel may know more than positions say."""
+        return self.keys_of(site, row_first, row_last)
+
+    def rows_of_tile(self, site: Site, key_first: Expr, key_last: Expr) -> Ranges:
+        """As ``rows_of``, of a tile of keys."""
+        return self.rows_of(site, key_first, key_last)
 
     def rows_of(self, site: Site, key_first: Expr, key_last: Expr) -> Ranges:
         """Rows that see some key, and that see every key of ``key_first .. key_last`` (inclusive).

@@ -38,9 +38,10 @@ class KeyTiles:
         block_n: int,
         within: tuple[Expr, Expr] | None = None,
     ):
-        keys = pattern.keys_of(at, row_first, row_last)
+        keys = pattern.keys_of_tile(at, row_first, row_last)
         lo, hi = keys.visible
         full_lo, full_hi = keys.full
+        self._registers = keys.registers
         self.has_full = constant(full_hi) != 0  # an end that is no constant may be any number
         self.has_left = self.has_full and constant(full_lo) != 0
         begin, end = T.truncdiv(lo, block_n), T.truncdiv(hi + (block_n - 1), block_n)

@@ -23,8 +23,9 @@ class QueryTiles:
     """
 
     def __init__(self, pattern: Pattern, at: Site, key_first: Expr, keys: int, block_m: int):
-        rows = pattern.rows_of(at, key_first, T.min(key_first + (keys - 1), at.seqlen_kv - 1))
+        rows = pattern.rows_of_tile(at, key_first, T.min(key_first + (keys - 1), at.seqlen_kv - 1))
         (lo, hi), (full_lo, full_hi) = rows.visible, rows.full
+        self._registers = rows.registers
         self.has_masked = not pattern.is_unmasked
         self.has_full = pattern.is_unmasked or constant(full_hi) != 0
         self.begin = local(T.truncdiv(lo, block_m))

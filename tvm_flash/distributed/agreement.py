@@ -103,7 +103,7 @@ class Agreement:
     def __init__(self, axes: Axes):
         self._talk, self._ranks = axes.talk, axes.ranks
         self._said: dict[str, Any] = {}
-        self._error: TvmFlashError | None = None
+        self._error: Exception | None = None
 
     def says(self, **what: Any) -> None:
         """Say something of a call: plain values by name."""
@@ -111,10 +111,10 @@ class Agreement:
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[None]:
-        """A block whose errors all ranks hear of; what it leaves out isn't done."""
+        """A block whose errors all ranks hear of, so that none waits for one that has left; its rest isn't done."""
         try:
             yield
-        except TvmFlashError as e:
+        except Exception as e:  # whatever an argument raises that isn't what it should be
             self._error = e
 
     def reach(self, differ: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -122,11 +122,14 @@ class Agreement:
 
         Raises
         ------
-        TvmFlashError: that of this rank.
+        Exception: that of this rank.
         InvalidArgumentError: another rank has an error, or says something else.
         ProcessGroupError: a rank doesn't say anything.
         """
-        words = self._said if self._error is None else {"error": str(self._error)[: _ROOM // 8]}
+        words = self._said
+        if self._error is not None:
+            told = str(self._error) if isinstance(self._error, TvmFlashError) else repr(self._error)
+            words = {"error": told[: _ROOM // 8]}
         everything = self._exchange(json.dumps(words).encode())
         if self._error is not None:
             raise self._error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from tvm_flash.distributed.agreement import Axes
 from tvm_flash.distributed.placement import BALANCES, Placement, size
 from tvm_flash.distributed.plan import EXCHANGES
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
+from tvm_flash.frameworks.torch import is_wrapper
 
 
 def check_order(mesh: DeviceMesh, balance: str, exchange: str) -> None:
@@ -65,6 +67,11 @@ def sizes_of(layout: str, q: Any, k: Any, v: Any) -> checks.Sizes:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise ArgumentTypeError(f"{name}: is a {type(x).__qualname__}, expected a torch.Tensor")
+        if is_wrapper(x):
+            kind = "tensor on meta" if x.is_meta else type(x).__qualname__
+            raise ArgumentTypeError(
+                f"{name}: is a {kind}, expected a tensor with memory of its own, of this rank's rows"
+            )
     framework = same_framework({"q": q, "k": k, "v": v})
     sizes = checks.check_tensors(layout, *(framework.view(x, name) for name, x in (("q", q), ("k", k), ("v", v))))
     if sizes.seqlen_q != sizes.seqlen_kv:
@@ -84,12 +91,16 @@ def document_ends(cu_seqlens: Any, batch: int) -> tuple[int, ...] | None:
     """
     if cu_seqlens is None:
         return None
-    starts = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
     if batch != 1:
         raise InvalidArgumentError(f"cu_seqlens: is given, and q has batch {batch}; expected a batch of one")
-    if not starts or not all(isinstance(n, int) for n in starts):
+    try:
+        starts = [operator.index(n) for n in (cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens)]
+    except TypeError:
+        starts = []
+    if not starts:
         raise InvalidArgumentError(
-            "cu_seqlens: expected whole numbers, 0 first: where documents begin and the last ends"
+            f"cu_seqlens: is {str(cu_seqlens)[:60]}, expected whole numbers, 0 first: where documents begin and the "
+            f"last ends"
         )
     if fault := fault_of(starts, "q", INT32_MAX):
         raise InvalidArgumentError(f"cu_seqlens: {fault}")

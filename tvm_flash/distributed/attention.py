@@ -109,6 +109,7 @@ def context_parallel_attention(
                 f"q: has {sizes.heads} heads, expected a multiple of the {axes.sizes[1]} ranks of the mesh's axis that "
                 f"exchanges heads"
             )
+        learnt = {"q": q, "k": k, "v": v, "alibi_slopes": slopes, "sinks": sinks} if torch.is_grad_enabled() else {}
         scale = checks.check_scale(softmax_scale, sizes.head_dim)
         softcap, return_lse = checks.check_softcap(softcap), checks.check_flag("return_lse", return_lse)
         asked.says(
@@ -117,7 +118,7 @@ def context_parallel_attention(
             softmax_scale=scale, slopes=None if slopes is None else list(slopes.shape), sinks=sinks is not None,
             layout=layout, balance=balance,
             exchange=exchange, cu_seqlens=in_short(ends),
-            records=torch.is_grad_enabled() and [x.requires_grad for x in (q, k, v)],
+            requires_grad=[n for n, x in learnt.items() if x is not None and x.requires_grad],
             rows=sizes.seqlen_q,
         )  # fmt: skip
     everything = asked.reach(differ=("rows",))
@@ -131,8 +132,17 @@ def context_parallel_attention(
         fits = kept // axes.sizes[1] * (q.element_size() + 4) <= GATHERED_BYTES
         exchange = "gather" if fits or axes.outer is None else "ring"
     call = _Call(axes, placement, sight, layout, exchange, scale, softcap)
-    out, lse = _Attention.apply(call, q, k, v, slopes, sinks)
+    out, lse = (
+        _Attention.apply(call, q, k, v, slopes, sinks) if q.shape[0] and sizes.heads else _nothing(layout, q, k, v)
+    )
     return (out, lse) if return_lse else out
+
+
+def _nothing(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What comes of no batch entries or no heads, of which nobody sends anything; gradients are zeros."""
+    out = q[..., :1].expand(*q.shape[:-1], v.shape[-1]) + 0 * (k.sum() + v.sum())
+    lse = q[..., 0].detach().float()
+    return out, lse if layout == "bhsd" else lse.transpose(1, 2)
 
 
 @dataclass(frozen=True)

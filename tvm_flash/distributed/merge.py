@@ -21,10 +21,12 @@ def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: to
 def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
     """Put what takes weight and gives nothing into attention over all keys that a row sees, once.
 
-    ``sinks`` are ``(heads,)`` or ``(batch, heads)``; the others are as in :func:`merge`.  A row without keys has none.
+    ``sinks`` are ``(heads,)`` or ``(batch, heads)``, −inf for none; the others are as in :func:`merge`.  A row without
+    keys has none.
     """
     sinks = sinks[..., None]
-    out.mul_(torch.sigmoid(lse - sinks)[..., None])
+    share = torch.where(sinks == -torch.inf, 1.0, torch.sigmoid(lse - sinks))
+    out.mul_(share[..., None])
     lse.copy_(torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, sinks)))
 
 

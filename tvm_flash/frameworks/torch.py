@@ -18,6 +18,9 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _is_grad_enabled = torch.is_grad_enabled
 _HAS_NESTED = hasattr(torch.Tensor, "is_nested")  # torch 1.11 has none
 
+#: Whether a program that is being compiled can be asked what it knows of a symbol: 2.5 can't, 2.11 can.
+CAN_ASK_SYMBOLS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)
+
 
 def name_of(dtype) -> str:
     """A dtype's name, as ``float32``."""

@@ -5,7 +5,7 @@ which then puts these kernels in the place of FlashAttention's under ``scaled_do
 and ``context_parallel``, forward and backward, until ``restore_flash_attention_impl``.  What torch has on CPUs is
 replaced in a block ``with on_cpu():``.
 
-What these kernels don't compute (dropout, other masks than over keys, …) goes to the kernel that was there before, and
+What these kernels don't compute (dropout, float64, …) goes to the kernel that was there before, and
 a :class:`tvm_flash.nn.FallbackWarning` says why, once for each reason.
 """
 
@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 
-import tvm_flash.tracing.torch_ragged  # noqa: F401 (it registers operators)
+import tvm_flash.tracing.torch_ops
+import tvm_flash.tracing.torch_ragged  # noqa: F401 (they register operators)
 from tvm_flash.backward import (
     flash_attention_backward,
     flash_attention_v2_backward,
     padded_attention_backward,
 )
 from tvm_flash.errors import NotSupportedError
-from tvm_flash.nn.attend import attend, fit
+from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
 from tvm_flash.nn.causal import top_left
 from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.nn.sdpa import no_kernel, warn_of_fallback
@@ -97,7 +98,7 @@ def _call(function: Callable, before: Any, keyset: Any, *args: Any, **kwargs: An
 # ---------------------------------------------------------------- attention, and its gradients
 
 
-def _refusal(op: str, mask: str, dropout_p: float, scale: float | None, q, k, v) -> str | None:
+def _refusal(op: str, mask: str, dropout_p: float, scale: float | None, q, k, v, score="identity") -> str | None:
     """Why a call goes to the kernel that was there before."""
     if dropout_p:
         return "dropout_p isn't 0, and these kernels have no dropout"
@@ -105,7 +106,7 @@ def _refusal(op: str, mask: str, dropout_p: float, scale: float | None, q, k, v)
         return f"scale is {scale}, and these kernels take positive ones"
     if 0 in (*q.shape, *k.shape, *v.shape):
         return "there are no queries, keys or head dimensions"
-    return no_kernel(mask, q, k, v, ops=(op,))
+    return no_kernel(mask, q, k, v, score, ops=(op,))
 
 
 def _kind(causal: bool, window: tuple[int, int]) -> str:
@@ -130,7 +131,7 @@ def _laid_out(result: torch.Tensor, size: int, x: torch.Tensor) -> torch.Tensor:
     return result if result.stride() == place.stride() else place.copy_(result)
 
 
-def _forward(q, k, v, *, scale=None, mask: KeyMask | None = None, **options):
+def _forward(q, k, v, *, scale=None, mask: KeyMask | WholeMask | None = None, **options):
     """The result, laid out as q, and its log-sum-exp, float32 ``(batch, heads, seqlen_q)``.
 
     The tensors are ``(batch, heads, seq, head_dim)``, and a causal mask is aligned bottom-right.
@@ -138,7 +139,9 @@ def _forward(q, k, v, *, scale=None, mask: KeyMask | None = None, **options):
     layout, size = _layout(q), v.shape[-1]
     options |= {"softmax_scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale, "return_lse": True}
     tensors = _swapped(layout, fit(q), fit(k), fit(v))
-    if mask is not None:
+    if isinstance(mask, WholeMask):
+        out, lse = torch.ops.tvm_flash.attention(*tensors, **{mask.name: mask.values}, layout=layout, **options)
+    elif mask is not None:
         out, lse = padded_attention(*tensors, mask.key_range(), layout=layout, **options)
     else:
         out, lse = attend(layout, *tensors, **options)
@@ -146,12 +149,15 @@ def _forward(q, k, v, *, scale=None, mask: KeyMask | None = None, **options):
     return _laid_out(out, size, q), lse
 
 
-def _backward(dout, q, k, v, out, lse, *, scale=None, mask: KeyMask | None = None, **options):
+def _backward(dout, q, k, v, out, lse, *, scale=None, mask: KeyMask | WholeMask | None = None, **options):
     """Gradients of q, k and v, laid out as they are; the arguments are those of :func:`_forward`."""
     layout = _layout(q)
     options["softmax_scale"] = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     tensors = (*_swapped(layout, *(fit(x) for x in (dout, q, k, v, out))), lse.contiguous())
-    if mask is not None:
+    if isinstance(mask, WholeMask):
+        options |= {mask.name: mask.values, "layout": layout, "gradients": []}
+        found = torch.ops.tvm_flash.attention_backward(*tensors, **options)
+    elif mask is not None:
         found = padded_attention_backward(*tensors, mask.key_range(), layout=layout, **options)
     else:
         found = _BACKWARDS[layout](*tensors, **options)
@@ -181,16 +187,25 @@ def _cpu_backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_cau
 def _cpu_call(op, query, key, value, dropout_p, is_causal, attn_mask, scale):
     """Why torch must compute a call, if it must; keys, values and options of these functions."""
     options: dict[str, Any] = {}
-    if is_causal:
-        key, value, options = top_left(query, key, value)
-    kind = _kind(is_causal, options.get("window_size", (-1, -1)))
-    refused = None
     if attn_mask is not None:
-        kind, mask = "padded", key_mask_of(attn_mask, query, key, scale)
-        if isinstance(mask, KeyMask) and not mask.ordered:
-            mask = "attn_mask has gaps between visible keys, and these kernels take where they start and end"
-        refused, options = (mask, {}) if isinstance(mask, str) else (None, {"mask": mask})
-    return refused or _refusal(op, kind, dropout_p, scale, query, key, value), key, value, options
+        mask = "attn_mask and is_causal are both given" if is_causal else _mask_of(attn_mask, query, key, scale)
+        if isinstance(mask, str):
+            return mask, key, value, options
+        kind, options = mask.kind if isinstance(mask, WholeMask) else ("padded", "identity"), {"mask": mask}
+    else:
+        if is_causal:
+            key, value, options = top_left(query, key, value)
+        kind = (_kind(is_causal, options.get("window_size", (-1, -1))), "identity")
+    refused = _refusal(op, kind[0], dropout_p, scale, query, key, value, kind[1])
+    return refused, key, value, options
+
+
+def _mask_of(attn_mask, query, key, scale) -> KeyMask | WholeMask | str:
+    """A mask by where the visible keys start and end, if it is one, or else of all scores; or why it isn't one."""
+    mask = key_mask_of(attn_mask, query, key, scale)
+    if isinstance(mask, KeyMask) and mask.ordered:
+        return mask
+    return whole_mask_of(attn_mask, query, key)
 
 
 _CPU = {

@@ -37,11 +37,15 @@ class WholeMask:
         """Mask and score of the kernels that take it."""
         return ("given", "identity") if self.values.dtype == torch.bool else ("full", "biased")
 
+    @property
+    def name(self) -> str:
+        """The parameter that it is for those kernels."""
+        return "visible" if self.values.dtype == torch.bool else "bias"
+
     def attend(self, layout: str, q: Any, k: Any, v: Any, softmax_scale: float | None = None) -> Any:
         """Attention with it."""
-        name = "visible" if self.values.dtype == torch.bool else "bias"
         # fmt: off
-        return _attend_masked[layout, name](q, k, v, self.values, None,
+        return _attend_masked[layout, self.name](q, k, v, self.values, None,
                                             "auto", False, softmax_scale, False, (-1, -1), 0.0)
         # fmt: on
 

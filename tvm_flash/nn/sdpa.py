@@ -22,7 +22,7 @@ from tvm_flash.errors import FallbackWarning, TvmFlashError
 from tvm_flash.frameworks.torch_watch import has_tangent_below, is_differentiated
 from tvm_flash.machine.device import Device
 from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
-from tvm_flash.nn.causal import bottom_right, is_causal_bias, is_of, is_top_left, top_left
+from tvm_flash.nn.causal import bottom_right, is_causal_bias, is_of, is_top_left, kind_of, top_left
 from tvm_flash.nn.jagged import sequences_of
 from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.operators import FORWARD, OPERATORS, RAGGED, RAGGED_LAYOUT
@@ -92,8 +92,7 @@ def scaled_dot_product_attention(
         query, key, value = (_as_autocast(x, query.device.type) for x in (query, key, value))
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
-        long = aligned is top_left and query.shape[-2] > key.shape[-2]
-        kind = "full" if aligned is None else "window" if long else "causal"
+        kind = "full" if aligned is None else kind_of(aligned, query.shape[-2], key.shape[-2])
         mask = None if attn_mask is None else _mask_of(attn_mask, query, key, value, scale)
         reason = mask if isinstance(mask, str) else no_kernel(kind, query, key, value) if mask is None else None
     if reason is not None:
@@ -295,7 +294,7 @@ def _compute(
         call = functools.partial(padded_attention, layout=layout, key_range=mask.key_range())
     else:
         key, value, options = aligned(query, key, value) if aligned else (key, value, {})
-        call = functools.partial(attend, layout, **options)
+        call = functools.partial(padded_attention if "key_range" in options else attend, layout=layout, **options)
     if layout == "bshd":
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     out = call(q=query, k=key, v=value, softmax_scale=scale)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from tvm_flash.call import checks, memory
 from tvm_flash.call.prepare import request_of
@@ -16,12 +17,9 @@ from tvm_flash.call.signature import Options
 from tvm_flash.call.suspicion import warn_of_layout
 from tvm_flash.errors import ArgumentTypeError, NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
-from tvm_flash.frameworks.torch import Torch, check_dense, is_functorch_wrapped, is_wrapper, name_of
+from tvm_flash.frameworks.torch import CAN_ASK_SYMBOLS, Torch, check_dense, is_functorch_wrapped, is_wrapper, name_of
 from tvm_flash.operators import OPERATORS
 from tvm_flash.packs.manifest import PAGED
-
-#: Whether a program that is being compiled can be asked what it knows of a symbol: 2.5 can't, 2.11 can.
-_CAN_ASK_SYMBOLS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool, torch.fx.Proxy)
 
@@ -58,12 +56,13 @@ def check_options(options: Options) -> Options:
 
 
 def check_kinds(tensors: dict[str, Any]) -> None:
-    """That each of the tensors (by name) is of a kind that the operators know.
+    """That each of the tensors (by name) is of a kind that the operators know, and where q is.
 
     Raises
     ------
     ArgumentTypeError, NotSupportedError
     """
+    q = tensors["q"]
     for name, x in tensors.items():
         if isinstance(x, torch.Tensor):
             check_dense(x, name)
@@ -79,6 +78,19 @@ def check_kinds(tensors: dict[str, Any]) -> None:
             raise ArgumentTypeError(
                 f"{name}: is a {type(x).__qualname__}, but q is a tensor of torch; use torch.as_tensor({name})"
             )
+        if name not in ("k", "v") and isinstance(x, torch.Tensor) and isinstance(q, torch.Tensor):  # not torch.fx's
+            check_place(name, x, q)
+
+
+def check_place(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    """That a tensor is where q is: shapes are all that comes of a call with one that has no memory.
+
+    Raises
+    ------
+    ArgumentTypeError
+    """
+    if x.device != q.device:
+        raise ArgumentTypeError(f"{name}: is on {x.device}, expected {q.device}, where q is; move it")
 
 
 def check_call(options: Options, tensors: dict[str, Any]) -> None:
@@ -106,7 +118,7 @@ def check_call(options: Options, tensors: dict[str, Any]) -> None:
 def warn_in_program(options: Options, q: torch.Tensor, k: torch.Tensor) -> None:
     """The warning of a plain call, once, while ``torch.compile`` or ``torch.export`` makes a program; a size that may
     vary is no reason for it."""
-    if not _CAN_ASK_SYMBOLS or options.layout_known or q.ndim != 4 or k.ndim != 4:
+    if not CAN_ASK_SYMBOLS or options.layout_known or q.ndim != 4 or k.ndim != 4:
         return
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -128,14 +140,17 @@ def _warn_while_compiling(text: str, layout: str) -> None:
 _warn_while_compiling._dynamo_marked_constant = True
 
 
-def check_shapes(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_shapes(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> None:
     """Devices, dtypes and ranks of the inputs, and, where all sizes are known, what must fit together.
+
+    ``others`` are what else an operator was given, of which tensors must be where q is.
 
     Raises
     ------
     ArgumentTypeError, InvalidArgumentError, LayoutError
     """
     _check_same(q, k, v)
+    check_places(q, *others)
     shapes = [tuple(x.shape) for x in (q, k, v)]
     dtype = name_of(q.dtype)
     views = [TensorView(s, contiguous_strides(s), dtype, "cpu", 0, pointer=0) for s in shapes]
@@ -143,6 +158,13 @@ def check_shapes(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
         checks.check_tensors(layout, *views)
     else:
         checks.check_kinds(layout, *views)
+
+
+def check_places(q: torch.Tensor, *others: Any) -> None:
+    """:func:`check_place` of all tensors that an operator was given, which have no names there."""
+    for x in pytree.tree_leaves(others):
+        if isinstance(x, torch.Tensor):
+            check_place("a tensor", x, q)
 
 
 def _check_same(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

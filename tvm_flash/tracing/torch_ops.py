@@ -277,8 +277,8 @@ def readable(dout, q, k, v, out, lse, dlse, *parameters):
 # ---------------------------------------------------------------- on fake tensors
 
 
-def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
-    check_shapes(layout, q, k, v)
+def _shapes(q, k, v, *others, layout="bhsd", return_lse=False, **_):
+    check_shapes(layout, q, k, v, *others)
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     return out, q.new_empty(_rows(q, layout) if return_lse else (0,), dtype=torch.float32)
 
@@ -286,7 +286,7 @@ def _shapes(q, k, v, *_, layout="bhsd", return_lse=False, **__):
 def _backward_shapes(
     dout, q, k, v, *rest, layout="bhsd", gradients=(), name=BUILTIN_DEFINITION, parameter_names=(), **_
 ):
-    check_shapes(layout, q, k, v)
+    check_shapes(layout, q, k, v, dout, *rest)
     declared = declared_of(name) if gradients else {}
     given = dict(zip(parameter_names, rest[-2], strict=True)) if parameter_names else {}
     sizes = dict(zip("bhij", (*_rows(q, layout), k.shape[2 if layout == "bhsd" else 1]), strict=True))

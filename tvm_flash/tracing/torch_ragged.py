@@ -18,7 +18,7 @@ from tvm_flash.call.paged import check_paged
 from tvm_flash.call.ragged import count_sequences
 from tvm_flash.call.signature import Options, signature
 from tvm_flash.catalogue import PARAMS
-from tvm_flash.errors import ArgumentTypeError, NotSupportedError
+from tvm_flash.errors import NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import name_of
 from tvm_flash.operators import (
@@ -31,7 +31,7 @@ from tvm_flash.operators import (
     RAGGED_LAYOUT,
 )
 from tvm_flash.tracing import torch_decomposed, torch_ops
-from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, is_known
+from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_places, check_shapes, is_known
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
 from tvm_flash.tracing.torch_ops import check_kernel, readable, with_kinds_named, written
 
@@ -115,10 +115,7 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
         )
     if not torch.compiler.is_compiling():
         check_call(options, tensors)
-    operator, device = OPERATORS[options.op], tensors["q"].device
-    for name in operator.starts:
-        if isinstance(tensors[name], torch.Tensor) and tensors[name].device != device:  # a proxy of torch.fx has none
-            raise ArgumentTypeError(f"{name}: is on {tensors[name].device}, expected {device}, where q is; move it")
+    operator = OPERATORS[options.op]
     outputs = operator.all_outputs(options.gradients)
     own = {"gradients": list(options.gradients)} if operator.differentiates else {"return_lse": options.flag}
     own |= {"max_seqlen_q": options.longest} if options.op in _ON_PAGES else {}
@@ -169,8 +166,8 @@ def _numbers(softmax_scale=None, causal=False, window_left=None, window_right=No
 # ---------------------------------------------------------------- on fake tensors
 
 
-def _check(q, k, v, starts):
-    check_shapes(RAGGED_LAYOUT, q, k, v)
+def _check(q, k, v, starts, *others):
+    check_shapes(RAGGED_LAYOUT, q, k, v, *starts, *others)
     if all(map(is_known, starts)):
         count_sequences(_views(_STARTS, starts))
 
@@ -184,13 +181,14 @@ def _views(names, tensors):
     }
 
 
-def _shapes(q, k, v, cu_seqlens_q, cu_seqlens_k, *_, return_lse=False, **__):
-    _check(q, k, v, (cu_seqlens_q, cu_seqlens_k))
+def _shapes(q, k, v, cu_seqlens_q, cu_seqlens_k, *others, return_lse=False, **_):
+    _check(q, k, v, (cu_seqlens_q, cu_seqlens_k), *others)
     out = q.new_empty((*q.shape[:2], v.shape[2]))
     return out, q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
 
 
 def _paged_shapes(op, q, k_cache, v_cache, *others, return_lse=False, max_seqlen_q=None, **__):
+    check_places(q, k_cache, v_cache, *others)
     names = OPERATORS[op].all_inputs
     tensors = (q, k_cache, v_cache, *others)[: len(names)]
     if all(map(is_known, tensors)):
@@ -199,8 +197,8 @@ def _paged_shapes(op, q, k_cache, v_cache, *others, return_lse=False, max_seqlen
     return out, q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
 
 
-def _backward_shapes(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *_, gradients=(), **__):
-    _check(q, k, v, (cu_seqlens_q, cu_seqlens_k))
+def _backward_shapes(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *others, gradients=(), **_):
+    _check(q, k, v, (cu_seqlens_q, cu_seqlens_k), dout, out, lse, dlse, *others)
     heads = (cu_seqlens_q.shape[0] - 1, q.shape[1])
     return [*(x.new_empty(x.shape) for x in (q, k, v)), *(q.new_empty(heads, dtype=torch.float32) for _ in gradients)]
 

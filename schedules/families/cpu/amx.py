@@ -11,7 +11,7 @@ its own is still there.
 =========== =================== =================================================
 buffer      shape               holds
 =========== =================== =================================================
-QT          (D' / 2, M)         pairs of queries; D' is D rounded up to 32
+QT          (M/G, D' / 2, G)    pairs of queries of each group; D' is D rounded up to 32
 KT          (N, D')             keys with zeros around, where the caller's won't do
 VT          (E', N)             values transposed, 0 past the last key
 PT          (N / 2, G)          pairs of probabilities, of one group
@@ -29,7 +29,8 @@ from tvm.script import tirx as T
 
 from schedules.families.cpu.config import Config
 from schedules.families.cpu.geometry import Geometry
-from schedules.families.cpu.pairs import bits, make_pair_macros
+from schedules.families.cpu.pairs import bits, make_pair_macros, pair
+from schedules.families.cpu.transpose import block_begin, blocks, place, transpose
 
 #: Rows and columns of four tiles, and elements that a tile product sums.
 BLOCK = 32
@@ -101,14 +102,6 @@ def _whole(width):
     return (width + (BLOCK - 1)) // BLOCK * BLOCK
 
 
-def _at(buffer, access, *index):
-    """Where an element of a buffer is, for a function outside TIR that reads ("r") or writes ("w") from there on.
-
-    TVM shrinks a buffer to what it sees accessed: after ``T.address_of`` to that one element, after this not at all.
-    """
-    return buffer.access_ptr(access, offset=buffer.offset_of(index)[0])
-
-
 def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_dim_v: int) -> SimpleNamespace:
     """The same as :func:`schedules.families.cpu.floats.float_products`, on tile registers."""
     M, N, V = config.block_m, config.block_n, config.row_vectors
@@ -118,96 +111,121 @@ def tile_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
     def product(c, ldc, a, lda, b, ldb, steps):
         return T.call_extern("int32", "tvm_flash_tile_product", c, T.int64(ldc), a, lda, b, T.int64(ldb), steps)
 
-    def is_copied(P: Geometry, keys):
-        """Whether the keys of a tile aren't where a product can read them: too few, too narrow, or on pages."""
-        return T.bool(True) if P.is_paged else T.Or(keys < N, tirx.NE(P.head_dim % BLOCK, T.int64(0)))
+    def is_copied(P: Geometry, keys, rows):
+        """Whether the keys of a tile aren't where a product can read them, or would read them slowly several times:
+        too few, too narrow, on pages, or apart."""
+        if P.is_paged:
+            return T.bool(True)
+        unfit = T.Or(keys < N, tirx.NE(P.head_dim % BLOCK, T.int64(0)))
+        return T.Or(unfit, T.And(rows >= 2 * G, P.k.is_apart(P.head_dim)))
+
+    def value_row(P: Geometry, v_at, j, keys):
+        """The row of a key's values, and what its elements are masked with: 0 past the last key."""
+        whole = T.Select(j < keys, T.uint16(0xFFFF), T.uint16(0))
+        return P.v.in_tile(v_at, T.min(j, keys - 1)), whole
 
     @T.inline
-    def load_queries(P: Geometry, QT, state, b, h, row0, rows, count):
-        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_begin", _at(state, "w", 0)))
-        macros.load_queries(P, QT, state, b, h, row0, rows, count)
+    def load_queries(P: Geometry, QT, state, block, b, h, row0, rows, count):
+        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_begin", place(state, "w", 0)))
+        macros.load_queries(P, QT, state, block, b, h, row0, rows, count)
         for d in T.serial(P.head_dim // 2, _whole(P.head_dim) // 2):
             for i in T.serial(count):
-                QT[d, i] = T.uint32(0)
+                QT[i // G, d, i % G] = T.uint32(0)
 
     @T.inline
-    def load_tile(P: Geometry, KT, VT, largest, k_at, v_at, keys):
+    def load_tile(P: Geometry, KT, VT, largest, block, k_at, v_at, keys, rows):
         for lane in T.vectorized(8):
             largest[lane] = T.uint16(0)
-        if is_copied(P, keys):
-            for j in T.serial(N):
-                for d in T.serial(_whole(P.head_dim) // 8):
+        if is_copied(P, keys, rows):
+            for j in T.serial(_whole(keys)):
+                key: T.int64 = P.k.in_tile(k_at, T.min(j, keys - 1))
+                for d in T.serial(P.head_dim // BLOCK):
+                    for lane in T.vectorized(BLOCK):
+                        KT[j, d * BLOCK + lane] = bits(P.k.flat[key + d * BLOCK + lane])
+                for d in T.serial(P.head_dim // BLOCK * (BLOCK // 8), P.head_dim // 8):
+                    for lane in T.vectorized(8):
+                        KT[j, d * 8 + lane] = bits(P.k.flat[key + d * 8 + lane])
+                for d in T.serial(P.head_dim // 8, _whole(P.head_dim) // 8):
                     for lane in T.vectorized(8):
                         KT[j, d * 8 + lane] = T.uint16(0)
-            for j in T.serial(keys):
-                for d in T.serial(P.head_dim // 8):
-                    for lane in T.vectorized(8):
-                        KT[j, d * 8 + lane] = bits(P.k.flat[P.k.in_tile(k_at, j) + d * 8 + lane])
         for j in T.serial(keys):
             for e in T.serial(P.head_dim_v // 8):
                 for lane in T.vectorized(8):
                     largest[lane] = T.max(
                         largest[lane], macros.magnitude(P.v.flat[P.v.in_tile(v_at, j) + e * 8 + lane])
                     )
-            for e in T.serial(P.head_dim_v):
-                VT[e, j] = bits(P.v.flat[P.v.in_tile(v_at, j) + e])
-        for j in T.serial(keys, _whole(keys)):
-            for e in T.serial(P.head_dim_v):
-                VT[e, j] = T.uint16(0)
+        if P.head_dim_v >= lanes:
+            for step in T.serial(_whole(keys) // BLOCK):
+                for part in T.serial(blocks(P.head_dim_v, lanes)):
+                    e0: T.int64 = block_begin(part, P.head_dim_v, lanes)
+                    for r in T.serial(lanes):
+                        low = T.meta_var(value_row(P, v_at, step * BLOCK + 2 * r, keys))
+                        high = T.meta_var(value_row(P, v_at, step * BLOCK + 2 * r + 1, keys))
+                        for lane in T.vectorized(lanes):
+                            block[r, lane] = pair(
+                                T.bitwise_and(bits(P.v.flat[low[0] + e0 + lane]), low[1]),
+                                T.bitwise_and(bits(P.v.flat[high[0] + e0 + lane]), high[1]),
+                            )
+                    T.evaluate(transpose(place(VT, "w", e0, step * BLOCK), 2 * N, place(block, "r", 0, 0), 4 * lanes))
+        else:
+            for j in T.serial(_whole(keys)):
+                row = T.meta_var(value_row(P, v_at, j, keys))
+                for e in T.serial(P.head_dim_v):
+                    VT[e, j] = T.bitwise_and(bits(P.v.flat[row[0] + e]), row[1])
 
     @T.inline
-    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, column, keys):
+    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys, rows):
         steps: T.int64 = _whole(P.head_dim) // BLOCK
         for block in T.serial(_whole(keys) // BLOCK):
-            if is_copied(P, keys):
+            if is_copied(P, keys, rows):
                 T.evaluate(
                     product(
-                        *(_at(ST, "w", block * BLOCK, 0), 4 * G),
-                        *(_at(KT, "r", block * BLOCK, 0), T.int64(2 * KT.shape[1])),
-                        *(_at(QT, "r", 0, column), 4 * M, steps),
+                        *(place(ST, "w", block * BLOCK, 0), 4 * G),
+                        *(place(KT, "r", block * BLOCK, 0), T.int64(2 * KT.shape[1])),
+                        *(place(QT, "r", group, 0, 0), 4 * G, steps),
                     )
                 )
             else:
                 T.evaluate(
                     product(
-                        *(_at(ST, "w", block * BLOCK, 0), 4 * G),
+                        *(place(ST, "w", block * BLOCK, 0), 4 * G),
                         *(T.address_of(P.k.flat[k_at + block * BLOCK * P.k.strides[2]]), 2 * P.k.strides[2]),
-                        *(_at(QT, "r", 0, column), 4 * M, steps),
+                        *(place(QT, "r", group, 0, 0), 4 * G, steps),
                     )
                 )
 
     @T.inline
-    def output_of_all(P: Geometry, PT, VT, OT, acc, correction, column, keys):
+    def output_of_all(P: Geometry, PT, VT, OT, acc, correction, group, keys):
         for block in T.serial(_whole(P.head_dim_v) // BLOCK):
             T.evaluate(
                 product(
-                    *(_at(acc, "w", 0), 4 * G),
-                    *(_at(VT, "r", block * BLOCK, 0), T.int64(2 * N)),
-                    *(_at(PT, "r", 0, 0), 4 * G, _whole(keys) // BLOCK),
+                    *(place(acc, "w", 0), 4 * G),
+                    *(place(VT, "r", block * BLOCK, 0), T.int64(2 * N)),
+                    *(place(PT, "r", 0, 0), 4 * G, _whole(keys) // BLOCK),
                 )
             )
             for r in T.serial(T.min(T.int64(BLOCK), P.head_dim_v - block * BLOCK)):
                 for n in T.unroll(V):
                     for lane in T.vectorized(lanes):
-                        OT[block * BLOCK + r, column + n * lanes + lane] = (
-                            OT[block * BLOCK + r, column + n * lanes + lane] * correction[n * lanes + lane]
+                        OT[group, block * BLOCK + r, n * lanes + lane] = (
+                            OT[group, block * BLOCK + r, n * lanes + lane] * correction[n * lanes + lane]
                             + acc[r * G + n * lanes + lane]
                         )
 
     @T.inline
-    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
+    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full, rows):
         if full or macros.is_finite(largest):
             macros.round_probabilities(ST, PT, keys, _whole(keys))
-            output_of_all(P, PT, VT, OT, acc, correction, column, keys)
+            output_of_all(P, PT, VT, OT, acc, correction, group, keys)
         else:
-            macros.output_of_visible(P, ST, OT, correction, v_at, column, keys)
+            macros.output_of_visible(P, ST, OT, correction, v_at, group, keys)
 
     @T.inline
     def finish(state):
-        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_end", _at(state, "r", 0)))
+        T.evaluate(T.call_extern("int32", "tvm_flash_tiles_end", place(state, "r", 0)))
 
     return SimpleNamespace(
-        queries=((_whole(head_dim) // 2, M), "uint32"),
+        queries=((M // G, _whole(head_dim) // 2, G), "uint32"),
         keys=((N, _whole(head_dim)), "uint16"),
         values=((_whole(head_dim_v), N), "uint16"),
         probabilities=((N // 2, G), "uint32"),

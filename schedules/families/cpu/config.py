@@ -102,5 +102,4 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
 def scratch_floats(pattern: Pattern, config: Config, lanes: int) -> int:
     """Float32 elements of scratch that a thread needs."""
     head_dims = pattern.head_dim + pattern.head_dim_v
-    converted = 0 if pattern.dtype == "float32" else config.block_n * head_dims
-    return config.block_m * (head_dims + 2) + converted + config.block_n * config.row_vectors * lanes
+    return config.block_m * (head_dims + 2) + config.block_n * head_dims + config.block_n * config.row_vectors * lanes

@@ -49,6 +49,10 @@ class Tensor:
         """Elements from a row to the one that is ``rows`` rows on."""
         return rows * self.strides[2]
 
+    def is_apart(self, width: Expr) -> Expr:
+        """Whether there is something else between rows of ``width`` elements."""
+        return self.strides[2] > width
+
     def of_key(self, base: Expr, key: Expr) -> Expr:
         """Offset of the row of a key, ``base`` being that of the head's first; of no key it is any number."""
         return base + key * self.strides[2]

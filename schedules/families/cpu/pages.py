@@ -64,6 +64,9 @@ class ScaledTensor(PagedTensor):
     def in_tile(self, first: Expr, j: Expr) -> Expr:
         return j * self.width
 
+    def is_apart(self, width: Expr) -> Expr:
+        return T.bool(False)
+
     def in_memory(self, base: Expr, key: Expr) -> tuple[tirx.Buffer, Expr]:
         return self.stored, super().of_key(base, key)
 

@@ -7,7 +7,8 @@ where the caller has it.
 =========== ============= ==================================
 buffer      shape         holds
 =========== ============= ==================================
-QT          (D / 2, M)    pairs of queries
+QT          (M/G, D/2, G) pairs of queries of each group
+KT          (N, D / 2)    pairs of keys, only where rows are apart
 PT          (N / 2, G)    pairs of probabilities, of one group
 VT          (N / 2, E)    pairs of values
 =========== ============= ==================================
@@ -22,6 +23,7 @@ from tvm.script import tirx as T
 from schedules.families.cpu.config import Config
 from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.steps import accumulate_visible, f32
+from schedules.families.cpu.transpose import make_transposed_load
 
 #: acc[i] += a[i].low * pair.low + a[i].high * pair.high, all lanes with the one pair.
 DOT_PAIRS = """
@@ -69,12 +71,15 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
     """What the products on pairs and on tile registers share."""
     V = config.row_vectors
 
+    def words(flat, row, d, count):
+        """``count`` pairs of a row from pair ``d`` on."""
+        return T.reinterpret(f"uint32x{count}" if count > 1 else "uint32", flat[T.Ramp(row + 2 * d, 1, 2 * count)])
+
+    load_transposed = make_transposed_load(V, LANES, words)
+
     @T.inline
-    def load_queries(P: Geometry, QT, state, b, h, row0, rows, count):
-        for i in T.serial(count):
-            q_row: T.int64 = P.q.row(b, h, row0 + T.min(i, rows - 1))
-            for d in T.serial(P.head_dim // 2):
-                QT[d, i] = pair(bits(P.q.flat[q_row + 2 * d]), bits(P.q.flat[q_row + 2 * d + 1]))
+    def load_queries(P: Geometry, QT, state, block, b, h, row0, rows, count):
+        load_transposed(P, QT, block, b, h, row0, rows, count, P.head_dim // 2)
 
     @T.inline
     def round_probabilities(ST, PT, keys, end):
@@ -89,16 +94,16 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
                     PT[j, n * LANES + lane] = rounded_pair(ST[2 * j, n * LANES + lane], ST[2 * j + 1, n * LANES + lane])
 
     @T.inline
-    def output_of_visible(P: Geometry, ST, OT, correction, v_at, column, keys):
+    def output_of_visible(P: Geometry, ST, OT, correction, v_at, group, keys):
         """Key by key, for a masked tile with an inf or NaN among its values: a masked key must not bring it in."""
         for e in T.serial(P.head_dim_v):
             for n in T.unroll(V):
                 for lane in T.vectorized(LANES):
-                    OT[e, column + n * LANES + lane] *= correction[n * LANES + lane]
+                    OT[group, e, n * LANES + lane] *= correction[n * LANES + lane]
                 for j in T.serial(keys):
                     for lane in T.vectorized(LANES):
-                        OT[e, column + n * LANES + lane] = accumulate_visible(
-                            OT[e, column + n * LANES + lane],
+                        OT[group, e, n * LANES + lane] = accumulate_visible(
+                            OT[group, e, n * LANES + lane],
                             ST[j, n * LANES + lane],
                             f32(P.v.flat[P.v.in_tile(v_at, j) + e]),
                         )
@@ -111,6 +116,7 @@ def make_pair_macros(config: Config) -> SimpleNamespace:
         return bound < T.uint16(_INF)
 
     return SimpleNamespace(
+        words=words,
         load_queries=load_queries,
         round_probabilities=round_probabilities,
         output_of_visible=output_of_visible,
@@ -125,9 +131,17 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
     G = V * LANES
     macros = make_pair_macros(config)
 
+    def is_packed(P: Geometry, rows):
+        """Whether keys are brought together, as of float32 (``floats.py``)."""
+        return T.And(rows >= 2 * G, P.k.is_apart(P.head_dim))
+
     @T.inline
-    def load_tile(P: Geometry, KT, VT, largest, k_at, v_at, keys):
+    def load_tile(P: Geometry, KT, VT, largest, block, k_at, v_at, keys, rows):
         """Values as pairs, the last one with 0 if ``keys`` is odd; ``largest`` of their magnitudes, as bits."""
+        if is_packed(P, rows):
+            for j in T.serial(keys):
+                for d in T.serial(P.head_dim // 8):
+                    KT[j, T.Ramp(d * 4, 1, 4)] = macros.words(P.k.flat, P.k.in_tile(k_at, j), d * 4, 4)
         for lane in T.vectorized(8):
             largest[lane] = T.uint16(0)
         for j in T.serial((keys + 1) // 2):
@@ -151,7 +165,7 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             acc[T.Ramp(x * LANES, 1, LANES)] = T.Broadcast(T.float32(0), LANES)
 
     @T.inline
-    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, column, keys):
+    def scores_with(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys, in_tile):
         for tile in T.serial((keys + (R - 1)) // R):
             zero(acc)
             for r in T.unroll(R):
@@ -161,15 +175,22 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
                     for n in T.unroll(V):
                         acc[T.Ramp((r * V + n) * LANES, 1, LANES)] = dot(
                             acc[T.Ramp((r * V + n) * LANES, 1, LANES)],
-                            QT[d, T.Ramp(column + n * LANES, 1, LANES)],
-                            T.reinterpret("uint32", P.k.flat[T.Ramp(row[r] + 2 * d, 1, 2)]),
+                            QT[group, d, T.Ramp(n * LANES, 1, LANES)],
+                            KT[tile * R + r, d] if in_tile else macros.words(P.k.flat, row[r], d, 1),
                         )
             for r in T.unroll(R):
                 for n in T.unroll(V):
                     ST[tile * R + r, T.Ramp(n * LANES, 1, LANES)] = acc[T.Ramp((r * V + n) * LANES, 1, LANES)]
 
     @T.inline
-    def output_of_all(P: Geometry, PT, VT, OT, acc, correction, column, keys):
+    def scores(P: Geometry, QT, KT, ST, acc, row, k_at, group, keys, rows):
+        if is_packed(P, rows):
+            scores_with(P, QT, KT, ST, acc, row, k_at, group, keys, True)
+        else:
+            scores_with(P, QT, KT, ST, acc, row, k_at, group, keys, False)
+
+    @T.inline
+    def output_of_all(P: Geometry, PT, VT, OT, acc, correction, group, keys):
         for tile in T.serial(P.head_dim_v // R):
             zero(acc)
             for j in T.serial((keys + 1) // 2):
@@ -183,26 +204,26 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             for r in T.unroll(R):
                 for n in T.unroll(V):
                     for lane in T.vectorized(LANES):
-                        OT[tile * R + r, column + n * LANES + lane] = (
-                            OT[tile * R + r, column + n * LANES + lane] * correction[n * LANES + lane]
+                        OT[group, tile * R + r, n * LANES + lane] = (
+                            OT[group, tile * R + r, n * LANES + lane] * correction[n * LANES + lane]
                             + acc[(r * V + n) * LANES + lane]
                         )
 
     @T.inline
-    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, column, keys, full):
+    def output(P: Geometry, ST, PT, VT, OT, acc, correction, largest, v_at, group, keys, full, rows):
         if full or macros.is_finite(largest):
             macros.round_probabilities(ST, PT, keys, (keys + 1) // 2 * 2)
-            output_of_all(P, PT, VT, OT, acc, correction, column, keys)
+            output_of_all(P, PT, VT, OT, acc, correction, group, keys)
         else:
-            macros.output_of_visible(P, ST, OT, correction, v_at, column, keys)
+            macros.output_of_visible(P, ST, OT, correction, v_at, group, keys)
 
     @T.inline
     def finish(state):
         pass
 
     return SimpleNamespace(
-        queries=((head_dim // 2, M), "uint32"),
-        keys=((1, 1), "uint32"),
+        queries=((M // G, head_dim // 2, G), "uint32"),
+        keys=((N, head_dim // 2), "uint32"),
         values=((N // 2, head_dim_v), "uint32"),
         probabilities=((N // 2, G), "uint32"),
         accumulators=(R * G,),

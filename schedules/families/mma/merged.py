@@ -30,5 +30,4 @@ class MergedForward:
 
     def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
         """The kernel."""
-        func = mma.kernel(pattern, config, traversal, name, self.machine(config), MergedGeometry)
-        return mma.program(func, pattern, config, traversal)
+        return mma.program(pattern, config, traversal, name, self.machine(config), MergedGeometry)

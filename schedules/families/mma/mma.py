@@ -18,11 +18,13 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, forward_program
 from schedules.families.mma.paired import PART_COLUMNS
 from schedules.families.mma.registers import anew, fresh
+from schedules.families.ranged import own_name, with_ranges
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import normalise, store_lse, store_rows
 from schedules.tile.geometry import Geometry, PagedGeometry, RaggedGeometry, flat, parameterised, site
 from schedules.tile.key_range import KeyTiles, in_parts, is_full, next_visible
 from schedules.tile.key_source import ContiguousRows
+from schedules.tile.mask_ranges import ranged
 from schedules.tile.merge import merge_rows
 from schedules.tile.parameters import Parameters
 from schedules.tile.slots import WORDS, FoundTile, Own
@@ -375,7 +377,12 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_ty
     return parameterised(pattern, make)
 
 
-def program(func: PrimFunc, pattern: Pattern, config, traversal: Traversal) -> Program:
-    """The program of a forward kernel."""
+def program(pattern: Pattern, config, traversal: Traversal, name: str, machine_type, geometry_type=Geometry) -> Program:
+    """The program of a forward kernel; further arguments as in :func:`kernel`."""
+    known = ranged(pattern, "i", config.block_m)
+    func = kernel(known, config, traversal, own_name(known, name), machine_type, geometry_type)
     axes = narrow_axes(config, traversal)
-    return forward_program(func, pattern.params, "tirx", alignment=ALIGNMENT, index_bits=INDEX_BITS, narrow_axes=axes)
+    attention = forward_program(
+        func, known.params, "tirx", alignment=ALIGNMENT, index_bits=INDEX_BITS, narrow_axes=axes
+    )
+    return with_ranges(attention, traversal, name, known)

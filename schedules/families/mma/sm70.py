@@ -186,8 +186,7 @@ def feasible(pattern: Pattern, config: Config, target: Target, found: int = 0) -
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    func = mma.kernel(pattern, config, traversal, name, Machine)
-    return mma.program(func, pattern, config, traversal)
+    return mma.program(pattern, config, traversal, name, Machine)
 
 
 @T.meta_class

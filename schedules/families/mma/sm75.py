@@ -15,6 +15,7 @@ from schedules.families.interface import (
     FORWARD,
     MERGED,
     PAGED,
+    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     WITH_SINKS,
@@ -22,7 +23,7 @@ from schedules.families.interface import (
     Rejected,
     Target,
 )
-from schedules.families.mma import backward, ldmatrix, mma
+from schedules.families.mma import backward, ldmatrix, mma, scaled
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.instructions import StagedStages, TuringProducts
@@ -31,6 +32,7 @@ from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.merged import MergedForward
 from schedules.families.mma.paired import PairedProducts
 from schedules.families.mma.ragged import PagedForward, RaggedForward
+from schedules.families.mma.scaled_machines import StagedWidening
 from schedules.families.mma.staged import StagedCopies, staging_registers
 from schedules.tile.fragment import M16N8
 from schedules.tile.tile_scheduler import Traversal
@@ -93,13 +95,14 @@ _CONFIGS = {
     192: Config(64, 32, 4, 1),
     256: Config(64, 32, 4, 1, v_ahead=True, warps_per_tile=2),  # 230, 238; a warp to a row tile and 16 keys 197, 202
 }
-#: The same with parameters that differ from head to head, with which the configurations above spill 12 to 172 bytes.
+#: The same with parameters that differ from head to head, or a mask that reads ids, with which the configurations above
+#: spill 12 to 172 bytes.
 _WITH_PARAMETERS = {**_CONFIGS, 64: Config(128, 64, 4, 1), 256: Config(64, 16, 4, 1)}
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for each bucket of sequence length."""
-    table = _WITH_PARAMETERS if any(p.per_head for p in pattern.params) else _CONFIGS
+    table = _WITH_PARAMETERS if pattern.atoms or any(p.per_head for p in pattern.params) else _CONFIGS
     return {0: limits.by_head_dim(table, pattern)}
 
 
@@ -135,8 +138,7 @@ def _machine(config: Config) -> type:
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    func = mma.kernel(pattern, config, traversal, name, _machine(config))
-    return mma.program(func, pattern, config, traversal)
+    return mma.program(pattern, config, traversal, name, _machine(config))
 
 
 def _ragged_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
@@ -150,6 +152,17 @@ def _paged_configs(template: str, pattern: Pattern, target: Target) -> dict[int,
     if any(p.per_head for p in pattern.params) and 96 < pattern.head_dim <= 128:
         return {0: Config(128, 32, 8, 1)}
     return _ragged_configs(template, pattern, target)
+
+
+@T.meta_class
+class ScaledMachine(StagedWidening, Machine):
+    """Over a cache of 8 bits."""
+
+
+def _scaled_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """Those of 16 bits; no pairs of warps."""
+    (config,) = _paged_configs(template, pattern, target).values()
+    return {0: _WITH_PARAMETERS[256] if config.warps_per_tile > 1 else config}
 
 
 @T.meta_class
@@ -177,6 +190,9 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
 KINDS = {
     RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine),
     PAGED: PagedForward(Config, _paged_configs, space, feasible, _machine),
+    **scaled.kinds(
+        Config, _scaled_configs, space, feasible, lambda config: ScaledMachine, beside=lambda pattern, config: 0
+    ),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     BACKWARD_ACCUMULATE: backward.AccumulatingBackward(
         (BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE
@@ -189,7 +205,4 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
-UNVERIFIED_KINDS = (
-    MERGED,
-    BACKWARD_ACCUMULATE,
-)
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)

@@ -18,12 +18,13 @@ from schedules.families.interface import (
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_SCALED,
+    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     Program,
     Target,
 )
-from schedules.families.mma import backward, mma, scaled_decode
+from schedules.families.mma import backward, mma, scaled, scaled_decode
 from schedules.families.mma.asynchronous import Config, DecodeMachine, Machine, PairedMachine, feasible
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -141,8 +142,7 @@ def _machine(config: Config) -> type:
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The kernel."""
-    func = mma.kernel(pattern, config, traversal, name, _machine(config))
-    return mma.program(func, pattern, config, traversal)
+    return mma.program(pattern, config, traversal, name, _machine(config))
 
 
 @T.meta_class
@@ -234,6 +234,7 @@ KINDS = {
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
     PAGED_DECODE: PagedDecoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     PAGED: PagedForward(Config, default_configs, space, feasible, _machine),
+    **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(Config, feasible),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
     BACKWARD_ACCUMULATE: backward.AccumulatingBackward((BackwardKeys, BackwardQueries), _backward_config),
@@ -243,6 +244,6 @@ KINDS = {
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (*PAGED_DECODE_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = dict.fromkeys((BACKWARD, RAGGED_BACKWARD), ((192, 192), (256, 256)))

@@ -16,6 +16,7 @@ from schedules.families.interface import (
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_SCALED,
+    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     WITH_SINKS,
@@ -23,14 +24,16 @@ from schedules.families.interface import (
     Target,
     forward_program,
 )
-from schedules.families.mma import asynchronous, scaled_decode
+from schedules.families.mma import asynchronous, scaled, scaled_decode
+from schedules.families.ranged import own_name, with_ranges
 from schedules.families.sm90 import backward, decode, merged, paged, paged_decode, ragged
 from schedules.families.sm90.backward import accumulate
 from schedules.families.sm90.backward import ragged as ragged_backward
-from schedules.families.sm90.config import Config, feasible, narrow_axes
+from schedules.families.sm90.config import WARPGROUP_ROWS, Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
 from schedules.families.sm90.space import space
+from schedules.tile.mask_ranges import ranged
 from schedules.tile.tile_scheduler import Traversal
 
 __all__ = [
@@ -59,19 +62,21 @@ KINDS = {
     RAGGED_BACKWARD: ragged_backward,
     PAGED: paged,
     PAGED_DECODE: paged_decode,
+    **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (*PAGED_DECODE_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The scheduled kernel; ``config`` must be feasible."""
-    func = build(pattern, config, traversal, name)
-    return forward_program(
-        func, pattern.params, "tirx", alignment=ALIGNMENT, index_bits=32, narrow_axes=narrow_axes(config)
-    )
+    known = ranged(pattern, "i", WARPGROUP_ROWS, config.num_consumer_warpgroups)
+    func = build(known, config, traversal, own_name(known, name))
+    axes = narrow_axes(config)
+    attention = forward_program(func, known.params, "tirx", alignment=ALIGNMENT, index_bits=32, narrow_axes=axes)
+    return with_ranges(attention, traversal, name, known)

@@ -8,8 +8,10 @@ from schedules.families.interface import Program, ScheduledLaunch
 from schedules.families.mma.backward import keys, queries
 from schedules.families.mma.backward.config import Config
 from schedules.families.mma.mma import ALIGNMENT, INDEX_BITS
+from schedules.families.ranged import with_ranges
 from schedules.tile.delta import delta
 from schedules.tile.gradients import Starts, tiles_of
+from schedules.tile.mask_ranges import Ranged, ranged
 from schedules.tile.parameter_sums import parameter_sums, ragged_parameter_sums
 from schedules.tile.place_gradients import Targets
 from schedules.tile.tile_scheduler import Traversal
@@ -32,17 +34,21 @@ def program(
 
     ``ragged``: of sequences of different lengths.  ``adds``: results to what is there.
     """
-    params = tuple(p.name for p in pattern.params)
+
+    def names(known):
+        return tuple(p.name for p in known.params)
+
     asked = summed(pattern)
+    keyed, queried = (pattern, pattern) if ragged else _ranged(pattern, config)
     of_keys, of_queries = (Targets(pattern, transposed).roles for transposed in (True, False))
     sums, starts = (("parameter_sums",) if asked else ()), (Starts.roles if ragged else ())
     of_delta = delta(pattern, traversal, name, ALIGNMENT, ragged=ragged)
-    of_dkdv = keys.build(pattern, config, traversal, f"{name}_dkdv", machines[0], Starts() if ragged else None, adds)
-    of_dq = queries.build(pattern, config, traversal, f"{name}_dq", machines[1], Starts() if ragged else None, adds)
+    of_dkdv = keys.build(keyed, config, traversal, f"{name}_dkdv", machines[0], Starts() if ragged else None, adds)
+    of_dq = queries.build(queried, config, traversal, f"{name}_dq", machines[1], Starts() if ragged else None, adds)
     launches = [
         ScheduledLaunch(of_delta, ("o", "do", "dlse", "delta")),
-        ScheduledLaunch(of_dkdv, (*keys.ROLES, *params, *of_keys, *starts)),
-        ScheduledLaunch(of_dq, (*queries.ROLES, *params, *sums, *of_queries, *starts)),
+        ScheduledLaunch(of_dkdv, (*keys.ROLES, *names(keyed), *of_keys, *starts)),
+        ScheduledLaunch(of_dq, (*queries.ROLES, *names(queried), *sums, *of_queries, *starts)),
     ]
     rows = ("*", "heads", "total_q") if ragged else ("*", "batch", "heads", "seqlen_q")
     workspaces = [Workspace("delta", "float32", (rows,))]
@@ -50,7 +56,7 @@ def program(
         size = ("*", len(asked), *tiles_of(config.block_m_dq, ragged)[1:])
         workspaces.append(Workspace("parameter_sums", "float32", (size,)))
         launches.append(_sums(pattern, config, asked, f"{name}_parameters", ragged, adds))
-    return Program(
+    found = Program(
         "backward",
         tuple(launches),
         "tirx",
@@ -59,6 +65,12 @@ def program(
         workspaces=tuple(workspaces),
         narrow_axes=() if ragged else _narrow_axes(config, traversal),
     )
+    return with_ranges(found, traversal, name, keyed, queried)
+
+
+def _ranged(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged, Pattern | Ranged]:
+    """The pattern as the launches for dk and dv, and for dq, see it."""
+    return ranged(pattern, "j", config.keys.own_rows), ranged(pattern, "i", config.queries.own_rows)
 
 
 def _sums(pattern: Pattern, config: Config, asked, name: str, ragged: bool, adds: bool) -> ScheduledLaunch:

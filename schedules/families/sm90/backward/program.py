@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Target
+from schedules.families.ranged import with_ranges
 from schedules.families.sm90 import config as forward
 from schedules.families.sm90.backward import joint, keys, parameters, queries, rows
-from schedules.families.sm90.backward.config import BLOCK, Config
+from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config
+from schedules.families.sm90.config import WARPGROUP_ROWS
 from schedules.tile.gradients import ALIGNMENT, Starts
+from schedules.tile.mask_ranges import Ranged, ranged
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs import sizes
 
@@ -36,14 +39,21 @@ def program(
         launches = (first, joint.build(pattern, config, traversal, f"{name}_joint", starts(), adds))
         workspaces, scalars = (*workspaces, *joint.workspaces(pattern, config, ragged)), joint.scalars(pattern, ragged)
     else:
+        keyed, queried = (pattern, pattern) if ragged else _ranged(pattern, config)
         launches = (
             first,
-            queries.build(pattern, config, traversal, f"{name}_dq", starts(), adds),
-            keys.build(pattern, config, traversal, f"{name}_dkdv", starts(), adds),
+            queries.build(queried, config, traversal, f"{name}_dq", starts(), adds),
+            keys.build(keyed, config, traversal, f"{name}_dkdv", starts(), adds),
         )
         workspaces = (*workspaces, *parameters.workspaces(pattern, ragged))
     memory = {"workspaces": workspaces, "scalars": scalars, "narrow_axes": _narrow_axes(config, ragged)}
-    return Program("backward", launches, "tirx", alignment=ALIGNMENT, index_bits=32, **memory)
+    found = Program("backward", launches, "tirx", alignment=ALIGNMENT, index_bits=32, **memory)
+    return found if config.joint else with_ranges(found, traversal, name, keyed, queried)
+
+
+def _ranged(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged, Pattern | Ranged]:
+    """The pattern as the launches for dk and dv, and for dq, see it, whose warpgroups have rows of their own."""
+    return ranged(pattern, "j", config.block_keys), ranged(pattern, "i", WARPGROUP_ROWS, CONSUMERS)
 
 
 def _narrow_axes(config: Config, ragged: bool) -> tuple[sizes.Expression, ...]:

@@ -1,4 +1,4 @@
-"""torch's ``CausalBias`` in the drop-in: both alignments are computed here, wherever the drop-in stands."""
+"""Causal masks of the drop-in: programs for any lengths, and torch's ``CausalBias``, wherever the drop-in stands."""
 
 import pytest
 
@@ -37,3 +37,20 @@ def test_causal_biases_of_torch_where_the_drop_in_is_in_the_place_of_torchs(monk
         ours(q, k, v, bias, is_causal=True)
     with pytest.raises(RuntimeError, match="size"):
         ours(q[:, :, :7], k, v, bias)
+
+
+@pytest.mark.parametrize("strict", (False, True))
+@pytest.mark.filterwarnings("error::tvm_flash.nn.FallbackWarning")
+def test_a_program_for_any_lengths(strict):
+    class Causal(torch.nn.Module):
+        def forward(self, q, k, v):
+            return ours(q, k, v, is_causal=True)
+
+    sizes = [{2: torch.export.Dim(name, min=2, max=99)} for name in ("rows", "keys")]
+    program = torch.export.export(
+        Causal(), tuple(tensors((9, 13))), dynamic_shapes=(sizes[0], sizes[1], sizes[1]), strict=strict
+    ).module()
+    for lengths in ((9, 13), (40, 7), (8, 8)):
+        q, k, v = tensors(lengths)
+        want = torch_sdpa(q.double(), k.double(), v.double(), is_causal=True)
+        torch.testing.assert_close(program(q, k, v), want.float())
