@@ -15,6 +15,7 @@ from schedules.families.interface import (
     MERGED,
     PAGED,
     PAGED_DECODE,
+    PAGED_DECODE_ANY,
     PAGED_DECODE_SCALED,
     PAGED_SCALED,
     RAGGED,
@@ -62,13 +63,17 @@ KINDS = {
     RAGGED_BACKWARD: ragged_backward,
     PAGED: paged,
     PAGED_DECODE: paged_decode,
+    PAGED_DECODE_ANY: paged_decode.ANY_PAGES,
     **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)
+UNVERIFIED_KINDS = (
+    *(*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), PAGED_DECODE_ANY),
+    *(MERGED, BACKWARD_ACCUMULATE),
+)
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
 
