@@ -121,7 +121,10 @@ SCOPES = {
     # Of sequences that several devices hold; one template, as they are for rings alone.
     MERGED: Scope((("full", "identity"), ("causal", "identity"), ("positioned", "optional"))),
     PARTIAL: Scope((("positioned", "optional"),)),
-    BACKWARD_ACCUMULATE: Scope((("positioned", "optional_sinks"),)),
+    BACKWARD_ACCUMULATE: Scope(
+        (("positioned", "optional_sinks"),),
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
+    ),
 }
 
 #: Kinds of which there are kernels of one template, the family's last: those whose tensors have no batch axis, and so

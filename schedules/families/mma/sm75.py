@@ -11,6 +11,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
+    BACKWARD_ACCUMULATE,
     FORWARD,
     MERGED,
     PAGED,
@@ -193,6 +194,9 @@ KINDS = {
         Config, _scaled_configs, space, feasible, lambda config: ScaledMachine, beside=lambda pattern, config: 0
     ),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
+    BACKWARD_ACCUMULATE: backward.AccumulatingBackward(
+        (BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE
+    ),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
@@ -201,4 +205,4 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
-UNVERIFIED_KINDS = (*PAGED_SCALED.values(), MERGED)
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)

@@ -11,6 +11,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
+    BACKWARD_ACCUMULATE,
     DECODE,
     FORWARD,
     MERGED,
@@ -236,12 +237,13 @@ KINDS = {
     **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(Config, feasible),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
+    BACKWARD_ACCUMULATE: backward.AccumulatingBackward((BackwardKeys, BackwardQueries), _backward_config),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), MERGED)
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = dict.fromkeys((BACKWARD, RAGGED_BACKWARD), ((192, 192), (256, 256)))

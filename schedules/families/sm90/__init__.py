@@ -9,6 +9,7 @@ from __future__ import annotations
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import (
     BACKWARD,
+    BACKWARD_ACCUMULATE,
     DECODE,
     FORWARD,
     MERGED,
@@ -27,6 +28,7 @@ from schedules.families.interface import (
 from schedules.families.mma import asynchronous, scaled, scaled_decode
 from schedules.families.ranged import own_name, with_ranges
 from schedules.families.sm90 import backward, decode, merged, paged, paged_decode, ragged
+from schedules.families.sm90.backward import accumulate
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import default_configs
@@ -56,6 +58,7 @@ KINDS = {
     DECODE: decode,
     MERGED: merged,
     BACKWARD: backward,
+    BACKWARD_ACCUMULATE: accumulate,
     RAGGED: ragged,
     RAGGED_BACKWARD: ragged_backward,
     PAGED: paged,
@@ -67,7 +70,10 @@ KINDS = {
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), PAGED_DECODE_ANY, MERGED)
+UNVERIFIED_KINDS = (
+    *(*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), PAGED_DECODE_ANY),
+    *(MERGED, BACKWARD_ACCUMULATE),
+)
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
 
