@@ -1,137 +1,95 @@
-"""Run the tests of the package ``flash_attn`` against this one, from a checkout of it that you name.
+"""Run the tests of PyTorch or of flash-attn against this package, from a checkout of them that you name.
 
-    python scripts/peer_suites.py ~/flash-attention --sample 300
+    python scripts/peer_suites.py ~/pytorch
+    python scripts/peer_suites.py ~/flash-attention --sample 100
 
-Its tests compare results and gradients with a formula in PyTorch, and allow some multiple of what PyTorch's own
-computation in the same dtype is off.  They ask for thousands of combinations; a sample of each test is taken, the same
-every time.  On a machine without a GPU they run on the CPU.  Nothing of the checkout is copied into this one.
+What is run is PyTorch's module of tests of attention, with these kernels below torch's own function and in the place of
+it, and flash-attn's tests of versions 2 and 3.  They ask for thousands of combinations; a sample of each test is taken,
+the same every time.  On a machine without a GPU they run on the CPU.  The counts are printed as tables; nothing of the
+checkout is copied into this one.  The last results are in docs/peers.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import importlib.util
-import random
+import json
+import subprocess
 import sys
 import tempfile
-import types
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-#: Words of what isn't here (splits that the caller counts, caches, pages, a generator of random numbers), as they stand
-#: in names of tests and of their parameters.
-MISSING = ("splitkv", "kvcache", "paged", "generator")
+#: What stands in a file of tests, and the packages that it needs then.
+_NEEDS = {"einops": ("einops",), "torch.testing._internal": ("expecttest", "hypothesis")}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path, help="of the repository flash-attention")
+    parser.add_argument("checkout", type=Path, help="of PyTorch or of flash-attention")
     parser.add_argument("--sample", type=int, default=40, help="how many of each test (default: %(default)s)")
-    parser.add_argument(
-        "--longest", type=int, default=1100, help="no sequences longer than that (default: %(default)s)"
-    )
-    parser.add_argument("--only", default="", help="tests with this in their names")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    parser.add_argument(
+        "--longest", type=int, default=1100, help="flash-attn: no sequences longer than that (default: %(default)s)"
+    )
+    parser.add_argument("--only", default="", help="suites with this in their names, as the tables say them")
+    parser.add_argument("-k", default="", help="tests that pytest selects by this expression")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="the GPU if there is one, else the CPU")
+    parser.add_argument("--broken", type=Path, help=argparse.SUPPRESS)  # cases that fail without this package
     options = parser.parse_args()
-    source = options.checkout / "tests" / "test_flash_attn.py"
-    if not source.is_file():
-        parser.error(f"checkout: has no {source.relative_to(options.checkout)}; name a clone of flash-attention")
-    if importlib.util.find_spec("einops") is None:
-        parser.error("the tests need einops; run pip install einops")
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    _stand_in(options.checkout)
-    text = source.read_text()
-    if device == "cpu":
-        text = text.replace('"cuda"', '"cpu"')
-        torch.cuda.get_device_capability = lambda *_: (8, 0)
-        torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(total_memory=2**36)
+    from tests.peer_suites import flash_attn, pytorch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: torch sees no GPU; leave it out, or give cpu")
+    found = [*pytorch.suites(options.checkout, device), *flash_attn.suites(options.checkout, device, options.longest)]
+    if not found:
+        parser.error(f"checkout: {options.checkout} has neither PyTorch's tests of attention nor flash-attention's")
+    suites = [x for x in found if options.only in x.name]
+    if not suites:
+        names = "; ".join(x.name for x in found)
+        parser.error(f"--only: nothing is called so; there are: {names}")
+    needed = {
+        package for suite in suites for word, packages in _NEEDS.items() if word in suite.text for package in packages
+    }
+    if missing := sorted(x for x in needed if importlib.util.find_spec(x) is None):
+        parser.error(f"the tests need {', '.join(missing)}; run pip install {' '.join(missing)}")
+    if len(suites) == 1:
+        return _run(suites[0], options)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "test_flash_attn_of_the_checkout.py"
-        path.write_text(text)
-        tally = Tally(options.sample, options.longest, options.seed)
-        quiet = ("-q", "-p", "no:cacheprovider", "--no-header", "-W", "ignore", "--tb=line")
-        pytest.main([str(path), *quiet, "-k", options.only], [tally])
-    return tally.show(device)
+        broken = Path(folder) / "broken.json"
+        return max(_apart(suite, broken) for suite in suites)
 
 
-def _stand_in(checkout: Path) -> None:
-    """Make ``flash_attn`` this package's functions, with the checkout's own helper for padding."""
-    import tvm_flash.nn
-    from tvm_flash.errors import NotSupportedError
+def _apart(suite, broken: Path) -> int:
+    """Run one suite in a process of its own, as the tests change settings of torch's for good; its exit status."""
+    status = subprocess.run([sys.executable, *sys.argv, "--only", suite.name, "--broken", str(broken)]).returncode
+    return 0 if suite.baseline else status
 
-    def not_here(*_, **__):
-        raise NotSupportedError("isn't here")
 
-    package = types.ModuleType("flash_attn")
-    package.__path__ = []
-    for name in tvm_flash.nn.__all__:
-        setattr(package, name, getattr(tvm_flash.nn, name))
-    package.flash_attn_with_kvcache = not_here
-    interface = types.ModuleType("flash_attn.flash_attn_interface")
-    interface._get_block_size_n, interface.USE_TRITON_ROCM = not_here, False
-    rotary = types.ModuleType("flash_attn.layers.rotary")
-    rotary.apply_rotary_emb = not_here
-    spec = importlib.util.spec_from_file_location(
-        "flash_attn.bert_padding", checkout / "flash_attn" / "bert_padding.py"
+def _run(suite, options) -> int:
+    """Run one suite and print what came of it; its exit status."""
+    from tests.peer_suites.tally import Tally
+
+    known = options.broken.is_file() and not suite.baseline if options.broken else False
+    tally = Tally(
+        suite, options.sample, options.seed, frozenset(json.loads(options.broken.read_text()) if known else ())
     )
-    padding = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(padding)
-    layers = types.ModuleType("flash_attn.layers")
-    layers.__path__ = []
-    for module in (package, interface, layers, rotary, padding):
-        sys.modules[module.__name__] = module
-
-
-class Tally:
-    """A plugin of pytest that takes a sample and counts what came of it, by test."""
-
-    def __init__(self, sample: int, longest: int, seed: int):
-        self._sample, self._longest, self._random = sample, longest, random.Random(seed)
-        self.counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-        self.failures: list[str] = []
-
-    def pytest_collection_modifyitems(self, items):
-        by_test = collections.defaultdict(list)
-        for item in items:
-            name = item.originalname
-            parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            lengths = [x for k, x in parameters.items() if k.startswith("seqlen") and isinstance(x, int)]
-            asked = (name, *(k for k, x in parameters.items() if x is not None))
-            if any(word in text for word in MISSING for text in asked):
-                self.counts[name]["not here"] += 1
-            elif parameters.get("dropout_p"):
-                self.counts[name]["dropout"] += 1
-            elif max(lengths, default=0) > self._longest:
-                self.counts[name]["too long"] += 1
-            else:
-                by_test[name].append(item)
-        items[:] = []
-        for name, found in by_test.items():
-            taken = self._random.sample(found, min(self._sample, len(found)))
-            self.counts[name]["left out"] = len(found) - len(taken)
-            items += taken
-
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call" or report.failed or (report.when == "setup" and report.skipped):
-            name = report.nodeid.partition("::")[2].partition("[")[0]
-            self.counts[name][report.outcome] += 1
-            if report.failed:
-                self.failures.append(f"{report.nodeid.partition('::')[2]}: {str(report.longrepr).splitlines()[-1]}")
-
-    def show(self, device: str) -> int:
-        """Print the table, and what failed; the exit status."""
-        outcomes = ("passed", "failed", "skipped", "left out", "too long", "dropout", "not here")
-        print(f"\n| flash_attn's test, on {device} | {' | '.join(outcomes)} |\n|---|{'---|' * len(outcomes)}")
-        for name, counts in self.counts.items():
-            print(f"| `{name}` | {' | '.join(str(counts[x]) for x in outcomes)} |")
-        print(*self.failures, sep="\n")
-        return 1 if self.failures else 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "test_of_the_checkout.py"
+        path.write_text(suite.text)
+        quiet = ("-q", "-p", "no:cacheprovider", "--no-header", "-W", "ignore", "--tb=no", "--rootdir", folder)
+        with suite.stand_in():
+            pytest.main([str(path), *quiet, "-k", options.k], [tally])
+    if suite.baseline and options.broken:
+        options.broken.write_text(json.dumps(tally.failed))
+    print(f"\n{suite.source.name}, {tally.collected} cases\n", *tally.table(), *tally.failures, sep="\n", flush=True)
+    return tally.status
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a backward kernel must get right on hardware, and what of it is timed.
+"""What a backward kernel must get right on hardware, and what of it is timed; also one that adds to what is there.
 
 The shared cases, every other one with a gradient of lse, grouped heads and lengths that divide no tile, and more tiles
 than a pipeline has stages.  Needs torch; no TVM.
@@ -17,7 +17,11 @@ from tests.cases import Case, Inputs
 from tests.gradient_cases import SUMS, Outer
 from tests.torch_cases import Compute
 from tests.trials import Results, Trial, Usual
+from tvm_flash.operators import ACCUMULATE
 from tvm_flash.packs.manifest import KernelEntry
+
+#: What results hold beforehand to which a kernel adds.
+_BEFORE = 3.0
 
 #: Of (heads, kv_heads, seqlen_q, seqlen_kv), beside the shared cases.
 _SIZES = ((4, 1, 250, 213), (2, 2, 700, 900), (6, 2, 129, 640), (1, 1, 1, 300))
@@ -54,7 +58,8 @@ def _trial(entry: KernelEntry, case: Case, data: Inputs, given: Outer) -> Trial:
         compute(values, torch_cases.sizes_of(case))
         if entry.layout == "bshd":
             results |= {name: results[name].transpose(1, 2) for name in SUMS}
-        return tuple(results[name].double().cpu().numpy() for name in names)
+        before = _BEFORE if entry.kind == ACCUMULATE else 0.0
+        return tuple(results[name].double().cpu().numpy() - before for name in names)
 
     def check(results: Results, device: str) -> float:
         return gradient_cases.check(case, data, given, dict(zip(names, results, strict=True)))
@@ -63,11 +68,15 @@ def _trial(entry: KernelEntry, case: Case, data: Inputs, given: Outer) -> Trial:
 
 
 def _values(entry: KernelEntry, case: Case, data: Inputs, given: Outer, device: str) -> dict:
-    """What a kernel takes, by role; results are full of NaN."""
+    """What a kernel takes, by role; results are full of NaN, or hold what is added to."""
     out, lse = cases.expected(case, data)
     arrays = {"q": data.q, "k": data.k, "v": data.v, "o": out.astype(np.float32), "do": given.dout}
-    arrays |= {f"d{x}": np.full_like(arrays[x], np.nan) for x in "qkv"}
-    values = {role: torch_cases.tensor(x, case.dtype, entry.layout, case.strides, device) for role, x in arrays.items()}
+    held, dtype = (_BEFORE, "float32") if entry.kind == ACCUMULATE else (np.nan, case.dtype)
+    results = {f"d{x}": np.full_like(arrays[x], held) for x in "qkv"}
+    values = {
+        role: torch_cases.tensor(x, dtype if role in results else case.dtype, entry.layout, case.strides, device)
+        for role, x in {**arrays, **results}.items()
+    }
     dlse = np.full(1, np.nan, np.float32) if given.dlse is None else given.dlse
     flat = {"lse": lse.astype(np.float32), "dlse": dlse}
     values |= {name: torch.from_numpy(x.reshape(-1)).to(device) for name, x in flat.items()}
@@ -76,7 +85,7 @@ def _values(entry: KernelEntry, case: Case, data: Inputs, given: Outer, device: 
         values[p.name] = torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x
         if p.gradient:
             shape = (case.batch, case.heads) if p.per_head else (1,)
-            values[f"d_{p.name}"] = torch.full(shape, torch.nan, device=device)
+            values[f"d_{p.name}"] = torch.full(shape, held, device=device)
     return values | {"softmax_scale": case.softmax_scale}
 
 
@@ -86,7 +95,11 @@ def usual(entry: KernelEntry) -> Usual:
     values = dict(forward.values)
     rows = forward.sizes["batch"] * forward.sizes["heads"] * forward.sizes["seqlen_q"]
     values |= {"lse": torch.full((rows,), 8.0, device="cuda"), "dlse": torch.empty(1, device="cuda")}
-    values |= {"do": torch.randn_like(values["o"]), **{f"d{x}": torch.empty_like(values[x]) for x in "qkv"}}
+    dtype = torch.float32 if entry.kind == ACCUMULATE else values["q"].dtype
+    values |= {
+        "do": torch.randn_like(values["o"]),
+        **{f"d{x}": torch.zeros_like(values[x], dtype=dtype) for x in "qkv"},
+    }
     # of a gradient for each score, which would be larger than all else, nobody asks
     values |= {
         f"d_{p.name}": torch.empty((1,) * 4, device="cuda") if p.is_spread else torch.empty_like(values[p.name])

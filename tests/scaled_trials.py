@@ -9,7 +9,7 @@ has NaN.  Needs torch; no TVM.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,6 +111,10 @@ class Scaled(Paged):
         return plain.run(compute, device)
 
 
+#: Fields of configurations that decide in which order a kernel computes.
+_ORDER = ("block_m", "block_n", "num_warps")
+
+
 def partner(entry: KernelEntry) -> Installed | None:
     """The installed kernel of 16 bits that computes in the order of one of 8 bits, if there is one."""
     (kind,) = (kind for kind, scaled in SCALED_KINDS.items() if entry.kind in scaled.values())
@@ -118,7 +122,7 @@ def partner(entry: KernelEntry) -> Installed | None:
     for kernel in registry.registry().kernels(entry.arch):
         found = kernel.entry
         alike = kind == found.kind and all(getattr(found, n) == getattr(entry, n) for n in same)
-        if alike and {n: found.config.get(n) for n in entry.config} == entry.config:
+        if alike and all(found.config.get(n) == entry.config[n] for n in _ORDER):
             return kernel
     return None
 
@@ -182,10 +186,15 @@ def check_same(results: Results, device: str) -> float:
     return 0.0
 
 
+def of_cache(entry: KernelEntry) -> tuple[Callable[..., Scaled], int]:
+    """What makes the problems of a kernel, and how many columns have 16 bytes."""
+    return functools.partial(Scaled, cache=entry.cache_dtype), _COLUMNS
+
+
 def trials(entry: KernelEntry) -> Iterator[Trial]:
     """All of them, for a kernel."""
-    make = functools.partial(Scaled, cache=entry.cache_dtype)
-    problems = dict(paged_trials.problems(entry, entry.params, make, _COLUMNS))
+    make, columns = of_cache(entry)
+    problems = dict(paged_trials.problems(entry, entry.params, make, columns))
     for label, problem in problems.items():
         yield paged_trials.trial(label, problem)
     # On pages of any size a sequence has the same scales.

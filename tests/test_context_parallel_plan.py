@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from tvm_flash.distributed.launches import Heads, Work
 from tvm_flash.distributed.placement import BALANCES, Placement, size
 from tvm_flash.distributed.plan import Plan, plan
 from tvm_flash.distributed.sight import Sight
@@ -126,3 +127,26 @@ def test_chunks_differ_by_a_position():
     for length, ranks, inner in ((101, 3, 2), (7, 8, 1), (1000, 4, 3)):
         sizes = [size(x) for x in Placement(length, ranks, inner).order()]
         assert sum(sizes) == length and max(sizes) - min(sizes) <= 2
+
+
+def test_into_how_many_parts_heads_are_split():
+    """Of two H200 and 8 heads: launches of the forward have enough blocks; those of the backward few heads of keys,
+    where these are long."""
+
+    def parts(positions, causal, ranks=2, kv_heads=8, fetches=True):
+        work = Work(1, 8, kv_heads, positions, ranks, None, 0 if causal else None, fetches)
+        return work.in_forward, work.in_backward
+
+    assert parts(1 << 16, True) == (1, 2)
+    assert parts(1 << 16, False) == (1, 4)
+    assert parts(1 << 18, True) == (1, 4)
+    assert parts(1 << 18, False) == (2, 4)
+    assert parts(1 << 20, False) == (4, 4)
+    assert parts(1 << 20, False, ranks=8) == (2, 4)
+    assert parts(1 << 20, False, kv_heads=3) == (3, 1)
+    assert parts(1 << 20, False, kv_heads=1) == (1, 1)
+    assert parts(1 << 18, True, fetches=False) == (1, 4)
+    assert parts(1 << 18, True, ranks=8, fetches=False) == parts(1 << 15, True, fetches=False) == (1, 1)
+    assert Work(1, 8, 8, 1 << 20, 2, 1000, 0, True).in_backward == 2
+    halves = Heads((8, 16), (2, 4)).parts(2)
+    assert halves == [Heads((8, 12), (2, 3)), Heads((12, 16), (3, 4))]

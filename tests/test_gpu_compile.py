@@ -84,6 +84,30 @@ def test_volta(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arch", "kind", "mask", "score"),
+    [
+        ("sm_86", "paged_decode_e4m3", "window", "identity"),
+        ("sm_90a", "paged_decode_e4m3", "positioned", "optional_sinks"),
+        ("sm_120", "paged_int8", "positioned", "optional_sinks"),
+        ("sm_75", "paged_e4m3", "positioned", "optional_sinks"),
+    ],
+)
+def test_caches_of_8_bits(arch, kind, mask, score, tmp_path):
+    template = TEMPLATES[family_of(Target(arch)).TEMPLATES[-1]]
+    program = template.apply(pattern_of(mask=mask, score=score), Target(arch), "kernel", kind=kind)
+    assert isinstance(program, Program), program
+    text, report, count = compiled(program, arch, tmp_path)
+    assert all(k.stack == 0 for k in report.kernels)
+    assert count["LDL"] == count["STL"] == 0  # elements are widened by instructions, and not by a table
+    assert count["HMMA"] >= (128 + 128) // 16 * 4
+    assert ("e4m3x2" in text) == (kind.endswith("e4m3") and arch == "sm_90a")
+    if kind.startswith("paged_decode"):
+        # Bytes of 32 keys and of 128 columns of K and V, 512 of them an instruction: no tile of 16 bits is read.
+        assert count["LDSM"] == 2 * 32 * 128 // 512 + 8  # those of Q
+        assert count["LDGSTS"] > 0
+
+
+@pytest.mark.parametrize(
     ("arch", "template", "pattern", "reason"),
     [
         ("sm_75", v1, {"dtype": "bfloat16"}, "bfloat16"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ def turned(x, cos, sin, positions, interleaved):
 
 def case(dtype, paged, turns, causal, queries, added, leftpad):
     """A call of three sequences, and what must come out: of the function, and in the caches."""
-    rng = torch.Generator().manual_seed(hash((str(dtype), paged, turns, causal, queries, added, leftpad)) % 2**31)
+    named = repr((dtype, paged, turns, causal, queries, added, leftpad))
+    rng = torch.Generator().manual_seed(zlib.crc32(named.encode()) % 2**31)  # the same in every process
     lengths = torch.tensor([20, 0, 70] if sum(added) else [20, 30, 70], dtype=torch.int32)
 
     def normal(*sizes):
@@ -279,8 +281,10 @@ def test_caches_side_by_side_and_prefixes_in_common_are_written():
     assert torch.equal(flash_attention_with_kvcache(**again), want)
     assert torch.equal(turns[::2], given["k_cache"]) and torch.equal(turns[1::2], given["v_cache"])
     with pytest.raises(InvalidArgumentError, match=r"^v_cache: shares memory.* sequences need both"):
-        again["page_table"] = again["page_table"] + torch.arange(again["page_table"].shape[1]) % 2
-        flash_attention_with_kvcache(**again | {"page_table": again["page_table"].int()})
+        longest = int(given["cache_seqlens"].argmax())  # one of its pages of keys is another's of its values
+        again["page_table"] = again["page_table"].clone()
+        again["page_table"][longest, 1] = again["page_table"][longest, ::2].min() + 1
+        flash_attention_with_kvcache(**again)
     assert torch.equal(turns[::2], given["k_cache"]) and torch.equal(turns[1::2], given["v_cache"])
     lengths = torch.tensor([PAGE + 3, PAGE + 2, PAGE], dtype=torch.int32)
     table = given["page_table"].clone()
@@ -300,3 +304,49 @@ def test_caches_side_by_side_and_prefixes_in_common_are_written():
 def test_starts_are_kept_for_each_number_of_sequences():
     first = torch_cache._multiples(torch.device("cpu"), 3, 5)
     assert first is torch_cache._multiples(torch.device("cpu"), 3, 5) and first.tolist() == [0, 5, 10, 15]
+
+
+def test_rows_of_a_table_for_each_entry_of_a_batch_of_caches():
+    """FlashAttention 3 takes ``cache_batch_idx`` beside ``page_table``: which of its rows each sequence has."""
+    q, cache = torch.randn(2, 1, 4, 16), torch.randn(9, 4, 2, 16)
+    table, lengths = torch.randperm(9)[:8].int().view(4, 2), torch.tensor([5, 7], dtype=torch.int32)
+    entries = torch.tensor([3, 1])
+
+    def attend(entries, **tables):
+        return nn.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths, cache_batch_idx=entries, **tables)
+
+    assert torch.equal(attend(entries, page_table=table), attend(None, page_table=table[entries]))
+    for wrong in ([4, 0], [-1, 0], [[1, 0]], [1.0, 0.0], [True, False]):
+        with pytest.raises((InvalidArgumentError, ArgumentTypeError), match="cache_batch_idx"):
+            attend(torch.tensor(wrong), page_table=table)
+
+
+@pytest.mark.parametrize("sizes", [(59, 59), (20, 33), (16, 20)], ids=str)
+@pytest.mark.parametrize("paged", [False, True])
+def test_any_head_dim_in_the_drop_in(sizes, paged):
+    """flash_attn pads; what is appended stands in the caller's cache, and what else was there still does."""
+    torch.manual_seed(0)
+    caches = [torch.randn(*((6, 4) if paged else (2, 12)), 2, size) for size in sizes]
+    table = torch.randperm(6).int().view(2, 3) if paged else None
+    lengths = torch.tensor([5, 7], dtype=torch.int32)
+    q, k, v = torch.randn(2, 3, 4, sizes[0]), *(torch.randn(2, 3, 2, size) for size in sizes)
+    wanted = [x.clone() for x in caches]
+    rows = [x.view(-1, *x.shape[2:]) for x in wanted]
+    for b in range(2):
+        for i in range(3):
+            place = int(lengths[b]) + i
+            at = int(table[b, place // 4]) * 4 + place % 4 if paged else b * 12 + place
+            rows[0][at], rows[1][at] = k[b, i], v[b, i]
+    out, lse = nn.flash_attn_with_kvcache(
+        q, *caches, k, v, cache_seqlens=lengths, page_table=table, causal=True, return_softmax_lse=True
+    )
+    assert all(map(torch.equal, caches, wanted))
+    for b in range(2):
+        seen = [x[table[b].long()].flatten(0, 1) if paged else x[b] for x in wanted]
+        keys, values = (x[: lengths[b] + 3].double().repeat_interleave(2, 1) for x in seen)
+        scores = torch.einsum("ihd,jhd->hij", q[b].double(), keys) * sizes[0] ** -0.5
+        hidden = torch.arange(len(keys)) > torch.arange(3)[:, None] + lengths[b]
+        scores = scores.masked_fill(hidden, -torch.inf)
+        want = torch.einsum("hij,jhd->ihd", scores.softmax(-1), values)
+        torch.testing.assert_close(out[b].double(), want, atol=2e-6, rtol=0)
+        torch.testing.assert_close(lse[b].double(), scores.logsumexp(-1), atol=2e-6, rtol=0)

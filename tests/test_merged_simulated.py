@@ -24,9 +24,7 @@ from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
 KERNELS = (
     ("sm_80", "v2", 64, "causal", "identity", "bfloat16"),
     ("sm_80", "v2", 256, "full", "identity", "float16"),  # pairs of warps
-    ("sm_75", "v1", 128, "causal", "identity", "float16"),
     ("sm_90a", "v2", 128, "causal", "identity", "bfloat16"),
-    ("sm_90a", "v2", 64, "positioned", "optional", "float16"),
 )
 
 

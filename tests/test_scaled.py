@@ -17,6 +17,7 @@ from tests.test_varlen import options_of
 from tvm_flash import (
     ArgumentTypeError,
     InvalidArgumentError,
+    check_pages,
     dequantise_cache,
     flash_attention_paged,
     quantise_cache,
@@ -138,6 +139,7 @@ def test_wrong_calls_say_what_mends_them():
     data = ragged_cases.inputs(CASE.of)
     right, plain = given(CASE, data, "int8", False)
     k_scale = right["k_scale"]
+    check_pages(*(right[n] for n in ("q", "k_cache", "cu_seqlens_q", "seqlens_k", "page_table")))
     for changes, error, text in (
         ({"k_scale": None}, InvalidArgumentError, "k_scale: is None, and v_scale is given"),
         ({"v_scale": None}, InvalidArgumentError, "v_scale: is None, and k_scale is given"),

@@ -1,53 +1,53 @@
-"""Decoding over caches of 8 bits, CUDA sources run on the processor (tests/simt), beside that of 16 bits."""
+"""Kernels over caches of 8 bits, CUDA sources run on the processor (tests/simt), beside those of 16 bits."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
 pytest.importorskip("torch")
 
-
 from schedules.builder.compile import entry_of, lower, pattern_of
 from schedules.builder.suite import KernelSpec
-from schedules.families import maker_of
-from schedules.families.interface import PAGED_DECODE, Target
-from tests import paged_cases, ragged_cases, torch_cases
-from tests.paged_cases import PagedCase
-from tests.ragged_cases import RaggedCase
-from tests.scaled_cases import as_kernels_take, quantised
+from schedules.families import family_of, maker_of
+from schedules.families.interface import Target
+from tests import paged_trials, scaled_trials, torch_cases
 from tests.simt.simulate import Simulated
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, SCALED_KINDS
 
-#: Arch, kind, cache: each way to widen.  The kernel of 16 bits is one for all, since archs differ in nothing here.
+#: Arch, kind, dtype: each way to copy, to widen, and where to.
 KERNELS = (
-    ("sm_80", "paged_decode_e4m3", "float8_e4m3fn"),
-    ("sm_90a", "paged_decode_e4m3", "float8_e4m3fn"),
-    ("sm_80", "paged_decode_int8", "int8"),
+    ("sm_80", "paged_decode_e4m3", "bfloat16"),
+    ("sm_90a", "paged_decode_e4m3", "bfloat16"),
+    ("sm_80", "paged_decode_int8", "bfloat16"),
+    ("sm_80", "paged_e4m3", "bfloat16"),
+    ("sm_75", "paged_int8", "float16"),
 )
-HEAD_DIM, DTYPE = 64, "bfloat16"
-CASES = (
-    PagedCase(RaggedCase((1, 3, 1, 0, 2), 4, 64, (65, 130, 0, 9, 2100), kv_heads=2, after=(2, 0)), 16, 1),
-    PagedCase(RaggedCase((1, 2), 2, 40, (33, 100), head_dim_v=24, mask="causal"), 7, strides="heads"),
-)
+HEAD_DIM = 64
+#: Those of 16 bits are run on these: pages of several scales, rows of which the last 16 bytes aren't filled, none.
+BESIDE = ("pages of 24", "grouped heads", "many")
 
 
 @functools.cache
-def compute_of(arch, kind, folder):
-    spec = KernelSpec("v2", BUILTIN_DEFINITION, "positioned", "optional", DTYPE, HEAD_DIM, HEAD_DIM, kind=kind)
+def simulated(arch, kind, dtype, folder):
+    """A kernel's entry, and what runs it."""
     target = Target(arch)
+    template = family_of(target).TEMPLATES[-1]
+    mask, score = "positioned", "optional_sinks"
+    spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, HEAD_DIM, HEAD_DIM, kind=kind)
     pattern = pattern_of(spec, target)
-    config = maker_of(target, kind).default_configs("v2", pattern, target)[0]
+    config = maker_of(target, kind).default_configs(template, pattern, target)[0]
     lowered = lower(spec, pattern, target, config)
     own = folder / f"{arch}-{kind}"
     own.mkdir()
-    simulated = Simulated(lowered.program, lowered.text, own)
-    functions = [simulated.module[launch.symbol] for launch in lowered.program.launches]
+    module = Simulated(lowered.program, lowered.text, own).module
+    functions = [module[launch.symbol] for launch in lowered.program.launches]
     entry = entry_of(spec, target, pattern, lowered, "default", {})
-    return torch_cases.by_entry(entry, functions, "cpu"), pattern.params
+    return SimpleNamespace(entry=entry, compute=torch_cases.by_entry(entry, functions, "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +55,26 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("scaled")
 
 
-@pytest.mark.parametrize(("arch", "kind", "cache"), KERNELS)
-def test_the_bits_of_what_a_cache_stands_for(arch, kind, cache, folder):
-    kernels = [compute_of("sm_80", PAGED_DECODE, folder), compute_of(arch, kind, folder)]
-    for i, case in enumerate(CASES):
-        case = replace(case, of=replace(case.of, dtype=DTYPE))
-        data = ragged_cases.inputs(case.of)
-        scaled, plain = quantised(case, data, cache, bool(i))
-        found = []
-        for (compute, params), own in zip(kernels, (plain, as_kernels_take(case, scaled)), strict=True):
+@pytest.fixture(params=KERNELS, ids="-".join)
+def kernel(request, folder):
+    return simulated(*request.param, folder)
 
-            def run(values, extents, own=own, compute=compute):
-                compute({**values, **own}, extents)
 
-            found.append(paged_cases.run(case, data, run, params))
-        for x, y in zip(*found, strict=True):
-            assert (x == y).all()
+def test_trials(kernel):
+    for trial in scaled_trials.trials(kernel.entry):
+        try:
+            trial.check(trial.run(kernel.compute, "cpu"), "cpu")
+        except AssertionError as e:
+            raise AssertionError(f"{trial.label}: {e}") from e
+
+
+def test_the_bits_of_what_a_cache_stands_for(kernel, folder):
+    entry = kernel.entry
+    (kind,) = (kind for kind, scaled in SCALED_KINDS.items() if entry.kind in scaled.values())
+    # Hopper's own kernels compute in another order.
+    plain = simulated("sm_80" if entry.arch == "sm_90a" else entry.arch, kind, entry.dtype, folder)
+    problems = dict(paged_trials.problems(entry, entry.params, *scaled_trials.of_cache(entry)))
+    for label in BESIDE:
+        problem = problems[label]
+        found, right = problem.run(kernel.compute, "cpu"), problem.unscaled(plain.compute, "cpu")
+        assert all(map(np.array_equal, found, right)), label

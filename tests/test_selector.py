@@ -361,6 +361,24 @@ def test_a_program_that_can_run_one_launch_takes_a_kernel_of_one(packs):
     assert "needs several launches or a workspace" in str(found)
 
 
+@pytest.mark.parametrize(("page_size", "kind"), [(16, "paged_decode"), (24, "paged_decode_any")])
+def test_a_kernel_for_pages_of_some_sizes_comes_before_one_for_any(packs, page_size, kind):
+    rows = ("steps", "seqlen_kv", (0, 64))
+    boxes = ("*", ("steps", "page_size", (0, 1), (17, 0)), rows)
+    kernels = [
+        kernel("v2", "sm_90a", head_dim=128, kind="paged_decode_any", max_rows=rows),
+        kernel("v2", "sm_90a", head_dim=128, kind="paged_decode", max_rows=boxes),
+    ]
+    kernels = [dataclasses.replace(k, symbol=k.kind) for k in kernels]
+    packs(*kernels, capability=(9, 0))
+    of = {"op": "paged", "head_dim": 128, "head_dim_v": 128, "seqlen_q": 2, "longest": 1, "mask": "causal"}
+    asked = problem(**of, pages=100, page_size=page_size, pages_per_sequence=40)
+    explanation = explain(asked, GPU, "auto")
+    assert explanation.chosen.kind == kind
+    (other,) = explanation.rejected
+    assert other.reason.startswith("fits, but there is a kernel for pages" if page_size == 16 else "is for longer")
+
+
 def test_what_keys_on_pages_get(cpu_pack):
     found = BackendSelector("cpu").explain(8, 32, 1, 128, kv_heads=8, seq_len_kv=4096, causal=True, paged=True)
     assert found.chosen.kind == "paged" and "stands in for causal" in found.reason

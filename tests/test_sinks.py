@@ -223,3 +223,45 @@ def test_gpt_oss_is_the_same():
     assert len(found["eager"]) == 3
     for want, got in zip(found["eager"], found["tvm_flash"], strict=True):
         assert (got - want).abs().max() < 1e-4 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("form", ("bhsd", "bshd", "ragged", "paged"))
+def test_without_any_key_a_row_sees_its_sink(form):
+    """Also where there is no memory of keys at all; its gradient is that of the log-sum-exp."""
+    batch, rows = 2, 5
+    sinks = torch.tensor([[1.0, 2.0, -3.0, -torch.inf], [0.5, -1.0, 7.0, 2.0]], requires_grad=True)
+    q = torch.randn(batch, 4, rows, 16)
+    k = torch.randn(batch, 2, 0, 16)
+    want = sinks.detach()[..., None].expand(-1, -1, rows)
+    if form in ("bhsd", "bshd"):
+        function = tvm_flash.flash_attention if form == "bhsd" else tvm_flash.flash_attention_v2
+        given = [x if form == "bhsd" else x.transpose(1, 2) for x in (q, k, k)]
+        plain, plain_lse = function(*(x.numpy() for x in given), sinks=sinks.detach().numpy(), return_lse=True)
+        assert not plain.any() and np.array_equal(plain_lse, want)
+        leaves = [x.clone().requires_grad_() for x in given]
+        out, lse = function(*leaves, sinks=sinks, return_lse=True, causal=True)
+    else:
+        q, k = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
+        q = torch.cat([q, torch.full_like(q[:3], torch.nan)])
+        starts, none = torch.tensor([0, rows, 2 * rows]).int(), torch.zeros(batch + 1).int()
+        want = torch.cat([*want, torch.full((4, 3), -torch.inf)], 1)
+        with pytest.raises(tvm_flash.InvalidArgumentError, match=r"^cu_seqlens_k: ends with 1"):
+            tvm_flash.flash_attention_varlen(q, k, k, starts, none + torch.tensor([0, 0, 1]).int(), sinks=sinks)
+        if form == "paged":
+            for pages, size, columns in ((0, 8, 2), (3, 0, 1), (3, 8, 0)):
+                table = torch.zeros(batch, columns).int()
+                cache = torch.randn(pages, size, 2, 16)
+                given = (q, cache, cache, starts, none[1:], table)
+                out, lse = tvm_flash.flash_attention_paged(*given, sinks=sinks.detach(), return_lse=True)
+                assert not out.any() and torch.equal(lse, want)
+                scales = {"k_scale": torch.ones(2), "v_scale": torch.ones(pages, 2)}
+                given = (q, *(cache.to(torch.int8),) * 2, *given[3:])
+                out, lse = tvm_flash.flash_attention_paged(*given, sinks=sinks.detach(), return_lse=True, **scales)
+                assert not out.any() and torch.equal(lse, want)
+            return
+        leaves = [x.clone().requires_grad_() for x in (q, k, k)]
+        out, lse = tvm_flash.flash_attention_varlen(*leaves, starts, none, sinks=sinks, return_lse=True)
+    assert not out.any() and torch.equal(lse, want)
+    found = torch.autograd.grad([out, torch.where(lse > -torch.inf, lse, 0.0).sum()], [*leaves, sinks], [out, None])
+    assert not found[0].any() and found[1].shape == leaves[1].shape
+    assert torch.equal(found[3], torch.where(sinks > -torch.inf, float(rows), 0.0))

@@ -10,7 +10,7 @@ from tvm import tirx
 from tvm.sym import Analyzer
 
 from schedules.builder.compile import pattern_of
-from schedules.builder.suite import KernelSpec
+from schedules.builder.suite import KernelSpec, Selection
 from schedules.families import split_keys
 from schedules.families.interface import Target
 from schedules.families.sm90 import paged_decode
@@ -62,3 +62,17 @@ def test_boxes_are_chosen_for_pages_that_are_whole_ones(page_size):
     program = paged_decode.program(pattern, config, target, v2.TRAVERSAL, "kernel")
     sizes = {"page_size": page_size, "seqlen_kv": 4096}
     assert evaluate(program.max_rows, sizes) == (0 if page_size % 16 else 64)
+    (config,) = paged_decode.ANY_PAGES.default_configs("v2", pattern, target).values()
+    any_pages = paged_decode.ANY_PAGES.program(pattern, config, target, v2.TRAVERSAL, "kernel")
+    assert evaluate(any_pages.max_rows, sizes) == 64
+
+
+def test_kernels_for_pages_of_any_size_are_beside_those_that_go_by_boxes():
+    target = Target("sm_90a")
+    for head_dim, mask, score in ((64, "window", "identity"), (128, "positioned", "optional")):
+        spec = KernelSpec("v2", BUILTIN_DEFINITION, mask, score, "float16", head_dim, head_dim, kind="paged_decode_any")
+        pattern = pattern_of(spec, target)
+        (config,) = paged_decode.ANY_PAGES.default_configs("v2", pattern, target).values()
+        assert "of any size" in paged_decode.ANY_PAGES.feasible(pattern, config, target).reason
+    specs = Selection().specs(("float16",), gpu=True, kinds=("paged_decode_any",), templates=("v1", "v2"))
+    assert [s.symbol for s in specs] == ["v2_float16_d128_window_identity_paged_decode_any"]

@@ -97,3 +97,24 @@ def test_gradients_of_each_sample():
     found = vmap(grad(lambda x, y, z: ours(x, y, z).square().sum()))(q, k, v)
     want = vmap(grad(lambda x, y, z: exact(x, y, z).square().sum()))(q.double(), k.double(), v.double())
     near(found, want)
+
+
+@pytest.mark.parametrize("batch", (1, 2))
+@pytest.mark.parametrize("attend", (ours, flash_attention))
+def test_gradients_that_autograd_maps(attend, batch):
+    """``is_grads_batched`` maps with torch's older vmap, as ``jacobian(vectorize=True)`` does."""
+    inputs = [x.requires_grad_() for x in tensors(batch)]
+    slopes = torch.rand(2, requires_grad=True)
+    out = attend(*inputs)
+    given = torch.stack((torch.ones_like(out), torch.randn(out.shape), torch.zeros_like(out)))
+    found = torch.autograd.grad(out, inputs, given, is_grads_batched=True)
+    for i, dout in enumerate(given):
+        for x, want in zip(found, torch.autograd.grad(attend(*inputs), inputs, dout), strict=True):
+            assert torch.equal(x[i], want)
+    q, k, v = (x.detach() for x in inputs)
+    jacobian = torch.autograd.functional.jacobian(lambda x: attend(x, k, v), q, vectorize=True)
+    near(jacobian, jacrev(exact)(q.double(), k.double(), v.double()))
+    out = flash_attention(q, k, v, alibi_slopes=slopes)
+    (found,) = torch.autograd.grad(out, slopes, given, is_grads_batched=True)
+    (want,) = torch.autograd.grad(flash_attention(q, k, v, alibi_slopes=slopes), slopes, given[1])
+    torch.testing.assert_close(found[1], want)

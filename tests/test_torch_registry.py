@@ -112,6 +112,24 @@ def test_on_cpu(sizes, options, monkeypatch):
     assert all(map(torch.equal, step(*given, **options), usual)), "torch's own kernels compute again"
 
 
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("options", ({}, {"is_causal": True}, {"attn_mask": torch.randn(20, 33)}), ids=list)
+def test_results_lie_as_torchs_do(packed, options):
+    """A program that Inductor compiled fails over strides that aren't those of torch's kernels."""
+    q, k, v = (x.detach() for x in tensors(20, 33, packed=packed))
+    operators = torch.ops.aten
+
+    def strides():
+        out, lse = operators._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, **options)
+        given = {"dropout_p": 0.0, "is_causal": False, **options}
+        backward = operators._scaled_dot_product_flash_attention_for_cpu_backward
+        return [x.stride() for x in (out, lse, *backward(torch.ones_like(out), q, k, v, out, lse, **given))]
+
+    usual = strides()
+    with pytorch.on_cpu():
+        assert strides() == usual
+
+
 def test_torch_computes_what_these_kernels_do_not():
     given = tensors(33, 33)
     for options, reason in (

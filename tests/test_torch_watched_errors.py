@@ -234,6 +234,12 @@ def test_a_tensor_without_memory_among_others_is_refused(function, tensors, opti
             function(*tensors, **{**options, name: x.to("meta")})
 
 
+def test_a_mask_without_memory_is_refused_by_the_drop_in():
+    for mask in (torch.ones(20, 20, dtype=torch.bool, device="meta"), torch.zeros(20, 20, device="meta")):
+        with pytest.raises(TvmFlashError, match="attn_mask: is on meta"):
+            scaled_dot_product_attention(Q, Q, Q, mask)
+
+
 def test_a_tensor_without_memory_is_refused_by_the_operators_themselves():
     operators = torch.ops.tvm_flash
     with pytest.raises(TvmFlashError, match="is on meta"):

@@ -268,4 +268,5 @@ def test_kernels_of_sequences_get_one_configuration_for_all_lengths():
         "ragged_backward",
         "paged",
         "paged_decode",
+        "paged_decode_any",
     ]

@@ -55,6 +55,7 @@ OPERATORS = {
     "ragged_backward": Operator(ragged_backward_trials.trials, ragged_backward_trials.usual),
     "paged": Operator(paged_trials.trials, paged_trials.usual),
     "paged_decode": Operator(paged_trials.trials, paged_trials.usual),
+    "paged_decode_any": Operator(paged_trials.trials, paged_trials.usual),
     **dict.fromkeys(CACHE_OF_KIND, Operator(scaled_trials.trials, scaled_trials.usual)),
     "backward": Operator(backward_trials.trials, backward_trials.usual),
 }

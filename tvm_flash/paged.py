@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from tvm_flash.call.dispatch import entrance
@@ -11,6 +12,7 @@ from tvm_flash.call.ragged import fault_of
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.operators import PAGED, PAGED_PARAMETERS, PAGED_SCALED, RAGGED_LAYOUT
+from tvm_flash.quantised import CACHE_DTYPES
 
 _attend = entrance(signature(RAGGED_LAYOUT, parameters=PAGED_PARAMETERS, op=PAGED, layout_known=True))
 
@@ -113,7 +115,10 @@ def check_pages(q: Any, k_cache: Any, cu_seqlens_q: Any, seqlens_k: Any, page_ta
     tensors = {"q": q, "k_cache": k_cache, "v_cache": k_cache}
     tensors |= {"cu_seqlens_q": cu_seqlens_q, "seqlens_k": seqlens_k, "page_table": page_table}
     framework = same_framework(tensors)
-    sizes = check_paged({name: framework.view(framework.adopt(x), name) for name, x in tensors.items()}, None)
+    views = {name: framework.view(framework.adopt(x), name) for name, x in tensors.items()}
+    if views["k_cache"].dtype in CACHE_DTYPES:  # what is in it isn't looked at
+        views |= {n: dataclasses.replace(views[n], dtype=views["q"].dtype) for n in ("k_cache", "v_cache")}
+    sizes = check_paged(views, None)
     if fault := fault_of(cu_seqlens_q.tolist(), "q", sizes.total_q):
         raise InvalidArgumentError(f"cu_seqlens_q: {fault}")
     check_numbers(seqlens_k.tolist(), page_table.tolist(), sizes)

@@ -14,6 +14,7 @@ from schedules.families.interface import (
     MERGED,
     PAGED,
     PAGED_DECODE,
+    PAGED_DECODE_ANY,
     PAGED_DECODE_SCALED,
     PAGED_SCALED,
     PARTIAL,
@@ -50,6 +51,7 @@ class Scope:
     ----------
     variants: the (mask, score) pairs.
     on_gpus: those on a GPU, if they aren't the same.
+    head_dims: of which sizes, if not of all.
     usual_sizes: further ones on a GPU, with kernels for ``USUAL_HEAD_DIMS`` only and of one template, where its family
         has what they need.
     between: whether there are kernels for ``HEAD_DIMS_BETWEEN``, on a GPU.
@@ -61,6 +63,7 @@ class Scope:
     own_definitions: bool = False
     on_gpus: tuple[tuple[str, str], ...] | None = None
     usual_sizes: tuple[tuple[str, str], ...] = ()
+    head_dims: tuple[int, ...] | None = None
 
 
 #: Of every kind that families make (:mod:`schedules.families.interface`) what is built unless it is asked for by name.
@@ -104,21 +107,38 @@ SCOPES = {
     PAGED_DECODE: Scope(
         (("window", "identity"), ("positioned", "optional")), usual_sizes=(("positioned", "optional_sinks"),)
     ),
-    # Of a cache of 8 bits one kernel has everything.
-    **{
-        kind: Scope((("positioned", "optional_sinks"),))
-        for kind in (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values())
-    },
+    PAGED_DECODE_ANY: Scope((("window", "identity"),), head_dims=(128,)),
+    # Of a cache of 8 bits one kernel has everything; on GPUs decoding is bound by instructions, of which that one has
+    # 1.2 times as many for each key as one for a window.
+    **dict.fromkeys(PAGED_SCALED.values(), Scope((("positioned", "optional_sinks"),))),
+    **dict.fromkeys(
+        PAGED_DECODE_SCALED.values(),
+        Scope(
+            (("positioned", "optional_sinks"),),
+            on_gpus=(("window", "identity"), ("positioned", "optional_sinks")),
+        ),
+    ),
     # Of sequences that several devices hold; one template, as they are for rings alone.
     MERGED: Scope((("full", "identity"), ("causal", "identity"), ("positioned", "optional"))),
     PARTIAL: Scope((("positioned", "optional"),)),
-    BACKWARD_ACCUMULATE: Scope((("positioned", "optional_sinks"),)),
+    BACKWARD_ACCUMULATE: Scope(
+        (("positioned", "optional_sinks"),),
+        on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
+    ),
 }
 
 #: Kinds of which there are kernels of one template, the family's last: those whose tensors have no batch axis, and so
 #: one layout, and those that context parallel attention alone calls, which take tensors of either layout.
 ONE_TEMPLATE = (
-    *(RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, *PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values()),
+    *(
+        RAGGED,
+        RAGGED_BACKWARD,
+        PAGED,
+        PAGED_DECODE,
+        PAGED_DECODE_ANY,
+        *PAGED_SCALED.values(),
+        *PAGED_DECODE_SCALED.values(),
+    ),
     *(PARTIAL, MERGED, BACKWARD_ACCUMULATE),
 )
 
@@ -269,6 +289,7 @@ class Selection:
             for dim in (*(self.head_dims or HEAD_DIMS), *(HEAD_DIMS_BETWEEN if between else ()))
             for kind in wanted
             if kind not in ONE_TEMPLATE or template == templates[-1]
+            if self.head_dims or SCOPES[kind].head_dims is None or dim.qk in SCOPES[kind].head_dims
             if not between or dim not in HEAD_DIMS_BETWEEN or SCOPES[kind].between
             for mask, score in variants
             or (

@@ -46,6 +46,8 @@ RAGGED = "ragged"
 RAGGED_BACKWARD = "ragged_backward"
 #: Those of such sequences whose keys lie on pages: the usual one, and the one that splits the keys for few query rows.
 PAGED, PAGED_DECODE = "paged", "paged_decode"
+#: The latter for pages of any size, where a family's fastest are for some sizes only.
+PAGED_DECODE_ANY = "paged_decode_any"
 #: The same with keys and values in 8 bits, by the dtype of the cache.
 PAGED_SCALED, PAGED_DECODE_SCALED = (SCALED_KINDS[kind] for kind in (PAGED, PAGED_DECODE))
 #: That of gradients in float32 that are added to what is there.

@@ -1,4 +1,4 @@
-"""The end of a row tile: log-sum-exp, normalisation, and 16-byte stores of the output."""
+"""The end of a row tile: log-sum-exp, normalisation, 16-byte stores of the output, sums in float32."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from tvm.script import tirx as T
 from schedules.tile.geometry import Geometry, Tensor, wide
 from schedules.tile.sequences import Sequence
 from schedules.tile.softmax import OnlineSoftmax
+
+#: Groups of a row that are read before the first of them is written.
+_ON_THE_WAY = 8
+
+
+def groups_at_once(groups: int) -> int:
+    """How many of a row's groups are read together: as many as go, so that they can be had in equal parts."""
+    return max(n for n in range(1, _ON_THE_WAY + 1) if groups % n == 0)
 
 
 @T.inline
@@ -65,3 +73,33 @@ def store_rows(
                         elements.ptr_to([memory + wide(down) * wide(tensor.strides["seq"]) + p * tile.panel]),
                         *[words[x] for x in range(4)],
                     )
+
+
+@T.inline
+def add_rows(memory, acc, stride, factor, m_tiles, columns, column, output_column, row_of, rows, offset):
+    """Add accumulators times ``factor``, ``stride`` registers an m-tile, to rows of a float32 tensor.
+
+    ``memory`` is a flat view.  ``row_of(t, r)`` is the row of a register, of ``rows`` that there are, and
+    ``offset(row)`` where it is from this lane's first ``column`` of ``columns`` on; ``output_column(g)`` is where group
+    ``g`` is from there.
+    """
+    groups = T.meta_var(stride // 4)
+    batch = T.meta_var(groups_at_once(groups))
+    before = T.alloc_local([2 * batch], "float32")
+    for t in T.unroll(m_tiles):
+        for r in T.unroll(2):
+            row = T.meta_var(row_of(t, r))
+            if row < rows:
+                to: T.int64 = offset(row)
+                for first in T.unroll(groups // batch):
+                    for x in T.unroll(batch):
+                        further = T.meta_var(output_column(first * batch + x))
+                        if column + further < columns:
+                            T.ptx["ld.global.v2.f32"](before[x * 2], before[x * 2 + 1], memory.ptr_to([to + further]))
+                    for x in T.unroll(batch):
+                        further = T.meta_var(output_column(first * batch + x))
+                        a = T.meta_var(t * stride + (first * batch + x) * 4 + r * 2)
+                        if column + further < columns:
+                            for e in T.unroll(2):
+                                before[x * 2 + e] = before[x * 2 + e] + acc[a + e] * factor
+                            T.ptx["st.global.v2.f32"](memory.ptr_to([to + further]), before[x * 2], before[x * 2 + 1])

@@ -9,7 +9,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
-from schedules.tile.dtypes import tensor_types
+from schedules.tile.dtypes import TensorTypes, element_type, tensor_types
 from schedules.tile.geometry import RAGGED_LAYOUT, Geometry, RaggedGeometry, Tensor, flat
 from schedules.tile.tile_scheduler import Traversal
 
@@ -28,11 +28,14 @@ def tiles_of(block_m: int, ragged: bool) -> tuple:
 class _Gradients:
     """What a backward's launches have beside the forward's tensors: mixed into a geometry."""
 
+    #: Whether results are added to what is there, in float32.
+    adds = False
+
     def _add_gradients(self, pattern: Pattern, layout: str, handles: dict):
-        types = tensor_types(pattern)
+        types = result_types(pattern, self.adds)
         self.gradients = {}
         for name, like, dim, element in (
-            ("do", self.q, self.head_dim_v, types.o),
+            ("do", self.q, self.head_dim_v, tensor_types(pattern).o),
             ("dq", self.q, self.head_dim, types.q),
             ("dk", self.k, self.head_dim, types.k),
             ("dv", self.v, self.head_dim_v, types.v),
@@ -92,6 +95,13 @@ class Tensors(_Gradients, Geometry):
         return T.bool(True)
 
 
+@T.meta_class
+class AddedTensors(Tensors):
+    """The same where results are added to what is there."""
+
+    adds = True
+
+
 class Starts:
     """Where ragged sequences begin, as further arguments of a launch: what :func:`append_arguments` takes."""
 
@@ -144,8 +154,18 @@ class RaggedTensors(_Gradients, RaggedGeometry):
         return self.queries.of(b).offset < self.all_queries.begin(self.batch)
 
 
-def tensors_of(pattern: Pattern, traversal: Traversal, handles: dict, starts: Starts | None, *numbers):
-    """Those of a launch: of ragged sequences if it is told where they begin."""
+def result_types(pattern: Pattern, adds: bool) -> TensorTypes:
+    """The element types of gradients, by the tensors that they are of; ``adds``: added to what is there."""
+    if not adds:
+        return tensor_types(pattern)
+    wide = element_type("float32")
+    return TensorTypes(q=wide, k=wide, v=wide, o=wide)
+
+
+def tensors_of(
+    pattern: Pattern, traversal: Traversal, handles: dict, starts: Starts | None, *numbers, adds: bool = False
+):
+    """Those of a launch: of ragged sequences if it is told where they begin; ``adds``: results to what is there."""
     if starts is None:
-        return Tensors(pattern, traversal, handles, *numbers)
+        return (AddedTensors if adds else Tensors)(pattern, traversal, handles, *numbers)
     return RaggedTensors(pattern, traversal, handles, starts, *numbers)

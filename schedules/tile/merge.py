@@ -9,16 +9,9 @@ import math
 
 from tvm.script import tirx as T
 
+from schedules.tile.epilogue import groups_at_once
 from schedules.tile.score import LOG2_E
 from schedules.tile.softmax import OnlineSoftmax
-
-#: Groups of a row's output that are read before the first of them is written.
-_ON_THE_WAY = 8
-
-
-def _batch(groups: int) -> int:
-    """How many of a row's groups are read together: as many as go, so that they can be had in equal parts."""
-    return max(n for n in range(1, _ON_THE_WAY + 1) if groups % n == 0)
 
 
 @T.inline
@@ -45,7 +38,7 @@ def merge_rows(
     a row.  A row whose log-sum-exp is −inf has seen nothing, and its output isn't read.
     """
     groups = T.meta_var(stride // 4)
-    batch = T.meta_var(_batch(groups))
+    batch = T.meta_var(groups_at_once(groups))
     before = T.alloc_local([2 * softmax.m_tiles], "float32")
     kept = T.alloc_local([2 * batch], "float32")
     for t in T.unroll(softmax.m_tiles):

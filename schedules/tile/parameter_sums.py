@@ -21,11 +21,11 @@ from tvm_flash.packs.manifest import Param
 _LANES = 32
 
 
-def parameter_sums(asked: Sequence[Param], name: str) -> PrimFunc:
+def parameter_sums(asked: Sequence[Param], name: str, adds: bool = False) -> PrimFunc:
     """``(sums, *gradients)``: ``sums`` has for each parameter in turn those of ``(batch, heads, blocks)``, float32.
 
     A warp adds the shares of one element of a gradient, always in the same order; ``gradients`` are ``(batch, heads)``,
-    or have one element.
+    or have one element.  ``adds``: to what they have.
     """
     arguments, values = gradient_symbols(tuple(asked), "int32")
     per_head = next((values[p.name] for p in asked if p.axes), None)
@@ -37,7 +37,7 @@ def parameter_sums(asked: Sequence[Param], name: str) -> PrimFunc:
         own = elements if param.axes else T.int32(1)
         count = T.bind(T.truncdiv(length, own * len(asked)))
         first = T.bind(T.min(block, own - 1) * count + n * (count * own))
-        _add(memory, first, count, values[param.name], param, block, own, lane)
+        _add(memory, first, count, values[param.name], param, block, own, lane, adds)
 
     @T.prim_func(check_well_formed=False)
     def kernel(sums: T.handle):
@@ -83,8 +83,11 @@ def ragged_parameter_sums(asked: Sequence[Param], name: str, rows: int, dtype: s
     return append_arguments(kernel.with_attr("global_symbol", name), [*arguments, starts.arguments[0]])
 
 
-def _add(memory, first, count, out, param: Param, block, elements, lane):
-    """The sum of ``count`` shares from number ``first`` on, to element ``block`` of the ``elements`` of ``out``."""
+def _add(memory, first, count, out, param: Param, block, elements, lane, adds: bool = False):
+    """The sum of ``count`` shares from number ``first`` on, to element ``block`` of the ``elements`` of ``out``.
+
+    ``adds``: to what it has.
+    """
     total = T.alloc_local([1], "float32")
     T.buffer_store(total, T.float32(0), [0])
     with T.serial(ceildiv(count, _LANES)) as i:
@@ -99,7 +102,8 @@ def _add(memory, first, count, out, param: Param, block, elements, lane):
         heads = out.shape[1]
         place = wide(T.truncdiv(block, heads)) * wide(batch_stride) + wide(T.truncmod(block, heads)) * wide(head_stride)
     with T.If(T.And(lane == 0, block < elements)), T.Then():
-        T.buffer_store(flat(out), total[0], [place])
+        target = flat(out)
+        T.buffer_store(target, target[place] + total[0] if adds else total[0], [place])
 
 
 def _each(do, params) -> int:

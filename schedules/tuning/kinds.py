@@ -11,7 +11,16 @@ from dataclasses import replace
 
 from schedules.builder.records import Measurement
 from schedules.builder.suite import HEAD_DIMS, HEAD_DIMS_BETWEEN, ONE_TEMPLATE, SCOPES, HeadDim, KernelSpec, Selection
-from schedules.families.interface import BACKWARD, DECODE, FORWARD, PAGED, PAGED_DECODE, RAGGED, RAGGED_BACKWARD
+from schedules.families.interface import (
+    BACKWARD,
+    DECODE,
+    FORWARD,
+    PAGED,
+    PAGED_DECODE,
+    PAGED_DECODE_ANY,
+    RAGGED,
+    RAGGED_BACKWARD,
+)
 from tvm_flash.catalogue import MASKS, SCORES
 from tvm_flash.measure.workloads import Workload
 from tvm_flash.packs import sizes
@@ -27,6 +36,7 @@ KINDS = {
     RAGGED_BACKWARD: True,
     PAGED: False,
     PAGED_DECODE: False,
+    PAGED_DECODE_ANY: False,
 }
 
 

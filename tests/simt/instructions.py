@@ -34,9 +34,13 @@ _INSTRUCTIONS = {
     r"cp\.async\.ca": "simt::copy_later({0} + {offset}, {1}, {2}, 4);",
     r"cp\.async\.commit": "simt::commit();",
     r"cp\.async\.wait_group (?P<groups>\d+);": "simt::wait({groups});",
+    r"\{\.reg \.pred p; setp\.ne\.s32 p, %3, 0;": "simt::load_half_or_zero({0}, {1}, {2}, {3});",
     r"\{\.reg \.pred p; setp\.ne\.s32 p, %5, 0;": "simt::load_or_zero({0}, {1}, {2}, {3}, {4}, {5});",
     r"mul\.rn\.f32 ": "{0} = {1} * {2};",
-    r"\{\.reg \.b16 p, x, y; \.reg \.b32 h; cvt\.u16\.u32 p, %2;": "simt::widen_e4m3({0}, {1}, {2});",
+    r"\{\.reg \.b16 p, q, x, y; \.reg \.b32 h, g; mov\.b32 \{p, q\}, %4; cvt\.rn\.f16x2\.e4m3x2 h, p;": (
+        "simt::widen_e4m3({0}, {1}, {4}); simt::widen_e4m3({2}, {3}, {4} >> 16);"
+    ),
+    r"\{\.reg \.b16 x, y; \.reg \.b32 h; mul\.rn\.f16x2 h, %2, %3;": "simt::widen_halves({0}, {1}, {2}, {3});",
     r"cvt\.rn\.b?f16x2": "{0} = simt::pack({1}, {2}, {brain});",
     r"ex2\.approx(\.ftz)?\.f32 ": "{0} = exp2f({1});",
     r"lg2\.approx(\.ftz)?\.f32 ": "{0} = log2f({1});",

@@ -89,5 +89,10 @@ static void load_or_zero(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, con
   if (exists) memcpy(values, from, 16);
   a = values[0], b = values[1], c = values[2], d = values[3];
 }
+static void load_half_or_zero(uint32_t& a, uint32_t& b, const void* from, int exists) {
+  uint32_t values[2] = {0, 0};
+  if (exists) memcpy(values, from, 8);
+  a = values[0], b = values[1];
+}
 
 }  // namespace simt

@@ -84,6 +84,12 @@ static uint32_t __float_as_uint(float x) {
   memcpy(&y, &x, 4);
   return y;
 }
+static uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t places) {
+  uint64_t both = uint64_t(y) << 32 | x;
+  uint32_t found = 0;
+  for (int i = 0; i < 4; i++) found |= uint32_t(both >> 8 * (places >> 4 * i & 7) & 0xff) << 8 * i;
+  return found;
+}
 static int __popc(uint32_t x) { return __builtin_popcount(x); }
 static void __syncthreads() { simt::barrier(0, simt::block->threads.size()); }
 static void __syncwarp() { simt::together([](simt::Thread*) {}); }

@@ -42,6 +42,10 @@ static void widen_e4m3(float& a, float& b, uint32_t pair) {
     *to[i] = x & 0x80 ? -value : value;
   }
 }
+static void widen_halves(float& a, float& b, uint32_t x, uint32_t y) {
+  a = widen(x & 0xffff, false) * widen(y & 0xffff, false);
+  b = widen(x >> 16, false) * widen(y >> 16, false);
+}
 static uint16_t narrow(float x, bool brain) {
   uint16_t bits;
   if (brain) {

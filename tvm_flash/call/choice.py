@@ -188,7 +188,7 @@ def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance:
     # Where keys are split, reading them is what takes time, and of a larger head_dim no more is read.
     fit = (*size, *kind) if entry.max_rows is None else (*kind, *size)
     first = (order.index(entry.template), distance, -features, entry.max_rows is None)
-    return (*first, *fit, -entry.bucket, kernel.rank)
+    return (*first, *fit, not _is_for_some_pages(entry), -entry.bucket, kernel.rank)
 
 
 #: What kinds of kernels do that add to what is there.
@@ -241,8 +241,12 @@ def _refusal(entry: KernelEntry, problem: Problem) -> Rejection | None:
 
 def _others(entry: KernelEntry) -> str:
     """What a kernel that takes no rows of a problem is for."""
-    paged = entry.max_rows is not None and "page_size" in sizes.names(entry.max_rows)
-    return "longer sequences, or pages of other sizes" if paged else "longer sequences"
+    return "longer sequences, or pages of other sizes" if _is_for_some_pages(entry) else "longer sequences"
+
+
+def _is_for_some_pages(entry: KernelEntry) -> bool:
+    """Whether a kernel is for pages of some sizes only, where it is the fastest."""
+    return entry.max_rows is not None and "page_size" in sizes.names(entry.max_rows)
 
 
 def _reason(
@@ -284,6 +288,8 @@ def _why_after(entry: KernelEntry, best: KernelEntry, order: tuple[str, str]) ->
         return f"fits, but its head_dim {entry.head_dim} is larger than needed"
     if entry.mask != best.mask:
         return f"fits, but the mask {best.mask} is cheaper"
+    if _is_for_some_pages(best) and not _is_for_some_pages(entry):
+        return "fits, but there is a kernel for pages of such sizes"
     if entry.bucket != best.bucket:
         return f"fits, but the kernel for {best.bucket} keys or more is meant for this length"
     return "fits, but another pack's comes first"

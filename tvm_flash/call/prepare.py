@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tvm_flash.call import checks, memory
+from tvm_flash.call.keyless import KeylessPlan, is_keyless
 from tvm_flash.call.paged import check_paged
 from tvm_flash.call.plan import EmptyPlan, Plan
 from tvm_flash.call.problem import (
@@ -38,7 +39,11 @@ def prepare(options: Options, framework: Framework, tensors: Mapping[str, Any]) 
     """
     request = request_of(options, framework, tensors)
     options.accept(request.device)
-    return EmptyPlan(request) if request.is_empty else Plan(request)
+    if not request.is_empty:
+        return Plan(request)
+    if is_keyless(request):
+        return KeylessPlan(request, options, lambda asked, instead: prepare(asked, framework, instead))
+    return EmptyPlan(request)
 
 
 def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any]) -> Request:
@@ -217,7 +222,7 @@ def _scalar(param: Param, value: Any) -> float | int:
     number = checks.check_real(param.name, value)
     if param.dtype.startswith("float"):
         return number
-    if number != int(number) or abs(number) > INT32_MAX:
+    if not abs(number) <= INT32_MAX or number != int(number):
         raise InvalidArgumentError(f"{param.name}: is {value!r}, expected a whole number that fits 32 bits")
     return int(number)
 

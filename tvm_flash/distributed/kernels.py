@@ -12,10 +12,11 @@ import torch
 from tvm_flash.call.backward import why_none
 from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.signature import signature
+from tvm_flash.distributed.merge import merge
 from tvm_flash.distributed.plan import Call
 from tvm_flash.frameworks.torch import name_of
 from tvm_flash.machine.device import Device
-from tvm_flash.operators import BACKWARD, FORWARD, PARTIAL, RAGGED, RAGGED_BACKWARD, RAGGED_LAYOUT
+from tvm_flash.operators import BACKWARD, FORWARD, MERGED, PARTIAL, RAGGED, RAGGED_BACKWARD, RAGGED_LAYOUT
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.padded import PARAMETERS
 
@@ -56,6 +57,23 @@ class Kernels:
             return attend(*tensors, *self._options(True, call))[1][None]
         return self._dense(FORWARD, call, q, k, v, out)[1]
 
+    def merge(self, call: Call, q, k, v, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Put the result over a call's keys, and its log-sum-exp, into what there is of others, float32.
+
+        Where no kernel does that, ``out`` must have numbers also in rows whose log-sum-exp is −inf.
+        """
+        if call.starts or not self.merges(q, v):
+            merge(out, lse, *self.partial(call, q, k, v))
+            return
+        dense = lse.contiguous()
+        self._dense(MERGED, call, q, k, v, out, dense)
+        if dense is not lse:
+            lse.copy_(dense)
+
+    def merges(self, q: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether kernels put dense results into what there is of other keys themselves."""
+        return has_merged(self._device(q), name_of(q.dtype), q.shape[-1], v.shape[-1])
+
     def partial(self, call: Call, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
         """The result in float32, and its log-sum-exp.
 
@@ -67,8 +85,8 @@ class Kernels:
         lse = self.forward(call, q, k, v, out)
         return out.float(), lse
 
-    def _dense(self, op, call, q, k, v, out):
-        tensors = (q, k, v, *self._placed(call, q, k), out)
+    def _dense(self, op, call, q, k, v, *results):
+        tensors = (q, k, v, *self._placed(call, q, k), *results)
         return _entrance(op, self._is_placed)(*tensors, *self._options(True, call))
 
     # ---- backward
@@ -152,6 +170,11 @@ class Kernels:
 def has_partial(device: Device, dtype: str, head_dim: int, head_dim_v: int) -> bool:
     """Whether there is a kernel that leaves its result in float32."""
     return _is_there(PARTIAL, device, dtype, head_dim, head_dim_v)
+
+
+def has_merged(device: Device, dtype: str, head_dim: int, head_dim_v: int) -> bool:
+    """Whether there is a kernel that puts its result into what there is of other keys."""
+    return _is_there(MERGED, device, dtype, head_dim, head_dim_v, accumulate=True)
 
 
 def has_accumulate(device: Device, dtype: str, head_dim: int, head_dim_v: int, learnt: tuple[str, ...] = ()) -> bool:

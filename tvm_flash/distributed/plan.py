@@ -74,13 +74,14 @@ class Plan:
     """The steps of a rank.
 
     ``merges`` says that some row is in several calls, so that their results must be put together; ``covers`` that every
-    row is in one.
+    row is in one.  All ranks have the same ``positions``, those of the whole sequence.
     """
 
     rows: int
     steps: tuple[Step, ...]
     merges: bool
     covers: bool
+    positions: int
 
 
 @functools.lru_cache(maxsize=256)
@@ -91,7 +92,7 @@ def plan(placement: Placement, sight: Sight, exchange: str, rank: int, keep_posi
     rows = size(placement.segments(rank))
     covered = sorted(call.rows for step in steps for call in step.calls)
     merges = any(a[1] > b[0] for a, b in itertools.pairwise(covered))
-    return Plan(rows, steps, merges, joined_sorted(covered) == joined([(0, rows)]))
+    return Plan(rows, steps, merges, joined_sorted(covered) == joined([(0, rows)]), placement.length)
 
 
 def _gathering(placement: Placement, sight: Sight, rank: int, keep_positions: bool) -> tuple[Step, ...]:

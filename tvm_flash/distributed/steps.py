@@ -6,6 +6,7 @@ Messages of the next step are on their way while one is computed.  Keys and valu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,20 +15,9 @@ import torch.distributed as dist
 
 from tvm_flash.distributed.exchange import Return, fetch
 from tvm_flash.distributed.kernels import Kernels
-from tvm_flash.distributed.merge import add_sinks, merge
+from tvm_flash.distributed.launches import Heads, Work
+from tvm_flash.distributed.merge import add_sinks
 from tvm_flash.distributed.plan import Call, Plan, Step
-
-#: Into how many groups heads are split at most where one step has all keys, so that those of the next group are on
-#: their way while one is computed.
-HEAD_GROUPS = 4
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Query heads ``[first, end)`` that are computed together, and the key heads that they read."""
-
-    queries: tuple[int, int]
-    keys: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -61,21 +51,26 @@ class Job:
         """The result and its log-sum-exp of tensors ``(batch, heads, rows, head_dim)``."""
         merges = self.plan.merges or self.sinks is not None
         out = empty_as(q, v.shape[3], torch.float32 if merges else q.dtype)
-        if merges or not self.plan.covers:
+        if not self.plan.covers or (merges and self._needs_numbers(q, v)):
             out.zero_()
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-        for stage in self._stages(q, k, v):
+        for stage in self._stages(q, k, v, self._work(q, k).in_forward):
             kernels = self.kernels.of_heads(*stage.heads.queries)
             for call in stage.step.calls:
                 rows = _rows(call, stage.heads)
                 tensors = (q[rows], *_keys(stage.keys, call, k.shape[3]))
                 if merges:
-                    merge(out[rows], lse[rows], *kernels.partial(call, *tensors))
+                    kernels.merge(call, *tensors, out[rows], lse[rows])
                 else:
                     lse[rows] = kernels.forward(call, *tensors, out[rows])
         if self.sinks is not None:
             add_sinks(out, lse, self.sinks)
         return out.to(q.dtype), lse
+
+    def _needs_numbers(self, q: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether results are merged by what also reads those of rows that have seen nothing."""
+        ragged = any(call.starts for step in self.plan.steps for call in step.calls)
+        return ragged or not self.kernels.merges(q, v)
 
     def backward(self, dout, q, k, v, out, lse, dlse, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, of the keys and values that this rank holds, in a dtype, and of the slopes if they learn."""
@@ -88,18 +83,26 @@ class Job:
         d_slopes = q.new_zeros(q.shape[:2], dtype=torch.float32) if learns else None
         sums: dict[Heads, torch.Tensor] = {}
         last = None
-        for stage in self._stages(q, k, v):
+        work = self._work(q, k)
+        groups = work.in_backward if work.fetches else 1
+        for stage in self._stages(q, k, v, groups):
             heads, step = stage.heads, stage.step
             if heads not in sums:
                 shape = (k.shape[2], *stage.keys.shape[1:])
                 sums[heads] = stage.keys.new_zeros(shape, dtype=torch.float32)
             gradients = sums[heads] if step.own is None else torch.zeros_like(stage.keys, dtype=torch.float32)
-            kernels = self.kernels.of_heads(*heads.queries)
-            for call in step.calls:
-                rows = _rows(call, heads)
-                places = (dq[rows], *_keys(gradients, call, head_dim), d_slopes[rows[:2]] if learns else None)
-                keys = _keys(stage.keys, call, head_dim)
+            parts = heads.parts(work.in_backward // groups)
+            for call, part in itertools.product(step.calls, parts):
+                rows = _rows(call, part)
+                own = slice(*(x - heads.keys[0] for x in part.keys))
+                places = (
+                    dq[rows],
+                    *_keys(gradients[:, :, own], call, head_dim),
+                    d_slopes[rows[:2]] if learns else None,
+                )
+                keys = _keys(stage.keys[:, :, own], call, head_dim)
                 kept = (out[rows], lse[rows], None if dlse is None else dlse[rows])
+                kernels = self.kernels.of_heads(*part.queries)
                 kernels.backward(call, dout[rows], q[rows], *keys, *kept, *places, once=once)
             if last is not None:
                 last.wait()
@@ -112,9 +115,16 @@ class Job:
             dv[:, slice(*heads.keys)] = x[..., head_dim:]
         return dq.to(q.dtype), dk, dv, d_slopes
 
-    def _stages(self, q, k, v) -> Iterator[Stage]:
-        """All steps, those of the first heads first; the messages of each begin before the one before is computed."""
-        groups = _head_groups(q.shape[1], k.shape[1], len(self.plan.steps), self.group)
+    def _work(self, q: torch.Tensor, k: torch.Tensor) -> Work:
+        ranks = 1 if self.group is None else dist.get_world_size(self.group)
+        fetches = self.group is not None and len(self.plan.steps) == 1
+        window = self.kernels.left, self.kernels.right
+        return Work(*q.shape[:2], k.shape[1], self.plan.positions, ranks, *window, fetches)
+
+    def _stages(self, q, k, v, count: int) -> Iterator[Stage]:
+        """All steps, those of the first of ``count`` groups of heads first; the messages of each begin before the one
+        before is computed."""
+        groups = Heads((0, q.shape[1]), (0, k.shape[1])).parts(count)
         held = dict.fromkeys(groups)
         order = [(heads, step) for heads in groups for step in self.plan.steps]
 
@@ -132,14 +142,6 @@ class Job:
                 following = begin(number + 1)
             messages.wait()
             yield Stage(number, heads, step, keys)
-
-
-def _head_groups(heads: int, kv_heads: int, steps: int, group: dist.ProcessGroup | None) -> list[Heads]:
-    count = max(n for n in range(1, HEAD_GROUPS + 1) if kv_heads % n == 0) if group is not None and steps == 1 else 1
-    return [
-        Heads((i * heads // count, (i + 1) * heads // count), (i * kv_heads // count, (i + 1) * kv_heads // count))
-        for i in range(count)
-    ]
 
 
 def _rows(call: Call, heads: Heads) -> tuple[slice, slice, slice]:

@@ -181,7 +181,9 @@ def _cpu_backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_cau
         return refused
     dq, dk, dv = _backward(grad_out, query, keys, values, out, logsumexp, scale=scale, **options)
     beyond = key.shape[2] - keys.shape[2]  # keys after the last query have no gradient
-    return dq, *(torch.nn.functional.pad(x, (0, 0, 0, beyond)) if beyond else x for x in (dk, dv))
+    padded = (torch.nn.functional.pad(x, (0, 0, 0, beyond)) if beyond else x for x in (dk, dv))
+    # As torch's own lie, whatever q, k and v do: a compiled program counts on it.
+    return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (dq, *padded))
 
 
 def _cpu_call(op, query, key, value, dropout_p, is_causal, attn_mask, scale):

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from tvm_flash.errors import InvalidArgumentError, NotSupportedError
+from tvm_flash.call.problem import HEAD_DIM_MULTIPLE
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.kvcache import flash_attention_with_kvcache
+from tvm_flash.nn.attend import fit
 from tvm_flash.nn.windows import sides
 from tvm_flash.paged import flash_attention_paged
 
@@ -51,6 +53,8 @@ def flash_attn_with_kvcache(
 
     It is one call of :func:`tvm_flash.flash_attention_with_kvcache`.  Arguments up to ``return_softmax_lse`` are those
     of version 2, in its order; what version 3 has besides is given by name: ``page_table`` is its ``block_table``.
+    A head_dim that is no multiple of 8 is padded with zeros, which copies the whole cache, and back if keys are added.
+    As there, ``cache_batch_idx`` says beside it which of its rows each sequence has.
     ``num_splits``, ``scheduler_metadata``, ``pack_gqa`` and ``sm_margin`` change nothing: keys are always split at the
     same positions.  int32 tensors may have another integer dtype, and are converted then.
 
@@ -74,13 +78,19 @@ def flash_attn_with_kvcache(
     table = as_int32(block_table if page_table is None else page_table)
     given = {"cache_seqlens": as_int32(cache_seqlens), "cache_batch_idx": as_int32(cache_batch_idx)}
     given |= {"cu_seqlens_q": as_int32(cu_seqlens_q), "cu_seqlens_k_new": as_int32(cu_seqlens_k_new)}
+    if table is not None and cache_batch_idx is not None:
+        table, given["cache_batch_idx"] = _rows_of(table, given["cache_batch_idx"]), None
     scales = {}
     for name, scale, other in (("k_descale", k_descale, v_descale), ("v_descale", v_descale, k_descale)):
         if scale is None and other is not None:
             raise InvalidArgumentError(f"{name}: is None, and the other isn't; give both, or none")
         scales[name] = None if scale is None else _of_pages(name, scale, q, k_cache, k, table, given)
-    return flash_attention_with_kvcache(
-        *(q, k_cache, v_cache, k, v),
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    wide = {n: fit(x) for n, x in tensors.items() if isinstance(x, torch.Tensor) and x.ndim and _is_odd(x)}
+    if "q" in wide and softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    result = flash_attention_with_kvcache(
+        *(tensors | wide).values(),
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         cache_leftpad=as_int32(cache_leftpad),
@@ -99,6 +109,43 @@ def flash_attn_with_kvcache(
         num_splits=num_splits,
         return_lse=return_softmax_lse,
     )
+    if k is not None:
+        for name in wide.keys() & {"k_cache", "v_cache"}:
+            tensors[name].copy_(wide[name][..., : tensors[name].shape[-1]])
+    if "v_cache" not in wide:
+        return result
+    out, *lse = result if return_softmax_lse else (result,)
+    out = out[..., : v_cache.shape[-1]]
+    return (out, *lse) if return_softmax_lse else out
+
+
+def _is_odd(x: torch.Tensor) -> bool:
+    """Whether kernels take a head_dim only with zeros up to a multiple of what they count in."""
+    return x.shape[-1] % HEAD_DIM_MULTIPLE != 0 and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _rows_of(table: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    """The rows of a page table that belong to the sequences, where it has one for each entry of a batch of caches.
+
+    Raises
+    ------
+    ArgumentTypeError, InvalidArgumentError: the entries aren't rows; a GPU isn't asked, and takes the nearest there is.
+    """
+    if not isinstance(entries, torch.Tensor) or entries.dtype != torch.int32:
+        found = entries.dtype if isinstance(entries, torch.Tensor) else type(entries).__qualname__
+        raise ArgumentTypeError(f"cache_batch_idx: is {found}, expected a tensor of int32; convert it")
+    if entries.ndim != 1 or entries.device != table.device:
+        raise InvalidArgumentError(
+            f"cache_batch_idx: has shape {tuple(entries.shape)} on {entries.device}, expected (batch,) on "
+            f"{table.device}"
+        )
+    rows = table.shape[0]
+    try:
+        return table.index_select(0, entries if entries.device.type == "cpu" else entries.clamp(0, rows - 1))
+    except IndexError as e:
+        raise InvalidArgumentError(
+            f"cache_batch_idx: names an entry beyond the {rows} rows of the table of pages; expected 0 to {rows - 1}"
+        ) from e
 
 
 def _of_pages(name: str, scale: torch.Tensor, q: torch.Tensor, cache: torch.Tensor, new: Any, table: Any, given: dict):

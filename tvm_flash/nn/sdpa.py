@@ -18,7 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from tvm_flash.call.choice import candidates, choose
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, Problem
-from tvm_flash.errors import FallbackWarning, TvmFlashError
+from tvm_flash.errors import ArgumentTypeError, FallbackWarning, TvmFlashError
 from tvm_flash.frameworks.torch_watch import has_tangent_below, is_differentiated
 from tvm_flash.machine.device import Device
 from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
 
     Raises
     ------
-    Whatever torch's own function raises for the same arguments.
+    Whatever torch's own function raises for the same arguments; ArgumentTypeError for a mask without memory.
 
     Notes
     -----
@@ -158,6 +158,8 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return f"attn_mask is {attn_mask.dtype}, and query {query.dtype}"
     if attn_mask is not None and attn_mask.device != query.device:
+        if attn_mask.is_meta:  # torch would give what happens to lie in memory
+            raise ArgumentTypeError(f"attn_mask: is on meta, expected {query.device}, where query is; move it")
         return f"attn_mask is on {attn_mask.device}, and query on {query.device}"
     if is_causal and attn_mask is not None:
         return "attn_mask and is_causal are both given"

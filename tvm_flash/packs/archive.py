@@ -55,9 +55,8 @@ def place_of(folder: Path, manifest: Manifest) -> Path:
     archive = None if _are_there(folder, files) else archive_of(folder)
     if archive is None:
         return folder
-    name = (
-        f"{folder.name}-{hashlib.sha256(''.join(sorted(f.sha256 for f in files.values())).encode()).hexdigest()[:16]}"
-    )
+    contents = "".join(sorted(f.sha256 for f in files.values()))
+    name = f"{folder.name}-{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
     place = _temporary.get(name, user_cache() / "unpacked" / name)
     if _are_there(place, files):
         return place

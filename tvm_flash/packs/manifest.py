@@ -44,8 +44,8 @@ lengths that lie one after the other.  Their roles are the same but for these:
 Rows and keys after the last sequence are written as those that see nothing.  Which kernel runs, and so its bucket, has
 nothing to do with lengths.  Their sizes are those of :func:`tvm_flash.packs.sizes.of_sequences`.
 
-Kernels of the kinds ``paged`` and ``paged_decode`` compute ``forward`` of such sequences with their keys on pages of a
-cache.  They take no ``cu_seqlens_k``, and of the other roles these are different:
+Kernels of the kinds ``paged``, ``paged_decode`` and ``paged_decode_any`` compute ``forward`` of such sequences with
+their keys on pages of a cache.  They take no ``cu_seqlens_k``, and of the other roles these are different:
 
 * ``k``, ``v``: ``(pages, page_size, kv_heads, dim)``, of any strides with a contiguous last dimension.
 * ``seqlens_k``: contiguous int32 ``(batch,)`` on the device, how many keys each sequence has.
@@ -55,7 +55,8 @@ cache.  They take no ``cu_seqlens_k``, and of the other roles these are differen
 
 Sequences have at most ``pages_per_sequence * page_size`` keys, on pages that there are; a kernel of the CPU fails,
 before it writes anything, if that isn't so.  Those of ``paged_decode`` are for few queries of each sequence
-(``max_rows``) and split the keys at fixed positions.  Sizes are those of :func:`tvm_flash.packs.sizes.of_pages`.
+(``max_rows``) and split the keys at fixed positions; where they are for pages of some sizes only, which ``max_rows``
+says too, those of ``paged_decode_any`` are for all.  Sizes are those of :func:`tvm_flash.packs.sizes.of_pages`.
 
 Kernels of the kinds ``paged_e4m3``, ``paged_int8``, ``paged_decode_e4m3`` and ``paged_decode_int8`` are the same but
 for caches of 8 bits: ``k`` and ``v`` are uint8, the bytes of float8_e4m3fn, or int8.  They take after the table:
@@ -103,7 +104,8 @@ MOST_BLOCKS = 65535
 DENSE, RAGGED, PAGED = "dense", "ragged", "paged"
 
 #: The form of the sequences that kernels of a kind are for; those that aren't named are for dense ones.
-FORM_OF_KIND = {"ragged": RAGGED, "ragged_backward": RAGGED, "paged": PAGED, "paged_decode": PAGED}
+FORM_OF_KIND = {"ragged": RAGGED, "ragged_backward": RAGGED}
+FORM_OF_KIND |= dict.fromkeys(("paged", "paged_decode", "paged_decode_any"), PAGED)
 
 #: Kinds of kernels over caches of 8 bits, by the kind for those in the dtype of q and by the dtype of the cache.
 SCALED_KINDS = {kind: {"float8_e4m3fn": f"{kind}_e4m3", "int8": f"{kind}_int8"} for kind in ("paged", "paged_decode")}

@@ -29,7 +29,7 @@ from tvm_flash.packs.registry import on_refresh
 from tvm_flash.tracing import torch_decomposed
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
-from tvm_flash.tracing.torch_vmap import larger_batch
+from tvm_flash.tracing.torch_vmap import larger_batch, larger_batch_of_gradients
 
 _MINIMUM = (2, 4)
 
@@ -389,6 +389,8 @@ for _op, _names in _NAMES.items():
         _operator = getattr(torch.ops.tvm_flash, _name).default
         if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap calls one after the other
             torch.library.register_vmap(f"tvm_flash::{_name}", larger_batch(_operator), lib=_library)
+        if _op == BACKWARD:
+            _library.impl(_name, larger_batch_of_gradients(_operator), "Batched")
 
 
 def _flops(q_shape, k_shape, v_shape, *_, layout="bhsd", **__) -> int:

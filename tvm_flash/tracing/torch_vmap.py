@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from tvm_flash.call.prepare import params_of
 from tvm_flash.errors import NotSupportedError
@@ -45,3 +47,23 @@ def larger_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
         return (tuple(unmerged), (0, 0)) if isinstance(results, tuple) else (unmerged, [0] * len(unmerged))
 
     return rule
+
+
+def larger_batch_of_gradients(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for torch's older map, with which autograd maps gradients (``is_grads_batched``, ``vectorize``)."""
+    rule = larger_batch(operator)
+
+    def answer(*arguments, **options):
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+        size = max(torch._remove_batch_dim(x, level, 1, 0).shape[0] for x in tensors)
+
+        def unwrapped(x):
+            return torch._remove_batch_dim(x, level, size, 0) if isinstance(x, torch.Tensor) else x
+
+        mapped = pytree.tree_map(unwrapped, arguments)
+        results, _ = rule(SimpleNamespace(batch_size=size), [0] * len(mapped), *mapped, **options)
+        return [torch._add_batch_dim(x, 0, level) for x in results]
+
+    return answer

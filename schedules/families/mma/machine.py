@@ -190,6 +190,8 @@ class BlockMachine(RowCopies):
     """
 
     softmax_type = OnlineSoftmax
+    #: Rows on pages as threads copy them.
+    on_pages = PagedMatrix
     #: Whether the pages of keys are looked up a tile ahead; that takes more than one stage.
     looks_ahead = False
 
@@ -237,8 +239,8 @@ class BlockMachine(RowCopies):
         pool.commit()
         if isinstance(sources[1], PagedRows):
             self.q = Matrix(sources[0], tiles_of[0], self.threads, thread)
-            self.k = PagedMatrix(sources[1], tiles_of[1], self.threads, thread, None, self.looks_ahead)
-            self.v = PagedMatrix(sources[2], tiles_of[2], self.threads, thread, self.k, self.looks_ahead)
+            self.k = self.on_pages(sources[1], tiles_of[1], self.threads, thread, None, self.looks_ahead)
+            self.v = self.on_pages(sources[2], tiles_of[2], self.threads, thread, self.k, self.looks_ahead)
         else:
             self.q, self.k, self.v = (
                 Matrix(source, tile, self.threads, thread, buffer)

@@ -13,7 +13,8 @@ from schedules.families import split_keys
 from schedules.families.interface import PAGED_DECODE_SCALED, Program, Rejected, Target
 from schedules.families.mma.mma import ALIGNMENT
 from schedules.families.mma.paged_decode import PagedDecoding, attend_splits
-from schedules.families.mma.widen import ScaledGeometry, machine_for
+from schedules.families.mma.scaled_machines import ScaledDecodeMachine, over
+from schedules.families.mma.widen import SCALE_BYTES, ScaledGeometry
 from schedules.tile.dtypes import element_type, tensor_types
 from schedules.tile.geometry import parameterised
 from schedules.tile.partial import PartialResults
@@ -60,25 +61,31 @@ class ScaledDecoding(PagedDecoding):
         return self.refusal(config) or self.fits(pattern, config, target, found=self._beside(pattern, config))
 
     @staticmethod
+    def refusal(config) -> Rejected | None:
+        """What :class:`PagedDecoding` asks of a configuration, and that one warp has a row for each lane at most."""
+        if config.num_warps != 1 or config.block_n > 32:
+            return Rejected(f"num_warps {config.num_warps}, block_n {config.block_n}: expected one, and up to 32 keys")
+        return PagedDecoding.refusal(config)
+
+    @staticmethod
     def _beside(pattern: Pattern, config) -> int:
-        """Bytes of shared memory beyond stages of 16 bits: those of a tile and of scales, less what 8 bits save."""
+        """Bytes of shared memory beyond stages of 16 bits: those of scales, less what 8 bits save."""
         types, stored = tensor_types(pattern), element_type("int8").bytes
-        elements = config.block_n * (pattern.head_dim + pattern.head_dim_v)
-        scales = 2 * config.num_stages * config.block_n * element_type("float32").bytes
-        return elements * types.k.bytes + scales - config.num_stages * elements * (types.k.bytes - stored)
+        saved = (pattern.head_dim + pattern.head_dim_v) * (types.k.bytes - stored)
+        return config.num_stages * config.block_n * (2 * SCALE_BYTES - saved)
 
     def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
         """The two launches."""
-        machine = machine_for(self.cache, target.arch)
+        machine = over(ScaledDecodeMachine, self.cache, target.arch)
         func = partial(pattern, config, name, machine, not pattern.depends_on_head, self.early)
         return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=self.early, scaled=True)
 
 
-#: Of these, by head_dim: the stages of 8 bits are half as large, and a tile of 16 bits is beside them.
+#: By head_dim, the first that is large enough.
 CONFIGS: Mapping[int, tuple[int, int, int, int, int]] = {
-    64: (16, 32, 1, 3, 8),
-    128: (16, 32, 1, 3, 5),
-    256: (16, 16, 1, 3, 4),
+    64: (16, 32, 1, 3, 12),
+    128: (16, 32, 1, 2, 8),
+    256: (16, 16, 1, 2, 8),
 }
 
 

@@ -14,6 +14,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
+    BACKWARD_ACCUMULATE,
     FORWARD,
     MERGED,
     PAGED,
@@ -215,6 +216,9 @@ KINDS = {
     RAGGED: RaggedForward(Config, default_configs, space, feasible, lambda config: Machine),
     PAGED: PagedForward(Config, default_configs, space, feasible, lambda config: Machine),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
+    BACKWARD_ACCUMULATE: backward.AccumulatingBackward(
+        (BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE
+    ),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     MERGED: MergedForward(Config, default_configs, space, feasible, lambda config: Machine),
 }
@@ -223,4 +227,4 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: Of what reads tensors or has sinks, no GPU has run these kernels yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS))
-UNVERIFIED_KINDS = (PAGED, BACKWARD, RAGGED_BACKWARD, MERGED)
+UNVERIFIED_KINDS = (PAGED, BACKWARD, RAGGED_BACKWARD, MERGED, BACKWARD_ACCUMULATE)

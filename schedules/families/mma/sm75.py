@@ -11,9 +11,11 @@ from schedules.definition.pattern import Pattern
 from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
+    BACKWARD_ACCUMULATE,
     FORWARD,
     MERGED,
     PAGED,
+    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     WITH_SINKS,
@@ -21,7 +23,7 @@ from schedules.families.interface import (
     Rejected,
     Target,
 )
-from schedules.families.mma import backward, ldmatrix, mma
+from schedules.families.mma import backward, ldmatrix, mma, scaled
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.instructions import StagedStages, TuringProducts
@@ -30,6 +32,7 @@ from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.merged import MergedForward
 from schedules.families.mma.paired import PairedProducts
 from schedules.families.mma.ragged import PagedForward, RaggedForward
+from schedules.families.mma.scaled_machines import StagedWidening
 from schedules.families.mma.staged import StagedCopies, staging_registers
 from schedules.tile.fragment import M16N8
 from schedules.tile.tile_scheduler import Traversal
@@ -152,6 +155,17 @@ def _paged_configs(template: str, pattern: Pattern, target: Target) -> dict[int,
 
 
 @T.meta_class
+class ScaledMachine(StagedWidening, Machine):
+    """Over a cache of 8 bits."""
+
+
+def _scaled_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """Those of 16 bits; no pairs of warps."""
+    (config,) = _paged_configs(template, pattern, target).values()
+    return {0: _WITH_PARAMETERS[256] if config.warps_per_tile > 1 else config}
+
+
+@T.meta_class
 class BackwardKeys(StagedStages, TuringProducts, KeyMachine):
     """The backward's launch for dk and dv."""
 
@@ -176,7 +190,13 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
 KINDS = {
     RAGGED: RaggedForward(Config, _ragged_configs, space, feasible, _machine),
     PAGED: PagedForward(Config, _paged_configs, space, feasible, _machine),
+    **scaled.kinds(
+        Config, _scaled_configs, space, feasible, lambda config: ScaledMachine, beside=lambda pattern, config: 0
+    ),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
+    BACKWARD_ACCUMULATE: backward.AccumulatingBackward(
+        (BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE
+    ),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
@@ -185,4 +205,4 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
-UNVERIFIED_KINDS = (MERGED,)
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)

@@ -11,18 +11,20 @@ from schedules.definition.pattern import Pattern
 from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
+    BACKWARD_ACCUMULATE,
     DECODE,
     FORWARD,
     MERGED,
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_SCALED,
+    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     Program,
     Target,
 )
-from schedules.families.mma import backward, mma, scaled_decode
+from schedules.families.mma import backward, mma, scaled, scaled_decode
 from schedules.families.mma.asynchronous import Config, DecodeMachine, Machine, PairedMachine, feasible
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
@@ -232,14 +234,16 @@ KINDS = {
     RAGGED: RaggedForward(Config, default_configs, space, feasible, _machine),
     PAGED_DECODE: PagedDecoding(Config, DecodeMachine, DECODE_CONFIGS, feasible),
     PAGED: PagedForward(Config, default_configs, space, feasible, _machine),
+    **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(Config, feasible),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
+    BACKWARD_ACCUMULATE: backward.AccumulatingBackward((BackwardKeys, BackwardQueries), _backward_config),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (*PAGED_DECODE_SCALED.values(), MERGED)
+UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet.
 UNVERIFIED_HEAD_DIMS = dict.fromkeys((BACKWARD, RAGGED_BACKWARD), ((192, 192), (256, 256)))

@@ -29,6 +29,15 @@ __forceinline__ __device__ void load_or_zero(
 """
 
 
+_LOAD_HALF = """
+__forceinline__ __device__ void load_half_or_zero(unsigned int& a, unsigned int& b, const void* from, int exists) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.s32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.v2.b32 {%0, %1}, [%2];}"
+      : "=&r"(a), "=&r"(b) : "l"(from), "r"(exists) : "memory");
+}
+"""
+
+
 def staging_registers(pattern: Pattern, config) -> int:
     """Registers that hold a thread's part of a tile of keys on its way to shared memory."""
     types = tensor_types(pattern)
@@ -42,6 +51,12 @@ def load_or_zero(to, i, source, exists):
     T.cuda.func_call(
         "load_or_zero", to[i], to[i + 1], to[i + 2], to[i + 3], source, T.Cast("int32", exists), source_code=_LOAD
     )
+
+
+@T.inline
+def load_half_or_zero(to, i, source, exists):
+    """The same with 8 bytes and two registers."""
+    T.cuda.func_call("load_half_or_zero", to[i], to[i + 1], source, T.Cast("int32", exists), source_code=_LOAD_HALF)
 
 
 @T.inline

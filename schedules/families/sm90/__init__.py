@@ -9,12 +9,15 @@ from __future__ import annotations
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import (
     BACKWARD,
+    BACKWARD_ACCUMULATE,
     DECODE,
     FORWARD,
     MERGED,
     PAGED,
     PAGED_DECODE,
+    PAGED_DECODE_ANY,
     PAGED_DECODE_SCALED,
+    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     WITH_SINKS,
@@ -22,9 +25,10 @@ from schedules.families.interface import (
     Target,
     forward_program,
 )
-from schedules.families.mma import asynchronous, scaled_decode
+from schedules.families.mma import asynchronous, scaled, scaled_decode
 from schedules.families.ranged import own_name, with_ranges
 from schedules.families.sm90 import backward, decode, merged, paged, paged_decode, ragged
+from schedules.families.sm90.backward import accumulate
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import default_configs
@@ -54,16 +58,22 @@ KINDS = {
     DECODE: decode,
     MERGED: merged,
     BACKWARD: backward,
+    BACKWARD_ACCUMULATE: accumulate,
     RAGGED: ragged,
     RAGGED_BACKWARD: ragged_backward,
     PAGED: paged,
     PAGED_DECODE: paged_decode,
+    PAGED_DECODE_ANY: paged_decode.ANY_PAGES,
+    **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (*PAGED_DECODE_SCALED.values(), MERGED)
+UNVERIFIED_KINDS = (
+    *(*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), PAGED_DECODE_ANY),
+    *(MERGED, BACKWARD_ACCUMULATE),
+)
 #: No GPU has run these with sinks yet.
 UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
 

@@ -8,7 +8,8 @@ The second launch knows by itself which splits a row has: what the first one doe
 never read.
 
 Where that isn't faster (:func:`_by_boxes`), kernels are those of mma.sync (:mod:`schedules.families.mma.paged_decode`):
-rows of wgmma are 64, which heads that can't share a tile don't fill.
+rows of wgmma are 64, which heads that can't share a tile don't fill.  For pages that aren't whole boxes there are such
+kernels beside (:data:`ANY_PAGES`), of a kind of their own.
 """
 
 from __future__ import annotations
@@ -62,6 +63,20 @@ _WARPS = PagedDecoding(
     asynchronous.feasible,
     early=True,
 )
+
+
+@dataclass(frozen=True)
+class AnyPages(PagedDecoding):
+    """The same kernels where the usual ones go by boxes, for pages that aren't whole boxes."""
+
+    def feasible(self, pattern: Pattern, config, target: Target) -> Rejected | None:
+        """Whether the configuration can be compiled, and there is a use for it."""
+        if not _by_boxes(pattern):
+            return Rejected("kernels of the kind paged_decode are for pages of any size here")
+        return PagedDecoding.feasible(self, pattern, config, target)
+
+
+ANY_PAGES = AnyPages(asynchronous.Config, asynchronous.DecodeMachine, _WARPS.configs, asynchronous.feasible, early=True)
 
 #: Rows that boxes must have for the run time to choose this kernel.  Prompts on pages of one key reach a fifth of what
 #: they do on pages of 16 (docs/hopper.md, "Keys on pages"); decoding by boxes of few rows was never timed.

@@ -69,6 +69,14 @@ class Backward:
         return launches.program(pattern, config, traversal, name, self.machines)
 
 
+class AccumulatingBackward(Backward):
+    """The same whose results are added to what is there, in float32."""
+
+    def program(self, pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
+        """The launches."""
+        return launches.program(pattern, config, traversal, name, self.machines, adds=True)
+
+
 class RaggedBackward(Backward):
     """The same of ragged sequences, whose blocks are slots that they look up."""
 

@@ -31,13 +31,15 @@ from schedules.families.mma.backward.config import LaunchConfig
 from schedules.families.mma.ldmatrix import LOAD, LOAD_TRANSPOSED
 from schedules.families.mma.machine import RowCopies, Rows, pieces
 from schedules.families.mma.mma import stage_rows
+from schedules.families.mma.paired import PART_COLUMNS
 from schedules.families.mma.registers import fresh
 from schedules.tile.dtypes import tensor_types
-from schedules.tile.epilogue import store_rows
+from schedules.tile.epilogue import add_rows, store_rows
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import local
 from schedules.tile.place_gradients import PlaceGradients, Targets
 from schedules.tile.smem import SharedTile
+from schedules.tile.static import static
 from schedules.tile.weights import Weights
 
 #: Named barriers of the pairs begin here; barrier 0 is the whole block's.
@@ -410,15 +412,25 @@ class GradientMachine(RowCopies):
     def store(self, tensor, sequences, memory, block, acc, tile, factor):
         """Round a sum times ``factor``, and store it by way of the warp's own rows of ``tile``, which nobody reads.
 
-        ``sequences`` are those of the own rows, ``block`` is the block's work tile.
+        ``sequences`` are those of the own rows, ``block`` is the block's work tile.  Or add it to what is there.
         """
         stride = T.meta_var(self.fragment.registers(tile.columns // self.parts))
         rows = T.meta_var(self.fragment.tile_rows // self.parts)
-        for i in T.unroll(self.m_tiles * stride):
-            acc[i] = acc[i] * factor
-        stage_rows(self, tile, acc, stride)
-        store_rows(
-            tensor, sequences.of(block.batch), block.batch, block.head, memory, tile,
-            self.warp_row + self.part * rows, block.m_block * self.config.own_rows, self.lane, self.m_tiles,
-            self.tile_step, rows,
-        )  # fmt: skip
+        if static(self.tensors.adds):
+            column: T.int32 = self.fragment.column(self.lane) + self.part * PART_COLUMNS
+            first: T.int32 = block.m_block * self.config.own_rows + self.warp_row + self.fragment.row(self.lane)
+            own = T.meta_var(sequences.of(block.batch))
+            add_rows(
+                memory, acc, stride, factor, self.m_tiles, tensor.sizes["dim"], column, self.output_column,
+                lambda t, r: first + (t * self.tile_step + r * self.fragment.row_step), own.length,
+                lambda row: tensor.offset(block.batch, block.head, own.at(row), column),
+            )  # fmt: skip
+        else:
+            for i in T.unroll(self.m_tiles * stride):
+                acc[i] = acc[i] * factor
+            stage_rows(self, tile, acc, stride)
+            store_rows(
+                tensor, sequences.of(block.batch), block.batch, block.head, memory, tile,
+                self.warp_row + self.part * rows, block.m_block * self.config.own_rows, self.lane, self.m_tiles,
+                self.tile_step, rows,
+            )  # fmt: skip

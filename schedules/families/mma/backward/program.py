@@ -21,11 +21,18 @@ from tvm_flash.packs.manifest import Workspace
 
 
 def program(
-    pattern: Pattern, config: Config, traversal: Traversal, name: str, machines, *, ragged: bool = False
+    pattern: Pattern,
+    config: Config,
+    traversal: Traversal,
+    name: str,
+    machines,
+    *,
+    ragged: bool = False,
+    adds: bool = False,
 ) -> Program:
     """The launches; ``config`` must be feasible, and ``machines`` are those for dk and dv, and for dq.
 
-    ``ragged``: of sequences of different lengths.
+    ``ragged``: of sequences of different lengths.  ``adds``: results to what is there.
     """
 
     def names(known):
@@ -36,8 +43,8 @@ def program(
     of_keys, of_queries = (Targets(pattern, transposed).roles for transposed in (True, False))
     sums, starts = (("parameter_sums",) if asked else ()), (Starts.roles if ragged else ())
     of_delta = delta(pattern, traversal, name, ALIGNMENT, ragged=ragged)
-    of_dkdv = keys.build(keyed, config, traversal, f"{name}_dkdv", machines[0], Starts() if ragged else None)
-    of_dq = queries.build(queried, config, traversal, f"{name}_dq", machines[1], Starts() if ragged else None)
+    of_dkdv = keys.build(keyed, config, traversal, f"{name}_dkdv", machines[0], Starts() if ragged else None, adds)
+    of_dq = queries.build(queried, config, traversal, f"{name}_dq", machines[1], Starts() if ragged else None, adds)
     launches = [
         ScheduledLaunch(of_delta, ("o", "do", "dlse", "delta")),
         ScheduledLaunch(of_dkdv, (*keys.ROLES, *names(keyed), *of_keys, *starts)),
@@ -48,7 +55,7 @@ def program(
     if asked:
         size = ("*", len(asked), *tiles_of(config.block_m_dq, ragged)[1:])
         workspaces.append(Workspace("parameter_sums", "float32", (size,)))
-        launches.append(_sums(pattern, config, asked, f"{name}_parameters", ragged))
+        launches.append(_sums(pattern, config, asked, f"{name}_parameters", ragged, adds))
     found = Program(
         "backward",
         tuple(launches),
@@ -66,11 +73,11 @@ def _ranged(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged, Pattern
     return ranged(pattern, "j", config.keys.own_rows), ranged(pattern, "i", config.queries.own_rows)
 
 
-def _sums(pattern: Pattern, config: Config, asked, name: str, ragged: bool) -> ScheduledLaunch:
+def _sums(pattern: Pattern, config: Config, asked, name: str, ragged: bool, adds: bool) -> ScheduledLaunch:
     """The launch that adds what the blocks have left for gradients of parameters."""
     gradients = tuple(gradient_name(p) for p in asked)
     if not ragged:
-        return ScheduledLaunch(parameter_sums(asked, name), ("parameter_sums", *gradients))
+        return ScheduledLaunch(parameter_sums(asked, name, adds), ("parameter_sums", *gradients))
     func = ragged_parameter_sums(asked, name, config.block_m_dq, pattern.dtype, Starts())
     return ScheduledLaunch(func, ("parameter_sums", "q", *gradients, Starts.roles[0]))
 

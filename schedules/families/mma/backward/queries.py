@@ -29,10 +29,16 @@ ROLES = ("q", "k", "v", "do", "lse", "delta", "dq", "softmax_scale")
 
 
 def build(
-    pattern: Pattern, config: Config, traversal: Traversal, name: str, machine_type, starts: Starts | None = None
+    pattern: Pattern,
+    config: Config,
+    traversal: Traversal,
+    name: str,
+    machine_type,
+    starts: Starts | None = None,
+    adds: bool = False,
 ) -> PrimFunc:
     """The kernel of a pattern; its arguments have the ``ROLES``, then come the pattern's parameters, ``parameter_sums``
-    if there are any, those of ``Targets``, and ``starts`` if sequences are ragged."""
+    if there are any, those of ``Targets``, and ``starts`` if sequences are ragged.  ``adds``: to what is there."""
     launch, targets = config.queries, Targets(pattern, transposed=False)
     asked = bool(summed(pattern))
     sums = tirx.decl_buffer([tirx.Var("sums_length", "int32")], "float32", name="parameter_sums")
@@ -51,7 +57,7 @@ def build(
         ):
             # 1. Arguments.
             handles = T.meta_var({"q": q, "k": k, "v": v, "do": do, "dq": dq, "lse": lse, "delta": delta})
-            tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, values))
+            tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, values, adds=adds))
             gradients = T.meta_var(tensors.gradients)
             T.device_entry()
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": launch.min_blocks_per_sm})

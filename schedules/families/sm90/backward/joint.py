@@ -25,6 +25,7 @@ from schedules.families.sm90.config import PANEL, panels
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.tile.geometry import flat, parameterised
 from schedules.tile.gradients import Starts, tensors_of, tiles_of
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs.manifest import Scalar, Workspace
 
@@ -89,17 +90,22 @@ def _shared(ragged: bool) -> tuple:
 
 
 def build(
-    pattern: Pattern, config: Config, traversal: Traversal, name: str, starts: Starts | None = None
+    pattern: Pattern,
+    config: Config,
+    traversal: Traversal,
+    name: str,
+    starts: Starts | None = None,
+    adds: bool = False,
 ) -> ScheduledLaunch:
-    """The launch of a pattern; ``starts`` says where ragged sequences begin."""
-    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, starts))
+    """The launch of a pattern; ``starts`` says where ragged sequences begin.  ``adds``: results to what is there."""
+    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, starts, adds))
     func = append_arguments(func, starts.arguments if starts else [])
     roles = (*ROLES, *(p.name for p in pattern.params), *(starts.roles if starts else ()))
     return ScheduledLaunch(func.with_attr("global_symbol", name), roles)
 
 
 def _kernel(
-    pattern: Pattern, config: Config, traversal: Traversal, parameters: dict, starts: Starts | None
+    pattern: Pattern, config: Config, traversal: Traversal, parameters: dict, starts: Starts | None, adds: bool
 ) -> PrimFunc:
     dtype, M, N, D, E = pattern.dtype, config.block_m, BLOCK, pattern.head_dim, pattern.head_dim_v
     sums_registers, consumer_registers = JOINT_REGISTERS
@@ -126,7 +132,7 @@ def _kernel(
         parts_done: T.handle,
     ):
         handles = T.meta_var({"q": q, "k": k, "v": v, "do": do, "dq": dq, "dk": dk, "dv": dv})
-        tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, parameters))
+        tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, parameters, adds=adds))
         memory = T.meta_var(row_numbers(row_shifts, row_starts))
         sums_length = T.int64()
         sums = T.match_buffer(dq_sums, (sums_length,), "float32", align=16)
@@ -150,9 +156,11 @@ def _kernel(
         v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         T.evaluate(blocks.encode(v_map, tensors.v, N))
         dk_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(blocks.encode(dk_map, gradients["dk"], WARP_ROWS))
+        if static(not adds):
+            T.evaluate(blocks.encode(dk_map, gradients["dk"], WARP_ROWS))
         dv_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(blocks.encode(dv_map, gradients["dv"], WARP_ROWS))
+        if static(not adds):
+            T.evaluate(blocks.encode(dv_map, gradients["dv"], WARP_ROWS))
         # 2. Blocks, warps, lanes.
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})

@@ -31,7 +31,7 @@ from schedules.families.sm90.backward.barriers import ALL_CONSUMERS
 from schedules.families.sm90.backward.config import CONSUMERS, Config
 from schedules.families.sm90.backward.numbers import RowNumbers
 from schedules.families.sm90.backward.operands import KEPT_PANELS, own_rows
-from schedules.families.sm90.backward.stores import stage_rows, store_rows
+from schedules.families.sm90.backward.stores import add_rows, stage_rows, store_rows
 from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS
@@ -39,7 +39,9 @@ from schedules.families.sm90.pipeline import Pipeline, TileCounter
 from schedules.families.sm90.tma import wait_stored
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset
 from schedules.tile.fragment import M16N8
+from schedules.tile.geometry import flat
 from schedules.tile.place_gradients import PlaceGradients, Targets
+from schedules.tile.static import static
 from schedules.tile.weights import Weights
 
 
@@ -265,6 +267,31 @@ class KeyConsumer:
 
     @T.inline
     def write(self, dk_map, dv_map):
+        """Store dk and dv from their rows of K and V, once no warp reads them; or add them to what is there."""
+        if static(self.block.tensors.adds):
+            if self.has_dv:
+                self.add("dv", self.v, self.acc_dv, self.pattern.head_dim_v, T.float32(1))
+            if self.has_dk:
+                self.add("dk", self.k, self.acc_dk, self.pattern.head_dim, self.block.tensors.softmax_scale)
+        else:
+            self.write_over(dk_map, dv_map)
+
+    @T.inline
+    def add(self, name, keys, acc, columns, factor):
+        """Add accumulators times ``factor`` to this warp's rows of a result."""
+        # of a block of no queries it may still be on its way
+        keys.consumer_wait(keys.state(0))
+        block = T.meta_var(self.block)
+        tensor = T.meta_var(block.tensors.gradients[name])
+        own = T.meta_var(block.tensors.keys.of(block.batch))
+        first: T.int32 = block.key_first + self.key + M16N8.row(self.lane)
+        add_rows(
+            flat(tensor.buffer), acc, columns // 2, factor, tensor.sizes["dim"], self.column, first, own.length,
+            lambda row: tensor.offset(block.batch, block.kv_head, own.at(row), self.column),
+        )  # fmt: skip
+
+    @T.inline
+    def write_over(self, dk_map, dv_map):
         """Store dk and dv from their rows of K and V, once no warp reads them."""
         if self.config.shares_keys:
             T.ptx.bar.sync(ALL_CONSUMERS, CONSUMERS * WARPGROUP_THREADS)

@@ -31,12 +31,17 @@ ROLES = ("q", "k", "v", "do", SHIFTS, STARTS, "dk", "dv", "softmax_scale")
 
 
 def build(
-    pattern: Pattern, config: Config, traversal: Traversal, name: str, starts: Starts | None = None
+    pattern: Pattern,
+    config: Config,
+    traversal: Traversal,
+    name: str,
+    starts: Starts | None = None,
+    adds: bool = False,
 ) -> ScheduledLaunch:
-    """The launch of a pattern; ``starts`` says where ragged sequences begin."""
-    learnt, targets = ParameterGradients(pattern, writes=True), Targets(pattern, transposed=True)
+    """The launch of a pattern; ``starts`` says where ragged sequences begin.  ``adds``: results to what is there."""
+    learnt, targets = ParameterGradients(pattern, writes=True, adds=adds), Targets(pattern, transposed=True)
     func = parameterised(
-        pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, targets, starts)
+        pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, targets, starts, adds)
     )
     func = append_arguments(func, [*learnt.arguments, *targets.arguments, *(starts.arguments if starts else ())])
     params = tuple(p.name for p in pattern.params)
@@ -52,6 +57,7 @@ def _kernel(
     learnt: ParameterGradients,
     targets: Targets,
     starts: Starts | None,
+    adds: bool,
 ) -> PrimFunc:
     dtype, M, N, D, E = pattern.dtype, config.block_m, config.block_keys, pattern.head_dim, pattern.head_dim_v
     producer_registers, consumer_registers = registers_of_keys(pattern, config)
@@ -70,7 +76,7 @@ def _kernel(
         softmax_scale: T.float32,
     ):
         handles = T.meta_var({"q": q, "k": k, "v": v, "do": do, "dk": dk, "dv": dv})
-        tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, parameters))
+        tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, parameters, adds=adds))
         memory = T.meta_var(row_numbers(row_shifts, row_starts))
         gradients = T.meta_var(tensors.gradients)
         blocks = T.meta_var(key_blocks(tensors, N))
@@ -86,9 +92,11 @@ def _kernel(
         v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         T.evaluate(blocks.encode(v_map, tensors.v, N))
         dk_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(blocks.encode(dk_map, gradients["dk"], WARP_ROWS))
+        if static(not adds):
+            T.evaluate(blocks.encode(dk_map, gradients["dk"], WARP_ROWS))
         dv_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(blocks.encode(dv_map, gradients["dv"], WARP_ROWS))
+        if static(not adds):
+            T.evaluate(blocks.encode(dv_map, gradients["dv"], WARP_ROWS))
         # 2. Blocks, warps, lanes.
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})

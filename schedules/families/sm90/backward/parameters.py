@@ -36,9 +36,12 @@ def workspaces(pattern: Pattern, ragged: bool) -> tuple[Workspace, ...]:
 
 @T.meta_class
 class ParameterGradients:
-    """The arguments of a launch beside the pattern's parameters: the shares, and ``d_NAME`` if it ``writes`` them."""
+    """The arguments of a launch beside the pattern's parameters: the shares, and ``d_NAME`` if it ``writes`` them, or
+    ``adds`` to them.
+    """
 
-    def __init__(self, pattern: Pattern, *, writes: bool):
+    def __init__(self, pattern: Pattern, *, writes: bool, adds: bool = False):
+        self.adds = adds
         self.pattern, self.params, self.has_sink = pattern, summed(pattern), pattern.has_sink
         targets, self.targets = gradient_symbols(self.params if writes else (), pattern.index_dtype)
         self.arguments, self.roles = [*targets], tuple(gradient_name(p) for p in self.params if writes)
@@ -115,7 +118,7 @@ class ParameterGradients:
                 T.buffer_store(total.source, total + shares[first + wide(number)], [0])
         _add_lanes(total)
         with T.If(lane == 0), T.Then():
-            T.buffer_store(target, total.source[0], [at])
+            T.buffer_store(target, target[at] + total.source[0] if self.adds else total.source[0], [at])
 
 
 def _add_lanes(total):

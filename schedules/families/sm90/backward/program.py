@@ -16,26 +16,34 @@ from tvm_flash.packs import sizes
 
 
 def program(
-    pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str, *, ragged: bool = False
+    pattern: Pattern,
+    config: Config,
+    target: Target,
+    traversal: Traversal,
+    name: str,
+    *,
+    ragged: bool = False,
+    adds: bool = False,
 ) -> Program:
-    """The launches; ``config`` must be feasible.  ``ragged``: of sequences of different lengths."""
+    """The launches; ``config`` must be feasible.  ``ragged``: of sequences of different lengths; ``adds``: results to
+    what is there."""
 
     def starts():
         return Starts() if ragged else None
 
     counters = joint.counters(ragged) if config.joint else ()
-    first = rows.build(pattern, traversal, name, config.block_m, ragged=ragged, counters=counters)
+    first = rows.build(pattern, traversal, name, config.block_m, ragged=ragged, counters=counters, adds=adds)
     workspaces = (*rows.workspaces(config.block_m, ragged), *counters)
     scalars = ()
     if config.joint:
-        launches = (first, joint.build(pattern, config, traversal, f"{name}_joint", starts()))
+        launches = (first, joint.build(pattern, config, traversal, f"{name}_joint", starts(), adds))
         workspaces, scalars = (*workspaces, *joint.workspaces(pattern, config, ragged)), joint.scalars(pattern, ragged)
     else:
         keyed, queried = (pattern, pattern) if ragged else _ranged(pattern, config)
         launches = (
             first,
-            queries.build(queried, config, traversal, f"{name}_dq", starts()),
-            keys.build(keyed, config, traversal, f"{name}_dkdv", starts()),
+            queries.build(queried, config, traversal, f"{name}_dq", starts(), adds),
+            keys.build(keyed, config, traversal, f"{name}_dkdv", starts(), adds),
         )
         workspaces = (*workspaces, *parameters.workspaces(pattern, ragged))
     memory = {"workspaces": workspaces, "scalars": scalars, "narrow_axes": _narrow_axes(config, ragged)}

@@ -24,6 +24,7 @@ from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import flat, parameterised
 from schedules.tile.gradients import Starts, tensors_of
 from schedules.tile.place_gradients import Targets
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 
 #: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
@@ -31,12 +32,17 @@ ROLES = ("q", "k", "v", "do", SHIFTS, STARTS, "dq", "softmax_scale")
 
 
 def build(
-    pattern: Pattern, config: Config, traversal: Traversal, name: str, starts: Starts | None = None
+    pattern: Pattern,
+    config: Config,
+    traversal: Traversal,
+    name: str,
+    starts: Starts | None = None,
+    adds: bool = False,
 ) -> ScheduledLaunch:
-    """The launch of a pattern; ``starts`` says where ragged sequences begin."""
+    """The launch of a pattern; ``starts`` says where ragged sequences begin.  ``adds``: results to what is there."""
     learnt, targets = ParameterGradients(pattern, writes=False), Targets(pattern, transposed=False)
     func = parameterised(
-        pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, targets, starts)
+        pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, targets, starts, adds)
     )
     func = append_arguments(func, [*learnt.arguments, *targets.arguments, *(starts.arguments if starts else ())])
     params = tuple(p.name for p in pattern.params)
@@ -52,6 +58,7 @@ def _kernel(
     learnt: ParameterGradients,
     targets: Targets,
     starts: Starts | None,
+    adds: bool,
 ) -> PrimFunc:
     dtype, D, E = pattern.dtype, pattern.head_dim, pattern.head_dim_v
     tiles = config.for_queries
@@ -70,7 +77,7 @@ def _kernel(
         softmax_scale: T.float32,
     ):
         handles = T.meta_var({"q": q, "k": k, "v": v, "do": do, "dq": dq})
-        tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, parameters))
+        tensors = T.meta_var(tensors_of(pattern, traversal, handles, starts, softmax_scale, parameters, adds=adds))
         memory = T.meta_var(row_numbers(row_shifts, row_starts))
         gradients = T.meta_var(tensors.gradients)
         rows, scheduler, boxes = T.meta_var(query_blocks(pattern, tensors, tiles))
@@ -85,7 +92,8 @@ def _kernel(
         v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         T.evaluate(boxes.encode_keys(v_map, tensors.v, tiles.block_n))
         dq_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.evaluate(boxes.encode_queries(dq_map, gradients["dq"], WARP_ROWS))
+        if static(not adds):
+            T.evaluate(boxes.encode_queries(dq_map, gradients["dq"], WARP_ROWS))
         # 2. Blocks, warps, lanes.
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})

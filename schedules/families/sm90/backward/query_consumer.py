@@ -20,7 +20,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
 from schedules.families.sm90.backward.operands import KEPT_PANELS, own_rows
 from schedules.families.sm90.backward.parameters import SHARES, ParameterGradients
-from schedules.families.sm90.backward.stores import stage_rows, store_rows
+from schedules.families.sm90.backward.stores import add_rows, stage_rows, store_rows
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
 from schedules.families.sm90.pipeline import Pipeline, TileCounter
@@ -28,9 +28,10 @@ from schedules.families.sm90.tma import wait_stored
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset
 from schedules.families.sm90.work_tile import Block, KeyWalk
 from schedules.tile.fragment import M16N8
-from schedules.tile.geometry import wide
+from schedules.tile.geometry import flat, wide
 from schedules.tile.place_gradients import PlaceGradients, Targets
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
+from schedules.tile.static import static
 from schedules.tile.weights import Weights
 
 
@@ -305,13 +306,35 @@ class QueryConsumer:
 
     @T.inline
     def write(self, dq_map):
-        """Store dq from this warpgroup's rows of Q, once none of its warps reads them."""
+        """Store dq, or add it to what is there."""
         for r in T.unroll(2):
             # a row that sees nothing may still hold the NaN of a key that it doesn't see
             if self.sees_nothing(r):
                 for g in T.unroll(self.pattern.head_dim // 8):
                     for e in T.unroll(2):
                         self.acc_dq[g * 4 + r * 2 + e] = T.float32(0)
+        if static(self.block.geometry.adds):
+            self.add()
+        else:
+            self.write_over(dq_map)
+
+    @T.inline
+    def add(self):
+        """Add dq to what is there."""
+        block = T.meta_var(self.block)
+        tensor = T.meta_var(block.geometry.gradients["dq"])
+        own = T.meta_var(block.geometry.queries.of(block.batch))
+        first: T.int32 = block.row_first + self.row + M16N8.row(self.lane)
+        column: T.int32 = M16N8.column(self.lane)
+        add_rows(
+            flat(tensor.buffer), self.acc_dq, self.pattern.head_dim // 2, block.geometry.softmax_scale,
+            tensor.sizes["dim"], column, first, own.length,
+            lambda row: tensor.offset(block.batch, block.head, own.at(row), column),
+        )  # fmt: skip
+
+    @T.inline
+    def write_over(self, dq_map):
+        """Store dq from this warpgroup's rows of Q, once none of its warps reads them."""
         NamedBarriers(CONSUMERS).queries_read(self.index)
         q = T.meta_var(self.q.pointer(self.q.state(0)))
         scale = T.meta_var(self.block.geometry.softmax_scale)

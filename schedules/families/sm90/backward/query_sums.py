@@ -21,6 +21,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.mma.registers import anew
 from schedules.families.sm90.backward.config import Config
 from schedules.families.sm90.backward.numbers import RowNumbers
+from schedules.families.sm90.backward.stores import add_rows
 from schedules.families.sm90.backward.sums import (
     add_to_tile,
     await_count,
@@ -202,7 +203,7 @@ class QuerySums:
 
     @T.inline
     def write(self, head, tile, chunk):
-        """Add the sum to a chunk, and write it as dq."""
+        """Add the sum to a chunk, and write it as dq, or add it to what is there."""
         tensors = T.meta_var(self.block.tensors)
         out = T.meta_var(tensors.gradients["dq"])
         elements = T.meta_var(flat(out.buffer))
@@ -221,16 +222,22 @@ class QuerySums:
         row: T.int32 = tile * self.config.block_m + chunk // self.chunks[1] * PANEL
         row = row + self.warp * 16 + M16N8.row(lane)
         own = T.meta_var(tensors.queries.of(self.block.batch))
-        to: T.int64 = out.offset(anew(self.block.batch), anew(head), own.at(row), column)
-        for r in T.unroll(2):
-            if row + r * M16N8.row_step < own.length:
-                for i in T.unroll(8):
-                    if column + i * 8 < tensors.head_dim:
-                        x = T.meta_var(i * 4 + r * 2)
-                        scale = T.meta_var(tensors.softmax_scale)
-                        T.ptx[pack](self.packed[0], self.acc[x + 1] * scale, self.acc[x] * scale)
-                        T.ptx["st.global.b32"](elements.ptr_to([to + i * 8]), self.packed[0])
-            to = to + out.rows_offset(T.int32(M16N8.row_step))
+        if static(tensors.adds):
+            add_rows(
+                elements, self.acc, PANEL // 2, tensors.softmax_scale, tensors.head_dim, column, row, own.length,
+                lambda i: out.offset(anew(self.block.batch), anew(head), own.at(i), column),
+            )  # fmt: skip
+        else:
+            to: T.int64 = out.offset(anew(self.block.batch), anew(head), own.at(row), column)
+            for r in T.unroll(2):
+                if row + r * M16N8.row_step < own.length:
+                    for i in T.unroll(8):
+                        if column + i * 8 < tensors.head_dim:
+                            x = T.meta_var(i * 4 + r * 2)
+                            scale = T.meta_var(tensors.softmax_scale)
+                            T.ptx[pack](self.packed[0], self.acc[x + 1] * scale, self.acc[x] * scale)
+                            T.ptx["st.global.b32"](elements.ptr_to([to + i * 8]), self.packed[0])
+                to = to + out.rows_offset(T.int32(M16N8.row_step))
 
     # ------------------------------------------------------------ the whole
 

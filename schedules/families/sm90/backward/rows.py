@@ -23,10 +23,11 @@ from schedules.families.interface import ScheduledLaunch
 from schedules.tile.delta import ROWS, THREADS, halves
 from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import RAGGED_LAYOUT, Tensor, flat, local, wide
-from schedules.tile.gradients import ALIGNMENT, Starts, tiles_of
+from schedules.tile.gradients import ALIGNMENT, Starts, result_types, tiles_of
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.sequences import Ragged
 from schedules.tile.softmax import from_lane
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 from schedules.tile.weights import negative, shift_of
 from tvm_flash.packs.manifest import Workspace
@@ -45,16 +46,23 @@ def workspaces(block_m: int, ragged: bool) -> tuple[Workspace, ...]:
 class _Outputs:
     """The arguments of the launch, and which row a place in a tile is."""
 
-    def __init__(self, pattern: Pattern, traversal: Traversal, block_m: int, starts: Starts | None, handles):
+    def __init__(
+        self, pattern: Pattern, traversal: Traversal, block_m: int, starts: Starts | None, handles, adds: bool
+    ):
         o, do, lse, dlse, dq = handles
         self.block_m, self.ragged = block_m, starts is not None
         names = ("batch", "heads", "seqlen_q", "head_dim", "head_dim_v")
         batch, self.heads, self.seqlen_q, self.head_dim, self.head_dim_v = (tirx.Var(name, "int32") for name in names)
         layout = RAGGED_LAYOUT if starts else traversal.layout
         sizes = {"batch": batch, "heads": self.heads, "seq": self.seqlen_q}
+        of_dq = result_types(pattern, adds).q.name
         self.o, self.do, self.dq = (
-            Tensor(handle, name, {**sizes, "dim": dim}, pattern.dtype, layout, ALIGNMENT)
-            for handle, name, dim in ((o, "o", self.head_dim_v), (do, "do", self.head_dim_v), (dq, "dq", self.head_dim))
+            Tensor(handle, name, {**sizes, "dim": dim}, dtype, layout, ALIGNMENT)
+            for handle, name, dim, dtype in (
+                (o, "o", self.head_dim_v, pattern.dtype),
+                (do, "do", self.head_dim_v, pattern.dtype),
+                (dq, "dq", self.head_dim, of_dq),
+            )
         )
         lengths = T.int32(), T.int32()
         self.lse = T.match_buffer(lse, (lengths[0],), "float32", align=4)
@@ -122,20 +130,23 @@ def build(
     *,
     ragged: bool = False,
     counters: tuple[Workspace, ...] = (),
+    adds: bool = False,
 ) -> ScheduledLaunch:
     """The launch: 16-bit tensors whose strides are multiples of 16 bytes; ``dlse`` that is shorter than there are rows
-    means none.  ``counters`` are int32 workspaces that it clears.
+    means none.  ``counters`` are int32 workspaces that it clears.  ``adds``: dq is added to what is there, so that rows
+    which see nothing are left alone.
     """
     starts = Starts() if ragged else None
     cleared = [tirx.decl_buffer([tirx.Var(f"{w.name}_length", "int32")], "int32", name=w.name) for w in counters]
     func = append_arguments(
-        _kernel(pattern, traversal, block_m, starts, cleared), [*(starts.arguments[:1] if starts else ()), *cleared]
+        _kernel(pattern, traversal, block_m, starts, cleared, adds),
+        [*(starts.arguments[:1] if starts else ()), *cleared],
     )
     roles = ("o", "do", "lse", "dlse", "dq", SHIFTS, STARTS, *(Starts.roles[:1] if ragged else ()))
     return ScheduledLaunch(func.with_attr("global_symbol", name), (*roles, *(w.name for w in counters)))
 
 
-def _kernel(pattern: Pattern, traversal: Traversal, block_m: int, starts: Starts | None, cleared):
+def _kernel(pattern: Pattern, traversal: Traversal, block_m: int, starts: Starts | None, cleared, adds: bool):
     dtype, chunk = pattern.dtype, element_type(pattern.dtype).chunk
     lanes = 1 << (-(-pattern.head_dim_v // chunk) - 1).bit_length()
     steps = lanes.bit_length() - 1
@@ -151,7 +162,7 @@ def _kernel(pattern: Pattern, traversal: Traversal, block_m: int, starts: Starts
         row_shifts: T.handle,
         row_starts: T.handle,
     ):
-        at = _Outputs(pattern, traversal, block_m, starts, (o, do, lse, dlse, dq))
+        at = _Outputs(pattern, traversal, block_m, starts, (o, do, lse, dlse, dq), adds)
         length = T.int64()
         shifts = T.match_buffer(row_shifts, (length,), "float32", align=16)
         begins = T.match_buffer(row_starts, (length,), "float32", align=16)
@@ -181,11 +192,12 @@ def _kernel(pattern: Pattern, traversal: Traversal, block_m: int, starts: Starts
                     if at.sees(batch):
                         sum_of_exponentials[r] = at.lse[number]
                     if sum_of_exponentials[r] == T.float32(NEGATIVE_INFINITY):
-                        for i in T.serial(ceildiv(T.max(at.head_dim - column, 0), lanes * chunk)):
-                            T.ptx["st.global.v4.b32"](
-                                zeros.ptr_to([at.dq.offset(batch, head, row, column + i * (lanes * chunk))]),
-                                *[T.uint32(0)] * 4,
-                            )
+                        if static(not adds):
+                            for i in T.serial(ceildiv(T.max(at.head_dim - column, 0), lanes * chunk)):
+                                T.ptx["st.global.v4.b32"](
+                                    zeros.ptr_to([at.dq.offset(batch, head, row, column + i * (lanes * chunk))]),
+                                    *[T.uint32(0)] * 4,
+                                )
                     else:
                         if at.has_dlse:
                             outer[r] = at.dlse[number]

@@ -23,6 +23,12 @@ __forceinline__ __device__ void add_to_tile(void* to, float a, float b, float c,
 }
 """
 
+_ADD_PAIR = """
+__forceinline__ __device__ void add_pair(void* to, float a, float b) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(a), "f"(b) : "memory");
+}
+"""
+
 _TAKE = """
 __forceinline__ __device__ void take_tile(float* to, const void* from) {
   float a, b, c, d;
@@ -63,6 +69,11 @@ def store_tile(to, a, b, c, d):
 def add_to_tile(to, a, b, c, d):
     """Four accumulators, added to what is there."""
     return T.cuda.func_call("add_to_tile", to, a, b, c, d, source_code=_ADD)
+
+
+def add_pair(to, a, b):
+    """Two neighbours of a row, added to what is there."""
+    return T.cuda.func_call("add_pair", to, a, b, source_code=_ADD_PAIR)
 
 
 def take_tile(to, source):
