@@ -11,7 +11,7 @@ pytest.importorskip("tvm")
 from schedules.builder.plan import BuildRequest, select
 from schedules.builder.suite import Selection
 from schedules.families import core_kinds_of, family_of, is_verified_size, maker_of
-from schedules.families.interface import BACKWARD, RAGGED_BACKWARD, Program, Rejected, Target
+from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, RAGGED_BACKWARD, Program, Rejected, Target
 from schedules.templates import v1, v2
 from tests.machine_code import compiled
 from tests.test_gpu_compile import pattern_of
@@ -39,6 +39,15 @@ def test_machine_code(arch, template, pattern, tmp_path):
     # Four products of 16 keys and 16 queries at least in one launch, three in the other.
     assert count["HMMA"] >= 7 * pattern.head_dim // 16 * 2
     assert (count["LDGSTS"] == 0) == (arch == "sm_75")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_gradients_that_are_added_dont_spill(arch, tmp_path):
+    """Both a launch that has a block's sums in registers and, on Hopper, one that has those of dq in memory."""
+    program = v2.apply(pattern_of(128, "causal", dtype="bfloat16"), Target(arch), "kernel", kind=BACKWARD_ACCUMULATE)
+    assert isinstance(program, Program), program
+    _, _, count = compiled(program, arch, tmp_path)
+    assert count["LDL"] == count["STL"] == 0
 
 
 #: Head_dims that an arch's backward has, from 32 on.

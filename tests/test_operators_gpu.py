@@ -111,6 +111,26 @@ def test_gradients(mode, dtype, compiled):
         assert torch.equal(x, y)
 
 
+@of_kind("backward_accumulate")
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "scale"])
+def test_gradients_are_added_to_float32_ones(mode):
+    """In place of a conversion; those of slopes too."""
+    tensors = dense("bfloat16", mode)
+    q, k, v, *slopes = tensors
+    options = {k: v for k, v in MODES[mode].items() if k != "slopes"} | {"alibi_slopes": slopes[0] if slopes else None}
+    options |= {"gradients": ["alibi_slopes"] if slopes else []}
+    dout = weights()[0].bfloat16()
+    out, lse = ours(mode)(*tensors)
+    want = flash_attention_backward(dout, q, k, v, out, lse, softmax_scale=0.125, **options)
+    names = ("dq", "dk", "dv", "d_alibi_slopes")[: len(want)]
+    rooms = {n: torch.full(x.shape, 2.0, device="cuda") for n, x in zip(names, want, strict=True)}
+    rooms["accumulate"] = True
+    found = flash_attention_backward(dout, q, k, v, out, lse, softmax_scale=0.125, **options, **rooms)
+    for name, x, y in zip(names, found, want, strict=True):
+        assert x is rooms[name] and x.dtype == torch.float32
+        assert ((x - 2) - y.float()).abs().max() <= 2.0**-7 * y.float().abs().max() + 1e-5
+
+
 @of_kind("backward")
 def test_a_captured_training_step_replays():
     tensors = dense("bfloat16", "causal")

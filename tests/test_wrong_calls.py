@@ -86,7 +86,7 @@ def test_a_wrong_call(way: str, wrong: Wrong, device: str):
     with pytest.raises(wrong.error) as caught:
         call(way, device, given)
     assert isinstance(caught.value, TvmFlashError) and isinstance(caught.value, wrong.builtin)
-    named = r"^(q|k|v|out|causal|return_lse|window_size|softmax_scale|softcap|variant|alibi_slopes)\b"
+    named = r"^(q|k|v|out|causal|return_lse|window_size|softmax_scale|softcap|variant|alibi_slopes|key_range)\b"
     assert isinstance(caught.value, KernelNotFoundError) or re.search(named, str(caught.value))
     if before is not None:
         assert torch.equal(given["out"], before)

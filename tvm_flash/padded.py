@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tvm_flash.call.checks import check_layout
@@ -53,6 +54,10 @@ def padded_attention(
     """
     check_layout(layout)
     query_start = check_placement(key_range, query_start)
+    torch = sys.modules.get("torch")
+    of_torch = torch is not None and isinstance(q, torch.Tensor) and isinstance(key_range, torch.Tensor)
+    if of_torch and q.device != key_range.device:
+        raise ArgumentTypeError(f"key_range: is on {key_range.device}, expected {q.device}, where q is; move it")
     # fmt: off
     return _attend[layout](q, k, v, key_range[:, :1], key_range[:, 1:], query_start, alibi_slopes, sinks, out,
                            variant, return_lse, softmax_scale, causal, window_size, softcap)
