@@ -6,13 +6,12 @@ import dataclasses
 from typing import Any
 
 from tvm_flash.call.dispatch import entrance
-from tvm_flash.call.paged import check_numbers, check_paged
+from tvm_flash.call.paged import CACHE_DTYPES, check_numbers, check_paged
 from tvm_flash.call.prepare import same_framework
 from tvm_flash.call.ragged import fault_of
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.operators import PAGED, PAGED_PARAMETERS, PAGED_SCALED, RAGGED_LAYOUT
-from tvm_flash.quantised import CACHE_DTYPES
 
 _attend = entrance(signature(RAGGED_LAYOUT, parameters=PAGED_PARAMETERS, op=PAGED, layout_known=True))
 

@@ -10,19 +10,16 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
-
+from tvm_flash.call.paged import CACHE_DTYPES
 from tvm_flash.call.problem import DTYPES
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.frameworks import framework_of
-from tvm_flash.packs.manifest import CACHE_OF_KIND
 
 #: The largest number that an element is, by the dtype of the cache.
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
 
-_FLOAT32_MAX, _FLOAT32_NORMAL = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
-
-CACHE_DTYPES = tuple(dict.fromkeys(CACHE_OF_KIND.values()))
+#: The largest number of float32, and the least that has all its digits.
+_FLOAT32_MAX, _FLOAT32_NORMAL = (2 - 2.0**-23) * 2.0**127, 2.0**-126
 
 
 def quantise_cache(x: Any, dtype: str = "float8_e4m3fn", scale: Any = None) -> tuple[Any, Any]:
@@ -141,6 +138,8 @@ class _NumPy:
         return self._module.max(x, axis=axes)
 
     def quotient(self, x, y):
+        import numpy as np
+
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # infinities and NaN have their places
             return x / y
 
@@ -175,7 +174,9 @@ class _Torch:
 
 @functools.cache
 def _numpy() -> _NumPy:
-    return _NumPy(np)
+    import numpy
+
+    return _NumPy(numpy)
 
 
 @functools.cache

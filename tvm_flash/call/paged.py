@@ -23,8 +23,8 @@ _DIMENSIONS = {
     "page_table": "(batch, pages_per_sequence)",
 }
 
-
-_CACHE_DTYPES = tuple(dict.fromkeys(CACHE_OF_KIND.values()))
+#: Dtypes of caches of 8 bits.
+CACHE_DTYPES = tuple(dict.fromkeys(CACHE_OF_KIND.values()))
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ def _check_cache_dtypes(given: Mapping[str, TensorView]) -> None:
     q, scaled = given["q"], SCALES[0] in given
     for name in ("k_cache", "v_cache"):
         dtype = given[name].dtype
-        if scaled and dtype not in _CACHE_DTYPES:
+        if scaled and dtype not in CACHE_DTYPES:
             raise ArgumentTypeError(
-                f"{name}: has dtype {dtype}, and scales are given; expected {' or '.join(_CACHE_DTYPES)}, or leave "
+                f"{name}: has dtype {dtype}, and scales are given; expected {' or '.join(CACHE_DTYPES)}, or leave "
                 f"k_scale and v_scale out"
             )
-        if not scaled and dtype in _CACHE_DTYPES:
+        if not scaled and dtype in CACHE_DTYPES:
             raise ArgumentTypeError(f"{name}: has dtype {dtype}, and no scales are given; give k_scale and v_scale")
         if not scaled and dtype != q.dtype:
             raise ArgumentTypeError(f"{name}: has dtype {dtype}, but q has {q.dtype}; convert one to the other's")
