@@ -5,12 +5,12 @@ thread, forward, all of a cell in one process in turns, medians of CPU time, so 
 little.  On a GPU: forward and backward, 16k tokens of 16 heads, bfloat16, medians of the GPU's own time; PyTorch's
 programs are compiled beforehand by several processes.  What differs by more than 1e-3 (3e-2 in bfloat16) isn't timed.
 
-    python scripts/compare_flex.py --build /tmp/packs     # kernels of this machine's best instruction set
-    python scripts/compare_flex.py --packs /tmp/packs --output docs/benchmarks/flex_attention_cpu.json
+    python scripts/compare_flex.py --build packs          # kernels of this machine's best instruction set
+    python scripts/compare_flex.py --packs packs --output docs/benchmarks/flex_attention_cpu.json
 
-    python scripts/compare_flex.py --emit /tmp/sources --arch sm_90a     # where TVM is; --assemble where the GPU is
-    python scripts/compare_flex.py --assemble /tmp/sources --packs /tmp/packs
-    python scripts/compare_flex.py --device cuda --packs /tmp/packs --output docs/benchmarks/flex_attention_gpu.json
+    python scripts/compare_flex.py --emit sources --arch sm_90a     # where TVM is; --assemble where the GPU is
+    python scripts/compare_flex.py --assemble sources --packs packs
+    python scripts/compare_flex.py --device cuda --packs packs --output docs/benchmarks/flex_attention_gpu.json
 """
 
 import argparse

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from torch.nn.attention import bias as biases  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa  # noqa: E402
 
-from tests.test_nn import tensors  # noqa: E402
+from tests.nn_cases import tensors  # noqa: E402
 from tvm_flash.nn import scaled_dot_product_attention as ours  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")

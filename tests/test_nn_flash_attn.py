@@ -1,0 +1,180 @@
+"""The drop-ins of flash_attn's functions agree with torch's attention and take what the originals take."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tests.test_torch_program import DEVICES
+from tvm_flash import InvalidArgumentError, NotSupportedError, flash_attention_v2
+
+torch = pytest.importorskip("torch")
+
+
+from tests.nn_cases import agree, fresh, tensors  # noqa: E402, F401
+from tvm_flash import nn  # noqa: E402
+from tvm_flash.nn import sequences  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("cpu_pack", "fresh"),
+    pytest.mark.filterwarnings("error::tvm_flash.nn.FallbackWarning"),
+]
+
+
+def bshd(**options):
+    return [x.transpose(1, 2) for x in tensors(**options)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_flash_attn_func(device):
+    q, k, v = bshd(heads=(4, 2), device=device)
+    options = {"softmax_scale": 0.2, "causal": True, "window_size": (20, 0), "softcap": 4.0}
+    slopes = torch.rand(4, device=device)
+    out, lse, pattern = nn.flash_attn_func(q, k, v, 0.0, **options, alibi_slopes=slopes, return_attn_probs=True)
+    want = flash_attention_v2(q, k, v, **options, alibi_slopes=slopes, return_lse=True, variant="auto")
+    assert torch.equal(out, want[0]) and torch.equal(lse, want[1]) and pattern is None
+    assert torch.equal(nn.flash_attn_func(q, k, v, 0.0, None, True), flash_attention_v2(q, k, v, causal=True))
+
+
+def test_flash_attn_func_is_compiled():
+    q, k, v = bshd()
+    program = torch.compile(nn.flash_attn_func, fullgraph=True, backend="aot_eager")
+    assert torch.equal(program(q, k, v, causal=True), nn.flash_attn_func(q, k, v, causal=True))
+
+
+@pytest.mark.parametrize("head_dims", ((20, 20), (36, 7), (1, 1), (250, 250), (7, 64)))
+def test_flash_attn_func_takes_any_head_dim(head_dims):
+    q, k, v = bshd(head_dims=head_dims)
+    want, want_lse = exact(q, k, v)
+    out, lse, _ = nn.flash_attn_func(q, k, v, return_attn_probs=True)
+    assert (out - want).abs().max() <= 3e-6 and (lse - want_lse).abs().max() <= 1e-5
+    starts = [torch.arange(3, dtype=torch.int32) * x.shape[1] for x in (q, k)]
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    found = nn.flash_attn_varlen_func(*packed, *starts, q.shape[1], k.shape[1]).view(out.shape)
+    assert (found - want).abs().max() <= 3e-6
+
+
+def test_flash_attn_func_takes_any_strides():
+    q, k, v = bshd()
+    want = nn.flash_attn_func(q, k, v)
+    channels_first = [x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for x in (q, k, v)]
+    every_second = [torch.stack((x, x), -1).flatten(-2)[..., ::2] for x in (q, k, v)]
+    for strided in (channels_first, every_second):
+        assert strided[0].stride(-1) != 1
+        assert torch.equal(nn.flash_attn_func(*strided), want)
+
+
+def test_windows_that_are_unbounded_in_words():
+    q, k, v = bshd()
+    for one, other in ((None, (-1, -1)), ((None, 3), (-1, 3)), ((5, -7), (5, -1))):
+        assert torch.equal(nn.flash_attn_func(q, k, v, window_size=one), nn.flash_attn_func(q, k, v, window_size=other))
+
+
+def exact(q, k, v):
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    s = q @ k.mT / q.shape[-1] ** 0.5
+    return (torch.softmax(s, -1) @ v).transpose(1, 2), torch.logsumexp(s, -1)
+
+
+def test_rows_outside_of_all_sequences():
+    q, k, v = (torch.randn(40, 2, 32) for _ in range(3))
+    starts = torch.tensor([0, 11, 11, 30], dtype=torch.int32)
+    out, lse, _ = nn.flash_attn_varlen_func(q, k, v, starts, starts, 19, 19, causal=True, return_attn_probs=True)
+    for first, last in ((0, 11), (11, 30)):
+        want = nn.flash_attn_func(*(x[None, first:last] for x in (q, k, v)), causal=True)[0]
+        assert (out[first:last] - want).abs().max() <= 2e-6
+    outside = torch.ones(40, dtype=torch.bool)
+    outside[:30] = False
+    assert not out[outside].any() and lse[:, outside].isneginf().all() and lse[:, ~outside].isfinite().all()
+
+
+def test_packed_functions():
+    q, k, v = bshd(lengths=(50, 50))
+    want = nn.flash_attn_func(q, k, v, causal=True)
+    assert torch.equal(nn.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), causal=True), want)
+    assert torch.equal(nn.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=True), want)
+    starts, flat = torch.tensor([0, 50, 100], dtype=torch.int32), [x.flatten(0, 1) for x in (q, k, v)]
+    out = nn.flash_attn_varlen_qkvpacked_func(torch.stack(flat, 1), starts, 50, causal=True)
+    assert (out.view(want.shape) - want).abs().max() <= 2e-6
+    ends = (starts, starts, 50, 50)
+    out = nn.flash_attn_varlen_kvpacked_func(flat[0], torch.stack(flat[1:], 1), *ends, causal=True)
+    assert (out.view(want.shape) - want).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "lengths", ([(5, 9), (5, 9), (30, 30), (1, 70), (12, 3)], [(8, 8)] * 4, [(0, 4), (7, 0), (3, 3)])
+)
+def test_varlen(lengths, device):
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    starts = [
+        torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device)
+        for n in zip(*lengths, strict=True)
+    ]
+    total_q, total_k = (int(s[-1]) for s in starts)
+    q = torch.randn(total_q, 4, 64, device=device, dtype=dtype)
+    k, v = (torch.randn(total_k, 2, 64, device=device, dtype=dtype) for _ in range(2))
+    slopes = torch.rand(len(lengths), 4, device=device)
+    options = {"causal": True, "window_size": (25, 0)}
+    most = [max(n) for n in zip(*lengths, strict=True)]
+    out, lse, _ = nn.flash_attn_varlen_func(
+        q, k, v, *starts, *most, alibi_slopes=slopes, return_attn_probs=True, **options
+    )
+    assert out.shape == q.shape and lse.shape == (4, total_q)
+    at_q = at_k = 0
+    for (length_q, length_k), slope in zip(lengths, slopes, strict=True):
+        rows, columns = slice(at_q, at_q + length_q), slice(at_k, at_k + length_k)
+        one = q[rows][None], k[columns][None], v[columns][None]
+        want, want_lse, _ = nn.flash_attn_func(*one, alibi_slopes=slope, return_attn_probs=True, **options)
+        if length_q:
+            assert (out[rows] - want[0]).abs().max() <= (2e-6 if device == "cpu" else 2e-3)
+            assert torch.allclose(lse[:, rows], want_lse[0], rtol=0, atol=4e-6)
+        at_q, at_k = at_q + length_q, at_k + length_k
+
+
+@pytest.mark.parametrize("needs_gradients", (False, True))
+def test_sequences_where_a_pack_has_no_kernels_for_them(monkeypatch, needs_gradients):
+    """A call for each run of equal lengths gives the same, gradients too."""
+    lengths = (5, 9), (5, 9), (30, 30), (12, 0), (0, 3)
+    starts = [torch.tensor([0, *itertools.accumulate(n)]) for n in zip(*lengths, strict=True)]
+    leaves = [torch.randn(60, h, 32, requires_grad=needs_gradients) for h in (4, 2, 2)]
+
+    def attend():
+        for x in leaves:
+            x.grad = None
+        out, lse, _ = nn.flash_attn_varlen_func(
+            *leaves, *starts, 30, 30, causal=True, alibi_slopes=torch.ones(5, 4) / 8, return_attn_probs=True
+        )
+        if needs_gradients:
+            out.square().sum().backward()
+        return [out.detach(), lse.detach(), *(x.grad for x in leaves if needs_gradients)]
+
+    want = attend()
+    monkeypatch.setattr(sequences, "no_kernel", lambda *a, ragged=False: "there is none" if ragged else None)
+    calls = []
+    attend_once = sequences.attend
+    monkeypatch.setattr(sequences, "attend", lambda *a, **b: calls.append(a) or attend_once(*a, **b))
+    for a, b in zip(attend(), want, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5)
+    assert len(calls) == 4
+    with pytest.raises(InvalidArgumentError, match=r"^cu_seqlens_q: begins with 1"):
+        nn.flash_attn_varlen_func(*leaves, starts[0] + 1, starts[1], 30, 30)
+
+
+def test_what_flash_attn_functions_refuse():
+    q, k, v = bshd()
+    with pytest.raises(NotSupportedError, match=r"^dropout_p: is 0.1.*give 0.0"):
+        nn.flash_attn_func(q, k, v, 0.1)
+    packed = [x[0] for x in (q, k, v)]
+    good = torch.tensor([0, 33]), torch.tensor([0, 70])
+    two = torch.tensor([0, 20, 10]), torch.tensor([0, 70, 70])
+    for starts, says in (
+        ((torch.tensor([0, 34]), good[1]), "^cu_seqlens_q: ends with 34, expected at most the 33 rows of q"),
+        (two, "^cu_seqlens_q: falls from 20 to 10"),
+        ((good[0], torch.tensor([-1, 70])), "^cu_seqlens_k: begins with -1"),
+        ((good[0], torch.tensor([0, 30, 70])), "^cu_seqlens_k: is of 2 sequences, but cu_seqlens_q of 1"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=says):
+            nn.flash_attn_varlen_func(*packed, *starts, 33, 70)
