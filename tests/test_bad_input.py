@@ -64,7 +64,7 @@ WRONG = [
     Wrong("mixed dtypes v", {"v": v.bfloat16()}, ArgumentTypeError, TypeError, ("v: has dtype bfloat16", "convert")),
     Wrong("mixed frameworks", {"k": k.numpy()}, ArgumentTypeError, TypeError, ("k: is a numpy tensor", "convert")),
     Wrong("sparse", {"q": q.to_sparse()}, ArgumentTypeError, TypeError, ("q: has the layout", ".to_dense()")),
-    Wrong("meta", {"q": q.to("meta")}, ArgumentTypeError, TypeError, ("k: is on cpu, but q is on meta", "move")),
+    Wrong("meta", {"q": q.to("meta")}, ArgumentTypeError, TypeError, ("is on cpu, expected meta, where q is", "move")),
     # Shapes.
     Wrong("batch", {"k": k[:1], "v": v[:1]}, InvalidArgumentError, ValueError, ("k: has batch 1, but q has 2",)),
     Wrong("batch of v", {"v": v[:1]}, InvalidArgumentError, ValueError, ("v: has batch 1, but q has 2",)),
