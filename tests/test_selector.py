@@ -190,6 +190,14 @@ def test_misaligned_data_gets_the_kernel_that_can(packs):
         choose(problem(alignment=1), GPU, "auto")
 
 
+@pytest.mark.parametrize(("head_dim", "mends"), [(40, r"cache\[\.\.\., :40\] of a cache with room"), (64, "clone")])
+def test_the_remedy_for_a_misaligned_cache_of_8_bits_mends_it(packs, head_dim, mends):
+    packs(kernel("v2", mask="full", kind="paged_int8", alignment=16))
+    of = {"op": "paged_scaled", "cache_dtype": "int8", "head_dim": head_dim, "head_dim_v": head_dim}
+    with pytest.raises(InvalidArgumentError, match=f"multiple of 8 bytes only.*{mends}"):
+        choose(problem(layout="shd", alignment=8, page_size=16, pages=9, pages_per_sequence=4, **of), GPU, "auto")
+
+
 def test_large_strides_get_the_kernel_that_can(packs):
     packs(kernel("v2"), kernel("v1", index_bits=64))
     assert choose(problem(index_bits=64), GPU, "auto").kernel.entry.template == "v1"

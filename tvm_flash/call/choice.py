@@ -321,10 +321,15 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         command = build_command(arch, *options, "--dtype", problem.dtype)
         return KernelNotFoundError(f"no {whose} kernel{of} for {problem.dtype}; run `{command}`")
     if nearest.stage == _ALIGNMENT:
+        needed, remedy = nearest.kernel.alignment, "copy the misaligned tensor, as with .clone() or numpy.copy"
+        if problem.cache_dtype and any(d % needed for d in (problem.head_dim, problem.head_dim_v)):
+            remedy = (
+                f"let rows of the cache lie multiples of {needed} elements apart, as in "
+                f"cache[..., :{problem.head_dim}] of a cache with room for more"
+            )
         return InvalidArgumentError(
             f"{_named(problem)}: an address or a stride is a multiple of {problem.alignment} bytes only, and every "
-            f"{whose} kernel for this needs {nearest.kernel.alignment}; copy the misaligned tensor, "
-            f"as with .clone() or numpy.copy"
+            f"{whose} kernel for this needs {needed}; {remedy}"
         )
     if nearest.stage == _INDEX:
         return NotSupportedError(
