@@ -12,13 +12,11 @@ pytest.importorskip("torch")
 
 import numpy as np
 
-from schedules.builder.compile import lower, pattern_of
 from schedules.builder.suite import KernelSpec
-from schedules.families import maker_of
-from schedules.families.interface import BACKWARD_ACCUMULATE, Target
+from schedules.families.interface import BACKWARD_ACCUMULATE
 from tests import cases, gradient_cases
 from tests.gradient_cases import Kernel, outer
-from tests.simt.simulate import Simulated
+from tests.simt.defaults import default_kernel
 from tests.torch_cases import own_case
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
 
@@ -35,17 +33,12 @@ def made(request, tmp_path_factory):
     """A kernel's spec and parameters, and what runs it."""
     arch, template, head_dim, mask, score, dtype = request.param
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim, kind=BACKWARD_ACCUMULATE)
-    target = Target(arch)
-    pattern = pattern_of(spec, target)
-    config = maker_of(target, BACKWARD_ACCUMULATE).default_configs(template, pattern, target)[0]
-    lowered = lower(spec, pattern, target, config)
-    program = lowered.program
-    simulated = Simulated(program, lowered.text, tmp_path_factory.mktemp(arch))
-    functions = tuple(simulated.module[launch.symbol] for launch in program.launches)
+    made = default_kernel(spec, arch, tmp_path_factory.mktemp(arch))
+    program, params = made.program, made.pattern.params
     roles = tuple(launch.roles for launch in program.launches)
     layout = LAYOUT_OF_TEMPLATE[template]
-    kernel = Kernel(functions, roles, program.workspaces, pattern.params, layout, program.scalars)
-    return SimpleNamespace(spec=spec, params=pattern.params, kernel=kernel)
+    kernel = Kernel(made.functions, roles, program.workspaces, params, layout, program.scalars)
+    return SimpleNamespace(spec=spec, params=params, kernel=kernel)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,10 @@ pytest.importorskip("torch")
 
 import numpy as np
 
-from schedules.builder.compile import lower, pattern_of
 from schedules.builder.suite import KernelSpec
-from schedules.families import maker_of
-from schedules.families.interface import MERGED, Target
+from schedules.families.interface import MERGED
 from tests import cases, merged_trials, torch_cases
-from tests.simt.simulate import Simulated
+from tests.simt.defaults import default_kernel
 from tests.torch_cases import own_case, shared_cases
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
 
@@ -33,14 +31,10 @@ def kernel(request, tmp_path_factory):
     """A kernel's spec and parameters, and what runs it on CPU tensors by role."""
     arch, template, head_dim, mask, score, dtype = request.param
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim, kind=MERGED)
-    target = Target(arch)
-    pattern = pattern_of(spec, target)
-    config = maker_of(target, MERGED).default_configs(template, pattern, target)[0]
-    lowered = lower(spec, pattern, target, config)
-    simulated = Simulated(lowered.program, lowered.text, tmp_path_factory.mktemp(arch))
-    function = simulated.module[spec.symbol]
-    compute = torch_cases.by_abi(function, pattern.params)
-    return SimpleNamespace(spec=spec, params=pattern.params, compute=compute, layout=LAYOUT_OF_TEMPLATE[template])
+    made = default_kernel(spec, arch, tmp_path_factory.mktemp(arch))
+    params = made.pattern.params
+    compute = torch_cases.by_abi(made.functions[0], params)
+    return SimpleNamespace(spec=spec, params=params, compute=compute, layout=LAYOUT_OF_TEMPLATE[template])
 
 
 def merged(kernel, case, data, state):

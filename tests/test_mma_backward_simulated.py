@@ -12,13 +12,11 @@ pytest.importorskip("torch")
 
 import numpy as np
 
-from schedules.builder.compile import lower, pattern_of
 from schedules.builder.suite import KernelSpec
-from schedules.families import maker_of
-from schedules.families.interface import BACKWARD, Target
+from schedules.families.interface import BACKWARD
 from tests import cases
 from tests.gradient_cases import Kernel, check, outer, run
-from tests.simt.simulate import Simulated
+from tests.simt.defaults import default_kernel
 from tests.torch_cases import own_case, shared_cases
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
 
@@ -44,15 +42,10 @@ CAUSAL = pytest.mark.parametrize(
 def made(arch, template, head_dim, head_dim_v, mask, score, dtype, folder):
     """A kernel that runs on CPU tensors."""
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v, kind=BACKWARD)
-    target = Target(arch)
-    pattern = pattern_of(spec, target)
-    config = maker_of(target, BACKWARD).default_configs(template, pattern, target)[0]
-    lowered = lower(spec, pattern, target, config)
-    simulated = Simulated(lowered.program, lowered.text, folder)
-    functions = tuple(simulated.module[launch.symbol] for launch in lowered.program.launches)
-    roles = tuple(launch.roles for launch in lowered.program.launches)
-    kernel = Kernel(functions, roles, lowered.program.workspaces, pattern.params, LAYOUT_OF_TEMPLATE[template])
-    return SimpleNamespace(spec=spec, params=pattern.params, simulated=simulated, kernel=kernel)
+    default = default_kernel(spec, arch, folder)
+    roles, params = tuple(launch.roles for launch in default.program.launches), default.pattern.params
+    kernel = Kernel(default.functions, roles, default.program.workspaces, params, LAYOUT_OF_TEMPLATE[template])
+    return SimpleNamespace(spec=spec, params=params, simulated=default.simulated, kernel=kernel)
 
 
 @pytest.fixture(scope="module", params=KERNELS, ids=lambda k: "-".join(map(str, k)))

@@ -10,12 +10,10 @@ import pytest
 pytest.importorskip("tvm")
 pytest.importorskip("torch")
 
-from schedules.builder.compile import entry_of, lower, pattern_of
 from schedules.builder.suite import KernelSpec
-from schedules.families import maker_of
-from schedules.families.interface import PAGED, PAGED_DECODE, Target
+from schedules.families.interface import PAGED, PAGED_DECODE
 from tests import paged_trials, torch_cases
-from tests.simt.simulate import Simulated
+from tests.simt.defaults import default_kernel
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Arch, template, kind, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to copy.
@@ -36,14 +34,10 @@ def kernel(request, tmp_path_factory):
     """A kernel's spec and parameters, and what runs it on CPU tensors by role."""
     arch, template, kind, head_dim, head_dim_v, mask, score, dtype = request.param
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v, kind=kind)
-    target = Target(arch)
-    pattern = pattern_of(spec, target)
-    config = maker_of(target, kind).default_configs(template, pattern, target)[0]
-    lowered = lower(spec, pattern, target, config)
-    simulated = Simulated(lowered.program, lowered.text, tmp_path_factory.mktemp(arch))
-    functions = [simulated.module[launch.symbol] for launch in lowered.program.launches]
-    compute = torch_cases.by_entry(entry_of(spec, target, pattern, lowered, "default", {}), functions, "cpu")
-    return SimpleNamespace(spec=spec, params=pattern.params, compute=compute, configure=simulated.configure)
+    made = default_kernel(spec, arch, tmp_path_factory.mktemp(arch))
+    compute = torch_cases.by_entry(made.entry, made.functions, "cpu")
+    configure = made.simulated.configure
+    return SimpleNamespace(spec=spec, params=made.pattern.params, compute=compute, configure=configure)
 
 
 def test_sequences_of_all_lengths(kernel):

@@ -12,13 +12,12 @@ pytest.importorskip("torch")
 
 import torch
 
-from schedules.builder.compile import lower, pattern_of
+from schedules.builder.compile import pattern_of
 from schedules.builder.suite import KernelSpec
-from schedules.families import maker_of
 from schedules.families.interface import RAGGED_BACKWARD, Rejected, Target
 from schedules.families.sm90.backward import ragged
 from tests import ragged_backward_trials, ragged_cases
-from tests.simt.simulate import Simulated
+from tests.simt.defaults import default_kernel
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
@@ -38,27 +37,23 @@ def kernel(request, tmp_path_factory):
     """What is known of a kernel, and what runs it on CPU tensors by role."""
     arch, template, head_dim, head_dim_v, mask, score, dtype = request.param
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v, kind=RAGGED_BACKWARD)
-    target = Target(arch)
-    pattern = pattern_of(spec, target)
-    config = maker_of(target, RAGGED_BACKWARD).default_configs(template, pattern, target)[0]
-    lowered = lower(spec, pattern, target, config)
-    program = lowered.program
-    simulated = Simulated(program, lowered.text, tmp_path_factory.mktemp(arch))
+    made = default_kernel(spec, arch, tmp_path_factory.mktemp(arch))
+    program = made.program
 
     def compute(values, problem):
         extents = {**problem, **{s.name: sizes.evaluate(s.value, problem) for s in program.scalars}}
-        made = {}
+        workspaces = {}
         for w in program.workspaces:
             anything = 1 << 20 if w.dtype.startswith("int") else torch.nan
             shape = [sizes.evaluate(n, extents) for n in w.shape]
-            made[w.name] = torch.full(shape, 0 if w.zeroed else anything, dtype=getattr(torch, w.dtype))
-        given = {**extents, **made, **values}
-        for launch in program.launches:
-            simulated.module[launch.symbol](*(given[role] for role in launch.roles))
+            workspaces[w.name] = torch.full(shape, 0 if w.zeroed else anything, dtype=getattr(torch, w.dtype))
+        given = {**extents, **workspaces, **values}
+        for launch, function in zip(program.launches, made.functions, strict=True):
+            function(*(given[role] for role in launch.roles))
 
     dims = {"head_dim": head_dim, "head_dim_v": head_dim_v, "dtype": dtype}
-    entry = SimpleNamespace(mask=mask, score=score, params=pattern.params, **dims)
-    return SimpleNamespace(entry=entry, simulated=simulated, compute=compute)
+    entry = SimpleNamespace(mask=mask, score=score, params=made.pattern.params, **dims)
+    return SimpleNamespace(entry=entry, simulated=made.simulated, compute=compute)
 
 
 def test_sequences_of_all_lengths(kernel):

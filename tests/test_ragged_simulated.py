@@ -9,12 +9,10 @@ import pytest
 pytest.importorskip("tvm")
 pytest.importorskip("torch")
 
-from schedules.builder.compile import lower, pattern_of
 from schedules.builder.suite import KernelSpec
-from schedules.families import maker_of
-from schedules.families.interface import RAGGED, Target
+from schedules.families.interface import RAGGED
 from tests import ragged_trials
-from tests.simt.simulate import Simulated
+from tests.simt.defaults import default_kernel
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Arch, template, head_dim, head_dim_v, mask, score, dtype: each family with each of its ways to multiply and to copy.
@@ -35,17 +33,13 @@ def kernel(request, tmp_path_factory):
     """A kernel's spec and parameters, and what runs it on CPU tensors by role."""
     arch, template, head_dim, head_dim_v, mask, score, dtype = request.param
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v, kind=RAGGED)
-    target = Target(arch)
-    pattern = pattern_of(spec, target)
-    config = maker_of(target, RAGGED).default_configs(template, pattern, target)[0]
-    lowered = lower(spec, pattern, target, config)
-    simulated = Simulated(lowered.program, lowered.text, tmp_path_factory.mktemp(arch))
-    roles, function = lowered.program.launches[0].roles, simulated.module[spec.symbol]
+    made = default_kernel(spec, arch, tmp_path_factory.mktemp(arch))
+    roles, (function,) = made.program.launches[0].roles, made.functions
 
     def compute(values, problem):
         function(*(values[role] for role in roles))
 
-    return SimpleNamespace(spec=spec, params=pattern.params, simulated=simulated, compute=compute)
+    return SimpleNamespace(spec=spec, params=made.pattern.params, simulated=made.simulated, compute=compute)
 
 
 def test_sequences_of_all_lengths(kernel):

@@ -11,12 +11,11 @@ import pytest
 pytest.importorskip("tvm")
 pytest.importorskip("torch")
 
-from schedules.builder.compile import entry_of, lower, pattern_of
 from schedules.builder.suite import KernelSpec
-from schedules.families import family_of, maker_of
+from schedules.families import family_of
 from schedules.families.interface import Target
 from tests import paged_trials, scaled_trials, torch_cases
-from tests.simt.simulate import Simulated
+from tests.simt.defaults import default_kernel
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, SCALED_KINDS
 
 #: Arch, kind, dtype: each way to copy, to widen, and where to.
@@ -35,19 +34,13 @@ BESIDE = ("pages of 24", "grouped heads", "many")
 @functools.cache
 def simulated(arch, kind, dtype, folder):
     """A kernel's entry, and what runs it."""
-    target = Target(arch)
-    template = family_of(target).TEMPLATES[-1]
+    template = family_of(Target(arch)).TEMPLATES[-1]
     mask, score = "positioned", "optional_sinks"
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, HEAD_DIM, HEAD_DIM, kind=kind)
-    pattern = pattern_of(spec, target)
-    config = maker_of(target, kind).default_configs(template, pattern, target)[0]
-    lowered = lower(spec, pattern, target, config)
     own = folder / f"{arch}-{kind}"
     own.mkdir()
-    module = Simulated(lowered.program, lowered.text, own).module
-    functions = [module[launch.symbol] for launch in lowered.program.launches]
-    entry = entry_of(spec, target, pattern, lowered, "default", {})
-    return SimpleNamespace(entry=entry, compute=torch_cases.by_entry(entry, functions, "cpu"))
+    made = default_kernel(spec, arch, own)
+    return SimpleNamespace(entry=made.entry, compute=torch_cases.by_entry(made.entry, made.functions, "cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,15 @@ pytest.importorskip("torch")
 
 import numpy as np
 
-from schedules.builder.compile import entry_of, lower
 from schedules.builder.suite import KernelSpec
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import FULL, IDENTITY, MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.definition.sample import parameters_of
-from schedules.families import maker_of
-from schedules.families.interface import BACKWARD, FORWARD, Target
+from schedules.families.interface import BACKWARD, FORWARD
 from tests import tensor_trials, torch_cases
 from tests.definitions.with_tensors import documents, relative
-from tests.simt.simulate import Simulated
+from tests.simt.defaults import default_kernel
 
 BIASED, GIVEN = Attention(SCORES["biased"], FULL, "biased"), Attention(IDENTITY, MASKS["given"], "given")
 
@@ -43,19 +41,14 @@ KERNELS = (
 
 def made(attention, arch, template, kind, head_dim, dtype, folder):
     """What trials need of a kernel, and what runs it on CPU tensors by role."""
-    target, name = Target(arch), attention.name
-    spec = KernelSpec(template, name, "own", "own", dtype, head_dim, head_dim, kind=kind)
+    spec = KernelSpec(template, attention.name, "own", "own", dtype, head_dim, head_dim, kind=kind)
     pattern = match(attention(head_dim, dtype, index_dtype="int32"))
-    config = maker_of(target, kind).default_configs(template, pattern, target)[0]
-    lowered = lower(spec, pattern, target, config)
-    simulated = Simulated(lowered.program, lowered.text, folder)
-    functions = [simulated.module[launch.symbol] for launch in lowered.program.launches]
-    entry = entry_of(spec, target, pattern, lowered, "default", {})
+    default = default_kernel(spec, arch, folder, pattern)
     twins = {"mask": attention.mask.twin, "score": attention.score.twin}
-    compute = torch_cases.by_entry(entry, functions, "cpu")
+    compute = torch_cases.by_entry(default.entry, default.functions, "cpu")
     sample = functools.partial(parameters_of, attention) if attention.example else None
-    kernel = tensor_trials.kernel_of(entry, twins, sample)
-    return SimpleNamespace(kernel=kernel, simulated=simulated, compute=compute)
+    kernel = tensor_trials.kernel_of(default.entry, twins, sample)
+    return SimpleNamespace(kernel=kernel, simulated=default.simulated, compute=compute)
 
 
 #: Two tiles of queries, and keys that no tile divides; of the second, neighbours can't be read at once.

@@ -1,0 +1,50 @@
+"""A kernel as it ships, in its default configuration, run on the processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from schedules.builder.compile import Lowered, entry_of, lower, pattern_of
+from schedules.builder.suite import KernelSpec
+from schedules.definition.pattern import Pattern
+from schedules.families import maker_of
+from schedules.families.interface import Target
+from tests.simt.simulate import Simulated
+from tvm_flash.packs.manifest import KernelEntry
+
+
+@dataclass(frozen=True)
+class DefaultKernel:
+    """The kernel of a spec: its pattern, its source, and what runs that."""
+
+    spec: KernelSpec
+    target: Target
+    pattern: Pattern
+    lowered: Lowered
+    simulated: Simulated
+
+    @property
+    def program(self):
+        """Launches, workspaces and numbers."""
+        return self.lowered.program
+
+    @property
+    def functions(self) -> tuple:
+        """Those of the launches, in order."""
+        return tuple(self.simulated.module[launch.symbol] for launch in self.program.launches)
+
+    @cached_property
+    def entry(self) -> KernelEntry:
+        """What a manifest would say of it."""
+        return entry_of(self.spec, self.target, self.pattern, self.lowered, "default", {})
+
+
+def default_kernel(spec: KernelSpec, arch: str, folder: Path, pattern: Pattern | None = None) -> DefaultKernel:
+    """Lower a spec and compile it in ``folder``; ``pattern`` is that of a definition that has no name."""
+    target = Target(arch)
+    pattern = pattern or pattern_of(spec, target)
+    config = maker_of(target, spec.kind).default_configs(spec.template, pattern, target)[0]
+    lowered = lower(spec, pattern, target, config)
+    return DefaultKernel(spec, target, pattern, lowered, Simulated(lowered.program, lowered.text, folder))
