@@ -52,9 +52,16 @@ def partial(pattern: Pattern, config, name: str, machine_type, packs: bool, earl
 
 @dataclass(frozen=True)
 class ScaledDecoding(PagedDecoding):
-    """A family's kernels over a cache of one dtype; ``machine`` is that of 16 bits, and stands for it."""
+    """A family's kernels over a cache of one dtype.
+
+    Attributes
+    ----------
+    cache: its dtype.
+    lean: the type of machine that takes fewer instructions, where the family has one and Q is kept in registers.
+    """
 
     cache: str = ""
+    lean: type | None = None
 
     def feasible(self, pattern: Pattern, config, target: Target) -> Rejected | None:
         """Whether the machine has room for a block, and tiles fill the splits."""
@@ -76,7 +83,9 @@ class ScaledDecoding(PagedDecoding):
 
     def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
         """The two launches."""
-        machine = over(ScaledDecodeMachine, self.cache, target.arch)
+        # Kernels whose parameters differ from head to head weren't timed beside the others.
+        lean = self.lean if config.q_in_registers and not pattern.depends_on_head else None
+        machine = over(lean or self.machine, self.cache, target.arch)
         func = partial(pattern, config, name, machine, not pattern.depends_on_head, self.early)
         return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=self.early, scaled=True)
 
@@ -89,10 +98,10 @@ CONFIGS: Mapping[int, tuple[int, int, int, int, int]] = {
 }
 
 
-def kinds(config_type, fits, early: bool = False) -> dict[str, ScaledDecoding]:
+def kinds(config_type, fits, early: bool = False, lean: type | None = None) -> dict[str, ScaledDecoding]:
     """The kinds of a family, by name."""
     configs = {d: config_type(*x, q_in_registers=d <= 128) for d, x in CONFIGS.items()}
     return {
-        kind: ScaledDecoding(config_type, None, configs, fits, early=early, cache=cache)
+        kind: ScaledDecoding(config_type, ScaledDecodeMachine, configs, fits, early=early, cache=cache, lean=lean)
         for cache, kind in PAGED_DECODE_SCALED.items()
     }

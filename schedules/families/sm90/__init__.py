@@ -26,6 +26,7 @@ from schedules.families.interface import (
     forward_program,
 )
 from schedules.families.mma import asynchronous, scaled, scaled_decode
+from schedules.families.mma.scaled_machines import HopperScaledDecodeMachine
 from schedules.families.ranged import own_name, with_ranges
 from schedules.families.sm90 import backward, decode, merged, paged, paged_decode, ragged
 from schedules.families.sm90.backward import accumulate
@@ -65,7 +66,7 @@ KINDS = {
     PAGED_DECODE: paged_decode,
     PAGED_DECODE_ANY: paged_decode.ANY_PAGES,
     **scaled.asynchronous_kinds(),
-    **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True),
+    **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True, lean=HopperScaledDecodeMachine),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
