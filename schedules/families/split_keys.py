@@ -18,6 +18,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
 from schedules.tile.combine import Sinks, combine, combine_ragged
+from schedules.tile.fold import fold_states
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 from tvm_flash.packs.manifest import Scalar, Workspace
 
@@ -86,6 +87,62 @@ def program(
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
         scalars=(Scalar("split_length", ("max", ("steps", "seqlen_kv", *split_lengths), for_rows)),),
+        max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
+    )
+
+
+def runs_program(
+    pattern: Pattern,
+    runs: PrimFunc,
+    traversal: Traversal,
+    name: str,
+    split_lengths: SplitLengths,
+    *,
+    resident: int,
+    packs: bool,
+    alignment: int,
+) -> Program:
+    """Both launches where a block computes a run of splits: as many as fill ``resident`` places for blocks.
+
+    A head of keys, or a query head if heads aren't packed, has as many runs as there are places for each, all of its
+    splits in one if there are more heads than places: if that leaves the last round of blocks less than 13/16 full,
+    four, so that the machine has something to do until the end.
+
+    Parameters
+    ----------
+    runs: ``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, *params)``, with the name
+        ``name``; it lets the second launch begin early.
+    """
+    rows = ("*", "batch", "heads", "seqlen_q")
+    units = ("*", "batch", "kv_heads" if packs else "heads")
+    splits = ("ceildiv", "seqlen_kv", "split_length")
+    for_rows = ("*", _GRAIN, ("ceildiv", ("*", KEYS_OF_A_ROW, "rows"), _GRAIN))
+    rounds = ("ceildiv", units, resident)
+    filled = ("ceildiv", ("*", 16, units), ("*", rounds, resident))  # sixteenths
+    several = ("steps", ("*", ("steps", units, (0, 0), (resident + 1, 1)), ("+", 1, filled)), (0, 1), (1, 4), (14, 1))
+    of_a_head = ("max", several, ("//", resident, units))
+    results = ("o_partial", "sums_partial")
+    params = tuple(p.name for p in pattern.params)
+    folding = fold_states(pattern, traversal, f"{name}_combine", alignment)
+    return Program(
+        "forward",
+        (
+            ScheduledLaunch(
+                runs, ("q", "k", "v", *results, "o", "lse", "softmax_scale", "split_length", "run", *params)
+            ),
+            ScheduledLaunch(folding, (*results, "o", "lse", "run")),
+        ),
+        "tirx",
+        alignment=alignment,
+        index_bits=32,
+        workspaces=(
+            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
+            Workspace("sums_partial", "float32", (rows, splits, 2)),
+        ),
+        scalars=(
+            Scalar("split_length", ("max", ("steps", "seqlen_kv", *split_lengths), for_rows)),
+            Scalar("run", ("ceildiv", splits, ("min", splits, of_a_head))),
+        ),
         max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
     )
 

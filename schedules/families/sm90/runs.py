@@ -1,0 +1,331 @@
+"""Decoding on Hopper in runs: a block computes several splits of the keys of its rows, one after the other.
+
+As many as leave the machine's places for blocks filled: few sequences have a split a block, many of them a block for
+all of their keys.  Every split is computed for itself, from a reference of its own, and states are folded from left to
+right (:mod:`schedules.tile.states`), so that a sequence has the same bits however many splits a run has.  The first run
+of a row folds what it computes in registers, and where that is all, it writes the row.  Others leave a state of each
+split to the second launch, which folds them to the first run's.
+
+The first launch for batches would be that of :mod:`schedules.families.sm90.decode` but for what a block costs that
+begins, ends and writes for each split: on an H200 4 to 11% (docs/hopper.md, "Decoding").
+"""
+
+from __future__ import annotations
+
+from tvm.backend.cuda.lang import SMEMPool
+from tvm.script import tirx as T
+
+from schedules.definition.pattern import Pattern
+from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, consumer_arrivals
+from schedules.families.sm90.boxes import DenseBoxes
+from schedules.families.sm90.config import panels
+from schedules.families.sm90.consumer import Consumer
+from schedules.families.sm90.packing import Rows
+from schedules.families.sm90.pipeline import Pipeline
+from schedules.families.sm90.split_scheduler import ALIGNMENT, SplitScheduler
+from schedules.families.sm90.tma import encode_keys, encode_queries
+from schedules.families.sm90.work_tile import Block, KeyWalk
+from schedules.tile.dtypes import element_type
+from schedules.tile.geometry import Geometry, flat, local, wide
+from schedules.tile.states import Fold, PartialStates, inverse, log_sum_exp
+from schedules.tile.tile_scheduler import Traversal, ceildiv
+
+
+@T.meta_class
+class RunScheduler(SplitScheduler):
+    """A block for each run of splits, ``block_m`` rows of a head, and batch.
+
+    Parameters
+    ----------
+    splits: how many there are of a row's keys, ``run`` of them in a run.
+    """
+
+    def __init__(self, geometry: Geometry, rows: Rows, config, traversal: Traversal, splits, split_length, run):
+        self.run, self.all_splits = run, splits
+        runs = T.bind(ceildiv(splits, run))
+        SplitScheduler.__init__(self, geometry, rows, config, traversal, runs, split_length)
+
+    def key_tiles(self, at):
+        """First and end of the tiles of keys of the split that a block has come to."""
+        return at.number * self.tiles, (at.number + 1) * self.tiles
+
+
+@T.meta_class
+class RunBlock(Block):
+    """A block, as the main loop asks of it: ``number`` is the split that it has come to, of those up to ``end``."""
+
+    def __init__(self, pattern: Pattern, config, geometry: Geometry, rows: Rows, scheduler: RunScheduler, boxes, at):
+        Block.__init__(self, pattern, config, geometry, rows, scheduler, boxes, at)
+        first = scheduler.split(at) * scheduler.run
+        self.number = local(first)
+        self.end = local(T.min(first + scheduler.run, scheduler.all_splits))
+        self.folds = local(T.Cast("int32", first == 0))  # whether it is the first run
+        self.at = self
+
+    @property
+    def is_whole(self):
+        """Whether the run has all splits; of the first run."""
+        return self.end == self.scheduler.all_splits
+
+
+@T.meta_class
+class RunConsumer(Consumer):
+    """The consumer warpgroup of a run: every step masks and takes the maximum, and rows go straight to memory."""
+
+    def __init__(self, pattern: Pattern, config, block: RunBlock, pipelines, states: PartialStates, aside, warp, lane):
+        Consumer.__init__(self, pattern, config, block, pipelines, None, 0, warp, lane)
+        self.states_o, self.states_sums = flat(states.o), flat(states.sums)
+        self.columns, self.parts = states.columns, states.parts
+        # Of the splits before: outputs as in ``acc_o``, in shared memory, references and sums of this lane's two rows.
+        self.aside = aside
+        self.peak, self.total = (T.alloc_local([2], "float32") for _ in range(2))
+        self.words = T.alloc_local([4], "uint32")
+        self.fold = Fold(2)
+
+    def _row_of_lane(self):
+        return self.row + self.softmax.fragment.row(self.lane)
+
+    def _has_rows(self):
+        """Whether this lane has a row; its second one is further down."""
+        return self.block.row_first + self._row_of_lane() < self.block.rows.count
+
+    def _aside(self, group):
+        """Where four outputs of this lane are kept."""
+        return self.aside.ptr_to([group, self.warp * 32 + self.lane, 0])
+
+    @T.inline
+    def run(self):
+        """Compute the block's splits."""
+        block = T.meta_var(self.block)
+        first = T.meta_var(block.number == 0)
+        self.counter.start()
+        self.q.consumer_wait(self.q_state())  # also if no split has anything to see: a block may not end before
+        while block.number < block.end:
+            walk = self.walk()
+            if walk.tiles.begin < walk.tiles.end:
+                self.start()
+                self.masked_steps(walk, 1, walk.steps)
+                v = T.meta_var(self.v_state())
+                self.issue_pv(v)
+                self.finish_pv(v)
+                self.finished.keep(self.softmax)
+            else:
+                self.nothing_seen()
+            if block.folds != 0:
+                if T.Not(first):
+                    self.put_together()
+                if block.number + 1 < block.end:
+                    self.set_aside()
+                else:
+                    if block.is_whole:
+                        self.write_rows()
+                    else:
+                        self.write_states()
+            else:
+                self.write_states()
+            block.number = block.number + 1
+
+    @T.inline
+    def first_softmax(self, walk, k):
+        """Probabilities of a split's first step, with the exact maximum."""
+        column0 = T.meta_var(self._column0(walk.key_first(0)))
+        self.k.consumer_release(k, self.lane)
+        self.softmax.reset()
+        self.softmax.scores(self.acc_s, self._row0(), column0, True)
+        self.softmax.track(self.acc_s, 0.0)
+        self.softmax.probabilities(self.acc_s, self.softmax.scale)
+
+    @T.inline
+    def nothing_seen(self):
+        """The state of rows that see nothing of a split."""
+        self.softmax.reset()
+        for r in T.unroll(2):
+            self.finished.row_max[r] = self.softmax.row_max[r]
+            self.finished.row_sum[r] = self.softmax.row_sum[r]
+        for i in T.unroll(self.outputs):
+            self.acc_o[i] = T.float32(0)
+
+    @T.inline
+    def put_together(self):
+        """Fold what the split has left to the splits before."""
+        self.fold.begin(self.peak, self.total, self.finished.row_max, self.finished.row_sum)
+        if self._has_rows():
+            for g in T.unroll(self.outputs // 4):
+                T.ptx["ld.shared.v4.b32"](*[self.words[x] for x in range(4)], self._aside(g))
+                for x in T.unroll(4):
+                    before = T.meta_var(T.reinterpret("float32", self.words[x]))
+                    self.acc_o[g * 4 + x] = self.fold.folded(x // 2, before, self.acc_o[g * 4 + x])
+        for r in T.unroll(2):
+            self.finished.row_max[r] = self.peak[r]
+            self.finished.row_sum[r] = self.total[r]
+
+    @T.inline
+    def set_aside(self):
+        """Keep the state until the next split is computed."""
+        if self._has_rows():
+            for g in T.unroll(self.outputs // 4):
+                words = T.meta_var([T.reinterpret("uint32", self.acc_o[g * 4 + x]) for x in range(4)])
+                T.ptx["st.shared.v4.b32"](self._aside(g), *words)
+        for r in T.unroll(2):
+            self.peak[r] = self.finished.row_max[r]
+            self.total[r] = self.finished.row_sum[r]
+
+    @T.inline
+    def each_row(self, write):
+        """``write(r, head, position)`` for the rows of this lane that there are."""
+        block, fragment = T.meta_var((self.block, self.softmax.fragment))
+        for r in T.unroll(2):
+            row: T.int32 = block.row_first + self._row_of_lane() + r * fragment.row_step
+            position = T.meta_var(block.rows.position(row))
+            if T.And(row < block.rows.count, position < block.geometry.seqlen_q):
+                write(r, block.head + block.rows.head(row), position)
+
+    @T.inline
+    def write_states(self):
+        """Leave the rows' states to the second launch: the first run's in the place of split 0."""
+        geometry, fragment = T.meta_var((self.block.geometry, self.softmax.fragment))
+        column: T.int32 = fragment.column(self.lane)
+        part: T.int32 = T.Select(self.block.folds != 0, 0, self.block.number)
+
+        @T.inline
+        def write(r, head, position):
+            row: T.int64 = (wide(self.block.batch) * wide(geometry.heads) + wide(head)) * wide(
+                geometry.seqlen_q
+            ) + wide(position)
+            index: T.int64 = row * wide(self.parts) + wide(part)
+            if column == 0:
+                T.ptx["st.global.v2.f32"](
+                    self.states_sums.ptr_to([index * 2]), self.finished.row_max[r], self.finished.row_sum[r]
+                )
+            for g in T.unroll(self.outputs // 4):
+                i = T.meta_var(g * 4 + r * 2)
+                T.ptx["st.global.v2.f32"](
+                    self.states_o.ptr_to([index * self.columns + wide(column + fragment.output_column(g))]),
+                    self.acc_o[i],
+                    self.acc_o[i + 1],
+                )
+
+        self.each_row(write)
+
+    @T.inline
+    def write_rows(self):
+        """Write output and log-sum-exp of rows whose keys the run has all."""
+        block, geometry, fragment = T.meta_var((self.block, self.block.geometry, self.softmax.fragment))
+        column: T.int32 = fragment.column(self.lane)
+        to, lse = T.meta_var((flat(geometry.o.buffer), flat(geometry.lse)))
+        pack = T.meta_var(element_type(self.pattern.dtype).pack)
+        packed = T.alloc_local([1], "uint32")
+
+        @T.inline
+        def write(r, head, position):
+            factor: T.float32 = inverse(self.finished.row_sum[r])
+            if T.And(geometry.lse_wanted, column == 0):
+                lse[geometry.lse_offset(block.batch, head, position)] = log_sum_exp(
+                    self.finished.row_max[r], self.finished.row_sum[r]
+                )
+            at: T.int64 = geometry.o.offset(block.batch, head, position, column)
+            for g in T.unroll(self.outputs // 4):
+                i = T.meta_var(g * 4 + r * 2)
+                T.ptx[pack](
+                    packed[0],
+                    T.Select(factor == T.float32(0), T.float32(0), self.acc_o[i + 1] * factor),
+                    T.Select(factor == T.float32(0), T.float32(0), self.acc_o[i] * factor),
+                )
+                if column + fragment.output_column(g) < geometry.head_dim_v:
+                    T.ptx["st.global.b32"](to.ptr_to([at + wide(fragment.output_column(g))]), packed[0])
+
+        self.each_row(write)
+
+
+@T.inline
+def _fetch(block: RunBlock, k_pipeline: Pipeline, v_pipeline: Pipeline, maps, begun):
+    """The producer's thread: fill both pipelines with the tiles of the block's splits, but for the ``begun`` first."""
+    n: T.int32 = begun
+    skipped: T.int32 = begun
+    while block.number < block.end:
+        walk = KeyWalk(block, 0, block.config.block_m)
+        if walk.tiles.begin < walk.tiles.end:
+            for i in T.serial(skipped, walk.steps):
+                # K before its stage of V is waited for: the consumers release V(n-1) when K(n+1) is there.
+                at = T.meta_var(block.keys(walk.key_first(i)))
+                k_pipeline.producer_acquire(k_pipeline.state(n))
+                k_pipeline.load(k_pipeline.state(n), maps[0], at)
+                v_pipeline.producer_acquire(v_pipeline.state(n))
+                v_pipeline.load(v_pipeline.state(n), maps[1], at)
+                n = n + 1
+        skipped = 0
+        block.number = block.number + 1
+
+
+def compute_runs(pattern: Pattern, config, traversal: Traversal, parameters: dict):
+    """``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run)``, without the parameters."""
+
+    @T.prim_func(check_well_formed=False)
+    def attention(
+        q: T.handle,
+        k: T.handle,
+        v: T.handle,
+        o_partial: T.handle,
+        sums_partial: T.handle,
+        o: T.handle,
+        lse: T.handle,
+        softmax_scale: T.float32,
+        split_length: T.int32,
+        run: T.int32,
+    ):
+        geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, parameters, ALIGNMENT)
+        states = PartialStates((o_partial, sums_partial), pattern.head_dim_v)
+        rows = Rows(config, geometry)
+        scheduler = RunScheduler(geometry, rows, config, traversal, states.parts, split_length, run)
+        # 1. Descriptors of the tensors, made on the host.
+        q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_queries(q_map, geometry.q, rows, config.block_m))
+        k_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_keys(k_map, geometry.k, config.block_n))
+        v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(encode_keys(v_map, geometry.v, config.block_n))
+        # 2. Blocks, warps, lanes; the launch that folds may begin when every block has come here.
+        T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
+        x, y, z = T.cta_id(scheduler.grid())
+        warp = T.warp_id([config.threads // 32])
+        lane = T.lane_id([32])
+        T.thread_id([config.threads])
+        T.ptx.griddepcontrol.launch_dependents()
+        block = RunBlock(pattern, config, geometry, rows, scheduler, DenseBoxes(geometry, rows), (x, y, z))
+        # 3. Shared memory: queries, pipelines of keys and values, barriers.
+        pool = SMEMPool()
+        q_pipeline = Pipeline(pool, 1, panels(pattern.head_dim), config.block_m, pattern.dtype)
+        k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, pattern.dtype)
+        v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, pattern.dtype)
+        aside = pool.alloc((pattern.head_dim_v // 8, WARPGROUP_THREADS, 4), "float32", align=16)
+        q_pipeline.add_barriers(pool)
+        k_pipeline.add_barriers(pool)
+        v_pipeline.add_barriers(pool)
+        pool.commit()
+        pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
+        begun: T.int32 = 0
+        if warp == WARPS:
+            walk = KeyWalk(block, 0, config.block_m)
+            begun = T.Select(walk.tiles.begin < walk.tiles.end, T.min(walk.steps, config.num_stages), 0)
+            if T.cuda.elect_sync():
+                q_pipeline.init(1)
+                k_pipeline.init(consumer_arrivals(1))
+                v_pipeline.init(consumer_arrivals(1))
+                T.ptx.fence.mbarrier_init.release.cluster()
+                q_pipeline.load(q_pipeline.state(0), q_map, block.queries(0))
+                for i in T.unroll(config.num_stages):
+                    if i < begun:
+                        first = T.meta_var(block.keys(walk.key_first(i)))
+                        k_pipeline.load(k_pipeline.state(i), k_map, first)
+                        v_pipeline.load(v_pipeline.state(i), v_map, first)
+        T.cuda.cta_sync()
+        # 4. Tasks.
+        if warp == WARPS:
+            if T.cuda.elect_sync():
+                _fetch(block, k_pipeline, v_pipeline, (k_map, v_map), begun)
+        else:
+            consumer = RunConsumer(pattern, config, block, pipelines, states, aside, warp, lane)
+            consumer.run()
+
+    return attention
