@@ -11,12 +11,14 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.tile.combine import AHEAD, BLOCKS_PER_SM, COLUMNS, THREADS, Partials
-from schedules.tile.geometry import flat, wide
+from schedules.tile.combine import AHEAD, BLOCKS_PER_SM, COLUMNS, THREADS, Partials, RaggedPartials
+from schedules.tile.geometry import flat, local, wide
 from schedules.tile.softmax import LOWEST
 from schedules.tile.states import Fold, PartialStates, inverse, log_sum_exp
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 
+#: Rows up to which each has a block of its own, and up to which a block has two.
+_FEW_ROWS, _MANY_ROWS = 264, 2112
 
 @T.meta_class
 class States(Partials):
@@ -34,6 +36,29 @@ class States(Partials):
         return T.Select(number == 0, 0, number + (self.run - 1))
 
 
+@T.meta_class
+class RaggedStates(RaggedPartials):
+    """The same of ragged sequences, each with splits of its own; the launch before says how many are folded.
+
+    ``splits`` is the most that a sequence has.  A row's states are looked at in the places of its splits.  Where rows
+    are few, these are read before it is known which are states.
+    """
+
+    def __init__(self, pattern: Pattern, handles, sequences, split_count, alignment: int):
+        states = PartialStates(handles[:3], pattern.head_dim_v)
+        self._ragged(pattern, handles[3:], sequences, split_count, alignment)
+        self.rows, self.parts, self.counts = states.rows, states.parts, states.counts
+        self.states_o, self.states_sums = states.o, states.sums
+        self.splits = states.parts
+
+    def sharing(self, groups: int):
+        """How many of a block's groups share a row: the fewer, the more rows there are."""
+        found = T.int32(1)
+        for most, n in ((_MANY_ROWS, min(groups, 4)), (_FEW_ROWS, groups)):
+            found = T.Select(self.rows <= most, T.int32(n), found)
+        return found
+
+
 def fold_states(pattern: Pattern, traversal: Traversal, name: str, alignment: int) -> PrimFunc:
     """``(o_partial, sums_partial, o, lse, run)``: states (:mod:`schedules.tile.states`) to o and lse.
 
@@ -48,71 +73,186 @@ def fold_states(pattern: Pattern, traversal: Traversal, name: str, alignment: in
     return kernel.with_attr("global_symbol", name)
 
 
+def fold_ragged_states(pattern: Pattern, split_count, name: str, alignment: int) -> PrimFunc:
+    """``(o_partial, sums_partial, folded, o, lse, cu_seqlens_q, seqlens_k)``: the same of ragged sequences.
+
+    Parameters
+    ----------
+    split_count: ``split_count(keys)``, how many splits a sequence of so many keys has; ``folded`` says of each row how
+        many of them are in the place of the first one.
+    """
+
+    @T.prim_func(check_well_formed=False)
+    def kernel(
+        o_partial: T.handle,
+        sums_partial: T.handle,
+        folded: T.handle,
+        o: T.handle,
+        lse: T.handle,
+        cu_seqlens_q: T.handle,
+        seqlens_k: T.handle,
+    ):
+        handles = T.meta_var(((o_partial, sums_partial, folded, o, lse), (cu_seqlens_q, seqlens_k)))
+        _fold_ragged(pattern, RaggedStates(pattern, *handles, split_count, alignment))
+
+    return kernel.with_attr("global_symbol", name)
+
+
+@T.meta_class
+class FoldingBlock:
+    """A block's threads, and the memory through which the groups that share a row hand its states to the first one."""
+
+    def __init__(self, pattern: Pattern, at, sharing, rows_of_block, block, thread):
+        self.at, self.sharing, self.columns = at, sharing, pattern.head_dim_v
+        self.lanes = lanes_of(pattern)
+        self.groups = THREADS // self.lanes
+        self.o, self.sums = flat(at.states_o), flat(at.states_sums)
+        self.o_shared = T.alloc_shared([self.groups * AHEAD * self.lanes * COLUMNS], "float32")
+        self.sums_shared = T.alloc_shared([self.groups * AHEAD * 2], "float32")
+        self.words = T.alloc_local([AHEAD * COLUMNS], "uint32")
+        self.loaded = T.alloc_local([AHEAD * 2], "float32")
+        self.acc = T.alloc_local([COLUMNS], "float32")
+        self.peak, self.total, self.next_peak, self.next_total = (T.alloc_local([1], "float32") for _ in range(4))
+        self.fold = Fold(1)
+        self.group = local(T.truncdiv(thread, self.lanes))
+        self.lane = local(T.truncmod(thread, self.lanes))
+        self.column = local(self.lane * COLUMNS)
+        self.place = local(T.truncdiv(self.group, sharing))
+        self.member = local(self.group - self.place * sharing)
+        self.row = local(block * rows_of_block + self.place)
+        self.first = local(wide(self.row) * wide(at.parts))
+
+    @property
+    def at_once(self):
+        """How many states of a row are brought at a time."""
+        return self.sharing * AHEAD
+
+    @T.inline
+    def start(self):
+        """Nothing is folded yet."""
+        self.peak[0] = T.float32(LOWEST)
+        self.total[0] = T.float32(0)
+        for x in T.unroll(COLUMNS):
+            self.acc[x] = T.float32(0)
+
+    @T.inline
+    def bring(self, i, end, place):
+        """Each group brings its states of round ``i`` to shared memory, of those up to ``end``, from ``place(number)``."""
+        for a in T.unroll(AHEAD):
+            number: T.int32 = (i * AHEAD + a) * self.sharing + self.member
+            if T.And(self.row < self.at.rows, number < end):
+                index: T.int64 = self.first + wide(place(number))
+                if self.column < self.columns:
+                    T.ptx["ld.global.v4.b32"](
+                        *[self.words[a * COLUMNS + x] for x in range(COLUMNS)],
+                        self.o.ptr_to([index * self.columns + wide(self.column)]),
+                    )
+                T.ptx["ld.global.v2.f32"](
+                    self.loaded[a * 2], self.loaded[a * 2 + 1], self.sums.ptr_to([index * 2])
+                )
+        for a in T.unroll(AHEAD):
+            to: T.int32 = a * self.groups + self.group
+            for x in T.unroll(COLUMNS):
+                self.o_shared[(to * self.lanes + self.lane) * COLUMNS + x] = T.reinterpret(
+                    "float32", self.words[a * COLUMNS + x]
+                )
+            if self.lane == 0:
+                self.sums_shared[to * 2] = self.loaded[a * 2]
+                self.sums_shared[to * 2 + 1] = self.loaded[a * 2 + 1]
+
+    @T.inline
+    def take(self, n):
+        """The first group of a row folds state number ``n`` of those that were brought."""
+        at: T.int32 = T.truncdiv(n, self.sharing) * self.groups + self.group + T.truncmod(n, self.sharing)
+        self.next_peak[0] = self.sums_shared[at * 2]
+        self.next_total[0] = self.sums_shared[at * 2 + 1]
+        self.fold.begin(self.peak, self.total, self.next_peak, self.next_total)
+        for x in T.unroll(COLUMNS):
+            self.acc[x] = self.fold.folded(0, self.acc[x], self.o_shared[(at * self.lanes + self.lane) * COLUMNS + x])
+
+    @T.inline
+    def write(self):
+        """It writes the row."""
+        self.at.write(
+            self.row,
+            self.column,
+            self.lane,
+            self.acc,
+            inverse(self.total[0]),
+            log_sum_exp(self.peak[0], self.total[0]),
+        )
+
+
+def lanes_of(pattern: Pattern) -> int:
+    """Threads of a group, a power of two."""
+    return 1 << (-(-pattern.head_dim_v // COLUMNS) - 1).bit_length()
+
+
 @T.inline
 def _fold(pattern: Pattern, at: States):
     """The kernel's text."""
-    columns = T.meta_var(pattern.head_dim_v)
-    lanes = T.meta_var(1 << (-(-columns // COLUMNS) - 1).bit_length())  # of a group, a power of two
-    groups = T.meta_var(THREADS // lanes)
-    # 1. Which row of the block a thread's group belongs to.
-    sharing = T.bind(at.sharing(groups))
-    rows_of_block = T.bind(T.truncdiv(T.int32(groups), sharing))
+    sharing = T.bind(at.sharing(THREADS // lanes_of(pattern)))
+    rows_of_block = T.bind(T.truncdiv(T.int32(THREADS // lanes_of(pattern)), sharing))
     blocks = T.bind(T.Select(at.splits > 1, ceildiv(at.rows, rows_of_block), 1))
     T.device_entry()
     T.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS_PER_SM})
-    states_o, states_sums = T.meta_var((flat(at.states_o), flat(at.states_sums)))
     block = T.cta_id([blocks])
     thread = T.thread_id([THREADS])
-    o_shared = T.alloc_shared([groups * AHEAD * lanes * COLUMNS], "float32")
-    sums_shared = T.alloc_shared([groups * AHEAD * 2], "float32")
-    words = T.alloc_local([AHEAD * COLUMNS], "uint32")
-    sums = T.alloc_local([AHEAD * 2], "float32")
-    acc = T.alloc_local([COLUMNS], "float32")
-    peak, total, next_peak, next_total = T.meta_var([T.alloc_local([1], "float32") for _ in range(4)])
-    fold = Fold(1)
-    group: T.int32 = T.truncdiv(thread, lanes)
-    lane: T.int32 = T.truncmod(thread, lanes)
-    column: T.int32 = lane * COLUMNS
-    place: T.int32 = T.truncdiv(group, sharing)
-    member: T.int32 = group - place * sharing
-    row: T.int32 = block * rows_of_block + place
-    first: T.int64 = wide(row) * wide(at.parts)
-    peak[0] = T.float32(LOWEST)
-    total[0] = T.float32(0)
-    for x in T.unroll(COLUMNS):
-        acc[x] = T.float32(0)
+    own = FoldingBlock(pattern, at, sharing, rows_of_block, block, thread)
+    own.start()
     T.ptx.griddepcontrol.wait()
     if at.splits > 1:
-        for i in T.serial(ceildiv(at.splits, sharing * AHEAD)):
-            # 2. Each group brings its states to shared memory.
-            for a in T.unroll(AHEAD):
-                number: T.int32 = (i * AHEAD + a) * sharing + member
-                if T.And(row < at.rows, number < at.splits):
-                    index: T.int64 = first + wide(at.part(number))
-                    if column < columns:
-                        T.ptx["ld.global.v4.b32"](
-                            *[words[a * COLUMNS + x] for x in range(COLUMNS)],
-                            states_o.ptr_to([index * columns + wide(column)]),
-                        )
-                    T.ptx["ld.global.v2.f32"](sums[a * 2], sums[a * 2 + 1], states_sums.ptr_to([index * 2]))
-            for a in T.unroll(AHEAD):
-                at_shared: T.int32 = (a * groups + group) * lanes + lane
-                for x in T.unroll(COLUMNS):
-                    o_shared[at_shared * COLUMNS + x] = T.reinterpret("float32", words[a * COLUMNS + x])
-                if lane == 0:
-                    sums_shared[(a * groups + group) * 2] = sums[a * 2]
-                    sums_shared[(a * groups + group) * 2 + 1] = sums[a * 2 + 1]
+        for i in T.serial(ceildiv(at.splits, own.at_once)):
+            own.bring(i, at.splits, at.part)
             T.cuda.cta_sync()
-            # 3. The first group of a row folds them.
-            if T.And(member == 0, row < at.rows):
-                for n in T.serial(T.min(at.splits - i * (sharing * AHEAD), sharing * AHEAD)):
-                    from_group: T.int32 = T.truncdiv(n, sharing) * groups + group + T.truncmod(n, sharing)
-                    next_peak[0] = sums_shared[from_group * 2]
-                    next_total[0] = sums_shared[from_group * 2 + 1]
-                    fold.begin(peak, total, next_peak, next_total)
-                    for x in T.unroll(COLUMNS):
-                        acc[x] = fold.folded(0, acc[x], o_shared[(from_group * lanes + lane) * COLUMNS + x])
+            if T.And(own.member == 0, own.row < at.rows):
+                for n in T.serial(T.min(at.splits - i * own.at_once, own.at_once)):
+                    own.take(n)
             T.cuda.cta_sync()
-        # 4. It writes the row.
-        if T.And(member == 0, row < at.rows):
-            at.write(row, column, lane, acc, inverse(total[0]), log_sum_exp(peak[0], total[0]))
+        if T.And(own.member == 0, own.row < at.rows):
+            own.write()
+
+
+@T.inline
+def _fold_ragged(pattern: Pattern, at: RaggedStates):
+    """The same, where rows have different numbers of states; those without keys have none, and are written here too."""
+    groups = T.meta_var(THREADS // lanes_of(pattern))
+    sharing = T.bind(at.sharing(groups))
+    rows_of_block = T.bind(T.truncdiv(T.int32(groups), sharing))
+    T.device_entry()
+    T.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS_PER_SM})
+    counts = T.meta_var(flat(at.counts))
+    block = T.cta_id([ceildiv(at.rows, rows_of_block)])
+    thread = T.thread_id([THREADS])
+    own = FoldingBlock(pattern, at, sharing, rows_of_block, block, thread)
+    ends_shared = T.alloc_shared([groups], "int32")
+    count = T.alloc_local([1], "int32")
+    # 1. How many splits the row has, and the most that one of the block's has.
+    splits: T.int32 = 0
+    at.look_up(own.row, T.truncmod(thread, 32), splits)
+    own.start()
+    count[0] = 0
+    T.ptx.griddepcontrol.wait()
+    if splits > 0:
+        T.ptx["ld.global.s32"](count[0], counts.ptr_to([own.row]))
+    end: T.int32 = splits
+    if sharing == 1:
+        if count[0] == splits:
+            end = 0  # the row is written
+    if own.lane == 0:
+        ends_shared[own.group] = end
+    T.cuda.cta_sync()
+    most: T.int32 = 0
+    for g in T.unroll(groups):
+        most = T.max(most, ends_shared[g])
+    # 2. States come to shared memory, and the first group of a row folds them.
+    for i in T.serial(ceildiv(most, own.at_once)):
+        own.bring(i, end, lambda number: number)
+        T.cuda.cta_sync()
+        if own.member == 0:
+            for n in T.serial(T.min(end - i * own.at_once, own.at_once)):
+                if T.Or(i * own.at_once + n == 0, i * own.at_once + n >= count[0]):
+                    own.take(n)
+        T.cuda.cta_sync()
+    if T.And(T.And(own.member == 0, own.row < at.rows), T.Or(splits == 0, count[0] < splits)):
+        own.write()

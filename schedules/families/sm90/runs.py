@@ -16,18 +16,17 @@ from tvm.backend.cuda.lang import SMEMPool
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
-from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, consumer_arrivals
+from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import panels
-from schedules.families.sm90.consumer import Consumer
+from schedules.families.sm90.folding import FoldingConsumer, memory_aside
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.split_scheduler import ALIGNMENT, SplitScheduler
 from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block, KeyWalk
-from schedules.tile.dtypes import element_type
-from schedules.tile.geometry import Geometry, flat, local, wide
-from schedules.tile.states import Fold, PartialStates, inverse, log_sum_exp
+from schedules.tile.geometry import Geometry, local
+from schedules.tile.states import PartialStates
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 
 
@@ -69,29 +68,8 @@ class RunBlock(Block):
 
 
 @T.meta_class
-class RunConsumer(Consumer):
-    """The consumer warpgroup of a run: every step masks and takes the maximum, and rows go straight to memory."""
-
-    def __init__(self, pattern: Pattern, config, block: RunBlock, pipelines, states: PartialStates, aside, warp, lane):
-        Consumer.__init__(self, pattern, config, block, pipelines, None, 0, warp, lane)
-        self.states_o, self.states_sums = flat(states.o), flat(states.sums)
-        self.columns, self.parts = states.columns, states.parts
-        # Of the splits before: outputs as in ``acc_o``, in shared memory, references and sums of this lane's two rows.
-        self.aside = aside
-        self.peak, self.total = (T.alloc_local([2], "float32") for _ in range(2))
-        self.words = T.alloc_local([4], "uint32")
-        self.fold = Fold(2)
-
-    def _row_of_lane(self):
-        return self.row + self.softmax.fragment.row(self.lane)
-
-    def _has_rows(self):
-        """Whether this lane has a row; its second one is further down."""
-        return self.block.row_first + self._row_of_lane() < self.block.rows.count
-
-    def _aside(self, group):
-        """Where four outputs of this lane are kept."""
-        return self.aside.ptr_to([group, self.warp * 32 + self.lane, 0])
+class RunConsumer(FoldingConsumer):
+    """The consumer warpgroup of a run."""
 
     @T.inline
     def run(self):
@@ -136,41 +114,6 @@ class RunConsumer(Consumer):
         self.softmax.probabilities(self.acc_s, self.softmax.scale)
 
     @T.inline
-    def nothing_seen(self):
-        """The state of rows that see nothing of a split."""
-        self.softmax.reset()
-        for r in T.unroll(2):
-            self.finished.row_max[r] = self.softmax.row_max[r]
-            self.finished.row_sum[r] = self.softmax.row_sum[r]
-        for i in T.unroll(self.outputs):
-            self.acc_o[i] = T.float32(0)
-
-    @T.inline
-    def put_together(self):
-        """Fold what the split has left to the splits before."""
-        self.fold.begin(self.peak, self.total, self.finished.row_max, self.finished.row_sum)
-        if self._has_rows():
-            for g in T.unroll(self.outputs // 4):
-                T.ptx["ld.shared.v4.b32"](*[self.words[x] for x in range(4)], self._aside(g))
-                for x in T.unroll(4):
-                    before = T.meta_var(T.reinterpret("float32", self.words[x]))
-                    self.acc_o[g * 4 + x] = self.fold.folded(x // 2, before, self.acc_o[g * 4 + x])
-        for r in T.unroll(2):
-            self.finished.row_max[r] = self.peak[r]
-            self.finished.row_sum[r] = self.total[r]
-
-    @T.inline
-    def set_aside(self):
-        """Keep the state until the next split is computed."""
-        if self._has_rows():
-            for g in T.unroll(self.outputs // 4):
-                words = T.meta_var([T.reinterpret("uint32", self.acc_o[g * 4 + x]) for x in range(4)])
-                T.ptx["st.shared.v4.b32"](self._aside(g), *words)
-        for r in T.unroll(2):
-            self.peak[r] = self.finished.row_max[r]
-            self.total[r] = self.finished.row_sum[r]
-
-    @T.inline
     def each_row(self, write):
         """``write(r, head, position)`` for the rows of this lane that there are."""
         block, fragment = T.meta_var((self.block, self.softmax.fragment))
@@ -179,62 +122,6 @@ class RunConsumer(Consumer):
             position = T.meta_var(block.rows.position(row))
             if T.And(row < block.rows.count, position < block.geometry.seqlen_q):
                 write(r, block.head + block.rows.head(row), position)
-
-    @T.inline
-    def write_states(self):
-        """Leave the rows' states to the second launch: the first run's in the place of split 0."""
-        geometry, fragment = T.meta_var((self.block.geometry, self.softmax.fragment))
-        column: T.int32 = fragment.column(self.lane)
-        part: T.int32 = T.Select(self.block.folds != 0, 0, self.block.number)
-
-        @T.inline
-        def write(r, head, position):
-            row: T.int64 = (wide(self.block.batch) * wide(geometry.heads) + wide(head)) * wide(
-                geometry.seqlen_q
-            ) + wide(position)
-            index: T.int64 = row * wide(self.parts) + wide(part)
-            if column == 0:
-                T.ptx["st.global.v2.f32"](
-                    self.states_sums.ptr_to([index * 2]), self.finished.row_max[r], self.finished.row_sum[r]
-                )
-            for g in T.unroll(self.outputs // 4):
-                i = T.meta_var(g * 4 + r * 2)
-                T.ptx["st.global.v2.f32"](
-                    self.states_o.ptr_to([index * self.columns + wide(column + fragment.output_column(g))]),
-                    self.acc_o[i],
-                    self.acc_o[i + 1],
-                )
-
-        self.each_row(write)
-
-    @T.inline
-    def write_rows(self):
-        """Write output and log-sum-exp of rows whose keys the run has all."""
-        block, geometry, fragment = T.meta_var((self.block, self.block.geometry, self.softmax.fragment))
-        column: T.int32 = fragment.column(self.lane)
-        to, lse = T.meta_var((flat(geometry.o.buffer), flat(geometry.lse)))
-        pack = T.meta_var(element_type(self.pattern.dtype).pack)
-        packed = T.alloc_local([1], "uint32")
-
-        @T.inline
-        def write(r, head, position):
-            factor: T.float32 = inverse(self.finished.row_sum[r])
-            if T.And(geometry.lse_wanted, column == 0):
-                lse[geometry.lse_offset(block.batch, head, position)] = log_sum_exp(
-                    self.finished.row_max[r], self.finished.row_sum[r]
-                )
-            at: T.int64 = geometry.o.offset(block.batch, head, position, column)
-            for g in T.unroll(self.outputs // 4):
-                i = T.meta_var(g * 4 + r * 2)
-                T.ptx[pack](
-                    packed[0],
-                    T.Select(factor == T.float32(0), T.float32(0), self.acc_o[i + 1] * factor),
-                    T.Select(factor == T.float32(0), T.float32(0), self.acc_o[i] * factor),
-                )
-                if column + fragment.output_column(g) < geometry.head_dim_v:
-                    T.ptx["st.global.b32"](to.ptr_to([at + wide(fragment.output_column(g))]), packed[0])
-
-        self.each_row(write)
 
 
 @T.inline
@@ -298,7 +185,7 @@ def compute_runs(pattern: Pattern, config, traversal: Traversal, parameters: dic
         q_pipeline = Pipeline(pool, 1, panels(pattern.head_dim), config.block_m, pattern.dtype)
         k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, pattern.dtype)
         v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, pattern.dtype)
-        aside = pool.alloc((pattern.head_dim_v // 8, WARPGROUP_THREADS, 4), "float32", align=16)
+        aside = memory_aside(pool, pattern)
         q_pipeline.add_barriers(pool)
         k_pipeline.add_barriers(pool)
         v_pipeline.add_barriers(pool)

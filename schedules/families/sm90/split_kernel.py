@@ -13,16 +13,14 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, NamedBarriers, consumer_arrivals
 from schedules.families.sm90.config import PANEL, WARPGROUP_ROWS, panels
-from schedules.families.sm90.consumer import Consumer
+from schedules.families.sm90.folding import FoldingConsumer, memory_aside
 from schedules.families.sm90.parts import Part, PartScheduler
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.softmax import Finished, Softmax
 from schedules.families.sm90.wgmma import swizzled
 from schedules.families.sm90.work_tile import KeyWalk
-from schedules.tile.epilogue import normalise
-from schedules.tile.geometry import Geometry, flat, wide
-from schedules.tile.partial import PartialResults
-from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.geometry import Geometry, flat, local
+from schedules.tile.states import PartialStates
 
 #: Elements of 16 bytes, which a thread copies at once.
 _CHUNK = 8
@@ -50,14 +48,38 @@ class PartSoftmax(Softmax):
 
 
 @T.meta_class
-class PartConsumer(Consumer):
+class FoldingPart(Part):
+    """The same where a block folds the splits of rows that it begins with the first one."""
+
+    def __init__(self, *args):
+        Part.__init__(self, *args)
+        self.folds = local(T.int32(0))
+
+    @property
+    def number(self):
+        """The split that the block has come to."""
+        return self.split
+
+    @property
+    def goes_on(self):
+        """Whether the block's next part is the next split of the same rows, if they are one row tile."""
+        following = self.split + 1
+        return T.And(following < self.splits, self.before + self.tiles_before(following) < self.end)
+
+    @property
+    def is_last(self):
+        """Whether the split is the last one of its rows."""
+        return self.split + 1 == self.splits
+
+
+@T.meta_class
+class PartConsumer(FoldingConsumer):
     """The consumer warpgroup, over the block's parts."""
 
-    def __init__(self, pattern: Pattern, config, part: Part, pipelines, results: PartialResults, warp, lane):
-        Consumer.__init__(self, pattern, config, part, pipelines, None, 0, warp, lane)
+    def __init__(self, pattern: Pattern, config, part: FoldingPart, pipelines, states, aside, warp, lane):
+        FoldingConsumer.__init__(self, pattern, config, part, pipelines, states, aside, warp, lane)
         self.softmax = PartSoftmax(pattern, part.site, part.rows, config.block_n)
         self.finished = Finished(self.softmax)
-        self.o, self.lse, self.splits = flat(results.o), flat(results.lse), results.splits
 
     @T.inline
     def run(self):
@@ -67,11 +89,26 @@ class PartConsumer(Consumer):
         while part.exists:
             if part.other_rows != 0:
                 self.read_queries()
+            if part.split == 0:
+                part.folds = T.Cast("int32", part.rows.count <= WARPGROUP_ROWS)
             walk = self.walk()
             if walk.tiles.begin < walk.tiles.end:
                 self.compute(walk)
             else:
-                self.write_nothing()
+                self.nothing_seen()
+            if part.folds != 0:
+                if part.split > 0:
+                    self.put_together()
+                if part.goes_on:
+                    self.set_aside()
+                else:
+                    if part.is_last:
+                        self.write_rows()
+                    else:
+                        self.write_states()
+                    part.folds = 0
+            else:
+                self.write_states()
             part.advance()
 
     @T.inline
@@ -83,7 +120,6 @@ class PartConsumer(Consumer):
         self.issue_pv(v)
         self.finish_pv(v)
         self.finished.keep(self.softmax)
-        self.write_partial()
 
     @T.inline
     def first_step(self, walk):
@@ -140,42 +176,19 @@ class PartConsumer(Consumer):
         barriers.queries_read(0)
         self.softmax.place(self._row0())
 
-    def _index(self, row):
-        """Number of a row, and of the part's split in it, int64."""
-        return self.block.rows.packed.number(self.block.geometry, row) * wide(self.splits) + wide(self.block.split)
-
     @T.inline
-    def write_nothing(self):
-        """Say that the part's rows see nothing of it."""
-        thread = T.meta_var(self.warp * 32 + self.lane)
-        row: T.int32 = self.block.row_first + thread
-        if T.And(thread < WARPGROUP_ROWS, row < self.block.rows.count):
-            self.lse[self._index(row)] = T.float32(NEGATIVE_INFINITY)
-
-    @T.inline
-    def write_partial(self):
-        """Write the rows of this lane that there are."""
-        normalise(self.finished, self.acc_o, self.outputs)
-        fragment = T.meta_var(self.softmax.fragment)
-        columns = T.meta_var(self.pattern.head_dim_v)
-        column: T.int32 = fragment.column(self.lane)
+    def each_row(self, write):
+        """``write(r, head, position)`` for the rows of this lane that there are."""
+        part, fragment = T.meta_var((self.block, self.softmax.fragment))
+        packed = T.meta_var(part.rows.packed)
         for r in T.unroll(2):
-            row: T.int32 = self._row0() + r * fragment.row_step
-            if row < self.block.rows.count:
-                index: T.int64 = self._index(row)
-                if column == 0:
-                    self.lse[index] = self.finished.lse(r)
-                for g in T.unroll(self.outputs // 4):
-                    i = T.meta_var(g * 4 + r * 2)
-                    T.ptx["st.global.v2.f32"](
-                        self.o.ptr_to([index * columns + wide(column + fragment.output_column(g))]),
-                        self.acc_o[i],
-                        self.acc_o[i + 1],
-                    )
+            row: T.int32 = part.row_first + self._row_of_lane() + r * fragment.row_step
+            if row < part.rows.count:
+                write(r, packed.head_of(row), part.query_first + packed.position(row))
 
 
 @T.inline
-def _fetch(part: Part, tensor, pipeline, descriptor, lane):
+def _fetch(part: FoldingPart, tensor, pipeline, descriptor, lane):
     """A whole warp: fill the pipeline of K or of V with the tiles of the block's parts."""
     tiles = T.meta_var(part.boxes.fetching(part, tensor, lane))
     n: T.int32 = 0
@@ -192,7 +205,7 @@ def _fetch(part: Part, tensor, pipeline, descriptor, lane):
 
 
 @T.inline
-def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, results: PartialResults):
+def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, states: PartialStates):
     """The kernel's text, from the descriptors on."""
     config = T.meta_var(scheduler.config)
     # 1. Descriptors of the tensors, made on the host.
@@ -213,6 +226,7 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     q_pipeline = Pipeline(pool, 1, panels(pattern.head_dim), config.block_m, pattern.dtype)
     k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, pattern.dtype)
     v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, pattern.dtype)
+    aside = memory_aside(pool, pattern)
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
     pool.commit()
@@ -222,7 +236,7 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
             v_pipeline.init(consumer_arrivals(1))
             T.ptx.fence.mbarrier_init.release.cluster()
     # 4. The block's parts.
-    part = Part(pattern, geometry, scheduler, boxes, unit, share)
+    part = FoldingPart(pattern, geometry, scheduler, boxes, unit, share)
     part.find(lane)
     T.cuda.cta_sync()
     # 5. Tasks: a warp fetches K, one V, two have none.
@@ -235,5 +249,5 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     else:
         T.ptx["setmaxnreg.inc.sync.aligned.u32"](config.registers[1])
         pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
-        consumer = PartConsumer(pattern, config, part, pipelines, results, warp, lane)
+        consumer = PartConsumer(pattern, config, part, pipelines, states, aside, warp, lane)
         consumer.run()
