@@ -20,6 +20,7 @@ from schedules.tile.tile_scheduler import Traversal, ceildiv
 #: Rows up to which each has a block of its own, and up to which a block has two.
 _FEW_ROWS, _MANY_ROWS = 264, 2112
 
+
 @T.meta_class
 class States(Partials):
     """The arguments of the launch, and sizes: of a row the states of the first run, and of the splits behind it."""
@@ -147,9 +148,7 @@ class FoldingBlock:
                         *[self.words[a * COLUMNS + x] for x in range(COLUMNS)],
                         self.o.ptr_to([index * self.columns + wide(self.column)]),
                     )
-                T.ptx["ld.global.v2.f32"](
-                    self.loaded[a * 2], self.loaded[a * 2 + 1], self.sums.ptr_to([index * 2])
-                )
+                T.ptx["ld.global.v2.f32"](self.loaded[a * 2], self.loaded[a * 2 + 1], self.sums.ptr_to([index * 2]))
         for a in T.unroll(AHEAD):
             to: T.int32 = a * self.groups + self.group
             for x in T.unroll(COLUMNS):

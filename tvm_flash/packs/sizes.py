@@ -25,7 +25,14 @@ Expression = int | str | tuple
 #: Sizes that every problem has.  ``rows`` are the query rows that share a key: ``seqlen_q * heads / kv_heads``.
 PROBLEM_SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_kv", "head_dim", "head_dim_v", "rows")
 
-_OPERATIONS = {"*": math.prod, "+": sum, "min": min, "max": max, "ceildiv": lambda x: -(-x[0] // x[1]), "//": lambda x: x[0] // x[1]}
+_OPERATIONS = {
+    "*": math.prod,
+    "+": sum,
+    "min": min,
+    "max": max,
+    "ceildiv": lambda x: -(-x[0] // x[1]),
+    "//": lambda x: x[0] // x[1],
+}
 
 
 def of(

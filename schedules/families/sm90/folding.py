@@ -152,5 +152,3 @@ class FoldingConsumer(Consumer):
                     T.ptx["st.global.b32"](to.ptr_to([at + wide(fragment.output_column(g))]), packed[0])
 
         self.each_row(write)
-
-
