@@ -1,7 +1,7 @@
 """The launch that folds the states of the parts of rows' keys, from left to right, on any GPU.
 
-Groups of threads, four columns a thread, as in :mod:`schedules.tile.combine`: those that share a row bring its states to
-shared memory, each every n-th, and the first of them folds them in the order of the keys
+Groups of threads, four columns a thread, as in :mod:`schedules.tile.combine`: those that share a row bring its states
+to shared memory, each every n-th, and the first of them folds them in the order of the keys
 (:mod:`schedules.tile.states`).
 """
 
@@ -138,7 +138,7 @@ class FoldingBlock:
 
     @T.inline
     def bring(self, i, end, place):
-        """Each group brings its states of round ``i`` to shared memory, of those up to ``end``, from ``place(number)``."""
+        """Each group brings its states of round ``i``, of those up to ``end``, from ``place(number)`` to shared memory."""
         for a in T.unroll(AHEAD):
             number: T.int32 = (i * AHEAD + a) * self.sharing + self.member
             if T.And(self.row < self.at.rows, number < end):
@@ -235,7 +235,7 @@ def _fold_ragged(pattern: Pattern, at: RaggedStates):
     if splits > 0:
         T.ptx["ld.global.s32"](count[0], counts.ptr_to([own.row]))
     end: T.int32 = splits
-    if sharing == 1:
+    if sharing == 1:  # noqa: SIM102, so that who needn't know the count doesn't wait for it
         if count[0] == splits:
             end = 0  # the row is written
     if own.lane == 0:

@@ -1,7 +1,7 @@
 """Partial results that are folded from left to right: by the block that computes them, or by another launch.
 
-What the rows of a range of keys leave is a *state*: the output relative to the row's reference, which isn't divided by the
-row sum, that sum, and the reference (:mod:`schedules.tile.softmax`).  :func:`fold` puts the state of the keys that
+What the rows of a range of keys leave is a *state*: the output relative to the row's reference, which isn't divided by
+the row sum, that sum, and the reference (:mod:`schedules.tile.softmax`).  :class:`Fold` puts the state of the keys that
 follow to the one of those before.  Both who may do so, the block that has computed several ranges one after the other
 and the launch that finds their states in memory, take the ranges in the order of the keys and compute the same
 expressions, so that it makes no difference to a row's bits which of them it was.
@@ -16,7 +16,6 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.tile.score import LN_2
-
 
 _FUSED = "__forceinline__ __device__ float fused(float x, float y, float z) { return fmaf(x, y, z); }\n"
 

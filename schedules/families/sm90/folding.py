@@ -2,9 +2,9 @@
 
 Each split is computed from a reference of its own, and the states are folded from left to right
 (:mod:`schedules.tile.states`): outputs of the splits before lie in shared memory meanwhile, those of rows that there
-are.  A block that has begun a row's first split and computes all others writes the row; one that has begun it and leaves
-off writes the state of the splits that it has folded, in the place of the first one; any other block writes a state of
-each split.  The launch that follows folds those that there are then.
+are.  A block that has begun a row's first split and computes all others writes the row; one that has begun it and
+leaves off writes the state of the splits that it has folded, in the place of the first one; any other block writes a
+state of each split.  The launch that follows folds those that there are then.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from schedules.families.sm90.barriers import WARPGROUP_THREADS
 from schedules.families.sm90.consumer import Consumer
 from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import flat, wide
-from schedules.tile.static import static
 from schedules.tile.states import Fold, PartialStates, inverse, log_sum_exp
+from schedules.tile.static import static
 
 
 def memory_aside(pool, pattern: Pattern):
@@ -92,7 +92,7 @@ class FoldingConsumer(Consumer):
 
     @T.inline
     def tell(self, row, column):
-        """Say of a row how many splits are folded in the place of the first one, 0 for none, where nobody else knows."""
+        """Say how many of a row's splits are folded in the place of the first one, 0 for none, if nobody else knows."""
         if static(self.counts is not None):
             if T.And(column == 0, T.Or(self.block.folds != 0, self.block.number == 0)):
                 self.counts[row] = T.Select(self.block.folds != 0, self.block.number + 1, 0)

@@ -173,7 +173,8 @@ def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Tar
 
 
 def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
-    """``(q, k, v, o_partial, sums_partial, folded, o, lse, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``."""
+    """``(q, k, v, o_partial, sums_partial, folded, o, lse, cu_seqlens_q, seqlens_k, page_table, softmax_scale,
+    *params)``."""
 
     def split_bits(keys):
         return split_keys.paged_split_bits(keys, config.block_n, split_lengths(config))
