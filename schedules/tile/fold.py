@@ -138,7 +138,7 @@ class FoldingBlock:
 
     @T.inline
     def bring(self, i, end, place):
-        """Each group brings its states of round ``i``, of those up to ``end``, from ``place(number)`` to shared memory."""
+        """Each group brings its states of round ``i`` up to ``end``, from ``place(number)``, to shared memory."""
         for a in T.unroll(AHEAD):
             number: T.int32 = (i * AHEAD + a) * self.sharing + self.member
             if T.And(self.row < self.at.rows, number < end):
