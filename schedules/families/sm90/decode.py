@@ -27,6 +27,7 @@ from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
 from schedules.families.sm90.consumer import Consumer
+from schedules.families.sm90.folding import bytes_aside
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.runs import compute_runs
@@ -130,7 +131,7 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
 
 def _shared_memory(pattern: Pattern, config: Config) -> int:
     keys = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
-    aside = config.block_m * pattern.head_dim_v * 4 if config.runs else 0
+    aside = bytes_aside(pattern) if config.runs else 0
     return (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + aside + BARRIER_BYTES
 
 

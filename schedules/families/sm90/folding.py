@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import WARPGROUP_THREADS
+from schedules.families.sm90.config import WARPGROUP_ROWS
 from schedules.families.sm90.consumer import Consumer
 from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import flat, wide
@@ -21,8 +22,17 @@ from schedules.tile.static import static
 
 
 def memory_aside(pool, pattern: Pattern):
-    """Shared memory for the outputs of splits before: four columns of a thread at a place, ``(groups, threads, 4)``."""
-    return pool.alloc((pattern.head_dim_v // 8, WARPGROUP_THREADS, 4), "float32", align=16)
+    """Shared memory for the states of splits before.
+
+    Outputs are ``(groups, threads, 4)``, four columns of a thread at a place, references and sums ``(rows, 2)``.
+    """
+    outputs = pool.alloc((pattern.head_dim_v // 8, WARPGROUP_THREADS, 4), "float32", align=16)
+    return outputs, pool.alloc((WARPGROUP_ROWS, 2), "float32", align=8)
+
+
+def bytes_aside(pattern: Pattern) -> int:
+    """How much that is."""
+    return WARPGROUP_ROWS * (pattern.head_dim_v + 2) * 4
 
 
 @T.meta_class
@@ -37,12 +47,16 @@ class FoldingConsumer(Consumer):
         Consumer.__init__(self, pattern, config, block, pipelines, None, 0, warp, lane)
         self.states_o, self.states_sums = flat(states.o), flat(states.sums)
         self.columns, self.parts = states.columns, states.parts
-        # Of the splits before: outputs as in ``acc_o``, in shared memory, references and sums of this lane's two rows.
-        self.aside = aside
+        # Of the splits before, in shared memory: outputs as in ``acc_o``, references and sums.
+        self.aside, self.sums_aside = aside
         self.peak, self.total = (T.alloc_local([2], "float32") for _ in range(2))
         self.words = T.alloc_local([4], "uint32")
         self.fold = Fold(2)
         self.counts = None if states.counts is None else flat(states.counts)
+
+    def _row_number(self, r):
+        """Number of a row in the row tile."""
+        return self._row_of_lane() + r * self.softmax.fragment.row_step
 
     def _row_of_lane(self):
         return self.row + self.softmax.fragment.row(self.lane)
@@ -68,6 +82,10 @@ class FoldingConsumer(Consumer):
     @T.inline
     def put_together(self):
         """Fold what the split has left to the splits before."""
+        for r in T.unroll(2):
+            self.peak[r] = self.sums_aside[self._row_number(r), 0]
+            self.total[r] = self.sums_aside[self._row_number(r), 1]
+        T.cuda.warp_sync()  # one lane writes them again for all that share a row
         self.fold.begin(self.peak, self.total, self.finished.row_max, self.finished.row_sum)
         if self._has_rows():
             for g in T.unroll(self.outputs // 4):
@@ -86,9 +104,11 @@ class FoldingConsumer(Consumer):
             for g in T.unroll(self.outputs // 4):
                 words = T.meta_var([T.reinterpret("uint32", self.acc_o[g * 4 + x]) for x in range(4)])
                 T.ptx["st.shared.v4.b32"](self._aside(g), *words)
-        for r in T.unroll(2):
-            self.peak[r] = self.finished.row_max[r]
-            self.total[r] = self.finished.row_sum[r]
+        if self.softmax.fragment.column(self.lane) == 0:
+            for r in T.unroll(2):
+                self.sums_aside[self._row_number(r), 0] = self.finished.row_max[r]
+                self.sums_aside[self._row_number(r), 1] = self.finished.row_sum[r]
+        T.cuda.warp_sync()
 
     @T.inline
     def tell(self, row, column):

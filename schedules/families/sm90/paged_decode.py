@@ -36,6 +36,7 @@ from schedules.families.sm90.config import (
     available_memory,
     panels,
 )
+from schedules.families.sm90.folding import bytes_aside
 from schedules.families.sm90.kernel import ALIGNMENT
 from schedules.families.sm90.parts import PartScheduler
 from schedules.families.sm90.split_kernel import compute_parts
@@ -162,7 +163,7 @@ def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Tar
     if pattern.depends_on_head and config.pack_heads:
         return Rejected("a score or a mask that differs from head to head can't have heads packed")
     keys = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
-    aside = config.block_m * pattern.head_dim_v * 4
+    aside = bytes_aside(pattern)
     needed = (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + aside + BARRIER_BYTES
     if needed > (available := available_memory(config)):
         return Rejected(f"needs {needed} bytes of shared memory, a block of {target} has {available}")

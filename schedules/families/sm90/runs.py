@@ -58,8 +58,12 @@ class RunBlock(Block):
         first = scheduler.split(at) * scheduler.run
         self.number = local(first)
         self.end = local(T.min(first + scheduler.run, scheduler.all_splits))
-        self.folds = local(T.Cast("int32", first == 0))  # whether it is the first run
         self.at = self
+
+    @property
+    def folds(self):
+        """Whether it is the first run, not 0 then."""
+        return T.Cast("int32", self.end <= self.scheduler.run)
 
     @property
     def is_whole(self):
