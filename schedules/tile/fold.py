@@ -113,7 +113,9 @@ class FoldingBlock:
         self.words = T.alloc_local([AHEAD * COLUMNS], "uint32")
         self.loaded = T.alloc_local([AHEAD * 2], "float32")
         self.acc = T.alloc_local([COLUMNS], "float32")
-        self.peak, self.total, self.next_peak, self.next_total = (T.alloc_local([1], "float32") for _ in range(4))
+        self.peak, self.total = (T.alloc_local([1], "float32") for _ in range(2))
+        self.next_peak, self.next_total = (T.alloc_local([1], "float32") for _ in range(2))
+        self.values = T.alloc_local([AHEAD * COLUMNS], "float32")
         self.fold = Fold(1)
         self.group = local(T.truncdiv(thread, self.lanes))
         self.lane = local(T.truncmod(thread, self.lanes))
@@ -122,6 +124,7 @@ class FoldingBlock:
         self.member = local(self.group - self.place * sharing)
         self.row = local(block * rows_of_block + self.place)
         self.first = local(wide(self.row) * wide(at.parts))
+        self.memory = local(self.place * (sharing * AHEAD))  # first place of the row's states in shared memory
 
     @property
     def at_once(self):
@@ -150,7 +153,7 @@ class FoldingBlock:
                     )
                 T.ptx["ld.global.v2.f32"](self.loaded[a * 2], self.loaded[a * 2 + 1], self.sums.ptr_to([index * 2]))
         for a in T.unroll(AHEAD):
-            to: T.int32 = a * self.groups + self.group
+            to: T.int32 = self.memory + a * self.sharing + self.member
             for x in T.unroll(COLUMNS):
                 self.o_shared[(to * self.lanes + self.lane) * COLUMNS + x] = T.reinterpret(
                     "float32", self.words[a * COLUMNS + x]
@@ -160,14 +163,22 @@ class FoldingBlock:
                 self.sums_shared[to * 2 + 1] = self.loaded[a * 2 + 1]
 
     @T.inline
-    def take(self, n):
-        """The first group of a row folds state number ``n`` of those that were brought."""
-        at: T.int32 = T.truncdiv(n, self.sharing) * self.groups + self.group + T.truncmod(n, self.sharing)
-        self.next_peak[0] = self.sums_shared[at * 2]
-        self.next_total[0] = self.sums_shared[at * 2 + 1]
-        self.fold.begin(self.peak, self.total, self.next_peak, self.next_total)
-        for x in T.unroll(COLUMNS):
-            self.acc[x] = self.fold.folded(0, self.acc[x], self.o_shared[(at * self.lanes + self.lane) * COLUMNS + x])
+    def take(self, n, is_state):
+        """The first group of a row folds ``AHEAD`` states from number ``n`` on of those that were brought, but for
+        those of which ``is_state(number)`` isn't true."""
+        for a in T.unroll(AHEAD):
+            self.loaded[a * 2] = self.sums_shared[(self.memory + n + a) * 2]
+            self.loaded[a * 2 + 1] = self.sums_shared[(self.memory + n + a) * 2 + 1]
+            for x in T.unroll(COLUMNS):
+                self.values[a * COLUMNS + x] = self.o_shared[
+                    ((self.memory + n + a) * self.lanes + self.lane) * COLUMNS + x
+                ]
+        for a in T.unroll(AHEAD):
+            self.next_peak[0] = T.Select(is_state(n + a), self.loaded[a * 2], T.float32(LOWEST))
+            self.next_total[0] = T.Select(is_state(n + a), self.loaded[a * 2 + 1], T.float32(0))
+            self.fold.begin(self.peak, self.total, self.next_peak, self.next_total)
+            for x in T.unroll(COLUMNS):
+                self.acc[x] = self.fold.folded(0, self.acc[x], self.values[a * COLUMNS + x])
 
     @T.inline
     def write(self):
@@ -205,8 +216,9 @@ def _fold(pattern: Pattern, at: States):
             own.bring(i, at.splits, at.part)
             T.cuda.cta_sync()
             if T.And(own.member == 0, own.row < at.rows):
-                for n in T.serial(T.min(at.splits - i * own.at_once, own.at_once)):
-                    own.take(n)
+                left: T.int32 = T.min(at.splits - i * own.at_once, own.at_once)
+                for n in T.serial(ceildiv(left, AHEAD)):
+                    own.take(n * AHEAD, lambda number: number < left)
             T.cuda.cta_sync()
         if T.And(own.member == 0, own.row < at.rows):
             own.write()
@@ -249,9 +261,14 @@ def _fold_ragged(pattern: Pattern, at: RaggedStates):
         own.bring(i, end, lambda number: number)
         T.cuda.cta_sync()
         if own.member == 0:
-            for n in T.serial(T.min(end - i * own.at_once, own.at_once)):
-                if T.Or(i * own.at_once + n == 0, i * own.at_once + n >= count[0]):
-                    own.take(n)
+            behind: T.int32 = i * own.at_once
+            left: T.int32 = T.min(end - behind, own.at_once)
+
+            for n in T.serial(ceildiv(left, AHEAD)):
+                own.take(
+                    n * AHEAD,
+                    lambda x: T.And(x < left, T.Or(behind + x == 0, behind + x >= count[0])),
+                )
         T.cuda.cta_sync()
     if T.And(T.And(own.member == 0, own.row < at.rows), T.Or(splits == 0, count[0] < splits)):
         own.write()

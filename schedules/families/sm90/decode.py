@@ -79,8 +79,8 @@ class Config:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: the consumer warpgroup and the producer's warp."""
-        return 32 * (WARPS + 1)
+        """Threads of a block: the consumer warpgroup and the producer's warp, or those of K and of V."""
+        return 32 * (WARPS + (2 if self.runs else 1))
 
     @property
     def registers(self) -> int:
@@ -90,12 +90,13 @@ class Config:
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration of a pattern."""
-    packs = not pattern.depends_on_head
+    packs, runs = not pattern.depends_on_head, not pattern.has_sink
     if pattern.head_dim <= 64:
-        return {0: Config(num_stages=4, pack_heads=packs, runs=not pattern.has_sink)}
+        return {0: Config(num_stages=4, pack_heads=packs, runs=runs)}
     if pattern.head_dim <= 128:
-        return {0: Config(pack_heads=packs, runs=not pattern.has_sink)}
-    return {0: Config(num_stages=2, blocks_per_sm=1, pack_heads=packs, runs=not pattern.has_sink)}
+        block_n, num_stages = (32, 4) if runs else (64, 2)
+        return {0: Config(block_n=block_n, num_stages=num_stages, pack_heads=packs, runs=runs)}
+    return {0: Config(num_stages=2, blocks_per_sm=1, pack_heads=packs)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:

@@ -70,6 +70,45 @@ class FoldingConsumer(Consumer):
         return self.aside.ptr_to([group, self.warp * 32 + self.lane, 0])
 
     @T.inline
+    def steps(self, walk):
+        """The steps of a split behind the first one, from right to left: masked, full, masked."""
+        self.masked_steps(walk, 1, T.min(walk.full_begin, walk.steps))
+        if walk.has_full:
+            for i in T.serial(T.max(walk.full_begin, 1), T.min(walk.full_end, walk.steps)):
+                self.step(walk, i, False)
+        if walk.has_left:
+            self.masked_steps(walk, T.max(walk.full_end, 1), walk.steps)
+
+    @T.inline
+    def change_split(self, walk):
+        """The first step of a split, beside which the one before is finished."""
+        k = T.meta_var(self.k_state())
+        v = T.meta_var(self.v_state())
+        self.first = 0
+        if self.pattern.has_gaps:
+            self.count(walk)
+        self.k.consumer_wait(k)
+        self.issue(k, v)
+        self.finished.keep(self.softmax)
+        self.first_softmax(walk, k)
+        self.next_k(k, self._more(walk, 0))
+        self.finish_pv(v)
+        self.softmax.pack(self.acc_s, self.p)
+        self.softmax.add_sums()
+        self.leave()
+        for i in T.unroll(self.outputs):
+            self.acc_o[i] = T.float32(0)
+
+    @T.inline
+    def end_split(self):
+        """The last product of a split."""
+        v = T.meta_var(self.v_state())
+        self.issue_pv(v)
+        self.finish_pv(v)
+        self.finished.keep(self.softmax)
+        self.leave()
+
+    @T.inline
     def nothing_seen(self):
         """The state of rows that see nothing of a split."""
         self.softmax.reset()

@@ -51,6 +51,8 @@ SPLIT_LENGTHS = ((0, 64), (1024, 128), (4096, 256), (8192, 512), (65536, 1024), 
 
 #: Registers of a thread that fetches, and of a consumer's, in a block that has the multiprocessor for itself.
 _ALONE = (40, 248)
+#: In one of two: with 24 for those that fetch, these spilled.
+_OF_TWO = (32, 224)
 
 #: The kernels of mma.sync.
 _WARPS = PagedDecoding(
@@ -96,8 +98,8 @@ class Config:
     pack_heads: query heads of a group share a row tile.
     """
 
-    block_n: int = 64
-    num_stages: int = 2
+    block_n: int = 32
+    num_stages: int = 4
     blocks_per_sm: int = 2
     pack_heads: bool = True
 
@@ -116,7 +118,7 @@ class Config:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that fetches, and of a consumer's."""
-        return _ALONE if self.blocks_per_sm == 1 else REGISTERS[1, self.blocks_per_sm]
+        return {1: _ALONE, 2: _OF_TWO}.get(self.blocks_per_sm) or REGISTERS[1, self.blocks_per_sm]
 
 
 def split_lengths(config: Config) -> split_keys.SplitLengths:

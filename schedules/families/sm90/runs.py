@@ -46,19 +46,26 @@ class RunScheduler(SplitScheduler):
 
     def key_tiles(self, at):
         """First and end of the tiles of keys of the split that a block has come to."""
-        return at.number * self.tiles, (at.number + 1) * self.tiles
+        return at.ahead * self.tiles, (at.ahead + 1) * self.tiles
 
 
 @T.meta_class
 class RunBlock(Block):
-    """A block, as the main loop asks of it: ``number`` is the split that it has come to, of those up to ``end``."""
+    """A block, as the main loop asks of it: ``ahead`` is the split that it has come to, of those up to ``end``, and
+    ``number`` the one that is finished next."""
 
     def __init__(self, pattern: Pattern, config, geometry: Geometry, rows: Rows, scheduler: RunScheduler, boxes, at):
         Block.__init__(self, pattern, config, geometry, rows, scheduler, boxes, at)
         first = scheduler.split(at) * scheduler.run
-        self.number = local(first)
-        self.end = local(T.min(first + scheduler.run, scheduler.all_splits))
+        self.number, self.ahead = local(first), local(first)
+        self.place = at
         self.at = self
+
+    @property
+    def end(self):
+        """The split after the run's last one; computed where it is asked for, which costs no register."""
+        scheduler = self.scheduler
+        return T.min((scheduler.split(self.place) + 1) * scheduler.run, scheduler.all_splits)
 
     @property
     def folds(self):
@@ -79,43 +86,42 @@ class RunConsumer(FoldingConsumer):
     def run(self):
         """Compute the block's splits."""
         block = T.meta_var(self.block)
-        first = T.meta_var(block.number == 0)
         self.counter.start()
         self.q.consumer_wait(self.q_state())  # also if no split has anything to see: a block may not end before
-        while block.number < block.end:
+        while block.ahead < block.end:
             walk = self.walk()
             if walk.tiles.begin < walk.tiles.end:
-                self.start()
-                self.masked_steps(walk, 1, walk.steps)
-                v = T.meta_var(self.v_state())
-                self.issue_pv(v)
-                self.finish_pv(v)
-                self.finished.keep(self.softmax)
-            else:
-                self.nothing_seen()
-            if block.folds != 0:
-                if T.Not(first):
-                    self.put_together()
-                if block.number + 1 < block.end:
-                    self.set_aside()
+                if block.number < block.ahead:
+                    self.change_split(walk)
                 else:
-                    if block.is_whole:
-                        self.write_rows()
-                    else:
-                        self.write_states()
+                    self.start()
+                self.steps(walk)
             else:
-                self.write_states()
-            block.number = block.number + 1
+                if block.number < block.ahead:
+                    self.end_split()
+                self.nothing_seen()
+                self.leave()
+            block.ahead = block.ahead + 1
+        if block.number < block.ahead:
+            self.end_split()
 
     @T.inline
-    def first_softmax(self, walk, k):
-        """Probabilities of a split's first step, with the exact maximum."""
-        column0 = T.meta_var(self._column0(walk.key_first(0)))
-        self.k.consumer_release(k, self.lane)
-        self.softmax.reset()
-        self.softmax.scores(self.acc_s, self._row0(), column0, True)
-        self.softmax.track(self.acc_s, 0.0)
-        self.softmax.probabilities(self.acc_s, self.softmax.scale)
+    def leave(self):
+        """Fold or write what a finished split has left, and go on to the next one."""
+        block = T.meta_var(self.block)
+        if block.folds != 0:
+            if block.number > 0:
+                self.put_together()
+            if block.number + 1 < block.end:
+                self.set_aside()
+            else:
+                if block.is_whole:
+                    self.write_rows()
+                else:
+                    self.write_states()
+        else:
+            self.write_states()
+        block.number = block.number + 1
 
     @T.inline
     def each_row(self, write):
@@ -129,23 +135,19 @@ class RunConsumer(FoldingConsumer):
 
 
 @T.inline
-def _fetch(block: RunBlock, k_pipeline: Pipeline, v_pipeline: Pipeline, maps, begun):
-    """The producer's thread: fill both pipelines with the tiles of the block's splits, but for the ``begun`` first."""
+def _fetch(block: RunBlock, pipeline: Pipeline, descriptor, begun):
+    """A producer's thread: fill the pipeline of K or of V with the tiles of the block's splits after ``begun`` ones."""
     n: T.int32 = begun
     skipped: T.int32 = begun
-    while block.number < block.end:
+    while block.ahead < block.end:
         walk = KeyWalk(block, 0, block.config.block_m)
         if walk.tiles.begin < walk.tiles.end:
             for i in T.serial(skipped, walk.steps):
-                # K before its stage of V is waited for: the consumers release V(n-1) when K(n+1) is there.
-                at = T.meta_var(block.keys(walk.key_first(i)))
-                k_pipeline.producer_acquire(k_pipeline.state(n))
-                k_pipeline.load(k_pipeline.state(n), maps[0], at)
-                v_pipeline.producer_acquire(v_pipeline.state(n))
-                v_pipeline.load(v_pipeline.state(n), maps[1], at)
+                pipeline.producer_acquire(pipeline.state(n))
+                pipeline.load(pipeline.state(n), descriptor, block.keys(walk.key_first(i)))
                 n = n + 1
         skipped = 0
-        block.number = block.number + 1
+        block.ahead = block.ahead + 1
 
 
 def compute_runs(pattern: Pattern, config, traversal: Traversal, parameters: dict):
@@ -196,25 +198,30 @@ def compute_runs(pattern: Pattern, config, traversal: Traversal, parameters: dic
         pool.commit()
         pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
         begun: T.int32 = 0
-        if warp == WARPS:
+        if warp >= WARPS:
             walk = KeyWalk(block, 0, config.block_m)
             begun = T.Select(walk.tiles.begin < walk.tiles.end, T.min(walk.steps, config.num_stages), 0)
-            if T.cuda.elect_sync():
-                q_pipeline.init(1)
-                k_pipeline.init(consumer_arrivals(1))
-                v_pipeline.init(consumer_arrivals(1))
-                T.ptx.fence.mbarrier_init.release.cluster()
-                q_pipeline.load(q_pipeline.state(0), q_map, block.queries(0))
-                for i in T.unroll(config.num_stages):
-                    if i < begun:
-                        first = T.meta_var(block.keys(walk.key_first(i)))
-                        k_pipeline.load(k_pipeline.state(i), k_map, first)
-                        v_pipeline.load(v_pipeline.state(i), v_map, first)
+            if warp == WARPS:
+                if T.cuda.elect_sync():
+                    q_pipeline.init(1)
+                    k_pipeline.init(consumer_arrivals(1))
+                    v_pipeline.init(consumer_arrivals(1))
+                    T.ptx.fence.mbarrier_init.release.cluster()
+                    q_pipeline.load(q_pipeline.state(0), q_map, block.queries(0))
+                    for i in T.unroll(config.num_stages):
+                        if i < begun:
+                            first = T.meta_var(block.keys(walk.key_first(i)))
+                            k_pipeline.load(k_pipeline.state(i), k_map, first)
+                            v_pipeline.load(v_pipeline.state(i), v_map, first)
         T.cuda.cta_sync()
         # 4. Tasks.
-        if warp == WARPS:
-            if T.cuda.elect_sync():
-                _fetch(block, k_pipeline, v_pipeline, (k_map, v_map), begun)
+        if warp >= WARPS:
+            if warp == WARPS:
+                if T.cuda.elect_sync():
+                    _fetch(block, k_pipeline, k_map, begun)
+            else:
+                if T.cuda.elect_sync():
+                    _fetch(block, v_pipeline, v_map, begun)
         else:
             consumer = RunConsumer(pattern, config, block, pipelines, states, aside, warp, lane)
             consumer.run()

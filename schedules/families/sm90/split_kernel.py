@@ -49,22 +49,22 @@ class PartSoftmax(Softmax):
 
 @T.meta_class
 class FoldingPart(Part):
-    """The same where a block folds the splits of rows that it begins with the first one."""
+    """The same where a block folds the splits of rows that it begins with the first one.
+
+    ``number`` is the split that is finished next, ``folds`` whether it is folded to those before, and ``is_open``
+    whether the part before is still to be finished.
+    """
 
     def __init__(self, *args):
         Part.__init__(self, *args)
-        self.folds = local(T.int32(0))
-
-    @property
-    def number(self):
-        """The split that the block has come to."""
-        return self.split
+        self.folds, self.number, self.is_open = (local(T.int32(0)) for _ in range(3))
 
     @property
     def goes_on(self):
-        """Whether the block's next part is the next split of the same rows, if they are one row tile."""
+        """Whether the block's next part is the next split of the same rows."""
         following = self.split + 1
-        return T.And(following < self.splits, self.before + self.tiles_before(following) < self.end)
+        is_within = self.before + self.tiles_before(following) < self.end
+        return T.And(self.rows.count <= WARPGROUP_ROWS, T.And(following < self.splits, is_within))
 
     @property
     def is_last(self):
@@ -93,50 +93,57 @@ class PartConsumer(FoldingConsumer):
                 part.folds = T.Cast("int32", part.rows.count <= WARPGROUP_ROWS)
             walk = self.walk()
             if walk.tiles.begin < walk.tiles.end:
-                self.compute(walk)
-            else:
-                self.nothing_seen()
-            if part.folds != 0:
-                if part.split > 0:
-                    self.put_together()
-                if part.goes_on:
-                    self.set_aside()
+                if part.is_open != 0:
+                    self.change_split(walk)
                 else:
-                    if part.is_last:
-                        self.write_rows()
-                    else:
-                        self.write_states()
-                    part.folds = 0
+                    part.number = part.split
+                    self.first_step(walk)
+                self.steps(walk)
+                part.is_open = 1
+                if T.Not(part.goes_on):
+                    self.end_split()
+                    part.is_open = 0
             else:
-                self.write_states()
+                if part.is_open != 0:
+                    self.end_split()
+                    part.is_open = 0
+                part.number = part.split
+                self.nothing_seen()
+                self.leave()
             part.advance()
 
     @T.inline
-    def compute(self, walk):
-        """A part whose rows see something of it."""
-        self.first_step(walk)
-        self.masked_steps(walk, 1, walk.steps)
-        v = T.meta_var(self.v_state())
-        self.issue_pv(v)
-        self.finish_pv(v)
-        self.finished.keep(self.softmax)
+    def leave(self):
+        """Fold or write what a finished split has left."""
+        part = T.meta_var(self.block)
+        if part.folds != 0:
+            if part.number > 0:
+                self.put_together()
+            if T.Or(part.number < part.split, part.goes_on):
+                self.set_aside()
+            else:
+                if part.is_last:
+                    self.write_rows()
+                else:
+                    self.write_states()
+                part.folds = 0
+        else:
+            self.write_states()
+        part.number = part.number + 1
 
     @T.inline
     def first_step(self, walk):
-        """The first step of a part, which has no earlier product beside it, with the exact maximum."""
+        """The first step of a part, which has no earlier product beside it."""
         for i in T.unroll(self.outputs):
             self.acc_o[i] = T.float32(0)
         if self.pattern.has_gaps:
             self.count(walk)
+        self.first = 0
         k = T.meta_var(self.k_state())
         self.k.consumer_wait(k)
         self.issue_qk(k)
         T.ptx.wgmma.wait_group.sync.aligned(0)
-        self.k.consumer_release(k, self.lane)
-        self.softmax.reset()
-        self.softmax.scores(self.acc_s, self._row0(), self._column0(walk.key_first(0)), True)
-        self.softmax.track(self.acc_s, 0.0)
-        self.softmax.probabilities(self.acc_s, self.softmax.scale)
+        self.first_softmax(walk, k)
         self.softmax.pack(self.acc_s, self.p)
         self.softmax.add_sums()
         self.next_k(k, self._more(walk, 0))
