@@ -218,7 +218,7 @@ def _fold(pattern: Pattern, at: States):
             if T.And(own.member == 0, own.row < at.rows):
                 left: T.int32 = T.min(at.splits - i * own.at_once, own.at_once)
                 for n in T.serial(ceildiv(left, AHEAD)):
-                    own.take(n * AHEAD, lambda number: number < left)
+                    own.take(n * AHEAD, lambda number: number < left)  # noqa: B023, evaluated here
             T.cuda.cta_sync()
         if T.And(own.member == 0, own.row < at.rows):
             own.write()
@@ -263,12 +263,9 @@ def _fold_ragged(pattern: Pattern, at: RaggedStates):
         if own.member == 0:
             behind: T.int32 = i * own.at_once
             left: T.int32 = T.min(end - behind, own.at_once)
-
+            is_state = T.meta_var(lambda x: T.And(x < left, T.Or(behind + x == 0, behind + x >= count[0])))  # noqa: B023
             for n in T.serial(ceildiv(left, AHEAD)):
-                own.take(
-                    n * AHEAD,
-                    lambda x: T.And(x < left, T.Or(behind + x == 0, behind + x >= count[0])),
-                )
+                own.take(n * AHEAD, is_state)
         T.cuda.cta_sync()
     if T.And(T.And(own.member == 0, own.row < at.rows), T.Or(splits == 0, count[0] < splits)):
         own.write()

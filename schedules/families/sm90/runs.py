@@ -44,6 +44,10 @@ class RunScheduler(SplitScheduler):
         runs = T.bind(ceildiv(splits, run))
         SplitScheduler.__init__(self, geometry, rows, config, traversal, runs, split_length)
 
+    def run_of(self, at, batch):
+        """The run of the block at ``at``, whose batch is known."""
+        return at[1] if self.seq_outer else at[0] - batch * self.splits
+
     def key_tiles(self, at):
         """First and end of the tiles of keys of the split that a block has come to."""
         return at.ahead * self.tiles, (at.ahead + 1) * self.tiles
@@ -65,7 +69,7 @@ class RunBlock(Block):
     def end(self):
         """The split after the run's last one; computed where it is asked for, which costs no register."""
         scheduler = self.scheduler
-        return T.min((scheduler.split(self.place) + 1) * scheduler.run, scheduler.all_splits)
+        return T.min((scheduler.run_of(self.place, self.batch) + 1) * scheduler.run, scheduler.all_splits)
 
     @property
     def folds(self):
