@@ -43,10 +43,7 @@ class RunScheduler(SplitScheduler):
         self.run, self.all_splits = run, splits
         runs = T.bind(ceildiv(splits, run))
         SplitScheduler.__init__(self, geometry, rows, config, traversal, runs, split_length)
-
-    def run_of(self, at, batch):
-        """The run of the block at ``at``, whose batch is known."""
-        return at[1] if self.seq_outer else at[0] - batch * self.splits
+        self.seq_outer = True  # of either layout: the run is an index of its own then, and takes no register
 
     def key_tiles(self, at):
         """First and end of the tiles of keys of the split that a block has come to."""
@@ -69,7 +66,7 @@ class RunBlock(Block):
     def end(self):
         """The split after the run's last one; computed where it is asked for, which costs no register."""
         scheduler = self.scheduler
-        return T.min((scheduler.run_of(self.place, self.batch) + 1) * scheduler.run, scheduler.all_splits)
+        return T.min((scheduler.split(self.place) + 1) * scheduler.run, scheduler.all_splits)
 
     @property
     def folds(self):
