@@ -117,10 +117,10 @@ def runs(entry: KernelEntry, most_units: int = 300) -> Iterator[Trial]:
     """
     if not any(scalar.name == "run" for scalar in entry.scalars):
         return
-    for units in (2, 22, 44, 70, 132, 202, 270, 300):
+    for units in (2, 22, 44, 132, 202, 300):
         if units > most_units:
             return
-        seqlen_kv = 1101 if units < 300 else 500
+        seqlen_kv = 1101 if units < 132 else 330
         own = {"kv_heads": 2, "seqlen_kv": seqlen_kv, "dtype": entry.dtype, "mask": entry.mask, "score": entry.score}
         case = Case(units // 2, 4, 2, min(64, entry.head_dim), **own)
         data = dataclasses.replace(cases.inputs(case), params=_as_given(entry, _OPEN))

@@ -100,13 +100,14 @@ def runs_program(
     *,
     resident: int,
     packs: bool,
+    most_rows: int,
     alignment: int,
 ) -> Program:
     """Both launches where a block computes a run of splits: as many as fill ``resident`` places for blocks.
 
     A head of keys, or a query head if heads aren't packed, has as many runs as there are places for each, all of its
     splits in one if there are more heads than places: if that leaves the last round of blocks less than 13/16 full,
-    four, so that the machine has something to do until the end.
+    four, so that the machine has something to do until the end.  A run keeps the states of ``most_rows`` rows at most.
 
     Parameters
     ----------
@@ -120,7 +121,10 @@ def runs_program(
     rounds = ("ceildiv", units, resident)
     filled = ("ceildiv", ("*", 16, units), ("*", rounds, resident))  # sixteenths
     several = ("steps", ("*", ("steps", units, (0, 0), (resident + 1, 1)), ("+", 1, filled)), (0, 1), (1, 4), (14, 1))
-    of_a_head = ("max", several, ("//", resident, units))
+    doublings = tuple((1 + (1 << n >> 1), 1 << n) for n in range(1, most_rows.bit_length()))
+    packed = ("*", ("ceildiv", "heads", "kv_heads"), ("steps", "seqlen_q", (0, 1), *doublings))
+    longest = ("max", 1, ("//", most_rows, packed))
+    of_a_head = ("max", several, ("//", resident, units), ("ceildiv", splits, longest))
     results = ("o_partial", "sums_partial")
     params = tuple(p.name for p in pattern.params)
     folding = fold_states(pattern, traversal, f"{name}_combine", alignment)

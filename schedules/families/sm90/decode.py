@@ -27,10 +27,9 @@ from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
 from schedules.families.sm90.consumer import Consumer
-from schedules.families.sm90.folding import bytes_aside
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
-from schedules.families.sm90.runs import compute_runs
+from schedules.families.sm90.runs import bytes_of_states, compute_runs
 from schedules.families.sm90.split_scheduler import ALIGNMENT, SplitScheduler
 from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block, KeyWalk
@@ -79,8 +78,8 @@ class Config:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: the consumer warpgroup and the producer's warp, or those of K and of V."""
-        return 32 * (WARPS + (2 if self.runs else 1))
+        """Threads of a block: the consumer warpgroup and the producer's warp."""
+        return 32 * (WARPS + 1)
 
     @property
     def registers(self) -> int:
@@ -94,9 +93,8 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     if pattern.head_dim <= 64:
         return {0: Config(num_stages=4, pack_heads=packs, runs=runs)}
     if pattern.head_dim <= 128:
-        block_n, num_stages = (32, 4) if runs else (64, 2)
-        return {0: Config(block_n=block_n, num_stages=num_stages, pack_heads=packs, runs=runs)}
-    return {0: Config(num_stages=2, blocks_per_sm=1, pack_heads=packs)}
+        return {0: Config(pack_heads=packs, runs=runs)}
+    return {0: Config(num_stages=2, blocks_per_sm=1, pack_heads=packs, runs=runs)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
@@ -132,7 +130,7 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
 
 def _shared_memory(pattern: Pattern, config: Config) -> int:
     keys = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
-    aside = bytes_aside(pattern) if config.runs else 0
+    aside = bytes_of_states(pattern) if config.runs else 0
     return (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + aside + BARRIER_BYTES
 
 
@@ -314,6 +312,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
             SPLIT_LENGTHS,
             resident=resident,
             packs=config.pack_heads,
+            most_rows=WARPGROUP_ROWS,
             alignment=ALIGNMENT,
         )
     func = partial(pattern, config, traversal, name)
