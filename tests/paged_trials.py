@@ -148,9 +148,9 @@ def trials(entry: KernelEntry) -> Iterator[Trial]:
         yield _trial_of_bits("shares", shares(entry, entry.params))
 
 
-def shares(spec, params, heads: int = 16) -> Paged:
+def shares(spec, params, heads: int = 12) -> Paged:
     """Sequences of which a GPU's blocks, that share the keys of ``heads`` heads, compute several splits each."""
-    plain = own_case(spec, params, heads=heads, kv_heads=heads)
+    plain = own_case(spec, params, heads=4 * heads, kv_heads=heads)
     own = replace(plain, params=tuple((n, 1 << 20 if n == "window_left" else x) for n, x in plain.params))
     return Paged(own, tuple((1 + i % 2, 700 + 53 * (i % 7)) for i in range(14)), trailing=2)
 

@@ -36,9 +36,9 @@ from schedules.families.sm90.config import (
     available_memory,
     panels,
 )
-from schedules.families.sm90.folding import bytes_aside
 from schedules.families.sm90.kernel import ALIGNMENT
 from schedules.families.sm90.parts import PartScheduler
+from schedules.families.sm90.runs import bytes_of_states
 from schedules.families.sm90.split_kernel import compute_parts
 from schedules.tile.geometry import PagedGeometry, parameterised
 from schedules.tile.states import PartialStates
@@ -98,8 +98,8 @@ class Config:
     pack_heads: query heads of a group share a row tile.
     """
 
-    block_n: int = 32
-    num_stages: int = 4
+    block_n: int = 64
+    num_stages: int = 2
     blocks_per_sm: int = 2
     pack_heads: bool = True
 
@@ -165,7 +165,7 @@ def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Tar
     if pattern.depends_on_head and config.pack_heads:
         return Rejected("a score or a mask that differs from head to head can't have heads packed")
     keys = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
-    aside = bytes_aside(pattern)
+    aside = bytes_of_states(pattern)
     needed = (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + aside + BARRIER_BYTES
     if needed > (available := available_memory(config)):
         return Rejected(f"needs {needed} bytes of shared memory, a block of {target} has {available}")

@@ -4,8 +4,8 @@ As many as leave the machine's places for blocks filled: few sequences have a sp
 all of their keys.  Every split is computed for itself, from a reference of its own, and leaves a state in shared
 memory; at the end of the run the states of a row's first run are folded from left to right
 (:mod:`schedules.tile.states`), so that a sequence has the same bits however many splits a run has.  Where the first
-run is all, it writes the row.  Other runs leave the states of their splits to the second launch, which folds them to that of
-the first one.
+run is all, it writes the row.  Other runs leave the states of their splits to the second launch, which folds them to
+that of the first one.
 """
 
 from __future__ import annotations

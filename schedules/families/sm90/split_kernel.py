@@ -13,9 +13,9 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, NamedBarriers, consumer_arrivals
 from schedules.families.sm90.config import PANEL, WARPGROUP_ROWS, panels
-from schedules.families.sm90.folding import FoldingConsumer, memory_aside
 from schedules.families.sm90.parts import Part, PartScheduler
 from schedules.families.sm90.pipeline import Pipeline
+from schedules.families.sm90.runs import RunConsumer, memory_of_states
 from schedules.families.sm90.softmax import Finished, Softmax
 from schedules.families.sm90.wgmma import swizzled
 from schedules.families.sm90.work_tile import KeyWalk
@@ -49,15 +49,24 @@ class PartSoftmax(Softmax):
 
 @T.meta_class
 class FoldingPart(Part):
-    """The same where a block folds the splits of rows that it begins with the first one.
+    """The same where a block keeps the states of splits that follow one another in rows of one row tile.
 
-    ``number`` is the split that is finished next, ``folds`` whether it is folded to those before, and ``is_open``
-    whether the part before is still to be finished.
+    ``begin`` is the split of the first state that is kept; ``folds`` says whether it is that of all splits up to there.
     """
 
     def __init__(self, *args):
         Part.__init__(self, *args)
-        self.folds, self.number, self.is_open = (local(T.int32(0)) for _ in range(3))
+        self.begin, self.folds = (local(T.int32(0)) for _ in range(2))
+
+    @property
+    def number(self):
+        """The split that the block has come to."""
+        return self.split
+
+    @property
+    def count(self):
+        """Rows of the row tile."""
+        return T.min(self.rows.count - self.row_first, WARPGROUP_ROWS)
 
     @property
     def goes_on(self):
@@ -66,70 +75,97 @@ class FoldingPart(Part):
         is_within = self.before + self.tiles_before(following) < self.end
         return T.And(self.rows.count <= WARPGROUP_ROWS, T.And(following < self.splits, is_within))
 
-    @property
-    def is_last(self):
-        """Whether the split is the last one of its rows."""
-        return self.split + 1 == self.splits
-
 
 @T.meta_class
-class PartConsumer(FoldingConsumer):
+class PartConsumer(RunConsumer):
     """The consumer warpgroup, over the block's parts."""
 
-    def __init__(self, pattern: Pattern, config, part: FoldingPart, pipelines, states, aside, warp, lane):
-        FoldingConsumer.__init__(self, pattern, config, part, pipelines, states, aside, warp, lane)
+    def __init__(self, pattern: Pattern, config, part: FoldingPart, pipelines, states, memory, warp, lane):
+        RunConsumer.__init__(self, pattern, config, part, pipelines, states, memory, warp, lane)
         self.softmax = PartSoftmax(pattern, part.site, part.rows, config.block_n)
         self.finished = Finished(self.softmax)
+        self.counts = flat(states.counts)
+        self.kept = T.local_scalar("int32")
 
     @T.inline
     def run(self):
         """Compute the parts."""
         part = T.meta_var(self.block)
         self.counter.start()
+        self.kept = 0
         while part.exists:
             if part.other_rows != 0:
                 self.read_queries()
-            if part.split == 0:
-                part.folds = T.Cast("int32", part.rows.count <= WARPGROUP_ROWS)
+            if self.kept == 0:
+                part.begin = part.split
+                part.folds = T.Cast("int32", T.And(part.split == 0, part.rows.count * 3 <= WARPGROUP_ROWS))
             walk = self.walk()
             if walk.tiles.begin < walk.tiles.end:
-                if part.is_open != 0:
-                    self.change_split(walk)
-                else:
-                    part.number = part.split
-                    self.first_step(walk)
-                self.steps(walk)
-                part.is_open = 1
-                if T.Not(part.goes_on):
-                    self.end_split()
-                    part.is_open = 0
+                self.first_step(walk)
+                self.masked_steps(walk, 1, walk.steps)
+                v = T.meta_var(self.v_state())
+                self.issue_pv(v)
+                self.finish_pv(v)
             else:
-                if part.is_open != 0:
-                    self.end_split()
-                    part.is_open = 0
-                part.number = part.split
-                self.nothing_seen()
-                self.leave()
+                self.softmax.reset()
+            self.finished.keep(self.softmax)
+            self.keep_state()
+            self.kept = self.kept + 1
+            if T.Or(T.Not(part.goes_on), (self.kept + 2) * part.count > WARPGROUP_ROWS):
+                self.settle()
             part.advance()
 
     @T.inline
-    def leave(self):
-        """Fold or write what a finished split has left."""
-        part = T.meta_var(self.block)
-        if part.folds != 0:
-            if part.number > 0:
-                self.put_together()
-            if T.Or(part.number < part.split, part.goes_on):
-                self.set_aside()
-            else:
-                if part.is_last:
-                    self.write_rows()
+    def settle(self):
+        """Write the states, or fold them: then their rows, their state, or keep that."""
+        part, geometry = T.meta_var((self.block, self.block.geometry))
+        packed = T.meta_var(part.rows.packed)
+        barriers = T.meta_var(NamedBarriers(1))
+        pairs = T.meta_var(self.columns // 2)
+        thread: T.int32 = self.warp * 32 + self.lane
+        stays: T.int32 = T.Cast("int32", T.And(part.folds != 0, part.goes_on))
+        barriers.queries_read(0)
+        for x in T.serial(T.truncdiv(part.count * pairs + (WARPGROUP_THREADS - 1), WARPGROUP_THREADS)):
+            item: T.int32 = x * WARPGROUP_THREADS + thread
+            row: T.int32 = T.truncdiv(item, pairs)
+            column: T.int32 = (item - row * pairs) * 2
+            if row < part.count:
+                head: T.int32 = packed.head_of(part.row_first + row)
+                position: T.int32 = part.query_first + packed.position(part.row_first + row)
+                number: T.int64 = geometry.lse_offset(part.batch, head, position)
+                if part.folds != 0:
+                    self.fold_row(self.kept, row, column)
+                    if stays != 0:
+                        for e in T.unroll(2):
+                            self.o_memory[row, column + e] = self.values[e]
+                        if column == 0:  # others still read those of state 0
+                            self.sums_memory[WARPGROUP_ROWS - 1 - row, 0] = self.peak[0]
+                            self.sums_memory[WARPGROUP_ROWS - 1 - row, 1] = self.total[0]
+                    else:
+                        if column == 0:
+                            self.counts[number] = part.split + 1
+                        if part.split + 1 == part.splits:
+                            self.write_output(number, head, position, column)
+                        else:
+                            self.write_state(number, 0, column, self.values, self.peak[0], self.total[0])
                 else:
-                    self.write_states()
-                part.folds = 0
-        else:
-            self.write_states()
-        part.number = part.number + 1
+                    if T.And(column == 0, part.begin == 0):
+                        self.counts[number] = 0
+                    for j in T.serial(self.kept):
+                        at: T.int32 = j * part.count + row
+                        for e in T.unroll(2):
+                            self.values[e] = self.o_memory[at, column + e]
+                        sums = T.meta_var((self.sums_memory[at, 0], self.sums_memory[at, 1]))
+                        self.write_state(number, part.begin + j, column, self.values, *sums)
+        barriers.queries_read(0)
+        self.kept = 0
+        if stays != 0:
+            if thread < part.count:
+                for e in T.unroll(2):
+                    self.sums_memory[thread, e] = self.sums_memory[WARPGROUP_ROWS - 1 - thread, e]
+            self.kept = 1
+            part.begin = part.split
+            barriers.queries_read(0)
 
     @T.inline
     def first_step(self, walk):
@@ -138,7 +174,6 @@ class PartConsumer(FoldingConsumer):
             self.acc_o[i] = T.float32(0)
         if self.pattern.has_gaps:
             self.count(walk)
-        self.first = 0
         k = T.meta_var(self.k_state())
         self.k.consumer_wait(k)
         self.issue_qk(k)
@@ -183,16 +218,6 @@ class PartConsumer(FoldingConsumer):
         barriers.queries_read(0)
         self.softmax.place(self._row0())
 
-    @T.inline
-    def each_row(self, write):
-        """``write(r, head, position)`` for the rows of this lane that there are."""
-        part, fragment = T.meta_var((self.block, self.softmax.fragment))
-        packed = T.meta_var(part.rows.packed)
-        for r in T.unroll(2):
-            row: T.int32 = part.row_first + self._row_of_lane() + r * fragment.row_step
-            if row < part.rows.count:
-                write(r, packed.head_of(row), part.query_first + packed.position(row))
-
 
 @T.inline
 def _fetch(part: FoldingPart, tensor, pipeline, descriptor, lane):
@@ -233,7 +258,7 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     q_pipeline = Pipeline(pool, 1, panels(pattern.head_dim), config.block_m, pattern.dtype)
     k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, pattern.dtype)
     v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, pattern.dtype)
-    aside = memory_aside(pool, pattern)
+    memory = memory_of_states(pool, pattern)
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
     pool.commit()
@@ -256,5 +281,5 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     else:
         T.ptx["setmaxnreg.inc.sync.aligned.u32"](config.registers[1])
         pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
-        consumer = PartConsumer(pattern, config, part, pipelines, states, aside, warp, lane)
+        consumer = PartConsumer(pattern, config, part, pipelines, states, memory, warp, lane)
         consumer.run()
