@@ -144,25 +144,6 @@ def trials(entry: KernelEntry) -> Iterator[Trial]:
     for label, problem in problems(entry, entry.params):
         yield trial(label, problem)
     yield trial_of_neighbours(entry)
-    if decodes(entry):
-        yield _trial_of_bits("shares", shares(entry, entry.params))
-
-
-def shares(spec, params, heads: int = 12) -> Paged:
-    """Sequences of which a GPU's blocks, that share the keys of ``heads`` heads, compute several splits each."""
-    plain = own_case(spec, params, heads=4 * heads, kv_heads=heads)
-    own = replace(plain, params=tuple((n, 1 << 20 if n == "window_left" else x) for n, x in plain.params))
-    return Paged(own, tuple((1 + i % 2, 700 + 53 * (i % 7)) for i in range(14)), trailing=2)
-
-
-def _trial_of_bits(label: str, problem: Paged) -> Trial:
-    """A problem of whose sequences each must have the bits that it has alone."""
-
-    def run(compute: Compute, device: str) -> Results:
-        ragged_trials.check_neighbours(problem, compute, device)
-        return problem.run(compute, device)
-
-    return Trial(label, run, lambda results, device: problem.check(*results, device))
 
 
 def trial(label: str, problem: Paged) -> Trial:

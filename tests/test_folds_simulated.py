@@ -1,7 +1,7 @@
 """Splits of the keys that Hopper's decoding kernels fold: whoever does it, rows have the same bits.
 
 CUDA sources run on the processor (tests/simt), against float64: batches in which a block computes one split of a row's
-keys, some of them, or all; and blocks that share sequences on pages in any way.
+keys, some of them, or all.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ pytest.importorskip("tvm")
 pytest.importorskip("torch")
 
 from schedules.builder.suite import KernelSpec
-from schedules.families.interface import DECODE, PAGED_DECODE
-from tests import cases, forward_trials, paged_trials, ragged_trials, torch_cases
+from schedules.families.interface import DECODE
+from tests import cases, forward_trials, torch_cases
 from tests.cases import Case
 from tests.simt.defaults import default_kernel
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
@@ -64,15 +64,3 @@ def test_runs_of_all_lengths_leave_the_same_bits(dense, left):
         )
         assert torch_cases.check(case, data, *found[-1]) <= 1
         assert all(map(np.array_equal, found[0], found[-1])), f"{run} splits of {splits}"
-
-
-def test_however_blocks_share_sequences_on_pages_rows_have_the_same_bits(tmp_path):
-    kernel, compute = made(PAGED_DECODE, 128, "bfloat16", tmp_path)
-    shared = paged_trials.shares(kernel.spec, kernel.pattern.params, heads=2)
-    shared = replace(shared, lengths=shared.lengths[:6])
-    found = []
-    for multiprocessors in (1, 3, 9):  # a block has all sequences of a head, or begins, has, and leaves off some
-        kernel.simulated.configure(multiprocessors=multiprocessors)
-        ragged_trials.check_neighbours(shared, compute, "cpu")
-        found.append(shared.run(compute, "cpu"))
-    assert all(np.array_equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))

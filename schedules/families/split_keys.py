@@ -18,7 +18,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
 from schedules.tile.combine import Sinks, combine, combine_ragged
-from schedules.tile.fold import fold_ragged_states, fold_states
+from schedules.tile.fold import fold_states
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 from tvm_flash.packs.manifest import Scalar, Workspace
 
@@ -194,42 +194,36 @@ def paged_program(
     lengths: SplitLengths = PAGED_SPLIT_LENGTHS,
     page_step: int = 1,
     scaled: bool = False,
-    folds: bool = False,
 ) -> Program:
     """Both launches, of ragged sequences with their keys on pages, with splits of ``lengths``.
 
     They are meant for pages of multiples of ``page_step`` keys; others they compute as well.
     ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``; if
-    it is ``scaled``, the scales of a cache of 8 bits follow the table.  If it ``folds``, it takes ``o_partial,
-    sums_partial, folded, o, lse`` in place of the partial results, and writes rows that a block has whole.
+    it is ``scaled``, the scales of a cache of 8 bits follow the table.
     """
     table = ("page_table", *(SCALES if scaled else ()))
     rows = ("*", "heads", "total_q")
     splits = _most_paged_splits(lengths)
-    where = ("cu_seqlens_q", "seqlens_k")
+    results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
     params = tuple(p.name for p in pattern.params)
     filled = ("*", page_step, ("ceildiv", "page_size", page_step))  # the size of a page, if it is such a multiple
     fits = ("steps", ("ceildiv", filled, ("max", "page_size", 1)), (0, 1), (2, 0))
     most_rows = ("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern))
-    outputs = Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v))
-    if folds:
-        of_rows = (Workspace("sums_partial", "float32", (rows, splits, 2)), Workspace("folded", "int32", (rows,)))
-    else:
-        of_rows = (Workspace("lse_partial", "float32", (rows, splits)),)
-    results = ("o_partial", *(w.name for w in of_rows))
-    written = (*results, "o", "lse")
-    second = (pattern, lambda keys: paged_split_count(keys, lengths), f"{name}_combine", alignment)
-    combining = fold_ragged_states(*second) if folds else combine_ragged(*second, waits)
-    first = written if folds else results
+    combining = combine_ragged(
+        pattern, lambda keys: paged_split_count(keys, lengths), f"{name}_combine", alignment, waits
+    )
     return Program(
         "forward",
         (
-            ScheduledLaunch(partial, ("q", "k", "v", *first, *where, *table, "softmax_scale", *params)),
-            ScheduledLaunch(combining, (*written, *where, *Sinks(pattern).roles)),
+            ScheduledLaunch(partial, ("q", "k", "v", *results, *where, *table, "softmax_scale", *params)),
+            ScheduledLaunch(combining, (*results, "o", "lse", *where, *Sinks(pattern).roles)),
         ),
         "tirx",
         alignment=alignment,
         index_bits=32,
-        workspaces=(outputs, *of_rows),
+        workspaces=(
+            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
+            Workspace("lse_partial", "float32", (rows, splits)),
+        ),
         max_rows=most_rows if page_step == 1 else ("*", fits, most_rows),
     )

@@ -11,14 +11,11 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.tile.combine import AHEAD, BLOCKS_PER_SM, COLUMNS, THREADS, Partials, RaggedPartials
+from schedules.tile.combine import AHEAD, BLOCKS_PER_SM, COLUMNS, THREADS, Partials
 from schedules.tile.geometry import flat, local, wide
 from schedules.tile.softmax import LOWEST
 from schedules.tile.states import Fold, PartialStates, inverse, log_sum_exp
 from schedules.tile.tile_scheduler import Traversal, ceildiv
-
-#: Rows up to which each has a block of its own, and up to which a block has two.
-_FEW_ROWS, _MANY_ROWS = 264, 2112
 
 
 @T.meta_class
@@ -37,29 +34,6 @@ class States(Partials):
         return T.Select(number == 0, 0, number + (self.run - 1))
 
 
-@T.meta_class
-class RaggedStates(RaggedPartials):
-    """The same of ragged sequences, each with splits of its own; the launch before says how many are folded.
-
-    ``splits`` is the most that a sequence has.  A row's states are looked at in the places of its splits.  Where rows
-    are few, these are read before it is known which are states.
-    """
-
-    def __init__(self, pattern: Pattern, handles, sequences, split_count, alignment: int):
-        states = PartialStates(handles[:3], pattern.head_dim_v)
-        self._ragged(pattern, handles[3:], sequences, split_count, alignment)
-        self.rows, self.parts, self.counts = states.rows, states.parts, states.counts
-        self.states_o, self.states_sums = states.o, states.sums
-        self.splits = states.parts
-
-    def sharing(self, groups: int):
-        """How many of a block's groups share a row: the fewer, the more rows there are."""
-        found = T.int32(1)
-        for most, n in ((_MANY_ROWS, min(groups, 4)), (_FEW_ROWS, groups)):
-            found = T.Select(self.rows <= most, T.int32(n), found)
-        return found
-
-
 def fold_states(pattern: Pattern, traversal: Traversal, name: str, alignment: int) -> PrimFunc:
     """``(o_partial, sums_partial, o, lse, run)``: states (:mod:`schedules.tile.states`) to o and lse.
 
@@ -70,31 +44,6 @@ def fold_states(pattern: Pattern, traversal: Traversal, name: str, alignment: in
     @T.prim_func(check_well_formed=False)
     def kernel(o_partial: T.handle, sums_partial: T.handle, o: T.handle, lse: T.handle, run: T.int32):
         _fold(pattern, States(pattern, traversal, (o_partial, sums_partial, o, lse), run, alignment))
-
-    return kernel.with_attr("global_symbol", name)
-
-
-def fold_ragged_states(pattern: Pattern, split_count, name: str, alignment: int) -> PrimFunc:
-    """``(o_partial, sums_partial, folded, o, lse, cu_seqlens_q, seqlens_k)``: the same of ragged sequences.
-
-    Parameters
-    ----------
-    split_count: ``split_count(keys)``, how many splits a sequence of so many keys has; ``folded`` says of each row how
-        many of them are in the place of the first one.
-    """
-
-    @T.prim_func(check_well_formed=False)
-    def kernel(
-        o_partial: T.handle,
-        sums_partial: T.handle,
-        folded: T.handle,
-        o: T.handle,
-        lse: T.handle,
-        cu_seqlens_q: T.handle,
-        seqlens_k: T.handle,
-    ):
-        handles = T.meta_var(((o_partial, sums_partial, folded, o, lse), (cu_seqlens_q, seqlens_k)))
-        _fold_ragged(pattern, RaggedStates(pattern, *handles, split_count, alignment))
 
     return kernel.with_attr("global_symbol", name)
 
@@ -222,50 +171,3 @@ def _fold(pattern: Pattern, at: States):
             T.cuda.cta_sync()
         if T.And(own.member == 0, own.row < at.rows):
             own.write()
-
-
-@T.inline
-def _fold_ragged(pattern: Pattern, at: RaggedStates):
-    """The same, where rows have different numbers of states; those without keys have none, and are written here too."""
-    groups = T.meta_var(THREADS // lanes_of(pattern))
-    sharing = T.bind(at.sharing(groups))
-    rows_of_block = T.bind(T.truncdiv(T.int32(groups), sharing))
-    T.device_entry()
-    T.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS_PER_SM})
-    counts = T.meta_var(flat(at.counts))
-    block = T.cta_id([ceildiv(at.rows, rows_of_block)])
-    thread = T.thread_id([THREADS])
-    own = FoldingBlock(pattern, at, sharing, rows_of_block, block, thread)
-    ends_shared = T.alloc_shared([groups], "int32")
-    count = T.alloc_local([1], "int32")
-    # 1. How many splits the row has, and the most that one of the block's has.
-    splits: T.int32 = 0
-    at.look_up(own.row, T.truncmod(thread, 32), splits)
-    own.start()
-    count[0] = 0
-    T.ptx.griddepcontrol.wait()
-    if splits > 0:
-        T.ptx["ld.global.s32"](count[0], counts.ptr_to([own.row]))
-    end: T.int32 = splits
-    if sharing == 1:  # noqa: SIM102, so that who needn't know the count doesn't wait for it
-        if count[0] == splits:
-            end = 0  # the row is written
-    if own.lane == 0:
-        ends_shared[own.group] = end
-    T.cuda.cta_sync()
-    most: T.int32 = 0
-    for g in T.unroll(groups):
-        most = T.max(most, ends_shared[g])
-    # 2. States come to shared memory, and the first group of a row folds them.
-    for i in T.serial(ceildiv(most, own.at_once)):
-        own.bring(i, end, lambda number: number)
-        T.cuda.cta_sync()
-        if own.member == 0:
-            behind: T.int32 = i * own.at_once
-            left: T.int32 = T.min(end - behind, own.at_once)
-            is_state = T.meta_var(lambda x: T.And(x < left, T.Or(behind + x == 0, behind + x >= count[0])))  # noqa: B023
-            for n in T.serial(ceildiv(left, AHEAD)):
-                own.take(n * AHEAD, is_state)
-        T.cuda.cta_sync()
-    if T.And(T.And(own.member == 0, own.row < at.rows), T.Or(splits == 0, count[0] < splits)):
-        own.write()

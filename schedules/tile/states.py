@@ -31,18 +31,15 @@ class PartialStates:
     ``sums (rows, parts, 2)``, float32.
 
     ``rows`` are those of the whole output in the order (batch, heads, seqlen_q).  A sum of 0 says that a row sees
-    nothing of a part, and then its ``o`` may be anything.  Where only the launch that writes them knows how many parts
-    are folded in the place of a row's first one, ``counts (rows)`` says so.  Made before ``T.device_entry()`` of the
-    handles of these.
+    nothing of a part, and then its ``o`` may be anything.  Made before ``T.device_entry()`` of the handles of the two.
     """
 
     def __init__(self, handles, columns: int):
-        o, sums, *counts = handles
+        o, sums = handles
         self.rows, self.parts = tirx.Var("partial_rows", "int32"), tirx.Var("parts", "int32")
         self.columns = columns
         self.o = T.match_buffer(o, (self.rows, self.parts, columns), "float32", align=16)
         self.sums = T.match_buffer(sums, (self.rows, self.parts, 2), "float32", align=8)
-        self.counts = T.match_buffer(counts[0], (self.rows,), "int32", align=4) if counts else None
 
 
 @T.meta_class

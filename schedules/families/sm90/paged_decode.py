@@ -38,10 +38,9 @@ from schedules.families.sm90.config import (
 )
 from schedules.families.sm90.kernel import ALIGNMENT
 from schedules.families.sm90.parts import PartScheduler
-from schedules.families.sm90.runs import bytes_of_states
 from schedules.families.sm90.split_kernel import compute_parts
 from schedules.tile.geometry import PagedGeometry, parameterised
-from schedules.tile.states import PartialStates
+from schedules.tile.partial import PartialResults
 from schedules.tile.tile_scheduler import Traversal
 
 __all__ = ["Config", "default_configs", "feasible", "program", "space"]
@@ -51,8 +50,6 @@ SPLIT_LENGTHS = ((0, 64), (1024, 128), (4096, 256), (8192, 512), (65536, 1024), 
 
 #: Registers of a thread that fetches, and of a consumer's, in a block that has the multiprocessor for itself.
 _ALONE = (40, 248)
-#: In one of two: with 24 for those that fetch, these spilled.
-_OF_TWO = (32, 224)
 
 #: The kernels of mma.sync.
 _WARPS = PagedDecoding(
@@ -118,7 +115,7 @@ class Config:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that fetches, and of a consumer's."""
-        return {1: _ALONE, 2: _OF_TWO}.get(self.blocks_per_sm) or REGISTERS[1, self.blocks_per_sm]
+        return _ALONE if self.blocks_per_sm == 1 else REGISTERS[1, self.blocks_per_sm]
 
 
 def split_lengths(config: Config) -> split_keys.SplitLengths:
@@ -165,8 +162,7 @@ def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Tar
     if pattern.depends_on_head and config.pack_heads:
         return Rejected("a score or a mask that differs from head to head can't have heads packed")
     keys = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
-    aside = bytes_of_states(pattern)
-    needed = (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + aside + BARRIER_BYTES
+    needed = (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + BARRIER_BYTES
     if needed > (available := available_memory(config)):
         return Rejected(f"needs {needed} bytes of shared memory, a block of {target} has {available}")
     needed = config.block_n // 2 + config.block_n // 4 + pattern.head_dim_v // 2 + OTHER_REGISTERS
@@ -176,8 +172,7 @@ def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Tar
 
 
 def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
-    """``(q, k, v, o_partial, sums_partial, folded, o, lse, cu_seqlens_q, seqlens_k, page_table, softmax_scale,
-    *params)``."""
+    """``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``."""
 
     def split_bits(keys):
         return split_keys.paged_split_bits(keys, config.block_n, split_lengths(config))
@@ -189,20 +184,17 @@ def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
             k: T.handle,
             v: T.handle,
             o_partial: T.handle,
-            sums_partial: T.handle,
-            folded: T.handle,
-            o: T.handle,
-            lse: T.handle,
+            lse_partial: T.handle,
             cu_seqlens_q: T.handle,
             seqlens_k: T.handle,
             page_table: T.handle,
             softmax_scale: T.float32,
         ):
-            handles = T.meta_var(((q, k, v, o, lse), (cu_seqlens_q, seqlens_k, page_table)))
+            handles = T.meta_var(((q, k, v), (cu_seqlens_q, seqlens_k, page_table)))
             geometry = PagedGeometry(pattern, *handles, softmax_scale, parameters, ALIGNMENT)
-            states = PartialStates((o_partial, sums_partial, folded), pattern.head_dim_v)
-            scheduler = PartScheduler(pattern, geometry, config, split_bits, states.parts)
-            compute_parts(pattern, geometry, scheduler, PagedBoxes(geometry, config.block_n), states)
+            results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
+            scheduler = PartScheduler(pattern, geometry, config, split_bits, results.splits)
+            compute_parts(pattern, geometry, scheduler, PagedBoxes(geometry, config.block_n), results)
 
         return attention
 
@@ -216,5 +208,5 @@ def program(
     if not isinstance(config, Config):
         return _WARPS.program(pattern, config, target, traversal, name)
     func = _partial(pattern, config, name)
-    options = {"lengths": split_lengths(config), "page_step": BOX_ROWS, "folds": True}
+    options = {"lengths": split_lengths(config), "page_step": BOX_ROWS}
     return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=True, **options)

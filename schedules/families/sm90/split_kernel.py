@@ -13,14 +13,16 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, NamedBarriers, consumer_arrivals
 from schedules.families.sm90.config import PANEL, WARPGROUP_ROWS, panels
+from schedules.families.sm90.consumer import Consumer
 from schedules.families.sm90.parts import Part, PartScheduler
 from schedules.families.sm90.pipeline import Pipeline
-from schedules.families.sm90.runs import RunConsumer, memory_of_states
 from schedules.families.sm90.softmax import Finished, Softmax
 from schedules.families.sm90.wgmma import swizzled
 from schedules.families.sm90.work_tile import KeyWalk
-from schedules.tile.geometry import Geometry, flat, local
-from schedules.tile.states import PartialStates
+from schedules.tile.epilogue import normalise
+from schedules.tile.geometry import Geometry, flat, wide
+from schedules.tile.partial import PartialResults
+from schedules.tile.score import NEGATIVE_INFINITY
 
 #: Elements of 16 bytes, which a thread copies at once.
 _CHUNK = 8
@@ -48,128 +50,44 @@ class PartSoftmax(Softmax):
 
 
 @T.meta_class
-class FoldingPart(Part):
-    """The same where a block keeps the states of splits that follow one another in rows of one row tile.
-
-    ``begin`` is the split of the first state that is kept; ``folds`` says whether it is that of all splits up to there.
-    """
-
-    def __init__(self, *args):
-        Part.__init__(self, *args)
-        self.begin, self.folds = (local(T.int32(0)) for _ in range(2))
-
-    @property
-    def number(self):
-        """The split that the block has come to."""
-        return self.split
-
-    @property
-    def count(self):
-        """Rows of the row tile."""
-        return T.min(self.rows.count - self.row_first, WARPGROUP_ROWS)
-
-    @property
-    def goes_on(self):
-        """Whether the block's next part is the next split of the same rows."""
-        following = self.split + 1
-        is_within = self.before + self.tiles_before(following) < self.end
-        return T.And(self.rows.count <= WARPGROUP_ROWS, T.And(following < self.splits, is_within))
-
-
-@T.meta_class
-class PartConsumer(RunConsumer):
+class PartConsumer(Consumer):
     """The consumer warpgroup, over the block's parts."""
 
-    def __init__(self, pattern: Pattern, config, part: FoldingPart, pipelines, states, memory, warp, lane):
-        RunConsumer.__init__(self, pattern, config, part, pipelines, states, memory, warp, lane)
+    def __init__(self, pattern: Pattern, config, part: Part, pipelines, results: PartialResults, warp, lane):
+        Consumer.__init__(self, pattern, config, part, pipelines, None, 0, warp, lane)
         self.softmax = PartSoftmax(pattern, part.site, part.rows, config.block_n)
         self.finished = Finished(self.softmax)
-        self.counts = flat(states.counts)
-        self.kept = T.local_scalar("int32")
+        self.o, self.lse, self.splits = flat(results.o), flat(results.lse), results.splits
 
     @T.inline
     def run(self):
         """Compute the parts."""
         part = T.meta_var(self.block)
         self.counter.start()
-        self.kept = 0
         while part.exists:
             if part.other_rows != 0:
                 self.read_queries()
-            if self.kept == 0:
-                part.begin = part.split
-                part.folds = T.Cast("int32", T.And(part.split == 0, part.rows.count * 3 <= WARPGROUP_ROWS))
             walk = self.walk()
             if walk.tiles.begin < walk.tiles.end:
-                self.first_step(walk)
-                self.masked_steps(walk, 1, walk.steps)
-                v = T.meta_var(self.v_state())
-                self.issue_pv(v)
-                self.finish_pv(v)
+                self.compute(walk)
             else:
-                self.softmax.reset()
-            self.finished.keep(self.softmax)
-            self.keep_state()
-            self.kept = self.kept + 1
-            if T.Or(T.Not(part.goes_on), (self.kept + 2) * part.count > WARPGROUP_ROWS):
-                self.settle()
+                self.write_nothing()
             part.advance()
 
     @T.inline
-    def settle(self):
-        """Write the states, or fold them: then their rows, their state, or keep that."""
-        part, geometry = T.meta_var((self.block, self.block.geometry))
-        packed = T.meta_var(part.rows.packed)
-        barriers = T.meta_var(NamedBarriers(1))
-        pairs = T.meta_var(self.columns // 2)
-        thread: T.int32 = self.warp * 32 + self.lane
-        stays: T.int32 = T.Cast("int32", T.And(part.folds != 0, part.goes_on))
-        barriers.queries_read(0)
-        for x in T.serial(T.truncdiv(part.count * pairs + (WARPGROUP_THREADS - 1), WARPGROUP_THREADS)):
-            item: T.int32 = x * WARPGROUP_THREADS + thread
-            row: T.int32 = T.truncdiv(item, pairs)
-            column: T.int32 = (item - row * pairs) * 2
-            if row < part.count:
-                head: T.int32 = packed.head_of(part.row_first + row)
-                position: T.int32 = part.query_first + packed.position(part.row_first + row)
-                number: T.int64 = geometry.lse_offset(part.batch, head, position)
-                if part.folds != 0:
-                    self.fold_row(self.kept, row, column)
-                    if stays != 0:
-                        for e in T.unroll(2):
-                            self.o_memory[row, column + e] = self.values[e]
-                        if column == 0:  # others still read those of state 0
-                            self.sums_memory[WARPGROUP_ROWS - 1 - row, 0] = self.peak[0]
-                            self.sums_memory[WARPGROUP_ROWS - 1 - row, 1] = self.total[0]
-                    else:
-                        if column == 0:
-                            self.counts[number] = part.split + 1
-                        if part.split + 1 == part.splits:
-                            self.write_output(number, head, position, column)
-                        else:
-                            self.write_state(number, 0, column, self.values, self.peak[0], self.total[0])
-                else:
-                    if T.And(column == 0, part.begin == 0):
-                        self.counts[number] = 0
-                    for j in T.serial(self.kept):
-                        at: T.int32 = j * part.count + row
-                        for e in T.unroll(2):
-                            self.values[e] = self.o_memory[at, column + e]
-                        sums = T.meta_var((self.sums_memory[at, 0], self.sums_memory[at, 1]))
-                        self.write_state(number, part.begin + j, column, self.values, *sums)
-        barriers.queries_read(0)
-        self.kept = 0
-        if stays != 0:
-            if thread < part.count:
-                for e in T.unroll(2):
-                    self.sums_memory[thread, e] = self.sums_memory[WARPGROUP_ROWS - 1 - thread, e]
-            self.kept = 1
-            part.begin = part.split
-            barriers.queries_read(0)
+    def compute(self, walk):
+        """A part whose rows see something of it."""
+        self.first_step(walk)
+        self.masked_steps(walk, 1, walk.steps)
+        v = T.meta_var(self.v_state())
+        self.issue_pv(v)
+        self.finish_pv(v)
+        self.finished.keep(self.softmax)
+        self.write_partial()
 
     @T.inline
     def first_step(self, walk):
-        """The first step of a part, which has no earlier product beside it."""
+        """The first step of a part, which has no earlier product beside it, with the exact maximum."""
         for i in T.unroll(self.outputs):
             self.acc_o[i] = T.float32(0)
         if self.pattern.has_gaps:
@@ -178,7 +96,11 @@ class PartConsumer(RunConsumer):
         self.k.consumer_wait(k)
         self.issue_qk(k)
         T.ptx.wgmma.wait_group.sync.aligned(0)
-        self.first_softmax(walk, k)
+        self.k.consumer_release(k, self.lane)
+        self.softmax.reset()
+        self.softmax.scores(self.acc_s, self._row0(), self._column0(walk.key_first(0)), True)
+        self.softmax.track(self.acc_s, 0.0)
+        self.softmax.probabilities(self.acc_s, self.softmax.scale)
         self.softmax.pack(self.acc_s, self.p)
         self.softmax.add_sums()
         self.next_k(k, self._more(walk, 0))
@@ -218,9 +140,42 @@ class PartConsumer(RunConsumer):
         barriers.queries_read(0)
         self.softmax.place(self._row0())
 
+    def _index(self, row):
+        """Number of a row, and of the part's split in it, int64."""
+        return self.block.rows.packed.number(self.block.geometry, row) * wide(self.splits) + wide(self.block.split)
+
+    @T.inline
+    def write_nothing(self):
+        """Say that the part's rows see nothing of it."""
+        thread = T.meta_var(self.warp * 32 + self.lane)
+        row: T.int32 = self.block.row_first + thread
+        if T.And(thread < WARPGROUP_ROWS, row < self.block.rows.count):
+            self.lse[self._index(row)] = T.float32(NEGATIVE_INFINITY)
+
+    @T.inline
+    def write_partial(self):
+        """Write the rows of this lane that there are."""
+        normalise(self.finished, self.acc_o, self.outputs)
+        fragment = T.meta_var(self.softmax.fragment)
+        columns = T.meta_var(self.pattern.head_dim_v)
+        column: T.int32 = fragment.column(self.lane)
+        for r in T.unroll(2):
+            row: T.int32 = self._row0() + r * fragment.row_step
+            if row < self.block.rows.count:
+                index: T.int64 = self._index(row)
+                if column == 0:
+                    self.lse[index] = self.finished.lse(r)
+                for g in T.unroll(self.outputs // 4):
+                    i = T.meta_var(g * 4 + r * 2)
+                    T.ptx["st.global.v2.f32"](
+                        self.o.ptr_to([index * columns + wide(column + fragment.output_column(g))]),
+                        self.acc_o[i],
+                        self.acc_o[i + 1],
+                    )
+
 
 @T.inline
-def _fetch(part: FoldingPart, tensor, pipeline, descriptor, lane):
+def _fetch(part: Part, tensor, pipeline, descriptor, lane):
     """A whole warp: fill the pipeline of K or of V with the tiles of the block's parts."""
     tiles = T.meta_var(part.boxes.fetching(part, tensor, lane))
     n: T.int32 = 0
@@ -237,7 +192,7 @@ def _fetch(part: FoldingPart, tensor, pipeline, descriptor, lane):
 
 
 @T.inline
-def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, states: PartialStates):
+def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, results: PartialResults):
     """The kernel's text, from the descriptors on."""
     config = T.meta_var(scheduler.config)
     # 1. Descriptors of the tensors, made on the host.
@@ -258,7 +213,6 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     q_pipeline = Pipeline(pool, 1, panels(pattern.head_dim), config.block_m, pattern.dtype)
     k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, pattern.dtype)
     v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, pattern.dtype)
-    memory = memory_of_states(pool, pattern)
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
     pool.commit()
@@ -268,7 +222,7 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
             v_pipeline.init(consumer_arrivals(1))
             T.ptx.fence.mbarrier_init.release.cluster()
     # 4. The block's parts.
-    part = FoldingPart(pattern, geometry, scheduler, boxes, unit, share)
+    part = Part(pattern, geometry, scheduler, boxes, unit, share)
     part.find(lane)
     T.cuda.cta_sync()
     # 5. Tasks: a warp fetches K, one V, two have none.
@@ -281,5 +235,5 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     else:
         T.ptx["setmaxnreg.inc.sync.aligned.u32"](config.registers[1])
         pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
-        consumer = PartConsumer(pattern, config, part, pipelines, states, memory, warp, lane)
+        consumer = PartConsumer(pattern, config, part, pipelines, results, warp, lane)
         consumer.run()
