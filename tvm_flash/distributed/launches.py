@@ -1,10 +1,8 @@
 """Which heads are computed together, and which are on their way meanwhile.
 
 A launch leaves part of a GPU without work at its end: about half a wave of its blocks.  So launches of few heads cost
-time, and launches of all heads wait for all keys.  All of this follows from what every rank knows, since ranks must
-send in one order.  On two H200, bfloat16, head_dim 128, 8 heads on 8 (docs/distributed.md), 64k positions under a
-causal mask are 2048 blocks of a rank: in four groups of heads, with two calls each, the forward reached 0.75 of twice
-one GPU, which eight half waves of 132 blocks explain.
+time, unless those of other heads run beside them; and launches of all heads wait for all keys.  All of this follows
+from what every rank knows, since ranks must send in one order.
 """
 
 from __future__ import annotations
@@ -13,8 +11,8 @@ from dataclasses import dataclass
 
 #: Rows of a block.
 _BLOCK = 128
-#: Blocks that a launch of the forward should have: 31 waves of an H200, of which half a one is 1.6%.
-_ENOUGH_BLOCKS = 4096
+#: Blocks that a launch of the forward should have: two waves of an H200.
+_ENOUGH_BLOCKS = 256
 #: Into how many groups the forward's heads are split at most.
 _MOST_GROUPS = 4
 
@@ -78,6 +76,11 @@ class Work:
         """Keys that a query sees, about."""
         of_mask = self.positions if self.right is None else self.positions // 2
         return of_mask if self.left is None else min(of_mask, self.left + (self.right or 0) + 1)
+
+    @property
+    def lanes(self) -> int:
+        """How many streams take turns: what is computed of different heads is independent if all keys are there."""
+        return 2 if self.fetches else 1
 
     @property
     def in_forward(self) -> int:
