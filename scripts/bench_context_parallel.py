@@ -34,10 +34,10 @@ PEERS = {
     "torch, these kernels": (SDPBackend.FLASH_ATTENTION, "tvm_flash"),
 }
 WAYS = ("gather", "ring", "heads")
-#: As it was before lanes: the forward's heads in one launch, that waits for all keys, unless there are very many.
+#: As heads were split before: into four groups with ``gather``, else not at all.
 BEFORE = {
-    "lanes": property(lambda work: 1),
-    "in_forward": property(lambda work: work._divisor(4) if work.fetches and work.positions > 1 << 17 else 1),
+    "in_forward": property(lambda work: work._divisor(4) if work.fetches else 1),
+    "in_backward": property(lambda work: work._divisor(4) if work.fetches else 1),
 }
 
 
@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=600, help="after so many nothing is begun")
-    parser.add_argument("--as-before", action="store_true", help="time also with all on one stream, as it was before")
+    parser.add_argument("--as-before", action="store_true", help="time also with the heads split as they were")
     parser.add_argument("--output", help="a file to which a line of JSON is added for each figure")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds

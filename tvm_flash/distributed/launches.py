@@ -1,8 +1,10 @@
 """Which heads are computed together, and which are on their way meanwhile.
 
 A launch leaves part of a GPU without work at its end: about half a wave of its blocks.  So launches of few heads cost
-time, unless those of other heads run beside them; and launches of all heads wait for all keys.  All of this follows
-from what every rank knows, since ranks must send in one order.
+time, launches of all heads wait for all keys, and launches of many heads share the cache.  All of this follows from
+what every rank knows, since ranks must send in one order.  What a rank of two computes of 8 heads of head_dim 128 in
+bfloat16 on an H200, in 1 and in 4 launches of a call, without the messages: 64k positions under a causal mask 6.6 and
+7.1 ms, 64k in full 13.2 and 13.0, 256k under a causal mask 115 and 108, 256k in full 212 and 210.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from dataclasses import dataclass
 
 #: Rows of a block.
 _BLOCK = 128
-#: Blocks that a launch of the forward should have: two waves of an H200.
-_ENOUGH_BLOCKS = 256
+#: Blocks that a launch of the forward should have: 8 waves of an H200.
+_ENOUGH_BLOCKS = 1024
 #: Into how many groups the forward's heads are split at most.
 _MOST_GROUPS = 4
 
@@ -76,11 +78,6 @@ class Work:
         """Keys that a query sees, about."""
         of_mask = self.positions if self.right is None else self.positions // 2
         return of_mask if self.left is None else min(of_mask, self.left + (self.right or 0) + 1)
-
-    @property
-    def lanes(self) -> int:
-        """How many streams take turns: what is computed of different heads is independent if all keys are there."""
-        return 2 if self.fetches else 1
 
     @property
     def in_forward(self) -> int:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from tvm_flash.distributed.exchange import Return, fetch
 from tvm_flash.distributed.kernels import Kernels
-from tvm_flash.distributed.lanes import Lanes
 from tvm_flash.distributed.launches import Heads, Work
 from tvm_flash.distributed.merge import add_sinks
 from tvm_flash.distributed.plan import Call, Plan, Step
@@ -55,19 +54,15 @@ class Job:
         if not self.plan.covers or (merges and self._needs_numbers(q, v)):
             out.zero_()
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-        work = self._work(q, k)
-        lanes = Lanes(q.device, work.lanes)
-        for stage in self._stages(q, k, v, work.in_forward):
+        for stage in self._stages(q, k, v, self._work(q, k).in_forward):
             kernels = self.kernels.of_heads(*stage.heads.queries)
-            with lanes.next(stage.keys):
-                for call in stage.step.calls:
-                    rows = _rows(call, stage.heads)
-                    tensors = (q[rows], *_keys(stage.keys, call, k.shape[3]))
-                    if merges:
-                        kernels.merge(call, *tensors, out[rows], lse[rows])
-                    else:
-                        lse[rows] = kernels.forward(call, *tensors, out[rows])
-        lanes.join()
+            for call in stage.step.calls:
+                rows = _rows(call, stage.heads)
+                tensors = (q[rows], *_keys(stage.keys, call, k.shape[3]))
+                if merges:
+                    kernels.merge(call, *tensors, out[rows], lse[rows])
+                else:
+                    lse[rows] = kernels.forward(call, *tensors, out[rows])
         if self.sinks is not None:
             add_sinks(out, lse, self.sinks)
         return out.to(q.dtype), lse
@@ -90,7 +85,6 @@ class Job:
         last = None
         work = self._work(q, k)
         groups = work.in_backward if work.fetches else 1
-        lanes = Lanes(q.device, work.lanes)
         for stage in self._stages(q, k, v, groups):
             heads, step = stage.heads, stage.step
             if heads not in sums:
@@ -98,25 +92,23 @@ class Job:
                 sums[heads] = stage.keys.new_zeros(shape, dtype=torch.float32)
             gradients = sums[heads] if step.own is None else torch.zeros_like(stage.keys, dtype=torch.float32)
             parts = heads.parts(work.in_backward // groups)
-            with lanes.next(stage.keys, gradients, last):
-                for call, part in itertools.product(step.calls, parts):
-                    rows = _rows(call, part)
-                    own = slice(*(x - heads.keys[0] for x in part.keys))
-                    places = (
-                        dq[rows],
-                        *_keys(gradients[:, :, own], call, head_dim),
-                        d_slopes[rows[:2]] if learns else None,
-                    )
-                    keys = _keys(stage.keys[:, :, own], call, head_dim)
-                    kept = (out[rows], lse[rows], None if dlse is None else dlse[rows])
-                    kernels = self.kernels.of_heads(*part.queries)
-                    kernels.backward(call, dout[rows], q[rows], *keys, *kept, *places, once=once)
-                if last is not None:
-                    last.wait()
-                last = Return(self.group, 2 * stage.number + 1, step, gradients, sums[heads])
+            for call, part in itertools.product(step.calls, parts):
+                rows = _rows(call, part)
+                own = slice(*(x - heads.keys[0] for x in part.keys))
+                places = (
+                    dq[rows],
+                    *_keys(gradients[:, :, own], call, head_dim),
+                    d_slopes[rows[:2]] if learns else None,
+                )
+                keys = _keys(stage.keys[:, :, own], call, head_dim)
+                kept = (out[rows], lse[rows], None if dlse is None else dlse[rows])
+                kernels = self.kernels.of_heads(*part.queries)
+                kernels.backward(call, dout[rows], q[rows], *keys, *kept, *places, once=once)
+            if last is not None:
+                last.wait()
+            last = Return(self.group, 2 * stage.number + 1, step, gradients, sums[heads])
         if last is not None:
             last.wait()
-        lanes.join()
         for heads, x in sums.items():
             x = x.permute(1, 2, 0, 3)
             dk[:, slice(*heads.keys)] = x[..., :head_dim]
