@@ -20,6 +20,7 @@ from schedules.families.interface import (
     PARTIAL,
     RAGGED,
     RAGGED_BACKWARD,
+    CAUSAL_WITH_SINKS,
     WITH_TENSORS,
 )
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
@@ -84,7 +85,7 @@ SCOPES = {
         between=True,
         own_definitions=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
-        usual_sizes=(*WITH_TENSORS, ("positioned", "optional_sinks")),
+        usual_sizes=(*WITH_TENSORS, ("positioned", "optional_sinks"), CAUSAL_WITH_SINKS),
     ),
     RAGGED: Scope(
         (("window", "optional_sinks"),),

@@ -18,6 +18,7 @@ from schedules.families.interface import (
     PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
+    CAUSAL_WITH_SINKS,
     WITH_SINKS,
     Program,
     Rejected,
@@ -204,5 +205,5 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: No GPU has run these with sinks yet.
-UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
+UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS, BACKWARD: (CAUSAL_WITH_SINKS,)}
 UNVERIFIED_KINDS = (*PAGED_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)

@@ -83,14 +83,25 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
     Those of plain scores at head_dim 64 and 128 are what docs/hopper.md has figures of; nothing else was tried.
     """
-    if pattern.is_scale_only and pattern.narrows and not pattern.params:
+    if is_plain(pattern):
         found = Config(block_m=128 if max(pattern.head_dim, pattern.head_dim_v) <= 64 else 64, num_stages=3, joint=True)
         if feasible(pattern, found, target) is None:
             return {0: found}
+    return {0: apart(pattern)}
+
+
+def is_plain(pattern: Pattern) -> bool:
+    """Whether the joint launch serves the pattern: what parameters it has are those of a sink, each of a head."""
+    only_sinks = all(p.per_head and pattern.is_of_sink(p) for p in pattern.params)
+    return pattern.is_scale_only and pattern.narrows and only_sinks
+
+
+def apart(pattern: Pattern) -> Config:
+    """The configuration of the launches apart."""
     plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
     overlaps = not pattern.learnt
     if any(p.is_spread for p in pattern.params):
-        return {0: replace(_with_tensors(pattern), overlaps=overlaps)}
+        return replace(_with_tensors(pattern), overlaps=overlaps)
     if pattern.head_dim <= 64:
         # Where the score is one of two, each has a branch of its own, and ptxas has enough registers for 96 queries.
         block_m = 96 if plain or pattern.has_choice else 80
@@ -104,7 +115,7 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
         found = Config(block_m=64 if plain else 48, num_stages=2, block_n=80 if plain else 64, shares_keys=True)
     else:
         found = Config(block_m=64 if plain else 32, num_stages=2, block_n=48, shares_keys=True)
-    return {0: replace(found, overlaps=overlaps)}
+    return replace(found, overlaps=overlaps)
 
 
 def _with_tensors(pattern: Pattern) -> Config:
@@ -185,7 +196,7 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
 
 def _refuse_joint(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
     """Why the joint launch can't be made."""
-    if not pattern.is_scale_only or pattern.params or not pattern.narrows:
+    if not is_plain(pattern):
         return Rejected("joint: it serves plain scores whose keys are seen by all queries from some one on")
     if config.block_m not in (64, 128):
         return Rejected(f"block_m {config.block_m} is not 64 or 128")

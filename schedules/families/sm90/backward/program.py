@@ -6,7 +6,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Target
 from schedules.families.ranged import with_ranges
 from schedules.families.sm90 import config as forward
-from schedules.families.sm90.backward import joint, keys, parameters, queries, rows
+from schedules.families.sm90.backward import joint, keys, parameters, queries, rows, sinks
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config
 from schedules.families.sm90.config import WARPGROUP_ROWS
 from schedules.tile.gradients import ALIGNMENT, Starts
@@ -32,11 +32,14 @@ def program(
         return Starts() if ragged else None
 
     counters = joint.counters(ragged) if config.joint else ()
-    first = rows.build(pattern, traversal, name, config.block_m, ragged=ragged, counters=counters, adds=adds)
+    plain = pattern.without_sink() if config.joint else pattern
+    first = rows.build(plain, traversal, name, config.block_m, ragged=ragged, counters=counters, adds=adds)
     workspaces = (*rows.workspaces(config.block_m, ragged), *counters)
     scalars = ()
     if config.joint:
-        launches = (first, joint.build(pattern, config, traversal, f"{name}_joint", starts(), adds))
+        launches = (first, joint.build(plain, config, traversal, f"{name}_joint", starts(), adds))
+        if pattern.has_sink:
+            launches = (*launches, sinks.build(pattern, traversal, f"{name}_sinks", config.block_m, adds))
         workspaces, scalars = (*workspaces, *joint.workspaces(pattern, config, ragged)), joint.scalars(pattern, ragged)
     else:
         keyed, queried = (pattern, pattern) if ragged else _ranged(pattern, config)
