@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     DECODE,
     FORWARD,
     MERGED,
@@ -20,7 +21,6 @@ from schedules.families.interface import (
     PARTIAL,
     RAGGED,
     RAGGED_BACKWARD,
-    CAUSAL_WITH_SINKS,
     WITH_TENSORS,
 )
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION

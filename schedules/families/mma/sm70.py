@@ -15,12 +15,12 @@ from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     FORWARD,
     MERGED,
     PAGED,
     RAGGED,
     RAGGED_BACKWARD,
-    CAUSAL_WITH_SINKS,
     WITH_SINKS,
     WITH_TENSORS,
     Program,
