@@ -11,6 +11,7 @@ from schedules.families.interface import Rejected, Target
 from schedules.families.sm90 import config as forward
 from schedules.families.sm90.config import BARRIER_BYTES, PANEL, SHARED_MEMORY, WARPGROUP_ROWS, panels
 from schedules.tile.place_gradients import stored_by
+from tvm_flash.packs import sizes
 
 #: Consumer warpgroups of either launch, and the rows of a block of them, 64 each.
 CONSUMERS = 2
@@ -39,7 +40,8 @@ class Config:
         head.
     joint: one launch makes dk, dv and dq, with five products and sums of dq in memory; of the fields above the first
         two are its own.
-    head_section: heads whose blocks are started together in the joint launch, those of the same keys after each other.
+    head_section: heads whose blocks are started together in the joint launch, those of the same keys after each other;
+        0: an argument says how many.
     prefetches: the joint launch asks for sums of dq two tiles before it adds to them.
     shares_keys: both consumer warpgroups of the launch for dk and dv have the same 64 keys, and one computes dv, the
         other dk, with scores of its own: one product more, and room for a head_dim of 256.
@@ -84,7 +86,9 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     Those of plain scores at head_dim 64 and 128 are what docs/hopper.md has figures of; nothing else was tried.
     """
     if is_plain(pattern):
-        found = Config(block_m=128 if max(pattern.head_dim, pattern.head_dim_v) <= 64 else 64, num_stages=3, joint=True)
+        small, large = max(pattern.head_dim, pattern.head_dim_v) <= 64, pattern.head_dim == pattern.head_dim_v == 128
+        block_m, head_section = 128 if small else 64, 0 if large else 16
+        found = Config(block_m=block_m, num_stages=3, joint=True, head_section=head_section)
         if feasible(pattern, found, target) is None:
             return {0: found}
     return {0: apart(pattern)}
@@ -146,6 +150,11 @@ def tiles_told(pattern: Pattern) -> tuple[tuple[int, int], ...]:
     return ((0, 2),) if pattern.is_unmasked else ((0, 1), (8192, 2))
 
 
+def section_heads(pattern: Pattern) -> sizes.Expression:
+    """How many heads the joint launch goes over at a time, where that is an argument: it changes no bits."""
+    return 16
+
+
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config`` that are worth trying."""
     return {
@@ -156,7 +165,7 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "overlaps": (True, False),
         "heads_first": (False, True),
         "joint": (True, False),
-        "head_section": (8, 16, 32),
+        "head_section": (0, 8, 16, 32),
         "prefetches": (False, True),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
