@@ -10,6 +10,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     DECODE,
     FORWARD,
     MERGED,
@@ -75,7 +76,7 @@ UNVERIFIED_KINDS = (
     *(MERGED, BACKWARD_ACCUMULATE),
 )
 #: No GPU has run these with sinks yet.
-UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
+UNVERIFIED_VARIANTS = {**dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS), BACKWARD: (CAUSAL_WITH_SINKS,)}
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

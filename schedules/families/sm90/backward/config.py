@@ -86,9 +86,8 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     Those of plain scores at head_dim 64 and 128 are what docs/hopper.md has figures of; nothing else was tried.
     """
     if is_plain(pattern):
-        small, large = max(pattern.head_dim, pattern.head_dim_v) <= 64, pattern.head_dim == pattern.head_dim_v == 128
-        block_m, head_section = 128 if small else 64, 0 if large else 16
-        found = Config(block_m=block_m, num_stages=3, joint=True, head_section=head_section)
+        block_m = 128 if max(pattern.head_dim, pattern.head_dim_v) <= 64 else 64
+        found = Config(block_m=block_m, num_stages=3, joint=True)
         if feasible(pattern, found, target) is None:
             return {0: found}
     return {0: apart(pattern)}

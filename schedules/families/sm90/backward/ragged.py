@@ -6,8 +6,6 @@ What is behind the end of a sequence TMA reads as zero and doesn't write
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.backward import config as dense
@@ -17,14 +15,10 @@ from schedules.tile.tile_scheduler import Traversal
 
 __all__ = ["Config", "default_configs", "feasible", "program", "space"]
 
-#: Heads whose blocks are started together.
-SECTION = 16
-
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """As those of dense tensors, but for sinks, whose gradients the joint backward has of dense tensors only."""
-    found = dense.default_configs(template, pattern, target)
-    return {0: dense.apart(pattern) if pattern.has_sink else replace(found[0], head_section=SECTION)}
+    return {0: dense.apart(pattern)} if pattern.has_sink else dense.default_configs(template, pattern, target)
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
