@@ -10,17 +10,15 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     DECODE,
     FORWARD,
     MERGED,
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_ANY,
-    PAGED_DECODE_SCALED,
-    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
-    WITH_SINKS,
     Program,
     Target,
     forward_program,
@@ -71,12 +69,8 @@ KINDS = {
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (
-    *(*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), PAGED_DECODE_ANY),
-    *(MERGED, BACKWARD_ACCUMULATE),
-)
-#: No GPU has run these with sinks yet.
-UNVERIFIED_VARIANTS = dict.fromkeys((PAGED, PAGED_DECODE), WITH_SINKS)
+#: No GPU has run these yet.
+UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
