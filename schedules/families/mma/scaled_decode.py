@@ -11,6 +11,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition.pattern import Pattern
 from schedules.families import split_keys
 from schedules.families.interface import PAGED_DECODE_SCALED, Program, Rejected, Target
+from schedules.families.mma.asynchronous import Config
 from schedules.families.mma.mma import ALIGNMENT
 from schedules.families.mma.paged_decode import PagedDecoding, attend_splits
 from schedules.families.mma.scaled_machines import ScaledDecodeMachine, over
@@ -57,11 +58,11 @@ class ScaledDecoding(PagedDecoding):
     Attributes
     ----------
     cache: its dtype.
-    lean: the type of machine that takes fewer instructions, where the family has one and Q is kept in registers.
+    lean_machine: the type of machine of configurations that are ``lean``.
     """
 
     cache: str = ""
-    lean: type | None = None
+    lean_machine: type | None = None
 
     def feasible(self, pattern: Pattern, config, target: Target) -> Rejected | None:
         """Whether the machine has room for a block, and tiles fill the splits."""
@@ -81,13 +82,24 @@ class ScaledDecoding(PagedDecoding):
         saved = (pattern.head_dim + pattern.head_dim_v) * (types.k.bytes - stored)
         return config.num_stages * config.block_n * (2 * SCALE_BYTES - saved)
 
+    def space(self, template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+        """Values of each field that are worth trying."""
+        found = PagedDecoding.space(self, template, pattern, target)
+        return {**found, "lean": (False, True)} if self.lean_machine else found
+
     def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
         """The two launches."""
-        # Kernels whose parameters differ from head to head weren't timed beside the others.
-        lean = self.lean if config.q_in_registers and not pattern.depends_on_head else None
-        machine = over(lean or self.machine, self.cache, target.arch)
+        lean = getattr(config, "lean", False)
+        machine = over(self.lean_machine if lean else self.machine, self.cache, target.arch)
         func = partial(pattern, config, name, machine, not pattern.depends_on_head, self.early)
         return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=self.early, scaled=True)
+
+
+@dataclass(frozen=True)
+class LeanConfig(Config):
+    """``lean`` takes fewer instructions for each key (:class:`HopperScaledDecodeMachine`)."""
+
+    lean: bool = False
 
 
 #: By head_dim, the first that is large enough.
@@ -98,10 +110,11 @@ CONFIGS: Mapping[int, tuple[int, int, int, int, int]] = {
 }
 
 
-def kinds(config_type, fits, early: bool = False, lean: type | None = None) -> dict[str, ScaledDecoding]:
+def kinds(config_type, fits, early: bool = False, lean_machine: type | None = None) -> dict[str, ScaledDecoding]:
     """The kinds of a family, by name."""
     configs = {d: config_type(*x, q_in_registers=d <= 128) for d, x in CONFIGS.items()}
+    of_all = {"early": early, "lean_machine": lean_machine}
     return {
-        kind: ScaledDecoding(config_type, ScaledDecodeMachine, configs, fits, early=early, cache=cache, lean=lean)
+        kind: ScaledDecoding(config_type, ScaledDecodeMachine, configs, fits, cache=cache, **of_all)
         for cache, kind in PAGED_DECODE_SCALED.items()
     }

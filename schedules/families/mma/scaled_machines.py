@@ -231,7 +231,8 @@ class HopperScaledDecodeMachine(ScaledDecodeMachine):
 
     On an H200 with caches of e4m3, pages of 16, bfloat16: 104.6 us for 110.7 of 32 sequences of 4096 keys (32 heads on
     8, head_dim 128), 80.6 for 87.7 of 64 of 1024, 9.9 for 10.6 of one of 1024; head_dim 64, 37.2 for 38.7 of 4 of
-    16384.  Where Q isn't kept in registers, at 256, 99.8 for 95.4.
+    16384.  Where Q isn't kept in registers, at 256, 99.8 for 95.4.  No GPU has verified it yet, so that it isn't the
+    default.
     """
 
     on_pages = LaneMatrix
@@ -240,7 +241,7 @@ class HopperScaledDecodeMachine(ScaledDecodeMachine):
     def place_tiles(self, pool, shapes):
         """Q lies in the last stage of K where it is kept in registers, and is small enough."""
         _, block_m, columns, element = shapes[0]
-        stages, block_n, _, stored = shapes[1]
+        _, block_n, _, stored = shapes[1]
         stage = block_n * columns * stored.bytes
         if not self.q_in_registers or block_m * columns * element.bytes > stage or stage % TILE_ALIGNMENT:
             return ScaledDecodeMachine.place_tiles(self, pool, shapes)

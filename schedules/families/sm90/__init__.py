@@ -64,7 +64,9 @@ KINDS = {
     PAGED_DECODE: paged_decode,
     PAGED_DECODE_ANY: paged_decode.ANY_PAGES,
     **scaled.asynchronous_kinds(),
-    **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True, lean=HopperScaledDecodeMachine),
+    **scaled_decode.kinds(
+        scaled_decode.LeanConfig, asynchronous.feasible, early=True, lean_machine=HopperScaledDecodeMachine
+    ),
 }
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
