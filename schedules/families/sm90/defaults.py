@@ -29,6 +29,16 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     return {bucket: configs[bucket] for bucket in buckets if bucket not in same}
 
 
+def forward_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """Those of dense forward kernels, which have more for short sequences."""
+    configs = default_configs(template, pattern, target)
+    if not (pattern.is_unmasked and pattern.is_scale_only) or pattern.params or pattern.head_dim != pattern.head_dim_v:
+        return configs
+    if pattern.head_dim <= 32:
+        return {0: replace(SMALL_BLOCKS)}
+    return configs
+
+
 def _configs(pattern: Pattern) -> dict[int, Config]:
     if any(p.is_spread for p in pattern.params):
         return {0: _with_tensors(pattern)}
