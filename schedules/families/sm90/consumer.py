@@ -76,6 +76,7 @@ class Consumer:
         self.p = T.alloc_local([config.block_n // 4], "uint32")
         self.softmax = Softmax(pattern, block.site, block.rows, config.block_n)
         self.softmax.add_tensors(lane)
+        self.staged = ()
         self.finished = Finished(self.softmax)
         self.n = T.local_scalar("int32")  # tiles of keys that were scored, over all work tiles
         self.counter = TileCounter(self.n)
@@ -176,7 +177,26 @@ class Consumer:
     def fetch(self, key_first):
         """Fetch what tensors hold for the scores of the tile of keys from ``key_first`` on."""
         if len(self.softmax.tensors) > 0:
-            self.softmax.fetch(self._row0(), self._column0(key_first), key_first + (self.config.block_n - 1))
+            self.softmax.fetch(
+                self._row0(),
+                self._column0(key_first),
+                key_first + (self.config.block_n - 1),
+                self.counter.count,
+                self.row + self.softmax.fragment.row(self.lane),
+            )
+
+    @T.inline
+    def fetch_now(self, key_first):
+        """At the beginning of a step, fetch for its own scores, unless the step before has."""
+        if static(not self.config.tensors_ahead):
+            self.fetch(key_first)
+
+    @T.inline
+    def fetch_ahead(self, walk, i):
+        """When step ``i`` has its scores, fetch for those of the next one, if the work tile has another."""
+        if static(self.config.tensors_ahead):
+            if i + 1 < walk.steps:
+                self.fetch(walk.key_first(i + 1))
 
     @T.inline
     def step(self, walk, i, masked):
@@ -184,10 +204,11 @@ class Consumer:
         key_first = T.meta_var(walk.key_first(i))
         k = T.meta_var(self.k_state())
         v = T.meta_var(self.v_state())
-        self.fetch(key_first)
+        self.fetch_now(key_first)
         self.issue(k, v)
         self.k.consumer_release(k, self.lane)
         self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), masked)
+        self.fetch_ahead(walk, i)
         self.softmax.track(self.acc_s, LAZY)
         self.softmax.probabilities(self.acc_s, self.softmax.scale)
         self.next_k(k, self._more(walk, i))
@@ -232,6 +253,7 @@ class Consumer:
             self.softmax.scores(self.acc_s, self._row0(), column0, False)
         else:
             self.softmax.scores(self.acc_s, self._row0(), column0, True)
+        self.fetch_ahead(walk, self.first)
         self.softmax.track(self.acc_s, 0.0)
         self.softmax.probabilities(self.acc_s, self.softmax.scale)
 
@@ -343,8 +365,20 @@ class Consumer:
                 self.barriers.pass_turn(self.index)
             self.v.consumer_wait(v)
             self.v.consumer_release(v, self.lane)
+            self.skip_tensors()
             self.counter.advance()
         self.first = hidden
+
+    def skip_tensors(self):
+        """Let the staged tiles of tensors pass that belong to the keys of this step."""
+        for x in self.staged:
+            x.wait(self.counter.count)
+            x.release(self.counter.count, self.lane)
+
+    def stage_tensors(self, staged):
+        """Take tiles of tensors from shared memory."""
+        self.staged = staged
+        self.softmax.stage_tensors(staged)
 
     @T.inline
     def count(self, walk):
