@@ -10,6 +10,7 @@ from types import MappingProxyType
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     DECODE,
     FORWARD,
     MERGED,
@@ -85,7 +86,7 @@ SCOPES = {
         between=True,
         own_definitions=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
-        usual_sizes=(*WITH_TENSORS, ("positioned", "optional_sinks")),
+        usual_sizes=(*WITH_TENSORS, ("positioned", "optional_sinks"), CAUSAL_WITH_SINKS),
     ),
     RAGGED: Scope(
         (("window", "optional_sinks"),),
