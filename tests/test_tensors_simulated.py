@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 import numpy as np
 
 from schedules.builder.suite import KernelSpec
-from schedules.definition.attention import Attention, ScoreModification
+from schedules.definition.attention import Attention
 from schedules.definition.catalogue import FULL, IDENTITY, MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.definition.sample import parameters_of
@@ -21,7 +21,6 @@ from schedules.families.interface import BACKWARD, FORWARD
 from tests import tensor_trials, torch_cases
 from tests.definitions.with_tensors import documents, relative
 from tests.simt.defaults import default_kernel
-from tvm_flash.packs.manifest import Param
 
 BIASED, GIVEN = Attention(SCORES["biased"], FULL, "biased"), Attention(IDENTITY, MASKS["given"], "given")
 
@@ -40,26 +39,6 @@ KERNELS = (
 )
 
 
-#: Two biases, of one dtype each: of the entries of a batch, and of the heads.
-TWO = Attention(
-    ScoreModification(
-        "two",
-        lambda s, at: s + at.param["coarse"] + at.param["fine"],
-        lambda s, at: s + at.params["coarse"] + at.params["fine"],
-        (Param("coarse", "bfloat16", axes="bij"), Param("fine", "float32", axes="hij")),
-    ),
-    FULL,
-    "two",
-)
-
-#: Kernels whose tensors come by shared memory: definition, template, head_dim, dtype, fields of the configuration.
-STAGED = (
-    (BIASED, "v1", 128, "bfloat16", {}),
-    (TWO, "v2", 64, "float16", {"block_n": 64}),
-    (BIASED, "v2", 64, "bfloat16", {"block_n": 64, "num_consumer_warpgroups": 3}),
-)
-
-
 def made(attention, arch, template, kind, head_dim, dtype, folder, **changes):
     """What trials need of a kernel, and what runs it on CPU tensors by role."""
     spec = KernelSpec(template, attention.name, "own", "own", dtype, head_dim, head_dim, kind=kind)
@@ -69,7 +48,7 @@ def made(attention, arch, template, kind, head_dim, dtype, folder, **changes):
     compute = torch_cases.by_entry(default.entry, default.functions, "cpu")
     sample = functools.partial(parameters_of, attention) if attention.example else None
     kernel = tensor_trials.kernel_of(default.entry, twins, sample)
-    return SimpleNamespace(kernel=kernel, simulated=default.simulated, compute=compute, source=default.lowered.text)
+    return SimpleNamespace(kernel=kernel, simulated=default.simulated, compute=compute)
 
 
 #: Two tiles of queries, and keys that no tile divides; of the second, neighbours can't be read at once.
@@ -94,15 +73,6 @@ def test_all_ways_in_which_tensors_lie(kernel, tmp_path):
     found = made(*kernel, tmp_path)
     trials = tensor_trials.backward if kernel[3] == BACKWARD else tensor_trials.forward
     check(found, trials(found.kernel, TRIALS))
-
-
-@pytest.mark.parametrize("kernel", STAGED, ids=lambda k: f"{k[0].score.name}-{k[2]}")
-def test_tiles_that_come_by_shared_memory(kernel, tmp_path):
-    attention, template, head_dim, dtype, changes = kernel
-    staged = {"stage_tensors": True, "tiles_per_cta": 1, "overlap_tiles": False, **changes}
-    found = made(attention, "sm_90a", template, FORWARD, head_dim, dtype, tmp_path, **staged)
-    assert "cp.async.bulk.shared" in found.source
-    check(found, tensor_trials.forward(found.kernel, TRIALS))
 
 
 def test_tensors_that_are_fetched_a_step_ahead(tmp_path):

@@ -23,7 +23,6 @@ _INSTRUCTIONS = {
     r"setmaxnreg\.|griddepcontrol\.": "",  # blocks and launches run one after the other
     # Loads, stores, cp.async.
     r"ld\.shared\.v4": "simt::load4({0}, {1}, {2}, {3}, {4} + {offset});",
-    r"ld\.shared(\.v2)?\.b32 ": "simt::load({{{targets}}}, simt::at({last} + {offset}));",
     r"st\.shared\.v[24]\.\w\d\d |st\.shared\.\w\d\d ": "simt::store_shared({0} + {offset}, {{{rest1}}});",
     r"ld\.(acquire|relaxed)\.gpu\.global\.\w32 ": "simt::load({{{targets}}}, (const void*){last});",
     r"st\.(release|relaxed)\.gpu\.global\.\w32 ": "simt::store((void*){0}, {{{rest1}}});",

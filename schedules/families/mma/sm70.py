@@ -15,6 +15,7 @@ from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     FORWARD,
     MERGED,
     PAGED,
@@ -226,5 +227,5 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: Of what reads tensors or has sinks, no GPU has run these kernels yet.
-UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS))
+UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS, CAUSAL_WITH_SINKS))
 UNVERIFIED_KINDS = (PAGED, BACKWARD, RAGGED_BACKWARD, MERGED, BACKWARD_ACCUMULATE)

@@ -12,6 +12,7 @@ from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     FORWARD,
     MERGED,
     PAGED,
@@ -203,6 +204,6 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: No GPU has run these with sinks yet.
-UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS}
+UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS, BACKWARD: (CAUSAL_WITH_SINKS,)}
 #: Of these sizes no GPU has run what works on float32 results and gradients yet.
 UNVERIFIED_HEAD_DIMS = dict.fromkeys((MERGED, BACKWARD_ACCUMULATE), ((256, 256),))

@@ -12,6 +12,7 @@ from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     DECODE,
     FORWARD,
     MERGED,
@@ -242,6 +243,8 @@ KINDS = {
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
+#: These would be the usual ones again, which serve them.
+UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
 #: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet, or what works on float32 results.
 UNVERIFIED_HEAD_DIMS = {
     **dict.fromkeys((BACKWARD, RAGGED_BACKWARD), ((192, 192), (256, 256))),

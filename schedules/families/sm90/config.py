@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
-from schedules.tile.element_pairs import BYTES
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import Param
 
 #: Elements of a shared-memory panel: 64 16-bit elements are the 128 bytes of the swizzle atom.
 PANEL = 64
@@ -18,8 +16,6 @@ WARPGROUP_ROWS = 64
 SHARED_MEMORY = 227 * 1024
 #: Registers beside accumulators and probabilities: addresses, row state, temporaries.
 OTHER_REGISTERS = 32
-#: Stages of tiles of tensors.
-TENSOR_STAGES = 2
 #: The head section that is all heads of all batches.
 ALL = 0
 #: Room for the barriers.
@@ -59,8 +55,6 @@ class Config:
         and take another only when the row sum of a step shows that it has been far exceeded.
     tensors_ahead: what tensors hold for a step's scores is fetched as soon as the step before has its scores, and not
         at the step's own beginning.
-    stage_tensors: a warp of the producer's brings tiles of tensors over queries and keys to shared memory
-        (``staged_tensors.py``).
     pack_heads: query heads of a group share a work tile where there are few queries (``rows.py``).
     head_section: heads whose work tiles are visited together, strip by strip; 1 visits all work tiles of a head first,
         ``ALL`` a strip of all heads and batches.
@@ -79,7 +73,6 @@ class Config:
     head_section: int = 1
     pack_heads: bool = False
     tensors_ahead: bool = False
-    stage_tensors: bool = False
 
     @property
     def block_m(self) -> int:
@@ -117,28 +110,13 @@ def panels(head_dim: int) -> int:
     return -(-head_dim // PANEL)
 
 
-def staged_tensors(pattern: Pattern, config: Config) -> tuple[Param, ...]:
-    """Parameters whose tiles come to shared memory."""
-    if not config.stage_tensors:
-        return ()
-    return tuple(p for p in pattern.params if {"i", "j"} <= set(p.axes) and BYTES[p.dtype] > 1)
-
-
-def staged_pitch(param: Param, config: Config) -> int:
-    """Bytes from one row of a tile to the next: eight rows' parts of 4 lanes, of two elements each, are in different
-    banks (half a warp's, where they have 8 bytes)."""
-    row, part = config.block_n * BYTES[param.dtype], 8 * BYTES[param.dtype]
-    return row + (part - row) % (2 * part)
-
-
 def shared_memory(pattern: Pattern, config: Config, q_stages: int) -> int:
     """Bytes of shared memory that a block needs with room for the queries of ``q_stages`` work tiles."""
     row = 2 * PANEL
     q = q_stages * config.block_m * panels(pattern.head_dim)
     k_and_v = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
     output = WARPGROUP_ROWS * panels(pattern.head_dim_v) if config.separate_output else 0
-    staged = sum(TENSOR_STAGES * config.block_m * staged_pitch(p, config) for p in staged_tensors(pattern, config))
-    return (q + k_and_v + output) * row + staged + BARRIER_BYTES
+    return (q + k_and_v + output) * row + BARRIER_BYTES
 
 
 def q_stages(pattern: Pattern, config: Config) -> int:
@@ -195,10 +173,6 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected("parameters of each head need waves 0: a block reads them once")
     if config.tensors_ahead and (not config.running_max or pattern.has_gaps):
         return Rejected("tensors_ahead needs running_max, as a step may not be taken again, and a mask without gaps")
-    if config.stage_tensors and (config.several_tiles or config.tensors_ahead or not config.running_max):
-        return Rejected("stage_tensors needs tiles_per_cta 1, waves 0 and running_max, without tensors_ahead")
-    if config.stage_tensors and not staged_tensors(pattern, config):
-        return Rejected("stage_tensors needs a tensor over queries and keys of 16 or 32 bits")
     if config.overlap_tiles and not (config.several_tiles and q_stages(pattern, config) == 2):
         return Rejected("overlap_tiles needs tiles_per_cta 2 or waves, and room for the queries of two work tiles")
     needed = shared_memory(pattern, config, q_stages(pattern, config))

@@ -76,7 +76,7 @@ class Consumer:
         self.p = T.alloc_local([config.block_n // 4], "uint32")
         self.softmax = Softmax(pattern, block.site, block.rows, config.block_n)
         self.softmax.add_tensors(lane)
-        self.staged = ()
+        self.fetches_ahead = len(self.softmax.tensors) > 0 and config.tensors_ahead
         self.finished = Finished(self.softmax)
         self.n = T.local_scalar("int32")  # tiles of keys that were scored, over all work tiles
         self.counter = TileCounter(self.n)
@@ -177,24 +177,18 @@ class Consumer:
     def fetch(self, key_first):
         """Fetch what tensors hold for the scores of the tile of keys from ``key_first`` on."""
         if len(self.softmax.tensors) > 0:
-            self.softmax.fetch(
-                self._row0(),
-                self._column0(key_first),
-                key_first + (self.config.block_n - 1),
-                self.counter.count,
-                self.row + self.softmax.fragment.row(self.lane),
-            )
+            self.softmax.fetch(self._row0(), self._column0(key_first), key_first + (self.config.block_n - 1))
 
     @T.inline
     def fetch_now(self, key_first):
         """At the beginning of a step, fetch for its own scores, unless the step before has."""
-        if static(not self.config.tensors_ahead):
+        if static(not self.fetches_ahead):
             self.fetch(key_first)
 
     @T.inline
     def fetch_ahead(self, walk, i):
         """When step ``i`` has its scores, fetch for those of the next one, if the work tile has another."""
-        if static(self.config.tensors_ahead):
+        if static(self.fetches_ahead):
             if i + 1 < walk.steps:
                 self.fetch(walk.key_first(i + 1))
 
@@ -365,20 +359,8 @@ class Consumer:
                 self.barriers.pass_turn(self.index)
             self.v.consumer_wait(v)
             self.v.consumer_release(v, self.lane)
-            self.skip_tensors()
             self.counter.advance()
         self.first = hidden
-
-    def skip_tensors(self):
-        """Let the staged tiles of tensors pass that belong to the keys of this step."""
-        for x in self.staged:
-            x.wait(self.counter.count)
-            x.release(self.counter.count, self.lane)
-
-    def stage_tensors(self, staged):
-        """Take tiles of tensors from shared memory."""
-        self.staged = staged
-        self.softmax.stage_tensors(staged)
 
     @T.inline
     def count(self, walk):

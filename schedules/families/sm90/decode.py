@@ -5,6 +5,8 @@ with one consumer warpgroup and a single producer's warp, restricted to the spli
 output in float32 and its log-sum-exp.  The second combines the splits (:mod:`schedules.tile.combine`); it begins while
 the first one ends.
 
+Or a block computes several splits, as many as leave the machine filled (:mod:`schedules.families.sm90.runs`).
+
 Splits are at fixed positions, multiples of a length that follows from the number of keys alone, so that a sequence has
 the same bits in any batch.  What limits these kernels is memory: every step masks and takes the maximum, and one kernel
 for a window with sides beyond the ends serves full and causal attention as well.

@@ -18,7 +18,6 @@ from schedules.families.sm90.epilogue import epilogue
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.producer import fetch_keys, fetch_pages, fetch_queries, prologue, store_outputs
-from schedules.families.sm90.staged_tensors import add_barriers, fetch_tensors, init, of_kernel
 from schedules.families.sm90.tile_scheduler import TileScheduler
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import Geometry, parameterised
@@ -82,13 +81,11 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
     k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
     v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
     finished = epilogue(pattern, config, pool, q_pipeline, geometry.merges)
-    staged = T.meta_var(of_kernel(pattern, config, pool))
     q_pipeline.add_barriers(pool)
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
     finished.add_barriers(pool)
     scheduler.add_memory(pool)
-    add_barriers(staged, pool)
     pool.commit()
 
     @T.inline
@@ -105,7 +102,6 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
             v_pipeline.init(consumer_arrivals(consumers))
             finished.init()
             scheduler.init()
-            init(staged, consumer_arrivals(consumers))
             T.ptx.fence.mbarrier_init.release.cluster()
             scheduler.if_found(begin)
     T.cuda.cta_sync()
@@ -131,8 +127,6 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
             if warp == producer + 2:
                 if static(scheduler.looks_up):
                     scheduler.feed(block, q_pipeline, q_map, lane)
-                elif static(len(staged) > 0):  # there are no more queries
-                    fetch_tensors(block, staged, lane)
                 else:
                     if T.cuda.elect_sync():
                         fetch_queries(block, q_pipeline, q_map)
@@ -144,7 +138,6 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
             pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
             consumer = consumer_type(pattern, config, block, pipelines, finished, warp // 4, warp % 4, lane)
-            consumer.stage_tensors(staged)
             consumer.run()
 
     scheduler.if_found(work)

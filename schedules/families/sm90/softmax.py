@@ -50,18 +50,10 @@ class Softmax(OnlineSoftmax):
             for p in of_keys
         }
 
-    def stage_tensors(self, staged):
-        """Take tiles of tensors from shared memory."""
-        for x in staged:
-            self.tensors[x.name].stage(x)
-
-    def fetch(self, row0, column0, last, n, row):
-        """Fetch what tensors hold for a step's scores; ``last`` is the last of its keys.
-
-        The step's tile of keys is number ``n`` of all; ``row`` is this lane's first row in the work tile.
-        """
+    def fetch(self, row0, column0, last):
+        """Fetch what tensors hold for a step's scores; ``last`` is the last of its keys."""
         for x in self.tensors.values():
-            x.fetch([self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)], column0, last, n, row)
+            x.fetch([self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)], column0, last)
 
     def look_at(self, t, g, r, e) -> None:
         self.register = (g, r, e)

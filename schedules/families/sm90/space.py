@@ -28,6 +28,5 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "separate_output": (False, True) if several else (False,),
         "running_max": (False,) if pattern.is_scale_only else (False, True),
         "tensors_ahead": (False, True) if of_scores and several else (False,),
-        "stage_tensors": (False, True) if of_scores else (False,),
         "head_section": (1, ALL, 2, 4, 8) if template == "v2" else (1, ALL),
     }

@@ -22,11 +22,6 @@ __forceinline__ __device__ int is_aligned(const void* place, int bytes) {
 """
 
 
-def is_aligned(place, unit: int):
-    """Whether the address ``place`` is a multiple of ``unit``, a power of two."""
-    return T.cuda.func_call("is_aligned", place, unit, source_code=_ALIGNED, return_type="int32") != 0
-
-
 @T.meta_class
 class TensorTile:
     """The values of ``param``, a tensor with an axis of keys, at the scores of one m-tile of ``columns`` columns.
@@ -43,16 +38,11 @@ class TensorTile:
         # whether pairs are words that lie together in every row
         strides, unit = elements.strides, max(4, 2 * self.bytes)
         place = elements.memory.ptr_to([elements.first + T.int64(0)])
-        pairs = T.And(strides["j"] == 1, is_aligned(place, unit))
+        aligned = T.cuda.func_call("is_aligned", place, unit, source_code=_ALIGNED, return_type="int32")
+        pairs = T.And(strides["j"] == 1, aligned != 0)
         if "i" in strides:
             pairs = T.And(pairs, T.bitwise_and(strides["i"] * self.bytes, unit - 1) == 0)
         self.pairs = local(T.Cast("int32", pairs))
-        self.staged = None
-
-    def stage(self, staged) -> None:
-        """Read whole tiles from ``staged``, where their rows may come that way, in place of pairs."""
-        self.staged = staged
-        T.buffer_store(self.pairs.source, T.Cast("int32", staged.comes(self.elements)), [0])
 
     def _first(self, rows, column0):
         """Elements before those of this lane's first pair, in each of its rows ``rows``."""
@@ -68,33 +58,16 @@ class TensorTile:
     def _word(self, g, r) -> int:
         return (g * self.rows + r) * self.per_pair
 
-    def fetch(self, rows, column0, last, n=None, row=None):
+    def fetch(self, rows, column0, last):
         """Fetch a step's values.
 
-        ``rows`` are this lane's two queries, ``column0`` its first key and ``last`` the last of the tile, which is tile
-        ``n`` of the staged ones; ``row`` is the lane's first row in the work tile.
+        ``rows`` are this lane's two queries, ``column0`` its first key and ``last`` the last of the tile.
         """
-        if self.staged is not None:
-            self.staged.wait(n)
         with T.If(T.And(self.pairs != 0, last < self.elements.lengths["j"])):
             with T.Then():
-                if self.staged is None:
-                    self._fetch_pairs(rows, column0)
-                else:
-                    self._fetch_staged(n, row)
+                self._fetch_pairs(rows, column0)
             with T.Else():
                 self._fetch_elements(rows, column0)
-        if self.staged is not None:
-            self.staged.release(n, self.lane)
-
-    def _fetch_staged(self, n, row):
-        words = self.fragment.group * self.bytes // 4
-        for r in range(2):
-            column = self.fragment.column(self.lane) * self.bytes // 4
-            for g in range(self.groups):
-                place = self.staged.pointer(n, row + r * self.fragment.row_step, column + g * words)
-                to = [self.words[self._word(g, r) + x] for x in range(self.per_pair)]
-                T.evaluate(T.ptx["ld.shared.v2.b32" if self.per_pair == 2 else "ld.shared.b32"](*to, place))
 
     def _fetch_pairs(self, rows, column0):
         for r, first in enumerate(self._first(rows, column0)):

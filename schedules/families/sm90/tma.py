@@ -11,7 +11,6 @@ from schedules.tile.sequences import Sequence
 
 _LOAD = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 _STORE = "cp.async.bulk.tensor.{}d.global.shared::cta.tile.bulk_group"
-_LOAD_ROW = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 _SWIZZLE_128B = 3
 _L2_PROMOTION_128B = 2
 
@@ -126,11 +125,6 @@ def paged_box(steps: PageSteps, page, row, rows, head):
 def load_panel(shared, descriptor, panel, at, barrier):
     """One thread: start to copy a panel of the box at ``at`` to shared memory; its bytes count at ``barrier``."""
     T.ptx[_LOAD.format(len(at) + 1)](shared, T.address_of(descriptor), panel * PANEL, *at, barrier)
-
-
-def load_row(shared, memory, size: int, barrier) -> None:
-    """One thread: start to copy ``size`` bytes to shared memory, a multiple of 16; they count at ``barrier``."""
-    T.evaluate(T.ptx[_LOAD_ROW](shared, memory, T.uint32(size), barrier))
 
 
 @T.inline
