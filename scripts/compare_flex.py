@@ -109,15 +109,16 @@ def __getattr__(name):
 # ---------------------------------------------------------------- one cell
 
 
-def set_tensors(seqlen, device="cpu"):
-    """The tensors that the functions hold on to, for a length; and ours of these, by name."""
+def set_tensors(seqlen, device="cpu", names=NAMES):
+    """The tensors that the functions of some names hold on to, for a length; and ours of these, by name."""
     global ids, slopes, position_bias, width, reach, prefix_length
     generator = torch.Generator(device).manual_seed(0)
     heads = HEADS[device]
     ids = (torch.arange(seqlen, device=device) // 512).int()
     slopes = 2.0 ** -torch.arange(1, heads + 1, device=device).float()
     position_bias = None  # before there is another: of 16k positions it has 16 GiB
-    position_bias = torch.randn(heads, seqlen, seqlen, generator=generator, device=device)
+    rows = seqlen if "bias" in names else 1
+    position_bias = torch.randn(heads, rows, rows, generator=generator, device=device)
     width = torch.tensor({1024: 32, 16384: 128}.get(seqlen, 64), dtype=torch.int32, device=device)
     reach = torch.tensor(6, dtype=torch.int32, device=device)
     prefix_length = torch.tensor(seqlen // 4, dtype=torch.int32, device=device)
@@ -218,7 +219,7 @@ def cells(names, dtypes, device, head_dims=HEAD_DIMS, compiles_only=False):
     """Results of each cell, one after another; on a GPU of the forward and of the backward."""
     for dtype in dtypes:
         for seqlen in LENGTHS[device]:
-            params = set_tensors(seqlen, device)
+            params = set_tensors(seqlen, device, names)
             batch = max(1, TOKENS[device] // seqlen)
             for head_dim, name in itertools.product(head_dims, names):
                 torch._dynamo.reset()

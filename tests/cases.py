@@ -103,11 +103,11 @@ def inputs(case: Case) -> Inputs:
     nothing = np.full((case.batch, case.heads), np.nan, np.float32)  # not to be used
     if case.score.startswith("optional"):
         params.setdefault("alibi_slopes", nothing)
-    if case.score == "optional_sinks":
+    if case.score.endswith("_sinks"):
         # From none to one that outweighs every key.
         sinks = np.linspace(-4, 9, nothing.size).astype(np.float32).reshape(nothing.shape)
         sinks[-1, 0] = -np.inf
-        params["sinks"] = sinks if params["has_sinks"] else nothing
+        params["sinks"] = sinks if params.get("has_sinks", True) else nothing
     return Inputs(q, k, v, params)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy is there: a worker's threads would wait for the others'
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# JAX would take three quarters of a GPU's memory, which other tests use at the same time.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import pytest
 

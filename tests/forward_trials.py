@@ -93,7 +93,17 @@ def many_places(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
     """More row tiles than a GPU has room for, where a kernel's blocks go on to others when they have done one."""
     if not entry.config.get("waves"):
         return
-    case = Case(3, 50, 150, 40, kv_heads=25, seqlen_kv=200, dtype=entry.dtype, mask=entry.mask, score=entry.score)
+    case = Case(
+        3,
+        50,
+        150,
+        min(40, entry.head_dim),
+        kv_heads=25,
+        seqlen_kv=200,
+        dtype=entry.dtype,
+        mask=entry.mask,
+        score=entry.score,
+    )
     data = cases.inputs(case)
     params = {"window_left": 60, "window_right": 5, "softcap": 2.0}
     yield "many places", case, dataclasses.replace(data, params={**data.params, **_as_given(entry, params)})
@@ -101,12 +111,67 @@ def many_places(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
 
 def all_split_lengths(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
     """Keys that are split, at every length that the kernel splits them to: the last split has few keys."""
-    for steps in (found for s in entry.scalars for found in _steps(s.value)):
+    lengths = (s.value for s in entry.scalars if s.name == "split_length")
+    for steps in itertools.chain.from_iterable(map(_steps, lengths)):
         for begin, length in steps[2:]:
             own = {"kv_heads": 2, "seqlen_kv": begin + 3 * length + 5, "dtype": entry.dtype}
             case = Case(1, 4, 2, min(64, entry.head_dim), **own, mask=entry.mask, score=entry.score)
             params = {"window_left": begin + 2 * length, "window_right": 0}
             yield "splits", case, dataclasses.replace(cases.inputs(case), params=_as_given(entry, params))
+
+
+def runs(entry: KernelEntry, most_units: int = 300) -> Iterator[Trial]:
+    """Batches in which a block computes one split of a row's keys, some of them, and all: with the bits of each alone.
+
+    ``most_units`` are the most heads of keys of a batch; a machine's places for blocks are fewer.
+    """
+    if not any(scalar.name == "run" for scalar in entry.scalars):
+        return
+    for units in (2, 22, 44, 132, 202, 300):
+        if units > most_units:
+            return
+        seqlen_kv = 1101 if units < 132 else 330
+        own = {"kv_heads": 2, "seqlen_kv": seqlen_kv, "dtype": entry.dtype, "mask": entry.mask, "score": entry.score}
+        case = Case(units // 2, 4, 2, min(64, entry.head_dim), **own)
+        data = dataclasses.replace(cases.inputs(case), params=_as_given(entry, _OPEN))
+        yield _Batch(f"runs {case.id}", case, data, entry.layout).trial()
+
+
+#: A window without ends on the left.
+_OPEN = {"window_left": 1 << 20, "window_right": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """A batch, of which the first sequence, one in the middle and the last are also computed alone."""
+
+    label: str
+    case: Case
+    data: Inputs
+    layout: str
+
+    def trial(self) -> Trial:
+        return Trial(self.label, self.run, self.check)
+
+    def _alone(self, b: int) -> Inputs:
+        q, k, v = (x[b : b + 1] for x in (self.data.q, self.data.k, self.data.v))
+        return dataclasses.replace(self.data, q=q, k=k, v=v)
+
+    @property
+    def _some(self) -> list[int]:
+        return sorted({0, self.case.batch // 2, self.case.batch - 1})
+
+    def run(self, compute: Compute, device: str) -> Results:
+        own, one = (self.case, self.data), dataclasses.replace(self.case, batch=1)
+        others = [(one, self._alone(b)) for b in self._some]
+        each = (torch_cases.run(*x, compute, self.layout, device=device) for x in (own, *others))
+        return tuple(itertools.chain.from_iterable(each))
+
+    def check(self, results: Results, device: str) -> float:
+        together, *alone = zip(results[::2], results[1::2], strict=True)
+        for b, (o, lse) in zip(self._some, alone, strict=True):
+            assert np.array_equal(together[0][b], o[0]) and np.array_equal(together[1][b], lse[0]), f"sequence {b}"
+        return torch_cases.check(self.case, self.data, *together, device)
 
 
 def _steps(expression: sizes.Expression) -> Iterator[tuple]:
@@ -205,6 +270,7 @@ def trials(entry: KernelEntry) -> Iterator[Trial]:
     labelled += [(f"{name} {case.id}", case, data) for name, case, data in more]
     for label, case, data in labelled:
         yield _trial(entry, label, case, data, functools.partial(_check, case, data))
+    yield from runs(entry)
     for name, case, clean, data in not_finite(entry):
         check = functools.partial(_check_confined, case, clean, data)
         yield _trial(entry, f"{name} {case.id}", case, data, check)

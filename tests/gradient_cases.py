@@ -100,7 +100,7 @@ def _by_formula(case, data, given, asked, terms, keys) -> dict[str, np.ndarray]:
     # A row that sees nothing counts as one that sees everything, and whose output nobody asks for.
     hidden = ~visible & seen[..., None]
     x = scores.detach().masked_fill(hidden, -torch.inf)
-    has_sinks = bool(data.params.get("has_sinks"))
+    has_sinks = bool(data.params.get("has_sinks", "sinks" in data.params))
     if has_sinks:  # a key more, whose value is 0; with it a row sees something, be it of no weight
         sinks = params["sinks"].detach()[..., None, None].expand(*x.shape[:3], 1)
         hidden, seen = ~visible, seen | (sinks[..., 0] > -torch.inf)
@@ -153,7 +153,7 @@ def _reads(case: Case, data: Inputs, name: str) -> bool:
     word, option = {
         "alibi_slopes": ("alibi", "has_alibi_slopes"), "softcap": ("softcap", "softcap"), "sinks": ("none", "has_sinks")
     }[name]  # fmt: skip
-    return word in case.score or bool(data.params.get(option))
+    return word in case.score or bool(data.params.get(option, name == "sinks" and name in data.params))
 
 
 def check(case: Case, data: Inputs, given: Outer, got: Mapping[str, np.ndarray], relative: float = 0.0) -> float:

@@ -18,7 +18,8 @@ from tvm_flash.commands import check as selfcheck
 from tvm_flash.commands.cli import main
 from tvm_flash.machine.device import Device
 from tvm_flash.measure import small_case
-from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest
+from tvm_flash.operators import ACCUMULATE, BACKWARD, FORWARD
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, MANIFEST_NAME, Manifest
 from tvm_flash.packs.registry import registry
 
 
@@ -78,6 +79,14 @@ def test_info_without_packs_says_what_makes_them(use_packs, tmp_path, capsys):
 def test_check(small_pack, capsys):
     status, out, _ = run(capsys, "check", "--arch", "cpu")
     assert status == 0 and out.count("✓ cpu v1_float32_d64_") == 3 and "3 kernels ✓" in out
+
+
+def test_check_knows_every_kind_of_kernel(cpu_pack):
+    """Those that add to what is there, or read an 8-bit cache, too."""
+    of_kind = {k.entry.kind: k for k in registry().kernels("cpu") if k.entry.definition == BUILTIN_DEFINITION}
+    assert {FORWARD, BACKWARD, ACCUMULATE} <= of_kind.keys()
+    results = {kind: selfcheck.check_kernel(kernel, Device("cpu")) for kind, kernel in of_kind.items()}
+    assert not [x for x in results.items() if not x[1].ok]
 
 
 class Terminal(io.StringIO):

@@ -7,13 +7,21 @@ import pytest
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("jax_tvm_ffi")
-pytestmark = pytest.mark.usefixtures("cpu_pack")
+pytestmark = pytest.mark.usefixtures("cpu_pack", "on_the_processor")
 
 from jax import numpy as jnp  # noqa: E402
 
-from tvm_flash.errors import FallbackWarning  # noqa: E402
+from tvm_flash import flash_attention_v2  # noqa: E402
+from tvm_flash.errors import FallbackWarning, NotSupportedError  # noqa: E402
 from tvm_flash.integrations import jax as integration  # noqa: E402
 from tvm_flash.integrations.jax import dot_product_attention  # noqa: E402
+from tvm_flash.tracing import jax_ops  # noqa: E402
+
+
+@pytest.fixture
+def on_the_processor():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 def arrays(seqlen_q=33, seqlen_kv=33, kv_heads=4, head_dim=64, dtype="float32", batch=(2,)):
@@ -118,3 +126,16 @@ def test_errors_are_jaxs():
         with pytest.warns(FallbackWarning, match="lengths"), pytest.raises(ValueError, match="query_seq_lengths"):
             integration._warned.clear()
             dot_product_attention(q, k, v, query_seq_lengths=wrong)
+
+
+def test_a_platform_without_kernels_is_left_to_jax(monkeypatch):
+    """As of float32 on a GPU, where the program would have had the processor's kernel."""
+    monkeypatch.setattr(jax_ops.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(jax_ops, "_default_platform", lambda: "cuda")
+    q, k, v = arrays()
+    with pytest.raises(NotSupportedError, match=r"traced for cuda.*jax.default_device\(jax.devices\('cpu'\)\[0\]\)"):
+        jax.jit(flash_attention_v2)(q, k, v)
+    monkeypatch.setattr(integration, "_warned", set())
+    with pytest.warns(FallbackWarning, match="are traced for cuda"):
+        found = jax.jit(dot_product_attention)(q, k, v)
+    assert jnp.allclose(found, jax.nn.dot_product_attention(q, k, v), atol=1e-5)

@@ -64,7 +64,8 @@ def exported(*given):
     text = jax.jit(causal).lower(*given).as_text()
     allowed = [export.DisabledSafetyCheck.custom_call(name) for name in set(re.findall(r"@(tvm_flash[\w.]+)", text))]
     assert len(allowed) == 1
-    return export.export(jax.jit(causal), disabled_checks=allowed)(*given).call(*given)
+    platforms = [given[0].device.platform]  # and not that of a GPU, if there is one
+    return export.export(jax.jit(causal), platforms=platforms, disabled_checks=allowed)(*given).call(*given)
 
 
 def with_a_rule_of_the_users_own(*given):

@@ -127,19 +127,20 @@ def test_the_drop_in_of_flash_attn():
             nn.flash_attn_with_kvcache(q, *caches, **{name: q})
 
 
-def test_rows_and_places_that_there_are_not_change_nothing():
+@pytest.mark.parametrize("append", [torch.ops.tvm_flash.append_to_cache, torch_cache._append], ids=["CPU", "CUDA"])
+def test_rows_and_places_that_there_are_not_change_nothing(append):
     """As a captured graph leaves them: rows after the last sequence, and sequences without room or pages."""
     _, caches, (k, v), options, _, after = case(torch.float32, True, "", True, (5, 2, 20), (3, 2, 17), False)
     table, lengths = options["page_table"], options["cache_seqlens"]
     more = [torch.cat([x, torch.full_like(x[:7], torch.nan)]) for x in (k, v)]
     found = [x.clone() for x in caches]
-    torch.ops.tvm_flash.append_to_cache(*found, *more, starts((3, 2, 17)), lengths, table)
+    append(*found, *more, starts((3, 2, 17)), lengths, table)
     assert torch.equal(found[0], after[0]) and torch.equal(found[1], after[1])
     found = [x.clone() for x in caches]
-    torch.ops.tvm_flash.append_to_cache(*found, *more, starts((0, 0, 0)), lengths, table)
+    append(*found, *more, starts((0, 0, 0)), lengths, table)
     assert torch.equal(found[0], caches[0])
     nowhere = torch.cat([table, torch.full_like(table[:1], -1)]), torch.cat([lengths, torch.tensor([-1]).int()])
-    torch.ops.tvm_flash.append_to_cache(*found, *(x[:4, None] for x in (k, v)), None, *nowhere[::-1])
+    append(*found, *(x[:4, None] for x in (k, v)), None, *nowhere[::-1])
     changed = (found[0] != caches[0]).any(-1).any(-1).sum()
     assert changed == 3 and all(
         (found[0][table[b, n // PAGE], n % PAGE] == k[b]).all() for b, n in enumerate((20, 0, 70))

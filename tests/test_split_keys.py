@@ -13,8 +13,9 @@ from schedules.builder.compile import pattern_of
 from schedules.builder.suite import KernelSpec, Selection
 from schedules.families import split_keys
 from schedules.families.interface import Target
-from schedules.families.sm90 import paged_decode
+from schedules.families.sm90 import decode, paged_decode
 from schedules.templates import v2
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.packs.sizes import evaluate
 
@@ -76,3 +77,27 @@ def test_kernels_for_pages_of_any_size_are_beside_those_that_go_by_boxes():
         assert "of any size" in paged_decode.ANY_PAGES.feasible(pattern, config, target).reason
     specs = Selection().specs(("float16",), gpu=True, kinds=("paged_decode_any",), templates=("v1", "v2"))
     assert [s.symbol for s in specs] == ["v2_float16_d128_window_identity_paged_decode_any"]
+
+
+@pytest.mark.parametrize(("kind", "splits"), [("packed", 16), ("apart", 9)])
+def test_runs_fill_the_machine_and_cover_all_splits(kind, splits):
+    """As many as there are places for blocks, whole rows where these are more; then a last round isn't nearly empty."""
+    resident, packs = 264, kind == "packed"
+    target = Target("sm_90a")
+    score = "identity" if packs else "alibi"
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", score, "float16", 128, 128, kind="decode")
+    config = decode.default_configs("v2", pattern_of(spec, target), target)[0]
+    assert (config.pack_heads, config.runs) == (packs, True)
+    program = decode.program(pattern_of(spec, target), config, target, v2.TRAVERSAL, "kernel")
+    scalars = {x.name: x.value for x in program.scalars}
+    for batch in (1, 2, 5, 8, 24, 32, 33, 34, 40, 64, 70, 200, 3000):
+        problem = sizes.of(batch, 32, 1, 8, splits * 256, 128, 128) | {"split_length": 256}
+        run = evaluate(scalars["run"], problem)
+        units, runs = batch * (8 if packs else 32), -(-splits // run)
+        assert 1 <= run <= splits
+        if units <= resident:
+            assert run == 1 or resident // 2 < units * runs <= resident
+        else:
+            rounds = units * runs / resident
+            assert run == splits or runs in (3, 4)
+            assert rounds > 3 or rounds / -(-units * runs // resident) > 0.75

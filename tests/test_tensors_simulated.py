@@ -39,11 +39,11 @@ KERNELS = (
 )
 
 
-def made(attention, arch, template, kind, head_dim, dtype, folder):
+def made(attention, arch, template, kind, head_dim, dtype, folder, **changes):
     """What trials need of a kernel, and what runs it on CPU tensors by role."""
     spec = KernelSpec(template, attention.name, "own", "own", dtype, head_dim, head_dim, kind=kind)
     pattern = match(attention(head_dim, dtype, index_dtype="int32"))
-    default = default_kernel(spec, arch, folder, pattern)
+    default = default_kernel(spec, arch, folder, pattern, **changes)
     twins = {"mask": attention.mask.twin, "score": attention.score.twin}
     compute = torch_cases.by_entry(default.entry, default.functions, "cpu")
     sample = functools.partial(parameters_of, attention) if attention.example else None
@@ -55,16 +55,26 @@ def made(attention, arch, template, kind, head_dim, dtype, folder):
 TRIALS = (((2, 1, 140, 136), "whole"), ((2, 2, 65, 97), "apart"))
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k[0].score.name}-{'-'.join(map(str, k[1:]))}")
-def test_all_ways_in_which_tensors_lie(kernel, tmp_path):
-    found = made(*kernel, tmp_path)
-    trials = tensor_trials.backward if kernel[3] == BACKWARD else tensor_trials.forward
-    for trial in trials(found.kernel, TRIALS):
+def check(found, trials):
+    """Each trial, and the last once more with threads in another order."""
+    for trial in trials:
         results = trial.run(found.compute, "cpu")
         try:
             trial.check(results, "cpu")
         except AssertionError as e:
             raise AssertionError(f"{trial.label}: {e}") from e
-    found.simulated.configure(7)  # threads in another order: the trial that was last
+    found.simulated.configure(7)
     again = trial.run(found.compute, "cpu")
     assert all(np.array_equal(a, b) for a, b in zip(results, again, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k[0].score.name}-{'-'.join(map(str, k[1:]))}")
+def test_all_ways_in_which_tensors_lie(kernel, tmp_path):
+    found = made(*kernel, tmp_path)
+    trials = tensor_trials.backward if kernel[3] == BACKWARD else tensor_trials.forward
+    check(found, trials(found.kernel, TRIALS))
+
+
+def test_tensors_that_are_fetched_a_step_ahead(tmp_path):
+    found = made(BIASED, "sm_90a", "v2", FORWARD, 64, "bfloat16", tmp_path, tensors_ahead=True)
+    check(found, tensor_trials.forward(found.kernel, TRIALS))

@@ -141,6 +141,8 @@ def test_spilling_kernel_is_refused(tmp_path):
     with pytest.raises(ToolchainError, match=r"scale_kernel for sm_80: spills \d+ bytes at 32 registers"):
         cuda.compile_object(tmp_path / "k.cu", tmp_path / "k.o", "sm_80")
     assert not (tmp_path / "k.o").exists()
+    report = cuda.compile_object(tmp_path / "k.cu", tmp_path / "k.o", "sm_80", may_be_slow=True)
+    assert report.kernels[0].spills and (tmp_path / "k.o").exists()
 
 
 def test_templates_with_the_same_device_half_share_an_image(tmp_path, monkeypatch):

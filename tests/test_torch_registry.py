@@ -243,6 +243,8 @@ def test_sequences_of_different_lengths(causal, window):
 def test_functions_have_torchs_parameters():
     for functions in (pytorch._CPU, pytorch._CUDA):
         for name, function in functions.items():
+            if not hasattr(torch.ops.aten, name):
+                continue  # an older torch has fewer functions
             wanted = [a.name for a in getattr(torch.ops.aten, name).default._schema.arguments]
             parameters = inspect.signature(function).parameters
             found = list(parameters)

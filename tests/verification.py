@@ -150,7 +150,10 @@ def record(kernel: Installed, count: int, error: float) -> Record:
 
 
 def cuda_kernels(archs: Iterable[str] = ()) -> list[Installed]:
-    """The installed kernels of the package's own definition for CUDA archs: all, or those given."""
+    """The installed kernels of the package's own definition for CUDA archs: all, or those given.
+
+    Their order is the same in every process.
+    """
     packs = registry()
-    kernels = [k for arch in archs or packs.archs() if arch != "cpu" for k in packs.kernels(arch)]
+    kernels = [k for arch in archs or sorted(packs.archs()) if arch != "cpu" for k in packs.kernels(arch)]
     return [k for k in kernels if k.entry.definition == BUILTIN_DEFINITION]

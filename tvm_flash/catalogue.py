@@ -86,6 +86,7 @@ SCORES: Mapping[str, Kind] = _kinds(
     alibi=("alibi_slopes", ("optional", "optional_sinks")),
     softcap_alibi=("softcap alibi_slopes", ("optional", "optional_sinks")),
     optional=("softcap has_alibi_slopes alibi_slopes", ("optional_sinks",)),
+    identity_sinks=("sinks", ("optional_sinks",)),
     optional_sinks=("softcap has_alibi_slopes alibi_slopes has_sinks sinks", ()),
     biased=("bias", ()),
 )
@@ -94,7 +95,7 @@ SCORES: Mapping[str, Kind] = _kinds(
 def score_of(softcap: bool, alibi_slopes: bool, sinks: bool = False, bias: bool = False) -> str:
     """The cheapest score with these options."""
     if sinks:
-        return "optional_sinks"
+        return "optional_sinks" if softcap or alibi_slopes else "identity_sinks"
     if bias:
         return "biased"
     wanted = (("softcap",) if softcap else ()) + (("alibi_slopes",) if alibi_slopes else ())

@@ -94,6 +94,12 @@ def sinks(at):
 
 
 @with_sink(sinks)
+def identity_sinks(s, at):
+    """``identity``, with a sink."""
+    return s
+
+
+@with_sink(sinks)
 def optional_sinks(s, at):
     """``optional``, with a sink."""
     return optional(s, at)
@@ -142,7 +148,7 @@ def given(at):
 
 
 SCORES: Mapping[str, Callable] = {
-    f.__name__: f for f in (identity, softcap, alibi, softcap_alibi, optional, optional_sinks, biased)
+    f.__name__: f for f in (identity, softcap, alibi, softcap_alibi, optional, identity_sinks, optional_sinks, biased)
 }
 MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window, padded, positioned, given)}
 

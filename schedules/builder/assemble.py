@@ -11,7 +11,7 @@ from pathlib import Path
 from schedules.builder import pack
 from schedules.builder.support import support_files
 from schedules.toolchain import cuda
-from tvm_flash.packs.manifest import KernelEntry, Manifest
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry, Manifest
 
 EMISSION_NAME = "emission.json"
 
@@ -64,7 +64,8 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
         def compile_one(kernel: dict) -> tuple[str, Path, KernelEntry]:
             source, raw = folder / kernel["source"], kernel["entry"]
             target = work / f"{source.stem}.o"
-            resources = compile_source(source, target, arch, recompile_for)
+            own = raw["definition"] != BUILTIN_DEFINITION
+            resources = compile_source(source, target, arch, recompile_for, may_be_slow=own)
             return kernel["group"], target, KernelEntry.from_dict({**raw, **resources})
 
         groups: dict[str, list[tuple[Path, KernelEntry]]] = {}
@@ -89,12 +90,14 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
     return manifest
 
 
-def compile_source(source: Path, target: Path, arch: str, recompile_for: str = "") -> dict:
+def compile_source(
+    source: Path, target: Path, arch: str, recompile_for: str = "", *, may_be_slow: bool = False
+) -> dict:
     """Compile an emitted source to an object; its registers and so on, as the manifest names them.
 
     Raises
     ------
     ToolchainError: it doesn't compile, or must not ship.
     """
-    report = cuda.compile_object(source, target, arch, recompile_for=recompile_for)
+    report = cuda.compile_object(source, target, arch, recompile_for=recompile_for, may_be_slow=may_be_slow)
     return report.resources(cuda.dynamic_shared_memory(source.read_text()))

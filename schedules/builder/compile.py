@@ -271,6 +271,10 @@ def _compile_one(
     resources = _resources_of(object_file)
     if resources is None:
         resources = _make_object(job, lowered, spec.symbol, object_file)
+    if resources.get("spills"):
+        note = (
+            f"{spec.symbol} spills {resources['spills']} bytes of registers: it is right, and slower than it could be"
+        )
     speeds = job.tuned.speeds.get(lowered.kernel_hash, ())
     entry = entry_of(spec, job.target, pattern, lowered, config_source, resources, speeds)
     return Built(entry, object_file.name, object_file.stat().st_size, time.perf_counter() - begin, note)
@@ -387,5 +391,6 @@ def _make_cuda_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> d
     source = draft.with_name(f"{symbol}.cu")
     source.write_text(lowered.text)
     images = job.objects / IMAGES
-    report = cuda.compile_object(source, draft, job.target.arch, run_on=job.run_on, images=images)
+    own = job.definition is not None
+    report = cuda.compile_object(source, draft, job.target.arch, run_on=job.run_on, images=images, may_be_slow=own)
     return report.resources(cuda.dynamic_shared_memory(lowered.text))

@@ -183,6 +183,7 @@ SCORES: Mapping[str, ScoreModification] = {
         _score(_alibi, reference.alibi),
         _score(_softcap_alibi, reference.softcap_alibi),
         _score(_optional, reference.optional),
+        _score(lambda s, at: s, reference.identity_sinks, lambda at: at.param["sinks"]),
         _score(_optional, reference.optional_sinks, _sinks),
         _score(lambda s, at: s + at.param["bias"], reference.biased),
     )

@@ -15,7 +15,7 @@ A predicate that isn't affine is always applied, and narrows nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm_ffi
 from tvm import sym, tirx
@@ -108,6 +108,11 @@ class Pattern:
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
         self.has_sink = found.sink is not None
         self.is_uneven = found.score is not None and any(p.is_spread for p in self.of_score)
+
+    def without_sink(self) -> Pattern:
+        """The same attention without its sink, and without the sink's parameters."""
+        params = tuple(p for p in self.params if not self.is_of_sink(p))
+        return Pattern(replace(self._found, params=params, sink=None)) if self.has_sink else self
 
     # ---- what a template asks
 

@@ -18,6 +18,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
 from schedules.tile.combine import Sinks, combine, combine_ragged
+from schedules.tile.fold import fold_states
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 from tvm_flash.packs.manifest import Scalar, Workspace
 
@@ -39,6 +40,10 @@ SplitLengths = Sequence[tuple[int, int]]
 #: Keys of a split for each row, at least, in multiples of ``_GRAIN``: of a row 8 bytes an element are written and read
 #: again, in float32, and of a key 4 are read, so that this bounds what splits leave to a quarter of what they read.
 KEYS_OF_A_ROW, _GRAIN = 8, 64
+
+
+#: More runs than a head has splits.
+_EACH = 1 << 20
 
 
 def undivided(block_n: int, split_lengths: SplitLengths) -> Rejected | None:
@@ -86,6 +91,73 @@ def program(
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
         scalars=(Scalar("split_length", ("max", ("steps", "seqlen_kv", *split_lengths), for_rows)),),
+        max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
+    )
+
+
+def runs_program(
+    pattern: Pattern,
+    runs: PrimFunc,
+    traversal: Traversal,
+    name: str,
+    split_lengths: SplitLengths,
+    *,
+    resident: int,
+    packs: bool,
+    most_rows: int,
+    alignment: int,
+) -> Program:
+    """Both launches where a block computes a run of splits: as many as fill ``resident`` places for blocks.
+
+    A head of keys, or a query head if heads aren't packed, has as many runs as there are places for each, all of its
+    splits in one if there are more heads than places.  If that leaves the last round of blocks less than 13/16 full,
+    each split is a run (24 x 3000 keys, 32 heads on 8, 83.2 us in place of 86.5 on an H200), and of more heads than
+    places four are (38 x 4096, 159.9 in place of more than 170), so that the machine has something to do until the end.
+    A run keeps the states of ``most_rows`` rows at most.
+
+    Parameters
+    ----------
+    runs: ``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, *params)``, with the name
+        ``name``; it lets the second launch begin early.
+    """
+    rows = ("*", "batch", "heads", "seqlen_q")
+    units = ("*", "batch", "kv_heads" if packs else "heads")
+    splits = ("ceildiv", "seqlen_kv", "split_length")
+    for_rows = ("*", _GRAIN, ("ceildiv", ("*", KEYS_OF_A_ROW, "rows"), _GRAIN))
+    places = ("max", 1, ("//", resident, units))  # of a head
+    filled = (
+        "//",
+        ("*", 16, units, places),
+        ("*", ("ceildiv", units, resident), resident),
+    )  # sixteenths of the machine
+    is_empty = ("steps", filled, (0, 1), (13, 0))
+    instead = ("steps", units, (0, _EACH), (resident + 1, 4))
+    doublings = tuple((1 + (1 << n >> 1), 1 << n) for n in range(1, most_rows.bit_length()))
+    packed = ("*", ("ceildiv", "heads", "kv_heads"), ("steps", "seqlen_q", (0, 1), *doublings))
+    longest = ("max", 1, ("//", most_rows, packed))
+    of_a_head = ("max", places, ("*", is_empty, instead), ("ceildiv", splits, longest))
+    results = ("o_partial", "sums_partial")
+    params = tuple(p.name for p in pattern.params)
+    folding = fold_states(pattern, traversal, f"{name}_combine", alignment)
+    return Program(
+        "forward",
+        (
+            ScheduledLaunch(
+                runs, ("q", "k", "v", *results, "o", "lse", "softmax_scale", "split_length", "run", *params)
+            ),
+            ScheduledLaunch(folding, (*results, "o", "lse", "run")),
+        ),
+        "tirx",
+        alignment=alignment,
+        index_bits=32,
+        workspaces=(
+            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
+            Workspace("sums_partial", "float32", (rows, splits, 2)),
+        ),
+        scalars=(
+            Scalar("split_length", ("max", ("steps", "seqlen_kv", *split_lengths), for_rows)),
+            Scalar("run", ("ceildiv", splits, ("min", splits, of_a_head))),
+        ),
         max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
     )
 

@@ -68,14 +68,19 @@ class Partials:
     """The arguments of the launch: the splits' ``partial`` results, tensor ``o``, flat ``lse``, and sizes."""
 
     def __init__(self, pattern: Pattern, traversal: Traversal, handles, alignment: int):
-        o_partial, lse_partial, o, lse = handles
+        o_partial, lse_partial, *results = handles
+        self._tensors(pattern, traversal, results, alignment)
+        self.partial = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
+        self.rows, self.splits = self.partial.rows, self.partial.splits
+
+    def _tensors(self, pattern: Pattern, traversal: Traversal, results, alignment: int):
+        """What is written, and its sizes."""
+        o, lse = results
         names = ("batch", "heads", "seqlen_q", "head_dim_v", "lse_length")
         batch, self.heads, self.seqlen_q, self.head_dim_v, self.lse_length = (tirx.Var(n, "int32") for n in names)
         sizes = {"batch": batch, "heads": self.heads, "seq": self.seqlen_q, "dim": self.head_dim_v}
         self.o = Tensor(o, "o", sizes, pattern.dtype, traversal.layout, alignment)
         self.lse = T.match_buffer(lse, (self.lse_length,), "float32", align=4)
-        self.partial = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
-        self.rows, self.splits = self.partial.rows, self.partial.splits
 
     def sharing(self, groups: int):
         """How many of a block's groups share a row: the fewest, a power of two, that have no more than ``AHEAD``

@@ -54,6 +54,7 @@ def compile_object(
     run_on: str = "",
     recompile_for: str = "",
     images: Path | None = None,
+    may_be_slow: bool = False,
 ) -> ptxas.Report:
     """Compile one exported source to an object file.
 
@@ -64,6 +65,7 @@ def compile_object(
     run_on: a newer arch on which the kernel shall also run, for verification: adds PTX.
     recompile_for: another arch whose machine code is made instead, for verification; its spills don't count.
     images: a folder in which device images are kept, so that kernels with the same device half are compiled once.
+    may_be_slow: whether spills and serialised wgmma are accepted, as of a definition that isn't the package's own.
 
     Raises
     ------
@@ -80,7 +82,8 @@ def compile_object(
         report = ptxas.parse(log)
         if not report.kernels:
             raise ToolchainError(f"compiling {source.name} for {arch}: the compiler reported no kernel\n{log[-2000:]}")
-        ptxas.check(report, arch)
+        if not may_be_slow:
+            ptxas.check(report, arch)
         compile_host(embed(device, host, image), half.with_suffix(".cpp"), target)
     weaken_symbols(target)
     return report

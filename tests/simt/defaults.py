@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -41,10 +41,14 @@ class DefaultKernel:
         return entry_of(self.spec, self.target, self.pattern, self.lowered, "default", {})
 
 
-def default_kernel(spec: KernelSpec, arch: str, folder: Path, pattern: Pattern | None = None) -> DefaultKernel:
-    """Lower a spec and compile it in ``folder``; ``pattern`` is that of a definition that has no name."""
+def default_kernel(
+    spec: KernelSpec, arch: str, folder: Path, pattern: Pattern | None = None, **changes
+) -> DefaultKernel:
+    """Lower a spec and compile it in ``folder``; ``pattern`` is that of a definition that has no name, ``changes``
+    are fields of the configuration that are others than the default's."""
     target = Target(arch)
     pattern = pattern or pattern_of(spec, target)
     config = maker_of(target, spec.kind).default_configs(spec.template, pattern, target)[0]
+    config = replace(config, **changes)
     lowered = lower(spec, pattern, target, config)
     return DefaultKernel(spec, target, pattern, lowered, Simulated(lowered.program, lowered.text, folder))

@@ -391,7 +391,7 @@ def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
     if problem.mask == "given" or problem.score == "biased":
         return "--mask", problem.mask, "--score", problem.score
-    everything = "optional_sinks" if problem.score == "optional_sinks" else "optional"
+    everything = "optional_sinks" if problem.score.endswith("_sinks") else "optional"
     if problem.is_ragged:
         return "--mask", "positioned" if problem.form == PAGED else "window", "--score", everything
     padded = problem.mask in ("padded", "positioned")

@@ -1,10 +1,10 @@
 """Which heads are computed together, and which are on their way meanwhile.
 
 A launch leaves part of a GPU without work at its end: about half a wave of its blocks.  So launches of few heads cost
-time, and launches of all heads wait for all keys.  All of this follows from what every rank knows, since ranks must
-send in one order.  On two H200, bfloat16, head_dim 128, 8 heads on 8 (docs/distributed.md), 64k positions under a
-causal mask are 2048 blocks of a rank: in four groups of heads, with two calls each, the forward reached 0.75 of twice
-one GPU, which eight half waves of 132 blocks explain.
+time, launches of all heads wait for all keys, and launches of many heads share the cache.  All of this follows from
+what every rank knows, since ranks must send in one order.  What a rank of two computes of 8 heads of head_dim 128 in
+bfloat16 on an H200, in 1 and in 4 launches of a call, without the messages: 64k positions under a causal mask 6.6 and
+7.1 ms, 64k in full 13.2 and 13.0, 256k under a causal mask 115 and 108, 256k in full 212 and 210.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 #: Rows of a block.
 _BLOCK = 128
-#: Blocks that a launch of the forward should have: 31 waves of an H200, of which half a one is 1.6%.
-_ENOUGH_BLOCKS = 4096
+#: Blocks that a launch of the forward should have: 8 waves of an H200.
+_ENOUGH_BLOCKS = 1024
 #: Into how many groups the forward's heads are split at most.
 _MOST_GROUPS = 4
 

@@ -22,10 +22,12 @@ from tvm_flash.machine.device import Device
 from tvm_flash.machine.ffi import Frame, Kernel, TensorSpec
 from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, PARAMS, params_of
 from tvm_flash.measure.small_sequences import on_pages, one_after_another, packed
-from tvm_flash.operators import FORWARD, SCALES, TENSORS, gradient_of, role_of
+from tvm_flash.operators import ACCUMULATE, FORWARD, MERGED, SCALES, TENSORS, gradient_of, role_of
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import DENSE, PAGED, RAGGED, Argument, KernelEntry
 
+#: What is in the results that a kernel adds to.
+_THERE = 1.0
 #: Of each head of an 8-bit cache, what its elements are multiplied with.
 CACHE_SCALES = np.linspace(0.03, 0.05, KV_HEADS, dtype=np.float32)
 
@@ -184,6 +186,8 @@ def run(
 ) -> dict[str, np.ndarray]:
     """What a kernel writes, by role, as float32 in the layout bhsd; memory is NaN before.
 
+    Of a kernel that adds to what is there, what it adds; one that merges finds rows that have seen nothing.
+
     ``functions`` are those of its launches.  ``inputs`` are q, k, v and whatever else the operator takes, by role, in
     the layout bhsd, or those of sequences as :mod:`tvm_flash.measure.small_sequences` has them.  A kernel that has
     parameters of each head takes ``BATCH`` and ``HEADS``.
@@ -235,7 +239,8 @@ def run(
         else:
             written.append(role)
             own = (0, 1, 2, 3) if role in learnt else order
-            arrays[role] = _encoded(np.full(shapes[role], np.nan, np.float32), argument, own)
+            before = np.full(shapes[role], _before(entry, role), np.float32)
+            arrays[role] = _encoded(before, argument, own)
     arguments: dict[str, TensorSpec | int | float] = dict(numbers)
     for role, x in arrays.items():
         strides = contiguous_strides(x.shape)
@@ -246,8 +251,17 @@ def run(
         launches.append((Frame(function, [arguments[role] for role in roles]), [r for r in roles if r in arrays]))
     _run(launches, device, arrays, written)
     found = {role: numerics.decode(arrays[role], entry.dtype_of(role)) for role in written}
+    if entry.kind == ACCUMULATE:
+        found = {role: x - _THERE for role, x in found.items()}
     laid_out = {r for r, x in found.items() if x.ndim == 4 and r not in learnt}
     return {r: x.transpose(order) if r in laid_out else x.reshape(shapes[r]) for r, x in found.items()}
+
+
+def _before(entry: KernelEntry, role: str) -> float:
+    """What is in the memory of a result before."""
+    if entry.kind == ACCUMULATE:
+        return _THERE
+    return -np.inf if entry.kind == MERGED and role == "lse" else np.nan
 
 
 def _aligned(x: np.ndarray) -> np.ndarray:

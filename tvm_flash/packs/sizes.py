@@ -6,6 +6,7 @@ An expression is a number, the name of a size, or a tuple of an operation and it
 ``("*", a, b, …)``, ``("+", …)``  product and sum
 ``("min", a, …)``, ``("max", …)`` the smallest and the largest
 ``("ceildiv", a, b)``             ``a / b`` rounded up
+``("//", a, b)``                  ``a / b`` rounded down
 ``("steps", a, (x, y), …)``       the ``y`` of the last pair whose ``x`` is at most ``a``; the first x is 0
 ================================= =====================================================================
 
@@ -24,7 +25,14 @@ Expression = int | str | tuple
 #: Sizes that every problem has.  ``rows`` are the query rows that share a key: ``seqlen_q * heads / kv_heads``.
 PROBLEM_SIZES = ("batch", "heads", "kv_heads", "seqlen_q", "seqlen_kv", "head_dim", "head_dim_v", "rows")
 
-_OPERATIONS = {"*": math.prod, "+": sum, "min": min, "max": max, "ceildiv": lambda x: -(-x[0] // x[1])}
+_OPERATIONS = {
+    "*": math.prod,
+    "+": sum,
+    "min": min,
+    "max": max,
+    "ceildiv": lambda x: -(-x[0] // x[1]),
+    "//": lambda x: x[0] // x[1],
+}
 
 
 def of(
@@ -122,7 +130,7 @@ def _is_well_formed(x: Any) -> bool:
             pairs = x[2:]
             plain = all(isinstance(p, tuple) and len(p) == 2 and all(map(_is_number, p)) for p in pairs)
             return _is_well_formed(x[1]) and plain and pairs[0][0] == 0 and list(pairs) == sorted(pairs)
-        operands_fit = len(x) == 3 if x[0] == "ceildiv" else True
+        operands_fit = len(x) == 3 if x[0] in ("ceildiv", "//") else True
         return x[0] in _OPERATIONS and operands_fit and all(map(_is_well_formed, x[1:]))
     return isinstance(x, str) or _is_number(x)
 

@@ -234,9 +234,21 @@ def _call(options: Options, arrays: dict[str, Any]):
             refusals[platform] = e
     if not branches:
         raise next(iter(refusals.values()))
+    if (refusal := refusals.get(_default_platform())) is not None:
+        raise NotSupportedError(
+            f"q, k, v: are traced for {_default_platform()}, where JAX computes unless told otherwise, and there: "
+            f"{refusal}; to compute on the processor, trace under jax.default_device(jax.devices('cpu')[0])"
+        ) from refusal
     if len(branches) == 1:
         return next(iter(branches.values()))(*arrays.values())
     return jax.lax.platform_dependent(*arrays.values(), **branches)
+
+
+def _default_platform() -> str:
+    """The platform, as in JAX's programs, where JAX computes what nobody has put elsewhere."""
+    device = jax.config.jax_default_device
+    name = device if isinstance(device, str) else jax.default_backend() if device is None else device.platform
+    return {"gpu": "cuda"}.get(name, name)
 
 
 def _empty(request: Request):

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from tvm_flash.call import checks, eager
@@ -200,15 +201,42 @@ def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_sca
         at = page.clamp(0, pages - 1)
         k, v = (_in_8_bits(x, s, at, k_cache.dtype) for x, s in ((k, k_scale), (v, v_scale)))
         k_cache, v_cache = (x.view(torch.uint8) for x in (k_cache, v_cache))
-    if k.device.type == "cpu" and valid.all():
-        k_cache[page, inside], v_cache[page, inside] = k, v
-        return
     # What has no place is written where the first that has one is, with its values; if none has one, nothing changes.
     first, some = valid.to(torch.int32).argmax(keepdim=True), valid.any()
     page, inside = (torch.where(valid, x, torch.where(some, x[first], 0)) for x in (page, inside))
     for cache, x in ((k_cache, k), (v_cache, v)):
         instead = torch.where(some, x[first], cache[:1, 0])
         cache[page, inside] = torch.where(valid[:, None, None], x, instead)
+
+
+def _append_on_cpu(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_scale=None, v_scale=None):
+    """The same where the numbers may be read, in NumPy, whose calls on a few numbers are shorter than torch's."""
+    pages, size = k_cache.shape[:2]
+    if not size or not (k.numel() or v.numel()):
+        return
+    before, table = cache_seqlens.numpy(), page_table.numpy()
+    if cu_seqlens is None:
+        b, row = np.divmod(np.arange(k.shape[0] * k.shape[1]), k.shape[1])
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+    else:
+        starts = cu_seqlens.numpy()
+        row = np.arange(min(k.shape[0], int(starts[-1])))
+        b = np.searchsorted(starts[1:], row, side="right")
+        row -= starts[b]
+    positions = before[b] + row
+    written = np.flatnonzero((positions >= 0) & (positions < table.shape[1] * size))
+    column, inside = np.divmod(positions[written], size)
+    page = table[b[written], column].astype(np.int64)
+    exists = (page >= 0) & (page < pages)
+    if not exists.all():
+        written, page, inside = written[exists], page[exists], inside[exists]
+    if len(written) < len(k):
+        k, v = (x[torch.from_numpy(written)] for x in (k, v))
+    page, inside = torch.from_numpy(page), torch.from_numpy(inside)
+    if k_scale is not None:
+        k, v = (_in_8_bits(x, s, page, k_cache.dtype) for x, s in ((k, k_scale), (v, v_scale)))
+        k_cache, v_cache = (x.view(torch.uint8) for x in (k_cache, v_cache))
+    k_cache[page, inside], v_cache[page, inside] = k, v
 
 
 def _in_8_bits(x, scale, page, dtype):
@@ -233,8 +261,8 @@ def _rotate(x, cos, sin, positions, interleaved):
     return turned
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("append_to_cache", _append, _key)
+for _key, _appends in (("CPU", _append_on_cpu), ("CUDA", _append)):
+    _library.impl("append_to_cache", _appends, _key)
     _library.impl("rotate", _rotate, _key)
 torch.library.register_fake("tvm_flash::append_to_cache", lambda *_: None, lib=_library)
 torch.library.register_fake(

@@ -15,6 +15,7 @@ from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     FORWARD,
     MERGED,
     PAGED,
@@ -223,4 +224,6 @@ KINDS = {
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
+#: These would be the usual ones again, which serve them.
+UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
 UNVERIFIED_KINDS = (MERGED, BACKWARD_ACCUMULATE)

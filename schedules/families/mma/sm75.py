@@ -12,10 +12,10 @@ from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     FORWARD,
     MERGED,
     PAGED,
-    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     Program,
@@ -202,4 +202,7 @@ KINDS = {
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (*PAGED_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)
+#: These would be the usual ones again, which serve them.
+UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
+#: Of these sizes no GPU has run what works on float32 results and gradients yet.
+UNVERIFIED_HEAD_DIMS = dict.fromkeys((MERGED, BACKWARD_ACCUMULATE), ((256, 256),))

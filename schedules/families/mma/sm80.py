@@ -12,13 +12,12 @@ from schedules.families import limits
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    CAUSAL_WITH_SINKS,
     DECODE,
     FORWARD,
     MERGED,
     PAGED,
     PAGED_DECODE,
-    PAGED_DECODE_SCALED,
-    PAGED_SCALED,
     RAGGED,
     RAGGED_BACKWARD,
     Program,
@@ -256,4 +255,7 @@ KINDS = {
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-UNVERIFIED_KINDS = (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values(), MERGED, BACKWARD_ACCUMULATE)
+#: These would be the usual ones again, which serve them.
+UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
+#: Of these sizes, (head_dim, head_dim_v), no GPU has run what works on float32 results yet.
+UNVERIFIED_HEAD_DIMS = dict.fromkeys((MERGED, BACKWARD_ACCUMULATE), ((256, 256),))

@@ -53,6 +53,8 @@ class Config:
         the next work tile's queries come while the last product and the output are computed.
     running_max: take the row maximum in every step; else unmasked steps rely on the exact maximum of a row's first tile
         and take another only when the row sum of a step shows that it has been far exceeded.
+    tensors_ahead: what tensors hold for a step's scores is fetched as soon as the step before has its scores, and not
+        at the step's own beginning.
     pack_heads: query heads of a group share a work tile where there are few queries (``rows.py``).
     head_section: heads whose work tiles are visited together, strip by strip; 1 visits all work tiles of a head first,
         ``ALL`` a strip of all heads and batches.
@@ -70,6 +72,7 @@ class Config:
     running_max: bool = False
     head_section: int = 1
     pack_heads: bool = False
+    tensors_ahead: bool = False
 
     @property
     def block_m(self) -> int:
@@ -168,6 +171,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected("a score, a mask or a sink that differs from head to head can't have heads packed")
     if any(p.is_tensor for p in pattern.params) and config.persistent and config.keeps_parameters:
         return Rejected("parameters of each head need waves 0: a block reads them once")
+    if config.tensors_ahead and (not config.running_max or pattern.has_gaps):
+        return Rejected("tensors_ahead needs running_max, as a step may not be taken again, and a mask without gaps")
     if config.overlap_tiles and not (config.several_tiles and q_stages(pattern, config) == 2):
         return Rejected("overlap_tiles needs tiles_per_cta 2 or waves, and room for the queries of two work tiles")
     needed = shared_memory(pattern, config, q_stages(pattern, config))

@@ -76,6 +76,7 @@ class Consumer:
         self.p = T.alloc_local([config.block_n // 4], "uint32")
         self.softmax = Softmax(pattern, block.site, block.rows, config.block_n)
         self.softmax.add_tensors(lane)
+        self.fetches_ahead = len(self.softmax.tensors) > 0 and config.tensors_ahead
         self.finished = Finished(self.softmax)
         self.n = T.local_scalar("int32")  # tiles of keys that were scored, over all work tiles
         self.counter = TileCounter(self.n)
@@ -179,15 +180,29 @@ class Consumer:
             self.softmax.fetch(self._row0(), self._column0(key_first), key_first + (self.config.block_n - 1))
 
     @T.inline
+    def fetch_now(self, key_first):
+        """At the beginning of a step, fetch for its own scores, unless the step before has."""
+        if static(not self.fetches_ahead):
+            self.fetch(key_first)
+
+    @T.inline
+    def fetch_ahead(self, walk, i):
+        """When step ``i`` has its scores, fetch for those of the next one, if the work tile has another."""
+        if static(self.fetches_ahead):
+            if i + 1 < walk.steps:
+                self.fetch(walk.key_first(i + 1))
+
+    @T.inline
     def step(self, walk, i, masked):
         """Step ``i`` of the work tile, with the maximum."""
         key_first = T.meta_var(walk.key_first(i))
         k = T.meta_var(self.k_state())
         v = T.meta_var(self.v_state())
-        self.fetch(key_first)
+        self.fetch_now(key_first)
         self.issue(k, v)
         self.k.consumer_release(k, self.lane)
         self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), masked)
+        self.fetch_ahead(walk, i)
         self.softmax.track(self.acc_s, LAZY)
         self.softmax.probabilities(self.acc_s, self.softmax.scale)
         self.next_k(k, self._more(walk, i))
@@ -232,6 +247,7 @@ class Consumer:
             self.softmax.scores(self.acc_s, self._row0(), column0, False)
         else:
             self.softmax.scores(self.acc_s, self._row0(), column0, True)
+        self.fetch_ahead(walk, self.first)
         self.softmax.track(self.acc_s, 0.0)
         self.softmax.probabilities(self.acc_s, self.softmax.scale)
 

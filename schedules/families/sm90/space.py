@@ -15,6 +15,7 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
     V1 visits one head after the other.  ``pack_heads`` concerns only grouped heads, and is the default's.
     """
     several = not pattern.has_gaps
+    of_scores = any({"i", "j"} <= set(p.axes) for p in pattern.params)
     return {
         "num_consumer_warpgroups": (1, 2, 3, 4),
         "block_n": (48, 64, 80, 96, 112, 128),
@@ -26,5 +27,6 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "overlap_tiles": (False, True) if several else (False,),
         "separate_output": (False, True) if several else (False,),
         "running_max": (False,) if pattern.is_scale_only else (False, True),
+        "tensors_ahead": (False, True) if of_scores and several else (False,),
         "head_section": (1, ALL, 2, 4, 8) if template == "v2" else (1, ALL),
     }

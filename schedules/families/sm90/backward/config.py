@@ -11,6 +11,7 @@ from schedules.families.interface import Rejected, Target
 from schedules.families.sm90 import config as forward
 from schedules.families.sm90.config import BARRIER_BYTES, PANEL, SHARED_MEMORY, WARPGROUP_ROWS, panels
 from schedules.tile.place_gradients import stored_by
+from tvm_flash.packs import sizes
 
 #: Consumer warpgroups of either launch, and the rows of a block of them, 64 each.
 CONSUMERS = 2
@@ -39,7 +40,8 @@ class Config:
         head.
     joint: one launch makes dk, dv and dq, with five products and sums of dq in memory; of the fields above the first
         two are its own.
-    head_section: heads whose blocks are started together in the joint launch, those of the same keys after each other.
+    head_section: heads whose blocks are started together in the joint launch, those of the same keys after each other;
+        0: an argument says how many.
     prefetches: the joint launch asks for sums of dq two tiles before it adds to them.
     shares_keys: both consumer warpgroups of the launch for dk and dv have the same 64 keys, and one computes dv, the
         other dk, with scores of its own: one product more, and room for a head_dim of 256.
@@ -83,14 +85,26 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
     Those of plain scores at head_dim 64 and 128 are what docs/hopper.md has figures of; nothing else was tried.
     """
-    if pattern.is_scale_only and pattern.narrows and not pattern.params:
-        found = Config(block_m=128 if max(pattern.head_dim, pattern.head_dim_v) <= 64 else 64, num_stages=3, joint=True)
+    if is_plain(pattern):
+        block_m = 128 if max(pattern.head_dim, pattern.head_dim_v) <= 64 else 64
+        found = Config(block_m=block_m, num_stages=3, joint=True)
         if feasible(pattern, found, target) is None:
             return {0: found}
+    return {0: apart(pattern)}
+
+
+def is_plain(pattern: Pattern) -> bool:
+    """Whether the joint launch serves the pattern: what parameters it has are those of a sink, each of a head."""
+    only_sinks = all(p.per_head and pattern.is_of_sink(p) for p in pattern.params)
+    return pattern.is_scale_only and pattern.narrows and only_sinks
+
+
+def apart(pattern: Pattern) -> Config:
+    """The configuration of the launches apart."""
     plain = pattern.is_scale_only and not any(p.per_head for p in pattern.params)
     overlaps = not pattern.learnt
     if any(p.is_spread for p in pattern.params):
-        return {0: replace(_with_tensors(pattern), overlaps=overlaps)}
+        return replace(_with_tensors(pattern), overlaps=overlaps)
     if pattern.head_dim <= 64:
         # Where the score is one of two, each has a branch of its own, and ptxas has enough registers for 96 queries.
         block_m = 96 if plain or pattern.has_choice else 80
@@ -104,7 +118,7 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
         found = Config(block_m=64 if plain else 48, num_stages=2, block_n=80 if plain else 64, shares_keys=True)
     else:
         found = Config(block_m=64 if plain else 32, num_stages=2, block_n=48, shares_keys=True)
-    return {0: replace(found, overlaps=overlaps)}
+    return replace(found, overlaps=overlaps)
 
 
 def _with_tensors(pattern: Pattern) -> Config:
@@ -135,6 +149,11 @@ def tiles_told(pattern: Pattern) -> tuple[tuple[int, int], ...]:
     return ((0, 2),) if pattern.is_unmasked else ((0, 1), (8192, 2))
 
 
+def section_heads(pattern: Pattern) -> sizes.Expression:
+    """How many heads the joint launch goes over at a time, where that is an argument: it changes no bits."""
+    return 16
+
+
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config`` that are worth trying."""
     return {
@@ -145,7 +164,7 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "overlaps": (True, False),
         "heads_first": (False, True),
         "joint": (True, False),
-        "head_section": (8, 16, 32),
+        "head_section": (0, 8, 16, 32),
         "prefetches": (False, True),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
@@ -185,7 +204,7 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
 
 def _refuse_joint(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
     """Why the joint launch can't be made."""
-    if not pattern.is_scale_only or pattern.params or not pattern.narrows:
+    if not is_plain(pattern):
         return Rejected("joint: it serves plain scores whose keys are seen by all queries from some one on")
     if config.block_m not in (64, 128):
         return Rejected(f"block_m {config.block_m} is not 64 or 128")

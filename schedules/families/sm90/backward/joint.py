@@ -5,14 +5,16 @@ Five products in place of seven.  Sums over blocks are taken in the order of the
 
 from __future__ import annotations
 
+from tvm import tirx
 from tvm.backend.cuda.lang import SMEMPool
+from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import ScheduledLaunch
-from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, JOINT_REGISTERS, Config, tiles_told
+from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, JOINT_REGISTERS, Config, section_heads, tiles_told
 from schedules.families.sm90.backward.joint_consumer import JointConsumer
 from schedules.families.sm90.backward.numbers import RowNumbers, row_numbers
 from schedules.families.sm90.backward.parts import Parts
@@ -33,6 +35,8 @@ from tvm_flash.packs.manifest import Scalar, Workspace
 ROLES = ("q", "k", "v", "do", SHIFTS, STARTS, "dq", "dk", "dv", "softmax_scale", "dq_sums", "progress")
 ROLES += ("tiles_told", "heads_per_block", "dk_sums", "dv_sums", "parts_done")
 
+#: The argument that says how many heads a section has, if the configuration doesn't.
+SECTION = "section_heads"
 #: Query heads of a group are shared among as many blocks as make this many of a sequence: four for each multiprocessor
 #: of an H200, so that one that has the most to do under a causal mask keeps nobody waiting.
 BLOCKS = 512
@@ -46,13 +50,14 @@ def _heads_per_block(ragged: bool) -> tuple:
     return ("ceildiv", _GROUP, ("ceildiv", BLOCKS, ("*", "kv_heads", blocks)))
 
 
-def scalars(pattern: Pattern, ragged: bool) -> tuple[Scalar, ...]:
+def scalars(pattern: Pattern, config: Config, ragged: bool) -> tuple[Scalar, ...]:
     """How many tiles a block adds to before it tells the next one; how many query heads of a group it visits: the batch
     has no say there, so that a sequence's bits are its own."""
     rows = ("ceildiv", "total_q", "batch") if ragged else "seqlen_q"
     return (
         Scalar("tiles_told", ("steps", rows, *tiles_told(pattern))),
         Scalar("heads_per_block", _heads_per_block(ragged)),
+        *(() if config.head_section else (Scalar(SECTION, section_heads(pattern)),)),
     )
 
 
@@ -89,6 +94,15 @@ def _shared(ragged: bool) -> tuple:
     return ("steps", ("ceildiv", _GROUP, _heads_per_block(ragged)), (0, 0), (2, 1))
 
 
+class _Section:
+    """How many heads the blocks that are started together are of: a number, or if the configuration has none an
+    argument more."""
+
+    def __init__(self, config: Config):
+        self.heads = config.head_section or tirx.Var(SECTION, "int32")
+        self.arguments, self.roles = ([], ()) if config.head_section else ([self.heads], (SECTION,))
+
+
 def build(
     pattern: Pattern,
     config: Config,
@@ -98,14 +112,23 @@ def build(
     adds: bool = False,
 ) -> ScheduledLaunch:
     """The launch of a pattern; ``starts`` says where ragged sequences begin.  ``adds``: results to what is there."""
-    func = parameterised(pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, starts, adds))
-    func = append_arguments(func, starts.arguments if starts else [])
-    roles = (*ROLES, *(p.name for p in pattern.params), *(starts.roles if starts else ()))
+    section = _Section(config)
+    func = parameterised(
+        pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, starts, section.heads, adds)
+    )
+    func = append_arguments(func, [*(starts.arguments if starts else ()), *section.arguments])
+    roles = (*ROLES, *(p.name for p in pattern.params), *(starts.roles if starts else ()), *section.roles)
     return ScheduledLaunch(func.with_attr("global_symbol", name), roles)
 
 
 def _kernel(
-    pattern: Pattern, config: Config, traversal: Traversal, parameters: dict, starts: Starts | None, adds: bool
+    pattern: Pattern,
+    config: Config,
+    traversal: Traversal,
+    parameters: dict,
+    starts: Starts | None,
+    section: Expr | int,
+    adds: bool,
 ) -> PrimFunc:
     dtype, M, N, D, E = pattern.dtype, config.block_m, BLOCK, pattern.head_dim, pattern.head_dim_v
     sums_registers, consumer_registers = JOINT_REGISTERS
@@ -144,7 +167,7 @@ def _kernel(
         done = T.match_buffer(parts_done, (done_length,), "int32", align=4)
         gradients = T.meta_var(tensors.gradients)
         blocks = T.meta_var(key_blocks(tensors, N))
-        scheduler = SectionScheduler(tensors, blocks, config, heads_per_block)
+        scheduler = SectionScheduler(tensors, blocks, heads_per_block, section)
         tiles = T.bind(tensors.tiles_of_rows(M))
         # 1. Descriptors of the tensors, made on the host.
         q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)

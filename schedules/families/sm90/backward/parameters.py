@@ -81,7 +81,7 @@ class ParameterGradients:
         """
         for n in range(len(self.params)):
             total = local(sums[n])
-            _add_lanes(total)
+            add_lanes(total)
             first, _ = self._first(tensors, n, batch, head)
             leaves = lane == 0
             if tensors.may_lack_keys:
@@ -116,12 +116,12 @@ class ParameterGradients:
             number = i * 32 + lane
             with T.If(number < count), T.Then():
                 T.buffer_store(total.source, total + shares[first + wide(number)], [0])
-        _add_lanes(total)
+        add_lanes(total)
         with T.If(lane == 0), T.Then():
             T.buffer_store(target, target[at] + total.source[0] if self.adds else total.source[0], [at])
 
 
-def _add_lanes(total):
+def add_lanes(total):
     """The sum over a warp's lanes, in all of them."""
     for step in range(5):
         T.buffer_store(total.source, operator.add(total, from_lane(total.source[0], 1 << step)), [0])

@@ -6,8 +6,8 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Target
 from schedules.families.ranged import with_ranges
 from schedules.families.sm90 import config as forward
-from schedules.families.sm90.backward import joint, keys, parameters, queries, rows
-from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config
+from schedules.families.sm90.backward import joint, keys, parameters, queries, rows, sinks
+from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, section_heads
 from schedules.families.sm90.config import WARPGROUP_ROWS
 from schedules.tile.gradients import ALIGNMENT, Starts
 from schedules.tile.mask_ranges import Ranged, ranged
@@ -32,12 +32,18 @@ def program(
         return Starts() if ragged else None
 
     counters = joint.counters(ragged) if config.joint else ()
-    first = rows.build(pattern, traversal, name, config.block_m, ragged=ragged, counters=counters, adds=adds)
+    plain = pattern.without_sink() if config.joint else pattern
+    first = rows.build(plain, traversal, name, config.block_m, ragged=ragged, counters=counters, adds=adds)
     workspaces = (*rows.workspaces(config.block_m, ragged), *counters)
     scalars = ()
     if config.joint:
-        launches = (first, joint.build(pattern, config, traversal, f"{name}_joint", starts(), adds))
-        workspaces, scalars = (*workspaces, *joint.workspaces(pattern, config, ragged)), joint.scalars(pattern, ragged)
+        launches = (first, joint.build(plain, config, traversal, f"{name}_joint", starts(), adds))
+        if pattern.has_sink:
+            launches = (*launches, sinks.build(pattern, traversal, f"{name}_sinks", config.block_m, adds))
+        workspaces, scalars = (
+            (*workspaces, *joint.workspaces(pattern, config, ragged)),
+            joint.scalars(pattern, config, ragged),
+        )
     else:
         keyed, queried = (pattern, pattern) if ragged else _ranged(pattern, config)
         launches = (
@@ -46,7 +52,7 @@ def program(
             keys.build(keyed, config, traversal, f"{name}_dkdv", starts(), adds),
         )
         workspaces = (*workspaces, *parameters.workspaces(pattern, ragged))
-    memory = {"workspaces": workspaces, "scalars": scalars, "narrow_axes": _narrow_axes(config, ragged)}
+    memory = {"workspaces": workspaces, "scalars": scalars, "narrow_axes": _narrow_axes(pattern, config, ragged)}
     found = Program("backward", launches, "tirx", alignment=ALIGNMENT, index_bits=32, **memory)
     return found if config.joint else with_ranges(found, traversal, name, keyed, queried)
 
@@ -56,11 +62,12 @@ def _ranged(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged, Pattern
     return ranged(pattern, "j", config.block_keys), ranged(pattern, "i", WARPGROUP_ROWS, CONSUMERS)
 
 
-def _narrow_axes(config: Config, ragged: bool) -> tuple[sizes.Expression, ...]:
+def _narrow_axes(pattern: Pattern, config: Config, ragged: bool) -> tuple[sizes.Expression, ...]:
     """What the launches have along the second and the third axis of their grids."""
     blocks = ("+", ("ceildiv", "total_k", BLOCK), "batch", 1) if ragged else ("ceildiv", "seqlen_kv", config.block_keys)
     if config.joint:  # each head may be several pairs
-        return blocks, ("ceildiv", "heads" if ragged else ("*", "batch", "heads"), config.head_section)
+        heads = "heads" if ragged else ("*", "batch", "heads")
+        return blocks, ("ceildiv", heads, config.head_section or section_heads(pattern))
     if ragged:
         return ("heads",)
     of_keys = ("batch", blocks) if config.heads_first else ("kv_heads", "batch")

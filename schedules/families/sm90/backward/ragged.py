@@ -9,17 +9,24 @@ from __future__ import annotations
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.backward import config as dense
-from schedules.families.sm90.backward.config import Config, default_configs, space
+from schedules.families.sm90.backward.config import Config, space
 from schedules.families.sm90.backward.program import program as launches
 from schedules.tile.tile_scheduler import Traversal
 
 __all__ = ["Config", "default_configs", "feasible", "program", "space"]
 
 
+def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
+    """As those of dense tensors, but for sinks, whose gradients the joint backward has of dense tensors only."""
+    return {0: dense.apart(pattern)} if pattern.has_sink else dense.default_configs(template, pattern, target)
+
+
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
     """Whether the configuration can be compiled for the pattern; None if so."""
     if config.heads_first:
         return Rejected("heads_first: slots of ragged sequences may be more than a grid's third axis has")
+    if config.joint and pattern.has_sink:
+        return Rejected("joint: of ragged sequences it has no sinks")
     if whole := [p.name for p in pattern.params if p.gradient and "b" not in p.axes]:
         return Rejected(f"the gradient of {', '.join(whole)} isn't summed over ragged sequences")
     return dense.feasible(pattern, config, target)

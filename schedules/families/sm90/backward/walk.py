@@ -154,15 +154,15 @@ class SectionScheduler:
         self,
         tensors: Tensors | RaggedTensors,
         blocks: DenseKeys | RaggedKeys,
-        config: Config,
         heads_per_block: Expr,
+        head_section: Expr | int,
     ):
         self.blocks = blocks.blocks
         self.heads_per_block = heads_per_block
         self.parts = T.bind(ceildiv(tensors.group, heads_per_block))
         self.kv_heads = tensors.kv_heads
         self.pairs = T.bind(tensors.kv_heads * blocks.batch * self.parts)
-        self.section = T.bind(T.min(self.pairs, config.head_section))
+        self.section = T.bind(T.min(self.pairs, head_section))
 
     def grid(self):
         """Blocks along each axis."""
