@@ -93,7 +93,17 @@ def many_places(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
     """More row tiles than a GPU has room for, where a kernel's blocks go on to others when they have done one."""
     if not entry.config.get("waves"):
         return
-    case = Case(3, 50, 150, 40, kv_heads=25, seqlen_kv=200, dtype=entry.dtype, mask=entry.mask, score=entry.score)
+    case = Case(
+        3,
+        50,
+        150,
+        min(40, entry.head_dim),
+        kv_heads=25,
+        seqlen_kv=200,
+        dtype=entry.dtype,
+        mask=entry.mask,
+        score=entry.score,
+    )
     data = cases.inputs(case)
     params = {"window_left": 60, "window_right": 5, "softcap": 2.0}
     yield "many places", case, dataclasses.replace(data, params={**data.params, **_as_given(entry, params)})

@@ -54,6 +54,19 @@ def test_table_and_files(monkeypatch, tmp_path, capsys):
         assert set(r["ratio"]) == {"v1", "v2"} and min(*r["ratio"].values(), *r["ours"].values()) > 0
 
 
+def test_a_run_that_was_stopped_is_shown_with_gaps():
+    """As a page is made of a JSON file that lacks the last cells of the last dtype."""
+    found = []
+    for dtype, lengths in (("float32", (20, 30)), ("bfloat16", (20,))):
+        found.append(processor.Product(dtype, 1, 5e9))
+        for n in lengths:
+            numbers = [{"v1": x, "v2": 2 * x} for x in (1e-3, 1.5e-3, 1.5)]
+            found.append(processor.Result(Workload(1, 2, n, 64, dtype, "full"), 1, *numbers))
+    page = processor.markdown({"device": "A processor"}, "2026-01-01", "bench", found)
+    rows = [line.split("|")[3:-1] for line in page.splitlines() if line.startswith("| 1, 2, ")]
+    assert [[x.strip() == "–" for x in row] for row in rows] == [[False] * 8, [False] * 4 + [True] * 4]
+
+
 def test_options_that_say_nothing_of_it_are_refused(capsys):
     assert main(["bench", "--processor", "--dims", "64", "--backward"]) != 0
     assert "--dims, --backward: --processor has batches of its own" in capsys.readouterr().err

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("tvm")
 
 from schedules.builder.plan import BuildRequest, select
-from schedules.builder.suite import Selection
+from schedules.builder.suite import HEAD_DIMS as HEAD_DIMS_OF_ALL
+from schedules.builder.suite import HEAD_DIMS_BETWEEN
 from schedules.families import core_kinds_of, family_of, is_verified_size, maker_of
 from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, RAGGED_BACKWARD, Program, Rejected, Target
 from schedules.templates import v1, v2
@@ -82,10 +83,12 @@ def test_ragged_gradients_dont_spill_where_dense_tiles_would(tmp_path):
         ({}, {"block_m": 24}, "dkdv: 24 rows a step"),
         ({}, {"block_m": 144}, "dkdv: 144 rows a step"),
         ({}, {"num_stages": 1}, "num_stages 1"),
-        ({}, {"num_stages": 4}, "dkdv: needs 19"),
+        ({}, {"num_stages": 4}, "dkdv: needs 215040 bytes"),
         ({}, {"block_n_dq": 64}, "dq: needs 19"),
         ({}, {"warps_per_tile": 3}, "warps_per_tile 3"),
-        ({}, {"block_n": 256}, "dkdv: needs"),
+        ({}, {"block_n": 256}, "dkdv: 256 rows"),
+        ({}, {"block_m": 128}, "dkdv: needs"),
+        ({"mask": "window", "score": "alibi"}, {"early": True}, "dkdv: early is for scores without gradients"),
     ],
 )
 def test_what_does_not_fit_is_refused(pattern, change, reason):
@@ -96,11 +99,16 @@ def test_what_does_not_fit_is_refused(pattern, change, reason):
     assert reason in refused.reason
 
 
-def test_the_core_set_has_it_at_the_sizes_that_hardware_has_run():
-    for target in map(Target, ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120")):
+def test_operands_ahead_come_by_ldmatrix():
+    pattern, target = pattern_of(64, "full"), Target("sm_70")
+    maker = maker_of(target, BACKWARD)
+    config = replace(maker.default_configs("v1", pattern, target)[0], ahead_dq=True)
+    assert maker.feasible(pattern, config, target).reason == "dq: ahead is for operands that come by ldmatrix"
+
+
+def test_the_core_set_has_it_at_every_size():
+    for target in map(Target, ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_120")):
         assert BACKWARD in core_kinds_of(target)
-        assert all(is_verified_size(target, BACKWARD, *d) for d in ((64, 64), (96, 96), (128, 128), (192, 128)))
+        assert all(is_verified_size(target, BACKWARD, d.qk, d.v) for d in (*HEAD_DIMS_OF_ALL, *HEAD_DIMS_BETWEEN))
     specs = select(BuildRequest((Target("sm_80"),)), Target("sm_80"))
-    assert {s.head_dim for s in specs if s.kind == BACKWARD} == {64, 96, 128, 192}
-    named = BuildRequest((Target("sm_80"),), Selection(kinds=(BACKWARD,)))
-    assert {s.head_dim for s in select(named, Target("sm_80"))} == {64, 96, 128, 192, 256}
+    assert {s.head_dim for s in specs if s.kind == BACKWARD} == {64, 96, 128, 192, 256}

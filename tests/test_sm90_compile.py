@@ -138,7 +138,9 @@ def test_refusals_of_decoding_say_why(pattern, change, reason):
 
 
 @pytest.mark.parametrize("template", ["v1", "v2"])
-@pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+@pytest.mark.parametrize(
+    "head_dims", [(32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
+)
 @pytest.mark.parametrize(
     ("mask", "score"),
     [

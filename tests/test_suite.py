@@ -56,6 +56,16 @@ def test_every_kind_of_a_family_has_its_share(arch):
     assert set(kinds_of(Target(arch, "avx2" if arch == "cpu" else ""))) <= set(SCOPES)
 
 
+def test_a_family_has_kernels_of_its_own_sizes():
+    own = {FORWARD: {("full", "identity"): ((32, 32),)}}
+    more = set(chosen(further=own)) - set(chosen())
+    assert {(s.template, s.mask, s.score, s.head_dim, s.kind) for s in more} == {
+        (template, "full", "identity", 32, FORWARD) for template in ("v1", "v2")
+    }
+    one = Selection(head_dims=(HeadDim(64, 64),))
+    assert chosen(one, further=own) == chosen(one)
+
+
 def test_kinds_that_a_target_has_not_are_refused():
     target = Target("cpu", "avx2")
     request = BuildRequest((target,), Selection(kinds=(DECODE,)))

@@ -346,6 +346,15 @@ def test_volta_image_is_embedded(tmp_path, run_on):
     assert "__tvm_ffi_scale" in exports(tmp_path / "k.so")
 
 
+@pytest.mark.skipif(not has_volta(), reason="needs the extra volta (the wheels of CUDA 12)")
+def test_volta_code_is_recompiled_for_a_newer_arch(tmp_path):
+    (tmp_path / "k.cu").write_text(small_source())
+    report = cuda.compile_object(tmp_path / "k.cu", tmp_path / "k.o", "sm_70", recompile_for="sm_90")
+    assert [(k.name, k.arch) for k in report.kernels] == [("scale_kernel", "sm_90")]
+    with pytest.raises(ToolchainError, match=r"assembling k\.ptx for sm_70"):
+        cuda.compile_object(tmp_path / "k.cu", tmp_path / "k.o", "sm_70", recompile_for="sm_70")
+
+
 def test_a_source_of_another_form_is_refused(tmp_path):
     with pytest.raises(ToolchainError, match=r"k\.cu: has no host half"):
         host.split("int x;", "k.cu")

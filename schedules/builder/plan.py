@@ -21,7 +21,15 @@ from schedules.builder.configs import NO_RECORDS, ChosenConfig, Tuned
 from schedules.builder.suite import SCOPES, TEMPLATES, KernelSpec, Selection
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.definition_file import DefinitionFile
-from schedules.families import FAMILY, core_kinds_of, family_of, has_core_kernels, is_verified_size, kinds_of
+from schedules.families import (
+    FAMILY,
+    core_kinds_of,
+    family_of,
+    further_sizes,
+    has_core_kernels,
+    is_verified_size,
+    kinds_of,
+)
 from schedules.families.interface import Target
 from schedules.toolchain import machine
 from schedules.toolchain.host import HOST_HEADER
@@ -144,6 +152,7 @@ def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
         kinds=kinds,
         templates=family.TEMPLATES,
         has=partial(has_core_kernels, target),
+        further=further_sizes(target),
     )
     return tuple(s for s in specs if chosen.kinds or is_verified_size(target, s.kind, s.head_dim, s.head_dim_v))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from schedules.families.interface import (
     BACKWARD,
@@ -267,6 +268,7 @@ class Selection:
         kinds: Sequence[str] = (FORWARD,),
         templates: Sequence[str] = TEMPLATES,
         has: Callable[[str, str, str], bool] = lambda kind, mask, score: False,
+        further: Mapping[str, Mapping[tuple[str, str], tuple[tuple[int, int], ...]]] = MappingProxyType({}),
     ) -> list[KernelSpec]:
         """The kernels selected, in order.
 
@@ -278,24 +280,28 @@ class Selection:
         kinds: of kernels that the arch has.
         templates: that the arch has.
         has: whether it has kernels of a kind for one of the variants in ``usual_sizes``.
+        further: sizes for which its core set has kernels of its own, by kind and variant.
         """
         own, variants = definition != BUILTIN_DEFINITION, tuple(variants)
         between = gpu and not self.head_dims and not own
+        others = tuple(dict.fromkeys(HeadDim(*d) for kind in further.values() for of in kind.values() for d in of))
         usual = [k for k in kinds if SCOPES[k].own_definitions or not own]
         wanted = [k for k in kinds if k in self.kinds] if self.kinds else usual
         return [
             KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v, kind=kind)
             for template in self.templates or TEMPLATES
             for dtype in self.dtypes or dtypes
-            for dim in (*(self.head_dims or HEAD_DIMS), *(HEAD_DIMS_BETWEEN if between else ()))
+            for dim in (*(self.head_dims or HEAD_DIMS), *((*HEAD_DIMS_BETWEEN, *others) if between else ()))
             for kind in wanted
             if kind not in ONE_TEMPLATE or template == templates[-1]
             if self.head_dims or SCOPES[kind].head_dims is None or dim.qk in SCOPES[kind].head_dims
             if not between or dim not in HEAD_DIMS_BETWEEN or SCOPES[kind].between
+            if not between or dim not in others or kind in further
             for mask, score in variants
             or (
                 *self.variants(kind, gpu),
                 *self._of_usual_sizes(kind, dim, has if gpu and template == templates[-1] else None),
             )
             if not between or dim not in HEAD_DIMS_BETWEEN or (score == "identity" and mask != "padded")
+            if not between or dim not in others or (dim.qk, dim.v) in further[kind].get((mask, score), ())
         ]

@@ -6,6 +6,7 @@ The interface of a family is described in :mod:`schedules.families.interface`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import Pattern
@@ -52,6 +53,12 @@ def core_kinds_of(target: Target) -> tuple[str, ...]:
 def is_verified_size(target: Target, kind: str, head_dim: int, head_dim_v: int) -> bool:
     """Whether kernels of a kind that the core set has were verified on hardware at a size: the core set has those."""
     return (head_dim, head_dim_v) not in getattr(family_of(target), "UNVERIFIED_HEAD_DIMS", {}).get(kind, ())
+
+
+def further_sizes(target: Target) -> Mapping[str, Mapping[tuple[str, str], tuple[tuple[int, int], ...]]]:
+    """Pairs of head_dim and head_dim_v, beside those of all GPUs, for which the core set has kernels of the target's
+    own: by kind, then by mask and score."""
+    return getattr(family_of(target), "FURTHER_SIZES", {})
 
 
 def has_core_kernels(target: Target, kind: str, mask: str, score: str) -> bool:

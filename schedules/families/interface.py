@@ -16,7 +16,8 @@ sits.  It is a module with
   rows.  :func:`schedules.families.maker_of` finds them.  Those that no hardware has run yet are in
   ``UNVERIFIED_KINDS``, and are built only if they are asked for by name; so are those of the sizes that
   ``UNVERIFIED_HEAD_DIMS`` has by kind, pairs of head_dim and head_dim_v, and those for usual sizes of the masks and
-  scores that ``UNVERIFIED_VARIANTS`` has by kind.
+  scores that ``UNVERIFIED_VARIANTS`` has by kind.  ``FURTHER_SIZES`` are those for which a family has kernels where
+  others have none.
 * ``TENSOR_KINDS``, ``SINK_KINDS``: which kinds of its kernels, the usual one included, read parameters that are tables
   or tensors over other axes than heads, and which have sinks; none if it doesn't say.  ``LEARNT_TABLE_KINDS``: which of
   them compute the gradient of a table.

@@ -46,13 +46,14 @@ def compiler_version() -> str:
 
 
 def image(device: Path, arch: str, *, run_on: str = "", recompile_for: str = "") -> tuple[Path, str]:
-    """As :func:`schedules.toolchain.nvcc.image`; code for another arch is the PTX, which its driver compiles."""
+    """As :func:`schedules.toolchain.nvcc.image`; code for another arch comes from the PTX."""
     text, target = device.read_text(), device.with_suffix(".image")
+    if recompile_for:
+        return target, _recompile(ptx(device, arch), target, recompile_for)
     cubin, log = _compile(text, device.name, arch, "CUBIN")
     target.write_bytes(cubin)
-    if run_on or recompile_for:
-        ptx, _ = _compile(text, device.name, nvcc.virtual(arch), "PTX")
-        target = _both(target, ptx, arch)
+    if run_on:
+        target = _both(target, ptx(device, arch).encode(), arch)
     return target, log
 
 
@@ -89,6 +90,14 @@ def _output(lib: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     if getattr(lib, f"nvrtcGet{what}")(program, buffer):
         raise ToolchainError(f"NVRTC gives no {what}")
     return buffer.raw
+
+
+def _recompile(ptx: str, image: Path, arch: str) -> str:
+    """Machine code of a newer arch, by the assembler of CUDA 13, which still reads this PTX; what it reports."""
+    text = image.with_suffix(".ptx")
+    text.write_text(ptx)
+    assembler = nvcc.find_toolkit().compiler.parent / "ptxas"
+    return run([assembler, f"-arch={arch}", "-v", text, "-o", image], f"assembling {text.name} for {arch}")
 
 
 def _both(cubin: Path, ptx: bytes, arch: str) -> Path:

@@ -230,8 +230,8 @@ def _cells(results: Sequence[Result], dtypes: Sequence[str]) -> Table:
         row: list[str | Entry] = [shape, mask]
         for dtype in dtypes:
             for template in LAYOUTS:
-                r = own[dtype]
-                row += [_ratio(r, template), f"{r.workload.flops / r.ours[template] / 1e9:.0f}"]
+                r = own.get(dtype)  # a run that was stopped lacks the last ones
+                row += [_ratio(r, template), f"{r.workload.flops / r.ours[template] / 1e9:.0f}"] if r else ["–"] * 2
         rows.append(row)
     heads = [x for d in dtypes for t in LAYOUTS for x in (f"{t.upper()} {d}", "GFLOP/s")]
     threads = results[0].threads

@@ -21,8 +21,6 @@ from schedules.families.interface import (
     PAGED,
     RAGGED,
     RAGGED_BACKWARD,
-    WITH_SINKS,
-    WITH_TENSORS,
     Program,
     Rejected,
     Target,
@@ -202,7 +200,7 @@ class BackwardQueries(StagedStages, VoltaProducts, QueryMachine):
 
 _BACKWARD_MACHINE = backward.Machine(VOLTA, staged=True)
 #: Of the backward, by head_dim, the first that is large enough; beyond 64 both sums of 32 keys don't fit the registers
-#: of one warp.  No Volta has run them.
+#: of one warp.
 _BACKWARD = {
     64: backward.Config(128, 16, 4, 2, 1, 128, 16, 4, 2, 1),
     128: backward.Config(64, 16, 4, 2, 1, 128, 16, 4, 2, 1, warps_per_tile=2),
@@ -226,6 +224,6 @@ KINDS = {
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-#: Of what reads tensors or has sinks, no GPU has run these kernels yet.
-UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, *KINDS), (*WITH_TENSORS, *WITH_SINKS, CAUSAL_WITH_SINKS))
-UNVERIFIED_KINDS = (PAGED, BACKWARD, RAGGED_BACKWARD, MERGED, BACKWARD_ACCUMULATE)
+#: These would be the usual ones again, which serve them.
+UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
+UNVERIFIED_KINDS = (MERGED, BACKWARD_ACCUMULATE)

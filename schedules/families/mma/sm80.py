@@ -161,20 +161,28 @@ _BACKWARD_SMALL = {
     96: backward.Config(128, 64, 8, 2, 1, 128, 32, 4, 2, 1, paced=False),
     128: backward.Config(128, 32, 8, 2, 1, 128, 32, 8, 2, 1, paced=False),
     192: backward.Config(32, 32, 4, 2, 1, 64, 32, 4, 2, 1, warps_per_tile=2, paced=False),
-    256: backward.Config(32, 32, 4, 2, 1, 64, 16, 4, 2, 1, warps_per_tile=2),
+    256: backward.Config(32, 32, 4, 2, 1, 64, 16, 4, 2, 1, warps_per_tile=2, paced_dq=False),
 }
-#: The same for sm_80.  TFLOP/s of a launch by itself, recompiled for an H200, V1, bf16, full and causal attention over
-#: 8k positions; other sizes were not run.
+#: The same for sm_80.
 _BACKWARD_LARGE = {
-    # dk and dv 370, 352; with 64 queries and 8 warps 303, 299; 256 keys 351, 318.  dq 392, 375; with 32 keys 361, 360.
-    64: backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2, paced=False),
+    64: backward.Config(
+        *(128, 32, 4, 2, 2, 128, 64, 4, 2, 2), paced=False, ahead=True, early=True, ahead_dq=True, early_dq=True
+    ),
     96: _BACKWARD_SMALL[96],
-    # dk and dv 345, 324; with 32 queries 291, 287; 64 keys and two blocks, as an H200 has room for, 352, 336.  dq 391,
-    # 347; with 128 queries, 16 a warp, and 64 keys 336, 324.  Pairs of warps don't spill unpaced; they weren't run.
-    128: backward.Config(128, 64, 8, 2, 1, 256, 32, 8, 2, 1),
+    128: backward.Config(
+        *(128, 64, 8, 2, 1, 256, 32, 8, 2, 1),
+        warps_per_tile=2,
+        paced=False,
+        ahead=True,
+        early=True,
+        paced_dq=True,
+        early_dq=True,
+    ),
     192: backward.Config(64, 64, 8, 2, 1, 128, 32, 8, 2, 1, warps_per_tile=2),
     256: backward.Config(64, 32, 8, 2, 1, 64, 32, 4, 2, 1, warps_per_tile=2),
 }
+#: At 64 under a mask, where dq spilled 12 to 32 bytes with operands ahead, and was no faster with 48 keys.
+_BACKWARD_MASKED_64 = backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2, paced=False)
 #: The same for sm_120, which spilled 12 bytes of dk and dv at 64, and 92 to 224 of dq at 256.
 _BACKWARD_BLACKWELL = {
     **_BACKWARD_SMALL,
@@ -194,20 +202,24 @@ _BACKWARD_SMALL_WITH_PARAMETERS = {
     128: backward.Config(128, 16, 8, 2, 1, 128, 32, 8, 2, 1, paced=False),  # 32 queries a step spilled 8 bytes
     256: dataclasses.replace(_BACKWARD_SMALL[256], paced=False),  # paced, it spilled 8 to 16 bytes
 }
-#: Template and dtype of the only kernels of sm_80 with tiles of its own up to 128 that a GPU has run: of 4096
-#: positions, full and causal, 272 and 250 TFLOP/s at 64, 256 and 222 at 128; others have 266, 240, 206, 194.
-_VERIFIED = ("v1", "bfloat16")
 _BACKWARD_TABLES = {"sm_80": _BACKWARD_LARGE, "sm_120": _BACKWARD_BLACKWELL}
 
 
 def _backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
     if pattern.params:
         table = _BACKWARD_WITH_PARAMETERS if target.arch == "sm_80" else _BACKWARD_SMALL_WITH_PARAMETERS
-    else:
-        table = _BACKWARD_TABLES.get(target.arch, _BACKWARD_SMALL)
-        if target.arch == "sm_80" and pattern.head_dim <= 128 and (template, pattern.dtype) != _VERIFIED:
-            table = _BACKWARD_SMALL
-    return limits.by_head_dim(table, pattern)
+        return limits.by_head_dim(table, pattern)
+    config = limits.by_head_dim(_BACKWARD_TABLES.get(target.arch, _BACKWARD_SMALL), pattern)
+    if config is _BACKWARD_LARGE[64] and not pattern.is_unmasked:
+        return _BACKWARD_MASKED_64
+    return config
+
+
+def _accumulating_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
+    """Up to 128 sm_80 has those of the others, without parameters: a source that all have is verified once."""
+    if target.arch == "sm_80" and pattern.head_dim <= 128 and not pattern.params:
+        return limits.by_head_dim(_BACKWARD_SMALL, pattern)
+    return _backward_config(template, pattern, target)
 
 
 #: The same for ragged sequences, whose blocks read where they are wherever they need it: dq at 96 spilled 40 bytes on
@@ -236,7 +248,7 @@ KINDS = {
     **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(Config, feasible),
     BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
-    BACKWARD_ACCUMULATE: backward.AccumulatingBackward((BackwardKeys, BackwardQueries), _backward_config),
+    BACKWARD_ACCUMULATE: backward.AccumulatingBackward((BackwardKeys, BackwardQueries), _accumulating_config),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
@@ -245,8 +257,5 @@ TENSOR_KINDS = (FORWARD, BACKWARD)
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: These would be the usual ones again, which serve them.
 UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
-#: Of these sizes, (head_dim, head_dim_v), no GPU has run the backward yet, or what works on float32 results.
-UNVERIFIED_HEAD_DIMS = {
-    **dict.fromkeys((BACKWARD, RAGGED_BACKWARD), ((192, 192), (256, 256))),
-    **dict.fromkeys((MERGED, BACKWARD_ACCUMULATE), ((256, 256),)),
-}
+#: Of these sizes, (head_dim, head_dim_v), no GPU has run what works on float32 results yet.
+UNVERIFIED_HEAD_DIMS = dict.fromkeys((MERGED, BACKWARD_ACCUMULATE), ((256, 256),))

@@ -30,7 +30,7 @@ from schedules.families.sm90 import backward, decode, merged, paged, paged_decod
 from schedules.families.sm90.backward import accumulate
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, feasible, narrow_axes
-from schedules.families.sm90.defaults import default_configs
+from schedules.families.sm90.defaults import forward_configs as default_configs
 from schedules.families.sm90.kernel import ALIGNMENT, build
 from schedules.families.sm90.space import space
 from schedules.tile.mask_ranges import ranged
@@ -68,6 +68,8 @@ KINDS = {
         scaled_decode.LeanConfig, asynchronous.feasible, early=True, lean_machine=HopperScaledDecodeMachine
     ),
 }
+#: head_dim 32 multiplies half of what 64 does, and 80 five sixths of what 96 does.
+FURTHER_SIZES = {FORWARD: {("full", "identity"): ((32, 32), (80, 80))}}
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))

@@ -10,6 +10,7 @@ from schedules.families.interface import Rejected, Target
 from schedules.families.limits import SHARED_MEMORY, registers_for
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.fragment import M16N8, Fragment
+from schedules.tile.place_gradients import Targets
 from schedules.tile.slots import WORDS
 from schedules.tile.smem import TILE_ALIGNMENT
 from schedules.tile.weights import summed
@@ -24,7 +25,8 @@ class LaunchConfig:
     buffers of the latter; ``min_blocks_per_sm`` bounds the registers so that this many blocks fit one multiprocessor.
     ``parts`` warps share the rows of their m-tiles: each has the scores of its part of a step's rows, and the sums of
     its part of the columns.  ``paced``: operands of S and dP are loaded 16 columns at a time, where the compiler would
-    load more of them earlier, and spill.
+    load more of them earlier, and spill.  ``ahead``: a right operand is loaded one before its products, and none
+    earlier.  ``early``: probabilities are made before the products of dP, beside which their exponentials can run.
     """
 
     own_rows: int
@@ -34,6 +36,8 @@ class LaunchConfig:
     min_blocks_per_sm: int
     parts: int
     paced: bool
+    ahead: bool
+    early: bool
 
     @property
     def threads(self) -> int:
@@ -57,7 +61,8 @@ class Config:
     num_warps_dq, num_stages_dq, min_blocks_per_sm_dq: of that launch.
     section_mib: in seq-outer order, heads go in sections whose visited rows have that size.
     warps_per_tile: 2 where pairs of warps share their keys in the launch for dk and dv.
-    paced: as in ``LaunchConfig``, of both.
+    paced: as in ``LaunchConfig``, of both; ``paced_dq`` of the launch for dq alone, if it isn't None.
+    ahead, early, ahead_dq, early_dq: as in ``LaunchConfig``.
     """
 
     block_n: int
@@ -73,21 +78,27 @@ class Config:
     section_mib: int = 16
     warps_per_tile: int = 1
     paced: bool = True
+    ahead: bool = False
+    early: bool = False
+    paced_dq: bool | None = None
+    ahead_dq: bool = False
+    early_dq: bool = False
 
     @property
     def keys(self) -> LaunchConfig:
         """The launch for dk and dv."""
         return LaunchConfig(
             *(self.block_n, self.block_m, self.num_warps, self.num_stages, self.min_blocks_per_sm),
-            *(self.warps_per_tile, self.paced),
+            *(self.warps_per_tile, self.paced, self.ahead, self.early),
         )
 
     @property
     def queries(self) -> LaunchConfig:
         """The launch for dq."""
+        paced = self.paced if self.paced_dq is None else self.paced_dq
         return LaunchConfig(
             *(self.block_m_dq, self.block_n_dq, self.num_warps_dq, self.num_stages_dq, self.min_blocks_per_sm_dq),
-            *(1, self.paced),
+            *(1, paced, self.ahead_dq, self.early_dq),
         )
 
 
@@ -134,6 +145,10 @@ def _fits(
         return Rejected(
             f"{launch}: {M} rows a step are not a multiple of {unit} up to half of {config.threads} threads"
         )
+    if config.ahead and fragment is not M16N8:
+        return Rejected(f"{launch}: ahead is for operands that come by ldmatrix")
+    if config.early and (summed(pattern) or Targets(pattern, transposed).params):
+        return Rejected(f"{launch}: early is for scores without gradients of parameters")
     if config.num_stages < 2:
         return Rejected(f"{launch}: num_stages {config.num_stages} must be at least 2")
     shared = _shared_memory(pattern, config, transposed, machine.looks_up)
@@ -163,7 +178,7 @@ def _registers(pattern: Pattern, config: LaunchConfig, transposed: bool, fragmen
     sums = pattern.head_dim + (pattern.head_dim_v if transposed else 0)
     # S and dP, of which P and dS take the place
     fragments = fragment.registers(sums // config.parts) + 2 * fragment.registers(config.step_rows // config.parts)
-    return config.m_tiles(fragment) * (fragments + 4) + 4 + _OTHER_REGISTERS
+    return config.m_tiles(fragment) * (fragments + 4) + (8 if config.ahead else 4) + _OTHER_REGISTERS
 
 
 def _staging(pattern: Pattern, config: LaunchConfig) -> int:

@@ -14,7 +14,7 @@ A warp has 16 or 32 of the own rows.  Of a step it has S and dP, then P and dS i
 left operands of the sums, and nothing of them passes through shared memory, unless pairs of warps share rows: then each
 has S and dP of half of the visited rows, and hands what it has made of them to its partner, to add up half of the
 columns.  It takes fewer loads from shared memory, which is what limits large head_dims: at 128, of 32 keys and 64
-queries, 56 KiB a warp in place of 72.
+queries, 56 KiB a warp in place of 72 (on an H200 84% of what shared memory gives before, 74% then).
 
 A family's machine is :class:`GradientMachine` with its copies and its products mixed in.
 """
@@ -110,7 +110,7 @@ class GradientMachine(RowCopies):
         self.P = T.alloc_local([self.m_tiles * self.s_stride // 2], "uint32") if transposed else None
         self.dS = T.alloc_local([self.m_tiles * self.s_stride // 2], "uint32")
         self.A = T.alloc_local([self.m_tiles * 4], "uint32")
-        self.B = T.alloc_local([4], "uint32")
+        self.B = T.alloc_local([8 if config.ahead else 4], "uint32")
         # 4. The tile that is copied next, the stage in use, and in a step the first column of this lane.
         self.fetched, self.use, self.column = (local(T.int32(0)) for _ in range(3))
         self.place_staging(sum(pieces(tile, self.threads) for tile in self.visited_tiles))
@@ -177,17 +177,49 @@ class GradientMachine(RowCopies):
         first = T.meta_var(tile.address(self.part * self.columns + lane // 16 * 8 + lane % 8, lane // 8 % 2))
         visited_from: T.uint32 = first + T.Cast("uint32", self.use * tile.stage_bytes)
         rows_from: T.uint32 = own_tile.address(self.warp_row + lane % 16, lane // 16)
-        for k in T.unroll(tile.columns // 16):
-            if self.config.paced:
-                T.cuda.warp_sync()
-            for t in T.unroll(self.m_tiles):
-                T.ptx[LOAD](*[self.A[t * 4 + x] for x in range(4)], own_tile.at(rows_from, t * self.tile_step, k * 2))
-            for n in T.unroll(self.columns // 16):
+        if self.config.ahead:
+            self.score_ahead(C, own_tile, tile, rows_from, visited_from)
+        else:
+            for k in T.unroll(tile.columns // 16):
                 if self.config.paced:
                     T.cuda.warp_sync()
-                T.ptx[LOAD](*[self.B[x] for x in range(4)], tile.at(visited_from, n * 16, k * 2))
                 for t in T.unroll(self.m_tiles):
-                    self.multiply_pair(C, t * self.s_stride + n * 8, self.A, t * 4)
+                    T.ptx[LOAD](
+                        *[self.A[t * 4 + x] for x in range(4)], own_tile.at(rows_from, t * self.tile_step, k * 2)
+                    )
+                for n in T.unroll(self.columns // 16):
+                    if self.config.paced:
+                        T.cuda.warp_sync()
+                    T.ptx[LOAD](*[self.B[x] for x in range(4)], tile.at(visited_from, n * 16, k * 2))
+                    for t in T.unroll(self.m_tiles):
+                        self.multiply_pair(C, t * self.s_stride + n * 8, self.A, t * 4)
+
+    @T.inline
+    def score_ahead(self, C, own_tile, tile, rows_from, visited_from):
+        """The same from given addresses, with right operands one ahead."""
+        count = T.meta_var(self.columns // 16)
+        steps = T.meta_var(tile.columns // 16 * count)
+        self.load_visited(LOAD, tile.at(visited_from, 0, 0), 0)
+        for i in T.unroll(steps):
+            if i % count == 0:
+                self.load_own(own_tile, rows_from, i // count)
+            if i + 1 < steps:
+                place = T.meta_var(tile.at(visited_from, (i + 1) % count * 16, (i + 1) // count * 2))
+                self.load_visited(LOAD, place, (i + 1) % 2 * 4)
+            T.cuda.warp_sync()  # no load comes before it
+            for t in T.unroll(self.m_tiles):
+                self.multiply_pair(C, t * self.s_stride + i % count * 8, self.A, t * 4, i % 2 * 4)
+
+    @T.inline
+    def load_own(self, own_tile, rows_from, k):
+        """Left operands of the k-th 16 columns."""
+        for t in T.unroll(self.m_tiles):
+            T.ptx[LOAD](*[self.A[t * 4 + x] for x in range(4)], own_tile.at(rows_from, t * self.tile_step, k * 2))
+
+    @T.inline
+    def load_visited(self, instruction, place, b):
+        """Right operands, to ``B[b]`` and on."""
+        T.ptx[instruction](*[self.B[b + x] for x in range(4)], place)
 
     @T.inline
     def add(self, C, stride, P, tile):
@@ -232,19 +264,38 @@ class GradientMachine(RowCopies):
         lane: T.int32 = fresh("tid.x") % 32
         first = T.meta_var(tile.address(part * self.columns + lane % 16, self.part * 2 + lane // 16))
         visited_from: T.uint32 = first + T.Cast("uint32", self.use * tile.stage_bytes)
-        for k in T.unroll(self.columns // 16):
-            for n in T.unroll(tile.columns // (16 * self.parts)):
-                chunk = T.meta_var(n * 2 * self.parts)
-                T.ptx[LOAD_TRANSPOSED](*[self.B[x] for x in range(4)], tile.at(visited_from, k * 16, chunk))
-                T.cuda.warp_sync()  # no load comes before it: the compiler would take the registers for it, and spill
-                for t in T.unroll(self.m_tiles):
-                    self.multiply_pair(C, t * stride + n * 8, P, t * (self.s_stride // 2) + k * 4)
+        if self.config.ahead:
+            self.add_ahead(C, stride, P, tile, visited_from)
+        else:
+            for k in T.unroll(self.columns // 16):
+                for n in T.unroll(tile.columns // (16 * self.parts)):
+                    chunk = T.meta_var(n * 2 * self.parts)
+                    T.ptx[LOAD_TRANSPOSED](*[self.B[x] for x in range(4)], tile.at(visited_from, k * 16, chunk))
+                    T.cuda.warp_sync()  # no load comes before it: the compiler would take registers for it, and spill
+                    for t in T.unroll(self.m_tiles):
+                        self.multiply_pair(C, t * stride + n * 8, P, t * (self.s_stride // 2) + k * 4)
 
     @T.inline
-    def multiply_pair(self, C, c, A, a):
+    def add_ahead(self, C, stride, P, tile, visited_from):
+        """The same from a given address, with operands one ahead."""
+        count = T.meta_var(tile.columns // (16 * self.parts))
+        steps = T.meta_var(self.columns // 16 * count)
+        self.load_visited(LOAD_TRANSPOSED, tile.at(visited_from, 0, 0), 0)
+        for i in T.unroll(steps):
+            k = T.meta_var(i // count)
+            n = T.meta_var(i % count)
+            if i + 1 < steps:
+                place = T.meta_var(tile.at(visited_from, (i + 1) // count * 16, (i + 1) % count * 2 * self.parts))
+                self.load_visited(LOAD_TRANSPOSED, place, (i + 1) % 2 * 4)
+            T.cuda.warp_sync()  # no load comes before it
+            for t in T.unroll(self.m_tiles):
+                self.multiply_pair(C, t * stride + n * 8, P, t * (self.s_stride // 2) + k * 4, i % 2 * 4)
+
+    @T.inline
+    def multiply_pair(self, C, c, A, a, b=0):
         """16 columns, of one ldmatrix."""
-        self.multiply(C, c, A, a, self.B, 0)
-        self.multiply(C, c + 4, A, a, self.B, 2)
+        self.multiply(C, c, A, a, self.B, b)
+        self.multiply(C, c + 4, A, a, self.B, b + 2)
 
     # ------------------------------------------------------------ copies
 
@@ -291,6 +342,24 @@ class GradientMachine(RowCopies):
         for i in T.unroll(self.m_tiles * self.s_stride):
             self.S[i] = T.float32(0)
         self.score(self.S, self.own_tiles.scores, self.visited_tiles.scores)
+        if self.config.early:
+            self.prepare_shifts()
+            weights.weigh(self.S, self.P, self.shift, place[0], place[1], masked)
+            self.score_gradients()
+            if self.transposed:
+                self.add(self.sum_p, self.e_stride, self.P, self.visited_tiles.gradients)
+            weights.gradients(self.S, self.dP, self.dS, masked)
+        else:
+            self.score_gradients()
+            self.prepare_shifts()
+            weights.turn(self.S, self.dP, self.P, self.dS, self.shift, place[0], place[1], masked, self.parameter_sums)
+            if self.transposed:
+                self.add(self.sum_p, self.e_stride, self.P, self.visited_tiles.gradients)
+        self.add(self.sum_ds, self.d_stride, self.dS, self.visited_tiles.scores)
+
+    @T.inline
+    def score_gradients(self):
+        """dP, less delta."""
         self.prepare_starts()
         for t in T.unroll(self.m_tiles):
             for g in T.unroll(self.s_stride // 4):
@@ -298,11 +367,6 @@ class GradientMachine(RowCopies):
                     for e in T.unroll(2):
                         self.dP[t * self.s_stride + g * 4 + r * 2 + e] = self.start(t, g, r, e)
         self.score(self.dP, self.own_tiles.gradients, self.visited_tiles.gradients)
-        self.prepare_shifts()
-        weights.turn(self.S, self.dP, self.P, self.dS, self.shift, place[0], place[1], masked, self.parameter_sums)
-        if self.transposed:
-            self.add(self.sum_p, self.e_stride, self.P, self.visited_tiles.gradients)
-        self.add(self.sum_ds, self.d_stride, self.dS, self.visited_tiles.scores)
 
     def first_row(self, thread):
         """The first own row of a thread's warp."""
