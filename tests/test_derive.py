@@ -69,6 +69,7 @@ TORCH_SCORES = {
         p["softcap"] * (s / p["softcap"]).tanh() - p["alibi_slopes"][..., None, None] * distance
     ),
 }
+TORCH_SCORES["identity_sinks"] = TORCH_SCORES["identity"]
 TORCH_SCORES["biased"] = lambda s, p, distance: s + p["bias"]
 TORCH_SCORES["optional"] = TORCH_SCORES["optional_sinks"] = TORCH_SCORES["softcap_alibi"]  # with all options given
 
