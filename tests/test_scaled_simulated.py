@@ -26,20 +26,21 @@ KERNELS = (
     ("sm_80", "paged_e4m3", "bfloat16"),
     ("sm_75", "paged_int8", "float16"),
 )
+LEAN = ("sm_90a", "paged_decode_e4m3", "bfloat16", "lean")
 HEAD_DIM = 64
 #: Those of 16 bits are run on these: pages of several scales, rows of which the last 16 bytes aren't filled, none.
 BESIDE = ("pages of 24", "grouped heads", "many")
 
 
 @functools.cache
-def simulated(arch, kind, dtype, folder):
-    """A kernel's entry, and what runs it."""
+def simulated(arch, kind, dtype, folder, lean=False):
+    """A kernel's entry, and what runs it; on Hopper also in the form of fewer instructions."""
     template = family_of(Target(arch)).TEMPLATES[-1]
     mask, score = "positioned", "optional_sinks"
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, HEAD_DIM, HEAD_DIM, kind=kind)
-    own = folder / f"{arch}-{kind}"
+    own = folder / f"{arch}-{kind}{'-lean' * lean}"
     own.mkdir()
-    made = default_kernel(spec, arch, own)
+    made = default_kernel(spec, arch, own, **({"lean": True} if lean else {}))
     return SimpleNamespace(entry=made.entry, compute=torch_cases.by_entry(made.entry, made.functions, "cpu"))
 
 
@@ -48,9 +49,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("scaled")
 
 
-@pytest.fixture(params=KERNELS, ids="-".join)
+@pytest.fixture(params=(*KERNELS, LEAN), ids="-".join)
 def kernel(request, folder):
-    return simulated(*request.param, folder)
+    *of, last = request.param
+    return simulated(*of, folder, lean=True) if last == "lean" else simulated(*request.param, folder)
 
 
 def test_trials(kernel):

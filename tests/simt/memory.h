@@ -66,6 +66,13 @@ static void load4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t f
   const uint32_t* p = (const uint32_t*)at(from);
   a = p[0], b = p[1], c = p[2], d = p[3];
 }
+static void load2(uint32_t& a, uint32_t& b, uint32_t from) {
+  wait(0);
+  land(self().open);
+  self().open.clear();
+  const uint32_t* p = (const uint32_t*)at(from);
+  a = p[0], b = p[1];
+}
 template <typename Word>
 static void load(std::initializer_list<Word*> words, const void* from) {
   for (Word* word : words) memcpy(word, from, 4), from = (const char*)from + 4;

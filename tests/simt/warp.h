@@ -65,14 +65,13 @@ static uint32_t pack(float high, float low, bool brain) {
 
 template <typename Value>
 static Value exchange(Value value, std::function<int(int)> source) {
-  static_assert(sizeof(Value) == 4, "");
-  memcpy(self().in, &value, 4);
-  int from = source(lane());
-  self().in[1] = from;
+  static_assert(sizeof(Value) <= 8, "");
+  memcpy(self().in + 1, &value, sizeof(Value));
+  self().in[0] = source(lane());
   together([](Thread* warp) {
-    for (int l = 0; l < kWarp; l++) warp[l].out[0] = warp[warp[l].in[1]].in[0];
+    for (int l = 0; l < kWarp; l++) memcpy(warp[l].out, warp[warp[l].in[0]].in + 1, 8);
   });
-  memcpy(&value, self().out, 4);
+  memcpy(&value, self().out, sizeof(Value));
   return value;
 }
 
@@ -156,10 +155,13 @@ static SIMT_FAST void mma_m16n8(float* d, const uint32_t* a, const uint32_t* b, 
     }
     for (int l = 0; l < kWarp; l++)
       for (int i = 0; i < 4; i++) {
-        float sum;
-        memcpy(&sum, &warp[l].in[6 + i], 4);
-        for (int k = 0; k < K; k++) sum += A[l / 4 + i / 2 * 8][k] * B[k][l % 4 * 2 + i % 2];
-        memcpy(&warp[l].out[i], &sum, 4);
+        // As on Hopper, the order of the products doesn't matter: they are added before the sum is rounded.
+        float c;
+        memcpy(&c, &warp[l].in[6 + i], 4);
+        double sum = 0;
+        for (int k = 0; k < K; k++) sum += (double)A[l / 4 + i / 2 * 8][k] * B[k][l % 4 * 2 + i % 2];
+        c = (float)(c + sum);
+        memcpy(&warp[l].out[i], &c, 4);
       }
   });
   memcpy(d, me.out, 16);

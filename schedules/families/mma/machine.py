@@ -224,14 +224,9 @@ class BlockMachine(RowCopies):
         self.first_byte = -(-pool.offset // TILE_ALIGNMENT) * TILE_ALIGNMENT
         types = self.types = tensor_types(pattern)
         of_keys, of_values = self.cache_types()
-        tiles_of = [
-            SharedTile(pool, stages, rows, columns, element)
-            for stages, rows, columns, element in (
-                (1, M, D, types.q),
-                (num_stages, N, D, of_keys),
-                (num_stages, N, E, of_values),
-            )
-        ]
+        tiles_of = self.place_tiles(
+            pool, ((1, M, D, types.q), (num_stages, N, D, of_keys), (num_stages, N, E, of_values))
+        )
         self.place_shared(pool)
         self.k_cursors, self.v_cursors = (
             pool.alloc((self.threads,), "int64") if cursors_in_shared else None for _ in range(2)
@@ -260,6 +255,10 @@ class BlockMachine(RowCopies):
     def cache_types(self):
         """Element types of the tiles that keys and values are copied to."""
         return self.types.k, self.types.v
+
+    def place_tiles(self, pool, shapes):
+        """The tiles of Q, K and V, in that order; ``shapes`` are their stages, rows, columns and element types."""
+        return [SharedTile(pool, *shape) for shape in shapes]
 
     def place_shared(self, pool):
         """Shared memory beside the tiles."""

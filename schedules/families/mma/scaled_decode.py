@@ -11,6 +11,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition.pattern import Pattern
 from schedules.families import split_keys
 from schedules.families.interface import PAGED_DECODE_SCALED, Program, Rejected, Target
+from schedules.families.mma.asynchronous import Config
 from schedules.families.mma.mma import ALIGNMENT
 from schedules.families.mma.paged_decode import PagedDecoding, attend_splits
 from schedules.families.mma.scaled_machines import ScaledDecodeMachine, over
@@ -52,9 +53,16 @@ def partial(pattern: Pattern, config, name: str, machine_type, packs: bool, earl
 
 @dataclass(frozen=True)
 class ScaledDecoding(PagedDecoding):
-    """A family's kernels over a cache of one dtype; ``machine`` is that of 16 bits, and stands for it."""
+    """A family's kernels over a cache of one dtype.
+
+    Attributes
+    ----------
+    cache: its dtype.
+    lean_machine: the type of machine of configurations that are ``lean``.
+    """
 
     cache: str = ""
+    lean_machine: type | None = None
 
     def feasible(self, pattern: Pattern, config, target: Target) -> Rejected | None:
         """Whether the machine has room for a block, and tiles fill the splits."""
@@ -74,11 +82,24 @@ class ScaledDecoding(PagedDecoding):
         saved = (pattern.head_dim + pattern.head_dim_v) * (types.k.bytes - stored)
         return config.num_stages * config.block_n * (2 * SCALE_BYTES - saved)
 
+    def space(self, template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
+        """Values of each field that are worth trying."""
+        found = PagedDecoding.space(self, template, pattern, target)
+        return {**found, "lean": (False, True)} if self.lean_machine else found
+
     def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
         """The two launches."""
-        machine = over(ScaledDecodeMachine, self.cache, target.arch)
+        lean = getattr(config, "lean", False)
+        machine = over(self.lean_machine if lean else self.machine, self.cache, target.arch)
         func = partial(pattern, config, name, machine, not pattern.depends_on_head, self.early)
         return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=self.early, scaled=True)
+
+
+@dataclass(frozen=True)
+class LeanConfig(Config):
+    """``lean`` takes fewer instructions for each key (:class:`HopperScaledDecodeMachine`)."""
+
+    lean: bool = False
 
 
 #: By head_dim, the first that is large enough.
@@ -89,10 +110,11 @@ CONFIGS: Mapping[int, tuple[int, int, int, int, int]] = {
 }
 
 
-def kinds(config_type, fits, early: bool = False) -> dict[str, ScaledDecoding]:
+def kinds(config_type, fits, early: bool = False, lean_machine: type | None = None) -> dict[str, ScaledDecoding]:
     """The kinds of a family, by name."""
     configs = {d: config_type(*x, q_in_registers=d <= 128) for d, x in CONFIGS.items()}
+    of_all = {"early": early, "lean_machine": lean_machine}
     return {
-        kind: ScaledDecoding(config_type, None, configs, fits, early=early, cache=cache)
+        kind: ScaledDecoding(config_type, ScaledDecodeMachine, configs, fits, cache=cache, **of_all)
         for cache, kind in PAGED_DECODE_SCALED.items()
     }

@@ -24,6 +24,7 @@ from schedules.families.interface import (
     forward_program,
 )
 from schedules.families.mma import asynchronous, scaled, scaled_decode
+from schedules.families.mma.scaled_machines import HopperScaledDecodeMachine
 from schedules.families.ranged import own_name, with_ranges
 from schedules.families.sm90 import backward, decode, merged, paged, paged_decode, ragged
 from schedules.families.sm90.backward import accumulate
@@ -63,7 +64,9 @@ KINDS = {
     PAGED_DECODE: paged_decode,
     PAGED_DECODE_ANY: paged_decode.ANY_PAGES,
     **scaled.asynchronous_kinds(),
-    **scaled_decode.kinds(asynchronous.Config, asynchronous.feasible, early=True),
+    **scaled_decode.kinds(
+        scaled_decode.LeanConfig, asynchronous.feasible, early=True, lean_machine=HopperScaledDecodeMachine
+    ),
 }
 #: head_dim 32 multiplies half of what 64 does, and 80 five sixths of what 96 does.
 FURTHER_SIZES = {FORWARD: {("full", "identity"): ((32, 32), (80, 80))}}
