@@ -138,11 +138,11 @@ def test_into_how_many_parts_heads_are_split():
         return work.in_forward, work.in_backward
 
     assert parts(1 << 16, True) == (1, 2)
-    assert parts(1 << 16, False) == (1, 4)
-    assert parts(1 << 18, True) == (1, 4)
-    assert parts(1 << 18, False) == (2, 4)
+    assert parts(1 << 16, False) == (2, 4)
+    assert parts(1 << 18, True) == (4, 4)
+    assert parts(1 << 18, False) == (4, 4)
     assert parts(1 << 20, False) == (4, 4)
-    assert parts(1 << 20, False, ranks=8) == (2, 4)
+    assert parts(1 << 20, False, ranks=8) == (4, 4)
     assert parts(1 << 20, False, kv_heads=3) == (3, 1)
     assert parts(1 << 20, False, kv_heads=1) == (1, 1)
     assert parts(1 << 18, True, fetches=False) == (1, 4)
