@@ -134,6 +134,18 @@ def test_failed_kernel_leaves_its_old_version(request_):
     assert_whole(request_.output / CPU.folder)
 
 
+def test_a_kernel_that_waits_for_its_first_run_is_no_failure(request_, monkeypatch):
+    symbol = "v1_float32_d64_causal_identity"
+    monkeypatch.setattr("schedules.builder.records.awaiting", lambda: frozenset({("cpu", symbol)}))
+    broken = dataclasses.replace(request_, configs={symbol: ChosenConfig({"no_such_field": 1}, "record")})
+    (report,) = build(broken)
+    assert not report.failed and symbol not in [e.symbol for e in report.manifest.kernels]
+    (refused,) = (r for r in report.results if isinstance(r, Refused))
+    assert refused.symbol == symbol and refused.reason.endswith(
+        "no GPU has run this kernel yet, and packs do without it"
+    )
+
+
 def test_modules_follow_the_thread_pool(request_, monkeypatch):
     """A module is linked to the pool of its pack; one that nobody asked for keeps the pool that it was linked to."""
     folder = request_.output / CPU.folder
