@@ -234,11 +234,11 @@ def _call(options: Options, arrays: dict[str, Any]):
             refusals[platform] = e
     if not branches:
         raise next(iter(refusals.values()))
-    if (refusal := refusals.get(_default_platform())) is not None:
+    if (platform := _default_platform()) in refusals:
         raise NotSupportedError(
-            f"q, k, v: are traced for {_default_platform()}, where JAX computes unless told otherwise, and there: "
-            f"{refusal}; to compute on the processor, trace under jax.default_device(jax.devices('cpu')[0])"
-        ) from refusal
+            f"q, k, v: are traced for {platform}, where JAX computes unless told otherwise, and there: "
+            f"{refusals[platform]}; to compute on the processor, trace under jax.default_device(jax.devices('cpu')[0])"
+        ) from refusals[platform]
     if len(branches) == 1:
         return next(iter(branches.values()))(*arrays.values())
     return jax.lax.platform_dependent(*arrays.values(), **branches)
