@@ -61,11 +61,14 @@ def _configs(pattern: Pattern) -> dict[int, Config]:
 def _with_tensors(pattern: Pattern) -> Config:
     """Fewer keys, as what tensors hold for a step's scores is in registers too; a bias may hide all that a row's first
     tile has, so that every step looks for the maximum."""
+    # What the next step needs is fetched as soon as a step has its scores: 457 TFLOP/s in place of 348 at head_dim 128
+    # with a bias of queries and keys, 288 in place of 208 at 64.
+    usual = Config(running_max=True, tensors_ahead=not pattern.has_gaps)
     if pattern.head_dim <= 64:
-        return Config(block_n=96, tiles_per_cta=2, overlap_tiles=True, running_max=True)
+        return replace(usual, block_n=96, tiles_per_cta=2, overlap_tiles=True)
     if pattern.head_dim <= 128:
-        return Config(block_n=80, running_max=True)
-    return Config(block_n=48, pingpong=pattern.head_dim <= 192, running_max=True)
+        return replace(usual, block_n=80)
+    return replace(usual, block_n=48, pingpong=pattern.head_dim <= 192)
 
 
 def _head_dim_64(pattern: Pattern) -> dict[int, Config]:
