@@ -15,6 +15,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import pytest
 
+from tests import shared
 from tests.expected_skips import StrictSkips
 from tvm_flash.operators import BACKWARD, FORWARD
 from tvm_flash.packs import registry as packs
@@ -32,6 +33,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    shared.begin()  # workers of xdist, which come later, have the same folder
     if config.getoption("--strict-skips") and not hasattr(
         config, "workerinput"
     ):  # workers of xdist report to the first

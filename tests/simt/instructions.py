@@ -1,4 +1,4 @@
-"""PTX, as ``asm`` statements have it, to calls of the machine in ``simt.h``."""
+"""PTX, as ``asm`` statements have it, to calls of the machine (``instructions.h``)."""
 
 from __future__ import annotations
 
@@ -66,22 +66,20 @@ _INSTRUCTIONS = {
     # Bulk copies.
     r"cp\.async\.bulk\.prefetch\.L2\.global ": "",
     r"cp\.async\.bulk\.tensor\.\dd\.shared::(cluster|cta)\.global(\.tile)?\.mbarrier::complete_tx::bytes \[": (
-        "simt::load_bulk({last}, simt::pieces_of(*(const CUtensorMap*){1}, {0}, {{{middle2}}}));"
+        "simt::load_box({last}, *(const CUtensorMap*){1}, {0}, {{{middle2}}});"
     ),
     r"cp\.async\.bulk\.tensor\.\dd\.global\.shared::cta(\.tile)?\.bulk_group \[": (
-        "simt::store_bulk(simt::pieces_of(*(const CUtensorMap*){0}, {last}, {{{middle1}}}), false);"
+        "simt::store_box(*(const CUtensorMap*){0}, {last}, {{{middle1}}}, false);"
     ),
     r"cp\.reduce\.async\.bulk\.tensor\.\dd\.global\.shared::cta\.add(\.tile)?\.bulk_group \[": (
-        "simt::store_bulk(simt::pieces_of(*(const CUtensorMap*){0}, {last}, {{{middle1}}}), true);"
+        "simt::store_box(*(const CUtensorMap*){0}, {last}, {{{middle1}}}, true);"
     ),
     r"cp\.async\.bulk\.shared::(cluster|cta)\.global\.mbarrier::complete_tx::bytes \[": (
-        "simt::load_bulk({3}, simt::pieces_of_bytes({0}, (const void*){1}, {2}));"
+        "simt::load_bytes({3}, {0}, (const void*){1}, {2});"
     ),
-    r"cp\.async\.bulk\.global\.shared::cta\.bulk_group \[": (
-        "simt::store_bulk(simt::pieces_of_bytes({1}, (const void*){0}, {2}), false);"
-    ),
+    r"cp\.async\.bulk\.global\.shared::cta\.bulk_group \[": ("simt::store_bytes({1}, (void*){0}, {2}, false);"),
     r"cp\.reduce\.async\.bulk\.global\.shared::cta\.bulk_group\.add\.f32 \[": (
-        "simt::store_bulk(simt::pieces_of_bytes({1}, (const void*){0}, {2}), true);"
+        "simt::store_bytes({1}, (void*){0}, {2}, true);"
     ),
     r"cp\.async\.bulk\.commit_group": "simt::commit_bulk();",
     r"cp\.async\.bulk\.wait_group(\.read)? (?P<groups>\d+);": "simt::wait_bulk({groups});",

@@ -17,15 +17,9 @@
 #include <vector>
 
 #include "fiber.h"
+#include "instructions.h"
 
-#define SIMT_FAST __attribute__((optimize("O3")))
-
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-
-static dim3 threadIdx, blockIdx, gridDim;
+dim3 threadIdx, blockIdx, gridDim;
 
 namespace simt {
 
@@ -46,7 +40,7 @@ static Settings settings;
 static bool next_parity_is_other = false;
 
 // Whether the statement at a numbered place is to be executed.
-static bool reach(int place) {
+bool reach(int place) {
   bool faulty = place == settings.faulty_place;
   next_parity_is_other = faulty && settings.other_parity;
   return !faulty || settings.other_parity;
@@ -116,9 +110,9 @@ struct Unit {
 };
 
 static Thread& self() { return block->threads[block->current]; }
-static int lane() { return block->current % kWarp; }
+int lane() { return block->current % kWarp; }
 static int warp() { return block->current / kWarp; }
-static uint8_t* shared() { return block->shared.data(); }
+uint8_t* shared() { return block->shared.data(); }
 static uint8_t* at(uint32_t address) { return shared() + (address - kSharedBase); }
 
 // Stops the run: the kernel did what hardware doesn't allow, or promises nothing about.
@@ -136,7 +130,7 @@ template <typename... Parts>
   fail(text.str());
 }
 
-static uint32_t to_shared(const void* p) {
+uint32_t to_shared(const void* p) {
   size_t offset = (const uint8_t*)p - shared();
   if (offset >= block->shared.size()) fail("an address that isn't in the block's dynamic shared memory");
   return uint32_t(offset) + kSharedBase;
@@ -173,7 +167,7 @@ static void meet(Meeting& place, uint32_t count, bool stays, const char* what, u
 }
 
 // ``bar.sync`` and, for who doesn't stay, ``bar.arrive``.
-static void barrier(uint32_t id, uint32_t count, bool stays = true) {
+void barrier(uint32_t id, uint32_t count, bool stays) {
   if (id >= block->barriers.size() || count % kWarp) fail_with("barrier ", id, " of ", count, " threads");
   Meeting& place = block->barriers[id];
   if (place.arrived && place.count != count)
@@ -181,7 +175,9 @@ static void barrier(uint32_t id, uint32_t count, bool stays = true) {
   meet(place, count, stays, kNamed, id, [] {});
 }
 
-static int barrier_or(int predicate) {
+void barrier_all() { barrier(0, block->threads.size()); }
+
+int barrier_or(int predicate) {
   Meeting& place = block->barriers[0];
   place.value |= predicate != 0;
   meet(place, block->threads.size(), true, kNamed, 0, [&] { place.result = place.value, place.value = 0; });
@@ -195,13 +191,16 @@ static void together(Act act) {
   meet(block->warps[first / kWarp], kWarp, true, kOfWarp, first / kWarp, [&] { act(&block->threads[first]); });
 }
 
-static int elect() {
+void sync_warp() {
   together([](Thread*) {});
+}
+int elect() {
+  sync_warp();
   return lane() == 0;
 }
 
 // The calling thread ends.
-static void leave() {
+void leave() {
   self().done = true;
   yield();
 }
@@ -282,7 +281,7 @@ static void run_block(Block& own, const std::vector<int>& order) {
   }
 }
 
-static void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body) {
+void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body) {
   if (size.x % kWarp || size.y != 1 || size.z != 1) TVM_FFI_THROW(RuntimeError) << "a block of " << size.x << " threads";
   if (grid.y > 65535 || grid.z > 65535) TVM_FFI_THROW(RuntimeError) << "a grid of " << grid.y << " times " << grid.z << " rows";
   gridDim = grid;

@@ -67,8 +67,8 @@ std::string Mbarriers::describe(const Wait& wait) {
   return text.str();
 }
 
-static void mbarrier_init(uint32_t address, uint32_t count) { mbarriers.init(address, count); }
-static void mbarrier_arrive(uint32_t address, uint32_t count) {
+void mbarrier_init(uint32_t address, uint32_t count) { mbarriers.init(address, count); }
+void mbarrier_arrive(uint32_t address, uint32_t count) {
   Mbarrier& own = mbarriers.find(address);
   if (count > own.pending)
     fail_with("arrives at mbarrier ", own.number, ", which has had all ", own.expected, " arrivals of phase ", own.phase,
@@ -76,17 +76,17 @@ static void mbarrier_arrive(uint32_t address, uint32_t count) {
   own.pending -= count;
   own.complete();
 }
-static void mbarrier_expect(uint32_t address, uint32_t bytes) { mbarriers.find(address).bytes += bytes; }
-static void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) {
+void mbarrier_expect(uint32_t address, uint32_t bytes) { mbarriers.find(address).bytes += bytes; }
+void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) {
   mbarrier_expect(address, bytes);
   mbarrier_arrive(address, 1);
 }
-static void mbarrier_wait(uint32_t address, uint32_t parity) {
+void mbarrier_wait(uint32_t address, uint32_t parity) {
   if (parity > 1) fail_with("waits for parity ", parity);
   if (std::exchange(next_parity_is_other, false)) parity ^= 1;
   wait_until(&mbarriers.find(address).phase, 1, parity, kTransaction, address);
 }
-static uint32_t mbarrier_test(uint32_t address, uint32_t parity) {
+uint32_t mbarrier_test(uint32_t address, uint32_t parity) {
   return (mbarriers.find(address).phase & 1) != parity;
 }
 

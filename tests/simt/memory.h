@@ -37,7 +37,7 @@ struct Unfenced : Unit {
 };
 static Unfenced unfenced;
 
-static void fence_async() { unfenced.fence(block->current); }
+void fence_async() { unfenced.fence(block->current); }
 
 // Copies land when they are waited for, and those that nobody has waited for just before their thread loads 16 bytes (as
 // it does of its output): so that what was written to their place too early is lost, as it may be on hardware.
@@ -48,55 +48,45 @@ static void land(const std::vector<Copy>& copies) {
     unfenced.wrote(block->current, c.to, c.whole);
   }
 }
-static void wait(size_t in_flight) {
+void wait(size_t in_flight) {
   for (auto& groups = self().groups; groups.size() > in_flight; groups.pop_front()) land(groups.front());
 }
-static void copy_later(uint32_t to, const void* from, uint32_t size, uint32_t whole = 16) {
+void copy_later(uint32_t to, const void* from, uint32_t size, uint32_t whole) {
   self().open.push_back({to, from, size, whole});
 }
-static void commit() {
+void commit() {
   self().groups.push_back(std::move(self().open));
   self().open.clear();
 }
 
-static void load4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from) {
+void load4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from) {
   wait(0);
   land(self().open);
   self().open.clear();
   const uint32_t* p = (const uint32_t*)at(from);
   a = p[0], b = p[1], c = p[2], d = p[3];
 }
-static void load2(uint32_t& a, uint32_t& b, uint32_t from) {
+void load2(uint32_t& a, uint32_t& b, uint32_t from) {
   wait(0);
   land(self().open);
   self().open.clear();
   const uint32_t* p = (const uint32_t*)at(from);
   a = p[0], b = p[1];
 }
-template <typename Word>
-static void load(std::initializer_list<Word*> words, const void* from) {
-  for (Word* word : words) memcpy(word, from, 4), from = (const char*)from + 4;
+void store_shared(uint32_t to, const void* words, uint32_t bytes) {
+  check_shared(to, bytes, bytes, "st.shared");
+  memcpy(at(to), words, bytes);
+  unfenced.wrote(block->current, to, bytes);
 }
-template <typename Word>
-static void store(void* to, std::initializer_list<Word> words) {
-  static_assert(sizeof(Word) == 4, "");
-  memcpy(to, words.begin(), words.size() * 4);
-}
-template <typename Word>
-static void store_shared(uint32_t to, std::initializer_list<Word> words) {
-  check_shared(to, words.size() * 4, words.size() * 4, "st.shared");
-  store(at(to), words);
-  unfenced.wrote(block->current, to, words.size() * 4);
-}
-static void add(float* to, std::initializer_list<float> values) {
+void add(float* to, std::initializer_list<float> values) {
   for (float value : values) *to++ += value;
 }
-static void load_or_zero(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from, int exists) {
+void load_or_zero(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from, int exists) {
   uint32_t values[4] = {0, 0, 0, 0};
   if (exists) memcpy(values, from, 16);
   a = values[0], b = values[1], c = values[2], d = values[3];
 }
-static void load_half_or_zero(uint32_t& a, uint32_t& b, const void* from, int exists) {
+void load_half_or_zero(uint32_t& a, uint32_t& b, const void* from, int exists) {
   uint32_t values[2] = {0, 0};
   if (exists) memcpy(values, from, 8);
   a = values[0], b = values[1];

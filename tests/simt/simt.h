@@ -6,8 +6,9 @@
 
 #pragma once
 
-#include "tma.h"
-#include "wgmma.h"
+#include <math.h>
+
+#include "instructions.h"
 
 #define __device__
 #define __host__
@@ -53,23 +54,26 @@ struct cudaLaunchConfig_t {
 };
 
 // What kernels' host halves ask of the library that launches them.
-extern "C" int32_t opaque(int32_t value) { return value; }
-extern "C" int32_t multiprocessors() { return simt::settings.multiprocessors; }
+extern "C" int32_t opaque(int32_t value);
+extern "C" int32_t multiprocessors();
 
-// Called from Python: how the module's launches are to run from now on.
-extern "C" TVM_FFI_DLL_EXPORT int32_t __tvm_ffi_simulate_with(void*, const TVMFFIAny* args, int32_t, TVMFFIAny* result) {
-  simt::settings = {uint32_t(args[0].v_int64), int(args[1].v_int64), int(args[2].v_int64), args[3].v_int64 != 0};
-  result->type_index = 0;
-  return 0;
+template <typename T>
+static T exchanged(T value, int source) {
+  static_assert(sizeof(T) <= 8, "");
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  bits = simt::exchange(bits, source);
+  memcpy(&value, &bits, sizeof(T));
+  return value;
 }
-
 template <typename T>
-static T __shfl_sync(uint, T value, int source, int) { return simt::exchange(value, [=](int) { return source; }); }
+static T __shfl_sync(uint, T value, int source, int) { return exchanged(value, source); }
 template <typename T>
-static T __shfl_xor_sync(uint, T value, int mask, int) { return simt::exchange(value, [=](int l) { return l ^ mask; }); }
+static T __shfl_xor_sync(uint, T value, int mask, int) { return exchanged(value, simt::lane() ^ mask); }
 template <typename T>
 static T __shfl_up_sync(uint, T value, int distance, int) {
-  return simt::exchange(value, [=](int l) { return l < distance ? l : l - distance; });
+  int lane = simt::lane();
+  return exchanged(value, lane < distance ? lane : lane - distance);
 }
 static int __any_sync(uint, int predicate) { return simt::any(predicate); }
 static uint32_t __ballot_sync(uint, int predicate) { return simt::ballot(predicate); }
@@ -91,8 +95,8 @@ static uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t places) {
   return found;
 }
 static int __popc(uint32_t x) { return __builtin_popcount(x); }
-static void __syncthreads() { simt::barrier(0, simt::block->threads.size()); }
-static void __syncwarp() { simt::together([](simt::Thread*) {}); }
+static void __syncthreads() { simt::barrier_all(); }
+static void __syncwarp() { simt::sync_warp(); }
 static int __syncthreads_or(int predicate) { return simt::barrier_or(predicate); }
 static uint32_t __cvta_generic_to_shared(const void* p) { return simt::to_shared(p); }
 

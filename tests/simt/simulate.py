@@ -1,17 +1,14 @@
-"""CUDA kernels on the processor: an exported source to a module that takes CPU tensors (``simt.h`` is the machine).
+"""CUDA kernels on the processor: an exported source to a module that takes CPU tensors (``machine.cpp`` runs it).
 
 :func:`build` makes a module of one source, :class:`Simulated` runs all launches of a program, its tensors by role.
 """
 
 from __future__ import annotations
 
-import atexit
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,13 +17,14 @@ import tvm_ffi
 from schedules.families.interface import Program
 from schedules.toolchain.host import _LAUNCHER, split, tvm_ffi_include
 from schedules.toolchain.process import host_compiler
+from tests import shared
 from tests.simt import instructions
 from tvm_flash.packs import sizes
 from tvm_flash.packs.sizes import evaluate
 
 _HERE = Path(__file__).parent
 
-#: What every translated source begins with: the machine, and what host halves include.
+#: What every translated source begins with: what it sees of the machine, and what host halves include.
 _PRELUDE = """
 #include "simt.h"
 #include <tvm/ffi/extra/c_env_api.h>
@@ -44,9 +42,10 @@ static cudaError_t tvm_cuda_host_launch(void (*kernel)(Params...), const cudaLau
 }
 """
 
-#: -O0 compiles these sources, which are long and straight, several times as fast; what is hot in the machine asks for
-#: more by itself.  Modules that are loaded side by side must not share the machine's statics.
-_FLAGS = ("-std=c++17", "-O0", "-fPIC", "-w", "-fvisibility=hidden", "-fno-gnu-unique")
+#: Modules that are loaded side by side must not share the machine's variables.
+_FLAGS = ("-std=c++17", "-fPIC", "-w", "-fvisibility=hidden", "-fno-gnu-unique")
+#: Sources are long and straight, and compile several times as fast like this.  The machine is what is hot.
+_SOURCE_FLAGS, _MACHINE_FLAGS = (*_FLAGS, "-O0"), (*_FLAGS, "-O2")
 
 
 def translate(text: str, name: str) -> str:
@@ -89,24 +88,22 @@ def build(text: str, folder: Path, name: str = "kernel") -> Path:
     folder = Path(tempfile.mkdtemp(dir=folder))
     source, module = folder / f"{name}.cpp", folder / f"{name}.so"
     source.write_text(translate(text, name))
-    _compile(f"-I{_prelude()}", source, "-shared", "-o", module)
+    machine = shared.once("simt", _compile_machine)
+    _compile(*_SOURCE_FLAGS, f"-I{machine}", source, machine / "machine.o", "-shared", "-o", module)
     return module
 
 
-@lru_cache(maxsize=1)
-def _prelude() -> Path:
-    """A folder with the prelude, precompiled: most of what would be the time of each compilation."""
-    folder = Path(tempfile.mkdtemp(prefix="simt-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def _compile_machine(folder: Path) -> None:
+    """What takes most of the time, once: the machine, and the precompiled prelude."""
     header = folder / "prelude.h"
     header.write_text(_PRELUDE)
-    _compile("-x", "c++-header", header, "-o", folder / "prelude.h.gch")
-    return folder
+    _compile(*_SOURCE_FLAGS, "-x", "c++-header", header, "-o", folder / "prelude.h.gch")
+    _compile(*_MACHINE_FLAGS, "-c", _HERE / "machine.cpp", "-o", folder / "machine.o")
 
 
 def _compile(*arguments: object) -> None:
     include = (_HERE, *tvm_ffi_include())
-    command = [host_compiler("c++"), *_FLAGS, *(f"-I{p}" for p in include), *arguments]
+    command = [host_compiler("c++"), *(f"-I{p}" for p in include), *arguments]
     subprocess.run([str(word) for word in command], check=True)
 
 

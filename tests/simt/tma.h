@@ -9,46 +9,10 @@
 #include "mbarrier.h"
 #include "memory.h"
 
-using cuuint32_t = uint32_t;
-using cuuint64_t = uint64_t;
-using CUresult = int;
-constexpr CUresult CUDA_SUCCESS = 0;
-static CUresult cuGetErrorString(CUresult, const char**) { return 0; }
-enum CUtensorMapDataType {
-  CU_TENSOR_MAP_DATA_TYPE_UINT8,
-  CU_TENSOR_MAP_DATA_TYPE_UINT16,
-  CU_TENSOR_MAP_DATA_TYPE_UINT32,
-  CU_TENSOR_MAP_DATA_TYPE_INT32,
-  CU_TENSOR_MAP_DATA_TYPE_UINT64,
-  CU_TENSOR_MAP_DATA_TYPE_INT64,
-  CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-  CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-  CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
-  CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-};
-enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
-enum CUtensorMapSwizzle {
-  CU_TENSOR_MAP_SWIZZLE_NONE,
-  CU_TENSOR_MAP_SWIZZLE_32B,
-  CU_TENSOR_MAP_SWIZZLE_64B,
-  CU_TENSOR_MAP_SWIZZLE_128B,
-};
-enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_NONE };
-enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
-
-struct CUtensorMap {
-  uint32_t rank = 0, element = 0;  // bytes of an element
-  uint32_t swizzle = 0;            // bytes of a row that is swizzled in itself; 0: none
-  uint8_t* base = nullptr;
-  uint64_t size[5], stride[5];  // elements; bytes
-  uint32_t box[5];
-};
-
-static CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
-                                       const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
-                                       const cuuint32_t* steps, CUtensorMapInterleave interleave,
-                                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
-                                       CUtensorMapFloatOOBfill fill) {
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
   constexpr uint32_t bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};
   auto check = [](bool holds, const char* what) {
     if (!holds) TVM_FFI_THROW(RuntimeError) << "a tensor map whose " << what;
@@ -85,7 +49,7 @@ static uint32_t swizzled(uint32_t address, uint32_t width) {
   return width ? address ^ ((address >> 7 & (width / kChunk - 1)) * kChunk) : address;
 }
 
-static SIMT_FAST Pieces pieces_of(const CUtensorMap& map, uint32_t address, std::initializer_list<int32_t> at) {
+static Pieces pieces_of(const CUtensorMap& map, uint32_t address, std::initializer_list<int32_t> at) {
   if (at.size() != map.rank) fail("a box whose rank isn't the tensor map's");
   int64_t begin[5] = {0, 0, 0, 0, 0};
   uint32_t box[5] = {1, 1, 1, 1, 1}, i[5];
@@ -199,7 +163,7 @@ static void store_bulk(Pieces pieces, bool adds) {
   }
   bulk_copies.open[block->current].push_back(std::move(store));
 }
-static void commit_bulk() {
+void commit_bulk() {
   auto& open = bulk_copies.open[block->current];
   bulk_copies.groups[block->current].push_back(std::move(open));
   open.clear();
@@ -215,10 +179,24 @@ static void finish(const Store& store) {
     for (uint32_t x = 0; store.adds && x < p.bytes; x += 4) *(float*)(p.global + x) += *(const float*)at(p.shared + x);
   }
 }
-static void wait_bulk(size_t in_flight) {
+void wait_bulk(size_t in_flight) {
   auto& groups = bulk_copies.groups[block->current];
   for (; groups.size() > in_flight; groups.pop_front())
     for (const Store& store : groups.front()) finish(store);
+}
+
+
+void load_box(uint32_t barrier, const CUtensorMap& map, uint32_t address, std::initializer_list<int32_t> at) {
+  load_bulk(barrier, pieces_of(map, address, at));
+}
+void store_box(const CUtensorMap& map, uint32_t address, std::initializer_list<int32_t> at, bool adds) {
+  store_bulk(pieces_of(map, address, at), adds);
+}
+void load_bytes(uint32_t barrier, uint32_t address, const void* global, uint32_t bytes) {
+  load_bulk(barrier, pieces_of_bytes(address, global, bytes));
+}
+void store_bytes(uint32_t address, void* global, uint32_t bytes, bool adds) {
+  store_bulk(pieces_of_bytes(address, global, bytes), adds);
 }
 
 }  // namespace simt

@@ -28,12 +28,12 @@ struct Widened {
       for (int x = 0; x < 1 << 16; x++) of[brain][x] = widen_slowly(x, brain);
   }
 };
-static float widen(uint16_t x, bool brain) {
+float widen(uint16_t x, bool brain) {
   static const Widened widened;
   return widened.of[brain][x];
 }
 // Two e4m3, the bytes of a word.
-static void widen_e4m3(float& a, float& b, uint32_t pair) {
+void widen_e4m3(float& a, float& b, uint32_t pair) {
   float* to[] = {&a, &b};
   for (int i = 0; i < 2; i++) {
     uint32_t x = pair >> 8 * i & 0xff, exponent = x >> 3 & 15, mantissa = x & 7;
@@ -42,7 +42,7 @@ static void widen_e4m3(float& a, float& b, uint32_t pair) {
     *to[i] = x & 0x80 ? -value : value;
   }
 }
-static void widen_halves(float& a, float& b, uint32_t x, uint32_t y) {
+void widen_halves(float& a, float& b, uint32_t x, uint32_t y) {
   a = widen(x & 0xffff, false) * widen(y & 0xffff, false);
   b = widen(x >> 16, false) * widen(y >> 16, false);
 }
@@ -57,25 +57,23 @@ static uint16_t narrow(float x, bool brain) {
   memcpy(&bits, &value, 2);
   return bits;
 }
-static uint32_t pack(float high, float low, bool brain) {
+uint32_t pack(float high, float low, bool brain) {
   return uint32_t(narrow(high, brain)) << 16 | narrow(low, brain);
 }
 
 // ------------------------------------------------------------------ instructions of a warp
 
-template <typename Value>
-static Value exchange(Value value, std::function<int(int)> source) {
-  static_assert(sizeof(Value) <= 8, "");
-  memcpy(self().in + 1, &value, sizeof(Value));
-  self().in[0] = source(lane());
+uint64_t exchange(uint64_t value, int source) {
+  memcpy(self().in + 1, &value, 8);
+  self().in[0] = source;
   together([](Thread* warp) {
     for (int l = 0; l < kWarp; l++) memcpy(warp[l].out, warp[warp[l].in[0]].in + 1, 8);
   });
-  memcpy(&value, self().out, sizeof(Value));
+  memcpy(&value, self().out, 8);
   return value;
 }
 
-static int any(int predicate) {
+int any(int predicate) {
   self().in[0] = predicate != 0;
   together([](Thread* warp) {
     uint32_t result = 0;
@@ -85,7 +83,7 @@ static int any(int predicate) {
   return self().out[0];
 }
 
-static uint32_t ballot(int predicate) {
+uint32_t ballot(int predicate) {
   self().in[0] = predicate != 0;
   together([](Thread* warp) {
     uint32_t result = 0;
@@ -95,7 +93,7 @@ static uint32_t ballot(int predicate) {
   return self().out[0];
 }
 
-static SIMT_FAST void ldmatrix(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from, bool transposed) {
+void ldmatrix(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from, bool transposed) {
   self().in[0] = from;
   check_shared(from, kChunk, kChunk, "ldmatrix");
   self().in[1] = transposed;
@@ -115,7 +113,7 @@ static SIMT_FAST void ldmatrix(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& 
 }
 
 // ``matrices`` of 8 x 8, row r of matrix m at the address that lane 8 m + r brings.
-static SIMT_FAST void stmatrix(uint32_t to, std::initializer_list<uint32_t> registers, bool transposed) {
+void stmatrix(uint32_t to, std::initializer_list<uint32_t> registers, bool transposed) {
   Thread& me = self();
   me.in[0] = to, me.in[1] = transposed, me.in[2] = registers.size();
   std::copy(registers.begin(), registers.end(), me.in + 3);
@@ -142,7 +140,7 @@ static float element(const uint32_t* registers, int i, bool brain) {
 
 // D = A B + C of m16n8kK: row l / 4 (+ 8) and columns l % 4 * 2 (+ 1) of A's registers and of C; PTX ISA, "mma".
 template <int K>
-static SIMT_FAST void mma_m16n8(float* d, const uint32_t* a, const uint32_t* b, bool brain) {
+void mma_m16n8(float* d, const uint32_t* a, const uint32_t* b, bool brain) {
   Thread& me = self();
   memcpy(me.in, a, K / 4 * 4), memcpy(me.in + 4, b, K / 8 * 4), memcpy(me.in + 6, d, 16);
   static bool kind;
@@ -167,8 +165,11 @@ static SIMT_FAST void mma_m16n8(float* d, const uint32_t* a, const uint32_t* b, 
   memcpy(d, me.out, 16);
 }
 
+template void mma_m16n8<8>(float*, const uint32_t*, const uint32_t*, bool);
+template void mma_m16n8<16>(float*, const uint32_t*, const uint32_t*, bool);
+
 // Volta's m8n8k4 with float32 C: four products, one for each quad pair (lanes q * 4 .. + 3 and 16 more).
-static SIMT_FAST void mma_m8n8k4(float* d, const uint32_t* a, const uint32_t* b, bool b_is_row) {
+void mma_m8n8k4(float* d, const uint32_t* a, const uint32_t* b, bool b_is_row) {
   Thread& me = self();
   memcpy(me.in, a, 8), memcpy(me.in + 2, b, 8), memcpy(me.in + 4, d, 32);
   static bool row;

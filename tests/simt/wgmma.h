@@ -52,7 +52,7 @@ struct Operand {
         each(transposed ? from.chunk(i, j, false) : from.chunk(i, j, true), (j * across + i) * 8);
   }
   // Only lines ``first .. last`` must have been made visible.
-  SIMT_FAST void read(int first, int last) {
+  void read(int first, int last) {
     seen.resize(lines * kDepth);
     for_each_chunk([&](uint32_t address, int to) {
       int line = transposed ? to % lines : to / kDepth;
@@ -61,7 +61,7 @@ struct Operand {
       memcpy(&seen[to], at(address), kChunk);
     });
   }
-  SIMT_FAST void check_unchanged() const {
+  void check_unchanged() const {
     for_each_chunk([&](uint32_t address, int to) {
       if (memcmp(&seen[to], at(address), kChunk))
         fail_with("shared memory at offset ", address - kSharedBase, " was written while a product in flight read it");
@@ -85,16 +85,6 @@ static int column_of(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2;
 struct Product {
   std::vector<Operand> operands;
   const float* accumulator;
-};
-
-// What all threads of a warpgroup bring alike to a product.
-struct Shape {
-  int columns;
-  bool brain, a_in_registers;
-  float scale_a, scale_b;
-  bool a_transposed, b_transposed;
-  uint64_t a, b;
-  bool accumulates;
 };
 
 struct WarpProducts {
@@ -198,7 +188,7 @@ struct Wgmma : Unit {
     for (int r = 0; r < kRows; r++)
       for (int k = 0; k < kDepth; k++) a[r][k] *= shape.scale_a * shape.scale_b;
   }
-  static SIMT_FAST void multiply(Accumulator& to, const float (*a)[kDepth], const Operand& operand, const Shape& shape) {
+  static void multiply(Accumulator& to, const float (*a)[kDepth], const Operand& operand, const Shape& shape) {
     static float b[kDepth][256];
     int columns = shape.columns;
     for (int k = 0; k < kDepth; k++)
@@ -215,17 +205,16 @@ struct Wgmma : Unit {
 };
 static Wgmma wgmma_unit;
 
-// ``d``: the thread's registers of the accumulator; ``a``: its four of A, where these are in registers.
-static void wgmma(float* const* d, const uint32_t* a, const Shape& shape) {
+void wgmma(float* const* d, const uint32_t* a, const Shape& shape) {
   Thread& me = self();
   me.bring[0] = d, me.bring[1] = &shape;
   if (shape.a_in_registers) memcpy(me.in, a, 16);
   together([](Thread* threads) { wgmma_unit.issue(threads); });
 }
-static void wgmma_fence() {
+void wgmma_fence() {
   together([](Thread* threads) { wgmma_unit.warps[(threads - block->threads.data()) / kWarp].fenced = true; });
 }
-static void wgmma_commit() {
+void wgmma_commit() {
   together([](Thread* threads) {
     WarpProducts& own = wgmma_unit.warps[(threads - block->threads.data()) / kWarp];
     own.groups.push_back(std::move(own.open));
@@ -233,7 +222,7 @@ static void wgmma_commit() {
     own.fenced = false;
   });
 }
-static void wgmma_wait(size_t in_flight) {
+void wgmma_wait(size_t in_flight) {
   self().in[0] = in_flight;
   together([](Thread* threads) { wgmma_unit.wait(threads, threads[0].in[0]); });
 }

@@ -1,0 +1,17 @@
+// The machine itself, compiled once; each module is linked with a copy of it that has its own state.
+
+#include <tvm/ffi/c_api.h>
+
+#include "tma.h"
+#include "wgmma.h"
+
+// What kernels' host halves ask of the library that launches them.
+extern "C" int32_t opaque(int32_t value) { return value; }
+extern "C" int32_t multiprocessors() { return simt::settings.multiprocessors; }
+
+// Called from Python: how the module's launches are to run from now on.
+extern "C" TVM_FFI_DLL_EXPORT int32_t __tvm_ffi_simulate_with(void*, const TVMFFIAny* args, int32_t, TVMFFIAny* result) {
+  simt::settings = {uint32_t(args[0].v_int64), int(args[1].v_int64), int(args[2].v_int64), args[3].v_int64 != 0};
+  result->type_index = 0;
+  return 0;
+}
