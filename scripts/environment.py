@@ -27,11 +27,13 @@ def prepare() -> Path:
     print("installing tvm_flash and what it builds, tests and compares itself with …", flush=True)
     run(
         [
-            python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+            python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
             "--constraint", ROOT / "scripts" / "constraints.txt",
             "--editable", f"{ROOT}[build,volta,test,bench]",
         ]
     )  # fmt: skip
+    # pip would compile one file after the other, for more than a minute.  Some are no Python of this version.
+    subprocess.run([str(python), "-m", "compileall", "-qq", "-j", "0", str(VENV / "lib")])
     return python
 
 

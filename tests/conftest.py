@@ -40,6 +40,15 @@ def pytest_configure(config):
         config.pluginmanager.register(StrictSkips())
 
 
+#: Files whose tests share what takes long to make.  xdist deals the end of the list out in ever smaller parts: there
+#: each worker would make its own, and the other would wait for the last.
+FIRST = ("test_wheel.py",)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 @pytest.fixture(scope="session")
 def cpu_pack(tmp_path_factory):
     """Folder of a CPU pack that this machine can run; built in the package, once, if there is none."""
