@@ -31,6 +31,7 @@ from schedules.families.sm90.backward import accumulate
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import forward_configs as default_configs
+from schedules.families.sm90.defaults import further_tiles
 from schedules.families.sm90.kernel import ALIGNMENT, build
 from schedules.families.sm90.space import space
 from schedules.tile.mask_ranges import ranged
@@ -46,6 +47,7 @@ __all__ = [
     "Config",
     "default_configs",
     "feasible",
+    "further_tiles",
     "program",
     "space",
 ]
