@@ -94,9 +94,15 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
 
 def is_plain(pattern: Pattern) -> bool:
-    """Whether the joint launch serves the pattern: what parameters it has are those of a sink, each of a head."""
-    only_sinks = all(p.per_head and pattern.is_of_sink(p) for p in pattern.params)
-    return pattern.is_scale_only and pattern.narrows and only_sinks
+    """Whether the joint launch serves the pattern: what parameters it has are those of a sink, each of a head, and
+    numbers that a mask compares positions with."""
+
+    def is_served(param):
+        if pattern.is_of_sink(param):
+            return param.per_head and param not in pattern.of_mask
+        return not param.is_tensor
+
+    return pattern.is_scale_only and pattern.narrows and all(map(is_served, pattern.params))
 
 
 def apart(pattern: Pattern) -> Config:
