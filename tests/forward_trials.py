@@ -125,7 +125,7 @@ def runs(entry: KernelEntry, most_units: int = 300) -> Iterator[Trial]:
 
     ``most_units`` are the most heads of keys of a batch; a machine's places for blocks are fewer.
     """
-    if not any(scalar.name == "run" for scalar in entry.scalars):
+    if not any(scalar.name == "share_length" for scalar in entry.scalars):
         return
     for units in (2, 22, 44, 132, 202, 300):
         if units > most_units:

@@ -43,7 +43,7 @@ def test_a_sequence_has_the_same_bits_in_batches_of_any_size(dense):
     chosen = set()
 
     def noted(values, problem):
-        chosen.add(kernel.entry.extents(problem)["run"])
+        chosen.add(kernel.entry.extents(problem)["share_length"])
         compute(values, problem)
 
     for trial in forward_trials.runs(kernel.entry, MOST_UNITS):
@@ -58,9 +58,10 @@ def test_runs_of_all_lengths_leave_the_same_bits(dense, left):
     data = replace(cases.inputs(case), params={"window_left": left, "window_right": 0})
     splits = -(-case.seqlen_kv // 64)
     found = []
-    for run in range(1, splits + 1):
+    for share, kept in [*((n, 16) for n in range(1, 2 * splits + 1)), (2 * splits, 1), (7, 2), (splits, 3)]:
+        numbers = {"share_length": share, "run_length": kept}
         found.append(
-            torch_cases.run(case, data, lambda x, _, run=run: kernel.simulated(x | {"run": run}, "bshd"), "bshd")
+            torch_cases.run(case, data, lambda x, _, numbers=numbers: kernel.simulated(x | numbers, "bshd"), "bshd")
         )
         assert torch_cases.check(case, data, *found[-1]) <= 1
-        assert all(map(np.array_equal, found[0], found[-1])), f"{run} splits of {splits}"
+        assert all(map(np.array_equal, found[0], found[-1])), f"{numbers} of {splits}"

@@ -79,25 +79,24 @@ def test_kernels_for_pages_of_any_size_are_beside_those_that_go_by_boxes():
     assert [s.symbol for s in specs] == ["v2_float16_d128_window_identity_paged_decode_any"]
 
 
-@pytest.mark.parametrize(("kind", "splits"), [("packed", 16), ("apart", 9)])
-def test_runs_fill_the_machine_and_cover_all_splits(kind, splits):
-    """As many as there are places for blocks, whole rows where these are more; then a last round isn't nearly empty."""
+@pytest.mark.parametrize(("kind", "splits", "seqlen_q"), [("packed", 16, 1), ("apart", 9, 1), ("packed", 5, 3)])
+def test_shares_are_the_shortest_that_the_machine_has_places_for(kind, splits, seqlen_q):
     resident, packs = 264, kind == "packed"
     target = Target("sm_90a")
     score = "identity" if packs else "alibi"
     spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", score, "float16", 128, 128, kind="decode")
     config = decode.default_configs("v2", pattern_of(spec, target), target)[0]
-    assert (config.pack_heads, config.runs) == (packs, True)
+    assert config.pack_heads == packs
     program = decode.program(pattern_of(spec, target), config, target, v2.TRAVERSAL, "kernel")
     scalars = {x.name: x.value for x in program.scalars}
-    for batch in (1, 2, 5, 8, 24, 32, 33, 34, 40, 64, 70, 200, 3000):
-        problem = sizes.of(batch, 32, 1, 8, splits * 256, 128, 128) | {"split_length": 256}
-        run = evaluate(scalars["run"], problem)
-        units, runs = batch * (8 if packs else 32), -(-splits // run)
-        assert 1 <= run <= splits
-        if units <= resident:
-            assert run == 1 or resident // 2 < units * runs <= resident
-        else:
-            rounds = units * runs / resident
-            assert run == splits or runs in (3, 4)
-            assert rounds > 3 or rounds / -(-units * runs // resident) > 0.75
+    for heads, kv_heads in ((32, 8), (8, 1), (20, 20), (300, 300), (128, 1)):
+        group = heads // kv_heads
+        rows = seqlen_q if seqlen_q < 3 else 4  # of a head, padded to a power of two
+        shared = group if packs and group * rows <= 64 else 1
+        places = max(1, resident // (heads // shared))  # for the row tile of a head, or of heads that share one
+        for batch in (1, 2, 5, 8, 24, 32, 33, 34, 40, 64, 70, 200, 3000):
+            problem = sizes.of(batch, heads, seqlen_q, kv_heads, splits * 256, 128, 128) | {"split_length": 256}
+            share = evaluate(scalars["share_length"], problem)
+            assert share * places >= batch * splits > (share - 1) * places
+            kept = evaluate(scalars["run_length"], problem)
+            assert kept == max(1, 64 // (rows * shared))

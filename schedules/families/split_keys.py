@@ -17,9 +17,10 @@ from schedules.definition.operator import SCALES
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
+from schedules.tile.arrivals import clear_counters
 from schedules.tile.combine import Sinks, combine, combine_ragged
-from schedules.tile.fold import fold_states
 from schedules.tile.tile_scheduler import Traversal, ceildiv
+from schedules.tile.unseen import write_unseen
 from tvm_flash.packs.manifest import Scalar, Workspace
 
 #: Query rows that share a key up to which these kernels are meant, by head_dim (the first that is large enough) and by
@@ -40,10 +41,6 @@ SplitLengths = Sequence[tuple[int, int]]
 #: Keys of a split for each row, at least, in multiples of ``_GRAIN``: of a row 8 bytes an element are written and read
 #: again, in float32, and of a key 4 are read, so that this bounds what splits leave to a quarter of what they read.
 KEYS_OF_A_ROW, _GRAIN = 8, 64
-
-
-#: More runs than a head has splits.
-_EACH = 1 << 20
 
 
 def undivided(block_n: int, split_lengths: SplitLengths) -> Rejected | None:
@@ -98,7 +95,6 @@ def program(
 def runs_program(
     pattern: Pattern,
     runs: PrimFunc,
-    traversal: Traversal,
     name: str,
     split_lengths: SplitLengths,
     *,
@@ -107,45 +103,34 @@ def runs_program(
     most_rows: int,
     alignment: int,
 ) -> Program:
-    """Both launches where a block computes a run of splits: as many as fill ``resident`` places for blocks.
+    """A launch whose blocks compute runs of splits, and one before it that clears the counters at which they arrive.
 
-    A head of keys, or a query head if heads aren't packed, has as many runs as there are places for each, all of its
-    splits in one if there are more heads than places.  If that leaves the last round of blocks less than 13/16 full,
-    each split is a run (24 x 3000 keys, 32 heads on 8, 83.2 us in place of 86.5 on an H200), and of more heads than
-    places four are (38 x 4096, 159.9 in place of more than 170), so that the machine has something to do until the end.
-    A run keeps the states of ``most_rows`` rows at most.
+    Splits are shared equally among ``resident`` places for blocks (:mod:`schedules.tile.shares`).  A run keeps the
+    states of ``most_rows`` rows at most.
 
     Parameters
     ----------
-    runs: ``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, *params)``, with the name
-        ``name``; it lets the second launch begin early.
+    runs: ``(q, k, v, o_partial, sums_partial, arrivals, o, lse, softmax_scale, split_length, share_length, run_length,
+        *params)``, with the name ``name``; it waits for the launch before.
     """
     rows = ("*", "batch", "heads", "seqlen_q")
-    units = ("*", "batch", "kv_heads" if packs else "heads")
     splits = ("ceildiv", "seqlen_kv", "split_length")
     for_rows = ("*", _GRAIN, ("ceildiv", ("*", KEYS_OF_A_ROW, "rows"), _GRAIN))
-    places = ("max", 1, ("//", resident, units))  # of a head
-    filled = (
-        "//",
-        ("*", 16, units, places),
-        ("*", ("ceildiv", units, resident), resident),
-    )  # sixteenths of the machine
-    is_empty = ("steps", filled, (0, 1), (13, 0))
-    instead = ("steps", units, (0, _EACH), (resident + 1, 4))
-    doublings = tuple((1 + (1 << n >> 1), 1 << n) for n in range(1, most_rows.bit_length()))
-    packed = ("*", ("ceildiv", "heads", "kv_heads"), ("steps", "seqlen_q", (0, 1), *doublings))
-    longest = ("max", 1, ("//", most_rows, packed))
-    of_a_head = ("max", places, ("*", is_empty, instead), ("ceildiv", splits, longest))
-    results = ("o_partial", "sums_partial")
+    # Rows of a head, as tiles have them, and heads that share a tile: those of a group if that is no more than a tile.
+    padded = ("steps", "seqlen_q", (0, 1), *((1 + (1 << n >> 1), 1 << n) for n in range(1, most_rows.bit_length())))
+    group = ("ceildiv", "heads", "kv_heads")
+    fits = ("steps", ("*", group, padded), (0, 1), (most_rows + 1, 0))
+    shared = ("max", 1, ("*", group, fits)) if packs else 1
+    tiles = ("*", ("//", "heads", shared), ("ceildiv", "seqlen_q", most_rows))  # of rows, of a sequence
+    shares = ("max", 1, ("//", resident, tiles))
+    numbers = ("split_length", "share_length", "run_length")
+    results = ("o_partial", "sums_partial", "arrivals")
     params = tuple(p.name for p in pattern.params)
-    folding = fold_states(pattern, traversal, f"{name}_combine", alignment)
     return Program(
         "forward",
         (
-            ScheduledLaunch(
-                runs, ("q", "k", "v", *results, "o", "lse", "softmax_scale", "split_length", "run", *params)
-            ),
-            ScheduledLaunch(folding, (*results, "o", "lse", "run")),
+            ScheduledLaunch(clear_counters(f"{name}_clear"), ("arrivals",)),
+            ScheduledLaunch(runs, ("q", "k", "v", *results, "o", "lse", "softmax_scale", *numbers, *params)),
         ),
         "tirx",
         alignment=alignment,
@@ -153,10 +138,12 @@ def runs_program(
         workspaces=(
             Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
             Workspace("sums_partial", "float32", (rows, splits, 2)),
+            Workspace("arrivals", "int32", (rows,)),
         ),
         scalars=(
             Scalar("split_length", ("max", ("steps", "seqlen_kv", *split_lengths), for_rows)),
-            Scalar("run", ("ceildiv", splits, ("min", splits, of_a_head))),
+            Scalar("share_length", ("max", 1, ("ceildiv", ("*", "batch", splits), shares))),
+            Scalar("run_length", ("max", 1, ("//", most_rows, ("*", shared, padded)))),
         ),
         max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
     )
@@ -195,6 +182,14 @@ def _most_paged_splits(lengths: SplitLengths) -> tuple:
     return "max", longest, ("steps", "seqlen_kv", (0, 1), *ends)
 
 
+def _for_pages(pattern: Pattern, page_step: int) -> tuple:
+    """Query rows up to which kernels are meant for pages of multiples of ``page_step`` keys; none for others."""
+    filled = ("*", page_step, ("ceildiv", "page_size", page_step))  # the size of a page, if it is such a multiple
+    fits = ("steps", ("ceildiv", filled, ("max", "page_size", 1)), (0, 1), (2, 0))
+    most_rows = ("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern))
+    return most_rows if page_step == 1 else ("*", fits, most_rows)
+
+
 def paged_program(
     pattern: Pattern,
     partial: PrimFunc,
@@ -217,9 +212,6 @@ def paged_program(
     splits = _most_paged_splits(lengths)
     results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
     params = tuple(p.name for p in pattern.params)
-    filled = ("*", page_step, ("ceildiv", "page_size", page_step))  # the size of a page, if it is such a multiple
-    fits = ("steps", ("ceildiv", filled, ("max", "page_size", 1)), (0, 1), (2, 0))
-    most_rows = ("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern))
     combining = combine_ragged(
         pattern, lambda keys: paged_split_count(keys, lengths), f"{name}_combine", alignment, waits
     )
@@ -236,5 +228,48 @@ def paged_program(
             Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
-        max_rows=most_rows if page_step == 1 else ("*", fits, most_rows),
+        max_rows=_for_pages(pattern, page_step),
+    )
+
+
+def paged_runs_program(
+    pattern: Pattern,
+    runs: PrimFunc,
+    name: str,
+    *,
+    alignment: int,
+    lengths: SplitLengths,
+    page_step: int,
+) -> Program:
+    """The launches where blocks compute runs of splits, as in :func:`runs_program`, with their keys on pages.
+
+    The first one also writes the rows of sequences without keys.
+
+    Parameters
+    ----------
+    runs: ``(q, k, v, o_partial, sums_partial, arrivals, o, lse, cu_seqlens_q, seqlens_k, page_table, softmax_scale,
+        *params)``; it waits for the launch before.
+    lengths, page_step: as in :func:`paged_program`.
+    """
+    rows, splits = ("*", "heads", "total_q"), _most_paged_splits(lengths)
+    results, where = ("o_partial", "sums_partial", "arrivals"), ("cu_seqlens_q", "seqlens_k")
+    params = tuple(p.name for p in pattern.params)
+    unseen = write_unseen(pattern, f"{name}_unseen", alignment)
+    return Program(
+        "forward",
+        (
+            ScheduledLaunch(unseen, ("arrivals", "o", "lse", *where, *Sinks(pattern).roles)),
+            ScheduledLaunch(
+                runs, ("q", "k", "v", *results, "o", "lse", *where, "page_table", "softmax_scale", *params)
+            ),
+        ),
+        "tirx",
+        alignment=alignment,
+        index_bits=32,
+        workspaces=(
+            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
+            Workspace("sums_partial", "float32", (rows, splits, 2)),
+            Workspace("arrivals", "int32", (rows,)),
+        ),
+        max_rows=_for_pages(pattern, page_step),
     )

@@ -45,14 +45,16 @@ _SHARING = 4
 class Sinks:
     """Sinks, where the pattern has them: of each row a part more, without keys and with the output 0.
 
-    ``arguments`` are the further ones of the launch, of the ``roles``.
+    ``arguments`` are the further ones of the launch, of the ``roles``; or ``symbols`` are those that it has anyhow.
     """
 
-    def __init__(self, pattern: Pattern):
+    def __init__(self, pattern: Pattern, symbols: dict | None = None):
         self.pattern = pattern
         self.params = tuple(p for p in pattern.params if pattern.is_of_sink(p))
         self.roles = tuple(p.name for p in self.params)
-        self.arguments, self.symbols = parameter_symbols(self.params, pattern.index_dtype)
+        self.arguments, self.symbols = (
+            parameter_symbols(self.params, pattern.index_dtype) if symbols is None else ([], symbols)
+        )
 
     def of(self, b: Expr, h: Expr) -> Expr:
         """The logit of a batch entry and head."""
@@ -136,18 +138,23 @@ class RaggedPartials(Partials):
     """
 
     def __init__(self, pattern: Pattern, handles, sequences, split_count, alignment: int):
-        o_partial, lse_partial, o, lse = handles
+        o_partial, lse_partial, *results = handles
+        self._ragged(pattern, results, sequences, alignment)
+        self.partial = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
+        self.rows, self.splits = self.partial.rows, self.partial.splits
+        self.split_count = split_count
+
+    def _ragged(self, pattern: Pattern, results, sequences, alignment: int):
+        """What is written, and where sequences are."""
+        o, lse = results
         of_queries, of_keys = sequences
         names = ("batch", "starts", "heads", "total_q", "head_dim_v", "lse_length")
-        batch, ends, heads, self.total_q, self.head_dim_v, self.lse_length = (tirx.Var(n, "int32") for n in names)
-        sizes = {"heads": heads, "seq": self.total_q, "dim": self.head_dim_v}
+        batch, ends, self.heads, self.total_q, self.head_dim_v, self.lse_length = (tirx.Var(n, "int32") for n in names)
+        sizes = {"heads": self.heads, "seq": self.total_q, "dim": self.head_dim_v}
         self.o = Tensor(o, "o", sizes, pattern.dtype, RAGGED_LAYOUT, alignment)
         self.lse = T.match_buffer(lse, (self.lse_length,), "float32", align=4)
         self.queries = Ragged(T.match_buffer(of_queries, (ends,), "int32", align=4), batch, self.total_q)
         self.lengths = T.match_buffer(of_keys, (batch,), "int32", align=4)
-        self.partial = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
-        self.rows, self.splits = self.partial.rows, self.partial.splits
-        self.split_count = split_count
 
     def sharing(self, groups: int):
         return T.int32(min(groups, _SHARING))

@@ -1,12 +1,14 @@
 """Partial results that are folded from left to right: by the block that computes them, or by another launch.
 
 What the rows of a range of keys leave is a *state*: the output relative to the row's reference, which isn't divided by
-the row sum, that sum, and the reference (:mod:`schedules.tile.softmax`).  :class:`Fold` puts the state of the keys that
-follow to the one of those before.  Both who may do so, the block that has computed several ranges one after the other
+the row sum, that sum, and the reference (:mod:`schedules.tile.softmax`).  The state of the keys that follow is put to
+the one of those before: both are multiplied by the powers of two that their references, which are whole numbers, differ
+by from the higher one, and added.  Both who may do so, the block that has computed several ranges one after the other
 and the launch that finds their states in memory, take the ranges in the order of the keys and compute the same
-expressions, so that it makes no difference to a row's bits which of them it was.
+expressions, from :data:`NOTHING` on, so that it makes no difference to a row's bits which of them it was.
 
-References are whole numbers: what is multiplied here are powers of two, and rounded is one addition for each range.
+The factors of all states of a row follow from their references alone and are computed beside each other; what is left
+to do one after the other is an addition for each range.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from schedules.tile.score import LN_2
+from schedules.tile.score import LN_2, LOG2_E
+from schedules.tile.softmax import LOWEST
 
 _FUSED = "__forceinline__ __device__ float fused(float x, float y, float z) { return fmaf(x, y, z); }\n"
 
@@ -27,53 +30,64 @@ def _fused(x: Expr, y: Expr, z: Expr) -> Expr:
 
 @T.meta_class
 class PartialStates:
-    """States of the rows for each part of the keys: ``o (rows, parts, columns)``, and reference and sum in
-    ``sums (rows, parts, 2)``, float32.
+    """States of the rows for each split of the keys: ``o (rows, splits, columns)``, and reference and sum in
+    ``sums (rows, splits, 2)``, float32.
 
     ``rows`` are those of the whole output in the order (batch, heads, seqlen_q).  A sum of 0 says that a row sees
-    nothing of a part, and then its ``o`` may be anything.  Made before ``T.device_entry()`` of the handles of the two.
+    nothing of a split, and then its ``o`` may be anything.  ``counters (rows)``, int32, are zeros at first: at that of
+    its first row a row tile's blocks arrive (:mod:`schedules.tile.arrivals`).  Made before ``T.device_entry()`` of the
+    three handles.
     """
 
     def __init__(self, handles, columns: int):
-        o, sums = handles
-        self.rows, self.parts = tirx.Var("partial_rows", "int32"), tirx.Var("parts", "int32")
+        o, sums, counters = handles
+        self.rows, self.splits = tirx.Var("partial_rows", "int32"), tirx.Var("splits", "int32")
         self.columns = columns
-        self.o = T.match_buffer(o, (self.rows, self.parts, columns), "float32", align=16)
-        self.sums = T.match_buffer(sums, (self.rows, self.parts, 2), "float32", align=8)
+        self.o = T.match_buffer(o, (self.rows, self.splits, columns), "float32", align=16)
+        self.sums = T.match_buffer(sums, (self.rows, self.splits, 2), "float32", align=8)
+        self.counters = T.match_buffer(counters, (self.rows,), "int32", align=4)
 
 
-@T.meta_class
-class Fold:
-    """How the states of ``rows`` rows are put to those before: factors, used for all columns of a row."""
+#: What outputs and sums are folded to: anything added to it stays as it is, a negative zero too.
+NOTHING = -0.0
 
-    def __init__(self, rows: int):
-        self.rows = rows
-        self.before, self.after = (T.alloc_local([rows], "float32") for _ in range(2))  # factors
-        self.had, self.has = (T.alloc_local([rows], "int32") for _ in range(2))  # whether there was, is anything seen
-
-    @T.inline
-    def begin(self, peak, total, following_peak, following_total):
-        """Factors of rows with references ``peak`` and sums ``total``, which become those of both states together."""
-        for i in T.unroll(self.rows):
-            self.had[i] = T.Cast("int32", total[i] != T.float32(0))
-            self.has[i] = T.Cast("int32", following_total[i] != T.float32(0))
-            higher: T.float32 = T.max(peak[i], following_peak[i])
-            self.before[i] = T.exp2(peak[i] - higher)
-            self.after[i] = T.exp2(following_peak[i] - higher)
-            peak[i] = higher
-            total[i] = _fused(total[i], self.before[i], following_total[i] * self.after[i])
-
-    def folded(self, i: int, value: Expr, following: Expr) -> Expr:
-        """An output of both, from the two of row ``i``; where a row has seen nothing its output may be anything."""
-        both = _fused(value, self.before[i], following * self.after[i])
-        return T.Select(self.has[i] == 0, value, T.Select(self.had[i] == 0, following, both))
+#: The factor of a state of keys of which nothing is seen.
+UNSEEN = -1.0
 
 
-def log_sum_exp(peak: Expr, total: Expr) -> Expr:
-    """Natural logarithm of the sum of exponentials of a row; −inf if it saw nothing."""
-    return (peak + T.log2(total)) * T.float32(LN_2)
+def reference(peak: Expr, total: Expr) -> Expr:
+    """The reference of a state, or the lowest of all if nothing is seen."""
+    return T.Select(total == T.float32(0), T.float32(LOWEST), peak)
 
 
-def inverse(total: Expr) -> Expr:
-    """1 / sum of a row; 0 if it saw nothing."""
-    return T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
+def factors(before: Expr, highest: Expr, peak: Expr, total: Expr) -> tuple[Expr, Expr]:
+    """What the states up to one and this one are multiplied by when it is put to them.
+
+    Parameters
+    ----------
+    before, highest: the highest reference of the states before it, and with it.
+    peak, total: its own reference and sum.
+    """
+    own = T.Select(total == T.float32(0), T.float32(UNSEEN), T.exp2(peak - highest))
+    return T.exp2(before - highest), own
+
+
+def folded(value: Expr, before: Expr, own: Expr, following: Expr) -> Expr:
+    """An output or a sum of the states before and of the one that follows, with their :func:`factors`.
+
+    Of a state of which nothing is seen the output may be anything.
+    """
+    return _fused(value, before, T.Select(own < T.float32(0), T.float32(0), following * own))
+
+
+def finish(peak: Expr, total: Expr, sink: Expr | None = None) -> tuple[Expr, Expr]:
+    """The end of a row with a reference and a sum, perhaps with the logit of a sink beside its keys: what its output is
+    multiplied by, 0 if nothing is seen, and its log-sum-exp, −inf if nothing is seen."""
+    scale = T.float32(1)
+    if sink is not None:
+        logit = sink * T.float32(LOG2_E)
+        top = T.max(peak, logit)
+        scale = T.exp2(peak - top)
+        peak, total = top, _fused(total, scale, T.exp2(logit - top))
+    factor = T.Select(total == T.float32(0), T.float32(0), scale / total)
+    return factor, (peak + T.log2(total)) * T.float32(LN_2)

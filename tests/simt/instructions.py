@@ -27,6 +27,7 @@ _INSTRUCTIONS = {
     r"st\.shared\.v[24]\.\w\d\d |st\.shared\.\w\d\d ": "simt::store_shared({0} + {offset}, {{{rest1}}});",
     r"ld\.(acquire|relaxed)\.gpu\.global\.\w32 ": "simt::load({{{targets}}}, (const void*){last});",
     r"st\.(release|relaxed)\.gpu\.global\.\w32 ": "simt::store((void*){0}, {{{rest1}}});",
+    r"atom\.relaxed\.gpu\.global\.add\.s32 ": "{0} = __sync_fetch_and_add((int*){1}, {2});",
     r"ld\.global(\.nc|\.cg)?(\.v[24])?\.\w32 ": "simt::load({{{targets}}}, (const void*){last});",
     r"st\.global(\.v[24])?\.\w32 ": "simt::store((void*){0}, {{{rest1}}});",
     r"red(\.relaxed|\.gpu)*\.global(\.gpu|\.relaxed)*\.add(\.v[24])?\.f32 ": "simt::add((float*){0}, {{{rest1}}});",

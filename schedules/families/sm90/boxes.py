@@ -6,6 +6,7 @@ from tvm.script import tirx as T
 
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.tma import (
+    LAST_ROW,
     PageSteps,
     encode_keys,
     encode_paged,
@@ -132,7 +133,8 @@ class TilesOfPages:
     def __init__(self, boxes: PagedBoxes, block, tensor: Tensor, lane):
         self.boxes, self.block, self.lane = boxes, block, lane
         self.tensor, self.steps = tensor, boxes.steps[id(tensor)]
-        self.pages = T.alloc_local([max(boxes.block_n // 32, 1)], "int32")
+        #: Of each box, how far before its end its rows begin, and where the end is (``paged_box``).
+        self.places = T.alloc_local([max(boxes.block_n // 32, 1) * 2], "int32")
 
     def _row(self, i):
         """First row in the tile of this lane's box number ``i``, ``block_n`` or more if there is none."""
@@ -140,32 +142,34 @@ class TilesOfPages:
 
     @T.inline
     def look_up(self, key_first):
-        """Look up on which pages the tile from key ``key_first`` on is."""
+        """Look up where the tile from key ``key_first`` on is."""
         geometry, block = T.meta_var((self.boxes.geometry, self.block))
         rows = T.meta_var(geometry.key_rows(self.tensor, block.batch, block.kv_head, geometry.keys.of(block.batch)))
         for i in T.unroll(max(self.boxes.block_n // 32, 1)):
             key: T.int32 = key_first + self._row(i)
-            self.pages[i] = 0
-            if T.And(self._row(i) < self.boxes.block_n, key < self.block.seqlen_kv):
-                self.pages[i] = rows.entry(rows.split(key)[0])
+            seen: T.int32 = T.min(T.max(self.block.seqlen_kv - key, 0), self.boxes.rows)
+            at = T.meta_var(rows.split(key))
+            page: T.int32 = 0
+            if T.And(self._row(i) < self.boxes.block_n, seen > 0):
+                page = rows.entry(at[0])
+            box = T.meta_var(paged_box(self.steps, page, at[1], seen, block.kv_head))
+            self.places[i * 2] = box[0]
+            self.places[i * 2 + 1] = box[2]
 
     @T.inline
-    def load(self, pipeline, state, descriptor, key_first):
-        """Fill a stage, which is empty, with that tile; what is past the last key is zero."""
+    def load(self, pipeline, state, descriptor):
+        """Fill a stage, which is empty, with the tile that was looked up; what is past the last key is zero.
+
+        A stage's turn comes when the consumers have let it go: all that can be computed before has been.
+        """
         if self.lane == 0:
             pipeline.expect(state)
         T.cuda.warp_sync()
         for i in T.unroll(max(self.boxes.block_n // 32, 1)):
             row: T.int32 = self._row(i)
             if row < self.boxes.block_n:
-                key: T.int32 = key_first + row
-                seen: T.int32 = T.min(T.max(self.block.seqlen_kv - key, 0), self.boxes.rows)
-                at: T.int32 = T.truncmod(key, self.boxes.geometry.page_size)
+                box = T.meta_var((self.places[i * 2], self.block.kv_head, self.places[i * 2 + 1], T.int32(LAST_ROW)))
                 for p in T.unroll(pipeline.panels):
                     load_panel(
-                        pipeline.pointer(state)(p, row, 0),
-                        descriptor,
-                        p,
-                        paged_box(self.steps, self.pages[i], at, seen, self.block.kv_head),
-                        pipeline.full.ptr_to([state.index]),
+                        pipeline.pointer(state)(p, row, 0), descriptor, p, box, pipeline.full.ptr_to([state.index])
                     )

@@ -4,8 +4,7 @@ The kernel of :mod:`schedules.families.sm90.split_kernel`, whose tiles of keys a
 (:class:`schedules.families.sm90.boxes.PagedBoxes`).  How long the splits of a sequence are follows from its own number
 of keys, which the device reads; blocks are as many as the machine runs at a time.
 
-The second launch knows by itself which splits a row has: what the first one doesn't write of the partial results is
-never read.
+What splits leave is folded by blocks themselves (:mod:`schedules.families.sm90.run_states`).
 
 Where that isn't faster (:func:`_by_boxes`), kernels are those of mma.sync (:mod:`schedules.families.mma.paged_decode`):
 rows of wgmma are 64, which heads that can't share a tile don't fill.  For pages that aren't whole boxes there are such
@@ -38,9 +37,11 @@ from schedules.families.sm90.config import (
 )
 from schedules.families.sm90.kernel import ALIGNMENT
 from schedules.families.sm90.parts import PartScheduler
+from schedules.families.sm90.run_states import bytes_of_states
 from schedules.families.sm90.split_kernel import compute_parts
 from schedules.tile.geometry import PagedGeometry, parameterised
-from schedules.tile.partial import PartialResults
+from schedules.tile.shares import RaggedShares
+from schedules.tile.states import PartialStates
 from schedules.tile.tile_scheduler import Traversal
 
 __all__ = ["Config", "default_configs", "feasible", "program", "space"]
@@ -162,7 +163,7 @@ def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Tar
     if pattern.depends_on_head and config.pack_heads:
         return Rejected("a score or a mask that differs from head to head can't have heads packed")
     keys = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
-    needed = (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + BARRIER_BYTES
+    needed = (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + bytes_of_states(pattern) + BARRIER_BYTES
     if needed > (available := available_memory(config)):
         return Rejected(f"needs {needed} bytes of shared memory, a block of {target} has {available}")
     needed = config.block_n // 2 + config.block_n // 4 + pattern.head_dim_v // 2 + OTHER_REGISTERS
@@ -171,8 +172,9 @@ def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Tar
     return None
 
 
-def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
-    """``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``."""
+def _runs(pattern: Pattern, config: Config, name: str) -> PrimFunc:
+    """``(q, k, v, o_partial, sums_partial, arrivals, o, lse, cu_seqlens_q, seqlens_k, page_table, softmax_scale,
+    *params)``."""
 
     def split_bits(keys):
         return split_keys.paged_split_bits(keys, config.block_n, split_lengths(config))
@@ -184,17 +186,31 @@ def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
             k: T.handle,
             v: T.handle,
             o_partial: T.handle,
-            lse_partial: T.handle,
+            sums_partial: T.handle,
+            arrivals: T.handle,
+            o: T.handle,
+            lse: T.handle,
             cu_seqlens_q: T.handle,
             seqlens_k: T.handle,
             page_table: T.handle,
             softmax_scale: T.float32,
         ):
-            handles = T.meta_var(((q, k, v), (cu_seqlens_q, seqlens_k, page_table)))
+            handles = T.meta_var(((q, k, v, o, lse), (cu_seqlens_q, seqlens_k, page_table)))
             geometry = PagedGeometry(pattern, *handles, softmax_scale, parameters, ALIGNMENT)
-            results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
-            scheduler = PartScheduler(pattern, geometry, config, split_bits, results.splits)
-            compute_parts(pattern, geometry, scheduler, PagedBoxes(geometry, config.block_n), results)
+            states = PartialStates((o_partial, sums_partial, arrivals), pattern.head_dim_v)
+            one = T.meta_var(not config.pack_heads)
+            shares = RaggedShares(
+                geometry.queries,
+                geometry.keys,
+                geometry.heads,
+                T.int32(1) if one else T.bind(T.truncdiv(geometry.heads, geometry.kv_heads)),
+                block_n=config.block_n,
+                split_bits=split_bits,
+                most_splits=states.splits,
+                blocks_per_sm=config.blocks_per_sm,
+            )
+            scheduler = PartScheduler(geometry, config, shares)
+            compute_parts(pattern, geometry, scheduler, PagedBoxes(geometry, config.block_n), states)
 
         return attention
 
@@ -207,6 +223,11 @@ def program(
     """The two launches; ``config`` must be feasible."""
     if not isinstance(config, Config):
         return _WARPS.program(pattern, config, target, traversal, name)
-    func = _partial(pattern, config, name)
-    options = {"lengths": split_lengths(config), "page_step": BOX_ROWS}
-    return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=True, **options)
+    return split_keys.paged_runs_program(
+        pattern,
+        _runs(pattern, config, name),
+        name,
+        alignment=ALIGNMENT,
+        lengths=split_lengths(config),
+        page_step=BOX_ROWS,
+    )

@@ -13,57 +13,34 @@ time alone: every part is computed for itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.config import WARPGROUP_ROWS
+from schedules.tile.combine import Sinks
 from schedules.tile.geometry import Geometry, local, site
 from schedules.tile.levels import from_lane, sum_up_to_lane
 from schedules.tile.packing import PackedRows
 from schedules.tile.parameters import Parameters
 from schedules.tile.sequences import count_lanes
-from schedules.tile.tile_scheduler import ceildiv
+from schedules.tile.shares import RaggedShares, kept_states
 
 _LANES = 32
 
 
 @T.meta_class
 class PartScheduler:
-    """How the parts are shared among blocks; made before ``T.device_entry()``, of host expressions.
+    """How the parts are shared among blocks; made before ``T.device_entry()``, of host expressions."""
 
-    Parameters
-    ----------
-    split_bits: ``split_bits(keys)``, of how many tiles of ``config.block_n`` keys the splits of a sequence of so many
-        keys are, as a power of two.
-    most_splits: that no sequence has more than.
-    """
-
-    def __init__(
-        self, pattern: Pattern, geometry: Geometry, config, split_bits: Callable[[Expr], Expr], most_splits: Expr
-    ):
-        self.geometry, self.config, self.split_bits, self.most_splits = geometry, config, split_bits, most_splits
-        one = not config.pack_heads
-        self.group = T.int32(1) if one else T.bind(T.truncdiv(geometry.heads, geometry.kv_heads))
-        self.units = T.bind(T.truncdiv(geometry.heads, self.group))
-        resident = T.call_extern("int32", "multiprocessors") * config.blocks_per_sm
-        most = most_splits * geometry.batch
-        self.shares = T.bind(T.max(T.min(T.truncdiv(resident, self.units), most), 1))
+    def __init__(self, geometry: Geometry, config, shares: RaggedShares):
+        self.geometry, self.config, self.shares = geometry, config, shares
+        self.group = shares.group
 
     def grid(self):
         """Blocks along each axis."""
-        return [self.units, self.shares]
-
-    def tiles(self, sequence: Expr) -> Expr:
-        """How many tiles of keys a sequence counts for: none if it has no queries."""
-        return self.tiles_of(self.geometry.queries.of(sequence).length, self.geometry.keys.of(sequence).length)
-
-    def tiles_of(self, queries: Expr, keys: Expr) -> Expr:
-        """The same of a sequence of so many queries and keys."""
-        return T.Select(queries > 0, ceildiv(keys, self.config.block_n), 0)
+        return [self.shares.units, self.shares.count]
 
     def key_tiles(self, part: Part):
         """First and end of the tiles of keys of a part."""
@@ -101,6 +78,8 @@ class Part:
     """The part that a block has come to, as the main loop asks of a work tile.
 
     ``exists`` says whether there is one, ``other_rows`` whether its rows are others than those of the part before.
+    Parts of the same rows one after the other are a run: ``begin`` is the first split of it, ``end`` the one after the
+    last.
     """
 
     def __init__(self, pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, unit, share):
@@ -110,8 +89,9 @@ class Part:
         self.head = local(unit * scheduler.group)
         self.kv_head = local(unit if self.config.pack_heads else geometry.kv_head(self.head))
         # The tiles before those of the sequence, and the end of the range that splits of the block begin in.
-        self.before, self.end = (local(T.int32(0)) for _ in range(2))
+        self.before, self.range_end, self.all_tiles = (local(T.int32(0)) for _ in range(3))
         self.batch, self.split, self.m_block = (local(T.int32(0)) for _ in range(3))
+        self.begin, self.end = (local(T.int32(0)) for _ in range(2))
         self.query_first, self.seqlen_q, self.seqlen_kv = (local(T.int32(0)) for _ in range(3))
         self.other_rows = local(T.int32(1))
         self.rows = PartRows(
@@ -126,26 +106,25 @@ class Part:
     @property
     def tiles(self):
         """How many tiles the sequence counts for."""
-        return self.scheduler.tiles_of(self.seqlen_q, self.seqlen_kv)
+        return self.scheduler.shares.tiles_of(self.seqlen_q, self.seqlen_kv)
 
     def tiles_before(self, split):
         """Tiles of the sequence before a split."""
-        return T.shift_left(split, self.scheduler.split_bits(self.seqlen_kv))
+        return T.shift_left(split, self.scheduler.shares.split_bits(self.seqlen_kv))
 
     def splits_within(self, tiles):
         """How many splits begin in the first ``tiles`` tiles of the sequence."""
-        bits = self.scheduler.split_bits(self.seqlen_kv)
-        return T.shift_right(tiles + T.shift_left(T.int32(1), bits) - 1, bits)
+        return self.scheduler.shares.splits_within(tiles, self.seqlen_kv)
 
     @property
     def splits(self):
         """How many splits the sequence has."""
-        return T.min(self.splits_within(self.tiles), self.scheduler.most_splits)
+        return self.splits_within(self.tiles)
 
     @property
     def exists(self):
         """Whether the block has come to a part, and not to its end."""
-        return self.before + self.tiles_before(self.split) < self.end
+        return self.before + self.tiles_before(self.split) < self.range_end
 
     @property
     def row_first(self):
@@ -155,24 +134,25 @@ class Part:
     @T.inline
     def find(self, lane):
         """A whole warp: find the block's first part."""
-        scheduler = T.meta_var(self.scheduler)
+        shares = T.meta_var(self.scheduler.shares)
         batch = T.meta_var(self.geometry.batch)
         # 1. A lane sums the tiles of as many sequences as it has.
         each: T.int32 = T.shift_right(batch + (_LANES - 1), 5)
         mine: T.int32 = 0
         for i in T.serial(each):
             if lane * each + i < batch:
-                mine = mine + scheduler.tiles(lane * each + i)
+                mine = mine + shares.tiles(lane * each + i)
         sums: T.int32 = sum_up_to_lane(mine, lane)
         total: T.int32 = from_lane(sums, _LANES - 1)
         # 2. The block's range, and the sequence in which it begins.
-        size: T.int32 = T.truncdiv(total + (scheduler.shares - 1), scheduler.shares)
+        self.all_tiles = total
+        size: T.int32 = shares.size(total)
         begin: T.int32 = self.share * size
-        self.end = T.min(begin + size, total)
+        self.range_end = T.min(begin + size, total)
         owner: T.int32 = count_lanes(sums <= begin)
         self.before = from_lane(sums - mine, T.bitwise_and(owner, _LANES - 1))
         self.batch = owner * each
-        if begin < self.end:
+        if begin < self.range_end:
             self.enter()
             while self.before + self.tiles <= begin:
                 self.leave()
@@ -181,7 +161,7 @@ class Part:
             self.split = self.splits_within(begin - self.before)
             self.go_on()
         else:
-            self.end = 0
+            self.range_end = 0
 
     @T.inline
     def enter(self):
@@ -202,12 +182,61 @@ class Part:
     @T.inline
     def go_on(self):
         """To the first split of a later sequence, if this one has no more."""
-        while T.And(self.split >= self.splits, self.before + self.tiles < self.end):
+        while T.And(self.split >= self.splits, self.before + self.tiles < self.range_end):
             self.leave()
             self.enter()
             self.split = 0
         if self.split >= self.splits:
-            self.end = 0
+            self.range_end = 0
+
+    @property
+    def first_run(self):
+        """How many splits the first run of the rows has."""
+        return self.scheduler.shares.first_run(
+            self.before, self.all_tiles, self.splits, self.seqlen_kv, self.rows.count
+        )
+
+    @property
+    def number(self):
+        """The split of the part."""
+        return self.split
+
+    @property
+    def count(self):
+        """Rows of the row tile."""
+        return T.min(self.rows.count - self.row_first, WARPGROUP_ROWS)
+
+    def has_row(self, row):
+        """Whether the row tile has a row."""
+        return row < self.count
+
+    def row_number(self, row):
+        """The number of a row of the row tile among all, int64."""
+        return self.rows.packed.number(self.geometry, self.row_first + row)
+
+    def output(self, row, column):
+        """Elements of o before a column of a row, int64."""
+        return replace(self.rows.packed, tensor=self.geometry.o).offset(self.row_first + row, column)
+
+    def sink(self, row):
+        """The logit that a row has beside those of its keys, None if rows have none."""
+        if not self.pattern.has_sink:
+            return None
+        sinks = Sinks(self.pattern, self.geometry.parameters)
+        return sinks.of(self.batch, self.rows.packed.head_of(self.row_first + row))
+
+    @T.inline
+    def begin_run(self):
+        """A run begins with the part: as many as the block has of the rows, and there is room for the states of."""
+        kept = T.meta_var(kept_states(self.rows.count))
+        self.begin = self.split
+        self.end = T.min(T.min(self.splits, self.splits_within(self.range_end - self.before)), self.split + kept)
+
+    @T.inline
+    def end_run(self):
+        """Go on from the end of a run to the next part."""
+        self.split = self.end - 1
+        self.advance()
 
     @T.inline
     def advance(self):

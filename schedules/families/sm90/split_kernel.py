@@ -1,4 +1,4 @@
-"""The launch that computes partial results of splits of the keys: warps that fetch, and a consumer warpgroup.
+"""The launch that computes splits of the keys and folds them: warps that fetch, and a consumer warpgroup.
 
 The forward kernel's main loop, over the parts that a block has (:mod:`schedules.families.sm90.parts`).  What limits
 these kernels is memory: every step masks and takes the maximum, so that no step is ever repeated, and the producer goes
@@ -13,16 +13,14 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, NamedBarriers, consumer_arrivals
 from schedules.families.sm90.config import PANEL, WARPGROUP_ROWS, panels
-from schedules.families.sm90.consumer import Consumer
 from schedules.families.sm90.parts import Part, PartScheduler
 from schedules.families.sm90.pipeline import Pipeline
+from schedules.families.sm90.run_states import RunConsumer, memory_of_states
 from schedules.families.sm90.softmax import Finished, Softmax
 from schedules.families.sm90.wgmma import swizzled
 from schedules.families.sm90.work_tile import KeyWalk
-from schedules.tile.epilogue import normalise
-from schedules.tile.geometry import Geometry, flat, wide
-from schedules.tile.partial import PartialResults
-from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.geometry import Geometry, flat
+from schedules.tile.states import PartialStates
 
 #: Elements of 16 bytes, which a thread copies at once.
 _CHUNK = 8
@@ -50,14 +48,13 @@ class PartSoftmax(Softmax):
 
 
 @T.meta_class
-class PartConsumer(Consumer):
+class PartConsumer(RunConsumer):
     """The consumer warpgroup, over the block's parts."""
 
-    def __init__(self, pattern: Pattern, config, part: Part, pipelines, results: PartialResults, warp, lane):
-        Consumer.__init__(self, pattern, config, part, pipelines, None, 0, warp, lane)
+    def __init__(self, pattern: Pattern, config, part: Part, pipelines, states: PartialStates, memory, warp, lane):
+        RunConsumer.__init__(self, pattern, config, part, pipelines, states, memory, warp, lane)
         self.softmax = PartSoftmax(pattern, part.site, part.rows, config.block_n)
         self.finished = Finished(self.softmax)
-        self.o, self.lse, self.splits = flat(results.o), flat(results.lse), results.splits
 
     @T.inline
     def run(self):
@@ -67,12 +64,17 @@ class PartConsumer(Consumer):
         while part.exists:
             if part.other_rows != 0:
                 self.read_queries()
-            walk = self.walk()
-            if walk.tiles.begin < walk.tiles.end:
-                self.compute(walk)
-            else:
-                self.write_nothing()
-            part.advance()
+            part.begin_run()
+            while part.split < part.end:
+                walk = self.walk()
+                if walk.tiles.begin < walk.tiles.end:
+                    self.compute(walk)
+                else:
+                    self.see_nothing()
+                self.end_split()
+                part.split = part.split + 1
+            self.end_run()
+            part.end_run()
 
     @T.inline
     def compute(self, walk):
@@ -82,8 +84,6 @@ class PartConsumer(Consumer):
         v = T.meta_var(self.v_state())
         self.issue_pv(v)
         self.finish_pv(v)
-        self.finished.keep(self.softmax)
-        self.write_partial()
 
     @T.inline
     def first_step(self, walk):
@@ -96,11 +96,7 @@ class PartConsumer(Consumer):
         self.k.consumer_wait(k)
         self.issue_qk(k)
         T.ptx.wgmma.wait_group.sync.aligned(0)
-        self.k.consumer_release(k, self.lane)
-        self.softmax.reset()
-        self.softmax.scores(self.acc_s, self._row0(), self._column0(walk.key_first(0)), True)
-        self.softmax.track(self.acc_s, 0.0)
-        self.softmax.probabilities(self.acc_s, self.softmax.scale)
+        self.first_softmax(walk, k)
         self.softmax.pack(self.acc_s, self.p)
         self.softmax.add_sums()
         self.next_k(k, self._more(walk, 0))
@@ -140,39 +136,6 @@ class PartConsumer(Consumer):
         barriers.queries_read(0)
         self.softmax.place(self._row0())
 
-    def _index(self, row):
-        """Number of a row, and of the part's split in it, int64."""
-        return self.block.rows.packed.number(self.block.geometry, row) * wide(self.splits) + wide(self.block.split)
-
-    @T.inline
-    def write_nothing(self):
-        """Say that the part's rows see nothing of it."""
-        thread = T.meta_var(self.warp * 32 + self.lane)
-        row: T.int32 = self.block.row_first + thread
-        if T.And(thread < WARPGROUP_ROWS, row < self.block.rows.count):
-            self.lse[self._index(row)] = T.float32(NEGATIVE_INFINITY)
-
-    @T.inline
-    def write_partial(self):
-        """Write the rows of this lane that there are."""
-        normalise(self.finished, self.acc_o, self.outputs)
-        fragment = T.meta_var(self.softmax.fragment)
-        columns = T.meta_var(self.pattern.head_dim_v)
-        column: T.int32 = fragment.column(self.lane)
-        for r in T.unroll(2):
-            row: T.int32 = self._row0() + r * fragment.row_step
-            if row < self.block.rows.count:
-                index: T.int64 = self._index(row)
-                if column == 0:
-                    self.lse[index] = self.finished.lse(r)
-                for g in T.unroll(self.outputs // 4):
-                    i = T.meta_var(g * 4 + r * 2)
-                    T.ptx["st.global.v2.f32"](
-                        self.o.ptr_to([index * columns + wide(column + fragment.output_column(g))]),
-                        self.acc_o[i],
-                        self.acc_o[i + 1],
-                    )
-
 
 @T.inline
 def _fetch(part: Part, tensor, pipeline, descriptor, lane):
@@ -186,13 +149,13 @@ def _fetch(part: Part, tensor, pipeline, descriptor, lane):
                 if T.Or(i == 0, walk.visible(i)) if part.pattern.has_gaps else True:
                     tiles.look_up(walk.key_first(i))
                     pipeline.producer_acquire(pipeline.state(n))
-                    tiles.load(pipeline, pipeline.state(n), descriptor, walk.key_first(i))
+                    tiles.load(pipeline, pipeline.state(n), descriptor)
                     n = n + 1
         part.advance()
 
 
 @T.inline
-def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, results: PartialResults):
+def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, states: PartialStates):
     """The kernel's text, from the descriptors on."""
     config = T.meta_var(scheduler.config)
     # 1. Descriptors of the tensors, made on the host.
@@ -200,19 +163,19 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     T.evaluate(boxes.encode_keys(k_map, geometry.k, config.block_n))
     v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
     T.evaluate(boxes.encode_keys(v_map, geometry.v, config.block_n))
-    # 2. Blocks, warps, lanes; the launch that combines may begin when every block has come here.
+    # 2. Blocks, warps, lanes.
     T.device_entry()
     T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
     unit, share = T.cta_id(scheduler.grid())
     warp = T.warp_id([config.threads // 32])
     lane = T.lane_id([32])
     T.thread_id([config.threads])
-    T.ptx.griddepcontrol.launch_dependents()
     # 3. Shared memory: queries, pipelines of keys and values, barriers.
     pool = SMEMPool()
     q_pipeline = Pipeline(pool, 1, panels(pattern.head_dim), config.block_m, pattern.dtype)
     k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, pattern.dtype)
     v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, pattern.dtype)
+    memory = memory_of_states(pool, pattern)
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
     pool.commit()
@@ -230,10 +193,11 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
         T.ptx["setmaxnreg.dec.sync.aligned.u32"](config.registers[0])
         if warp == WARPS:
             _fetch(part, geometry.k, k_pipeline, k_map, lane)
+            T.ptx.griddepcontrol.wait()  # this launch isn't to end before the one that clears counters
         if warp == WARPS + 1:
             _fetch(part, geometry.v, v_pipeline, v_map, lane)
     else:
         T.ptx["setmaxnreg.inc.sync.aligned.u32"](config.registers[1])
         pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
-        consumer = PartConsumer(pattern, config, part, pipelines, results, warp, lane)
+        consumer = PartConsumer(pattern, config, part, pipelines, states, memory, warp, lane)
         consumer.run()
