@@ -90,6 +90,11 @@ class Config:
         return REGISTERS[self.num_consumer_warpgroups, self.blocks_per_sm]
 
     @property
+    def reserved_memory(self) -> int:
+        """Bytes of shared memory beside queries, keys and values."""
+        return 0
+
+    @property
     def persistent(self) -> bool:
         """Whether blocks go on to other places."""
         return self.waves > 0
@@ -126,8 +131,8 @@ def q_stages(pattern: Pattern, config: Config) -> int:
 
 
 def available_memory(config: Config) -> int:
-    """Bytes of shared memory that a block may have; each of those on a multiprocessor costs 1 KiB more."""
-    return (SHARED_MEMORY + 1024) // config.blocks_per_sm - 1024
+    """Bytes of shared memory that a block may have for tiles; each of those on a multiprocessor costs 1 KiB more."""
+    return (SHARED_MEMORY + 1024) // config.blocks_per_sm - 1024 - config.reserved_memory
 
 
 def narrow_axes(config: Config) -> tuple[sizes.Expression, ...]:
