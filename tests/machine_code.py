@@ -6,10 +6,9 @@ import struct
 from pathlib import Path
 
 import pytest
-import tvm
-from tvm.backend.cuda import export_cuda_host
 
-from schedules.families.interface import Program
+from schedules.builder.compile import export_cuda
+from schedules.families.interface import Program, Target
 from schedules.toolchain import cuda
 from schedules.toolchain.process import ToolchainError
 
@@ -44,9 +43,7 @@ def compiled(program: Program, arch: str, folder: Path):
     ToolchainError: ptxas reports what must not ship, such as a spill (:func:`schedules.toolchain.ptxas.check`).
     """
     needs_compiler(arch)
-    module = tvm.IRModule(program.functions)
-    target = tvm.target.Target({"kind": "cuda", "arch": arch}, host={"kind": "cuda_host"})
-    text = export_cuda_host(tvm.compile(module, target=target, tir_pipeline=program.pipeline).mod)
+    text = export_cuda(program, Target(arch))
     source, target_file = folder / "kernel.cu", folder / "kernel.o"
     source.write_text(text)
     report = cuda.compile_object(source, target_file, arch)

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
 #: Names the folder to the processes that the first one starts, such as workers of xdist.
@@ -22,7 +21,6 @@ def begin() -> None:
         atexit.register(shutil.rmtree, os.environ[VARIABLE], ignore_errors=True)
 
 
-@lru_cache
 def once(name: str, make: Callable[[Path], None]) -> Path:
     """A folder that ``make`` has filled, in the process that came first; the others wait for it.
 

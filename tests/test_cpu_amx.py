@@ -18,7 +18,7 @@ from schedules.builder.suite import KernelSpec
 from schedules.definition.operator import SCALES
 from schedules.families import cpu, maker_of
 from schedules.families.interface import PAGED, RAGGED
-from tests import cases, paged_cases, ragged_cases, scaled_cases, torch_cases
+from tests import cases, paged_cases, ragged_cases, scaled_cases, shared, torch_cases
 from tests.amx import emulate
 from tests.cases import CASES
 from tests.torch_cases import attend, own_case
@@ -101,20 +101,20 @@ def test_ragged_sequences(tmp_path):
             ragged_cases.check(case, data, *ragged_cases.run(case, data, compute, pattern.params))
 
 
-def paged_kernel(kind, folder):
-    """What runs a kernel whose keys are on pages, and its parameters."""
+def paged_kernel(kind):
+    """What runs a kernel whose keys are on pages, and its parameters; it is compiled once."""
     spec = KernelSpec("v2", BUILTIN_DEFINITION, "positioned", "optional", "bfloat16", 64, 64, kind=kind)
     pattern = pattern_of(spec, emulate.TARGET)
     config = maker_of(emulate.TARGET, kind).default_configs("v2", pattern, emulate.TARGET)[0]
-    folder.mkdir(exist_ok=True)
-    function = tvm_ffi.load_module(str(emulate.build(spec, pattern, config, folder)))[spec.symbol]
+    folder = shared.once(f"amx_{kind}", lambda folder: emulate.build(spec, pattern, config, folder))
+    function = tvm_ffi.load_module(str(folder / f"{spec.symbol}.so"))[spec.symbol]
     where = ("cu_seqlens_q", "seqlens_k", "page_table", *(SCALES if kind != PAGED else ()), "softmax_scale")
     roles = ("q", "k", "v", "o", "lse", *where, *(p.name for p in pattern.params))
     return (lambda values, _: function(*(values[role] for role in roles))), pattern.params
 
 
-def test_keys_on_pages(tmp_path):
-    compute, params = paged_kernel(PAGED, tmp_path)
+def test_keys_on_pages():
+    compute, params = paged_kernel(PAGED)
     for case in paged_cases.PAGED_CASES:
         if case.of.dtype == "bfloat16":
             data = ragged_cases.inputs(case.of)
@@ -122,9 +122,9 @@ def test_keys_on_pages(tmp_path):
 
 
 @pytest.mark.parametrize("cache", scaled_cases.CACHES)
-def test_caches_of_8_bits_give_the_bits_of_what_they_stand_for(cache, tmp_path):
+def test_caches_of_8_bits_give_the_bits_of_what_they_stand_for(cache):
     kind = next(k for k, dtype in CACHE_OF_KIND.items() if dtype == cache)
-    kernels = paged_kernel(PAGED, tmp_path / "plain"), paged_kernel(kind, tmp_path / "scaled")
+    kernels = paged_kernel(PAGED), paged_kernel(kind)
     for i, case in enumerate(c for c in paged_cases.PAGED_CASES if c.of.dtype == "bfloat16"):
         data = ragged_cases.inputs(case.of)
         scaled, plain = scaled_cases.quantised(case, data, cache, bool(i % 2))

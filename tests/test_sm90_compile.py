@@ -8,9 +8,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
-import tvm
-from tvm.backend.cuda import export_cuda_host
-
+from schedules.builder.compile import export_cuda
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
@@ -35,11 +33,10 @@ def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, hea
     return match(definition(head_dim, dtype, head_dim_v=head_dim_v, index_dtype=sm90.INDEX_DTYPE))
 
 
-def compiled(functions: dict, folder):
+def compiled(program: Program, folder):
     """The report of ptxas and how often each of ``_OPCODES`` occurs; ptxas.check has passed."""
-    target = tvm.target.Target({"kind": "cuda", "arch": TARGET.arch}, host={"kind": "cuda_host"})
     source = folder / "kernel.cu"
-    source.write_text(export_cuda_host(tvm.compile(tvm.IRModule(functions), target=target, tir_pipeline="tirx").mod))
+    source.write_text(export_cuda(program, TARGET))
     report = cuda.compile_object(source, folder / "kernel.o", TARGET.arch)
     return report, _count_opcodes((folder / "kernel.o").read_bytes())
 
@@ -78,7 +75,7 @@ def test_machine_code(template, bucket, pattern, tmp_path):
     config = sm90.default_configs(template.__name__.rpartition(".")[2], pattern, TARGET)[bucket]
     program = template.apply(pattern, TARGET, "kernel", config)
     assert isinstance(program, Program), program
-    report, count = compiled(program.functions, tmp_path)
+    report, count = compiled(program, tmp_path)
     (kernel,) = report.kernels
     assert kernel.spills == kernel.stack == 0
     assert kernel.registers * config.threads * config.blocks_per_sm <= 65536
@@ -97,7 +94,7 @@ def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_
         sizes[scalar.name] = evaluate(scalar.value, sizes)
     shapes = [tuple(evaluate(size, sizes) for size in workspace.shape) for workspace in program.workspaces]
     assert shapes == [(192, 20, 128), (192, 20, 2)]  # 5000 keys in splits of 256
-    report, count = compiled(program.functions, tmp_path)
+    report, count = compiled(program, tmp_path)
     assert len(report.kernels) == 2
     assert all(kernel.spills == kernel.stack == 0 for kernel in report.kernels)
     assert max(kernel.registers for kernel in report.kernels) <= config.registers
