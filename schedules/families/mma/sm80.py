@@ -25,6 +25,7 @@ from schedules.families.interface import (
 )
 from schedules.families.mma import backward, mma, scaled, scaled_decode
 from schedules.families.mma.asynchronous import Config, DecodeMachine, Machine, PairedMachine, feasible
+from schedules.families.mma.backward.joint_machine import JointMachine
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.query_machine import QueryMachine
 from schedules.families.mma.decode import Decoding
@@ -150,6 +151,11 @@ class BackwardKeys(AsynchronousStages, AmpereProducts, KeyMachine):
 
 
 @T.meta_class
+class BackwardJoint(AsynchronousStages, AmpereProducts, JointMachine):
+    """The backward's joint launch."""
+
+
+@T.meta_class
 class BackwardQueries(AsynchronousStages, AmpereProducts, QueryMachine):
     """The backward's launch for dq."""
 
@@ -247,7 +253,7 @@ KINDS = {
     PAGED: PagedForward(Config, default_configs, space, feasible, _machine),
     **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(Config, feasible),
-    BACKWARD: backward.Backward((BackwardKeys, BackwardQueries), _backward_config),
+    BACKWARD: backward.Backward((BackwardKeys, BackwardQueries, BackwardJoint), _backward_config),
     BACKWARD_ACCUMULATE: backward.AccumulatingBackward((BackwardKeys, BackwardQueries), _accumulating_config),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
