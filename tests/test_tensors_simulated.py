@@ -14,13 +14,15 @@ import numpy as np
 
 from schedules.builder.suite import KernelSpec
 from schedules.definition.attention import Attention
-from schedules.definition.catalogue import FULL, IDENTITY, MASKS, SCORES
+from schedules.definition.catalogue import FULL, IDENTITY, MASKS, SCORES, ScoreModification
 from schedules.definition.pattern import match
 from schedules.definition.sample import parameters_of
 from schedules.families.interface import BACKWARD, FORWARD
 from tests import tensor_trials, torch_cases
 from tests.definitions.with_tensors import documents, relative
 from tests.simt.defaults import default_kernel
+from tvm_flash import reference
+from tvm_flash.packs.manifest import Param
 
 BIASED, GIVEN = Attention(SCORES["biased"], FULL, "biased"), Attention(IDENTITY, MASKS["given"], "given")
 
@@ -77,4 +79,26 @@ def test_all_ways_in_which_tensors_lie(kernel, tmp_path):
 
 def test_tensors_that_are_fetched_at_the_beginning_of_their_step(tmp_path):
     found = made(BIASED, "sm_90a", "v2", FORWARD, 64, "bfloat16", tmp_path, tensors_ahead=False)
+    check(found, tensor_trials.forward(found.kernel, TRIALS))
+
+
+#: A bias of 16 bits that is the same for all heads, under a causal mask: warpgroups pass tiles that they don't see.
+CAUSAL_BIASED = Attention(
+    ScoreModification("biased", SCORES["biased"].expr, reference.biased, (Param("bias", "bfloat16", axes="ij"),)),
+    MASKS["causal"],
+    "causal_biased",
+)
+
+
+@pytest.mark.parametrize(
+    "attention, head_dim, changes",
+    [
+        (BIASED, 64, {}),  # rows of 384 bytes: swizzled by 128
+        (BIASED, 128, {}),  # 320 bytes, by 64
+        (CAUSAL_BIASED, 64, {"block_n": 64}),  # 128 bytes
+        (CAUSAL_BIASED, 128, {}),  # 160 bytes, by 32
+    ],
+)
+def test_tensors_that_come_as_boxes(attention, head_dim, changes, tmp_path):
+    found = made(attention, "sm_90a", "v2", FORWARD, head_dim, "bfloat16", tmp_path, tensor_boxes=True, **changes)
     check(found, tensor_trials.forward(found.kernel, TRIALS))

@@ -218,6 +218,14 @@ class TensorMap {
 // What a number is, and not how it was computed: TVM's simplifier sees no further.
 extern "C" inline int32_t opaque(int32_t value) { return value; }
 
+// The last multiple of a power of two that isn't behind an address, and whether the address is one.
+extern "C" inline void* begin_of_multiple(void* address, int32_t unit) {
+  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(address) / unit * unit);
+}
+extern "C" inline int32_t is_multiple(void* address, int32_t unit) {
+  return reinterpret_cast<uintptr_t>(address) % unit == 0;
+}
+
 // How many multiprocessors the current device has; kernels whose blocks stay for more than one tile ask for it.
 extern "C" inline int32_t multiprocessors() {
   static std::array<std::atomic<int>, device_image::kDevices> kept = {};

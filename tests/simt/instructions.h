@@ -61,6 +61,7 @@ void commit();
 void wait(size_t in_flight);
 void load4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from);
 void load2(uint32_t& a, uint32_t& b, uint32_t from);
+void load1(uint32_t& a, uint32_t from);
 void load_or_zero(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from, int exists);
 void load_half_or_zero(uint32_t& a, uint32_t& b, const void* from, int exists);
 void store_shared(uint32_t to, const void* words, uint32_t bytes);

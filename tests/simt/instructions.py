@@ -22,6 +22,7 @@ _INSTRUCTIONS = {
     r"exit;": "simt::leave();",
     r"setmaxnreg\.|griddepcontrol\.": "",  # blocks and launches run one after the other
     # Loads, stores, cp.async.
+    r"ld\.shared\.b32 ": "simt::load1({0}, {1} + {offset});",
     r"ld\.shared\.v2": "simt::load2({0}, {1}, {2} + {offset});",
     r"ld\.shared\.v4": "simt::load4({0}, {1}, {2}, {3}, {4} + {offset});",
     r"st\.shared\.v[24]\.\w\d\d |st\.shared\.\w\d\d ": "simt::store_shared({0} + {offset}, {{{rest1}}});",

@@ -7,6 +7,10 @@
 
 // What kernels' host halves ask of the library that launches them.
 extern "C" int32_t opaque(int32_t value) { return value; }
+extern "C" void* begin_of_multiple(void* address, int32_t unit) {
+  return (void*)((uintptr_t)address / unit * unit);
+}
+extern "C" int32_t is_multiple(void* address, int32_t unit) { return (uintptr_t)address % unit == 0; }
 extern "C" int32_t multiprocessors() { return simt::settings.multiprocessors; }
 
 // Called from Python: how the module's launches are to run from now on.

@@ -73,6 +73,12 @@ void load2(uint32_t& a, uint32_t& b, uint32_t from) {
   const uint32_t* p = (const uint32_t*)at(from);
   a = p[0], b = p[1];
 }
+void load1(uint32_t& a, uint32_t from) {
+  wait(0);
+  land(self().open);
+  self().open.clear();
+  a = *(const uint32_t*)at(from);
+}
 void store_shared(uint32_t to, const void* words, uint32_t bytes) {
   check_shared(to, bytes, bytes, "st.shared");
   memcpy(at(to), words, bytes);

@@ -55,6 +55,8 @@ struct cudaLaunchConfig_t {
 
 // What kernels' host halves ask of the library that launches them.
 extern "C" int32_t opaque(int32_t value);
+extern "C" void* begin_of_multiple(void* address, int32_t unit);
+extern "C" int32_t is_multiple(void* address, int32_t unit);
 extern "C" int32_t multiprocessors();
 
 template <typename T>

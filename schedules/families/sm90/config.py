@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
+from schedules.tile.element_pairs import BYTES
 from tvm_flash.packs import sizes
+from tvm_flash.packs.manifest import Param
 
 #: Elements of a shared-memory panel: 64 16-bit elements are the 128 bytes of the swizzle atom.
 PANEL = 64
@@ -18,6 +20,10 @@ SHARED_MEMORY = 227 * 1024
 OTHER_REGISTERS = 32
 #: The head section that is all heads of all batches.
 ALL = 0
+#: Bytes that TMA's addresses and strides are multiples of.
+ALIGNMENT = 16
+#: Stages of tensors that come as boxes.
+TENSOR_STAGES = 2
 #: Room for the barriers.
 BARRIER_BYTES = 512
 #: Registers of a producer's and of a consumer's thread, by consumer warpgroups and blocks of a multiprocessor: all that
@@ -55,6 +61,7 @@ class Config:
         and take another only when the row sum of a step shows that it has been far exceeded.
     tensors_ahead: what tensors hold for a step's scores is fetched as soon as the step before has its scores, and not
         at the step's own beginning.
+    tensor_boxes: tensors over queries and keys come as boxes of TMA, where they lie so.
     pack_heads: query heads of a group share a work tile where there are few queries (``rows.py``).
     head_section: heads whose work tiles are visited together, strip by strip; 1 visits all work tiles of a head first,
         ``ALL`` a strip of all heads and batches.
@@ -73,6 +80,7 @@ class Config:
     head_section: int = 1
     pack_heads: bool = False
     tensors_ahead: bool = False
+    tensor_boxes: bool = False
 
     @property
     def block_m(self) -> int:
@@ -110,13 +118,26 @@ def panels(head_dim: int) -> int:
     return -(-head_dim // PANEL)
 
 
+def boxed_params(pattern: Pattern) -> tuple[Param, ...]:
+    """The tensors that can come as boxes."""
+    return tuple(p for p in pattern.params if "i" in p.axes and "j" in p.axes)
+
+
+def box_bytes(param: Param, config: Config) -> int:
+    """Bytes of a row of a box: the most that can be swizzled and that divides a tile's rows; 0 if none does."""
+    row = config.block_n * BYTES[param.dtype]
+    return next((size for size in (128, 64, 32) if row % size == 0), 0)
+
+
 def shared_memory(pattern: Pattern, config: Config, q_stages: int) -> int:
     """Bytes of shared memory that a block needs with room for the queries of ``q_stages`` work tiles."""
     row = 2 * PANEL
     q = q_stages * config.block_m * panels(pattern.head_dim)
     k_and_v = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
     output = WARPGROUP_ROWS * panels(pattern.head_dim_v) if config.separate_output else 0
-    return (q + k_and_v + output) * row + BARRIER_BYTES
+    boxed = boxed_params(pattern) if config.tensor_boxes else ()
+    tensors = TENSOR_STAGES * config.block_m * config.block_n * sum(BYTES[p.dtype] for p in boxed)
+    return (q + k_and_v + output) * row + tensors + BARRIER_BYTES
 
 
 def q_stages(pattern: Pattern, config: Config) -> int:
@@ -173,6 +194,11 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected("parameters of each head need waves 0: a block reads them once")
     if config.tensors_ahead and (not config.running_max or pattern.has_gaps):
         return Rejected("tensors_ahead needs running_max, as a step may not be taken again, and a mask without gaps")
+    if config.tensor_boxes:
+        if pattern.has_gaps or not boxed_params(pattern):
+            return Rejected("tensor_boxes needs a tensor over queries and keys, and a mask without gaps")
+        if not all(box_bytes(p, config) for p in boxed_params(pattern)):
+            return Rejected(f"tensor_boxes: rows of block_n {config.block_n} are no multiple of 32 bytes")
     if config.overlap_tiles and not (config.several_tiles and q_stages(pattern, config) == 2):
         return Rejected("overlap_tiles needs tiles_per_cta 2 or waves, and room for the queries of two work tiles")
     needed = shared_memory(pattern, config, q_stages(pattern, config))

@@ -58,6 +58,7 @@ class Consumer:
         index,
         warp,
         lane,
+        tensors=(),
     ):
         self.pattern, self.config, self.block = pattern, config, block
         self.q, self.k, self.v = pipelines
@@ -75,14 +76,17 @@ class Consumer:
         self.acc_o = T.alloc_local([self.outputs], "float32")
         self.p = T.alloc_local([config.block_n // 4], "uint32")
         self.softmax = Softmax(pattern, block.site, block.rows, config.block_n)
-        self.softmax.add_tensors(lane)
+        self.row = index * WARPGROUP_ROWS + warp * 16  # first row of this warp in the work tile
+        self.tensors = tensors
+        self.softmax.add_tensors(lane, tensors, self.row)
         self.fetches_ahead = len(self.softmax.tensors) > 0 and config.tensors_ahead
         self.finished = Finished(self.softmax)
         self.n = T.local_scalar("int32")  # tiles of keys that were scored, over all work tiles
         self.counter = TileCounter(self.n)
         self.first = T.local_scalar("int32")  # step that a work tile begins with, for this warpgroup
         self.total = T.local_scalar("int32")  # of all steps, where they have to be counted
-        self.row = index * WARPGROUP_ROWS + warp * 16  # first row of this warp in the work tile
+        if tensors:
+            self.fetched = T.local_scalar("int32")  # tiles of tensors that were fetched
 
     # ------------------------------------------------------------ tiles
 
@@ -124,6 +128,7 @@ class Consumer:
         self.issue_pv(v)
         if static(self.config.pingpong):
             self.barriers.pass_turn(self.index)
+        self.fetch_boxes()
         T.ptx.wgmma.wait_group.sync.aligned(1)
 
     def _q_descriptor(self):
@@ -177,7 +182,26 @@ class Consumer:
     def fetch(self, key_first):
         """Fetch what tensors hold for the scores of the tile of keys from ``key_first`` on."""
         if len(self.softmax.tensors) > 0:
-            self.softmax.fetch(self._row0(), self._column0(key_first), key_first + (self.config.block_n - 1))
+            last = T.meta_var(key_first + (self.config.block_n - 1))
+            if static(bool(self.tensors)):
+                self.softmax.fetch(self._row0(), self._column0(key_first), last, self.tensors.ready)
+            else:
+                self.softmax.fetch(self._row0(), self._column0(key_first), last)
+
+    @T.inline
+    def fetch_boxes(self):
+        """While the products of a step are computed, take over what has come to shared memory for its scores."""
+        if static(bool(self.tensors)):
+            if self.tensors.ready != 0:
+                self.tensors.wait(self.fetched)
+                self.softmax.fetch_boxes(self.tensors.state(self.fetched).index)
+                self.pass_boxes()
+
+    @T.inline
+    def pass_boxes(self):
+        """Let go what has come to shared memory for a step, which it needs no more."""
+        self.tensors.release(self.fetched, self.lane)
+        self.fetched = self.fetched + 1
 
     @T.inline
     def fetch_now(self, key_first):
@@ -267,6 +291,8 @@ class Consumer:
     def run(self):
         """Compute the block's work tiles."""
         self.counter.start()
+        if static(bool(self.tensors)):
+            self.fetched = 0
         if static(self.config.pingpong):
             if self.index == self.config.num_consumer_warpgroups - 1:
                 self.barriers.start_turns()
@@ -317,6 +343,7 @@ class Consumer:
         self.q.consumer_wait(self.q_state())
         self.k.consumer_wait(k)
         self.issue_qk(k)
+        self.fetch_boxes()
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.first_softmax(walk, k)
         self.softmax.pack(self.acc_s, self.p)
@@ -359,6 +386,10 @@ class Consumer:
                 self.barriers.pass_turn(self.index)
             self.v.consumer_wait(v)
             self.v.consumer_release(v, self.lane)
+            if static(bool(self.tensors)):
+                if self.tensors.ready != 0:
+                    self.tensors.wait(self.fetched)
+                    self.pass_boxes()
             self.counter.advance()
         self.first = hidden
 

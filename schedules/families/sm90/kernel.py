@@ -12,19 +12,18 @@ from tvm.tirx import PrimFunc
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.boxes import DenseBoxes
-from schedules.families.sm90.config import WARPGROUP_ROWS, Config, panels, q_stages
+from schedules.families.sm90.config import ALIGNMENT, WARPGROUP_ROWS, Config, panels, q_stages
 from schedules.families.sm90.consumer import Consumer
 from schedules.families.sm90.epilogue import epilogue
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.producer import fetch_keys, fetch_pages, fetch_queries, prologue, store_outputs
+from schedules.families.sm90.tensor_boxes import TensorBoxes
 from schedules.families.sm90.tile_scheduler import TileScheduler
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import Geometry, parameterised
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
-
-ALIGNMENT = 16  # bytes; what TMA asks of addresses and strides
 
 
 def build(
@@ -51,6 +50,15 @@ def _kernel(
     return attention
 
 
+def encode_tensors(tensors: TensorBoxes) -> list:
+    """Descriptors of what comes as boxes beside keys and values, made on the host."""
+    maps = []
+    for x in tensors.boxes.values():
+        maps.append(T.bind(T.tvm_stack_alloca("tensormap", 1)))
+        T.evaluate(x.encode(maps[-1], tensors.ready))
+    return maps
+
+
 @T.inline
 def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, scheduler, boxes, consumer_type=Consumer):
     """The kernel's text, from the descriptors on."""
@@ -67,6 +75,8 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
     o_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
     if static(not geometry.merges):
         T.evaluate(boxes.encode_queries(o_map, geometry.o, WARPGROUP_ROWS))
+    tensors = T.meta_var(TensorBoxes(pattern, config, geometry, rows))
+    tensor_maps = T.meta_var(encode_tensors(tensors))
     # 2. Blocks, warps, lanes.
     T.device_entry()
     T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
@@ -80,10 +90,12 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
     q_pipeline = Pipeline(pool, q_stages(pattern, config), panels(pattern.head_dim), config.block_m, dtype)
     k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
     v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
+    tensors.add_memory(pool)
     finished = epilogue(pattern, config, pool, q_pipeline, geometry.merges)
     q_pipeline.add_barriers(pool)
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
+    tensors.add_barriers(pool)
     finished.add_barriers(pool)
     scheduler.add_memory(pool)
     pool.commit()
@@ -91,7 +103,13 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
     @T.inline
     def begin():
         prologue(
-            Block(pattern, config, geometry, rows, scheduler, boxes, (x, y, z)), q_pipeline, k_pipeline, q_map, k_map
+            Block(pattern, config, geometry, rows, scheduler, boxes, (x, y, z)),
+            q_pipeline,
+            k_pipeline,
+            q_map,
+            k_map,
+            tensors,
+            tensor_maps,
         )
 
     if warp == producer:  # only a whole warp may elect
@@ -100,6 +118,8 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
             q_pipeline.init(finished.releases)
             k_pipeline.init(consumer_arrivals(consumers))
             v_pipeline.init(consumer_arrivals(consumers))
+            if static(bool(tensors)):
+                tensors.init()
             finished.init()
             scheduler.init()
             T.ptx.fence.mbarrier_init.release.cluster()
@@ -117,7 +137,7 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
                     fetch_pages(block, k_pipeline, geometry.k, k_map, lane)
                 else:
                     if T.cuda.elect_sync():
-                        fetch_keys(block, k_pipeline, k_map, 1)
+                        fetch_keys(block, k_pipeline, k_map, 1, tensors, tensor_maps)
             if warp == producer + 1:
                 if static(boxes.by_pages):
                     fetch_pages(block, v_pipeline, geometry.v, v_map, lane)
@@ -137,7 +157,7 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
             pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
-            consumer = consumer_type(pattern, config, block, pipelines, finished, warp // 4, warp % 4, lane)
+            consumer = consumer_type(pattern, config, block, pipelines, finished, warp // 4, warp % 4, lane, tensors)
             consumer.run()
 
     scheduler.if_found(work)

@@ -13,7 +13,7 @@ from schedules.tile.static import static
 
 
 @T.inline
-def prologue(block, q, k, q_map, k_map):
+def prologue(block, q, k, q_map, k_map, tensors, tensor_maps):
     """Fetch the first tiles of Q and K, before any other thread needs to be ready; their stages are empty.
 
     Pages are a whole warp's task: there Q alone.
@@ -24,28 +24,32 @@ def prologue(block, q, k, q_map, k_map):
         walk = KeyWalk(block, 0, block.config.block_m)
         q.load(q.state(0), q_map, block.queries(0))
         k.load(k.state(0), k_map, block.keys(walk.key_first(0)))
+        if static(bool(tensors)):
+            tensors.load(block, 0, tensor_maps, walk.key_first(0))
 
 
 @T.inline
-def _fetch_tiles(block, pipeline, descriptor, first, n):
+def _fetch_tiles(block, pipeline, descriptor, first, n, tensors, tensor_maps):
     """Those of the block's work tile; ``n`` counts them, over all work tiles."""
     walk = KeyWalk(block, 0, block.config.block_m)
     for i in T.serial(walk.steps):
         if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
             if n >= first:
+                if static(bool(tensors)):
+                    tensors.load(block, n, tensor_maps, walk.key_first(i))
                 pipeline.producer_acquire(pipeline.state(n))
                 pipeline.load(pipeline.state(n), descriptor, block.keys(walk.key_first(i)))
             n = n + 1
 
 
 @T.inline
-def fetch_keys(block, pipeline, descriptor, first):
-    """Fill the pipeline of K or of V, from tile ``first`` on."""
+def fetch_keys(block, pipeline, descriptor, first, tensors=None, tensor_maps=()):
+    """Fill the pipeline of K or of V, from tile ``first`` on, and before each tile that of the tensors given."""
     n: T.int32 = 0
 
     @T.inline
     def fetch(t):
-        _fetch_tiles(block, pipeline, descriptor, first, n)
+        _fetch_tiles(block, pipeline, descriptor, first, n, tensors, tensor_maps)
 
     block.scheduler.each_tile(block, True, None, fetch)
 

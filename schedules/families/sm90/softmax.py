@@ -42,18 +42,43 @@ class Softmax(OnlineSoftmax):
         self.step_sum = T.alloc_local([2], "float32")
         self.tensors = {}
 
-    def add_tensors(self, lane):
-        """Keep the values of tensors with an axis of keys in registers, by :meth:`fetch`."""
+    def add_tensors(self, lane, boxes, row):
+        """Keep the values of tensors with an axis of keys in registers, by :meth:`fetch`.
+
+        Those of ``boxes`` may come to shared memory; ``row`` is the work tile's row that the warp begins with.
+        """
+        self.row = row
         of_keys = [p for p in self.pattern.params if "j" in p.axes]
         self.tensors = {
-            p.name: TensorTile(p, self.at.params[p.name], self.fragment, self.groups * self.fragment.group, lane)
+            p.name: TensorTile(
+                p,
+                self.at.params[p.name],
+                self.fragment,
+                self.groups * self.fragment.group,
+                lane,
+                boxes.boxes.get(p.name) if boxes else None,
+            )
             for p in of_keys
         }
 
-    def fetch(self, row0, column0, last):
-        """Fetch what tensors hold for a step's scores; ``last`` is the last of its keys."""
+    def fetch(self, row0, column0, last, in_boxes=None):
+        """Fetch what tensors hold for a step's scores; ``last`` is the last of its keys.
+
+        What is ``in_boxes`` is fetched by :meth:`fetch_boxes`, if that isn't 0.
+        """
         for x in self.tensors.values():
-            x.fetch([self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)], column0, last)
+            rows = [self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)]
+            if x.box is None:
+                x.fetch(rows, column0, last)
+            else:
+                with T.If(in_boxes == 0), T.Then():
+                    x.fetch(rows, column0, last)
+
+    def fetch_boxes(self, stage):
+        """Fetch what has come to shared memory for a step's scores, from a stage."""
+        for x in self.tensors.values():
+            if x.box is not None:
+                x.fetch_box(self.row, stage)
 
     def look_at(self, t, g, r, e) -> None:
         self.register = (g, r, e)

@@ -29,8 +29,8 @@ class TensorTile:
     A pair of 32-bit elements takes two words, one of 16-bit elements a word, and of bytes the word that they are in.
     """
 
-    def __init__(self, param: Param, elements: Elements, fragment: Fragment, columns: int, lane):
-        self.param, self.elements, self.fragment, self.lane = param, elements, fragment, lane
+    def __init__(self, param: Param, elements: Elements, fragment: Fragment, columns: int, lane, box=None):
+        self.param, self.elements, self.fragment, self.lane, self.box = param, elements, fragment, lane, box
         self.groups, self.rows = columns // fragment.group, 2 if "i" in param.axes else 1
         self.bytes = BYTES[param.dtype]
         self.per_pair = 2 if self.bytes == 4 else 1
@@ -68,6 +68,14 @@ class TensorTile:
                 self._fetch_pairs(rows, column0)
             with T.Else():
                 self._fetch_elements(rows, column0)
+
+    def fetch_box(self, row, stage):
+        """Fetch a step's values from the box of TMA in a stage; the warp's rows begin with ``row`` of the work tile."""
+        for g in range(self.groups):
+            for r in range(self.rows):
+                place = self.box.pair(self.fragment, self.lane, row, stage, g, r)
+                words = [self.words[self._word(g, r) + x] for x in range(self.per_pair)]
+                T.evaluate(T.ptx["ld.shared.v2.b32" if self.per_pair == 2 else "ld.shared.b32"](*words, place))
 
     def _fetch_pairs(self, rows, column0):
         for r, first in enumerate(self._first(rows, column0)):

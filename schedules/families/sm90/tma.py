@@ -13,6 +13,8 @@ _LOAD = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::
 _STORE = "cp.async.bulk.tensor.{}d.global.shared::cta.tile.bulk_group"
 _SWIZZLE_128B = 3
 _L2_PROMOTION_128B = 2
+#: By bytes of a row.
+_SWIZZLES = {128: _SWIZZLE_128B, 64: 2, 32: 1}
 
 _WAIT_STORED = (
     '__forceinline__ __device__ void wait_stored() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }\n'
@@ -45,6 +47,17 @@ def encode_queries(descriptor, tensor: Tensor, rows: Rows, box_rows: int):
         PANEL, *rows.box(box_rows), 1, 1,
         1, 1, 1, 1, 1,
         descriptor_dtype=str(tensor.buffer.dtype), rank=5, swizzle=_SWIZZLE_128B, l2_promotion=_L2_PROMOTION_128B,
+    )  # fmt: skip
+
+
+def encode_tensor(descriptor, start, sizes, strides, box: tuple[int, int], dtype: str, row_bytes: int):
+    """The descriptor of a tensor over keys, queries, heads and batch entries; ``strides`` are bytes, of all but keys.
+
+    A box is of ``box`` keys and queries; its rows of ``row_bytes`` are swizzled.
+    """
+    return T.tensormap_encode_tiled(
+        descriptor, start, *sizes, *strides, *box, 1, 1, 1, 1, 1, 1,
+        descriptor_dtype=dtype, rank=4, swizzle=_SWIZZLES[row_bytes], l2_promotion=_L2_PROMOTION_128B,
     )  # fmt: skip
 
 
@@ -125,6 +138,11 @@ def paged_box(steps: PageSteps, page, row, rows, head):
 def load_panel(shared, descriptor, panel, at, barrier):
     """One thread: start to copy a panel of the box at ``at`` to shared memory; its bytes count at ``barrier``."""
     T.ptx[_LOAD.format(len(at) + 1)](shared, T.address_of(descriptor), panel * PANEL, *at, barrier)
+
+
+def load_box(shared, descriptor, at, barrier):
+    """The same of a box without panels, as an expression."""
+    return T.ptx[_LOAD.format(len(at))](shared, T.address_of(descriptor), *at, barrier)
 
 
 @T.inline
