@@ -121,7 +121,7 @@ def shared_memory(pattern: Pattern, config: Config, q_stages: int) -> int:
     q = q_stages * config.block_m * panels(pattern.head_dim)
     k_and_v = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
     output = WARPGROUP_ROWS * panels(pattern.head_dim_v) if config.separate_output else 0
-    return (q + k_and_v + output) * row + BARRIER_BYTES
+    return (q + k_and_v + output) * row + BARRIER_BYTES + config.reserved_memory
 
 
 def q_stages(pattern: Pattern, config: Config) -> int:
@@ -131,8 +131,8 @@ def q_stages(pattern: Pattern, config: Config) -> int:
 
 
 def available_memory(config: Config) -> int:
-    """Bytes of shared memory that a block may have for tiles; each of those on a multiprocessor costs 1 KiB more."""
-    return (SHARED_MEMORY + 1024) // config.blocks_per_sm - 1024 - config.reserved_memory
+    """Bytes of shared memory that a block may have; each of those on a multiprocessor costs 1 KiB more."""
+    return (SHARED_MEMORY + 1024) // config.blocks_per_sm - 1024
 
 
 def narrow_axes(config: Config) -> tuple[sizes.Expression, ...]:

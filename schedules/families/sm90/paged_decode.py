@@ -106,7 +106,6 @@ class Config:
     pingpong = overlap_tiles = persistent = False
     several_tiles = True
     tiles_per_cta = 1
-    reserved_memory = 0
 
     @property
     def threads(self) -> int:
