@@ -62,7 +62,8 @@ def _emit_family(
             source = folder / owner.arch / f"{one.symbol}.cu"
             if owner is target:
                 source.write_text(lowered.text)
-            entry = entry_of(one, target, pattern, lowered, origin, {}, request.tuned(spec, target))
+            speeds = request.tuned(spec, target).speeds.get(lowered.kernel_hash, ())
+            entry = entry_of(one, target, pattern, lowered, origin, {}, speeds)
             kernels[target].append(
                 {
                     "source": os.path.relpath(source, folder / target.arch),
