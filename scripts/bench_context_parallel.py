@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tvm_flash import flash_attention
 from tvm_flash.distributed import context_parallel_attention, shard_sequence
-from tvm_flash.distributed.launches import Work
 
 #: Of PyTorch's rings: what computes, with which of PyTorch's backends.
 PEERS = {
@@ -34,11 +32,6 @@ PEERS = {
     "torch, these kernels": (SDPBackend.FLASH_ATTENTION, "tvm_flash"),
 }
 WAYS = ("gather", "ring", "heads")
-#: As heads were split before: into four groups with ``gather``, else not at all.
-BEFORE = {
-    "in_forward": property(lambda work: work._divisor(4) if work.fetches else 1),
-    "in_backward": property(lambda work: work._divisor(4) if work.fetches else 1),
-}
 
 
 def seconds(step: Callable[[], object], repeats: int) -> float:
@@ -93,9 +86,7 @@ def torch_ring(mesh: DeviceMesh, backend: SDPBackend, implementation: str | None
             attention.restore_flash_attention_impl()
 
 
-def measure(
-    mesh: DeviceMesh, length: int, causal: bool, heads: tuple[int, int], until: float, say: Callable, as_before: bool
-) -> None:
+def measure(mesh: DeviceMesh, length: int, causal: bool, heads: tuple[int, int], until: float, say: Callable) -> None:
     make = torch.Generator(device="cuda").manual_seed(0)
     shapes = [(1, h, length, 128) for h in (heads[0], heads[1], heads[1], heads[0])]
     *tensors, dout = (torch.randn(s, generator=make, device="cuda", dtype=torch.bfloat16) for s in shapes)
@@ -120,9 +111,6 @@ def measure(
             return context_parallel_attention(q, k, v, mesh, causal=causal, exchange=way)
 
         timed(way, attend, own[:3], own[3])
-        if as_before:
-            with patch.multiple(Work, **BEFORE):
-                timed(f"{way}, as before", attend, own[:3], own[3])
     for name, (backend, implementation) in PEERS.items():
         try:
             with torch_ring(mesh, backend, implementation, causal, (*tensors, dout)) as own:
@@ -137,7 +125,6 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=600, help="after so many nothing is begun")
-    parser.add_argument("--as-before", action="store_true", help="time also with the heads split as they were")
     parser.add_argument("--output", help="a file to which a line of JSON is added for each figure")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
@@ -158,7 +145,7 @@ def main() -> int:
 
     for length in options.lengths:
         for causal in (True, False):
-            measure(mesh, length, causal, (options.heads, options.kv_heads), until, say, options.as_before)
+            measure(mesh, length, causal, (options.heads, options.kv_heads), until, say)
     dist.destroy_process_group()
     return 0
 

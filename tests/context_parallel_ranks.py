@@ -44,7 +44,7 @@ MESHES = {
 
 #: Meshes on which heads are split as those of long sequences are.
 AS_IF_LONG = ("8 gather", "4 × 2 gather", "2 ring")
-LONG = {"_BLOCK": 1, "_ENOUGH_BLOCKS": 1, "_MANY_KEYS": 1}
+LONG = {"_MANY_KEYS": 1}
 
 #: What is computed on a GPU: in 16 bits, of what its kernels take.
 ON_GPUS = ("1", "2 gather", "2 ring", "2 heads")

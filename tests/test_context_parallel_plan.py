@@ -130,23 +130,29 @@ def test_chunks_differ_by_a_position():
 
 
 def test_into_how_many_parts_heads_are_split():
-    """Of two H200 and 8 heads: launches of the forward have enough blocks; those of the backward few heads of keys,
-    where these are long."""
+    """Of two H200 and 8 heads: launches of the backward are of few heads of keys, where these are long."""
 
     def parts(positions, causal, ranks=2, kv_heads=8, fetches=True):
-        work = Work(1, 8, kv_heads, positions, ranks, None, 0 if causal else None, fetches)
-        return work.in_forward, work.in_backward
+        return Work(1, 8, kv_heads, positions, ranks, None, 0 if causal else None, fetches).in_backward
 
-    assert parts(1 << 16, True) == (1, 2)
-    assert parts(1 << 16, False) == (2, 4)
-    assert parts(1 << 18, True) == (4, 4)
-    assert parts(1 << 18, False) == (4, 4)
-    assert parts(1 << 20, False) == (4, 4)
-    assert parts(1 << 20, False, ranks=8) == (4, 4)
-    assert parts(1 << 20, False, kv_heads=3) == (3, 1)
-    assert parts(1 << 20, False, kv_heads=1) == (1, 1)
-    assert parts(1 << 18, True, fetches=False) == (1, 4)
-    assert parts(1 << 18, True, ranks=8, fetches=False) == parts(1 << 15, True, fetches=False) == (1, 1)
+    assert parts(1 << 16, True) == 2
+    assert parts(1 << 16, False) == parts(1 << 18, True) == parts(1 << 20, False, ranks=8) == 4
+    assert parts(1 << 20, False, kv_heads=3) == parts(1 << 20, False, kv_heads=1) == 1
+    assert parts(1 << 18, True, fetches=False) == 4
+    assert parts(1 << 18, True, ranks=8, fetches=False) == parts(1 << 15, True, fetches=False) == 1
     assert Work(1, 8, 8, 1 << 20, 2, 1000, 0, True).in_backward == 2
     halves = Heads((8, 16), (2, 4)).parts(2)
     assert halves == [Heads((8, 12), (2, 3)), Heads((12, 16), (3, 4))]
+
+
+def test_keys_of_ones_own_are_waited_for_by_nobody():
+    """Of two ranks under a causal mask the first has a chunk that sees nothing else; its other one, and both of the
+    second, see chunks of the other rank."""
+    first, second = of(Placement(64, 2), Sight(None, 0, (64,)), "gather")
+    (step,) = first.steps
+    assert [step.waits(c) for c in step.calls] == [False, True]
+    (step,) = second.steps
+    assert all(step.waits(c) for c in step.calls)
+    for mine in of(Placement(64, 2), Sight(None, 0, (64,)), "ring"):
+        own, other = mine.steps
+        assert not any(own.waits(c) for c in own.calls) and all(other.waits(c) for c in other.calls)

@@ -1,22 +1,16 @@
 """Which heads are computed together, and which are on their way meanwhile.
 
-A launch leaves part of a GPU without work at its end: about half a wave of its blocks.  So launches of few heads cost
-time, launches of all heads wait for all keys, and launches of many heads share the cache.  All of this follows from
-what every rank knows, since ranks must send in one order.  What a rank of two computes of 8 heads of head_dim 128 in
-bfloat16 on an H200, in 1 and in 4 launches of a call, without the messages: 64k positions under a causal mask 6.6 and
-7.1 ms, 64k in full 13.2 and 13.0, 256k under a causal mask 115 and 108, 256k in full 212 and 210.
+The forward has all heads in one launch: on two H200, of 8 heads of head_dim 128 in bfloat16, up to four launches, each
+with its keys on their way during the one before, took 15.2 ms for 64k positions in full, 128 for 256k under a causal
+mask and 247 for 256k in full; one launch takes 13.5, 120 and 209.  The multiprocessors that messages need are taken by
+the launch that they were to hide behind, and a launch leaves half a wave of its blocks without work at its end.
+Launches of the backward are of few heads where sequences are long, since many share the cache.  All of this follows
+from what every rank knows, since ranks must send in one order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-#: Rows of a block.
-_BLOCK = 128
-#: Blocks that a launch of the forward should have: 8 waves of an H200.
-_ENOUGH_BLOCKS = 1024
-#: Into how many groups the forward's heads are split at most.
-_MOST_GROUPS = 4
 
 #: Keys that a query sees in a call, of all batch entries together, from which on the backward is faster in launches of
 #: few heads of keys: they share less of the cache.  TFLOP/s of a GPU in launches of 2 and 4, and of 8 by one GPU alone:
@@ -70,21 +64,10 @@ class Work:
     fetches: bool
 
     @property
-    def _is_masked(self) -> bool:
-        return self.left is not None or self.right is not None
-
-    @property
     def _seen(self) -> int:
         """Keys that a query sees, about."""
         of_mask = self.positions if self.right is None else self.positions // 2
         return of_mask if self.left is None else min(of_mask, self.left + (self.right or 0) + 1)
-
-    @property
-    def in_forward(self) -> int:
-        """Into how many groups the forward's heads are split."""
-        calls = 2 if self._is_masked else 1  # one for each chunk of a rank that sees other keys
-        blocks = self.batch * self.heads * self.positions // (self.ranks * calls * _BLOCK)
-        return self._divisor(min(_MOST_GROUPS, blocks // _ENOUGH_BLOCKS)) if self.fetches else 1
 
     @property
     def in_backward(self) -> int:

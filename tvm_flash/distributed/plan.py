@@ -68,6 +68,11 @@ class Step:
     own: tuple[Move, ...] | None
     calls: tuple[Call, ...]
 
+    def waits(self, call: Call) -> bool:
+        """Whether some keys of a call come from other ranks."""
+        first, end = call.keys
+        return self.own is not None and not any(x.target <= first and end <= x.target + x.rows for x in self.own)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tvm_flash.distributed.exchange import Return, fetch
+from tvm_flash.distributed.exchange import Messages, Return, fetch
 from tvm_flash.distributed.kernels import Kernels
 from tvm_flash.distributed.launches import Heads, Work
 from tvm_flash.distributed.merge import add_sinks
@@ -22,12 +22,13 @@ from tvm_flash.distributed.plan import Call, Plan, Step
 
 @dataclass(frozen=True)
 class Stage:
-    """A step for some heads: its number among all, and its keys once they are there."""
+    """A step for some heads: its number among all, its keys, and the messages that bring those of other ranks."""
 
     number: int
     heads: Heads
     step: Step
     keys: torch.Tensor
+    messages: Messages
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,18 @@ class Job:
         if not self.plan.covers or (merges and self._needs_numbers(q, v)):
             out.zero_()
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-        for stage in self._stages(q, k, v, self._work(q, k).in_forward):
+        for stage in self._stages(q, k, v, 1):
             kernels = self.kernels.of_heads(*stage.heads.queries)
-            for call in stage.step.calls:
+            for call in sorted(stage.step.calls, key=stage.step.waits):
+                if stage.step.waits(call):
+                    stage.messages.wait()
                 rows = _rows(call, stage.heads)
                 tensors = (q[rows], *_keys(stage.keys, call, k.shape[3]))
                 if merges:
                     kernels.merge(call, *tensors, out[rows], lse[rows])
                 else:
                     lse[rows] = kernels.forward(call, *tensors, out[rows])
+            stage.messages.wait()
         if self.sinks is not None:
             add_sinks(out, lse, self.sinks)
         return out.to(q.dtype), lse
@@ -87,6 +91,7 @@ class Job:
         groups = work.in_backward if work.fetches else 1
         for stage in self._stages(q, k, v, groups):
             heads, step = stage.heads, stage.step
+            stage.messages.wait()
             if heads not in sums:
                 shape = (k.shape[2], *stage.keys.shape[1:])
                 sums[heads] = stage.keys.new_zeros(shape, dtype=torch.float32)
@@ -140,8 +145,7 @@ class Job:
             keys, messages = following
             if number + 1 < len(order):
                 following = begin(number + 1)
-            messages.wait()
-            yield Stage(number, heads, step, keys)
+            yield Stage(number, heads, step, keys, messages)
 
 
 def _rows(call: Call, heads: Heads) -> tuple[slice, slice, slice]:
