@@ -121,8 +121,9 @@ def partner(entry: KernelEntry) -> Installed | None:
     same = ("template", "dtype", "head_dim", "head_dim_v", "mask", "score")
     for kernel in registry.registry().kernels(entry.arch):
         found = kernel.entry
-        alike = kind == found.kind and all(getattr(found, n) == getattr(entry, n) for n in same)
-        if alike and all(found.config.get(n) == entry.config[n] for n in _ORDER):
+        # Where boxes of TMA are the faster ones, a kernel of their own order is there for pages that are none.
+        alike = found.kind in (kind, f"{kind}_any") and all(getattr(found, n) == getattr(entry, n) for n in same)
+        if alike and all(found.config.get(n) == entry.config.get(n) for n in _ORDER):
             return kernel
     return None
 

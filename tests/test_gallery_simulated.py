@@ -35,6 +35,7 @@ KERNELS = (
     ("sm_90a", "v1", "neighbourhood_2d", FORWARD),
     ("sm_80", "v1", "neighbourhood_2d", FORWARD),
     ("sm_75", "v1", "documents", FORWARD),
+    ("sm_90a", "v2", "documents", FORWARD),
     ("sm_80", "v1", "prefix_lm", FORWARD),
     ("sm_75", "v1", "sink_window", FORWARD),
     ("sm_80", "v2", "dilated", FORWARD),

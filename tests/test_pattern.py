@@ -45,6 +45,18 @@ def two_blocks(at):
     return ((at.i < 4) & (at.j < 5)) | ((at.i >= 4) & (at.j >= 5))
 
 
+def prefix(at):
+    return (at.j < at.params["kv_start"]) | (at.j <= at.i)
+
+
+def joined(at):
+    return (at.j < 2) | (at.j <= at.i - 3) | ((at.i >= 4) & (at.j < 7))
+
+
+def backwards(at):
+    return (at.j >= at.i) | (at.j > 6) | (at.i < 3)
+
+
 #: Masks that the catalogue doesn't have: opaque, with steps of their own, of rows or keys alone, with gaps.
 ODD = (
     Mask("checkerboard", lambda at: T.truncmod(at.i + at.j, T.Cast(at.i.ty.dtype, 2)) == 0, checkerboard),
@@ -58,9 +70,17 @@ ODD = (
     Mask("strided", lambda at: T.And(3 * at.i >= 2 * at.j - 4, 5 * at.j >= 2 * at.i - 3), strided),
     Mask("upwards", lambda at: T.And(at.i + at.j >= 6, at.i + at.j <= 11), upwards),
     Mask("two_blocks", lambda at: T.Or(T.And(at.i < 4, at.j < 5), T.And(at.i >= 4, at.j >= 5)), two_blocks),
+    Mask(
+        "prefix",
+        lambda at: T.Or(at.j < at.param["kv_start"], at.j <= at.i),
+        prefix,
+        (Param("kv_start", "int32"),),
+    ),
+    Mask("joined", lambda at: T.Or(T.Or(at.j < 2, at.j <= at.i - 3), T.And(at.i >= 4, at.j < 7)), joined),
+    Mask("backwards", lambda at: T.Or(T.Or(at.j >= at.i, at.j > 6), at.i < 3), backwards),
 )
 #: Masks whose ranges must be as narrow as can be, and not only right.
-EXACT = ("full", "causal", "window", "steep", "later_rows")
+EXACT = ("full", "causal", "window", "steep", "later_rows", "prefix", "joined", "backwards")
 
 
 def constant(value):
@@ -188,11 +208,28 @@ def test_what_the_matcher_finds():
 
 
 @pytest.mark.parametrize(
-    ("mask", "narrows"),
-    [("full", True), ("causal", True), ("window", False), ("sink_window", False), ("padded", False)],
+    ("mask", "narrows", "may_hide"),
+    [
+        ("full", True, False),
+        ("causal", True, False),
+        ("window", False, False),
+        ("sink_window", False, False),
+        ("padded", False, False),
+        ("prefix", True, True),  # aligned top-left: of more keys than queries the last are seen by nobody
+        ("joined", True, True),
+        ("backwards", False, False),
+    ],
 )
-def test_rows_that_see_a_key_go_on_to_the_last_and_begin_later_for_later_keys(mask, narrows):
-    assert match(Attention(mask=MASKS[mask])(64, "float16")).narrows == narrows
+def test_rows_that_see_a_key_go_on_to_the_last_and_begin_later_for_later_keys(mask, narrows, may_hide):
+    known = {**MASKS, **{m.name: m for m in ODD}}
+    pattern = match(Attention(mask=known[mask])(64, "float16"))
+    assert (pattern.narrows, pattern.may_hide_keys) == (narrows, may_hide)
+
+
+@pytest.mark.parametrize("mask", [m for m in ODD if m.name in ("prefix", "joined", "backwards")], ids=lambda m: m.name)
+def test_a_union_of_intervals_with_one_end_in_common_has_no_gaps(mask):
+    pattern = match(Attention(mask=mask)(64, "float16"))
+    assert pattern.is_interval and not pattern.has_gaps
 
 
 def test_score_takes_the_kernels_own_values():

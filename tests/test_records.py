@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from schedules.builder import core_set, records
-from schedules.builder.records import Measurement, PeerMeasurement, Record
+from schedules.builder.records import Measurement, PeerMeasurement, Record, WavesRecord
 from schedules.builder.suite import KernelSpec
 from tvm_flash.packs.registry import registry
 
@@ -71,6 +71,9 @@ def test_committed_logs_are_readable(path):
         written, known = json.loads(line), json.loads(json.dumps(dataclasses.asdict(record)))
         assert written == {name: known[name] for name in written}  # fields that came later have their defaults
         assert records.log_of(record.device).name == path.name
+        if isinstance(record, WavesRecord):
+            assert record.launch > 0 and all(step > 0 and start + step > 0 for start, step in record.tiles)
+            continue
         if isinstance(record, Measurement) and record.status != "ok":
             assert record.reason
             continue

@@ -14,33 +14,46 @@ pytest.importorskip("torch")
 from schedules.builder.suite import KernelSpec
 from schedules.families import family_of
 from schedules.families.interface import Target
+from schedules.families.sm90 import paged_scaled
 from tests import paged_trials, scaled_trials, torch_cases
 from tests.simt.defaults import default_kernel
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, SCALED_KINDS
 
-#: Arch, kind, dtype: each way to copy, to widen, and where to.
+_ALL, _FEW = "positioned-optional_sinks", "window-identity"
+#: Arch, kind, dtype, mask and score: each way to copy, to widen, and where to.
 KERNELS = (
-    ("sm_80", "paged_decode_e4m3", "bfloat16"),
-    ("sm_90a", "paged_decode_e4m3", "bfloat16"),
-    ("sm_80", "paged_decode_int8", "bfloat16"),
-    ("sm_80", "paged_e4m3", "bfloat16"),
-    ("sm_75", "paged_int8", "float16"),
+    ("sm_80", "paged_decode_e4m3", "bfloat16", _ALL),
+    ("sm_90a", "paged_decode_e4m3", "bfloat16", _ALL),
+    ("sm_80", "paged_decode_int8", "bfloat16", _ALL),
+    ("sm_80", "paged_e4m3", "bfloat16", _ALL),
+    ("sm_75", "paged_int8", "float16", _ALL),
 )
-LEAN = ("sm_90a", "paged_decode_e4m3", "bfloat16", "lean")
+#: Those of Hopper alone, which aren't the default: keys on the left, without a text for few rows and with one, and
+#: tiles that a warpgroup widens.
+OWN = (
+    ("sm_90a", "paged_decode_e4m3", "bfloat16", _ALL),
+    ("sm_90a", "paged_decode_e4m3", "bfloat16", _FEW),
+    ("sm_90a", "paged_decode_int8", "float16", _FEW),
+    ("sm_90a", "paged_e4m3", "bfloat16", _ALL),
+)
 HEAD_DIM = 64
 #: Those of 16 bits are run on these: pages of several scales, rows of which the last 16 bytes aren't filled, none.
 BESIDE = ("pages of 24", "grouped heads", "many")
 
 
 @functools.cache
-def simulated(arch, kind, dtype, folder, lean=False):
-    """A kernel's entry, and what runs it; on Hopper also in the form of fewer instructions."""
+def simulated(arch, kind, dtype, formula, folder, own=False):
+    """A kernel's entry, and what runs it; ``own``: in the form that Hopper alone has."""
     template = family_of(Target(arch)).TEMPLATES[-1]
-    mask, score = "positioned", "optional_sinks"
-    spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, HEAD_DIM, HEAD_DIM, kind=kind)
-    own = folder / f"{arch}-{kind}{'-lean' * lean}"
-    own.mkdir()
-    made = default_kernel(spec, arch, own, **({"lean": True} if lean else {}))
+    spec = KernelSpec(template, BUILTIN_DEFINITION, *formula.split("-"), dtype, HEAD_DIM, HEAD_DIM, kind=kind)
+    place = folder / f"{arch}-{kind}-{dtype}-{formula}{'-own' * own}"
+    place.mkdir()
+    changes = {}
+    if own and kind.startswith("paged_decode"):
+        changes = {"transposed": True}
+    elif own:
+        changes = {"configs": lambda *of: {0: paged_scaled.KINDS[kind].widened(*of)}}
+    made = default_kernel(spec, arch, place, **changes)
     return SimpleNamespace(entry=made.entry, compute=torch_cases.by_entry(made.entry, made.functions, "cpu"))
 
 
@@ -49,10 +62,13 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("scaled")
 
 
-@pytest.fixture(params=(*KERNELS, LEAN), ids="-".join)
+@pytest.fixture(
+    params=[*((x, False) for x in KERNELS), *((x, True) for x in OWN)],
+    ids=lambda x: "-".join(x[0]) + "-own" * x[1],
+)
 def kernel(request, folder):
-    *of, last = request.param
-    return simulated(*of, folder, lean=True) if last == "lean" else simulated(*request.param, folder)
+    of, own = request.param
+    return simulated(*of, folder, own)
 
 
 def test_trials(kernel):
@@ -66,8 +82,9 @@ def test_trials(kernel):
 def test_the_bits_of_what_a_cache_stands_for(kernel, folder):
     entry = kernel.entry
     (kind,) = (kind for kind, scaled in SCALED_KINDS.items() if entry.kind in scaled.values())
-    # Hopper's own kernels compute in another order.
-    plain = simulated("sm_80" if entry.arch == "sm_90a" else entry.arch, kind, entry.dtype, folder)
+    # Hopper's own kernels that decode compute in another order.
+    arch = "sm_80" if entry.arch == "sm_90a" and paged_trials.decodes(entry) else entry.arch
+    plain = simulated(arch, kind, entry.dtype, f"{entry.mask}-{entry.score}", folder)
     problems = dict(paged_trials.problems(entry, entry.params, *scaled_trials.of_cache(entry)))
     for label in BESIDE:
         problem = problems[label]

@@ -13,14 +13,17 @@ from tvm_flash.call.choice import choose, explain
 from tvm_flash.call.problem import Problem
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device, default_device
-from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest, Param, Speed
+from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest, Param, Speed, Waves
 
 WINDOW = (Param("window_left", "int32"), Param("window_right", "int32"))
 GPU = Device("cuda", 0)
 
 
 def kernel(template="v1", arch="sm_80", dtype="float16", head_dim=64, mask="window", score="identity", **more):
-    symbol = f"{template}_{dtype}_d{head_dim}_{mask}_{score}" + (f"_s{more['bucket']}" if more.get("bucket") else "")
+    symbol = f"{template}_{dtype}_d{head_dim}_{mask}_{score}"
+    symbol += "".join(
+        f"_{letter}{more[name]}" for letter, name in (("m", "block_m"), ("s", "bucket")) if more.get(name)
+    )
     fields = {"head_dim_v": head_dim, "params": WINDOW if mask == "window" else (), **more}
     what = {"template": template, "arch": arch, "head_dim": head_dim, "mask": mask, "score": score}
     return entries.forward(symbol, dtype, **what, **fields)
@@ -30,13 +33,13 @@ def kernel(template="v1", arch="sm_80", dtype="float16", head_dim=64, mask="wind
 def packs(tmp_path, use_packs, monkeypatch):
     """A function that installs manifests of kernels, and a GPU of the given compute capability."""
 
-    def install(*kernels, capability=(8, 0)):
+    def install(*kernels, capability=(8, 0), multiprocessors=132):
         for arch in {k.arch for k in kernels}:
             folder = tmp_path / "packs" / arch
             folder.mkdir(parents=True)
             chosen = tuple(k for k in kernels if k.arch == arch)
             (folder / MANIFEST_NAME).write_text(Manifest(arch, {}, (), chosen).to_json())
-        monkeypatch.setattr(cuda, "gpu", lambda index: cuda.Gpu(index, "Test GPU", capability))
+        monkeypatch.setattr(cuda, "gpu", lambda index: cuda.Gpu(index, "Test GPU", capability, multiprocessors))
         monkeypatch.setattr(cuda, "device_count", lambda: 1)
         use_packs(tmp_path / "packs")
 
@@ -178,6 +181,44 @@ def test_the_largest_bucket_that_is_reached(packs):
     packs(kernel(), kernel(bucket=1024), kernel(bucket=8192))
     for seqlen_kv, bucket in ((1, 0), (1023, 0), (1024, 1024), (8191, 1024), (10**6, 8192)):
         assert choose(problem(seqlen_kv=seqlen_kv), GPU, "v1").kernel.entry.bucket == bucket
+
+
+def heights(**more):
+    """Kernels whose work tiles have 256 rows, or 192: a wave of the latter takes 0.8 as long."""
+    usual, other = (Waves(m, 64, 9, ((n, n),), "test.jsonl#0") for m, n in ((256, 10**6), (192, 8 * 10**5)))
+    return kernel(mask="full", waves=usual), kernel(mask="full", block_m=192, **{"waves": other, **more})
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "seqlen", "block_m"),
+    [
+        (2, 20, 1024, 192),  # two waves of either
+        (33, 4, 1024, 0),  # 4 full waves, or 6
+        (33, 4, 192, 192),
+        (33, 4, 256, 0),
+        (1, 1, 192, 192),
+    ],
+)
+def test_the_height_of_tiles_whose_waves_take_the_least_time(packs, batch, heads, seqlen, block_m):
+    packs(*heights())
+    shape = {"batch": batch, "heads": heads, "kv_heads": heads, "seqlen_q": seqlen, "seqlen_kv": seqlen}
+    assert choose(problem(**shape), GPU, "v1").kernel.entry.block_m == block_m
+    found = explain(problem(**shape), GPU, "v1")
+    assert "rows a tile take" in found.rejected[0].reason and "µs where by their waves" in found.rejected[0].reason
+
+
+def test_the_usual_height_of_tiles_where_waves_say_nothing(packs):
+    short = {"batch": 2, "heads": 20, "seqlen_q": 1024, "seqlen_kv": 1024}
+    packs(*heights())
+    assert choose(problem(**short, kv_heads=4), GPU, "v1").kernel.entry.block_m == 0  # a tile may pack heads
+
+
+@pytest.mark.parametrize("known", [{"waves": None}, {"multiprocessors": 0}], ids=str)
+def test_the_usual_height_of_tiles_where_nothing_was_measured(packs, known):
+    device = {"multiprocessors": known.pop("multiprocessors", 132)}
+    packs(*heights(**known), **device)
+    found = explain(problem(batch=2, heads=20, kv_heads=20, seqlen_q=1024, seqlen_kv=1024), GPU, "v1")
+    assert found.chosen.block_m == 0 and "never taken where waves weren't measured" in found.rejected[0].reason
 
 
 def test_misaligned_data_gets_the_kernel_that_can(packs):

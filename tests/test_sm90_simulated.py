@@ -43,12 +43,16 @@ KERNELS = (
 )
 
 
-def made(kind, template, head_dim, head_dim_v, mask, score, dtype, folder, edit=lambda text: text):
-    """A kernel that stands alone, and runs on CPU tensors; ``edit`` changes its source before."""
+def made(kind, template, head_dim, head_dim_v, mask, score, dtype, folder, edit=lambda text: text, block_m=0):
+    """A kernel that stands alone, and runs on CPU tensors; ``edit`` changes its source before.
+
+    ``block_m`` is the height of its work tiles, if that isn't the usual one.
+    """
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v)
     pattern = pattern_of(spec, TARGET)
     maker, traversal = (decode if kind == "decode" else sm90), TEMPLATES[template].TRAVERSAL
     config = maker.default_configs(template, pattern, TARGET)[0]
+    config = sm90.further_tiles(pattern, config)[block_m] if block_m else config
     program = maker.program(pattern, config, TARGET, traversal, spec.symbol)
     simulated = Simulated(program, edit(export_cuda(program, TARGET)), folder)
     names = [p.name for p in pattern.params]
@@ -111,6 +115,26 @@ def test_scores_that_outgrow_a_row_s_first_maximum(kernel):
     data = cases.inputs(case)
     data.k[:, :, :120] = numerics.round_to(data.k[:, :, :120] * 200, case.dtype)
     torch_cases.check(case, data, *attend(kernel, case, data))
+
+
+@pytest.mark.parametrize(("head_dim", "heights"), [(32, (64,)), (64, (192, 128, 64))])
+def test_the_height_of_work_tiles_changes_no_bits(head_dim, heights, tmp_path):
+    """Lengths that divide no tile, rows that outgrow their first maximum, few multiprocessors."""
+    what = ("forward", "v2", head_dim, head_dim, "full", "identity", "bfloat16")
+    results = []
+    for block_m in (0, *heights):
+        folder = tmp_path / str(block_m)
+        folder.mkdir()
+        kernel = made(*what, folder, block_m=block_m)
+        kernel.simulated.configure(0, 2)
+        case = own(kernel, seqlen_q=300, seqlen_kv=213)
+        data = cases.inputs(case)
+        data.k[:, :, :70] = numerics.round_to(data.k[:, :, :70] * 200, case.dtype)
+        results.append(attend(kernel, case, data))
+        torch_cases.check(case, data, *results[-1])
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert np.array_equal(one, same, equal_nan=True)
 
 
 #: A kernel whose two warpgroups take turns, with outputs in the place of its queries.

@@ -75,6 +75,6 @@ def test_all_ways_in_which_tensors_lie(kernel, tmp_path):
     check(found, trials(found.kernel, TRIALS))
 
 
-def test_tensors_that_are_fetched_a_step_ahead(tmp_path):
-    found = made(BIASED, "sm_90a", "v2", FORWARD, 64, "bfloat16", tmp_path, tensors_ahead=True)
+def test_tensors_that_are_fetched_at_the_beginning_of_their_step(tmp_path):
+    found = made(BIASED, "sm_90a", "v2", FORWARD, 64, "bfloat16", tmp_path, tensors_ahead=False)
     check(found, tensor_trials.forward(found.kernel, TRIALS))

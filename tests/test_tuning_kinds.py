@@ -53,20 +53,32 @@ def test_a_problem_says_which_kinds_are_for_it(words, asked, found):
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "gpu", "mask", "score"),
+    ("kind", "words", "arch", "mask", "score"),
     [
-        ("forward", "full", True, "full", "identity"),
-        ("forward", "causal softcap=3", False, "window", "softcap"),
-        ("decode", "causal", True, "window", "identity"),
-        ("backward", "causal", True, "causal", "identity"),
-        ("backward", "window=9 alibi", True, "positioned", "optional"),
-        ("ragged", "causal", True, "causal", "identity"),
+        ("forward", "full", "sm_80", "full", "identity"),
+        ("forward", "causal softcap=3", "cpu", "window", "softcap"),
+        ("decode", "causal", "sm_80", "window", "identity"),
+        ("backward", "causal", "sm_80", "causal", "identity"),
+        ("backward", "window=9 alibi", "sm_80", "positioned", "optional"),
+        ("ragged", "causal", "sm_80", "causal", "identity"),
     ],
 )
-def test_the_kernel_is_the_one_that_a_pack_would_run(kind, words, gpu, mask, score):
+def test_the_kernel_is_the_one_that_a_pack_would_run(kind, words, arch, mask, score):
     workload = kinds.problem_of(kind, Workload.parse(f"b=1 h=2 s=9 d=40 {words} fp16"))
-    spec = kinds.spec_for(kind, "v2", workload, gpu)
+    spec = kinds.spec_for(kind, "v2", workload, Target(arch))
     assert (spec.kind, spec.mask, spec.score, spec.head_dim) == (kind, mask, score, 64)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "mask", "arch", "size"),
+    [
+        *((24, "full", "sm_90a", 32), (72, "full", "sm_90a", 80), (72, "causal", "sm_90a", 96)),
+        *((24, "full", "sm_80", 64), (72, "full", "sm_80", 96)),
+    ],
+)
+def test_sizes_of_one_arch_are_tuned_where_it_has_them(head_dim, mask, arch, size):
+    workload = Workload.parse(f"b=1 h=2 s=9 d={head_dim} {mask} bf16")
+    assert kinds.spec_for("forward", "v2", workload, Target(arch)).head_dim == size
 
 
 def test_kernels_of_sequences_have_one_template():

@@ -8,12 +8,14 @@ import pytest
 
 from schedules.builder import records
 from schedules.builder.configs import NO_RECORDS, Proposal, with_proposals
-from schedules.builder.records import Measurement
+from schedules.builder.records import Measurement, WavesRecord
 from schedules.builder.suite import KernelSpec
 from schedules.commands.tune import main
 from schedules.families.interface import Target
-from schedules.tuning import best, tables
+from schedules.tuning import best, tables, waves
 from tests.toy_family import Config
+from tvm_flash.measure.workloads import Workload
+from tvm_flash.packs.manifest import Waves
 
 MEASURED = Measurement(
     kind="measured",
@@ -311,3 +313,31 @@ def test_a_peer_is_timed_in_its_own_surroundings(monkeypatch):
     found = peers.peers_of(workload, {role: torch.zeros(1, 2, 8, 16) for role in "qkv"}, "cpu")
     assert found["other"].call() == 1
     assert not inside
+
+
+# ---------------------------------------------------------------- waves
+
+
+def test_figures_of_waves_are_found_again_in_what_was_measured():
+    known = Waves(64, 64, 1_500_000, ((900_000, 300_000), (1_100_000, 550_000)), "")
+    points = [
+        {"problem": f"b=1 h={tiles * waves} s=64 sk={n} d=64 fp16", "at_a_time": tiles, "waves": waves}
+        for tiles, waves, n in ((1, 1, 128), (1, 1, 1000), (2, 1, 128), (2, 1, 1024), (2, 4, 128), (2, 4, 512))
+    ]
+    for p in points:
+        p["microseconds"] = known.time(Workload.parse(p["problem"]).sizes, 1) / 1e6
+    assert waves.fit(points, 64) == (known.launch, known.tiles)
+
+
+def test_a_build_puts_recorded_waves_into_a_kernel_s_entry(tmp_path):
+    figures = {"block_m": 64, "block_n": 64, "multiprocessors": 132, "points": (), "launch": 9, "tiles": ((1, 2),)}
+    what = {"kind": "waves", "device": "NVIDIA Test", "driver": "13.0", "arch": "sm_90a", "run_as": "native"}
+    line = WavesRecord(
+        **what, symbol="v2_float16_d64_full_identity_m64", source_hash="ab", **figures, versions={}, date=""
+    )
+    newer = dataclasses.replace(line, launch=10, date="2026")
+    records.append(tmp_path / "nvidia_test.jsonl", [newer, line])
+    spec = KernelSpec("v2", "attention", "full", "identity", "float16", 64, 64)
+    found = best.Tuning("auto", tmp_path)(spec, Target("sm_90a")).waves
+    assert found == {"ab": newer.waves} and found["ab"].launch == 10 and found["ab"].record == newer.name
+    assert not best.Tuning("auto", tmp_path)(spec, Target("sm_80")).waves

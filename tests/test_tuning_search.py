@@ -124,7 +124,7 @@ def test_every_kind_declares_a_space_with_its_default_in_it(target):
             continue
         for head_dim in (64, 256):
             problem = Workload.parse(f"b=1 h=2 s=512 d={head_dim} causal", family.DTYPES[-1])
-            spec = kinds.spec_for(kind, family.TEMPLATES[-1], kinds.problem_of(kind, problem), gpu=target.arch != "cpu")
+            spec = kinds.spec_for(kind, family.TEMPLATES[-1], kinds.problem_of(kind, problem), target)
             space = emit.space_of(spec, target)
             assert set(space.axes) <= {f.name for f in dataclasses.fields(space.base)}
             if space.refusal(space.base) is None:

@@ -23,7 +23,7 @@ from tvm.backend.cuda import export_cuda_host
 from tvm.tirx import PrimFunc
 
 from schedules.builder import sources
-from schedules.builder.configs import NO_RECORDS, ChosenConfig, Tuned, with_proposals
+from schedules.builder.configs import NO_RECORDS, ChosenConfig, Slot, Tuned, with_proposals
 from schedules.builder.suite import KernelSpec
 from schedules.definition import tvmscript
 from schedules.definition.attention import Attention
@@ -36,7 +36,7 @@ from schedules.templates import v1, v2
 from schedules.toolchain import cuda
 from schedules.toolchain.host import HOST_HEADER
 from schedules.toolchain.process import ToolchainError
-from tvm_flash.packs.manifest import KernelEntry, Launch, Speed
+from tvm_flash.packs.manifest import KernelEntry, Launch
 
 _TEMPLATES = {"v1": v1, "v2": v2}
 
@@ -51,7 +51,7 @@ tvmscript.install()
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know to compile all buckets of a spec.
+    """What a worker needs to know to compile all kernels of a spec.
 
     ``configs`` has the configurations, by symbol, that replace the family's defaults, and ``tuned`` what records say;
     ``objects`` is the folder where object files are kept from build to build; ``run_on`` is as in
@@ -142,26 +142,33 @@ def pattern_of(spec: KernelSpec, target: Target, definition: DefinitionFile | No
 
 def configs_of(
     spec: KernelSpec, pattern: Pattern, target: Target, chosen: Mapping[str, ChosenConfig], tuned: Tuned = NO_RECORDS
-) -> tuple[dict[int, tuple[object, str]], str]:
-    """The configurations of a spec's buckets, ``{bucket: (Config or None, where it comes from)}``, and a note.
+) -> tuple[dict[Slot, tuple[object, str]], str]:
+    """The configurations of a spec's kernels, ``{slot: (Config or None, where it comes from)}``, and a note.
 
     None stands for a kernel that the family doesn't make; the template says why.  The note says why records weren't
     followed, if they weren't.
     """
     family = family_of(target)
     if spec.template not in family.TEMPLATES or spec.dtype not in family.DTYPES:
-        return {0: (None, "default")}, ""
-    defaults = maker_of(target, spec.kind).default_configs(spec.template, pattern, target)
+        return {Slot(0): (None, "default")}, ""
+    maker = maker_of(target, spec.kind)
+    defaults = maker.default_configs(spec.template, pattern, target)
     config_type = type(next(iter(defaults.values())))  # a kind may have kernels of two forms, a pattern has one
-    configs, note = {bucket: (config, "default") for bucket, config in defaults.items()}, ""
+    by_length, note = {bucket: (config, "default") for bucket, config in defaults.items()}, ""
     if tuned.proposals:
         note = _objection(spec, pattern, target, tuned, config_type)
         if not note:
-            configs = with_proposals(defaults, tuned.proposals, config_type)
-    for bucket in configs:
-        record = chosen.get(spec.with_bucket(bucket).symbol)
+            by_length = with_proposals(defaults, tuned.proposals, config_type)
+    configs = {Slot(bucket): config for bucket, config in by_length.items()}
+    if hasattr(maker, "further_tiles"):
+        for slot, (config, origin) in tuple(configs.items()):
+            if origin == "default":
+                further = maker.further_tiles(pattern, config)
+                configs |= {slot._replace(block_m=block_m): (c, origin) for block_m, c in further.items()}
+    for slot in configs:
+        record = chosen.get(spec.with_bucket(*slot).symbol)
         if record:
-            configs[bucket] = (config_type(**record.config), record.source)
+            configs[slot] = (config_type(**record.config), record.source)
     return configs, note
 
 
@@ -211,7 +218,7 @@ def lower_for_each(
     definition=None,
     tuned: Callable[[KernelSpec, Target], Tuned] = lambda *_: NO_RECORDS,
 ) -> Iterator[tuple[KernelSpec, Target, Pattern, Lowered | Rejected, str]]:
-    """All buckets of a spec for archs of one family: spec, target, pattern, kernel, origin of the configuration.
+    """All kernels of a spec for archs of one family: spec, target, pattern, kernel, origin of the configuration.
 
     A source depends on the family, not on the arch, so that what has been scheduled for one serves the others.
     """
@@ -219,15 +226,15 @@ def lower_for_each(
     for target in targets:
         pattern = pattern_of(spec, target, definition)
         configs, _ = configs_of(spec, pattern, target, chosen, tuned(spec, target))
-        for bucket, (config, origin) in configs.items():
-            one, maker = spec.with_bucket(bucket), maker_of(target, spec.kind)
-            if same := known.get((bucket, config)):
+        for slot, (config, origin) in configs.items():
+            one, maker = spec.with_bucket(*slot), maker_of(target, spec.kind)
+            if same := known.get((slot, config)):
                 refusal = maker.feasible(pattern, config, target)
                 lowered = refusal or _identified(same.program, same.text, one, target, config)
             else:
                 lowered = lower(one, pattern, target, config)
             if isinstance(lowered, Lowered):
-                known[bucket, config] = lowered
+                known[slot, config] = lowered
             yield one, target, pattern, lowered, origin
 
 
@@ -239,7 +246,7 @@ def _hash_of(text: str, target: Target) -> str:
 
 
 def compile_spec(job: Job) -> list[Built | Refused | Failed]:
-    """All buckets of a spec; a fault of one kernel is a value, so that the others go on."""
+    """All kernels of a spec; a fault of one of them is a value, so that the others go on."""
     spec, target = job.spec, job.target
     try:
         pattern = pattern_of(spec, target, job.definition)
@@ -249,8 +256,8 @@ def compile_spec(job: Job) -> list[Built | Refused | Failed]:
     except Exception:  # whatever a family does wrong is reported with the kernel's name, and the build goes on
         return [Failed(spec.symbol, traceback.format_exc(limit=-4))]
     results = []
-    for bucket, (config, config_source) in configs.items():
-        one = spec.with_bucket(bucket)
+    for slot, (config, config_source) in configs.items():
+        one = spec.with_bucket(*slot)
         try:
             results.append(_compile_one(job, one, pattern, config, config_source, note))
         except ToolchainError as e:
@@ -275,8 +282,7 @@ def _compile_one(
         note = (
             f"{spec.symbol} spills {resources['spills']} bytes of registers: it is right, and slower than it could be"
         )
-    speeds = job.tuned.speeds.get(lowered.kernel_hash, ())
-    entry = entry_of(spec, job.target, pattern, lowered, config_source, resources, speeds)
+    entry = entry_of(spec, job.target, pattern, lowered, config_source, resources, job.tuned)
     return Built(entry, object_file.name, object_file.stat().st_size, time.perf_counter() - begin, note)
 
 
@@ -301,7 +307,7 @@ def entry_of(
     lowered: Lowered,
     config_source: str,
     resources: Mapping[str, int],
-    speeds: tuple[Speed, ...] = (),
+    tuned: Tuned = NO_RECORDS,
 ) -> KernelEntry:
     """The manifest's entry of a kernel, without a module yet; ``resources`` are registers and so on, if any."""
     program = lowered.program
@@ -329,7 +335,9 @@ def entry_of(
         config=dataclasses.asdict(lowered.config),
         config_source=config_source,
         source_hash=lowered.source_hash,
-        speeds=speeds,
+        speeds=tuned.speeds.get(lowered.kernel_hash, ()),
+        block_m=spec.block_m,
+        waves=tuned.waves.get(lowered.source_hash),
         **resources,
     )
 

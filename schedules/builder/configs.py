@@ -7,9 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from tvm_flash.packs.manifest import Speed
+from tvm_flash.packs.manifest import Speed, Waves
+
+
+class Slot(NamedTuple):
+    """Which of a spec's kernels: the fewest keys that it is for, and the height of its work tiles if it isn't the usual
+    one, as in the manifest."""
+
+    bucket: int
+    block_m: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,13 @@ class Tuned:
     proposals: by rising bucket from 0 on; none if there are no records, or the default is the best everywhere.
     verified: source hashes of this kernel that may ship; None if any may.
     speeds: by kernel hash.
+    waves: by source hash.
     """
 
     proposals: tuple[Proposal, ...] = ()
     verified: tuple[str, ...] | None = None
     speeds: Mapping[str, tuple[Speed, ...]] = field(default_factory=dict)
+    waves: Mapping[str, Waves] = field(default_factory=dict)
 
 
 #: Nothing was measured.

@@ -62,8 +62,7 @@ def _emit_family(
             source = folder / owner.arch / f"{one.symbol}.cu"
             if owner is target:
                 source.write_text(lowered.text)
-            speeds = request.tuned(spec, target).speeds.get(lowered.kernel_hash, ())
-            entry = entry_of(one, target, pattern, lowered, origin, {}, speeds)
+            entry = entry_of(one, target, pattern, lowered, origin, {}, request.tuned(spec, target))
             kernels[target].append(
                 {
                     "source": os.path.relpath(source, folder / target.arch),

@@ -1,8 +1,9 @@
 """``tuning_logs/``: what was measured on hardware, one JSON object a line, one file a device.
 
 A line of kind ``"verified"`` says that a kernel, identified by the hash of its source, passed the case list on a
-device, and how fast it was.  A line of kind ``"measured"`` is a configuration that the tuner tried on one problem, and
-one of kind ``"peer"`` is somebody else's kernel on that problem.  Needs no TVM.
+device, and how fast it was.  A line of kind ``"waves"`` says how long full waves of a kernel's work tiles took.  A line
+of kind ``"measured"`` is a configuration that the tuner tried on one problem, and one of kind ``"peer"`` is somebody
+else's kernel on that problem.  Needs no TVM.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tvm_flash.packs.manifest import KernelEntry
+from tvm_flash.packs.manifest import KernelEntry, Waves
 
 SCHEMA = 1
 #: In the folder of the logs: kernels without a record.
@@ -74,6 +75,54 @@ class Record:
     def identity(self) -> tuple:
         """What makes two lines the same measurement."""
         return (self.kind, self.device, self.source_hash, self.date)
+
+
+@dataclass(frozen=True)
+class WavesRecord:
+    """How long waves of a kernel's work tiles took (:class:`tvm_flash.packs.manifest.Waves`).
+
+    ``kind`` is ``"waves"``.  ``points`` are problems whose work tiles are spread evenly over the ``multiprocessors`` of
+    the device: ``waves`` in which each of these computes ``at_a_time`` of them, ``microseconds`` in all, the median of
+    replayed graphs.  ``launch`` and ``tiles`` are fitted to them; the rest is as in :class:`Record` and
+    :class:`~tvm_flash.packs.manifest.Waves`.
+    """
+
+    kind: str
+    device: str
+    driver: str
+    arch: str
+    run_as: str
+    symbol: str
+    source_hash: str
+    block_m: int
+    block_n: int
+    multiprocessors: int
+    points: tuple[dict[str, Any], ...]
+    launch: int
+    tiles: tuple[tuple[int, int], ...]
+    versions: dict[str, str]
+    date: str
+    schema: int = SCHEMA
+
+    @property
+    def identity(self) -> tuple:
+        """What makes two lines the same measurement."""
+        return (self.kind, self.device, self.source_hash, self.date)
+
+    @property
+    def name(self) -> str:
+        """How manifests cite it."""
+        return _cited(self.device, self.identity)
+
+    @property
+    def waves(self) -> Waves:
+        """What a pack says of the kernel."""
+        return Waves(self.block_m, self.block_n, self.launch, self.tiles, self.name)
+
+
+def _cited(device: str, identity: tuple) -> str:
+    """A short name of a line, unique in practice, with that of its file: ``"nvidia_h200.jsonl#5e1f0a93c2"``."""
+    return f"{log_of(device).name}#{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:10]}"
 
 
 @dataclass(frozen=True)
@@ -143,14 +192,9 @@ class Measurement:
         return (self.kind, self.device, self.kernel_hash, self.problem, self.date)
 
     @property
-    def id(self) -> str:
-        """A short name, unique in practice."""
-        return hashlib.sha256("\0".join(self.identity).encode()).hexdigest()[:10]
-
-    @property
     def name(self) -> str:
-        """How manifests cite it: ``"nvidia_h200.jsonl#5e1f0a93c2"``."""
-        return f"{log_of(self.device).name}#{self.id}"
+        """How manifests cite it."""
+        return _cited(self.device, self.identity)
 
 
 @dataclass(frozen=True)
@@ -180,8 +224,8 @@ class PeerMeasurement:
         return (self.kind, self.device, self.peer, self.problem, self.date)
 
 
-Line = Record | Measurement | PeerMeasurement
-_KINDS = {"verified": Record, "measured": Measurement, "peer": PeerMeasurement}
+Line = Record | WavesRecord | Measurement | PeerMeasurement
+_KINDS = {"verified": Record, "waves": WavesRecord, "measured": Measurement, "peer": PeerMeasurement}
 
 
 def log_of(device: str) -> Path:
@@ -219,6 +263,9 @@ def _parse(fields: dict[str, Any]) -> Line:
     kind = fields.get("kind")
     if kind not in _KINDS or fields.get("schema") != SCHEMA:
         raise ValueError(f"kind {kind!r}, schema {fields.get('schema')!r}")
+    if kind == "waves":
+        tiles = tuple((start, step) for start, step in fields["tiles"])
+        return WavesRecord(**{**fields, "points": tuple(fields["points"]), "tiles": tiles})
     spread = fields["spread"]
     return _KINDS[kind](**{**fields, "spread": None if spread is None else tuple(spread)})
 
@@ -259,6 +306,12 @@ def verified(folder: Path = LOGS) -> dict[str, Record]:
             if isinstance(record, Record):
                 found[record.source_hash] = record
     return found
+
+
+def waves(folder: Path = LOGS) -> dict[str, WavesRecord]:
+    """The newest ``"waves"`` record of each source hash, over all logs."""
+    lines = (r for path in sorted(folder.glob("*.jsonl")) for r in read(path) if isinstance(r, WavesRecord))
+    return {r.source_hash: r for r in sorted(lines, key=lambda r: r.date)}
 
 
 def unverified(kernels: Iterable[KernelEntry]) -> list[KernelEntry]:

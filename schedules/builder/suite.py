@@ -188,8 +188,9 @@ HEAD_DIMS_BETWEEN = (HeadDim(96, 96), HeadDim(192, 192), HeadDim(192, 128))
 class KernelSpec:
     """One kernel, apart from the arch: what it computes, in which order, and for which problems.
 
-    ``bucket`` is as in the manifest; a spec with bucket 0 stands for all buckets that its family has.  ``kind`` is one
-    of the kinds of kernels that a family makes (:mod:`schedules.families.interface`).
+    ``bucket`` and ``block_m`` are as in the manifest; a spec where both are 0 stands for all buckets and heights of
+    work tiles that its family has.  ``kind`` is one of the kinds of kernels that a family makes
+    (:mod:`schedules.families.interface`).
     """
 
     template: str
@@ -201,6 +202,7 @@ class KernelSpec:
     head_dim_v: int
     bucket: int = 0
     kind: str = FORWARD
+    block_m: int = 0
 
     @property
     def group(self) -> str:
@@ -212,12 +214,13 @@ class KernelSpec:
     def symbol(self) -> str:
         """Global symbol of the kernel."""
         kind = "" if self.kind == FORWARD else f"_{self.kind}"
+        height = f"_m{self.block_m}" if self.block_m else ""
         bucket = f"_s{self.bucket}" if self.bucket else ""
-        return f"{self.group}_{self.mask}_{self.score}{kind}{bucket}"
+        return f"{self.group}_{self.mask}_{self.score}{kind}{height}{bucket}"
 
-    def with_bucket(self, bucket: int) -> KernelSpec:
-        """The same for longer sequences."""
-        return dataclasses.replace(self, bucket=bucket)
+    def with_bucket(self, bucket: int, block_m: int = 0) -> KernelSpec:
+        """The same for longer sequences, or with work tiles of another height."""
+        return dataclasses.replace(self, bucket=bucket, block_m=block_m)
 
 
 @dataclass(frozen=True)

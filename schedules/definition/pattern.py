@@ -79,6 +79,7 @@ class Pattern:
         needed.
     has_sink: the softmax has a logit beside those of keys.
     is_uneven: the score reads tensors or tables, so that a row's scores at some keys say nothing of those at others.
+    may_hide_keys: where the mask ``narrows``, whether there may be keys, the last ones, that nobody sees.
     """
 
     def __init__(self, found: Reading):
@@ -97,6 +98,7 @@ class Pattern:
         self.has_gaps = self._mask is not None and self._mask.has_gaps
         self.is_interval = self._mask is None or self._mask.is_interval
         self.narrows = self._mask is None or getattr(self._mask, "narrows", False)
+        self.may_hide_keys = self.narrows and self._mask is not None and not self._last_sees_last()
         self.is_scale_only = found.score is None or found.score.same_as(self._variables.s)
         scores = self._variables  # an operator that computes none has no variables of theirs
         varying = () if scores is None else (*scores.index[2:], scores.s, *varying)
@@ -108,6 +110,17 @@ class Pattern:
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
         self.has_sink = found.sink is not None
         self.is_uneven = found.score is not None and any(p.is_spread for p in self.of_score)
+
+    def _last_sees_last(self) -> bool:
+        """Whether it is certain that the last query sees the last key."""
+        (_, _, i, j), (_, _, seqlen_q, _, seqlen_kv) = self._variables.index, self._variables.sizes
+        last = ((i, seqlen_q - 1), (j, seqlen_kv - 1))
+
+        def replace_last(node):
+            return next((x for old, x in last if node.same_as(old)), node) if isinstance(node, tirx.Var) else node
+
+        sees = tvm_ffi.structural_map(self._mask.predicate, replace_last, order="post")
+        return sym.Analyzer().can_prove(sees)
 
     def without_sink(self) -> Pattern:
         """The same attention without its sink, and without the sink's parameters."""

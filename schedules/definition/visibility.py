@@ -82,6 +82,11 @@ class _Affine:
     def narrows(self):
         return self.ci > 0 > self.cj
 
+    def slopes(self, axis):
+        """Signs of the coefficient of ``axis``, as a set."""
+        coefficient = {"i": self.ci, "j": self.cj}[axis]
+        return {(coefficient > 0) - (coefficient < 0)}
+
     def _range(self, span, largest):
         """What satisfies the comparison with the most (``largest``) or the least permissive one of the span."""
         own, other = (self.ci, self.cj) if span.of == ROWS else (self.cj, self.ci)
@@ -127,6 +132,9 @@ class _All:
     def is_interval(self):
         return all(p.is_interval for p in self.parts)
 
+    def slopes(self, axis):
+        return set().union(*(p.slopes(axis) for p in self.parts))
+
     @property
     def is_opaque(self):
         return any(p.is_opaque for p in self.parts)
@@ -154,10 +162,34 @@ class _All:
 
 @dataclass(frozen=True)
 class _Any:
+    """One of several parts holds.
+
+    Intervals that all begin with the first key, or all end with the last one, are one interval together: their union is
+    ``is_joined`` if that is so of a row's keys and of a key's rows, as of a prefix and what is causal.
+    """
+
     predicate: Expr
     parts: tuple
-    has_gaps = True
-    is_interval = False
+
+    @property
+    def is_joined(self):
+        return all(self.slopes(axis) in ({0}, {1}, {-1}, {0, 1}, {0, -1}) for axis in "ij")
+
+    @property
+    def has_gaps(self):
+        return not self.is_joined
+
+    @property
+    def is_interval(self):
+        return self.is_joined
+
+    @property
+    def narrows(self):
+        """Each part begins with the first key and goes on to the last row, or sees everything or nothing."""
+        return self.slopes("i") <= {0, 1} and self.slopes("j") <= {0, -1} and any(p.narrows for p in self.parts)
+
+    def slopes(self, axis):
+        return set().union(*(p.slopes(axis) for p in self.parts))
 
     @property
     def atoms(self):
@@ -172,11 +204,23 @@ class _Any:
         return any(p.has_unknown for p in self.parts)
 
     def visible_range(self, span):
+        if self.is_joined:
+            return self._joined_range(span, "visible_range")
         los, his = zip(*(p.visible_range(span) for p in self.parts), strict=True)
         return _fold(tirx.min, los), _fold(tirx.max, his)
 
     def full_range(self, span):
+        if self.is_joined:
+            return self._joined_range(span, "full_range")
         return _zero(span), _zero(span)  # a union of intervals is not an interval
+
+    def _joined_range(self, span, which):
+        los, his = zip(*(getattr(p, which)(span) for p in self.parts), strict=True)
+        if 1 not in self.slopes("j" if span.of == ROWS else "i"):
+            return _zero(span), _fold(tirx.max, his)
+        # They end with the last one, but for those that are empty, whose beginning says nothing.
+        begins = [tirx.Select(lo < hi, lo, span.others) for lo, hi in zip(los, his, strict=True)]
+        return _fold(tirx.min, begins), span.others
 
     def full(self, tile):
         return tirx.any(*(p.full(tile) for p in self.parts))
@@ -193,6 +237,10 @@ class _Opaque:
     tilewise: Tilewise
     is_interval = False
     is_opaque = True
+    narrows = False
+
+    def slopes(self, axis):
+        return {-1, 1}
 
     @property
     def atoms(self):

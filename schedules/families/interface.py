@@ -8,6 +8,8 @@ sits.  It is a module with
   dataclass of schedule parameters, ``INDEX_DTYPE``: the index type that definitions for it should have;
 * ``default_configs(template, pattern, target) -> {bucket: Config}``: bucket 0 always, and further ones where a longest
   sequence of at least that many keys is better served by another configuration;
+* ``further_tiles(pattern, config) -> {block_m: Config}``, if there are further kernels beside a default one, which
+  differ in the height of work tiles and give the same bits: the run time chooses (:mod:`tvm_flash.call.waves`);
 * ``space(template, pattern, target) -> {field of Config: values worth trying}``, for tuning;
 * ``feasible(pattern, config, target) -> Rejected | None``, before anything is compiled;
 * ``program(pattern, config, target, traversal, name) -> Program``;

@@ -4,7 +4,8 @@ A warp's accumulator of ``m_tiles`` times ``tile_rows`` rows and ``columns`` col
 floats a lane.  Register ``t * registers(columns) + g * 4 + r * 2 + e`` of a lane stands at
 
 * row ``t * tile_rows + row(lane) + r * row_step``,
-* column ``g * group + column(lane) + e`` of a score tile, ``output_column(g) + column(lane) + e`` of the output.
+* column ``g * group + column(lane) + e * column_step`` of a score tile, ``output_column(g) + column(lane) + e`` of the
+  output.
 
 Every lane holds two rows of an m-tile, and the lanes that share them differ in the bits of ``row_lanes``.
 Source: the layouts of mma and wgmma fragments in the PTX ISA; Volta's is that of m8n8k4 with the four quad pairs of a
@@ -24,7 +25,8 @@ class Fragment:
     """An accumulator layout.
 
     ``group``: columns that four consecutive registers span.  ``tile_rows``: rows of an m-tile.  ``row_step``: rows
-    between ``r = 0`` and ``r = 1``.  ``row_lanes``: masks of the shuffles that reduce a row.
+    between ``r = 0`` and ``r = 1``.  ``row_lanes``: masks of the shuffles that reduce a row.  ``column_step``: columns
+    of a score tile between ``e = 0`` and ``e = 1``.
     """
 
     group: int
@@ -34,6 +36,11 @@ class Fragment:
     row: Callable[[Expr], Expr]
     column: Callable[[Expr], Expr]
     output_column: Callable[[int], int]
+    column_step: int = 1
+
+    def score_column(self, g: int, e: int) -> int:
+        """Column of a register of a score tile, from this lane's first one."""
+        return g * self.group + e * self.column_step
 
     def registers(self, columns: int) -> int:
         """Registers of a lane for one m-tile with that many columns."""
@@ -49,6 +56,18 @@ M16N8 = Fragment(
     row=lambda lane: lane // 4,
     column=lambda lane: lane % 4 * 2,
     output_column=lambda g: g * 8,
+)
+
+#: The same instruction's D with rows and columns exchanged: keys are what it multiplies from the left.
+M16N8_TRANSPOSED = Fragment(
+    group=16,
+    tile_rows=8,
+    row_step=1,
+    row_lanes=(4, 8, 16),
+    row=lambda lane: lane % 4 * 2,
+    column=lambda lane: lane // 4,
+    output_column=lambda g: g * 16,
+    column_step=8,
 )
 
 #: mma.sync m8n8k4 of Volta.  The output's columns are permuted: one 128-bit load of V serves two instructions.

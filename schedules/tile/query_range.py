@@ -29,7 +29,9 @@ class QueryTiles:
         self.has_masked = not pattern.is_unmasked
         self.has_full = pattern.is_unmasked or constant(full_hi) != 0
         self.begin = local(T.truncdiv(lo, block_m))
-        self.steps = local(T.max(ceildiv(hi, block_m) - self.begin, 0))
+        steps = T.max(ceildiv(hi, block_m) - self.begin, 0)
+        # Keys that nobody sees visit no tile: their range is empty, but lies in one that blocks before have finished.
+        self.steps = local(T.Select(lo < hi, steps, 0) if pattern.may_hide_keys else steps)
         self.left, self.right = (self.steps if self.has_masked else T.int32(0)), self.steps
         self.has_right = False
         if self.has_masked and self.has_full:

@@ -67,7 +67,7 @@ class ScoreTile:
     def position(self, row0: Expr, column0: Expr, t, g, r, e) -> tuple[Expr, Expr]:
         """Row and column of a register, from those of this lane's first one."""
         f = self.fragment
-        return row0 + (t * self.tile_step + r * f.row_step), column0 + (g * f.group + e)
+        return row0 + (t * self.tile_step + r * f.row_step), column0 + f.score_column(g, e)
 
     # ------------------------------------------------------------ elements of tensors
 
@@ -178,7 +178,7 @@ class ScoreTile:
                 for g in T.unroll(self.groups):
                     for e in T.unroll(2):
                         i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                        column = T.meta_var(g * self.fragment.group + e)
+                        column = T.meta_var(self.fragment.score_column(g, e))
                         if constant(keys[0]) == 0:
                             S[i] = T.Select(column < end, S[i], T.float32(NEGATIVE_INFINITY))
                         else:

@@ -47,14 +47,16 @@ class Tuning:
         self.verified: dict[tuple[str, str], list[str]] = {}  # hashes of sources, by arch and kernel
         for r in records.verified(folder).values():
             self.verified.setdefault((r.arch, r.symbol.removesuffix(f"_s{r.bucket}")), []).append(r.source_hash)
+        self.waves = records.waves(folder)
         self.here = devices_here() if self.measured else frozenset()
 
     def __call__(self, spec: KernelSpec, target: Target) -> Tuned:
         """What the records say of a kernel."""
         arch, isa = target.arch, target.isa
+        waves = {h: r.waves for h, r in self.waves.items() if r.arch == arch and r.symbol.startswith(spec.symbol)}
         of_it = [r for r in self.measured if kinds.is_of(r, spec)]
         if not of_it:
-            return NO_RECORDS
+            return Tuned(waves=waves) if waves else NO_RECORDS
         own = [r for r in of_it if (r.arch, r.isa) == (arch, isa)]
         chosen = self._nearest(of_it, arch, isa)
         needs_no_proof = arch == "cpu" or self.mode == "measured" or any(r.device in self.here for r in chosen)
@@ -62,6 +64,7 @@ class Tuning:
             proposals=proposals(chosen, bool(chosen) and chosen[0].arch == arch, kinds.has_buckets(spec.kind)),
             verified=None if needs_no_proof else tuple(sorted(self.verified.get((arch, spec.symbol), ()))),
             speeds=speeds(r for r in own if r.run_as == "native"),
+            waves=waves,
         )
 
     def knows(self, target: Target) -> bool:

@@ -195,6 +195,6 @@ def tasks_for(
         for kind in kinds.of(workload, asked):
             if kind in kinds_of(target) and workload.dtype in family.DTYPES:
                 for template in kinds.templates_of(kind, templates, family.TEMPLATES):
-                    spec = kinds.spec_for(kind, template, workload, target.arch != "cpu")
+                    spec = kinds.spec_for(kind, template, workload, target)
                     tasks.setdefault(spec, []).append(workload)
     return {s: w for s, w in tasks.items() if space_of(s, target).refusal(space_of(s, target).base) is None}

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from schedules.builder.records import Measurement
 from schedules.builder.suite import HEAD_DIMS, HEAD_DIMS_BETWEEN, ONE_TEMPLATE, SCOPES, HeadDim, KernelSpec, Selection
+from schedules.families import further_sizes
 from schedules.families.interface import (
     BACKWARD,
     DECODE,
@@ -20,6 +21,7 @@ from schedules.families.interface import (
     PAGED_DECODE_ANY,
     RAGGED,
     RAGGED_BACKWARD,
+    Target,
 )
 from tvm_flash.catalogue import MASKS, SCORES
 from tvm_flash.measure.workloads import Workload
@@ -61,18 +63,20 @@ def problem_of(kind: str, workload: Workload) -> Workload:
     return replace(workload, form=FORM_OF_KIND.get(kind, DENSE), backward=KINDS[kind])
 
 
-def spec_for(kind: str, template: str, workload: Workload, gpu: bool) -> KernelSpec:
+def spec_for(kind: str, template: str, workload: Workload, target: Target) -> KernelSpec:
     """The kernel that would run a workload, in a pack with the core set.
 
-    Its mask and score are the cheapest of the kind that will do, its head_dim the smallest usual one that holds the
-    workload's; where the core set has none, they are the workload's own.
+    Its mask and score are the cheapest of the kind that will do, its head_dim the smallest of the target's that holds
+    the workload's; where the core set has none, they are the workload's own.
     """
+    gpu = target.arch != "cpu"
     core = Selection().variants(kind, gpu)
     pairs = ((mask, score) for mask in MASKS[workload.mask].stand_ins for score in SCORES[workload.score].stand_ins)
     mask, score = next((pair for pair in pairs if pair in core), (workload.mask, workload.score))
     between = gpu and SCOPES[kind].between and score == "identity" and mask != "padded"
-    usual = HEAD_DIMS + (HEAD_DIMS_BETWEEN if between else ())
-    dims = [d for d in usual if d.qk >= workload.head_dim and d.v >= workload.head_dim_v]
+    own = (HeadDim(*d) for d in further_sizes(target).get(kind, {}).get((mask, score), ()))
+    known = (*HEAD_DIMS, *(HEAD_DIMS_BETWEEN if between else ()), *own)
+    dims = [d for d in known if d.qk >= workload.head_dim and d.v >= workload.head_dim_v]
     dim = min(dims, key=lambda d: (d.qk, d.v), default=HeadDim(workload.head_dim, workload.head_dim_v))
     return KernelSpec(template, BUILTIN_DEFINITION, mask, score, workload.dtype, dim.qk, dim.v, kind=kind)
 

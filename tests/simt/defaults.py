@@ -42,13 +42,14 @@ class DefaultKernel:
 
 
 def default_kernel(
-    spec: KernelSpec, arch: str, folder: Path, pattern: Pattern | None = None, **changes
+    spec: KernelSpec, arch: str, folder: Path, pattern: Pattern | None = None, configs=None, **changes
 ) -> DefaultKernel:
-    """Lower a spec and compile it in ``folder``; ``pattern`` is that of a definition that has no name, ``changes``
-    are fields of the configuration that are others than the default's."""
+    """Lower a spec and compile it in ``folder``; ``pattern`` is that of a definition that has no name, ``configs`` what
+    gives the configurations in place of the default's, ``changes`` are fields that are others."""
     target = Target(arch)
     pattern = pattern or pattern_of(spec, target)
-    config = maker_of(target, spec.kind).default_configs(spec.template, pattern, target)[0]
+    configs = configs or maker_of(target, spec.kind).default_configs
+    config = configs(spec.template, pattern, target)[0]
     config = replace(config, **changes)
     lowered = lower(spec, pattern, target, config)
     return DefaultKernel(spec, target, pattern, lowered, Simulated(lowered.program, lowered.text, folder))

@@ -41,6 +41,7 @@ uint32_t ballot(int predicate);
 // What the thread in lane ``source`` brings.
 uint64_t exchange(uint64_t value, int source);
 void ldmatrix(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from, bool transposed);
+uint32_t movmatrix(uint32_t pair);
 void stmatrix(uint32_t to, std::initializer_list<uint32_t> registers, bool transposed);
 template <int K>
 void mma_m16n8(float* d, const uint32_t* a, const uint32_t* b, bool brain);
@@ -50,6 +51,7 @@ void mma_m8n8k4(float* d, const uint32_t* a, const uint32_t* b, bool b_is_row);
 
 float widen(uint16_t x, bool brain);
 void widen_e4m3(float& a, float& b, uint32_t pair);
+void widen_int8(float& a, float& b, float& c, float& d, uint32_t word);
 void widen_halves(float& a, float& b, uint32_t x, uint32_t y);
 uint32_t pack(float high, float low, bool brain);
 

@@ -42,6 +42,7 @@ _INSTRUCTIONS = {
         "simt::widen_e4m3({0}, {1}, {4}); simt::widen_e4m3({2}, {3}, {4} >> 16);"
     ),
     r"\{\.reg \.b16 x, y; \.reg \.b32 h; mul\.rn\.f16x2 h, %2, %3;": "simt::widen_halves({0}, {1}, {2}, {3});",
+    r"\{\.reg \.b16 x, y; \.reg \.b32 h, g; prmt\.b32 h, %4, 0, 0x4140;": "simt::widen_int8({0}, {1}, {2}, {3}, {4});",
     r"cvt\.rn\.b?f16x2": "{0} = simt::pack({1}, {2}, {brain});",
     r"ex2\.approx(\.ftz)?\.f32 ": "{0} = exp2f({1});",
     r"lg2\.approx(\.ftz)?\.f32 ": "{0} = log2f({1});",
@@ -52,6 +53,7 @@ _INSTRUCTIONS = {
     r"ldmatrix\.sync\.aligned\.m8n8\.x4\.": "simt::ldmatrix({0}, {1}, {2}, {3}, {4} + {offset}, false);",
     r"stmatrix\.sync\.aligned\.m8n8\.x[124]\.trans\.": "simt::stmatrix({0} + {offset}, {{{rest1}}}, true);",
     r"stmatrix\.sync\.aligned\.m8n8\.x[124]\.": "simt::stmatrix({0} + {offset}, {{{rest1}}}, false);",
+    r"movmatrix\.sync\.aligned\.m8n8\.trans\.": "{0} = simt::movmatrix({1});",
     r"bar\.sync %0, %1": "simt::barrier({0}, {1});",
     r"bar\.arrive %0, %1": "simt::barrier({0}, {1}, false);",
     r"fence\.proxy\.async": "simt::fence_async();",

@@ -46,6 +46,10 @@ void widen_halves(float& a, float& b, uint32_t x, uint32_t y) {
   a = widen(x & 0xffff, false) * widen(y & 0xffff, false);
   b = widen(x >> 16, false) * widen(y >> 16, false);
 }
+void widen_int8(float& a, float& b, float& c, float& d, uint32_t word) {
+  float* to[] = {&a, &b, &c, &d};
+  for (int i = 0; i < 4; i++) *to[i] = int8_t(word >> 8 * i & 0xff);
+}
 static uint16_t narrow(float x, bool brain) {
   uint16_t bits;
   if (brain) {
@@ -110,6 +114,22 @@ void ldmatrix(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from,
       }
   });
   a = self().out[0], b = self().out[1], c = self().out[2], d = self().out[3];
+}
+
+// An 8 x 8 matrix of 16-bit elements, a row's pair a lane, the other way round.
+uint32_t movmatrix(uint32_t pair) {
+  self().in[0] = pair;
+  together([](Thread* warp) {
+    for (int l = 0; l < kWarp; l++) {
+      warp[l].out[0] = 0;
+      for (int e = 0; e < 2; e++) {
+        int row = l % 4 * 2 + e, column = l / 4;
+        uint16_t value = warp[row * 4 + column / 2].in[0] >> (column % 2 * 16);
+        warp[l].out[0] |= uint32_t(value) << (16 * e);
+      }
+    }
+  });
+  return self().out[0];
 }
 
 // ``matrices`` of 8 x 8, row r of matrix m at the address that lane 8 m + r brings.

@@ -2,14 +2,17 @@
 
 The order: the template that this device's measurements favour or else the policy, then the arch that is closest to the
 device, then a kernel that is made for so few query rows, the smallest head_dim that fits, the cheapest mask, the
-largest bucket that the sequence reaches, the first pack on the search path.  Nothing of it but the order of the
-templates depends on the batch or on the number of processors: a sequence gets the same bits in any batch.
+largest bucket that the sequence reaches, the height of work tiles whose waves take the least time
+(:mod:`tvm_flash.call.waves`), the first pack on the search path.  Nothing of it but the order of the templates and the
+height of work tiles, which changes no bits, depends on the batch or on the number of processors: a sequence gets the
+same bits in any batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tvm_flash.call import waves
 from tvm_flash.call.measured import compare, nearest, tune_command
 from tvm_flash.call.problem import Problem
 from tvm_flash.catalogue import INSTEAD
@@ -130,7 +133,7 @@ def explain(problem: Problem, device: Device, variant: str, prefer: str = "speed
         )
     best = fitting[0].entry
     reason = _reason(best, problem, device, order, why, rejected)
-    after = [Rejection(k.entry, _ORDER, _why_after(k.entry, best, order)) for k in fitting[1:]]
+    after = [Rejection(k.entry, _ORDER, _why_after(k.entry, best, problem, device, order)) for k in fitting[1:]]
     rejected.sort(key=lambda r: -r.stage)
     return Explanation(problem, device, best, reason, (*after, *rejected), others, _measured(best, problem, device))
 
@@ -168,7 +171,7 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
             if refusal:
                 rejected.append(refusal)
             else:
-                fitting.append((_rank(kernel, problem, order, distance), kernel))
+                fitting.append((_rank(kernel, problem, device, order, distance), kernel))
     fitting.sort(key=lambda x: x[0])
     return [kernel for _, kernel in fitting], rejected
 
@@ -180,7 +183,9 @@ def candidates(arch: str, problem: Problem) -> list[Installed]:
     return [k for k in found if k.entry.form == problem.form and k.entry.cache_dtype == cache]
 
 
-def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance: int) -> tuple[int, ...]:
+def _rank(
+    kernel: Installed, problem: Problem, device: Device, order: tuple[str, str], distance: int
+) -> tuple[float, ...]:
     entry = kernel.entry
     mask, score = (problem.masks.index(entry.mask), problem.scores.index(entry.score)) if problem.masks else (0, 0)
     features = len(kernel.pack.manifest.cpu_features)
@@ -188,7 +193,8 @@ def _rank(kernel: Installed, problem: Problem, order: tuple[str, str], distance:
     # Where keys are split, reading them is what takes time, and of a larger head_dim no more is read.
     fit = (*size, *kind) if entry.max_rows is None else (*kind, *size)
     first = (order.index(entry.template), distance, -features, entry.max_rows is None)
-    return (*first, *fit, not _is_for_some_pages(entry), -entry.bucket, kernel.rank)
+    height = waves.rank(entry, problem, device)
+    return (*first, *fit, not _is_for_some_pages(entry), -entry.bucket, *height, kernel.rank)
 
 
 #: What kinds of kernels do that add to what is there.
@@ -274,7 +280,7 @@ def _reason(
     return reason
 
 
-def _why_after(entry: KernelEntry, best: KernelEntry, order: tuple[str, str]) -> str:
+def _why_after(entry: KernelEntry, best: KernelEntry, problem: Problem, device: Device, order: tuple[str, str]) -> str:
     """Why a kernel that fits comes after the best."""
     if entry.template != best.template:
         return f"fits, but {order[0].upper()} is preferred"
@@ -292,6 +298,8 @@ def _why_after(entry: KernelEntry, best: KernelEntry, order: tuple[str, str]) ->
         return "fits, but there is a kernel for pages of such sizes"
     if entry.bucket != best.bucket:
         return f"fits, but the kernel for {best.bucket} keys or more is meant for this length"
+    if entry.block_m != best.block_m:
+        return f"fits, but {waves.why(best, entry, problem, device)}"
     return "fits, but another pack's comes first"
 
 

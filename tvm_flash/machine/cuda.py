@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from tvm_flash.errors import KernelError, PackError
 
 # CUdevice_attribute
-_MAJOR, _MINOR = 75, 76
+_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device: its index as frameworks count, its name and its compute capability."""
+    """One CUDA device: its index as frameworks count, its name, its compute capability and its multiprocessors."""
 
     index: int
     name: str
     capability: tuple[int, int]
+    multiprocessors: int
 
 
 class _DriverError(Exception):
@@ -57,7 +58,7 @@ def device_count() -> int:
 
 @functools.cache
 def gpu(index: int) -> Gpu:
-    """Name and compute capability of a device.
+    """Name, compute capability and multiprocessors of a device.
 
     Raises
     ------
@@ -67,15 +68,16 @@ def gpu(index: int) -> Gpu:
     try:
         if driver is None:
             raise _DriverError("there is no CUDA driver, or it sees no device")
-        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        device, major, minor, multiprocessors = (ctypes.c_int() for _ in range(4))
         name = ctypes.create_string_buffer(256)
         check(driver.cuDeviceGet(ctypes.byref(device), index))
         check(driver.cuDeviceGetName(name, len(name), device))
         check(driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device))
         check(driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device))
+        check(driver.cuDeviceGetAttribute(ctypes.byref(multiprocessors), _MULTIPROCESSORS, device))
     except _DriverError as e:
         raise PackError(f"device cuda:{index}: {e}; check the driver with nvidia-smi") from e
-    return Gpu(index, name.value.decode(errors="replace"), (major.value, minor.value))
+    return Gpu(index, name.value.decode(errors="replace"), (major.value, minor.value), multiprocessors.value)
 
 
 @functools.cache

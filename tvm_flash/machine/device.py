@@ -34,6 +34,11 @@ class Device:
         return None if self.kind == "cpu" else cuda.gpu(self.index).capability
 
     @property
+    def multiprocessors(self) -> int:
+        """How many a GPU has; 0 of the processor, and where it isn't known."""
+        return 0 if self.kind == "cpu" else cuda.gpu(self.index).multiprocessors
+
+    @property
     def native_arch(self) -> str:
         """The arch that is built for it."""
         return "cpu" if self.kind == "cpu" else arch_of(self.capability)
@@ -57,6 +62,10 @@ class Imagined(Device):
     @property
     def name(self) -> str:
         return "imagined"
+
+    @property
+    def multiprocessors(self) -> int:
+        return 0
 
     @property
     def capability(self) -> tuple[int, int]:

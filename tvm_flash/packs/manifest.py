@@ -269,6 +269,42 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Waves:
+    """How long a kernel takes by its waves, a wave being as many work tiles as a device computes at a time.
+
+    Attributes
+    ----------
+    block_m: query rows of a work tile; ``block_n``: keys that it takes at a step.
+    launch: picoseconds from the end of one launch to the first work of the next.
+    tiles: ``(start, step)``, in picoseconds, of a multiprocessor that computes one work tile, two at a time, and so on
+        up to as many as it can: together they take ``start + n * step`` for ``n`` steps each.
+    record: the line in ``tuning_logs`` with the measurements that the figures are from.
+    """
+
+    block_m: int
+    block_n: int
+    launch: int
+    tiles: tuple[tuple[int, int], ...]
+    record: str
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> Waves:
+        """What :func:`dataclasses.asdict` made of it, perhaps by way of JSON."""
+        return Waves(**{**raw, "tiles": tuple((start, step) for start, step in raw["tiles"])})
+
+    def time(self, problem: Mapping[str, int], multiprocessors: int) -> int:
+        """Picoseconds of a problem, by its sizes (:func:`tvm_flash.packs.sizes.of`).
+
+        The longest share of a multiprocessor counts, in full waves and what is left.
+        """
+        steps = -(-problem["seqlen_kv"] // self.block_n)
+        tiles = problem["batch"] * problem["heads"] * -(-problem["seqlen_q"] // self.block_m)
+        full, rest = divmod(-(-tiles // multiprocessors), len(self.tiles))
+        each = [0, *(start + steps * step for start, step in self.tiles)]
+        return self.launch + full * each[-1] + each[rest]
+
+
+@dataclass(frozen=True)
 class ModuleFile:
     """One shared library of a pack: its file name, size in bytes, and the sha256 that is checked at load."""
 
@@ -296,6 +332,9 @@ class KernelEntry:
     workspaces, scalars: memory and numbers that the launches take beside the operator's own arguments.
     bucket: the fewest keys (``seqlen_kv``) it is meant for; of several kernels of one kind the one with the largest
         bucket that fits is the fastest.
+    block_m: query rows of a work tile, where there are several kernels of one kind and bucket that differ in these
+        alone, and give the same bits; 0 of the usual one.
+    waves: by which one of these is chosen; None if nothing was measured.
     max_rows: the most query rows that share a key (``seqlen_q * heads / kv_heads``) for which it is meant, by the
         problem's sizes; None if any number will do.  A kernel that is made for few rows is preferred where it fits.
     narrow_axes: how many blocks launches have along the axes of a GPU's grid with room for ``MOST_BLOCKS`` only, by the
@@ -337,6 +376,8 @@ class KernelEntry:
     shared_memory: int | None = None
     spills: int | None = None
     speeds: tuple[Speed, ...] = ()
+    block_m: int = 0
+    waves: Waves | None = None
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> KernelEntry:
@@ -354,6 +395,7 @@ class KernelEntry:
             "max_rows": None if raw.get("max_rows") is None else sizes.from_json(raw["max_rows"]),
             "narrow_axes": tuple(map(sizes.from_json, raw.get("narrow_axes", ()))),
             "speeds": tuple(Speed(**s) for s in raw.get("speeds", ())),
+            "waves": None if raw.get("waves") is None else Waves.from_dict(raw["waves"]),
         }
         return KernelEntry(**{**raw, **parts})
 

@@ -58,10 +58,12 @@ class Config:
 class _AsynchronousMachine(AsynchronousCopies, AmpereProducts, BlockMachine):
     """Asynchronous copies, m16n8k16."""
 
+    fragment_type = M16N8
+
     def __init__(self, pattern, config, *args):
         self.q_in_registers, self.v_ahead = config.q_in_registers, config.v_ahead
         BlockMachine.__init__(
-            self, pattern, config, *args, fragment=M16N8, num_stages=config.num_stages,
+            self, pattern, config, *args, fragment=self.fragment_type, num_stages=config.num_stages,
             parts=config.warps_per_tile, cursors_in_shared=config.cursors_in_shared,
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tvm.backend.cuda.lang import SMEMPool
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -34,8 +35,31 @@ _BLOCKS = 8192
 
 
 @T.inline
-def attend_splits(pattern, config, machine_type, geometry, results, packs, early):
-    """The body of a kernel: blocks for every group of heads and sequence, those of its first split first."""
+def attend_split(pattern, config, machine_type, of_machine, rows, results, split, pool):
+    """One row tile's part of a split: ``of_machine`` is what a machine takes beside pattern, configuration and pool."""
+    geometry, at, span, tiles = T.meta_var(of_machine[:4])
+    # 1. The online softmax over the split's tiles, from right to left.
+    machine = machine_type(pattern, config, *of_machine, pool)
+    machine.softmax.place(rows, machine.row0)
+    machine.start()
+    tile: T.int32 = tiles.end - 1
+    while tile >= tiles.begin:
+        machine.step(tile, True, True)
+        next_visible(pattern, at, tiles, (T.int32(0), span[1]), config.block_n, tile)
+    machine.wait_for_copies()
+    # 2. The split's output and log-sum-exp.
+    machine.finish()
+    O = flat(results.o)
+    LSE = flat(results.lse)
+    store_partial(machine, rows, geometry, O, LSE, results.splits, split)
+
+
+@T.inline
+def attend_splits(pattern, config, machine_type, geometry, results, packs, early, few=None):
+    """The body of a kernel: blocks for every group of heads and sequence, those of its first split first.
+
+    ``few`` is a configuration with less rows a tile, for sequences that have no more.
+    """
     M = T.meta_var(config.block_m)
     N = T.meta_var(config.block_n)
     W = T.meta_var(config.num_warps)
@@ -80,21 +104,21 @@ def attend_splits(pattern, config, machine_type, geometry, results, packs, early
         m_block: T.int32 = 0
         while m_block * M < rows.sequence.length:
             tiles = KeyTiles(pattern, at, *positions, N, (split * split_tiles, (split + 1) * split_tiles))
-            # 4. The online softmax over the split's tiles, from right to left.
+            # 4. What they see of the split, with few rows or with more.
             span = T.meta_var((m_block * M, positions[1]))
-            machine = machine_type(pattern, config, geometry, at, span, tiles, sources, WorkTile(b, h, m_block), tid)
-            machine.softmax.place(rows, machine.row0)
-            machine.start()
-            tile: T.int32 = tiles.end - 1
-            while tile >= tiles.begin:
-                machine.step(tile, True, True)
-                next_visible(pattern, at, tiles, positions, N, tile)
-            machine.wait_for_copies()
-            # 5. The split's output and log-sum-exp.
-            machine.finish()
-            O = flat(results.o)
-            LSE = flat(results.lse)
-            store_partial(machine, rows, geometry, O, LSE, results.splits, split)
+            block = T.meta_var(WorkTile(b, h, m_block))
+            of_machine = T.meta_var((geometry, at, span, tiles, sources, block, tid))
+            if few is None:
+                attend_split(pattern, config, machine_type, of_machine, rows, results, split, None)
+            else:
+                shared = SMEMPool()
+                of_few = SMEMPool(shared.ptr)
+                of_more = SMEMPool(shared.ptr)
+                if rows.sequence.length <= few.block_m:
+                    attend_split(pattern, few, machine_type, of_machine, rows, results, split, of_few)
+                else:
+                    attend_split(pattern, config, machine_type, of_machine, rows, results, split, of_more)
+                shared.commit(max(of_few.offset, of_more.offset))
             T.cuda.cta_sync()
             m_block = m_block + 1
         split = split + distance

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
-from schedules.families import split_keys
+from schedules.families import limits, split_keys
 from schedules.families.interface import PAGED_DECODE_SCALED, Program, Rejected, Target
 from schedules.families.mma.asynchronous import Config
 from schedules.families.mma.mma import ALIGNMENT
@@ -22,7 +22,7 @@ from schedules.tile.partial import PartialResults
 from schedules.tile.tile_scheduler import Traversal
 
 
-def partial(pattern: Pattern, config, name: str, machine_type, packs: bool, early: bool) -> PrimFunc:
+def partial(pattern: Pattern, config, name: str, machine_type, packs: bool, early: bool, few=None) -> PrimFunc:
     """``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, k_scale, v_scale, softmax_scale,
     *params)``; else as without scales."""
 
@@ -44,7 +44,7 @@ def partial(pattern: Pattern, config, name: str, machine_type, packs: bool, earl
             handles = T.meta_var(((q, k, v), (cu_seqlens_q, seqlens_k, page_table), (k_scale, v_scale)))
             geometry = ScaledGeometry(pattern, *handles, softmax_scale, values, ALIGNMENT, machine_type.cache)
             results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
-            attend_splits(pattern, config, machine_type, geometry, results, packs, early)
+            attend_splits(pattern, config, machine_type, geometry, results, packs, early, few)
 
         return attention.with_attr("global_symbol", name)
 
@@ -58,11 +58,20 @@ class ScaledDecoding(PagedDecoding):
     Attributes
     ----------
     cache: its dtype.
-    lean_machine: the type of machine of configurations that are ``lean``.
+    transposed: the type of machine of configurations that are ``transposed``.
+    few_configs: by head_dim, the configurations of kernels with a text of its own for few rows.
     """
 
     cache: str = ""
-    lean_machine: type | None = None
+    transposed: type | None = None
+    few_configs: Mapping[int, TransposedConfig] = field(default_factory=dict)
+
+    def default_configs(self, template: str, pattern: Pattern, target: Target) -> dict[int, object]:
+        """The configuration of a pattern."""
+        found = limits.by_head_dim(self.configs, pattern)
+        if self.few_configs and self._few(pattern, found) is not None:
+            found = limits.by_head_dim(self.few_configs, pattern)
+        return {0: found}
 
     def feasible(self, pattern: Pattern, config, target: Target) -> Rejected | None:
         """Whether the machine has room for a block, and tiles fill the splits."""
@@ -85,21 +94,36 @@ class ScaledDecoding(PagedDecoding):
     def space(self, template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
         """Values of each field that are worth trying."""
         found = PagedDecoding.space(self, template, pattern, target)
-        return {**found, "lean": (False, True)} if self.lean_machine else found
+        if self.transposed is None:
+            return found
+        return {**found, "transposed": (False, True), "min_blocks_per_sm": (8, 12, 16)}
+
+    def _transposes(self, config) -> bool:
+        """Whether keys are on the left of products."""
+        return self.transposed is not None and config.transposed
+
+    def _few(self, pattern: Pattern, config) -> Config | None:
+        """The configuration for few rows, where it has the same bits.
+
+        Rows that don't exist have scores of 0, which raise no reference unless something is added to them.
+        """
+        if not (self._transposes(config) and pattern.is_scale_only):
+            return None
+        return replace(config, block_m=self.transposed.fragment_type.tile_rows)
 
     def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
         """The two launches."""
-        lean = getattr(config, "lean", False)
-        machine = over(self.lean_machine if lean else self.machine, self.cache, target.arch)
-        func = partial(pattern, config, name, machine, not pattern.depends_on_head, self.early)
+        machine = over(self.transposed if self._transposes(config) else self.machine, self.cache, target.arch)
+        packs = not pattern.depends_on_head
+        func = partial(pattern, config, name, machine, packs, self.early, self._few(pattern, config))
         return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=self.early, scaled=True)
 
 
 @dataclass(frozen=True)
-class LeanConfig(Config):
-    """``lean`` takes fewer instructions for each key (:class:`HopperScaledDecodeMachine`)."""
+class TransposedConfig(Config):
+    """``transposed`` has keys and values on the left of products (:mod:`schedules.families.mma.transposed`)."""
 
-    lean: bool = False
+    transposed: bool = False
 
 
 #: By head_dim, the first that is large enough.
@@ -110,10 +134,22 @@ CONFIGS: Mapping[int, tuple[int, int, int, int, int]] = {
 }
 
 
-def kinds(config_type, fits, early: bool = False, lean_machine: type | None = None) -> dict[str, ScaledDecoding]:
-    """The kinds of a family, by name."""
+def kinds(
+    config_type,
+    fits,
+    early: bool = False,
+    transposed: type | None = None,
+    few_blocks: Mapping[int, int] | None = None,
+) -> dict[str, ScaledDecoding]:
+    """The kinds of a family, by name.
+
+    ``few_blocks``: head_dims at which keys are on the left by default, and blocks of a multiprocessor of kernels with a
+    text for few rows there.
+    """
     configs = {d: config_type(*x, q_in_registers=d <= 128) for d, x in CONFIGS.items()}
-    of_all = {"early": early, "lean_machine": lean_machine}
+    configs |= {d: replace(configs[d], transposed=True) for d in few_blocks or {}}
+    few_configs = {d: replace(configs[d], min_blocks_per_sm=n) for d, n in (few_blocks or {}).items()}
+    of_all = {"early": early, "transposed": transposed, "few_configs": few_configs}
     return {
         kind: ScaledDecoding(config_type, ScaledDecodeMachine, configs, fits, cache=cache, **of_all)
         for cache, kind in PAGED_DECODE_SCALED.items()

@@ -13,14 +13,12 @@ import functools
 from tvm.script import tirx as T
 
 from schedules.families.mma.asynchronous import DecodeMachine, Machine
-from schedules.families.mma.decode import PackedSoftmax
 from schedules.families.mma.ldmatrix import LOAD, LOAD_TRANSPOSED, LdmatrixProducts
 from schedules.families.mma.machine import BlockMachine, PagedMatrix, Rows
-from schedules.families.mma.registers import anew, fresh
+from schedules.families.mma.registers import fresh
 from schedules.families.mma.staged import StagedCopies, load_half_or_zero
 from schedules.families.mma.widen import ScaledCopies, Widening, widening
-from schedules.tile.geometry import wide
-from schedules.tile.smem import TILE_ALIGNMENT, SharedTile
+from schedules.tile.smem import SharedTile
 
 #: ldmatrix gives a lane four bytes of a row where an operand has two and the two that are eight further on: those of
 #: two other lanes of the four that share the row.
@@ -213,78 +211,6 @@ class ScaledDecodeMachine(ScaledCopies, DecodeMachine):
 
 
 @T.meta_class
-class FreshSoftmax(PackedSoftmax):
-    """The softmax on packed rows, where nothing that follows from a query alone is kept from tile to tile."""
-
-    def position(self, row0, column0, t, g, r, e):
-        query, key = PackedSoftmax.position(self, row0, column0, t, g, r, e)
-        return anew(query), key
-
-
-@T.meta_class
-class HopperScaledDecodeMachine(ScaledDecodeMachine):
-    """The same on Hopper with fewer instructions and registers, where a product of 16 columns has the same bits in any
-    order of these.
-
-    A lane multiplies the four neighbouring elements that ldmatrix gives it, and takes the same four of Q, so that no
-    lanes exchange bytes.  Fragments of Q in registers leave its tile to the last stage of K, which comes later.
-
-    On an H200 with caches of e4m3, pages of 16, bfloat16: 104.6 us for 110.7 of 32 sequences of 4096 keys (32 heads on
-    8, head_dim 128), 80.6 for 87.7 of 64 of 1024, 9.9 for 10.6 of one of 1024; head_dim 64, 37.2 for 38.7 of 4 of
-    16384.  Where Q isn't kept in registers, at 256, 99.8 for 95.4.  No GPU has verified it yet, so that it isn't the
-    default.
-    """
-
-    on_pages = LaneMatrix
-    softmax_type = FreshSoftmax
-
-    def place_tiles(self, pool, shapes):
-        """Q lies in the last stage of K where it is kept in registers, and is small enough."""
-        _, block_m, columns, element = shapes[0]
-        _, block_n, _, stored = shapes[1]
-        stage = block_n * columns * stored.bytes
-        if not self.q_in_registers or block_m * columns * element.bytes > stage or stage % TILE_ALIGNMENT:
-            return ScaledDecodeMachine.place_tiles(self, pool, shapes)
-        k = SharedTile(pool, *shapes[1])
-        end = pool.offset
-        pool.move_base_to(end - stage)
-        q = SharedTile(pool, *shapes[0])
-        pool.move_base_to(end)
-        return [q, k, SharedTile(pool, *shapes[2])]
-
-    def place_operands(self):
-        """Where K and V are read is computed anew for each tile."""
-        self.place_words()
-        self.lane = fresh("tid.x")
-        self.q_from, self.k_from, self.v_from = self.sources(self.lane, 0, 0)
-        self.place_fragments()
-
-    def sources(self, lane, part, warp_row):
-        """Where a lane's elements of Q are, and its first rows of K and V."""
-        _, k, v = ScaledDecodeMachine.sources(self, lane, part, warp_row)
-        q = self.q.tile.address(warp_row + lane // 4, lane % 4 // 2)
-        return q + T.Cast("uint32", lane % 2 * 8), k, v
-
-    @T.inline
-    def load_q(self, q_from, k, a, first):
-        """Fragments of 16 columns of Q, four neighbouring ones a lane, to ``A[a]`` and on, from m-tile ``first``."""
-        for t in T.unroll(first, self.m_tiles):
-            for half in T.unroll(2):
-                to = T.meta_var(a + t * 4 + half)
-                where = T.meta_var(self.q.tile.at(q_from, t * self.tile_step + half * 8, k * 2))
-                T.ptx["ld.shared.v2.b32"](self.A[to], self.A[to + 2], where)
-
-    def key_bytes(self, word):
-        """As ldmatrix gives them."""
-        return word
-
-    def scale_at(self, which: int, page):
-        """As ever, but nothing of it is kept: there are few registers."""
-        page_stride, head_stride = self.geometry.scale_strides[which]
-        return wide(page) * wide(page_stride) + wide(anew(self.k.source.head)) * wide(head_stride)
-
-
-@T.meta_class
 class ScaledMachine(ScaledCopies, Machine):
     """The machine of prompts, over a cache of one dtype; it takes more than one stage."""
 
@@ -411,4 +337,4 @@ class StagedWidening(Widening):
 def over(machine: type, cache: str, arch: str) -> type:
     """A machine of these over a cache of one dtype, as an arch widens it."""
     name = f"{machine.__name__}Over{cache.title()}"
-    return T.meta_class(type(name, (machine,), {"cache": cache, "widen": widening(cache, arch)}))
+    return T.meta_class(type(name, (machine,), {"cache": cache, "widen": widening(cache, arch, machine.by_halves)}))

@@ -23,14 +23,15 @@ from schedules.families.interface import (
     Target,
     forward_program,
 )
-from schedules.families.mma import asynchronous, scaled, scaled_decode
-from schedules.families.mma.scaled_machines import HopperScaledDecodeMachine
+from schedules.families.mma import asynchronous, scaled_decode
+from schedules.families.mma.transposed import TransposedDecodeMachine
 from schedules.families.ranged import own_name, with_ranges
-from schedules.families.sm90 import backward, decode, merged, paged, paged_decode, ragged
+from schedules.families.sm90 import backward, decode, merged, paged, paged_decode, paged_scaled, ragged
 from schedules.families.sm90.backward import accumulate
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import forward_configs as default_configs
+from schedules.families.sm90.defaults import further_tiles
 from schedules.families.sm90.kernel import ALIGNMENT, build
 from schedules.families.sm90.space import space
 from schedules.tile.mask_ranges import ranged
@@ -46,6 +47,7 @@ __all__ = [
     "Config",
     "default_configs",
     "feasible",
+    "further_tiles",
     "program",
     "space",
 ]
@@ -63,9 +65,9 @@ KINDS = {
     PAGED: paged,
     PAGED_DECODE: paged_decode,
     PAGED_DECODE_ANY: paged_decode.ANY_PAGES,
-    **scaled.asynchronous_kinds(),
+    **paged_scaled.KINDS,
     **scaled_decode.kinds(
-        scaled_decode.LeanConfig, asynchronous.feasible, early=True, lean_machine=HopperScaledDecodeMachine
+        scaled_decode.TransposedConfig, asynchronous.feasible, early=True, transposed=TransposedDecodeMachine
     ),
 }
 #: head_dim 32 multiplies half of what 64 does, and 80 five sixths of what 96 does.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from schedules.families.sm90.barriers import PRODUCER_ARRIVALS
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.tma import (
     PageSteps,
@@ -20,7 +21,19 @@ from schedules.tile.geometry import Geometry, PagedGeometry, Tensor
 from schedules.tile.key_source import ContiguousRows
 
 
-class DenseBoxes:
+class Boxes:
+    """What all have in common: two warps of the producer's warpgroup fetch keys and values."""
+
+    #: Whether a warpgroup before the producer's widens keys and values.
+    widens = False
+    #: Arrivals at the barrier that a tile of keys or values is there.
+    arrivals = PRODUCER_ARRIVALS
+
+    def add_memory(self, pool):
+        """Shared memory beside the pipelines."""
+
+
+class DenseBoxes(Boxes):
     """Of tensors with a batch axis."""
 
     #: Whether the keys of a tile are several boxes, which the lanes of a warp share.
@@ -49,7 +62,7 @@ class DenseBoxes:
         return ContiguousRows(self.geometry.k, block.batch, block.kv_head, keys).box(key)
 
 
-class RaggedBoxes:
+class RaggedBoxes(Boxes):
     """Of tensors of ragged sequences: a box ends where its sequence does."""
 
     by_pages = False

@@ -90,6 +90,11 @@ class Config:
         return REGISTERS[self.num_consumer_warpgroups, self.blocks_per_sm]
 
     @property
+    def reserved_memory(self) -> int:
+        """Bytes of shared memory beside queries, keys and values."""
+        return 0
+
+    @property
     def persistent(self) -> bool:
         """Whether blocks go on to other places."""
         return self.waves > 0
@@ -116,7 +121,7 @@ def shared_memory(pattern: Pattern, config: Config, q_stages: int) -> int:
     q = q_stages * config.block_m * panels(pattern.head_dim)
     k_and_v = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
     output = WARPGROUP_ROWS * panels(pattern.head_dim_v) if config.separate_output else 0
-    return (q + k_and_v + output) * row + BARRIER_BYTES
+    return (q + k_and_v + output) * row + BARRIER_BYTES + config.reserved_memory
 
 
 def q_stages(pattern: Pattern, config: Config) -> int:

@@ -10,6 +10,10 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Target
 from schedules.families.sm90.config import ALL, Config
 
+#: Up to head_dim 64.  Four consumer warpgroups hide each other's waits where two take turns (+12% at 512), and a
+#: persistent kernel has the next work tile's queries and keys there in time (a further 11%).
+_FOUR = Config(num_consumer_warpgroups=4, block_n=64, num_stages=4, pingpong=False, waves=1)
+
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """Configurations by the fewest keys that they are meant for."""
@@ -31,24 +35,67 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
 def forward_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """Those of dense forward kernels, which there are for sizes of their own (``FURTHER_SIZES``)."""
-    if pattern.is_unmasked and pattern.is_scale_only and not pattern.params:
+    if _is_plain(pattern):
         if pattern.head_dim <= 32:
-            # Short sequences of many heads: blocks of one warpgroup, four to a multiprocessor, hide each other's
-            # start and end.  64 x 128 positions, 12 heads: 11.2 us, persistent blocks of two warpgroups 12.5, the
-            # kernel of head_dim 64 19.9; 256 x 256, 8 heads: 80.6, four persistent warpgroups 66.0, head_dim 64 75.5.
-            small = Config(1, 64, blocks_per_sm=4, pingpong=False, pack_heads=True)
-            return {0: small, 256: Config(4, 64, 4, pingpong=False, waves=1, pack_heads=True)}
+            return {0: replace(_FOUR, pack_heads=True)}
         if 64 < pattern.head_dim <= 80:
-            # 257 positions are 3 tiles of 96 keys, and of 128 as well: 32 x 257, 16 heads 49.1 us in place of 60.9; the
-            # kernel of head_dim 96 takes 63.4.  16 x 729 at head_dim 72: 128, 119 and 120.
-            wide = Config(block_n=96, waves=1, pack_heads=True)
-            return {0: wide, 1024: replace(wide, num_stages=4, block_n=80)}
+            # In turns, 80 keys, 4 stages, beside 96 keys in 2, us: 32 x 257 positions, 16 heads, 49.2 and 49.4;
+            # 16 x 1024 180 and 219; 1 x 4096 164 and 187; at head_dim 72 16 x 729 112 and 134, the kernel of 96 120.
+            return {0: Config(block_n=80, num_stages=4, waves=1, pack_heads=True)}
     return default_configs(template, pattern, target)
 
 
+def further_tiles(pattern: Pattern, config: Config) -> dict[int, Config]:
+    """Configurations that differ from the usual one of a dense forward kernel in the height of work tiles and what it
+    asks for, by that height; the bits are the same, as the keys of a step are, and each warp has its 16 rows alone.
+
+    The run time takes the one whose waves take the least time: full ones at four warpgroups, short ones at one.
+    """
+    if not _is_plain(pattern) or config.block_n != _FOUR.block_n or config.num_consumer_warpgroups != 4:
+        return {}
+    if pattern.head_dim <= 32:
+        # 64 x 128 positions, 12 heads, us: 18.0 with four warpgroups, 11.3 with one; 256 x 256, 8 heads: 66.4, 80.8.
+        return {64: replace(config, num_consumer_warpgroups=1, num_stages=2, blocks_per_sm=4, waves=0)}
+    # 2 x 1024 positions, 20 heads, us: 33.5 with four warpgroups, then 26.3, 31.1, 24.1; 64 x 197, 12 heads: 32.8,
+    # 46.1, 39.1, 42.7; 32 x 257, 16 heads: 48.7, 37.8, 46.2, 42.9; 64 x 128, 12 heads: 20.6, 16.6, 15.3, 18.2.
+    return {
+        192: replace(config, num_consumer_warpgroups=3, pingpong=True),
+        128: replace(config, num_consumer_warpgroups=2, pingpong=True),
+        64: replace(config, num_consumer_warpgroups=1, num_stages=2, blocks_per_sm=3, waves=0),
+    }
+
+
+def _is_plain(pattern: Pattern) -> bool:
+    """Whether every score counts as it is."""
+    return pattern.is_unmasked and pattern.is_scale_only and not pattern.params
+
+
 def _configs(pattern: Pattern) -> dict[int, Config]:
+    if _reads_ids_only(pattern):
+        return {0: _by_ids(pattern)}
     if any(p.is_spread for p in pattern.params):
         return {0: _with_tensors(pattern)}
+    return _of_positions(pattern)
+
+
+def _reads_ids_only(pattern: Pattern) -> bool:
+    """Whether what is read is ids of queries and of keys, which a mask compares: fully visible steps read none."""
+    over_both = any({"i", "j"} <= set(p.axes) for p in pattern.params)
+    return bool(pattern.atoms) and pattern.is_scale_only and not (pattern.has_unknown or over_both)
+
+
+def _by_ids(pattern: Pattern) -> Config:
+    """The tiles of short causal sequences: few keys, as documents end anywhere.
+
+    Causal documents of 512 in 16k positions of 16 heads, head_dim 128: 152 us, 240 with the tiles for tensors, 247 with
+    80 keys.  At 64 four consumer warpgroups, 92 us in place of 241, have no registers left for ids.
+    """
+    config = _of_positions(pattern)[0]
+    return replace(config, num_consumer_warpgroups=min(config.num_consumer_warpgroups, 3))
+
+
+def _of_positions(pattern: Pattern) -> dict[int, Config]:
+    """Those of kernels that read nothing beside q, k and v, or little."""
     if pattern.head_dim <= 64:
         return _head_dim_64(pattern)
     if pattern.head_dim <= 128:
@@ -61,21 +108,21 @@ def _configs(pattern: Pattern) -> dict[int, Config]:
 def _with_tensors(pattern: Pattern) -> Config:
     """Fewer keys, as what tensors hold for a step's scores is in registers too; a bias may hide all that a row's first
     tile has, so that every step looks for the maximum."""
+    # What the next step needs is fetched as soon as a step has its scores: 457 TFLOP/s in place of 348 at head_dim 128
+    # with a bias of queries and keys, 288 in place of 208 at 64.
+    usual = Config(running_max=True, tensors_ahead=not pattern.has_gaps)
     if pattern.head_dim <= 64:
-        return Config(block_n=96, tiles_per_cta=2, overlap_tiles=True, running_max=True)
+        return replace(usual, block_n=96, tiles_per_cta=2, overlap_tiles=True)
     if pattern.head_dim <= 128:
-        return Config(block_n=80, running_max=True)
-    return Config(block_n=48, pingpong=pattern.head_dim <= 192, running_max=True)
+        return replace(usual, block_n=80)
+    return replace(usual, block_n=48, pingpong=pattern.head_dim <= 192)
 
 
 def _head_dim_64(pattern: Pattern) -> dict[int, Config]:
     if not pattern.is_scale_only or pattern.has_gaps:
         return {0: Config(tiles_per_cta=2, overlap_tiles=True)}  # four consumer warpgroups have too few registers
-    # Four consumer warpgroups hide each other's waits where two take turns (+12% at 512), and a persistent kernel has
-    # the next work tile's queries and keys there in time (a further 11%).
-    blocks = Config(num_consumer_warpgroups=4, block_n=64, num_stages=4, pingpong=False, waves=1)
     # Strips of all heads gain 2% at 8k and 16k in short blocks of calls, and lose 5% at the power cap: memory's share.
-    return {0: blocks if pattern.is_unmasked else replace(blocks, tiles_per_cta=2)}
+    return {0: _FOUR if pattern.is_unmasked else replace(_FOUR, tiles_per_cta=2)}
 
 
 def _head_dim_128(pattern: Pattern) -> dict[int, Config]:
@@ -100,21 +147,23 @@ def _head_dim_192(pattern: Pattern) -> dict[int, Config]:
 
 
 def _head_dim_256(pattern: Pattern) -> dict[int, Config]:
-    # Ping-pong gains nothing here.
-    return _persistent(pattern, Config(block_n=64, pingpong=False), 4096)
+    # Ping-pong gains nothing here.  Strips of all heads in place of pairs, bfloat16 of 8 heads, causal, us: 8 x 2k
+    # positions 261 and 236, 4 x 4k 441 and 427, 2 x 8k 817 and 809, 1 x 16k 1543 and 1553.
+    return _persistent(pattern, Config(block_n=64, pingpong=False))
 
 
-def _persistent(pattern: Pattern, config: Config, strips_from: int) -> dict[int, Config]:
+def _persistent(pattern: Pattern, config: Config, strips_from: int = 0) -> dict[int, Config]:
     """A persistent kernel, where there is room for the queries of one work tile, but for outputs beside them.
 
-    It wins by up to 17% over a block for each work tile, with outputs in the place of the queries.
+    It wins by up to 17% over a block for each work tile, with outputs in the place of the queries.  From
+    ``strips_from`` keys on (0: never) it goes by strips under a causal mask.
     """
     # With modified scores the step without maximum would spill.
     single = replace(config, waves=1, separate_output=True, running_max=not pattern.is_scale_only)
     if pattern.is_unmasked and pattern.is_scale_only:
         return {0: single}
     pairs = {0: replace(single, tiles_per_cta=2)}
-    return pairs | ({strips_from: _by_strips(single)} if _is_triangle(pattern) else {})
+    return pairs | ({strips_from: _by_strips(single)} if strips_from and _is_triangle(pattern) else {})
 
 
 def _by_strips(config: Config) -> Config:

@@ -61,9 +61,11 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
     q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
     T.evaluate(boxes.encode_queries(q_map, geometry.q, config.block_m))
     k_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-    T.evaluate(boxes.encode_keys(k_map, geometry.k, config.block_n))
+    if static(not boxes.widens):
+        T.evaluate(boxes.encode_keys(k_map, geometry.k, config.block_n))
     v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-    T.evaluate(boxes.encode_keys(v_map, geometry.v, config.block_n))
+    if static(not boxes.widens):
+        T.evaluate(boxes.encode_keys(v_map, geometry.v, config.block_n))
     o_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
     if static(not geometry.merges):
         T.evaluate(boxes.encode_queries(o_map, geometry.o, WARPGROUP_ROWS))
@@ -81,6 +83,7 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
     k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, dtype)
     v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
     finished = epilogue(pattern, config, pool, q_pipeline, geometry.merges)
+    boxes.add_memory(pool)
     q_pipeline.add_barriers(pool)
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
@@ -98,8 +101,8 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
         scheduler.find(x, lane)
         if T.cuda.elect_sync():
             q_pipeline.init(finished.releases)
-            k_pipeline.init(consumer_arrivals(consumers))
-            v_pipeline.init(consumer_arrivals(consumers))
+            k_pipeline.init(consumer_arrivals(consumers), boxes.arrivals)
+            v_pipeline.init(consumer_arrivals(consumers), boxes.arrivals)
             finished.init()
             scheduler.init()
             T.ptx.fence.mbarrier_init.release.cluster()
@@ -108,32 +111,43 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
 
     # 4. Tasks.
     @T.inline
+    def queries_and_outputs(block, first):
+        if warp == first:
+            if static(scheduler.looks_up):
+                scheduler.feed(block, q_pipeline, q_map, lane)
+            else:
+                if T.cuda.elect_sync():
+                    fetch_queries(block, q_pipeline, q_map)
+        if warp == first + 1:
+            if static(finished.stores):
+                if T.cuda.elect_sync():
+                    store_outputs(block, finished, o_map)
+
+    @T.inline
     def work():
         block = Block(pattern, config, geometry, rows, scheduler, boxes, (x, y, z))
         if warp >= producer:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
-            if warp == producer:
-                if static(boxes.by_pages):
-                    fetch_pages(block, k_pipeline, geometry.k, k_map, lane)
+            if static(boxes.widens):
+                if warp < producer + WARPS:
+                    boxes.produce(block, k_pipeline, v_pipeline, warp - producer, lane)
                 else:
-                    if T.cuda.elect_sync():
-                        fetch_keys(block, k_pipeline, k_map, 1)
-            if warp == producer + 1:
-                if static(boxes.by_pages):
-                    fetch_pages(block, v_pipeline, geometry.v, v_map, lane)
-                else:
-                    if T.cuda.elect_sync():
-                        fetch_keys(block, v_pipeline, v_map, 0)
-            if warp == producer + 2:
-                if static(scheduler.looks_up):
-                    scheduler.feed(block, q_pipeline, q_map, lane)
-                else:
-                    if T.cuda.elect_sync():
-                        fetch_queries(block, q_pipeline, q_map)
-            if warp == producer + 3:
-                if static(finished.stores):
-                    if T.cuda.elect_sync():
-                        store_outputs(block, finished, o_map)
+                    T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
+                    queries_and_outputs(block, producer + WARPS)
+            else:
+                T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
+                if warp == producer:
+                    if static(boxes.by_pages):
+                        fetch_pages(block, k_pipeline, geometry.k, k_map, lane)
+                    else:
+                        if T.cuda.elect_sync():
+                            fetch_keys(block, k_pipeline, k_map, 1)
+                if warp == producer + 1:
+                    if static(boxes.by_pages):
+                        fetch_pages(block, v_pipeline, geometry.v, v_map, lane)
+                    else:
+                        if T.cuda.elect_sync():
+                            fetch_keys(block, v_pipeline, v_map, 0)
+                queries_and_outputs(block, producer + 2)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
             pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))

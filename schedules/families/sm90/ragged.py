@@ -58,14 +58,15 @@ class RaggedScheduler:
 
     looks_up = True
 
-    def __init__(self, pattern: Pattern, geometry: RaggedGeometry, config: Config):
+    def __init__(self, pattern: Pattern, geometry: RaggedGeometry, config: Config, others: int = 3):
         self.geometry, self.config = geometry, config
         self.rises = not pattern.is_unmasked
         most = geometry.work(config.block_m).m_blocks * geometry.heads
         resident = T.call_extern("int32", "multiprocessors") * config.blocks_per_sm * config.waves
         self.blocks = T.bind(T.min(resident, most))
-        #: who needs a tile, and says when no more: the warps of the consumers, and the threads for K, V and outputs
-        self.readers = consumer_arrivals(config.num_consumer_warpgroups) + 3
+        #: who needs a tile, and says when no more: the warps of the consumers, and ``others``, the threads for K, V and
+        #: outputs
+        self.readers = consumer_arrivals(config.num_consumer_warpgroups) + others
 
     def grid(self):
         """Blocks along each axis."""

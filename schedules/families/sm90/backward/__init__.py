@@ -1,12 +1,12 @@
-"""The backward of the Hopper family, a kind of its kernels: three launches, and the same bits on every run.
+"""The backward of the Hopper family, a kind of its kernels: two or three launches, and the same bits on every run.
 
 Scores and their gradients of plain attention, full or causal, are computed once, up to head_dim 128:
 
 1. ``delta`` of each row (:mod:`schedules.tile.delta`).
-2. ``dk``, ``dv`` and sums of ``dq``: a block owns 128 keys and walks over the queries that see them, and adds its part
-   of ``dq`` to a sum in memory after the block with the keys before (``joint.py``).  Where there are few blocks, they
-   share the query heads of a group, and add their ``dk`` and ``dv`` in the same way.
-3. ``dq`` of its sums (``convert.py``).
+2. ``dk``, ``dv`` and ``dq``: a block owns 128 keys and walks over the queries that see them, and adds its part of
+   ``dq`` to a sum in memory after the block with the keys before, or writes ``dq`` if none comes after (``joint.py``).
+   Where there are few blocks, they share the query heads of a group, and add their ``dk`` and ``dv`` in the same way.
+3. Gradients of sinks, if there are any (``sinks.py``).
 
 All others are computed without sums between blocks:
 

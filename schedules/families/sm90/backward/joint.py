@@ -14,7 +14,15 @@ from tvm.tirx import PrimFunc
 from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import ScheduledLaunch
-from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, JOINT_REGISTERS, Config, section_heads, tiles_told
+from schedules.families.sm90.backward.config import (
+    BLOCK,
+    CONSUMERS,
+    JOINT_REGISTERS,
+    Config,
+    section_heads,
+    tiles_told,
+    usual_rows,
+)
 from schedules.families.sm90.backward.joint_consumer import JointConsumer
 from schedules.families.sm90.backward.numbers import RowNumbers, row_numbers
 from schedules.families.sm90.backward.parts import Parts
@@ -53,11 +61,10 @@ def _heads_per_block(ragged: bool) -> tuple:
 def scalars(pattern: Pattern, config: Config, ragged: bool) -> tuple[Scalar, ...]:
     """How many tiles a block adds to before it tells the next one; how many query heads of a group it visits: the batch
     has no say there, so that a sequence's bits are its own."""
-    rows = ("ceildiv", "total_q", "batch") if ragged else "seqlen_q"
     return (
-        Scalar("tiles_told", ("steps", rows, *tiles_told(pattern))),
+        Scalar("tiles_told", ("steps", usual_rows(ragged), *tiles_told(pattern))),
         Scalar("heads_per_block", _heads_per_block(ragged)),
-        *(() if config.head_section else (Scalar(SECTION, section_heads(pattern)),)),
+        *(() if config.head_section else (Scalar(SECTION, section_heads(pattern, ragged)),)),
     )
 
 

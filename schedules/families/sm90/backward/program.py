@@ -67,7 +67,7 @@ def _narrow_axes(pattern: Pattern, config: Config, ragged: bool) -> tuple[sizes.
     blocks = ("+", ("ceildiv", "total_k", BLOCK), "batch", 1) if ragged else ("ceildiv", "seqlen_kv", config.block_keys)
     if config.joint:  # each head may be several pairs
         heads = "heads" if ragged else ("*", "batch", "heads")
-        return blocks, ("ceildiv", heads, config.head_section or section_heads(pattern))
+        return blocks, ("ceildiv", heads, config.head_section or section_heads(pattern, ragged))
     if ragged:
         return ("heads",)
     of_keys = ("batch", blocks) if config.heads_first else ("kv_heads", "batch")
