@@ -67,7 +67,11 @@ KINDS = {
     PAGED_DECODE_ANY: paged_decode.ANY_PAGES,
     **paged_scaled.KINDS,
     **scaled_decode.kinds(
-        scaled_decode.TransposedConfig, asynchronous.feasible, early=True, transposed=TransposedDecodeMachine
+        scaled_decode.TransposedConfig,
+        asynchronous.feasible,
+        early=True,
+        transposed=TransposedDecodeMachine,
+        few_blocks={64: 16, 128: 12},
     ),
 }
 #: head_dim 32 multiplies half of what 64 does, and 80 five sixths of what 96 does.

@@ -85,17 +85,16 @@ def _kernel(pattern: Pattern, config: Config, name: str, cache: str) -> PrimFunc
 
 @dataclass(frozen=True)
 class WidenedForward:
-    """The kernels over a cache of one dtype; where they don't fit, and unless ``by_default``, those of ``beside``."""
+    """The kernels over a cache of one dtype; where they don't fit, those of ``beside``."""
 
     cache: str
     beside: ScaledForward
-    by_default: bool = False
     Config = Config
 
     def default_configs(self, template: str, pattern: Pattern, target: Target) -> dict[int, object]:
         """The configuration of a pattern."""
         config = self.widened(template, pattern, target)
-        if self.by_default and self.feasible(pattern, config, target) is None:
+        if self.feasible(pattern, config, target) is None:
             return {0: config}
         return self.beside.default_configs(template, pattern, target)
 
