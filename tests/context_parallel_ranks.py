@@ -180,6 +180,8 @@ def errors() -> dict:
     told("exchange", exchange="by pigeon")
     told("a batch of documents", cu_seqlens=[0, 30], **dict.fromkeys("qkv", torch.zeros(2, 4, 10, 32)))
     told("heads among ranks", exchange="heads")
+    told("other slopes", alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.5 if one else 0.4]))
+    told("other sinks", sinks=torch.full((4,), float(one)))
     told("sinks that learn", sinks=torch.zeros(4, requires_grad=one))
     told("a number for documents", cu_seqlens=30)
     told("whatever happens", cu_seqlens=Unlucky() if one else [0, 30])

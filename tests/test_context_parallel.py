@@ -111,6 +111,8 @@ def test_errors_on_every_rank(found):
         "exchange": "exchange: is 'by pigeon', expected one of 'auto', 'gather', 'ring', 'heads'",
         "a batch of documents": "cu_seqlens: is given, and q has batch 2; expected a batch of one",
         "heads among ranks": "q: has 4 heads, expected a multiple of the 3 ranks",
+        "other slopes": "alibi_slopes: is float32 (4,) with sha256 ",
+        "other sinks": "sinks: is float32 (4,) with sha256 ",
         "sinks that learn": "requires_grad: is [] on rank 0, but ['sinks'] on rank 1",
         "a number for documents": "cu_seqlens: is 30, expected whole numbers",
     }

@@ -133,14 +133,14 @@ def test_into_how_many_parts_heads_are_split():
     """Of two H200 and 8 heads: launches of the backward are of few heads of keys, where these are long."""
 
     def parts(positions, causal, ranks=2, kv_heads=8, fetches=True):
-        return Work(1, 8, kv_heads, positions, ranks, None, 0 if causal else None, fetches).in_backward
+        return Work(1, kv_heads, positions, ranks, None, 0 if causal else None, fetches).in_backward
 
     assert parts(1 << 16, True) == 2
     assert parts(1 << 16, False) == parts(1 << 18, True) == parts(1 << 20, False, ranks=8) == 4
     assert parts(1 << 20, False, kv_heads=3) == parts(1 << 20, False, kv_heads=1) == 1
     assert parts(1 << 18, True, fetches=False) == 4
     assert parts(1 << 18, True, ranks=8, fetches=False) == parts(1 << 15, True, fetches=False) == 1
-    assert Work(1, 8, 8, 1 << 20, 2, 1000, 0, True).in_backward == 2
+    assert Work(1, 8, 1 << 20, 2, 1000, 0, True).in_backward == 2
     halves = Heads((8, 16), (2, 4)).parts(2)
     assert halves == [Heads((8, 12), (2, 3)), Heads((12, 16), (3, 4))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import operator
 from typing import Any
@@ -121,6 +122,21 @@ def check_ends(ends: tuple[int, ...], length: int) -> None:
 def in_short(ends: tuple[int, ...] | None) -> list[int] | None:
     """What is said of documents to other ranks, who have their own to compare."""
     return None if ends is None else list(ends) if len(ends) <= 16 else [len(ends), hash(ends)]
+
+
+def values_in_short(x: torch.Tensor | None) -> str | None:
+    """What is said of a parameter's values to other ranks.
+
+    It waits for the device, some 50 µs beside calls that take milliseconds; while a graph is captured there is nothing
+    to wait for, and values may change later: then it says the shape.
+    """
+    if x is None:
+        return None
+    what = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return what
+    values = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return f"{what} with sha256 {hashlib.sha256(values).hexdigest()[:12]}…"
 
 
 def checked_parameter(name: str, x: Any, q: torch.Tensor, sizes: checks.Sizes) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ from tvm_flash.distributed.arguments import (
     document_ends,
     in_short,
     sizes_of,
+    values_in_short,
 )
 from tvm_flash.distributed.heads import HeadExchange
 from tvm_flash.distributed.kernels import Kernels
@@ -115,7 +116,7 @@ def context_parallel_attention(
         asked.says(
             batch=sizes.batch, heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim,
             head_dim_v=sizes.head_dim_v, dtype=str(q.dtype), causal=causal, window_size=window, softcap=softcap,
-            softmax_scale=scale, slopes=None if slopes is None else list(slopes.shape), sinks=sinks is not None,
+            softmax_scale=scale, alibi_slopes=values_in_short(slopes), sinks=values_in_short(sinks),
             layout=layout, balance=balance,
             exchange=exchange, cu_seqlens=in_short(ends),
             requires_grad=[n for n, x in learnt.items() if x is not None and x.requires_grad],

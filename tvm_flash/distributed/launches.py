@@ -47,7 +47,7 @@ class Work:
 
     Attributes
     ----------
-    batch, heads, kv_heads: sizes of this rank's tensors.
+    batch, kv_heads: sizes of this rank's tensors.
     positions: of the whole sequence.
     ranks: that share these.
     left, right: the window over positions, None for unbounded.
@@ -55,7 +55,6 @@ class Work:
     """
 
     batch: int
-    heads: int
     kv_heads: int
     positions: int
     ranks: int

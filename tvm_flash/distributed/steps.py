@@ -124,7 +124,7 @@ class Job:
         ranks = 1 if self.group is None else dist.get_world_size(self.group)
         fetches = self.group is not None and len(self.plan.steps) == 1
         window = self.kernels.left, self.kernels.right
-        return Work(*q.shape[:2], k.shape[1], self.plan.positions, ranks, *window, fetches)
+        return Work(q.shape[0], k.shape[1], self.plan.positions, ranks, *window, fetches)
 
     def _stages(self, q, k, v, count: int) -> Iterator[Stage]:
         """All steps, those of the first of ``count`` groups of heads first; the messages of each begin before the one
