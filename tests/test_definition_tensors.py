@@ -23,7 +23,7 @@ from schedules.families import schedule
 from schedules.families.interface import BACKWARD, RAGGED, Rejected, Target
 from schedules.templates import v2
 from tests import oracle
-from tests.definitions.with_tensors import documents, learnt_relative, relative
+from tests.definitions.with_tensors import documents, learnt_relative, own_sink, relative
 from tvm_flash import reference
 from tvm_flash.packs.manifest import Param
 
@@ -49,6 +49,7 @@ def problem(attention, seqlen_q, seqlen_kv, head_dim, seed=0):
         "positions": rng.standard_normal((HEADS, 41), np.float32),
         "allowed": rng.random((BATCH, 1, seqlen_q, seqlen_kv)) < 0.4,
     }
+    values["logit"] = rng.standard_normal(HEADS, np.float32)
     values["allowed"][0, 0, :, : seqlen_kv // 2] = False  # tiles in which nobody sees anything
     values["allowed"][1, 0, seqlen_q // 2] = False  # and a row
     return (*tensors, {p.name: values[p.name] for p in attention.params})
@@ -283,3 +284,47 @@ def test_kernels_read_tensors_and_learn_them(pack):
             rounding = 1e-3 if params.get(name, q).dtype == np.float16 else 0
             allowed = max(5e-6, rounding) * max(1.0, np.abs(x).max())
             np.testing.assert_allclose(found[f"d_{name}"], x, atol=allowed, rtol=0, err_msg=name)
+
+
+SINK = """
+import numpy as np
+from tvm_flash import NotSupportedError, custom_attention
+
+data = dict(np.load("sink.npz"))
+attention = custom_attention("own_sink")
+given = [data.pop(n) for n in "qkv"]
+dout = data.pop("dout")
+out, lse = attention(*given, softmax_scale={scale}, return_lse=True, **data)
+np.savez("result.npz", out=out, lse=lse)
+none = [x[:, :, :0] for x in given[1:]]
+data["allowed"] = data["allowed"][..., :0]
+for call, first in ((attention, ()), (attention.backward, (dout,))):
+    try:
+        call(*first, given[0], *none, *((out, lse) if first else ()), **data)
+    except NotSupportedError as e:
+        assert str(e).startswith("k: has no keys, which nothing can compute for the definition 'own_sink'"), e
+    else:
+        raise AssertionError("rows without keys see their sink, which wasn't computed")
+assert not attention(given[0][:, :, :0], *none, **{{**data, "allowed": data["allowed"][..., :0, :]}}).size
+"""
+
+
+def test_a_sink_of_a_users_own(tmp_path):
+    """Rows that see no key see the sink; where there are no keys at all, a call says that it can't."""
+    command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--dtype", "float32"]
+    command += ["--head-dim", "32", "--template", "v1", "--kind", "forward", "--kind", "backward", "--output", tmp_path]
+    command += ["--definition", f"{ROOT / 'tests/definitions/with_tensors.py'}:own_sink"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    q, k, v, dout, params = problem(own_sink, 45, 70, 32)
+    np.savez(tmp_path / "sink.npz", q=q, k=k, v=v, dout=dout, **params)
+    environment = {"TVM_FLASH_PACKS": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    program = SINK.format(scale=SCALE)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "result.npz")
+    want, want_lse = reference.attention(q, k, v, params=params, **twins(own_sink))
+    np.testing.assert_allclose(found["out"], want, atol=3e-6, rtol=0)
+    np.testing.assert_allclose(found["lse"], want_lse, atol=3e-6, rtol=0)

@@ -225,6 +225,19 @@ def test_gpt_oss_is_the_same():
         assert (got - want).abs().max() < 1e-4 * float(want.abs().max())
 
 
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("placed", (False, True))
+def test_without_any_key_a_padded_row_sees_its_sink(placed, causal):
+    sinks = torch.tensor([0.5, -1.0, 7.0, -torch.inf], requires_grad=True)
+    q, k = torch.randn(2, 4, 5, 16, requires_grad=True), torch.randn(2, 2, 0, 16)
+    options = {"query_start": torch.tensor([3, -2]).int() if placed else None, "causal": causal}
+    none = torch.zeros(2, 2).int()
+    out, lse = tvm_flash.padded_attention(q, k, k, none, sinks=sinks, return_lse=True, **options)
+    assert not out.any() and torch.equal(lse, sinks.detach()[:, None].expand(2, 4, 5))
+    dq, d_sinks = torch.autograd.grad(torch.where(lse > -torch.inf, lse, 0.0).sum(), [q, sinks])
+    assert not dq.any() and d_sinks.tolist() == [10.0, 10.0, 10.0, 0.0]
+
+
 @pytest.mark.parametrize("form", ("bhsd", "bshd", "ragged", "paged"))
 def test_without_any_key_a_row_sees_its_sink(form):
     """Also where there is no memory of keys at all; its gradient is that of the log-sum-exp."""

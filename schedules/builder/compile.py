@@ -338,6 +338,7 @@ def entry_of(
         speeds=tuned.speeds.get(lowered.kernel_hash, ()),
         block_m=spec.block_m,
         waves=tuned.waves.get(lowered.source_hash),
+        has_sink=pattern.has_sink,
         **resources,
     )
 

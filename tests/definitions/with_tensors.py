@@ -1,10 +1,11 @@
-"""Definitions that read tensors: a learnt bias, document ids, a bias by relative position out of a table, a mask."""
+"""Definitions that read tensors: a learnt bias, document ids, relative positions out of a table, a mask, a sink."""
 
 import numpy as np
 from tvm.script import tirx as T
 
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import IDENTITY, Mask, ScoreModification
+from tvm_flash import reference
 from tvm_flash.packs.manifest import Param
 
 BIAS = Param("bias", "float32", axes="hij", gradient=True)
@@ -68,3 +69,19 @@ learnt_relative = Attention(
 )
 
 plain_allowed = Attention(IDENTITY, relative.mask)
+
+
+def _own_sink(at):
+    return at.param["logit"]
+
+
+own_sink = Attention(
+    ScoreModification(
+        "own_sink",
+        lambda s, at: s,
+        reference.with_sink(lambda at: at.params["logit"])(lambda s, at: s),
+        (Param("logit", "float32", axes="h"),),
+        sink=_own_sink,
+    ),
+    relative.mask,
+)

@@ -8,19 +8,44 @@ from typing import Any
 from tvm_flash.call.plan import EmptyPlan, Plan, check_starts_of
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
+from tvm_flash.errors import NotSupportedError
 from tvm_flash.operators import PAGED, PAGED_SCALED, SCALES
 from tvm_flash.packs import manifest
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.registry import registry
 
 #: Parameters over keys, of which there are none.
-_OVER_KEYS = ("visible", "bias", "query_start")
+_OVER_KEYS = ("visible", "bias")
+
+
+def lacks_only_keys(request: Request) -> bool:
+    """Whether an empty problem has rows, which lack nothing but keys."""
+    k = request.given[request.operator.inputs[1 + request.operator.differentiates]]
+    sizes = (*request.q.shape, request.sizes.batch, *k.shape[2:])
+    return 0 not in (sizes if request.operator.starts else (*request.q.shape, request.sizes.kv_heads))
+
+
+def check_sees_nothing(request: Request) -> None:
+    """Check that rows without keys see nothing else either.
+
+    Raises
+    ------
+    NotSupportedError: their softmax has a sink, and no kernel knows of a key that nobody sees.
+    """
+    problem = request.problem
+    over_keys = [name for name in _OVER_KEYS if name in request.parameters]
+    if "sinks" in request.parameters and over_keys:
+        what, remedy = f"sinks beside {over_keys[0]}", f"leave {over_keys[0]} out"
+    elif any(e.has_sink for e in registry().entries if e.definition == problem.definition != BUILTIN_DEFINITION):
+        what, remedy = f"the definition {problem.definition!r}, which has a sink", "pass a key that its mask hides"
+    else:
+        return
+    raise NotSupportedError(f"k: has no keys, which nothing can compute for {what}; {remedy}")
 
 
 def is_keyless(request: Request) -> bool:
-    """Whether an empty problem lacks nothing but keys, and has sinks, which are what rows see then."""
-    k = request.given[request.operator.inputs[1 + request.operator.differentiates]]
-    sizes = (*request.q.shape, request.sizes.batch, *k.shape[2:])
-    whole = 0 not in (sizes if request.operator.starts else (*request.q.shape, request.sizes.kv_heads))
-    return whole and "sinks" in request.parameters and not any(name in request.parameters for name in _OVER_KEYS)
+    """Whether rows that have no keys have sinks, which are what they see then."""
+    return "sinks" in request.parameters and not any(name in request.parameters for name in _OVER_KEYS)
 
 
 class KeylessPlan(EmptyPlan):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tvm_flash.call import checks, memory
-from tvm_flash.call.keyless import KeylessPlan, is_keyless
+from tvm_flash.call.keyless import KeylessPlan, check_sees_nothing, is_keyless, lacks_only_keys
 from tvm_flash.call.paged import check_paged
 from tvm_flash.call.plan import EmptyPlan, Plan
 from tvm_flash.call.problem import (
@@ -28,7 +28,7 @@ from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupport
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import OPERATORS, PAGED_SCALED, SCALES
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, PAGED, KernelEntry, Param
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, PAGED, Param
 from tvm_flash.packs.registry import build_command, registry
 
 
@@ -41,8 +41,10 @@ def prepare(options: Options, framework: Framework, tensors: Mapping[str, Any]) 
     options.accept(request.device)
     if not request.is_empty:
         return Plan(request)
-    if is_keyless(request):
-        return KeylessPlan(request, options, lambda asked, instead: prepare(asked, framework, instead))
+    if lacks_only_keys(request):
+        if is_keyless(request):
+            return KeylessPlan(request, options, lambda asked, instead: prepare(asked, framework, instead))
+        check_sees_nothing(request)
     return EmptyPlan(request)
 
 
@@ -207,7 +209,7 @@ def params_of(definition: str) -> dict[str, Param]:
     ------
     InvalidArgumentError: no pack has a kernel of it.
     """
-    entries: list[KernelEntry] = [e for p in registry().packs for e in p.manifest.kernels]
+    entries = registry().entries
     for entry in entries:
         if entry.definition == definition:
             return {p.name: p for p in entry.params}

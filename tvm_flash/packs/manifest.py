@@ -335,6 +335,7 @@ class KernelEntry:
     block_m: query rows of a work tile, where there are several kernels of one kind and bucket that differ in these
         alone, and give the same bits; 0 of the usual one.
     waves: by which one of these is chosen; None if nothing was measured.
+    has_sink: whether each row's softmax has a logit beside those of its keys.
     max_rows: the most query rows that share a key (``seqlen_q * heads / kv_heads``) for which it is meant, by the
         problem's sizes; None if any number will do.  A kernel that is made for few rows is preferred where it fits.
     narrow_axes: how many blocks launches have along the axes of a GPU's grid with room for ``MOST_BLOCKS`` only, by the
@@ -378,6 +379,7 @@ class KernelEntry:
     speeds: tuple[Speed, ...] = ()
     block_m: int = 0
     waves: Waves | None = None
+    has_sink: bool = False
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> KernelEntry:

@@ -101,6 +101,11 @@ class Registry:
         """Archs that there are packs for, whether this machine can run them or not."""
         return {p.arch for p in self.packs}
 
+    @property
+    def entries(self) -> list[KernelEntry]:
+        """The kernels of every pack, whatever arch they are for."""
+        return [entry for pack in self.packs for entry in pack.manifest.kernels]
+
     def kernels(self, arch: str) -> list[Installed]:
         """Kernels for an arch that this machine can run.  Of CPU packs, that with the most instructions comes first."""
         found = self._usable.get(arch)
