@@ -10,7 +10,9 @@ from tvm_flash import (
     InvalidArgumentError,
     NotSupportedError,
     flash_attention,
+    flash_attention_paged,
     flash_attention_v2,
+    flash_attention_varlen,
     padded_attention,
 )
 from tvm_flash.machine import cuda
@@ -73,6 +75,31 @@ def test_compiled_in_one_graph(device, backend, dynamic):
     for seqlen_q in (33, 21):
         given = arguments(device, seqlen_q)
         assert_same(program(*given), everything(*given))
+
+
+def test_inductor_calls_what_exporters_take_apart(monkeypatch):
+    """Where ``CI`` is set, it raises for operators in torch's table of decompositions that it doesn't know."""
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    starts = torch.tensor([0, 5, 33], dtype=torch.int32)
+    table, lengths = torch.tensor([[3, 0, 1], [2, 1, 0]], dtype=torch.int32), torch.tensor([7, 40], dtype=torch.int32)
+    pages = torch.randn(4, 16, 2, 64)
+    codes = (pages * 40).to(torch.int8)
+
+    def program(q, k, v):
+        rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+        ragged = flash_attention_varlen(*rows, starts, starts)
+        paged = flash_attention_paged(rows[0].detach(), pages, pages, starts, lengths, table)
+        scaled = {"k_scale": torch.ones(2), "v_scale": torch.ones(2)}
+        of_8_bits = flash_attention_paged(rows[0].detach(), codes, codes, starts, lengths, table, **scaled)
+        return flash_attention(q, k, v)[0].transpose(0, 1) + ragged * 2 + paged * 3 + of_8_bits
+
+    compiled = torch.compile(program, fullgraph=True, backend="inductor")
+    leaves = [x[:1, :, :33].clone().requires_grad_() for x in tensors("cpu", 33)]
+    got, want = (f(*leaves) for f in (compiled, program))
+    assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+    gradients = [torch.autograd.grad(x.square().sum(), leaves) for x in (got, want)]
+    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])

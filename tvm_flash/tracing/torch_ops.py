@@ -26,7 +26,7 @@ from tvm_flash.machine.device import Device
 from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS, RAGGED_LAYOUT
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
 from tvm_flash.packs.registry import on_refresh
-from tvm_flash.tracing import torch_decomposed
+from tvm_flash.tracing import torch_decomposed, torch_inductor
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_shapes, warn_in_program
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
 from tvm_flash.tracing.torch_vmap import larger_batch, larger_batch_of_gradients
@@ -384,7 +384,7 @@ for _op, _names in _NAMES.items():
         for _key in ("CPU", "CUDA"):
             _library.impl(_name, functools.partial((_builtin, _custom)[_i], _op), _key)
         _library.impl(_name, _where_autograd_listens(_op, _i), "Autograd")
-        _fake = _shapes if _op == FORWARD else _backward_shapes
+        _fake = torch_inductor.traced(_shapes if _op == FORWARD else _backward_shapes)
         torch.library.register_fake(f"tvm_flash::{_name}", _fake, lib=_library)
         _operator = getattr(torch.ops.tvm_flash, _name).default
         if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap calls one after the other
@@ -412,5 +412,4 @@ def _product(q_shape, v_shape, layout):
 for _op, _formula in ((FORWARD, _flops), (BACKWARD, _backward_flops)):
     register_flop_formula([getattr(torch.ops.tvm_flash, name) for name in _NAMES[_op]])(_formula)
 
-# Exporters to formats that have no such operator look into this table, as that of ONNX.
-torch._decomp.register_decomposition(torch.ops.tvm_flash.attention.default)(torch_decomposed.attention)
+torch_inductor.decompose(torch.ops.tvm_flash.attention.default, torch_decomposed.attention)

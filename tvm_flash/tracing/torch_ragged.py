@@ -30,7 +30,7 @@ from tvm_flash.operators import (
     RAGGED_BACKWARD,
     RAGGED_LAYOUT,
 )
-from tvm_flash.tracing import torch_decomposed, torch_ops
+from tvm_flash.tracing import torch_decomposed, torch_inductor, torch_ops
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_places, check_shapes, is_known
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
 from tvm_flash.tracing.torch_ops import check_kernel, readable, with_kinds_named, written
@@ -259,7 +259,7 @@ for _op, _name in _NAMES.items():
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, functools.partial(_run, _op), _key)
     _library.impl(_name, _LISTENING[_op], "Autograd")
-    torch.library.register_fake(f"tvm_flash::{_name}", _FAKE[_op], lib=_library)
+    torch.library.register_fake(f"tvm_flash::{_name}", torch_inductor.traced(_FAKE[_op]), lib=_library)
     if hasattr(torch.library, "register_vmap"):  # since torch 2.5
         torch.library.register_vmap(f"tvm_flash::{_name}", _refuse_vmap, lib=_library)
 
@@ -305,4 +305,4 @@ def _paged_flops(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, *_, o
 for _op, _formula in ((RAGGED, _flops), (RAGGED_BACKWARD, _backward_flops), *((op, _paged_flops) for op in _ON_PAGES)):
     register_flop_formula(getattr(torch.ops.tvm_flash, _NAMES[_op]), get_raw=True)(_formula)
 for _op, _decomposed in _DECOMPOSED.items():
-    torch._decomp.register_decomposition(getattr(torch.ops.tvm_flash, _NAMES[_op]).default)(_decomposed)
+    torch_inductor.decompose(getattr(torch.ops.tvm_flash, _NAMES[_op]).default, _decomposed)
