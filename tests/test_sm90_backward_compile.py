@@ -11,6 +11,7 @@ pytest.importorskip("tvm")
 from schedules.families import core_kinds_of
 from schedules.families.interface import BACKWARD, Program, Rejected, Target
 from schedules.families.sm90 import backward
+from schedules.families.sm90.backward.config import section_heads
 from schedules.templates import v1, v2
 from tests.machine_code import compiled
 from tests.test_sm90_compile import pattern_of
@@ -64,7 +65,8 @@ def test_which_axes_of_the_grids_are_short(mask):
         return max(sizes.evaluate(axis, sizes.of(**problem | changes)) for axis in axes)
 
     assert config.joint == (mask == "causal")
-    share = config.head_section if config.joint else 1  # heads of all batches that are one step along an axis
+    # heads of all batches that are one step along an axis
+    share = sizes.evaluate(section_heads(pattern), {"seqlen_q": 1}) if config.joint else 1
     assert most(batch=share * 65535 // (2 if config.joint else 1)) == 65535
     assert most(batch=share * 65536) > 65535 and most(heads=share * 65536) > 65535
     assert most(seqlen_q=2**20, seqlen_kv=2**20) <= 65535

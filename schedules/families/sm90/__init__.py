@@ -10,7 +10,6 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
-    CAUSAL_WITH_SINKS,
     DECODE,
     FORWARD,
     MERGED,
@@ -79,8 +78,6 @@ FURTHER_SIZES = {FORWARD: {("full", "identity"): ((32, 32), (80, 80))}}
 TENSOR_KINDS = (FORWARD, BACKWARD)
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-#: No GPU has run these yet.
-UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

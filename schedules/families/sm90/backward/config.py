@@ -21,6 +21,8 @@ BLOCK = CONSUMERS * WARPGROUP_ROWS
 REGISTERS = ((40, 232), (24, 240))
 #: Registers of a thread of the warpgroup for dq of the joint launch, and of its consumers.
 JOINT_REGISTERS = (88, 208)
+#: Heads of a section of the joint launch, where an argument doesn't say how many.
+SECTION = 16
 #: Registers beside accumulators and what is packed, counted in kernels that compile without spills.
 OTHER_REGISTERS = 28
 
@@ -54,7 +56,7 @@ class Config:
     overlaps: bool = True
     heads_first: bool = False
     joint: bool = False
-    head_section: int = 16
+    head_section: int = SECTION
     prefetches: bool = False
     shares_keys: bool = False
 
@@ -86,8 +88,9 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     Those of plain scores at head_dim 64 and 128 are what docs/hopper.md has figures of; nothing else was tried.
     """
     if is_plain(pattern):
-        block_m = 128 if max(pattern.head_dim, pattern.head_dim_v) <= 64 else 64
-        found = Config(block_m=block_m, num_stages=3, joint=True)
+        size = max(pattern.head_dim, pattern.head_dim_v)
+        block_m, head_section = 128 if size <= 64 else 64, 0 if size in (64, 128) else SECTION
+        found = Config(block_m=block_m, num_stages=3, joint=True, head_section=head_section)
         if feasible(pattern, found, target) is None:
             return {0: found}
     return {0: apart(pattern)}

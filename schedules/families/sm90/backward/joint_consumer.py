@@ -20,6 +20,7 @@ from schedules.families.sm90.wgmma import swizzled
 from schedules.tile.delta import halves
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
+from schedules.tile.static import static
 
 
 @T.meta_class
@@ -41,8 +42,20 @@ class JointConsumer(KeyConsumer):
         T.ptx.wgmma.commit_group.sync.aligned()
 
     @T.inline
-    def multiply(self, state, masked):
+    def clear_missing(self, at):
+        """Clear P of keys past the last one: of rows whose log-sum-exp is low it is infinite, and dS times their K, which
+        is 0, not a number."""
+        if self.block.key_first + self.config.block_keys > at.seqlen_kv:
+            key: T.int32 = self.block.key_first + self.key + M16N8.row(self.lane)
+            for word in T.unroll(self.config.block_m // 4):
+                if key + word % 2 * M16N8.row_step >= at.seqlen_kv:
+                    self.p[word] = T.uint32(0)
+
+    @T.inline
+    def multiply(self, state, at, masked):
         """dS of the packed P and dP, in place of P and to shared memory."""
+        if static(not masked):
+            self.clear_missing(at)
         pack = T.meta_var(element_type(self.pattern.dtype).pack)
         row = T.meta_var(self.key + self.lane % 16)
         for c in T.unroll(self.config.block_m // 16):
@@ -73,7 +86,7 @@ class JointConsumer(KeyConsumer):
         self.issue_dp_dv(q)
         self.ds.producer_acquire(ds)
         T.ptx.wgmma.wait_group.sync.aligned(0)
-        self.multiply(ds, masked)
+        self.multiply(ds, weights.at, masked)
         T.ptx.fence.proxy.async_.shared__cta()
         T.cuda.warp_sync()
         if self.lane == 0:

@@ -6,10 +6,12 @@ What is behind the end of a sequence TMA reads as zero and doesn't write
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.backward import config as dense
-from schedules.families.sm90.backward.config import Config, space
+from schedules.families.sm90.backward.config import SECTION, Config, space
 from schedules.families.sm90.backward.program import program as launches
 from schedules.tile.tile_scheduler import Traversal
 
@@ -17,8 +19,11 @@ __all__ = ["Config", "default_configs", "feasible", "program", "space"]
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
-    """As those of dense tensors, but for sinks, whose gradients the joint backward has of dense tensors only."""
-    return {0: dense.apart(pattern)} if pattern.has_sink else dense.default_configs(template, pattern, target)
+    """As those of dense tensors, in sections of a fixed number of heads; but for sinks, whose gradients the joint
+    backward has of dense tensors only."""
+    if pattern.has_sink:
+        return {0: dense.apart(pattern)}
+    return {0: replace(dense.default_configs(template, pattern, target)[0], head_section=SECTION)}
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
