@@ -161,6 +161,11 @@ def test_buckets_of_proposals_and_defaults_fit_together():
         4096: (Config(4096), "default"),
         8192: (Config(2), "r#2"),
     }
+    assert with_proposals(defaults, proposals[:1], Config, 4096) == {0: (Config(1), "r#1")}
+    assert with_proposals(defaults, proposals[:1], Config, 4095) == {
+        0: (Config(1), "r#1"),
+        4096: (Config(4096), "default"),
+    }
     with pytest.raises(TypeError):
         with_proposals(defaults, (Proposal(0, {"no_such_field": 1}),), Config)
 

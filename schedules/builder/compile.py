@@ -158,7 +158,7 @@ def configs_of(
     if tuned.proposals:
         note = _objection(spec, pattern, target, tuned, config_type)
         if not note:
-            by_length = with_proposals(defaults, tuned.proposals, config_type)
+            by_length = with_proposals(defaults, tuned.proposals, config_type, tuned.longest)
     configs = {Slot(bucket): config for bucket, config in by_length.items()}
     if hasattr(maker, "further_tiles"):
         for slot, (config, origin) in tuple(configs.items()):

@@ -49,12 +49,14 @@ class Tuned:
     Attributes
     ----------
     proposals: by rising bucket from 0 on; none if there are no records, or the default is the best everywhere.
+    longest: keys of the longest problem that was measured.
     verified: source hashes of this kernel that may ship; None if any may.
     speeds: by kernel hash.
     waves: by source hash.
     """
 
     proposals: tuple[Proposal, ...] = ()
+    longest: int = 0
     verified: tuple[str, ...] | None = None
     speeds: Mapping[str, tuple[Speed, ...]] = field(default_factory=dict)
     waves: Mapping[str, Waves] = field(default_factory=dict)
@@ -65,14 +67,16 @@ NO_RECORDS = Tuned()
 
 
 def with_proposals(
-    defaults: Mapping[int, Any], proposals: tuple[Proposal, ...], config: type
+    defaults: Mapping[int, Any], proposals: tuple[Proposal, ...], config: type, longest: int | None = None
 ) -> dict[int, tuple[Any, str]]:
-    """Configurations and their origins by bucket: the proposals', and within a range without one the defaults.
+    """Configurations and their origins by bucket: the proposals', and within a range without one the defaults; those
+    that begin beyond what was measured stay too.
 
     Parameters
     ----------
     defaults: of the family, by bucket.
     config: the family's ``Config``.
+    longest: keys of the longest problem that was measured; None where proposals hold for all that are longer.
 
     Raises
     ------
@@ -88,4 +92,6 @@ def with_proposals(
             reaches = next_bucket is None or next_bucket > proposal.bucket
             if reaches and (end is None or bucket < end):
                 found[max(bucket, proposal.bucket)] = (defaults[bucket], "default")
+    if longest is not None:
+        found |= {bucket: (c, "default") for bucket, c in defaults.items() if bucket > longest}
     return found

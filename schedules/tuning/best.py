@@ -62,6 +62,7 @@ class Tuning:
         needs_no_proof = arch == "cpu" or self.mode == "measured" or any(r.device in self.here for r in chosen)
         return Tuned(
             proposals=proposals(chosen, bool(chosen) and chosen[0].arch == arch, kinds.has_buckets(spec.kind)),
+            longest=max((Workload.parse(r.problem).seqlen_kv for r in chosen), default=0),
             verified=None if needs_no_proof else tuple(sorted(self.verified.get((arch, spec.symbol), ()))),
             speeds=speeds(r for r in own if r.run_as == "native"),
             waves=waves,
