@@ -43,8 +43,8 @@ class JointConsumer(KeyConsumer):
 
     @T.inline
     def clear_missing(self, at):
-        """Clear P of keys past the last one: of rows whose log-sum-exp is low it is infinite, and dS times their K, which
-        is 0, not a number."""
+        """Clear P of keys past the last one: of rows whose log-sum-exp is low it is infinite, and dS times their K,
+        which is 0, not a number."""
         if self.block.key_first + self.config.block_keys > at.seqlen_kv:
             key: T.int32 = self.block.key_first + self.key + M16N8.row(self.lane)
             for word in T.unroll(self.config.block_m // 4):
