@@ -22,6 +22,8 @@ GALLERY = Path(__file__).resolve().parent.parent / "schedules" / "definition" / 
 VALUES = {
     "chunked": {"chunk": 90},
     "neighbourhood_2d": {"width": 20, "window": 5},
+    # tiles that are seen whole beside others that nothing is seen of
+    "sink_window": {"window": 330, "first_tokens": 4},
     # a rate is positive
     "logarithmic_alibi": {n: np.array([0.5, 1.25], np.float32) for n in ("strength", "rate")},
 }
@@ -33,6 +35,8 @@ KERNELS = (
     ("sm_80", "v2", "chunked", FORWARD),
     ("sm_80", "v1", "chunked", BACKWARD),
     ("sm_90a", "v1", "neighbourhood_2d", FORWARD),
+    ("sm_90a", "v1", "neighbourhood_2d", BACKWARD),
+    ("sm_90a", "v1", "sink_window", BACKWARD),
     ("sm_80", "v1", "neighbourhood_2d", FORWARD),
     ("sm_75", "v1", "documents", FORWARD),
     ("sm_90a", "v2", "documents", FORWARD),
@@ -51,6 +55,7 @@ KERNELS = (
 )
 #: Lengths, where not any will do, and those of the others: two tiles of queries.
 SIZES = {"chunked": (2, 1, 260, 260), "neighbourhood_2d": (2, 1, 260, 260), "swin_bias": (2, 1, 144, 144)}
+SIZES |= {"sink_window": (1, 1, 640, 630)}
 USUAL = (2, 1, 140, 136)
 
 

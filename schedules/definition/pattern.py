@@ -80,7 +80,10 @@ class Pattern:
     has_sink: the softmax has a logit beside those of keys.
     is_uneven: the score reads tensors or tables, so that a row's scores at some keys say nothing of those at others.
     may_hide_keys: where the mask ``narrows``, whether there may be keys, the last ones, that nobody sees.
+    lists_tiles: a kernel has a list of the tiles that each of its own visits (:mod:`schedules.tile.mask_lists`).
     """
+
+    lists_tiles = False
 
     def __init__(self, found: Reading):
         self._found, self._variables = found, found.variables

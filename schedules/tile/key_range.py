@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
 from schedules.tile.geometry import constant, local
+from schedules.tile.mask_lists import LEFTWARDS
 
 
 @T.meta_class
@@ -38,6 +39,9 @@ class KeyTiles:
         block_n: int,
         within: tuple[Expr, Expr] | None = None,
     ):
+        if pattern.lists_tiles:
+            self._follow_list(pattern, at, row_first)
+            return
         keys = pattern.keys_of_tile(at, row_first, row_last)
         lo, hi = keys.visible
         full_lo, full_hi = keys.full
@@ -57,6 +61,16 @@ class KeyTiles:
         self.full_end = local(T.max(T.min(T.truncdiv(full_hi, block_n), self.end), self.full_begin))
         self._full_hi, self._block_n = full_hi, block_n
 
+    def _follow_list(self, pattern: Pattern, at: Site, row_first: Expr):
+        """From the first tile of a walk to the left, or to the right, that a list has."""
+        self.has_full = self.has_left = False
+        first = pattern.first_tile(at, row_first)
+        if pattern.order == LEFTWARDS:
+            self.begin, self.end = T.int32(0), local(first + 1)
+        else:
+            self.begin, self.end = local(first), pattern.count(at)
+        self.full_begin, self.full_end = self.end, self.end
+
     def seen_end(self) -> Expr:
         """The tile with which a walk from right to left has shown every row a key, in ``full_begin .. full_end``.
 
@@ -69,8 +83,11 @@ class KeyTiles:
         return T.max(self.full_end - T.Select(masked, 0, 1), self.full_begin)
 
 
-def is_full(pattern: Pattern, at: Site, rows, key_first, keys: int) -> Expr:
-    """Whether rows (first, last) all see all of ``keys`` keys from ``key_first`` on."""
+def is_full(pattern: Pattern, at: Site, rows, tile, keys: int) -> Expr:
+    """Whether rows (first, last) all see all of a tile of ``keys`` keys."""
+    if pattern.lists_tiles:
+        return pattern.is_whole(at, rows[0], tile)
+    key_first = tile * keys
     return pattern.tile_full(at, *rows, key_first, key_first + (keys - 1))
 
 
@@ -80,12 +97,21 @@ def is_visible(pattern: Pattern, at: Site, rows, key_first, keys: int) -> Expr:
 
 
 @T.inline
-def next_visible(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, tile):
-    """``tile`` to the next tile on the left that has something to see, or below ``tiles.begin``."""
+def go_left(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, tile):
+    """The same by asking of each tile."""
     tile = tile - 1
     if pattern.has_gaps:
         while T.And(tile >= tiles.begin, T.Not(is_visible(pattern, at, rows, tile * block_n, block_n))):
             tile = tile - 1
+
+
+@T.inline
+def next_visible(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, tile):
+    """``tile`` to the next tile on the left that has something to see, or below ``tiles.begin``."""
+    if pattern.lists_tiles:
+        tile = pattern.next_tile(at, rows[0], tile)
+    else:
+        go_left(pattern, at, tiles, rows, block_n, tile)
 
 
 @T.inline

@@ -107,9 +107,14 @@ def head_of(pattern: Pattern, b: Expr, h: Expr, heads: Expr) -> Expr:
     return b * heads + h if by_head else b
 
 
+def heads_of_mask(known: Pattern) -> list[str]:
+    """The sizes whose product is how many heads may see something else."""
+    return [name for axis, name in (("b", "batch"), ("h", "heads")) if known.mask_differs_along(axis)]
+
+
 def workspace(known: Ranged) -> Workspace:
     """Where the numbers are."""
-    heads = [name for axis, name in (("b", "batch"), ("h", "heads")) if known.mask_differs_along(axis)]
+    heads = heads_of_mask(known)
     tiles: sizes.Expression = ("ceildiv", _LENGTHS[known.axis], known.block)
     return Workspace(known.role, "int32", (("*", *heads, tiles) if heads else tiles, 4))
 
@@ -120,7 +125,7 @@ def roles(known: Ranged) -> tuple[str, ...]:
 
 
 @T.meta_class
-class _Call:
+class MaskCall:
     """The sizes of a call, and what its mask reads."""
 
     def __init__(self, pattern: Pattern, traversal: Traversal, handles, parameters: dict):
@@ -260,7 +265,7 @@ def find(known: Ranged, traversal: Traversal, name: str) -> PrimFunc:
     def make(values):
         @T.prim_func(check_well_formed=False)
         def kernel(q: T.handle, k: T.handle, numbers: T.handle):
-            call = _Call(pattern, traversal, (q, k), values)
+            call = MaskCall(pattern, traversal, (q, k), values)
             buffer = T.match_buffer(numbers, (places, 4), "int32", align=4)
             T.device_entry()
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": _BLOCKS_PER_SM})

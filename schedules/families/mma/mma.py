@@ -18,13 +18,13 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, forward_program
 from schedules.families.mma.paired import PART_COLUMNS
 from schedules.families.mma.registers import anew, fresh
-from schedules.families.ranged import own_name, with_ranges
+from schedules.families.ranged import own_name, with_ranges, with_tiles
 from schedules.tile.dtypes import tensor_types
 from schedules.tile.epilogue import normalise, store_lse, store_rows
 from schedules.tile.geometry import Geometry, PagedGeometry, RaggedGeometry, flat, parameterised, site
 from schedules.tile.key_range import KeyTiles, in_parts, is_full, next_visible
 from schedules.tile.key_source import ContiguousRows
-from schedules.tile.mask_ranges import ranged
+from schedules.tile.mask_lists import LEFTWARDS
 from schedules.tile.merge import merge_rows
 from schedules.tile.parameters import Parameters
 from schedules.tile.slots import WORDS, FoundTile, Own
@@ -142,7 +142,7 @@ def walk(pattern: Pattern, at, tiles: KeyTiles, rows, block_n, careful, step):
     if pattern.has_gaps:
         tile: T.int32 = tiles.end - 1
         while tile >= tiles.begin:
-            if is_full(pattern, at, rows, tile * block_n, block_n):
+            if is_full(pattern, at, rows, tile, block_n):
                 step(tile, False, True)
             else:
                 step(tile, True, True)
@@ -379,7 +379,7 @@ def kernel(pattern: Pattern, config, traversal: Traversal, name: str, machine_ty
 
 def program(pattern: Pattern, config, traversal: Traversal, name: str, machine_type, geometry_type=Geometry) -> Program:
     """The program of a forward kernel; further arguments as in :func:`kernel`."""
-    known = ranged(pattern, "i", config.block_m)
+    known = with_tiles(pattern, "i", config.block_m, config.block_n, order=LEFTWARDS)
     func = kernel(known, config, traversal, own_name(known, name), machine_type, geometry_type)
     axes = narrow_axes(config, traversal)
     attention = forward_program(

@@ -24,16 +24,15 @@ from schedules.families.interface import (
 )
 from schedules.families.mma import asynchronous, scaled_decode
 from schedules.families.mma.transposed import TransposedDecodeMachine
-from schedules.families.ranged import own_name, with_ranges
+from schedules.families.ranged import own_name, with_ranges, with_tiles
 from schedules.families.sm90 import backward, decode, merged, paged, paged_decode, paged_scaled, ragged
 from schedules.families.sm90.backward import accumulate
 from schedules.families.sm90.backward import ragged as ragged_backward
-from schedules.families.sm90.config import WARPGROUP_ROWS, Config, feasible, narrow_axes
+from schedules.families.sm90.config import Config, feasible, narrow_axes
 from schedules.families.sm90.defaults import forward_configs as default_configs
 from schedules.families.sm90.defaults import further_tiles
 from schedules.families.sm90.kernel import ALIGNMENT, build
 from schedules.families.sm90.space import space
-from schedules.tile.mask_ranges import ranged
 from schedules.tile.tile_scheduler import Traversal
 
 __all__ = [
@@ -82,7 +81,7 @@ SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The scheduled kernel; ``config`` must be feasible."""
-    known = ranged(pattern, "i", WARPGROUP_ROWS, config.num_consumer_warpgroups)
+    known = with_tiles(pattern, "i", config.block_m, config.block_n, config.num_consumer_warpgroups)
     func = build(known, config, traversal, own_name(known, name))
     axes = narrow_axes(config)
     attention = forward_program(func, known.params, "tirx", alignment=ALIGNMENT, index_bits=32, narrow_axes=axes)

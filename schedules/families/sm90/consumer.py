@@ -68,7 +68,7 @@ class Consumer:
         # A product of the work tile before may still need its V tile.
         several = config.num_consumer_warpgroups > 1
         all_alike = pattern.is_unmasked and not block.rows.may_be_absent
-        self.may_skip = several and not (all_alike or pattern.has_gaps or config.overlap_tiles)
+        self.may_skip = several and not (all_alike or pattern.has_gaps or pattern.lists_tiles or config.overlap_tiles)
         self.outputs = pattern.head_dim_v // 2
         # Of a warpgroup's 64 rows, 128 threads: (64, block_n), (64, head_dim_v) float32; (64, block_n) 16-bit in pairs.
         self.acc_s = T.alloc_local([config.block_n // 2], "float32")

@@ -79,6 +79,10 @@ class KeyWalk:
 
     def __init__(self, block: Block, row, rows: int):
         self.block = block
+        self.lists = block.pattern.lists_tiles
+        if self.lists:
+            self._follow_list()
+            return
         self.tiles = tiles = self._tiles(0, block.config.block_m)
         # A work tile past the last row (a place has two, and an odd number was needed) takes the one step.
         steps = T.max(tiles.end - tiles.begin, 1)
@@ -90,6 +94,14 @@ class KeyWalk:
         self.full_begin = local(self.last + 1 - own.full_end) if own.has_full else self.steps
         self.full_end = local(self.last + 1 - own.full_begin) if own.has_full else self.steps
         self.hidden = T.max(T.min(self.last + 1 - self._own_end(row), self.steps - 1), 0)
+
+    def _follow_list(self):
+        """Take the steps from the list of the work tile."""
+        block = self.block
+        self.visits = block.pattern.visits(block.site, block.rows.span(block.row_first, block.config.block_m)[0])
+        self.steps, self.hidden = self.visits.steps, T.int32(0)
+        self.full_begin, self.full_end = self.visits.masked, self.visits.steps
+        self.has_full, self.has_left = True, False
 
     def _own_end(self, row):
         """The tile after the last one that the rows from ``row`` of the work tile on see."""
@@ -104,7 +116,9 @@ class KeyWalk:
         return KeyTiles(block.pattern, block.site, *span, block.config.block_n, block.scheduler.key_tiles(block.at))
 
     def key_first(self, step):
-        """First key of a step's tile."""
+        """First key of a step's tile; of a list it is read, where this is called."""
+        if self.lists:
+            return self.visits.tile(step) * self.block.config.block_n
         return (self.last - step) * self.block.config.block_n
 
     def visible(self, step):

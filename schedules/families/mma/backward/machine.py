@@ -415,9 +415,12 @@ class GradientMachine(RowCopies):
     @T.inline
     def advance(self, at, end, tile):
         """``tile`` to the next one that has something to see, or ``end``."""
-        tile = tile + 1
-        if self.pattern.has_gaps:
-            self.skip(at, end, tile)
+        if self.pattern.lists_tiles:
+            tile = self.pattern.next_tile(at, self.own_first, tile)
+        else:
+            tile = tile + 1
+            if self.pattern.has_gaps:
+                self.skip(at, end, tile)
 
     @T.inline
     def skip(self, at, end, tile):
@@ -440,7 +443,7 @@ class GradientMachine(RowCopies):
         T.cuda.cta_sync()
         self.use = 0
         self.fetched = tiles.begin
-        if self.pattern.has_gaps:
+        if self.pattern.has_gaps and not self.pattern.lists_tiles:
             self.skip(weights.at, tiles.end, self.fetched)
         tile: T.int32 = self.fetched
         for n in T.unroll(self.stages - 1):
@@ -452,7 +455,13 @@ class GradientMachine(RowCopies):
         # 2. Partly visible tiles, fully visible ones, partly visible ones.
         if self.pattern.has_gaps:
             while tile < tiles.end:
-                self.step(visited, weights, tile, tiles.end, True)
+                if self.pattern.lists_tiles:
+                    if self.pattern.is_whole(weights.at, self.own_first, tile):
+                        self.step(visited, weights, tile, tiles.end, False)
+                    else:
+                        self.step(visited, weights, tile, tiles.end, True)
+                else:
+                    self.step(visited, weights, tile, tiles.end, True)
                 self.advance(weights.at, tiles.end, tile)
         else:
             if tiles.has_left:

@@ -8,10 +8,11 @@ from schedules.families.interface import Program, ScheduledLaunch
 from schedules.families.mma.backward import keys, queries
 from schedules.families.mma.backward.config import Config
 from schedules.families.mma.mma import ALIGNMENT, INDEX_BITS
-from schedules.families.ranged import with_ranges
+from schedules.families.ranged import with_ranges, with_tiles
 from schedules.tile.delta import delta
 from schedules.tile.gradients import Starts, tiles_of
-from schedules.tile.mask_ranges import Ranged, ranged
+from schedules.tile.mask_lists import RIGHTWARDS, Listed
+from schedules.tile.mask_ranges import Ranged
 from schedules.tile.parameter_sums import parameter_sums, ragged_parameter_sums
 from schedules.tile.place_gradients import Targets
 from schedules.tile.tile_scheduler import Traversal
@@ -39,7 +40,7 @@ def program(
         return tuple(p.name for p in known.params)
 
     asked = summed(pattern)
-    keyed, queried = (pattern, pattern) if ragged else _ranged(pattern, config)
+    keyed, queried = (pattern, pattern) if ragged else _with_tiles(pattern, config)
     of_keys, of_queries = (Targets(pattern, transposed).roles for transposed in (True, False))
     sums, starts = (("parameter_sums",) if asked else ()), (Starts.roles if ragged else ())
     of_delta = delta(pattern, traversal, name, ALIGNMENT, ragged=ragged)
@@ -68,9 +69,10 @@ def program(
     return with_ranges(found, traversal, name, keyed, queried)
 
 
-def _ranged(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged, Pattern | Ranged]:
+def _with_tiles(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged | Listed, Pattern | Ranged | Listed]:
     """The pattern as the launches for dk and dv, and for dq, see it."""
-    return ranged(pattern, "j", config.keys.own_rows), ranged(pattern, "i", config.queries.own_rows)
+    launches = ("j", config.keys), ("i", config.queries)
+    return tuple(with_tiles(pattern, axis, x.own_rows, x.step_rows, order=RIGHTWARDS) for axis, x in launches)
 
 
 def _sums(pattern: Pattern, config: Config, asked, name: str, ragged: bool, adds: bool) -> ScheduledLaunch:

@@ -8,8 +8,40 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from schedules.tile.static import static
+
 #: Of a loop that stays one: unrolled, it would take registers that a producer hasn't.
 ROLLED = {"disable_unroll": True}
+
+
+@T.inline
+def _fetch_tile(block, head, query, place, queries, queries_map, numbers, n):
+    """Fetch tile number ``n``."""
+    queries.producer_acquire(queries.state(n))
+    queries.load(queries.state(n), queries_map, block.queries(query, head), numbers.bytes)
+    numbers.load(queries, queries.state(n), place)
+
+
+@T.inline
+def _fetch_neighbours(block, walk, head, queries, queries_map, numbers, tiles, n):
+    """Fetch the tiles of a head, one beside the other; ``n`` counts them, over all heads."""
+    query: T.int32 = walk.begin * block.config.block_m
+    place: T.int32 = block.tile_place(head, walk.begin, tiles)
+    for _ in T.serial(walk.steps, annotations=ROLLED):
+        _fetch_tile(block, head, query, place, queries, queries_map, numbers, n)
+        query = query + block.config.block_m
+        place = place + 1
+        n = n + 1
+
+
+@T.inline
+def _fetch_listed(block, walk, head, queries, queries_map, numbers, tiles, n):
+    """The same of a list of tiles."""
+    for i in T.serial(walk.steps, annotations=ROLLED):
+        tile: T.int32 = walk.tile(i)
+        place: T.int32 = block.tile_place(head, tile, tiles)
+        _fetch_tile(block, head, tile * block.config.block_m, place, queries, queries_map, numbers, n)
+        n = n + 1
 
 
 @T.inline
@@ -21,12 +53,7 @@ def fetch_tiles(block, keys, keys_map, queries, queries_map, numbers, tiles):
     for g in T.serial(block.group):
         walk = block.tiles(block.site(g))
         head: T.int32 = block.head(g)
-        query: T.int32 = walk.begin * block.config.block_m
-        place: T.int32 = block.tile_place(head, walk.begin, tiles)
-        for _ in T.serial(walk.steps, annotations=ROLLED):
-            queries.producer_acquire(queries.state(n))
-            queries.load(queries.state(n), queries_map, block.queries(query, head), numbers.bytes)
-            numbers.load(queries, queries.state(n), place)
-            query = query + block.config.block_m
-            place = place + 1
-            n = n + 1
+        if static(block.pattern.lists_tiles):
+            _fetch_listed(block, walk, head, queries, queries_map, numbers, tiles, n)
+        else:
+            _fetch_neighbours(block, walk, head, queries, queries_map, numbers, tiles, n)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Target
-from schedules.families.ranged import with_ranges
+from schedules.families.ranged import with_ranges, with_tiles
 from schedules.families.sm90 import config as forward
 from schedules.families.sm90.backward import joint, keys, parameters, queries, rows, sinks
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, section_heads
-from schedules.families.sm90.config import WARPGROUP_ROWS
 from schedules.tile.gradients import ALIGNMENT, Starts
-from schedules.tile.mask_ranges import Ranged, ranged
+from schedules.tile.mask_lists import Listed
+from schedules.tile.mask_ranges import Ranged
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs import sizes
 
@@ -45,7 +45,7 @@ def program(
             joint.scalars(pattern, config, ragged),
         )
     else:
-        keyed, queried = (pattern, pattern) if ragged else _ranged(pattern, config)
+        keyed, queried = (pattern, pattern) if ragged else _with_tiles(pattern, config)
         launches = (
             first,
             queries.build(queried, config, traversal, f"{name}_dq", starts(), adds),
@@ -57,9 +57,10 @@ def program(
     return found if config.joint else with_ranges(found, traversal, name, keyed, queried)
 
 
-def _ranged(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged, Pattern | Ranged]:
+def _with_tiles(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged | Listed, Pattern | Ranged | Listed]:
     """The pattern as the launches for dk and dv, and for dq, see it, whose warpgroups have rows of their own."""
-    return ranged(pattern, "j", config.block_keys), ranged(pattern, "i", WARPGROUP_ROWS, CONSUMERS)
+    of_keys = with_tiles(pattern, "j", config.block_keys, config.block_m)
+    return of_keys, with_tiles(pattern, "i", BLOCK, config.block_n, CONSUMERS)
 
 
 def _narrow_axes(pattern: Pattern, config: Config, ragged: bool) -> tuple[sizes.Expression, ...]:

@@ -150,14 +150,17 @@ class QueryConsumer:
     @T.inline
     def clear_places(self, walk):
         """Zeros in gradients of scores where this warpgroup's rows may visit no keys."""
-        begin = T.meta_var(walk.key_first(walk.steps - 1))
-        end = T.meta_var(walk.key_first(0) + self.config.block_n)
-        visited = T.meta_var((T.int32(0), T.int32(0)) if self.pattern.has_gaps else (begin, end))
+        has_gaps = T.meta_var(self.pattern.has_gaps or self.pattern.lists_tiles)
+        visited = T.meta_var((T.int32(0), T.int32(0)) if has_gaps else self.visited_keys(walk))
         row = T.meta_var(self.block.row_first + self.index * WARPGROUP_ROWS)
         thread = T.meta_var(self.warp * 32 + self.lane)
         self.places.clear(row, WARPGROUP_ROWS, visited, thread, WARPGROUP_THREADS)
-        if self.pattern.has_gaps:
+        if has_gaps:
             NamedBarriers(CONSUMERS).queries_read(self.index)
+
+    def visited_keys(self, walk):
+        """First and end of the keys that a walk without gaps visits."""
+        return walk.key_first(walk.steps - 1), walk.key_first(0) + self.config.block_n
 
     def first_of(self, walk, i):
         """This lane's first query and key of step ``i``."""
