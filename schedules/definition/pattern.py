@@ -32,6 +32,7 @@ from schedules.definition.intervals import Atom
 from schedules.definition.operator import PAGES, SCALES, STARTS, Symbols
 from schedules.definition.parameters import Lookup, Site, append_arguments, parameter_symbols, value_of
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
+from schedules.definition.terms import Split
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
 from tvm_flash.packs.manifest import Param
 
@@ -80,6 +81,7 @@ class Pattern:
     has_sink: the softmax has a logit beside those of keys.
     is_uneven: the score reads tensors or tables, so that a row's scores at some keys say nothing of those at others.
     may_hide_keys: where the mask ``narrows``, whether there may be keys, the last ones, that nobody sees.
+    mask_split: what of the mask is the same along rows and columns, and the rest; None if there is no mask.
     lists_tiles: a kernel has a list of the tiles that each of its own visits (:mod:`schedules.tile.mask_lists`).
     """
 
@@ -94,6 +96,9 @@ class Pattern:
         varying = [self._variables.params[p.name] for p in found.params if "i" in p.axes or "j" in p.axes]
         tensors = [(self._variables.params[p.name], p.axes) for p in found.params if p.axes]
         self._mask = decompose(tirx.all(*seen), self._variables.index, tensors) if seen else None
+        self.mask_split = (
+            None if self._mask is None else Split(self._mask.predicate, self._variables.index[2:], varying)
+        )
         self.atoms = () if self._mask is None else self._mask.atoms
         self.is_opaque = self._mask is not None and self._mask.is_opaque
         self.has_unknown = self._mask is not None and self._mask.has_unknown
@@ -282,6 +287,10 @@ class Pattern:
     def mask_inside(self, site: Site, i: Expr, j: Expr) -> Expr:
         """The same of a key that exists, where there is a mask."""
         return self._substitute(self._mask.predicate, site, i, j)
+
+    def evaluated(self, expr: Expr, site: Site, i: Expr, j: Expr) -> Expr:
+        """A part of ``mask_split``, or what was made of it, at query ``i`` and key ``j``."""
+        return self._substitute(expr, site, i, j)
 
     def keys_of(self, site: Site, row_first: Expr, row_last: Expr) -> Ranges:
         """Keys that some row, and that every row of ``row_first .. row_last`` (inclusive) sees."""

@@ -19,6 +19,7 @@ from schedules.definition.pattern import Pattern, Site
 from schedules.tile.element_pairs import ElementPairs
 from schedules.tile.fragment import Fragment
 from schedules.tile.geometry import constant
+from schedules.tile.mask_terms import MaskTerms
 from schedules.tile.parameters import Elements
 
 LOG2_E = math.log2(math.e)
@@ -51,6 +52,8 @@ class ScoreTile:
     """
 
     transposed = False
+    #: Whether the conditions of a mask are asked one after another, and no longer than they hold.
+    branches = False
     #: Whether elements of tensors are read here, in pairs where they lie so.
     reads = True
 
@@ -63,6 +66,8 @@ class ScoreTile:
         reads = self.reads and any(isinstance(x, Elements) for x in at.params.values())
         self.pairs = ElementPairs(at, 2 * m_tiles, self.transposed) if reads else None
         self.in_pairs = None
+        served = MaskTerms.serves(pattern)
+        self.terms = MaskTerms(pattern, 2 * m_tiles, self.transposed, self.branches) if served else None
 
     def position(self, row0: Expr, column0: Expr, t, g, r, e) -> tuple[Expr, Expr]:
         """Row and column of a register, from those of this lane's first one."""
@@ -102,6 +107,29 @@ class ScoreTile:
         """A register is next."""
         if self.in_pairs is not None:
             self.in_pairs = (t * 2 + r, g * self.fragment.group, e)
+
+    # ------------------------------------------------------------ the mask
+
+    @T.inline
+    def begin_mask(self, row0, column0, first=0):
+        """Before the mask of a step is asked for."""
+        if self.terms is not None:
+            for t in T.unroll(first, self.m_tiles):
+                for r in T.unroll(2):
+                    self.terms.set_row(self.at, t * 2 + r, self.position(row0, column0, t, 0, r, 0))
+
+    @T.inline
+    def begin_columns(self, row0, column0, t, g):
+        """The registers of two columns are next, of both rows."""
+        if self.terms is not None:
+            for e in T.unroll(2):
+                self.terms.set_column(self.at, e, self.position(row0, column0, t, g, 0, e))
+
+    def sees(self, at, t, r, e) -> Expr:
+        """Whether the mask shows the score of query and key ``at``, in row ``r`` and column ``e`` of the group."""
+        if self.terms is None:
+            return self.pattern.mask(self.here, *at)
+        return self.terms.sees(self.here, t * 2 + r, e, at)
 
     # ------------------------------------------------------------ one score
 
@@ -186,12 +214,14 @@ class ScoreTile:
 
     @T.inline
     def _mask_elements(self, S, row0, column0, first):
+        self.begin_mask(row0, column0, first)
         for t in T.unroll(first, self.m_tiles):
             for g in T.unroll(self.groups):
+                self.begin_columns(row0, column0, t, g)
                 for r in T.unroll(2):
                     self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
                         self.look_at(t, g, r, e)
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         i = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
-                        S[i] = T.Select(self.pattern.mask(self.here, at[0], at[1]), S[i], T.float32(NEGATIVE_INFINITY))
+                        S[i] = T.Select(self.sees(at, t, r, e), S[i], T.float32(NEGATIVE_INFINITY))

@@ -114,6 +114,7 @@ class Weights(ScoreTile):
         places: PlaceGradients | None = None,
     ):
         self.transposed, self.descending = transposed, descending
+        self.branches = not transposed  # the other way round there are too few registers for all conditions
         ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)
         self.asks_once = asks_once and not self.folded
         self.places = places
@@ -198,9 +199,13 @@ class Weights(ScoreTile):
         from_zero = T.meta_var(by_interval and self._begins_at_zero(row0, column0))
         if by_interval:
             self._set_bounds(begin, end, row0, column0)
+        if masked and not by_interval:
+            self.begin_mask(row0, column0)
         for t in T.unroll(self.m_tiles):
             for n in T.unroll(self.groups):
                 g = T.meta_var(self.groups - 1 - n if self.descending else n)
+                if masked and not by_interval:
+                    self.begin_columns(row0, column0, t, g)
                 for r in T.unroll(2):
                     self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
@@ -208,7 +213,7 @@ class Weights(ScoreTile):
                         x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         interval = T.meta_var((None if from_zero else begin[t * 2 + r], end[t * 2 + r]))
-                        seen = T.meta_var(self._seen(at, g, e, interval, masked))
+                        seen = T.meta_var(self._seen(at, (t, g, r, e), interval, masked))
                         p[e] = self._weight(S[x], at, (t, g, r, e), chosen, seen, shift)
                         S[x] = self._factor(p[e], S[x], at, (t, g, r, e), chosen, masked)
                     if P is not None:
@@ -223,8 +228,12 @@ class Weights(ScoreTile):
         from_zero = T.meta_var(by_interval and self._begins_at_zero(row0, column0))
         if by_interval:
             self._set_bounds(begin, end, row0, column0)
+        if masked and not by_interval:
+            self.begin_mask(row0, column0)
         for t in T.unroll(self.m_tiles):
             for g in T.unroll(self.groups):
+                if masked and not by_interval:
+                    self.begin_columns(row0, column0, t, g)
                 for r in T.unroll(2):
                     self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
@@ -232,7 +241,7 @@ class Weights(ScoreTile):
                         x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
                         at = T.meta_var(self.position(row0, column0, t, g, r, e))
                         interval = T.meta_var((None if from_zero else begin[t * 2 + r], end[t * 2 + r]))
-                        seen = T.meta_var(self._seen(at, g, e, interval, masked))
+                        seen = T.meta_var(self._seen(at, (t, g, r, e), interval, masked))
                         p[e] = self._weight(S[x], at, (t, g, r, e), chosen, seen, shift)
                         E[x] = self._if_weight(p[e], p[e] * E[x], masked)
                         self._add_to_parameters(sums, p[e], E[x], S[x], at, (t, g, r, e), chosen, masked)
@@ -282,12 +291,13 @@ class Weights(ScoreTile):
     def _begins_at_zero(self, row0, column0) -> bool:
         return constant(self._bounds(row0, column0, 0, 0)[0]) == 0
 
-    def _seen(self, at, g, e, interval, masked):
+    def _seen(self, at, place, interval, masked):
         """Whether the mask shows a register; None if nothing hides it."""
         if not masked:
             return None
+        t, g, r, e = place
         if not self.pattern.is_interval:
-            return self.pattern.mask(self.here, *at)
+            return self.sees(at, t, r, e)
         (begin, end), column = interval, g * self.fragment.group + e
         return column < end if begin is None else T.And(column < end, column >= begin)
 

@@ -1,0 +1,88 @@
+"""What of a mask is the same for a whole row or a whole column of scores: quotients and remainders of the query alone,
+or of the key alone, such as the line and the column of a picture.
+
+A kernel evaluates these once for a row or a column, and the rest of the mask for each score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tvm_ffi
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.ir.expr import TensorLoad
+
+#: Operations that take many times longer than an addition.
+DIVISIONS = (tirx.FloorDiv, tirx.FloorMod, tirx.Div, tirx.Mod)
+
+
+@dataclass(frozen=True)
+class Term:
+    """An int32 that depends on the query alone (``axis`` is ``"i"``) or on the key alone (``"j"``), in the definition's
+    variables, and the variable that stands for it in the rest of the mask."""
+
+    expr: Expr
+    axis: str
+    value: tirx.Var
+
+
+class Split:
+    """A predicate as its ``terms`` and the ``rest``, in which variables stand for these.
+
+    ``positions`` are the definition's variables i and j, ``varying`` its parameters that have values for queries or
+    keys.
+    """
+
+    def __init__(self, predicate: Expr, positions: Sequence[tirx.Var], varying: Sequence[Expr]):
+        self._positions, self._varying = tuple(positions), tuple(varying)
+        found: list[Term] = []
+
+        def replace(e):
+            whole = replaced(e, [(t.value, t.expr) for t in found])
+            axes = self._axes(whole) if isinstance(e, DIVISIONS) and str(e.ty.dtype) == "int32" else None
+            if axes is None or len(axes) != 1:
+                return e
+            for term in found:
+                if tvm_ffi.structural_equal(term.expr, whole):
+                    return term.value
+            found.append(Term(whole, axes, tirx.Var(f"term{len(found)}", "int32")))
+            return found[-1].value
+
+        self.rest = tvm_ffi.structural_map(predicate, replace, order="post")
+        used = _variables(self.rest)
+        self.terms = tuple(t for t in found if any(x.same_as(t.value) for x in used))
+
+    def is_uniform(self, expr: Expr) -> bool:
+        """Whether an expression is the same for all scores of a head."""
+        return self._axes(expr) == ""
+
+    def is_of_positions(self, expr: Expr) -> bool:
+        """Whether an expression reads no tensor of queries or keys, and no table."""
+        return self._axes(expr) is not None
+
+    def _axes(self, expr: Expr) -> str | None:
+        """Those that an expression depends on; None if it reads tensors of queries or keys, or a table."""
+        loads, read = [], _variables(expr)
+        tvm_ffi.structural_walk(expr, [(TensorLoad, loads.append)])
+        if loads or any(x.same_as(y) for x in read for y in self._varying):
+            return None
+        return "".join(a for a, v in zip("ij", self._positions, strict=True) if any(x.same_as(v) for x in read))
+
+
+def replaced(expr: Expr, values: Sequence[tuple[tirx.Var, Expr]]) -> Expr:
+    """``expr`` with values in place of variables."""
+
+    def replace(node):
+        if not isinstance(node, tirx.Var):
+            return node
+        return next((new for old, new in values if node.same_as(old)), node)
+
+    return tvm_ffi.structural_map(expr, replace, order="post") if values else expr
+
+
+def _variables(expr: Expr) -> list[tirx.Var]:
+    found: list[tirx.Var] = []
+    tvm_ffi.structural_walk(expr, [(tirx.Var, found.append)])
+    return found
