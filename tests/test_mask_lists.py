@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
 pytest.importorskip("torch")
 
-import torch
 from tvm.script import tirx as T
 
-from schedules.builder.compile import export_cuda
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import IDENTITY, MASKS, Mask
-from schedules.definition.definition_file import DefinitionFile
 from schedules.definition.pattern import match
-from schedules.definition.sample import parameters_of
-from schedules.families.interface import Program, ScheduledLaunch, Target
 from schedules.families.ranged import with_tiles
-from schedules.templates import v1
 from schedules.tile import mask_lists
 from schedules.tile.mask_lists import LEFTWARDS, PARTS, RIGHTWARDS, Listed
-from tests.simt.simulate import Simulated
-from tvm_flash import reference
+from tests.mask_launches import BATCH, HEADS, computed, heads_that_differ, of_gallery
 from tvm_flash.packs.manifest import Param
 
-GALLERY = Path(__file__).resolve().parent.parent / "schedules" / "definition" / "gallery"
-BATCH, HEADS, OWN = 2, 2, 64
+OWN = 64
 
 #: Some of each 300 keys before the query, how many differs from head to head, and for half of the queries none.
 own_gaps = Mask(
@@ -47,30 +37,13 @@ def shifts(batch, heads, seqlen_q, seqlen_kv):
     return {"shift": 40 + 30 * np.arange(batch * heads).reshape(batch, heads)}
 
 
-def of_gallery(name):
-    return DefinitionFile.parse(f"{GALLERY / name}.py:{name}").load()
-
-
 def table_of(definition, lengths, axis, others, order, folder):
     """The table, ``(batch, heads, own tiles, width)``, and of each pair of tiles whether some see, and all."""
     pattern = match(definition(16, "float16", index_dtype="int32"))
     known = Listed(pattern, axis, OWN, others, order)
-    func, workspace = mask_lists.find(known, v1.TRAVERSAL, "lists"), mask_lists.workspace(known)
-    launch = ScheduledLaunch(func, mask_lists.roles(known))
-    program = Program("forward", (launch,), "tirx", alignment=16, index_bits=32, workspaces=(workspace,))
-    simulated = Simulated(program, export_cuda(program, Target("sm_80")), folder)
-    params = parameters_of(definition, BATCH, HEADS, *lengths)
-    rows = {
-        x: torch.zeros(BATCH, HEADS, n, 16, dtype=torch.float16)
-        for x, n in zip("qkv", (*lengths, lengths[1]), strict=True)
-    }
-    given = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in params.items()}
-    table = simulated(rows | given)[workspace.name].numpy()
-    axes = {p.name: p.axes for p in definition.params}
-    at = reference.positions(BATCH, HEADS, *lengths, reference.beside_scores(params, axes))
-    seen = np.broadcast_to(definition.mask.twin(at), (BATCH, HEADS, *lengths))
+    table, seen = computed(mask_lists, known, definition, lengths, folder)
     seen = seen if axis == "i" else seen.swapaxes(2, 3)
-    shape = [n if pattern.mask_differs_along(a) else 1 for a, n in (("b", BATCH), ("h", HEADS))]
+    shape = heads_that_differ(pattern)
     own, width = -(-seen.shape[2] // OWN), table.shape[1]
     table = np.broadcast_to(table.reshape(*shape, own, width), (BATCH, HEADS, own, width))
     count = -(-seen.shape[3] // others)

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
 pytest.importorskip("torch")
 
-import torch
 from tvm.script import tirx as T
 
-from schedules.builder.compile import export_cuda
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import IDENTITY, MASKS, Mask
-from schedules.definition.definition_file import DefinitionFile
 from schedules.definition.pattern import match
-from schedules.definition.sample import parameters_of
-from schedules.families.interface import Program, ScheduledLaunch, Target
-from schedules.templates import v1
 from schedules.tile import mask_ranges
-from tests.simt.simulate import Simulated
-from tvm_flash import reference
+from tests.mask_launches import BATCH, HEADS, computed, heads_that_differ, of_gallery
 from tvm_flash.packs.manifest import Param
 
-GALLERY = Path(__file__).resolve().parent.parent / "schedules" / "definition" / "gallery"
-BATCH, HEADS, KEYS_OF_A_TILE = 2, 2, 32
-
-
-def of_gallery(name):
-    return DefinitionFile.parse(f"{GALLERY / name}.py:{name}").load()
+KEYS_OF_A_TILE = 32
 
 
 def heads_apart(batch, heads, seqlen_q, seqlen_kv):
@@ -52,22 +38,9 @@ def found(definition, lengths, axis, block, folder):
     """What was found, ``(batch, heads, tiles, 4)``, and what is seen, ``(batch, heads, seqlen_q, seqlen_kv)``."""
     pattern = match(definition(16, "float16", index_dtype="int32"))
     known = mask_ranges.ranged(pattern, axis, block)
-    func, workspace = mask_ranges.find(known, v1.TRAVERSAL, "ranges"), mask_ranges.workspace(known)
-    launch = ScheduledLaunch(func, mask_ranges.roles(known))
-    program = Program("forward", (launch,), "tirx", alignment=16, index_bits=32, workspaces=(workspace,))
-    simulated = Simulated(program, export_cuda(program, Target("sm_80")), folder)
-    params = parameters_of(definition, BATCH, HEADS, *lengths)
-    rows = {
-        x: torch.zeros(BATCH, HEADS, n, 16, dtype=torch.float16)
-        for x, n in zip("qkv", (*lengths, lengths[1]), strict=True)
-    }
-    given = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in params.items()}
-    numbers = simulated(rows | given)[workspace.name].numpy()
+    numbers, seen = computed(mask_ranges, known, definition, lengths, folder)
     tiles = -(-lengths["ij".index(axis)] // block)
-    shape = [n if pattern.mask_differs_along(a) else 1 for a, n in (("b", BATCH), ("h", HEADS))]
-    axes = {p.name: p.axes for p in definition.params}
-    at = reference.positions(BATCH, HEADS, *lengths, reference.beside_scores(params, axes))
-    seen = np.broadcast_to(definition.mask.twin(at), (BATCH, HEADS, *lengths))
+    shape = heads_that_differ(pattern)
     return np.broadcast_to(numbers.reshape(*shape, tiles, 4), (BATCH, HEADS, tiles, 4)), seen
 
 
