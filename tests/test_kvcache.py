@@ -17,6 +17,7 @@ from tvm_flash import (
     TvmFlashError,
     flash_attention_with_kvcache,
     nn,
+    quantise_cache,
 )
 from tvm_flash.tracing import torch_cache
 
@@ -145,6 +146,85 @@ def test_rows_and_places_that_there_are_not_change_nothing(append):
     assert changed == 3 and all(
         (found[0][table[b, n // PAGE], n % PAGE] == k[b]).all() for b, n in enumerate((20, 0, 70))
     )
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("batch", [7, 300])
+def test_rows_that_pad_a_batch_have_one_page(batch, paged, scaled):
+    """As engines bring a batch to a size for which they have a graph: all others are as without them."""
+    rows, dummy = 3, 3
+    q, k, v = torch.randn(batch, 1, HEADS, WIDTH), *torch.randn(2, batch, 1, KV_HEADS, WIDTH)
+    caches, scales = list(torch.randn(2, 4, 24, KV_HEADS, WIDTH)), {}
+    if scaled:
+        pairs = [
+            quantise_cache(x, "int8", torch.full((KV_HEADS,), s)) for x, s in zip(caches, (0.02, 0.03), strict=True)
+        ]
+        caches, scales = [x for x, _ in pairs], {"k_scale": pairs[0][1], "v_scale": pairs[1][1]}
+    lengths = torch.tensor([20, 0, 7, *[0] * (batch - rows)], dtype=torch.int32)
+    entries = torch.tensor([2, 0, 1, *[dummy] * (batch - rows)], dtype=torch.int32)
+
+    def attend(count, caches):
+        given = {"page_table": entries[:count, None]} if paged else {"cache_batch_idx": entries[:count]}
+        tensors = (q[:count], *caches, k[:count], v[:count])
+        given |= {"cache_seqlens": lengths[:count], "causal": True, "return_lse": True, **scales}
+        return flash_attention_with_kvcache(*tensors, **given)
+
+    copies = [[x.clone() for x in caches] for _ in range(4)]
+    want = attend(rows, copies[0])
+    found = attend(batch, copies[1])
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)(batch, copies[2])
+    for x, y, z in zip(found, want, compiled, strict=True):
+        assert torch.equal(x[:rows], y) and torch.equal(x, z)
+    torch_cache._append(*copies[3], k, v, None, lengths, entries[:, None], *scales.values())  # as on a GPU
+    for x, y, *same in zip(*copies[:2], *copies[2:], strict=True):
+        assert torch.equal(x[:dummy], y[:dummy]) and torch.equal(x[dummy, 1:], y[dummy, 1:])
+        assert all(torch.equal(y, z) for z in same)
+    last = v[-1, 0] if not scaled else copies[1][1][dummy, 0].float() * scales["v_scale"][:, None]
+    assert (last - v[-1, 0]).abs().max() < 0.02
+    assert (found[0][rows:, 0] - last.repeat_interleave(HEADS // KV_HEADS, 0)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("before", "new", "entries"),
+    [
+        ((0, 0, 0), (2, 2, 2), (1, 1, 0)),  # beginnings of two sequences
+        ((4, 4, 0), (1, 1, 1), (1, 1, 0)),  # branches of a sequence that have its last page in common
+        ((0, 0, 0), (1, 2, 1), (1, 1, 0)),
+        ((0, 3, 0), (1, 1, 1), (1, 1, 1)),  # a row of padding on a page that is in use
+    ],
+)
+def test_keys_that_would_be_replaced_are_told_of(before, new, entries):
+    caches = torch.randn(2, 2, PAGE, KV_HEADS, WIDTH)
+    copies, table = caches.clone(), torch.tensor(entries, dtype=torch.int32)
+    q, k, v = (torch.randn(sum(new), h, WIDTH) for h in (HEADS, KV_HEADS, KV_HEADS))
+    given = {"cache_seqlens": torch.tensor(before, dtype=torch.int32)}
+    given |= {"cu_seqlens_q": starts(new), "cu_seqlens_k_new": starts(new)}
+    for where, says in (({"page_table": table[:, None]}, "other keys"), ({"cache_batch_idx": table}, "an entry twice")):
+        with pytest.raises(InvalidArgumentError, match=says):
+            flash_attention_with_kvcache(q, *caches, k, v, **given, **where)
+    assert torch.equal(caches, copies)
+
+
+@pytest.mark.parametrize("append", [torch.ops.tvm_flash.append_to_cache, torch_cache._append], ids=["CPU", "CUDA"])
+@pytest.mark.parametrize("total", [1, 40, 900])
+def test_of_new_keys_with_one_place_the_last_stands(append, total):
+    """In sequences of all lengths, some of whose places there are not."""
+    rng = np.random.default_rng(total)
+    cuts = [0, *np.sort(rng.integers(0, total + 1, 20)), total]
+    table = torch.from_numpy(rng.integers(-1, 5, (len(cuts) - 1, 3)).astype(np.int32))
+    before = torch.from_numpy(rng.integers(-2, 9, len(cuts) - 1).astype(np.int32))
+    k, v = torch.randn(2, total, 1, 8)
+    caches = torch.randn(2, 4, 5, 1, 8)
+    want = caches.clone()
+    for b, (first, end) in enumerate(itertools.pairwise(cuts)):
+        for row in range(first, end):
+            at = int(before[b]) + row - first
+            page = int(table[b, at // 5]) if 0 <= at < 15 else -1
+            if 0 <= page < 4:
+                want[:, page, at % 5] = torch.stack((k[row], v[row]))
+    append(*caches, k, v, torch.tensor(cuts, dtype=torch.int32), before, table)
+    assert torch.equal(caches, want)
 
 
 def test_a_compiled_program_appends_and_attends():

@@ -56,7 +56,8 @@ def flash_attention_with_kvcache(
     cache_seqlens: how many keys each sequence has in the cache before: int32 ``(batch,)``, or a number for all.  Left
         out, it is all that the cache has room for, and nothing can be appended.
     cache_batch_idx: int32 ``(batch,)``, which entry of the cache each sequence has; the first ones if not given.  None
-        may occur twice if k is given.  Not with a page table.
+        may occur twice if k is given, but of sequences with a new key and none before: rows that pad a batch may have
+        one entry, or one page, where the key of the last stands.  Not with a page table.
     cache_leftpad: int32 ``(batch,)``, keys at the beginning of each sequence that are hidden.
     page_table: int32 ``(batch, pages_per_sequence)``, as in :func:`tvm_flash.flash_attention_paged`.
     cu_seqlens_q, cu_seqlens_k_new: int32 ``(batch + 1,)``: where each sequence begins in q, and in k and v; for a call

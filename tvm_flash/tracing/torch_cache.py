@@ -180,6 +180,7 @@ def _sequence_of_rows(starts: torch.Tensor, total: int) -> tuple[torch.Tensor, t
 
 
 def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_scale=None, v_scale=None):
+    """Write each new row to its place, if it has one; where several have the same, the last row stands there."""
     if not k.numel() and not v.numel():
         return
     pages, size = k_cache.shape[:2]
@@ -204,9 +205,24 @@ def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_sca
     # What has no place is written where the first that has one is, with its values; if none has one, nothing changes.
     first, some = valid.to(torch.int32).argmax(keepdim=True), valid.any()
     page, inside = (torch.where(valid, x, torch.where(some, x[first], 0)) for x in (page, inside))
+    last = _last_at(page * size + inside, torch.where(valid, torch.arange(len(valid), device=k.device), first))
     for cache, x in ((k_cache, k), (v_cache, v)):
-        instead = torch.where(some, x[first], cache[:1, 0])
-        cache[page, inside] = torch.where(valid[:, None, None], x, instead)
+        cache[page, inside] = torch.where(some, x[last], cache[:1, 0])
+
+
+#: Rows that are compared with each other; more of them are sorted.
+_FEW_ROWS = 256
+
+
+def _last_at(places: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """For each row the greatest of the ``numbers``, each less than their count, of the rows with its place."""
+    count = len(places)
+    if count == 1:
+        return numbers
+    if count <= _FEW_ROWS:
+        return torch.where(places[:, None] == places, numbers, -1).amax(1)
+    ordered = (places * count + numbers).sort().values
+    return ordered[torch.searchsorted(ordered, (places + 1) * count) - 1] - places * count
 
 
 def _append_on_cpu(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_scale=None, v_scale=None):
@@ -230,6 +246,10 @@ def _append_on_cpu(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table
     exists = (page >= 0) & (page < pages)
     if not exists.all():
         written, page, inside = written[exists], page[exists], inside[exists]
+    places = page * size + inside
+    if len(set(places.tolist())) < len(places):
+        last = len(places) - 1 - np.unique(places[::-1], return_index=True)[1]
+        written, page, inside = written[last], page[last], inside[last]
     if len(written) < len(k):
         k, v = (x[torch.from_numpy(written)] for x in (k, v))
     page, inside = torch.from_numpy(page), torch.from_numpy(inside)

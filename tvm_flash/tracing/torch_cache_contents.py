@@ -63,15 +63,34 @@ def check_contents(
                 f"v_cache: shares memory with k_cache, to which keys are appended, and its page {page - shift} is page "
                 f"{page} there; sequences need both, give v_cache memory of its own"
             )
-    entries = tensors["cache_batch_idx"]
-    if tensors["k"] is not None and entries is not None and len(set(entries.tolist())) < len(entries):
+    if tensors["k"] is not None:
+        repeated = _repeated_padding(entries_of, first, last)
+        needed[repeated] = False
+        if tensors["cache_batch_idx"] is not None:
+            _check_different(np.delete(entries_of[:, 0], repeated).tolist())
+        if tensors["page_table"] is not None:
+            written = needed & (columns >= (first // each)[:, None]) & (last > first)[:, None]
+            _check_shared(entries_of, needed, written, first, last, page_size, pages)
+    _check_positions(tensors, before, after, along)
+
+
+def _repeated_padding(table: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Sequences that have a new key and none before, but for one of those whose key comes to the same page.
+
+    So look the rows that bring a batch to a size for which a graph was captured: all have one page, and nobody asks
+    what they see.  Whatever is no such row has a key before, of which sharing a page is told, at the next token.
+    """
+    alone = np.flatnonzero((before == 0) & (after == 1))
+    if len(alone) < 2:
+        return alone[:0]
+    return np.delete(alone, np.unique(table[alone, 0], return_index=True)[1])
+
+
+def _check_different(entries: list[int]) -> None:
+    if len(set(entries)) < len(entries):
         raise InvalidArgumentError(
             "cache_batch_idx: names an entry twice, and keys are appended; expected different ones"
         )
-    if tensors["k"] is not None and tensors["page_table"] is not None:
-        written = needed & (columns >= (first // each)[:, None]) & (last > first)[:, None]
-        _check_shared(entries_of, needed, written, first, last, page_size, pages)
-    _check_positions(tensors, before, after, along)
 
 
 def _check_shared(table, needed, written, before, after, size: int, pages: int) -> None:
