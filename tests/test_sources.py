@@ -12,8 +12,17 @@ def test_a_family_depends_on_what_it_imports_and_on_no_other_family():
     hopper = names("schedules.builder.compile", "schedules.families.sm90")
     shared = {"schedules/tile/softmax.py", "schedules/definition/catalogue.py"}
     assert {*shared, "schedules/families/sm90/consumer.py"} <= hopper
-    assert not {n for n in hopper if "/cpu/" in n or "sm80" in n or n.startswith("tvm_flash")}
+    assert not {n for n in hopper if "/cpu/" in n or "sm80" in n}
     assert "schedules/families/mma/mma.py" in names("schedules.families.mma.sm75")
+
+
+def test_of_the_run_time_kernels_depend_on_tables_only():
+    tables = {
+        f"tvm_flash/{name}.py" for name in ("catalogue", "operators", "reference", "packs/manifest", "packs/sizes")
+    }
+    for family in set(FAMILY.values()):
+        files = names("schedules.builder.compile", f"schedules.families.{family}")
+        assert {n for n in files if n.startswith("tvm_flash")} == tables
 
 
 def test_what_only_runs_a_build_decides_no_kernel():

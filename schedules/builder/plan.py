@@ -168,7 +168,7 @@ def sources_digest(arch: str) -> str:
 @cache
 def _digest_of_family(name: str) -> str:
     files = sources.closure("schedules.builder.compile", f"schedules.families.{name}")
-    return sources.digest(files | {HOST_HEADER, ROOT / "tvm_flash" / "packs" / "manifest.py"})
+    return sources.digest(files | {HOST_HEADER})
 
 
 def key_of(request: BuildRequest, target: Target, spec: KernelSpec) -> str:

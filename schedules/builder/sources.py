@@ -1,4 +1,4 @@
-"""Which files of this package decide what a kernel becomes: those that its modules import, followed from file to file.
+"""Which files decide what a kernel becomes: those that its modules import, followed from file to file.
 
 A change of one family's files, or of a command's, then leaves the kernels of the other families up to date.
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: The package whose files count: a kernel is made from nothing of the run time.
-_PACKAGE = "schedules"
+#: The packages whose files count.  Of the run time these are the tables that it shares with kernels, and not what is
+#: imported with the package itself, from which no kernel is made.
+_PACKAGE, _RUN_TIME = "schedules", "tvm_flash"
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -26,7 +27,7 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def closure(*modules: str) -> frozenset[Path]:
-    """The files of modules of this package and of all that they import from it, also inside functions."""
+    """The files of modules and of all that they import of this project, also inside functions."""
     found: set[Path] = set()
     waiting = [path for module in modules for path in _files(module)]
     while waiting:
@@ -38,8 +39,11 @@ def closure(*modules: str) -> frozenset[Path]:
 
 
 def _files(module: str) -> list[Path]:
-    """The file of a module, and those of the packages that it is in; none if it isn't of this package."""
+    """The file of a module, and those of the packages that it is in; none if it isn't of this project."""
     names = module.split(".")
+    if names[0] == _RUN_TIME:
+        place = ROOT.joinpath(*names).with_suffix(".py")
+        return [place] if place.is_file() else []
     if names[0] != _PACKAGE:
         return []
     prefixes = [ROOT.joinpath(*names[: i + 1]) for i in range(len(names))]
