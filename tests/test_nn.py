@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import itertools
 import re
 import warnings
 
@@ -16,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_sdpa  # no
 
 from tests.nn_cases import agree, fresh, tensors  # noqa: E402, F401
 from tvm_flash import nn  # noqa: E402
+from tvm_flash.integrations.pytorch import on_cpu  # noqa: E402
 from tvm_flash.nn import FallbackWarning  # noqa: E402
 from tvm_flash.nn import scaled_dot_product_attention as ours  # noqa: E402
 
@@ -44,6 +47,20 @@ def test_causal_is_aligned_top_left(lengths, is_causal, device):
 @pytest.mark.parametrize("head_dims", ((60, 60), (40, 24), (3, 9), (64, 50)))
 def test_any_head_dim(head_dims):
     agree(*tensors(head_dims=head_dims), is_causal=True)
+
+
+@pytest.mark.parametrize("attend", (ours, torch_sdpa), ids=("drop-in", "whole process"))
+def test_any_order_in_memory(attend):
+    """Also of a head_dim that gets zeros, which leave dimensions in the order that they have."""
+    weights = torch.randn(2, 2, 5, 20)
+    exact = [x.double().requires_grad_() for x in tensors((5, 7), (20, 20), (2, 2))]
+    wanted = torch.autograd.grad(torch_sdpa(*exact), exact, weights.double())
+    for order in itertools.permutations(range(4)):
+        q, k, v = (torch.empty_permuted(x.shape, order).copy_(x).requires_grad_() for x in exact)
+        with on_cpu() if attend is torch_sdpa else contextlib.nullcontext():
+            found = torch.autograd.grad(attend(q, k, v), (q, k, v), weights)
+        for x, y in zip(found, wanted, strict=True):
+            assert (x - y).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("batch", ((), (1,), (3,)))
@@ -75,6 +92,7 @@ def only_torch():
         ((q, k, v), {"attn_mask": square, "is_causal": True}, "attn_mask and is_causal are both given"),
         ((q[None], k[None], v[None]), {}, "5, 5, 5 dimensions"),
         ((q, k, v), {"scale": -0.1}, "scale is -0.1"),
+        ((q, k, v), {"scale": 1e-40}, "scale is 1e-40"),
         (tensors(head_dims=(512, 512)), {}, "head dimensions up to"),
     ]
 
@@ -199,10 +217,20 @@ def test_jagged_tensors_that_are_left_to_torch():
         assert (a - b).abs().max() < 1e-5
 
 
-def test_what_is_no_tensor_is_torchs_to_refuse():
+def test_what_is_no_tensor_or_no_option_is_torchs_to_refuse():
     q, k, v = tensors()
-    for call in (lambda f: f(None, k, v), lambda f: f(q.tolist(), k, v), lambda f: f(q, k, v, [[1.0]])):
+    options = (
+        {"scale": torch.tensor(0.3, requires_grad=True)},  # nobody computes its gradient
+        {"scale": torch.tensor([0.3])},
+        {"dropout_p": None},
+        {"is_causal": "no"},
+        {"enable_gqa": 2},
+    )
+    calls = [lambda f: f(None, k, v), lambda f: f(q.tolist(), k, v), lambda f: f(q, k, v, [[1.0]])]
+    for call in (*calls, *(lambda f, o=o: f(q, k, v, **o) for o in options)):
         with pytest.raises(TypeError) as wanted:
             call(torch_sdpa)
-        with pytest.raises(TypeError, match=re.escape(str(wanted.value).splitlines()[0])):
+        with pytest.raises(TypeError) as found:
             call(ours)
+        first_lines = (re.sub(r" \(position \d+\)", "", str(x.value)).splitlines()[0] for x in (found, wanted))
+        assert len(set(first_lines)) == 1

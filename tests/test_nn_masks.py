@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa  # noqa: E402
 
 from tests.nn_cases import agree, fresh, tensors  # noqa: E402, F401
+from tvm_flash.integrations.pytorch import on_cpu  # noqa: E402
 from tvm_flash.nn import FallbackWarning  # noqa: E402
 from tvm_flash.nn import scaled_dot_product_attention as ours  # noqa: E402
 
@@ -143,6 +145,39 @@ def test_rows_hidden_by_a_number_have_the_gradients_of_weights_that_are_the_same
     for got, want in zip(*found, strict=True):
         want = want.nan_to_num()
         assert (got - want).abs().max() < 2e-5 * max(1, want.abs().max())
+
+
+@pytest.mark.parametrize("height", (-3e38, -1e9, -1e8, -1e7, -1e4, 1e3, 1e6, 1e9, 3e38))
+@pytest.mark.parametrize("how", ("eager", "compiled", "whole process"))
+def test_gradients_of_rows_far_from_zero(height, how):
+    """What is added to all scores of a row doesn't count; from 2**29 on float32 has one weight for the largest."""
+    q = torch.randn(2, 33, 4, 16).transpose(1, 2).requires_grad_()
+    k, v = (torch.randn(2, 4, 70, 16, requires_grad=True) for _ in range(2))
+    dout, mask = torch.randn(q.shape), torch.randn(2, 1, 33, 70)
+    mask[:, :, 3:7] += height
+    mask[:, :, 8:12, :30] = height  # a few far from the others
+    mask[:, :, 12, 30:] = -torch.inf
+    leaves = [q, k, v] if how == "whole process" else [q, k, v, mask.requires_grad_()]  # else torch takes no kernel
+    program = {"eager": ours, "whole process": torch_sdpa}.get(how)
+    program = program or torch.compile(lambda *x, attn_mask: ours(*x, attn_mask=attn_mask), backend="aot_eager")
+    with on_cpu() if how == "whole process" else contextlib.nullcontext():
+        found = torch.autograd.grad(program(q, k, v, attn_mask=mask), leaves, dout)
+    dtype = torch.float64 if abs(height) < 2**29 else torch.float32
+    exact = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, mask)]
+    with sdpa_kernel(SDPBackend.MATH):
+        out = torch_sdpa(*exact[:3], attn_mask=exact[3])
+    wanted = torch.autograd.grad(out, exact[: len(leaves)], dout.to(dtype))
+    for got, want in zip(found, wanted, strict=True):
+        assert (got - want).abs().max() < 4e-6 * max(1, want.abs().max())
+
+
+def test_lowest_numbers_that_scores_make_up_for():
+    """Scores of 16-bit tensors may be larger than float16's lowest number."""
+    q, k, v = (x.half() for x in tensors())
+    mask = torch.zeros(2, 1, 1, 70, dtype=torch.float16)
+    mask[:, :, :, :60] = torch.finfo(torch.float16).min
+    agree(q * 200, k * 200, v, attn_mask=mask)
+    agree(q, k, v, attn_mask=mask)
 
 
 def test_a_batch_of_masks_is_mapped():

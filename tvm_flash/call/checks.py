@@ -26,9 +26,6 @@ _AXES = {"b": "batch", "h": "heads", "i": "seqlen_q", "j": "seqlen_kv"}
 _OTHER_LAYOUT = {"bhsd": "bshd", "bshd": "bhsd"}
 _DEVICES = ("cpu", "cuda")
 
-#: Smallest and largest normal float32: kernels take the scale and the soft cap as one.
-_FLOAT32_RANGE = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -258,17 +255,22 @@ def check_scale(scale: Any, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
     scale = check_real("softmax_scale", scale)
-    if not _FLOAT32_RANGE[0] <= scale <= _FLOAT32_RANGE[1]:
+    if not is_positive_float32(scale):
         raise InvalidArgumentError(
             f"softmax_scale: is {scale}, expected a positive float32; leave it out for 1/sqrt(head_dim)"
         )
     return scale
 
 
+def is_positive_float32(x: Any) -> bool:
+    """Whether a number is one that kernels take as the scale and the soft cap: positive, and normal in float32."""
+    return 2.0**-126 <= x <= (2 - 2.0**-23) * 2.0**127
+
+
 def check_softcap(softcap: Any) -> float:
     """``softcap``; 0 is none."""
     softcap = check_real("softcap", softcap)
-    if softcap != 0 and not _FLOAT32_RANGE[0] <= softcap <= _FLOAT32_RANGE[1]:
+    if softcap != 0 and not is_positive_float32(softcap):
         raise InvalidArgumentError(f"softcap: is {softcap}, expected a positive float32, or 0 for no soft cap")
     return softcap
 

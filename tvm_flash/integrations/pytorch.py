@@ -27,9 +27,11 @@ from tvm_flash.backward import (
     flash_attention_v2_backward,
     padded_attention_backward,
 )
+from tvm_flash.call.checks import is_positive_float32
 from tvm_flash.errors import NotSupportedError
 from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
 from tvm_flash.nn.causal import top_left
+from tvm_flash.nn.far_rows import rows_of
 from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.nn.sdpa import no_kernel, warn_of_fallback
 from tvm_flash.operators import BACKWARD, FORWARD, PAGED, RAGGED, RAGGED_BACKWARD
@@ -102,8 +104,8 @@ def _refusal(op: str, mask: str, dropout_p: float, scale: float | None, q, k, v,
     """Why a call goes to the kernel that was there before."""
     if dropout_p:
         return "dropout_p isn't 0, and these kernels have no dropout"
-    if scale is not None and not 0 < scale < math.inf:
-        return f"scale is {scale}, and these kernels take positive ones"
+    if scale is not None and not is_positive_float32(scale):
+        return f"scale is {scale}, and these kernels take positive float32 ones"
     if 0 in (*q.shape, *k.shape, *v.shape):
         return "there are no queries, keys or head dimensions"
     return no_kernel(mask, q, k, v, score, ops=(op,))
@@ -152,6 +154,12 @@ def _forward(q, k, v, *, scale=None, mask: KeyMask | WholeMask | None = None, **
 def _backward(dout, q, k, v, out, lse, *, scale=None, mask: KeyMask | WholeMask | None = None, **options):
     """Gradients of q, k and v, laid out as they are; the arguments are those of :func:`_forward`."""
     layout = _layout(q)
+    if isinstance(mask, WholeMask) and mask.name == "bias":
+        rows = rows_of(mask.values, k.shape[2])
+        if rows.moved:  # the log-sum-exp, and with it the result, has too few digits
+            mask = WholeMask(rows.bias)
+            out, lse = _forward(q, k, v, scale=scale, mask=mask)
+        dout = rows.shared(dout)
     options["softmax_scale"] = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     tensors = (*_swapped(layout, *(fit(x) for x in (dout, q, k, v, out))), lse.contiguous())
     if isinstance(mask, WholeMask):

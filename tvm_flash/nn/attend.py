@@ -10,7 +10,8 @@ import torch
 from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, LAYOUTS
 from tvm_flash.call.signature import signature
-from tvm_flash.frameworks.torch_watch import is_differentiated, is_watched
+from tvm_flash.frameworks.torch_watch import is_differentiated
+from tvm_flash.nn.far_rows import rows_of
 
 _attend = {layout: entrance(signature(layout, layout_known=True)) for layout in LAYOUTS}
 _attend_with_sinks = {
@@ -22,10 +23,6 @@ _attend_masked = {
     for layout in LAYOUTS
     for name in ("visible", "bias")
 }
-
-
-#: Beside a bias of this, float32 has no digits for a score of less than 2.
-_ALL_THE_SAME = -(2.0**26)
 
 
 @dataclass(frozen=True)
@@ -49,33 +46,14 @@ class WholeMask:
 
     def attend(self, layout: str, q: Any, k: Any, v: Any, softmax_scale: float | None = None) -> Any:
         """Attention with it."""
+        rows = None
+        if self.name == "bias" and any(map(is_differentiated, (q, k, v, self.values))):
+            rows = rows_of(self.values, k.shape[1 if layout == "bshd" else 2])
         # fmt: off
-        out = _attend_masked[layout, self.name](q, k, v, self.values, None,
+        out = _attend_masked[layout, self.name](q, k, v, self.values if rows is None else rows.bias, None,
                                                 "auto", False, softmax_scale, False, (-1, -1), 0.0)
         # fmt: on
-        if self.name == "bias" and any(map(is_differentiated, (q, k, v, self.values))):
-            return self._with_even_gradients(out, layout, k.shape[1 if layout == "bshd" else 2])
-        return out
-
-    def _with_even_gradients(self, out: torch.Tensor, layout: str, keys: int) -> torch.Tensor:
-        """The result, with gradients of rows all of whose keys are hidden by a large number as it is.
-
-        In such a row float32 has the same score for each of ``n`` keys, from which ``log(n)`` can't be told in the
-        log-sum-exp: kernels find the weight 1 there, and all gradients of the row, linear in that of its result,
-        become ``n`` times what they are.
-        """
-        bias = self.values
-        readable = bias.device.type == "cpu" and not torch.compiler.is_compiling() and not is_watched((bias,))
-        top = bias.detach().amax(-1, keepdim=True)
-        even = (top <= _ALL_THE_SAME) & (top > -torch.inf)
-        if readable and not even.any():
-            return out
-        count = (bias.detach() == top).sum(-1, keepdim=True) * (keys if bias.shape[-1] == 1 else 1)
-        share = torch.where(even, 1.0 / count.clamp(min=1), 1.0)
-        if layout == "bshd":
-            even, share = even.transpose(1, 2), share.transpose(1, 2)
-        fixed = out.detach()
-        return torch.where(even, fixed + ((out - fixed).float() * share).to(out.dtype), out)
+        return out if rows is None else rows.with_gradients(out, layout)
 
 
 def whole_mask_of(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> WholeMask | str:
@@ -119,5 +97,5 @@ def fit(x: torch.Tensor) -> torch.Tensor:
     """The same as kernels take it: a contiguous last dimension, with zeros up to a multiple of what they count in."""
     beyond = -x.shape[-1] % HEAD_DIM_MULTIPLE
     if beyond:
-        return torch.nn.functional.pad(x, (0, beyond))
+        x = torch.nn.functional.pad(x, (0, beyond))  # which leaves dimensions in the order that they had
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

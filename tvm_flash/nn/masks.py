@@ -85,14 +85,24 @@ def _visible(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: 
     highest = mask.masked_fill(visible, -torch.inf).max().float().item() if mask.numel() else -torch.inf
     if not highest < _NOTHING:
         return None
-    if highest > torch.finfo(mask.dtype).min:  # (1 − mask) · −10000, −1e9: nothing if no score can make up for it
+    # (1 − mask) · −10000, −1e9, and float16's lowest number: nothing if no score can make up for it.
+    if highest > torch.finfo(torch.bfloat16).min and query.numel() and key.numel():
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        longest = (float(x.detach().norm(dim=-1).max()) for x in (query, key)) if query.numel() else (0.0,)
-        bound = scale * math.prod(longest)
-        if not highest + 2 * bound < _NOTHING:
+        both = (query.detach(), key.detach())
+
+        def is_nothing(product: float) -> bool:
+            return highest + 2 * scale * product < _NOTHING
+
+        by_elements = query.shape[-1] * math.prod(map(_largest, both))
+        if not is_nothing(by_elements) and not is_nothing(math.prod(float(x.norm(dim=-1).max()) for x in both)):
             return None
     # Where nothing is visible, −inf gives zeros, and other numbers give weights of their own.
     return visible if bool((visible.any(-1) | gone.all(-1)).all()) else None
+
+
+def _largest(x: torch.Tensor) -> float:
+    """The largest size of an element; of 4096 half keys of 8 heads in an eighth of the time of their lengths."""
+    return max(abs(float(n)) for n in torch.aminmax(x))
 
 
 def side_by_side(visible: torch.Tensor) -> bool:

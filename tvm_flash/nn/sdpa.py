@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 from torch.overrides import handle_torch_function, has_torch_function
 
+from tvm_flash.call.checks import is_positive_float32
 from tvm_flash.call.choice import candidates, choose
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, Problem
 from tvm_flash.errors import ArgumentTypeError, FallbackWarning, TvmFlashError
@@ -28,6 +29,8 @@ from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.operators import FORWARD, OPERATORS, RAGGED, RAGGED_LAYOUT
 from tvm_flash.packs.registry import on_refresh
 from tvm_flash.padded import padded_attention
+
+_FLAGS = (bool, torch.SymBool) if hasattr(torch, "SymBool") else (bool,)
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -67,15 +70,18 @@ def scaled_dot_product_attention(
 
     Notes
     -----
+    What is added to all scores of a row changes nothing, and gradients through rows far from 0 are as exact as through
+    others; from 5e8 on float32 has one weight for all keys of the largest number, here as in torch.
+
     Under autocast the tensors are cast, as torch does.  A head_dim that is no multiple of 8 is padded with zeros, which
     copies the tensors.
     """
     tensors = (query, key, value, attn_mask)
     asked = (query, key, value, attn_mask, dropout_p, is_causal)
-    options = {"scale": scale, **({"enable_gqa": True} if enable_gqa else {})}
+    options = {"scale": scale, **({} if enable_gqa is False else {"enable_gqa": enable_gqa})}
     aligned = top_left if is_causal else None
     given = tensors if attn_mask is not None else tensors[:3]
-    if not all(isinstance(x, torch.Tensor) for x in given):
+    if not all(isinstance(x, torch.Tensor) for x in given) or not _are_numbers(dropout_p, is_causal, scale, enable_gqa):
         return torch_sdpa(*asked, **options)  # which says what is wrong
     if any(x.is_nested for x in given):
         return _nested(asked, options)
@@ -99,6 +105,12 @@ def scaled_dot_product_attention(
         warn_of_fallback(reason)
         return _torchs(asked, options)
     return _compute(query, key, value, mask, aligned, scale)
+
+
+def _are_numbers(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> bool:
+    """Whether options are of the types that torch's function takes; a tensor as the scale is one if it isn't learnt."""
+    learnt = isinstance(scale, torch.Tensor) and (scale.ndim > 0 or scale.requires_grad)
+    return dropout_p is not None and not learnt and all(isinstance(x, _FLAGS) for x in (is_causal, enable_gqa))
 
 
 def _torchs(asked: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
@@ -153,8 +165,8 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         return f"the dtypes differ: {query.dtype}, {key.dtype}, {value.dtype}"
     if not query.device == key.device == value.device:
         return f"the devices differ: {query.device}, {key.device}, {value.device}"
-    if scale is not None and not 0 < scale < math.inf:
-        return f"scale is {scale}, and these kernels take positive ones"
+    if scale is not None and not is_positive_float32(scale):
+        return f"scale is {scale}, and these kernels take positive float32 ones"
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return f"attn_mask is {attn_mask.dtype}, and query {query.dtype}"
     if attn_mask is not None and attn_mask.device != query.device:
