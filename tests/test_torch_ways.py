@@ -127,6 +127,19 @@ def test_a_program(way, model):
         assert found.shape == tensors[0].shape and (found - exact(*tensors)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("lengths", ((20, 20), (20, 31), (31, 20)))
+def test_a_traced_program_takes_other_lengths(lengths):
+    """Causal masks are aligned top-left whatever lengths the example had."""
+
+    def tensors(seqlen_q, seqlen_kv):
+        return [torch.randn(2, 4, n, 32) for n in (seqlen_q, seqlen_kv, seqlen_kv)]
+
+    program = torch.jit.trace(DropIn(), tuple(tensors(*lengths)))
+    for others in ((20, 20), (9, 40), (40, 9), (1, 5)):
+        given = tensors(*others)
+        assert (program(*given) - exact(*given)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("model", (DropIn, Operator))
 def test_torchscript(model):
     program = saved_and_loaded(torch.jit.script(model()))

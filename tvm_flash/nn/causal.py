@@ -33,10 +33,12 @@ def top_left(
 
 
 def may_exceed(length: int, other: int) -> bool:
-    """Whether a length is greater than another, or may be, in a program that is exported for any lengths.
+    """Whether a length is greater than another, or may be, in a program that is traced or exported for any lengths.
 
     A program that ``torch.compile`` makes is made anew where an answer changes, and has the better kernel then.
     """
+    if torch.jit.is_tracing():  # which knows nothing of a length but that of its example
+        return True
     if not (torch.compiler.is_compiling() and CAN_ASK_SYMBOLS and torch.compiler.is_exporting()):
         return length > other
     from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -297,7 +297,10 @@ def _compute(
         batch = torch.broadcast_shapes(query.shape[:1], key.shape[:1], value.shape[:1])
         query, key, value = (x.expand(*batch, -1, -1, -1) for x in (query, key, value))
     head_dim, head_dim_v = query.shape[-1], value.shape[-1]
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    if scale is not None:
+        scale = float(scale)
+    elif head_dim % HEAD_DIM_MULTIPLE:  # else the kernels' own is the same, also in a program for any head_dim
+        scale = 1 / math.sqrt(head_dim)
     order = _order(query)
     layout = "bshd" if order == _HEADS_SIDE_BY_SIDE else "bhsd"
     query, key, value = fit(query), fit(key), fit(value)
