@@ -13,6 +13,7 @@ from schedules.families.cpu.few import FEW, EqualParts, few_queries_macros
 from schedules.families.cpu.geometry import Geometry, Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pairs import DOT_PAIRS
+from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.tiles import row_tile_macro
 from schedules.families.interface import Program, Target, forward_program
 from schedules.tile.dtypes import element_type
@@ -35,7 +36,7 @@ def program(
     func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name, result_dtype or pattern.dtype)
     itemsize = element_type(pattern.dtype).bytes
     func = append_arguments(func, arguments)
-    return forward_program(func, pattern.params, "s_tir", alignment=itemsize, index_bits=64)
+    return forward_program(func, pattern.params, PIPELINE, alignment=itemsize, index_bits=64)
 
 
 def item_macro(pattern: Pattern, traversal: Traversal):

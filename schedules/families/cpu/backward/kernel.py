@@ -31,6 +31,7 @@ from schedules.families.cpu.bounds import fill_bounds, with_bounds
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED
+from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.interface import Program, ScheduledLaunch, Target
 from schedules.tile.dtypes import element_type
 from schedules.tile.tile_scheduler import Traversal
@@ -69,7 +70,7 @@ def program(
     roles += (*map(gradient_name, asked), *(f"{gradient_name(p)}_sums" for p in of_heads))
     launch = ScheduledLaunch(func, roles)
     alignment = element_type(pattern.dtype).bytes
-    return Program("backward", (launch,), "s_tir", alignment=alignment, index_bits=64, workspaces=workspaces)
+    return Program("backward", (launch,), PIPELINE, alignment=alignment, index_bits=64, workspaces=workspaces)
 
 
 def vector_argument(name: str) -> tirx.Buffer:

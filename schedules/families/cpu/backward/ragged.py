@@ -23,6 +23,7 @@ from schedules.families.cpu.backward.tile import section_macro
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED
+from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.ragged.sequences import MALFORMED, Shares, Starts, append, begin_share, find, make_sense
 from schedules.families.interface import Program, ScheduledLaunch, Target
 from schedules.tile.dtypes import element_type
@@ -59,7 +60,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     roles += (*map(gradient_name, asked), *(f"{gradient_name(p)}_sums" for p in asked))
     launch = ScheduledLaunch(func, roles)
     alignment = element_type(pattern.dtype).bytes
-    return Program("backward", (launch,), "s_tir", alignment=alignment, index_bits=64, workspaces=workspaces)
+    return Program("backward", (launch,), PIPELINE, alignment=alignment, index_bits=64, workspaces=workspaces)
 
 
 def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums, name: str):

@@ -14,6 +14,7 @@ from schedules.families.cpu.config import Config
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pages import MALFORMED, PagedGeometry, PagedTensor
+from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.ragged import sequences
 from schedules.families.cpu.ragged.kernel import flat, rows_argument
 from schedules.families.cpu.ragged.sequences import Starts, make_sense
@@ -61,7 +62,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
     func = append_arguments(func, arguments)
     itemsize = element_type(pattern.dtype).bytes
-    return paged_program(func, pattern.params, "s_tir", alignment=itemsize, index_bits=64)
+    return paged_program(func, pattern.params, PIPELINE, alignment=itemsize, index_bits=64)
 
 
 def pages_argument(handle, name: str, pages, page_size, heads, width, dtype: str):

@@ -19,6 +19,7 @@ from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.paged.kernel import Pages, pages_argument
 from schedules.families.cpu.pages import MALFORMED, PagedGeometry, ScaledTensor
+from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.ragged import sequences
 from schedules.families.cpu.ragged.kernel import flat, rows_argument
 from schedules.families.cpu.ragged.sequences import Starts, make_sense
@@ -43,7 +44,7 @@ class ScaledPages:
         arguments, values = pattern.parameter_symbols()
         func = _kernel(pattern, STORED[self.cache], config, ISAS[target.isa], traversal, values, name)
         func = append_arguments(func, arguments)
-        return paged_program(func, pattern.params, "s_tir", alignment=1, index_bits=64, scaled=True)
+        return paged_program(func, pattern.params, PIPELINE, alignment=1, index_bits=64, scaled=True)
 
 
 def _kernel(pattern: Pattern, stored: str, config: Config, isa: Isa, traversal: Traversal, params, name: str):

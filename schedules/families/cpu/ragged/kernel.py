@@ -11,6 +11,7 @@ from schedules.families.cpu.config import Config
 from schedules.families.cpu.geometry import SequenceGeometry, Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import UNBOUNDED
+from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.ragged.sequences import MALFORMED, Starts, make_sense
 from schedules.families.cpu.ragged.work import attend_macro, functions_of
 from schedules.families.interface import Program, Target, ragged_program
@@ -24,7 +25,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     func = _kernel(pattern, config, ISAS[target.isa], traversal, values, name)
     func = append_arguments(func, arguments)
     itemsize = element_type(pattern.dtype).bytes
-    return ragged_program(func, pattern.params, "s_tir", alignment=itemsize, index_bits=64)
+    return ragged_program(func, pattern.params, PIPELINE, alignment=itemsize, index_bits=64)
 
 
 def rows_argument(handle, name: str, positions, heads, width, dtype: str):
