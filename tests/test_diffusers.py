@@ -87,6 +87,35 @@ def test_a_model_without_attention_is_refused():
         integration.attention(*[torch.randn(1, 8, 2, 16)] * 3, return_lse=True)
 
 
+@pytest.mark.parametrize("options", ({"scale_qk": False}, {"qk_norm": "layer_norm"}, {"scale_qk": False, "bias": True}))
+@pytest.mark.parametrize("kind", ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor"))
+def test_what_processors_ask_their_layers(options, kind, calls):
+    """The older ones for the scale, torch's for normalisations of queries and keys."""
+    from diffusers.models import attention_processor as processors
+
+    torch.manual_seed(0)
+    layer = processors.Attention(64, heads=4, dim_head=16, **options)
+    layer.set_processor(getattr(processors, kind)(*(1,) * (kind == "SlicedAttnProcessor")))
+    x = torch.randn(2, 9, 64)
+    want = layer(x)
+    assert integration.use(layer) == 1
+    assert (layer(x) - want).abs().max() < 1e-5 and len(calls) == 1
+
+
+def test_a_scale_that_no_processor_of_ours_knows():
+    from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
+
+    options = {"heads": 4, "dim_head": 16, "added_kv_proj_dim": 24, "norm_num_groups": 8}
+    plain, scaled = (
+        Attention(64, scale_qk=x, processor=AttnAddedKVProcessor(), bias=True, **options) for x in (True, False)
+    )
+    x, text = torch.randn(2, 64, 3, 3), torch.randn(2, 7, 24)
+    with pytest.warns(FallbackWarning, match="AttnAddedKVProcessor of ModuleList keep their own"):
+        want = plain(x, text), scaled(x, text)
+        assert integration.use(torch.nn.ModuleList((plain, scaled))) == 1
+    assert (plain(x, text) - want[0]).abs().max() < 1e-5 and torch.equal(scaled(x, text), want[1])
+
+
 def test_images_and_masks():
     """A layer that takes images, with normalisation and a residual connection; one with masks over the text."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0

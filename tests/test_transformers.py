@@ -18,7 +18,7 @@ from transformers import masking_utils  # noqa: E402
 
 from tests import architectures, transformers_models  # noqa: E402
 from tests.transformers_models import SENTENCES, config, falls_back, minilm  # noqa: E402
-from tvm_flash import InvalidArgumentError, NotSupportedError  # noqa: E402
+from tvm_flash import ArgumentTypeError, InvalidArgumentError, NotSupportedError  # noqa: E402
 from tvm_flash.integrations import transformers as integration  # noqa: E402
 from tvm_flash.integrations.transformers import attention, registration  # noqa: E402
 from tvm_flash.nn import FallbackWarning  # noqa: E402
@@ -311,6 +311,25 @@ def test_dropout_and_weights_are_heard():
     _, weights = integration.attention_forward(MODULE, q, k, v, None, output_attentions=True)
     assert weights.shape == (1, 4, 30, 30) and torch.allclose(weights.sum(-1), torch.ones(1, 4, 30))
     assert torch.equal(weights[0, 0] == 0, ~causal(30))
+
+
+@pytest.mark.parametrize("shape", ((2, 1, 1, 7), (2, 4, 7, 7)))
+def test_a_mask_is_learnt(shape):
+    """Also one that hides nothing yet."""
+    q, k, v = (torch.randn(2, 4, 7, 16) for _ in range(3))
+    mask = torch.zeros(shape, requires_grad=True)
+    weights = torch.randn(2, 4, 7, 16)
+    out, _ = attention.attention_forward(torch.nn.Module(), q, k, v, mask)
+    (found,) = torch.autograd.grad((out.transpose(1, 2) * weights).sum(), mask)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    (want,) = torch.autograd.grad((want * weights).sum(), mask)
+    assert (found - want).abs().max() < 1e-5 and want.any()
+
+
+def test_masks_of_integers_are_refused():
+    q, k, v = (torch.randn(2, 4, 7, 16) for _ in range(3))
+    with pytest.raises(ArgumentTypeError, match=r"^attention_mask: has dtype torch.int64, expected torch.bool"):
+        attention.attention_forward(torch.nn.Module(), q, k, v, torch.ones(2, 1, 1, 7, dtype=torch.int64))
 
 
 def test_arguments_that_are_not_known_are_refused():

@@ -36,6 +36,7 @@ def _kinds(*names: str) -> tuple[type, ...]:
 
 #: What :class:`TvmFlashAttnProcessor` computes likewise, and what the processor with keys of a text does.
 _PLAIN = (AttnProcessor, AttnProcessor2_0, *_kinds("SlicedAttnProcessor", "XFormersAttnProcessor"))
+#: The latter, unless a layer has another scale than the usual one, which that processor doesn't know.
 _ADDED = _kinds("AttnAddedKVProcessor", "SlicedAttnAddedKVProcessor", "XFormersAttnAddedKVProcessor")
 
 
@@ -81,8 +82,8 @@ def _change(layer: torch.nn.Module) -> bool | None:
     if hasattr(processor, "_attention_backend"):
         processor._attention_backend = _backend()
     elif type(processor) in _PLAIN and isinstance(layer, Attention):
-        layer.processor = TvmFlashAttnProcessor()
-    elif type(processor) in _ADDED:
+        layer.processor = TvmFlashAttnProcessor(by_layer=type(processor) is not AttnProcessor2_0)
+    elif type(processor) in _ADDED and layer.scale_qk:
         layer.processor = _redirected(processors.AttnAddedKVProcessor2_0, "__call__")()
     elif _calls_torch(type(processor).__call__):
         processor.__class__ = _redirected(type(processor), "__call__")
@@ -191,9 +192,16 @@ register()
 
 
 class TvmFlashAttnProcessor:
-    """One attention layer: projections, attention, output projection, as ``AttnProcessor2_0`` computes them."""
+    """One attention layer: projections, attention, output projection, as ``AttnProcessor2_0`` computes them.
+
+    ``by_layer`` is for what the processors before that one compute: they scale scores by the layer's ``scale``, which
+    it doesn't know, and leave out the layer's ``norm_q`` and ``norm_k``, which it doesn't.
+    """
 
     of_tvm_flash = True
+
+    def __init__(self, by_layer: bool = False):
+        self.by_layer = by_layer
 
     def __call__(
         self,
@@ -226,9 +234,12 @@ class TvmFlashAttnProcessor:
             projection(source).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (batch, heads, seq, head_dim)
             for projection, source in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))
         )
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
-        out = scaled_dot_product_attention(q, k, v, attention_mask).transpose(1, 2).flatten(2).to(q.dtype)
+        if not self.by_layer:
+            q = q if attn.norm_q is None else attn.norm_q(q)
+            k = k if attn.norm_k is None else attn.norm_k(k)
+        scale = attn.scale if self.by_layer else None
+        out = scaled_dot_product_attention(q, k, v, attention_mask, scale=scale)
+        out = out.transpose(1, 2).flatten(2).to(q.dtype)
         for layer in attn.to_out:  # projection, dropout
             out = layer(out)
         if image:

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from tvm_flash.errors import InvalidArgumentError, NotSupportedError
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
+from tvm_flash.frameworks.torch_watch import is_differentiated
 from tvm_flash.integrations.transformers import by_torch
 from tvm_flash.integrations.transformers.masks import UNBOUNDED, KeyRanges, Mask
 from tvm_flash.kvcache import flash_attention_with_kvcache
-from tvm_flash.nn.attend import WholeMask, attend, whole_mask_of
+from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
 from tvm_flash.nn.flash_attn import flash_attn_varlen_func
 from tvm_flash.nn.masks import key_mask_of
 from tvm_flash.nn.sdpa import no_kernel, refusal, warn_of_fallback
+from tvm_flash.operators import BACKWARD, FORWARD
 from tvm_flash.padded import padded_attention
 
 #: Arguments that models hand to every layer and that say nothing which the mask, the keys and the values don't say.
@@ -111,6 +113,7 @@ def attention_forward(
     Raises
     ------
     NotSupportedError: an argument that isn't known here has a value.
+    ArgumentTypeError: the mask is a tensor of integers, which transformers' ``"sdpa"`` refuses too.
     """
     for name, x in others.items():
         if x is not None and x is not False and name not in HARMLESS:
@@ -191,7 +194,12 @@ def _sequences(starts_q, starts_k, longest_q, longest_k) -> Sequences | None:
 def _read(
     attention_mask: torch.Tensor | None, sequences: Sequences | None
 ) -> tuple[KeyRanges | None, torch.Tensor | None]:
-    """A mask as key ranges, or as a tensor, or neither if it hides nothing that ``sequences`` don't."""
+    """A mask as key ranges, or as a tensor, or neither if it hides nothing that ``sequences`` don't.
+
+    Raises
+    ------
+    ArgumentTypeError: it is a tensor of integers.
+    """
     if attention_mask is None:
         return None, None
     if isinstance(attention_mask, Mask):
@@ -202,6 +210,11 @@ def _read(
         return None, attention_mask.visible()
     if attention_mask.dtype == torch.uint32:
         return KeyRanges.unpack(attention_mask), None
+    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+        raise ArgumentTypeError(
+            f"attention_mask: has dtype {attention_mask.dtype}, expected torch.bool, or numbers that are added to the "
+            f"scores; use attention_mask.bool() if it says which keys are seen"
+        )
     return None, attention_mask
 
 
@@ -233,7 +246,8 @@ def _as_ranges(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value
     """A mask that is the same for all queries and heads as key ranges, with keys in an order that they are for."""
     if mask.ndim == 4 and mask.shape[-1] != key.shape[2]:
         return None, key, value, "attn_mask and the keys differ in length"
-    found = key_mask_of(mask, query, key, scaling)
+    learnt = is_differentiated(mask)
+    found = "a gradient of the mask is required" if learnt else key_mask_of(mask, query, key, scaling)
     if isinstance(found, str):
         return None, key, value, found
     return KeyRanges(key.shape[2], found.key_range()), found.arrange(key), found.arrange(value), None
@@ -242,7 +256,8 @@ def _as_ranges(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value
 def _whole_mask(mask: torch.Tensor, query, key, value) -> WholeMask | None:
     """A mask over queries and keys, if there are kernels that take it."""
     whole = whole_mask_of(mask, query, key)
-    if isinstance(whole, str) or no_kernel(whole.kind[0], query, key, value, whole.kind[1]) is not None:
+    ops = (FORWARD, BACKWARD) if is_differentiated(mask) else None
+    if isinstance(whole, str) or no_kernel(whole.kind[0], query, key, value, whole.kind[1], ops) is not None:
         return None
     return whole
 
@@ -250,7 +265,7 @@ def _whole_mask(mask: torch.Tensor, query, key, value) -> WholeMask | None:
 def _by_whole_mask(query, key, value, whole: WholeMask, scaling: float | None) -> torch.Tensor:
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     head_dim_v = value.shape[-1]
-    query, key, value = (_fit(x).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (fit(x).transpose(1, 2) for x in (query, key, value))
     return whole.attend("bshd", query, key, value, scaling)[..., :head_dim_v].contiguous()
 
 
@@ -278,7 +293,7 @@ def _no_kernel(query, key, value, ranges, window, softcap, sequences) -> str | N
 
 def _compute(query, key, value, ranges, window, scaling, softcap, sink, sequences) -> torch.Tensor:
     head_dim_v = value.shape[-1]
-    query, key, value = (_fit(x).transpose(1, 2) for x in (query, key, value))  # (batch, seq, heads, head_dim)
+    query, key, value = (fit(x).transpose(1, 2) for x in (query, key, value))  # (batch, seq, heads, head_dim)
     if sequences is not None:
         out, lse = _packed(query, key, value, sequences, window, scaling, softcap)
     elif _is_of_kernels(sink, query, key, value, ranges):
@@ -348,11 +363,3 @@ def _packed(query, key, value, sequences: Sequences, window, scaling, softcap):
         return_attn_probs=True,
     )
     return out.unflatten(0, (batch, seqlen_q)), lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1)
-
-
-def _fit(x: torch.Tensor) -> torch.Tensor:
-    """The same as kernels take it: a contiguous last dimension, with zeros up to a multiple of 8."""
-    beyond = -x.shape[-1] % 8
-    if beyond:
-        return torch.nn.functional.pad(x, (0, beyond))
-    return x if x.stride(-1) == 1 else x.contiguous()
