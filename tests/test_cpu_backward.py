@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import functools
 import re
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import tvm_ffi
 
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.families import cpu
 from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, Program, Rejected, Target
-from schedules.toolchain import cpu as toolchain
 from tests import cases, gradient_cases
 from tests.cases import CASES, Case
+from tests.cpu_kernels import TEMPLATES, compile_for, installed, make, runnable_isas
 from tests.gradient_cases import Kernel, check, outer, run
-from tests.test_cpu_family import TEMPLATES, compile_for, runnable_isas, runtime
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
-from tvm_flash.packs.registry import registry
+from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE
 
 
 @functools.cache
@@ -37,12 +32,7 @@ def kernel(template, dtype, mask, score, isa="", head_dim=64, asked=(), kind=BAC
     config = replace(cpu.backward.default_configs(template, pattern, target)[0], **changes)
     program = TEMPLATES[template].apply(pattern, target, "kernel", config, kind)
     assert isinstance(program, Program), program
-    compiled = compile_for(isa, program)
-    with tempfile.TemporaryDirectory(dir=runtime().parent) as scratch:
-        part, module = Path(scratch) / "kernel.o", runtime().parent / f"{Path(scratch).name}.so"
-        compiled.mod.write_to_file(str(part), "o")
-        toolchain.link_module([part], module, runtime())
-        loaded = tvm_ffi.load_module(str(module))
+    loaded = make(isa, program)
     functions = tuple(loaded[launch.symbol] for launch in program.launches)
     roles = tuple(launch.roles for launch in program.launches)
     return Kernel(functions, roles, program.workspaces, pattern.params, LAYOUT_OF_TEMPLATE[template], program.scalars)
@@ -51,15 +41,14 @@ def kernel(template, dtype, mask, score, isa="", head_dim=64, asked=(), kind=BAC
 @functools.cache
 def core(template, dtype, head_dim=64) -> Kernel:
     """The kernel of a pack that serves every mask and score of the functions."""
-    wanted = (template, dtype, head_dim, BACKWARD, BUILTIN_DEFINITION, "positioned", "optional_sinks")
-    for found in registry().kernels("cpu"):
-        e = found.entry
-        if (e.template, e.dtype, e.head_dim, e.kind, e.definition, e.mask, e.score) == wanted:
-            module = tvm_ffi.load_module(str(found.pack.folder / e.module))
-            functions = tuple(module[launch.symbol] for launch in e.launches)
-            roles = tuple(tuple(a.role for a in launch.arguments) for launch in e.launches)
-            return Kernel(functions, roles, e.workspaces, e.params, e.layout, e.scalars)
-    raise AssertionError(f"no backward kernel for {wanted}")
+    found = installed(
+        template=template, dtype=dtype, head_dim=head_dim, kind=BACKWARD, mask="positioned", score="optional_sinks"
+    )
+    assert found, "no such backward kernel in the pack"
+    e, module = found
+    functions = tuple(module[launch.symbol] for launch in e.launches)
+    roles = tuple(tuple(a.role for a in launch.arguments) for launch in e.launches)
+    return Kernel(functions, roles, e.workspaces, e.params, e.layout, e.scalars)
 
 
 def checked(case: Case, one: Kernel, with_dlse: bool = False):

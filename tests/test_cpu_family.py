@@ -2,69 +2,42 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import re
-import shutil
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import tvm
-import tvm_ffi
 from tvm.script import tirx as T
 
+from schedules.builder.compile import Lowered, lower
+from schedules.builder.suite import KernelSpec
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.families import cpu
 from schedules.families.cpu import vector_math
-from schedules.families.interface import Program, Rejected, Target
-from schedules.templates import v1, v2
-from schedules.toolchain import cpu as toolchain
+from schedules.families.interface import Rejected, Target
 from schedules.toolchain.machine import best_isa
 from tests import cases, torch_cases
 from tests.cases import CASES, Case
+from tests.cpu_kernels import TEMPLATES, compile_for, installed, make, runnable_isas
 from tvm_flash import numerics
-from tvm_flash.machine.cpu import features
-from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE
-
-TEMPLATES = {"v1": v1, "v2": v2}
-
-
-def runnable_isas() -> list[str]:
-    return [name for name, isa in cpu.ISAS.items() if set(isa.features) <= features()]
-
-
-@functools.cache
-def runtime() -> Path:
-    """The threads and the scratch memory that kernels run on in a pack."""
-    path = Path(tempfile.mkdtemp()) / toolchain.runtime_name()
-    atexit.register(shutil.rmtree, path.parent)
-    toolchain.build_runtime(path, path.name)
-    return path
-
-
-def compile_for(isa: str, program: Program):
-    return tvm.compile(
-        tvm.IRModule(program.functions), target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline
-    )
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
 
 
 @functools.cache
 def kernel(template: str, dtype: str, mask: str, score: str, isa: str, head_dim: int = 64):
+    """A kernel's function and parameters: the pack's, if that was made of the present sources, else one made here."""
+    spec, target = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim), Target("cpu", isa)
     pattern = match(Attention(SCORES[score], MASKS[mask])(head_dim, dtype, index_dtype=cpu.INDEX_DTYPE))
-    program = TEMPLATES[template].apply(pattern, Target("cpu", isa), "kernel")
-    assert isinstance(program, Program)
-    compiled = compile_for(isa, program)
-    with tempfile.TemporaryDirectory(dir=runtime().parent) as scratch:
-        part, module = Path(scratch) / "kernel.o", runtime().parent / f"{Path(scratch).name}.so"
-        compiled.mod.write_to_file(str(part), "o")
-        toolchain.link_module([part], module, runtime())
-        return tvm_ffi.load_module(str(module))["kernel"], pattern.params
+    lowered = lower(spec, pattern, target)
+    assert isinstance(lowered, Lowered), lowered
+    found = installed(symbol=spec.symbol, source_hash=lowered.source_hash)
+    module = found[1] if found else make(isa, lowered.program)
+    return module[spec.symbol], pattern.params
 
 
 def run(case: Case, data: cases.Inputs, template: str, isa: str, lse_length: int | None = None):
@@ -107,7 +80,7 @@ INSTRUCTIONS = {
 @pytest.mark.parametrize("isa", cpu.ISAS)
 def test_instructions(isa):
     """Compiled only: also for machines that are not this one."""
-    program = v1.apply(
+    program = TEMPLATES["v1"].apply(
         match(Attention(mask=MASKS["causal"])(64, "bfloat16", index_dtype="int64")), Target("cpu", isa), "f"
     )
     text = compile_for(isa, program).mod.inspect_source("asm")

@@ -15,7 +15,7 @@ from tests import paged_cases, ragged_cases
 from tests.paged_cases import PAGED_CASES, PagedCase
 from tests.ragged_cases import RaggedCase
 from tests.test_cpu_ragged import attend as attend_ragged
-from tests.test_cpu_ragged import installed, kernel
+from tests.test_cpu_ragged import core, kernel
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
@@ -26,7 +26,7 @@ _EVERYTHING = Attention(SCORES["optional"], MASKS["positioned"])
 
 
 def attend(case: PagedCase, data, made: tuple = ()):
-    compute, params = made or installed(case.of.dtype, PAGED)
+    compute, params = made or core(case.of.dtype, PAGED)
     return paged_cases.run(case, data, compute, params)
 
 
@@ -51,7 +51,7 @@ def test_another_instruction_set():
 
 def test_pages_that_make_no_sense_are_refused_before_anything_is_written():
     data = ragged_cases.inputs(_ONE.of)
-    compute, params = installed("float32", PAGED)
+    compute, params = core("float32", PAGED)
     written = {}
 
     def spoilt(values, extents):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import tvm_ffi
 
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
@@ -19,13 +16,10 @@ from schedules.definition.pattern import match
 from schedules.families import cpu
 from schedules.families.cpu.ragged import sequences
 from schedules.families.interface import RAGGED, RAGGED_BACKWARD, Program, Target
-from schedules.toolchain import cpu as toolchain
 from tests import ragged_cases, torch_cases
+from tests.cpu_kernels import TEMPLATES, installed, make, runnable_isas
 from tests.ragged_cases import RAGGED_CASES, RaggedCase
-from tests.test_cpu_family import TEMPLATES, compile_for, runnable_isas, runtime
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION
-from tvm_flash.packs.registry import registry
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
@@ -34,14 +28,12 @@ _DEFINITION = Attention(SCORES["optional"], MASKS["window"])
 
 
 @functools.cache
-def installed(dtype: str, kind: str = RAGGED, head_dim: int = 64) -> tuple[Callable, tuple]:
+def core(dtype: str, kind: str = RAGGED, head_dim: int = 64) -> tuple[Callable, tuple]:
     """``compute(values, sizes)`` and the parameters of a kernel of the pack."""
-    for found in registry().kernels("cpu"):
-        e = found.entry
-        if (e.dtype, e.kind, e.head_dim, e.definition) == (dtype, kind, head_dim, BUILTIN_DEFINITION):
-            module = tvm_ffi.load_module(str(found.pack.folder / e.module))
-            return torch_cases.by_entry(e, [module[x.symbol] for x in e.launches], "cpu"), e.params
-    raise AssertionError(f"no {kind} kernel for {dtype}")
+    found = installed(dtype=dtype, kind=kind, head_dim=head_dim)
+    assert found, f"no {kind} kernel for {dtype} in the pack"
+    e, module = found
+    return torch_cases.by_entry(e, [module[x.symbol] for x in e.launches], "cpu"), e.params
 
 
 @functools.cache
@@ -54,12 +46,7 @@ def kernel(
     config = replace(cpu.KINDS[kind].default_configs("v2", pattern, target)[0], **changes)
     program = TEMPLATES["v2"].apply(pattern, target, "kernel", config, kind)
     assert isinstance(program, Program), program
-    compiled = compile_for(isa, program)
-    with tempfile.TemporaryDirectory(dir=runtime().parent) as scratch:
-        part, module = Path(scratch) / "kernel.o", runtime().parent / f"{Path(scratch).name}.so"
-        compiled.mod.write_to_file(str(part), "o")
-        toolchain.link_module([part], module, runtime())
-        loaded = tvm_ffi.load_module(str(module))
+    loaded = make(isa, program)
     (launch,) = program.launches
 
     def compute(values, extents):
@@ -71,12 +58,12 @@ def kernel(
 
 
 def attend(case: RaggedCase, data, made: tuple = ()):
-    compute, params = made or installed(case.dtype)
+    compute, params = made or core(case.dtype)
     return ragged_cases.run(case, data, compute, params)
 
 
 def back(case: RaggedCase, data, given, made: tuple = ()):
-    compute, params = made or installed(case.dtype, RAGGED_BACKWARD)
+    compute, params = made or core(case.dtype, RAGGED_BACKWARD)
     return ragged_cases.run_backward(case, data, given, compute, params)
 
 
@@ -139,7 +126,7 @@ def test_shares_of_very_different_sequences(monkeypatch):
 
 def test_nobody_asked_for_the_log_sum_exp():
     data = ragged_cases.inputs(_ONE)
-    compute, params = installed("float32")
+    compute, params = core("float32")
     out, lse = ragged_cases.run(_ONE, data, compute, params, with_lse=False)
     assert np.array_equal(out, attend(_ONE, data)[0]) and np.isnan(lse).all()
 
@@ -147,7 +134,7 @@ def test_nobody_asked_for_the_log_sum_exp():
 @pytest.mark.parametrize("kind", (RAGGED, RAGGED_BACKWARD))
 def test_starts_that_make_no_sense_are_refused_before_anything_is_written(kind):
     data, given = ragged_cases.inputs(_ONE), ragged_cases.outer(_ONE)
-    compute, params = installed("float32", kind)
+    compute, params = core("float32", kind)
     written = {}
 
     def spoilt(values, extents):

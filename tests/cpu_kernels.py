@@ -1,0 +1,62 @@
+"""Kernels for tests of the CPU family: those of the pack, and others that are made here."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import tvm
+import tvm_ffi
+
+from schedules.families import cpu
+from schedules.families.interface import Program
+from schedules.templates import v1, v2
+from schedules.toolchain import cpu as toolchain
+from tvm_flash.machine.cpu import features
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
+from tvm_flash.packs.registry import registry
+
+TEMPLATES = {"v1": v1, "v2": v2}
+
+
+def runnable_isas() -> list[str]:
+    """The instruction sets that this machine can run, the best first."""
+    return [name for name, isa in cpu.ISAS.items() if set(isa.features) <= features()]
+
+
+@functools.cache
+def runtime() -> Path:
+    """The threads and the scratch memory that kernels run on in a pack."""
+    path = Path(tempfile.mkdtemp()) / toolchain.runtime_name()
+    atexit.register(shutil.rmtree, path.parent)
+    toolchain.build_runtime(path, path.name)
+    return path
+
+
+def compile_for(isa: str, program: Program):
+    """TVM's executable of a program."""
+    return tvm.compile(
+        tvm.IRModule(program.functions), target=cpu.ISAS[isa].tvm_target(), tir_pipeline=program.pipeline
+    )
+
+
+def make(isa: str, program: Program):
+    """The module of a program, linked and loaded as that of a pack is."""
+    compiled = compile_for(isa, program)
+    with tempfile.TemporaryDirectory(dir=runtime().parent) as scratch:
+        part, module = Path(scratch) / "kernel.o", runtime().parent / f"{Path(scratch).name}.so"
+        compiled.mod.write_to_file(str(part), "o")
+        toolchain.link_module([part], module, runtime())
+        return tvm_ffi.load_module(str(module))
+
+
+def installed(**wanted) -> tuple[KernelEntry, tvm_ffi.Module] | None:
+    """The pack's first kernel of a definition of the package whose entry has these values, and its module."""
+    for found in registry().kernels("cpu"):
+        e = found.entry
+        if e.definition == BUILTIN_DEFINITION and all(getattr(e, name) == value for name, value in wanted.items()):
+            return e, tvm_ffi.load_module(str(found.pack.folder / e.module))
+    return None
