@@ -44,6 +44,7 @@ CALLS = [
     ({}, {"local_window_size": 5}),
     ({"seqlen_kv": 40}, {"local_window_size": (7, 2), "is_causal": True}),
     ({"seqlen_kv": 40}, {"key_value_seq_lengths": lengths(40, 11)}),
+    ({"seqlen_kv": 40}, {"key_value_seq_lengths": [40, 11], "query_seq_lengths": np.int32([20, 33])}),
     ({}, {"key_value_seq_lengths": lengths(33, 11), "query_seq_lengths": lengths(20, 11), "is_causal": True}),
     ({"dtype": "bfloat16"}, {"is_causal": True}),
     ({"dtype": "float16"}, {"key_value_seq_lengths": lengths(33, 11)}),

@@ -125,7 +125,8 @@ def _compute(
     if aligned and key_value_seq_lengths is None:
         result = flash_attention_v2(q, k, v, **options)
     else:
-        lengths = jnp.full(batch, seqlen_kv, jnp.int32) if key_value_seq_lengths is None else key_value_seq_lengths
+        lengths = seqlen_kv if key_value_seq_lengths is None else key_value_seq_lengths
+        lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (batch,))
         key_range = jnp.stack((jnp.zeros(batch, jnp.int32), jnp.clip(lengths, 0, seqlen_kv)), -1)
         first = jnp.zeros(batch, jnp.int32)  # query 0 stands on key 0
         result = padded_attention(q, k, v, key_range, query_start=first, layout="bshd", **options)
