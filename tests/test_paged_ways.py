@@ -73,6 +73,15 @@ def test_the_decomposition_computes_the_same(options):
         assert torch.allclose(a, b, atol=2e-5) and a.dtype == b.dtype
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (5, 1), (4,), (1, 1)], ids=str)
+def test_the_decomposition_takes_parameters_of_every_shape(shape):
+    options = {"alibi_slopes": torch.rand(shape), "sinks": torch.randn(shape), "return_lse": True}
+    options["kv_start"] = torch.arange(torch.Size(shape).numel()).view(shape).int() * 3
+    decomposed = torch._decomp.decomposition_table[torch.ops.tvm_flash.attention_paged.default]
+    for a, b in zip(flash_attention_paged(*given(), **options), decomposed(*given(), **options), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
 def test_operations_are_those_of_each_sequence():
     from torch.utils.flop_counter import FlopCounterMode
 

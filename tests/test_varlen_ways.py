@@ -85,6 +85,17 @@ def test_the_decomposition_computes_the_same(case, monkeypatch):
     assert table[torch.ops.tvm_flash.attention_varlen.default] is torch_decomposed.attention_varlen
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (5, 1), (1,), (1, 1)], ids=str)
+def test_the_decomposition_takes_parameters_of_every_shape(shape):
+    """One value for all sequences or heads; and what is in rows after the last sequence reaches nobody."""
+    arguments = tensors(CASES[0])
+    assert any(x.isnan().any() for x in arguments[:3])
+    options = {"alibi_slopes": torch.rand(shape), "sinks": torch.randn(shape), "causal": True, "return_lse": True}
+    found = torch_decomposed.attention_varlen(*arguments, **options)
+    for a, b in zip(flash_attention_varlen(*arguments, **options), found, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.usefixtures("trains")
 def test_operations_are_those_of_each_sequence():
     from torch.utils.flop_counter import FlopCounterMode

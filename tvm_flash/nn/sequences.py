@@ -72,7 +72,9 @@ def _in_runs(q, k, v, starts_q, starts_k, alibi_slopes, return_lse, options):
             x[at].view(count, length, *x.shape[1:])
             for x, at, length in ((q, rows, length_q), (k, keys, length_k), (v, keys, length_k))
         ]
-        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes[first : first + count]
+        slopes = alibi_slopes
+        if slopes is not None and slopes.ndim == 2 and slopes.shape[0] > 1:
+            slopes = slopes[first : first + count]
         # Results of their own, not views of one: gradients flow back through them.
         run_out, run_lse = attend("bshd", *views, alibi_slopes=slopes, return_lse=True, **options)
         out[rows] = run_out.flatten(0, 1)

@@ -70,6 +70,8 @@ def attention_varlen(
     """What ``torch.ops.tvm_flash.attention_varlen`` gives: all rows see all keys but those of other sequences."""
     columns = torch.arange(k.shape[0], device=q.device)
     of_key = _sequence_of(columns, cu_seqlens_k)
+    there = (of_key < cu_seqlens_k.shape[0] - 1)[:, None, None]
+    k, v = (torch.where(there, x, 0) for x in (k, v))
     positions = columns - cu_seqlens_k[:-1][_clamped(of_key, cu_seqlens_q)]
     keys = (of_key, positions, cu_seqlens_k[1:] - cu_seqlens_k[:-1])
     sides = (causal, window_left, window_right)
@@ -104,8 +106,8 @@ def attention_paged(
     pages = page_table.long().clamp(0, k_cache.shape[0] - 1)
     k, v = (torch.where(there, x[pages].flatten(0, 2), 0) for x in (k_cache, v_cache))
     hidden = [~there[:, 0, 0][None]]
-    if kv_start is not None:  # (heads, 1, keys), or without heads
-        hidden.append(positions < kv_start[of_key].T[:, None])
+    if kv_start is not None:
+        hidden.append(positions < _each_of(kv_start, of_key)[:, None])
     keys, sides = (of_key, positions, seqlens_k), (causal, window_left, window_right)
     given = (alibi_slopes, sinks, softmax_scale, softcap, return_lse)
     return _sequences(q, k, v, cu_seqlens_q, keys, sides, hidden, *given)
@@ -141,7 +143,7 @@ def _sequences(q, k, v, starts, keys, sides, hidden, slopes, sinks, softmax_scal
     row = _clamped(of_row, starts)
     queries = (rows - starts[:-1][row] + lengths_k[row] - (starts[1:] - starts[:-1])[row])[:, None]
     hidden = [*hidden, of_row[:, None] != of_key, (of_row == batch)[:, None], *_outside(queries, positions, *sides)]
-    slopes, sinks = (None if x is None else _each_row(x, row) for x in (slopes, sinks))
+    slopes, sinks = (None if x is None else _each_of(x, row)[..., None] for x in (slopes, sinks))
     if sinks is not None:
         sinks = torch.where((of_row == batch)[:, None], -torch.inf, sinks)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
@@ -191,6 +193,9 @@ def _each(x):
     return x[..., None, None]
 
 
-def _each_row(x, sequence):
-    """A parameter of ``(heads,)`` or ``(batch, heads)`` beside scores ``(heads, rows, keys)`` of rows of sequences."""
-    return x[:, None, None] if x.ndim == 1 else x[sequence].transpose(0, 1)[..., None]
+def _each_of(x, sequence):
+    """A parameter of ``(heads,)`` or ``(batch, heads)``, each of them perhaps 1, as ``(heads, rows)`` of rows of
+    sequences."""
+    if x.ndim == 1 or x.shape[0] == 1:
+        return x.reshape(-1, 1)
+    return x[sequence].transpose(0, 1)
