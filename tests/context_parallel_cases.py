@@ -39,13 +39,16 @@ class Case:
         sinks = None if self.sinks is None else tensor(*self.sinks, of=torch.float32) * 2
         if sinks is not None:
             sinks[..., 3] = -torch.inf  # none
+        dout = tensor(*rows, self.head_dim_v)
+        if starts := self.options.get("cu_seqlens"):
+            dout[:, :, starts[-1] :] = torch.nan  # of rows that are in no document
         return {
             "q": q,
             "k": k,
             "v": v,
             "slopes": slopes,
             "sinks": sinks,
-            "dout": tensor(*rows, self.head_dim_v),
+            "dout": dout,
             "dlse": tensor(*rows, of=torch.float32),
         }
 
@@ -75,7 +78,9 @@ class Case:
             lse = torch.where(some, torch.logaddexp(torch.where(some, lse, 0.0), sinks[..., None]), lse)
         p = torch.where(seen, torch.exp(scores - torch.where(some, lse, 0.0)[..., None]), 0.0)
         out = p @ v
-        flowing = (out * inputs["dout"].double()).sum() + (torch.where(some, lse, 0.0) * inputs["dlse"]).sum()
+        flowing = (out * inputs["dout"].double().nan_to_num()).sum() + (
+            torch.where(some, lse, 0.0) * inputs["dlse"]
+        ).sum()
         gradients = torch.autograd.grad(flowing, list(given.values()))
         named = {f"d{n}" if n in "qkv" else f"d_{n}": x for n, x in zip(given, gradients, strict=True)}
         return {"out": out.detach(), "lse": lse.detach(), **named}
@@ -94,6 +99,7 @@ CASES = {
         Case("softcap", {"causal": True, "softcap": 2.0}, kv_heads=8),
         Case("slopes", {"causal": True}, slopes=(8,)),
         Case("slopes of each batch entry, to both sides", slopes=(2, 8), length=45),
+        Case("a slope for all heads", {"causal": True}, slopes=(2, 1), length=45),
         Case("sinks", {"causal": True}, sinks=(8,)),
         Case("sinks of each batch entry, with a window", {"window_size": (20, 5)}, sinks=(2, 8), kv_heads=1),
         Case("documents with sinks", {"causal": True, "cu_seqlens": SHORT_DOCUMENTS}, batch=1, sinks=(8,)),

@@ -63,8 +63,8 @@ def flash_attention_backward(
     -------
     ``(dq, dk, dv)`` in the shapes, dtype and framework of q, k and v: those of a key head are summed over the query
     heads that read it.  Then those of ``gradients``, in that order, float32 ``(batch, heads)``: sum one over the batch
-    for a parameter that has none.  A row that sees no key has no gradient, whatever stands in it.  The same bits on
-    every run.
+    for a parameter that has none.  A row that sees no key has no gradient, whatever stands in it; what flows to its
+    result and log-sum-exp, NaN too, comes to its sink, if there is one.  The same bits on every run.
 
     Raises
     ------

@@ -140,13 +140,14 @@ def values_in_short(x: torch.Tensor | None) -> str | None:
 
 
 def checked_parameter(name: str, x: Any, q: torch.Tensor, sizes: checks.Sizes) -> torch.Tensor | None:
-    """A parameter with a value for each head.
+    """A parameter with a value for each head, or one for all of them, as one with a value for each.
 
     Raises
     ------
     TvmFlashError: it isn't that.
     """
-    if x is not None:
-        framework = same_framework({"q": q, name: x})
-        checks.check_parameter(PARAMS[name], framework.view(x, name), sizes, framework.view(q, "q"))
-    return x
+    if x is None:
+        return None
+    framework = same_framework({"q": q, name: x})
+    checks.check_parameter(PARAMS[name], framework.view(x, name), sizes, framework.view(q, "q"))
+    return x if x.shape[-1] == sizes.heads else x.expand(*x.shape[:-1], sizes.heads)

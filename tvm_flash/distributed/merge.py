@@ -34,5 +34,5 @@ def sink_gradients(dout, out, lse, dlse, sinks: torch.Tensor) -> torch.Tensor:
     """The gradient of sinks ``(batch, heads)`` that some rows give, of the result and log-sum-exp with them."""
     flows = -(dout.float() * out.float()).sum(-1)
     flows = flows if dlse is None else flows + dlse
-    weights = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks[..., None] - lse))
-    return (flows * weights).sum(-1)
+    shares = flows * torch.exp(sinks[..., None] - lse)
+    return torch.where(lse == -torch.inf, 0.0, shares).sum(-1)  # a row without keys has no sink, whatever flows to it
