@@ -24,6 +24,7 @@ from schedules.tile.geometry import flat, local, wide
 from schedules.tile.gradients import Tensors
 from schedules.tile.ordered_sums import add_element, await_count, store_element, take_element, tell
 from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.static import static
 
 #: Rows of dq that a warp makes, if a tile of queries has so many.
 _ROWS = 32
@@ -107,6 +108,19 @@ class JointMachine(KeyMachine):
             T.evaluate(tell(self.progress_of(at), count))
 
     # ------------------------------------------------------------ steps
+
+    @T.inline
+    def clear_missing(self, at, masked):
+        """Clear dS of keys past the last one, which no mask hides: of rows whose log-sum-exp is low it is infinite, and
+        times their K, which is 0, not a number."""
+        if static(not masked):
+            if self.own_first + self.config.own_rows > at.seqlen_kv:
+                thread: T.int32 = fresh("tid.x")
+                row: T.int32 = self.first_row(thread) + self.fragment.row(thread % 32)
+                for t in T.unroll(self.m_tiles):
+                    for word in T.unroll(self.s_stride // 2):
+                        if row + (t * self.tile_step + word % 2 * self.fragment.row_step) >= at.seqlen_kv:
+                            self.dS[t * (self.s_stride // 2) + word] = T.uint32(0)
 
     @T.inline
     def leave_nothing(self):

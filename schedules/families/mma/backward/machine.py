@@ -226,6 +226,8 @@ class GradientMachine(GradientProducts, RowCopies):
             weights.turn(self.S, self.dP, self.P, self.dS, self.shift, place[0], place[1], masked, self.parameter_sums)
             if self.transposed:
                 self.add(self.sum_p, self.e_stride, self.P, self.visited_tiles.gradients)
+        if self.config.joint:
+            self.clear_missing(weights.at, masked)
         self.add(self.sum_ds, self.d_stride, self.dS, self.visited_tiles.scores)
 
     @T.inline
