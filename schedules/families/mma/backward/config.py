@@ -8,15 +8,19 @@ from schedules.definition.errors import DefinitionError
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
 from schedules.families.limits import SHARED_MEMORY, registers_for
-from schedules.tile.dtypes import tensor_types
+from schedules.tile.dtypes import element_type, tensor_types
 from schedules.tile.fragment import M16N8, Fragment
 from schedules.tile.place_gradients import Targets
 from schedules.tile.slots import WORDS
-from schedules.tile.smem import TILE_ALIGNMENT
+from schedules.tile.smem import TILE_ALIGNMENT, panel_columns
 from schedules.tile.weights import summed
 
 #: Registers beside sums, S and dP, what is packed, and operands: addresses, counters, numbers of rows.
 _OTHER_REGISTERS = 32
+
+
+#: Rows of dq that a warp of the joint launch makes, if a tile of queries has so many.
+DQ_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,10 @@ def _refuse_joint(pattern: Pattern, config: Config, machine: Machine) -> Rejecte
         return Rejected("joint: it serves plain scores whose keys are seen by all queries from some one on")
     if machine.fragment is not M16N8 or machine.looks_up:
         return Rejected("joint: it is for dense tensors, and operands that come by ldmatrix")
+    columns, left = divmod(pattern.head_dim * config.block_m, min(DQ_ROWS, config.block_m) * config.num_warps)
+    panel = panel_columns(pattern.head_dim, element_type(pattern.dtype))
+    if left or columns % 16 or pattern.head_dim % columns or (columns % panel and panel % columns):
+        return Rejected(f"joint: {config.num_warps} warps can't share tiles of {config.block_m} rows of dq evenly")
     return None
 
 

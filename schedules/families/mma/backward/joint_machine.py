@@ -15,7 +15,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
-from schedules.families.mma.backward.config import LaunchConfig
+from schedules.families.mma.backward.config import DQ_ROWS, LaunchConfig
 from schedules.families.mma.backward.key_machine import KeyMachine
 from schedules.families.mma.backward.machine import GradientMachine, Sides
 from schedules.families.mma.ldmatrix import LOAD_TRANSPOSED
@@ -25,9 +25,6 @@ from schedules.tile.gradients import Tensors
 from schedules.tile.ordered_sums import add_element, await_count, store_element, take_element, tell
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.static import static
-
-#: Rows of dq that a warp makes, if a tile of queries has so many.
-_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class JointMachine(KeyMachine):
         GradientMachine.__init__(self, pattern, config, own, number * config.own_rows, transposed=True)
         self.next_number = local(T.float32(0))
         # a warp's part of dq
-        self.rows = min(_ROWS, config.step_rows)
+        self.rows = min(DQ_ROWS, config.step_rows)
         self.dq_columns = pattern.head_dim * config.step_rows // (self.rows * config.num_warps)
         self.across = pattern.head_dim // self.dq_columns
         self.dq_stride = self.fragment.registers(self.dq_columns)
