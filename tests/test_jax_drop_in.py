@@ -95,6 +95,7 @@ def test_mapped():
         ({"bias": jnp.ones((1, 1, 33, 33))}, "a bias or a mask"),
         ({"mask": jnp.ones((1, 1, 1, 33), bool)}, "a bias or a mask"),
         ({"scale": -1.0}, "scale is -1.0"),
+        ({"scale": 1e-40}, "scale is 1e-40"),
         ({"local_window_size": (-1, 5)}, "sides of 0 and more"),
         ({"implementation": "xla"}, "'xla' is asked for"),
     ],

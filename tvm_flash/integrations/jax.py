@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tvm_flash.call.checks import is_positive_float32
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE
 from tvm_flash.errors import FallbackWarning, TvmFlashError
 from tvm_flash.interface import flash_attention_v2
@@ -90,7 +91,7 @@ def _refusal(query, key, value, bias, mask, scale, lengths, window, implementati
         return f"the implementation {implementation!r} is asked for"
     if bias is not None or mask is not None:
         return "a bias or a mask is given, and these kernels take lengths, windows and causal masks"
-    if scale is not None and not (isinstance(scale, (int, float, np.number)) and 0 < scale < math.inf):
+    if scale is not None and not (isinstance(scale, (int, float, np.number)) and is_positive_float32(scale)):
         return f"scale is {scale}, and these kernels take positive numbers that are known when the program is traced"
     q, k, v = shapes = [np.shape(x) for x in (query, key, value)]
     if not (len(q) == len(k) in (3, 4) and k == v) or any(0 in s for s in shapes):
