@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tvm_flash.frameworks.torch_watch import is_watched
+from tvm_flash.frameworks.torch_watch import is_differentiated, is_watched
 
 #: Keys from which on sorting them pays on a GPU.  H200, float16, torch's masked attention against ours with sorting:
 #: 118 : 239 µs at 512 keys (batch 32, 12 heads, head_dim 64), 677 : 564 at 2048 (8, 16, 128), 5297 : 2607 at 8192.
@@ -49,6 +49,8 @@ def key_mask_of(
     Nothing is read from a GPU, which would wait for it: there, and in a compiled program, no order of the keys is taken
     for granted, and a mask of numbers, which may hold more than visible and hidden, isn't looked at.
     """
+    if is_differentiated(attn_mask):
+        return "a gradient of attn_mask is required"
     if attn_mask.ndim < 2 or attn_mask.ndim > 4:
         return f"attn_mask has {attn_mask.ndim} dimensions"
     mask = attn_mask if query.ndim == 4 or attn_mask.ndim < 3 else attn_mask[None]

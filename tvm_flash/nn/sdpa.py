@@ -125,14 +125,13 @@ def _mask_of(
     attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
 ) -> KeyMask | WholeMask | str:
     """A mask as kernels take it: over keys if it is one, or else of all scores; or why none does."""
-    learnt = is_differentiated(attn_mask)
-    keys = "a gradient of attn_mask is required" if learnt else key_mask_of(attn_mask, query, key, scale)
+    keys = key_mask_of(attn_mask, query, key, scale)
     if not isinstance(keys, str):
         return no_kernel("padded", query, key, value) or keys
     whole = whole_mask_of(attn_mask, query, key)
     if isinstance(whole, str):
         return whole
-    ops = (FORWARD, OPERATORS[FORWARD].backward) if learnt else None
+    ops = (FORWARD, OPERATORS[FORWARD].backward) if is_differentiated(attn_mask) else None
     reason = no_kernel(whole.kind[0], query, key, value, whole.kind[1], ops)
     return whole if reason is None else f"{keys}; {reason}"
 

@@ -246,8 +246,7 @@ def _as_ranges(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value
     """A mask that is the same for all queries and heads as key ranges, with keys in an order that they are for."""
     if mask.ndim == 4 and mask.shape[-1] != key.shape[2]:
         return None, key, value, "attn_mask and the keys differ in length"
-    learnt = is_differentiated(mask)
-    found = "a gradient of the mask is required" if learnt else key_mask_of(mask, query, key, scaling)
+    found = key_mask_of(mask, query, key, scaling)
     if isinstance(found, str):
         return None, key, value, found
     return KeyRanges(key.shape[2], found.key_range()), found.arrange(key), found.arrange(value), None
