@@ -20,7 +20,9 @@ from tvm_flash import (
     TvmFlashError,
     custom_attention,
     flash_attention,
+    flash_attention_backward,
     flash_attention_v2,
+    flash_attention_varlen,
 )
 from tvm_flash.call import eager
 
@@ -183,6 +185,34 @@ def test_overlap_is_looked_for_in_every_call():
         with pytest.raises(InvalidArgumentError, match=rf"^out: shares memory with {name}"):
             flash_attention(**arguments, out=arguments[name])
         assert torch.equal(arguments[name], before)
+
+
+def zeros(*shape) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def test_overlap_is_looked_for_where_there_are_no_keys():
+    """Results are zeros then, which nobody may write into the queries either."""
+    q, none = np.ones((2, 4, 17, 64), np.float32), zeros(2, 2, 0, 64)
+    rows, no_rows, starts = q[0], zeros(0, 17, 64), np.array([0, 4], np.int32)
+    with pytest.raises(InvalidArgumentError, match=r"^out: shares memory with q"):
+        flash_attention(q, none, none, out=q)
+    with pytest.raises(InvalidArgumentError, match=r"^out: shares memory with q"):
+        flash_attention_varlen(rows, no_rows, no_rows, starts, 0 * starts, out=rows)
+    with pytest.raises(InvalidArgumentError, match=r"^dq: shares memory with q"):
+        flash_attention_backward(zeros(*q.shape), q, none, none, zeros(*q.shape), zeros(2, 4, 17), dq=q)
+    assert (q == 1).all()
+
+
+def test_overlap_is_looked_for_where_there_are_no_queries():
+    k, none = np.ones((2, 2, 23, 64), np.float32), zeros(2, 4, 0, 64)
+    call = none, none, k, zeros(*k.shape), none, zeros(2, 4, 0)
+    with pytest.raises(InvalidArgumentError, match=r"^dk: shares memory with k"):
+        flash_attention_backward(*call, dk=k)
+    both = np.ones_like(k)
+    with pytest.raises(InvalidArgumentError, match=r"^dv: shares memory with dk, which is written too"):
+        flash_attention_backward(*call, dk=both, dv=both)
+    assert (k == 1).all() and (both == 1).all()
 
 
 def test_misaligned_data():

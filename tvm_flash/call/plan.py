@@ -40,10 +40,18 @@ class EmptyPlan:
         """What the fast path needs: it leaves empty problems alone."""
 
     def run(self, tensors: Mapping[str, Any]) -> list[Any]:
-        """The results, in order; ``tensors`` are those of the call by name."""
+        """The results, in order; ``tensors`` are those of the call by name.
+
+        Raises
+        ------
+        InvalidArgumentError: a result overlaps another tensor, or where sequences begin makes no sense (found on the
+            processor only).
+        """
         request = self._request
         framework, results = request.framework, []
-        check_starts_of(request, {name: framework.pointer(x) for name, x in tensors.items()})
+        at = {name: framework.pointer(x) for name, x in tensors.items()}
+        memory.check_overlap(request.given_outputs, request.footprints, at)
+        check_starts_of(request, at)
         for name in request.results:
             shape = request.shape_of(name)
             x = tensors.get(name)
@@ -83,8 +91,6 @@ class Plan:
         self._misaligned = entry.alignment - 1
         self._realigned: dict[int, Plan] = {}
         self._frames: list[tuple[Frame, ...]] = []  # append and pop are atomic: threads never share a frame
-        self._footprints = {name: memory.footprint(x) for name, x in request.given.items()}
-        self._outputs = [n for n in request.outputs if n in request.given]
         self._gpu = request.device.index if request.device.kind == "cuda" else None
         self._lock = threading.Lock()
         self._framework = request.framework
@@ -109,8 +115,8 @@ class Plan:
             for name, x in tensors.items():
                 framework.view(x, name)  # says which one has no memory, and what to do
             raise
-        if self._outputs:
-            memory.check_overlap(self._outputs, self._footprints, at)
+        if self._request.given_outputs:
+            memory.check_overlap(self._request.given_outputs, self._request.footprints, at)
         bits = 0
         for name in self._aligned:
             bits |= at[name]
@@ -185,7 +191,7 @@ class Plan:
                 for memory_, _ in self._workspaces
                 for name, offset in memory_.offsets.items()
             },
-            footprints={role_of(name): x for name, x in self._footprints.items()},
+            footprints={role_of(name): x for name, x in request.footprints.items()},
         )
         return fast.recipe(signature, call)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tvm_flash.call import memory
 from tvm_flash.call.checks import Sizes
 from tvm_flash.call.problem import Problem
 from tvm_flash.frameworks import Framework, TensorView
@@ -52,6 +54,16 @@ class Request:
         """Whether there is nothing to compute."""
         keys = self.given[self.operator.inputs[1 + self.operator.differentiates]]
         return 0 in (*self.q.shape, *keys.shape, self.sizes.batch, self.sizes.seqlen_kv)
+
+    @functools.cached_property
+    def footprints(self) -> dict[str, memory.Footprint]:
+        """What bytes the given tensors touch, by name, in the order of the call."""
+        return {name: memory.footprint(x) for name, x in self.given.items()}
+
+    @functools.cached_property
+    def given_outputs(self) -> tuple[str, ...]:
+        """The outputs that the caller brought memory for."""
+        return tuple(name for name in self.outputs if name in self.given)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the operator, in the layout of the call."""
