@@ -11,7 +11,7 @@ from schedules.builder.suite import CPU_VARIANTS
 from schedules.commands import build as build_command
 from schedules.definition.definition_file import DefinitionFile
 from schedules.definition.pattern import DefinitionError
-from tests.toy_packs import CPU, D64, TWO_GROUPS, added, assert_whole
+from tests.toy_packs import CPU, D64, D128, TWO_GROUPS, added, assert_whole
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -111,6 +111,49 @@ def test_definition_is_added_to_the_pack(request_, definitions, name, mask, scor
     (third,) = build(mine)
     assert {e.source_hash for e in third.manifest.kernels} - {e.source_hash for e in second.manifest.kernels}
     assert len(third.manifest.kernels) == len(second.manifest.kernels)
+
+
+def test_kernels_of_an_earlier_text_of_a_definition_go(request_, definitions):
+    """A pack has one definition of a name: nobody could tell kernels of two apart that are called by it."""
+
+    def build_mine(*head_dims):
+        chosen = dataclasses.replace(TWO_GROUPS, head_dims=head_dims, masks=(), scores=())
+        (report,) = build(
+            dataclasses.replace(request_, selection=chosen, definition=DefinitionFile(definitions, "squared"))
+        )
+        assert_whole(request_.output / CPU.folder)
+        return report
+
+    def sizes(report):
+        return {(e.head_dim, e.score) for e in report.manifest.kernels if e.definition == "squared"}
+
+    (first,) = build(request_)
+    build_mine(D64, D128)
+    definitions.write_text(DEFINITIONS + "# The same.\n")
+    assert sizes(build_mine(D64)) == {(64, "square"), (128, "square")}
+    definitions.write_text(DEFINITIONS.replace("s * s,", "s * s + s,", 1))
+    third = build_mine(D64)
+    assert sizes(third) == {(64, "square")} and {e.head_dim for e in third.outdated} == {128}
+    definitions.write_text(DEFINITIONS.replace('"square"', '"more"'))
+    assert sizes(build_mine(D128)) == {(128, "more")}
+    added(first, third)  # those of the package stayed
+    for record in request_.output.rglob("*.record.json"):
+        record.unlink()
+    assert sizes(build_mine(D64)) == {(64, "more")}
+
+
+def test_a_definition_that_reads_a_file_is_built_anew_when_that_changes(request_, definitions, tmp_path):
+    constant = tmp_path / "constant.txt"
+    text = f"factor = float(open({str(constant)!r}).read())\n" + DEFINITIONS
+    definitions.write_text(text.replace("s * s,", "s * T.float32(factor),", 1))
+    selection = dataclasses.replace(TWO_GROUPS, head_dims=(D64,), masks=(), scores=())
+    mine = dataclasses.replace(request_, selection=selection, definition=DefinitionFile(definitions, "squared"))
+    hashes = []
+    for value in ("2", "2", "3"):
+        constant.write_text(value)
+        (report,) = build(mine)
+        hashes += [e.source_hash for e in report.manifest.kernels]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_definition_errors_name_what_is_wrong(request_, definitions):

@@ -2,7 +2,7 @@
 
 Kernels are compiled in worker processes to one object each, and the objects are kept beside the packs.  The objects of
 a group (template, dtype, head_dim, definition) are linked to one module.  A build only ever replaces the kernels that
-it was asked for.
+it was asked for, and of a definition of the user's own also drops those of what it no longer says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from schedules.builder import pack, records
 from schedules.builder.compile import IMAGES, Built, Failed, Job, Refused, compile_spec, versions_for
-from schedules.builder.plan import BuildRequest, PackPlan, Result, key_of, plan, select, write_record
+from schedules.builder.plan import BuildRequest, PackPlan, Result, is_of_this_text, plan, select, write_record
 from schedules.builder.suite import KernelSpec
 from schedules.builder.support import support_files
 from schedules.families import family_of
@@ -35,7 +35,11 @@ from tvm_flash.packs.manifest import KernelEntry, Manifest, ModuleFile
 
 @dataclass(frozen=True)
 class PackReport:
-    """What became of one pack: results by kernel, modules linked anew, what was there already, what was dropped."""
+    """What became of one pack: results by kernel, modules linked anew, what was there already, what was dropped.
+
+    ``outdated`` are kernels of the definition of this build that were dropped, since they computed what it no longer
+    says.
+    """
 
     target: Target
     folder: Path
@@ -44,6 +48,7 @@ class PackReport:
     manifest: Manifest | None
     linked: tuple[ModuleFile, ...] = ()
     dropped: tuple[KernelEntry, ...] = ()
+    outdated: tuple[KernelEntry, ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -117,11 +122,12 @@ def build(request: BuildRequest, progress: Callable[[Job, list[Result]], None] =
         for target in request.targets:
             pack.restore(request.output / target.folder)
         plans = [plan(request, target) for target in request.targets]
+        made_from = {(p.target, spec): of for p in plans for spec, of in p.made_from.items()}
         done: dict[tuple[Target, KernelSpec], tuple[Result, ...]] = {}
         # 3. Compile; what is finished is remembered even if the build is killed.
         for job, results in compile_jobs([job for p in plans for job in p.jobs], request.jobs):
             results = [_excused(job.target, r) for r in results]
-            write_record(works[job.target], job.spec, key_of(request, job.target, job.spec), results)
+            write_record(works[job.target], job.spec, made_from[job.target, job.spec], results)
             done[job.target, job.spec] = tuple(results)
             progress(job, results)
         # 4. Link and publish, pack by pack.
@@ -149,9 +155,12 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
     flat = tuple(r for spec in plan_.specs for r in results[spec])
     failed = {s for s in plan_.specs if any(isinstance(r, Failed) for r in results[s])}
 
-    # 1. Kernels that nobody asked for now, and old versions of those that failed, stay.
+    # 1. Kernels that nobody asked for now, and old versions of those that failed, stay, unless they are of a definition
+    #    of the user's own that says something else now: nobody could tell them from those of this build.
     asked = {spec for spec in plan_.specs if spec not in failed}
     kernels = [e for e in present.values() if _spec_of(e) not in asked]
+    outdated = _outdated(request, target, kernels)
+    kernels = [e for e in kernels if e not in outdated]
     # 2. A group whose kernels are all in the pack, linked to its pool of threads, stays as it is; else its objects are
     #    linked to one module.
     groups: dict[str, list[Built]] = {}
@@ -171,9 +180,11 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
             linked.append(module)
             kernels += [dataclasses.replace(b.entry, module=module.file) for b in built]
 
-    dropped = tuple(e for e in old.kernels if e.symbol not in {k.symbol for k in kernels}) if old else ()
+    gone = tuple(e for e in old.kernels if e.symbol not in {k.symbol for k in kernels}) if old else ()
+    outdated = tuple(e for e in gone if e in outdated)
+    dropped = tuple(e for e in gone if e not in outdated)
     if not kernels:
-        return PackReport(target, folder, flat, (), None, dropped=dropped)
+        return PackReport(target, folder, flat, (), None, dropped=gone)
     # 3. The manifest makes it the pack.
     used = {e.module for e in kernels}
     earlier = {pools[file] for file in used & set(pools)} - {"", *(f.file for f in support)}
@@ -190,7 +201,16 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
     if old != dataclasses.replace(manifest, created=old.created if old else ""):
         pack.publish(folder, manifest)
     _sweep(work, plan_, results)
-    return PackReport(target, folder, flat, tuple(up_to_date), manifest, tuple(linked), dropped)
+    return PackReport(target, folder, flat, tuple(up_to_date), manifest, tuple(linked), dropped, outdated)
+
+
+def _outdated(request: BuildRequest, target: Target, kernels: list[KernelEntry]) -> list[KernelEntry]:
+    """Those of kernels of the request's own definition that compute what an earlier text of it said."""
+    if request.definition is None:
+        return []
+    own = {e.symbol: _spec_of(e) for e in kernels if e.definition == request.definition.name}
+    current = is_of_this_text(request, target, dict.fromkeys(own.values()))
+    return [e for e in kernels if e.symbol in own and not current[own[e.symbol]]]
 
 
 def _pool_of(module: Path) -> str:

@@ -72,13 +72,29 @@ class BuildRequest:
 
 
 @dataclass(frozen=True)
+class MadeFrom:
+    """What a spec's kernels are made from, as hashes.
+
+    ``key`` is that of all of it; ``meaning`` that of what a definition of the user's own says for the spec
+    (:func:`meaning_of`), empty of the package's own.
+    """
+
+    key: str
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
 class PackPlan:
-    """For one target: every kernel asked for, what of it has to be compiled, and what earlier builds left."""
+    """For one target: every kernel asked for, what of it has to be compiled, and what earlier builds left.
+
+    ``made_from`` says what the kernels of each spec are made from.
+    """
 
     target: Target
     specs: tuple[KernelSpec, ...]
     jobs: tuple[Job, ...]
     cached: Mapping[KernelSpec, tuple[Result, ...]]
+    made_from: Mapping[KernelSpec, MadeFrom]
 
 
 # ---------------------------------------------------------------- targets and specs
@@ -171,36 +187,65 @@ def _digest_of_family(name: str) -> str:
     return sources.digest(files | {HOST_HEADER})
 
 
-def key_of(request: BuildRequest, target: Target, spec: KernelSpec) -> str:
-    """Hash of all that a spec's kernels are made from; as long as it stays the same, so do they."""
-    parts = {
-        "sources": sources_digest(target.arch),
-        "spec": dataclasses.asdict(spec),
-        "target": dataclasses.asdict(target),
-        "versions": versions_for(target),
-        "run_on": request.run_on,
-        "configs": {
-            symbol: dataclasses.asdict(config)
-            for symbol, config in request.configs.items()
-            if symbol.startswith(spec.symbol)
-        },
-        "tuned": dataclasses.asdict(request.tuned(spec, target)),
-        "definition": request.definition.path.read_text() if request.definition else "",
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
+def made_from(request: BuildRequest, target: Target, specs: Iterable[KernelSpec]) -> dict[KernelSpec, MadeFrom]:
+    """What the kernels of specs are made from; as long as it stays the same, so do they."""
+    specs, definition = tuple(specs), request.definition
+    meanings = _meanings(definition.load(), target, specs) if definition else {}
+    text = definition.path.read_text() if definition else ""
+    found = {}
+    for spec in specs:
+        parts = {
+            "sources": sources_digest(target.arch),
+            "spec": dataclasses.asdict(spec),
+            "target": dataclasses.asdict(target),
+            "versions": versions_for(target),
+            "run_on": request.run_on,
+            "configs": {
+                symbol: dataclasses.asdict(config)
+                for symbol, config in request.configs.items()
+                if symbol.startswith(spec.symbol)
+            },
+            "tuned": dataclasses.asdict(request.tuned(spec, target)),
+            "definition": text,
+        }
+        if definition:
+            parts["meaning"] = meanings[spec]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
+        found[spec] = MadeFrom(key, meanings.get(spec, ""))
+    return found
+
+
+def _meanings(definition: Callable, target: Target, specs: Iterable[KernelSpec]) -> dict[KernelSpec, str]:
+    """Hash of what a definition of the user's own says for each spec, wherever it has that from.
+
+    That is its TensorIR: its file's text may stay the same where a file changes that it imports or reads.  What can't
+    be made has none: the compiler says why.
+    """
+    index_dtype = family_of(target).INDEX_DTYPE
+    known: dict[tuple, str] = {}
+    for spec in specs:
+        of = (spec.head_dim, spec.head_dim_v, spec.dtype)
+        if of not in known:
+            try:
+                function = definition(of[0], of[2], head_dim_v=of[1], index_dtype=index_dtype)
+                known[of] = hashlib.sha256(function.script(show_meta=True).encode()).hexdigest()
+            except Exception:  # whatever it is, it will come again when the kernel is made, and is reported then
+                known[of] = ""
+    return {spec: known[spec.head_dim, spec.head_dim_v, spec.dtype] for spec in specs}
 
 
 def _record_path(work: Path, spec: KernelSpec) -> Path:
     return work / f"{spec.symbol}.record.json"
 
 
-def write_record(work: Path, spec: KernelSpec, key: str, results: Iterable[Result]) -> None:
+def write_record(work: Path, spec: KernelSpec, of: MadeFrom, results: Iterable[Result]) -> None:
+    """Leave a spec's results for later builds, unless a kernel failed."""
     results = tuple(results)
     if any(isinstance(r, Failed) for r in results):
         return
     built = [dataclasses.asdict(r) for r in results if isinstance(r, Built)]
     refused = [dataclasses.asdict(r) for r in results if isinstance(r, Refused)]
-    record = {"key": key, "built": built, "refused": refused}
+    record = {"key": of.key, "meaning": of.meaning, "built": built, "refused": refused}
     pack.write_atomically(_record_path(work, spec), json.dumps(record, indent=1))
 
 
@@ -217,13 +262,32 @@ def _read_record(work: Path, spec: KernelSpec, key: str) -> tuple[Result, ...] |
     return (*built, *refused) if all((work / r.object_file).exists() for r in built) else None
 
 
+def is_of_this_text(request: BuildRequest, target: Target, specs: Iterable[KernelSpec]) -> dict[KernelSpec, bool]:
+    """Of each spec of the request's own definition, whether the kernels of an earlier build compute what it says now.
+
+    Those of which nobody knows what they were made from don't.
+    """
+    work = request.output / pack.WORK_FOLDER / target.folder
+    specs = tuple(specs)
+    meanings = _meanings(request.definition.load(), target, specs)
+    return {spec: meanings[spec] != "" and _recorded_meaning(work, spec) == meanings[spec] for spec in specs}
+
+
+def _recorded_meaning(work: Path, spec: KernelSpec) -> str | None:
+    try:
+        return json.loads(_record_path(work, spec).read_text()).get("meaning")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def plan(request: BuildRequest, target: Target) -> PackPlan:
     """What has to be compiled for a target; writes nothing."""
     work = request.output / pack.WORK_FOLDER / target.folder
     specs = select(request, target)
+    made = made_from(request, target, specs)
     cached, jobs = {}, []
     for spec in specs:
-        results = _read_record(work, spec, key_of(request, target, spec))
+        results = _read_record(work, spec, made[spec].key)
         if results is None:
             jobs.append(
                 Job(
@@ -232,4 +296,4 @@ def plan(request: BuildRequest, target: Target) -> PackPlan:
             )
         else:
             cached[spec] = results
-    return PackPlan(target, specs, tuple(jobs), cached)
+    return PackPlan(target, specs, tuple(jobs), cached, made)

@@ -173,6 +173,16 @@ def _print_report(console: Console, report: PackReport) -> None:
         _print_reasons(console, [r for r in report.results if isinstance(r, kind)], style)
     if report.dropped:
         console.print(f"dropped {len(report.dropped)} kernels of the old pack: made by other compilers, or refused now")
+    if report.outdated:
+        names = ", ".join(e.symbol for e in report.outdated)
+        console.print(
+            f"dropped {len(report.outdated)} kernels of {report.outdated[0].definition!r}, which says something else "
+            f"now, or was built elsewhere; name their head_dim, dtype, template and kind to have them again: {names}",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     if not report.manifest:
         console.print(f"{report.target}: no kernel could be built", style="red")
         return
