@@ -58,12 +58,35 @@ def test_command_prints_a_table_and_refusals(tmp_path, capsys):
         (["--head-dim", "big"], "expected a number"),
         (["--jobs", "0"], "--jobs 0"),
         (["--definition", "x.py"], "expected file.py:name"),
+        (["--run-on", "sm_90a"], "--run-on sm_90a: is for CUDA packs, and --arch is cpu; leave it out"),
+        (["--arch", "sm_80", "--run-on", "ampere"], "--run-on ampere: is no CUDA arch"),
+        (["--arch", "sm_80", "--isa", "toy"], "--isa toy: is for CPU packs, and --arch is sm_80; leave it out"),
+        (["--kind", "forward,decode"], "--kind decode: cpu has none; it has forward"),
+        (["--emit", __file__], f"--emit {__file__}: {__file__} is no folder"),
+        (["--output", __file__], f"--output {__file__}: {__file__} is no folder"),
+        (["--output", f"{__file__}/packs"], f"--output {__file__}/packs: {__file__} is no folder"),
     ],
 )
-def test_wrong_requests_name_the_option(tmp_path, capsys, arguments, message):
-    assert build_command.main(["--output", str(tmp_path / "packs"), *(arguments)]) == 2
+def test_wrong_requests_name_the_option(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(build_command, "_WIDTH", 1000)
+    arch = [] if "--arch" in arguments else ["--arch", "cpu"]
+    assert build_command.main(["--output", str(tmp_path / "packs"), *arch, *arguments]) == 2
     assert message in capsys.readouterr().out
     assert not (tmp_path / "packs").exists()
+
+
+@pytest.mark.parametrize("option", ["--arch", "--head-dim", "--dtype", "--template", "--mask", "--score", "--kind"])
+def test_an_empty_value_is_not_all(capsys, option):
+    """As a variable of the shell gives it that isn't set."""
+    with pytest.raises(SystemExit) as e:
+        build_command.main([option, "", "--list"])
+    assert e.value.code == 2 and f"argument {option}: is ''" in capsys.readouterr().err
+
+
+def test_a_selection_of_nothing_is_an_error(capsys):
+    arguments = ["--arch", "sm_80", "--kind", "ragged", "--template", "v1", "--list"]
+    assert build_command.main(arguments) == 2
+    assert "--template v1 --kind ragged: no kernel of sm_80 is all of it; leave one out" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- definitions
@@ -154,6 +177,18 @@ def test_a_definition_that_reads_a_file_is_built_anew_when_that_changes(request_
         (report,) = build(mine)
         hashes += [e.source_hash for e in report.manifest.kernels]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_definition_has_a_name_and_a_mask_of_its_own(tmp_path, definitions, capsys):
+    definitions.write_text(DEFINITIONS + "attention = squared")
+    for name, option, message in (
+        ("attention", [], ":attention: has the name of the package's own definition"),
+        ("squared", ["--mask", "full"], "--mask full: stands beside --definition, which has a mask of its own"),
+        ("squared", ["--score", "alibi"], "--score alibi: stands beside --definition, which has a score of its own"),
+    ):
+        arguments = ["--arch", "cpu", "--output", str(tmp_path), "--definition", f"{definitions}:{name}", *option]
+        assert build_command.main([*arguments, "--list"]) == 2
+        assert message in capsys.readouterr().out
 
 
 def test_definition_errors_name_what_is_wrong(request_, definitions):

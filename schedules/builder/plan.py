@@ -34,7 +34,7 @@ from schedules.families.interface import Target
 from schedules.toolchain import machine
 from schedules.toolchain.host import HOST_HEADER
 from tvm_flash.machine.arch import by_closeness
-from tvm_flash.packs.manifest import KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKS = ROOT / "tvm_flash" / "packs"
@@ -139,7 +139,8 @@ def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
 
     Raises
     ------
-    ValueError: a template, dtype, mask, score or kind is unknown, or the target has no kernels of the kinds named.
+    ValueError: a template, dtype, mask, score or kind is unknown, the target has no kernels of the kinds named, or a
+        definition of the user's own has the name of the package's.
     DefinitionError: the definition can't be loaded.
     """
     family, chosen = family_of(target), request.selection
@@ -158,6 +159,11 @@ def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
         raise ValueError(f"--kind {','.join(chosen.kinds)}: {target} has none; it has {', '.join(kinds)}")
     kinds = kinds if chosen.kinds else core_kinds_of(target)
     if request.definition:
+        if request.definition.name == BUILTIN_DEFINITION:
+            raise ValueError(
+                f"--definition {request.definition.path}:{request.definition.name}: has the name of the package's own "
+                f"definition, whose kernels it would replace; give it another name"
+            )
         variants = [request.definition.variant()]
         return tuple(
             chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds, templates=family.TEMPLATES)

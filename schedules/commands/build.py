@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,13 +18,16 @@ from schedules.builder.build import PackReport, build
 from schedules.builder.compile import Built, Failed, Job, Refused
 from schedules.builder.emit import emit
 from schedules.builder.pack import PackBusyError
-from schedules.builder.plan import PACKS, BuildRequest, PackPlan, default_jobs, parse_targets, plan
-from schedules.builder.suite import HeadDim, Selection
+from schedules.builder.plan import PACKS, BuildRequest, PackPlan, default_jobs, parse_targets, plan, select
+from schedules.builder.suite import SCOPES, HeadDim, Selection
 from schedules.definition.attention import Attention
 from schedules.definition.check import check
 from schedules.definition.definition_file import DefinitionFile
+from schedules.families import kinds_of
+from schedules.toolchain import nvcc
 from schedules.toolchain.process import ToolchainError
 from schedules.tuning.best import MODES, Tuning
+from tvm_flash.machine.arch import capability_of
 
 #: Columns where the output is no terminal: room for a kernel's name and six numbers.
 _WIDTH = 110
@@ -45,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _emit(console, request, options.emit)
             return 0
         reports = _build(console, request)
-    except (ValueError, ToolchainError, PackBusyError) as e:  # DefinitionError is a ValueError
+    except (ValueError, ToolchainError, PackBusyError, OSError) as e:  # DefinitionError is a ValueError
         console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 1 if isinstance(e, ToolchainError) else 2
+        return 1 if isinstance(e, (ToolchainError, OSError)) else 2
     except KeyboardInterrupt:
         console.print("stopped; the packs are as they were, finished kernels are kept for the next build")
         return 130
@@ -59,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _request(arguments: Sequence[str] | None) -> tuple[BuildRequest, argparse.Namespace]:
     def values(text: str) -> list[str]:
-        return [word for word in text.split(",") if word]
+        words = [word for word in text.split(",") if word]
+        if not words:
+            raise argparse.ArgumentTypeError(f"is {text!r}, expected a name or several; leave it out for all")
+        return words
 
     parser = argparse.ArgumentParser(
         prog="python -m tvm_flash build", description="Compile attention kernels for this machine or for others."
@@ -117,7 +124,53 @@ def _request(arguments: Sequence[str] | None) -> tuple[BuildRequest, argparse.Na
         run_on=options.run_on,
         tuning=Tuning(options.configs),
     )
+    _check_together(request, options)
     return request, options
+
+
+def _check_together(request: BuildRequest, options: argparse.Namespace) -> None:
+    """Check that no option is without meaning beside the others, and that folders are some.
+
+    Raises
+    ------
+    ValueError: one is; the text names it.
+    """
+    archs = ", ".join(dict.fromkeys(target.arch for target in request.targets))
+    on_cpu = {target.arch == "cpu" for target in request.targets}
+    if request.definition:
+        for option, chosen in (("mask", options.mask), ("score", options.score)):
+            if chosen:
+                raise ValueError(
+                    f"--{option} {','.join(chosen)}: stands beside --definition, which has a {option} of its own; "
+                    f"leave it out, and change the definition"
+                )
+    if options.isa and True not in on_cpu:
+        raise ValueError(f"--isa {options.isa}: is for CPU packs, and --arch is {archs}; leave it out, or add cpu")
+    if options.run_on and False not in on_cpu:
+        raise ValueError(f"--run-on {options.run_on}: is for CUDA packs, and --arch is {archs}; leave it out")
+    if options.run_on and capability_of(options.run_on) is None:
+        raise ValueError(f"--run-on {options.run_on}: is no CUDA arch, expected one such as sm_90a")
+    for target in request.targets:
+        if target.arch != "cpu":
+            nvcc.code_for(target.arch, request.run_on)
+    known = dict.fromkeys(kind for target in request.targets for kind in kinds_of(target))
+    if none := [kind for kind in options.kind if kind in SCOPES and kind not in known]:
+        raise ValueError(f"--kind {','.join(none)}: {archs} has none; it has {', '.join(known)}")
+    if not any(select(request, target) for target in request.targets):
+        given = {"template": options.template, "kind": options.kind, "head-dim": options.head_dim}
+        named = " ".join(f"--{option} {','.join(values)}" for option, values in given.items() if values)
+        raise ValueError(f"{named}: no kernel of {archs} is all of it; leave one out")
+    for option, folder in (("--output", request.output), ("--emit", options.emit)):
+        if folder is not None:
+            _check_folder(option, folder)
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    """Check that a folder is one, or can be made, and can be written."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "can't be written" if there.is_dir() else "is no folder"
+        raise ValueError(f"{option} {folder}: {there} {what}; name a folder that can be")
 
 
 def _check(console: Console, request: BuildRequest) -> None:
