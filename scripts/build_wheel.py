@@ -22,7 +22,8 @@ if __name__ == "__main__":  # worker processes import this file
     parser.add_argument("--hub", type=Path, metavar="FOLDER", help="lay out a kernel for the Hub, in place of a wheel")
     options = parser.parse_args()
     begin = time.monotonic()
-    status = build_kernels(["--arch", options.arch, "--isa", "all", "--jobs", str(options.jobs)])
+    isa = ["--isa", "all"] if {"cpu", "native"} & set(options.arch.split(",")) else []
+    status = build_kernels(["--arch", options.arch, *isa, "--jobs", str(options.jobs)])
     if status == 0 and options.hub:
         print(*lay_out(options.hub), sep="\n")
     elif status == 0:
