@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tvm_flash import InvalidArgumentError, PackError, flash_attention
+from tvm_flash import InvalidArgumentError, KernelNotFoundError, PackError, custom_attention, flash_attention
 from tvm_flash.call import eager
 from tvm_flash.machine import cpu
 from tvm_flash.machine.arch import arch_of, by_closeness, runs_on
@@ -76,6 +76,67 @@ def test_the_first_pack_on_the_path_wins(copy, use_packs, cpu_pack):
         attend()
         (plan,) = eager._plans.values()
         assert plan.choice.kernel.pack.folder == order[0]
+
+
+def with_definition(cpu_pack, folder, mask, *head_dims, **changes):
+    """A pack in which kernels of a mask of the package's are those of a definition called "mine"."""
+    shutil.copytree(cpu_pack, folder)
+    manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text())
+    kernels = (
+        dataclasses.replace(k, definition="mine", **changes)
+        for k in manifest.kernels
+        if (k.template, k.dtype, k.mask, k.score, k.kind) == ("v1", "float32", mask, "identity", "forward")
+        and k.head_dim in head_dims
+    )
+    edit(folder, kernels=(*manifest.kernels, *kernels))
+
+
+def rows(head_dim):
+    return np.random.default_rng(0).standard_normal((1, 2, 9, head_dim), np.float32)
+
+
+def test_two_packs_never_share_a_definition(cpu_pack, tmp_path, use_packs):
+    """Their kernels may be of two texts: of one head_dim, or forward, of the one, and of another of the other."""
+    with_definition(cpu_pack, tmp_path / "a" / "cpu", "full", 64)
+    with_definition(cpu_pack, tmp_path / "b" / "cpu", "causal", 64, 128)
+    for first, second, head_dim, causal in (("a", "b", 64, False), ("b", "a", 128, True)):
+        use_packs(tmp_path / first, tmp_path / second)
+        x = rows(head_dim)
+        assert np.array_equal(custom_attention("mine")(x, x, x), flash_attention(x, x, x, causal=causal))
+    use_packs(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(KernelNotFoundError, match="no cpu kernel for head_dim 128"):
+        custom_attention("mine")(rows(128), rows(128), rows(128))
+    half = rows(64).astype(np.float16)
+    with pytest.raises(KernelNotFoundError, match=r"those in .*b/cpu don't count, since an earlier folder has"):
+        custom_attention("mine")(half, half, half)
+
+
+def test_kernels_of_a_definition_that_take_other_parameters(cpu_pack, tmp_path, use_packs):
+    with_definition(cpu_pack, tmp_path / "packs" / "cpu", "full", 64)
+    edit(
+        tmp_path / "packs" / "cpu",
+        kernels=tuple(
+            dataclasses.replace(k, definition="mine", head_dim=32)
+            if k.symbol == "v1_float32_d64_window_identity"
+            else k
+            for k in Manifest.from_json((tmp_path / "packs" / "cpu" / MANIFEST_NAME).read_text()).kernels
+        ),
+    )
+    use_packs(tmp_path / "packs")
+    x = rows(64)
+    with pytest.raises(PackError, match="v1_float32_d64_full_identity takes other parameters than another one"):
+        custom_attention("mine")(x, x, x, window_left=3, window_right=0)
+
+
+def test_a_definition_that_takes_other_parameters_than_when_its_function_was_made(cpu_pack, tmp_path, use_packs):
+    use_packs(tmp_path / "packs")
+    with_definition(cpu_pack, tmp_path / "packs" / "cpu", "window", 64)
+    attention, x = custom_attention("mine"), rows(64)
+    attention(x, x, x, window_left=3, window_right=0)
+    shutil.rmtree(tmp_path / "packs" / "cpu")
+    with_definition(cpu_pack, tmp_path / "packs" / "cpu", "full", 64)
+    with pytest.raises(InvalidArgumentError, match=r"^window_left, window_right: .*make the function anew"):
+        attention(x, x, x, window_left=3, window_right=0)
 
 
 def test_no_pack(use_packs, tmp_path):

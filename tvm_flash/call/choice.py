@@ -327,7 +327,9 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     if nearest is None:
         of = f" of the definition {problem.definition!r}" if custom else ""
         command = build_command(arch, *options, "--dtype", problem.dtype)
-        return KernelNotFoundError(f"no {whose} kernel{of} for {problem.dtype}; run `{command}`")
+        others = ", ".join(str(pack.folder) for pack in registry().passed_over(problem.definition))
+        why = f" (those in {others} don't count, since an earlier folder has a definition of that name)"
+        return KernelNotFoundError(f"no {whose} kernel{of} for {problem.dtype}{why if others else ''}; run `{command}`")
     if nearest.stage == _ALIGNMENT:
         needed, remedy = nearest.kernel.alignment, "copy the misaligned tensor, as with .clone() or numpy.copy"
         if problem.cache_dtype and any(d % needed for d in (problem.head_dim, problem.head_dim_v)):

@@ -36,7 +36,9 @@ def check_sees_nothing(request: Request) -> None:
     over_keys = [name for name in _OVER_KEYS if name in request.parameters]
     if "sinks" in request.parameters and over_keys:
         what, remedy = f"sinks beside {over_keys[0]}", f"leave {over_keys[0]} out"
-    elif any(e.has_sink for e in registry().entries if e.definition == problem.definition != BUILTIN_DEFINITION):
+    elif problem.definition != BUILTIN_DEFINITION and any(
+        e.has_sink for e in registry().entries_of(problem.definition)
+    ):
         what, remedy = f"the definition {problem.definition!r}, which has a sink", "pass a key that its mask hides"
     else:
         return

@@ -20,11 +20,11 @@ from tvm_flash.call.problem import Problem
 from tvm_flash.call.ragged import check_starts
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Signature
-from tvm_flash.errors import KernelError
+from tvm_flash.errors import KernelError, PackError
 from tvm_flash.machine.ffi import Frame
 from tvm_flash.operators import role_of, tensor
-from tvm_flash.packs.manifest import Launch
-from tvm_flash.packs.registry import registry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Launch
+from tvm_flash.packs.registry import Installed, build_command, registry
 
 
 class EmptyPlan:
@@ -78,6 +78,7 @@ class Plan:
         problem = _with_alignment(request.problem, min(alignment, memory.alignment_of(strides)))
         self.choice = choose(problem, request.device, request.variant)
         entry = self.choice.kernel.entry
+        _check_params(request, self.choice.kernel)
         extents = entry.extents(request.sizes.by_name)
         self._made = made_by(request, entry, extents)
         arguments = arguments_of(entry, request, self._made, extents)
@@ -201,6 +202,21 @@ class Plan:
             if plan is None:
                 plan = self._realigned[alignment] = Plan(self._request, alignment)
         return plan
+
+
+def _check_params(request: Request, kernel: Installed) -> None:
+    """That a kernel of a definition of the user's own takes the parameters that the call was checked for.
+
+    Raises
+    ------
+    PackError: the packs have kernels of two definitions of one name.
+    """
+    if request.problem.definition != BUILTIN_DEFINITION and kernel.entry.params != tuple(request.declared.values()):
+        command = build_command("native", "--definition", f"<file.py>:{request.problem.definition}")
+        raise PackError(
+            f"pack {kernel.pack.folder}: its kernel {kernel.entry.symbol} takes other parameters than another one of "
+            f"the definition {request.problem.definition!r}, so that it was built of an earlier text; run `{command}`"
+        )
 
 
 def check_starts_of(request: Request, at: Mapping[str, int]) -> None:

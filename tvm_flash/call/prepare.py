@@ -158,6 +158,13 @@ def _computation(
     mask, what = kinds_of(options, sizes.seqlen_q, sizes.seqlen_kv, given)
     if options.definition != BUILTIN_DEFINITION:
         params = params_of(options.definition)
+        made_for = {**dict.fromkeys(given, True), **{name: False for name, _ in options.params}}
+        if wrong := made_for.items() ^ {name: p.is_tensor for name, p in params.items()}.items():
+            raise InvalidArgumentError(
+                f"{', '.join(sorted({name for name, _ in wrong}))}: None, missing or unknown; the definition "
+                f"{options.definition!r} of the packs that are there now takes {', '.join(params) or 'no parameters'}; "
+                f"give each, and if packs have changed, make the function anew with custom_attention"
+            )
         return what, {name: _scalar(params[name], x) for name, x in options.params}, params
     left, right = (min(x, INT32_MAX) for x in mask.widths(sizes.seqlen_q, sizes.seqlen_kv))
     if "query_start" in given:  # queries may stand anywhere, so that no bound is known to cut nothing off
@@ -209,11 +216,9 @@ def params_of(definition: str) -> dict[str, Param]:
     ------
     InvalidArgumentError: no pack has a kernel of it.
     """
-    entries = registry().entries
-    for entry in entries:
-        if entry.definition == definition:
-            return {p.name: p for p in entry.params}
-    known = sorted({e.definition for e in entries if e.definition != BUILTIN_DEFINITION})
+    for entry in registry().entries_of(definition):
+        return {p.name: p for p in entry.params}
+    known = sorted({e.definition for e in registry().entries if e.definition != BUILTIN_DEFINITION})
     raise InvalidArgumentError(
         f"name: no pack has kernels of the definition {definition!r} (there are: {', '.join(known) or 'none'}); "
         f"run `{build_command('native', '--definition', f'<file.py>:{definition}')}`"

@@ -21,7 +21,7 @@ from tvm_flash.errors import PackError
 from tvm_flash.machine import cpu, ffi
 from tvm_flash.machine.arch import capability_of
 from tvm_flash.packs import archive
-from tvm_flash.packs.manifest import MANIFEST_NAME, KernelEntry, Manifest, ModuleFile
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, MANIFEST_NAME, KernelEntry, Manifest, ModuleFile
 
 PATH_VARIABLE = "TVM_FLASH_PACKS"
 PACKAGE_PACKS = Path(__file__).parent
@@ -121,10 +121,37 @@ class Registry:
         key = (arch, definition, dtype, op)
         found = self._candidates.get(key)
         if found is None:
-            wanted = (op, definition, dtype)
+            wanted, folders = (op, definition, dtype), {p.folder for p in self.packs_of(definition)}
             found = [k for k in self.kernels(arch) if (k.entry.op, k.entry.definition, k.entry.dtype) == wanted]
+            found = [k for k in found if k.pack.folder in folders]
             self._candidates[key] = found  # as many as packs have operators, definitions and dtypes
         return found
+
+    def packs_of(self, definition: str) -> list[Pack]:
+        """The packs whose kernels of a definition count.
+
+        Nobody knows whether two that were built apart mean the same by a name: of a definition of the user's own these
+        are the packs beside the first one on the search path that has it, and of each arch and instruction set one.
+        """
+        if definition == BUILTIN_DEFINITION:
+            return self.packs
+        found: dict[tuple[str, str], Pack] = {}
+        for pack in self.packs:
+            if any(entry.definition == definition for entry in pack.manifest.kernels):
+                first = next(iter(found.values()), pack)
+                if pack.folder.parent == first.folder.parent:
+                    found.setdefault((pack.arch, pack.manifest.isa), pack)
+        return list(found.values())
+
+    def passed_over(self, definition: str) -> list[Pack]:
+        """The packs that have kernels of a definition too, and whose kernels of it don't count."""
+        counting = {pack.folder for pack in self.packs_of(definition)}
+        having = (p for p in self.packs if any(entry.definition == definition for entry in p.manifest.kernels))
+        return [pack for pack in having if pack.folder not in counting]
+
+    def entries_of(self, definition: str) -> list[KernelEntry]:
+        """The kernels of a definition in the packs that count, whatever arch they are for."""
+        return [e for pack in self.packs_of(definition) for e in pack.manifest.kernels if e.definition == definition]
 
     def missing(self, archs: list[str], wanted: str) -> PackError:
         """The error for a device without a pack; ``archs`` are those that would do, ``wanted`` the one to build."""
