@@ -148,6 +148,26 @@ def test_explain_shows_the_record_or_the_command(packs):
     assert 'never on Test GPU; scripts/tune.py --arch sm_90a --problem "b=2 h=8 s=100000 d=64 causal float16"' in text
 
 
+def test_sizes_that_kernels_cannot_count_are_refused_before_there_are_tensors(packs):
+    """As the call refuses them: strides of 32 heads of a million positions need more than 32 bits."""
+    packs(kernel("v2", head_dim=128, mask="full"), kernel("v1", head_dim=128, mask="full"))
+    selector = BackendSelector()
+    assert selector.explain(1, 8, 2**20, 128).chosen
+    with pytest.raises(NotSupportedError, match="more than 32 bits"):
+        selector.select_attention(1, 32, 2**20, 128)
+    found = selector.explain(1, 32, 2**20, 128)
+    assert found.chosen is None and "more than 32 bits" in found.reason
+    assert {r.reason for r in found.rejected} == {"counts in 32 bits, and a size or stride needs more"}
+    packs(kernel("v2", "cpu", "float32", head_dim=128, mask="full", index_bits=64))
+    assert BackendSelector("cpu").explain(1, 32, 2**20, 128).chosen
+
+
+def test_ragged_and_paged_are_two_questions(packs):
+    packs(kernel())
+    with pytest.raises(InvalidArgumentError, match=r"^ragged: is True beside paged"):
+        BackendSelector().explain(2, 4, 100, 64, ragged=True, paged=True)
+
+
 @pytest.mark.parametrize(("variant", "there"), [("v2", "v1"), ("v1", "v2")])
 def test_a_template_that_is_not_there_is_stood_in_for(packs, variant, there):
     packs(kernel(there, "sm_75"), capability=(7, 5))

@@ -10,11 +10,16 @@ from typing import Any
 from tvm_flash.call import checks
 from tvm_flash.call.choice import Explanation, choose, explain
 from tvm_flash.call.dispatch import entrance
+from tvm_flash.call.paged import PagedSizes
+from tvm_flash.call.prepare import index_bits
 from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, Problem, normalise_mask
 from tvm_flash.call.signature import signature
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
+from tvm_flash.frameworks import contiguous_strides
 from tvm_flash.machine.device import Device, parse
 from tvm_flash.operators import FORWARD, OPERATORS, PAGED, RAGGED, RAGGED_LAYOUT
+from tvm_flash.packs import manifest
+from tvm_flash.packs.manifest import DENSE
 
 PREFERENCES = ("speed", "compatibility")
 
@@ -146,10 +151,10 @@ class BackendSelector:
         Raises
         ------
         InvalidArgumentError, ArgumentTypeError: a size, the dtype or the layout is wrong.
-        PackError, KernelNotFoundError: nothing installed can run it.
+        PackError, KernelNotFoundError, NotSupportedError: nothing installed can run it.
         """
         problem = self._problem(batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout)
-        choice = choose(problem, self.device, "auto", self.prefer)
+        choice = choose(_counted(problem), self.device, "auto", self.prefer)
         entry = choice.kernel.entry
         return SelectedKernel(entry.template, layout, entry.arch, choice.reason, self.device)
 
@@ -177,6 +182,8 @@ class BackendSelector:
         ``flash_attention_paged`` on as many with so many keys at most, on pages of 16.
         """
         problem = self._problem(batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout)
+        if ragged and paged:
+            raise InvalidArgumentError("ragged: is True beside paged; leave out the one that isn't asked about")
         op = PAGED if paged else RAGGED if ragged else FORWARD
         if backward and not OPERATORS[op].backward:
             raise InvalidArgumentError("backward: is True, and of keys on pages there are no gradients; leave it out")
@@ -189,7 +196,7 @@ class BackendSelector:
                 lengths |= {"seqlen_kv": pages * _PAGE_SIZE, "longest": problem.seqlen_q}
             mask = "causal" if causal else "full"
             problem = dataclasses.replace(problem, **lengths, layout=RAGGED_LAYOUT, mask=mask)
-        return explain(problem, self.device, checks.check_variant(variant), self.prefer)
+        return explain(_counted(problem), self.device, checks.check_variant(variant), self.prefer)
 
     def _problem(self, batch, heads, seq_len, head_dim, kv_heads, seq_len_kv, dtype, causal, layout) -> Problem:
         kv_heads = heads if kv_heads is None else kv_heads
@@ -217,6 +224,20 @@ class BackendSelector:
             layout=checks.check_layout(layout),
             mask=mask.kind,
         )
+
+
+#: Sizes of a call, by the form of its sequences.
+_SIZES = {DENSE: checks.Sizes, manifest.RAGGED: checks.RaggedSizes, manifest.PAGED: PagedSizes}
+
+
+def _counted(problem: Problem) -> Problem:
+    """The problem with the bits that sizes and strides of contiguous tensors need."""
+    kind, operator = _SIZES[problem.form], OPERATORS[problem.op]
+    sizes = kind(**{f.name: getattr(problem, f.name) for f in dataclasses.fields(kind)})
+    given = [sizes.shape_of(name, problem.layout) for name in operator.inputs]
+    outputs = [sizes.shape_of(name, problem.layout) for name in operator.outputs]
+    bits = index_bits(sizes, [(shape, contiguous_strides(shape)) for shape in given], outputs)
+    return dataclasses.replace(problem, index_bits=bits)
 
 
 def _dtype_name(dtype: Any) -> str:

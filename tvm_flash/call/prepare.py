@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from tvm_flash.call import checks, memory
@@ -102,7 +102,9 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
     memory_of = {name: _check_output(request, name, tensors.get(name)) for name in outputs}
     given = {**given, **{name: x for name, x in memory_of.items() if x is not None}}
     request = dataclasses.replace(request, given=given)
-    problem = dataclasses.replace(request.problem, index_bits=_index_bits(request))
+    laid_out = [(x.shape, x.strides) for x in given.values()]
+    bits = index_bits(sizes, laid_out, map(request.shape_of, outputs))
+    problem = dataclasses.replace(request.problem, index_bits=bits)
     return dataclasses.replace(request, problem=problem)
 
 
@@ -248,13 +250,19 @@ def _check_output(request: Request, name: str, x: Any) -> TensorView | None:
     return view
 
 
-def _index_bits(request: Request) -> int:
-    """32 if every size, stride and position that a kernel counts fits an int32, else 64."""
-    sizes = request.sizes
-    batch = 1 if request.problem.is_ragged else sizes.batch
+def index_bits(
+    sizes: checks.Sizes,
+    given: Iterable[tuple[tuple[int, ...], tuple[int, ...]]],
+    outputs: Iterable[tuple[int, ...]],
+) -> int:
+    """32 if every size, stride and position that a kernel counts fits an int32, else 64.
+
+    ``given`` are shapes and strides of the tensors of a call, ``outputs`` the shapes of its results.
+    """
+    batch = 1 if isinstance(sizes, checks.RaggedSizes) else sizes.batch
     numbers = [batch * sizes.heads * sizes.seqlen_q, 2 * (sizes.seqlen_q + sizes.seqlen_kv)]
-    for x in request.given.values():
-        numbers += [*x.shape, *(abs(s) for s, n in zip(x.strides, x.shape, strict=True) if n > 1)]
-    for name in request.outputs:
-        numbers += contiguous_strides(request.shape_of(name))
+    for shape, strides in given:
+        numbers += [*shape, *(abs(s) for s, n in zip(strides, shape, strict=True) if n > 1)]
+    for shape in outputs:
+        numbers += contiguous_strides(shape)
     return 32 if max(numbers) <= INT32_MAX else 64
