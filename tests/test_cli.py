@@ -81,6 +81,15 @@ def test_check(small_pack, capsys):
     assert status == 0 and out.count("✓ cpu v1_float32_d64_") == 3 and "3 kernels ✓" in out
 
 
+def test_check_leaves_out_no_kernel(cpu_pack):
+    assert selfcheck.count("cpu") == len(registry().kernels("cpu"))
+
+
+def test_check_names_an_arch_that_there_is_none_of(small_pack, capsys):
+    status, _, err = run(capsys, "check", "--arch", "ampere")
+    assert status == 2 and "--arch: is 'ampere', expected cpu or a CUDA arch such as sm_80" in err
+
+
 def test_check_knows_every_kind_of_kernel(cpu_pack):
     """Those that add to what is there, or read an 8-bit cache, too."""
     of_kind = {k.entry.kind: k for k in registry().kernels("cpu") if k.entry.definition == BUILTIN_DEFINITION}

@@ -16,7 +16,6 @@ from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device
 from tvm_flash.measure.sample import SEQLEN_KV, SEQLEN_Q
 from tvm_flash.measure.small_case import compare, kind_of, share
-from tvm_flash.operators import ACCUMULATE
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.packs.registry import Installed, registry
 
@@ -83,7 +82,6 @@ def _runnable(arch: str | None) -> Iterator[tuple[Installed, Device]]:
         for candidate in device.archs()
         if arch in (None, candidate)
         for kernel in sorted(registry().kernels(candidate), key=lambda k: kind_of(k.entry))
-        if kernel.entry.kind != ACCUMULATE
     )
 
 

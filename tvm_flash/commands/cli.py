@@ -103,8 +103,11 @@ def _info(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from tvm_flash.commands import check as selfcheck
+    from tvm_flash.machine import device as devices
     from tvm_flash.packs.registry import build_command, registry
 
+    if options.arch is not None:
+        devices.of_arch(options.arch, "--arch")
     screen, results = Screen(), []
     lines = options.all or options.json or not screen.fancy
     bar = contextlib.nullcontext(Progress()) if lines else progress(selfcheck.count(options.arch))
@@ -142,7 +145,9 @@ def _explain(options: argparse.Namespace) -> int:
     from tvm_flash.machine import device as devices
     from tvm_flash.selector import BackendSelector
 
-    explanation = BackendSelector(devices.of_arch(options.arch) if options.arch else options.device).explain(
+    explanation = BackendSelector(
+        devices.of_arch(options.arch, "--arch") if options.arch is not None else options.device
+    ).explain(
         *options.shape,
         kv_heads=options.kv_heads,
         seq_len_kv=options.seq_len_kv,

@@ -72,8 +72,8 @@ class Imagined(Device):
         return capability_of(self.arch)
 
 
-def of_arch(arch: str) -> Device:
-    """The processor for ``"cpu"``, or an imagined GPU of a CUDA arch.
+def of_arch(arch: str, name: str = "arch") -> Device:
+    """The processor for ``"cpu"``, or an imagined GPU of a CUDA arch; ``name`` is that of the argument.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def of_arch(arch: str) -> Device:
     if arch == "cpu":
         return Device("cpu")
     if capability_of(arch) is None:
-        raise InvalidArgumentError(f"arch: is {arch!r}, expected cpu or a CUDA arch such as sm_80 or sm_90a")
+        raise InvalidArgumentError(f"{name}: is {arch!r}, expected cpu or a CUDA arch such as sm_80 or sm_90a")
     return Imagined("cuda", arch=arch)
 
 
