@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -160,6 +161,13 @@ def test_sizes_that_kernels_cannot_count_are_refused_before_there_are_tensors(pa
     assert {r.reason for r in found.rejected} == {"counts in 32 bits, and a size or stride needs more"}
     packs(kernel("v2", "cpu", "float32", head_dim=128, mask="full", index_bits=64))
     assert BackendSelector("cpu").explain(1, 32, 2**20, 128).chosen
+
+
+def test_a_selected_kernel_is_pickled(cpu_pack):
+    selected = BackendSelector("cpu").select_attention(1, 2, 8, 64)
+    again = pickle.loads(pickle.dumps(selected))
+    x = np.ones((1, 2, 8, 64), np.float32)
+    assert again == selected and np.array_equal(again(x, x, x), selected(x, x, x))
 
 
 def test_ragged_and_paged_are_two_questions(packs):

@@ -98,6 +98,10 @@ class SelectedKernel:
                             self.variant, return_lse, softmax_scale, causal, window_size, softcap)
         # fmt: on
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, as models that hold one are saved or sent to other processes: what was decided."""
+        return SelectedKernel, (self.variant, self.layout, self.arch, self.reason, self.device)
+
     def __post_init__(self):
         accept = _LikeSelected(self.arch, self.device)
         for name, parameters in (("_attend", ("alibi_slopes",)), ("_attend_with_sinks", ("alibi_slopes", "sinks"))):
