@@ -57,6 +57,28 @@ def test_the_callers_thread_keeps_its_processors(python):
     python("import os; before = os.sched_getaffinity(0)\n" + CALL + "assert os.sched_getaffinity(0) == before")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("TVM_FLASH_NUM_THREADS", "four", "a whole number from 1 on, or unset"),
+        ("TVM_FLASH_NUM_THREADS", "0", "a whole number from 1 on, or unset"),
+        ("TVM_FLASH_FAST_PATH", "false", "0 or 1, or unset"),
+    ],
+)
+def test_a_variable_without_meaning_is_an_error(python, variable, value, expected):
+    """As they were, the calls took all processors, or the fast path."""
+    program = f"""
+from tvm_flash import InvalidArgumentError
+try:
+    exec({CALL!r})
+except InvalidArgumentError as e:
+    assert str(e) == "{variable}: is '{value}', expected {expected}", e
+else:
+    raise AssertionError("no error")
+"""
+    python(program, **{variable: value})
+
+
 @pytest.mark.parametrize("used_before", (False, True))
 def test_fork(python, used_before):
     program = f"""

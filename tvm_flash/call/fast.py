@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tvm_flash.call import memory
+from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.frameworks import Framework
 from tvm_flash.machine import cuda, ffi
 from tvm_flash.packs.manifest import CALL_STEM
@@ -138,9 +139,17 @@ def is_loaded() -> bool:
 
 
 def load(path: Path) -> None:
-    """Load the library, once; ``path`` has been verified.  What can't be loaded here leaves the slow path alone."""
+    """Load the library, once; ``path`` has been verified.  What can't be loaded here leaves the slow path alone.
+
+    Raises
+    ------
+    InvalidArgumentError: the variable ``TVM_FLASH_FAST_PATH`` is neither 0 nor 1.
+    """
     global _bind, _add, _read, _forget
-    if _bind is not None or os.environ.get(VARIABLE) == "0" or not _supported():
+    wanted = os.environ.get(VARIABLE) or "1"
+    if wanted not in ("0", "1"):
+        raise InvalidArgumentError(f"{VARIABLE}: is {wanted!r}, expected 0 or 1, or unset")
+    if _bind is not None or wanted == "0" or not _supported():
         return
     with _lock:
         if _bind is not None:

@@ -14,6 +14,9 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 #: The variable that names the most capable instruction set which packs, builds and tests may use.
 MAX_ISA_VARIABLE = "TVM_FLASH_MAX_ISA"
+
+#: Names how many threads a call on the processor uses.
+THREADS_VARIABLE = "TVM_FLASH_NUM_THREADS"
 #: By instruction set, the least capable first: how the flags begin that it adds to those before it.
 _ADDED_FLAGS = {
     "baseline": (),
@@ -66,6 +69,18 @@ def _restricted(flags: frozenset[str], isa: str) -> frozenset[str]:
     names = list(_ADDED_FLAGS)
     beyond = tuple(flag for name in names[names.index(isa) + 1 :] for flag in _ADDED_FLAGS[name])
     return frozenset(flag for flag in flags if not flag.startswith(beyond)) if beyond else flags
+
+
+def check_threads() -> None:
+    """Check what the environment says of the number of threads, which the pool of threads reads.
+
+    Raises
+    ------
+    InvalidArgumentError: the variable ``TVM_FLASH_NUM_THREADS`` is no number of threads.
+    """
+    text = os.environ.get(THREADS_VARIABLE, "")
+    if text and not (text.isdecimal() and int(text)):
+        raise InvalidArgumentError(f"{THREADS_VARIABLE}: is {text!r}, expected a whole number from 1 on, or unset")
 
 
 def _may_use_tiles() -> bool:

@@ -166,6 +166,7 @@ class Registry:
         Raises
         ------
         PackError: a file of the pack is missing, truncated or edited, or the loader refuses it.
+        InvalidArgumentError: a variable of the environment that says how it runs has a value without meaning.
         """
         key = (kernel.pack.folder, kernel.entry.symbol)
         with self._lock:
@@ -194,6 +195,8 @@ class Registry:
             files = {m.file: m for m in pack.manifest.modules}
             if name not in files:
                 raise _damaged(pack, f"{MANIFEST_NAME} doesn't list {name}")
+            if pack.arch == "cpu":
+                cpu.check_threads()
             place = self.place_of(pack)
             path = place / name
             for file in (*pack.manifest.support_files, files[name]):
