@@ -111,6 +111,18 @@ def test_two_packs_never_share_a_definition(cpu_pack, tmp_path, use_packs):
         custom_attention("mine")(half, half, half)
 
 
+def test_two_instruction_sets_never_share_a_definition(cpu_pack, tmp_path, use_packs):
+    """That with fewer may have been built of an earlier text, and would compute what the other lacks."""
+    with_definition(cpu_pack, tmp_path / "packs" / "cpu-less", "causal", 64, 128)
+    edit(tmp_path / "packs" / "cpu-less", isa="less", cpu_features=())
+    with_definition(cpu_pack, tmp_path / "packs" / "cpu-more", "full", 64)
+    use_packs(tmp_path / "packs")
+    x = rows(64)
+    assert np.array_equal(custom_attention("mine")(x, x, x), flash_attention(x, x, x))
+    with pytest.raises(KernelNotFoundError, match="no cpu kernel for head_dim 128"):
+        custom_attention("mine")(rows(128), rows(128), rows(128))
+
+
 def test_kernels_of_a_definition_that_take_other_parameters(cpu_pack, tmp_path, use_packs):
     with_definition(cpu_pack, tmp_path / "packs" / "cpu", "full", 64)
     edit(

@@ -164,6 +164,8 @@ def _sort_out(problem: Problem, device: Device, order: tuple[str, str]) -> tuple
     packs = registry()
     if not any(packs.kernels(arch) for arch in archs):
         raise packs.missing(archs, device.native_arch)
+    if problem.definition != BUILTIN_DEFINITION:  # older code for older archs may be of an earlier text
+        archs = [arch for arch in archs if packs.of_definition(arch, problem.definition)][:1]
     fitting, rejected = [], []
     for distance, arch in enumerate(archs):
         for kernel in candidates(arch, problem):

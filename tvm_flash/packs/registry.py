@@ -121,11 +121,18 @@ class Registry:
         key = (arch, definition, dtype, op)
         found = self._candidates.get(key)
         if found is None:
-            wanted, folders = (op, definition, dtype), {p.folder for p in self.packs_of(definition)}
-            found = [k for k in self.kernels(arch) if (k.entry.op, k.entry.definition, k.entry.dtype) == wanted]
-            found = [k for k in found if k.pack.folder in folders]
+            found = [k for k in self.of_definition(arch, definition) if (k.entry.op, k.entry.dtype) == (op, dtype)]
             self._candidates[key] = found  # as many as packs have operators, definitions and dtypes
         return found
+
+    def of_definition(self, arch: str, definition: str) -> list[Installed]:
+        """The kernels of a definition for an arch that this machine can run, in the packs that count.
+
+        Of a definition of the user's own they are those of one pack: of CPU packs, of that with the most instructions.
+        """
+        folders = {pack.folder for pack in self.packs_of(definition)}
+        found = [k for k in self.kernels(arch) if k.entry.definition == definition and k.pack.folder in folders]
+        return found if definition == BUILTIN_DEFINITION else [k for k in found if k.pack is found[0].pack]
 
     def packs_of(self, definition: str) -> list[Pack]:
         """The packs whose kernels of a definition count.
