@@ -13,6 +13,7 @@ from schedules.definition.derive import OPERATORS
 from schedules.families.interface import Target
 from schedules.toolchain.nvcc import find_toolkit
 from schedules.toolchain.process import ToolchainError
+from tests.conftest import ROOT
 
 SPEC = KernelSpec("v2", "attention", "causal", "identity", "float16", 64, 64)
 SM_80, CPU = BuildRequest((Target("sm_80"),)), BuildRequest((Target("cpu", "baseline"),))
@@ -121,6 +122,9 @@ def test_two_templates_on_a_wide_terminal(monkeypatch):
     assert "left" in lines[0] and "right" in lines[0] and len(lines) == 2
 
 
+PREFIX = ROOT / "tests/definitions/prefix_attention.py"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -133,6 +137,12 @@ def test_two_templates_on_a_wide_terminal(monkeypatch):
         (["--arch", "sm_80", "--dtype", "float64"], "float64"),
         (["--arch", "sm_80", "--bucket", "7"], "--bucket 7"),
         (["--head-dim", "12x"], "head_dim"),
+        (["--arch", "sm_80", "--isa", "avx2"], "--isa avx2: is of processors, and --arch is sm_80"),
+        (["--lengths", "64"], "--lengths 64: is for --stage mask, and --stage is tir"),
+        (["--picture", "x.png"], "--picture x.png: is for --stage mask"),
+        (["--stage", "mask", "--picture", "no_folder/x.png"], "--picture no_folder/x.png: its folder isn't there"),
+        (["--definition", f"{PREFIX}:prefix_attention", "--mask", "full"], "--mask full: stands beside --definition"),
+        (["--definition", f"{PREFIX}:prefix_attention", "--score", "alibi"], "which has a score of its own"),
     ],
 )
 def test_wrong_requests_are_one_line(arguments, says, capsys):

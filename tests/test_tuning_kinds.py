@@ -102,6 +102,25 @@ def test_wrong_kinds_are_answered(arguments, complaint, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--suite", "standard", "--mask", "diagonal"], "--mask diagonal: unknown; expected one of full, causal"),
+        (["--suite", "standard", "--dtype", "float8"], "--dtype float8: cpu"),
+        (["--suite", "standard", "--budget", "much"], "much"),
+        (
+            ["--problem", f"{SMALL} fp32", "--seqlen", "64", "--mask", "full"],
+            "--seqlen, --mask: keep some of a --suite",
+        ),
+        (["--problem", f"{SMALL} fp32", "--dtype", "float16"], "--dtype float16: the problem"),
+        (["--arch", "sm_80", "--isa", "avx2", "--suite", "standard"], "--isa avx2: is of CPU kernels"),
+    ],
+)
+def test_options_without_meaning_are_answered(arguments, complaint, capsys):
+    assert main(["--arch", "cpu", *arguments, "--dry-run"]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("op", "sizes", "words"),
     [
         ("forward", (2, 8, 2, 30, 90), "b=2 h=8 s=30 d=64 hk=2 sk=90 causal float32"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import shutil
 import sys
@@ -189,12 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.op = "backward" if result else options.op
     try:
         target = parse_targets([options.arch or "native"], options.isa)[-1]
+        _check_together(options, target)
         request = _request(options, target)
         spec = select(request, target)[0].with_bucket(options.bucket)
         templates = options.templates or (["v2"] if "v2" in family_of(target).TEMPLATES else ["v1"])
         templates = templates[:1] if options.stage in STAGES else templates
         specs = [dataclasses.replace(spec, template=t) for t in templates]
-        more = parse_lengths(options.lengths), options.picture
+        more = parse_lengths(options.lengths or "512"), options.picture
         listings = [listing(one, request, options.stage, options.op, result, *more) for one in specs]
     except (ValueError, ToolchainError, DefinitionError) as e:
         print(f"show: {e}", file=sys.stderr)
@@ -219,14 +221,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--isa", default="", help="of a processor: avx2, baseline, …; default: this machine's best")
     parser.add_argument("--head-dim", default="128", help="128, or 192:128 if values have a size of their own")
     parser.add_argument("--dtype", help="default: float16, on a processor float32")
-    parser.add_argument("--mask", default="full", help="full, causal, window, …")
-    parser.add_argument("--score", default="identity", help="identity, softcap, alibi, …")
+    parser.add_argument("--mask", help="full (default), causal, window, …")
+    parser.add_argument("--score", help="identity (default), softcap, alibi, …")
     parser.add_argument("--kind", choices=tuple(SCOPES), help="default: that of the operator")
     parser.add_argument("--bucket", type=int, default=0, help="the kernel for sequences of so many keys or more")
-    parser.add_argument("--lengths", default="512", help="of a mask's picture: 512, or 256x512 for queries and keys")
+    parser.add_argument("--lengths", help="of a mask's picture: 512 (default), or 256x512 for queries and keys")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="where a mask's picture goes")
     parser.add_argument("--definition", metavar="FILE.py:NAME", help="a definition of your own")
     return parser
+
+
+def _check_together(options: argparse.Namespace, target: Target) -> None:
+    """Check that no option is without meaning beside the others, and that a picture can be written.
+
+    Raises
+    ------
+    ValueError: one is; the text names it.
+    """
+    for name in ("mask", "score"):
+        value = getattr(options, name)
+        if options.definition and value:
+            raise ValueError(
+                f"--{name} {value}: stands beside --definition, which has a {name} of its own; leave it out"
+            )
+    if options.isa and target.arch != "cpu":
+        raise ValueError(f"--isa {options.isa}: is of processors, and --arch is {target.arch}; leave it out")
+    for name in ("lengths", "picture"):
+        value = getattr(options, name)
+        if value and options.stage != "mask":
+            raise ValueError(f"--{name} {value}: is for --stage mask, and --stage is {options.stage}; leave it out")
+    if options.picture and not os.access(options.picture.absolute().parent, os.W_OK):
+        raise ValueError(f"--picture {options.picture}: its folder isn't there or can't be written; name another")
 
 
 def _request(options: argparse.Namespace, target: Target) -> BuildRequest:
@@ -237,7 +262,7 @@ def _request(options: argparse.Namespace, target: Target) -> BuildRequest:
     head_dims = (HeadDim.parse(options.head_dim),)
     scheduled = options.stage not in STAGES
     kind = options.kind or (options.op if scheduled and options.op in SCOPES else FORWARD)
-    chosen = Selection(("v2",), (dtype,), head_dims, (options.mask,), (options.score,), (kind,))
+    chosen = Selection(("v2",), (dtype,), head_dims, (options.mask or "full",), (options.score or "identity",), (kind,))
     definition = DefinitionFile.parse(options.definition) if options.definition else None
     return BuildRequest((target,), chosen, definition, tuning=Tuning("auto"))
 

@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # ---------------------------------------------------------------- searching
 
+#: What the problems of the suite see.
+_SUITE_MASKS = ("full", "causal")
+
 
 def _tune(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
@@ -87,7 +90,10 @@ def _tune(arguments: Sequence[str]) -> int:
     for template in options.template:
         if template not in TEMPLATES:
             raise ValueError(f"--template {template}: unknown; expected one of {', '.join(TEMPLATES)}")
+    budget = Budget(configs=0) if options.variation and not options.budget else Budget.parse(options.budget or "100")
     target = parse_targets([options.arch], options.isa)[-1]  # of "native", the GPU if there is one
+    if options.isa and target.arch != "cpu":
+        raise ValueError(f"--isa {options.isa}: is of CPU kernels, and --arch is {target.arch}; leave it out")
     workloads = _workloads(options, target)
     tasks = tasks_for(workloads, options.template or TEMPLATES, target, options.kind)
     if not tasks:
@@ -104,7 +110,7 @@ def _tune(arguments: Sequence[str]) -> int:
         target=target,
         tasks=tasks,
         strategy=options.strategy,
-        budget=Budget(configs=0) if options.variation and not options.budget else Budget.parse(options.budget or "100"),
+        budget=budget,
         folder=options.emit or options.work / "_".join(filter(None, (target.arch, target.isa))),
         generation=options.generation,
         seed=options.seed,
@@ -201,11 +207,22 @@ def _workloads(options: argparse.Namespace, target) -> list[Workload]:
     dtypes = options.dtype or family_of(target).DTYPES
     if bool(options.problem) == bool(options.suite):
         raise ValueError("either --problem or --suite is needed: what is to be fast?")
+    for mask in options.mask:
+        if mask not in _SUITE_MASKS:
+            raise ValueError(f"--mask {mask}: unknown; expected one of {', '.join(_SUITE_MASKS)}")
+    for dtype in options.dtype:
+        if dtype not in family_of(target).DTYPES:
+            raise ValueError(f"--dtype {dtype}: {target} has none; it has {', '.join(family_of(target).DTYPES)}")
     if options.suite:
         device = "cpu" if target.arch == "cpu" else "cuda"
         found = standard_suite(device, dtypes, options.head_dim, options.seqlen, options.mask)
     else:
         named = [_parse_problem(text) for text in options.problem]
+        of_suite = {"head-dim": options.head_dim, "seqlen": options.seqlen, "mask": options.mask}
+        if given := ", ".join(f"--{name}" for name, values in of_suite.items() if values):
+            raise ValueError(f"{given}: keep some of a --suite, and a --problem says all of it; leave them out")
+        if options.dtype and (own := [text for text, names_one in named if names_one]):
+            raise ValueError(f"--dtype {','.join(options.dtype)}: the problem {own[0]!r} names its own; leave one out")
         found = [w for text in named for w in _in_dtypes(text, options.dtype)]
     return list(dict.fromkeys(one for w in found for one in _of_kinds(w, options.kind)))
 
