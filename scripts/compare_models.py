@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import datetime
 import json
 import os
 import subprocess
@@ -85,7 +86,8 @@ def page(outcomes: list[dict]) -> str:
         'the CPU with `attn_implementation="tvm"`, compared with `"eager"` '
         f"(torch {torch.__version__.partition('+')[0]})",
         "in each way that its inputs allow. Written by",
-        "`python scripts/compare_models.py`.",
+        f"`python scripts/compare_models.py` on {datetime.date.today().isoformat()}: what torch computes of a model, "
+        "and why, is as it was that day.",
         "",
         "| outcome | architectures | means |",
         "|---|---|---|",
@@ -128,6 +130,8 @@ def main() -> int:
         return 0
     from tests.architectures import model_types
 
+    if unknown := sorted(set(args.model_types) - set(model_types())):
+        parser.error(f"model_types: {', '.join(unknown)} aren't of this transformers; {PAGE.name} lists those that are")
     known = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     wanted = args.model_types or model_types()
     todo = [x for x in wanted if x not in {y["model_type"] for y in known}]

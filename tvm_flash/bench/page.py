@@ -21,8 +21,8 @@ These pages of figures are made from the files in [docs/benchmarks/](benchmarks/
 ```
 
 A ratio is the speed of ours over that of the fastest peer of its cell, in the same run; `▼` marks a loss, bold is the
-fastest of a row. How the times are taken is told under each machine and in `tvm_flash/bench/timing.py`; operations are
-those of the two products, half of them under a causal mask.
+fastest of a row. How the times are taken is told under each machine and in `tvm_flash/measure/timing.py`; operations
+are those of the two products, half of them under a causal mask.
 """
 
 
