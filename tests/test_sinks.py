@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 import tvm_flash
 from tvm_flash import ArgumentTypeError, InvalidArgumentError, reference
+from tvm_flash.packs.manifest import MANIFEST_NAME, Manifest
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
@@ -278,3 +282,24 @@ def test_without_any_key_a_row_sees_its_sink(form):
     found = torch.autograd.grad([out, torch.where(lse > -torch.inf, lse, 0.0).sum()], [*leaves, sinks], [out, None])
     assert not found[0].any() and found[1].shape == leaves[1].shape
     assert torch.equal(found[3], torch.where(sinks > -torch.inf, float(rows), 0.0))
+
+
+@pytest.mark.parametrize("has_sink", (True, False))
+def test_without_any_key_a_parameter_of_this_name_is_the_definitions_own(cpu_pack, tmp_path, use_packs, has_sink):
+    """A definition of the user's own says itself whether there is a sink, whatever its parameters are called."""
+    folder = tmp_path / "packs" / "cpu"
+    shutil.copytree(cpu_pack, folder)
+    manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text())
+    kernels = (k for k in manifest.kernels if k.symbol == "v1_float32_d64_positioned_optional_sinks")
+    mine = tuple(dataclasses.replace(k, definition="mine", has_sink=has_sink) for k in kernels)
+    (folder / MANIFEST_NAME).write_text(dataclasses.replace(manifest, kernels=mine).to_json())
+    use_packs(tmp_path / "packs")
+    q, k, v = problem(seqlen_kv=0)
+    of_heads = {"kv_start": np.int32, "kv_end": np.int32, "query_start": np.int32, "alibi_slopes": np.float32}
+    given = {p.name: np.zeros(HEADS, of_heads.get(p.name, np.float32)) if p.is_tensor else 0 for p in mine[0].params}
+    attention = tvm_flash.custom_attention("mine")
+    if has_sink:
+        with pytest.raises(tvm_flash.NotSupportedError, match="'mine', which has a sink; pass a key that its mask"):
+            attention(q, k, v, **given)
+    else:
+        assert (attention(q, k, v, **given) == 0).all()

@@ -33,12 +33,11 @@ def check_sees_nothing(request: Request) -> None:
     NotSupportedError: their softmax has a sink, and no kernel knows of a key that nobody sees.
     """
     problem = request.problem
+    builtin = problem.definition == BUILTIN_DEFINITION
     over_keys = [name for name in _OVER_KEYS if name in request.parameters]
-    if "sinks" in request.parameters and over_keys:
+    if builtin and "sinks" in request.parameters and over_keys:
         what, remedy = f"sinks beside {over_keys[0]}", f"leave {over_keys[0]} out"
-    elif problem.definition != BUILTIN_DEFINITION and any(
-        e.has_sink for e in registry().entries_of(problem.definition)
-    ):
+    elif not builtin and any(e.has_sink for e in registry().entries_of(problem.definition)):
         what, remedy = f"the definition {problem.definition!r}, which has a sink", "pass a key that its mask hides"
     else:
         return
@@ -46,7 +45,9 @@ def check_sees_nothing(request: Request) -> None:
 
 
 def is_keyless(request: Request) -> bool:
-    """Whether rows that have no keys have sinks, which are what they see then."""
+    """Whether rows that have no keys have sinks, which are what they see then; not by a user's own definition."""
+    if request.problem.definition != BUILTIN_DEFINITION:
+        return False
     return "sinks" in request.parameters and not any(name in request.parameters for name in _OVER_KEYS)
 
 
