@@ -49,6 +49,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in FIRST)
 
 
+def pytest_collection_finish():
+    """Give TVM's parser the stack without its sources, which it has no use for here.
+
+    It asks for the stack twice a function, and ``inspect.stack`` looks for the module of each frame among all that are
+    loaded: where torch, JAX and transformers are, that was a third of the time of the tests that derive operators.
+    """
+    entry = sys.modules.get("tvm.tirx.script.parser.entry")
+    if entry is not None:
+        from schedules.definition.tvmscript import _InspectWithoutSources
+
+        entry.inspect = _InspectWithoutSources("inspect")
+
+
 @pytest.fixture(scope="session")
 def cpu_pack(tmp_path_factory):
     """Folder of a CPU pack that this machine can run; built in the package, once, if there is none."""
@@ -119,14 +132,19 @@ def python():
 
 @pytest.fixture
 def toys(monkeypatch):
-    """Families whose kernels compile in no time stand for the processor and for sm_90."""
+    """Families whose kernels compile in no time stand for the processor and for sm_90; of what packs have beside
+    kernels, the same file is compiled once in a test run."""
     from schedules import families
+    from schedules.builder import support
     from tests import toy_family
+    from tests.toy_packs import made_once
 
     for module in toy_family.families_by_name().values():
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for arch, name in toy_family.FAMILY.items():
         monkeypatch.setitem(families.FAMILY, arch, name)
+    for name in ("build_runtime", "build_call_path"):
+        monkeypatch.setattr(support, name, made_once(getattr(support, name)))
 
 
 @pytest.fixture

@@ -15,6 +15,9 @@ from schedules.definition.derive import OPERATORS, derive
 from schedules.definition.parameters import gradient_name
 from schedules.definition.pattern import match
 
+#: What an oracle is compiled for: the way that takes LLVM the least time, since an oracle computes a few small tensors.
+TARGET = tvm.target.Target({"kind": "llvm", "jit": "orcjit", "opt-level": 0})
+
 #: What each operator writes.
 OUTPUTS = {
     "forward": ("o", "lse"),
@@ -32,7 +35,7 @@ OUTPUTS = {
 def compiled(func) -> Callable:
     """A function of the operator's inputs by role, parameters by name; it returns its outputs, a namespace."""
     pattern = match(func)
-    module = tvm.compile(func, target=tvm.target.Target({"kind": "llvm"}))
+    module = tvm.compile(func, target=TARGET)
     asked = [p for p in pattern.params if p.gradient] if OPERATORS[pattern.op].has_gradients else []
     roles = [*pattern.arguments, *(p.name for p in pattern.params), *map(gradient_name, asked)]
 

@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.errors import DefinitionError
 from schedules.definition.gradient import FUNCTIONS, NODES, derivative
+from tests.oracle import TARGET
 
 N = 64
 
@@ -88,7 +89,7 @@ def evaluate(expressions, x, values) -> dict[str, np.ndarray]:
     body = tirx.For(loop, 0, n, tirx.ForKind.SERIAL, tirx.SeqStmt(stores) if len(stores) > 1 else stores[0])
     func = tirx.PrimFunc([points, results], body).with_attr({"global_symbol": "f", "tirx.noalias": True})
     out = tvm.runtime.tensor(np.zeros((len(expressions), n)))
-    tvm.compile(func, target=tvm.target.Target({"kind": "llvm"}))["f"](tvm.runtime.tensor(values), out)
+    tvm.compile(func, target=TARGET)["f"](tvm.runtime.tensor(values), out)
     return dict(zip(expressions, out.numpy(), strict=True))
 
 

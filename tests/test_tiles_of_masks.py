@@ -22,6 +22,7 @@ from schedules.definition.pattern import match
 from schedules.definition.picture import ALL, NOTHING, Picture
 from schedules.definition.sample import parameters_of
 from schedules.families.cpu.bounds import fill_bounds, with_bounds
+from tests.oracle import TARGET
 from tvm_flash.packs.manifest import Param
 
 GALLERY = Path(__file__).resolve().parent.parent / "schedules" / "definition" / "gallery"
@@ -85,7 +86,7 @@ def asked(definition, lengths, laid):
                 T.writes()
                 write(P, m, n)
 
-    module = tvm.compile(append_arguments(tiles, [live, full, *arguments]), target=tvm.target.Target({"kind": "llvm"}))
+    module = tvm.compile(append_arguments(tiles, [live, full, *arguments]), target=TARGET)
     found = [tvm.runtime.tensor(np.full(shape, -1, np.int32)) for _ in range(2)]
     values = parameters_of(definition, 1, 1, *lengths)
     given = [tvm_ffi.from_dlpack(laid(x)) if isinstance(x, np.ndarray) else x for x in values.values()]
