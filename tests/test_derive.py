@@ -17,6 +17,7 @@ from schedules.definition.catalogue import FULL, MASKS, SCORES, ScoreModificatio
 from schedules.definition.derive import OPERATORS, derive
 from schedules.definition.pattern import DefinitionError, match
 from tests import oracle
+from tests.pairs import some_pairs
 from tvm_flash import dequantise_cache, reference
 from tvm_flash.packs.manifest import Param
 
@@ -101,8 +102,9 @@ def autograd(attention, q, k, v, dout, dlse, params):
     return {name: np.zeros(x.shape) if x.grad is None else x.grad.numpy() for name, x in leaves.items()}
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    ("score", "mask"), some_pairs(SCORES, MASKS, whole=("identity", "optional_sinks", "positioned"))
+)
 def test_gradients_against_float64_and_autograd(score, mask):
     attention = Attention(asking(SCORES[score]), MASKS[mask])
     names = [p.name for p in attention.score.params if is_float(p)]
