@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from tests.machine_code import compiled
 TEMPLATES = {"v1": v1, "v2": v2}
 
 
+@functools.cache
 def pattern_of(head_dim=128, mask="full", score="identity", dtype="float16", head_dim_v=None):
     definition = Attention(SCORES[score], MASKS[mask])
     return match(definition(head_dim, dtype, head_dim_v=head_dim_v, index_dtype=sm80.INDEX_DTYPE))

@@ -1,6 +1,7 @@
 """The matcher: kv ranges against brute force over the numpy twins, and refusals with the block's name."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -132,10 +133,17 @@ def check_ranges(ranges, seen, exact, whole=True):
         assert full_hi - full_lo == every.sum()
 
 
+@functools.cache
+def pattern_of(mask, op="forward"):
+    """What is matched of a mask's operator, once for all tests."""
+    pattern = match(Attention(mask=mask)(8, "float32"))
+    return pattern if op == "forward" else match(derive(pattern, op))
+
+
 @pytest.mark.parametrize("mask", EVALUABLE, ids=lambda m: m.name)
 @pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), SIZES)
 def test_ranges_against_brute_force(mask, seqlen_q, seqlen_kv):
-    pattern = match(Attention(mask=mask)(8, "float32"))
+    pattern = pattern_of(mask)
     site = site_of(pattern, seqlen_q, seqlen_kv, PARAMS)
     visible = visible_of(mask, seqlen_q, seqlen_kv)
 
@@ -168,7 +176,7 @@ def test_ranges_against_brute_force(mask, seqlen_q, seqlen_kv):
 @pytest.mark.parametrize("keys", ((3, 8), (5, 5), (9, 20), (-2, 3)))
 def test_ranges_of_a_part(mask, keys):
     seqlen_q, seqlen_kv = 9, 11
-    pattern = match(derive(match(Attention(mask=mask)(8, "float32")), "partial"))
+    pattern = pattern_of(mask, "partial")
     site = site_of(pattern, seqlen_q, seqlen_kv, PARAMS)
     within = {name: tirx.IntImm("int32", key) for name, key in zip(KEY_RANGE, keys, strict=True)}
     site = dataclasses.replace(site, params={**site.params, **within})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,7 @@ TARGET = Target("sm_90a")
 _OPCODES = {"HGMMA": (0x9F0, 0xDF0), "UTMALDG": (0x5B4,), "UTMASTG": (0x3B5,), "LDL": (0x983,), "STL": (0x387,)}
 
 
+@functools.cache
 def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, head_dim_v=None):
     definition = Attention(SCORES[score], MASKS[mask])
     return match(definition(head_dim, dtype, head_dim_v=head_dim_v, index_dtype=sm90.INDEX_DTYPE))
