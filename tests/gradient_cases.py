@@ -133,8 +133,8 @@ def _by_formula(case, data, given, asked, terms, keys) -> dict[str, np.ndarray]:
 def _one_by_one(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b.T`` with each sum taken term after term, as kernels do and a library of matrix products may not."""
     total = torch.zeros(*a.shape[:3], b.shape[2])
-    for x, y in zip(a.unbind(-1), b.unbind(-1), strict=True):
-        total += x[..., None] * y[..., None, :]
+    for x, y in zip(*(x.movedim(-1, 0).contiguous() for x in (a, b)), strict=True):
+        total.addcmul_(x[..., None], y[..., None, :])
     return total
 
 
