@@ -1,5 +1,6 @@
 """The commands."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -15,12 +16,13 @@ from tests import entries
 from tests.conftest import ROOT
 from tvm_flash.catalogue import MASKS
 from tvm_flash.commands import check as selfcheck
+from tvm_flash.commands import cli
 from tvm_flash.commands.cli import main
 from tvm_flash.machine.device import Device
 from tvm_flash.measure import small_case
 from tvm_flash.operators import ACCUMULATE, BACKWARD, FORWARD
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, MANIFEST_NAME, Manifest
-from tvm_flash.packs.registry import registry
+from tvm_flash.packs.registry import own_packs, registry
 
 
 @pytest.fixture
@@ -298,3 +300,17 @@ def test_wrong_arguments(arguments, says, capsys):
 def test_an_error_is_one_line(capsys):
     status, out, err = run(capsys, "explain", "--shape", "2,8,512,60", "--device", "cpu")
     assert status == 2 and out == "" and err.startswith("tvm_flash: head_dim: is 60") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", (["--output=there"], ["--output", "there"], ["--out", "there"]), ids=" ".join)
+def test_a_build_goes_where_it_is_asked_to_where_the_package_cannot_be_written(given, monkeypatch):
+    pytest.importorskip("tvm")
+    commands = []
+    monkeypatch.setattr(cli.os, "access", lambda *_: False)
+    monkeypatch.setattr(cli.subprocess, "run", lambda c: commands.append(c) or subprocess.CompletedProcess(c, 0))
+    for words in ([], given):
+        assert main(["build", *words]) == 0
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output")
+    own, asked = (parser.parse_args(command[3:]).output for command in commands)
+    assert own == str(own_packs()) and asked == "there"

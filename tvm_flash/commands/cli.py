@@ -176,8 +176,8 @@ def _build(options: argparse.Namespace) -> int:
                 f'build: the module {module!r} isn\'t installed; run `pip install "tvm-flash[build]"`'
             )
     words = options.options
-    if not os.access(PACKAGE_PACKS, os.W_OK) and not any(x.split("=")[0] == "--output" for x in words):
-        words = [*words, "--output", str(own_packs())]
+    if not os.access(PACKAGE_PACKS, os.W_OK):
+        words = ["--output", str(own_packs()), *words]  # first, so that one that is given counts, however it is written
     return subprocess.run([sys.executable, "-m", "schedules.commands.build", *words]).returncode
 
 
