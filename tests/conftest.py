@@ -34,19 +34,24 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     shared.begin()  # workers of xdist, which come later, have the same folder
+    config.option.loadscopereorder = False  # xdist would begin with the files of most tests: FIRST says which are long
     if config.getoption("--strict-skips") and not hasattr(
         config, "workerinput"
     ):  # workers of xdist report to the first
         config.pluginmanager.register(StrictSkips())
 
 
-#: Files whose tests share what takes long to make.  xdist deals the end of the list out in ever smaller parts: there
-#: each worker would make its own, and the other would wait for the last.
-FIRST = ("test_wheel.py",)
+#: Long files, the longest first: whoever begins one of them last would leave the other workers without work meanwhile.
+FIRST = (
+    *("test_wheel.py", "test_tuning.py", "test_gallery_simulated.py", "test_definition_tensors.py"),
+    *("test_tuning_kinds.py", "test_sm90_compile.py", "test_gpu_compile.py", "test_cpu_family.py", "test_gallery.py"),
+    *("test_build_interrupted.py", "test_peer_suites.py"),
+)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in FIRST)
+    rank = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
 
 
 def pytest_collection_finish():
