@@ -61,6 +61,33 @@ def test_the_dispatcher_knows_us(name, way, calls):
     assert torch.equal(run(model, inputs), want) and not calls
 
 
+@pytest.mark.usefixtures("trains")
+def test_a_model_learns_what_it_learns_with_torchs_attention(calls):
+    """The losses of a UNet's steps, its text's gradient, and every call computed here."""
+
+    def losses(ours: bool) -> tuple[list[float], torch.Tensor]:
+        model, inputs = make("UNet2DConditionModel").train(), MODELS["UNet2DConditionModel"][1]()
+        if ours:
+            assert integration.use(model) == 8
+        text = inputs["encoder_hidden_states"].clone().requires_grad_()
+        noise = torch.randn(inputs["sample"].shape, generator=torch.Generator().manual_seed(3))
+        optimizer, found = torch.optim.SGD(model.parameters(), lr=0.05), []
+        for _ in range(5):
+            loss = (model(**inputs | {"encoder_hidden_states": text}).sample - noise).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found, text.grad
+
+    want, want_text = losses(False)
+    assert not calls
+    found, found_text = losses(True)
+    assert len(calls) == 5 * 8
+    assert found[-1] < found[0] - 0.05 and max(abs(x - y) for x, y in zip(found, want, strict=True)) < 1e-5
+    assert (found_text - want_text).abs().max() < 1e-4 * want_text.abs().max()
+
+
 def test_after_attention_slicing(calls):
     model, inputs = make("UNet2DConditionModel"), MODELS["UNet2DConditionModel"][1]()
     want = run(model, inputs)

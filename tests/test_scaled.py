@@ -112,6 +112,21 @@ def test_frameworks_round_the_same(cache):
 
 
 @pytest.mark.parametrize("cache", CACHES)
+def test_dtypes_are_those_of_frameworks_too(cache):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = torch.randn(3, 2, 8)
+    want, scale = quantise_cache(x, cache)
+    of_numpy = getattr(ml_dtypes, cache, None) or getattr(np, cache)
+    for dtype in (getattr(torch, cache), of_numpy, np.dtype(of_numpy)):
+        found, _ = quantise_cache(x, dtype)
+        assert found.dtype == want.dtype and torch.equal(found.view(torch.uint8), want.view(torch.uint8))
+    back = dequantise_cache(want, scale, "bfloat16")
+    for dtype in (torch.bfloat16, ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16)):
+        found = dequantise_cache(want, scale, dtype)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, back)
+
+
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("framework", ("numpy", "torch", "jax"))
 def test_a_scale_is_never_lost(cache, framework):
     """Of what is tiny, without elements, or has infinities and NaN: those are as they are, and others as without."""
@@ -160,7 +175,15 @@ def test_wrong_calls_say_what_mends_them():
         (lambda: quantise_cache(plain["k_cache"], "int8", k_scale.numpy()), "scale: is a tensor of another framework"),
         (lambda: quantise_cache(plain["k_cache"], "int8", 2.0), "scale: is a builtins.float"),
         (lambda: dequantise_cache(right["k_cache"], k_scale, "float64"), "dtype: is 'float64'"),
-        (lambda: dequantise_cache(right["k_cache"], k_scale, torch.float16), "dtype: is torch.float16"),
+        (
+            lambda: dequantise_cache(right["k_cache"], k_scale, torch.int8),
+            "dtype: is torch.int8, expected one of 'float",
+        ),
+        (
+            lambda: quantise_cache(plain["k_cache"], torch.float16),
+            "dtype: is torch.float16, expected one of 'float8_e4m",
+        ),
+        (lambda: quantise_cache(plain["k_cache"], None), "dtype: is None"),
         (lambda: dequantise_cache(plain["k_cache"], k_scale, "float16"), "x: has dtype float32"),
         (lambda: dequantise_cache(right["k_cache"], k_scale[:1], "float16"), "scale: has shape"),
     ):

@@ -13,7 +13,7 @@ from typing import Any
 from tvm_flash.call.paged import CACHE_DTYPES
 from tvm_flash.call.problem import DTYPES
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
-from tvm_flash.frameworks import framework_of
+from tvm_flash.frameworks import dtype_name, framework_of
 
 #: The largest number that an element is, by the dtype of the cache.
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
@@ -22,7 +22,7 @@ LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
 _FLOAT32_MAX, _FLOAT32_NORMAL = (2 - 2.0**-23) * 2.0**127, 2.0**-126
 
 
-def quantise_cache(x: Any, dtype: str = "float8_e4m3fn", scale: Any = None) -> tuple[Any, Any]:
+def quantise_cache(x: Any, dtype: Any = "float8_e4m3fn", scale: Any = None) -> tuple[Any, Any]:
     """Keys or values in 8 bits.
 
     ``x / scale`` in float32 is brought into the range of the dtype, ±448 of ``"float8_e4m3fn"`` and ±127 of ``"int8"``,
@@ -32,7 +32,7 @@ def quantise_cache(x: Any, dtype: str = "float8_e4m3fn", scale: Any = None) -> t
     Parameters
     ----------
     x: ``(…, kv_heads, dim)``, a tensor of torch, NumPy or JAX, of float32, float16 or bfloat16.
-    dtype: ``"float8_e4m3fn"`` or ``"int8"``.
+    dtype: ``"float8_e4m3fn"`` or ``"int8"``, or that dtype of torch, NumPy or JAX.
     scale: float32 ``(kv_heads,)``, or ``(pages, kv_heads)`` where x is ``(pages, page_size, kv_heads, dim)``.  If it
         isn't given, each head gets what makes its largest finite element the largest of the dtype; 1 if all are 0.
 
@@ -44,8 +44,7 @@ def quantise_cache(x: Any, dtype: str = "float8_e4m3fn", scale: Any = None) -> t
     ------
     ArgumentTypeError, InvalidArgumentError: an argument is wrong.
     """
-    if not isinstance(dtype, str) or dtype not in CACHE_DTYPES:
-        raise ArgumentTypeError(f"dtype: is {dtype!r}, expected one of {', '.join(map(repr, CACHE_DTYPES))}")
+    dtype = dtype_name(dtype, CACHE_DTYPES)
     xp = _arrays(x, "x")
     _check_rows(xp, x, DTYPES)
     wide = xp.float32(x)
@@ -59,21 +58,20 @@ def quantise_cache(x: Any, dtype: str = "float8_e4m3fn", scale: Any = None) -> t
     return rounded(xp, xp.quotient(wide, _beside(xp, x, scale)), dtype), scale
 
 
-def dequantise_cache(x: Any, scale: Any, dtype: str) -> Any:
+def dequantise_cache(x: Any, scale: Any, dtype: Any) -> Any:
     """What keys or values in 8 bits stand for, in the dtype of the queries that read them.
 
     Parameters
     ----------
     x: ``(…, kv_heads, dim)`` of float8_e4m3fn or int8, a tensor of torch, NumPy or JAX.
     scale: float32 ``(kv_heads,)``, or ``(pages, kv_heads)`` where x is ``(pages, page_size, kv_heads, dim)``.
-    dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+    dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``, or that dtype of torch, NumPy or JAX.
 
     Raises
     ------
     ArgumentTypeError, InvalidArgumentError: an argument is wrong.
     """
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ArgumentTypeError(f"dtype: is {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
+    dtype = dtype_name(dtype, DTYPES)
     xp = _arrays(x, "x")
     _check_rows(xp, x, CACHE_DTYPES)
     return xp.cast(xp.float32(x) * _beside(xp, x, scale), dtype)

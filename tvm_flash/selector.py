@@ -14,8 +14,8 @@ from tvm_flash.call.paged import PagedSizes
 from tvm_flash.call.prepare import index_bits
 from tvm_flash.call.problem import DTYPES, HEAD_DIM_MULTIPLE, Problem, normalise_mask
 from tvm_flash.call.signature import signature
-from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
-from tvm_flash.frameworks import contiguous_strides
+from tvm_flash.errors import InvalidArgumentError
+from tvm_flash.frameworks import contiguous_strides, dtype_name
 from tvm_flash.machine.device import Device, parse
 from tvm_flash.operators import FORWARD, OPERATORS, PAGED, RAGGED, RAGGED_LAYOUT
 from tvm_flash.packs import manifest
@@ -224,7 +224,7 @@ class BackendSelector:
             seqlen_kv=seq_len_kv,
             head_dim=head_dim,
             head_dim_v=head_dim,
-            dtype=_USUAL_DTYPE[self.device.kind] if dtype is None else _dtype_name(dtype),
+            dtype=_USUAL_DTYPE[self.device.kind] if dtype is None else dtype_name(dtype, DTYPES),
             layout=checks.check_layout(layout),
             mask=mask.kind,
         )
@@ -242,11 +242,3 @@ def _counted(problem: Problem) -> Problem:
     outputs = [sizes.shape_of(name, problem.layout) for name in operator.outputs]
     bits = index_bits(sizes, [(shape, contiguous_strides(shape)) for shape in given], outputs)
     return dataclasses.replace(problem, index_bits=bits)
-
-
-def _dtype_name(dtype: Any) -> str:
-    """Name of a dtype that is a string, or an object or class of torch, NumPy or JAX."""
-    name = (getattr(dtype, "__name__", None) or str(dtype)).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ArgumentTypeError(f"dtype: is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    return name

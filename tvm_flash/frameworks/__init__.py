@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from tvm_flash.errors import ArgumentTypeError
 from tvm_flash.frameworks.base import Framework, TensorView, Traced, contiguous_strides
 
-__all__ = ["Framework", "TensorView", "Traced", "contiguous_strides", "framework_of"]
+__all__ = ["Framework", "TensorView", "Traced", "contiguous_strides", "dtype_name", "framework_of"]
 
 _BY_TYPE: dict[type, Framework] = {}
+
+
+def dtype_name(dtype: Any, expected: Collection[str]) -> str:
+    """Name of the argument ``dtype``, a string, or an object or class of torch, NumPy or JAX.
+
+    Raises
+    ------
+    ArgumentTypeError: it is none of the ``expected`` names.
+    """
+    name = (getattr(dtype, "__name__", None) or str(dtype)).removeprefix("torch.")
+    if name not in expected:
+        raise ArgumentTypeError(f"dtype: is {dtype!r}, expected one of {', '.join(map(repr, expected))}")
+    return name
 
 
 def framework_of(tensor: Any, name: str) -> Framework:
