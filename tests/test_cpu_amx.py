@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -44,16 +45,22 @@ def _id(kernel):
     return "-".join(map(str, (*kernel[:-1], *kernel[-1].values())))
 
 
-@pytest.fixture(scope="module", params=KERNELS, ids=_id)
-def kernel(request, tmp_path_factory):
-    """A kernel's spec and its function."""
-    template, head_dim, head_dim_v, mask, score, changes = request.param
+@functools.cache
+def made(number):
+    """The spec and the function of one of ``KERNELS``: a test that has its own selection of them builds none again."""
+    template, head_dim, head_dim_v, mask, score, changes = KERNELS[number]
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, "bfloat16", head_dim, head_dim_v)
     pattern = pattern_of(spec, emulate.TARGET)
     config = replace(cpu.default_configs(template, pattern, emulate.TARGET)[0], **changes)
-    module = emulate.build(spec, pattern, config, tmp_path_factory.mktemp("amx"))
-    function = tvm_ffi.load_module(str(module))[spec.symbol]
+    folder = shared.once(f"amx_{number}", lambda folder: emulate.build(spec, pattern, config, folder))
+    function = tvm_ffi.load_module(str(folder / f"{spec.symbol}.so"))[spec.symbol]
     return SimpleNamespace(spec=spec, params=pattern.params, function=function)
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=_id)
+def kernel(request):
+    """A kernel's spec and its function."""
+    return made(KERNELS.index(request.param))
 
 
 def test_the_shared_cases(kernel):
