@@ -220,3 +220,48 @@ def test_what_sm_70_lacks():
 def test_other_gpus_lack_nothing_up_to_128(arch):
     refused = [s for s, why in core_kernels(arch).items() if why.startswith("refused")]
     assert not [s for s in refused if re.search(r"_d(64|96|128)_", s)]
+
+
+# ---------------------------------------------------------------- operations of torch
+
+
+def operations(call) -> int:
+    """How many operations of torch a call takes, views apart, which cost a GPU nothing."""
+    torch = pytest.importorskip("torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    views = re.compile(
+        r"aten\.(view|expand|slice|select\.int|unsqueeze|empty|detach|alias|as_strided|permute|_unsafe_view)"
+    )
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += not views.match(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Counting() as counting:
+        call()
+    return counting.count
+
+
+def test_operations_that_append_to_a_cache():
+    torch = pytest.importorskip("torch")
+    from tvm_flash.tracing import torch_cache
+
+    cache, (k, v) = torch.zeros(2, 8, 16, 2, 64), torch.randn(2, 2, 1, 2, 64)
+    table, before = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), torch.tensor([3, 9], dtype=torch.int32)
+    starts, scale = torch.arange(3, dtype=torch.int32), torch.ones(2)
+    cos, sin = torch.randn(2, 32, 32)
+    found = (
+        operations(lambda: torch_cache._append(*cache, k, v, None, before, table)),
+        operations(lambda: torch_cache._append(*cache, k[:, 0], v[:, 0], starts, before, table)),
+        operations(lambda: torch_cache._append(*cache.char(), k, v, None, before, table, scale, scale)),
+        operations(lambda: torch_cache._rotate(k[:, 0].bfloat16(), cos, sin, before, True)),
+    )
+    rows = r"about (\d+) small … append(?:ing,)? \(?up to (\d+) with … and (\d+) for each rotation"
+    figures = said("docs/serving.md", rows)
+    assert figures == said("tvm_flash/tracing/torch_cache.py", rows)
+    plain, more, turned = map(int, figures)
+    assert max(abs(plain - found[0]), abs(more - max(found)), abs(turned - found[-1])) <= 5, found

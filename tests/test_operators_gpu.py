@@ -283,6 +283,34 @@ def test_a_sequence_has_the_same_bits_alone_and_among_others():
 
 
 @of_kind("paged")
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize(
+    ("head_dim", "options"), [(64, {}), (128, {}), (128, {"window_size": (300, 0), "softcap": 3.0})]
+)
+def test_a_token_has_the_same_bits_in_chunks(dtype, head_dim, options):
+    """Of prompts, chunks of more than a token, whatever their sizes, which no call is told of."""
+    torch.manual_seed(0)
+    length = 1130
+    q, k, v = (torch.randn(length, h, head_dim, device="cuda").to(dtype) for h in (4, 2, 2))
+    table = torch.randperm(-(-length // 16), device="cuda").int()[None]
+    cache = torch.zeros(2, table.shape[1], 16, 2, head_dim, dtype=dtype, device="cuda")
+    for place, x in zip(cache, (k, v), strict=True):
+        place[table[0].long()] = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -length % 16)).view(-1, 16, 2, head_dim)
+
+    def chunk(first, count):
+        """Rows from ``first`` on, with the keys up to their last."""
+        starts, lengths = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, count], [first + count]))
+        return flash_attention_paged(q[first : first + count], *cache, starts, lengths, table, causal=True, **options)
+
+    whole = chunk(0, length)
+    assert not whole.isnan().any()
+    for size in (9, 40, 200, 513):
+        ends = [*range(size, length, size), length]
+        parts = [chunk(first, end - first) for first, end in zip([0, *ends], ends, strict=False)]
+        assert torch.equal(torch.cat(parts), whole), size
+
+
+@of_kind("paged")
 @pytest.mark.parametrize("paged", (False, True), ids=("contiguous", "paged"))
 @pytest.mark.parametrize("turns", ("", "interleaved", "halves"))
 @pytest.mark.parametrize(("queries", "added"), [((1, 1, 1), (1, 1, 1)), ((5, 2, 20), (3, 2, 17))])

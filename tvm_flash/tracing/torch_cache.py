@@ -1,7 +1,7 @@
 """A cache of keys and values in PyTorch: the rotation and the appending of new ones, and attention to all of it.
 
 Importing this module registers ``torch.ops.tvm_flash.append_to_cache`` and ``rotate``, which programs see as operators.
-They are made of torch's own: on a GPU about 40 small operations for appending, 50 with starts or with a cache of 8
+They are made of torch's own: on a GPU about 45 small operations for appending, up to 60 with starts or a cache of 8
 bits, and 15 for each rotation, none of which waits, allocates otherwise than through torch, or depends on what is in a
 tensor.
 """
