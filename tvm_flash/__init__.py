@@ -19,6 +19,7 @@ from tvm_flash.errors import (
 )
 from tvm_flash.interface import custom_attention, flash_attention, flash_attention_v2
 from tvm_flash.kvcache import flash_attention_with_kvcache
+from tvm_flash.merge import merge_attention
 from tvm_flash.padded import padded_attention
 from tvm_flash.paged import check_pages, flash_attention_paged
 from tvm_flash.quantised import dequantise_cache, quantise_cache
@@ -50,6 +51,7 @@ __all__ = [
     "flash_attention_v2_backward",
     "flash_attention_varlen",
     "flash_attention_with_kvcache",
+    "merge_attention",
     "padded_attention",
     "padded_attention_backward",
     "quantise_cache",

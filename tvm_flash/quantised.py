@@ -7,13 +7,13 @@ gives the bits that it gives over that.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from tvm_flash.call.paged import CACHE_DTYPES
 from tvm_flash.call.problem import DTYPES
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
-from tvm_flash.frameworks import dtype_name, framework_of
+from tvm_flash.frameworks import dtype_name
+from tvm_flash.frameworks.arrays import arrays_of
 
 #: The largest number that an element is, by the dtype of the cache.
 LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
@@ -45,7 +45,7 @@ def quantise_cache(x: Any, dtype: Any = "float8_e4m3fn", scale: Any = None) -> t
     ArgumentTypeError, InvalidArgumentError: an argument is wrong.
     """
     dtype = dtype_name(dtype, CACHE_DTYPES)
-    xp = _arrays(x, "x")
+    xp = arrays_of(x, "x")
     _check_rows(xp, x, DTYPES)
     wide = xp.float32(x)
     if scale is None:
@@ -72,7 +72,7 @@ def dequantise_cache(x: Any, scale: Any, dtype: Any) -> Any:
     ArgumentTypeError, InvalidArgumentError: an argument is wrong.
     """
     dtype = dtype_name(dtype, DTYPES)
-    xp = _arrays(x, "x")
+    xp = arrays_of(x, "x")
     _check_rows(xp, x, CACHE_DTYPES)
     return xp.cast(xp.float32(x) * _beside(xp, x, scale), dtype)
 
@@ -95,7 +95,7 @@ def _check_rows(xp: Any, x: Any, dtypes: tuple[str, ...]) -> None:
 
 def _beside(xp: Any, x: Any, scale: Any) -> Any:
     """A scale so that it broadcasts against ``x``."""
-    if _arrays(scale, "scale") is not xp:
+    if arrays_of(scale, "scale") is not xp:
         raise ArgumentTypeError("scale: is a tensor of another framework than x; convert one to the other's")
     if xp.name_of(scale) != "float32":
         raise ArgumentTypeError(f"scale: has dtype {xp.name_of(scale)}, expected float32; convert it")
@@ -106,85 +106,3 @@ def _beside(xp: Any, x: Any, scale: Any) -> Any:
         return scale[:, None, :, None]
     paged = f", or ({shape[0]}, {shape[2]})" if len(shape) == 4 else ""
     raise InvalidArgumentError(f"scale: has shape {own}, expected ({shape[-2]},){paged}: one for each head")
-
-
-def _arrays(x: Any, name: str) -> Any:
-    """The few functions that are needed, of the framework of a tensor.
-
-    Raises
-    ------
-    ArgumentTypeError: it is of another framework.
-    """
-    framework = framework_of(x, name).name
-    if framework not in _FRAMEWORKS:
-        raise ArgumentTypeError(f"{name}: is a {framework} tensor, expected one of {', '.join(_FRAMEWORKS)}")
-    return _FRAMEWORKS[framework]()
-
-
-class _NumPy:
-    def __init__(self, module: Any):
-        self._module = module
-        self.clip, self.round, self.where = module.clip, module.round, module.where
-
-    def name_of(self, x):
-        return x.dtype.name
-
-    def float32(self, x):
-        return x.astype(self._module.float32)
-
-    def largest(self, x, axes):
-        return self._module.max(x, axis=axes)
-
-    def quotient(self, x, y):
-        import numpy as np
-
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # infinities and NaN have their places
-            return x / y
-
-    def cast(self, x, dtype):
-        from tvm_flash.frameworks.numpy import dtype_of
-
-        return x.astype(dtype_of(dtype))
-
-
-class _Torch:
-    def __init__(self):
-        import torch
-
-        self._module = torch
-        self.clip, self.round, self.where = torch.clamp, torch.round, torch.where
-
-    def name_of(self, x):
-        return str(x.dtype).removeprefix("torch.")
-
-    def float32(self, x):
-        return x.float()
-
-    def largest(self, x, axes):
-        return x.amax(axes)
-
-    def quotient(self, x, y):
-        return x / y
-
-    def cast(self, x, dtype):
-        return x.to(getattr(self._module, dtype))
-
-
-@functools.cache
-def _numpy() -> _NumPy:
-    import numpy
-
-    return _NumPy(numpy)
-
-
-@functools.cache
-def _jax() -> _NumPy:
-    import jax.numpy
-
-    return _NumPy(jax.numpy)
-
-
-#: PyTorch's functions, for whoever has its tensors at hand.
-torch_arrays = functools.cache(_Torch)
-
-_FRAMEWORKS = {"numpy": _numpy, "torch": torch_arrays, "jax": _jax}

@@ -18,10 +18,11 @@ import torch
 from tvm_flash.call import checks, eager
 from tvm_flash.call.signature import Options
 from tvm_flash.errors import NotSupportedError
+from tvm_flash.frameworks.arrays import torch_arrays
 from tvm_flash.frameworks.torch import TORCH, name_of
 from tvm_flash.operators import PAGED, PAGED_SCALED, RAGGED_LAYOUT, SCALES
 from tvm_flash.paged import flash_attention_paged
-from tvm_flash.quantised import rounded, torch_arrays
+from tvm_flash.quantised import rounded
 from tvm_flash.tracing import torch_cache_checks as cache_checks
 from tvm_flash.tracing import torch_ragged  # noqa: F401  the operator of the attention
 from tvm_flash.tracing.torch_cache_contents import check_contents
