@@ -25,7 +25,9 @@ from tvm_flash import (
     NotSupportedError,
     TvmFlashError,
     flash_attention,
+    flash_attention_backward,
     flash_attention_v2,
+    flash_attention_v2_backward,
 )
 from tvm_flash.call import eager, fast, plan, suspicion
 from tvm_flash.machine import ffi
@@ -122,6 +124,27 @@ def test_a_repeated_call_is_fast(name, slow_calls):
     for _ in range(3):
         attend()
         assert len(slow_calls) == 1
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 16), (2, 2), (9, 33)])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_gradients_of_few_rows_and_heads_are_fast(heads, rows, layout, slow_calls):
+    """Tensors of all in all one element are made too, since a kernel takes a shorter one for none."""
+    forward, backward = {
+        "bhsd": (flash_attention, flash_attention_backward),
+        "bshd": (flash_attention_v2, flash_attention_v2_backward),
+    }[layout]
+    rng = np.random.default_rng(0)
+    shapes = [(1, h, n, 64) for h, n in zip((heads[0], *heads[1:] * 2), (rows[0], *rows[1:] * 2), strict=True)]
+    q, k, v = (rng.standard_normal(s if layout == "bhsd" else (s[0], s[2], s[1], s[3]), np.float32) for s in shapes)
+    eager.forget()
+    found = []
+    for _ in range(3):
+        out, lse = forward(q, k, v, return_lse=True)
+        found.append(backward(out, q, k, v, out, lse))
+    assert len(slow_calls) == 2  # each function's first
+    assert all(map(np.array_equal, found[0], found[2]))
 
 
 def test_equal_options_are_the_same_call(slow_calls):

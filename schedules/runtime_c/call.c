@@ -14,9 +14,9 @@
 #include "call_key.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define ABI 4 /* of the functions below and of Recipe; tvm_flash/call/fast.py asks for the one that it knows */
+#define ABI 5 /* of the functions below and of Recipe; tvm_flash/call/fast.py asks for the one that it knows */
 #define MAX_ARGUMENTS 32 /* of a launch */
-#define MAX_MADE 8       /* tensors that a call makes: results, and memory for workspaces */
+#define MAX_MADE 12      /* tensors that a call makes: results, and memory for workspaces */
 #define MAX_SLOTS 32     /* pointers of a call: those of its tensors, of what it makes, and of workspaces */
 #define MAX_ENTRIES 1024 /* the oldest goes first; one takes about 2 KB */
 #define BUCKETS 2048

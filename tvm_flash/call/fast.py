@@ -27,8 +27,8 @@ from tvm_flash.packs.registry import on_support_file
 #: Set to 0 to do without the fast path.
 VARIABLE = "TVM_FLASH_FAST_PATH"
 
-_ABI = 4
-_MAX_TENSORS, _MAX_ARGUMENTS, _MAX_MADE, _MAX_SLOTS = 16, 32, 8, 32
+_ABI = 5
+_MAX_TENSORS, _MAX_ARGUMENTS, _MAX_MADE, _MAX_SLOTS = 16, 32, 12, 32
 
 
 class _Launch(ctypes.Structure):
