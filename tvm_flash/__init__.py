@@ -4,7 +4,12 @@
 ``(batch, seq, heads, head_dim)``; torch, NumPy, CuPy, JAX and DLPack tensors, each answered in kind.
 """
 
-from tvm_flash.backward import flash_attention_backward, flash_attention_v2_backward, padded_attention_backward
+from tvm_flash.backward import (
+    flash_attention_backward,
+    flash_attention_v2_backward,
+    flash_attention_varlen_backward,
+    padded_attention_backward,
+)
 from tvm_flash.errors import (
     ArgumentTypeError,
     InvalidArgumentError,
@@ -50,6 +55,7 @@ __all__ = [
     "flash_attention_v2",
     "flash_attention_v2_backward",
     "flash_attention_varlen",
+    "flash_attention_varlen_backward",
     "flash_attention_with_kvcache",
     "merge_attention",
     "padded_attention",

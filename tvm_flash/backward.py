@@ -11,7 +11,7 @@ from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.signature import signature
 from tvm_flash.catalogue import PARAMS
 from tvm_flash.errors import InvalidArgumentError
-from tvm_flash.operators import BACKWARD, gradient_of
+from tvm_flash.operators import BACKWARD, RAGGED_BACKWARD, RAGGED_LAYOUT, gradient_of
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
 from tvm_flash.padded import PARAMETERS as _PADDED_PARAMETERS
 from tvm_flash.padded import check_placement
@@ -166,6 +166,45 @@ def padded_attention_backward(
     # fmt: on
 
 
+def flash_attention_varlen_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    dlse: Any = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    gradients: Sequence[str] = (),
+    dq: Any = None,
+    dk: Any = None,
+    dv: Any = None,
+    d_alibi_slopes: Any = None,
+    d_sinks: Any = None,
+) -> tuple[Any, ...]:
+    """Gradients of :func:`tvm_flash.flash_attention_varlen`; no kernel adds to what is there (``accumulate``).
+
+    ``dout`` and ``out`` are ``(total_q, heads, head_dim_v)``, ``lse`` and ``dlse`` float32 ``(heads, total_q)``;
+    ``cu_seqlens_q`` and ``cu_seqlens_k`` as they were given to the forward.  Gradients of rows and keys that belong to
+    no sequence are zeros.  The others, the results and the errors are those of :func:`flash_attention_backward`.
+    """
+    given, memory = {"alibi_slopes": alibi_slopes, "sinks": sinks}, {"alibi_slopes": d_alibi_slopes, "sinks": d_sinks}
+    starts = cu_seqlens_q, cu_seqlens_k
+    attend = _of_function(RAGGED_LAYOUT, given, gradients, memory, layout_known=True, op=RAGGED_BACKWARD, starts=starts)
+    # fmt: off
+    return attend(dout, q, k, v, out, lse, dlse, dq, dk, dv,
+                  "auto", False, softmax_scale, causal, window_size, softcap)
+    # fmt: on
+
+
 def _parameters(alibi_slopes: Any, sinks: Any, d_alibi_slopes: Any, d_sinks: Any) -> tuple[dict, dict]:
     """Parameters of a call by name, and memory for their gradients; sinks only if they have to do with it."""
     given, memory = {"alibi_slopes": alibi_slopes}, {"alibi_slopes": d_alibi_slopes}
@@ -218,10 +257,13 @@ def _of_function(
     scalars: tuple[str, ...] = (),
     declared: Any = PARAMS,
     layout_known: bool = False,
+    op: str = BACKWARD,
+    starts: tuple[Any, ...] = (),
 ) -> Callable[..., Any]:
     """``attend(dout, q, k, v, out, lse, dlse, dq, dk, dv, options …)`` with the parameters put where they belong.
 
-    ``parameters`` are tensors by name, None if they aren't given; ``memory`` is what was given for their gradients.
+    ``parameters`` are tensors by name, None if they aren't given; ``memory`` is what was given for their gradients;
+    ``starts`` say where sequences begin, of an operator over those that lie one after the other.
     """
     wanted = tuple(gradients)
     learnt = [n for n, x in parameters.items() if x is not None and "float" in declared[n].dtype]
@@ -238,7 +280,7 @@ def _of_function(
     attend = entrance(
         signature(
             *(layout, name, tuple(parameters), scalars),
-            op=BACKWARD,
+            op=op,
             gradients=wanted,
             layout_known=layout_known,
         )
@@ -246,6 +288,6 @@ def _of_function(
 
     def call(dout, q, k, v, out, lse, dlse, dq, dk, dv, *options):
         more = (memory.get(n) for n in wanted)
-        return attend(dout, q, k, v, out, lse, dlse, *parameters.values(), dq, dk, dv, *more, *options)
+        return attend(dout, q, k, v, out, lse, dlse, *starts, *parameters.values(), dq, dk, dv, *more, *options)
 
     return call
