@@ -21,6 +21,8 @@ BLOCK = CONSUMERS * WARPGROUP_ROWS
 REGISTERS = ((40, 232), (24, 240))
 #: Registers of a thread of the warpgroup for dq of the joint launch, and of its consumers.
 JOINT_REGISTERS = (88, 208)
+#: Rows of a tile of dS: the block's keys, and a swizzle's height of rows that take what there is of keys past the last.
+DS_ROWS = BLOCK + 8
 #: Heads of a section of the joint launch, where an argument doesn't say how many.
 SECTION = 16
 #: Registers beside accumulators and what is packed, counted in kernels that compile without spills.
@@ -273,7 +275,7 @@ def _registers_of_joint(pattern: Pattern, config: Config) -> int:
 def _memory_of_joint(pattern: Pattern, config: Config) -> int:
     rows = (BLOCK + config.num_stages * config.block_m) * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
     numbers = config.num_stages * 2 * config.block_m * 4
-    return rows * 2 * PANEL + 2 * 2 * config.block_m * BLOCK + numbers + BARRIER_BYTES
+    return rows * 2 * PANEL + 2 * 2 * config.block_m * DS_ROWS + numbers + BARRIER_BYTES
 
 
 def _memory_of_keys(pattern: Pattern, config: Config) -> int:

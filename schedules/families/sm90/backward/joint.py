@@ -17,6 +17,7 @@ from schedules.families.interface import ScheduledLaunch
 from schedules.families.sm90.backward.config import (
     BLOCK,
     CONSUMERS,
+    DS_ROWS,
     JOINT_REGISTERS,
     Config,
     section_heads,
@@ -204,7 +205,7 @@ def _kernel(
         v_tile = Pipeline(pool, 1, panels(E), N, dtype)
         q_pipeline = Pipeline(pool, config.num_stages, panels(D), M, dtype)
         do_pipeline = Pipeline(pool, config.num_stages, panels(E), M, dtype)
-        ds = Pipeline(pool, 2, M // PANEL, N, dtype)
+        ds = Pipeline(pool, 2, M // PANEL, DS_ROWS, dtype)
         shifts = RowNumbers(pool, config.num_stages, M, memory[0])
         begins = RowNumbers(pool, config.num_stages, M, memory[1])
         k_tile.add_barriers(pool)

@@ -16,11 +16,11 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.sm90.backward.key_consumer import KeyConsumer
+from schedules.families.sm90.config import PANEL
 from schedules.families.sm90.wgmma import swizzled
 from schedules.tile.delta import halves
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
-from schedules.tile.static import static
 
 
 @T.meta_class
@@ -31,6 +31,7 @@ class JointConsumer(KeyConsumer):
     def __init__(self, pattern, config, block, pipelines, numbers, ds, parts, index, warp, lane):
         KeyConsumer.__init__(self, pattern, config, block, pipelines, numbers, index, warp, lane)
         self.ds, self.parts = ds, parts
+        self.row = T.local_scalar("int32")  # of tiles of dS, to which this lane's address points
 
     @T.inline
     def issue_dp_dv(self, do):
@@ -42,22 +43,31 @@ class JointConsumer(KeyConsumer):
         T.ptx.wgmma.commit_group.sync.aligned()
 
     @T.inline
-    def clear_missing(self, at):
-        """Clear P of keys past the last one: of rows whose log-sum-exp is low it is infinite, and dS times their K,
-        which is 0, not a number."""
-        if self.block.key_first + self.config.block_keys > at.seqlen_kv:
-            key: T.int32 = self.block.key_first + self.key + M16N8.row(self.lane)
-            for word in T.unroll(self.config.block_m // 4):
-                if key + word % 2 * M16N8.row_step >= at.seqlen_kv:
-                    self.p[word] = T.uint32(0)
+    def choose_row(self):
+        """Leave dS of keys past the last one 0 throughout, and have what there is of them stored behind the tile: P is
+        infinite there where a row's log-sum-exp is low, and dS times their K, which is 0, not a number."""
+        self.row = self.key + self.lane % 16
+        if self.block.key_first + self.row >= self.block.tensors.keys.of(self.block.batch).length:
+            zero = T.alloc_local([1], "uint32")
+            zero[0] = T.uint32(0)
+            for stage in T.unroll(self.ds.stages):
+                for panel in T.unroll(self.ds.panels):
+                    for chunk in T.unroll(PANEL // 16):
+                        column = T.meta_var((self.lane // 16 * (PANEL // 16) + chunk) * 8)
+                        T.ptx["st.shared.v4.b32"](
+                            self.ds.tiles.ptr_to([stage, panel, self.row, column]), *[zero[0]] * 4
+                        )
+            self.row = self.config.block_keys + self.lane % 8
 
     @T.inline
-    def multiply(self, state, at, masked):
+    def run(self, dk_map, dv_map):
+        self.choose_row()
+        KeyConsumer.run(self, dk_map, dv_map)
+
+    @T.inline
+    def multiply(self, state, masked):
         """dS of the packed P and dP, in place of P and to shared memory."""
-        if static(not masked):
-            self.clear_missing(at)
         pack = T.meta_var(element_type(self.pattern.dtype).pack)
-        row = T.meta_var(self.key + self.lane % 16)
         for c in T.unroll(self.config.block_m // 16):
             for x in T.unroll(4):
                 word = T.meta_var(c * 4 + x)
@@ -67,7 +77,7 @@ class JointConsumer(KeyConsumer):
                 self.acc_dp[at + 1] = self._product(high, self.acc_dp[at + 1], masked)
                 T.ptx[pack](self.p[word], self.acc_dp[at + 1], self.acc_dp[at])
             T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](
-                self.ds.pointer(state)(c // 4, row, swizzled(c % 4 * 2 + self.lane // 16, self.lane % 8)),
+                self.ds.pointer(state)(c // 4, self.row, swizzled(c % 4 * 2 + self.lane // 16, self.lane % 8)),
                 *[self.p[c * 4 + x] for x in range(4)],
             )
 
@@ -86,7 +96,7 @@ class JointConsumer(KeyConsumer):
         self.issue_dp_dv(q)
         self.ds.producer_acquire(ds)
         T.ptx.wgmma.wait_group.sync.aligned(0)
-        self.multiply(ds, weights.at, masked)
+        self.multiply(ds, masked)
         T.ptx.fence.proxy.async_.shared__cta()
         T.cuda.warp_sync()
         if self.lane == 0:

@@ -150,17 +150,18 @@ class QuerySums:
         """Start a chunk of dQ: 64 queries of the tile of dS, transposed, and 64 columns of K."""
         keys = T.meta_var(self.config.block_keys)
         here: T.int32 = anew(T.int32(0))  # what follows isn't kept in registers
-        a = T.meta_var(mn_major(self.ds.tiles.ptr_to([0, 0, 0, 0]), keys))
+        rows = T.meta_var(self.ds.rows)
+        a = T.meta_var(mn_major(self.ds.tiles.ptr_to([0, 0, 0, 0]), rows))
         b = T.meta_var(mn_major(self.k.tiles.ptr_to([0, 0, 0, 0]), keys) + T.Cast("uint64", here))
         kind = T.meta_var(element_type(self.pattern.dtype).ptx)
-        first = T.meta_var(a + T.Cast("uint64", ds.index) * rows_offset(keys, self.ds.panels))
+        first = T.meta_var(a + T.Cast("uint64", ds.index) * rows_offset(rows, self.ds.panels))
         for x in T.unroll(PANEL // 2):
             self.acc[x] = T.float32(0)  # so that ptxas knows that the last chunk's aren't needed
         T.ptx.wgmma.fence.sync.aligned()
         for i in T.unroll(keys // 16):
             T.ptx[f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{kind}.{kind}"](
                 *[self.acc[x] for x in range(PANEL // 2)],
-                first + T.uint64(chunk // self.chunks[1] * (keys * 8) + i * 128),
+                first + T.uint64(chunk // self.chunks[1] * (rows * 8) + i * 128),
                 b + T.uint64(chunk % self.chunks[1] * (keys * 8) + i * 128),
                 T.bool(True), 1, 1, 1, 1,
             )  # fmt: skip
