@@ -89,6 +89,9 @@ def test_ragged_gradients_dont_spill_where_dense_tiles_would(tmp_path):
         ({}, {"block_n": 256}, "dkdv: 256 rows"),
         ({}, {"block_m": 128}, "dkdv: needs"),
         ({"mask": "window", "score": "alibi"}, {"early": True}, "dkdv: early is for scores without gradients"),
+        ({"mask": "window"}, {"joint": True}, "joint: it serves plain scores"),
+        ({}, {"joint": True, "num_stages": 3}, "joint: needs "),
+        ({"head_dim": 64}, {"joint": True, "num_warps": 8}, "joint: 8 warps can't share tiles of 32 rows"),
     ],
 )
 def test_what_does_not_fit_is_refused(pattern, change, reason):

@@ -39,10 +39,10 @@ CAUSAL = pytest.mark.parametrize(
 )
 
 
-def made(arch, template, head_dim, head_dim_v, mask, score, dtype, folder):
-    """A kernel that runs on CPU tensors."""
+def made(arch, template, head_dim, head_dim_v, mask, score, dtype, folder, **changes):
+    """A kernel that runs on CPU tensors; ``changes`` of its configuration."""
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v, kind=BACKWARD)
-    default = default_kernel(spec, arch, folder)
+    default = default_kernel(spec, arch, folder, **changes)
     roles, params = tuple(launch.roles for launch in default.program.launches), default.pattern.params
     kernel = Kernel(default.functions, roles, default.program.workspaces, params, LAYOUT_OF_TEMPLATE[template])
     return SimpleNamespace(spec=spec, params=params, simulated=default.simulated, kernel=kernel)
@@ -78,6 +78,32 @@ def test_grouped_heads_ragged_lengths_and_every_order_of_turns(made_kernel):
     check(case, data, given, results[0])
     for other in results[1:]:
         assert all(np.array_equal(results[0][name], x) for name, x in other.items())
+
+
+@pytest.mark.parametrize(
+    ("mask", "changes"),
+    [
+        ("full", {"ahead": True, "early": True}),
+        ("causal", {"num_warps": 8, "block_m": 64, "min_blocks_per_sm": 1, "warps_per_tile": 2}),
+    ],
+    ids=["full", "causal-pairs"],
+)
+def test_the_joint_launch(mask, changes, tmp_path):
+    """Sums of dq go through memory from block to block, in an order that doesn't depend on whose turn it is."""
+    kernel = made("sm_80", "v1", 64, 64, mask, "identity", "float16", tmp_path, joint=True, **changes)
+    assert len(kernel.kernel.functions) == 2
+    case, data = case_of(kernel, kv_heads=1, seqlen_q=140, seqlen_kv=270)
+    given = outer(case, with_dlse=True)
+    results = []
+    for order in (0, 7):
+        kernel.simulated.configure(order)
+        results.append(run(case, data, given, kernel.kernel))
+    check(case, data, given, results[0])
+    assert all(np.array_equal(results[0][name], x) for name, x in results[1].items())
+    if mask == "causal":
+        case, data = case_of(kernel, kv_heads=1, seqlen_q=150, seqlen_kv=70)
+        given = outer(case)
+        check(case, data, given, run(case, data, given, kernel.kernel))
 
 
 def test_a_smaller_head_dim_and_values_of_another(made_kernel):

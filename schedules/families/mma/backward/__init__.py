@@ -28,12 +28,12 @@ class Backward:
 
     Attributes
     ----------
-    machines: the types of its machines for dk and dv, and for dq.
+    machines: the types of its machines for dk and dv, for dq, and of the joint launch if it has one.
     choose: its configuration for a template, a pattern and a target.
     machine: what the configurations must fit.
     """
 
-    machines: tuple[type, type]
+    machines: tuple[type, ...]
     choose: Callable[[str, Pattern, Target], Config]
     machine: Machine = MACHINE
 
@@ -58,6 +58,7 @@ class Backward:
             "min_blocks_per_sm_dq": (1, 2),
             "warps_per_tile": (1, 2),
             "paced": (False, True),
+            "joint": (False, True) if len(self.machines) > 2 else (False,),
         }
 
     def feasible(self, pattern: Pattern, config: Config, target: Target) -> Rejected | None:
@@ -71,6 +72,12 @@ class Backward:
 
 class AccumulatingBackward(Backward):
     """The same whose results are added to what is there, in float32."""
+
+    def feasible(self, pattern: Pattern, config: Config, target: Target) -> Rejected | None:
+        """Whether the machine has room for the blocks, and the launches can add."""
+        if config.joint:
+            return Rejected("joint: it stores its results")
+        return super().feasible(pattern, config, target)
 
     def program(self, pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
         """The launches."""

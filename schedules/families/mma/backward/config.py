@@ -8,15 +8,19 @@ from schedules.definition.errors import DefinitionError
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
 from schedules.families.limits import SHARED_MEMORY, registers_for
-from schedules.tile.dtypes import tensor_types
+from schedules.tile.dtypes import element_type, tensor_types
 from schedules.tile.fragment import M16N8, Fragment
 from schedules.tile.place_gradients import Targets
 from schedules.tile.slots import WORDS
-from schedules.tile.smem import TILE_ALIGNMENT
+from schedules.tile.smem import TILE_ALIGNMENT, panel_columns
 from schedules.tile.weights import summed
 
 #: Registers beside sums, S and dP, what is packed, and operands: addresses, counters, numbers of rows.
 _OTHER_REGISTERS = 32
+
+
+#: Rows of dq that a warp of the joint launch makes, if a tile of queries has so many.
+DQ_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class LaunchConfig:
     its part of the columns.  ``paced``: operands of S and dP are loaded 16 columns at a time, where the compiler would
     load more of them earlier, and spill.  ``ahead``: a right operand is loaded one before its products, and none
     earlier.  ``early``: probabilities are made before the products of dP, beside which their exponentials can run.
+    ``joint``: the launch makes dq too.
     """
 
     own_rows: int
@@ -38,6 +43,12 @@ class LaunchConfig:
     paced: bool
     ahead: bool
     early: bool
+    joint: bool = False
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether warps leave what they make of scores in shared memory."""
+        return self.parts > 1 or self.joint
 
     @property
     def threads(self) -> int:
@@ -63,6 +74,8 @@ class Config:
     warps_per_tile: 2 where pairs of warps share their keys in the launch for dk and dv.
     paced: as in ``LaunchConfig``, of both; ``paced_dq`` of the launch for dq alone, if it isn't None.
     ahead, early, ahead_dq, early_dq: as in ``LaunchConfig``.
+    joint: the launch for dk and dv makes dq too (:mod:`schedules.families.mma.backward.joint`), with five products in
+        place of seven; fields of the launch for dq say nothing.
     """
 
     block_n: int
@@ -83,13 +96,14 @@ class Config:
     paced_dq: bool | None = None
     ahead_dq: bool = False
     early_dq: bool = False
+    joint: bool = False
 
     @property
     def keys(self) -> LaunchConfig:
         """The launch for dk and dv."""
         return LaunchConfig(
             *(self.block_n, self.block_m, self.num_warps, self.num_stages, self.min_blocks_per_sm),
-            *(self.warps_per_tile, self.paced, self.ahead, self.early),
+            *(self.warps_per_tile, self.paced, self.ahead, self.early, self.joint),
         )
 
     @property
@@ -125,9 +139,24 @@ def feasible(pattern: Pattern, config: Config, target: Target, machine: Machine)
         pattern.differentiate()
     except DefinitionError as e:
         return Rejected(f"the score has no backward: {e}")
+    if config.joint:
+        return _refuse_joint(pattern, config, machine) or _fits("joint", pattern, config.keys, target, True, machine)
     return _fits("dkdv", pattern, config.keys, target, True, machine) or _fits(
         "dq", pattern, config.queries, target, False, machine
     )
+
+
+def _refuse_joint(pattern: Pattern, config: Config, machine: Machine) -> Rejected | None:
+    """Why the joint launch can't be made."""
+    if not pattern.is_scale_only or not pattern.narrows or pattern.params:
+        return Rejected("joint: it serves plain scores whose keys are seen by all queries from some one on")
+    if machine.fragment is not M16N8 or machine.looks_up:
+        return Rejected("joint: it is for dense tensors, and operands that come by ldmatrix")
+    columns, left = divmod(pattern.head_dim * config.block_m, min(DQ_ROWS, config.block_m) * config.num_warps)
+    panel = panel_columns(pattern.head_dim, element_type(pattern.dtype))
+    if left or columns % 16 or pattern.head_dim % columns or (columns % panel and panel % columns):
+        return Rejected(f"joint: {config.num_warps} warps can't share tiles of {config.block_m} rows of dq evenly")
+    return None
 
 
 def _fits(
@@ -167,7 +196,7 @@ def _shared_memory(pattern: Pattern, config: LaunchConfig, transposed: bool, loo
     rows = config.own_rows + config.num_stages * config.step_rows
     asked = len(summed(pattern))
     numbers = config.num_stages * config.step_rows * 2 if transposed else config.own_rows * 2 + asked * config.num_warps
-    exchanged = config.own_rows * config.step_rows if config.parts > 1 else 0
+    exchanged = config.own_rows * config.step_rows if config.exchanges else 0
     others = 4 * numbers
     if looks_up:  # it is before the tiles, with the numbers
         others = -(-(4 * (numbers + WORDS)) // TILE_ALIGNMENT) * TILE_ALIGNMENT

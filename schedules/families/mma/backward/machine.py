@@ -28,7 +28,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.mma.backward.config import LaunchConfig
-from schedules.families.mma.ldmatrix import LOAD, LOAD_TRANSPOSED
+from schedules.families.mma.backward.products import GradientProducts
 from schedules.families.mma.machine import RowCopies, Rows, pieces
 from schedules.families.mma.mma import stage_rows
 from schedules.families.mma.paired import PART_COLUMNS
@@ -54,7 +54,7 @@ class Sides(NamedTuple):
 
 
 @T.meta_class
-class GradientMachine(RowCopies):
+class GradientMachine(GradientProducts, RowCopies):
     """Shared tiles, registers and steps of one block.
 
     ``own`` are row sources of what the block keeps, from row ``own_first`` on, and keys if ``transposed``: then there
@@ -89,7 +89,7 @@ class GradientMachine(RowCopies):
         )
         tiles = [SharedTile(shared, *shape, element) for shape, element in shapes]
         self.own_tiles, self.visited_tiles = Sides(*tiles[:2]), Sides(*tiles[2:])
-        self.exchanged = SharedTile(shared, 1, R, M, self.types.v) if self.parts > 1 else None
+        self.exchanged = SharedTile(shared, 1, R, M, self.types.v) if config.exchanges else None
         if pool is None:
             self.place_shared(shared)
         shared.commit()
@@ -168,135 +168,6 @@ class GradientMachine(RowCopies):
         else:
             T.cuda.warp_sync()
 
-    # ------------------------------------------------------------ products
-
-    @T.inline
-    def score(self, C, own_tile, tile):
-        """``C += own visitedᵀ`` for the stage in use, and this part's visited rows."""
-        lane: T.int32 = fresh("tid.x") % 32
-        first = T.meta_var(tile.address(self.part * self.columns + lane // 16 * 8 + lane % 8, lane // 8 % 2))
-        visited_from: T.uint32 = first + T.Cast("uint32", self.use * tile.stage_bytes)
-        rows_from: T.uint32 = own_tile.address(self.warp_row + lane % 16, lane // 16)
-        if self.config.ahead:
-            self.score_ahead(C, own_tile, tile, rows_from, visited_from)
-        else:
-            for k in T.unroll(tile.columns // 16):
-                if self.config.paced:
-                    T.cuda.warp_sync()
-                for t in T.unroll(self.m_tiles):
-                    T.ptx[LOAD](
-                        *[self.A[t * 4 + x] for x in range(4)], own_tile.at(rows_from, t * self.tile_step, k * 2)
-                    )
-                for n in T.unroll(self.columns // 16):
-                    if self.config.paced:
-                        T.cuda.warp_sync()
-                    T.ptx[LOAD](*[self.B[x] for x in range(4)], tile.at(visited_from, n * 16, k * 2))
-                    for t in T.unroll(self.m_tiles):
-                        self.multiply_pair(C, t * self.s_stride + n * 8, self.A, t * 4)
-
-    @T.inline
-    def score_ahead(self, C, own_tile, tile, rows_from, visited_from):
-        """The same from given addresses, with right operands one ahead."""
-        count = T.meta_var(self.columns // 16)
-        steps = T.meta_var(tile.columns // 16 * count)
-        self.load_visited(LOAD, tile.at(visited_from, 0, 0), 0)
-        for i in T.unroll(steps):
-            if i % count == 0:
-                self.load_own(own_tile, rows_from, i // count)
-            if i + 1 < steps:
-                place = T.meta_var(tile.at(visited_from, (i + 1) % count * 16, (i + 1) // count * 2))
-                self.load_visited(LOAD, place, (i + 1) % 2 * 4)
-            T.cuda.warp_sync()  # no load comes before it
-            for t in T.unroll(self.m_tiles):
-                self.multiply_pair(C, t * self.s_stride + i % count * 8, self.A, t * 4, i % 2 * 4)
-
-    @T.inline
-    def load_own(self, own_tile, rows_from, k):
-        """Left operands of the k-th 16 columns."""
-        for t in T.unroll(self.m_tiles):
-            T.ptx[LOAD](*[self.A[t * 4 + x] for x in range(4)], own_tile.at(rows_from, t * self.tile_step, k * 2))
-
-    @T.inline
-    def load_visited(self, instruction, place, b):
-        """Right operands, to ``B[b]`` and on."""
-        T.ptx[instruction](*[self.B[b + x] for x in range(4)], place)
-
-    @T.inline
-    def add(self, C, stride, P, tile):
-        """``C += P visited`` for the stage in use, and this part's columns.
-
-        Packed accumulators of 16 rows are the left operand; those of the partner's visited rows come from it.
-        """
-        if self.parts > 1:
-            self.hand_over(P)
-        self.add_from(C, stride, P, tile, self.part)
-        if self.parts > 1:
-            self.sync_sharing_warps()
-            lane: T.int32 = fresh("tid.x") % 32
-            chunks = T.meta_var(self.columns // self.exchanged.chunk)
-            taken_from: T.uint32 = self.exchanged.address(
-                self.warp_row + lane % 16, (1 - self.part) * chunks + lane // 16
-            )
-            for t in T.unroll(self.m_tiles):
-                for k in T.unroll(self.columns // 16):
-                    i = T.meta_var(t * (self.s_stride // 2) + k * 4)
-                    at = T.meta_var(self.exchanged.at(taken_from, t * self.tile_step, k * 2))
-                    T.ptx[LOAD](*[P[i + x] for x in range(4)], at)
-            self.add_from(C, stride, P, tile, 1 - self.part)
-
-    @T.inline
-    def hand_over(self, P):
-        """This part's packed accumulators to the partner, once it has read what was there."""
-        lane: T.int32 = fresh("tid.x") % 32
-        chunks = T.meta_var(self.columns // self.exchanged.chunk)
-        first = T.meta_var(self.exchanged.address(self.warp_row + lane // 4, self.part * chunks))
-        to: T.uint32 = first + T.Cast("uint32", lane % 4 * 4)
-        self.sync_sharing_warps()
-        for t in T.unroll(self.m_tiles):
-            for k in T.unroll(self.columns // 16):
-                for x in T.unroll(4):
-                    at = T.meta_var(self.exchanged.at(to, t * self.tile_step + x % 2 * 8, k * 2 + x // 2))
-                    T.ptx["st.shared.b32"](at, P[t * (self.s_stride // 2) + k * 4 + x])
-
-    @T.inline
-    def add_from(self, C, stride, P, tile, part):
-        """The same with the visited rows of one part."""
-        lane: T.int32 = fresh("tid.x") % 32
-        first = T.meta_var(tile.address(part * self.columns + lane % 16, self.part * 2 + lane // 16))
-        visited_from: T.uint32 = first + T.Cast("uint32", self.use * tile.stage_bytes)
-        if self.config.ahead:
-            self.add_ahead(C, stride, P, tile, visited_from)
-        else:
-            for k in T.unroll(self.columns // 16):
-                for n in T.unroll(tile.columns // (16 * self.parts)):
-                    chunk = T.meta_var(n * 2 * self.parts)
-                    T.ptx[LOAD_TRANSPOSED](*[self.B[x] for x in range(4)], tile.at(visited_from, k * 16, chunk))
-                    T.cuda.warp_sync()  # no load comes before it: the compiler would take registers for it, and spill
-                    for t in T.unroll(self.m_tiles):
-                        self.multiply_pair(C, t * stride + n * 8, P, t * (self.s_stride // 2) + k * 4)
-
-    @T.inline
-    def add_ahead(self, C, stride, P, tile, visited_from):
-        """The same from a given address, with operands one ahead."""
-        count = T.meta_var(tile.columns // (16 * self.parts))
-        steps = T.meta_var(self.columns // 16 * count)
-        self.load_visited(LOAD_TRANSPOSED, tile.at(visited_from, 0, 0), 0)
-        for i in T.unroll(steps):
-            k = T.meta_var(i // count)
-            n = T.meta_var(i % count)
-            if i + 1 < steps:
-                place = T.meta_var(tile.at(visited_from, (i + 1) // count * 16, (i + 1) % count * 2 * self.parts))
-                self.load_visited(LOAD_TRANSPOSED, place, (i + 1) % 2 * 4)
-            T.cuda.warp_sync()  # no load comes before it
-            for t in T.unroll(self.m_tiles):
-                self.multiply_pair(C, t * stride + n * 8, P, t * (self.s_stride // 2) + k * 4, i % 2 * 4)
-
-    @T.inline
-    def multiply_pair(self, C, c, A, a, b=0):
-        """16 columns, of one ldmatrix."""
-        self.multiply(C, c, A, a, self.B, b)
-        self.multiply(C, c + 4, A, a, self.B, b + 2)
-
     # ------------------------------------------------------------ copies
 
     def rows_of(self, sources) -> Sides:
@@ -355,6 +226,8 @@ class GradientMachine(RowCopies):
             weights.turn(self.S, self.dP, self.P, self.dS, self.shift, place[0], place[1], masked, self.parameter_sums)
             if self.transposed:
                 self.add(self.sum_p, self.e_stride, self.P, self.visited_tiles.gradients)
+        if self.config.joint:
+            self.clear_missing(weights.at, masked)
         self.add(self.sum_ds, self.d_stride, self.dS, self.visited_tiles.scores)
 
     @T.inline

@@ -5,10 +5,11 @@ from __future__ import annotations
 from schedules.definition.parameters import gradient_name
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, ScheduledLaunch
-from schedules.families.mma.backward import keys, queries
+from schedules.families.mma.backward import joint, keys, queries
 from schedules.families.mma.backward.config import Config
 from schedules.families.mma.mma import ALIGNMENT, INDEX_BITS
 from schedules.families.ranged import with_ranges, with_tiles
+from schedules.tile import row_terms
 from schedules.tile.delta import delta
 from schedules.tile.gradients import Starts, tiles_of
 from schedules.tile.mask_lists import RIGHTWARDS, Listed
@@ -35,6 +36,9 @@ def program(
 
     ``ragged``: of sequences of different lengths.  ``adds``: results to what is there.
     """
+
+    if config.joint:
+        return _joint(pattern, config, traversal, name, machines[-1])
 
     def names(known):
         return tuple(p.name for p in known.params)
@@ -67,6 +71,25 @@ def program(
         narrow_axes=() if ragged else _narrow_axes(config, traversal),
     )
     return with_ranges(found, traversal, name, keyed, queried)
+
+
+def _joint(pattern: Pattern, config: Config, traversal: Traversal, name: str, machine) -> Program:
+    """The launches where one makes all gradients."""
+    counters = joint.counters(config)
+    first = row_terms.build(pattern, traversal, name, config.block_m, counters=counters)
+    return Program(
+        "backward",
+        (first, joint.build(pattern, config, traversal, f"{name}_joint", machine)),
+        "tirx",
+        alignment=ALIGNMENT,
+        index_bits=INDEX_BITS,
+        workspaces=(
+            *row_terms.workspaces(config.block_m, ragged=False),
+            *counters,
+            *joint.workspaces(pattern, config),
+        ),
+        narrow_axes=joint.narrow_axes(config),
+    )
 
 
 def _with_tiles(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged | Listed, Pattern | Ranged | Listed]:

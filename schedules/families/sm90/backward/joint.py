@@ -1,6 +1,7 @@
 """The joint launch: a block owns 128 keys and visits queries as that for dk and dv does, and adds its part to dq.
 
-Five products in place of seven.  Sums over blocks are taken in the order of their keys, through memory (``sums.py``).
+Five products in place of seven.  Sums over blocks are taken in the order of their keys, through memory
+(:mod:`schedules.tile.ordered_sums`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from schedules.families.sm90.backward.joint_consumer import JointConsumer
 from schedules.families.sm90.backward.numbers import RowNumbers, row_numbers
 from schedules.families.sm90.backward.parts import Parts
 from schedules.families.sm90.backward.query_sums import QuerySums
-from schedules.families.sm90.backward.rows import SHIFTS, STARTS
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.backward.walk import KeyBlock, SectionScheduler, exists_both, key_blocks
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
@@ -36,6 +36,7 @@ from schedules.families.sm90.config import PANEL, panels
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.tile.geometry import flat, parameterised
 from schedules.tile.gradients import Starts, tensors_of, tiles_of
+from schedules.tile.row_terms import SHIFTS, STARTS
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs.manifest import Scalar, Workspace

@@ -14,7 +14,6 @@ from schedules.families.sm90.backward.key_consumer import KeyConsumer
 from schedules.families.sm90.backward.key_producer import fetch_tiles
 from schedules.families.sm90.backward.numbers import RowNumbers, row_numbers
 from schedules.families.sm90.backward.parameters import ParameterGradients
-from schedules.families.sm90.backward.rows import SHIFTS, STARTS
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.backward.walk import KeyBlock, KeyScheduler, key_blocks
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
@@ -23,6 +22,7 @@ from schedules.families.sm90.pipeline import Pipeline
 from schedules.tile.geometry import parameterised
 from schedules.tile.gradients import Starts, tensors_of
 from schedules.tile.place_gradients import Targets
+from schedules.tile.row_terms import SHIFTS, STARTS
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.sm90.backward.config import CONSUMERS
-from schedules.families.sm90.backward.sums import add_to_tile, await_count, store_tile, take_tile, tell
 from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import WARPS
 from schedules.tile.geometry import wide
+from schedules.tile.ordered_sums import add_to_tile, await_count, store_tile, take_tile, tell
 
 
 @T.meta_class

@@ -6,8 +6,9 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Target
 from schedules.families.ranged import with_ranges, with_tiles
 from schedules.families.sm90 import config as forward
-from schedules.families.sm90.backward import joint, keys, parameters, queries, rows, sinks
+from schedules.families.sm90.backward import joint, keys, parameters, queries, sinks
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, section_heads
+from schedules.tile import row_terms
 from schedules.tile.gradients import ALIGNMENT, Starts
 from schedules.tile.mask_lists import Listed
 from schedules.tile.mask_ranges import Ranged
@@ -33,8 +34,8 @@ def program(
 
     counters = joint.counters(ragged) if config.joint else ()
     plain = pattern.without_sink() if config.joint else pattern
-    first = rows.build(plain, traversal, name, config.block_m, ragged=ragged, counters=counters, adds=adds)
-    workspaces = (*rows.workspaces(config.block_m, ragged), *counters)
+    first = row_terms.build(plain, traversal, name, config.block_m, ragged=ragged, counters=counters, adds=adds)
+    workspaces = (*row_terms.workspaces(config.block_m, ragged), *counters)
     scalars = ()
     if config.joint:
         launches = (first, joint.build(plain, config, traversal, f"{name}_joint", starts(), adds))

@@ -14,7 +14,6 @@ from schedules.families.sm90.backward.numbers import row_numbers
 from schedules.families.sm90.backward.parameters import ParameterGradients
 from schedules.families.sm90.backward.query_blocks import query_blocks
 from schedules.families.sm90.backward.query_consumer import QueryConsumer
-from schedules.families.sm90.backward.rows import SHIFTS, STARTS
 from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import panels
@@ -24,6 +23,7 @@ from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import flat, parameterised
 from schedules.tile.gradients import Starts, tensors_of
 from schedules.tile.place_gradients import Targets
+from schedules.tile.row_terms import SHIFTS, STARTS
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 

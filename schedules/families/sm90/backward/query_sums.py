@@ -22,14 +22,6 @@ from schedules.families.mma.registers import anew
 from schedules.families.sm90.backward.config import Config
 from schedules.families.sm90.backward.numbers import RowNumbers
 from schedules.families.sm90.backward.stores import add_rows
-from schedules.families.sm90.backward.sums import (
-    add_to_tile,
-    await_count,
-    prefetch_tile,
-    store_tile,
-    take_tile,
-    tell,
-)
 from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import WARPS
 from schedules.families.sm90.config import PANEL, panels
@@ -37,6 +29,14 @@ from schedules.families.sm90.wgmma import mn_major, rows_offset
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat, wide
+from schedules.tile.ordered_sums import (
+    add_to_tile,
+    await_count,
+    prefetch_tile,
+    store_tile,
+    take_tile,
+    tell,
+)
 from schedules.tile.static import static
 
 #: Tiles of queries that are fetched before their step.

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from schedules.families.sm90.backward.sums import add_pair
 from schedules.families.sm90.config import panels
 from schedules.families.sm90.tma import store_panel
 from schedules.families.sm90.wgmma import swizzled
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
+from schedules.tile.ordered_sums import add_pair
 
 #: Rows of a warp, and of the boxes of the descriptors with which they are stored.
 WARP_ROWS = 16

@@ -23,6 +23,26 @@ __forceinline__ __device__ void add_to_tile(void* to, float a, float b, float c,
 }
 """
 
+_STORE_ELEMENT = """
+__forceinline__ __device__ void store_element(void* to, float a) {
+  asm volatile("st.global.f32 [%0], %1;" :: "l"(to), "f"(a) : "memory");
+}
+"""
+
+_ADD_ELEMENT = """
+__forceinline__ __device__ void add_element(void* to, float a) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" :: "l"(to), "f"(a) : "memory");
+}
+"""
+
+_TAKE_ELEMENT = """
+__forceinline__ __device__ void take_element(float* to, const void* from) {
+  float a;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(a) : "l"(from) : "memory");
+  *to = a;
+}
+"""
+
 _ADD_PAIR = """
 __forceinline__ __device__ void add_pair(void* to, float a, float b) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(a), "f"(b) : "memory");
@@ -69,6 +89,21 @@ def store_tile(to, a, b, c, d):
 def add_to_tile(to, a, b, c, d):
     """Four accumulators, added to what is there."""
     return T.cuda.func_call("add_to_tile", to, a, b, c, d, source_code=_ADD)
+
+
+def store_element(to, a):
+    """One accumulator, as the first of an element; a warp's are side by side."""
+    return T.cuda.func_call("store_element", to, a, source_code=_STORE_ELEMENT)
+
+
+def add_element(to, a):
+    """One accumulator, added to what is there: before Hopper there are no wider sums in memory."""
+    return T.cuda.func_call("add_element", to, a, source_code=_ADD_ELEMENT)
+
+
+def take_element(to, source):
+    """What is there, to the number at ``to``."""
+    return T.cuda.func_call("take_element", to, source, source_code=_TAKE_ELEMENT)
 
 
 def add_pair(to, a, b):
