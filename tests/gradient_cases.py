@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,18 @@ def outer(case: Case, with_dlse: bool = False) -> Outer:
     rows = (case.batch, case.heads, case.seqlen_q)
     dout = numerics.round_to(rng.standard_normal((*rows, case.head_dim_v), np.float32), case.dtype)
     return Outer(dout, rng.standard_normal(rows, np.float32) if with_dlse else None)
+
+
+def low_scores(data, dtype: str, low: float):
+    """The same inputs, ragged or not, with queries and keys whose scores are all about ``low``; NaN stays."""
+    rng = np.random.default_rng(1)
+    size = np.sqrt(-low / np.sqrt(data.q.shape[-1]))
+
+    def around(x, at):
+        rows = numerics.round_to((rng.standard_normal(x.shape) / 10 + at).astype(np.float32), dtype)
+        return np.where(np.isnan(x), x, rows)
+
+    return replace(data, q=around(data.q, -size), k=around(data.k, size))
 
 
 def what(case: Case, data: Inputs) -> dict:

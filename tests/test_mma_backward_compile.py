@@ -42,6 +42,23 @@ def test_machine_code(arch, template, pattern, tmp_path):
     assert (count["LDGSTS"] == 0) == (arch == "sm_75")
 
 
+def test_one_launch_makes_all_gradients_where_all_is_seen(tmp_path):
+    """Five products in place of seven, and nothing spilled."""
+    pattern = pattern_of(128, "full")
+    program = v1.apply(pattern, Target("sm_80"), "kernel", kind=BACKWARD)
+    assert isinstance(program, Program), program
+    _, report, count = compiled(program, "sm_80", tmp_path)
+    assert len(report.kernels) == len(program.launches) == 2
+    assert count["LDL"] == count["STL"] == 0
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_masks_have_launches_apart(mask):
+    program = v1.apply(pattern_of(128, mask), Target("sm_80"), "kernel", kind=BACKWARD)
+    assert isinstance(program, Program), program
+    assert len(program.launches) == 3
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_gradients_that_are_added_dont_spill(arch, tmp_path):
     """Both a launch that has a block's sums in registers and, on Hopper, one that has those of dq in memory."""

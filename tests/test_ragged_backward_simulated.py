@@ -17,6 +17,7 @@ from schedules.builder.suite import KernelSpec
 from schedules.families.interface import RAGGED_BACKWARD, Rejected, Target
 from schedules.families.sm90.backward import ragged
 from tests import ragged_backward_trials, ragged_cases
+from tests.gradient_cases import low_scores
 from tests.simt.defaults import default_kernel
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
@@ -70,6 +71,15 @@ def test_sequences_of_all_lengths(kernel):
 
 def test_neighbours_change_nothing(kernel):
     ragged_backward_trials.check_neighbours(kernel.entry, kernel.compute, "cpu")
+
+
+def test_keys_that_end_inside_of_a_block_where_scores_are_low(kernel):
+    """Keys past a sequence's last one have scores of 0, whose weights are infinite there: nobody may use them."""
+    case = ragged_backward_trials.neighbours(kernel.entry)
+    data = low_scores(ragged_cases.inputs(case), case.dtype, -20.0 if case.dtype == "float16" else -100.0)
+    given = ragged_cases.outer(case)
+    got = ragged_cases.run_backward(case, data, given, kernel.compute, kernel.entry.params)
+    ragged_cases.check_backward(case, data, given, got)
 
 
 def test_any_order_of_turns(kernel):

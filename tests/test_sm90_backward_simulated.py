@@ -18,10 +18,9 @@ from schedules.families.interface import Target
 from schedules.families.sm90 import backward
 from schedules.templates import v1, v2
 from tests import cases
-from tests.gradient_cases import Kernel, check, outer, run
+from tests.gradient_cases import Kernel, check, low_scores, outer, run
 from tests.simt.simulate import Simulated
 from tests.torch_cases import own_case
-from tvm_flash import numerics
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
 
 TARGET = Target("sm_90a")
@@ -80,15 +79,6 @@ def test_grouped_heads_ragged_lengths_and_every_order_of_turns(made_kernel):
     check(case, data, given, results[0])
     for other in results[1:]:
         assert all(np.array_equal(results[0][name], x) for name, x in other.items())
-
-
-def low_scores(data, dtype, low):
-    """The same with queries and keys whose scores are all about ``low``."""
-    rng = np.random.default_rng(1)
-    size = np.sqrt(-low / np.sqrt(data.q.shape[3]))
-    q, k = (numerics.round_to((rng.standard_normal(x.shape) / 10 + at).astype(np.float32), dtype)
-            for x, at in ((data.q, -size), (data.k, size)))  # fmt: skip
-    return replace(data, q=q, k=k)
 
 
 def test_keys_that_end_inside_of_a_block_where_scores_are_low(made_kernel):
