@@ -114,7 +114,8 @@ def test_ragged_gradients_dont_spill_where_dense_tiles_would(tmp_path):
 def test_what_does_not_fit_is_refused(pattern, change, reason):
     pattern, target = pattern_of(**{"dtype": "bfloat16", **pattern}), Target("sm_80")
     maker = maker_of(target, BACKWARD)
-    refused = maker.feasible(pattern, replace(maker.default_configs("v1", pattern, target)[0], **change), target)
+    usual = replace(maker.default_configs("v1", pattern, target)[0], joint=False)
+    refused = maker.feasible(pattern, replace(usual, **change), target)
     assert isinstance(refused, Rejected)
     assert reason in refused.reason
 

@@ -93,10 +93,13 @@ def _by_ids(pattern: Pattern) -> Config:
     """The tiles of short causal sequences: few keys, as documents end anywhere.
 
     Causal documents of 512 in 16k positions of 16 heads, head_dim 128: 152 us, 240 with the tiles for tensors, 247 with
-    80 keys.  At 64 four consumer warpgroups, 92 us in place of 241, have no registers left for ids.
+    80 keys.  At 64, by 4096 positions: 100 us with a block of one consumer warpgroup, three of them at a time; 122 with
+    two of 48 keys; 124 with four of 48 keys (with 64 keys 101, but that spills 16 bytes); 182 with three.
     """
     config = _of_positions(pattern)[0]
-    return replace(config, num_consumer_warpgroups=min(config.num_consumer_warpgroups, 3))
+    if pattern.head_dim <= 64:
+        return replace(config, num_consumer_warpgroups=1, num_stages=2, blocks_per_sm=3, tiles_per_cta=1)
+    return config
 
 
 def _of_positions(pattern: Pattern) -> dict[int, Config]:
