@@ -17,12 +17,12 @@ from schedules.families.mma.backward.joint_machine import JointMemory
 from schedules.families.mma.backward.machine import Sides
 from schedules.families.mma.mma import this_place
 from schedules.families.mma.registers import anew
+from schedules.families.row_terms import SHIFTS, STARTS
 from schedules.tile.geometry import flat, parameterised, site
 from schedules.tile.gradients import tensors_of, tiles_of
 from schedules.tile.key_source import ContiguousRows
 from schedules.tile.parameters import Parameters
 from schedules.tile.query_range import QueryTiles
-from schedules.tile.row_terms import SHIFTS, STARTS
 from schedules.tile.tile_scheduler import SeqOuter, Traversal, Work
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Workspace

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from schedules.definition.parameters import gradient_name
 from schedules.definition.pattern import Pattern
+from schedules.families import row_terms
 from schedules.families.interface import Program, ScheduledLaunch
 from schedules.families.mma.backward import joint, keys, queries
 from schedules.families.mma.backward.config import Config
 from schedules.families.mma.mma import ALIGNMENT, INDEX_BITS
 from schedules.families.ranged import with_ranges, with_tiles
-from schedules.tile import row_terms
 from schedules.tile.delta import delta
 from schedules.tile.gradients import Starts, tiles_of
 from schedules.tile.mask_lists import RIGHTWARDS, Listed

@@ -15,6 +15,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import ScheduledLaunch
+from schedules.families.row_terms import SHIFTS, STARTS
 from schedules.families.sm90.backward.config import (
     BLOCK,
     CONSUMERS,
@@ -36,7 +37,6 @@ from schedules.families.sm90.config import PANEL, panels
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.tile.geometry import flat, parameterised
 from schedules.tile.gradients import Starts, tensors_of, tiles_of
-from schedules.tile.row_terms import SHIFTS, STARTS
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs.manifest import Scalar, Workspace

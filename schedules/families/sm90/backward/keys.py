@@ -9,6 +9,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import ScheduledLaunch
+from schedules.families.row_terms import SHIFTS, STARTS
 from schedules.families.sm90.backward.config import CONSUMERS, Config, registers_of_keys
 from schedules.families.sm90.backward.key_consumer import KeyConsumer
 from schedules.families.sm90.backward.key_producer import fetch_tiles
@@ -22,7 +23,6 @@ from schedules.families.sm90.pipeline import Pipeline
 from schedules.tile.geometry import parameterised
 from schedules.tile.gradients import Starts, tensors_of
 from schedules.tile.place_gradients import Targets
-from schedules.tile.row_terms import SHIFTS, STARTS
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
+from schedules.families import row_terms
 from schedules.families.interface import Program, Target
 from schedules.families.ranged import with_ranges, with_tiles
 from schedules.families.sm90 import config as forward
 from schedules.families.sm90.backward import joint, keys, parameters, queries, sinks
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, section_heads
-from schedules.tile import row_terms
 from schedules.tile.gradients import ALIGNMENT, Starts
 from schedules.tile.mask_lists import Listed
 from schedules.tile.mask_ranges import Ranged

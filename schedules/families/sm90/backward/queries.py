@@ -9,6 +9,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import ScheduledLaunch
+from schedules.families.row_terms import SHIFTS, STARTS
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_queries
 from schedules.families.sm90.backward.numbers import row_numbers
 from schedules.families.sm90.backward.parameters import ParameterGradients
@@ -23,7 +24,6 @@ from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import flat, parameterised
 from schedules.tile.gradients import Starts, tensors_of
 from schedules.tile.place_gradients import Targets
-from schedules.tile.row_terms import SHIFTS, STARTS
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal
 

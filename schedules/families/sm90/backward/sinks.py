@@ -14,12 +14,12 @@ from tvm.tirx import PrimFunc
 from schedules.definition.parameters import append_arguments, gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import ScheduledLaunch
+from schedules.families.row_terms import STARTS
 from schedules.families.sm90.backward.parameters import add_lanes
 from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import flat, local, parameterised, site, wide
 from schedules.tile.gradients import tensors_of
 from schedules.tile.parameters import Parameters
-from schedules.tile.row_terms import STARTS
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 from schedules.tile.weights import negative, sink_share
