@@ -6,13 +6,11 @@ sum has left the range in which float16 certainly held every probability.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
 from schedules.families.sm90.packing import Rows
-from schedules.families.sm90.tensor_tile import TensorTile
+from schedules.families.sm90.tensor_tile import FetchedTensors
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat
@@ -27,44 +25,16 @@ _ALL_LANES = 0xFFFFFFFF
 
 
 @T.meta_class
-class Softmax(OnlineSoftmax):
+class Softmax(FetchedTensors, OnlineSoftmax):
     """The shared softmax on one m-tile of wgmma's accumulator.
 
     ``step_sum`` is a step's share of ``row_sum``, in this lane; ``rows`` tells which query a row is.
     """
 
-    #: They are fetched beforehand.
-    reads = False
-
     def __init__(self, pattern: Pattern, at: Site, rows: Rows, columns: int):
         self.rows = rows
         OnlineSoftmax.__init__(self, pattern, at, M16N8, 1, columns)
         self.step_sum = T.alloc_local([2], "float32")
-        self.tensors = {}
-
-    def add_tensors(self, lane):
-        """Keep the values of tensors with an axis of keys in registers, by :meth:`fetch`."""
-        of_keys = [p for p in self.pattern.params if "j" in p.axes]
-        self.tensors = {
-            p.name: TensorTile(p, self.at.params[p.name], self.fragment, self.groups * self.fragment.group, lane)
-            for p in of_keys
-        }
-
-    def fetch(self, row0, column0, last):
-        """Fetch what tensors hold for a step's scores; ``last`` is the last of its keys."""
-        for x in self.tensors.values():
-            x.fetch([self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)], column0, last)
-
-    def look_at(self, t, g, r, e) -> None:
-        self.register = (g, r, e)
-
-    @property
-    def here(self) -> Site:
-        """The site of the register that is looked at, with the values of tensors that are in registers."""
-        if not self.tensors:
-            return self.at
-        known = {name: x.value(*self.register) for name, x in self.tensors.items()}
-        return replace(self.at, params={**self.at.params, **known})
 
     def position(self, row0, column0, t, g, r, e):
         """Query and key of a register, from row and key of this lane's first one."""

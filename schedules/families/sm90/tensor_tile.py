@@ -7,8 +7,12 @@ instructions that the compiler can't move behind the wait for the scores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from tvm.script import tirx as T
 
+from schedules.definition.pattern import Site
 from schedules.tile.element_pairs import BYTES, Fetched
 from schedules.tile.fragment import Fragment
 from schedules.tile.geometry import local, wide
@@ -24,32 +28,44 @@ __forceinline__ __device__ int is_aligned(const void* place, int bytes) {
 
 @T.meta_class
 class TensorTile:
-    """The values of ``param``, a tensor with an axis of keys, at the scores of one m-tile of ``columns`` columns.
+    """The values of ``param``, a tensor with an axis of columns, at the scores of one m-tile of ``columns`` columns.
 
-    A pair of 32-bit elements takes two words, one of 16-bit elements a word, and of bytes the word that they are in.
+    Rows are queries and columns keys, unless it is ``transposed``: then elements are read one by one, and have a word
+    each.  Else a pair of 32-bit elements takes two words, one of 16-bit elements a word, one of bytes their word.
     """
 
-    def __init__(self, param: Param, elements: Elements, fragment: Fragment, columns: int, lane):
+    def __init__(
+        self, param: Param, elements: Elements, fragment: Fragment, columns: int, lane, transposed: bool = False
+    ):
         self.param, self.elements, self.fragment, self.lane = param, elements, fragment, lane
-        self.groups, self.rows = columns // fragment.group, 2 if "i" in param.axes else 1
+        self.of_row, self.of_column = "ji" if transposed else "ij"  # axes
+        self.groups, self.rows = columns // fragment.group, 2 if self.of_row in param.axes else 1
         self.bytes = BYTES[param.dtype]
-        self.per_pair = 2 if self.bytes == 4 else 1
+        self.packed = self.bytes < 4 and not transposed
+        self.per_pair = 1 if self.packed else 2
         self.words = T.alloc_local([self.groups * self.rows * self.per_pair], "uint32")
-        # whether pairs are words that lie together in every row
-        strides, unit = elements.strides, max(4, 2 * self.bytes)
-        place = elements.memory.ptr_to([elements.first + T.int64(0)])
+        self.pairs = None if transposed else self._lie_together()
+
+    def _lie_together(self):
+        """Whether pairs are words that lie together in every row."""
+        strides, unit = self.elements.strides, max(4, 2 * self.bytes)
+        place = self.elements.memory.ptr_to([self.elements.first + T.int64(0)])
         aligned = T.cuda.func_call("is_aligned", place, unit, source_code=_ALIGNED, return_type="int32")
         pairs = T.And(strides["j"] == 1, aligned != 0)
         if "i" in strides:
             pairs = T.And(pairs, T.bitwise_and(strides["i"] * self.bytes, unit - 1) == 0)
-        self.pairs = local(T.Cast("int32", pairs))
+        return local(T.Cast("int32", pairs))
 
     def _first(self, rows, column0):
         """Elements before those of this lane's first pair, in each of its rows ``rows``."""
         e = self.elements
-        down = [wide(T.min(i, e.lengths["i"] - 1)) * wide(e.strides["i"]) for i in rows] if self.rows == 2 else [0]
+        at = [e.first + T.int64(0)]
+        if self.rows == 2:
+            at = [at[0] + wide(T.min(x, e.lengths[self.of_row] - 1)) * wide(e.strides[self.of_row]) for x in rows]
+        if self.pairs is None:
+            return [x + wide(column0) * wide(e.strides[self.of_column]) for x in at]
         column = column0 if self.bytes > 1 else column0 - T.bitwise_and(self.lane, 1) * 2
-        return [e.first + T.int64(0) + x + wide(column) for x in down]
+        return [x + wide(column) for x in at]
 
     def _shift(self):
         """Where a pair of bytes begins in its word."""
@@ -61,11 +77,12 @@ class TensorTile:
     def fetch(self, rows, column0, last):
         """Fetch a step's values.
 
-        ``rows`` are this lane's two queries, ``column0`` its first key and ``last`` the last of the tile.
+        ``rows`` are those of this lane, ``column0`` its first column and ``last`` the last of the tile.
         """
-        with T.If(T.And(self.pairs != 0, last < self.elements.lengths["j"])):
+        whole = last < self.elements.lengths[self.of_column]
+        with T.If(whole if self.pairs is None else T.And(self.pairs != 0, whole)):
             with T.Then():
-                self._fetch_pairs(rows, column0)
+                self._fetch_columns(rows, column0) if self.pairs is None else self._fetch_pairs(rows, column0)
             with T.Else():
                 self._fetch_elements(rows, column0)
 
@@ -77,14 +94,30 @@ class TensorTile:
                 words = [self.words[self._word(g, r) + x] for x in range(self.per_pair)]
                 T.evaluate(T.ptx["ld.global.v2.b32" if self.per_pair == 2 else "ld.global.b32"](*words, place))
 
+    def _fetch_columns(self, rows, column0):
+        """Elements of columns that there are, at addresses that grow by as much from one to the next."""
+        stride = wide(self.elements.strides[self.of_column])
+        for r, first in enumerate(self._first(rows, column0)):
+            at = local(first)
+            for g in range(self.groups):
+                for e in range(2):
+                    word = self._word(g, r) + e
+                    if self.bytes == 4:
+                        place = self.elements.memory.ptr_to([at + T.int64(0)])
+                        T.evaluate(T.ptx["ld.global.b32"](self.words[word], place))
+                    else:
+                        T.buffer_store(self.words, self._bits(self.elements.memory[at + T.int64(0)], e), [word])
+                    T.buffer_store(at.source, at + stride * (1 if e == 0 else self.fragment.group - 1), [0])
+
     def _fetch_elements(self, rows, column0):
         for g in range(self.groups):
             for r in range(self.rows):
                 bits = []
                 for e in range(2):
-                    at = self.elements.offset(rows[r], column0 + (g * self.fragment.group + e))
-                    bits.append(self._bits(self.elements.memory[at], e))
-                words = bits if self.per_pair == 2 else [T.bitwise_or(*bits)]
+                    column = column0 + (g * self.fragment.group + e)
+                    i, j = (rows[r], column) if self.of_row == "i" else (column, rows[r])
+                    bits.append(self._bits(self.elements.memory[self.elements.offset(i, j)], e))
+                words = [T.bitwise_or(*bits)] if self.packed else bits
                 for x, word in enumerate(words):
                     T.buffer_store(self.words, word, [self._word(g, r) + x])
 
@@ -92,19 +125,62 @@ class TensorTile:
         """Element ``e`` of a pair where it is in its word."""
         if self.bytes == 4:
             return T.reinterpret("uint32", value)
-        if self.bytes == 2:
-            return T.shift_left(T.Cast("uint32", T.reinterpret("uint16", value)), T.uint32(16 * e))
-        return T.shift_left(T.Cast("uint32", value), self._shift() + T.uint32(8 * e))
+        shift = T.uint32(0)
+        if self.packed:
+            shift = T.uint32(16 * e) if self.bytes == 2 else self._shift() + T.uint32(8 * e)
+        bits = T.Cast("uint32", T.reinterpret("uint16", value) if self.bytes == 2 else value)
+        return T.shift_left(bits, shift) if self.packed else bits
 
     def value(self, g, r, e) -> Fetched:
         """That of a register; ``g``, ``r`` and ``e`` may be counts of loops that are unrolled."""
         word, e = self._word(g, r if self.rows == 2 else 0), T.Cast("uint32", e)
-        if self.per_pair == 2:
-            return Fetched(T.reinterpret(self.param.dtype, self.words[word + T.Cast("int32", e)]))
+        bits = self.words[word] if self.packed else self.words[word + T.Cast("int32", e)]
+        if self.bytes == 4:
+            return Fetched(T.reinterpret(self.param.dtype, bits))
         if self.bytes == 1:
-            byte = T.shift_right(self.words[word], self._shift() + e * T.uint32(8))
+            byte = T.shift_right(bits, self._shift() + e * T.uint32(8)) if self.packed else bits
             return Fetched(T.bitwise_and(byte, T.uint32(1)) != T.uint32(0))
-        half = T.shift_right(self.words[word], e * T.uint32(16))
+        half = T.shift_right(bits, e * T.uint32(16)) if self.packed else bits
         if self.param.dtype == "bfloat16":
             return Fetched(T.reinterpret("float32", T.shift_left(half, T.uint32(16))))
         return Fetched(T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", half))))
+
+
+class FetchedTensors:
+    """What makes a :class:`schedules.tile.score.ScoreTile` of one m-tile have the values of tensors with an axis of
+    columns in registers, by :meth:`fetch`."""
+
+    #: They are fetched beforehand.
+    reads = False
+    tensors: Mapping[str, TensorTile] = {}
+
+    def add_tensors(self, lane) -> None:
+        """Have registers for them."""
+        columns, axis = self.groups * self.fragment.group, "i" if self.transposed else "j"
+        self.tensors = {
+            p.name: TensorTile(p, self.at.params[p.name], self.fragment, columns, lane, self.transposed)
+            for p in self.pattern.params
+            if axis in p.axes
+        }
+
+    def fetch(self, row0, column0, last) -> None:
+        """Fetch what tensors hold for a step's scores; ``row0`` and ``column0`` are this lane's first query and key (if
+        it is transposed too), ``last`` the last of its columns."""
+        if self.transposed:
+            rows, column = [self.position(row0, column0, 0, 0, r, 0)[1] for r in range(2)], row0
+        else:
+            rows, column = [self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)], column0
+        for x in self.tensors.values():
+            x.fetch(rows, column, last)
+
+    def look_at(self, t, g, r, e) -> None:
+        """A register is next."""
+        self.register = (g, r, e)
+
+    @property
+    def here(self) -> Site:
+        """The site of the register that is looked at, with the values of tensors that are in registers."""
+        if not self.tensors:
+            return self.at
+        known = {name: x.value(*self.register) for name, x in self.tensors.items()}
+        return replace(self.at, params={**self.at.params, **known})

@@ -49,6 +49,9 @@ class Config:
     prefetches: the joint launch asks for sums of dq two tiles before it adds to them.
     shares_keys: both consumer warpgroups of the launch for dk and dv have the same 64 keys, and one computes dv, the
         other dk, with scores of its own: one product more, and room for a head_dim of 256.
+    tensors_ahead: what tensors hold for a step's scores is fetched by the launch for dk and dv while the step before
+        ends, and not read where the scores are.
+    tensors_ahead_dq: the same of the launch for dq.
     """
 
     block_m: int = 64
@@ -61,6 +64,8 @@ class Config:
     head_section: int = SECTION
     prefetches: bool = False
     shares_keys: bool = False
+    tensors_ahead: bool = False
+    tensors_ahead_dq: bool = False
 
     @property
     def block_keys(self) -> int:
@@ -81,6 +86,7 @@ class Config:
             num_stages=self.num_stages_dq,
             pingpong=False,
             head_section=forward.ALL if self.heads_first else 1,
+            tensors_ahead=self.tensors_ahead_dq,
         )
 
 
@@ -134,14 +140,25 @@ def apart(pattern: Pattern) -> Config:
 
 def _with_tensors(pattern: Pattern) -> Config:
     """Smaller steps, as addresses and elements of tensors take registers too: the largest that compile without spills
-    with a bias of all axes, half of them with several tensors."""
+    with a bias of all axes or a mask for each score; half of what they were, and nothing fetched ahead, with several
+    tensors, which nobody has timed.
+
+    At head_dim 64 a launch for dq that stores the gradient of a bias is 13% slower where it fetches ahead, at 128 as
+    fast (docs/hopper.md).
+    """
     several = sum(p.is_spread for p in pattern.params) > 1
+    if several or pattern.head_dim > 128:
+        return _with_several_tensors(pattern)
     if pattern.head_dim <= 64:
-        size = 32 if several else 64
-        return Config(block_m=size, num_stages=4, block_n=size, num_stages_dq=4)
-    size = 16 if several else 32
-    if pattern.head_dim <= 128:
-        return Config(block_m=size, block_n=size)
+        found = Config(num_stages=4, block_n=64 if pattern.learnt else 96, num_stages_dq=4)
+    else:
+        found = Config(block_m=48, block_n=48)
+    return replace(found, tensors_ahead=True, tensors_ahead_dq=pattern.head_dim > 64 or not pattern.learnt)
+
+
+def _with_several_tensors(pattern: Pattern) -> Config:
+    if pattern.head_dim <= 64:
+        return Config(block_m=32, num_stages=4, block_n=32, num_stages_dq=4)
     if pattern.head_dim + pattern.head_dim_v <= 320:
         return Config(block_m=16, block_n=16)
     return Config(block_m=16, num_stages=2, block_n=16, shares_keys=True)
@@ -188,6 +205,8 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "joint": (True, False),
         "head_section": (0, 8, 16, 32),
         "prefetches": (False, True),
+        "tensors_ahead": (False, True),
+        "tensors_ahead_dq": (False, True),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
 

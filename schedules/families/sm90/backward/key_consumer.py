@@ -31,6 +31,7 @@ from schedules.families.sm90.backward.barriers import ALL_CONSUMERS
 from schedules.families.sm90.backward.config import CONSUMERS, Config
 from schedules.families.sm90.backward.numbers import RowNumbers
 from schedules.families.sm90.backward.operands import KEPT_PANELS, own_rows
+from schedules.families.sm90.backward.step_weights import has_fetched, step_weights
 from schedules.families.sm90.backward.stores import add_rows, stage_rows, store_rows
 from schedules.families.sm90.backward.walk import KeyBlock
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, NamedBarriers
@@ -42,7 +43,6 @@ from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat
 from schedules.tile.place_gradients import PlaceGradients, Targets
 from schedules.tile.static import static
-from schedules.tile.weights import Weights
 
 
 @T.meta_class
@@ -153,17 +153,31 @@ class KeyConsumer:
             for e in T.unroll(2):
                 self.acc_dp[g * 4 + 2 + e] = self.acc_dp[g * 4 + e]
 
+    def first_of(self, tile):
+        """This lane's first query and key of a tile of queries."""
+        return tile * self.config.block_m + self.column, self.block.key_first + self.key + M16N8.row(self.lane)
+
     @T.inline
-    def step(self, weights, tile, more, masked):
-        """The step of a tile of queries whose S is there; the next one's is issued if there are ``more``."""
+    def fetch(self, weights, tile):
+        """Fetch what tensors hold for the scores of a tile of queries."""
+        if static(has_fetched(weights)):
+            query, key = T.meta_var(self.first_of(tile))
+            weights.fetch(query, key, tile * self.config.block_m + (self.config.block_m - 1))
+
+    @T.inline
+    def step(self, weights, walk, i, masked):
+        """Step ``i``, whose S is there; the next one's is issued if there is one."""
         q = T.meta_var(self.counter.state(self.q.stages))
-        query = T.meta_var(tile * self.config.block_m + self.column)
-        key = T.meta_var(self.block.key_first + self.key + M16N8.row(self.lane))
+        query, key = T.meta_var(self.first_of(walk.tile(i)))
+        more = T.meta_var(i + 1 < walk.steps)
         self.do.consumer_wait(q)
         if self.targets is not None:
             self.turn(weights, q, query, key, masked)
         else:
             self.weigh(weights, q, query, key, masked)
+        if static(has_fetched(weights)):
+            if more:
+                self.fetch(weights, walk.tile(i + 1))
         self.counter.advance()
         # Past the last tile S is that of whatever is in the stage, and nobody looks at it.
         if more:
@@ -226,16 +240,18 @@ class KeyConsumer:
             site = T.meta_var(self.block.site(g))
             walk = self.block.tiles(site)
             places = T.meta_var(self.place_gradients(site))
-            weights = Weights(
+            weights = step_weights(
                 self.pattern,
                 site,
                 self.config.block_m,
                 True,
+                self.lane,
+                self.config.tensors_ahead,
                 descending=self.config.joint,
-                asks_once=True,
                 places=places,
             )
             if walk.steps > 0:
+                self.fetch(weights, walk.tile(0))
                 first = T.meta_var(self.counter.state(self.q.stages))
                 self.q.consumer_wait(first)
                 self.issue_scores(first)
@@ -257,13 +273,13 @@ class KeyConsumer:
         """All steps of one query head, from the first tile to the last."""
         if walk.has_masked:
             for i in T.serial(walk.left):
-                self.step(weights, walk.tile(i), i + 1 < walk.steps, True)
+                self.step(weights, walk, i, True)
         if walk.has_full:
             for i in T.serial(walk.left, walk.right):
-                self.step(weights, walk.tile(i), i + 1 < walk.steps, False)
+                self.step(weights, walk, i, False)
             if walk.has_right:
                 for i in T.serial(walk.right, walk.steps):
-                    self.step(weights, walk.tile(i), i + 1 < walk.steps, True)
+                    self.step(weights, walk, i, True)
 
     @T.inline
     def write(self, dk_map, dv_map):

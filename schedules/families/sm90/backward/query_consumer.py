@@ -20,6 +20,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
 from schedules.families.sm90.backward.operands import KEPT_PANELS, own_rows
 from schedules.families.sm90.backward.parameters import SHARES, ParameterGradients
+from schedules.families.sm90.backward.step_weights import has_fetched, step_weights
 from schedules.families.sm90.backward.stores import add_rows, stage_rows, store_rows
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
@@ -32,7 +33,6 @@ from schedules.tile.geometry import flat, wide
 from schedules.tile.place_gradients import PlaceGradients, Targets
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 from schedules.tile.static import static
-from schedules.tile.weights import Weights
 
 
 @T.meta_class
@@ -67,7 +67,7 @@ class QueryConsumer:
         self.numbers, self.overlaps = numbers, overlaps
         self.parameters, targets = parameters
         self.places = PlaceGradients(targets, block.site, M16N8, 1, M16N8.tile_rows, False) if targets.params else None
-        self.weights = Weights(pattern, block.site, N, False, asks_once=True, places=self.places)
+        self.weights = step_weights(pattern, block.site, N, False, lane, config.tensors_ahead, places=self.places)
         # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
         self.acc_dq = T.alloc_local([D // 2], "float32")
         self.acc_s = T.alloc_local([N // 2], "float32")
@@ -167,10 +167,32 @@ class QueryConsumer:
         return self.block.row_first + self.row + M16N8.row(self.lane), walk.key_first(i) + M16N8.column(self.lane)
 
     @T.inline
+    def fetch(self, walk, i):
+        """Fetch what tensors hold for the scores of step ``i``."""
+        if static(has_fetched(self.weights)):
+            query, key = T.meta_var(self.first_of(walk, i))
+            self.weights.fetch(query, key, walk.key_first(i) + (self.config.block_n - 1))
+
+    @T.inline
+    def fetch_now(self, walk, i):
+        """At the beginning of a step, fetch for its own scores, unless the step before has."""
+        if static(self.pattern.has_gaps):
+            self.fetch(walk, i)
+
+    @T.inline
+    def fetch_ahead(self, walk, i):
+        """When step ``i`` has its weights, fetch for those of the next one, if there is another; of a mask with gaps
+        it isn't known which."""
+        if static(has_fetched(self.weights) and not self.pattern.has_gaps):
+            if i + 1 < walk.steps:
+                self.fetch(walk, i + 1)
+
+    @T.inline
     def weigh(self, walk, i, masked):
         """The factors of step ``i``."""
         query, key = T.meta_var(self.first_of(walk, i))
         self.weights.weigh(self.acc_s, None, lambda t, g, r, e: self.shift[r], query, key, masked)
+        self.fetch_ahead(walk, i)
 
     @T.inline
     def start_steps(self, walk, masked):
@@ -199,6 +221,7 @@ class QueryConsumer:
     def step_by_itself(self, walk, i, masked):
         """Step ``i`` with its own dQ."""
         k = T.meta_var(self.counter.state(self.k.stages))
+        self.fetch_now(walk, i)
         self.k.consumer_wait(k)
         self.issue_scores(k)
         self.v.consumer_wait(k)
@@ -217,6 +240,7 @@ class QueryConsumer:
             masked,
             self.parameter_sums,
         )
+        self.fetch_ahead(walk, i)
         self.issue_dq(k)
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.k.consumer_release(k, self.lane)
@@ -227,6 +251,7 @@ class QueryConsumer:
         """Step ``i``, and dQ of the one before."""
         k = T.meta_var(self.counter.state(self.k.stages))
         before = T.meta_var(self.counter.state(self.k.stages, behind=1))
+        self.fetch_now(walk, i)
         self.k.consumer_wait(k)
         self.issue_scores(k)
         self.issue_dq(before)
@@ -270,6 +295,8 @@ class QueryConsumer:
         self.q.consumer_wait(self.q.state(0))
         self.do.consumer_wait(self.do.state(0))
         # 1. Tiles of keys from right to left: masked, full, masked.
+        if static(self.overlaps or not self.pattern.has_gaps):
+            self.fetch(walk, 0)
         if self.overlaps:
             self.start_steps(walk, True)
         else:
