@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tests.context_parallel_cases import CASES, NAMES, Case
-from tvm_flash import ProcessGroupError
+from tvm_flash import InvalidArgumentError, ProcessGroupError
 from tvm_flash.distributed import context_parallel_attention, launches, shard_batch, shard_sequence, unshard_sequence
 
 #: How long a process that is gone may keep the others.
@@ -33,6 +33,7 @@ MESHES = {
     "2 gather": ((2,), "gather"),
     "2 ring": ((2,), "ring"),
     "2 heads": ((2,), "heads"),
+    "3 gather": ((3,), "gather"),
     "3 ring": ((3,), "ring"),
     "4 gather": ((4,), "gather"),
     "4 heads": ((4,), "heads"),
@@ -78,7 +79,7 @@ def device() -> torch.device:
 def together(case: Case, inputs: dict, mesh: DeviceMesh, **options) -> dict[str, torch.Tensor]:
     """Results and gradients by name, of the whole sequence in the layout bhsd, as the ranks of a mesh find them."""
     layout = options.get("layout", "bhsd")
-    order = {n: options[n] for n in ("balance", "exchange") if n in options}
+    order = {"balance": options.get("balance", "zigzag")}
     swap = layout == "bshd"
 
     def seen(x):
@@ -190,6 +191,46 @@ def errors() -> dict:
     return found
 
 
+#: Problems whose heads two ranks and three can share, and of which any order gives ranks as many rows.
+SHARED = {
+    "causal": Case("", {"causal": True}, heads=6, length=96),
+    "documents": Case("", {"causal": True, "cu_seqlens": [0, 10, 40, 41, 96]}, batch=1, heads=6, length=96),
+}
+
+
+def orders() -> dict:
+    """Heads exchanged of what was dealt out by default, twice; and what ranks are told of another order, or find."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    mesh, found = mesh_of((n,)), {}
+    for name, case in SHARED.items():
+        inputs = case.inputs(torch.float32)
+        found[name] = [together(case, inputs, mesh, exchange="heads") for _ in range(2)]
+
+    def told(name, call):
+        try:
+            call()
+            said = "nothing"
+        except InvalidArgumentError as e:
+            said = str(e)
+        found[name] = [None] * n
+        dist.all_gather_object(found[name], said, group=mesh.get_group())
+
+    case = SHARED["causal"]
+    whole = [case.inputs(torch.float32)[n] for n in "qkv"]
+    parts = [shard_sequence(x, mesh, dim=2) for x in whole]
+    computed = [x + 0 for x in parts]
+    for exchange in ("gather", "heads"):
+        options = {"causal": True, "exchange": exchange, "balance": "contiguous"}
+        told(f"parts {exchange}", lambda o=options: context_parallel_attention(*parts, mesh, **o))
+        told(f"computed {exchange}", lambda o=options: context_parallel_attention(*computed, mesh, **o))
+    told("unshard", lambda: unshard_sequence(computed[0], mesh, dim=2, balance="contiguous"))
+    one = [shard_sequence(x, mesh, dim=2, balance="contiguous" if rank == n - 1 else "zigzag") for x in whole]
+    told("one rank", lambda: context_parallel_attention(*one, mesh, causal=True))
+    mixed = [parts[0], shard_sequence(whole[1], mesh, dim=2, balance="contiguous"), parts[2]]
+    told("keys", lambda: context_parallel_attention(*mixed, mesh, causal=True, exchange="heads"))
+    return found
+
+
 def batches() -> dict:
     """A batch dealt out, and its tensors put together again."""
     found = {}
@@ -246,22 +287,20 @@ def torch_rings() -> dict:
     for causal in (True, False):
         case = Case("", {"causal": causal}, kv_heads=8, length=96)
         inputs = case.inputs(torch.float32)
-        q, k, v, dout = (shard_sequence(inputs[n], mesh, dim=2) for n in ("q", "k", "v", "dout"))
+        balance = {"balance": "zigzag" if causal else "contiguous"}
+        q, k, v, dout = (shard_sequence(inputs[n], mesh, dim=2, **balance) for n in ("q", "k", "v", "dout"))
         rings._cp_options.enable_load_balance = causal
-        if not causal:
-            q, k, v, dout = (inputs[n].chunk(4, 2)[dist.get_rank()] for n in ("q", "k", "v", "dout"))
         out, lse, *rest = rings._scaled_dot_product_ring_flash_attention(mesh, q, k, v, is_causal=causal)
         starts = rest[:4]
         given = (dout, q, k, v, out, lse, *starts, 0.0, causal, *rest[4:6])
         gradients = rings._scaled_dot_product_ring_flash_attention_backward(mesh, *given)[:3]
-        balance = {"balance": "zigzag" if causal else "contiguous"}
         whole = [unshard_sequence(x, mesh, dim=2, **balance) for x in (out, *gradients)]
         found[causal] = dict(zip(("out", "dq", "dk", "dv"), whole, strict=True))
     library._destroy()
     return {"found": found, "called": sorted(set(called))}
 
 
-TASKS = {f.__name__: f for f in (results, other_orders, errors, batches, deaths, torch_rings)}
+TASKS = {f.__name__: f for f in (results, other_orders, errors, orders, batches, deaths, torch_rings)}
 
 
 def work(rank: int, world: int, folder: str, tasks: list[str]) -> None:

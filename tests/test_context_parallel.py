@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.context_parallel_cases import CASES, Case
-from tests.context_parallel_ranks import EVERYWHERE, MESHES, RUNS, TIMEOUT
+from tests.context_parallel_ranks import EVERYWHERE, MESHES, RUNS, SHARED, TIMEOUT
 from tvm_flash.distributed.kernels import has_accumulate, has_partial
 from tvm_flash.machine.device import Device
 
@@ -127,6 +127,25 @@ def test_errors_on_every_rank(found):
     fine = ("no heads", "no gradients of what has none")
     assert all(errors[name] == ["nothing"] * 3 for name in fine)
     assert errors.keys() == {*everywhere, *fine, "dtype", "whatever happens"}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_order_of_parts_is_what_a_call_takes_it_for(cpu_pack, tmp_path, ranks):
+    """By default whatever is exchanged; another one, where all sizes are the same, is refused on every rank."""
+    told = run(tmp_path, ranks, "orders")["orders"]
+    for name, case in SHARED.items():
+        one, again = told.pop(name)
+        check(one, case.exact(case.inputs(torch.float32)))
+        assert all(torch.equal(one[n], again[n]) for n in one)
+    words = f"over {ranks} ranks, but shard_sequence on rank "
+    refused = f"balance: is 'contiguous' {words}0 has dealt out by balance='zigzag' over {ranks} ranks; expected"
+    mixed = {"one rank": ranks - 1, "keys": 0}
+    for name, said in told.items():
+        expected = refused
+        if name in mixed:
+            expected = f"balance: is 'zigzag' {words}{mixed[name]} has dealt out by balance='contiguous'"
+        assert all(x.startswith(expected) for x in said), (name, said)
+    assert len(told) == 7
 
 
 def test_a_rank_that_dies_is_told_of(cpu_pack, tmp_path):

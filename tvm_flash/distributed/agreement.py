@@ -27,6 +27,8 @@ class Axes:
     Attributes
     ----------
     sizes: outer and inner ranks.
+    dealt: outer and inner ranks as sequences are dealt out to them: on a mesh of one axis all of them are outer ones,
+        whatever they exchange, so that the order of a sequence doesn't depend on that.
     place: the own outer and inner rank.
     outer, inner: the groups along the axes; None along one of a single rank.
     talk: connections of all ranks of the mesh, over which a few bytes go on the host.
@@ -34,6 +36,7 @@ class Axes:
     """
 
     sizes: tuple[int, int]
+    dealt: tuple[int, int]
     place: tuple[int, int]
     outer: dist.ProcessGroup | None
     inner: dist.ProcessGroup | None
@@ -41,7 +44,7 @@ class Axes:
     ranks: tuple[int, ...]
 
 
-def axes_of(mesh: DeviceMesh, heads: bool) -> Axes:
+def axes_of(mesh: DeviceMesh, heads: bool = False) -> Axes:
     """Where this process is; ``heads`` says of a mesh with one axis that it is the inner one.
 
     Raises
@@ -76,7 +79,7 @@ def _axes(groups: tuple[dist.ProcessGroup, ...], shape, ranks, device: str, plac
             dist.all_reduce(torch.zeros(1, device=device), group=group)
     outer = groups[0] if sizes[0] > 1 else None
     inner = groups[-1] if sizes[1] > 1 else None
-    return Axes(sizes, place, outer, inner, _talk(groups, ranks, device), ranks)
+    return Axes(sizes, (*shape, 1)[:2], place, outer, inner, _talk(groups, ranks, device), ranks)
 
 
 #: How often a private group of some ranks was made, by all of them.

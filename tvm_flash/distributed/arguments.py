@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tvm_flash.call import checks
 from tvm_flash.call.prepare import same_framework
@@ -40,21 +43,69 @@ def check_order(mesh: DeviceMesh, balance: str, exchange: str) -> None:
         )
 
 
-def agreed_placement(name: str, rows: list[int], axes: Axes, balance: str) -> Placement:
-    """How a sequence lies on the ranks, of each of which it is known how many rows a tensor has.
+#: A way to deal a sequence out: over how many outer and inner ranks, in which balance.
+Way = tuple[int, int, str]
+
+#: The ways in which this process has dealt out to the ranks of a mesh, and that in which it made a tensor.
+_dealt: dict[tuple[int, ...], set[Way]] = {}
+_way_of = WeakTensorKeyDictionary()
+
+
+@torch.compiler.disable
+def note_dealt(part: torch.Tensor, axes: Axes, balance: str) -> None:
+    """Remember how a part of a sequence was dealt out, which its rows don't tell."""
+    way = (*axes.dealt, balance)
+    _dealt.setdefault(axes.ranks, set()).add(way)
+    _way_of[part] = (axes.ranks, way)
+
+
+def dealt_so_far(axes: Axes, *tensors: Any) -> list[list[Way]]:
+    """What is known of the way in which tensors were dealt out to these ranks: lists, in each of which theirs must be.
+
+    Of a tensor that is a part itself its way is known, and of those that were computed of such that it is one of those
+    that this process has dealt out by, if it has.
+    """
+    known = [_way_of.get(x, ((), None)) for x in tensors if isinstance(x, torch.Tensor)]
+    if own := [[way] for ranks, way in known if ranks == axes.ranks]:
+        return own
+    return [sorted(_dealt[axes.ranks])] if axes.ranks in _dealt else []
+
+
+def agreed_placement(name: str, everything: list[dict[str, Any]], axes: Axes, balance: str) -> Placement:
+    """How a sequence lies on the ranks, each of which has said its ``rows`` of it and what it ``dealt`` so far.
 
     Raises
     ------
-    InvalidArgumentError: :func:`shard_sequence` would have given them others.
+    InvalidArgumentError: :func:`shard_sequence` would have given them others, or gave one of them others only.
     """
-    placement = Placement(sum(rows), *axes.sizes, balance)
+    rows = [said["rows"] for said in everything]
+    placement = Placement(sum(rows), *axes.dealt, balance)
     for rank, found, held in zip(axes.ranks, rows, placement.order(), strict=True):
         if found != size(held):
             raise InvalidArgumentError(
                 f"{name}: has {found} rows on rank {rank}, expected {size(held)} of {sum(rows)} positions in all; use "
-                f"tvm_flash.distributed.shard_sequence with the same mesh, balance={balance!r} and exchange"
+                f"tvm_flash.distributed.shard_sequence with the same mesh and balance={balance!r}"
+            )
+    for rank, said in zip(axes.ranks, everything, strict=True):
+        for ways in said["dealt"]:
+            if any(_same_order(sum(rows), tuple(way), (*axes.dealt, balance)) for way in ways):
+                continue
+            *sizes, other = ways[0]
+            raise InvalidArgumentError(
+                f"balance: is {balance!r} over {_in_words(axes.dealt)}, but shard_sequence on rank {rank} has dealt "
+                f"out by balance={other!r} over {_in_words(sizes)}; expected the mesh and the balance "
+                f"that {name} was dealt out by"
             )
     return placement
+
+
+@functools.lru_cache(maxsize=64)
+def _same_order(length: int, one: Way, other: Way) -> bool:
+    return one == other or Placement(length, *one).order() == Placement(length, *other).order()
+
+
+def _in_words(sizes: Sequence[int]) -> str:
+    return f"{sizes[0]} ranks" if sizes[1] == 1 else f"{sizes[0]} × {sizes[1]} ranks"
 
 
 def sizes_of(layout: str, q: Any, k: Any, v: Any) -> checks.Sizes:

@@ -17,6 +17,7 @@ from tvm_flash.distributed.arguments import (
     check_ends,
     check_order,
     checked_parameter,
+    dealt_so_far,
     document_ends,
     in_short,
     sizes_of,
@@ -71,11 +72,14 @@ def context_parallel_attention(
     cu_seqlens: where documents begin in the whole sequence, and the last one ends, which don't see each other; the same
         numbers on every rank, in a list or a tensor on the CPU, where they are read.  For a batch of one.
     layout: of q, k, v and the result: ``"bhsd"`` or ``"bshd"``.
-    balance: as it was given to :func:`shard_sequence`.
+    balance: as it was given to :func:`shard_sequence`; another one is refused of tensors made there, and of any if
+        this process has dealt out to the mesh's ranks, but never by it.  In a process that has dealt out by both,
+        nothing tells them apart of what was computed since, as by a projection.
     exchange: ``"gather"`` gets all keys that a rank's queries see before it computes, with those of some heads on their
         way while others are computed: the result is the same bits as on one device, of the rows that kernels compute
         together.  ``"ring"`` gets those of one rank after the other and holds no more than two, and puts float32
-        results together; ``"heads"`` needs a mesh with one axis.  ``"auto"`` is ``"gather"`` where a rank has room for
+        results together; ``"heads"`` needs a mesh with one axis; rows are put in the order of their
+        positions when they come, and back.  ``"auto"`` is ``"gather"`` where a rank has room for
         it (8 GiB of keys, values and gradients), else ``"ring"``.
 
     Returns
@@ -120,10 +124,10 @@ def context_parallel_attention(
             layout=layout, balance=balance,
             exchange=exchange, cu_seqlens=in_short(ends),
             requires_grad=[n for n, x in learnt.items() if x is not None and x.requires_grad],
-            rows=sizes.seqlen_q,
+            rows=sizes.seqlen_q, dealt=dealt_so_far(axes, q, k, v),
         )  # fmt: skip
-    everything = asked.reach(differ=("rows",))
-    placement = agreed_placement("q", [said["rows"] for said in everything], axes, balance)
+    dealt = agreed_placement("q", asked.reach(differ=("rows", "dealt")), axes, balance)
+    placement = Placement(dealt.length, *axes.sizes, balance)
     if ends is not None:
         check_ends(ends, placement.length)
     left, right = (None if x == -1 else x for x in window)
@@ -132,7 +136,7 @@ def context_parallel_attention(
         kept = placement.length * sizes.batch * sizes.kv_heads * (sizes.head_dim + sizes.head_dim_v)
         fits = kept // axes.sizes[1] * (q.element_size() + 4) <= GATHERED_BYTES
         exchange = "gather" if fits or axes.outer is None else "ring"
-    call = _Call(axes, placement, sight, layout, exchange, scale, softcap)
+    call = _Call(axes, dealt, placement, sight, layout, exchange, scale, softcap)
     out, lse = (
         _Attention.apply(call, q, k, v, slopes, sinks) if q.shape[0] and sizes.heads else _nothing(layout, q, k, v)
     )
@@ -148,9 +152,13 @@ def _nothing(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call after its checks."""
+    """A call after its checks.
+
+    ``dealt`` is how the caller's rows lie on the mesh, ``placement`` how the rows lie that outer ranks compute.
+    """
 
     axes: Axes
+    dealt: Placement
     placement: Placement
     sight: Sight
     layout: str
@@ -188,7 +196,9 @@ class _Call:
     @property
     def _inner(self) -> HeadExchange:
         outer, inner = self.axes.place
-        return HeadExchange(self.axes.inner, inner, self.placement.rows_of_inner(outer))
+        ranks = self.axes.sizes[1]
+        held = self.dealt.order()[outer * ranks : (outer + 1) * ranks]
+        return HeadExchange(self.axes.inner, inner, tuple(self.placement.rows_of(outer, x) for x in held))
 
     def repeats(self, kv_heads: int) -> int:
         """How often a key head is there, so that each inner rank has those that its query heads read."""

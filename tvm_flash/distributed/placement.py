@@ -51,6 +51,17 @@ class Placement:
         rows = size(self.segments(outer))
         return tuple((i * rows // self.inner, (i + 1) * rows // self.inner) for i in range(self.inner))
 
+    def rows_of(self, outer: int, held: tuple[Interval, ...]) -> tuple[Interval, ...]:
+        """The rows of an outer rank's segments, one after the other, at which some of its positions stand."""
+        found = []
+        for a, b in held:
+            at = 0
+            for first, end in self.segments(outer):
+                if first <= a and b <= end:
+                    found.append((at + a - first, at + b - first))
+                at += end - first
+        return tuple(found)
+
     def order(self) -> tuple[tuple[Interval, ...], ...]:
         """What every rank holds, by its place in the mesh, the inner axis running fastest."""
         return tuple(self.held(o, i) for o, i in itertools.product(range(self.outer), range(self.inner)))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tvm_flash.distributed.agreement import Agreement, Axes, axes_of
-from tvm_flash.distributed.arguments import agreed_placement, check_order
+from tvm_flash.distributed.arguments import agreed_placement, check_order, dealt_so_far, note_dealt
 from tvm_flash.distributed.exchange import talking
 from tvm_flash.distributed.placement import Interval, Placement, size
 from tvm_flash.errors import InvalidArgumentError
@@ -25,18 +25,21 @@ def shard_sequence(
 
     ``balance="zigzag"`` gives each of n ranks along the mesh's first axis one of 2n chunks from the front and one from
     the back; what these ranks have is dealt out along the second axis in its order.  Chunks may differ by a position.
-    ``balance`` and ``exchange`` are those of :func:`context_parallel_attention`.
+    ``balance`` has to be that of :func:`context_parallel_attention`, which refuses another one of parts made here, and
+    of any if this process has never dealt out by it.  Every ``exchange`` has the same order; its name is checked only.
 
     Raises
     ------
     InvalidArgumentError: an argument is wrong.
     """
     check_order(mesh, balance, exchange)
-    axes = axes_of(mesh, exchange == "heads")
+    axes = axes_of(mesh)
     dim = _checked_dim(x, dim)
-    held = Placement(x.shape[dim], *axes.sizes, balance).held(*axes.place)
+    held = Placement(x.shape[dim], *axes.dealt, balance).held(*axes.place)
     parts = [x.narrow(dim, first, end - first) for first, end in held]
-    return torch.cat(parts or [x.narrow(dim, 0, 0)], dim)
+    part = torch.cat(parts or [x.narrow(dim, 0, 0)], dim)
+    note_dealt(part, axes, balance)
+    return part
 
 
 def sequence_positions(
@@ -92,14 +95,15 @@ def unshard_sequence(
     InvalidArgumentError: an argument is wrong on some rank, or isn't the same on all; every rank raises.
     ProcessGroupError: a process is gone, or didn't answer within its group's timeout.
     """
-    axes = axes_of(mesh, exchange == "heads")
+    axes = axes_of(mesh)
     asked = Agreement(axes)
     with asked.checking():
         check_order(mesh, balance, exchange)
         dim = _checked_dim(x, dim)
         others = [n for i, n in enumerate(x.shape) if i != dim]
-        asked.says(dim=dim, shape=others, dtype=str(x.dtype), balance=balance, exchange=exchange, rows=x.shape[dim])
-    placement = agreed_placement("x", [said["rows"] for said in asked.reach(differ=("rows",))], axes, balance)
+        asked.says(dim=dim, shape=others, dtype=str(x.dtype), balance=balance, exchange=exchange)
+        asked.says(rows=x.shape[dim], dealt=dealt_so_far(axes, x))
+    placement = agreed_placement("x", asked.reach(differ=("rows", "dealt")), axes, balance)
     whole = _together(x.detach().movedim(dim, 0).contiguous(), axes, placement)
     order = [interval for o in range(placement.outer) for interval in placement.segments(o)]
     return _in_order(whole, order).movedim(0, dim).contiguous()
