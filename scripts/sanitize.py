@@ -24,7 +24,7 @@ import numpy as np
 
 from tvm_flash.machine.device import Device
 from tvm_flash.measure import small_case
-from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS
+from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, params_of
 from tvm_flash.measure.small_sequences import on_pages, packed
 from tvm_flash.packs.registry import registry
 
@@ -56,7 +56,8 @@ def run(arch: str, symbol: str) -> int:
     kernels = [k for k in registry().kernels(arch) if re.search(symbol, k.entry.symbol)]
     for number, kernel in enumerate(kernels, start=1):
         e = kernel.entry
-        for heads, seqlens in (*SHAPES, *([MANY] if e.config.get("waves") else [])):
+        goes_on = e.config.get("waves") and not any(p.is_tensor for p in e.params)
+        for heads, seqlens in (*SHAPES, *([MANY] if goes_on else [])):
             print(f"{number} of {len(kernels)}: {e.symbol}, {heads}, {seqlens}", flush=True)
             q, k, v = small_case.random_inputs(e.dtype, e.head_dim, e.head_dim_v, heads, seqlens)
             given = {"q": q, "k": k, "v": v}
@@ -66,9 +67,9 @@ def run(arch: str, symbol: str) -> int:
                 given = packed([{role: x[b] for role, x in given.items()} for b in range(len(q))], after=3)
             if e.form == "paged":
                 given = on_pages(given)
-            found = small_case.run(
-                e, registry().load(kernel), device, given, 1 / math.sqrt(e.head_dim), (e.head_dim, e.head_dim_v)
-            )
+            head_dims, params = (e.head_dim, e.head_dim_v), params_of(*seqlens)
+            scale = 1 / math.sqrt(e.head_dim)
+            found = small_case.run(e, registry().load(kernel), device, given, scale, head_dims, params)
             for role in found.keys() - {"lse"}:
                 assert np.isfinite(found[role]).all(), f"not all of {role} is written"
     if not kernels:

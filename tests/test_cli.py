@@ -20,6 +20,7 @@ from tvm_flash.commands import cli
 from tvm_flash.commands.cli import main
 from tvm_flash.machine.device import Device
 from tvm_flash.measure import small_case
+from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, params_of
 from tvm_flash.operators import ACCUMULATE, BACKWARD, FORWARD
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, MANIFEST_NAME, Manifest
 from tvm_flash.packs.registry import own_packs, registry
@@ -220,6 +221,18 @@ def test_every_installed_kernel_is_right(cpu_pack):
     kernels = [k for k in registry().kernels("cpu") if k.entry.op == "forward"]
     results = [selfcheck.check_kernel(k, Device("cpu")) for k in kernels]
     assert results and not [r for r in results if not r.ok]
+
+
+def test_parameters_of_other_lengths_than_the_problems_are_refused(cpu_pack):
+    """A kernel would read outside of them: sanitize.py told of faults that were its own."""
+    kernel = next(k for k in registry().kernels("cpu") if k.entry.op == "forward" and k.entry.score == "biased")
+    e, lengths = kernel.entry, (20, 30)
+    head_dims = (e.head_dim, e.head_dim_v)
+    q, k, v = small_case.random_inputs(e.dtype, *head_dims, (BATCH, HEADS, KV_HEADS), lengths)
+    call = (e, registry().load(kernel), Device("cpu"), {"q": q, "k": k, "v": v}, 0.1, head_dims)
+    with pytest.raises(ValueError, match="bias has shape"):
+        small_case.run(*call)
+    assert np.isfinite(small_case.run(*call, params_of(*lengths))["o"]).all()
 
 
 def test_explain(small_pack, capsys):

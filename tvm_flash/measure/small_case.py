@@ -191,6 +191,10 @@ def run(
     ``functions`` are those of its launches.  ``inputs`` are q, k, v and whatever else the operator takes, by role, in
     the layout bhsd, or those of sequences as :mod:`tvm_flash.measure.small_sequences` has them.  A kernel that has
     parameters of each head takes ``BATCH`` and ``HEADS``.
+
+    Raises
+    ------
+    ValueError: a parameter isn't of the problem's sizes, so that the kernel would read outside of it.
     """
     q, k = inputs["q"].shape, inputs["k"].shape
     order = (0, 2, 1, 3) if entry.form == DENSE and entry.layout == "bshd" else (0, 1, 2, 3)
@@ -213,6 +217,10 @@ def run(
         extents = entry.extents(sizes.of(**of))
         shapes = {role_of(name): tuple(of[a] for a in x.axes if a in of) for name, x in TENSORS.items()}
     axes = {"b": of["batch"], "h": of["heads"], "i": of.get("seqlen_q"), "j": of.get("seqlen_kv")}
+    for p in entry.params:
+        expected = tuple(axes[a] for a in p.axes)
+        if p.is_tensor and not p.rank and np.shape(params[p.name]) != expected:
+            raise ValueError(f"params: {p.name} has shape {np.shape(params[p.name])}, the problem {expected}")
     shapes |= {gradient_of(p.name): tuple(axes[a] for a in p.of_gradient) or (1,) for p in entry.params if not p.rank}
     shapes |= {gradient_of(p.name): np.shape(params[p.name]) for p in entry.params if p.rank}
     learnt = {gradient_of(p.name) for p in entry.params}
