@@ -65,7 +65,7 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "
     xp = arrays_of(outs[0], "outs[0]")
     dims = _check_tensors(xp, outs, lses, layout)
     with xp.quiet():
-        weights, total, lse = weights_of(xp, lses)
+        weights, total, lse = _weights(xp, lses)
         out = None
         for part, weight, part_lse in zip(outs, weights, lses, strict=True):
             seen, weight = (_beside(x, dims) for x in (part_lse != -float("inf"), weight))
@@ -74,7 +74,7 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any], *, layout: str = "
         return xp.cast(out / _beside(total, dims), xp.name_of(outs[0])), lse
 
 
-def weights_of(xp: Any, lses: Sequence[Any]) -> tuple[list[Any], Any, Any]:
+def _weights(xp: Any, lses: Sequence[Any]) -> tuple[list[Any], Any, Any]:
     """What each part's result is multiplied with, what the sum of products is divided by, and the log-sum-exp of all.
 
     ``lses`` are float32, of shapes that broadcast, −inf where a part has no key: its weight there is 0.  The divisor is

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from tvm_flash.frameworks.arrays import torch_arrays
-from tvm_flash.merge import weights_of
-
 
 def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Put attention over further keys into what there is of others, both float32.
 
     ``out`` and ``part`` are ``(batch, heads, rows, head_dim)``; ``lse`` and ``part_lse`` ``(batch, heads, rows)``, −inf
-    in a row that saw no key.  Results are read and written once.
+    in a row that saw no key.  The weight of the part is ``sigmoid(part_lse - lse)`` and the other what is left to 1, so
+    that nothing is divided by a sum of rounded weights, and the results are read and written once.  Of two parts that
+    is a third of the operations of :func:`tvm_flash.merge.merge_attention`, which takes any number of them.
     """
-    (_, weight), total, merged = weights_of(torch_arrays(), (lse, part_lse))
-    out.lerp_(part, (weight / total)[..., None])
-    lse.copy_(merged)
+    weight = torch.sigmoid(part_lse - lse)
+    weight = torch.where(part_lse == -torch.inf, 0.0, weight)  # also where neither saw a key
+    out.lerp_(part, weight[..., None])
+    lse.copy_(torch.logaddexp(lse, part_lse))
 
 
 def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
@@ -25,9 +25,10 @@ def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None
     ``sinks`` are ``(heads,)`` or ``(batch, heads)``, −inf for none; the others are as in :func:`merge`.  A row without
     keys has none.
     """
-    (weight, _), total, merged = weights_of(torch_arrays(), (lse, sinks[..., None]))
-    out.mul_((weight / total)[..., None])
-    lse.copy_(torch.where(lse == -torch.inf, lse, merged))
+    sinks = sinks[..., None]
+    share = torch.where(sinks == -torch.inf, 1.0, torch.sigmoid(lse - sinks))
+    out.mul_(share[..., None])
+    lse.copy_(torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, sinks)))
 
 
 def sink_gradients(dout, out, lse, dlse, sinks: torch.Tensor) -> torch.Tensor:
