@@ -140,15 +140,13 @@ def apart(pattern: Pattern) -> Config:
 
 def _with_tensors(pattern: Pattern) -> Config:
     """Smaller steps, as addresses and elements of tensors take registers too: the largest that compile without spills
-    with a bias of all axes or a mask for each score; half of what they were, and nothing fetched ahead, with several
-    tensors, which nobody has timed.
+    with a bias of all axes or a mask for each score.
 
     At head_dim 64 a launch for dq that stores the gradient of a bias is 13% slower where it fetches ahead, at 128 as
     fast (docs/hopper.md).
     """
-    several = sum(p.is_spread for p in pattern.params) > 1
-    if several or pattern.head_dim > 128:
-        return _with_several_tensors(pattern)
+    if pattern.head_dim > 128 or sum(p.is_spread for p in pattern.params) > 1:
+        return _with_untimed_tensors(pattern)
     if pattern.head_dim <= 64:
         found = Config(num_stages=4, block_n=64 if pattern.learnt else 96, num_stages_dq=4)
     else:
@@ -156,7 +154,9 @@ def _with_tensors(pattern: Pattern) -> Config:
     return replace(found, tensors_ahead=True, tensors_ahead_dq=pattern.head_dim > 64 or not pattern.learnt)
 
 
-def _with_several_tensors(pattern: Pattern) -> Config:
+def _with_untimed_tensors(pattern: Pattern) -> Config:
+    """Steps that compile without spills with several tensors, or with one at a larger head_dim; nothing else is known
+    of them, so that nothing is fetched ahead."""
     if pattern.head_dim <= 64:
         return Config(block_m=32, num_stages=4, block_n=32, num_stages_dq=4)
     if pattern.head_dim + pattern.head_dim_v <= 320:
