@@ -54,19 +54,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.name, len(FIRST)))
 
 
-def pytest_collection_finish():
-    """Give TVM's parser the stack without its sources, which it has no use for here.
-
-    It asks for the stack twice a function, and ``inspect.stack`` looks for the module of each frame among all that are
-    loaded: where torch, JAX and transformers are, that was a third of the time of the tests that derive operators.
-    """
-    entry = sys.modules.get("tvm.tirx.script.parser.entry")
-    if entry is not None:
-        from schedules.definition.tvmscript import _InspectWithoutSources
-
-        entry.inspect = _InspectWithoutSources("inspect")
-
-
 @pytest.fixture(scope="session")
 def cpu_pack(tmp_path_factory):
     """Folder of a CPU pack that this machine can run; built in the package, once, if there is none."""

@@ -25,7 +25,6 @@ from tvm.tirx import PrimFunc
 from schedules.builder import sources
 from schedules.builder.configs import NO_RECORDS, ChosenConfig, Slot, Tuned, with_proposals
 from schedules.builder.suite import KernelSpec
-from schedules.definition import tvmscript
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.definition_file import DefinitionFile
@@ -45,8 +44,6 @@ _LARGE_HEADERS = {"cuda/barrier": r"\bcuda::(?!std)", "cooperative_groups.h": r"
 
 #: Folder beside object files for the device images of a build.
 IMAGES = "images"
-
-tvmscript.install()
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ takes for them is saved here: a kernel of sm_90a at head_dim 128 took 8.3 s to p
 for the parser alone, and the mma.sync kernels of head_dim 64 took 2.5 times as long without the rest.  The functions
 that come out are the same, but for the places in source files that TVM notes in them.
 
-* It finds itself by ``inspect.stack``, which opens the source file of each frame.  Here it is kept in a list, and
-  whoever asks for the stack gets the same frames without their sources.
+* It looks for itself in the stack, and asks for the stack at each function: ``inspect.stack`` opens the source file of
+  each frame, and looks for its module among all that are loaded, which took a third of the time of deriving an operator
+  where torch and JAX are loaded.  Here the parser is kept in a list, and frames come without their sources.
 * It reads a macro's source again at each call.  Here a text is read once.
 * It compiles and evaluates each node of an expression as a program of its own.  Here names, constants, attributes,
   subscripts, tuples and calls, of operands that it has evaluated, are what they are in Python.
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import linecache
 import sys
+from dataclasses import dataclass
 from functools import cache
 from types import FrameType, ModuleType
 
@@ -25,6 +28,7 @@ from tvm.script.parser.core import doc, evaluator
 from tvm.script.parser.core.diagnostics import Source
 from tvm.script.parser.core.parser import Parser, ScriptMacro
 from tvm.tirx.script.builder import ir as builder
+from tvm.tirx.script.parser import entry
 
 #: The parsers at work in this process, one within another; the last is the one that evaluates an expression.
 _parsers: list[Parser] = []
@@ -119,24 +123,40 @@ def _unannotated(self: Parser, value):
     return value
 
 
-def _frames(frame: FrameType | None):
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A frame as ``inspect.FrameInfo`` describes it, but that its line is read when somebody asks for it."""
+
+    frame: FrameType
+    lineno: int
+
+    @property
+    def filename(self) -> str:
+        return self.frame.f_code.co_filename
+
+    @property
+    def code_context(self) -> list[str] | None:
+        line = linecache.getline(self.filename, self.lineno, self.frame.f_globals)
+        return [line] if line else None
 
 
-class _InspectWithoutSources(ModuleType):
-    """The module ``inspect`` with a ``stack`` that knows where a frame is, and not what is written there."""
+class InspectWithQuickStack(ModuleType):
+    """The module ``inspect``, but that ``stack`` reads no source file and looks at no loaded module.
+
+    TVM asks for the stack at each ``T.prim_func``, and at what a ``meta_class`` allocates, and wants the frames and the
+    line of one of them.
+    """
 
     def __getattr__(self, name: str):
         return getattr(inspect, name)
 
     @staticmethod
-    def stack(context: int = 1) -> list[inspect.FrameInfo]:
-        return [
-            inspect.FrameInfo(frame, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, None, None)
-            for frame in _frames(sys._getframe(1))
-        ]
+    def stack(context: int = 1) -> list[_Frame]:
+        frame, found = sys._getframe(1), []
+        while frame is not None:
+            found.append(_Frame(frame, frame.f_lineno))
+            frame = frame.f_back
+        return found
 
 
 def install() -> None:
@@ -147,4 +167,4 @@ def install() -> None:
     ScriptMacro._find_parser_def = _find_parser
     Source.as_ast = _as_ast
     evaluator._eval_expr = _evaluate
-    builder.inspect = _InspectWithoutSources("inspect")
+    builder.inspect = entry.inspect = InspectWithQuickStack("inspect")
