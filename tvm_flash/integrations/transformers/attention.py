@@ -16,7 +16,7 @@ from tvm_flash.integrations.transformers.masks import UNBOUNDED, KeyRanges, Mask
 from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
 from tvm_flash.nn.flash_attn import flash_attn_varlen_func
-from tvm_flash.nn.masks import key_mask_of
+from tvm_flash.nn.masks import KeyMask, key_mask_of
 from tvm_flash.nn.sdpa import no_kernel, refusal, warn_of_fallback
 from tvm_flash.operators import BACKWARD, FORWARD
 from tvm_flash.padded import padded_attention
@@ -127,7 +127,7 @@ def attention_forward(
         caches = (k_cache, v_cache, block_table, cu_seq_lens_k)
         return _decode(query, key, value, caches, window, scaling, softcap, s_aux if s_aux is not None else sinks), None
     sequences = _sequences(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-    ranges, mask = _read(attention_mask, sequences)
+    ranges, mask = _read(attention_mask, query, key, sequences)
     sink = s_aux if s_aux is not None else sinks
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = ranges.window if ranges is not None else _window(bool(causal), sliding_window, mask, query, sequences)
@@ -137,18 +137,26 @@ def attention_forward(
             None,
             by_torch.ALL,
         )
+    if mask is not None and sequences is not None:  # both hide
+        mask, sequences = by_torch.mask_within(mask, sequences, query, key), None
     wants = {"position_bias": position_bias, "indices": indices, "output_attentions": output_attentions or None}
     reason = next((f"the layer has {name}" for name, x in wants.items() if x is not None), None)
     reason = reason or refusal(query, key, value, None, dropout, False, scaling, True)
+    over_keys = None
     if reason is None and mask is not None:
-        ranges, key, value, reason = _as_ranges(mask, query, key, value, scaling)
-        whole = None if reason is None or softcap or sink is not None else _whole_mask(mask, query, key, value)
-        if whole is not None:
-            return _by_whole_mask(query, key, value, whole, scaling), None
-    reason = reason or _no_kernel(query, key, value, ranges, window, softcap, sequences)
+        over_keys = _over_keys(mask, query, key, scaling)
+        if isinstance(over_keys, str):
+            whole = None if softcap or sink is not None else _whole_mask(mask, query, key, value)
+            if whole is not None:
+                return _by_whole_mask(query, key, value, whole, scaling), None
+            over_keys, reason = None, over_keys
+    known = ranges if over_keys is None else KeyRanges(key.shape[2], over_keys.key_range())
+    reason = reason or _no_kernel(query, key, value, known, window, softcap, sequences)
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     if reason is None:
-        return _compute(query, key, value, ranges, window, scaling, softcap or 0.0, sink, sequences), None
+        if over_keys is not None:
+            key, value = over_keys.arrange(key), over_keys.arrange(value)
+        return _compute(query, key, value, known, window, scaling, softcap or 0.0, sink, sequences), None
     warn_of_fallback(reason)
     if ranges is not None:
         key, value = key[:, :, : ranges.keys], value[:, :, : ranges.keys]
@@ -192,9 +200,9 @@ def _sequences(starts_q, starts_k, longest_q, longest_k) -> Sequences | None:
 
 
 def _read(
-    attention_mask: torch.Tensor | None, sequences: Sequences | None
+    attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, sequences: Sequences | None
 ) -> tuple[KeyRanges | None, torch.Tensor | None]:
-    """A mask as key ranges, or as a tensor, or neither if it hides nothing that ``sequences`` don't.
+    """A mask as key ranges, with ``sequences`` those of each, or as a tensor.
 
     Raises
     ------
@@ -202,14 +210,19 @@ def _read(
     """
     if attention_mask is None:
         return None, None
+    keys = key.shape[2]
     if isinstance(attention_mask, Mask):
-        if sequences is not None and (attention_mask.ranges is None or attention_mask.ranges.ends is None):
-            return None, None  # positions that start anew and sequences one after another say the same
-        if attention_mask.ranges is not None:
+        if sequences is None and attention_mask.ranges is not None:
             return attention_mask.ranges, None
+        if sequences is not None and attention_mask.of_each_sequence is not None:
+            return KeyRanges(keys, None, attention_mask.of_each_sequence), None
         return None, attention_mask.visible()
     if attention_mask.dtype == torch.uint32:
-        return KeyRanges.unpack(attention_mask), None
+        ranges = KeyRanges.unpack(attention_mask)
+        if sequences is None:
+            return ranges, None
+        visible = ranges.visible(query.shape[2], key.device)
+        return None, torch.nn.functional.pad(visible, (0, keys - ranges.keys))
     if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
         raise ArgumentTypeError(
             f"attention_mask: has dtype {attention_mask.dtype}, expected torch.bool, or numbers that are added to the "
@@ -242,14 +255,11 @@ def _block_mask(module, block_indices, attention_mask, query, key, others) -> to
     return indexer.build_block_mask(block_indices, mask, key.shape[2], query.dtype, query.device, positions)
 
 
-def _as_ranges(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None):
-    """A mask that is the same for all queries and heads as key ranges, with keys in an order that they are for."""
+def _over_keys(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> KeyMask | str:
+    """A mask as one that is the same for all queries and heads, or why it isn't one."""
     if mask.ndim == 4 and mask.shape[-1] != key.shape[2]:
-        return None, key, value, "attn_mask and the keys differ in length"
-    found = key_mask_of(mask, query, key, scaling)
-    if isinstance(found, str):
-        return None, key, value, found
-    return KeyRanges(key.shape[2], found.key_range()), found.arrange(key), found.arrange(value), None
+        return "attn_mask and the keys differ in length"
+    return key_mask_of(mask, query, key, scaling)
 
 
 def _whole_mask(mask: torch.Tensor, query, key, value) -> WholeMask | None:
@@ -270,8 +280,6 @@ def _by_whole_mask(query, key, value, whole: WholeMask, scaling: float | None) -
 
 def _no_kernel(query, key, value, ranges, window, softcap, sequences) -> str | None:
     """Why no kernel computes a call, or None if one does."""
-    if sequences is not None and ranges is not None:
-        return "packed sequences are padded"
     if ranges is not None and ranges.ends is not None:
         kind = "padded"
         if softcap and not _PADDED_SOFTCAP:
@@ -302,7 +310,8 @@ def _compute(query, key, value, ranges, window, scaling, softcap, sink, sequence
         out, lse = _attend(query, key, value, ranges, window, scaling, softcap, sink is not None)
     if sink is not None:  # exp(lse) / (exp(lse) + exp(sink)) of the weight is that of the keys
         sink = sink[:, None] if sink.ndim == 1 else sink.squeeze(-1)  # (heads, 1) or (batch, heads, seqlen_q)
-        share = torch.sigmoid(lse - sink.float()).transpose(1, 2)[..., None]
+        sink = sink.float().clamp(min=torch.finfo(torch.float32).min)  # beside −inf, which a row without keys has
+        share = torch.sigmoid(lse - sink).transpose(1, 2)[..., None]
         out = (out.float() * share).to(out.dtype)
     return out[..., :head_dim_v].contiguous()
 

@@ -68,7 +68,7 @@ def attention(
 def _visible(ends, window, indices, sequences, seqlen_q, keys, device) -> torch.Tensor:
     """Boolean, to be broadcast over ``(batch, heads, seqlen_q, keys)``: what isn't hidden."""
     if sequences is not None:
-        visible = _same_sequence(sequences, window, seqlen_q, keys, device)
+        visible = _same_sequence(sequences, window, seqlen_q, keys, device)[None, None]
     else:
         visible = band(seqlen_q, keys, window, device)
     if ends is not None:
@@ -80,8 +80,16 @@ def _visible(ends, window, indices, sequences, seqlen_q, keys, device) -> torch.
     return visible
 
 
+def mask_within(mask: torch.Tensor, sequences: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A mask, boolean or of numbers, that also hides sequences one after the other from each other."""
+    (batch, _, seqlen_q, _), keys = query.shape, key.shape[2]
+    visible = _same_sequence(sequences, ALL, batch * seqlen_q, batch * keys, query.device)
+    visible = visible.view(batch, seqlen_q, batch, keys).diagonal(dim1=0, dim2=2).movedim(-1, 0)[:, None]
+    return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
+
+
 def _same_sequence(sequences, window, seqlen_q: int, keys: int, device) -> torch.Tensor:
-    """``(1, 1, seqlen_q, keys)``: true within a sequence, where the window, aligned to its end, lets a key through."""
+    """``(seqlen_q, keys)``: true within a sequence, where the window, aligned to its end, lets a key through."""
     i, j = torch.arange(seqlen_q, device=device), torch.arange(keys, device=device)
     starts_q, starts_k = sequences.starts_q.to(device), sequences.starts_k.to(device)
     of_q = torch.searchsorted(starts_q, i.int(), right=True) - 1
@@ -92,8 +100,7 @@ def _same_sequence(sequences, window, seqlen_q: int, keys: int, device) -> torch
     visible = (of_q[:, None] == of_k) & (of_q[:, None] <= last)
     left, right = window
     visible = visible if left == UNBOUNDED else visible & (j >= position[:, None] - left)
-    visible = visible if right == UNBOUNDED else visible & (j <= position[:, None] + right)
-    return visible[None, None]
+    return visible if right == UNBOUNDED else visible & (j <= position[:, None] + right)
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map
+from transformers import masking_utils
 
 try:
     from transformers.masking_utils import (
         bidirectional_mask_function,
         causal_mask_function,
         eager_mask,
+        packed_sequence_mask_function,
         sdpa_mask,
         sliding_window_bidirectional_mask_function,
         sliding_window_causal_mask_function,
@@ -97,8 +99,9 @@ def within(ends: torch.Tensor | None, keys: int, device: torch.device) -> torch.
 class _Content:
     """What a :class:`Mask` and its views stand for."""
 
-    def __init__(self, shape, dtype, device, ranges: KeyRanges | None, make: Callable[[], torch.Tensor]):
+    def __init__(self, shape, dtype, device, ranges: KeyRanges | None, of_each, make: Callable[[], torch.Tensor]):
         self.shape, self.dtype, self.device, self.ranges, self.make = shape, dtype, device, ranges, make
+        self.of_each_sequence: tuple[int, int] | None = of_each
         self.changed = False
 
     @functools.cached_property
@@ -114,7 +117,7 @@ class _Content:
         """From now on the numbers alone count: somebody may write into them."""
         if not self.changed:
             self.numbers = self.numbers.contiguous()
-            self.changed, self.ranges = True, None
+            self.changed, self.ranges, self.of_each_sequence = True, None, None
 
 
 class Mask(torch.Tensor):
@@ -156,6 +159,11 @@ class Mask(torch.Tensor):
         """The keys in a few numbers, where that can be said so."""
         return self._content.ranges
 
+    @property
+    def of_each_sequence(self) -> tuple[int, int] | None:
+        """The window that is left of it where the sequences of a batch are known; None if it hides more than that."""
+        return self._content.of_each_sequence
+
     def numbers(self) -> torch.Tensor:
         """What is added to the scores."""
         return self._content.numbers
@@ -194,16 +202,17 @@ def make_mask(
     window = None if others.get("use_vmap") else _recognise(mask_function)
     if _is_traced(attention_mask):
         return _traced(asked, others, window, device)
-    ranges = None
+    ranges, of_each = None, _recognise(_of_packed(mask_function))
     if window is not None:
         visible = None if attention_mask is None else _padding(attention_mask, kv_length, kv_offset)
         ranges = _ranges(window, q_length, kv_length, q_offset - kv_offset, visible, device)
         everything = ranges is not None and (ranges.keys, ranges.ends, ranges.window) == (kv_length, None, _FULL)
         if everything and window[1] == UNBOUNDED and others.get("allow_is_bidirectional_skip"):
             return None
+        of_each = window if ranges is not None and ranges.ends is None and ranges.keys == kv_length else None
     options = {**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     shape, dtype = (batch_size, 1, q_length, kv_length), others.get("dtype", torch.float32)
-    mask = Mask(_Content(shape, dtype, device, ranges, lambda: sdpa_mask(**asked, **options)))
+    mask = Mask(_Content(shape, dtype, device, ranges, of_each, lambda: sdpa_mask(**asked, **options)))
     if ranges is None:  # mask functions are tensors' owners, which may have changed by then
         mask.visible()
     return mask
@@ -239,6 +248,9 @@ def _traced(asked: dict, others: dict, window: tuple[int, int] | None, device: A
 
 _CAUSAL_WINDOW = sliding_window_causal_mask_function(1)
 _BIDIRECTIONAL_WINDOW = sliding_window_bidirectional_mask_function(1)
+_PACKED = packed_sequence_mask_function(torch.zeros(1, 1))
+_remap = getattr(masking_utils, "remap_positions_for_packed_sequence", lambda f, _: f)  # of later versions
+_REMAPPED = _remap(causal_mask_function, torch.zeros(1, 1))
 
 
 def _recognise(mask_function: Any) -> tuple[int, int] | None:
@@ -263,6 +275,17 @@ def _recognise(mask_function: Any) -> tuple[int, int] | None:
         size = parts[0].__closure__[0].cell_contents
         return size, size
     return None
+
+
+def _of_packed(mask_function: Any) -> Any:
+    """The mask function of each sequence, of one that hides sequences from each other; None of any other function."""
+    parts = None if torch.compiler.is_compiling() else _parts(mask_function)
+    if parts is None or len(parts) != 2 or getattr(parts[1], "__code__", None) is not _PACKED.__code__:
+        return None
+    if parts[0] is causal_mask_function or getattr(parts[0], "__code__", None) is not _REMAPPED.__code__:
+        return parts[0]
+    at = parts[0].__code__.co_freevars.index("mask_function")
+    return parts[0].__closure__[at].cell_contents
 
 
 def _parts(mask_function: Any) -> tuple | None:
