@@ -193,3 +193,11 @@ def test_rows_that_see_nothing_are_zero():
     mask = masks()["right"].clone()
     mask[1] = False
     assert not ours(q, k, v, attn_mask=mask)[1].any()
+
+
+@pytest.mark.parametrize("shape", ((2, 4, 0, 70), (2, 1, 0, 70), (0, 70), (2, 4, 0, 1)))
+@pytest.mark.parametrize("numbers", (False, True))
+def test_a_mask_of_no_queries(shape, numbers):
+    q, (k, v) = torch.randn(2, 4, 0, 16), torch.randn(2, 2, 4, 70, 16)
+    mask = torch.zeros(shape) if numbers else torch.ones(shape, dtype=torch.bool)
+    assert ours(q, k, v, mask).shape == torch_sdpa(q, k, v, mask).shape == (2, 4, 0, 16)

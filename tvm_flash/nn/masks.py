@@ -56,6 +56,8 @@ def key_mask_of(
     mask = attn_mask if query.ndim == 4 or attn_mask.ndim < 3 else attn_mask[None]
     mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)) if mask.ndim < 4 else mask
     for axis, what in ((1, "heads"), (2, "queries")):
+        if not mask.shape[axis]:
+            return f"attn_mask is of no {what}"
         if mask.shape[axis] != 1 and mask.stride(axis) != 0:
             return f"attn_mask differs between {what}, and these kernels take masks over keys"
     mask = mask[:, 0, 0]
