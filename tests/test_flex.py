@@ -179,8 +179,30 @@ def table_of_a_table(score, b, h, q_idx, kv_idx):
     return score + HALVES[TABLES[1][kv_idx]] * score
 
 
+def one_index_after_another(score, b, h, q_idx, kv_idx):
+    return score + BIAS[b][h][q_idx, kv_idx] + RELATIVE[1][kv_idx]
+
+
+SHARED = torch.randn(1, HEADS, 1, 17, generator=torch.Generator().manual_seed(9))
+
+
+def expanded(score, b, h, q_idx, kv_idx):
+    once = SHARED.expand(BATCH, -1, 13, -1)[b, h, q_idx, kv_idx]
+    return score + once + SLOPES.expand(BATCH, HEADS)[b][h].expand_as(score)
+
+
+def filled(score, b, h, q_idx, kv_idx):
+    return (score + score.masked_fill(kv_idx % 3 == 0, 0.5)).masked_fill(q_idx < kv_idx, HIDDEN)
+
+
+def activated(score, b, h, q_idx, kv_idx):
+    f = torch.nn.functional
+    return f.gelu(score) + f.gelu(2 * score, approximate="tanh") - f.silu(score) + torch.erf(score * 0.7)
+
+
 SCORES = (softcap, alibi, relative, causal_by_score, causal_by_the_other_branch, composed, clamped, arithmetic)
 SCORES += (learnt_slopes, biased, relative_table, from_the_end, inner_infinities, table_of_a_table)
+SCORES += (one_index_after_another, expanded, filled, activated)
 PAIRS = [*((None, m) for m in MASKS), *((s, None) for s in SCORES), (softcap, prefix), (composed, window)]
 
 
@@ -238,7 +260,7 @@ def test_a_tensor_read_where_the_score_is_has_axes_and_others_are_tables():
     assert param.gradient and param.name == "bias"
 
 
-@pytest.mark.parametrize("score", [softcap, composed, clamped], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("score", [softcap, composed, clamped, filled, activated], ids=lambda f: f.__name__)
 def test_its_gradients_are_those_of_the_function(score):
     q, k, v = tensors()
     leaves = [torch.from_numpy(x).double().requires_grad_() for x in (q, k, v)]
@@ -318,6 +340,8 @@ def test_nothing_given_is_plain_attention():
         ({"mask_mod": lambda b, h, q, k: k < HOLDER[0].own_limit}, "where its name isn't known"),
         ({"mask_mod": lambda b, h, q, k, lse=DOCUMENTS: lse[k] == 0}, "named 'lse'"),
         ({"mask_mod": lambda b, h, q, k: q - k}, "expected bool"),
+        ({"mask_mod": lambda b, h, q, k: VISIBLE[h][q]}, "a tensor of several values"),
+        ({"mask_mod": lambda b, h, q, k: VISIBLE[h][:, k][q]}, "can be indexed|can't be traced|uses aten"),
         ({"mask_mod": functools.partial(torch.add)}, "can't be traced"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from schedules.definition.errors import DefinitionError
@@ -25,7 +25,7 @@ _TABLES = {
 }
 
 #: Operations that leave the value as it is, but perhaps for its kind.
-_CASTS = ("_to_copy", "alias", "clone", "detach", "lift_fresh_copy", "lift_fresh", "_assert_tensor_metadata")
+_CASTS = ("_to_copy", "alias", "clone", "detach", "lift_fresh_copy", "lift_fresh", "_assert_tensor_metadata", "expand")
 
 #: Operations by which a tensor comes into a graph that the traced function makes itself.
 _MADE_HERE = ("lift_fresh_copy", "lift_fresh")
@@ -77,8 +77,9 @@ class _Reader:
             else:
                 result = self._operand(values, node.args[0])
                 break
-        if not isinstance(result, Node) or result.kind != _RESULTS[self._role]:
-            got = f"values of kind {result.kind}" if isinstance(result, Node) else type(result).__name__
+        if not isinstance(result, Node) or result.is_table or result.kind != _RESULTS[self._role]:
+            got = "a tensor of several values" if isinstance(result, Node) and result.is_table else ""
+            got = got or (f"values of kind {result.kind}" if isinstance(result, Node) else type(result).__name__)
             raise self._refusal(
                 f"returns {got}; expected {_RESULTS[self._role]}: it is called as {_called(self._role)}"
             )
@@ -130,6 +131,8 @@ class _Reader:
         what = _name_of(node)
         if what == "index":
             return self._read_of(node, values)
+        if what == "expand" and isinstance(node.args[0], type(node)) and values[node.args[0]].is_table:
+            return self._expanded(node, values[node.args[0]])
         kind = _KINDS.get(_dtype(node.meta.get("val")))
         if kind is None or node.meta["val"].ndim:
             raise self._unknown(node)
@@ -139,11 +142,14 @@ class _Reader:
             return Node("constant", (int("ones" in what),), kind)
         if what in _CASTS:
             return self._cast(what, values[node.args[0]], kind)
-        if node.kwargs.get("rounding_mode"):
-            what = f"{what}_{node.kwargs['rounding_mode']}"
+        for option in ("rounding_mode", "approximate"):
+            if node.kwargs.get(option):
+                what = f"{what}_{node.kwargs[option]}"
+        args, alpha = node.args, node.kwargs.get("alpha", 1)
+        if what == "masked_fill":
+            what, args = "where", (args[1], args[2], args[0])
         if what not in RULES or (what.startswith("bitwise") and kind != "bool"):
             raise self._unknown(node)
-        args, alpha = node.args, node.kwargs.get("alpha", 1)
         if what == "rsub":
             args, alpha = args[:2], args[2] if len(args) > 2 else alpha
         operands = [self._operand(values, x) for x in self._rounded(node, args)]
@@ -188,13 +194,26 @@ class _Reader:
         return Node("pow", (base, exponent), kind)
 
     def _read_of(self, node, values) -> Node:
+        """An element of a table, or, with fewer indices than it has dimensions, what is left of it: ``bias[b][h]``."""
         table, indices = values.get(node.args[0]), [values.get(x) for x in node.args[1]]
-        if table is None or table.what != "parameter" or None in indices or table.operands[1] != len(indices):
+        if table is None or not table.is_table or None in indices:
             raise self._refusal(
-                f"has {node.format_node()}; only a tensor that the function holds on to can be indexed, by "
-                f"an index for each of its dimensions"
+                f"has {node.format_node()}; only a tensor that the function holds on to can be indexed, by positions "
+                f"and numbers, one for each of its dimensions"
             )
-        return Node("read", (table, *indices), table.kind)
+        parameter, known, places = _table(table)
+        for place, index in zip(places, indices, strict=False):
+            known = known if place is None else {**known, place: index}
+        return _of_table(parameter, known, places[len(indices) :])
+
+    def _expanded(self, node, table: Node) -> Node:
+        """A table of which one element stands for several along a dimension, or which has further dimensions."""
+        parameter, known, places = _table(table)
+        sizes, made = node.args[0].meta["val"].shape, node.meta["val"].shape
+        added = len(made) - len(sizes)
+        repeated = [place for place, n, m in zip(places, sizes, made[added:], strict=True) if n != m]
+        known = {**known, **{place: Node("constant", (0,), "int") for place in repeated if place is not None}}
+        return _of_table(parameter, known, (None,) * added + tuple(None if x in repeated else x for x in places))
 
     def _operand(self, values, x):
         """A node for an argument of an operation: another's result, or a number; None stays."""
@@ -206,12 +225,24 @@ class _Reader:
         value = node.meta.get("val")
         made = f" with a result of {value.dtype}, shape {tuple(value.shape)}" if hasattr(value, "dtype") else ""
         return self._refusal(
-            f"uses {node.target}{made}; known are {', '.join(sorted(RULES))}, of single values of float32, integers "
-            f"and bool"
+            f"uses {node.target}{made}; known are {', '.join(sorted([*RULES, 'masked_fill']))}, of single values of "
+            f"float32, integers and bool"
         )
 
     def _refusal(self, text: str) -> DefinitionError:
         return DefinitionError(f"{self._role} {self._name!r} {text}")
+
+
+def _table(node: Node) -> tuple[Node, Mapping[int, Node], tuple[int | None, ...]]:
+    """Of a table or a part of one: the parameter, the indices that are known by its dimensions, and which of these each
+    dimension that is left stands for; None for one along which all elements are the same."""
+    return node.operands if node.what == "part" else (node, {}, tuple(range(node.operands[1])))
+
+
+def _of_table(parameter: Node, known: Mapping[int, Node], places: tuple[int | None, ...]) -> Node:
+    if places:
+        return Node("part", (parameter, known, places), parameter.kind)
+    return Node("read", (parameter, *(known[d] for d in range(parameter.operands[1]))), parameter.kind)
 
 
 def _name_of(node) -> str:
@@ -237,7 +268,7 @@ def _table_reads():
             if func is torch.Tensor.__getitem__:
                 table, index = args
                 index = index if isinstance(index, tuple) else (index,)
-                if len(index) == table.ndim and any(isinstance(i, torch.Tensor) for i in index):
+                if len(index) <= table.ndim and all(type(i) is int or isinstance(i, torch.Tensor) for i in index):
                     index = [i if isinstance(i, torch.Tensor) else torch.full((), i, dtype=torch.int32) for i in index]
                     return torch.ops.aten.index(table, index)
             return func(*args, **(kwargs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ class Node:
     """An operation of a graph.
 
     ``what`` is the name of a rule, or ``argument`` (its name), ``constant`` (its value), ``parameter`` (its name and
-    rank), ``read`` (a parameter and its indices) or ``cast``.  ``kind`` is that of the result: ``float``, ``int`` or
-    ``bool``.
+    rank), ``part`` (of a parameter, while a graph is read), ``read`` (a parameter and its indices) or ``cast``.
+    ``kind`` is that of the result: ``float``, ``int`` or ``bool``.
     """
 
     what: str
@@ -30,6 +31,11 @@ class Node:
     @property
     def is_score(self) -> bool:
         return self.what == "argument" and self.operands[0] == "score"
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a parameter, or a part of one, that is still to be indexed."""
+        return self.what == "part" or (self.what == "parameter" and self.operands[1] > 0)
 
     @property
     def is_minus_infinity(self) -> bool:
@@ -152,6 +158,14 @@ class Tir(Language):
     minimum, maximum = staticmethod(T.min), staticmethod(T.max)
     power = staticmethod(T.pow)
 
+    def erf(self, a):
+        """By Abramowitz and Stegun (7.1.26), to 1.5e-7; machines have none that vectorises."""
+        x = T.abs(a)
+        t = 1 / (1 + T.float32(0.3275911) * x)
+        terms = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+        tail = functools.reduce(lambda y, c: (y + T.float32(c)) * t, terms, T.float32(0)) * T.exp(-(x * x))
+        return _sign(self, a) * (1 - tail)
+
     @staticmethod
     def floor_divide(a, b):
         return T.floor(a / b) if "float" in str(a.ty.dtype) else T.floordiv(a, b)
@@ -180,6 +194,10 @@ class NumPy(Language):
 
     def size(self, name, dimension):
         return self._at.params[name].shape[dimension]
+
+    @staticmethod
+    def erf(a):
+        return np.vectorize(math.erf, otypes=[np.float64])(a)
 
     @staticmethod
     def like(a, value):
@@ -233,6 +251,10 @@ def _sign(l, a):
     return l.where(a > zero, one, l.where(a < zero, -one, zero))
 
 
+def _sigmoid(l, a):
+    return 0.5 + 0.5 * l.tanh(0.5 * a)  # no infinity, of which its derivative would be NaN
+
+
 def _differ(l, a, b):
     return l.not_equal(l.cast(a, "int"), l.cast(b, "int"))
 
@@ -269,7 +291,11 @@ RULES: dict[str, Rule] = {
     "sin": Rule(lambda l, a: l.sin(a)),
     "cos": Rule(lambda l, a: l.cos(a)),
     "tanh": Rule(lambda l, a: l.tanh(a)),
-    "sigmoid": Rule(lambda l, a: 0.5 + 0.5 * l.tanh(0.5 * a)),  # no infinity, of which its derivative would be NaN
+    "sigmoid": Rule(_sigmoid),
+    "erf": Rule(lambda l, a: l.erf(a)),
+    "silu": Rule(lambda l, a: a * _sigmoid(l, a)),
+    "gelu": Rule(lambda l, a: 0.5 * a * (1 + l.erf(math.sqrt(0.5) * a))),
+    "gelu_tanh": Rule(lambda l, a: 0.5 * a * (1 + l.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * (a * a * a))))),
     "floor": Rule(lambda l, a: l.floor(a)),
     "ceil": Rule(lambda l, a: l.ceil(a)),
     "where": Rule(lambda l, a, b, c: l.where(a, b, c), _of_choice),
