@@ -20,7 +20,7 @@ from schedules.definition.catalogue import FULL, MASKS, Mask, ScoreModification
 from schedules.definition.derive import derive
 from schedules.definition.pattern import DefinitionError, match
 from schedules.families import schedule
-from schedules.families.interface import BACKWARD, RAGGED, Rejected, Target
+from schedules.families.interface import BACKWARD, DECODE, PARTIAL, Rejected, Target
 from schedules.templates import v2
 from tests import oracle
 from tests.definitions.with_tensors import documents, learnt_relative, own_sink, relative
@@ -129,9 +129,9 @@ def test_parameters_that_make_no_sense_are_refused():
 
 def test_other_kernels_refuse_what_they_do_not_know():
     pattern = match(documents(64, "float16", index_dtype="int32"))
-    refusal = v2.apply(pattern, Target("sm_80"), "x", kind=RAGGED)
+    refusal = v2.apply(pattern, Target("sm_80"), "x", kind=DECODE)
     assert isinstance(refusal, Rejected) and "those of forward, backward read tensors" in refusal.reason
-    refusal = schedule(v2.TRAVERSAL, match(documents(64, "float32")), Target("cpu", "avx2"), "x", kind=RAGGED)
+    refusal = schedule(v2.TRAVERSAL, match(documents(64, "float32")), Target("cpu", "avx2"), "x", kind=PARTIAL)
     assert isinstance(refusal, Rejected) and "a value for each head only" in refusal.reason
     pattern = match(learnt_relative(64, "float16", index_dtype="int32"))
     refusal = v2.apply(pattern, Target("sm_80"), "x", kind=BACKWARD)

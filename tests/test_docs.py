@@ -1,9 +1,15 @@
 """The code in the documents runs, block by block in one namespace, as a reader would type it."""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tvm_flash.packs import registry as packs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
@@ -21,10 +27,34 @@ def python_blocks(page):
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture
+def built(cpu_pack, tmp_path, monkeypatch):
+    """A function that carries out the builds of a page, in float32, and adds their pack to those that are found."""
+
+    def build(page):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        commands = re.findall(r"^python -m tvm_flash build (--arch native --definition .*)$", text, flags=re.MULTILINE)
+        for command in commands:
+            words = [*shlex.split(command), "--dtype", "float32", "--output", tmp_path]
+            words[words.index("native")] = "cpu"
+            words = [sys.executable, "scripts/build_kernels.py", *words]
+            done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+            assert done.returncode == 0, done.stdout + done.stderr
+        if commands:
+            folders = map(str, (tmp_path, *packs.search_path()))
+            monkeypatch.setenv(packs.PATH_VARIABLE, os.pathsep.join(folders))
+            packs.refresh()
+
+    yield build
+    monkeypatch.undo()
+    packs.refresh()
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_code_of_a_page_runs(page, cpu_pack):
+def test_code_of_a_page_runs(page, built):
     for name in ("torch", *NEEDS.get(page, ())):
         pytest.importorskip(name)
+    built(page)
     blocks = python_blocks(page)
     assert blocks
     namespace = {}

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 
+from schedules.definition.check import check
 from schedules.definition.errors import DefinitionError
 from schedules.definition.flex import from_flex
 from tests import oracle
@@ -318,6 +319,23 @@ def test_a_score_of_minus_infinity_becomes_a_mask_that_skips_tiles():
 def test_nothing_given_is_plain_attention():
     definition = from_flex()
     assert (definition.score.name, definition.mask.name) == ("identity", "full")
+
+
+def test_tensors_over_queries_or_keys_can_be_tables():
+    """As kernels of sequences of different lengths want them; what a head or a sequence has stays what it is."""
+    before, tree = torch.tensor([4, 7], dtype=torch.int32), torch.ones(2, 5, 5, dtype=torch.bool)
+    ids, slopes = torch.zeros(2, 9, dtype=torch.int32), torch.ones(3)
+
+    def mask(b, h, q, k):
+        return ((k < before[b]) | tree[b, q, k - before[b]]) & (ids[b, k] >= 0)
+
+    def score(s, b, h, q, k):
+        return s * slopes[h]
+
+    plain, of_tables = (from_flex(score, mask, tables=x) for x in (False, True))
+    assert {p.name: p.axes or p.rank for p in plain.params} == {"before": "b", "tree": 3, "ids": "bj", "slopes": "h"}
+    assert {p.name: p.axes or p.rank for p in of_tables.params} == {"before": "b", "tree": 3, "ids": 2, "slopes": "h"}
+    check(of_tables)
 
 
 @pytest.mark.parametrize(

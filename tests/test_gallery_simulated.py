@@ -46,6 +46,7 @@ KERNELS = (
     ("sm_80", "v2", "neighbourhood_1d", FORWARD),
     ("sm_75", "v1", "block_causal_video", FORWARD),
     ("sm_80", "v1", "speculative_tree", FORWARD),
+    ("sm_75", "v1", "token_tree", FORWARD),
     ("sm_80", "v2", "t5_bias", FORWARD),
     ("sm_75", "v1", "swin_bias", FORWARD),
     ("sm_80", "v1", "logarithmic_alibi", FORWARD),

@@ -7,7 +7,17 @@ import pytest
 from schedules.builder.plan import BuildRequest, select
 from schedules.builder.suite import CORE_VARIANTS, HEAD_DIMS, HEAD_DIMS_BETWEEN, SCOPES, HeadDim, Selection
 from schedules.families import FAMILY, kinds_of
-from schedules.families.interface import DECODE, FORWARD, Target
+from schedules.families.interface import (
+    BACKWARD,
+    DECODE,
+    FORWARD,
+    PAGED,
+    PAGED_DECODE,
+    PAGED_DECODE_ANY,
+    RAGGED,
+    RAGGED_BACKWARD,
+    Target,
+)
 
 BOTH = (FORWARD, DECODE)
 
@@ -51,6 +61,27 @@ def test_what_is_asked_for_by_name_is_more_than_the_core_set():
     assert {s.kind for s in chosen(Selection(kinds=(DECODE,)), **own)} == {DECODE}
 
 
+def test_a_definition_of_ones_own_is_built_for_the_forms_that_are_named():
+    kinds, own = kinds_of(Target("sm_90a")), {"definition": "mine", "variants": [("mine", "mine")]}
+    found = {
+        forms: {s.kind for s in chosen(Selection(forms=forms), kinds=kinds, **own)}
+        for forms in ((), ("dense",), ("ragged",), ("paged",), ("dense", "ragged", "paged"))
+    }
+    assert found[()] == found["dense",] == {FORWARD, BACKWARD}
+    assert found["ragged",] == {RAGGED, RAGGED_BACKWARD}
+    assert found["paged",] == {PAGED, PAGED_DECODE, PAGED_DECODE_ANY}
+    assert found["dense", "ragged", "paged"] == found["dense",] | found["ragged",] | found["paged",]
+    assert {s.kind for s in chosen(Selection(kinds=("paged_int8",)), kinds=kinds, **own)} == {"paged_int8"}
+
+
+def test_forms_of_the_core_set():
+    kinds = kinds_of(Target("sm_90a"))
+    whole = chosen(kinds=kinds)
+    parts = [chosen(Selection(forms=(form,)), kinds=kinds) for form in ("dense", "ragged", "paged")]
+    assert sorted(s.symbol for s in whole) == sorted(s.symbol for part in parts for s in part)
+    assert {s.kind for s in chosen(Selection(kinds=(RAGGED, PAGED), forms=("paged",)), kinds=kinds)} == {PAGED}
+
+
 @pytest.mark.parametrize("arch", FAMILY)
 def test_every_kind_of_a_family_has_its_share(arch):
     assert set(kinds_of(Target(arch, "avx2" if arch == "cpu" else ""))) <= set(SCOPES)
@@ -73,3 +104,5 @@ def test_kinds_that_a_target_has_not_are_refused():
         select(request, target)
     with pytest.raises(ValueError, match="--kind sideways: unknown; expected one of forward, decode"):
         select(BuildRequest((target,), Selection(kinds=("sideways",))), target)
+    with pytest.raises(ValueError, match="--form folded: unknown; expected one of dense, ragged, paged"):
+        select(BuildRequest((target,), Selection(forms=("folded",))), target)

@@ -10,6 +10,7 @@ from tvm_flash.backward import (
     flash_attention_varlen_backward,
     padded_attention_backward,
 )
+from tvm_flash.custom import custom_attention
 from tvm_flash.errors import (
     ArgumentTypeError,
     InvalidArgumentError,
@@ -22,7 +23,7 @@ from tvm_flash.errors import (
     ProcessGroupError,
     TvmFlashError,
 )
-from tvm_flash.interface import custom_attention, flash_attention, flash_attention_v2
+from tvm_flash.interface import flash_attention, flash_attention_v2
 from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.merge import merge_attention
 from tvm_flash.padded import padded_attention

@@ -215,7 +215,6 @@ def _parameters(alibi_slopes: Any, sinks: Any, d_alibi_slopes: Any, d_sinks: Any
 
 def backward_of(name: str, layout: str, variant: str, declared: dict[str, Param]) -> Callable[..., Any]:
     """The gradients of a definition of the user's own, whose parameters are ``declared``."""
-    scalars = tuple(p for p in declared if not declared[p].is_tensor)
 
     def backward(
         dout,
@@ -234,17 +233,57 @@ def backward_of(name: str, layout: str, variant: str, declared: dict[str, Param]
         accumulate=False,
         **params,
     ):
-        memory = {p: params.pop(gradient_of(p), None) for p in declared}
-        check_params(name, params, declared)
-        given = {p: x for p, x in params.items() if declared[p].is_tensor}
-        given = {p: given[p] for p in declared if p in given}
-        attend = _of_function(layout, given, gradients, memory, name=name, scalars=scalars, declared=declared)
-        numbers = [params[p] for p in scalars]
+        attend, numbers = _of_definition(name, layout, declared, gradients, params)
         return attend(dout, q, k, v, out, lse, dlse, dq, dk, dv, variant, accumulate, softmax_scale, *numbers)
 
     backward.__name__ = backward.__qualname__ = f"{name}_backward"
     backward.__doc__ = f"Gradients of attention as the definition {name!r} says, over tensors in the layout {layout!r}."
     return backward
+
+
+def varlen_backward_of(name: str, declared: dict[str, Param]) -> Callable[..., Any]:
+    """The same of sequences of different lengths."""
+
+    def backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        *,
+        dlse=None,
+        softmax_scale=None,
+        gradients=(),
+        dq=None,
+        dk=None,
+        dv=None,
+        **params,
+    ):
+        how = {"op": RAGGED_BACKWARD, "starts": (cu_seqlens_q, cu_seqlens_k), "layout_known": True}
+        attend, numbers = _of_definition(name, RAGGED_LAYOUT, declared, gradients, params, **how)
+        return attend(dout, q, k, v, out, lse, dlse, dq, dk, dv, "auto", False, softmax_scale, *numbers)
+
+    backward.__name__ = backward.__qualname__ = f"{name}_varlen_backward"
+    backward.__doc__ = f"Gradients of attention as the definition {name!r} says, over sequences of different lengths."
+    return backward
+
+
+def _of_definition(
+    name: str, layout: str, declared: dict[str, Param], gradients: Sequence[str], params: dict[str, Any], **how: Any
+) -> tuple[Callable[..., Any], list]:
+    """:func:`_of_function` of a definition, and the values of its parameters that are numbers.
+
+    ``params`` are its parameters by name, with memory for their gradients among them.
+    """
+    memory = {p: params.pop(gradient_of(p), None) for p in declared}
+    check_params(name, params, declared)
+    given = {p: params[p] for p in declared if declared[p].is_tensor}
+    scalars = tuple(p for p in declared if not declared[p].is_tensor)
+    own = {"name": name, "scalars": scalars, "declared": declared, **how}
+    return _of_function(layout, given, gradients, memory, **own), [params[p] for p in scalars]
 
 
 def _of_function(

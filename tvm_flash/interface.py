@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from tvm_flash.backward import backward_of
-from tvm_flash.call.checks import check_layout, check_params, check_variant
 from tvm_flash.call.dispatch import entrance
-from tvm_flash.call.prepare import params_of
 from tvm_flash.call.signature import signature
 
 _attend_bhsd, _attend_bshd = entrance(signature("bhsd")), entrance(signature("bshd"))
@@ -105,42 +101,3 @@ def flash_attention_v2(
     return _attend_bshd(q, k, v, alibi_slopes, out,
                         variant, return_lse, softmax_scale, causal, window_size, softcap)
     # fmt: on
-
-
-def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") -> Callable[..., Any]:
-    """Attention as a definition of the user's own says, from kernels that were built of it.
-
-    Parameters
-    ----------
-    name: the definition's name, as in ``python -m tvm_flash build --definition file.py:name``.
-    layout: of the tensors that the function takes: ``"bhsd"`` or ``"bshd"``.
-    variant: as in :func:`flash_attention`.
-
-    Returns
-    -------
-    ``fn(q, k, v, *, softmax_scale=None, return_lse=False, out=None, **params)``: like :func:`flash_attention`, the
-    definition's run-time parameters by name: numbers; tensors of any strides with the sizes of their axes, or 1 where
-    they are the same, the first ones of which may be missing, as ``(heads,)`` or ``(batch, heads)``; tables.  Its
-    attribute ``backward`` is to it what :func:`tvm_flash.flash_attention_backward` is to
-    :func:`flash_attention`: ``fn.backward(dout, q, k, v, out, lse, *, gradients=(), **params)``.
-
-    Raises
-    ------
-    InvalidArgumentError: no pack has kernels of the definition, or the layout or variant is unknown.
-    """
-    check_layout(layout)
-    check_variant(variant)
-    declared = params_of(name)
-    tensors = tuple(p for p in declared if declared[p].is_tensor)
-    scalars = tuple(p for p in declared if not declared[p].is_tensor)
-    attend = entrance(signature(layout, name, tensors, scalars))
-
-    def fn(q, k, v, *, softmax_scale=None, return_lse=False, out=None, **params):
-        check_params(name, params, declared)
-        given, numbers = [params[p] for p in tensors], [params[p] for p in scalars]
-        return attend(q, k, v, *given, out, variant, return_lse, softmax_scale, *numbers)
-
-    fn.__name__ = fn.__qualname__ = name
-    fn.backward = backward_of(name, layout, variant, declared)
-    fn.__doc__ = f"Attention as the definition {name!r} says, over tensors in the layout {layout!r}."
-    return fn

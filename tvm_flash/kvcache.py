@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from tvm_flash.call.over_cache import OverCache
 from tvm_flash.errors import ArgumentTypeError
 from tvm_flash.frameworks import framework_of
+from tvm_flash.paged import flash_attention_paged
+
+
+def with_kvcache(
+    tensors: Mapping[str, Any],
+    cache_seqlens: Any,
+    longest: int | None,
+    interleaved: Any,
+    num_splits: Any,
+    how: OverCache,
+) -> Any:
+    """What :func:`flash_attention_with_kvcache` does, with its tensors by name.
+
+    Raises
+    ------
+    ArgumentTypeError: they aren't of torch.
+    """
+    q = tensors["q"]
+    if framework_of(q, "q").name != "torch":
+        raise ArgumentTypeError(
+            f"q: is a {type(q).__module__}.{type(q).__qualname__}, and caches that are changed in place are tensors of "
+            f"torch; use torch.from_numpy or torch.from_dlpack"
+        )
+    from tvm_flash.tracing import torch_cache
+
+    return torch_cache.attend(tensors, cache_seqlens, longest, interleaved, num_splits, how)
 
 
 def flash_attention_with_kvcache(
@@ -86,18 +114,12 @@ def flash_attention_with_kvcache(
     NotSupportedError, KernelNotFoundError (NotImplementedError): nothing can compute it, or a gradient is required.
     PackError, KernelError (RuntimeError): no pack for the device, a damaged pack, a failed launch.
     """
-    if framework_of(q, "q").name != "torch":
-        raise ArgumentTypeError(
-            f"q: is a {type(q).__module__}.{type(q).__qualname__}, and caches that are changed in place are tensors of "
-            f"torch; use torch.from_numpy or torch.from_dlpack"
-        )
-    from tvm_flash.tracing import torch_cache
-
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
     tensors |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "cache_batch_idx": cache_batch_idx}
     tensors |= {"cache_leftpad": cache_leftpad, "page_table": page_table, "cu_seqlens_q": cu_seqlens_q}
     tensors |= {"cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
-    options = {"causal": causal, "softmax_scale": softmax_scale, "window_size": window_size, "softcap": softcap}
-    options |= {"alibi_slopes": alibi_slopes, "sinks": sinks, "return_lse": return_lse}
     tensors |= {"k_scale": k_scale, "v_scale": v_scale}
-    return torch_cache.attend(tensors, cache_seqlens, max_seqlen_q, rotary_interleaved, num_splits, options)
+    options = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
+    parameters = {"alibi_slopes": alibi_slopes, "sinks": sinks}
+    how = OverCache(flash_attention_paged, parameters, options | {"return_lse": return_lse})
+    return with_kvcache(tensors, cache_seqlens, max_seqlen_q, rotary_interleaved, num_splits, how)

@@ -86,7 +86,7 @@ def flash_attention_paged(
     """
     # fmt: off
     if k_scale is not None or v_scale is not None:
-        return _attend_scaled(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, *_both(k_scale, v_scale),
+        return _attend_scaled(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, *both_scales(k_scale, v_scale),
                               alibi_slopes, sinks, kv_start, out,
                               "auto", return_lse, softmax_scale, causal, window_size, softcap, max_seqlen_q)
     return _attend(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, alibi_slopes, sinks, kv_start, out,
@@ -94,7 +94,13 @@ def flash_attention_paged(
     # fmt: on
 
 
-def _both(k_scale: Any, v_scale: Any) -> tuple[Any, Any]:
+def both_scales(k_scale: Any, v_scale: Any) -> tuple[Any, Any]:
+    """Both scales.
+
+    Raises
+    ------
+    InvalidArgumentError: one of them is None.
+    """
     if k_scale is None or v_scale is None:
         missing, other = ("k_scale", "v_scale") if k_scale is None else ("v_scale", "k_scale")
         raise InvalidArgumentError(f"{missing}: is None, and {other} is given; give both, or none")

@@ -34,7 +34,7 @@ from schedules.families.interface import Target
 from schedules.toolchain import machine
 from schedules.toolchain.host import HOST_HEADER
 from tvm_flash.machine.arch import by_closeness
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, FORMS, KernelEntry
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKS = ROOT / "tvm_flash" / "packs"
@@ -139,8 +139,8 @@ def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
 
     Raises
     ------
-    ValueError: a template, dtype, mask, score or kind is unknown, the target has no kernels of the kinds named, or a
-        definition of the user's own has the name of the package's.
+    ValueError: a template, dtype, mask, score, kind or form is unknown, the target has no kernels of the kinds named,
+        or a definition of the user's own has the name of the package's.
     DefinitionError: the definition can't be loaded.
     """
     family, chosen = family_of(target), request.selection
@@ -150,6 +150,7 @@ def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
         ("--score", chosen.scores, SCORES),
         ("--dtype", chosen.dtypes, DTYPES),
         ("--kind", chosen.kinds, SCOPES),
+        ("--form", chosen.forms, FORMS),
     ):
         for value in values:
             if value not in known:

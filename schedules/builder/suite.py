@@ -24,7 +24,7 @@ from schedules.families.interface import (
     RAGGED_BACKWARD,
     WITH_TENSORS,
 )
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, FORM_OF_KIND, FORMS
 
 #: (mask, score) of the core set; a sliding window with unbounded sides serves full and causal attention as well, and
 #: the last pair everything that the public functions have arguments for.
@@ -57,7 +57,8 @@ class Scope:
     usual_sizes: further ones on a GPU, with kernels for ``USUAL_HEAD_DIMS`` only and of one template, where its family
         has what they need.
     between: whether there are kernels for ``HEAD_DIMS_BETWEEN``, on a GPU.
-    own_definitions: whether a definition of the user's own gets such kernels without asking for them.
+    own_definitions: whether a definition of the user's own gets such kernels, of the forms that it is built for,
+        without asking for them.
     """
 
     variants: tuple[tuple[str, str], ...]
@@ -91,25 +92,30 @@ SCOPES = {
     RAGGED: Scope(
         (("window", "optional_sinks"),),
         between=True,
+        own_definitions=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
         usual_sizes=(("window", "optional_sinks"),),
     ),
     RAGGED_BACKWARD: Scope(
         (("window", "optional_sinks"),),
         between=True,
+        own_definitions=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("window", "optional")),
         usual_sizes=(("window", "optional_sinks"),),
     ),
     PAGED: Scope(
         (("positioned", "optional_sinks"),),
         between=True,
+        own_definitions=True,
         on_gpus=(("full", "identity"), ("causal", "identity"), ("positioned", "optional")),
         usual_sizes=(("positioned", "optional_sinks"),),
     ),
     PAGED_DECODE: Scope(
-        (("window", "identity"), ("positioned", "optional")), usual_sizes=(("positioned", "optional_sinks"),)
+        (("window", "identity"), ("positioned", "optional")),
+        own_definitions=True,
+        usual_sizes=(("positioned", "optional_sinks"),),
     ),
-    PAGED_DECODE_ANY: Scope((("window", "identity"),), head_dims=(128,)),
+    PAGED_DECODE_ANY: Scope((("window", "identity"),), own_definitions=True, head_dims=(128,)),
     # Of a cache of 8 bits one kernel has everything; on GPUs decoding is bound by instructions, of which that one has
     # 1.2 times as many for each key as one for a window.
     **dict.fromkeys(PAGED_SCALED.values(), Scope((("positioned", "optional_sinks"),))),
@@ -229,7 +235,8 @@ class Selection:
 
     A mask that is named alone comes with the scores that the core set has for it, or else without one; likewise a score
     that is named alone, which else comes with a window.  Kinds of kernels beside the usual one have their own share of
-    the core set (``SCOPES``), and whatever else is selected if they are named.
+    the core set (``SCOPES``), and whatever else is selected if they are named.  ``forms`` are those of the sequences
+    that kernels are for, all if none is named; of a definition of the user's own dense ones.
     """
 
     templates: tuple[str, ...] = ()
@@ -238,6 +245,17 @@ class Selection:
     masks: tuple[str, ...] = ()
     scores: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
+
+    def kinds_of(self, kinds: Sequence[str], own: bool = False) -> list[str]:
+        """Those of the kinds that an arch has which are selected, of the package's definition or one of the user's own.
+
+        A kind that is named is selected in whatever form, unless forms are named too.
+        """
+        usual = [k for k in kinds if SCOPES[k].own_definitions or not own]
+        forms = self.forms or ((DENSE,) if own and not self.kinds else FORMS)
+        wanted = [k for k in kinds if k in self.kinds] if self.kinds else usual
+        return [k for k in wanted if FORM_OF_KIND.get(k, DENSE) in forms]
 
     def variants(self, kind: str = FORWARD, gpu: bool = False) -> tuple[tuple[str, str], ...]:
         """The (mask, score) pairs that are selected of a kind, for a GPU or the CPU."""
@@ -288,8 +306,7 @@ class Selection:
         own, variants = definition != BUILTIN_DEFINITION, tuple(variants)
         between = gpu and not self.head_dims and not own
         others = tuple(dict.fromkeys(HeadDim(*d) for kind in further.values() for of in kind.values() for d in of))
-        usual = [k for k in kinds if SCOPES[k].own_definitions or not own]
-        wanted = [k for k in kinds if k in self.kinds] if self.kinds else usual
+        wanted = self.kinds_of(kinds, own)
         return [
             KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v, kind=kind)
             for template in self.templates or TEMPLATES

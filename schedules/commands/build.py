@@ -85,6 +85,11 @@ def _request(arguments: Sequence[str] | None) -> tuple[BuildRequest, argparse.Na
     parser.add_argument("--score", **several, help="identity, softcap, alibi, …")
     parser.add_argument("--kind", **several, help="forward, decode, …; only kernels of these kinds")
     parser.add_argument(
+        "--form",
+        **several,
+        help="dense, ragged, paged: how sequences lie in memory (default: all; of a definition of your own, dense)",
+    )
+    parser.add_argument(
         "--definition", metavar="FILE.py:NAME", help="kernels of your own definition, added to the pack"
     )
     parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes (default: %(default)s)")
@@ -114,6 +119,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[BuildRequest, argparse.Na
         masks=tuple(options.mask),
         scores=tuple(options.score),
         kinds=tuple(options.kind),
+        forms=tuple(options.form),
     )
     request = BuildRequest(
         targets=parse_targets(options.arch or ["native"], options.isa),
@@ -157,7 +163,8 @@ def _check_together(request: BuildRequest, options: argparse.Namespace) -> None:
     if none := [kind for kind in options.kind if kind in SCOPES and kind not in known]:
         raise ValueError(f"--kind {','.join(none)}: {archs} has none; it has {', '.join(known)}")
     if not any(select(request, target) for target in request.targets):
-        given = {"template": options.template, "kind": options.kind, "head-dim": options.head_dim}
+        given = {"template": options.template, "kind": options.kind, "form": options.form}
+        given["head-dim"] = options.head_dim
         named = " ".join(f"--{option} {','.join(values)}" for option, values in given.items() if values)
         raise ValueError(f"{named}: no kernel of {archs} is all of it; leave one out")
     for option, folder in (("--output", request.output), ("--emit", options.emit)):

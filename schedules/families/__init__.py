@@ -12,6 +12,7 @@ from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import FORWARD, GRADIENT_KINDS, Program, Rejected, Target
 from schedules.tile.tile_scheduler import Traversal
+from tvm_flash.packs.manifest import why_no_places
 
 #: Family module for each arch that packs can be built for.
 FAMILY = {
@@ -121,9 +122,13 @@ def schedule(
 def _unknown(pattern: Pattern, target: Target, kind: str) -> str:
     """What of a definition no kernel of a kind and a target knows; empty if there is none."""
     family = family_of(target)
+    of_tensors, of_tables, of_sinks = (
+        getattr(family, name, ()) for name in ("TENSOR_KINDS", "TABLE_KINDS", "SINK_KINDS")
+    )
+    if kind in of_tables and (placed := [p for p in pattern.params if p.is_placed]):
+        return f"the definition has {', '.join(p.name for p in placed)} {why_no_places(placed[0])}"
     spread = ", ".join(p.name for p in pattern.params if p.is_tensor and not p.per_head)
-    of_tensors, of_sinks = (getattr(family, name, ()) for name in ("TENSOR_KINDS", "SINK_KINDS"))
-    if spread and kind not in of_tensors:
+    if spread and kind not in (*of_tensors, *of_tables):
         others = f"; those of {', '.join(of_tensors)} read tensors and tables too" if of_tensors else ""
         only = "read a value for each head only"
         return f"the definition has {spread}, and {target} kernels of the kind {kind} {only}{others}"

@@ -21,8 +21,9 @@ sits.  It is a module with
   scores that ``UNVERIFIED_VARIANTS`` has by kind.  ``FURTHER_SIZES`` are those for which a family has kernels where
   others have none.
 * ``TENSOR_KINDS``, ``SINK_KINDS``: which kinds of its kernels, the usual one included, read parameters that are tables
-  or tensors over other axes than heads, and which have sinks; none if it doesn't say.  ``LEARNT_TABLE_KINDS``: which of
-  them compute the gradient of a table.
+  or tensors over other axes than heads, and which have sinks; none if it doesn't say.  ``TABLE_KINDS``: which read
+  tables, and tensors over batch entries and heads, but none over queries or keys: those of sequences of different
+  lengths.  ``LEARNT_TABLE_KINDS``: which of them compute the gradient of a table.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tvm.ir import PrimType
 from tvm.tirx import PrimFunc
 
 from schedules.definition.operator import SCALES
+from schedules.definition.pattern import Pattern
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import SCALED_KINDS, Argument, Param, Scalar, Workspace
 
@@ -55,6 +57,8 @@ PAGED_DECODE_ANY = "paged_decode_any"
 PAGED_SCALED, PAGED_DECODE_SCALED = (SCALED_KINDS[kind] for kind in (PAGED, PAGED_DECODE))
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
+#: Those of sequences of different lengths whose keys have the dtype of queries.
+OF_SEQUENCES = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, PAGED_DECODE_ANY)
 #: The kinds of gradients.
 GRADIENT_KINDS = (BACKWARD, BACKWARD_ACCUMULATE, RAGGED_BACKWARD)
 
@@ -146,6 +150,18 @@ class Program:
     def functions(self) -> dict[str, PrimFunc]:
         """The functions by symbol, as ``tvm.IRModule`` takes them."""
         return {launch.symbol: launch.func for launch in self.launches}
+
+
+def whole_gradients(pattern: Pattern) -> Rejected | None:
+    """Why a GPU's backward of ragged sequences can't be that of a pattern with a learnt number, whose gradient is one
+    for all sequences; None if it has none."""
+    numbers = ", ".join(p.name for p in pattern.params if p.gradient and not p.is_tensor)
+    if not numbers:
+        return None
+    return Rejected(
+        f"the gradient of {numbers}, a number, isn't summed over ragged sequences; give it the axes 'h', a value for "
+        f"each head"
+    )
 
 
 def forward_roles(params: Iterable[Param]) -> tuple[str, ...]:

@@ -313,7 +313,9 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
     dims = str(problem.head_dim)
     dims += f":{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else ""
     nearest = max(rejected, key=lambda r: (r.stage, r.kernel.head_dim), default=None)
-    if problem.op != FORWARD:
+    if custom and problem.is_ragged and not problem.cache_dtype:
+        options += ["--form", problem.form]
+    elif problem.op != FORWARD:
         options += ["--kind", ACCUMULATE if problem.accumulate and problem.op != MERGED else problem.kind]
     whose = arch if problem.op == FORWARD else f"{arch} {problem.kind.replace('_', ' ')}"
     if device.kind == "cuda" and not _on_tensor_cores(problem.dtype, device):

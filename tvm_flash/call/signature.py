@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tvm_flash.call import fast
 from tvm_flash.operators import FORWARD, OPERATORS, role_of
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, PAGED
 
 if TYPE_CHECKING:
     from tvm_flash.machine.device import Device
@@ -89,17 +89,19 @@ class Signature:
 
         With keys on pages, ``longest`` follows.
         """
-        builtin = self.definition == BUILTIN_DEFINITION
+        builtin, longest = self.definition == BUILTIN_DEFINITION, None
+        if OPERATORS[self.op].form == PAGED:
+            *rest, longest = rest
         return Options(
             *(self.layout, variant, flag, softmax_scale),
-            *(rest[:3] if builtin else ()),
+            *(rest if builtin else ()),
             definition=self.definition,
             params=() if builtin else tuple(zip(self.scalars, rest, strict=True)),
             accept=self.accept,
             layout_known=self.layout_known,
             op=self.op,
             gradients=self.gradients,
-            longest=rest[3] if builtin and len(rest) > 3 else None,
+            longest=longest,
         )
 
 

@@ -101,7 +101,7 @@ PARAM_DTYPES = ("float32", "int32", "float16", "bfloat16", "bool")
 MOST_BLOCKS = 65535
 
 #: How sequences lie in memory: in a batch of one length, one after the other, or so with their keys on pages.
-DENSE, RAGGED, PAGED = "dense", "ragged", "paged"
+FORMS = DENSE, RAGGED, PAGED = "dense", "ragged", "paged"
 
 #: The form of the sequences that kernels of a kind are for; those that aren't named are for dense ones.
 FORM_OF_KIND = {"ragged": RAGGED, "ragged_backward": RAGGED}
@@ -166,6 +166,11 @@ class Param:
         return self.is_tensor and not self.is_summed
 
     @property
+    def is_placed(self) -> bool:
+        """Whether it is a tensor with values for queries or keys."""
+        return "i" in self.axes or "j" in self.axes
+
+    @property
     def is_summed(self) -> bool:
         """Whether a kernel sums its gradient over all queries and keys of a head."""
         return not self.rank and self.of_gradient in ("", "bh")
@@ -185,6 +190,16 @@ class Param:
         whole = (1,) * (len(self.axes) - len(shape)) + tuple(shape)
         sizes = dict(zip(self.axes, whole, strict=True))
         return tuple(sizes.get(a, 1) for a in self.of_gradient)
+
+
+def why_no_places(param: Param) -> str:
+    """Why sequences of different lengths have no parameter over queries or keys, and what to do; after its name."""
+    given = ", ".join(f"at.{a}" for a in param.axes)
+    return (
+        f"over queries or keys (axes {param.axes!r}), along which sequences of different lengths have no common size; "
+        f"make it a table, Param({param.name!r}, {param.dtype!r}, rank={len(param.axes)}), read by "
+        f"at.table[{param.name!r}]({given})"
+    )
 
 
 @dataclass(frozen=True)

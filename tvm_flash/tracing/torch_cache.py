@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from tvm_flash.call import checks, eager
+from tvm_flash.call import eager
+from tvm_flash.call.over_cache import OverCache
 from tvm_flash.call.signature import Options
 from tvm_flash.errors import NotSupportedError
 from tvm_flash.frameworks.arrays import torch_arrays
 from tvm_flash.frameworks.torch import TORCH, name_of
 from tvm_flash.operators import PAGED, PAGED_SCALED, RAGGED_LAYOUT, SCALES
-from tvm_flash.paged import flash_attention_paged
 from tvm_flash.quantised import rounded
 from tvm_flash.tracing import torch_cache_checks as cache_checks
 from tvm_flash.tracing import torch_ragged  # noqa: F401  the operator of the attention
@@ -38,7 +38,7 @@ _library.define(
 _library.define("rotate(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved) -> Tensor", tags=_tags)
 
 
-_DIFFERENTIABLE = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "alibi_slopes", "sinks", *SCALES)
+_DIFFERENTIABLE = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin")
 
 
 def attend(
@@ -47,18 +47,18 @@ def attend(
     longest: int | None,
     interleaved: Any,
     num_splits: Any,
-    options: dict[str, Any],
+    how: OverCache,
 ) -> Any:
     """What :func:`tvm_flash.flash_attention_with_kvcache` does with its tensors by name and the rest of its options."""
     compiling = torch.compiler.is_compiling()
-    causal, window = checks.check_flag("causal", options["causal"]), checks.check_window(options["window_size"])
-    along = causal or window != (-1, -1)
+    along, return_lse = how.is_ordered, how.options["return_lse"]
     sizes = cache_checks.check(tensors, cache_seqlens, longest, interleaved, num_splits)
     q, k = tensors["q"], tensors["k"]
-    everything = tensors | options
-    floats = [everything[n] for n in _DIFFERENTIABLE if isinstance(everything[n], torch.Tensor)]
-    if is_recorded(floats):
-        asked_of = ", ".join(n for n in _DIFFERENTIABLE if getattr(everything[n], "requires_grad", False))
+    everything = {**tensors, **how.parameters}
+    floats = {n: everything[n] for n in (*_DIFFERENTIABLE, *how.parameters, *SCALES)}
+    floats = {n: x for n, x in floats.items() if isinstance(x, torch.Tensor)}
+    if is_recorded([*floats.values()]):
+        asked_of = ", ".join(n for n, x in floats.items() if x.requires_grad)
         raise NotSupportedError(
             f"{asked_of}: a gradient is required, and of keys in a cache there is none; call under torch.no_grad(), or "
             f"use flash_attention"
@@ -86,9 +86,9 @@ def attend(
     }
     scales = {name: tensors[name] for name in SCALES if tensors[name] is not None}
     call |= scales
-    options = options | {"kv_start": None if leftpad is None else leftpad[:, None], "max_seqlen_q": longest}
+    parameters = dict(how.parameters) | ({} if leftpad is None else {"kv_start": leftpad[:, None]})
     if not compiling and not TORCH.watched(tuple(x for x in (*tensors.values(), before) if x is not None)):
-        _check_all(call, options)
+        _check_all(call, parameters, longest, how)
         shift = 0 if k is None else cache_checks.check_memory(everything | {"cache_seqlens": cache_seqlens})
         if q.device.type == "cpu":
             check_contents(tensors, before, after, table, sizes, along, shift)
@@ -101,30 +101,32 @@ def attend(
         k = k.view(tensors["k"].shape)
     if k is not None:
         torch.ops.tvm_flash.append_to_cache(k_cache, v_cache, k, tensors["v"], added, before, table, *scales.values())
-    result = flash_attention_paged(**call, **options)
+    result = how.attend(**call, max_seqlen_q=longest, **parameters, **how.numbers, **how.options)
     if q.ndim == 3:
         return result
-    out, lse = result if options["return_lse"] else (result, None)
+    out, lse = result if return_lse else (result, None)
     out = out.view(*q.shape[:3], v_cache.shape[-1])
-    return (out, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1)) if options["return_lse"] else out
+    return (out, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1)) if return_lse else out
 
 
-def _check_all(call: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def _check_all(call: Mapping[str, Any], parameters: Mapping[str, Any], longest: int | None, how: OverCache) -> None:
     """Everything that the attention will check, a kernel for it included.
 
     Raises
     ------
     TvmFlashError: see :mod:`tvm_flash.errors`.
     """
-    named = ("causal", "window_size", "softcap")
+    of_mask = {n: how.options[n] for n in ("causal", "window_size", "softcap") if n in how.options}
     asked = Options(
-        *(RAGGED_LAYOUT, "auto", options["return_lse"], options["softmax_scale"], *(options[n] for n in named)),
+        *(RAGGED_LAYOUT, "auto", how.options["return_lse"], how.options["softmax_scale"]),
+        **of_mask,
+        definition=how.definition,
+        params=tuple(how.numbers.items()),
         op=PAGED_SCALED if SCALES[0] in call else PAGED,
         layout_known=True,
-        longest=options["max_seqlen_q"],
+        longest=longest,
     )
-    parameters = {n: options[n] for n in ("alibi_slopes", "sinks", "kv_start") if options[n] is not None}
-    eager.plan_of(asked, TORCH, {**call, **parameters})
+    eager.plan_of(asked, TORCH, {**call, **{n: x for n, x in parameters.items() if x is not None}})
 
 
 def _on_pages(tensors: Mapping[str, Any], batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Sequences of different lengths as operators of PyTorch: what programs call in place of ``flash_attention_varlen``.
 
 Importing this module registers ``torch.ops.tvm_flash.attention_varlen`` and its backward, and ``attention_paged``, of
-which there are no gradients.  What is said of the other
-operators in :mod:`tvm_flash.tracing.torch_ops` holds here too.
+which there are no gradients; and the same of definitions of the user's own, ``custom_attention_varlen`` and so on.
+What is said of the other operators in :mod:`tvm_flash.tracing.torch_ops` holds here too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.utils.flop_counter import register_flop_formula
 from tvm_flash.call.paged import check_paged
 from tvm_flash.call.ragged import count_sequences
 from tvm_flash.call.signature import Options, signature
-from tvm_flash.catalogue import PARAMS
 from tvm_flash.errors import NotSupportedError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.frameworks.torch import name_of
@@ -30,10 +29,11 @@ from tvm_flash.operators import (
     RAGGED_BACKWARD,
     RAGGED_LAYOUT,
 )
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.tracing import torch_decomposed, torch_inductor, torch_ops
 from tvm_flash.tracing.torch_checks import check_call, check_kinds, check_options, check_places, check_shapes, is_known
 from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, record_once
-from tvm_flash.tracing.torch_ops import check_kernel, readable, with_kinds_named, written
+from tvm_flash.tracing.torch_ops import check_kernel, declared_of, readable, with_kinds_named, written
 
 _STARTS = OPERATORS[RAGGED].starts
 _ON_PAGES = (PAGED, PAGED_SCALED)
@@ -43,29 +43,26 @@ _PARAMETERS |= dict.fromkeys(_ON_PAGES, PAGED_PARAMETERS)
 _NUMBERS = (
     "float? softmax_scale=None, bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
 )
-_OPTIONS = f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes=None, Tensor? sinks=None, *, {_NUMBERS}"
-_library = torch.library.Library("tvm_flash", "FRAGMENT")
-_tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-_library.define(
-    f"attention_varlen(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse=False) -> (Tensor, Tensor)", tags=_tags
+#: What follows the tensors of an operator: parameters and options of the package's own definition, and of others.
+_SLOPES = "Tensor? alibi_slopes=None, Tensor? sinks=None, "
+_OF_BUILTIN = dict.fromkeys((RAGGED, RAGGED_BACKWARD), f"{_SLOPES}*, {_NUMBERS}")
+_OF_BUILTIN |= dict.fromkeys(_ON_PAGES, f"{_SLOPES}Tensor? kv_start=None, *, {_NUMBERS}")
+_OF_CUSTOM = (
+    "Tensor[] parameters, float[] numbers, *, str name, str[] parameter_names, str[] number_names, "
+    "float? softmax_scale=None"
 )
-# dq, dk, dv, and the gradient of the slopes, if it is asked for, for each sequence and head
-_library.define(
-    "attention_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    f"{_OPTIONS}, str[] gradients) -> Tensor[]",
-    tags=_tags,
-)
-for _name, _scales in (("attention_paged", ""), ("attention_paged_scaled", "Tensor k_scale, Tensor v_scale, ")):
-    _library.define(
-        f"{_name}(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqlens_k, Tensor page_table, "
-        f"{_scales}Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? kv_start=None, *, "
-        f"{_NUMBERS}, int? max_seqlen_q=None, bool return_lse=False) -> (Tensor, Tensor)",
-        tags=_tags,
-    )
-_DECOMPOSED = {
-    RAGGED: torch_decomposed.attention_varlen,
-    PAGED: torch_decomposed.attention_paged,
-    PAGED_SCALED: torch_decomposed.attention_paged_scaled,
+_TENSORS = {
+    RAGGED: "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k",
+    RAGGED_BACKWARD: "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k",
+    PAGED: "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqlens_k, Tensor page_table",
+}
+_TENSORS[PAGED_SCALED] = f"{_TENSORS[PAGED]}, Tensor k_scale, Tensor v_scale"
+_LAST = {
+    RAGGED: "bool return_lse=False) -> (Tensor, Tensor)",
+    # dq, dk, dv, and the gradients of parameters that are asked for, for each sequence and head where they have such
+    RAGGED_BACKWARD: "str[] gradients) -> Tensor[]",
+    **dict.fromkeys(_ON_PAGES, "int? max_seqlen_q=None, bool return_lse=False) -> (Tensor, Tensor)"),
 }
 _NAMES = {
     RAGGED: "attention_varlen",
@@ -73,6 +70,21 @@ _NAMES = {
     PAGED: "attention_paged",
     PAGED_SCALED: "attention_paged_scaled",
 }
+_library = torch.library.Library("tvm_flash", "FRAGMENT")
+_tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+for _op, _name in _NAMES.items():
+    for _prefix, _rest in (("", _OF_BUILTIN[_op]), ("custom_", _OF_CUSTOM)):
+        _library.define(f"{_prefix}{_name}({_TENSORS[_op]}, {_rest}, {_LAST[_op]}", tags=_tags)
+_DECOMPOSED = {
+    RAGGED: torch_decomposed.attention_varlen,
+    PAGED: torch_decomposed.attention_paged,
+    PAGED_SCALED: torch_decomposed.attention_paged_scaled,
+}
+
+
+def _operator(op: str, custom: bool = False) -> Any:
+    """An operator of PyTorch, of a definition of the user's own if it is ``custom``."""
+    return getattr(torch.ops.tvm_flash, f"custom_{_NAMES[op]}" if custom else _NAMES[op])
 
 
 def attention(options: Options, tensors: Mapping[str, Any]) -> Any:
@@ -119,20 +131,34 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
     outputs = operator.all_outputs(options.gradients)
     own = {"gradients": list(options.gradients)} if operator.differentiates else {"return_lse": options.flag}
     own |= {"max_seqlen_q": options.longest} if options.op in _ON_PAGES else {}
-    left, right = options.window_size
-    compute = getattr(torch.ops.tvm_flash, _NAMES[options.op])
-    if options.op in _DECOMPOSED and torch_ops.is_for_onnx():
-        compute = _DECOMPOSED[options.op]
-    results = compute(
-        *(tensors[name] for name in operator.inputs),
-        *(tensors.get(name) for name in (*operator.optional, *operator.starts, *_PARAMETERS[options.op])),
-        softmax_scale=options.softmax_scale,
-        causal=options.causal,
-        window_left=left,
-        window_right=right,
-        softcap=options.softcap,
-        **own,
-    )
+    own |= {"softmax_scale": options.softmax_scale}
+    inputs = [tensors[name] for name in operator.inputs]
+    inputs += [tensors.get(name) for name in (*operator.optional, *operator.starts)]
+    if options.definition == BUILTIN_DEFINITION:
+        compute = _operator(options.op)
+        if options.op in _DECOMPOSED and torch_ops.is_for_onnx():
+            compute = _DECOMPOSED[options.op]
+        left, right = options.window_size
+        results = compute(
+            *inputs,
+            *(tensors.get(name) for name in _PARAMETERS[options.op]),
+            causal=options.causal,
+            window_left=left,
+            window_right=right,
+            softcap=options.softcap,
+            **own,
+        )
+    else:
+        parameters = {n: x for n, x in tensors.items() if n not in (*operator.all_inputs, *outputs)}
+        results = _operator(options.op, custom=True)(
+            *inputs,
+            list(parameters.values()),
+            [value for _, value in options.params],
+            name=options.definition,
+            parameter_names=list(parameters),
+            number_names=[name for name, _ in options.params],
+            **own,
+        )
     count = len(outputs) + (len(operator.on_request) if options.flag else 0)
     results = [results[i] for i in range(count)]
     for i, name in enumerate(outputs):
@@ -144,16 +170,32 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
 # ---------------------------------------------------------------- on real tensors
 
 
-def _run(op, *tensors, return_lse=False, gradients=(), max_seqlen_q=None, **options):
+def _builtin(op, *tensors, return_lse=False, gradients=(), max_seqlen_q=None, **options):
+    given = len(OPERATORS[op].all_inputs) + len(_PARAMETERS[op])
+    tensors = (*tensors, *[None] * (given - len(tensors)))
+    scale, *rest = _numbers(**options)
+    return _run(op, {"parameters": _PARAMETERS[op]}, tensors, scale, rest, return_lse, gradients, max_seqlen_q)
+
+
+def _custom(
+    op, *arguments, name, parameter_names, number_names, softmax_scale=None, return_lse=False, gradients=(),
+    max_seqlen_q=None,
+):  # fmt: skip
+    *tensors, parameters, numbers = arguments
+    what = {"definition": name, "parameters": tuple(parameter_names), "scalars": tuple(number_names)}
+    tensors = (*tensors, *parameters)
+    return _run(op, what, tensors, softmax_scale, numbers, return_lse, gradients, max_seqlen_q)
+
+
+def _run(op, what, tensors, softmax_scale, numbers, return_lse, gradients, max_seqlen_q):
     operator, gradients = OPERATORS[op], tuple(gradients)
     made_for = {"op": op, "below": True, "gradients": gradients, "layout_known": True}
-    compute = signature(RAGGED_LAYOUT, parameters=_PARAMETERS[op], **made_for).call
-    given = len(operator.all_inputs) + len(_PARAMETERS[op])
-    tensors = (*tensors, *[None] * (given - len(tensors)), *[None] * len(operator.all_outputs(gradients)))
-    numbers = (*_numbers(**options), max_seqlen_q) if op in _ON_PAGES else _numbers(**options)
+    compute = signature(RAGGED_LAYOUT, **what, **made_for).call
+    outputs = [None] * len(operator.all_outputs(gradients))
+    numbers = (softmax_scale, *numbers, *((max_seqlen_q,) if op in _ON_PAGES else ()))
     if operator.differentiates:
-        return list(compute(*readable(*tensors[:7]), *tensors[7:], "auto", False, *numbers))
-    result = compute(*tensors, "auto", return_lse, *numbers)
+        return list(compute(*readable(*tensors[:7]), *tensors[7:], *outputs, "auto", False, *numbers))
+    result = compute(*tensors, *outputs, "auto", return_lse, *numbers)
     return result if return_lse else (result, tensors[0].new_empty(0, dtype=torch.float32))
 
 
@@ -197,48 +239,74 @@ def _paged_shapes(op, q, k_cache, v_cache, *others, return_lse=False, max_seqlen
     return out, q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
 
 
-def _backward_shapes(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *others, gradients=(), **_):
+def _backward_shapes(
+    dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *others, gradients=(), name=BUILTIN_DEFINITION, **_
+):
     _check(q, k, v, (cu_seqlens_q, cu_seqlens_k), dout, out, lse, dlse, *others)
-    heads = (cu_seqlens_q.shape[0] - 1, q.shape[1])
-    return [*(x.new_empty(x.shape) for x in (q, k, v)), *(q.new_empty(heads, dtype=torch.float32) for _ in gradients)]
+    heads, declared = (cu_seqlens_q.shape[0] - 1, q.shape[1]), declared_of(name) if gradients else {}
+    shapes = [heads if declared[x].axes else (1,) for x in gradients]
+    return [*(x.new_empty(x.shape) for x in (q, k, v)), *(q.new_empty(s, dtype=torch.float32) for s in shapes)]
 
 
 # ---------------------------------------------------------------- gradients
 
 
-def _forward_where_autograd_listens(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, sinks=None, **options):
-    forward, backward = (getattr(torch.ops.tvm_flash, _NAMES[op]).default for op in (RAGGED, RAGGED_BACKWARD))
-    others = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks)
-    if not is_recorded((q, k, v, alibi_slopes, sinks)):
-        return below(forward, q, k, v, *others, **options)
+def _forward_where_autograd_listens(custom, q, k, v, cu_seqlens_q, cu_seqlens_k, *rest, **options):
+    forward, backward = (_operator(op, custom).default for op in (RAGGED, RAGGED_BACKWARD))
+    starts = cu_seqlens_q, cu_seqlens_k
+    if custom:
+        (parameters, *numbers), names = rest, options["parameter_names"]
+    else:
+        parameters, numbers, names = (*rest, *[None] * (len(_PARAMETERS[RAGGED]) - len(rest))), [], _PARAMETERS[RAGGED]
+    if not is_recorded((q, k, v, *parameters)):
+        return below(forward, q, k, v, *starts, *rest, **options)
     own = {name: x for name, x in options.items() if name != "return_lse"}
 
+    def flat(*tensors):
+        """Arguments of an operator, of tensors that all come by themselves."""
+        before = len(tensors) - len(names)
+        return (*tensors[:before], list(tensors[before:]), *numbers) if custom else tensors
+
     def check(q, k, v, parameters, wanted):
-        asked = Options(RAGGED_LAYOUT, "auto", False, *_numbers(**own), op=RAGGED)
-        check_kernel(asked, q, k, v, parameters, wanted)
+        check_kernel(_asked(own), q, k, v, parameters, wanted)
 
     pair = Pair(
-        lambda *tensors: below(forward, *tensors, **own, return_lse=True),
-        lambda *tensors, gradients: backward(*tensors, **own, gradients=gradients),
-        (*_STARTS, *_PARAMETERS[RAGGED]),
-        PARAMS,
+        lambda *tensors: below(forward, *flat(*tensors), **own, return_lse=True),
+        lambda *tensors, gradients: backward(*flat(*tensors), **own, gradients=gradients),
+        (*_STARTS, *names),
+        declared_of(options.get("name", BUILTIN_DEFINITION)),
         asked=options.get("return_lse", False),
         check=check,
     )
-    return record(pair, q, k, v, *others)
+    return record(pair, q, k, v, *starts, *parameters)
 
 
-def _backward_where_autograd_listens(*tensors, **options):
-    backward = getattr(torch.ops.tvm_flash, _NAMES[RAGGED_BACKWARD]).default
-    if not is_recorded(tensors):
-        return below(backward, *tensors, **options)
-    return record_once(backward, *tensors, **options)
+def _asked(options: Mapping[str, Any]) -> Options:
+    """What a call of an operator asks for, as kernels are chosen by it."""
+    if "name" in options:
+        scale = options.get("softmax_scale")
+        return Options(RAGGED_LAYOUT, "auto", False, scale, definition=options["name"], op=RAGGED)
+    return Options(RAGGED_LAYOUT, "auto", False, *_numbers(**options), op=RAGGED)
 
 
-def _paged_where_autograd_listens(op, *tensors, **options):
+def _backward_where_autograd_listens(custom, *arguments, **options):
+    backward = _operator(RAGGED_BACKWARD, custom).default
+    if not is_recorded(_flat(custom, arguments)):
+        return below(backward, *arguments, **options)
+    return record_once(backward, *arguments, **options)
+
+
+def _paged_where_autograd_listens(op, custom, *arguments, **options):
+    tensors = _flat(custom, arguments)
     if is_recorded(tensors):
-        _refuse_gradients(dict(zip((*OPERATORS[op].all_inputs, *PAGED_PARAMETERS), tensors, strict=False)))
-    return below(getattr(torch.ops.tvm_flash, _NAMES[op]).default, *tensors, **options)
+        names = options["parameter_names"] if custom else PAGED_PARAMETERS
+        _refuse_gradients(dict(zip((*OPERATORS[op].all_inputs, *names), tensors, strict=False)))
+    return below(_operator(op, custom).default, *arguments, **options)
+
+
+def _flat(custom, arguments):
+    """The tensors among the arguments of an operator."""
+    return (*arguments[:-2], *arguments[-2]) if custom else arguments
 
 
 def _refuse_vmap(info, in_dims, *arguments, **options):
@@ -256,12 +324,14 @@ _LISTENING = {
 _FAKE = {RAGGED: _shapes, RAGGED_BACKWARD: _backward_shapes}
 _FAKE |= {op: functools.partial(_paged_shapes, op) for op in _ON_PAGES}
 for _op, _name in _NAMES.items():
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, functools.partial(_run, _op), _key)
-    _library.impl(_name, _LISTENING[_op], "Autograd")
-    torch.library.register_fake(f"tvm_flash::{_name}", torch_inductor.traced(_FAKE[_op]), lib=_library)
-    if hasattr(torch.library, "register_vmap"):  # since torch 2.5
-        torch.library.register_vmap(f"tvm_flash::{_name}", _refuse_vmap, lib=_library)
+    for _prefix, _compute in (("", _builtin), ("custom_", _custom)):
+        for _key in ("CPU", "CUDA"):
+            _library.impl(_prefix + _name, functools.partial(_compute, _op), _key)
+        _library.impl(_prefix + _name, functools.partial(_LISTENING[_op], bool(_prefix)), "Autograd")
+        _fake = torch_inductor.traced(_FAKE[_op])
+        torch.library.register_fake(f"tvm_flash::{_prefix}{_name}", _fake, lib=_library)
+        if hasattr(torch.library, "register_vmap"):  # since torch 2.5
+            torch.library.register_vmap(f"tvm_flash::{_prefix}{_name}", _refuse_vmap, lib=_library)
 
 
 # ---------------------------------------------------------------- what is said of the operators elsewhere
@@ -303,6 +373,6 @@ def _paged_flops(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, *_, o
 
 
 for _op, _formula in ((RAGGED, _flops), (RAGGED_BACKWARD, _backward_flops), *((op, _paged_flops) for op in _ON_PAGES)):
-    register_flop_formula(getattr(torch.ops.tvm_flash, _NAMES[_op]), get_raw=True)(_formula)
+    register_flop_formula([_operator(_op), _operator(_op, custom=True)], get_raw=True)(_formula)
 for _op, _decomposed in _DECOMPOSED.items():
-    torch_inductor.decompose(getattr(torch.ops.tvm_flash, _NAMES[_op]).default, _decomposed)
+    torch_inductor.decompose(_operator(_op).default, _decomposed)

@@ -23,7 +23,11 @@ from schedules.definition.flex.rules import NumPy, Tir
 
 
 def from_flex(
-    score_mod: Callable | None = None, mask_mod: Callable | None = None, *, name: str = "flex_attention"
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    *,
+    name: str = "flex_attention",
+    tables: bool = False,
 ) -> Attention:
     """The definition that says what ``flex_attention(q, k, v, score_mod, create_block_mask(mask_mod, …))`` does.
 
@@ -32,6 +36,8 @@ def from_flex(
     score_mod: ``(score, b, h, q_idx, kv_idx) -> score``, of 0-dimensional tensors; None leaves the score as it is.
     mask_mod: ``(b, h, q_idx, kv_idx) -> bool``, true where a query sees a key; None hides nothing.
     name: of the definition; ``build --definition file.py:name`` uses the variable's name instead.
+    tables: tensors that are read at queries or keys are tables too.  Kernels of sequences of different lengths
+        (``build --form ragged,paged``) take no others, and those over a batch skip fewer tiles with them.
 
     Returns
     -------
@@ -49,7 +55,7 @@ def from_flex(
     ImportError: PyTorch isn't installed.
     """
     given = [(score_mod, "score_mod"), (mask_mod, "mask_mod")]
-    formulas = settled([read(function, role) for function, role in given if function is not None])
+    formulas = settled([read(function, role) for function, role in given if function is not None], tables)
     score = None if score_mod is None else formulas[0]
     masks = [] if mask_mod is None else formulas[-1:]
     if score is not None:

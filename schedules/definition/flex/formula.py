@@ -38,9 +38,9 @@ class Formula:
         return dataclasses.replace(self, result=node, params=params)
 
 
-def settled(formulas: list[Formula]) -> list[Formula]:
+def settled(formulas: list[Formula], tables: bool = False) -> list[Formula]:
     """The formulas with a tensor of axes in place of each table that is read at one place only: the batch entry, head,
-    query and key of the score, or some of these in this order.
+    query and key of the score, or some of these in this order; with ``tables``, of batch entry and head alone.
 
     Raises
     ------
@@ -56,6 +56,8 @@ def settled(formulas: list[Formula]) -> list[Formula]:
             if node.what == "read":
                 indices.setdefault(node.operands[0].operands[0], set()).add(node.operands[1:])
     axes = {name: _axes_of(found) for name, found in indices.items()}
+    if tables:
+        axes = {name: "" if set(of) & {"i", "j"} else of for name, of in axes.items()}
     learnt = {name for f in formulas for name in f.learnt}
     known: dict[int, Node] = {}
 

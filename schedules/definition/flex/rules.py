@@ -190,7 +190,9 @@ class NumPy(Language):
         return self.cast(self._at.params[name], kind)
 
     def element(self, name, indices):
-        return self._at.params[name][tuple(self.cast(i, "int") for i in indices)]
+        table = self._at.params[name]
+        within = (np.clip(self.cast(i, "int"), 0, n - 1) for i, n in zip(indices, table.shape, strict=True))
+        return table[tuple(within)]
 
     def size(self, name, dimension):
         return self._at.params[name].shape[dimension]

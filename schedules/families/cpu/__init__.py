@@ -16,6 +16,7 @@ from schedules.families.interface import (
     BACKWARD,
     BACKWARD_ACCUMULATE,
     FORWARD,
+    OF_SEQUENCES,
     PAGED,
     PAGED_SCALED,
     PARTIAL,
@@ -44,7 +45,7 @@ KINDS = {
     PAGED: paged,
     **{kind: ScaledPages(cache) for cache, kind in PAGED_SCALED.items()},
 }
-TENSOR_KINDS = (FORWARD, BACKWARD, BACKWARD_ACCUMULATE)
+TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD, BACKWARD_ACCUMULATE), OF_SEQUENCES
 LEARNT_TABLE_KINDS = (BACKWARD, BACKWARD_ACCUMULATE)
 SINK_KINDS = (FORWARD, *KINDS)
 
@@ -60,6 +61,7 @@ __all__ = [
     "ISAS",
     "KINDS",
     "SINK_KINDS",
+    "TABLE_KINDS",
     "TEMPLATES",
     "TENSOR_KINDS",
     "Config",

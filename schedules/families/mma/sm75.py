@@ -15,6 +15,7 @@ from schedules.families.interface import (
     CAUSAL_WITH_SINKS,
     FORWARD,
     MERGED,
+    OF_SEQUENCES,
     PAGED,
     RAGGED,
     RAGGED_BACKWARD,
@@ -199,7 +200,7 @@ KINDS = {
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
-TENSOR_KINDS = (FORWARD, BACKWARD)
+TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: These would be the usual ones again, which serve them.

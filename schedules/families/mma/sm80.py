@@ -16,6 +16,7 @@ from schedules.families.interface import (
     DECODE,
     FORWARD,
     MERGED,
+    OF_SEQUENCES,
     PAGED,
     PAGED_DECODE,
     RAGGED,
@@ -264,7 +265,7 @@ KINDS = {
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
 }
-TENSOR_KINDS = (FORWARD, BACKWARD)
+TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: These would be the usual ones again, which serve them.

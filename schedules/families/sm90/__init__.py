@@ -13,6 +13,7 @@ from schedules.families.interface import (
     DECODE,
     FORWARD,
     MERGED,
+    OF_SEQUENCES,
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_ANY,
@@ -40,6 +41,7 @@ __all__ = [
     "INDEX_DTYPE",
     "KINDS",
     "SINK_KINDS",
+    "TABLE_KINDS",
     "TEMPLATES",
     "TENSOR_KINDS",
     "Config",
@@ -74,7 +76,7 @@ KINDS = {
 }
 #: head_dim 32 multiplies half of what 64 does, and 80 five sixths of what 96 does.
 FURTHER_SIZES = {FORWARD: {("full", "identity"): ((32, 32), (80, 80))}}
-TENSOR_KINDS = (FORWARD, BACKWARD)
+TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 

@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Rejected, Target
+from schedules.families.interface import Program, Rejected, Target, whole_gradients
 from schedules.families.mma.backward import program as launches
 from schedules.families.mma.backward.config import MACHINE, Config, Machine, feasible
 from schedules.tile.tile_scheduler import Traversal
-from schedules.tile.weights import summed
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ class RaggedBackward(Backward):
 
     def feasible(self, pattern: Pattern, config: Config, target: Target) -> Rejected | None:
         """Whether the machine has room for the blocks, and the gradients of parameters are those of sequences."""
-        if whole := [p.name for p in summed(pattern) if "b" not in p.axes]:
-            return Rejected(f"the gradient of {', '.join(whole)} isn't summed over ragged sequences")
+        if refusal := whole_gradients(pattern):
+            return refusal
         return feasible(pattern, config, target, replace(self.machine, looks_up=True))
 
     def program(self, pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

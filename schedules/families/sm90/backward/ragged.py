@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Rejected, Target
+from schedules.families.interface import Program, Rejected, Target, whole_gradients
 from schedules.families.sm90.backward import config as dense
 from schedules.families.sm90.backward.config import SECTION, Config, space
 from schedules.families.sm90.backward.program import program as launches
@@ -32,8 +32,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected("heads_first: slots of ragged sequences may be more than a grid's third axis has")
     if config.joint and pattern.has_sink:
         return Rejected("joint: of ragged sequences it has no sinks")
-    if whole := [p.name for p in pattern.params if p.gradient and "b" not in p.axes]:
-        return Rejected(f"the gradient of {', '.join(whole)} isn't summed over ragged sequences")
+    if refusal := whole_gradients(pattern):
+        return refusal
     return dense.feasible(pattern, config, target)
 
 

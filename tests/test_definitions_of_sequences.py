@@ -1,0 +1,307 @@
+"""A user's own definition over sequences of different lengths, through the doors: kernels of the CPU, against float64.
+
+One after the other with gradients, by NumPy, autograd and ``torch.compile``; with keys on pages; over a cache.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tvm_flash
+from schedules.definition.gallery import token_tree
+from schedules.definition.pattern import match
+from schedules.families import FAMILY, kinds_of, schedule
+from schedules.families.interface import RAGGED, RAGGED_BACKWARD, Rejected, Target
+from schedules.templates import v1, v2
+from tests import sequence_trials, tensor_trials
+from tests.definitions import of_sequences, with_tensors
+from tests.sequence_trials import Sequences
+from tvm_flash import reference
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, KernelNotFoundError, NotSupportedError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCALE = 0.2
+PARAMS = of_sequences.of_sequences.params
+GRADIENTS = tuple(p.name for p in PARAMS if p.gradient)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """Kernels of two definitions: of the tree of tokens those over pages alone."""
+    packs = tmp_path_factory.mktemp("packs")
+    for definition, forms in (
+        (f"{of_sequences.__file__}:of_sequences", "ragged,paged"),
+        (f"{token_tree.__file__}:token_tree", "paged"),
+    ):
+        command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--isa", "baseline"]
+        command += ["--dtype", "float32", "--head-dim", "32", "--form", forms, "--output", packs]
+        done = subprocess.run([*command, "--definition", definition], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return packs
+
+
+@pytest.fixture
+def attention(pack, use_packs):
+    use_packs(pack)
+    return tvm_flash.custom_attention("of_sequences")
+
+
+@pytest.fixture
+def tree(pack, use_packs):
+    use_packs(pack)
+    return tvm_flash.custom_attention("token_tree")
+
+
+KERNEL = tensor_trials.Kernel(
+    PARAMS,
+    layout="bshd",
+    dtype="float32",
+    head_dim=32,
+    head_dim_v=32,
+    mask=of_sequences.prefix_or_shown_twin,
+    score=of_sequences.mixed_twin,
+    name="of_sequences",
+)
+
+
+def parameters(values, make=lambda x: x):
+    """The definition's parameters out of what a kernel is given."""
+    return {p.name: make(values[p.name]) if p.is_tensor else values[p.name] for p in PARAMS}
+
+
+def array(x):
+    return x.numpy()
+
+
+def give(values, names, results):
+    """Put what a door has answered where a kernel would have."""
+    for name, x in zip(names, results, strict=True):
+        values[name].copy_(torch.as_tensor(x).reshape(values[name].shape))
+
+
+def by_numpy(attention):
+    def compute(values, _):
+        tensors = (array(values[n]) for n in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"))
+        how = {"softmax_scale": SCALE, "return_lse": True}
+        give(values, ("o", "lse"), attention.varlen(*tensors, **how, **parameters(values, array)))
+
+    return compute
+
+
+def by_torch(function):
+    def compute(values, _):
+        leaves = {n: values[n].clone().requires_grad_() for n in ("q", "k", "v", *GRADIENTS)}
+        starts = values["cu_seqlens_q"], values["cu_seqlens_k"]
+        params = parameters(values) | {n: leaves[n] for n in GRADIENTS}
+        out = function(*(leaves[n] for n in "qkv"), *starts, softmax_scale=SCALE, **params)
+        out.backward(values["do"])
+        give(values, ("dq", "dk", "dv"), [leaves[n].grad for n in "qkv"])
+        for n in GRADIENTS:  # of all sequences together, where it has no value of each
+            x = values[f"d_{n}"]
+            x.copy_(leaves[n].grad if leaves[n].ndim == 2 else torch.zeros_like(x))
+            x[0] += 0 if leaves[n].ndim == 2 else leaves[n].grad
+
+    return compute
+
+
+def over_pages(attention):
+    def compute(values, _):
+        tensors = (values[n] for n in ("q", "k", "v", "cu_seqlens_q", "seqlens_k", "page_table"))
+        how = {"softmax_scale": SCALE, "return_lse": True}
+        give(values, ("o", "lse"), attention.paged(*tensors, **how, **parameters(values)))
+
+    return compute
+
+
+def check(trials, compute):
+    for trial in trials:
+        trial.check(trial.run(compute, "cpu"), "cpu")
+
+
+def test_sequences_against_float64(attention):
+    check(sequence_trials.forward(KERNEL, of_sequences.sample), by_numpy(attention))
+
+
+def test_pages_against_float64(attention):
+    check(sequence_trials.forward(KERNEL, of_sequences.sample, paged=True), over_pages(attention))
+    check(sequence_trials.forward(KERNEL, of_sequences.sample, paged=True, few=True), over_pages(attention))
+
+
+def test_gradients_without_autograd(attention):
+    def compute(values, problem):
+        rows = [array(values[n]) for n in ("do", "q", "k", "v", "o")]
+        lse = array(values["lse"]).reshape(problem["heads"], -1)
+        starts = array(values["cu_seqlens_q"]), array(values["cu_seqlens_k"])
+        how = {"softmax_scale": SCALE, "gradients": GRADIENTS}
+        found = attention.varlen.backward(*rows, lse, *starts, **how, **parameters(values, array))
+        give(values, ("dq", "dk", "dv", *(f"d_{n}" for n in GRADIENTS)), found)
+
+    check(sequence_trials.backward(KERNEL, of_sequences.sample), compute)
+
+
+def one_sequence():
+    """A call whose gradients by autograd are those of a sequence: what is learnt by head is summed over them."""
+    return Sequences(KERNEL, of_sequences.sample, ((70, 130),), heads=4, kv_heads=2)
+
+
+@pytest.mark.parametrize("how", ("recorded", "compiled"))
+def test_gradients_by_autograd(attention, how):
+    function = attention.varlen
+    if how == "compiled":
+        function = torch.compile(lambda *x, **named: attention.varlen(*x, **named), fullgraph=True)
+    call = one_sequence()
+    call.check_backward(call.run_backward(by_torch(function), "cpu"), "cpu")
+
+
+def test_what_is_learnt_by_head_is_summed_over_sequences(attention):
+    """The gradient of a leaf is the sum of those that the kernel gives each sequence."""
+    call = Sequences(KERNEL, of_sequences.sample, ((17, 40), (0, 5), (9, 9)), after=0)
+    values, _ = call.given("cpu")
+    q, starts = values["q"].requires_grad_(), (values["cu_seqlens_q"], values["cu_seqlens_k"])
+    params = parameters(values) | {n: values[n].requires_grad_() for n in GRADIENTS}
+    out, lse = attention.varlen(q, values["k"], values["v"], *starts, softmax_scale=SCALE, return_lse=True, **params)
+    out.sum().backward()
+    with torch.no_grad():
+        rows = (torch.ones_like(out), q, values["k"], values["v"], out, lse)
+        how = {"softmax_scale": SCALE, "gradients": GRADIENTS}
+        *_, of_rate, of_strength = attention.varlen.backward(*rows, *starts, **how, **params)
+    torch.testing.assert_close(params["fading_rate"].grad, of_rate)
+    torch.testing.assert_close(params["strength"].grad, of_strength.sum(0))
+
+
+@pytest.mark.parametrize("page_size", (0, 16))
+def test_a_sequence_has_the_same_bits_in_any_batch(attention, page_size):
+    lengths = ((3, 40), (70, 90), (1, 1100), (9, 9))
+    call = Sequences(KERNEL, of_sequences.sample, lengths, heads=4, kv_heads=2, page_size=page_size)
+    compute = over_pages(attention) if page_size else by_numpy(attention)
+    out, lse = call.run(compute, "cpu")
+    for b in range(len(lengths)):
+        rows = call.rows(b)["q"]
+        found = call.alone(b).run(compute, "cpu")
+        assert np.array_equal(found[0], out[rows]) and np.array_equal(found[1], lse[:, rows])
+
+
+# ---------------------------------------------------------------- a tree of tokens over a cache
+
+
+def test_a_tree_of_tokens_is_appended_and_attends(tree):
+    """Each token has what its own line of tokens gives, one after the other behind the context."""
+    parents, cached = ([-1, 0, 0, 1, 1], [-1, 0, 1, 1, -1, 4, 5, 5, 5]), [30, 9]
+    starts = torch.tensor([0, 5, 14], dtype=torch.int32)
+    sees = torch.zeros(2, 9, 9, dtype=torch.bool)
+    for b, of in enumerate(parents):
+        sees[b, : len(of), : len(of)] = torch.from_numpy(token_tree.sees_of(of))
+    generator = torch.Generator().manual_seed(0)
+    caches = torch.randn(2, 12, 8, 2, 32, generator=generator)
+    q, k, v = (torch.randn(14, heads, 32, generator=generator) for heads in (4, 2, 2))
+    table = torch.tensor([[7, 2, 10, 3, 5], [11, 0, 1, 6, 4]], dtype=torch.int32)
+    where = {"page_table": table, "cu_seqlens_q": starts, "cu_seqlens_k_new": starts, "sees": sees}
+    out, lse = tree.with_kvcache(q, *caches, k, v, cache_seqlens=torch.tensor(cached).int(), return_lse=True, **where)
+    for b, of in enumerate(parents):
+        rows = slice(int(starts[b]), int(starts[b + 1]))
+        keys, values = (x[table[b].long()].flatten(0, 1)[: cached[b] + len(of)] for x in caches)
+        assert torch.equal(keys[cached[b] :], k[rows]) and torch.equal(values[cached[b] :], v[rows])
+        for token in range(len(of)):
+            line = [*range(cached[b]), *(cached[b] + np.flatnonzero(sees[b, token]))]
+            row = int(starts[b]) + token
+            given = (x.transpose(0, 1)[None].numpy() for x in (q[row : row + 1], keys[line], values[line]))
+            want, want_lse = reference.attention(*given, softmax_scale=32**-0.5)
+            np.testing.assert_allclose(out[row], want[0, :, 0], atol=2e-6, rtol=0)
+            np.testing.assert_allclose(lse[:, row], want_lse[0, :, 0], atol=4e-6, rtol=0)
+
+
+def test_a_batch_of_trees_of_one_size(tree):
+    """Without starts, and in a cache without pages: (batch, tokens, heads, head_dim)."""
+    sees = torch.from_numpy(token_tree.sees_of([-1, 0, 0])).expand(2, 3, 3)
+    caches = torch.randn(2, 2, 40, 2, 32)
+    q, k, v = torch.randn(2, 3, 4, 32), *torch.randn(2, 2, 3, 2, 32)
+    given = tuple(x.clone() for x in caches)
+    out = tree.with_kvcache(q, *given, k, v, cache_seqlens=11, sees=sees)
+    for b in range(2):
+        keys, values = (x[b, :14].transpose(0, 1)[None].numpy() for x in given)
+        mask = {"mask": token_tree.line_twin, "params": {"sees": sees[b : b + 1].numpy()}, "axes": {"sees": ""}}
+        rows = q[b : b + 1].transpose(1, 2).numpy()
+        want, _ = reference.attention(rows, keys, values, softmax_scale=32**-0.5, **mask)
+        np.testing.assert_allclose(out[b].transpose(0, 1), want[0], atol=2e-6, rtol=0)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def usual(call):
+    """The arguments of a call over sequences."""
+    values, _ = call.given("cpu")
+    return [values[n] for n in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")], parameters(values)
+
+
+def test_what_is_wrong_is_named(attention):
+    call = Sequences(KERNEL, of_sequences.sample, ((3, 5), (4, 4)), after=0)
+    tensors, params = usual(call)
+    for change, error, text in (
+        (
+            {"fading_rate": params["fading_rate"][:, :1, None]},
+            InvalidArgumentError,
+            r"^fading_rate: has shape .*\(2, 2\)",
+        ),
+        ({"shift": params["shift"].repeat(3)}, InvalidArgumentError, r"^shift: has shape \(6,\), expected \(2,\)"),
+        ({"shown": params["shown"][0]}, InvalidArgumentError, "^shown: has shape .* a table with 3 dimensions"),
+        ({"shown": params["shown"].int()}, ArgumentTypeError, "^shown: has dtype int32, expected bool"),
+        ({"prefix_length": 1.5}, InvalidArgumentError, "^prefix_length: is 1.5, expected a whole number"),
+        ({"causal": True}, ArgumentTypeError, "^causal: missing or unknown; the definition 'of_sequences' takes"),
+    ):
+        with pytest.raises(error, match=text):
+            attention.varlen(*tensors, **{**params, **change})
+    with pytest.raises(ArgumentTypeError, match=r"^strength: missing or unknown"):
+        attention.varlen(*tensors, **{n: x for n, x in params.items() if n != "strength"})
+    starts = torch.tensor([0, 9, 7], dtype=torch.int32)
+    with pytest.raises(InvalidArgumentError, match=r"^cu_seqlens_q: falls from 9 to 7"):
+        attention.varlen(*tensors[:3], starts, tensors[4], **params)
+    with pytest.raises(InvalidArgumentError, match=r"^max_seqlen_k: is -1"):
+        attention.varlen(*tensors, 4, -1, **params)
+
+
+def test_there_are_no_gradients_over_pages(attention):
+    call = Sequences(KERNEL, of_sequences.sample, ((3, 5),), page_size=8)
+    values, _ = call.given("cpu")
+    tensors = [values[n] for n in ("q", "k", "v", "cu_seqlens_q", "seqlens_k", "page_table")]
+    params = parameters(values) | {"strength": values["strength"].requires_grad_()}
+    with pytest.raises(NotSupportedError, match=r"^strength: a gradient is required, and of keys on pages"):
+        attention.paged(*tensors, **params)
+    q, *caches = tensors[:3]
+    with pytest.raises(NotSupportedError, match=r"^strength: a gradient is required, and of keys in a cache"):
+        attention.with_kvcache(q[None, :3], *caches, cache_seqlens=3, page_table=tensors[5], **params)
+
+
+def test_forms_that_were_not_built_are_named_with_the_command(tree):
+    x, starts = torch.randn(8, 2, 32), torch.tensor([0, 3, 8], dtype=torch.int32)
+    sees = torch.ones(2, 5, 5, dtype=torch.bool)
+    with pytest.raises(KernelNotFoundError, match=r"--definition <file.py>:token_tree --form ragged"):
+        tree.varlen(x, x, x, starts, starts, sees=sees)
+    rows = torch.randn(1, 2, 8, 32)
+    with pytest.raises(KernelNotFoundError, match=r"--definition <file.py>:token_tree"):
+        tree(rows, rows, rows, sees=sees)
+
+
+def test_parameters_over_queries_or_keys_are_refused(monkeypatch):
+    """By the doors, and by every family, with what to do."""
+    params = {p.name: p for p in with_tensors.documents.params}
+    monkeypatch.setattr(tvm_flash.custom, "params_of", lambda name: params)
+    attention = tvm_flash.custom_attention("documents")
+    text = r"^q_document: .* \(axes 'bi'\).* at\.table\['q_document'\]\(at\.b, at\.i\)$"
+    for door, count in ((attention.varlen, 5), (attention.paged, 6), (attention.with_kvcache, 3)):
+        with pytest.raises(NotSupportedError, match=text):
+            door(*[None] * count, **dict.fromkeys(params, None))
+    for arch in FAMILY:
+        target = Target(arch, "baseline" if arch == "cpu" else "")
+        pattern = match(with_tensors.documents(64, "float16", index_dtype="int64" if arch == "cpu" else "int32"))
+        traversal = (v1 if arch in ("sm_70", "sm_75") else v2).TRAVERSAL
+        for kind in kinds_of(target):
+            if kind in (RAGGED, RAGGED_BACKWARD) or kind.startswith("paged"):
+                refusal = schedule(traversal, pattern, target, "x", kind=kind)
+                assert isinstance(refusal, Rejected) and "q_document" in refusal.reason

@@ -1,0 +1,61 @@
+"""GPU kernels of a user's own definitions over sequences of different lengths, run on the processor (tests/simt)."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("tvm")
+pytest.importorskip("torch")
+
+from schedules.builder.suite import KernelSpec
+from schedules.definition.gallery import token_tree
+from schedules.definition.pattern import match
+from schedules.families import family_of
+from schedules.families.interface import PAGED, PAGED_DECODE, PAGED_DECODE_ANY, RAGGED, RAGGED_BACKWARD, Target
+from tests import sequence_trials, tensor_trials, torch_cases
+from tests.definitions import of_sequences
+from tests.simt.defaults import default_kernel
+
+
+def trees(batch, heads):
+    """A tree of at most seven tokens for each sequence; more tokens see what the last ones do."""
+    sees = token_tree.example(batch, heads, 7, 7)["sees"].copy()
+    sees[0] = token_tree.sees_of([-1, 0, 1, 2, 3, 4, 5])
+    return {"sees": sees}
+
+
+DEFINITIONS = {
+    "of_sequences": (of_sequences.of_sequences, of_sequences.sample),
+    "token_tree": (token_tree.token_tree, trees),
+}
+#: Arch, kind, definition, head_dim, dtype: each family, and of both that have them each kind and way.
+KERNELS = (
+    ("sm_80", RAGGED, "of_sequences", 64, "bfloat16"),
+    ("sm_80", RAGGED_BACKWARD, "of_sequences", 64, "float16"),
+    ("sm_80", PAGED, "token_tree", 64, "float16"),
+    ("sm_80", PAGED_DECODE, "of_sequences", 64, "float16"),
+    ("sm_90a", RAGGED, "of_sequences", 64, "bfloat16"),
+    ("sm_90a", RAGGED_BACKWARD, "of_sequences", 64, "float16"),
+    ("sm_90a", PAGED, "of_sequences", 64, "float16"),
+    ("sm_90a", PAGED_DECODE, "token_tree", 128, "bfloat16"),  # by boxes
+    ("sm_90a", PAGED_DECODE_ANY, "token_tree", 128, "float16"),
+    ("sm_75", PAGED, "of_sequences", 64, "float16"),
+    ("sm_70", RAGGED_BACKWARD, "of_sequences", 64, "float16"),
+)
+
+
+@pytest.mark.parametrize(("arch", "kind", "name", "head_dim", "dtype"), KERNELS)
+def test_kernels(arch, kind, name, head_dim, dtype, tmp_path):
+    definition, sample = DEFINITIONS[name]
+    template = family_of(Target(arch)).TEMPLATES[-1]
+    spec = KernelSpec(template, name, "own", "own", dtype, head_dim, head_dim, kind=kind)
+    made = default_kernel(spec, arch, tmp_path, match(definition(head_dim, dtype, index_dtype="int32")))
+    compute = torch_cases.by_entry(made.entry, made.functions, "cpu")
+    kernel = tensor_trials.kernel_of(made.entry, {"mask": definition.mask.twin, "score": definition.score.twin})
+    if kind == RAGGED_BACKWARD:
+        trials = sequence_trials.backward(kernel, sample)
+    else:
+        paged, few = kind != RAGGED, kind in (PAGED_DECODE, PAGED_DECODE_ANY)
+        trials = sequence_trials.forward(kernel, sample, paged=paged, few=few)
+    for trial in trials:
+        trial.check(trial.run(compute, "cpu"), "cpu")
