@@ -28,6 +28,8 @@ FEW_ROWS = ((3, 40), (1, 1100), (0, 7), (17, 17), (5, 0), (1, 1), (6, 129))
 
 #: How far gradients may be off in any case, as a share of the largest: the roundings of many sums.
 _FLOOR = {"float32": 5e-6, "float16": 2**-11, "bfloat16": 2**-11}
+#: How large derivatives of a score by a parameter are at most, about: an error of delta comes to its gradient so.
+_SLOPE = 4.0
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class Sequences:
                 own = got[at].swapaxes(0, 1)[None] if of_rows else got[at].reshape(want.shape)
                 dtype = self.kernel.dtype if of_rows else "float32"
                 allowed = max(numerics.bound([near], want, dtype), _FLOOR[self.kernel.dtype] * numerics.magnitude(want))
-                allowed += 0 if of_rows else of_delta * np.sqrt(products.size / want.size)
+                allowed += 0 if of_rows else _SLOPE * of_delta * np.sqrt(products.size / want.size)
                 error = numerics.largest_error(own, want)
                 assert error <= allowed, f"sequence {b}: d{name} differs by {error:.3g}, allowed {allowed:.3g}"
                 worst = max(worst, error / max(allowed, np.finfo(float).tiny))

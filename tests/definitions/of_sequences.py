@@ -49,7 +49,7 @@ def sample(batch, heads, seed=0):
     """Values for the parameters."""
     rng = np.random.default_rng(seed)
     return {
-        "fading_rate": rng.random((batch, heads), np.float32),
+        "fading_rate": np.float32(0.25) + rng.random((batch, heads), np.float32),
         "strength": rng.random(heads, np.float32),
         "shift": rng.standard_normal(batch, np.float32),
         "shift_scale": 0.75,
