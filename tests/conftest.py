@@ -10,6 +10,9 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy is there: a worker's threads would wait for the others'
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before torch is there: threads of OpenMP that wait would spin on cores that others need.  With more processes at work
+# than there are cores, errors of PyTorch's own attention took 20 s of the processor for 90 cases, and take 1.8 s.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # JAX would take three quarters of a GPU's memory, which other tests use at the same time.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

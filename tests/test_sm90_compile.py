@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from schedules.builder.compile import export_cuda
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
@@ -17,45 +16,18 @@ from schedules.families import sm90
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90 import decode
 from schedules.templates import v1, v2
-from schedules.toolchain import cuda
-from schedules.toolchain.host import embed, split
-from schedules.toolchain.process import ToolchainError
+from schedules.toolchain.host import compile_host, embed, split
+from tests.machine_code import compiled
 from tvm_flash.packs.sizes import evaluate
 from tvm_flash.packs.sizes import of as sizes_of
 
 TARGET = Target("sm_90a")
-
-#: Low 12 bits of an instruction word of sm_90: the operation, and in the upper three the kinds of its operands.
-_OPCODES = {"HGMMA": (0x9F0, 0xDF0), "UTMALDG": (0x5B4,), "UTMASTG": (0x3B5,), "LDL": (0x983,), "STL": (0x387,)}
 
 
 @functools.cache
 def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, head_dim_v=None):
     definition = Attention(SCORES[score], MASKS[mask])
     return match(definition(head_dim, dtype, head_dim_v=head_dim_v, index_dtype=sm90.INDEX_DTYPE))
-
-
-def compiled(program: Program, folder):
-    """The report of ptxas and how often each of ``_OPCODES`` occurs; ptxas.check has passed."""
-    source = folder / "kernel.cu"
-    source.write_text(export_cuda(program, TARGET))
-    report = cuda.compile_object(source, folder / "kernel.o", TARGET.arch)
-    return report, _count_opcodes((folder / "kernel.o").read_bytes())
-
-
-def _count_opcodes(data: bytes) -> dict[str, int]:
-    """Instructions are 16 bytes long and aligned; the cubin lies somewhere in the object file."""
-    start = data.index(b"\x7fELF", 4)  # the object file itself is the first
-    words = [int.from_bytes(data[i : i + 2], "little") & 0xFFF for i in range(start, len(data) - 16, 16)]
-    return {name: sum(words.count(code) for code in codes) for name, codes in _OPCODES.items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    try:
-        cuda.compiler_version(TARGET.arch)
-    except ToolchainError as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +49,7 @@ def test_machine_code(template, bucket, pattern, tmp_path):
     config = sm90.default_configs(template.__name__.rpartition(".")[2], pattern, TARGET)[bucket]
     program = template.apply(pattern, TARGET, "kernel", config)
     assert isinstance(program, Program), program
-    report, count = compiled(program, tmp_path)
+    _, report, count = compiled(program, TARGET.arch, tmp_path)
     assert len(report.kernels) == len(program.launches) == (2 if pattern.has_gaps else 1)  # lists of tiles come first
     assert all(kernel.spills == kernel.stack == 0 for kernel in report.kernels)
     assert max(k.registers for k in report.kernels) * config.threads * config.blocks_per_sm <= 65536
@@ -96,17 +68,18 @@ def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_
         sizes[scalar.name] = evaluate(scalar.value, sizes)
     shapes = [tuple(evaluate(size, sizes) for size in workspace.shape) for workspace in program.workspaces]
     assert shapes == [(192, 20, 128), (192, 20, 2)]  # 5000 keys in splits of 256
-    report, count = compiled(program, tmp_path)
+    text, report, count = compiled(program, TARGET.arch, tmp_path)
     assert len(report.kernels) == 2
     assert all(kernel.spills == kernel.stack == 0 for kernel in report.kernels)
     assert max(kernel.registers for kernel in report.kernels) <= config.registers
     assert count["HGMMA"] >= pattern.head_dim // 16 + config.block_n // 16
     assert count["UTMALDG"] >= 3
-    host = next(tmp_path.glob("*.cu")).read_text()
-    assert "griddepcontrol.wait" in host
-    embedded = embed(*split(host, "kernel.cu"), tmp_path / "image")
+    assert "griddepcontrol.wait" in text
+    device, host = split(text, "kernel.cu")
+    embedded = embed(device, host, tmp_path / "kernel.image")
     assert 'kernel(image_library(), "kernel_kernel", false)' in embedded
     assert 'kernel(image_library(), "kernel_combine_kernel", true)' in embedded
+    compile_host(embedded, tmp_path / "kernel.cpp", tmp_path / "kernel.o")  # with descriptions of tensors for TMA
 
 
 @pytest.mark.parametrize("dtype", sm90.DTYPES)

@@ -75,18 +75,35 @@ def compile_object(
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         half = Path(scratch) / source.name
         half.write_text(device)
-        compiler = device_compiler(arch)
-        make = partial(compiler.image, half, arch, run_on=run_on, recompile_for=recompile_for)
-        key = source_hash("\0".join((device, run_on, recompile_for)), arch)
-        image, log = _kept(images / key, make) if images else make()
-        report = ptxas.parse(log)
-        if not report.kernels:
-            raise ToolchainError(f"compiling {source.name} for {arch}: the compiler reported no kernel\n{log[-2000:]}")
-        if not may_be_slow:
-            ptxas.check(report, arch)
+        options = {"run_on": run_on, "recompile_for": recompile_for, "images": images, "may_be_slow": may_be_slow}
+        image, report = compile_device(half, arch, **options)
         compile_host(embed(device, host, image), half.with_suffix(".cpp"), target)
     weaken_symbols(target)
     return report
+
+
+def compile_device(
+    half: Path,
+    arch: str,
+    *,
+    run_on: str = "",
+    recompile_for: str = "",
+    images: Path | None = None,
+    may_be_slow: bool = False,
+) -> tuple[Path, ptxas.Report]:
+    """Compile the device half of a source, the file ``half``, to an image; its path, and the report.
+
+    The image is beside it, or in ``images``.  Parameters and errors are those of :func:`compile_object`.
+    """
+    make = partial(device_compiler(arch).image, half, arch, run_on=run_on, recompile_for=recompile_for)
+    key = source_hash("\0".join((half.read_text(), run_on, recompile_for)), arch)
+    image, log = _kept(images / key, make) if images else make()
+    report = ptxas.parse(log)
+    if not report.kernels:
+        raise ToolchainError(f"compiling {half.name} for {arch}: the compiler reported no kernel\n{log[-2000:]}")
+    if not may_be_slow:
+        ptxas.check(report, arch)
+    return image, report
 
 
 def _kept(place: Path, make: Callable[[], tuple[Path, str]]) -> tuple[Path, str]:

@@ -16,10 +16,10 @@ BEGIN = (12, 16, 23, 32, 46, 64, 91)
 
 
 def t5(s, at):
-    distance = T.abs(at.j - at.i)
-    bucket = T.min(distance, 8) + T.Select(at.j > at.i, 16, 0)
+    distance = T.max(at.j - at.i, at.i - at.j)  # T.abs and T.Select take TVM nine times as long to simplify, 28 s
+    bucket = T.min(distance, 8) + 16 * T.Cast("int32", at.j > at.i)
     for begin in BEGIN:
-        bucket = bucket + T.Select(distance >= begin, 1, 0)
+        bucket = bucket + T.Cast("int32", distance >= begin)
     return s + at.table["relative_bias"](bucket, at.h)
 
 
