@@ -189,8 +189,11 @@ def test_a_kernel_that_is_missing_is_a_failure_with_its_reason(cpu_pack, capsys,
         (["--ragged", "--processor"], "--ragged: stands beside --processor"),
         (["--shape", "1,1,8,64", "--dims", "64", "--seqs", "512"], "--dims, --seqs: stand beside --shape"),
         (["--from", "nowhere.json", "--quick", "--causal", "yes"], "--quick, --causal: --from shows what was measured"),
-        (["--device", "cpu", "--json", "no_such_folder/results.json"], "--json: is 'no_such_folder/results.json'"),
-        (["--device", "cpu", "--plot", "."], "--plot: is '.', which can't be written"),
+        (
+            ["--device", "cpu", "--json", "no_such_folder/results.json"],
+            "no_such_folder isn't there; name a file that can",
+        ),
+        (["--device", "cpu", "--plot", "."], "--plot .: . is a folder; name a file that can"),
     ],
 )
 def test_wrong_options_are_one_line(arguments, says, capsys):

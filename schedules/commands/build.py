@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from schedules.toolchain import nvcc
 from schedules.toolchain.process import ToolchainError
 from schedules.tuning.best import MODES, Tuning
 from tvm_flash.machine.arch import capability_of
+from tvm_flash.machine.outputs import fault_of_folder
 
 #: Columns where the output is no terminal: room for a kernel's name and six numbers.
 _WIDTH = 110
@@ -168,16 +168,8 @@ def _check_together(request: BuildRequest, options: argparse.Namespace) -> None:
         named = " ".join(f"--{option} {','.join(values)}" for option, values in given.items() if values)
         raise ValueError(f"{named}: no kernel of {archs} is all of it; leave one out")
     for option, folder in (("--output", request.output), ("--emit", options.emit)):
-        if folder is not None:
-            _check_folder(option, folder)
-
-
-def _check_folder(option: str, folder: Path) -> None:
-    """Check that a folder is one, or can be made, and can be written."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "can't be written" if there.is_dir() else "is no folder"
-        raise ValueError(f"{option} {folder}: {there} {what}; name a folder that can be")
+        if folder is not None and (fault := fault_of_folder(folder)):
+            raise ValueError(f"{option} {folder}: {fault}; name a folder that can be written")
 
 
 def _check(console: Console, request: BuildRequest) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 import shutil
 import sys
@@ -30,6 +29,7 @@ from schedules.toolchain.nvcc import find_toolkit
 from schedules.toolchain.process import ToolchainError, run
 from schedules.tuning.best import Tuning
 from tvm_flash.display import Screen, interruptible
+from tvm_flash.machine.outputs import fault_of_file
 
 #: Columns that two listings need beside one another.
 _SIDE_BY_SIDE = 140
@@ -250,8 +250,8 @@ def _check_together(options: argparse.Namespace, target: Target) -> None:
         value = getattr(options, name)
         if value and options.stage != "mask":
             raise ValueError(f"--{name} {value}: is for --stage mask, and --stage is {options.stage}; leave it out")
-    if options.picture and not os.access(options.picture.absolute().parent, os.W_OK):
-        raise ValueError(f"--picture {options.picture}: its folder isn't there or can't be written; name another")
+    if options.picture and (fault := fault_of_file(options.picture)):
+        raise ValueError(f"--picture {options.picture}: {fault}; name a file that can be written")
 
 
 def _request(options: argparse.Namespace, target: Target) -> BuildRequest:

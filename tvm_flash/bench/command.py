@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from tvm_flash.bench import require
 from tvm_flash.call.problem import DTYPES
 from tvm_flash.display import Screen, progress
 from tvm_flash.errors import InvalidArgumentError, NotSupportedError
+from tvm_flash.machine.outputs import fault_of_file
 from tvm_flash.measure import workloads
 
 #: Columns that a full table takes.
@@ -113,8 +113,8 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InvalidArgumentError(f"{names.removeprefix(', ')}: --from shows what was measured; leave it out")
     for name in ("json", "plot", "page"):
         path = getattr(options, name)
-        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-            raise InvalidArgumentError(f"--{name}: is {str(path)!r}, which can't be written; name a file that can")
+        if path is not None and (fault := fault_of_file(path)):
+            raise InvalidArgumentError(f"--{name} {path}: {fault}; name a file that can be written")
 
 
 def _read(options: argparse.Namespace):
