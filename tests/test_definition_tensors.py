@@ -20,7 +20,7 @@ from schedules.definition.catalogue import FULL, MASKS, Mask, ScoreModification
 from schedules.definition.derive import derive
 from schedules.definition.pattern import DefinitionError, match
 from schedules.families import schedule
-from schedules.families.interface import BACKWARD, DECODE, PARTIAL, Rejected, Target
+from schedules.families.interface import BACKWARD, DECODE, PARTIAL, RAGGED_BACKWARD, Rejected, Target
 from schedules.templates import v2
 from tests import oracle
 from tests.definitions.with_tensors import documents, learnt_relative, own_sink, relative
@@ -136,6 +136,16 @@ def test_other_kernels_refuse_what_they_do_not_know():
     pattern = match(learnt_relative(64, "float16", index_dtype="int32"))
     refusal = v2.apply(pattern, Target("sm_80"), "x", kind=BACKWARD)
     assert isinstance(refusal, Rejected) and "the gradient of a table is asked for, positions" in refusal.reason
+    pattern = match(Attention(learnt_relative.score)(64, "float16", index_dtype="int32"))
+    refusal = v2.apply(pattern, Target("sm_90a"), "x", kind=RAGGED_BACKWARD)
+    assert isinstance(refusal, Rejected) and "train over a batch, or without it" in refusal.reason
+    number = ScoreModification(
+        "n", lambda s, at: s * at.param["x"], lambda s, at: s, (Param("x", "float32", gradient=True),)
+    )
+    for arch in ("sm_80", "sm_90a"):
+        pattern = match(Attention(number)(64, "float16", index_dtype="int32"))
+        refusal = v2.apply(pattern, Target(arch), "x", kind=RAGGED_BACKWARD)
+        assert isinstance(refusal, Rejected) and "the gradient of x, a number, isn't summed" in refusal.reason
 
 
 # ---------------------------------------------------------------- what the matcher refuses

@@ -187,6 +187,51 @@ def test_a_sequence_has_the_same_bits_in_any_batch(attention, page_size):
         assert np.array_equal(found[0], out[rows]) and np.array_equal(found[1], lse[:, rows])
 
 
+def test_operators_of_pytorch(attention):
+    """In compiled programs, and as the checks of PyTorch want them."""
+    paged = Sequences(KERNEL, of_sequences.sample, ((3, 40), (20, 33)), page_size=8)
+    values, _ = paged.given("cpu")
+    where = [values[n] for n in ("q", "k", "v", "cu_seqlens_q", "seqlens_k", "page_table")]
+    params, compiled = (
+        parameters(values),
+        torch.compile(lambda *x, **named: attention.paged(*x, **named), fullgraph=True),
+    )
+    assert torch.equal(compiled(*where, **params), attention.paged(*where, **params))
+    ragged, _ = Sequences(KERNEL, of_sequences.sample, ((3, 40), (20, 33))).given("cpu")
+    starts = [ragged[n] for n in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")]
+    starts[0].requires_grad_()
+    tensors, numbers = ([p.name for p in PARAMS if p.is_tensor == kind] for kind in (True, False))
+    named = {"name": "of_sequences", "parameter_names": tensors, "number_names": numbers, "return_lse": True}
+    for operator, given, own in (
+        (torch.ops.tvm_flash.custom_attention_varlen, starts, {}),
+        (torch.ops.tvm_flash.custom_attention_paged, where, {"max_seqlen_q": 20}),
+    ):
+        given = (*given, [params[n] for n in tensors], [params[n] for n in numbers])
+        found = torch.library.opcheck(operator.default, given, named | own)
+        assert set(found.values()) == {"SUCCESS"}, found
+
+
+def test_programs_of_jax(attention):
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("jax_tvm_ffi")
+    call = one_sequence()
+    values, _ = call.given("cpu")
+    names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", *(p.name for p in PARAMS if p.is_tensor))
+    arrays = {n: jax.numpy.asarray(array(values[n])) for n in names}
+    numbers = {p.name: values[p.name] for p in PARAMS if not p.is_tensor}
+    rows, end = ("q", "k", "v", *GRADIENTS), call.lengths[0][0]
+    dout = jax.numpy.asarray(call.arrays["dout"][:end])
+
+    def loss(*learnt):
+        given = arrays | dict(zip(rows, learnt, strict=True))
+        params = {p.name: given[p.name] for p in PARAMS if p.is_tensor} | numbers
+        out = attention.varlen(*(given[n] for n in names[:5]), softmax_scale=SCALE, **params)
+        return (out[:end] * dout).sum()
+
+    found = jax.jit(jax.grad(loss, argnums=tuple(range(len(rows)))))(*(arrays[n] for n in rows))
+    call.check_backward([np.float64(x).reshape(1, -1) if x.ndim < 3 else np.float64(x) for x in found], "cpu")
+
+
 # ---------------------------------------------------------------- a tree of tokens over a cache
 
 
