@@ -21,6 +21,7 @@ from tests.torch_cases import Compute
 from tests.trials import Results, Trial
 from tvm_flash import numerics, reference
 from tvm_flash.packs import sizes
+from tvm_flash.quantised import dequantise_cache, quantise_cache
 
 #: (queries, keys) of sequences: few and many of both, around the borders of tiles, more queries than keys, and none.
 MANY_ROWS = ((3, 40), (130, 150), (0, 7), (70, 70), (5, 0), (1, 300), (65, 30))
@@ -36,7 +37,8 @@ _SLOPE = 4.0
 class Sequences:
     """A call: ``lengths`` are (queries, keys), ``after`` rows and keys that follow the last sequence.
 
-    ``sample(batch, heads)`` has the parameters; ``page_size`` is 0 where keys lie one after the other.
+    ``sample(batch, heads)`` has the parameters; ``page_size`` is 0 where keys lie one after the other, and ``cache``
+    the dtype of keys and values on pages that have 8 bits.
     """
 
     kernel: Kernel
@@ -46,6 +48,7 @@ class Sequences:
     kv_heads: int = 1
     after: int = 3
     page_size: int = 0
+    cache: str = ""
     softmax_scale: float = 0.2
 
     @property
@@ -54,8 +57,8 @@ class Sequences:
         return tuple(np.cumsum([0, *n]).astype(np.int32) for n in zip(*self.lengths, strict=True))
 
     @functools.cached_property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """q, k, v and dout ``(positions, heads, dim)``."""
+    def drawn(self) -> dict[str, np.ndarray]:
+        """q, k, v and dout ``(positions, heads, dim)``, whatever keys and values are stored as."""
         rng = np.random.default_rng(zlib.crc32(repr(self.lengths).encode()))
         total_q, total_k = (int(x[-1]) + self.after for x in self.starts)
         D, E = self.kernel.head_dim, self.kernel.head_dim_v
@@ -67,6 +70,18 @@ class Sequences:
             x[shape[0] - self.after :] = np.nan
             found[name] = x
         return found
+
+    @functools.cached_property
+    def stored(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values as elements of 8 bits with a scale for each head; nothing without such a ``cache``."""
+        rows = {n: torch.from_numpy(np.nan_to_num(self.drawn[n])) for n in "kv" if self.cache}
+        return {n: quantise_cache(x, self.cache) for n, x in rows.items()}
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """q, k, v and dout, as kernels compute with them."""
+        stood_for = {n: dequantise_cache(*x, self.kernel.dtype).float().numpy() for n, x in self.stored.items()}
+        return self.drawn | {n: x + 0 * self.drawn[n] for n, x in stood_for.items()}  # NaN stays
 
     @functools.cached_property
     def params(self) -> dict:
@@ -126,11 +141,17 @@ class Sequences:
         values = {"q": self._tensor(self.arrays["q"], device), "softmax_scale": self.softmax_scale}
         starts = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), self.starts, strict=True))
         if self.page_size:
-            caches, where = self.pages()
-            values |= {n: self._tensor(x, device) for n, x in caches.items()}
+            caches, where = self.pages({n: self.arrays[n] for n in "kv"}, np.nan)
+            pages, columns = len(caches["k"]), where["page_table"].shape[1]
+            if self.cache:
+                caches, _ = self.pages({n: x.view(torch.uint8).numpy() for n, (x, _) in self.stored.items()}, 0x7F)
+                as_int8 = self.cache == "int8"
+                values |= {n: torch.from_numpy(x.view(np.int8) if as_int8 else x).to(device) for n, x in caches.items()}
+                values |= {f"{n}_scale": x.expand(pages, -1).to(device) for n, (_, x) in self.stored.items()}
+            else:
+                values |= {n: self._tensor(x, device) for n, x in caches.items()}
             del starts["cu_seqlens_k"]
             starts |= where
-            pages, columns = len(caches["k"]), where["page_table"].shape[1]
             most = max(queries for queries, _ in self.lengths)
             problem = sizes.of_pages(*lengths, pages, self.page_size, columns, *dims, most)
         else:
@@ -142,20 +163,18 @@ class Sequences:
             values[p.name] = torch.from_numpy(np.ascontiguousarray(x)).to(device) if p.is_tensor else x
         return values, problem
 
-    def pages(self, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Caches ``(pages, page_size, kv_heads, dim)``, and which keys are where."""
+    def pages(self, rows: dict, nothing: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Caches ``(pages, page_size, kv_heads, dim)`` of rows, ``nothing`` where there is none, and which is where."""
         needed = [-(-keys // self.page_size) for _, keys in self.lengths]
-        places = np.random.default_rng((seed, self.page_size)).permutation(sum(needed) + 2).astype(np.int32)
+        places = np.random.default_rng(self.page_size).permutation(sum(needed) + 2).astype(np.int32)
         table = np.full((len(needed), max(needed) + 1), np.iinfo(np.int32).max, np.int32)
-        caches = {
-            n: np.full((len(places), self.page_size, *self.arrays[n].shape[1:]), np.nan, np.float32) for n in "kv"
-        }
+        caches = {n: np.full((len(places), self.page_size, *x.shape[1:]), nothing, x.dtype) for n, x in rows.items()}
         taken = itertools.accumulate(needed, initial=0)
         for b, (first, n) in enumerate(zip(taken, needed, strict=False)):
             table[b, :n] = places[first : first + n]
             j = np.arange(self.lengths[b][1])
             for name, cache in caches.items():
-                cache[table[b, j // self.page_size], j % self.page_size] = self.arrays[name][self.rows(b)[name]]
+                cache[table[b, j // self.page_size], j % self.page_size] = rows[name][self.rows(b)[name]]
         lengths = np.array([keys for _, keys in self.lengths], np.int32)
         return caches, {"seqlens_k": lengths, "page_table": table}
 
@@ -252,12 +271,14 @@ def _of_sequence(twin: Callable, b: int) -> Callable:
     return moved
 
 
-def calls(kernel: Kernel, sample: Callable, paged: bool = False, few: bool = False) -> Iterator[tuple[str, Sequences]]:
+def calls(
+    kernel: Kernel, sample: Callable, paged: bool = False, few: bool = False, cache: str = ""
+) -> Iterator[tuple[str, Sequences]]:
     """The calls of a kernel, by label: over pages if it is ``paged``, of few queries where it is for these."""
     lengths = FEW_ROWS if few else MANY_ROWS
-    pages = (16, 7) if paged else (0, 0)
-    yield "grouped heads", Sequences(kernel, sample, lengths, after=5, page_size=pages[0])
-    yield "a head", Sequences(kernel, sample, lengths[::-1], heads=1, after=0, page_size=pages[1])
+    pages, how = (16, 7) if paged else (0, 0), {"cache": cache}
+    yield "grouped heads", Sequences(kernel, sample, lengths, after=5, page_size=pages[0], **how)
+    yield "a head", Sequences(kernel, sample, lengths[::-1], heads=1, after=0, page_size=pages[1], **how)
 
 
 def forward(kernel: Kernel, sample: Callable, **which) -> Iterator[Trial]:

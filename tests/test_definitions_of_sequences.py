@@ -35,12 +35,13 @@ GRADIENTS = tuple(p.name for p in PARAMS if p.gradient)
 def pack(tmp_path_factory):
     """Kernels of two definitions: of the tree of tokens those over pages alone."""
     packs = tmp_path_factory.mktemp("packs")
-    for definition, forms in (
-        (f"{of_sequences.__file__}:of_sequences", "ragged,paged"),
-        (f"{token_tree.__file__}:token_tree", "paged"),
+    for definition, *which in (
+        (f"{of_sequences.__file__}:of_sequences", "--form", "ragged,paged"),
+        (f"{of_sequences.__file__}:of_sequences", "--kind", "paged_int8"),
+        (f"{token_tree.__file__}:token_tree", "--form", "paged"),
     ):
         command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--isa", "baseline"]
-        command += ["--dtype", "float32", "--head-dim", "32", "--form", forms, "--output", packs]
+        command += ["--dtype", "float32", "--head-dim", "32", *which, "--output", packs]
         done = subprocess.run([*command, "--definition", definition], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return packs
@@ -110,11 +111,12 @@ def by_torch(function):
     return compute
 
 
-def over_pages(attention):
+def over_pages(attention, make=lambda x: x):
     def compute(values, _):
-        tensors = (values[n] for n in ("q", "k", "v", "cu_seqlens_q", "seqlens_k", "page_table"))
+        tensors = (make(values[n]) for n in ("q", "k", "v", "cu_seqlens_q", "seqlens_k", "page_table"))
         how = {"softmax_scale": SCALE, "return_lse": True}
-        give(values, ("o", "lse"), attention.paged(*tensors, **how, **parameters(values)))
+        how |= {n: make(values[n]) for n in ("k_scale", "v_scale") if n in values}
+        give(values, ("o", "lse"), attention.paged(*tensors, **how, **parameters(values, make)))
 
     return compute
 
@@ -130,7 +132,13 @@ def test_sequences_against_float64(attention):
 
 def test_pages_against_float64(attention):
     check(sequence_trials.forward(KERNEL, of_sequences.sample, paged=True), over_pages(attention))
-    check(sequence_trials.forward(KERNEL, of_sequences.sample, paged=True, few=True), over_pages(attention))
+    check(sequence_trials.forward(KERNEL, of_sequences.sample, paged=True, few=True), over_pages(attention, array))
+
+
+def test_caches_of_8_bits(attention):
+    for few in (False, True):
+        of_8_bits = {"paged": True, "few": few, "cache": "int8"}
+        check(sequence_trials.forward(KERNEL, of_sequences.sample, **of_8_bits), over_pages(attention))
 
 
 def test_gradients_without_autograd(attention):

@@ -15,6 +15,7 @@ from schedules.families.interface import PAGED, PAGED_DECODE, PAGED_DECODE_ANY, 
 from tests import sequence_trials, tensor_trials, torch_cases
 from tests.definitions import of_sequences
 from tests.simt.defaults import default_kernel
+from tvm_flash.packs.manifest import CACHE_OF_KIND
 
 
 def trees(batch, heads):
@@ -39,6 +40,10 @@ KERNELS = (
     ("sm_90a", PAGED, "of_sequences", 64, "float16"),
     ("sm_90a", PAGED_DECODE, "token_tree", 128, "bfloat16"),  # by boxes
     ("sm_90a", PAGED_DECODE_ANY, "token_tree", 128, "float16"),
+    ("sm_80", "paged_int8", "token_tree", 64, "float16"),
+    ("sm_80", "paged_decode_e4m3", "of_sequences", 64, "bfloat16"),
+    ("sm_90a", "paged_e4m3", "of_sequences", 64, "bfloat16"),
+    ("sm_90a", "paged_decode_int8", "token_tree", 64, "bfloat16"),
     ("sm_75", PAGED, "of_sequences", 64, "float16"),
     ("sm_70", RAGGED_BACKWARD, "of_sequences", 64, "float16"),
 )
@@ -55,7 +60,7 @@ def test_kernels(arch, kind, name, head_dim, dtype, tmp_path):
     if kind == RAGGED_BACKWARD:
         trials = sequence_trials.backward(kernel, sample)
     else:
-        paged, few = kind != RAGGED, kind in (PAGED_DECODE, PAGED_DECODE_ANY)
-        trials = sequence_trials.forward(kernel, sample, paged=paged, few=few)
+        which = {"paged": kind != RAGGED, "few": "decode" in kind, "cache": CACHE_OF_KIND.get(kind, "")}
+        trials = sequence_trials.forward(kernel, sample, **which)
     for trial in trials:
         trial.check(trial.run(compute, "cpu"), "cpu")

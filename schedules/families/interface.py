@@ -57,8 +57,9 @@ PAGED_DECODE_ANY = "paged_decode_any"
 PAGED_SCALED, PAGED_DECODE_SCALED = (SCALED_KINDS[kind] for kind in (PAGED, PAGED_DECODE))
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
-#: Those of sequences of different lengths whose keys have the dtype of queries.
+#: Those of sequences of different lengths.
 OF_SEQUENCES = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, PAGED_DECODE_ANY)
+OF_SEQUENCES += (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values())
 #: The kinds of gradients.
 GRADIENT_KINDS = (BACKWARD, BACKWARD_ACCUMULATE, RAGGED_BACKWARD)
 
