@@ -17,11 +17,11 @@ from tests.machine_code import compiled
 TEMPLATES = {"v1": v1, "v2": v2}
 #: Arch, kind, definition, head_dim.
 KERNELS = (
-    ("sm_70", RAGGED, of_sequences, 64),
+    ("sm_70", RAGGED, token_tree, 64),
     ("sm_75", PAGED, token_tree, 128),
     ("sm_80", PAGED_DECODE, token_tree, 64),
     ("sm_86", RAGGED_BACKWARD, of_sequences, 64),
-    ("sm_89", PAGED, of_sequences, 128),
+    ("sm_89", PAGED, token_tree, 128),
     ("sm_90a", PAGED, token_tree, 128),
     ("sm_90a", RAGGED_BACKWARD, of_sequences, 64),
     ("sm_120", RAGGED, of_sequences, 128),
