@@ -1,5 +1,6 @@
 """The code in the documents runs, block by block in one namespace, as a reader would type it."""
 
+import json
 import os
 import re
 import shlex
@@ -22,9 +23,9 @@ PAGES = (
 NEEDS = {"docs/models.md": ("transformers",), "docs/frameworks.md": ("jax", "jax_tvm_ffi")}
 
 
-def python_blocks(page):
+def blocks_of(page, language="python"):
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -55,11 +56,46 @@ def test_code_of_a_page_runs(page, built):
     for name in ("torch", *NEEDS.get(page, ())):
         pytest.importorskip(name)
     built(page)
-    blocks = python_blocks(page)
+    blocks = blocks_of(page)
     assert blocks
     namespace = {}
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
+
+
+#: What the page of FlexAttention calls its attention with, and what it should give.
+CAPPED_PREFIX = """
+import torch
+
+q, k, v = (torch.randn(2, 4, 300, 64, requires_grad=True) for _ in range(3))
+{}
+i, j = torch.arange(300)[:, None], torch.arange(300)
+scores = 20 * torch.tanh(q @ k.mT / 8 / 20)
+want = scores.masked_fill((j >= 128) & (j > i), -torch.inf).softmax(-1) @ v
+assert torch.allclose(out, want, atol=1e-5)
+for ours, its in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, want)), strict=True):
+    assert torch.allclose(ours, its, atol=1e-4)
+"""
+
+
+def test_the_page_of_flex_attention_says_how(tmp_path):
+    """Its file, its command, with the options that it names for fewer kernels, and its call."""
+    pytest.importorskip("torch")
+    page = "docs/flex_attention.md"
+    made, called = blocks_of(page)
+    (command,) = blocks_of(page, "bash")
+    (fewer,) = re.findall(r"`(--head-dim .*?)`", " ".join((ROOT / page).read_text(encoding="utf-8").split()))
+    (tmp_path / made.split()[1]).write_text(made)
+    python, *words = shlex.split(f"{command} {fewer} --output packs")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TVM_FLASH_PACKS": "packs"}
+    assert python == "python"
+    for arguments in (words, ["-c", CAPPED_PREFIX.format(called)]):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    (manifest,) = (tmp_path / "packs").glob("*/manifest.json")
+    assert len(json.loads(manifest.read_text())["kernels"]) == 2  # as the page says
 
 
 def test_messages_that_are_explained_exist():
@@ -76,8 +112,7 @@ def test_messages_that_are_explained_exist():
 
 def test_translation_has_the_same_code():
     english, chinese = (
-        [re.sub(r"#.*|AssertionError\(.*\)", "", b) for b in python_blocks(f"docs/layout_guide{x}.md")]
-        for x in ("", ".zh")
+        [re.sub(r"#.*|AssertionError\(.*\)", "", b) for b in blocks_of(f"docs/layout_guide{x}.md")] for x in ("", ".zh")
     )
     assert english == chinese
 
@@ -90,3 +125,16 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_at_most_two_files_are_opened_first():
+    """And all that are named are there."""
+    text = (ROOT / "docs/where.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", text, flags=re.MULTILINE)[1:]
+    folders = ("schedules", "tvm_flash", "tests", "scripts", "tuning_logs", "docs")
+    files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    assert len(rows) > 30
+    for change, first, then in rows:
+        assert first.count("`") <= 4, change
+        for name in re.findall(r"`([\w/]+\.\w+)`", first + then):
+            assert any(file.endswith(f"/{name}") for file in files), (change, name)

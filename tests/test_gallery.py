@@ -216,6 +216,23 @@ def test_kernels_and_their_gradients(pack):
             np.testing.assert_allclose(found["d_relative_bias"], want, atol=2e-5 * np.abs(want).max(), rtol=0)
 
 
+def test_the_call_of_the_page(pack):
+    text = (ROOT / "docs" / "definitions.md").read_text(encoding="utf-8")
+    called, *_ = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    program = f"""
+import torch
+
+q, k, v = (torch.randn(2, 4, 90, 32) for _ in range(3))
+ids = torch.arange(90, dtype=torch.int32).div(40, rounding_mode="floor").expand(2, -1)
+{called}
+mask = (ids[:, None, :, None] == ids[:, None, None]).tril()
+assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, mask), atol=1e-5)
+"""
+    environment = {"TVM_FLASH_PACKS": str(pack), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=pack, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def gradient_of_t5(dout, q, k, v, table):
     """By the sums over the scores of each offset, in float64: what autograd of a plain program would have."""
     torch = pytest.importorskip("torch")
