@@ -138,3 +138,25 @@ def test_at_most_two_files_are_opened_first():
         assert first.count("`") <= 4, change
         for name in re.findall(r"`([\w/]+\.\w+)`", first + then):
             assert any(file.endswith(f"/{name}") for file in files), (change, name)
+
+
+def test_commands_are_understood():
+    """By the parsers of the commands that the documents name."""
+    pytest.importorskip("tvm")
+    from schedules.commands import show, tune
+    from tvm_flash.commands import cli
+
+    parsers = {"-m tvm_flash": cli._parser(), "scripts/show.py": show._parser(), "scripts/tune.py": tune._parser()}
+    lines = {
+        line
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for line in re.findall(r"^(?:\$ )?python (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    }
+    understood = dict.fromkeys(parsers, 0)
+    for line in sorted(lines):
+        for command, parser in parsers.items():
+            words = shlex.split(line.removeprefix(command), comments=True)
+            if line.startswith(f"{command} ") and words[:1] not in (["build"], ["merge"], ["diff"], ["report"]):
+                parser.parse_args(words)
+                understood[command] += 1
+    assert min(understood.values()) >= 4, understood

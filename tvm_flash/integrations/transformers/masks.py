@@ -233,7 +233,7 @@ def _traced(asked: dict, others: dict, window: tuple[int, int] | None, device: A
     first = asked["q_offset"] - asked["kv_offset"]
     readable = asked["q_length"] == 1 or not isinstance(first, torch.Tensor)
     skipped = others.get("allow_is_causal_skip", True) or asked["q_length"] == 1
-    if window is None or asked["attention_mask"] is not None or not (readable and skipped):
+    if window is None or window[1] > 0 or asked["attention_mask"] is not None or not (readable and skipped):
         return sdpa_mask(**asked, **options)
     if window == _FULL and not others.get("allow_is_bidirectional_skip"):
         return sdpa_mask(**asked, **options)
