@@ -48,7 +48,7 @@ def pytest_configure(config):
 FIRST = (
     *("test_wheel.py", "test_tuning.py", "test_gallery_simulated.py", "test_definition_tensors.py"),
     *("test_tuning_kinds.py", "test_sm90_compile.py", "test_gpu_compile.py", "test_cpu_family.py", "test_gallery.py"),
-    *("test_build_interrupted.py", "test_peer_suites.py"),
+    *("test_build_interrupted.py", "test_peer_suites.py", "test_sequences_simulated.py", "test_sequences_compile.py"),
 )
 
 
