@@ -206,7 +206,7 @@ def test_one_parameter_row_serves_every_batch():
 @pytest.mark.parametrize(
     ("function", "exact", "inputs"),
     (
-        (vector_math.exp2, np.exp2, np.linspace(-125.9, 1, 1 << 16)),
+        (vector_math.exp2, np.exp2, np.linspace(-125.4, 1, 1 << 16)),
         (vector_math.tanh, np.tanh, np.linspace(-12, 12, 1 << 16)),
         (vector_math.tanh, np.tanh, np.geomspace(1e-30, 1, 1 << 12)),
     ),

@@ -23,15 +23,24 @@ from schedules.families.cpu.config import Config
 from schedules.families.cpu.vector_math import exp2
 from schedules.tile.score import NEGATIVE_INFINITY
 
+#: So many maxima of a row are taken side by side: one waits for the last, and took as long as a third of the exponentials.
+_CHAINS = 4
+
 
 def f32(x):
     """``x`` as float32."""
     return T.cast(x, "float32")
 
 
+def maxima_shape(config: Config, lanes: int) -> tuple[int]:
+    """The shape of ``highest``, which :func:`make_steps`'s online softmax works in."""
+    return (_CHAINS * config.row_vectors * lanes,)
+
+
 def make_steps(config: Config, lanes: int) -> SimpleNamespace:
     """The macros for one configuration and vector width, by name."""
     V = config.row_vectors
+    G = V * lanes
 
     def at_element(staged, look, site, j, lane):
         """The call at an element, and what is known of the mask there."""
@@ -74,22 +83,34 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
         """
         for n in T.unroll(V):
             for lane in T.vectorized(lanes):
-                highest[n * lanes + lane] = row_max[column + n * lanes + lane]
                 total[n * lanes + lane] = T.float32(0)
-        for j in T.serial(keys):
+                for chain in T.unroll(_CHAINS):
+                    highest[chain * G + n * lanes + lane] = row_max[column + n * lanes + lane]
+        for step in T.serial(keys // _CHAINS):
+            for chain in T.unroll(_CHAINS):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        highest[chain * G + n * lanes + lane] = T.max(
+                            highest[chain * G + n * lanes + lane], ST[step * _CHAINS + chain, n * lanes + lane]
+                        )
+        for j in T.serial(keys // _CHAINS * _CHAINS, keys):
             for n in T.unroll(V):
                 for lane in T.vectorized(lanes):
                     highest[n * lanes + lane] = T.max(highest[n * lanes + lane], ST[j, n * lanes + lane])
+        for chain in T.unroll(1, _CHAINS):
+            for n in T.unroll(V):
+                for lane in T.vectorized(lanes):
+                    highest[n * lanes + lane] = T.max(highest[n * lanes + lane], highest[chain * G + n * lanes + lane])
         for n in T.unroll(V):
             for lane in T.vectorized(lanes):
                 correction[n * lanes + lane] = row_max[column + n * lanes + lane]
                 row_max[column + n * lanes + lane] = highest[n * lanes + lane]
                 highest[n * lanes + lane] = finite_or_zero(highest[n * lanes + lane])
-                correction[n * lanes + lane] = exp2((correction[n * lanes + lane] - highest[n * lanes + lane]) * scale)
+                correction[n * lanes + lane] = exp2(correction[n * lanes + lane] - highest[n * lanes + lane], scale)
         for j in T.serial(keys):
             for n in T.unroll(V):
                 for lane in T.vectorized(lanes):
-                    ST[j, n * lanes + lane] = exp2((ST[j, n * lanes + lane] - highest[n * lanes + lane]) * scale)
+                    ST[j, n * lanes + lane] = exp2(ST[j, n * lanes + lane] - highest[n * lanes + lane], scale)
                     total[n * lanes + lane] += ST[j, n * lanes + lane]
         for n in T.unroll(V):
             for lane in T.vectorized(lanes):

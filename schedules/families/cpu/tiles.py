@@ -22,7 +22,7 @@ from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.pages import find_rows, widen_tile
 from schedules.families.cpu.pairs import pair_products
 from schedules.families.cpu.places import Look, Staged
-from schedules.families.cpu.steps import make_steps
+from schedules.families.cpu.steps import make_steps, maxima_shape
 from schedules.families.cpu.transpose import make_transposed_store, transpose_function
 
 MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products, "tiles": tile_products}
@@ -52,7 +52,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         row_max = T.sblock_alloc_buffer((M,), "float32")
         row_sum = T.sblock_alloc_buffer((M,), "float32")
         correction = T.sblock_alloc_buffer((G,), "float32", scope="local")
-        highest = T.sblock_alloc_buffer((G,), "float32", scope="local")
+        highest = T.sblock_alloc_buffer(maxima_shape(config, lanes), "float32", scope="local")
         total = T.sblock_alloc_buffer((G,), "float32", scope="local")
         acc = T.sblock_alloc_buffer(products.accumulators, "float32", scope="local")
         block = T.sblock_alloc_buffer((lanes, lanes), products.queries[1], scope="local")
@@ -134,24 +134,19 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
 
         products.finish(state)
 
-        # 3. The log-sum-exp, before row_sum becomes the divisor.
+        # 3. The log-sum-exp, before row_sum becomes what results are multiplied by.
         if P.wants_lse():
             for i in T.serial(rows):
                 P.lse[P.lse_row(b, h) + row0 + i] = row_max[i] * P.scale() + T.log(row_sum[i])
 
-        # 4. Divide, transpose back, store.  A row that saw nothing has a row_sum of 0, and an output of 0.
+        # 4. Transpose back, divide, store.  A row that saw nothing has a row_sum of 0, and an output of 0.
         for i in T.serial(M // lanes):
             for lane in T.vectorized(lanes):
                 row_sum[i * lanes + lane] = T.Select(
-                    row_sum[i * lanes + lane] == T.float32(0), T.float32(1), row_sum[i * lanes + lane]
+                    row_sum[i * lanes + lane] == T.float32(0),
+                    T.float32(1),
+                    T.float32(1) / row_sum[i * lanes + lane],
                 )
-        for group in T.serial(groups):
-            for e in T.serial(P.head_dim_v):
-                for n in T.unroll(V):
-                    for lane in T.vectorized(lanes):
-                        OT[group, e, n * lanes + lane] = (
-                            OT[group, e, n * lanes + lane] / row_sum[group * G + n * lanes + lane]
-                        )
-        store_transposed(P, OT, result, b, h, row0, rows)
+        store_transposed(P, OT, row_sum, result, b, h, row0, rows)
 
     return row_tile

@@ -92,8 +92,8 @@ def make_transposed_store(row_vectors: int, lanes: int):
     G = row_vectors * lanes
 
     @T.inline
-    def store(P, OT, block, b, h, row0, rows):
-        """Element ``e`` of the result of query ``row0 + i`` is ``OT[i // G, e, i % G]``."""
+    def store(P, OT, factors, block, b, h, row0, rows):
+        """Element ``e`` of the result of query ``row0 + i`` is ``OT[i // G, e, i % G] * factors[i]``."""
         if P.head_dim_v >= lanes:
             for vector in T.serial((rows + (lanes - 1)) // lanes):
                 for part in T.serial(blocks(P.head_dim_v, lanes)):
@@ -103,12 +103,14 @@ def make_transposed_store(row_vectors: int, lanes: int):
                     for r in T.serial(T.min(T.int64(lanes), rows - vector * lanes)):
                         o_row: T.int64 = P.o.row(b, h, row0 + vector * lanes + r)
                         for lane in T.vectorized(lanes):
-                            P.o.flat[o_row + e0 + lane] = T.cast(block[r, lane], P.o.flat.dtype)
+                            P.o.flat[o_row + e0 + lane] = T.cast(
+                                block[r, lane] * factors[vector * lanes + r], P.o.flat.dtype
+                            )
         else:
             for i in T.serial(rows):
                 o_row: T.int64 = P.o.row(b, h, row0 + i)
                 for e in T.serial(P.head_dim_v):
-                    P.o.flat[o_row + e] = T.cast(OT[i // G, e, i % G], P.o.flat.dtype)
+                    P.o.flat[o_row + e] = T.cast(OT[i // G, e, i % G] * factors[i], P.o.flat.dtype)
 
     return store
 

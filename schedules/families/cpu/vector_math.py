@@ -10,10 +10,10 @@ from tvm.script import tirx as T
 
 from schedules.tile.score import LOG2_E
 
-#: Below this, 2**x is zero: with denormal probabilities a causal run took ten times as long.
-_SMALLEST_EXPONENT = -126.0
+#: What rounds to an integer below this has the power zero: with denormal ones a causal run took ten times as long.
+_SMALLEST_EXPONENT = -125.0
 #: Added to a small number it leaves the nearest integer, and 127 more, in the lowest bits: the exponent of a float32.
-#: So exp2 is 11 instructions of AVX-512, and was 14 with floor and a conversion to integers.
+#: So exp2 is 10 instructions of AVX-512, its scale included, and was 14 with floor and a conversion to integers.
 _ROUNDING = 1.5 * 2**23 + 127
 #: From here on, tanh is 1 in float32.
 _TANH_LIMIT = 9.02
@@ -46,13 +46,18 @@ def _horner(coefficients: list[float], x: Expr) -> Expr:
     return result
 
 
-def exp2(x: Expr) -> Expr:
-    """``2**x`` for float32 ``x < 127``: NaN stays NaN, results below 2**-126 are zero."""
-    shifted = T.reinterpret("int32", x + T.float32(_ROUNDING))
+def exp2(x: Expr, scale: Expr | None = None) -> Expr:
+    """``2**x``, or ``2**(x * scale)``, of float32 exponents below 127: NaN stays NaN, results below 2**-125.5 are zero.
+
+    The product with ``scale`` is rounded once, in what is left of it beside an integer.
+    """
+    scale = T.float32(1) if scale is None else scale
+    shifted = T.reinterpret("int32", T.fma(x, scale, T.float32(_ROUNDING)))
     power = T.reinterpret("float32", T.shift_left(shifted, T.int32(23)))
     # Seen as a float32 again, since TVM takes x + y - y for x.
-    scaled = _horner(_EXP2, x - (T.reinterpret("float32", shifted) - T.float32(_ROUNDING))) * power
-    return T.Select(x < T.float32(_SMALLEST_EXPONENT), T.float32(0), scaled)
+    again = T.reinterpret("float32", shifted)
+    scaled = _horner(_EXP2, T.fma(x, scale, T.float32(_ROUNDING) - again)) * power
+    return T.Select(again < T.float32(_ROUNDING + _SMALLEST_EXPONENT), T.float32(0), scaled)
 
 
 def tanh(x: Expr) -> Expr:
