@@ -12,11 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from tvm import DataType, tirx
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
+from schedules.families.cpu.ahead import elements_of_line, fetch
 from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.places import Staged
 from schedules.families.cpu.steps import f32, finite_or_zero
@@ -103,19 +104,12 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
     N = max(block_n, _TILE)
     chunks = N // lanes
 
-    def itemsize(buffer) -> int:
-        return DataType(str(buffer.dtype)).bits // 8
-
     @T.inline
     def prefetch(row, width):
-        """Ask for the cache lines of a row of a buffer; where there is none, nothing happens."""
-        buffer, offset = row
-        for line in T.serial((width * itemsize(buffer) + 63) // 64):
-            T.evaluate(
-                T.call_intrin(
-                    "void", "tirx.prefetch", T.address_of(buffer[offset + line * (64 // itemsize(buffer))]), 0, 2, 1
-                )
-            )
+        """Ask for the cache lines of a row of a buffer."""
+        size = T.meta_var(elements_of_line(row[0]))
+        for line in T.serial((width + (size - 1)) // size):
+            fetch(row[0], row[1] + line * size)
 
     @T.inline
     def dot_products(P: Geometry, QF, S, acc, row, i, k_base, v_base, key0, keys):

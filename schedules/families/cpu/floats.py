@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 from tvm.script import tirx as T
 
+from schedules.families.cpu.ahead import make_fetch_next
 from schedules.families.cpu.config import Config
 from schedules.families.cpu.geometry import Geometry
 from schedules.families.cpu.steps import accumulate, accumulate_visible, f32
@@ -46,6 +47,7 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
         return f32(flat[row + d]) if count == 1 else T.cast(flat[T.Ramp(row + d, 1, count)], f"float32x{count}")
 
     load_transposed = make_transposed_load(config.row_vectors, lanes, words)
+    fetch_next = make_fetch_next(config, lanes)
 
     @T.inline
     def load_queries(P: Geometry, QT, state, block, b, h, row0, rows, count):
@@ -79,6 +81,8 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
         Register tiles may reach past the last key, and repeat it; those rows of ``ST`` are never read.
         """
         for tile in T.serial((keys + (R - 1)) // R):
+            if not converts:
+                fetch_next(P, P.k, k_at, group, tile, N // R, head_dim)
             for r in T.unroll(R):
                 row[r] = P.k.in_tile(k_at, T.min(tile * R + r, keys - 1))
             for chain in T.serial((P.head_dim + (_CHAIN - 1)) // _CHAIN):
@@ -110,6 +114,8 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
     @T.inline
     def output_with(P: Geometry, ST, VT, OT, acc, correction, v_at, group, keys, update, in_tile):
         for tile in T.serial(P.head_dim_v // R):
+            if not converts:
+                fetch_next(P, P.v, v_at, group, tile, head_dim_v // R, head_dim_v)
             zero(acc)
             for j in T.serial(keys):
                 for r in T.unroll(R):

@@ -23,7 +23,7 @@ from schedules.families.cpu.config import Config
 from schedules.families.cpu.vector_math import exp2
 from schedules.tile.score import NEGATIVE_INFINITY
 
-#: So many maxima of a row are taken side by side: one waits for the last, and took as long as a third of the exponentials.
+#: So many maxima of a row are taken side by side, since each waits for the one before.
 _CHAINS = 4
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm import DataType, tirx
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
+from schedules.families.cpu.ahead import elements_of_line, fetch
 from schedules.families.cpu.decode.products import ROWS, products
 from schedules.families.cpu.decode.vectors import largest, total
 from schedules.families.cpu.few import FEW, Split
@@ -36,11 +37,6 @@ class Ahead:
     g: Expr
     kv_count: Expr
     is_first: Expr
-
-
-def itemsize(buffer: tirx.Buffer) -> int:
-    """Bytes of an element."""
-    return DataType(str(buffer.dtype)).bits // 8
 
 
 def _sums(row: int, count: int) -> tirx.Buffer:
@@ -96,16 +92,15 @@ def group_macro(isa: Isa, dtype: str, head_dim: int, head_dim_v: int, split: Spl
     @T.inline
     def fetch_rows(tensor: Tensor, base, key, begin, end, width, heads):
         """Ask for the cache lines of the rows ``begin`` to ``end`` from ``key`` on, those of so many heads."""
-        size = T.meta_var(itemsize(tensor.in_memory(base, key)[0]))
+        size = T.meta_var(elements_of_line(tensor.in_memory(base, key)[0]))
         beside: T.bool = tensor.strides[1] == width
         runs: T.int64 = T.Select(beside, T.int64(1), heads)
-        lines: T.int64 = (width * T.Select(beside, heads, T.int64(1)) * size + 63) // 64
+        lines: T.int64 = (width * T.Select(beside, heads, T.int64(1)) + (size - 1)) // size
         for j in T.serial(begin, end):
             for run in T.serial(runs):
                 for line in T.serial(lines):
                     memory = T.meta_var(tensor.in_memory(base + run * tensor.strides[1], key, j))
-                    place = T.meta_var(T.address_of(memory[0][memory[1] + line * (64 // size)]))
-                    T.evaluate(T.call_intrin("void", "tirx.prefetch", place, 0, 2, 1))
+                    fetch(memory[0], memory[1] + line * size)
 
     def share_of(ahead, begin, number):
         """Which keys of the next tile are fetched while a head is computed with ``number`` keys from ``begin`` on."""
