@@ -60,13 +60,18 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     * head_dim 64 causal (16 heads of 2048, 16 of 512) 1, -, 0.89; 0.91, 0.90, 0.94.
     * head_dim 128 (8 heads of 4096) full 0.86, -, 1; causal 0.96, -, 1; 128 heads of 1024 full 0.91, 0.94, 1.
     * head_dim 256 (4 heads of 2048) full 0.95, 0.66; causal 0.99, 0.77.
+
+    AMX, one thread of another, since the tile registers are kept awake; GFLOP/s of 256 x 64, 512 x 64 and 512 x 128:
+
+    * head_dim 64 full (16 heads of 1024) -, 405, 397; causal 335, 311, 291; causal (16 of 512) 283, 276, 234.
+    * head_dim 128 full (8 heads of 1024) -, 474, 542; causal 253, 265, 256; causal (16 of 512) 301, 310, 305.
     """
     isa = ISAS[target.isa]
     if multiplication(isa, pattern.dtype) == "tiles":
         width = max(pattern.head_dim, pattern.head_dim_v)
         narrow = width > 128 or (width <= 64 and not pattern.is_unmasked)
-        block_m, block_n = (256, 64) if narrow else (512, 128)
-        return {0: Config(block_m, block_n, row_vectors=2, tile_rows=32)}
+        wide_tiles = 64 < width <= 128 and pattern.is_unmasked
+        return {0: Config(256 if narrow else 512, 128 if wide_tiles else 64, row_vectors=2, tile_rows=32)}
     row_vectors, tile_rows = (2, 8) if isa.registers == 32 else (2, 4)
     masked, measured = not pattern.is_unmasked, max(pattern.head_dim, pattern.head_dim_v) <= 256
     groups = 6 if measured and (template == "v2" or (masked and pattern.dtype != "float32")) else 4

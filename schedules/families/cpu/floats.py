@@ -151,6 +151,10 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
             output_with(P, ST, VT, OT, acc, correction, v_at, group, keys, accumulate_visible, converts)
 
     @T.inline
+    def keep_awake():
+        pass
+
+    @T.inline
     def finish(state):
         pass
 
@@ -166,4 +170,6 @@ def float_products(config: Config, lanes: int, dtype: str, head_dim: int, head_d
         scores=scores,
         output=output,
         finish=finish,
+        keep_awake=keep_awake,
+        rows_awake=N,
     )

@@ -218,6 +218,10 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
             macros.output_of_visible(P, ST, OT, correction, v_at, group, keys)
 
     @T.inline
+    def keep_awake():
+        pass
+
+    @T.inline
     def finish(state):
         pass
 
@@ -233,4 +237,6 @@ def pair_products(config: Config, lanes: int, dtype: str, head_dim: int, head_di
         scores=scores,
         output=output,
         finish=finish,
+        keep_awake=keep_awake,
+        rows_awake=N,
     )

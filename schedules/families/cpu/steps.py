@@ -15,6 +15,7 @@ correction  (G,)       what a tile scales a group's earlier results with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 from tvm.script import tirx as T
@@ -37,8 +38,11 @@ def maxima_shape(config: Config, lanes: int) -> tuple[int]:
     return (_CHAINS * config.row_vectors * lanes,)
 
 
-def make_steps(config: Config, lanes: int) -> SimpleNamespace:
-    """The macros for one configuration and vector width, by name."""
+def make_steps(config: Config, lanes: int, keep_awake: Callable, rows: int) -> SimpleNamespace:
+    """The macros for one configuration and vector width, by name.
+
+    ``keep_awake`` is a macro that is called before each ``rows`` rows of exponentials.
+    """
     V = config.row_vectors
     G = V * lanes
 
@@ -107,11 +111,13 @@ def make_steps(config: Config, lanes: int) -> SimpleNamespace:
                 row_max[column + n * lanes + lane] = highest[n * lanes + lane]
                 highest[n * lanes + lane] = finite_or_zero(highest[n * lanes + lane])
                 correction[n * lanes + lane] = exp2(correction[n * lanes + lane] - highest[n * lanes + lane], scale)
-        for j in T.serial(keys):
-            for n in T.unroll(V):
-                for lane in T.vectorized(lanes):
-                    ST[j, n * lanes + lane] = exp2(ST[j, n * lanes + lane] - highest[n * lanes + lane], scale)
-                    total[n * lanes + lane] += ST[j, n * lanes + lane]
+        for part in T.serial((keys + (rows - 1)) // rows):
+            keep_awake()
+            for j in T.serial(part * rows, T.min(keys, (part + 1) * rows)):
+                for n in T.unroll(V):
+                    for lane in T.vectorized(lanes):
+                        ST[j, n * lanes + lane] = exp2(ST[j, n * lanes + lane] - highest[n * lanes + lane], scale)
+                        total[n * lanes + lane] += ST[j, n * lanes + lane]
         for n in T.unroll(V):
             for lane in T.vectorized(lanes):
                 row_sum[column + n * lanes + lane] = (

@@ -33,8 +33,8 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
     M, N, R, lanes = config.block_m, config.block_n, config.tile_rows, isa.lanes
     V = config.row_vectors
     G = V * lanes
-    steps = make_steps(config, lanes)
     products = MULTIPLICATIONS[multiplication(isa, dtype)](config, lanes, dtype, head_dim, head_dim_v)
+    steps = make_steps(config, lanes, products.keep_awake, products.rows_awake)
 
     store_transposed = make_transposed_store(V, lanes)
 
