@@ -265,3 +265,24 @@ def test_operations_that_append_to_a_cache():
     assert figures == said("tvm_flash/tracing/torch_cache.py", rows)
     plain, more, turned = map(int, figures)
     assert max(abs(plain - found[0]), abs(more - max(found)), abs(turned - found[-1])) <= 5, found
+
+
+# ---------------------------------------------------------------- processors
+
+
+def test_a_xeon_in_the_readme():
+    page = "docs/processors/intel_xeon_emerald_rapids.md"
+    rows = table(page, "", "dtype", "threads", "mean", "worst", "where", "lost")
+    means = {(dtype, threads, template): mean for template, dtype, threads, mean, *_ in rows}
+    one_core = [means[dtype, "1", t] for dtype in ("float32", "bfloat16", "float16") for t in ("V1", "V2")]
+    two_cores = [mean for (_, threads, _), mean in means.items() if threads == "2"]
+    pattern = (
+        r"on a Xeon … means are (\S+) \(V1\) and (\S+) \(V2\) in float32 on one core, (\S+) and (\S+) in bfloat16, "
+    )
+    pattern += (
+        r"(\S+) and (\S+) in float16; on two cores (\S+) to (\S+)\. No cell is lost in that run, the worst is (\S+):"
+    )
+    assert said("README.md", pattern) == (*one_core, min(two_cores), max(two_cores), min(row[4] for row in rows))
+    assert {row[6] for row in rows} == {"0"}
+    (torch_version,) = said("README.md", r"Emerald Rapids, AMX; torch (\S+), 20 cells")
+    assert said(page, r"\| torch \| (\d+\.\d+)\.") == (torch_version,)
