@@ -23,7 +23,7 @@ import math
 import numpy as np
 
 from tvm_flash.machine.device import Device
-from tvm_flash.measure import small_case
+from tvm_flash.measure import small_append, small_case
 from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, params_of
 from tvm_flash.measure.small_sequences import on_pages, packed
 from tvm_flash.packs.registry import registry
@@ -59,6 +59,11 @@ def run(arch: str, symbol: str) -> int:
         goes_on = e.config.get("waves") and not any(p.is_tensor for p in e.params)
         for heads, seqlens in (*SHAPES, *([MANY] if goes_on else [])):
             print(f"{number} of {len(kernels)}: {e.symbol}, {heads}, {seqlens}", flush=True)
+            if e.op == "append":
+                case = small_append.case_of(e, seqlens[0])
+                found = small_append.run(e, registry().load(kernel), device, case)
+                assert np.isfinite(found["o"]).all(), "not all of o is written"
+                continue
             q, k, v = small_case.random_inputs(e.dtype, e.head_dim, e.head_dim_v, heads, seqlens)
             given = {"q": q, "k": k, "v": v}
             if e.op == "backward":

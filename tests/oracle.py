@@ -29,6 +29,8 @@ OUTPUTS = {
     "ragged_backward": ("dq", "dk", "dv"),
     "paged": ("o", "lse"),
     "paged_scaled": ("o", "lse"),
+    "append": ("o", "k", "v"),
+    "append_scaled": ("o", "k", "v"),
 }
 
 
@@ -48,7 +50,8 @@ def compiled(func) -> Callable:
         for role in OUTPUTS[pattern.op]:
             kind = pattern.arguments[role].ty
             shape = [int(n) if isinstance(n, tirx.IntImm) else sizes[str(n)] for n in kind.shape]
-            outputs[role] = tvm.runtime.tensor(np.full(shape, np.nan, str(kind.dtype)))
+            before = inputs[role] if role in inputs else np.full(shape, np.nan, str(kind.dtype))
+            outputs[role] = tvm.runtime.tensor(before)
         for p in asked:
             shape = np.shape(inputs[p.name]) or (1,)
             outputs[gradient_name(p)] = tvm.runtime.tensor(np.full(shape, np.nan, np.float32))

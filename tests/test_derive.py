@@ -16,10 +16,11 @@ from schedules.definition.attention import Attention
 from schedules.definition.catalogue import FULL, MASKS, SCORES, ScoreModification
 from schedules.definition.derive import OPERATORS, derive
 from schedules.definition.pattern import DefinitionError, match
-from tests import oracle
+from tests import append_trials, oracle
 from tests.pairs import some_pairs
 from tvm_flash import dequantise_cache, reference
-from tvm_flash.packs.manifest import Param
+from tvm_flash.operators import SCALES
+from tvm_flash.packs.manifest import APPEND_ROLES, Param
 
 SCALE = 0.3
 #: (batch, heads, kv_heads, seqlen_q, seqlen_kv); of the second, the first rows see nothing under a causal mask.
@@ -263,6 +264,27 @@ def test_keys_in_8_bits_are_what_they_stand_for(cache):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
 
 
+@pytest.mark.parametrize("label", dict(append_trials.problems("float32")))
+def test_what_is_appended_is_in_its_place(label):
+    """Every bit, of float32 and of 8 bits, against torch's operations a row at a time."""
+    problem = dataclasses.replace(dict(append_trials.problems("float32", most=32))[label], heads=(2, 1))
+    op = "append_scaled" if problem.cache else "append"
+    append = oracle.operator(Attention(), op, *problem.head_dims, problem.cache)
+
+    def compute(values, _):
+        given = {role: x.contiguous().numpy() if torch.is_tensor(x) else x for role, x in values.items()}
+        given |= {role: given[role].view(np.int8 if problem.cache == "int8" else np.uint8) for role in "kv"}
+        if not problem.cache:
+            given |= {role: given[role].view(np.float32) for role in "kv"}
+        taken = [role for role in APPEND_ROLES[:-1] if problem.cache or role not in SCALES]
+        found = append(**{role: given[role] for role in taken if role != "o"})
+        for role in ("o", "k", "v"):
+            bits = torch.from_numpy(getattr(found, role)).view(torch.uint8)
+            values[role].view(torch.uint8).copy_(bits)
+
+    problem.check(problem.run(compute, "cpu"), "cpu")
+
+
 def test_a_part_far_below_another_does_not_overflow():
     combine = oracle.operator(Attention(), "combine", HEAD_DIM, HEAD_DIM_V)
     os = np.stack([np.full((1, 1, 1, HEAD_DIM_V), value, np.float32) for value in (1, 2, 3)])
@@ -293,7 +315,8 @@ def edited(func, name, edit):
 
 
 def doubled(block):
-    body = tirx.BufferStore(block.body.buffer, block.body.value * 2, block.body.indices)
+    value = block.body.value
+    body = tirx.BufferStore(block.body.buffer, value * tirx.const(2, value.ty.dtype), block.body.indices)
     return s_tir.SBlock(block.iter_vars, block.reads, block.writes, block.name_hint, body, block.init)
 
 

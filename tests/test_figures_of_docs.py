@@ -253,14 +253,14 @@ def test_operations_that_append_to_a_cache():
     cache, (k, v) = torch.zeros(2, 8, 16, 2, 64), torch.randn(2, 2, 1, 2, 64)
     table, before = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), torch.tensor([3, 9], dtype=torch.int32)
     starts, scale = torch.arange(3, dtype=torch.int32), torch.ones(2)
-    cos, sin = torch.randn(2, 32, 32)
+    cos, sin, new = *torch.randn(2, 32, 32), (k[:, 0], v[:, 0])
+    rows = k[:, 0].bfloat16()
     found = (
-        operations(lambda: torch_cache._append(*cache, k, v, None, before, table)),
-        operations(lambda: torch_cache._append(*cache, k[:, 0], v[:, 0], starts, before, table)),
-        operations(lambda: torch_cache._append(*cache.char(), k, v, None, before, table, scale, scale)),
-        operations(lambda: torch_cache._rotate(k[:, 0].bfloat16(), cos, sin, before, True)),
+        operations(lambda: torch_cache._append(*cache, *new, starts, before, table)),
+        operations(lambda: torch_cache._append(*cache.char(), *new, starts, before, table, scale, scale)),
+        operations(lambda: torch_cache._rotate(rows, cos, sin, torch_cache._positions(before, starts, 2, True), True)),
     )
-    rows = r"about (\d+) small … append(?:ing,)? \(?up to (\d+) with … and (\d+) for each rotation"
+    rows = r"about (\d+) small ones for appending, (\d+) with a cache of 8 bits,? and (\d+) for each rotation"
     figures = said("docs/serving.md", rows)
     assert figures == said("tvm_flash/tracing/torch_cache.py", rows)
     plain, more, turned = map(int, figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,11 +20,21 @@ from tvm_flash import (
     nn,
     quantise_cache,
 )
+from tvm_flash.call import append
 from tvm_flash.tracing import torch_cache
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
 HEADS, KV_HEADS, WIDTH, ROOM, PAGE = 4, 2, 64, 96, 16
+
+
+def by_operations(*tensors):
+    """Appending where no kernel takes the tensors."""
+    with mock.patch.object(torch_cache, "by_kernel", lambda *_: False):
+        torch_cache._append_to_cache(*tensors)
+
+
+APPENDS = [torch.ops.tvm_flash.append_to_cache, by_operations]
 
 
 def turned(x, cos, sin, positions, interleaved):
@@ -128,7 +139,7 @@ def test_the_drop_in_of_flash_attn():
             nn.flash_attn_with_kvcache(q, *caches, **{name: q})
 
 
-@pytest.mark.parametrize("append", [torch.ops.tvm_flash.append_to_cache, torch_cache._append], ids=["CPU", "CUDA"])
+@pytest.mark.parametrize("append", APPENDS, ids=["kernel", "operations"])
 def test_rows_and_places_that_there_are_not_change_nothing(append):
     """As a captured graph leaves them: rows after the last sequence, and sequences without room or pages."""
     _, caches, (k, v), options, _, after = case(torch.float32, True, "", True, (5, 2, 20), (3, 2, 17), False)
@@ -154,7 +165,7 @@ def test_rows_and_places_that_there_are_not_change_nothing(append):
 def test_rows_that_pad_a_batch_have_one_page(batch, paged, scaled):
     """As engines bring a batch to a size for which they have a graph: all others are as without them."""
     rows, dummy = 3, 3
-    q, k, v = torch.randn(batch, 1, HEADS, WIDTH), *torch.randn(2, batch, 1, KV_HEADS, WIDTH)
+    q, k, v = torch.randn(batch, 1, HEADS, WIDTH), *torch.randn(2, batch, 1, KV_HEADS, WIDTH).clamp(-3, 3)
     caches, scales = list(torch.randn(2, 4, 24, KV_HEADS, WIDTH)), {}
     if scaled:
         pairs = [
@@ -176,7 +187,7 @@ def test_rows_that_pad_a_batch_have_one_page(batch, paged, scaled):
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)(batch, copies[2])
     for x, y, z in zip(found, want, compiled, strict=True):
         assert torch.equal(x[:rows], y) and torch.equal(x, z)
-    torch_cache._append(*copies[3], k, v, None, lengths, entries[:, None], *scales.values())  # as on a GPU
+    by_operations(*copies[3], k, v, None, lengths, entries[:, None], *scales.values())
     for x, y, *same in zip(*copies[:2], *copies[2:], strict=True):
         assert torch.equal(x[:dummy], y[:dummy]) and torch.equal(x[dummy, 1:], y[dummy, 1:])
         assert all(torch.equal(y, z) for z in same)
@@ -206,7 +217,7 @@ def test_keys_that_would_be_replaced_are_told_of(before, new, entries):
     assert torch.equal(caches, copies)
 
 
-@pytest.mark.parametrize("append", [torch.ops.tvm_flash.append_to_cache, torch_cache._append], ids=["CPU", "CUDA"])
+@pytest.mark.parametrize("append", APPENDS, ids=["kernel", "operations"])
 @pytest.mark.parametrize("total", [1, 40, 900])
 def test_of_new_keys_with_one_place_the_last_stands(append, total):
     """In sequences of all lengths, some of whose places there are not."""
@@ -225,6 +236,53 @@ def test_of_new_keys_with_one_place_the_last_stands(append, total):
                 want[:, page, at % 5] = torch.stack((k[row], v[row]))
     append(*caches, k, v, torch.tensor(cuts, dtype=torch.int32), before, table)
     assert torch.equal(caches, want)
+
+
+def called(by_kernel, given):
+    """What a call gives, the caches after it as bytes, and whether a kernel appended."""
+    given = {n: x.clone() if n in ("k_cache", "v_cache") else x for n, x in given.items()}
+    done = []
+
+    def watched(*args):
+        done.append(by_kernel and append.append(*args))
+        return done[-1]
+
+    with mock.patch.object(torch_cache, "by_kernel", watched):
+        out = flash_attention_with_kvcache(**given)
+    return [out, *(given[n].view(torch.uint8) for n in ("k_cache", "v_cache"))], done
+
+
+@pytest.mark.parametrize("cache", ("", "float8_e4m3fn", "int8"))
+@pytest.mark.parametrize("turns", ("", "interleaved", "halves"))
+@pytest.mark.parametrize("paged", (False, True), ids=("contiguous", "paged"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_the_kernel_has_the_bits_of_torch_s_operations(dtype, paged, turns, cache):
+    for queries, added in (((1, 1, 1), (1, 1, 1)), ((5, 2, 20), (3, 2, 17))):
+        q, caches, new, options, *_ = case(dtype, paged, turns, True, queries, added, True)
+        if cache:
+            pages, kv_heads = caches[0].shape[0], caches[0].shape[2]
+            scales = torch.rand(2, pages, kv_heads) / 40 + 0.01
+            pairs = [quantise_cache(x, cache, s) for x, s in zip(caches, scales, strict=True)]
+            caches, options = [x for x, _ in pairs], options | {"k_scale": scales[0], "v_scale": scales[1]}
+        options |= {"cu_seqlens_q": starts(queries), "cu_seqlens_k_new": starts(added)}
+        options = {n: x for n, x in options.items() if x is not None}
+        given = {"q": q, "k_cache": caches[0], "v_cache": caches[1], "k": new[0], "v": new[1], **options}
+        (found, used), (right, unused) = (called(by_kernel, given) for by_kernel in (True, False))
+        assert used == [True] and unused == [False]
+        assert all(map(torch.equal, found, right))
+        # New keys that no kernel takes: elements of a row that don't lie side by side.
+        apart = {"k": new[0].repeat_interleave(2, -1)[..., ::2], "v": new[1].repeat_interleave(2, -1)[..., ::2]}
+        other, used = called(True, given | apart)
+        assert used == [False] and all(map(torch.equal, other, right))
+
+
+def test_autograd_knows_that_a_cache_has_changed():
+    given = good()
+    versions = [given[n]._version for n in ("k_cache", "v_cache")]
+    flash_attention_with_kvcache(**given)
+    assert all(given[n]._version > before for n, before in zip(("k_cache", "v_cache"), versions, strict=True))
+    with torch.inference_mode():
+        flash_attention_with_kvcache(**{n: x.clone() if torch.is_tensor(x) else x for n, x in given.items()})
 
 
 def test_a_compiled_program_appends_and_attends():

@@ -19,6 +19,7 @@ import torch
 
 from schedules.builder.records import Record
 from tests import (
+    append_trials,
     backward_trials,
     forward_trials,
     merged_trials,
@@ -59,6 +60,7 @@ OPERATORS = {
     "paged_decode": Operator(paged_trials.trials, paged_trials.usual),
     "paged_decode_any": Operator(paged_trials.trials, paged_trials.usual),
     **dict.fromkeys(CACHE_OF_KIND, Operator(scaled_trials.trials, scaled_trials.usual)),
+    "append": Operator(append_trials.trials, append_trials.usual),
     "backward": Operator(backward_trials.trials, backward_trials.usual),
 }
 

@@ -28,8 +28,12 @@ PAGED = "paged"
 PAGED_SCALED = "paged_scaled"
 SCALES = ("k_scale", "v_scale")
 
+#: What comes before attention over a cache: new queries and keys are turned, new keys and values put into it.
+APPEND = manifest.APPEND
+
 #: The role (:mod:`tvm_flash.packs.manifest`) of a tensor that callers know by another name.
 _ROLES = {"out": "o", "dout": "do", "k_cache": "k", "v_cache": "v"}
+_ROLES |= {"turned": "o", "cu_seqlens_k_new": "cu_seqlens_k"}
 
 #: Kind of the kernels that add to gradients which are there, in float32, instead of writing them.
 ACCUMULATE = "backward_accumulate"
@@ -82,6 +86,12 @@ TENSORS |= {
     "seqlens_k": Tensor((), ("batch",), "int32", flat=True),
     "page_table": Tensor((), ("batch", "pages_per_sequence"), "int32"),
     **dict.fromkeys(SCALES, Tensor((), ("pages", "kv_heads"), "float32")),
+    "turned": TENSORS["q"],
+    "k_new": TENSORS["k"],
+    "v_new": TENSORS["v"],
+    "cu_seqlens_k_new": _STARTS,
+    **dict.fromkeys(("cache_seqlens", "rotary_seqlens"), Tensor((), ("batch",), "int32", flat=True)),
+    **dict.fromkeys(("rotary_cos", "rotary_sin"), Tensor((), ("positions", "half_of_rotary_dim"))),
 }
 
 #: The gradient of a parameter with a value for each head.
@@ -175,6 +185,15 @@ OPERATORS = {
     RAGGED_BACKWARD: replace(_BACKWARD, starts=_SEQUENCES, form=manifest.RAGGED),
     PAGED: _PAGED,
     PAGED_SCALED: replace(_PAGED, starts=(*_PAGED.starts, *SCALES)),
+    APPEND: Operator(
+        inputs=("k_cache", "v_cache", "k_new", "v_new"),
+        outputs=("turned",),
+        flag="",
+        computes=APPEND,
+        optional=("q", "cu_seqlens_q", "rotary_seqlens", "rotary_cos", "rotary_sin", *SCALES),
+        starts=("cu_seqlens_k_new", "cache_seqlens", "page_table"),
+        form=manifest.PAGED,
+    ),
 }
 
 #: The parameters of mask and score that are tensors, of calls with keys on pages.

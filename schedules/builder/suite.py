@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from schedules.families.interface import (
+    APPEND,
     BACKWARD,
     BACKWARD_ACCUMULATE,
     CAUSAL_WITH_SINKS,
@@ -126,6 +127,8 @@ SCOPES = {
             on_gpus=(("window", "identity"), ("positioned", "optional_sinks")),
         ),
     ),
+    # What it does depends on no mask, score or head_dim: one kernel serves all up to the largest.
+    APPEND: Scope((("full", "identity"),), head_dims=(256,)),
     # Of sequences that several devices hold; one template, as they are for rings alone.
     MERGED: Scope((("full", "identity"), ("causal", "identity"), ("positioned", "optional"))),
     PARTIAL: Scope((("positioned", "optional"),)),
@@ -146,6 +149,7 @@ ONE_TEMPLATE = (
         PAGED_DECODE_ANY,
         *PAGED_SCALED.values(),
         *PAGED_DECODE_SCALED.values(),
+        APPEND,
     ),
     *(PARTIAL, MERGED, BACKWARD_ACCUMULATE),
 )

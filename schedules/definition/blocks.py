@@ -19,9 +19,9 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
-from schedules.definition.cache import dequantised
+from schedules.definition.cache import STORED, dequantised, narrowed
 from schedules.definition.parameters import Site, gradient_name
-from tvm_flash.packs.manifest import Param
+from tvm_flash.packs.manifest import INTERLEAVED, UNTURNED, Param
 
 
 class Formula(Protocol):
@@ -451,3 +451,83 @@ def _position(starts, b: Expr, t: Expr) -> Expr:
 def _inside(starts, b: Expr, t: Expr) -> Expr:
     first, end = (T.cast(starts[x], t.ty.dtype) for x in (b, b + 1))
     return T.And(t >= first, t < end)
+
+
+# ---------------------------------------------------------------- what is turned and put into a cache
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Angles by position, ``(positions, half)`` buffers; whether and how rows are turned; their dtype."""
+
+    cos: tirx.Buffer
+    sin: tirx.Buffer
+    turns: Expr
+    dtype: str
+
+    def turned(self, row: Callable[[Expr], Expr], d: Expr, position: Expr) -> Expr:
+        """Element ``d`` of a row: of two that belong together ``(a cos - b sin, a sin + b cos)``, in float32."""
+        positions, half = self.cos.shape
+        at = T.max(T.min(position, positions - 1), tirx.const(0, position.ty.dtype))
+        beside = self.turns == INTERLEAVED
+        pair = T.if_then_else(beside, T.floordiv(d, 2), T.floormod(d, half))
+        a = T.if_then_else(beside, d - T.floormod(d, 2), pair)
+        b = T.if_then_else(beside, a + 1, a + half)
+        a, b = (_wide(row(x)) for x in (a, b))
+        cos, sin = (_wide(x[at, pair]) for x in (self.cos, self.sin))
+        value = T.if_then_else(d == T.if_then_else(beside, 2 * pair, pair), a * cos - b * sin, a * sin + b * cos)
+        is_turned = T.And(self.turns != UNTURNED, d < 2 * half)
+        return T.if_then_else(is_turned, T.cast(value, self.dtype), row(d))
+
+
+def sequence_of(name: str, B, starts, n: Sizes, axis: str) -> None:
+    """``B[t]``: which sequence a row is in; as many as there are of one after the last."""
+    with _block(name, n, axis, "b") as (t, b):
+        with T.init():
+            _store(B[t], tirx.const(0, B.dtype))
+        _store(B[t], B[t] + T.cast(t >= T.cast(starts[b + 1], t.ty.dtype), B.dtype))
+
+
+def turned(name: str, X, rows, B, starts, first, along, rotation: Rotation, n: Sizes, axes: str) -> None:
+    """``X``: rows turned by their positions, from ``first[b]`` on in each sequence, or by that if ``along`` is 0.
+
+    Rows after the last sequence stay as they are.
+    """
+    with _block(name, n, axes) as (t, h, d):
+        b = T.min(B[t], n.batch - 1)
+        inside = _position(starts, b, t)
+        if along is not None:
+            inside = T.if_then_else(along != 0, inside, tirx.const(0, inside.ty.dtype))
+        position = T.cast(first[b], t.ty.dtype) + inside
+        value = rotation.turned(lambda x: rows[t, h, x], d, position)
+        _store(X[t, h, d], T.if_then_else(B[t] < n.batch, value, rows[t, h, d]))
+
+
+def place(P, B, starts, before, table, pages: Expr, size: Expr, n: Sizes) -> None:
+    """``P[u]``: where in the cache a new key comes, ``page * size + row of the page``; −1 if nowhere."""
+    with _block("place", n, "u") as (u,):
+        b, none = T.min(B[u], n.batch - 1), tirx.const(-1, P.dtype)
+        position = T.cast(before[b], u.ty.dtype) + _position(starts, b, u)
+        column = T.floordiv(T.max(position, tirx.const(0, position.ty.dtype)), size)
+        page = T.cast(table[b, T.min(column, table.shape[1] - 1)], u.ty.dtype)
+        exists = tirx.all(B[u] < n.batch, position >= 0, column < table.shape[1], page >= 0, page < pages)
+        _store(P[u], T.if_then_else(exists, page * size + T.floormod(position, size), none))
+
+
+def last_row(R, P, n: Sizes) -> None:
+    """``R[p, x]``: the last row that comes to row ``x`` of page ``p``; −1 if there is none."""
+    with _block("row", n, "px", "u", list(R.shape)) as (p, x, u):
+        with T.init():
+            _store(R[p, x], tirx.const(-1, R.dtype))
+        _store(R[p, x], T.max(R[p, x], T.if_then_else(P[u] == p * R.shape[1] + x, u, tirx.const(-1, R.dtype))))
+
+
+def put(name: str, X, rows, R, n: Sizes, axis: str, scales, cache: str) -> None:
+    """``X[p, x, g, d] = rows[R[p, x], g, d]`` where a row comes; with ``scales[p, g]`` divided by that and rounded to
+    the 8 bits of ``cache``."""
+    extents = [*X.shape[:2], n.kv_heads, X.shape[3]]
+    with _block(name, n, f"pxg{axis}", "", extents) as (p, x, g, d):
+        value = rows[T.max(R[p, x], tirx.const(0, R.dtype)), g, d]
+        if scales is not None:
+            value = T.cast(narrowed(_wide(value) / scales[p, g], cache), STORED[cache])
+        _store(X[p, x, g, d], T.if_then_else(R[p, x] >= 0, value, X[p, x, g, d]))

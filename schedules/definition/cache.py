@@ -24,6 +24,9 @@ from tvm.script import tirx as T
 #: The dtype of the buffers that hold a cache of each dtype.
 STORED = {"float8_e4m3fn": "uint8", "int8": "int8"}
 
+#: The largest number of each.
+LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
+
 
 def widened(x: Expr) -> Expr:
     """The value of an element of a cache, float32, exactly."""
@@ -45,3 +48,27 @@ def dequantised(x: Expr, scale: Expr, dtype: str) -> Expr:
     """An element of a cache in the dtype of queries."""
     value = widened(x) * scale
     return value if dtype == "float32" else T.cast(value, dtype)
+
+
+def narrowed(x: Expr, cache: str) -> Expr:
+    """The byte of an element of a cache, uint32, that a float32 which was divided by the scale is rounded to.
+
+    It is brought into the range of the dtype and rounded to the nearest, ties to even; NaN is 0 in int8.
+    """
+    most = LARGEST[cache]
+    x = T.Select(x > T.float32(most), T.float32(most), T.Select(x < T.float32(-most), T.float32(-most), x))
+    bits = T.reinterpret("uint32", x)
+    sign = T.bitwise_and(bits, T.uint32(0x80000000))
+    magnitude = T.bitwise_xor(bits, sign)
+    is_nan = magnitude > T.uint32(0x7F800000)
+    if cache == "int8":
+        # From 2^23 to 2^24 float32 has whole numbers, and their bits end in those of what was added to 1.5 * 2^23.
+        whole = T.reinterpret("uint32", x + T.float32(1.5 * 2.0**23))
+        return T.Select(is_nan, T.uint32(0), T.bitwise_and(whole, T.uint32(0xFF)))
+    # Below 2^-6 steps are those of 2^14 in float32; above, 3 bits of the mantissa are left.
+    small = T.reinterpret("uint32", T.reinterpret("float32", magnitude) + T.float32(2.0**14)) - T.uint32(0x46800000)
+    is_odd = T.bitwise_and(T.shift_right(magnitude, T.uint32(20)), T.uint32(1))
+    usual = T.shift_right(magnitude - T.uint32(120 << 23) + T.uint32(0x7FFFF) + is_odd, T.uint32(20))
+    found = T.Select(magnitude < T.uint32(121 << 23), small, usual)
+    found = T.Select(is_nan, T.uint32(0x7F), found)
+    return T.bitwise_or(T.bitwise_and(found, T.uint32(0x7F)), T.shift_right(sign, T.uint32(24)))

@@ -13,6 +13,8 @@ ragged           o and lse of sequences of different lengths, one after the othe
 ragged_backward  their gradients
 paged            as ``ragged``, with the keys on pages of a cache
 paged_scaled     as ``paged``, with keys and values in 8 bits
+append           new queries and keys turned, and new keys and values in a cache
+append_scaled    the same of a cache of 8 bits
 ===============  ======================================================================================
 
 The output of a part is normalised: it is attention over the part's keys, so that whoever holds ``(o, lse)`` of disjoint
@@ -43,9 +45,16 @@ page_size`` of page ``page_table[b, j // page_size]`` of k and v, ``(pages, page
 table that no key needs are never read.  ``paged_scaled`` is ``paged`` on what elements of 8 bits stand for
 (:mod:`schedules.definition.cache`); each page and head has a scale, float32 ``(pages, kv_heads)``.
 
+``append`` turns each two elements of a row that belong together by an angle of its position, and puts new keys and
+values, ``(total_new, kv_heads, …)``, into the pages of k and v, which it changes in place: those of sequence ``b`` to
+the positions from ``cache_seqlens[b]`` on.  What has no place is left out, and of rows with one place the last one
+counts.  It takes nothing of a definition but its sizes.  Roles are those of :mod:`tvm_flash.packs.manifest`, where a
+kernel takes the cache as bytes and serves ``append_scaled`` too.
+
 Each function compiled as it stands is the oracle of its operator.  They are written in
-:mod:`schedules.definition.dense`, :mod:`~schedules.definition.ragged` and :mod:`~schedules.definition.paged`; a further
-operator is a function there with its row in ``OPERATORS``, and blocks in :mod:`schedules.definition.blocks`.
+:mod:`schedules.definition.dense`, :mod:`~schedules.definition.ragged`, :mod:`~schedules.definition.paged` and
+:mod:`~schedules.definition.append`; a further operator is a function there with its row in ``OPERATORS``, and blocks in
+:mod:`schedules.definition.blocks`.
 """
 
 from __future__ import annotations
@@ -53,10 +62,10 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.tirx import PrimFunc
 
-from schedules.definition import attention, dense, paged, ragged
+from schedules.definition import append, attention, dense, paged, ragged
 from schedules.definition.blocks import Formula
 from schedules.definition.dense import GRADIENT_BLOCKS
-from schedules.definition.operator import KEY_RANGE, PAGES, SCALES, STARTS, Operator, Symbols
+from schedules.definition.operator import APPENDED, KEY_RANGE, PAGES, SCALES, STARTS, TURNS, Operator, Symbols
 from schedules.definition.parameters import append_arguments, gradient_symbols, parameter_symbols
 
 
@@ -91,6 +100,10 @@ def _paged_blocks(kind: str) -> tuple[str, ...]:
         *("q_lengths", "k_lengths", "q_batch", f"k_from_{kind}", f"v_from_{kind}", "qk", "score", "mask", "own_keys"),
         *("row_max", "prob", "row_sum", "pv", "out", "lse", "o_rows", "lse_rows"),
     )
+
+
+def _append_blocks(how: str) -> tuple[str, ...]:
+    return "q_sequence", "k_sequence", "o", "k_turned", "place", "row", f"k_{how}", f"v_{how}"
 
 
 #: The operators by name.
@@ -148,5 +161,9 @@ OPERATORS: dict[str, Operator] = {
         _paged_blocks("scaled_pages"),
         paged.paged_scaled,
         of_sink=attention.SINK_BLOCKS,
+    ),
+    "append": Operator(APPENDED, _append_blocks("put"), append.append, scalars=TURNS, has_scores=False),
+    "append_scaled": Operator(
+        (*APPENDED, *SCALES), _append_blocks("quantised"), append.append_scaled, scalars=TURNS, has_scores=False
     ),
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tvm.tirx import PrimFunc
 
 from schedules.definition.blocks import Formula
+from tvm_flash.packs.manifest import APPEND_ROLES
 
 #: Further arguments of ``partial``: numbers of the keys where it begins, and before which it ends.
 KEY_RANGE = ("first_key", "last_key")
@@ -23,6 +24,10 @@ PAGES = ("seqlens_k", "page_table")
 #: Arguments of one whose keys and values have 8 bits: what elements of a page and head are multiplied with, float32
 #: ``(pages, kv_heads)``.
 SCALES = ("k_scale", "v_scale")
+
+#: Arguments of the operators that append to a cache, tensors and then numbers; scales stand between the two.
+APPENDED = tuple(role for role in APPEND_ROLES[:-3] if role not in SCALES)
+TURNS = ("turns", "along")
 
 
 @dataclass(frozen=True)

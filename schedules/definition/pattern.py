@@ -440,6 +440,7 @@ def match(func: PrimFunc) -> Pattern:
 
 #: Tensors whose last dimension isn't that of a row.
 _WITHOUT_ROWS = ("lse", "dlse", "delta", "lse_parts")
+_WITHOUT_ROWS += ("cache_seqlens", "rotary_seqlens", "rotary_cos", "rotary_sin")
 
 
 def _sizes_of(arguments) -> tuple[str, int, int, str]:

@@ -208,7 +208,7 @@ def is_ragged(arguments: dict[str, tirx.Var]) -> bool:
 
 def is_paged(arguments: dict[str, tirx.Var]) -> bool:
     """Whether the keys of such an operator lie on pages."""
-    return PAGES[0] in arguments
+    return PAGES[1] in arguments
 
 
 def _score(found: Reading, variables: Variables) -> Expr:

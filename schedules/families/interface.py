@@ -36,7 +36,7 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.operator import SCALES
 from schedules.definition.pattern import Pattern
-from tvm_flash.packs import sizes
+from tvm_flash.packs import manifest, sizes
 from tvm_flash.packs.manifest import SCALED_KINDS, Argument, Param, Scalar, Workspace
 
 #: Kinds of kernels: the usual one; the one for few query rows, with the keys split among blocks; that of gradients.
@@ -55,6 +55,8 @@ PAGED, PAGED_DECODE = "paged", "paged_decode"
 PAGED_DECODE_ANY = "paged_decode_any"
 #: The same with keys and values in 8 bits, by the dtype of the cache.
 PAGED_SCALED, PAGED_DECODE_SCALED = (SCALED_KINDS[kind] for kind in (PAGED, PAGED_DECODE))
+#: That of what is turned and put into a cache before attention.
+APPEND = manifest.APPEND
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
 #: Those of sequences of different lengths.

@@ -38,6 +38,8 @@ _INSTRUCTIONS = {
     r"\{\.reg \.pred p; setp\.ne\.s32 p, %3, 0;": "simt::load_half_or_zero({0}, {1}, {2}, {3});",
     r"\{\.reg \.pred p; setp\.ne\.s32 p, %5, 0;": "simt::load_or_zero({0}, {1}, {2}, {3}, {4}, {5});",
     r"mul\.rn\.f32 ": "{0} = {1} * {2};",
+    r"add\.rn\.f32 ": "{0} = {1} + {2};",
+    r"div\.rn\.f32 ": "{0} = {1} / {2};",
     r"\{\.reg \.b16 p, q, x, y; \.reg \.b32 h, g; mov\.b32 \{p, q\}, %4; cvt\.rn\.f16x2\.e4m3x2 h, p;": (
         "simt::widen_e4m3({0}, {1}, {4}); simt::widen_e4m3({2}, {3}, {4} >> 16);"
     ),

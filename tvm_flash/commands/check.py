@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tvm_flash.display import Entry, Table, table
 from tvm_flash.errors import TvmFlashError
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device
+from tvm_flash.machine.ffi import Kernel
+from tvm_flash.measure import small_append
 from tvm_flash.measure.sample import SEQLEN_KV, SEQLEN_Q
 from tvm_flash.measure.small_case import compare, kind_of, share
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION
+from tvm_flash.packs.manifest import APPEND, BUILTIN_DEFINITION, KernelEntry
 from tvm_flash.packs.registry import Installed, registry
 
 #: Keys that a kernel for longer sequences gets beyond those of the case, at most: enough for several tiles.  Without a
@@ -85,6 +87,15 @@ def _runnable(arch: str | None) -> Iterator[tuple[Installed, Device]]:
     )
 
 
+def _compare(
+    entry: KernelEntry, functions: Sequence[Kernel], device: Device, lengths: tuple[int, int], *, repeat: bool
+) -> tuple[dict[str, tuple[float, float]], bool]:
+    """Errors and bounds by role, and whether a second run had the same bits."""
+    if entry.op == APPEND:
+        return small_append.compare(entry, functions, device, lengths[0], repeat=repeat)
+    return compare(entry, functions, device, *lengths, repeat=repeat)
+
+
 def summary(results: Iterable[Result]) -> Table:
     """What the results come to, by device and arch."""
     groups: dict[tuple[str, str], list[Result]] = {}
@@ -115,7 +126,7 @@ def check_kernel(kernel: Installed, device: Device, *, thorough: bool = False) -
         lengths = [(SEQLEN_Q, SEQLEN_KV + (entry.bucket if thorough else min(entry.bucket, LONGER_BY)))]
         lengths += [THOROUGH_LENGTHS] if thorough else []
         functions = registry().load(kernel)
-        found = [compare(entry, functions, device, *length, repeat=thorough) for length in lengths]
+        found = [_compare(entry, functions, device, length, repeat=thorough) for length in lengths]
     except TvmFlashError as e:
         return Result(*identity, False, time.perf_counter() - start, note=str(e))
     ok = all(error <= bound for errors, _ in found for error, bound in errors.values())

@@ -243,7 +243,7 @@ def run(
         elif role in workspaces:
             shape = tuple(sizes.evaluate(n, extents) for n in workspaces[role].shape)
             first = 0.0 if workspaces[role].zeroed else np.nan
-            arrays[role] = _aligned(numerics.encode(np.full(shape, first, np.float32), argument.dtype))
+            arrays[role] = aligned(numerics.encode(np.full(shape, first, np.float32), argument.dtype))
         else:
             written.append(role)
             own = (0, 1, 2, 3) if role in learnt else order
@@ -257,7 +257,7 @@ def run(
     for function, launch in zip(functions, entry.launches, strict=True):
         roles = [x.role for x in launch.arguments]
         launches.append((Frame(function, [arguments[role] for role in roles]), [r for r in roles if r in arrays]))
-    _run(launches, device, arrays, written)
+    run_launches(launches, device, arrays, written)
     found = {role: numerics.decode(arrays[role], entry.dtype_of(role)) for role in written}
     if entry.kind == ACCUMULATE:
         found = {role: x - _THERE for role, x in found.items()}
@@ -272,7 +272,7 @@ def _before(entry: KernelEntry, role: str) -> float:
     return -np.inf if entry.kind == MERGED and role == "lse" else np.nan
 
 
-def _aligned(x: np.ndarray) -> np.ndarray:
+def aligned(x: np.ndarray) -> np.ndarray:
     """The same in memory that begins where that of a workspace does."""
     room = np.empty(x.nbytes + MAX_ALIGNMENT, np.uint8)
     start = -room.ctypes.data % MAX_ALIGNMENT
@@ -287,7 +287,7 @@ def _encoded(x: np.ndarray, argument: Argument, order: tuple[int, ...], dtype: s
     return numerics.encode(x, dtype or argument.dtype)
 
 
-def _run(
+def run_launches(
     launches: list[tuple[Frame, list[str]]], device: Device, arrays: dict[str, np.ndarray], written: list[str]
 ) -> None:
     """Run launches, each with the roles of its tensors, on host arrays; a GPU gets copies, and gives back what is

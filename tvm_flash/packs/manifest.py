@@ -67,6 +67,28 @@ for caches of 8 bits: ``k`` and ``v`` are uint8, the bytes of float8_e4m3fn, or 
 An element ``x`` stands for ``float32(x) * scale``, rounded to float32 and then to the dtype of ``q``, to the nearest
 and ties to even; the results are those of the kernel without scales on that.
 
+Kernels of the kind ``append`` turn new queries and keys by their positions and put new keys and values into a cache, in
+one launch; one kernel serves every size and every cache beside q's dtype.  Their roles (``APPEND_ROLES``) are:
+
+* ``q``, ``o``: the queries and where they come turned, ``(total_q, heads, dim)``; any rows of the dtype where nothing
+  is turned.
+* ``k_new``, ``v_new``: ``(total_new, kv_heads, dim)``, the new keys and values.
+* ``k``, ``v``: the cache, ``(pages, page_size, kv_heads, bytes of a row)`` of uint8, whatever its dtype, with strides
+  in bytes and a contiguous last dimension.
+* ``cu_seqlens_q``, ``cu_seqlens_k``: where each sequence begins among the queries, and among the new keys.
+* ``cache_seqlens``: int32 ``(batch,)``, how many keys each sequence has before: its new ones come to the positions from
+  there on.  ``page_table`` is as above.
+* ``rotary_seqlens``: int32 ``(batch,)``, the positions by which the first new rows are turned; those that follow by the
+  next ones, queries only if ``along`` isn't 0.
+* ``rotary_cos``, ``rotary_sin``: ``(positions, rotary_dim / 2)`` in q's dtype, any strides.
+* ``k_scale``, ``v_scale``: as above.
+* ``turns``, ``along``, ``cache_format``: int32 numbers.
+
+A new key without a place, whose position is negative or behind the table, or whose page isn't there, is written
+nowhere, and neither is what follows the last sequence.  Of keys with one place that of the last row stands there.
+Elements are turned in float32, each product and the sum rounded, and rounded to q's dtype; of 8 bits they are then
+divided by their scale in float32, brought into the range of the dtype and rounded to the nearest, ties to even.
+
 Those of ``backward`` take ``do`` (as ``o``), ``o`` and ``lse`` as a forward kernel left them, and ``dlse`` (as ``lse``;
 a shorter tensor means that there is none), and write all of ``dq``, ``dk`` and ``dv`` (as ``q``, ``k`` and ``v``), and
 ``d_NAME`` of each parameter that asks for its gradient: float32, ``(batch, heads)`` and what else its ``axes`` have of
@@ -113,6 +135,20 @@ SCALED_KINDS = {kind: {"float8_e4m3fn": f"{kind}_e4m3", "int8": f"{kind}_int8"} 
 #: The dtype of the cache that kernels of a kind read, where that isn't the dtype of q.
 CACHE_OF_KIND = {kind: cache for kinds in SCALED_KINDS.values() for cache, kind in kinds.items()}
 FORM_OF_KIND |= dict.fromkeys(CACHE_OF_KIND, PAGED)
+
+#: The kind, and the operator, of kernels that turn new queries and keys and put new keys and values into a cache.
+APPEND = "append"
+FORM_OF_KIND[APPEND] = PAGED
+
+#: What such a kernel takes, in order: tensors, then numbers.
+APPEND_ROLES = (
+    *("q", "o", "k_new", "v_new", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "rotary_seqlens"),
+    *("page_table", "rotary_cos", "rotary_sin", "k_scale", "v_scale", "turns", "along", "cache_format"),
+)
+#: Values of ``turns``: nothing is turned; elements are turned with those half of the rotary_dim on, or with neighbours.
+UNTURNED, HALVES, INTERLEAVED = range(3)
+#: Values of ``cache_format`` of caches of 8 bits; 0 is that of q's dtype.
+CACHE_FORMATS = {"float8_e4m3fn": 1, "int8": 2}
 
 #: Dtypes whose tensors kernels take as tensors of another: numbers of 8 bits as the bytes that they are.
 TAKEN_AS = {"float8_e4m3fn": "uint8"}

@@ -1,27 +1,27 @@
 """A cache of keys and values in PyTorch: the rotation and the appending of new ones, and attention to all of it.
 
-Importing this module registers ``torch.ops.tvm_flash.append_to_cache`` and ``rotate``, which programs see as operators.
-They are made of torch's own: on a GPU about 45 small operations for appending, up to 60 with starts or a cache of 8
-bits, and 15 for each rotation, none of which waits, allocates otherwise than through torch, or depends on what is in a
-tensor.
+Importing this module registers ``torch.ops.tvm_flash.append_to_cache`` and ``rotate_and_append``, which programs see as
+operators.  Each is one launch of a kernel (:mod:`tvm_flash.call.append`).  Where the packs have none for the tensors
+they are made of torch's own operations: about 52 small ones for appending, 68 with a cache of 8 bits, and 24 for each
+rotation, none of which waits, allocates otherwise than through torch, or depends on what is in a tensor.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from tvm_flash.call import eager
+from tvm_flash.call.append import append as by_kernel
 from tvm_flash.call.over_cache import OverCache
 from tvm_flash.call.signature import Options
 from tvm_flash.errors import NotSupportedError
 from tvm_flash.frameworks.arrays import torch_arrays
 from tvm_flash.frameworks.torch import TORCH, name_of
 from tvm_flash.operators import PAGED, PAGED_SCALED, RAGGED_LAYOUT, SCALES
+from tvm_flash.packs.manifest import HALVES, INTERLEAVED
 from tvm_flash.quantised import rounded
 from tvm_flash.tracing import torch_cache_checks as cache_checks
 from tvm_flash.tracing import torch_ragged  # noqa: F401  the operator of the attention
@@ -35,7 +35,12 @@ _library.define(
     "Tensor cache_seqlens, Tensor page_table, Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
     tags=_tags,
 )
-_library.define("rotate(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved) -> Tensor", tags=_tags)
+_library.define(
+    "rotate_and_append(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cu_seqlens_q, "
+    "Tensor cu_seqlens_k, Tensor cache_seqlens, Tensor rotary_seqlens, Tensor page_table, Tensor cos, Tensor sin, "
+    "bool interleaved, bool along, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+    tags=_tags,
+)
 
 
 _DIFFERENTIABLE = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin")
@@ -87,20 +92,24 @@ def attend(
     scales = {name: tensors[name] for name in SCALES if tensors[name] is not None}
     call |= scales
     parameters = dict(how.parameters) | ({} if leftpad is None else {"kv_start": leftpad[:, None]})
-    if not compiling and not TORCH.watched(tuple(x for x in (*tensors.values(), before) if x is not None)):
+    plain = not compiling and not TORCH.watched(tuple(x for x in (*tensors.values(), before) if x is not None))
+    if plain:
         _check_all(call, parameters, longest, how)
         shift = 0 if k is None else cache_checks.check_memory(everything | {"cache_seqlens": cache_seqlens})
         if q.device.type == "cpu":
             check_contents(tensors, before, after, table, sizes, along, shift)
+    to = (k_cache, v_cache)
     if tensors["rotary_cos"] is not None:
-        turned = tensors["rotary_seqlens"]
-        turned = before if turned is None else turned
-        turn = functools.partial(_turned, tensors=tensors, first=turned, interleaved=bool(interleaved))
-        call["q"] = turn(call["q"], starts=tensors["cu_seqlens_q"], each=q.shape[1] if q.ndim == 4 else 0, along=along)
-        k = turn(k.reshape(-1, *k.shape[-2:]), starts=added, each=k.shape[1] if added is None else 0, along=True)
-        k = k.view(tensors["k"].shape)
-    if k is not None:
-        torch.ops.tvm_flash.append_to_cache(k_cache, v_cache, k, tensors["v"], added, before, table, *scales.values())
+        rotate = _rotate_and_append if plain else torch.ops.tvm_flash.rotate_and_append
+        begins = _multiples(q.device, sizes.batch, k.shape[1]) if added is None else added
+        new = (x.reshape(-1, *x.shape[-2:]) for x in (k, tensors["v"]))
+        first = tensors["rotary_seqlens"]
+        first = before if first is None else first.contiguous()
+        angles = (tensors["rotary_cos"], tensors["rotary_sin"], bool(interleaved), along)
+        call["q"] = rotate(call["q"], *to, *new, starts, begins, before, first, table, *angles, *scales.values())
+    elif k is not None:
+        append = _append_to_cache if plain else torch.ops.tvm_flash.append_to_cache
+        append(*to, k, tensors["v"], added, before, table, *scales.values())
     result = how.attend(**call, max_seqlen_q=longest, **parameters, **how.numbers, **how.options)
     if q.ndim == 3:
         return result
@@ -159,17 +168,10 @@ def _multiples(device: torch.device, count: int, step: int) -> torch.Tensor:
     return found
 
 
-def _turned(x, *, tensors, first, interleaved, starts, each, along):
-    """Rows after the rotation by their positions: those from ``first`` on in each sequence, or ``first`` for all."""
-    if starts is None:
-        positions = first[:, None].expand(-1, each)
-        if along:
-            positions = positions + torch.arange(each, dtype=torch.int32, device=x.device)
-        positions = positions.reshape(-1)
-    else:
-        rows, b = _sequence_of_rows(starts, x.shape[0])
-        positions = first[b] + (rows - starts[b] if along else 0)
-    return torch.ops.tvm_flash.rotate(x, tensors["rotary_cos"], tensors["rotary_sin"], positions, interleaved)
+def _positions(first: torch.Tensor, starts: torch.Tensor, total: int, along: bool) -> torch.Tensor:
+    """By which each of ``total`` rows is turned: those from ``first`` on in each sequence, or ``first`` for all."""
+    rows, b = _sequence_of_rows(starts, total)
+    return first[b] + (rows - starts[b] if along else 0)
 
 
 def _sequence_of_rows(starts: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,21 +185,57 @@ def _sequence_of_rows(starts: torch.Tensor, total: int) -> tuple[torch.Tensor, t
 # ---------------------------------------------------------------- operators
 
 
-def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_scale=None, v_scale=None):
+def _append_to_cache(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_scale=None, v_scale=None):
     """Write each new row to its place, if it has one; where several have the same, the last row stands there."""
-    if not k.numel() and not v.numel():
+    if 0 in (k.numel() + v.numel(), *k_cache.shape[:2], page_table.shape[1]):
         return
-    pages, size = k_cache.shape[:2]
     if cu_seqlens is None:
-        each = k.shape[1]
-        positions = (cache_seqlens[:, None] + torch.arange(each, dtype=torch.int32, device=k.device)).flatten()
-        b = torch.arange(len(positions), device=k.device) // each
+        cu_seqlens = _multiples(k.device, *k.shape[:2])
         k, v = k.flatten(0, 1), v.flatten(0, 1)
-        valid = positions >= 0
+    given = {"k_cache": k_cache, "v_cache": v_cache, "k_new": k, "v_new": v, "cu_seqlens_k_new": cu_seqlens}
+    given |= {"cache_seqlens": cache_seqlens, "page_table": page_table}
+    given |= {} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
+    if by_kernel(TORCH, given):
+        _has_changed(k_cache, v_cache)
     else:
-        rows, b = _sequence_of_rows(cu_seqlens, k.shape[0])
-        positions = cache_seqlens[b] + rows - cu_seqlens[b]
-        valid = (positions >= 0) & (torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1])
+        _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_scale, v_scale)
+
+
+def _rotate_and_append(
+    q, k_cache, v_cache, k, v, cu_seqlens_q, cu_seqlens_k, cache_seqlens, rotary_seqlens, page_table, cos, sin,
+    interleaved, along, k_scale=None, v_scale=None,
+):  # fmt: skip
+    """The same with new keys that are turned first; the queries, turned too."""
+    turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    given = {"k_cache": k_cache, "v_cache": v_cache, "k_new": k, "v_new": v, "cu_seqlens_k_new": cu_seqlens_k}
+    given |= {"cache_seqlens": cache_seqlens, "page_table": page_table, "q": q, "turned": turned}
+    given |= {"cu_seqlens_q": cu_seqlens_q, "rotary_seqlens": rotary_seqlens, "rotary_cos": cos, "rotary_sin": sin}
+    given |= {} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
+    if by_kernel(TORCH, given, INTERLEAVED if interleaved else HALVES, along):
+        _has_changed(k_cache, v_cache)
+        return turned
+    keys = _rotate(k, cos, sin, _positions(rotary_seqlens, cu_seqlens_k, k.shape[0], True), interleaved)
+    if 0 not in (k.numel() + v.numel(), *k_cache.shape[:2], page_table.shape[1]):
+        _append(k_cache, v_cache, keys, v, cu_seqlens_k, cache_seqlens, page_table, k_scale, v_scale)
+    return _rotate(q, cos, sin, _positions(rotary_seqlens, cu_seqlens_q, q.shape[0], along), interleaved)
+
+
+def _has_changed(*caches: torch.Tensor) -> None:
+    """Tell autograd, which keeps no version of tensors of inference."""
+    for cache in caches:
+        if not cache.is_inference():
+            torch.autograd.graph.increment_version(cache)
+
+
+# ---------------------------------------------------------------- where there is no kernel
+
+
+def _append(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_scale=None, v_scale=None):
+    """The same by torch's operations."""
+    pages, size = k_cache.shape[:2]
+    rows, b = _sequence_of_rows(cu_seqlens, k.shape[0])
+    positions = cache_seqlens[b] + rows - cu_seqlens[b]
+    valid = (positions >= 0) & (torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1])
     column = positions // size
     page = page_table[b, column.clamp(0, page_table.shape[1] - 1)].long()
     valid &= (column < page_table.shape[1]) & (page >= 0) & (page < pages)
@@ -229,40 +267,6 @@ def _last_at(places: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return ordered[torch.searchsorted(ordered, (places + 1) * count) - 1] - places * count
 
 
-def _append_on_cpu(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_scale=None, v_scale=None):
-    """The same where the numbers may be read, in NumPy, whose calls on a few numbers are shorter than torch's."""
-    pages, size = k_cache.shape[:2]
-    if not size or not (k.numel() or v.numel()):
-        return
-    before, table = cache_seqlens.numpy(), page_table.numpy()
-    if cu_seqlens is None:
-        b, row = np.divmod(np.arange(k.shape[0] * k.shape[1]), k.shape[1])
-        k, v = k.flatten(0, 1), v.flatten(0, 1)
-    else:
-        starts = cu_seqlens.numpy()
-        row = np.arange(min(k.shape[0], int(starts[-1])))
-        b = np.searchsorted(starts[1:], row, side="right")
-        row -= starts[b]
-    positions = before[b] + row
-    written = np.flatnonzero((positions >= 0) & (positions < table.shape[1] * size))
-    column, inside = np.divmod(positions[written], size)
-    page = table[b[written], column].astype(np.int64)
-    exists = (page >= 0) & (page < pages)
-    if not exists.all():
-        written, page, inside = written[exists], page[exists], inside[exists]
-    places = page * size + inside
-    if len(set(places.tolist())) < len(places):
-        last = len(places) - 1 - np.unique(places[::-1], return_index=True)[1]
-        written, page, inside = written[last], page[last], inside[last]
-    if len(written) < len(k):
-        k, v = (x[torch.from_numpy(written)] for x in (k, v))
-    page, inside = torch.from_numpy(page), torch.from_numpy(inside)
-    if k_scale is not None:
-        k, v = (_in_8_bits(x, s, page, k_cache.dtype) for x, s in ((k, k_scale), (v, v_scale)))
-        k_cache, v_cache = (x.view(torch.uint8) for x in (k_cache, v_cache))
-    k_cache[page, inside], v_cache[page, inside] = k, v
-
-
 def _in_8_bits(x, scale, page, dtype):
     """Rows that come to pages, as the bytes that a cache of a dtype has of them."""
     if scale.ndim == 2:
@@ -285,10 +289,12 @@ def _rotate(x, cos, sin, positions, interleaved):
     return turned
 
 
-for _key, _appends in (("CPU", _append_on_cpu), ("CUDA", _append)):
-    _library.impl("append_to_cache", _appends, _key)
-    _library.impl("rotate", _rotate, _key)
+for _key in ("CPU", "CUDA"):
+    _library.impl("append_to_cache", _append_to_cache, _key)
+    _library.impl("rotate_and_append", _rotate_and_append, _key)
 torch.library.register_fake("tvm_flash::append_to_cache", lambda *_: None, lib=_library)
 torch.library.register_fake(
-    "tvm_flash::rotate", lambda x, *_: torch.empty(x.shape, dtype=x.dtype, device=x.device), lib=_library
+    "tvm_flash::rotate_and_append",
+    lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+    lib=_library,
 )

@@ -6,13 +6,14 @@ The interface of a family is described in :mod:`schedules.families.interface`.
 from functools import partial
 from types import SimpleNamespace
 
-from schedules.families.cpu import backward, paged, ragged
+from schedules.families.cpu import append, backward, paged, ragged
 from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
 from schedules.families.cpu.paged.scaled import ScaledPages
 from schedules.families.cpu.space import space
 from schedules.families.interface import (
+    APPEND,
     BACKWARD,
     BACKWARD_ACCUMULATE,
     FORWARD,
@@ -44,6 +45,7 @@ KINDS = {
     RAGGED_BACKWARD: backward.ragged,
     PAGED: paged,
     **{kind: ScaledPages(cache) for cache, kind in PAGED_SCALED.items()},
+    APPEND: append,
 }
 TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD, BACKWARD_ACCUMULATE), OF_SEQUENCES
 LEARNT_TABLE_KINDS = (BACKWARD, BACKWARD_ACCUMULATE)

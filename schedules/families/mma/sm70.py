@@ -12,7 +12,9 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
+from schedules.families.append import Appending
 from schedules.families.interface import (
+    APPEND,
     BACKWARD,
     BACKWARD_ACCUMULATE,
     CAUSAL_WITH_SINKS,
@@ -221,6 +223,7 @@ KINDS = {
     ),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     MERGED: MergedForward(Config, default_configs, space, feasible, lambda config: Machine),
+    APPEND: Appending(lambda dtype: pack_halves),
 }
 TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.

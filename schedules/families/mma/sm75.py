@@ -9,7 +9,9 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
+from schedules.families.append import Appending
 from schedules.families.interface import (
+    APPEND,
     BACKWARD,
     BACKWARD_ACCUMULATE,
     CAUSAL_WITH_SINKS,
@@ -33,7 +35,7 @@ from schedules.families.mma.merged import MergedForward
 from schedules.families.mma.paired import PairedProducts
 from schedules.families.mma.ragged import PagedForward, RaggedForward
 from schedules.families.mma.scaled_machines import StagedWidening
-from schedules.families.mma.staged import StagedCopies, staging_registers
+from schedules.families.mma.staged import StagedCopies, pack_halves, staging_registers
 from schedules.tile.fragment import M16N8
 from schedules.tile.tile_scheduler import Traversal
 
@@ -199,6 +201,7 @@ KINDS = {
     ),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _backward_config, _BACKWARD_MACHINE),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
+    APPEND: Appending(lambda dtype: pack_halves),
 }
 TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.

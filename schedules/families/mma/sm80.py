@@ -9,7 +9,9 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families import limits
+from schedules.families.append import Appending, by_instruction
 from schedules.families.interface import (
+    APPEND,
     BACKWARD,
     BACKWARD_ACCUMULATE,
     CAUSAL_WITH_SINKS,
@@ -264,6 +266,7 @@ KINDS = {
     BACKWARD_ACCUMULATE: backward.AccumulatingBackward((BackwardKeys, BackwardQueries), _accumulating_config),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),
+    APPEND: Appending(by_instruction),
 }
 TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.

@@ -7,7 +7,9 @@ turns, softmax overlapped with products.
 from __future__ import annotations
 
 from schedules.definition.pattern import Pattern
+from schedules.families.append import Appending, by_instruction
 from schedules.families.interface import (
+    APPEND,
     BACKWARD,
     BACKWARD_ACCUMULATE,
     DECODE,
@@ -73,6 +75,7 @@ KINDS = {
         transposed=TransposedDecodeMachine,
         few_blocks={64: 16, 128: 12},
     ),
+    APPEND: Appending(by_instruction),
 }
 #: head_dim 32 multiplies half of what 64 does, and 80 five sixths of what 96 does.
 FURTHER_SIZES = {FORWARD: {("full", "identity"): ((32, 32), (80, 80))}}
