@@ -27,10 +27,8 @@ def compute(isa: str, dtype: str):
 
 
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
-@pytest.mark.parametrize("isa", dict.fromkeys((runnable_isas()[0], "avx2", "baseline")))
+@pytest.mark.parametrize("isa", dict.fromkeys((runnable_isas()[0], runnable_isas()[-1])))
 def test_all_bits_are_right(isa, dtype):
-    if isa not in runnable_isas():
-        return
     for label, problem in append_trials.problems(dtype):
         try:
             problem.check(problem.run(compute(isa, dtype), "cpu"), "cpu")
