@@ -23,9 +23,9 @@ def of_gallery(name):
     return DefinitionFile.parse(f"{GALLERY / name}.py:{name}").load()
 
 
-def computed(maker, known, definition, lengths, folder):
-    """What a launch of ``maker``, ``mask_ranges`` or ``mask_lists``, leaves of the pattern ``known`` in its workspace,
-    and what is seen, ``(batch, heads, seqlen_q, seqlen_kv)``."""
+def computed(maker, known, definition, lengths, folder, found=()):
+    """What a launch of ``maker``, ``mask_ranges`` or the like, leaves of the pattern ``known`` in its workspace, and
+    what is seen, ``(batch, heads, seqlen_q, seqlen_kv)``; ``found`` has what others have left, by role."""
     func, workspace = maker.find(known, v1.TRAVERSAL, "found"), maker.workspace(known)
     launch = ScheduledLaunch(func, maker.roles(known))
     program = Program("forward", (launch,), "tirx", alignment=16, index_bits=32, workspaces=(workspace,))
@@ -35,7 +35,8 @@ def computed(maker, known, definition, lengths, folder):
         x: torch.zeros(BATCH, HEADS, n, 16, dtype=torch.float16)
         for x, n in zip("qkv", (*lengths, lengths[1]), strict=True)
     }
-    given = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in params.items()}
+    params_and_found = {**params, **dict(found)}
+    given = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in params_and_found.items()}
     numbers = simulated(rows | given)[workspace.name].numpy()
     axes = {p.name: p.axes for p in definition.params}
     at = reference.positions(BATCH, HEADS, *lengths, reference.beside_scores(params, axes))

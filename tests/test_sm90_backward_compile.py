@@ -8,12 +8,14 @@ import pytest
 
 pytest.importorskip("tvm")
 
+from schedules.definition.pattern import match
 from schedules.families import core_kinds_of
 from schedules.families.interface import BACKWARD, Program, Rejected, Target
 from schedules.families.sm90 import backward
 from schedules.families.sm90.backward.config import section_heads
 from schedules.templates import v1, v2
 from tests.machine_code import compiled
+from tests.mask_launches import of_gallery
 from tests.test_sm90_compile import pattern_of
 from tvm_flash.packs import sizes
 
@@ -43,6 +45,20 @@ def test_machine_code(template, pattern, tmp_path):
     assert count["HGMMA"] >= 2 * (2 * D + 2 * M) + of_dq
     assert count["UTMALDG"] >= (6 if config.joint else 8)
     assert count["UTMASTG"] >= (2 if config.joint else 3)
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [("documents", 64), ("documents", 128), ("speculative_tree", 128)])
+def test_masks_that_read_ids(name, head_dim, tmp_path):
+    """Of a step that needs a mask nothing is kept but a bit for each score: two ids fit, and three."""
+    pattern = match(of_gallery(name)(head_dim, "bfloat16", index_dtype="int32"))
+    (config,) = backward.default_configs("v1", pattern, TARGET).values()
+    program = v1.apply(pattern, TARGET, "kernel", config, BACKWARD)
+    _, report, count = compiled(program, TARGET.arch, tmp_path)
+    own = {"kernel", "kernel_ranges_of_queries", "kernel_ranges_of_keys", "kernel_joint"}
+    assert {kernel.name.removesuffix("_kernel") for kernel in report.kernels} == own
+    assert not any(kernel.spills or kernel.stack for kernel in report.kernels)
+    # those of the joint launch of other masks; both texts of a step, with a mask and without
+    assert count["HGMMA"] >= 2 * (2 * head_dim // 16 + 2 * config.block_m // 16) + head_dim // 16 * config.block_m // 32
 
 
 @pytest.mark.parametrize("mask", ["causal", "window"])

@@ -96,9 +96,8 @@ class Pattern:
         varying = [self._variables.params[p.name] for p in found.params if "i" in p.axes or "j" in p.axes]
         tensors = [(self._variables.params[p.name], p.axes) for p in found.params if p.axes]
         self._mask = decompose(tirx.all(*seen), self._variables.index, tensors) if seen else None
-        self.mask_split = (
-            None if self._mask is None else Split(self._mask.predicate, self._variables.index[2:], varying)
-        )
+        self._varying = varying
+        self.mask_split = None if self._mask is None else self._split()
         self.atoms = () if self._mask is None else self._mask.atoms
         self.is_opaque = self._mask is not None and self._mask.is_opaque
         self.has_unknown = self._mask is not None and self._mask.has_unknown
@@ -118,6 +117,13 @@ class Pattern:
         self.depends_on_head = any(map(self._reads_head, (found.score, found.visible)))
         self.has_sink = found.sink is not None
         self.is_uneven = found.score is not None and any(p.is_spread for p in self.of_score)
+
+    def _split(self, ids=()) -> Split:
+        return Split(self._mask.predicate, self._variables.index[2:], self._varying, ids)
+
+    def split_with_ids(self) -> Split:
+        """As ``mask_split``, with the ids that the mask reads among its terms."""
+        return self._split([(atom.expr, atom.axis) for atom in self.atoms])
 
     def _last_sees_last(self) -> bool:
         """Whether it is certain that the last query sees the last key."""

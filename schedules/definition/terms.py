@@ -20,8 +20,8 @@ DIVISIONS = (tirx.FloorDiv, tirx.FloorMod, tirx.Div, tirx.Mod)
 
 @dataclass(frozen=True)
 class Term:
-    """An int32 that depends on the query alone (``axis`` is ``"i"``) or on the key alone (``"j"``), in the definition's
-    variables, and the variable that stands for it in the rest of the mask."""
+    """An int32, or what can be one, that depends on the query alone (``axis`` is ``"i"``) or on the key alone
+    (``"j"``), in the definition's variables, and the variable that stands for it in the rest of the mask."""
 
     expr: Expr
     axis: str
@@ -32,15 +32,26 @@ class Split:
     """A predicate as its ``terms`` and the ``rest``, in which variables stand for these.
 
     ``positions`` are the definition's variables i and j, ``varying`` its parameters that have values for queries or
-    keys.
+    keys.  ``ids`` are further terms, by their expressions and axes, that read such or a table; predicates among them
+    become 0 or 1.
     """
 
-    def __init__(self, predicate: Expr, positions: Sequence[tirx.Var], varying: Sequence[Expr]):
+    def __init__(
+        self,
+        predicate: Expr,
+        positions: Sequence[tirx.Var],
+        varying: Sequence[Expr],
+        ids: Sequence[tuple[Expr, str]] = (),
+    ):
         self._positions, self._varying = tuple(positions), tuple(varying)
-        found: list[Term] = []
+        of_ids = [Term(e, axis, tirx.Var(f"id{n}", "int32")) for n, (e, axis) in enumerate(ids)]
+        found: list[Term] = list(of_ids)
 
         def replace(e):
             whole = replaced(e, [(t.value, t.expr) for t in found])
+            for term in of_ids:
+                if tvm_ffi.structural_equal(term.expr, whole):
+                    return _as(str(whole.ty.dtype), term.value)
             axes = self._axes(whole) if isinstance(e, DIVISIONS) and str(e.ty.dtype) == "int32" else None
             if axes is None or len(axes) != 1:
                 return e
@@ -80,6 +91,13 @@ def replaced(expr: Expr, values: Sequence[tuple[tirx.Var, Expr]]) -> Expr:
         return next((new for old, new in values if node.same_as(old)), node)
 
     return tvm_ffi.structural_map(expr, replace, order="post") if values else expr
+
+
+def _as(dtype: str, value: tirx.Var) -> Expr:
+    """An int32 as what it stands for."""
+    if dtype == "int32":
+        return value
+    return value != 0 if dtype == "bool" else tirx.Cast(dtype, value)
 
 
 def _variables(expr: Expr) -> list[tirx.Var]:

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, ScheduledLaunch
-from schedules.tile import mask_lists, mask_ranges
+from schedules.tile import mask_lists, mask_ranges, mask_walks
 from schedules.tile.mask_lists import Listed
 from schedules.tile.mask_ranges import Ranged
+from schedules.tile.mask_walks import Walked
 from schedules.tile.tile_scheduler import Traversal
 
 #: Orders of lists with which kernels have run on hardware; those that walk in another one do without a list.
@@ -57,4 +58,6 @@ def with_ranges(program: Program, traversal: Traversal, name: str, *kinds: Patte
 
 
 def _module(known: Ranged | Listed):
+    if isinstance(known, Walked):
+        return mask_walks
     return mask_lists if isinstance(known, Listed) else mask_ranges

@@ -29,7 +29,7 @@ from tvm_flash.packs.manifest import Param, Workspace
 
 THREADS, _LANES = 256, 32
 #: Blocks on a multiprocessor: with one more ptxas spilled 24 bytes on sm_80.
-_BLOCKS_PER_SM = 4
+BLOCKS_PER_SM = 4
 #: Names of the numbers by whose tiles they are of, queries or keys.
 ROLES = {"i": "ranges_of_queries", "j": "ranges_of_keys"}
 _LENGTHS = {"i": "seqlen_q", "j": "seqlen_kv"}
@@ -144,7 +144,7 @@ class MaskCall:
         self.parameters, self.declared = parameters, {p.name: p for p in pattern.of_mask}
 
 
-class _Block:
+class Extremes:
     """Numbers of one block of threads: the extremes of what its threads have found."""
 
     def __init__(self, thread: Expr, count: int):
@@ -178,13 +178,49 @@ class _Block:
                 self.take(n, op, self.shared[w * self.count + n])
 
 
+def kept(value: Expr) -> Expr:
+    """A value, evaluated once."""
+    return _register(value)[0]
+
+
+def ranges_within(found: Extremes, begin: Expr, end: Expr, asked) -> tuple[Expr, Expr, Expr, Expr]:
+    """All threads of a block: the numbers of a tile, if ``asked(0, x)`` says whether some of it sees ``x``, which is
+    one of ``begin .. end`` (exclusive), and ``asked(1, x)`` whether all of it does."""
+    thread = found.thread
+    # 1. Where each begins and ends.
+    found.begin([T.int32(_LARGEST), T.int32(0)] * 2)
+    with T.serial(ceildiv(T.max(end - begin, 0), THREADS)) as i:
+        x = begin + i * THREADS + thread
+        with T.If(x < end), T.Then():
+            for n in range(2):
+                with T.If(asked(n, x)), T.Then():
+                    found.take(2 * n, T.min, x)
+                    found.take(2 * n + 1, T.max, x + 1)
+    found.join([T.min, T.max] * 2)
+    lo, hi, full_lo, full_hi = (kept(found.own[n]) for n in range(4))
+    # 2. Between what the first and the last see whole there may be gaps: where the first begins, the last ends.
+    found.begin([full_hi, full_lo])
+    with T.serial(ceildiv(T.max(full_hi - full_lo, 0), THREADS)) as i:
+        x = full_lo + i * THREADS + thread
+        with T.If(x < full_hi), T.Then(), T.If(T.Not(asked(1, x))), T.Then():
+            found.take(0, T.min, x)
+            found.take(1, T.max, x + 1)
+    found.join([T.min, T.max])
+    left_end, right_begin = (kept(found.own[n]) for n in range(2))
+    # 3. Nothing is the range of 0 from the first on.
+    is_left = left_end - full_lo >= full_hi - right_begin
+    return (
+        T.Select(lo < hi, lo, T.int32(0)),
+        hi,
+        T.Select(full_lo < full_hi, T.Select(is_left, full_lo, right_begin), T.int32(0)),
+        T.Select(full_lo < full_hi, T.Select(is_left, left_end, full_hi), T.int32(0)),
+    )
+
+
 def find(known: Ranged, traversal: Traversal, name: str) -> PrimFunc:
     """``(q, k, numbers, *params)``: a block of threads for each tile."""
     pattern, axis, size = known._pattern, known.axis, known.block
     atoms = [a for a in pattern.atoms if a.axis == axis]
-
-    def kept(value):
-        return _register(value)[0]
 
     def tile(block, call, thread, numbers):
         """Write the numbers of tile number ``block``; what a kernel's text may call."""
@@ -197,7 +233,7 @@ def find(known: Ranged, traversal: Traversal, name: str) -> PrimFunc:
         at = site(call, Parameters(call, b, h), b, h)
         first = kept(number * size)
         last = kept(T.min(first + size, length) - 1)
-        found = _Block(thread, max(4, 2 * len(atoms)))
+        found = Extremes(thread, max(4, 2 * len(atoms)))
         # 1. The least and the greatest of each id of the tile's own queries or keys.
         own = [T.alloc_local([1], "int32") for _ in range(2 * len(atoms))]
         found.begin([T.int32(_LARGEST), T.int32(-_LARGEST - 1)] * len(atoms))
@@ -225,36 +261,12 @@ def find(known: Ranged, traversal: Traversal, name: str) -> PrimFunc:
             mine, other = (first, last), (x, x)
             return which(at, *(mine + other if axis == "i" else other + mine), bounds)
 
-        # 2. What is seen, and what by all: where each begins and ends.
+        # 2. What is seen, and what by all.
         within = pattern.keys_of(at, first, last) if axis == "i" else pattern.rows_of(at, first, last)
         begin, end = (kept(x) for x in within.visible)
-        found.begin([T.int32(_LARGEST), T.int32(0)] * 2)
-        with T.serial(ceildiv(T.max(end - begin, 0), THREADS)) as i:
-            x = begin + i * THREADS + thread
-            with T.If(x < end), T.Then():
-                for n, which in enumerate((pattern.tile_live, pattern.tile_full)):
-                    with T.If(asked(which, x)), T.Then():
-                        found.take(2 * n, T.min, x)
-                        found.take(2 * n + 1, T.max, x + 1)
-        found.join([T.min, T.max] * 2)
-        lo, hi, full_lo, full_hi = (kept(found.own[n]) for n in range(4))
-        # 3. Between what the first and the last see whole there may be gaps: where the first begins, the last ends.
-        found.begin([full_hi, full_lo])
-        with T.serial(ceildiv(T.max(full_hi - full_lo, 0), THREADS)) as i:
-            x = full_lo + i * THREADS + thread
-            with T.If(x < full_hi), T.Then(), T.If(T.Not(asked(pattern.tile_full, x))), T.Then():
-                found.take(0, T.min, x)
-                found.take(1, T.max, x + 1)
-        found.join([T.min, T.max])
-        left_end, right_begin = (kept(found.own[n]) for n in range(2))
-        # 4. One thread writes.  Nothing is the range of 0 keys from the first on.
-        is_left = left_end - full_lo >= full_hi - right_begin
-        results = (
-            T.Select(lo < hi, lo, T.int32(0)),
-            hi,
-            T.Select(full_lo < full_hi, T.Select(is_left, full_lo, right_begin), T.int32(0)),
-            T.Select(full_lo < full_hi, T.Select(is_left, left_end, full_hi), T.int32(0)),
-        )
+        which = (pattern.tile_live, pattern.tile_full)
+        results = ranges_within(found, begin, end, lambda n, x: asked(which[n], x))
+        # 3. One thread writes.
         with T.If(thread == 0), T.Then():
             for c, value in enumerate(results):
                 T.buffer_store(numbers, value, [wide(block) * 4 + c])
@@ -268,7 +280,7 @@ def find(known: Ranged, traversal: Traversal, name: str) -> PrimFunc:
             call = MaskCall(pattern, traversal, (q, k), values)
             buffer = T.match_buffer(numbers, (places, 4), "int32", align=4)
             T.device_entry()
-            T.attr({"tirx.launch_bounds_min_blocks_per_sm": _BLOCKS_PER_SM})
+            T.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS_PER_SM})
             block = T.cta_id([places])
             thread = T.thread_id([THREADS])
             memory = T.meta_var(flat(buffer))

@@ -124,9 +124,13 @@ class MaskTerms:
         self._set(self.in_columns, self.of_columns, at, e, place)
 
     def _set(self, buffer, terms, at, n, place):
-        for k, term in enumerate(terms):
-            value = self.pattern.evaluated(self._with_products(term.expr), at, *place)
+        for k, value in enumerate(self.values(terms, at, place)):
             T.buffer_store(buffer, value, [n * len(terms) + k])
+
+    def values(self, terms, at: Site, place) -> list[Expr]:
+        """What terms are at query and key ``place``, int32."""
+        found = [self.pattern.evaluated(self._with_products(term.expr), at, *place) for term in terms]
+        return [x if str(x.ty.dtype) == "int32" else T.Cast("int32", x) for x in found]
 
     def sees(self, site: Site, n, e, place) -> Expr:
         """Whether the score of row ``n`` and column ``e`` is seen."""

@@ -95,7 +95,7 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
     Those of plain scores at head_dim 64 and 128 are what docs/hopper.md has figures of; nothing else was tried.
     """
-    if is_plain(pattern):
+    if is_plain(pattern) or reads_ids(pattern):
         size = max(pattern.head_dim, pattern.head_dim_v)
         block_m, head_section = 128 if size <= 64 else 64, 0 if size in (64, 128) else SECTION
         found = Config(block_m=block_m, num_stages=3, joint=True, head_section=head_section)
@@ -105,15 +105,23 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
 
 def is_plain(pattern: Pattern) -> bool:
-    """Whether the joint launch serves the pattern: what parameters it has are those of a sink, each of a head, and
-    numbers that a mask compares positions with."""
+    """Whether the joint launch serves the pattern by what positions tell: its parameters are those of a sink, each of a
+    head, and numbers that a mask compares positions with, and all heads see the same."""
 
     def is_served(param):
         if pattern.is_of_sink(param):
             return param.per_head and param not in pattern.of_mask
         return not param.is_tensor
 
-    return pattern.is_scale_only and pattern.narrows and all(map(is_served, pattern.params))
+    is_known = pattern.narrows and not pattern.mask_differs_along("h")
+    return is_known and pattern.is_scale_only and all(map(is_served, pattern.params))
+
+
+def reads_ids(pattern: Pattern) -> bool:
+    """Whether the joint launch serves the pattern by numbers that launches before it find: its mask reads ids, and all
+    heads see the same."""
+    is_known = bool(pattern.atoms) and not pattern.has_unknown and not pattern.mask_differs_along("h")
+    return is_known and pattern.is_scale_only and all(p in pattern.of_mask for p in pattern.params)
 
 
 def apart(pattern: Pattern) -> Config:
@@ -172,6 +180,8 @@ def tiles_told(pattern: Pattern) -> tuple[tuple[int, int], ...]:
     and 461 at 16k; causal 239 and 231 at 512, 511 and 541 at 8k; head_dim 64 causal 495 and 464 at 8k, 490 and 538 at
     16k.
     """
+    if pattern.atoms:
+        return ((0, 1),)
     if max(pattern.head_dim, pattern.head_dim_v) <= 64:
         return (0, 1), (16384, 2)
     return ((0, 2),) if pattern.is_unmasked else ((0, 1), (8192, 2))
@@ -245,8 +255,11 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
 
 def _refuse_joint(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
     """Why the joint launch can't be made."""
-    if not is_plain(pattern):
-        return Rejected("joint: it serves plain scores whose keys are seen by all queries from some one on")
+    if not is_plain(pattern) and not reads_ids(pattern):
+        return Rejected(
+            "joint: it serves plain scores whose keys are seen by all queries from some one on, or by ids, the same in "
+            "all heads"
+        )
     if config.block_m not in (64, 128):
         return Rejected(f"block_m {config.block_m} is not 64 or 128")
     if config.num_stages not in (3, 4):

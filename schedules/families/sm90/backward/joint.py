@@ -1,7 +1,8 @@
 """The joint launch: a block owns 128 keys and visits queries as that for dk and dv does, and adds its part to dq.
 
 Five products in place of seven.  Sums over blocks are taken in the order of their keys, through memory
-(:mod:`schedules.tile.ordered_sums`).
+(:mod:`schedules.tile.ordered_sums`).  What masks that read ids show is found by launches before it
+(:mod:`schedules.tile.mask_walks`).
 """
 
 from __future__ import annotations

@@ -16,11 +16,13 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.sm90.backward.key_consumer import KeyConsumer
+from schedules.families.sm90.backward.step_weights import has_fetched
 from schedules.families.sm90.config import PANEL
 from schedules.families.sm90.wgmma import swizzled
 from schedules.tile.delta import halves
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
+from schedules.tile.static import static
 
 
 @T.meta_class
@@ -85,8 +87,9 @@ class JointConsumer(KeyConsumer):
         return T.Select(p == T.float32(0), T.float32(0), p * gradient) if masked else p * gradient
 
     @T.inline
-    def step(self, weights, tile, more, masked):
-        """The step of a tile of queries whose S is there; the next one's is issued if there are ``more``."""
+    def step(self, weights, tile, more, masked, asks=None):
+        """The step of a tile of queries whose S is there; the next one's is issued if there are ``more``, and its mask
+        asked if that ``asks`` for it."""
         q = T.meta_var(self.counter.state(self.q.stages))
         ds = T.meta_var(self.counter.state(self.ds.stages))
         query = T.meta_var(tile * self.config.block_m + self.column)
@@ -102,6 +105,9 @@ class JointConsumer(KeyConsumer):
         if self.lane == 0:
             self.ds.full.arrive(ds.index)
         self.issue_dk(q)
+        if static(has_fetched(weights)):
+            if asks:
+                self.fetch(weights, tile - 1)
         self.counter.advance()
         # Past the last tile S is that of whatever is in the stage, and nobody looks at it.
         if more:
@@ -109,9 +115,31 @@ class JointConsumer(KeyConsumer):
         self.issue_scores(self.counter.state(self.q.stages))
         T.ptx.wgmma.wait_group.sync.aligned(0)
 
+    def first_tile(self, walk):
+        """The tile of queries of the first step."""
+        return walk.tile(walk.steps - 1)
+
     @T.inline
     def steps(self, walk, weights):
         """All steps of one query head, from the last tile to the first."""
+        if static(walk.has_right):
+            begin: T.int32 = walk.tile(0)
+            full_begin: T.int32 = walk.tile(walk.left)
+            full_end: T.int32 = walk.tile(walk.right)
+            tile: T.int32 = walk.tile(walk.steps - 1)
+            while tile >= begin:
+                asks = T.meta_var(T.And(tile > begin, T.Or(tile <= full_begin, tile > full_end)))
+                if T.And(tile >= full_begin, tile < full_end):
+                    self.step(weights, tile, tile > begin, False, asks)
+                else:
+                    self.step(weights, tile, tile > begin, True, asks)
+                tile = tile - 1
+        else:
+            self.steps_in_two_parts(walk, weights)
+
+    @T.inline
+    def steps_in_two_parts(self, walk, weights):
+        """The same where those that need a mask are the first tiles."""
         if walk.has_full:
             for i in T.serial(walk.steps - walk.left):
                 self.step(weights, walk.tile(walk.steps - 1 - i), i + 1 < walk.steps, False)

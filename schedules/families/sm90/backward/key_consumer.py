@@ -247,11 +247,12 @@ class KeyConsumer:
                 True,
                 self.lane,
                 self.config.tensors_ahead,
+                self.block.site_anew,
                 descending=self.config.joint,
                 places=places,
             )
             if walk.steps > 0:
-                self.fetch(weights, walk.tile(0))
+                self.fetch(weights, self.first_tile(walk))
                 first = T.meta_var(self.counter.state(self.q.stages))
                 self.q.consumer_wait(first)
                 self.issue_scores(first)
@@ -267,6 +268,10 @@ class KeyConsumer:
         if self.targets is None:
             return None
         return PlaceGradients(self.targets, site, M16N8, 1, M16N8.tile_rows, True)
+
+    def first_tile(self, walk):
+        """The tile of queries of the first step."""
+        return walk.tile(0)
 
     @T.inline
     def steps(self, walk, weights):

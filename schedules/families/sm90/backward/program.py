@@ -12,6 +12,7 @@ from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, se
 from schedules.tile.gradients import ALIGNMENT, Starts
 from schedules.tile.mask_lists import Listed
 from schedules.tile.mask_ranges import Ranged
+from schedules.tile.mask_walks import Walked
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs import sizes
 
@@ -38,7 +39,9 @@ def program(
     workspaces = (*row_terms.workspaces(config.block_m, ragged), *counters)
     scalars = ()
     if config.joint:
-        launches = (first, joint.build(plain, config, traversal, f"{name}_joint", starts(), adds))
+        known = Walked(plain, BLOCK, config.block_m) if plain.atoms else plain
+        kinds = (known.of_queries, known) if plain.atoms else ()
+        launches = (first, joint.build(known, config, traversal, f"{name}_joint", starts(), adds))
         if pattern.has_sink:
             launches = (*launches, sinks.build(pattern, traversal, f"{name}_sinks", config.block_m, adds))
         workspaces, scalars = (
@@ -46,7 +49,7 @@ def program(
             joint.scalars(pattern, config, ragged),
         )
     else:
-        keyed, queried = (pattern, pattern) if ragged else _with_tiles(pattern, config)
+        kinds = keyed, queried = (pattern, pattern) if ragged else _with_tiles(pattern, config)
         launches = (
             first,
             queries.build(queried, config, traversal, f"{name}_dq", starts(), adds),
@@ -55,7 +58,7 @@ def program(
         workspaces = (*workspaces, *parameters.workspaces(pattern, ragged))
     memory = {"workspaces": workspaces, "scalars": scalars, "narrow_axes": _narrow_axes(pattern, config, ragged)}
     found = Program("backward", launches, "tirx", alignment=ALIGNMENT, index_bits=32, **memory)
-    return found if config.joint else with_ranges(found, traversal, name, keyed, queried)
+    return with_ranges(found, traversal, name, *kinds)
 
 
 def _with_tiles(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged | Listed, Pattern | Ranged | Listed]:

@@ -10,11 +10,15 @@ A step, when a tile of dS is full:
    sum to what it has, and writes dq.
 
 All blocks of a head go from the last tile of queries to the first, and wait only for blocks that were started before
-them.
+them.  Where positions don't tell which blocks add to a tile, numbers do that launches before have left
+(:mod:`schedules.tile.mask_walks`): all from one on, up to another, each of which visits the tile.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
@@ -29,6 +33,7 @@ from schedules.families.sm90.wgmma import mn_major, rows_offset
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat, wide
+from schedules.tile.mask_walks import Walked
 from schedules.tile.ordered_sums import (
     add_to_tile,
     await_count,
@@ -41,6 +46,19 @@ from schedules.tile.static import static
 
 #: Tiles of queries that are fetched before their step.
 AHEAD = 2
+
+
+class Turn(NamedTuple):
+    """When a block adds to a tile: after those from number ``first`` on, if it ``adds`` at all (None: all blocks do).
+
+    ``past`` is how many tiles a block that walks over this one is past before; None if that are its steps, as where all
+    begin with the last tile.
+    """
+
+    first: Expr
+    is_last: Expr
+    adds: Expr | None
+    past: Expr | None
 
 
 @T.meta_class
@@ -168,9 +186,9 @@ class QuerySums:
         T.ptx.wgmma.commit_group.sync.aligned()
 
     @T.inline
-    def await_turn(self, head, wanted):
-        """Wait until the block of keys before has added to ``wanted`` tiles of a head."""
-        if self.block.number > 0:
+    def await_turn(self, head, first, wanted):
+        """Wait until the block of keys before is past ``wanted`` tiles of a head, if this one isn't the ``first``."""
+        if self.block.number > first:
             if self.known < wanted:
                 if self.lane == 0:
                     self.known = await_count(self._progress(head, 1), self.known, wanted)
@@ -179,37 +197,41 @@ class QuerySums:
 
     @T.inline
     def tell(self, head, count):
-        """Tell the block of keys after this one that this warp has added to ``count`` tiles of a head."""
+        """Tell the block of keys after this one that this warp is past ``count`` tiles of a head."""
         T.cuda.warp_sync()
         if self.lane == 0:
             T.evaluate(tell(self._progress(head), count))
 
     @T.inline
-    def add(self, head, tile, chunk):
-        """Add a chunk to the sum, or begin it."""
+    def add(self, head, tile, chunk, first):
+        """Add a chunk to the sum, or begin it in the ``first`` block."""
         at: T.int64 = self._sum(head, tile, chunk)
-        if self.block.number == 0:
+        if self.block.number == first:
             for i in T.unroll(8):
                 T.evaluate(store_tile(self.sums.ptr_to([at + i * 128]), *[self.acc[i * 4 + x] for x in range(4)]))
         else:
             for i in T.unroll(8):
                 T.evaluate(add_to_tile(self.sums.ptr_to([at + i * 128]), *[self.acc[i * 4 + x] for x in range(4)]))
 
-    def is_last(self, g, tile):
-        """Whether the keys that a tile of queries sees end in this block."""
+    def turn(self, g, tile) -> Turn:
+        """Which of the blocks that add to a tile this one is."""
         block, M = self.block, self.config.block_m
         last = T.min(tile * M + (M - 1), block.tensors.queries.of(block.batch).length - 1)
+        if isinstance(self.pattern, Walked):
+            first, end = self.pattern.adders(block.site(g), tile * M, last)
+            adds = T.And(block.number >= first, block.number < end)
+            return Turn(first, block.number + 1 == end, adds, self.tiles - 1 - tile)
         end = self.pattern.keys_of(block.site(g), tile * M, last).visible[1]
-        return block.key_first + self.config.block_keys >= end
+        return Turn(T.int32(0), block.key_first + self.config.block_keys >= end, None, None)
 
     @T.inline
-    def write(self, head, tile, chunk):
-        """Add the sum to a chunk, and write it as dq, or add it to what is there."""
+    def write(self, head, tile, chunk, first):
+        """Add the sum to a chunk, if there is one, and write it as dq, or add it to what is there."""
         tensors = T.meta_var(self.block.tensors)
         out = T.meta_var(tensors.gradients["dq"])
         elements = T.meta_var(flat(out.buffer))
         pack = T.meta_var(element_type(self.pattern.dtype).pack)
-        if self.block.number > 0:
+        if self.block.number > first:
             at: T.int64 = self._sum(anew(head), tile, chunk)
             for half in T.unroll(2):
                 for i in T.unroll(4):
@@ -259,23 +281,36 @@ class QuerySums:
         head = T.meta_var(self.block.head(g))
         tile: T.int32 = walk.tile(walk.steps - 1 - i)
         ds = T.meta_var(self.ds.state(self.n))
-        last: T.bool = self.is_last(g, tile)
+        turn = T.meta_var(self.turn(g, tile))
+        last: T.bool = turn.is_last
+        past = T.meta_var(i if turn.past is None else turn.past)
         self.ds.consumer_wait(ds)
         self.fetch(walk, self.n + AHEAD)
+        if static(turn.adds is None):
+            self.add_part(head, tile, ds, turn.first, last, i, past)
+        else:
+            if turn.adds:
+                self.add_part(head, tile, ds, turn.first, last, i, past)
+            else:
+                self.ds.consumer_release(ds, self.lane)
+        if i + 1 == walk.steps:
+            self.tell(head, past + 1)
+        self.n = self.n + 1
+
+    @T.inline
+    def add_part(self, head, tile, ds, first, last, i, past):
+        """Add what the block has of a tile of dq, when it is its turn."""
         for chunk in T.unroll(self.chunks[0] * self.chunks[1]):
             self.multiply(ds, chunk)
             if chunk == 0:
                 # Both take as long as the way to memory and back, or longer: the product runs meanwhile.
                 if T.And(i > 0, T.bitwise_and(i, self.tiles_told - 1) == 0):
-                    self.tell(head, i)
-                self.await_turn(head, i + 1)
+                    self.tell(head, past)
+                self.await_turn(head, first, past + 1)
             T.ptx.wgmma.wait_group.sync.aligned(0)
             if chunk == self.chunks[0] * self.chunks[1] - 1:
                 self.ds.consumer_release(ds, self.lane)
             if last:
-                self.write(head, tile, chunk)
+                self.write(head, tile, chunk, first)
             else:
-                self.add(head, tile, chunk)
-        if i + 1 == walk.steps:
-            self.tell(head, i + 1)
-        self.n = self.n + 1
+                self.add(head, tile, chunk, first)

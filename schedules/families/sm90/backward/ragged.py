@@ -19,9 +19,9 @@ __all__ = ["Config", "default_configs", "feasible", "program", "space"]
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
-    """As those of dense tensors, in sections of a fixed number of heads; but for sinks, whose gradients the joint
+    """As those of dense tensors, in sections of a fixed number of heads; but for sinks and ids, which the joint
     backward has of dense tensors only."""
-    if pattern.has_sink:
+    if pattern.has_sink or not dense.is_plain(pattern):
         return {0: dense.apart(pattern)}
     return {0: replace(dense.default_configs(template, pattern, target)[0], head_section=SECTION)}
 
@@ -30,8 +30,9 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     """Whether the configuration can be compiled for the pattern; None if so."""
     if config.heads_first:
         return Rejected("heads_first: slots of ragged sequences may be more than a grid's third axis has")
-    if config.joint and pattern.has_sink:
-        return Rejected("joint: of ragged sequences it has no sinks")
+    if config.joint and (pattern.has_sink or pattern.atoms):
+        what = "sinks" if pattern.has_sink else "masks that read ids"
+        return Rejected(f"joint: of ragged sequences it has no {what}")
     if refusal := whole_gradients(pattern):
         return refusal
     return dense.feasible(pattern, config, target)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
+from schedules.families.sm90.backward.mask_bits import MaskBits
 from schedules.families.sm90.tensor_tile import FetchedTensors
+from schedules.tile.mask_walks import Walked
 from schedules.tile.weights import Weights
 
 
@@ -15,9 +19,19 @@ class FetchedWeights(FetchedTensors, Weights):
 
 
 def step_weights(
-    pattern: Pattern, at: Site, columns: int, transposed: bool, lane, fetches: bool, **options
-) -> Weights | FetchedWeights:
-    """Those of ``columns`` columns a step, with the ``options`` of :class:`Weights`."""
+    pattern: Pattern,
+    at: Site,
+    columns: int,
+    transposed: bool,
+    lane,
+    fetches: bool,
+    site_anew: Callable[[], Site] | None = None,
+    **options,
+) -> Weights | FetchedWeights | MaskBits:
+    """Those of ``columns`` columns a step, with the ``options`` of :class:`Weights`; ``site_anew`` makes ``at`` again
+    where it isn't to be kept."""
+    if isinstance(pattern, Walked):
+        return MaskBits(pattern, at, columns, lane, site_anew, **options)
     if not fetches:
         return Weights(pattern, at, columns, transposed, asks_once=True, **options)
     found = FetchedWeights(pattern, at, columns, transposed, asks_once=True, **options)
@@ -25,6 +39,6 @@ def step_weights(
     return found
 
 
-def has_fetched(weights: Weights | FetchedWeights) -> bool:
+def has_fetched(weights: Weights | FetchedWeights | MaskBits) -> bool:
     """Whether there is anything to fetch for a step."""
-    return isinstance(weights, FetchedWeights) and len(weights.tensors) > 0
+    return isinstance(weights, MaskBits) or (isinstance(weights, FetchedWeights) and len(weights.tensors) > 0)

@@ -220,6 +220,12 @@ class KeyBlock:
         head = self.head(g)
         return site(self.tensors, Parameters(self.tensors, self.batch, head), self.batch, head)
 
+    def site_anew(self) -> Site:
+        """The same of the first query head, where all are alike: made where it is asked for, so that no register holds
+        any of it throughout the steps."""
+        batch, head = local(anew(self.batch)).source[0], self.head(T.int32(0))
+        return site(self.tensors, Parameters(self.tensors, batch, head), batch, head)
+
     def tiles(self, at: Site) -> QueryTiles:
         """The tiles of queries of one head that the block visits."""
         return QueryTiles(self.pattern, at, self.key_first, self.config.block_keys, self.config.block_m)
