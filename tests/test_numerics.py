@@ -133,3 +133,19 @@ def test_numbers_of_8_bits_are_torchs():
     assert np.array_equal(numerics.encode(x, "float8_e4m3fn"), wanted)
     few = np.array([np.nan, 500, -127.6, 0.5, 1.5], np.float32)
     assert numerics.encode(few, "int8").tolist() == [-128, 127, -127, 0, 2]
+
+
+@pytest.mark.parametrize(("queries", "keys"), ((3, 0), (0, 3), (0, 0)))
+@pytest.mark.parametrize("mask", (reference.full, reference.causal))
+def test_the_reference_knows_calls_without_keys_or_queries(queries, keys, mask):
+    q, dout = np.ones((2, 2, 4, queries, 8))
+    k, v = np.ones((2, 2, 2, keys, 8))
+    out, lse = reference.attention(q, k, v, softmax_scale=0.3, mask=mask)
+    assert not out.any() and np.all(lse == -np.inf)
+    slopes = np.ones(4)
+    found = reference.attention_backward(
+        *(dout, q, k, v), softmax_scale=0.3, mask=mask, score=reference.alibi,
+        params={"alibi_slopes": slopes}, gradients=("alibi_slopes",),
+    )  # fmt: skip
+    assert (found.dq.shape, found.dk.shape, found.dv.shape) == (q.shape, k.shape, v.shape)
+    assert not found.dq.any() and np.array_equal(found.params["alibi_slopes"], np.zeros(4))

@@ -249,7 +249,7 @@ def attention_backward(
         }
     dq = np.einsum("bhij,bhjd->bhid", ds, state.k)
     dk, dv = np.einsum("bhij,bhid->bhjd", ds, state.q), np.einsum("bhij,bhid->bhjd", rounded(state.prob), dout)
-    grouped = (state.q.shape[0], state.kv_heads, -1)
+    grouped = (state.q.shape[0], state.kv_heads, state.q.shape[1] // state.kv_heads)
     dk, dv = (x.reshape(*grouped, *x.shape[2:]).sum(axis=2) for x in (dk, dv))
     return Gradients(dq, dk, dv, found)
 
