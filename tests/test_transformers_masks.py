@@ -99,3 +99,20 @@ def test_a_sink_that_is_none_beside_a_row_without_keys(count):
     sink = torch.full((2, 4, TOKENS, 1), -torch.inf)
     out, _ = integration.attention_forward(MODULE, q, k, v, mask if count > 1 else mask[:, :, 3:4], sinks=sink)
     assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16))
+@pytest.mark.parametrize("option", ("softcap", "position_bias", "s_aux"))
+@falls_back
+def test_rows_without_keys_have_no_nan_by_torch_either(option, dtype):
+    q, k, v = (x.requires_grad_() for x in tensors(dtype))
+    options = {"softcap": 0.7, "position_bias": torch.full((1, 4, TOKENS, TOKENS), -100.0, dtype=dtype)}
+    options["s_aux"] = torch.randn(4)
+    mask = causal(TOKENS)[None, None].repeat(2, 1, 1, 1)
+    mask[1, :, :, :FIRST] = False
+    given = {option: options[option]} | ({"softcap": 30.0} if option == "position_bias" else {})
+    if dtype != torch.float32:  # numbers beyond which there is infinity, or infinity itself
+        mask = torch.where(mask, 0.0, torch.finfo(dtype).min if dtype == torch.float16 else -torch.inf).to(dtype)
+    out, _ = integration.attention_forward(MODULE, q, k, v, mask, **given)
+    out[0].square().sum().backward()
+    assert out.isfinite().all() and all(x.grad.isfinite().all() for x in (q, k, v))

@@ -57,7 +57,9 @@ def attention(
     else:
         added = visible
         if bias is not None:
-            added = bias.to(query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
+            lowest = torch.finfo(query.dtype).min
+            added = torch.where(bias.isneginf(), bias, bias.clamp(min=lowest)).to(query.dtype)
+            added = added.masked_fill(~visible, lowest)
         out, found = scaled_dot_product_attention(query, key, value, added, dropout, scale=scaling), None
     out = out.transpose(1, 2)  # (batch, seqlen_q, heads, head_dim_v)
     if sequences is not None and batch > 1:
@@ -104,18 +106,22 @@ def _same_sequence(sequences, window, seqlen_q: int, keys: int, device) -> torch
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    return b if a is None else a if b is None else a + b
+    if a is None or b is None:
+        return b if a is None else a
+    return a.to(torch.promote_types(a.dtype, torch.float32)) + b  # in 16 bits a sum of low numbers is infinite
 
 
 def _written_out(query, key, value, visible, bias, scaling, softcap, sink, dropout):
     """Attention step by step, with a soft cap, sinks, or for its weights."""
-    scores = query @ key.transpose(2, 3) * scaling
+    wide = torch.promote_types(query.dtype, torch.float32)
+    lowest = torch.finfo(wide).min  # nothing is less, so that a row without keys isn't NaN
+    scores = (query @ key.transpose(2, 3) * scaling).to(wide)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    scores = scores if bias is None else scores + bias
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).float()
+    scores = scores if bias is None else scores + bias.to(wide)
+    scores = scores.masked_fill(~visible, lowest).clamp(min=lowest)
     if sink is not None:
         sink = sink.reshape(1, -1, 1, 1) if sink.ndim == 1 else sink
-        sink = sink.float().expand(scores.shape[0], scores.shape[1], scores.shape[2], 1)
+        sink = sink.to(wide).expand(scores.shape[0], scores.shape[1], scores.shape[2], 1)
         scores = torch.cat((scores, sink), -1)
     weights = torch.softmax(scores, -1)
     weights = weights if sink is None else weights[..., :-1]
