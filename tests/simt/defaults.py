@@ -11,7 +11,7 @@ from schedules.builder.suite import KernelSpec
 from schedules.definition.pattern import Pattern
 from schedules.families import maker_of
 from schedules.families.interface import Target
-from tests.simt.simulate import Simulated
+from tests.simt.simulate import Simulated, with_places
 from tvm_flash.packs.manifest import KernelEntry
 
 
@@ -42,14 +42,16 @@ class DefaultKernel:
 
 
 def default_kernel(
-    spec: KernelSpec, arch: str, folder: Path, pattern: Pattern | None = None, configs=None, **changes
+    spec: KernelSpec, arch: str, folder: Path, pattern: Pattern | None = None, configs=None, places: str = "", **changes
 ) -> DefaultKernel:
     """Lower a spec and compile it in ``folder``; ``pattern`` is that of a definition that has no name, ``configs`` what
-    gives the configurations in place of the default's, ``changes`` are fields that are others."""
+    gives the configurations in place of the default's, ``places`` which calls are numbered (``with_places``),
+    ``changes`` are fields that are others."""
     target = Target(arch)
     pattern = pattern or pattern_of(spec, target)
     configs = configs or maker_of(target, spec.kind).default_configs
     config = configs(spec.template, pattern, target)[0]
     config = replace(config, **changes)
     lowered = lower(spec, pattern, target, config)
-    return DefaultKernel(spec, target, pattern, lowered, Simulated(lowered.program, lowered.text, folder))
+    text = with_places(lowered.text, places)[0] if places else lowered.text
+    return DefaultKernel(spec, target, pattern, lowered, Simulated(lowered.program, text, folder))

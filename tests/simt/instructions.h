@@ -14,14 +14,15 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-extern dim3 threadIdx, blockIdx, gridDim;
+extern dim3 threadIdx, blockIdx, gridDim, clusterDim;
 
 namespace simt {
 
 // ------------------------------------------------------------------ launches
 
-// Runs ``body`` as each thread of each block; ``shared_bytes`` are what it asks for behind its arrays of known size.
-void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body);
+// Runs ``body`` as each thread of each block, of which ``cluster`` are together; ``shared_bytes`` are what it asks for
+// behind its arrays of known size.
+void run(dim3 grid, dim3 size, dim3 cluster, size_t shared_bytes, std::function<void()> body);
 // Whether the statement at a numbered place of the source is to be executed.
 bool reach(int place);
 uint8_t* shared();
@@ -33,6 +34,10 @@ void leave();
 void barrier_all();
 int barrier_or(int predicate);
 void barrier(uint32_t id, uint32_t count, bool stays = true);
+void cluster_arrive();
+void cluster_wait();
+// An address in the shared memory of the block of rank ``rank`` in the cluster.
+uint32_t map_to_rank(uint32_t address, uint32_t rank);
 void sync_warp();
 int elect();
 int lane();
@@ -63,6 +68,7 @@ void commit();
 void wait(size_t in_flight);
 void load4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from);
 void load2(uint32_t& a, uint32_t& b, uint32_t from);
+void load2_of_cluster(float& a, float& b, uint32_t from);
 void load_or_zero(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from, int exists);
 void load_half_or_zero(uint32_t& a, uint32_t& b, const void* from, int exists);
 void store_shared(uint32_t to, const void* words, uint32_t bytes);

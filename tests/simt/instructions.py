@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-ASM = re.compile(r'asm volatile\(\s*((?:"[^"]*"\s*)+)(.*?)\);', re.S)
+ASM = re.compile(r'asm(?: volatile)?\(\s*((?:"[^"]*"\s*)+)(.*?)\);', re.S)
 _OPERAND = re.compile(r'"[=+&]*[rlf]"\((\w+)\)')
 _OFFSET = r"\[%\d+\+?(\d*)\]"
 
@@ -17,11 +17,14 @@ _INSTRUCTIONS = {
     # Where a thread is, and its end.
     r"mov\.u32 %0, %%tid\.(?P<axis>\w);": "{0} = threadIdx.{axis};",
     r"mov\.u32 %0, %%ctaid\.(?P<axis>\w);": "{0} = blockIdx.{axis};",
+    r"mov\.u32 %0, %%cluster_ctaid\.(?P<axis>\w);": "{0} = blockIdx.{axis} % clusterDim.{axis};",
     r"mov\.u32 %0, %%nctaid\.(?P<axis>\w);": "{0} = gridDim.{axis};",
     r".*elect\.sync ": "{0} = simt::elect();",
     r"exit;": "simt::leave();",
     r"setmaxnreg\.|griddepcontrol\.": "",  # blocks and launches run one after the other
     # Loads, stores, cp.async.
+    r"ld\.shared::cluster\.v2": "simt::load2_of_cluster({0}, {1}, {2} + {offset});",
+    r"mapa\.shared::cluster\.u32 ": "{0} = simt::map_to_rank({1}, {2});",
     r"ld\.shared\.v2": "simt::load2({0}, {1}, {2} + {offset});",
     r"ld\.shared\.v4": "simt::load4({0}, {1}, {2}, {3}, {4} + {offset});",
     r"st\.shared\.v[24]\.\w\d\d |st\.shared\.\w\d\d ": "simt::store_shared({0} + {offset}, {{{rest1}}});",
@@ -56,6 +59,8 @@ _INSTRUCTIONS = {
     r"stmatrix\.sync\.aligned\.m8n8\.x[124]\.trans\.": "simt::stmatrix({0} + {offset}, {{{rest1}}}, true);",
     r"stmatrix\.sync\.aligned\.m8n8\.x[124]\.": "simt::stmatrix({0} + {offset}, {{{rest1}}}, false);",
     r"movmatrix\.sync\.aligned\.m8n8\.trans\.": "{0} = simt::movmatrix({1});",
+    r"barrier\.cluster\.arrive\b": "simt::cluster_arrive();",
+    r"barrier\.cluster\.wait\b": "simt::cluster_wait();",
     r"bar\.sync %0, %1": "simt::barrier({0}, {1});",
     r"bar\.arrive %0, %1": "simt::barrier({0}, {1}, false);",
     r"fence\.proxy\.async": "simt::fence_async();",

@@ -19,7 +19,7 @@
 #include "fiber.h"
 #include "instructions.h"
 
-dim3 threadIdx, blockIdx, gridDim;
+dim3 threadIdx, blockIdx, gridDim, clusterDim;
 
 namespace simt {
 
@@ -69,7 +69,7 @@ struct Wait {
 struct Thread {
   Fiber fiber;
   std::unique_ptr<char[]> stack;
-  bool done = false;
+  bool done = false, at_cluster = false;  // has arrived at the cluster's barrier, which isn't complete yet
   Wait wait;
   std::vector<Copy> open;                // cp.async copies of the group that isn't committed yet
   std::deque<std::vector<Copy>> groups;  // those that are
@@ -84,8 +84,25 @@ struct Meeting {
   int value = 0, result = 0;
 };
 
+// A part of the machine that works beside a block's threads, and what the scheduler asks of it.
+struct Unit {
+  virtual ~Unit() {}
+  virtual void begin() {}                            // a block begins
+  virtual bool advance() { return false; }           // no thread can go on: whether this lets one
+  virtual std::string describe(const Wait&) { return ""; }  // what somebody waits for, if it is of this unit
+  virtual void end() {}                              // all threads have ended: fail if anything of theirs hasn't
+
+  // How to make those of a block.
+  static std::vector<std::function<std::unique_ptr<Unit>()>>& kinds() {
+    static std::vector<std::function<std::unique_ptr<Unit>()>> kinds;
+    return kinds;
+  }
+};
+
 struct Block {
+  dim3 index;
   std::vector<Thread> threads;
+  std::vector<std::unique_ptr<Unit>> units;
   std::vector<uint8_t> shared;
   std::vector<Meeting> warps = std::vector<Meeting>(32), barriers = std::vector<Meeting>(16);
   Fiber scheduler;
@@ -95,18 +112,24 @@ struct Block {
 };
 static Block* block;
 
-// A part of the machine that works beside the threads, and what the scheduler asks of it.
-struct Unit {
-  Unit() { all().push_back(this); }
-  virtual void begin() {}                            // a block begins
-  virtual bool advance() { return false; }           // no thread can go on: whether this lets one
-  virtual std::string describe(const Wait&) { return ""; }  // what somebody waits for, if it is of this unit
-  virtual void end() {}                              // all threads have ended: fail if anything of theirs hasn't
+// The blocks that run together, and how often they have met; ``block`` is the one of them whose turn it is.
+struct Cluster {
+  std::vector<Block> blocks;
+  uint32_t meetings = 0;
+};
+static Cluster* cluster;
 
-  static std::vector<Unit*>& all() {
-    static std::vector<Unit*> units;
-    return units;
+// A unit of the block whose turn it is.
+template <typename Own>
+class OfBlock {
+ public:
+  OfBlock() : number_(Unit::kinds().size()) {
+    Unit::kinds().push_back([] { return std::make_unique<Own>(); });
   }
+  Own* operator->() const { return static_cast<Own*>(block->units[number_].get()); }
+
+ private:
+  const size_t number_;
 };
 
 static Thread& self() { return block->threads[block->current]; }
@@ -177,6 +200,46 @@ void barrier(uint32_t id, uint32_t count, bool stays) {
 
 void barrier_all() { barrier(0, block->threads.size()); }
 
+constexpr const char* kCluster = "the barrier of its cluster";
+
+// Complete when all threads of the cluster that haven't ended have arrived, which is seen when no other can go on.
+void cluster_arrive() {
+  if (self().at_cluster) fail("arrives at the barrier of its cluster again before that is complete");
+  self().at_cluster = true;
+}
+void cluster_wait() {
+  if (self().at_cluster) wait_until(&cluster->meetings, ~0u, cluster->meetings, kCluster, 0);
+}
+static bool cluster_meets() {
+  bool anyone = false;
+  for (Block& own : cluster->blocks)
+    for (Thread& t : own.threads) {
+      if (!t.done && !t.at_cluster) return false;
+      anyone = anyone || !t.done;
+    }
+  for (Block& own : cluster->blocks)
+    for (Thread& t : own.threads) t.at_cluster = false;
+  cluster->meetings++;
+  return anyone;
+}
+
+constexpr uint32_t kRankShift = 24;  // above every address in a block's shared memory
+
+uint32_t map_to_rank(uint32_t address, uint32_t rank) {
+  if (rank >= cluster->blocks.size()) fail_with("rank ", rank, " in a cluster of ", cluster->blocks.size(), " blocks");
+  return address + (rank + 1 << kRankShift);
+}
+// Where an address of the cluster is; a block that has ended has no memory left.
+static uint8_t* at_of_cluster(uint32_t address, uint32_t bytes) {
+  Block& other = address >> kRankShift ? cluster->blocks[(address >> kRankShift) - 1] : *block;
+  uint64_t offset = (address & (1 << kRankShift) - 1) - uint64_t(kSharedBase);
+  if (offset + bytes > other.shared.size()) fail_with("reads beyond another block's shared memory, at offset ", offset);
+  if (address % bytes) fail_with("reads ", bytes, " bytes at offset ", offset, " of another block");
+  if (std::all_of(other.threads.begin(), other.threads.end(), [](const Thread& t) { return t.done; }))
+    fail("reads the shared memory of a block that has ended");
+  return other.shared.data() + offset;
+}
+
 int barrier_or(int predicate) {
   Meeting& place = block->barriers[0];
   place.value |= predicate != 0;
@@ -231,7 +294,7 @@ static std::string waiting() {
       const Meeting& place = block->barriers[wait.which];
       text << " " << wait.which << " (" << place.arrived << " of " << place.count << " threads are there)";
     }
-    for (Unit* unit : Unit::all()) text << unit->describe(wait);
+    for (auto& unit : block->units) text << unit->describe(wait);
   }
   return text.str();
 }
@@ -269,45 +332,77 @@ static bool run_warp(Block& own, const int* threads) {
   return moved;
 }
 
-// All threads of a block, from their first instruction to their last: one warp after the other runs as far as it can.
-static void run_block(Block& own, const std::vector<int>& order) {
-  auto all_done = [&] { return std::all_of(own.threads.begin(), own.threads.end(), [](Thread& t) { return t.done; }); };
-  while (!all_done()) {
+// A block's turn: one warp after the other runs as far as it can.  Whether anything has moved.
+static bool run_block(Block& own, const std::vector<int>& order) {
+  block = &own;
+  blockIdx = own.index;
+  bool moved = false;
+  for (size_t first = 0; first < order.size(); first += kWarp)
+    while (run_warp(own, &order[first])) moved = true;
+  for (auto& unit : own.units) moved = unit->advance() || moved;
+  return moved;
+}
+
+static void begin(Block& own, dim3 index, size_t shared_bytes) {
+  block = &own;
+  own.index = blockIdx = index;
+  own.shared.assign(shared_bytes, 0xff);  // NaN, whatever it is read as
+  own.barriers.assign(16, Meeting()), own.warps.assign(32, Meeting());
+  for (Thread& t : own.threads) {
+    t.done = t.at_cluster = false, t.wait = Wait();
+    t.open.clear(), t.groups.clear();
+    t.fiber.begin(t.stack.get(), kStack, start);
+  }
+  for (auto& unit : own.units) unit->begin();
+}
+
+// All threads of a cluster's blocks, from their first instruction to their last.
+static void run_cluster(const std::vector<int>& order) {
+  auto is_done = [](const Block& own) {
+    return std::all_of(own.threads.begin(), own.threads.end(), [](const Thread& t) { return t.done; });
+  };
+  while (!std::all_of(cluster->blocks.begin(), cluster->blocks.end(), is_done)) {
     bool moved = false;
-    for (size_t first = 0; first < order.size(); first += kWarp)
-      while (run_warp(own, &order[first])) moved = true;
-    for (Unit* unit : Unit::all()) moved = moved || unit->advance();
-    if (!moved) fail("its threads wait for each other forever:" + waiting());
+    for (Block& own : cluster->blocks) moved = run_block(own, order) || moved;
+    if (moved || cluster_meets()) continue;
+    std::string found;
+    for (Block& own : cluster->blocks) block = &own, blockIdx = own.index, found += waiting();
+    fail("its threads wait for each other forever:" + found);
+  }
+  for (Block& own : cluster->blocks) {
+    block = &own, blockIdx = own.index;
+    for (auto& unit : own.units) unit->end();
   }
 }
 
-void run(dim3 grid, dim3 size, size_t shared_bytes, std::function<void()> body) {
+void run(dim3 grid, dim3 size, dim3 of_cluster, size_t shared_bytes, std::function<void()> body) {
   if (size.x % kWarp || size.y != 1 || size.z != 1) TVM_FFI_THROW(RuntimeError) << "a block of " << size.x << " threads";
   if (grid.y > 65535 || grid.z > 65535) TVM_FFI_THROW(RuntimeError) << "a grid of " << grid.y << " times " << grid.z << " rows";
-  gridDim = grid;
-  Block own;
-  own.body = body;
-  own.threads.resize(size.x);
-  for (Thread& t : own.threads) t.stack.reset(new char[kStack]);
+  unsigned blocks = of_cluster.x * of_cluster.y * of_cluster.z;
+  if (blocks > 16 || grid.x % of_cluster.x || grid.y % of_cluster.y || grid.z % of_cluster.z)
+    TVM_FFI_THROW(RuntimeError) << "clusters of " << blocks << " blocks, in which the grid isn't whole";
+  gridDim = grid, clusterDim = of_cluster;
+  Cluster own;
+  own.blocks.resize(blocks);
+  for (Block& each : own.blocks) {
+    each.body = body;
+    each.threads.resize(size.x);
+    for (Thread& t : each.threads) t.stack.reset(new char[kStack]);
+    for (auto& make : Unit::kinds()) each.units.push_back(make());
+  }
   std::vector<int> order = turns(size.x);
   struct Current {
-    Current(Block& own) { block = &own; }
-    ~Current() { block = nullptr; }
+    Current(Cluster& own) { cluster = &own; }
+    ~Current() { cluster = nullptr, block = nullptr; }
   } current(own);
-  for (unsigned z = 0; z < grid.z; z++)
-    for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x; x++) {
-        blockIdx = dim3(x, y, z);
-        own.shared.assign(shared_bytes + kArrays + 16, 0xff);  // NaN, whatever it is read as
-        own.barriers.assign(16, Meeting()), own.warps.assign(32, Meeting());
-        for (Thread& t : own.threads) {
-          t.done = false, t.wait = Wait();
-          t.open.clear(), t.groups.clear();
-          t.fiber.begin(t.stack.get(), kStack, start);
-        }
-        for (Unit* unit : Unit::all()) unit->begin();
-        run_block(own, order);
-        for (Unit* unit : Unit::all()) unit->end();
+  for (unsigned z = 0; z < grid.z; z += clusterDim.z)
+    for (unsigned y = 0; y < grid.y; y += clusterDim.y)
+      for (unsigned x = 0; x < grid.x; x += clusterDim.x) {
+        for (unsigned i = 0; i < blocks; i++)
+          begin(own.blocks[i],
+                dim3(x + i % clusterDim.x, y + i / clusterDim.x % clusterDim.y, z + i / clusterDim.x / clusterDim.y),
+                shared_bytes + kArrays + 16);
+        run_cluster(order);
       }
 }
 

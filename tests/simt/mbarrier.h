@@ -53,7 +53,7 @@ struct Mbarriers : Unit {
     memcpy(at(address), &value, 8);
   }
 };
-static Mbarriers mbarriers;
+static OfBlock<Mbarriers> mbarriers;
 
 constexpr const char* kTransaction = "mbarrier";
 
@@ -67,16 +67,16 @@ std::string Mbarriers::describe(const Wait& wait) {
   return text.str();
 }
 
-void mbarrier_init(uint32_t address, uint32_t count) { mbarriers.init(address, count); }
+void mbarrier_init(uint32_t address, uint32_t count) { mbarriers->init(address, count); }
 void mbarrier_arrive(uint32_t address, uint32_t count) {
-  Mbarrier& own = mbarriers.find(address);
+  Mbarrier& own = mbarriers->find(address);
   if (count > own.pending)
     fail_with("arrives at mbarrier ", own.number, ", which has had all ", own.expected, " arrivals of phase ", own.phase,
               " already");
   own.pending -= count;
   own.complete();
 }
-void mbarrier_expect(uint32_t address, uint32_t bytes) { mbarriers.find(address).bytes += bytes; }
+void mbarrier_expect(uint32_t address, uint32_t bytes) { mbarriers->find(address).bytes += bytes; }
 void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) {
   mbarrier_expect(address, bytes);
   mbarrier_arrive(address, 1);
@@ -84,10 +84,10 @@ void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) {
 void mbarrier_wait(uint32_t address, uint32_t parity) {
   if (parity > 1) fail_with("waits for parity ", parity);
   if (std::exchange(next_parity_is_other, false)) parity ^= 1;
-  wait_until(&mbarriers.find(address).phase, 1, parity, kTransaction, address);
+  wait_until(&mbarriers->find(address).phase, 1, parity, kTransaction, address);
 }
 uint32_t mbarrier_test(uint32_t address, uint32_t parity) {
-  return (mbarriers.find(address).phase & 1) != parity;
+  return (mbarriers->find(address).phase & 1) != parity;
 }
 
 }  // namespace simt

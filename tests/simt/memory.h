@@ -35,9 +35,9 @@ struct Unfenced : Unit {
                 (thread - 1) / kWarp, ", lane ", (thread - 1) % kWarp, " wrote without a fence.proxy.async since");
   }
 };
-static Unfenced unfenced;
+static OfBlock<Unfenced> unfenced;
 
-void fence_async() { unfenced.fence(block->current); }
+void fence_async() { unfenced->fence(block->current); }
 
 // Copies land when they are waited for, and those that nobody has waited for just before their thread loads 16 bytes (as
 // it does of its output): so that what was written to their place too early is lost, as it may be on hardware.
@@ -45,7 +45,7 @@ static void land(const std::vector<Copy>& copies) {
   for (const Copy& c : copies) {
     memset(at(c.to), 0, c.whole);
     memcpy(at(c.to), c.from, c.size);
-    unfenced.wrote(block->current, c.to, c.whole);
+    unfenced->wrote(block->current, c.to, c.whole);
   }
 }
 void wait(size_t in_flight) {
@@ -73,10 +73,14 @@ void load2(uint32_t& a, uint32_t& b, uint32_t from) {
   const uint32_t* p = (const uint32_t*)at(from);
   a = p[0], b = p[1];
 }
+void load2_of_cluster(float& a, float& b, uint32_t from) {
+  memcpy(&a, at_of_cluster(from, 8), 4);
+  memcpy(&b, at_of_cluster(from, 8) + 4, 4);
+}
 void store_shared(uint32_t to, const void* words, uint32_t bytes) {
   check_shared(to, bytes, bytes, "st.shared");
   memcpy(at(to), words, bytes);
-  unfenced.wrote(block->current, to, bytes);
+  unfenced->wrote(block->current, to, bytes);
 }
 void add(float* to, std::initializer_list<float> values) {
   for (float value : values) *to++ += value;

@@ -41,16 +41,26 @@ static uint4 make_uint4(uint x, uint y, uint z, uint w) { return {x, y, z, w}; }
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr int cudaSuccess = 0, cudaErrorCudartUnloading = 4, cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+constexpr int cudaFuncAttributeNonPortableClusterSizeAllowed = 14;
 static const char* cudaGetErrorString(int) { return ""; }
 static int cudaGetLastError() { return 0; }
 static int cudaGetDevice(int* device) { return *device = 0; }
 template <typename Kernel>
 static int cudaFuncSetAttribute(Kernel, int, int) { return 0; }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 // What kernels' host halves ask of the library that launches them.

@@ -37,7 +37,8 @@ _BEGIN = "#define ushort unsigned short\n#endif\n"
 _LAUNCH = """
 template <typename... Params, typename... Args>
 static cudaError_t tvm_cuda_host_launch(void (*kernel)(Params...), const cudaLaunchConfig_t* config, Args... args) {
-  simt::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [=] { kernel((Params)args...); });
+  dim3 cluster = config->numAttrs ? config->attrs->val.clusterDim : dim3();
+  simt::run(config->gridDim, config->blockDim, cluster, config->dynamicSmemBytes, [=] { kernel((Params)args...); });
   return cudaSuccess;
 }
 """
@@ -161,12 +162,13 @@ class Simulated:
 
         Parameters
         ----------
-        tensors: tensors and numbers by role.  ``q``, ``k``, ``v`` give the sizes of the problem.
+        tensors: tensors and numbers by role.  ``q``, ``k``, ``v`` give the sizes of the problem, from which numbers of
+            the program follow that aren't given.
         layout: of q, k and v: ``"bhsd"`` as V1 has it, or ``"bshd"``.
         """
         problem = problem_of(*(tensors[role] for role in "qkv"), layout)
         for scalar in self.program.scalars:
-            problem[scalar.name] = evaluate(scalar.value, problem)
+            problem[scalar.name] = tensors.get(scalar.name, evaluate(scalar.value, problem))
         workspaces = {}
         for workspace in self.program.workspaces:
             shape = [evaluate(size, problem) for size in workspace.shape]
@@ -176,7 +178,8 @@ class Simulated:
             workspaces[workspace.name] = memory.view(getattr(torch, workspace.dtype)).reshape(shape)
         given = {**problem, **workspaces, **tensors}
         for launch in self.program.launches:
-            self.module[launch.symbol](*(given[role] for role in launch.roles))
+            if not launch.when or given[launch.when]:
+                self.module[launch.symbol](*(given[role] for role in launch.roles))
         return workspaces
 
 

@@ -128,7 +128,7 @@ struct BulkCopies : Unit {
 
  private:
   bool land_phase(uint32_t barrier) {
-    Mbarrier& own = mbarriers.find(barrier);
+    Mbarrier& own = mbarriers->find(barrier);
     uint32_t phase = own.phase;
     std::deque<Load> others;
     for (Load& load : loads) {
@@ -145,27 +145,27 @@ struct BulkCopies : Unit {
     return true;
   }
 };
-static BulkCopies bulk_copies;
+static OfBlock<BulkCopies> bulk_copies;
 
 static void load_bulk(uint32_t barrier, Pieces pieces) {
-  mbarriers.find(barrier);
+  mbarriers->find(barrier);
   for (const Piece& p : pieces) {
     memset(at(p.shared), 0xff, p.bytes);
-    for (uint32_t x = 0; x < p.bytes; x += kChunk) unfenced.overwritten(p.shared + x);
+    for (uint32_t x = 0; x < p.bytes; x += kChunk) unfenced->overwritten(p.shared + x);
   }
-  bulk_copies.loads.push_back({barrier, std::move(pieces)});
+  bulk_copies->loads.push_back({barrier, std::move(pieces)});
 }
 static void store_bulk(Pieces pieces, bool adds) {
   Store store = {std::move(pieces), {}, adds};
   for (const Piece& p : store.pieces) {
-    for (uint32_t x = 0; x < p.bytes; x += kChunk) unfenced.check(p.shared + x, "a bulk store");
+    for (uint32_t x = 0; x < p.bytes; x += kChunk) unfenced->check(p.shared + x, "a bulk store");
     store.seen.insert(store.seen.end(), at(p.shared), at(p.shared) + p.bytes);
   }
-  bulk_copies.open[block->current].push_back(std::move(store));
+  bulk_copies->open[block->current].push_back(std::move(store));
 }
 void commit_bulk() {
-  auto& open = bulk_copies.open[block->current];
-  bulk_copies.groups[block->current].push_back(std::move(open));
+  auto& open = bulk_copies->open[block->current];
+  bulk_copies->groups[block->current].push_back(std::move(open));
   open.clear();
 }
 static void finish(const Store& store) {
@@ -180,7 +180,7 @@ static void finish(const Store& store) {
   }
 }
 void wait_bulk(size_t in_flight) {
-  auto& groups = bulk_copies.groups[block->current];
+  auto& groups = bulk_copies->groups[block->current];
   for (; groups.size() > in_flight; groups.pop_front())
     for (const Store& store : groups.front()) finish(store);
 }

@@ -141,7 +141,7 @@ void stmatrix(uint32_t to, std::initializer_list<uint32_t> registers, bool trans
     int first = int(warp - block->threads.data()), matrices = warp[0].in[2];
     for (int i = 0; i < matrices * 8; i++) {
       check_shared(warp[i].in[0], kChunk, kChunk, "stmatrix");
-      unfenced.wrote(first + i, warp[i].in[0], kChunk);
+      unfenced->wrote(first + i, warp[i].in[0], kChunk);
     }
     for (int m = 0; m < matrices; m++)
       for (int l = 0; l < kWarp; l++)

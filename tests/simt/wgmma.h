@@ -57,7 +57,7 @@ struct Operand {
     for_each_chunk([&](uint32_t address, int to) {
       int line = transposed ? to % lines : to / kDepth;
       check_shared(address, kChunk, kChunk, "wgmma");
-      if (line >= first && line < last) unfenced.check(address, "wgmma");
+      if (line >= first && line < last) unfenced->check(address, "wgmma");
       memcpy(&seen[to], at(address), kChunk);
     });
   }
@@ -203,20 +203,20 @@ struct Wgmma : Unit {
     }
   }
 };
-static Wgmma wgmma_unit;
+static OfBlock<Wgmma> wgmma_unit;
 
 void wgmma(float* const* d, const uint32_t* a, const Shape& shape) {
   Thread& me = self();
   me.bring[0] = d, me.bring[1] = &shape;
   if (shape.a_in_registers) memcpy(me.in, a, 16);
-  together([](Thread* threads) { wgmma_unit.issue(threads); });
+  together([](Thread* threads) { wgmma_unit->issue(threads); });
 }
 void wgmma_fence() {
-  together([](Thread* threads) { wgmma_unit.warps[(threads - block->threads.data()) / kWarp].fenced = true; });
+  together([](Thread* threads) { wgmma_unit->warps[(threads - block->threads.data()) / kWarp].fenced = true; });
 }
 void wgmma_commit() {
   together([](Thread* threads) {
-    WarpProducts& own = wgmma_unit.warps[(threads - block->threads.data()) / kWarp];
+    WarpProducts& own = wgmma_unit->warps[(threads - block->threads.data()) / kWarp];
     own.groups.push_back(std::move(own.open));
     own.open.clear();
     own.fenced = false;
@@ -224,7 +224,7 @@ void wgmma_commit() {
 }
 void wgmma_wait(size_t in_flight) {
   self().in[0] = in_flight;
-  together([](Thread* threads) { wgmma_unit.wait(threads, threads[0].in[0]); });
+  together([](Thread* threads) { wgmma_unit->wait(threads, threads[0].in[0]); });
 }
 
 }  // namespace simt
