@@ -68,11 +68,28 @@ def combine(sums: T.handle, count: T.handle, o: T.handle, lse: T.handle):
                 L[(b * heads + h) * rows + i] = T.log(N[b, h])
 
 
+@T.prim_func(s_tir=True)
+def replace(o: T.handle, value: T.int64):
+    """Another value for every element."""
+    T.func_attr({"global_symbol": "mean_decode_replace"})
+    batch, heads, rows, dim = T.int64(), T.int64(), T.int64(), T.int64()
+    O = T.match_buffer(o, (batch, heads, rows, dim), "float32")
+    with T.sblock("all"):
+        T.reads()
+        T.writes()
+        for b, h, i, e in T.grid(batch, heads, rows, dim):
+            O[b, h, i, e] = T.Cast("float32", value)
+
+
+#: Keys from which on there is another value.
+MANY = 100
+
 PROGRAM = Program(
     "forward",
     (
         ScheduledLaunch(partial, ("q", "v", "sums", "count", "split_length")),
         ScheduledLaunch(combine, ("sums", "count", "o", "lse")),
+        ScheduledLaunch(replace, ("o", "value"), when="value"),
     ),
     "s_tir",
     alignment=4,
@@ -84,6 +101,7 @@ PROGRAM = Program(
     scalars=(
         Scalar("split_length", ("steps", "seqlen_kv", (0, 4), (16, 8))),
         Scalar("splits", ("ceildiv", "seqlen_kv", "split_length")),
+        Scalar("value", ("steps", "seqlen_kv", (0, 0), (MANY, 7))),
     ),
     max_rows=8,
 )
@@ -106,7 +124,7 @@ def built(tmp_path_factory):
         module=module.file,
         alignment=PROGRAM.alignment,
         index_bits=PROGRAM.index_bits,
-        launches=(*(Launch(x.symbol, x.arguments) for x in PROGRAM.launches),),
+        launches=(*(Launch(x.symbol, x.arguments, x.when) for x in PROGRAM.launches),),
         workspaces=PROGRAM.workspaces,
         scalars=PROGRAM.scalars,
         max_rows=PROGRAM.max_rows,
@@ -146,6 +164,21 @@ def test_both_paths(installed, keys, framework):
     with fast.switched_off():
         assert_right(flash_attention(*arguments, return_lse=True), v)
     assert np.array_equal(np.asarray(flash_attention(*arguments)), np.asarray(flash_attention(*arguments)))
+
+
+@pytest.mark.parametrize("keys", (MANY - 1, MANY))
+@pytest.mark.parametrize("framework", ("numpy", "torch", "jax"))
+def test_a_launch_is_left_out_where_its_number_is_0(installed, keys, framework):
+    q, k, v = inputs(keys)
+    convert = {"numpy": np.asarray, "torch": torch.from_numpy}
+    if framework == "jax":
+        convert["jax"] = pytest.importorskip("jax").numpy.asarray
+    arguments = [convert[framework](x) for x in (q, k, v)]
+    want = v.astype(np.float64).mean(axis=2, keepdims=True).repeat(2, axis=2) if keys < MANY else 7
+    for _ in range(3):
+        assert np.abs(np.asarray(flash_attention(*arguments)) - want).max() < 1e-6
+    with fast.switched_off():
+        assert np.abs(np.asarray(flash_attention(*arguments)) - want).max() < 1e-6
 
 
 def test_the_fast_path_knows_it(installed, monkeypatch):
@@ -203,8 +236,9 @@ def test_a_launch_that_fails(built, use_packs, tmp_path, broken):
 def test_the_manifest_says_it_all(installed):
     (kernel,) = registry().kernels("cpu")
     entry = kernel.entry
-    assert [x.role for x in entry.arguments] == ["q", "v", "sums", "count", "split_length", "o", "lse"]
+    assert [x.role for x in entry.arguments] == ["q", "v", "sums", "count", "split_length", "o", "lse", "value"]
     text = Manifest("cpu", {}, (), (entry,)).to_json()
     assert Manifest.from_json(text).kernels == (entry,)
+    assert [x.when for x in entry.launches] == ["", "", "value"]
     with pytest.raises(ValueError, match="no expression of sizes"):
         Manifest.from_json(text.replace('"ceildiv"', '"divide"'))

@@ -321,7 +321,7 @@ def entry_of(
         mask=spec.mask,
         score=spec.score,
         params=pattern.params,
-        launches=tuple(Launch(x.symbol, x.arguments) for x in program.launches),
+        launches=tuple(Launch(x.symbol, x.arguments, x.when) for x in program.launches),
         workspaces=program.workspaces,
         scalars=program.scalars,
         bucket=spec.bucket,

@@ -102,11 +102,12 @@ class Rejected:
 class ScheduledLaunch:
     """One function of a program, and the role of each of its parameters, in order.
 
-    The function's global symbol is the launch's.  Roles are those of :mod:`tvm_flash.packs.manifest`.
+    The function's global symbol is the launch's.  Roles, and ``when``, are those of :mod:`tvm_flash.packs.manifest`.
     """
 
     func: PrimFunc
     roles: tuple[str, ...]
+    when: str = ""
 
     def __post_init__(self):
         if len(self.func.params) != len(self.roles):
@@ -146,6 +147,8 @@ class Program:
     def __post_init__(self):
         named = [x.name for x in (*self.workspaces, *self.scalars)]
         taken = {role for launch in self.launches for role in launch.roles}
+        if not {x.when for x in self.launches if x.when} <= taken:
+            raise ValueError(f"no launch of {taken} takes the number that says whether another is needed")
         if len(set(named)) < len(named) or not {w.name for w in self.workspaces} <= taken:
             raise ValueError(f"workspaces and scalars {named} must have different names, and launches {taken} use them")
 

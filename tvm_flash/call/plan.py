@@ -88,6 +88,7 @@ class Plan:
         self._launches = [
             (function, [arguments[x.role] for x in launch.arguments], _tensor_roles(launch, absent))
             for function, launch in zip(functions, entry.launches, strict=True)
+            if launch.is_needed(extents)
         ]
         self._misaligned = entry.alignment - 1
         self._realigned: dict[int, Plan] = {}

@@ -255,6 +255,8 @@ def run(
         arguments[role] = TensorSpec(x.shape, strides, entry.dtype_of(role), device.kind, device.index)
     launches = []
     for function, launch in zip(functions, entry.launches, strict=True):
+        if not launch.is_needed(numbers):
+            continue
         roles = [x.role for x in launch.arguments]
         launches.append((Frame(function, [arguments[role] for role in roles]), [r for r in roles if r in arrays]))
     run_launches(launches, device, arrays, written)

@@ -40,6 +40,7 @@ def bind(
     def run() -> None:
         own = {**values, **{w.name: make(shapes[w.name], w.dtype, True) for w in zeroed}}
         for function, launch in zip(functions, entry.launches, strict=True):
-            function(*(own[x.role] for x in launch.arguments))
+            if launch.is_needed(own):
+                function(*(own[x.role] for x in launch.arguments))
 
     return run

@@ -249,10 +249,18 @@ class Argument:
 
 @dataclass(frozen=True)
 class Launch:
-    """One function of a module, by its symbol, and its arguments in order."""
+    """One function of a module, by its symbol, and its arguments in order.
+
+    ``when`` is the role of a number that some launch of the kernel takes; where that is 0, this one is left out.
+    """
 
     symbol: str
     arguments: tuple[Argument, ...]
+    when: str = ""
+
+    def is_needed(self, values: Mapping[str, Any]) -> bool:
+        """Whether it is to be launched, by the numbers of the kernel."""
+        return not self.when or bool(values[self.when])
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Launch:

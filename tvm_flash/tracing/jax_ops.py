@@ -343,7 +343,8 @@ def _by_role(functions: list[Callable], entry: KernelEntry, given: tuple[str, ..
     def call(*arguments):
         values = dict(zip(given, arguments, strict=True))
         for function, launch in zip(functions, entry.launches, strict=True):
-            function(*(values[x.role] for x in launch.arguments))
+            if launch.is_needed(values):
+                function(*(values[x.role] for x in launch.arguments))
 
     return call
 
