@@ -113,7 +113,7 @@ def all_split_lengths(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
     """Keys that are split, at every length that the kernel splits them to: the last split has few keys."""
     lengths = (s.value for s in entry.scalars if s.name == "split_length")
     for steps in itertools.chain.from_iterable(map(_steps, lengths)):
-        for begin, length in steps[2:]:
+        for begin, length in steps[2:] if steps[1] == "seqlen_kv" else ():
             own = {"kv_heads": 2, "seqlen_kv": begin + 3 * length + 5, "dtype": entry.dtype}
             case = Case(1, 4, 2, min(64, entry.head_dim), **own, mask=entry.mask, score=entry.score)
             params = {"window_left": begin + 2 * length, "window_right": 0}
@@ -127,10 +127,18 @@ def runs(entry: KernelEntry, most_units: int = 300) -> Iterator[Trial]:
     """
     if not any(scalar.name == "run" for scalar in entry.scalars):
         return
-    for units in (2, 22, 44, 132, 202, 300):
+    for units, seqlen_kv in (
+        (2, 1101),
+        (22, 1101),
+        (44, 1101),
+        (44, 2301),
+        (132, 330),
+        (132, 2301),
+        (202, 330),
+        (300, 330),
+    ):
         if units > most_units:
             return
-        seqlen_kv = 1101 if units < 132 else 330
         own = {"kv_heads": 2, "seqlen_kv": seqlen_kv, "dtype": entry.dtype, "mask": entry.mask, "score": entry.score}
         case = Case(units // 2, 4, 2, min(64, entry.head_dim), **own)
         data = dataclasses.replace(cases.inputs(case), params=_as_given(entry, _OPEN))

@@ -59,7 +59,7 @@ def test_machine_code(template, bucket, pattern, tmp_path):
     assert count["UTMASTG"] >= 1
 
 
-def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_path):
+def test_decoding_compiles_to_clusters_and_a_second_launch_that_begins_early(tmp_path):
     pattern = pattern_of("window", dtype="bfloat16")
     (config,) = decode.default_configs("v2", pattern, TARGET).values()
     program = decode.program(pattern, config, TARGET, v2.TRAVERSAL, "kernel")
@@ -75,6 +75,7 @@ def test_decoding_compiles_to_two_launches_of_which_the_second_begins_early(tmp_
     assert count["HGMMA"] >= pattern.head_dim // 16 + config.block_n // 16
     assert count["UTMALDG"] >= 3
     assert "griddepcontrol.wait" in text
+    assert text.count("cudaLaunchAttributeClusterDimension") == 1
     device, host = split(text, "kernel.cu")
     embedded = embed(device, host, tmp_path / "kernel.image")
     assert 'kernel(image_library(), "kernel_kernel", false)' in embedded
@@ -97,9 +98,9 @@ def test_decoding_is_feasible(head_dims, dtype, mask, score):
     ("pattern", "change", "reason"),
     [
         ({}, {"block_n": 48}, "doesn't divide every split"),
-        ({}, {"num_stages": 3}, "num_stages 3"),
+        ({}, {"num_stages": 9}, "num_stages 9"),
         ({}, {"num_stages": 4}, "bytes of shared memory"),
-        ({}, {"block_n": 32, "num_stages": 2, "blocks_per_sm": 4}, "registers"),
+        ({"head_dim": 64}, {"block_n": 32, "num_stages": 2, "blocks_per_sm": 5}, "registers"),
         ({"score": "alibi"}, {}, "from head to head"),
     ],
 )
@@ -143,7 +144,7 @@ def test_defaults_are_feasible(template, head_dims, mask, score):
         ({}, {"overlap_tiles": True}, "overlap_tiles"),
         ({"head_dim": 256}, {"block_n": 64, "waves": 1, "overlap_tiles": True}, "overlap_tiles"),
         ({}, {"separate_output": True}, "separate_output"),
-        ({}, {"num_stages": 3}, "num_stages 3"),
+        ({}, {"num_stages": 9}, "num_stages 9"),
         ({}, {"num_stages": 4}, "bytes of shared memory"),
         ({}, {"tiles_per_cta": 3}, "tiles_per_cta 3"),
         ({}, {"num_consumer_warpgroups": 3}, "registers"),

@@ -79,25 +79,48 @@ def test_kernels_for_pages_of_any_size_are_beside_those_that_go_by_boxes():
     assert [s.symbol for s in specs] == ["v2_float16_d128_window_identity_paged_decode_any"]
 
 
-@pytest.mark.parametrize(("kind", "splits"), [("packed", 16), ("apart", 9)])
-def test_runs_fill_the_machine_and_cover_all_splits(kind, splits):
-    """As many as there are places for blocks, whole rows where these are more; then a last round isn't nearly empty."""
-    resident, packs = 264, kind == "packed"
-    target = Target("sm_90a")
-    score = "identity" if packs else "alibi"
+BATCHES = (1, 2, 4, 5, 8, 12, 13, 20, 24, 32, 33, 34, 38, 40, 64, 70, 200, 3000)
+
+
+@pytest.mark.parametrize("score", ["identity", "alibi"])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_kv"), [(1, 1024), (1, 4096), (1, 6000), (1, 32768), (16, 16384)])
+def test_runs_fill_the_machine_and_cover_all_splits(score, seqlen_q, seqlen_kv):
+    """In clusters that are likely to find places, and hold their states, or with a block in as many places as go."""
+    resident, target = 264, Target("sm_90a")
     spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", score, "float16", 128, 128, kind="decode")
     config = decode.default_configs("v2", pattern_of(spec, target), target)[0]
-    assert (config.pack_heads, config.runs) == (packs, True)
+    assert config.pack_heads == (score == "identity")
     program = decode.program(pattern_of(spec, target), config, target, v2.TRAVERSAL, "kernel")
-    scalars = {x.name: x.value for x in program.scalars}
-    for batch in (1, 2, 5, 8, 24, 32, 33, 34, 40, 64, 70, 200, 3000):
-        problem = sizes.of(batch, 32, 1, 8, splits * 256, 128, 128) | {"split_length": 256}
-        run = evaluate(scalars["run"], problem)
-        units, runs = batch * (8 if packs else 32), -(-splits // run)
+    found = set()
+    for batch in BATCHES:
+        extents = sizes.of(batch, 32, seqlen_q, 8, seqlen_kv, 128, 128)
+        for scalar in program.scalars:
+            extents[scalar.name] = evaluate(scalar.value, extents)
+        splits = -(-seqlen_kv // extents["split_length"])
+        run, spread = extents["run"], extents["spread"]
+        units, runs = batch * (8 if config.pack_heads else 32), -(-splits // run)
         assert 1 <= run <= splits
-        if units <= resident:
-            assert run == 1 or resident // 2 < units * runs <= resident
-        else:
-            rounds = units * runs / resident
-            assert run == splits or runs in (3, 4)
-            assert rounds > 3 or rounds / -(-units * runs // resident) > 0.75
+        assert spread in (0, 1)
+        rows = seqlen_q * (4 if config.pack_heads else 1)
+        fits = units * runs <= resident * (13 / 16 if runs > 2 and not spread else 1)
+        assert fits or units > resident or runs == -(-splits * rows // 64)
+        assert run * rows <= 64
+        assert spread or runs <= 8
+        found.add((spread, runs == 1))
+        room = evaluate(program.workspaces[0].shape[0], extents)
+        assert room == (batch * 32 * seqlen_q if spread else 1)
+    assert len(found) > 1 or seqlen_q == 16
+    assert [launch.when for launch in program.launches] == ["", "spread"]
+
+
+def test_splits_of_long_sequences_are_as_long_as_heads_of_keys_allow():
+    target = Target("sm_90a")
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", "identity", "float16", 128, 128, kind="decode")
+    config = decode.default_configs("v2", pattern_of(spec, target), target)[0]
+    program = decode.program(pattern_of(spec, target), config, target, v2.TRAVERSAL, "kernel")
+
+    def length(kv_heads: int, seqlen_kv: int) -> int:
+        return evaluate(program.scalars[0].value, sizes.of(1, 8, 1, kv_heads, seqlen_kv, 128, 128))
+
+    assert [length(1, n) for n in (100, 1024, 2048, 16384, 32768, 131072)] == [64, 128, 256, 512, 512, 2048]
+    assert [length(4, n) for n in (100, 1024, 2048, 16384, 32768, 131072)] == [64, 128, 256, 512, 1024, 4096]

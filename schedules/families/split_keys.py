@@ -20,6 +20,7 @@ from schedules.families.limits import by_head_dim
 from schedules.tile.combine import Sinks, combine, combine_ragged
 from schedules.tile.fold import fold_states
 from schedules.tile.tile_scheduler import Traversal, ceildiv
+from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Scalar, Workspace
 
 #: Query rows that share a key up to which these kernels are meant, by head_dim (the first that is large enough) and by
@@ -42,8 +43,13 @@ SplitLengths = Sequence[tuple[int, int]]
 KEYS_OF_A_ROW, _GRAIN = 8, 64
 
 
-#: More runs than a head has splits.
-_EACH = 1 << 20
+#: Blocks of a cluster at most: what every machine with clusters has.  Sixteen, which an H200 has too, seldom find
+#: places: 1 x 8k keys of 8 heads 14.1 us, with sixteen blocks that are spread 12.3.
+_MOST_OF_A_CLUSTER = 8
+
+#: Places to spread blocks over: two on a multiprocessor.  Of three, the third makes shares uneven: the first launch of
+#: 4 x 16k keys, 64 heads on 8, took 38.9 us in 352 blocks of three splits and 35.1 in 256 of four.
+_MOST_SPREAD = 264
 
 
 def undivided(block_n: int, split_lengths: SplitLengths) -> Rejected | None:
@@ -100,42 +106,34 @@ def runs_program(
     runs: PrimFunc,
     traversal: Traversal,
     name: str,
-    split_lengths: SplitLengths,
+    split_length: sizes.Expression,
     *,
     resident: int,
     packs: bool,
     most_rows: int,
     alignment: int,
 ) -> Program:
-    """Both launches where a block computes a run of splits: as many as fill ``resident`` places for blocks.
+    """Both launches where a block computes a run of splits, and the blocks of a row's runs are a cluster or *spread*.
 
-    A head of keys, or a query head if heads aren't packed, has as many runs as there are places for each, all of its
-    splits in one if there are more heads than places.  If that leaves the last round of blocks less than 13/16 full,
-    each split is a run (24 x 3000 keys, 32 heads on 8, 83.2 us in place of 86.5 on an H200), and of more heads than
-    places four are (38 x 4096, 159.9 in place of more than 170), so that the machine has something to do until the end.
-    A run keeps the states of ``most_rows`` rows at most.
+    Of a row there are as many runs as a cluster has blocks, and no second launch, or as many as fill ``resident``
+    places for blocks (:func:`_clusters`).  A block keeps the states of ``most_rows`` rows at most.
 
     Parameters
     ----------
-    runs: ``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, *params)``, with the name
-        ``name``; it lets the second launch begin early.
+    runs: ``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, spread, *params)``, with the
+        name ``name``; where runs are spread, it lets the second launch begin early.
+    split_length: keys of a split at least, by the sizes.
     """
-    rows = ("*", "batch", "heads", "seqlen_q")
-    units = ("*", "batch", "kv_heads" if packs else "heads")
+    rows = ("max", 1, ("*", "spread", "batch", "heads", "seqlen_q"))
     splits = ("ceildiv", "seqlen_kv", "split_length")
     for_rows = ("*", _GRAIN, ("ceildiv", ("*", KEYS_OF_A_ROW, "rows"), _GRAIN))
-    places = ("max", 1, ("//", resident, units))  # of a head
-    filled = (
-        "//",
-        ("*", 16, units, places),
-        ("*", ("ceildiv", units, resident), resident),
-    )  # sixteenths of the machine
-    is_empty = ("steps", filled, (0, 1), (13, 0))
-    instead = ("steps", units, (0, _EACH), (resident + 1, 4))
+    units = ("*", "batch", "kv_heads" if packs else "heads")
     doublings = tuple((1 + (1 << n >> 1), 1 << n) for n in range(1, most_rows.bit_length()))
-    packed = ("*", ("ceildiv", "heads", "kv_heads"), ("steps", "seqlen_q", (0, 1), *doublings))
-    longest = ("max", 1, ("//", most_rows, packed))
-    of_a_head = ("max", places, ("*", is_empty, instead), ("ceildiv", splits, longest))
+    of_tile = ("*", ("ceildiv", "heads", "kv_heads") if packs else 1, ("steps", "seqlen_q", (0, 1), *doublings))
+    fewest = ("ceildiv", splits, ("max", 1, ("//", most_rows, of_tile)))
+    blocks, is_spread = _clusters(units, splits, fewest, resident)
+    spread_over = ("*", "spread", ("max", 1, ("//", min(resident, _MOST_SPREAD), units)))
+    together = ("*", ("steps", "spread", (0, 1), (1, 0)), blocks)
     results = ("o_partial", "sums_partial")
     params = tuple(p.name for p in pattern.params)
     folding = fold_states(pattern, traversal, f"{name}_combine", alignment)
@@ -143,9 +141,10 @@ def runs_program(
         "forward",
         (
             ScheduledLaunch(
-                runs, ("q", "k", "v", *results, "o", "lse", "softmax_scale", "split_length", "run", *params)
+                runs,
+                ("q", "k", "v", *results, "o", "lse", "softmax_scale", "split_length", "run", "spread", *params),
             ),
-            ScheduledLaunch(folding, (*results, "o", "lse", "run")),
+            ScheduledLaunch(folding, (*results, "o", "lse", *Sinks(pattern).roles), when="spread"),
         ),
         "tirx",
         alignment=alignment,
@@ -155,11 +154,38 @@ def runs_program(
             Workspace("sums_partial", "float32", (rows, splits, 2)),
         ),
         scalars=(
-            Scalar("split_length", ("max", ("steps", "seqlen_kv", *split_lengths), for_rows)),
-            Scalar("run", ("ceildiv", splits, ("min", splits, of_a_head))),
+            Scalar("split_length", ("max", split_length, for_rows)),
+            Scalar("spread", is_spread),
+            Scalar("run", ("ceildiv", splits, ("min", splits, ("max", fewest, ("+", spread_over, together))))),
         ),
         max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
     )
+
+
+def _clusters(units: sizes.Expression, splits: sizes.Expression, fewest: sizes.Expression, resident: int) -> tuple:
+    """How many blocks a cluster has, of ``units`` clusters, and whether (1, or 0) blocks should rather be spread.
+
+    Measured on an H200, 32 heads on 8 and so on (docs/hopper.md, "Decoding"), with two blocks a multiprocessor, which
+    makes 264 places:
+
+    * Clusters don't fill the places: the 40 of 5 x 6000 keys take 36.1 us with five blocks each and 47.4 with six.
+      Pairs do.
+    * Where they are more than the places, those of one block are best; if that leaves the last round of blocks less
+      than 13/16 full, those of four: 38 x 4096 keys 156.5 us in place of 196.
+    * Where they leave more than a quarter of the places empty, and a head has room for four blocks or more, what
+      reading gains by blocks that are spread is more than the second launch costs, unless splits are so few that a
+      cluster has a block for each.
+    """
+    most = _MOST_OF_A_CLUSTER
+    pairs = ("min", 2, ("//", resident, units))
+    fitting = ("max", 1, pairs, ("min", most, ("//", resident * 13 // 16, units)))
+    last_round = ("//", ("*", 16, units), ("*", ("ceildiv", units, resident), resident))  # sixteenths
+    rounds = ("*", ("steps", units, (0, 0), (resident + 1, 1)), ("steps", last_round, (0, 4), (13, 1)))
+    are_empty = ("steps", ("*", units, fitting), (0, 1), (resident * 3 // 4, 0))
+    are_few = ("steps", units, (0, 1), (resident // 4 + 1, 0))
+    are_many = ("steps", splits, (0, 0), (most + 1, 1))
+    too_many = ("steps", fewest, (0, 0), (most + 1, 1))
+    return ("max", fitting, rounds), ("max", too_many, ("*", are_empty, are_few, are_many))
 
 
 #: Keys of a split where keys lie on pages, by the sequence's own number of keys: a sequence has the same splits

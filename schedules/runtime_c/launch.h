@@ -39,11 +39,27 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };  // all that host halves name
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+
+constexpr CUfunction_attribute cudaFuncAttributeMaxDynamicSharedMemorySize =
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+constexpr CUfunction_attribute cudaFuncAttributeNonPortableClusterSizeAllowed =
+    CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
 
 static const char* cudaGetErrorString(CUresult error) {
   const char* text = nullptr;
@@ -112,14 +128,16 @@ class Kernel {
 
   // Sets an attribute once for each device.
   CUresult prepare(CUfunction_attribute attribute, int value) {
+    bool is_memory = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+    std::atomic<uint64_t>& prepared = is_memory ? with_memory_ : with_clusters_;
     int device;
     CUresult error = cudaGetDevice(&device);
     if (error != CUDA_SUCCESS) return error;
     uint64_t bit = device < kDevices ? uint64_t(1) << device : 0;
-    if (prepared_.load(std::memory_order_acquire) & bit) return CUDA_SUCCESS;
+    if (prepared.load(std::memory_order_acquire) & bit) return CUDA_SUCCESS;
     OutsideOfCapture guard;
     error = cuKernelSetAttribute(attribute, value, handle_, device);
-    if (error == CUDA_SUCCESS) prepared_.fetch_or(bit, std::memory_order_release);
+    if (error == CUDA_SUCCESS) prepared.fetch_or(bit, std::memory_order_release);
     return error;
   }
 
@@ -136,26 +154,35 @@ class Kernel {
   CUresult launch(const cudaLaunchConfig_t* config, std::tuple<Params...>& values, std::index_sequence<I...>) {
     void* pointers[] = {(void*)&std::get<I>(values)...};
     const dim3 &grid = config->gridDim, &block = config->blockDim;
+    const unsigned memory = (unsigned)config->dynamicSmemBytes;
+    const dim3 cluster = config->numAttrs ? config->attrs->val.clusterDim : dim3();
+    const bool clustered = cluster.x * cluster.y * cluster.z > 1;
+    if (!early_ && !clustered)
+      return cuLaunchKernel((CUfunction)handle_, grid.x, grid.y, grid.z, block.x, block.y, block.z, memory,
+                            config->stream, pointers, nullptr);
+    CUlaunchAttribute attributes[2] = {};
+    CUlaunchConfig launch = {};
+    launch.gridDimX = grid.x, launch.gridDimY = grid.y, launch.gridDimZ = grid.z;
+    launch.blockDimX = block.x, launch.blockDimY = block.y, launch.blockDimZ = block.z;
+    launch.sharedMemBytes = memory;
+    launch.hStream = config->stream;
+    launch.attrs = attributes;
     if (early_) {
-      CUlaunchAttribute attribute = {};
-      attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-      attribute.value.programmaticStreamSerializationAllowed = 1;
-      CUlaunchConfig launch = {};
-      launch.gridDimX = grid.x, launch.gridDimY = grid.y, launch.gridDimZ = grid.z;
-      launch.blockDimX = block.x, launch.blockDimY = block.y, launch.blockDimZ = block.z;
-      launch.sharedMemBytes = (unsigned)config->dynamicSmemBytes;
-      launch.hStream = config->stream;
-      launch.attrs = &attribute;
-      launch.numAttrs = 1;
-      return cuLaunchKernelEx(&launch, (CUfunction)handle_, pointers, nullptr);
+      CUlaunchAttribute& own = attributes[launch.numAttrs++];
+      own.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+      own.value.programmaticStreamSerializationAllowed = 1;
     }
-    return cuLaunchKernel((CUfunction)handle_, grid.x, grid.y, grid.z, block.x, block.y, block.z,
-                          (unsigned)config->dynamicSmemBytes, config->stream, pointers, nullptr);
+    if (clustered) {
+      CUlaunchAttribute& own = attributes[launch.numAttrs++];
+      own.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+      own.value.clusterDim.x = cluster.x, own.value.clusterDim.y = cluster.y, own.value.clusterDim.z = cluster.z;
+    }
+    return cuLaunchKernelEx(&launch, (CUfunction)handle_, pointers, nullptr);
   }
 
   CUkernel handle_ = nullptr;
   const bool early_;
-  std::atomic<uint64_t> prepared_{0};
+  std::atomic<uint64_t> with_memory_{0}, with_clusters_{0};  // a bit for each device
 };
 
 // The tensor map that one place in a kernel's host half made last.
@@ -230,9 +257,6 @@ extern "C" inline int32_t multiprocessors() {
   if (device < device_image::kDevices) kept[device].store(count, std::memory_order_relaxed);
   return count;
 }
-
-constexpr CUfunction_attribute cudaFuncAttributeMaxDynamicSharedMemorySize =
-    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 
 namespace tvm {
 namespace ffi {

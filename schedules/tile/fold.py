@@ -1,8 +1,7 @@
 """The launch that folds the states of the parts of rows' keys, from left to right, on any GPU.
 
-Groups of threads, four columns a thread, as in :mod:`schedules.tile.combine`: those that share a row bring its states
-to shared memory, each every n-th, and the first of them folds them in the order of the keys
-(:mod:`schedules.tile.states`).
+A block has a row, or as many of its columns as a warp has lanes for: its warps bring the states to shared memory
+together, and each folds them, since that takes no longer than waiting for one that does.
 """
 
 from __future__ import annotations
@@ -10,164 +9,109 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
-from schedules.tile.combine import AHEAD, BLOCKS_PER_SM, COLUMNS, THREADS, Partials
+from schedules.tile.combine import Partials, Sinks
 from schedules.tile.geometry import flat, local, wide
-from schedules.tile.softmax import LOWEST
-from schedules.tile.states import Fold, PartialStates, inverse, log_sum_exp
-from schedules.tile.tile_scheduler import Traversal, ceildiv
+from schedules.tile.states import BATCH, COLUMNS, WARP_COLUMNS, Fold, PartialStates
+from schedules.tile.tile_scheduler import Traversal
+
+#: Warps of a block, which fetch the states of a row together, as many columns of them as one has lanes for.
+_WARPS = 2
+#: States of a batch that each fetches.
+_OWN = BATCH // _WARPS
 
 
 @T.meta_class
 class States(Partials):
-    """The arguments of the launch, and sizes: of a row the states of the first run, and of the splits behind it."""
+    """The arguments of the launch, and sizes."""
 
-    def __init__(self, pattern: Pattern, traversal: Traversal, handles, run, alignment: int):
+    def __init__(self, pattern: Pattern, traversal: Traversal, handles, alignment: int):
         states = PartialStates(handles[:2], pattern.head_dim_v)
         self._tensors(pattern, traversal, handles[2:], alignment)
-        self.rows, self.parts, self.run = states.rows, states.parts, run
+        self.rows, self.parts, self.columns = states.rows, states.parts, states.columns
         self.states_o, self.states_sums = states.o, states.sums
-        self.splits = T.bind(T.max(self.parts - run, 0) + 1)
-
-    def part(self, number):
-        """Where the state number ``number`` of a row is."""
-        return T.Select(number == 0, 0, number + (self.run - 1))
-
-
-def fold_states(pattern: Pattern, traversal: Traversal, name: str, alignment: int) -> PrimFunc:
-    """``(o_partial, sums_partial, o, lse, run)``: states (:mod:`schedules.tile.states`) to o and lse.
-
-    Those of the first ``run`` parts of a row are in the place of part 0.  Where that is all, the launch before has
-    written the rows, and nothing is done.  The launch before lets this one begin early.
-    """
-
-    @T.prim_func(check_well_formed=False)
-    def kernel(o_partial: T.handle, sums_partial: T.handle, o: T.handle, lse: T.handle, run: T.int32):
-        _fold(pattern, States(pattern, traversal, (o_partial, sums_partial, o, lse), run, alignment))
-
-    return kernel.with_attr("global_symbol", name)
 
 
 @T.meta_class
-class FoldingBlock:
-    """A block's threads, and the memory through which the groups that share a row hand its states to the first one."""
+class RowStates:
+    """The states of a row, as each of the block's warps looks for them; they need no place beside their number.
 
-    def __init__(self, pattern: Pattern, at, sharing, rows_of_block, block, thread):
-        self.at, self.sharing, self.columns = at, sharing, pattern.head_dim_v
-        self.lanes = lanes_of(pattern)
-        self.groups = THREADS // self.lanes
-        self.o, self.sums = flat(at.states_o), flat(at.states_sums)
-        self.o_shared = T.alloc_shared([self.groups * AHEAD * self.lanes * COLUMNS], "float32")
-        self.sums_shared = T.alloc_shared([self.groups * AHEAD * 2], "float32")
-        self.words = T.alloc_local([AHEAD * COLUMNS], "uint32")
-        self.loaded = T.alloc_local([AHEAD * 2], "float32")
-        self.acc = T.alloc_local([COLUMNS], "float32")
-        self.peak, self.total = (T.alloc_local([1], "float32") for _ in range(2))
-        self.next_peak, self.next_total = (T.alloc_local([1], "float32") for _ in range(2))
-        self.values = T.alloc_local([AHEAD * COLUMNS], "float32")
-        self.fold = Fold(1)
-        self.group = local(T.truncdiv(thread, self.lanes))
-        self.lane = local(T.truncmod(thread, self.lanes))
-        self.column = local(self.lane * COLUMNS)
-        self.place = local(T.truncdiv(self.group, sharing))
-        self.member = local(self.group - self.place * sharing)
-        self.row = local(block * rows_of_block + self.place)
-        self.first = local(wide(self.row) * wide(at.parts))
-        self.memory = local(self.place * (sharing * AHEAD))  # first place of the row's states in shared memory
+    Outputs are on their way to shared memory while the sums are looked at: one journey to memory, not two.
+    """
 
-    @property
-    def at_once(self):
-        """How many states of a row are brought at a time."""
-        return self.sharing * AHEAD
+    def __init__(self, at: States, row, column, warp, lane):
+        self.o, self.sums, self.columns, self.count = flat(at.states_o), flat(at.states_sums), at.columns, at.parts
+        self.first = local(wide(row) * wide(at.parts))
+        self.column = local(T.min(column, at.columns - COLUMNS))
+        self.warp, self.lane = warp, lane
+        self.words = T.alloc_local([_OWN * COLUMNS], "float32")  # of states behind the last one anything
+        self.shared = T.alloc_shared([BATCH * WARP_COLUMNS], "float32")
 
     @T.inline
-    def start(self):
-        """Nothing is folded yet."""
-        self.peak[0] = T.float32(LOWEST)
-        self.total[0] = T.float32(0)
+    def look_up(self, number, place, sums):
+        T.ptx["ld.global.v2.f32"](sums[0], sums[1], self.sums.ptr_to([(self.first + wide(number)) * 2]))
+
+    @T.inline
+    def fetch(self, batch):
+        for a in T.unroll(_OWN):
+            number: T.int32 = batch * BATCH + a * _WARPS + self.warp
+            if number < self.count:
+                index = T.meta_var((self.first + wide(number)) * self.columns + wide(self.column))
+                T.ptx["ld.global.v2.f32"](self.words[a * COLUMNS], self.words[a * COLUMNS + 1], self.o.ptr_to([index]))
+
+    @T.inline
+    def fetched(self):
+        for a in T.unroll(_OWN):
+            for x in T.unroll(COLUMNS):
+                at = T.meta_var((a * _WARPS + self.warp) * WARP_COLUMNS + self.lane * COLUMNS + x)
+                self.shared[at] = self.words[a * COLUMNS + x]
+        T.cuda.cta_sync()
+
+    @T.inline
+    def load(self, number, place, column, to, first):
         for x in T.unroll(COLUMNS):
-            self.acc[x] = T.float32(0)
+            to[first + x] = self.shared[number * WARP_COLUMNS + self.lane * COLUMNS + x]
 
     @T.inline
-    def bring(self, i, end, place):
-        """Each group brings its states of round ``i`` up to ``end``, from ``place(number)``, to shared memory."""
-        for a in T.unroll(AHEAD):
-            number: T.int32 = (i * AHEAD + a) * self.sharing + self.member
-            if T.And(self.row < self.at.rows, number < end):
-                index: T.int64 = self.first + wide(place(number))
-                if self.column < self.columns:
-                    T.ptx["ld.global.v4.b32"](
-                        *[self.words[a * COLUMNS + x] for x in range(COLUMNS)],
-                        self.o.ptr_to([index * self.columns + wide(self.column)]),
-                    )
-                T.ptx["ld.global.v2.f32"](self.loaded[a * 2], self.loaded[a * 2 + 1], self.sums.ptr_to([index * 2]))
-        for a in T.unroll(AHEAD):
-            to: T.int32 = self.memory + a * self.sharing + self.member
-            for x in T.unroll(COLUMNS):
-                self.o_shared[(to * self.lanes + self.lane) * COLUMNS + x] = T.reinterpret(
-                    "float32", self.words[a * COLUMNS + x]
-                )
-            if self.lane == 0:
-                self.sums_shared[to * 2] = self.loaded[a * 2]
-                self.sums_shared[to * 2 + 1] = self.loaded[a * 2 + 1]
-
-    @T.inline
-    def take(self, n, is_state):
-        """The first group of a row folds ``AHEAD`` states from number ``n`` on of those that were brought, but for
-        those of which ``is_state(number)`` isn't true."""
-        for a in T.unroll(AHEAD):
-            self.loaded[a * 2] = self.sums_shared[(self.memory + n + a) * 2]
-            self.loaded[a * 2 + 1] = self.sums_shared[(self.memory + n + a) * 2 + 1]
-            for x in T.unroll(COLUMNS):
-                self.values[a * COLUMNS + x] = self.o_shared[
-                    ((self.memory + n + a) * self.lanes + self.lane) * COLUMNS + x
-                ]
-        for a in T.unroll(AHEAD):
-            self.next_peak[0] = T.Select(is_state(n + a), self.loaded[a * 2], T.float32(LOWEST))
-            self.next_total[0] = T.Select(is_state(n + a), self.loaded[a * 2 + 1], T.float32(0))
-            self.fold.begin(self.peak, self.total, self.next_peak, self.next_total)
-            for x in T.unroll(COLUMNS):
-                self.acc[x] = self.fold.folded(0, self.acc[x], self.values[a * COLUMNS + x])
-
-    @T.inline
-    def write(self):
-        """It writes the row."""
-        self.at.write(
-            self.row,
-            self.column,
-            self.lane,
-            self.acc,
-            inverse(self.total[0]),
-            log_sum_exp(self.peak[0], self.total[0]),
-        )
+    def done(self):
+        T.cuda.cta_sync()
 
 
-def lanes_of(pattern: Pattern) -> int:
-    """Threads of a group, a power of two."""
-    return 1 << (-(-pattern.head_dim_v // COLUMNS) - 1).bit_length()
+def fold_states(pattern: Pattern, traversal: Traversal, name: str, alignment: int) -> PrimFunc:
+    """``(o_partial, sums_partial, o, lse, *sinks)``: states (:mod:`schedules.tile.states`) to o and lse.
+
+    ``sinks`` are the parameters of the pattern's sink, if it has one.  The launch before lets this one begin early.
+    """
+    sinks = Sinks(pattern)
+
+    @T.prim_func(check_well_formed=False)
+    def kernel(o_partial: T.handle, sums_partial: T.handle, o: T.handle, lse: T.handle):
+        _fold(pattern, States(pattern, traversal, (o_partial, sums_partial, o, lse), alignment), sinks)
+
+    return append_arguments(kernel.with_attr("global_symbol", name), sinks.arguments)
 
 
 @T.inline
-def _fold(pattern: Pattern, at: States):
+def _fold(pattern: Pattern, at: States, sinks: Sinks):
     """The kernel's text."""
-    sharing = T.bind(at.sharing(THREADS // lanes_of(pattern)))
-    rows_of_block = T.bind(T.truncdiv(T.int32(THREADS // lanes_of(pattern)), sharing))
-    blocks = T.bind(T.Select(at.splits > 1, ceildiv(at.rows, rows_of_block), 1))
+    shares = T.meta_var(-(-pattern.head_dim_v // WARP_COLUMNS))  # blocks that share a row
     T.device_entry()
-    T.attr({"tirx.launch_bounds_min_blocks_per_sm": BLOCKS_PER_SM})
-    block = T.cta_id([blocks])
-    thread = T.thread_id([THREADS])
-    own = FoldingBlock(pattern, at, sharing, rows_of_block, block, thread)
-    own.start()
+    block = T.cta_id([at.rows * shares])
+    warp = T.warp_id([_WARPS])
+    lane = T.lane_id([32])
+    T.thread_id([_WARPS * 32])
+    row: T.int32 = T.truncdiv(block, shares)
+    column: T.int32 = (block - row * shares) * WARP_COLUMNS + lane * COLUMNS
+    fold = Fold(RowStates(at, row, column, warp, lane), at.columns, lane)
     T.ptx.griddepcontrol.wait()
-    if at.splits > 1:
-        for i in T.serial(ceildiv(at.splits, own.at_once)):
-            own.bring(i, at.splits, at.part)
-            T.cuda.cta_sync()
-            if T.And(own.member == 0, own.row < at.rows):
-                left: T.int32 = T.min(at.splits - i * own.at_once, own.at_once)
-                for n in T.serial(ceildiv(left, AHEAD)):
-                    own.take(n * AHEAD, lambda number: number < left)  # noqa: B023, evaluated here
-            T.cuda.cta_sync()
-        if T.And(own.member == 0, own.row < at.rows):
-            own.write()
+    fold.fold(at.parts, column)  # every warp: what the first one writes costs no more
+    head_row: T.int32 = T.truncdiv(row, at.seqlen_q)
+    b: T.int32 = T.truncdiv(head_row, at.heads)
+    head: T.int32 = head_row - b * at.heads
+    if pattern.has_sink:
+        fold.add_sink(sinks.of(b, head))
+    if warp == 0:
+        fold.store(at.o, (b, head, row - head_row * at.seqlen_q, column), at.head_dim_v)
+        if T.And(column == 0, wide(at.lse_length) >= wide(at.rows)):
+            at.lse[row] = fold.log_sum_exp

@@ -1,12 +1,14 @@
-"""Partial results that are folded from left to right: by the block that computes them, or by another launch.
+"""Partial results that are folded from left to right: by the blocks that compute them, or by another launch.
 
 What the rows of a range of keys leave is a *state*: the output relative to the row's reference, which isn't divided by
-the row sum, that sum, and the reference (:mod:`schedules.tile.softmax`).  :class:`Fold` puts the state of the keys that
-follow to the one of those before.  Both who may do so, the block that has computed several ranges one after the other
-and the launch that finds their states in memory, take the ranges in the order of the keys and compute the same
-expressions, so that it makes no difference to a row's bits which of them it was.
+the row sum, that sum, and the reference (:mod:`schedules.tile.softmax`).  A warp folds the states of a row
+(:class:`Fold`): those that a cluster of blocks holds in shared memory, or that a launch has left in global memory.  It
+takes them in the order of the keys and computes the same expressions, so that it makes no difference to a row's bits
+where they were.
 
 References are whole numbers: what is multiplied here are powers of two, and rounded is one addition for each range.
+All are relative to the highest reference of the row, which is looked for first, so that factors don't wait for one
+another.
 """
 
 from __future__ import annotations
@@ -15,14 +17,34 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from schedules.tile.score import LN_2
+from schedules.tile.dtypes import element_type
+from schedules.tile.geometry import Tensor, flat
+from schedules.tile.score import LN_2, LOG2_E
+from schedules.tile.softmax import LOWEST
+from schedules.tile.softmax import from_lane as from_other_lane
+from schedules.tile.tile_scheduler import ceildiv
 
+_ALL_LANES = 0xFFFFFFFF
 _FUSED = "__forceinline__ __device__ float fused(float x, float y, float z) { return fmaf(x, y, z); }\n"
+_WARP = 32
+#: States of which each lane of a warp looks one up.
+BATCH = _WARP
+#: States whose outputs a lane has on the way at a time.
+_AHEAD = 8
+#: Columns of a lane.
+COLUMNS = 2
+#: Columns of a warp.
+WARP_COLUMNS = _WARP * COLUMNS
 
 
 def _fused(x: Expr, y: Expr, z: Expr) -> Expr:
     """``x * y + z``, rounded once: what of such an expression is contracted isn't left to the compiler."""
     return T.cuda.func_call("fused", x, y, z, source_code=_FUSED, return_type="float32")
+
+
+def _of_lane(value: Expr, lane: Expr) -> Expr:
+    """``value`` of another lane."""
+    return T.cuda.__shfl_sync(T.uint32(_ALL_LANES), value, lane, _WARP)
 
 
 @T.meta_class
@@ -44,36 +66,102 @@ class PartialStates:
 
 @T.meta_class
 class Fold:
-    """How the states of ``rows`` rows are put to those before: factors, used for all columns of a row."""
+    """A warp folds the states of a row, ``COLUMNS`` columns a lane.
 
-    def __init__(self, rows: int):
-        self.rows = rows
-        self.before, self.after = (T.alloc_local([rows], "float32") for _ in range(2))  # factors
-        self.had, self.has = (T.alloc_local([rows], "int32") for _ in range(2))  # whether there was, is anything seen
+    Attributes
+    ----------
+    states: where they are.  ``states.look_up(number, place, sums)`` brings the place of a state, an unsigned number, to
+        ``place[0]``, and its reference and sum to ``sums``; ``states.load(number, place, column, to, first)`` two
+        outputs of a batch's state ``number``, from a column on, to ``to[first]`` and the one behind.  A batch is
+        ``BATCH`` states: ``states.fetch(batch)`` is called as early as may be, ``states.fetched()`` before its outputs
+        are loaded, and ``states.done()`` when they have been.
+    columns: of an output.
+    peak, total, values: what is left: reference, sum, and the outputs of this lane.
+    """
+
+    def __init__(self, states, columns: int, lane):
+        self.states, self.columns, self.lane = states, columns, lane
+        self.peak, self.total = (T.local_scalar("float32") for _ in range(2))
+        self.values = T.alloc_local([COLUMNS], "float32")
+        # Of a batch this lane has a state.
+        self.own_place = T.alloc_local([1], "uint32")
+        self.own_sums = T.alloc_local([2], "float32")
+        self.loaded = T.alloc_local([_AHEAD * COLUMNS], "float32")
 
     @T.inline
-    def begin(self, peak, total, following_peak, following_total):
-        """Factors of rows with references ``peak`` and sums ``total``, which become those of both states together."""
-        for i in T.unroll(self.rows):
-            self.had[i] = T.Cast("int32", total[i] != T.float32(0))
-            self.has[i] = T.Cast("int32", following_total[i] != T.float32(0))
-            higher: T.float32 = T.max(peak[i], following_peak[i])
-            self.before[i] = T.exp2(peak[i] - higher)
-            self.after[i] = T.exp2(following_peak[i] - higher)
-            peak[i] = higher
-            total[i] = _fused(total[i], self.before[i], following_total[i] * self.after[i])
+    def look_up(self, batch, count):
+        """Each lane looks up its state of a batch; behind the last one of ``count`` are some that weigh nothing."""
+        number: T.int32 = batch * BATCH + self.lane
+        self.states.look_up(T.min(number, count - 1), self.own_place, self.own_sums)
+        if number >= count:
+            self.own_sums[1] = T.float32(0)
 
-    def folded(self, i: int, value: Expr, following: Expr) -> Expr:
-        """An output of both, from the two of row ``i``; where a row has seen nothing its output may be anything."""
-        both = _fused(value, self.before[i], following * self.after[i])
-        return T.Select(self.has[i] == 0, value, T.Select(self.had[i] == 0, following, both))
+    @T.inline
+    def fold(self, count, column):
+        """Fold ``count`` states, at least one; this lane has the columns from ``column`` on."""
+        batches: T.int32 = ceildiv(count, BATCH)
+        own_column: T.int32 = T.min(column, self.columns - COLUMNS)
+        self.states.fetch(0)
+        # 1. The highest reference, batches from the last to the first.
+        self.peak = T.float32(LOWEST)
+        for b in T.serial(batches):
+            self.look_up(batches - 1 - b, count)
+            self.peak = T.max(self.peak, self.own_sums[0])
+        for step in T.unroll(5):
+            self.peak = T.max(self.peak, from_other_lane(self.peak, 1 << step))
+        # 2. The sums, relative to that.
+        self.total = T.float32(0)
+        for x in T.unroll(COLUMNS):
+            self.values[x] = T.float32(0)
+        for b in T.serial(batches):
+            weight: T.float32 = T.exp2(self.own_sums[0] - self.peak)
+            if self.own_sums[1] == T.float32(0):
+                weight = T.float32(0)
+            self.states.fetched()
+            for i in T.serial(ceildiv(T.min(count - b * BATCH, BATCH), _AHEAD)):
+                for a in T.unroll(_AHEAD):
+                    number = T.meta_var(i * _AHEAD + a)
+                    place = T.meta_var(_of_lane(self.own_place[0], number))
+                    self.states.load(number, place, own_column, self.loaded, a * COLUMNS)
+                for a in T.unroll(_AHEAD):
+                    self.add(_of_lane(weight, i * _AHEAD + a), _of_lane(self.own_sums[1], i * _AHEAD + a), a)
+            if b + 1 < batches:
+                self.states.done()
+                self.states.fetch(b + 1)
+                self.look_up(b + 1, count)
 
+    @T.inline
+    def add(self, weight, total, a):
+        """Add the loaded state number ``a``, which has the sum ``total``, with a weight; one of 0 may hold anything."""
+        w: T.float32 = weight
+        self.total = _fused(total, w, self.total)
+        for x in T.unroll(COLUMNS):
+            sum_: T.float32 = _fused(self.loaded[a * COLUMNS + x], w, self.values[x])
+            self.values[x] = T.Select(w == T.float32(0), self.values[x], sum_)
 
-def log_sum_exp(peak: Expr, total: Expr) -> Expr:
-    """Natural logarithm of the sum of exponentials of a row; −inf if it saw nothing."""
-    return (peak + T.log2(total)) * T.float32(LN_2)
+    @T.inline
+    def add_sink(self, sink):
+        """Count in a logit without a key; −inf is none."""
+        exponent: T.float32 = sink * T.float32(LOG2_E)
+        higher: T.float32 = T.max(self.peak, T.ceil(exponent))
+        factor: T.float32 = T.exp2(self.peak - higher)
+        self.total = _fused(self.total, factor, T.exp2(exponent - higher))
+        for x in T.unroll(COLUMNS):
+            self.values[x] = self.values[x] * factor
+        self.peak = higher
 
+    @T.inline
+    def store(self, o: Tensor, place, head_dim_v):
+        """Write this lane's columns of a row, at batch, head, position and column of ``o``, divided by the sum."""
+        factor: T.float32 = T.Select(self.total == T.float32(0), T.float32(0), T.float32(1) / self.total)
+        packed = T.alloc_local([1], "uint32")
+        pack = T.meta_var(element_type(str(o.buffer.dtype)).pack)
+        T.ptx[pack](packed[0], self.values[1] * factor, self.values[0] * factor)
+        to = T.meta_var(flat(o.buffer))
+        if place[3] < head_dim_v:
+            T.ptx["st.global.b32"](to.ptr_to([o.offset(*place)]), packed[0])
 
-def inverse(total: Expr) -> Expr:
-    """1 / sum of a row; 0 if it saw nothing."""
-    return T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
+    @property
+    def log_sum_exp(self) -> Expr:
+        """Natural logarithm of the sum of exponentials of the row; −inf if it saw nothing."""
+        return (self.peak + T.log2(self.total)) * T.float32(LN_2)
