@@ -198,7 +198,8 @@ class RunConsumer(Consumer):
     def leave_states(self):
         """Leave the states of the run's splits, which are in shared memory, to the second launch.
 
-        A thread has two columns at a time, and neighbours write neighbours: 8 x 8k keys 66.8 us in place of 68.9.
+        A thread has two columns at a time, and neighbours write neighbours: with the states of several splits straight
+        from registers 8 x 8k keys took 2% longer.
         """
         block, geometry = T.meta_var((self.block, self.block.geometry))
         barriers = T.meta_var(NamedBarriers(1))
