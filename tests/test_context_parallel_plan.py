@@ -130,11 +130,14 @@ def test_chunks_differ_by_a_position():
 
 
 def test_into_how_many_parts_heads_are_split():
-    """Of two H200 and 8 heads: launches of the backward are of few heads of keys, where these are long."""
+    """Of two H200: launches of the backward are of few heads of keys, where these are long, and of two where they are
+    twice as long."""
 
     def parts(positions, causal, ranks=2, kv_heads=8, fetches=True):
         return Work(1, kv_heads, positions, ranks, None, 0 if causal else None, fetches).in_backward
 
+    assert parts(1 << 16, True, kv_heads=32) == 8 and parts(1 << 15, True, kv_heads=32) == 2
+    assert parts(1 << 16, True, kv_heads=32, fetches=False) == 1
     assert parts(1 << 16, True) == 2
     assert parts(1 << 16, False) == parts(1 << 18, True) == parts(1 << 20, False, ranks=8) == 4
     assert parts(1 << 20, False, kv_heads=3) == parts(1 << 20, False, kv_heads=1) == 1
