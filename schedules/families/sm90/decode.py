@@ -92,7 +92,7 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config`` that are worth trying."""
-    return {"block_n": (32, 64), "num_stages": (2, 4, 8), "blocks_per_sm": (1, 2, 3, 4)}
+    return {"block_n": (32, 64), "num_stages": (2, 3, 4, 8), "blocks_per_sm": (1, 2, 3, 4)}
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
