@@ -127,22 +127,35 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
             **own,
         )
     else:
-        parameters = {n: x for n, x in tensors.items() if n not in (*operator.inputs, *operator.optional, *outputs)}
-        results = custom(
-            *inputs,
-            list(parameters.values()),
-            [value for _, value in options.params],
-            name=options.definition,
-            parameter_names=list(parameters),
-            number_names=[name for name, _ in options.params],
-            **own,
-        )
+        results = of_definition(custom, inputs, tensors, outputs, options, own)
     count = len(outputs) + (len(operator.on_request) if options.flag else 0)
     results = [results[i] for i in range(count)]  # a proxy of torch.fx can't be unpacked
     for i, name in enumerate(outputs):
         if name in tensors:
             results[i] = written(name, tensors[name], results[i])
     return results[0] if count == 1 else tuple(results)
+
+
+def of_definition(
+    custom: Callable[..., Any],
+    inputs: list,
+    tensors: Mapping[str, Any],
+    outputs: tuple[str, ...],
+    options: Options,
+    own: Mapping[str, Any],
+) -> Any:
+    """What the operator for definitions of the user's own gives: those of the ``tensors`` that are neither an input nor
+    one of the ``outputs`` are parameters."""
+    parameters = {n: x for n, x in tensors.items() if n not in (*OPERATORS[options.op].all_inputs, *outputs)}
+    return custom(
+        *inputs,
+        list(parameters.values()),
+        [value for _, value in options.params],
+        name=options.definition,
+        parameter_names=list(parameters),
+        number_names=[name for name, _ in options.params],
+        **own,
+    )
 
 
 def recorded(options: Options, tensors: Mapping[str, Any], call: tuple | None, traced: Callable = attention) -> Any:

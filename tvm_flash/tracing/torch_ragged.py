@@ -149,16 +149,8 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
             **own,
         )
     else:
-        parameters = {n: x for n, x in tensors.items() if n not in (*operator.all_inputs, *outputs)}
-        results = _operator(options.op, custom=True)(
-            *inputs,
-            list(parameters.values()),
-            [value for _, value in options.params],
-            name=options.definition,
-            parameter_names=list(parameters),
-            number_names=[name for name, _ in options.params],
-            **own,
-        )
+        custom = _operator(options.op, custom=True)
+        results = torch_ops.of_definition(custom, inputs, tensors, outputs, options, own)
     count = len(outputs) + (len(operator.on_request) if options.flag else 0)
     results = [results[i] for i in range(count)]
     for i, name in enumerate(outputs):
