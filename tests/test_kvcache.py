@@ -10,6 +10,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tvm_flash import (
     ArgumentTypeError,
@@ -34,7 +37,7 @@ def by_operations(*tensors):
         torch_cache._append_to_cache(*tensors)
 
 
-APPENDS = [torch.ops.tvm_flash.append_to_cache, by_operations]
+APPENDS = [torch_cache._append_to_cache, by_operations]
 
 
 def turned(x, cos, sin, positions, interleaved):
@@ -297,6 +300,84 @@ def test_a_compiled_program_appends_and_attends():
     out = program(q[:, None], *found[0], *new)
     assert torch.equal(torch.compile(program, backend="aot_eager", fullgraph=True)(q[:, None], *found[1], *new), out)
     assert torch.equal(found[0][0], found[1][0])
+
+
+def profiled(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        return call()
+
+
+def counted(call):
+    with FlopCounterMode(display=False):
+        return call()
+
+
+def overridden(call):
+    with BaseTorchFunctionMode():
+        return call()
+
+
+def compiled(call):
+    return torch.compile(call, backend="aot_eager", fullgraph=True)()
+
+
+def turned_too_far(given):
+    return dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(70, 8))
+
+
+def in_columns(given):
+    return {"page_table": given["page_table"].T.contiguous().T}
+
+
+WATCHED = (profiled, counted, overridden)
+IN_TENSORS = [
+    (lambda g: {"page_table": torch.full((3, 6), 99).int()}, r"^page_table: is 99 at \[0, 0\]"),
+    (lambda g: {"page_table": g["page_table"][:1].expand(3, -1), "cache_seqlens": 7}, "page_table: has page"),
+    (lambda g: {"cache_seqlens": torch.tensor([5, 96, 7]).int()}, "^cache_seqlens: is 96 of sequence 1"),
+    (lambda g: dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(70, 8)), "^rotary_cos: has 70"),
+]
+OF_TENSORS = [
+    (lambda g: {"page_table": g["page_table"].T.contiguous().T}, "^page_table: has strides"),
+    (lambda g: {"sinks": torch.zeros(7)}, "^sinks: has shape"),
+    (lambda g: {"k": g["k_cache"][:3, :1]}, "^k: shares memory"),
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "changes", "says"),
+    [
+        *((way, *wrong) for way in WATCHED for wrong in IN_TENSORS + OF_TENSORS),
+        *((compiled, *wrong) for wrong in IN_TENSORS),
+    ],
+)
+def test_nothing_is_written_by_a_wrong_call_that_is_watched(way, changes, says):
+    given = good()
+    given |= changes(given)
+    caches = [given[name].clone() for name in ("k_cache", "v_cache")]
+    with pytest.raises(InvalidArgumentError, match=says):
+        way(lambda: flash_attention_with_kvcache(**given))
+    assert torch.equal(given["k_cache"], caches[0]) and torch.equal(given["v_cache"], caches[1])
+
+
+@pytest.mark.parametrize("mapped", ("k", "alibi_slopes"))
+def test_nothing_is_written_where_a_call_is_mapped(mapped):
+    given = {"alibi_slopes": torch.rand(HEADS), **good()}
+    caches = [given[name].clone() for name in ("k_cache", "v_cache")]
+    with pytest.raises(NotSupportedError, match=r"mapped by torch\.vmap"):
+        torch.vmap(lambda x: flash_attention_with_kvcache(**{**given, mapped: x}))(
+            given[mapped].expand(2, *given[mapped].shape)
+        )
+    assert torch.equal(given["k_cache"], caches[0]) and torch.equal(given["v_cache"], caches[1])
+
+
+def test_fake_tensors_have_the_shapes_after_a_plain_call():
+    """Starts that are kept of plain calls aren't mixed with tensors of a mode."""
+    given = good()
+    want = flash_attention_with_kvcache(**given)
+    with FakeTensorMode() as mode:
+        fake = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+        found = flash_attention_with_kvcache(**fake)
+    assert found.shape == want.shape and found.dtype == want.dtype
 
 
 def test_a_number_for_all_sequences_and_none():

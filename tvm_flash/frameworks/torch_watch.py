@@ -36,6 +36,11 @@ def is_watched(tensors: tuple[Any, ...]) -> bool:
     return any(_unusual(x) for x in tensors if x is not None)
 
 
+def are_plain(tensors: tuple[Any, ...]) -> bool:
+    """Whether tensors are just memory, whoever else watches the thread."""
+    return not any(map(_unusual, tensors))
+
+
 def has_tangent(tensor: Any) -> bool:
     """Whether a tensor carries a tangent of forward-mode differentiation."""
     forward_ad = torch.autograd.forward_ad
@@ -52,6 +57,12 @@ def is_differentiated(tensor: Any) -> bool:
 def has_tangent_below(tensor: Any) -> bool:
     """Whether a tensor carries a tangent, at any level of ``torch.func``."""
     return not torch.compiler.is_compiling() and any(map(has_tangent, _levels(tensor)))
+
+
+def is_mapped(tensor: Any) -> bool:
+    """Whether a tensor is mapped by ``torch.vmap``, at any level of ``torch.func``."""
+    functorch = getattr(_C, "_functorch", None)
+    return functorch is not None and any(map(functorch.is_batchedtensor, _levels(tensor)))
 
 
 def _levels(tensor: Any) -> Iterator[Any]:

@@ -3,15 +3,19 @@
 Importing this module registers ``torch.ops.tvm_flash.append_to_cache`` and ``rotate_and_append``, which programs see as
 operators.  Each is one launch of a kernel (:mod:`tvm_flash.call.append`).  Where the packs have none for the tensors
 they are made of torch's own operations: about 52 small ones for appending, 68 with a cache of 8 bits, and 24 for each
-rotation, none of which waits, allocates otherwise than through torch, or depends on what is in a tensor.
+rotation, none of which waits, allocates otherwise than through torch, or depends on what is in a tensor.  On the CPU
+the operators check the numbers in tensors before they write, since nobody has who compiles a program.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tvm_flash.call import eager
 from tvm_flash.call.append import append as by_kernel
@@ -20,6 +24,7 @@ from tvm_flash.call.signature import Options
 from tvm_flash.errors import NotSupportedError
 from tvm_flash.frameworks.arrays import torch_arrays
 from tvm_flash.frameworks.torch import TORCH, name_of
+from tvm_flash.frameworks.torch_watch import are_plain, is_mapped
 from tvm_flash.operators import PAGED, PAGED_SCALED, RAGGED_LAYOUT, SCALES
 from tvm_flash.packs.manifest import HALVES, INTERLEAVED
 from tvm_flash.quantised import rounded
@@ -92,12 +97,19 @@ def attend(
     scales = {name: tensors[name] for name in SCALES if tensors[name] is not None}
     call |= scales
     parameters = dict(how.parameters) | ({} if leftpad is None else {"kv_start": leftpad[:, None]})
-    plain = not compiling and not TORCH.watched(tuple(x for x in (*tensors.values(), before) if x is not None))
-    if plain:
-        _check_all(call, parameters, longest, how)
-        shift = 0 if k is None else cache_checks.check_memory(everything | {"cache_seqlens": cache_seqlens})
-        if q.device.type == "cpu":
-            check_contents(tensors, before, after, table, sizes, along, shift)
+    given = tuple(x for x in (*everything.values(), before, after) if isinstance(x, torch.Tensor))
+    plain = not compiling and not TORCH.watched(given)
+    if not compiling and not plain and any(map(is_mapped, given)):
+        raise NotSupportedError(
+            "q, k_cache, v_cache: they or others are mapped by torch.vmap, and a cache is written once; its sequences "
+            "are a batch already: give all of them in one call"
+        )
+    if plain or (not compiling and are_plain(given)):
+        with contextlib.nullcontext() if plain else _disable_current_modes():
+            _check_all(call, parameters, longest, how)
+            shift = 0 if k is None else cache_checks.check_memory(everything | {"cache_seqlens": cache_seqlens})
+            if q.device.type == "cpu":
+                check_contents(tensors, before, after, table, sizes, along, shift)
     to = (k_cache, v_cache)
     if tensors["rotary_cos"] is not None:
         rotate = _rotate_and_append if plain else torch.ops.tvm_flash.rotate_and_append
@@ -153,7 +165,7 @@ _kept: dict[tuple[torch.device, int, int], torch.Tensor] = {}
 
 def _multiples(device: torch.device, count: int, step: int) -> torch.Tensor:
     """``0, step, …, count * step`` as int32; kept, since a captured graph may read it as long as it lives."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():  # a mode may know its own tensors only
         return torch.arange(count + 1, dtype=torch.int32, device=device) * step
     key = (device, count, step)
     found = _kept.get(key)
@@ -289,9 +301,49 @@ def _rotate(x, cos, sin, positions, interleaved):
     return turned
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("append_to_cache", _append_to_cache, _key)
-    _library.impl("rotate_and_append", _rotate_and_append, _key)
+def _append_to_cache_of_cpu(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, *scales):
+    """The same, once it is known that every new row has a place."""
+    new = {"k_cache": k_cache, "k": k, "cu_seqlens_k_new": cu_seqlens, "page_table": page_table}
+    _check_new(new, cache_seqlens, along=False)
+    _append_to_cache(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, *scales)
+
+
+def _rotate_and_append_of_cpu(
+    q, k_cache, v_cache, k, v, cu_seqlens_q, cu_seqlens_k, cache_seqlens, rotary_seqlens, page_table, cos, sin,
+    interleaved, along, *scales,
+):  # fmt: skip
+    """The same, once it is known that every new row has a place, and every position an angle."""
+    new = {"k_cache": k_cache, "k": k, "cu_seqlens_k_new": cu_seqlens_k, "page_table": page_table}
+    new |= {"q": q, "cu_seqlens_q": cu_seqlens_q, "rotary_cos": cos, "rotary_seqlens": rotary_seqlens}
+    _check_new(new, cache_seqlens, along)
+    return _rotate_and_append(
+        *(q, k_cache, v_cache, k, v, cu_seqlens_q, cu_seqlens_k, cache_seqlens, rotary_seqlens, page_table),
+        *(cos, sin, interleaved, along, *scales),
+    )
+
+
+_NAMES = ("q", "k", "cu_seqlens_q", "cu_seqlens_k_new", "cache_batch_idx", "rotary_cos", "rotary_seqlens")
+
+
+def _check_new(given: Mapping[str, torch.Tensor], before: torch.Tensor, along: bool) -> None:
+    """What is in the tensors of an operator on the CPU, by their names in a call.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    added, table = given["cu_seqlens_k_new"], given["page_table"]
+    sizes = cache_checks.Sizes(before.shape[0], table.shape[1] * given["k_cache"].shape[1])
+    after = before + (given["k"].shape[1] if added is None else added.diff())
+    check_contents(dict.fromkeys(_NAMES) | given, before, after, table, sizes, along, shift=0)
+
+
+for _name, _on_cpu, _on_cuda in (
+    ("append_to_cache", _append_to_cache_of_cpu, _append_to_cache),
+    ("rotate_and_append", _rotate_and_append_of_cpu, _rotate_and_append),
+):
+    _library.impl(_name, _on_cpu, "CPU")
+    _library.impl(_name, _on_cuda, "CUDA")
 torch.library.register_fake("tvm_flash::append_to_cache", lambda *_: None, lib=_library)
 torch.library.register_fake(
     "tvm_flash::rotate_and_append",
