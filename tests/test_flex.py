@@ -279,6 +279,32 @@ def test_its_gradients_are_those_of_the_function(score):
     assert oracle.operator(definition, "backward", HEAD_DIM, HEAD_DIM)
 
 
+LEARNT = [
+    lambda s, x: x * torch.tanh(s / x),
+    lambda s, x: s * torch.sigmoid(x),
+    lambda s, x: s * torch.exp(-x) + torch.sqrt(x),
+]
+
+
+@pytest.mark.parametrize("of", LEARNT, ids=["soft cap", "sigmoid", "exp and sqrt"])
+def test_gradients_of_what_is_learnt_inside_of_functions(of):
+    """Of whose results autograd keeps one for itself while PyTorch traces them."""
+    learnt = (0.5 + torch.rand(HEADS, generator=torch.Generator().manual_seed(2))).requires_grad_()
+    definition = from_flex(lambda s, b, h, q_idx, kv_idx: of(s, learnt[h]))
+    (param,) = definition.params
+    assert (param.name, param.axes, param.gradient) == ("learnt", "h", True)
+    q, k, v = tensors()
+    want = learnt.detach().double().requires_grad_()
+    scores = of(torch.from_numpy(q).double() @ torch.from_numpy(k).double().mT * SCALE, want[:, None, None])
+    out = torch.softmax(scores, -1) @ torch.from_numpy(v).double()
+    dout = np.random.default_rng(4).standard_normal(out.shape)
+    out.backward(torch.from_numpy(dout))
+    what = {"mask": definition.mask.twin, "score": definition.score.twin, "softmax_scale": SCALE}
+    what |= {"params": {"learnt": learnt.detach().numpy()}, "axes": {"learnt": "h"}, "gradients": ["learnt"]}
+    found = reference.attention_backward(dout, q, k, v, **what).params["learnt"]
+    np.testing.assert_allclose(np.reshape(found, (-1, HEADS)).sum(0), want.grad.numpy(), atol=1e-6, rtol=0)
+
+
 def test_a_sigmoid_of_large_scores_has_no_gradient_and_no_nan():
     q, k, v = tensors()
     definition = from_flex(lambda s, b, h, q, k: s * torch.sigmoid(300 * s))

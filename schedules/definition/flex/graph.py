@@ -72,6 +72,8 @@ class _Reader:
             elif node.op == "get_attr":
                 made_here = all(_name_of(user) in _MADE_HERE for user in node.users)
                 values[node] = self._parameter(getattr(graph_module, node.target), made_here)
+            elif node.op == "call_function" and _name_of(node) == "detach" and not node.users:
+                continue  # what autograd keeps of a tanh, exp or sigmoid of something learnt
             elif node.op == "call_function":
                 values[node] = self._operation(node, values)
             else:
