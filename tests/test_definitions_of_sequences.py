@@ -5,6 +5,7 @@ One after the other with gradients, by NumPy, autograd and ``torch.compile``; wi
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from schedules.families import FAMILY, kinds_of, schedule
 from schedules.families.interface import RAGGED, RAGGED_BACKWARD, Rejected, Target
 from schedules.templates import v1, v2
 from tests import sequence_trials, tensor_trials
+from tests.cpu_kernels import runnable_isas
 from tests.definitions import of_sequences, with_tensors
 from tests.sequence_trials import Sequences
 from tvm_flash import reference
@@ -44,6 +46,18 @@ def pack(tmp_path_factory):
         command += ["--dtype", "float32", "--head-dim", "32", *which, "--output", packs]
         done = subprocess.run([*command, "--definition", definition], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+    return packs
+
+
+@pytest.fixture(scope="module")
+def pack_of_bfloat16(tmp_path_factory):
+    """Kernels for the best instruction set here, whose products may be of pairs or tiles of 16 bits."""
+    packs = tmp_path_factory.mktemp("packs")
+    command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--isa", runnable_isas()[0]]
+    command += ["--dtype", "bfloat16", "--head-dim", "32", "--kind", "ragged,ragged_backward", "--output", packs]
+    command += ["--definition", f"{of_sequences.__file__}:of_sequences"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     return packs
 
 
@@ -141,16 +155,29 @@ def test_caches_of_8_bits(attention):
         check(sequence_trials.forward(KERNEL, of_sequences.sample, **of_8_bits), over_pages(attention))
 
 
-def test_gradients_without_autograd(attention):
+def by_backward(attention, make):
     def compute(values, problem):
-        rows = [array(values[n]) for n in ("do", "q", "k", "v", "o")]
-        lse = array(values["lse"]).reshape(problem["heads"], -1)
-        starts = array(values["cu_seqlens_q"]), array(values["cu_seqlens_k"])
+        rows = [make(values[n]) for n in ("do", "q", "k", "v", "o")]
+        lse = make(values["lse"]).reshape(problem["heads"], -1)
+        starts = make(values["cu_seqlens_q"]), make(values["cu_seqlens_k"])
         how = {"softmax_scale": SCALE, "gradients": GRADIENTS}
-        found = attention.varlen.backward(*rows, lse, *starts, **how, **parameters(values, array))
+        found = attention.varlen.backward(*rows, lse, *starts, **how, **parameters(values, make))
         give(values, ("dq", "dk", "dv", *(f"d_{n}" for n in GRADIENTS)), found)
 
-    check(sequence_trials.backward(KERNEL, of_sequences.sample), compute)
+    return compute
+
+
+def test_gradients_without_autograd(attention):
+    check(sequence_trials.backward(KERNEL, of_sequences.sample), by_backward(attention, array))
+
+
+def test_sequences_of_bfloat16(pack_of_bfloat16, use_packs):
+    """Whose products take more keys at once than a vector has lanes: those behind the last one count for nothing."""
+    use_packs(pack_of_bfloat16)
+    attention, kernel = tvm_flash.custom_attention("of_sequences"), dataclasses.replace(KERNEL, dtype="bfloat16")
+    check(sequence_trials.backward(kernel, of_sequences.sample), by_backward(attention, lambda x: x))
+    by_call = Sequences(kernel, of_sequences.sample, ((3, 40),), heads=4, kv_heads=2)
+    by_call.check_backward(by_call.run_backward(by_torch(attention.varlen), "cpu"), "cpu")
 
 
 def one_sequence():

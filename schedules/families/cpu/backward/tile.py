@@ -131,7 +131,7 @@ def section_macro(pattern, config: Config, isa: Isa):
         look.begin()
         with T.serial(rows) as i:
             look.staged.fill(P, site.b, site.h, key0, columns, row0 + i)
-            with T.serial((columns + (lanes - 1)) // lanes) as c:
+            with T.serial((columns + (step - 1)) // step * (step // lanes)) as c:  # all that ``turn`` reads
                 first = c * lanes
                 look.row(
                     i * N + first,
