@@ -140,6 +140,8 @@ class Problem:
 
     def gradient_shape(self, param: Param) -> tuple[int, ...]:
         """That of what a kernel gives of a parameter."""
+        if param.rank:
+            return self.arrays[param.name].shape
         extents = dict(zip("bhij", (self.batch, self.sizes[0], *self.sizes[2:]), strict=True))
         return tuple(extents[a] for a in param.of_gradient) or (1,)
 

@@ -19,7 +19,7 @@ from schedules.definition.pattern import match
 from schedules.definition.sample import parameters_of
 from schedules.families.interface import BACKWARD, FORWARD
 from tests import tensor_trials, torch_cases
-from tests.definitions.with_tensors import documents, relative
+from tests.definitions.with_tensors import documents, learnt_relative, relative
 from tests.simt.defaults import default_kernel
 
 BIASED, GIVEN = Attention(SCORES["biased"], FULL, "biased"), Attention(IDENTITY, MASKS["given"], "given")
@@ -36,6 +36,11 @@ KERNELS = (
     (relative, "sm_90a", "v1", FORWARD, 128, "float16"),
     (documents, "sm_90a", "v2", BACKWARD, 64, "float16"),
     (BIASED, "sm_90a", "v2", BACKWARD, 128, "bfloat16"),
+    (learnt_relative, "sm_80", "v2", BACKWARD, 64, "bfloat16"),
+    (learnt_relative, "sm_75", "v1", BACKWARD, 64, "float16"),
+    (learnt_relative, "sm_70", "v1", BACKWARD, 64, "float16"),
+    (learnt_relative, "sm_90a", "v2", BACKWARD, 64, "float16"),
+    (learnt_relative, "sm_90a", "v1", BACKWARD, 128, "bfloat16"),
 )
 
 

@@ -32,7 +32,7 @@ from tvm_flash.packs.manifest import Param
 
 def stored_by(pattern: Pattern, transposed: bool) -> tuple[Param, ...]:
     """The parameters whose gradients the launch stores whose own rows are queries, or keys if ``transposed``."""
-    spread = [p for p in pattern.learnt if not p.is_summed]
+    spread = [p for p in pattern.learnt if p.is_placed]
     return tuple(p for p in spread if ("i" not in p.axes) == transposed)
 
 

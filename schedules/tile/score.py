@@ -147,6 +147,14 @@ class ScoreTile:
         value = self.pattern.parameter_gradient(name, self.here, s, i, j, chosen)
         return None if isinstance(value, tirx.FloatImm) and value.value == 0 else _with_accurate_tanh(value)
 
+    def table_slopes(
+        self, name: str, s: Expr, i: Expr, j: Expr, chosen: bool | None = None
+    ) -> list[tuple[tuple[Expr, ...], Expr]]:
+        """The elements of a table that the score reads, by their indices, each with the derivative of the score with
+        respect to it, of the raw product ``s``."""
+        found = self.pattern.table_gradients(name, self.here, s, i, j, chosen)
+        return [(index, _with_accurate_tanh(slope)) for index, slope in found]
+
     def signed_scale(self) -> Expr:
         """From raw products (or modified scores, which are in powers of two already) to powers of two."""
         return self.at.softmax_scale * T.float32(LOG2_E) if self.folded else T.float32(1)

@@ -19,6 +19,7 @@ from schedules.tile.fragment import M16N8, Fragment
 from schedules.tile.geometry import Geometry, constant, local
 from schedules.tile.place_gradients import PlaceGradients
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY, ScoreTile
+from schedules.tile.table_gradients import TableGradients
 from tvm_flash.packs.manifest import Param
 
 
@@ -95,7 +96,7 @@ class Weights(ScoreTile):
     weighed from the last column to the first, for which ptxas may need fewer registers.  If ``asks_once``, each case of
     the score has a branch of its own, in which nothing is asked; else only the two of a choice.  There no element has
     a branch either: ptxas makes one of a selection that would save an exponential.  ``places`` takes the gradients of
-    parameters that have values for queries or keys.
+    parameters that have values for queries or keys, ``tables`` those of tables.
     """
 
     def __init__(
@@ -112,12 +113,13 @@ class Weights(ScoreTile):
         descending: bool = False,
         asks_once: bool = False,
         places: PlaceGradients | None = None,
+        tables: TableGradients | None = None,
     ):
         self.transposed, self.descending = transposed, descending
         self.branches = not transposed  # the other way round there are too few registers for all conditions
         ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)
         self.asks_once = asks_once and not self.folded
-        self.places = places
+        self.places, self.tables = places, tables
         self.pack = pack or packing(pattern.dtype)
         self.scale = local(self.signed_scale())
 
@@ -234,7 +236,8 @@ class Weights(ScoreTile):
             for g in T.unroll(self.groups):
                 if masked and not by_interval:
                     self.begin_columns(row0, column0, t, g)
-                for r in T.unroll(2):
+                for n in T.unroll(2):
+                    r = T.meta_var(n if self.tables is None else 1 - n)
                     self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
                         self.look_at(t, g, r, e)
@@ -279,6 +282,11 @@ class Weights(ScoreTile):
                 at,
                 place,
             )
+
+        for param in self.tables.params if self.tables is not None else ():
+            for n, (index, slope) in enumerate(self.table_slopes(param.name, s, *at, chosen)):
+                slope = _with_steps_apart(slope, place) if self.asks_once else slope
+                self.tables.add(param, n, index, self._if_weight(p, value * slope, masked), place)
 
     @T.inline
     def _set_bounds(self, begin, end, row0, column0):

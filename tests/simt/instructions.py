@@ -34,6 +34,7 @@ _INSTRUCTIONS = {
     r"st\.global(\.v[24])?\.\w32 ": "simt::store((void*){0}, {{{rest1}}});",
     r"red(\.relaxed|\.gpu)*\.global(\.gpu|\.relaxed)*\.add(\.v[24])?\.f32 ": "simt::add((float*){0}, {{{rest1}}});",
     r"red\.global(\.gpu|\.relaxed)*(\.v[24])?\.f32\.add ": "simt::add((float*){0}, {{{rest1}}});",
+    r"red\.relaxed\.gpu\.global\.add\.u64 ": "*(uint64_t*){0} += {1};",
     r"cp\.async\.cg": "simt::copy_later({0} + {offset}, {1}, {2});",
     r"cp\.async\.ca": "simt::copy_later({0} + {offset}, {1}, {2}, 4);",
     r"cp\.async\.commit": "simt::commit();",

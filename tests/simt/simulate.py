@@ -169,6 +169,7 @@ class Simulated:
         problem = problem_of(*(tensors[role] for role in "qkv"), layout)
         for scalar in self.program.scalars:
             problem[scalar.name] = tensors.get(scalar.name, evaluate(scalar.value, problem))
+        problem |= {sizes.elements_of(role): x.numel() for role, x in tensors.items() if role.startswith("d_")}
         workspaces = {}
         for workspace in self.program.workspaces:
             shape = [evaluate(size, problem) for size in workspace.shape]

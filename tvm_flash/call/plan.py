@@ -79,7 +79,7 @@ class Plan:
         self.choice = choose(problem, request.device, request.variant)
         entry = self.choice.kernel.entry
         _check_params(request, self.choice.kernel)
-        extents = entry.extents(request.sizes.by_name)
+        extents = entry.extents(request.sizes.by_name, lambda x: request.shape_of(x) if x in request.outputs else ())
         self._made = made_by(request, entry, extents)
         arguments = arguments_of(entry, request, self._made, extents)
         functions = registry().load(self.choice.kernel)

@@ -214,7 +214,7 @@ def run(
         }
     else:
         of |= {"batch": q[0], "heads": q[1], "kv_heads": k[1], "seqlen_q": q[2], "seqlen_kv": k[2]}
-        extents = entry.extents(sizes.of(**of))
+        extents = entry.extents(sizes.of(**of), lambda role: np.shape(params[role.removeprefix("d_")]))
         shapes = {role_of(name): tuple(of[a] for a in x.axes if a in of) for name, x in TENSORS.items()}
     axes = {"b": of["batch"], "h": of["heads"], "i": of.get("seqlen_q"), "j": of.get("seqlen_kv")}
     for p in entry.params:

@@ -29,7 +29,7 @@ def bind(
     problem: the sizes that :func:`tvm_flash.packs.sizes.of` gives.
     make: ``make(shape, dtype, zeroed)`` makes the tensor of a workspace.  Zeroed ones are made anew for every run.
     """
-    extents = entry.extents(problem)
+    extents = entry.extents(problem, lambda role: values[role].shape)
     shapes = {w.name: tuple(sizes.evaluate(n, extents) for n in w.shape) for w in entry.workspaces}
     values = {**values, **{x.name: extents[x.name] for x in entry.scalars}}
     values |= {w.name: make(shapes[w.name], w.dtype, False) for w in entry.workspaces if not w.zeroed}

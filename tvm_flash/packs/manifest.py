@@ -99,7 +99,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -475,9 +476,16 @@ class KernelEntry:
         """The dtype by which kernels are looked for, that of ``q``: ``"float32"``, ``"float16"`` or ``"bfloat16"``."""
         return self.dtype_of("q")
 
-    def extents(self, problem: Mapping[str, int]) -> dict[str, int]:
-        """The sizes of a problem (:func:`tvm_flash.packs.sizes.of`) and the values of the scalars."""
+    def extents(
+        self, problem: Mapping[str, int], shape_of: Callable[[str], Sequence[int]] | None = None
+    ) -> dict[str, int]:
+        """The sizes of a problem (:func:`tvm_flash.packs.sizes.of`), those of the gradients of tables that workspaces
+        name, of which ``shape_of`` says what shape the tensor of a role has, and the values of the scalars."""
         found = dict(problem)
+        named = {name for w in self.workspaces for size in w.shape for name in sizes.names(size)}
+        for role in (f"d_{p.name}" for p in self.params):
+            if sizes.elements_of(role) in named:
+                found[sizes.elements_of(role)] = math.prod(shape_of(role))
         for scalar in self.scalars:
             found[scalar.name] = sizes.evaluate(scalar.value, found)
         return found

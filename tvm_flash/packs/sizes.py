@@ -77,6 +77,12 @@ def of_pages(
     }  # fmt: skip
 
 
+def elements_of(role: str) -> str:
+    """What the number of elements of a tensor is called, where it doesn't follow from the other sizes: of the gradient
+    of a table, 1 if nobody asks for it."""
+    return f"{role}_elements"
+
+
 def evaluate(expression: Expression, sizes: Mapping[str, int]) -> int:
     """The value of an expression.
 

@@ -354,7 +354,7 @@ def _call_kernel(target: str, request: Request, kernel: Installed, *arrays):
     swap = entry.form == DENSE and entry.layout != request.layout
     given = {role_of(name): (name, x) for name, x in zip(request.given, arrays, strict=True)}
     names = {role_of(n): n for n in (*request.outputs, *request.operator.on_request)}
-    extents = entry.extents(request.sizes.by_name)
+    extents = entry.extents(request.sizes.by_name, request.shape_of)
     workspaces = {w.name: w for w in entry.workspaces}
     params = {p.name: p for p in entry.params}
 

@@ -40,6 +40,7 @@ from schedules.tile.geometry import local
 from schedules.tile.place_gradients import PlaceGradients, Targets
 from schedules.tile.smem import SharedTile
 from schedules.tile.static import static
+from schedules.tile.table_gradients import TableGradients
 from schedules.tile.weights import Weights
 
 #: Named barriers of the pairs begin here; barrier 0 is the whole block's.
@@ -122,8 +123,10 @@ class GradientMachine(GradientProducts, RowCopies):
         """Where lse and delta of a query of the block's sequence are, int64."""
         return self.tensors.lse_offset(at.b, at.h, self.tensors.queries.of(at.b).at(row))
 
-    def weights(self, at, places: PlaceGradients | None = None) -> Weights:
-        """Scores of one head to probabilities and gradients; ``places`` as in :class:`Weights`."""
+    def weights(
+        self, at, places: PlaceGradients | None = None, tables: TableGradients | None = None
+    ) -> Weights:
+        """Scores of one head to probabilities and gradients; ``places`` and ``tables`` as in :class:`Weights`."""
         return Weights(
             self.pattern,
             at,
@@ -134,6 +137,7 @@ class GradientMachine(GradientProducts, RowCopies):
             tile_step=self.tile_step,
             pack=self.pack_pair,
             places=places,
+            tables=tables,
         )
 
     def place_gradients(self, targets: Targets, at) -> PlaceGradients | None:

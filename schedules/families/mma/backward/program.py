@@ -10,12 +10,14 @@ from schedules.families.mma.backward import joint, keys, queries
 from schedules.families.mma.backward.config import Config
 from schedules.families.mma.mma import ALIGNMENT, INDEX_BITS
 from schedules.families.ranged import with_ranges, with_tiles
+from schedules.families.with_tables import with_tables
 from schedules.tile.delta import delta
 from schedules.tile.gradients import Starts, tiles_of
 from schedules.tile.mask_lists import RIGHTWARDS, Listed
 from schedules.tile.mask_ranges import Ranged
 from schedules.tile.parameter_sums import parameter_sums, ragged_parameter_sums
 from schedules.tile.place_gradients import Targets
+from schedules.tile.table_gradients import TableSums, learnt_tables
 from schedules.tile.tile_scheduler import Traversal
 from schedules.tile.weights import summed
 from tvm_flash.packs import sizes
@@ -46,6 +48,7 @@ def program(
     asked = summed(pattern)
     keyed, queried = (pattern, pattern) if ragged else _with_tiles(pattern, config)
     of_keys, of_queries = (Targets(pattern, transposed).roles for transposed in (True, False))
+    tables = TableSums(learnt_tables(pattern))
     sums, starts = (("parameter_sums",) if asked else ()), (Starts.roles if ragged else ())
     of_delta = delta(pattern, traversal, name, ALIGNMENT, ragged=ragged)
     of_dkdv = keys.build(keyed, config, traversal, f"{name}_dkdv", machines[0], Starts() if ragged else None, adds)
@@ -53,7 +56,7 @@ def program(
     launches = [
         ScheduledLaunch(of_delta, ("o", "do", "dlse", "delta")),
         ScheduledLaunch(of_dkdv, (*keys.ROLES, *names(keyed), *of_keys, *starts)),
-        ScheduledLaunch(of_dq, (*queries.ROLES, *names(queried), *sums, *of_queries, *starts)),
+        ScheduledLaunch(of_dq, (*queries.ROLES, *names(queried), *sums, *of_queries, *tables.roles, *starts)),
     ]
     rows = ("*", "heads", "total_q") if ragged else ("*", "batch", "heads", "seqlen_q")
     workspaces = [Workspace("delta", "float32", (rows,))]
@@ -70,7 +73,7 @@ def program(
         workspaces=tuple(workspaces),
         narrow_axes=() if ragged else _narrow_axes(config, traversal),
     )
-    return with_ranges(found, traversal, name, keyed, queried)
+    return with_ranges(with_tables(found, pattern, name), traversal, name, keyed, queried)
 
 
 def _joint(pattern: Pattern, config: Config, traversal: Traversal, name: str, machine) -> Program:

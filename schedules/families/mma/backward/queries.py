@@ -21,6 +21,7 @@ from schedules.tile.key_source import ContiguousRows
 from schedules.tile.parameters import Parameters
 from schedules.tile.place_gradients import Targets
 from schedules.tile.static import static
+from schedules.tile.table_gradients import TableSums, learnt_tables
 from schedules.tile.tile_scheduler import Traversal
 from schedules.tile.weights import summed
 
@@ -38,8 +39,10 @@ def build(
     adds: bool = False,
 ) -> PrimFunc:
     """The kernel of a pattern; its arguments have the ``ROLES``, then come the pattern's parameters, ``parameter_sums``
-    if there are any, those of ``Targets``, and ``starts`` if sequences are ragged.  ``adds``: to what is there."""
+    if there are any, those of ``Targets`` and of ``TableSums``, and ``starts`` if sequences are ragged.  ``adds``: to
+    what is there."""
     launch, targets = config.queries, Targets(pattern, transposed=False)
+    of_tables = TableSums(learnt_tables(pattern))
     asked = bool(summed(pattern))
     sums = tirx.decl_buffer([tirx.Var("sums_length", "int32")], "float32", name="parameter_sums")
 
@@ -99,11 +102,14 @@ def build(
                     )
                 )
                 visited = T.meta_var(machine.rows_of(sources))
-                weights = T.meta_var(machine.weights(at, places))
+                tables = T.meta_var(machine.table_gradients(of_tables, at))
+                weights = T.meta_var(machine.weights(at, places, tables))
                 machine.visit(visited, weights, of_keys(tiles))
                 # 4. Results.  Where the block is comes anew, so that it isn't kept until here.
                 machine.finish()
                 machine.store_places(places)
+                if static(tables is not None):
+                    tables.leave()
                 if not pattern.is_unmasked:
                     machine.clear_blind_rows()
                 place = T.meta_var(order.work_tile(this_place()))
@@ -118,5 +124,5 @@ def build(
         return backward.with_attr("global_symbol", name)
 
     func = parameterised(pattern, make)
-    others = [*([sums] if asked else []), *targets.arguments, *(starts.arguments if starts else ())]
-    return append_arguments(func, others)
+    others = [*([sums] if asked else []), *targets.arguments, *of_tables.arguments]
+    return append_arguments(func, [*others, *(starts.arguments if starts else ())])

@@ -11,6 +11,7 @@ from schedules.families.mma.registers import fresh
 from schedules.tile.gradients import Tensors
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.softmax import from_lane
+from schedules.tile.table_gradients import TableGradients, TableSums
 from schedules.tile.weights import negative, shift_of_row, sink_share, summed
 
 
@@ -76,6 +77,10 @@ class QueryMachine(GradientMachine):
             M = T.meta_var(self.config.step_rows)
             visited = T.meta_var((tiles.full_begin * M, tiles.full_end * M))
             places.clear(self.own_first, self.config.own_rows, visited, fresh("tid.x"), self.config.threads)
+
+    def table_gradients(self, sums: TableSums, at) -> TableGradients | None:
+        """What takes the gradients of tables, if there are any."""
+        return TableGradients(sums, self.pattern, at) if sums.params else None
 
     @T.inline
     def prepare(self, n, to):

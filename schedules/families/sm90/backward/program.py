@@ -9,6 +9,7 @@ from schedules.families.ranged import with_ranges, with_tiles
 from schedules.families.sm90 import config as forward
 from schedules.families.sm90.backward import joint, keys, parameters, queries, sinks
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, section_heads
+from schedules.families.with_tables import with_tables
 from schedules.tile.gradients import ALIGNMENT, Starts
 from schedules.tile.mask_lists import Listed
 from schedules.tile.mask_ranges import Ranged
@@ -58,7 +59,7 @@ def program(
         workspaces = (*workspaces, *parameters.workspaces(pattern, ragged))
     memory = {"workspaces": workspaces, "scalars": scalars, "narrow_axes": _narrow_axes(pattern, config, ragged)}
     found = Program("backward", launches, "tirx", alignment=ALIGNMENT, index_bits=32, **memory)
-    return with_ranges(found, traversal, name, *kinds)
+    return with_ranges(with_tables(found, pattern, name), traversal, name, *kinds)
 
 
 def _with_tiles(pattern: Pattern, config: Config) -> tuple[Pattern | Ranged | Listed, Pattern | Ranged | Listed]:

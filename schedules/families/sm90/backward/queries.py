@@ -25,6 +25,7 @@ from schedules.tile.geometry import flat, parameterised
 from schedules.tile.gradients import Starts, tensors_of
 from schedules.tile.place_gradients import Targets
 from schedules.tile.static import static
+from schedules.tile.table_gradients import TableSums, learnt_tables
 from schedules.tile.tile_scheduler import Traversal
 
 #: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
@@ -41,12 +42,13 @@ def build(
 ) -> ScheduledLaunch:
     """The launch of a pattern; ``starts`` says where ragged sequences begin.  ``adds``: results to what is there."""
     learnt, targets = ParameterGradients(pattern, writes=False), Targets(pattern, transposed=False)
+    asked = (learnt, targets, TableSums(learnt_tables(pattern)))
     func = parameterised(
-        pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, learnt, targets, starts, adds)
+        pattern, lambda parameters: _kernel(pattern, config, traversal, parameters, asked, starts, adds)
     )
-    func = append_arguments(func, [*learnt.arguments, *targets.arguments, *(starts.arguments if starts else ())])
-    params = tuple(p.name for p in pattern.params)
-    roles = (*ROLES, *params, *learnt.roles, *targets.roles, *(starts.roles if starts else ()))
+    others = (*asked, *([starts] if starts else []))
+    func = append_arguments(func, [argument for x in others for argument in x.arguments])
+    roles = (*ROLES, *(p.name for p in pattern.params), *(role for x in others for role in x.roles))
     return ScheduledLaunch(func.with_attr("global_symbol", name), roles)
 
 
@@ -55,8 +57,7 @@ def _kernel(
     config: Config,
     traversal: Traversal,
     parameters: dict,
-    learnt: ParameterGradients,
-    targets: Targets,
+    asked: tuple[ParameterGradients, Targets, TableSums],
     starts: Starts | None,
     adds: bool,
 ) -> PrimFunc:
@@ -142,10 +143,7 @@ def _kernel(
                 pipelines = T.meta_var((q_tile, k_pipeline, v_pipeline, do_tile))
                 numbers = T.meta_var((flat(memory[0]), flat(memory[1]), places, config.block_m))
                 of_lane = T.meta_var((warp // 4, warp % 4, lane))
-                of_parameters = T.meta_var((learnt, targets))
-                QueryConsumer(pattern, tiles, block, pipelines, numbers, of_parameters, config.overlaps, *of_lane).run(
-                    dq_map
-                )
+                QueryConsumer(pattern, tiles, block, pipelines, numbers, asked, config.overlaps, *of_lane).run(dq_map)
 
         scheduler.if_found(work)
 

@@ -33,6 +33,7 @@ from schedules.tile.geometry import flat, wide
 from schedules.tile.place_gradients import PlaceGradients, Targets
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 from schedules.tile.static import static
+from schedules.tile.table_gradients import TableGradients, TableSums
 
 
 @T.meta_class
@@ -40,8 +41,8 @@ class QueryConsumer:
     """Warpgroup ``index`` of the block's consumers, seen by warp ``warp`` of it and lane ``lane``.
 
     ``pipelines`` are those of Q, K, V and dO; ``numbers`` are the flat memory of shifts and of −delta, how many tiles
-    each head has a place for there, and their rows; ``parameters`` are those whose gradients are summed, and those that
-    have values for queries.  Either it ``overlaps`` the product of a step with the next one's, or each step is by
+    each head has a place for there, and their rows; ``parameters`` are those whose gradients are summed, those that
+    have values for queries, and tables.  Either it ``overlaps`` the product of a step with the next one's, or each step is by
     itself.
     """
 
@@ -52,7 +53,7 @@ class QueryConsumer:
         block: Block,
         pipelines,
         numbers,
-        parameters: tuple[ParameterGradients, Targets],
+        parameters: tuple[ParameterGradients, Targets, TableSums],
         overlaps: bool,
         index,
         warp,
@@ -65,9 +66,12 @@ class QueryConsumer:
         self.scores = Products(pattern.dtype, BLOCK, N, D, D)
         self.gradients = Products(pattern.dtype, BLOCK, N, E, E)
         self.numbers, self.overlaps = numbers, overlaps
-        self.parameters, targets = parameters
+        self.parameters, targets, of_tables = parameters
         self.places = PlaceGradients(targets, block.site, M16N8, 1, M16N8.tile_rows, False) if targets.params else None
-        self.weights = step_weights(pattern, block.site, N, False, lane, config.tensors_ahead, places=self.places)
+        self.tables = TableGradients(of_tables, pattern, block.site) if of_tables.params else None
+        self.weights = step_weights(
+            pattern, block.site, N, False, lane, config.tensors_ahead, places=self.places, tables=self.tables
+        )
         # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
         self.acc_dq = T.alloc_local([D // 2], "float32")
         self.acc_s = T.alloc_local([N // 2], "float32")
@@ -314,6 +318,8 @@ class QueryConsumer:
         self.write(dq_map)
         if self.places is not None:
             self.places.store_sums(self.block.row_first + self.row + M16N8.row(self.lane), self.lane)
+        if self.tables is not None:
+            self.tables.leave()
         if len(self.pattern.learnt_of_sink) > 0:
             self.add_sinks()
         if len(self.parameters.params) > 0:

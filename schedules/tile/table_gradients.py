@@ -1,0 +1,214 @@
+"""Gradients of tables on any GPU: any score may add to any element, and the sums have the same bits in any order.
+
+The launch for dq has of each score its gradient with respect to the elements that it reads.  A lane adds up what
+follows one another for the same element, in the order in which it visits its scores; then it adds that *share* to the
+element's sum in memory, where shares of all blocks arrive in any order.  So the sum is one of whole numbers: a float32
+is a whole number of 24 bits times a power of two, and lands, cut in two at a multiple of 32 bits, in two neighbours of
+five *limbs*, 64-bit numbers that are worth ``2^(32 n)`` times the least share.  What a limb gets of a share has 32 bits
+at most, so that there is room for 2^31 shares an element.  A last launch puts the limbs together: the sum of shares is
+exact, and is rounded once.
+
+========= ============================================================================================
+2^-100    a unit of the first limb: what a share has below is cut off
+2^51      shares from here on, infinities and NaN set the element's flag, and its gradient is not a number
+48        bytes of memory an element: limb by limb, so that neighbours in a table are neighbours there; a flag
+========= ============================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from schedules.definition.attention import append_arguments
+from schedules.definition.parameters import gradient_name, gradient_symbols
+from schedules.definition.pattern import Pattern, Site
+from schedules.tile.geometry import flat, local, wide
+from schedules.tile.tile_scheduler import ceildiv
+from tvm_flash.packs.manifest import Param, Workspace
+from tvm_flash.packs.sizes import elements_of
+
+_LIMBS = 5
+#: Words of 32 bits an element: two for each limb, and for the flag.
+_WORDS = 2 * (_LIMBS + 1)
+#: Threads of a block of the launches before and after, and blocks of the former.
+_THREADS, _BLOCKS = 128, 512
+
+_ADD_SHARE = f"""
+__forceinline__ __device__ void add_share(void* sum, int elements, float share) {{
+  unsigned bits = __float_as_uint(share);
+  unsigned long long mantissa = bits & 0x7fffffu;
+  int exponent = bits >> 23 & 0xff;
+  if (exponent) mantissa |= 0x800000u; else exponent = 1;
+  int place = exponent - 50;
+  if (place < 0) {{ mantissa = place > -32 ? mantissa >> -place : 0; place = 0; }}
+  long long stride = (long long)elements * 8;
+  char* limb = (char*)sum + (place >> 5) * stride;
+  if (place >= {32 * (_LIMBS - 1)}) {{ limb = (char*)sum + {_LIMBS} * stride; mantissa = 1; place = 0; bits = 0; }}
+  mantissa <<= place & 31;
+  unsigned long long low = mantissa & 0xffffffffull, high = mantissa >> 32;
+  if (bits >> 31) {{ low = -low; high = -high; }}
+  if (low) asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(limb), "l"(low) : "memory");
+  limb += stride;
+  if (high) asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(limb), "l"(high) : "memory");
+}}
+"""
+
+_SUM_OF_LIMBS = f"""
+__forceinline__ __device__ float sum_of_limbs(const void* sum, int elements) {{
+  const long long* limb = (const long long*)sum;
+  long long digits[{_LIMBS}], carry = 0;
+  for (int n = 0; n < {_LIMBS}; n++) {{
+    long long x = limb[n * (long long)elements] + carry;
+    carry = x >> 32;
+    digits[n] = n < {_LIMBS - 1} ? x & 0xffffffffll : x;
+  }}
+  double value = 0;
+  for (int n = {_LIMBS - 1}; n >= 0; n--) value = value * 4294967296.0 + (double)digits[n];
+  if (limb[{_LIMBS} * (long long)elements]) return __uint_as_float(0x7fffffffu);
+  return (float)(value * {2.0**-100!r});
+}}
+"""
+
+
+def _add_share(total, elements, share):
+    """Add a share to the sum whose first limb is at ``total``; limbs are ``elements`` apart."""
+    return T.cuda.func_call("add_share", total, elements, share, source_code=_ADD_SHARE)
+
+
+def _sum_of_limbs(total, elements) -> Expr:
+    return T.cuda.func_call("sum_of_limbs", total, elements, source_code=_SUM_OF_LIMBS, return_type="float32")
+
+
+def learnt_tables(pattern: Pattern) -> tuple[Param, ...]:
+    """The tables that ask for a gradient."""
+    return tuple(p for p in pattern.learnt if p.rank)
+
+
+def _role(param: Param) -> str:
+    return f"{gradient_name(param)}_sums"
+
+
+def workspaces(pattern: Pattern) -> tuple[Workspace, ...]:
+    """Memory for the sums of each table; of one whose gradient nobody asks it is that of a single element."""
+    return tuple(
+        Workspace(_role(p), "int32", (("*", _WORDS, elements_of(gradient_name(p))),)) for p in learnt_tables(pattern)
+    )
+
+
+class TableSums:
+    """The sums that a launch adds to, as further arguments of it."""
+
+    def __init__(self, params: tuple[Param, ...]):
+        self.params = params
+        self.roles = tuple(map(_role, params))
+        self.arguments = [tirx.decl_buffer([tirx.Var(f"{x}_length", "int32")], "int32", name=x) for x in self.roles]
+
+    def elements(self, n: int) -> Expr:
+        """How many elements the ``n``-th has room for."""
+        return T.truncdiv(self.arguments[n].shape[0], _WORDS)
+
+
+@T.meta_class
+class TableGradients:
+    """A lane's shares in the gradients of tables, at a site.
+
+    For each element that an expression reads it keeps a share of even columns and one of odd columns, so that diagonals
+    of scores follow one another if a lane visits the later of its two rows first.
+    """
+
+    def __init__(self, sums: TableSums, pattern: Pattern, at: Site):
+        self.params, self.at = sums.params, at
+        self.counts = {p.name: 2 * pattern.elements_read(p.name) for p in self.params}
+        self.memory, self.elements, self.element, self.share = {}, {}, {}, {}
+        for n, p in enumerate(self.params):
+            size = math.prod(at.params[p.name].shape, start=T.int32(1))
+            self.memory[p.name] = flat(sums.arguments[n])
+            self.elements[p.name] = local(T.Select(sums.elements(n) >= size, sums.elements(n), 0))
+            self.element[p.name] = T.alloc_local([self.counts[p.name]], "int32")
+            self.share[p.name] = T.alloc_local([self.counts[p.name]], "float32")
+            for x in range(self.counts[p.name]):
+                T.buffer_store(self.element[p.name], T.int32(0), [x])
+                T.buffer_store(self.share[p.name], T.float32(0), [x])
+
+    def add(self, param: Param, number: int, index: Sequence[Expr], share: Expr, place) -> None:
+        """The gradient with respect to the element at ``index``, the ``number``-th that the expression reads, of the
+        register at ``place``."""
+        element, shares, n = self.element[param.name], self.share[param.name], number * 2 + place[3]
+        found = T.int32(0)
+        for x, size in zip(index, self.at.params[param.name].shape, strict=True):
+            found = found * size + x
+        own, value = (local(x).source[0] for x in (found, share))
+        with T.If(T.And(own != element[n], value != T.float32(0))), T.Then():
+            self._leave(param, n)
+            T.buffer_store(element, own, [n])
+            T.buffer_store(shares, T.float32(0), [n])
+        T.buffer_store(shares, shares[n] + value, [n])
+
+    def leave(self) -> None:
+        """Add what the lane still has to the sums."""
+        for p in self.params:
+            for n in range(self.counts[p.name]):
+                self._leave(p, n)
+
+    def _leave(self, param: Param, n) -> None:
+        elements, share = self.elements[param.name], self.share[param.name][n]
+        with T.If(T.And(elements > 0, share != T.float32(0))), T.Then():
+            at = wide(self.element[param.name][n]) * T.int64(2)
+            T.evaluate(_add_share(self.memory[param.name].ptr_to([at]), elements, share))
+
+
+def clear(params: tuple[Param, ...], name: str) -> PrimFunc:
+    """The launch ``(*sums)`` that makes the sums of all tables 0."""
+    sums = TableSums(params)
+
+    @T.prim_func(check_well_formed=False)
+    def kernel():
+        T.device_entry()
+        block = T.cta_id([_BLOCKS])
+        thread = T.thread_id([_THREADS])
+        T.evaluate(_clear(sums, block * _THREADS + thread))
+
+    return append_arguments(kernel.with_attr("global_symbol", name), sums.arguments)
+
+
+def _clear(sums: TableSums, first: Expr) -> int:
+    for x in sums.arguments:
+        steps = ceildiv(T.max(x.shape[0] - first, 0), _BLOCKS * _THREADS)
+        with T.serial(steps) as step:
+            T.buffer_store(flat(x), T.int32(0), [wide(first) + wide(step) * (_BLOCKS * _THREADS)])
+    return 0
+
+
+def finish(param: Param, name: str) -> PrimFunc:
+    """The launch ``(sums, gradient)`` that makes a table's gradient of its sums."""
+    sums = TableSums((param,))
+    arguments, gradients = gradient_symbols((param,), "int32")
+    out, elements = gradients[param.name], sums.elements(0)
+
+    @T.prim_func(check_well_formed=False)
+    def kernel():
+        T.device_entry()
+        block = T.cta_id([ceildiv(elements, _THREADS)])
+        thread = T.thread_id([_THREADS])
+        number = block * _THREADS + thread
+        if number < elements:
+            place = T.meta_var(_place(number, out))
+            memory, total = T.meta_var((flat(sums.arguments[0]), flat(out)))
+            total[place] = _sum_of_limbs(memory.ptr_to([wide(number) * T.int64(2)]), elements)
+
+    return append_arguments(kernel.with_attr("global_symbol", name), [*sums.arguments, *arguments])
+
+
+def _place(number: Expr, out) -> Expr:
+    """Where an element is in a tensor, by its number."""
+    place = T.int64(0)
+    for size, stride in reversed(list(zip(out.shape, out.ty.strides, strict=True))):
+        place = place + wide(T.truncmod(number, size)) * wide(stride)
+        number = T.truncdiv(number, size)
+    return place
