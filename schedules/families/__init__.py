@@ -134,11 +134,8 @@ def _unknown(pattern: Pattern, target: Target, kind: str) -> str:
         return f"the definition has {spread}, and {target} kernels of the kind {kind} {only}{others}"
     tables = ", ".join(p.name for p in pattern.learnt if p.rank)
     if tables and kind in GRADIENT_KINDS and kind not in getattr(family, "LEARNT_TABLE_KINDS", ()):
-        instead = "look up in the framework, and give a tensor over axes of scores, whose gradient flows back"
-        if kind in of_tables:
-            instead = "train over a batch, or without it"
         what = f"the gradient of a table is asked for, {tables}"
-        return f"{what}, and {target} kernels of the kind {kind} have none; {instead}"
+        return f"{what}, and {target} kernels of the kind {kind} have none; train over a batch, or without it"
     if pattern.has_sink and kind not in of_sinks:
         return f"the definition has a sink, and {target} kernels of the kind {kind} have none"
     return ""

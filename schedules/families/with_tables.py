@@ -25,5 +25,5 @@ def with_tables(program: Program, pattern: Pattern, name: str) -> Program:
         )
         for p in params
     )
-    workspaces = (*program.workspaces, *table_gradients.workspaces(pattern))
+    workspaces = (*program.workspaces, *map(table_gradients.workspace, params))
     return replace(program, launches=(first, clear, *others, *ends), workspaces=workspaces)

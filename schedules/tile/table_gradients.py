@@ -76,7 +76,7 @@ __forceinline__ __device__ float sum_of_limbs(const void* sum, int elements) {{
 """
 
 
-def _add_share(total, elements, share):
+def add_share(total, elements, share):
     """Add a share to the sum whose first limb is at ``total``; limbs are ``elements`` apart."""
     return T.cuda.func_call("add_share", total, elements, share, source_code=_ADD_SHARE)
 
@@ -94,11 +94,9 @@ def _role(param: Param) -> str:
     return f"{gradient_name(param)}_sums"
 
 
-def workspaces(pattern: Pattern) -> tuple[Workspace, ...]:
-    """Memory for the sums of each table; of one whose gradient nobody asks it is that of a single element."""
-    return tuple(
-        Workspace(_role(p), "int32", (("*", _WORDS, elements_of(gradient_name(p))),)) for p in learnt_tables(pattern)
-    )
+def workspace(param: Param) -> Workspace:
+    """Memory for the sums of a table; of one whose gradient nobody asks it is that of a single element."""
+    return Workspace(_role(param), "int32", (("*", _WORDS, elements_of(gradient_name(param))),))
 
 
 class TableSums:
@@ -160,7 +158,7 @@ class TableGradients:
         elements, share = self.elements[param.name], self.share[param.name][n]
         with T.If(T.And(elements > 0, share != T.float32(0))), T.Then():
             at = wide(self.element[param.name][n]) * T.int64(2)
-            T.evaluate(_add_share(self.memory[param.name].ptr_to([at]), elements, share))
+            T.evaluate(add_share(self.memory[param.name].ptr_to([at]), elements, share))
 
 
 def clear(params: tuple[Param, ...], name: str) -> PrimFunc:
