@@ -20,7 +20,7 @@ from schedules.definition.catalogue import FULL, MASKS, Mask, ScoreModification
 from schedules.definition.derive import derive
 from schedules.definition.pattern import DefinitionError, match
 from schedules.families import schedule
-from schedules.families.interface import BACKWARD, DECODE, PARTIAL, RAGGED_BACKWARD, Rejected, Target
+from schedules.families.interface import DECODE, PARTIAL, RAGGED_BACKWARD, Rejected, Target
 from schedules.templates import v2
 from tests import oracle
 from tests.definitions.with_tensors import documents, learnt_relative, own_sink, relative

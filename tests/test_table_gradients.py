@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
+import torch
 from tvm.script import tirx as T
 
 from schedules.builder.compile import export_cuda
@@ -91,7 +92,13 @@ def test_what_is_too_small_or_too_large(added):
     """What is below a unit is cut off; what isn't finite, or has no limb, spoils its own element."""
     values, elements = np.zeros(SHARES, np.float32), np.zeros(SHARES, np.int32)
     shares = {0: (2.0**-100, 1.75 * 2.0**-100), 1: (2.0**-120, 2.0**-149), 2: (-(2.0**-100), -(2.0**-101))}
-    shares |= {3: (math.inf, 1.0), 4: (math.nan,), 5: (-(2.0**51),), 6: (2.0**51 - 2.0**28, -1.0), 7: (-math.inf, math.inf)}
+    shares |= {
+        3: (math.inf, 1.0),
+        4: (math.nan,),
+        5: (-(2.0**51),),
+        6: (2.0**51 - 2.0**28, -1.0),
+        7: (-math.inf, math.inf),
+    }
     given = [(n, x) for n, xs in shares.items() for x in xs]
     elements[: len(given)], values[: len(given)] = zip(*given, strict=True)
     found = added(values, elements).reshape(-1)
@@ -113,7 +120,7 @@ def _several_twin(s, at):
     column = np.clip(at.j - at.i + 6, 0, near.shape[1] - 1)
     rows = np.clip(at.b, 0, near.shape[0] - 1), np.clip(at.h, 0, near.shape[0] - 1)
     given = np.clip(at.i // 9, 0, far.shape[0] - 1), np.clip(at.j, 0, far.shape[1] - 1)
-    return 4 * np.tanh((s * near[rows[0], 3] + near[rows[1], column]) / 4) + far[*given, at.h]
+    return 4 * np.tanh((s * near[rows[0], 3] + near[rows[1], column]) / 4) + far[(*given, at.h)]
 
 
 def example(batch, heads, seqlen_q, seqlen_kv):

@@ -123,9 +123,7 @@ class GradientMachine(GradientProducts, RowCopies):
         """Where lse and delta of a query of the block's sequence are, int64."""
         return self.tensors.lse_offset(at.b, at.h, self.tensors.queries.of(at.b).at(row))
 
-    def weights(
-        self, at, places: PlaceGradients | None = None, tables: TableGradients | None = None
-    ) -> Weights:
+    def weights(self, at, places: PlaceGradients | None = None, tables: TableGradients | None = None) -> Weights:
         """Scores of one head to probabilities and gradients; ``places`` and ``tables`` as in :class:`Weights`."""
         return Weights(
             self.pattern,

@@ -42,8 +42,8 @@ class QueryConsumer:
 
     ``pipelines`` are those of Q, K, V and dO; ``numbers`` are the flat memory of shifts and of −delta, how many tiles
     each head has a place for there, and their rows; ``parameters`` are those whose gradients are summed, those that
-    have values for queries, and tables.  Either it ``overlaps`` the product of a step with the next one's, or each step is by
-    itself.
+    have values for queries, and tables.  Either it ``overlaps`` the product of a step with the next one's, or each step
+    is by itself.
     """
 
     def __init__(
