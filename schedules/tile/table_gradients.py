@@ -1,7 +1,7 @@
 """Gradients of tables on any GPU: any score may add to any element, and the sums have the same bits in any order.
 
 The launch for dq has of each score its gradient with respect to the elements that it reads.  A lane adds up what
-follows one another for the same element, in the order in which it visits its scores; then it adds that *share* to the
+follows one another for the same element, on its way along diagonals of a tile; then it adds that *share* to the
 element's sum in memory, where shares of all blocks arrive in any order.  So the sum is one of whole numbers: a float32
 is a whole number of 24 bits times a power of two, and lands, cut in two at a multiple of 32 bits, in two neighbours of
 five *limbs*, 64-bit numbers that are worth ``2^(32 n)`` times the least share.  What a limb gets of a share has 32 bits
@@ -18,7 +18,7 @@ exact, and is rounded once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -28,11 +28,13 @@ from tvm.tirx import PrimFunc
 from schedules.definition.attention import append_arguments
 from schedules.definition.parameters import gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern, Site
+from schedules.tile.fragment import Fragment
 from schedules.tile.geometry import flat, local, wide
 from schedules.tile.tile_scheduler import ceildiv
 from tvm_flash.packs.manifest import Param, Workspace
 from tvm_flash.packs.sizes import elements_of
 
+BLOCK, LANES = 16, 32
 _LIMBS = 5
 #: Words of 32 bits an element: two for each limb, and for the flag.
 _WORDS = 2 * (_LIMBS + 1)
@@ -112,53 +114,127 @@ class TableSums:
         return T.truncdiv(self.arguments[n].shape[0], _WORDS)
 
 
-@T.meta_class
-class TableGradients:
-    """A lane's shares in the gradients of tables, at a site.
+@dataclass(frozen=True)
+class Slices:
+    """How a warp's scores of an m-tile, ``columns`` columns, pass through its part of shared memory: a slice at a time,
+    so that lanes walk along diagonals of blocks of 16 x 16 scores, which positions often give the same element.
 
-    For each element that an expression reads it keeps a share of even columns and one of odd columns, so that diagonals
-    of scores follow one another if a lane visits the later of its two rows first.
+    A slice is one such block, half of whose rows a lane has, or two.
     """
 
-    def __init__(self, sums: TableSums, pattern: Pattern, at: Site):
-        self.params, self.at = sums.params, at
-        self.counts = {p.name: 2 * pattern.elements_read(p.name) for p in self.params}
-        self.memory, self.elements, self.element, self.share = {}, {}, {}, {}
+    fragment: Fragment
+    columns: int
+
+    @property
+    def width(self) -> int:
+        """Columns of a slice."""
+        two = 2 * BLOCK * BLOCK // self.fragment.tile_rows
+        return two if self.columns % two == 0 else BLOCK
+
+    @property
+    def pitch(self) -> int:
+        """Elements from one row to the next: so many that a fragment's stores meet in no bank."""
+        return self.width + 8
+
+    @property
+    def elements(self) -> int:
+        """Those of a warp's part."""
+        return self.fragment.tile_rows * self.pitch
+
+    @property
+    def steps(self) -> int:
+        """Scores of a slice that a lane walks over."""
+        return self.fragment.tile_rows * self.width // LANES
+
+    def place(self, lane: Expr, step: int) -> tuple[Expr, Expr]:
+        """Row and column of a lane's score number ``step`` in a slice."""
+        half = T.truncdiv(lane, BLOCK)
+        row = step if self.width > BLOCK else half * (self.fragment.tile_rows // 2) + step
+        column = T.truncmod(lane + row, BLOCK)
+        return T.int32(0) + row, column + half * BLOCK if self.width > BLOCK else column
+
+    def memory(self, pool, warps: int):
+        """What a block needs."""
+        return pool.alloc((warps, self.elements), "float32", align=16)
+
+    def bytes(self, warps: int) -> int:
+        """How much that is."""
+        return 4 * warps * self.elements
+
+
+@T.meta_class
+class TableGradients:
+    """A lane's shares in the gradients of tables, at a site; ``memory`` is that of :class:`Slices`."""
+
+    def __init__(self, sums: TableSums, pattern: Pattern, at: Site, slices: Slices, memory, warp: Expr, lane: Expr):
+        self.params, self.pattern, self.at, self.slices, self.lane = sums.params, pattern, at, slices, lane
+        self.tile, self.first = flat(memory), local(warp * slices.elements)
+        self.sums, self.elements, self.counts, self.element, self.share = {}, {}, {}, {}, {}
         for n, p in enumerate(self.params):
             size = math.prod(at.params[p.name].shape, start=T.int32(1))
-            self.memory[p.name] = flat(sums.arguments[n])
+            self.sums[p.name] = flat(sums.arguments[n])
             self.elements[p.name] = local(T.Select(sums.elements(n) >= size, sums.elements(n), 0))
+            self.counts[p.name] = pattern.elements_read(p.name)
             self.element[p.name] = T.alloc_local([self.counts[p.name]], "int32")
             self.share[p.name] = T.alloc_local([self.counts[p.name]], "float32")
             for x in range(self.counts[p.name]):
                 T.buffer_store(self.element[p.name], T.int32(0), [x])
                 T.buffer_store(self.share[p.name], T.float32(0), [x])
 
-    def add(self, param: Param, number: int, index: Sequence[Expr], share: Expr, place) -> None:
-        """The gradient with respect to the element at ``index``, the ``number``-th that the expression reads, of the
-        register at ``place``."""
-        element, shares, n = self.element[param.name], self.share[param.name], number * 2 + place[3]
-        found = T.int32(0)
-        for x, size in zip(index, self.at.params[param.name].shape, strict=True):
-            found = found * size + x
-        own, value = (local(x).source[0] for x in (found, share))
-        with T.If(T.And(own != element[n], value != T.float32(0))), T.Then():
-            self._leave(param, n)
-            T.buffer_store(element, own, [n])
-            T.buffer_store(shares, T.float32(0), [n])
-        T.buffer_store(shares, shares[n] + value, [n])
+    @property
+    def wanted(self) -> Expr:
+        """Whether the gradient of any table is asked for."""
+        return tirx.any(*(x > 0 for x in self.elements.values()))
+
+    def put(self, g: int, r: Expr, pair) -> None:
+        """What the registers of two columns of group ``g`` of a slice have, to shared memory."""
+        f = self.slices.fragment
+        row = f.row(self.lane) + r * f.row_step
+        at = self.first + row * self.slices.pitch + f.column(self.lane) + g * f.group
+        with T.vectorized(2) as e:
+            T.buffer_store(self.tile, pair[e], [at + e])
+
+    def add(self, param: Param, number: int, row: Expr, column: Expr, chosen) -> None:
+        """Add what is in shared memory to the ``number``-th element of a table that the expression reads, for a slice
+        whose first query is ``row`` and first key ``column``."""
+        values = T.alloc_local([self.slices.steps], "float32")
+        places = [self.slices.place(self.lane, step) for step in range(self.slices.steps)]
+        for step, (i, j) in enumerate(places):
+            T.buffer_store(values, self.tile[self.first + i * self.slices.pitch + j], [step])
+        with T.If(self.elements[param.name] > 0), T.Then():
+            for step, (i, j) in enumerate(places):
+                found = self._element(param, number, row + i, column + j, chosen)
+                self._add(param, number, local(found).source[0], values[step])
 
     def leave(self) -> None:
         """Add what the lane still has to the sums."""
         for p in self.params:
-            for n in range(self.counts[p.name]):
-                self._leave(p, n)
+            with T.If(self.elements[p.name] > 0), T.Then():
+                for number in range(self.counts[p.name]):
+                    self._leave(p, number)
 
-    def _leave(self, param: Param, n) -> None:
-        elements, share = self.elements[param.name], self.share[param.name][n]
-        with T.If(T.And(elements > 0, share != T.float32(0))), T.Then():
-            at = wide(self.element[param.name][n]) * T.int64(2)
-            T.evaluate(add_share(self.memory[param.name].ptr_to([at]), elements, share))
+    def _element(self, param: Param, number: int, i: Expr, j: Expr, chosen) -> Expr:
+        """The number of an element, row by row."""
+        index, _ = self.pattern.table_gradients(param.name, self.at, T.float32(0), i, j, chosen)[number]
+        found = T.int32(0)
+        for x, size in zip(index, self.at.params[param.name].shape, strict=True):
+            found = found * size + x
+        return found
+
+    def _add(self, param: Param, number: int, found: Expr, value: Expr) -> None:
+        element, share = self.element[param.name], self.share[param.name]
+        with T.If(T.And(found != element[number], value != T.float32(0))), T.Then():
+            self._leave(param, number)
+            T.buffer_store(element, found, [number])
+            T.buffer_store(share, T.float32(0), [number])
+        T.buffer_store(share, share[number] + value, [number])
+
+    def _leave(self, param: Param, number: int) -> None:
+        """Add a share to its element's sum."""
+        share = self.share[param.name][number]
+        with T.If(share != T.float32(0)), T.Then():
+            at = wide(self.element[param.name][number]) * T.int64(2)
+            T.evaluate(add_share(self.sums[param.name].ptr_to([at]), self.elements[param.name], share))
 
 
 def clear(params: tuple[Param, ...], name: str) -> PrimFunc:

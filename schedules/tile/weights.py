@@ -120,6 +120,7 @@ class Weights(ScoreTile):
         ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)
         self.asks_once = asks_once and not self.folded
         self.places, self.tables = places, tables
+        self.groups_of_slice = tables.slices.width // fragment.group if tables is not None else 0
         self.pack = pack or packing(pattern.dtype)
         self.scale = local(self.signed_scale())
 
@@ -236,8 +237,7 @@ class Weights(ScoreTile):
             for g in T.unroll(self.groups):
                 if masked and not by_interval:
                     self.begin_columns(row0, column0, t, g)
-                for n in T.unroll(2):
-                    r = T.meta_var(n if self.tables is None else 1 - n)
+                for r in T.unroll(2):
                     self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
                         self.look_at(t, g, r, e)
@@ -248,12 +248,60 @@ class Weights(ScoreTile):
                         p[e] = self._weight(S[x], at, (t, g, r, e), chosen, seen, shift)
                         E[x] = self._if_weight(p[e], p[e] * E[x], masked)
                         self._add_to_parameters(sums, p[e], E[x], S[x], at, (t, g, r, e), chosen, masked)
-                        E[x] = self._if_weight(p[e], self._times_slope(E[x], S[x], at, (t, g, r, e), chosen), masked)
+                        if self.tables is None:
+                            E[x] = self._if_weight(
+                                p[e], self._times_slope(E[x], S[x], at, (t, g, r, e), chosen), masked
+                            )
                     i = T.meta_var(t * self.stride + g * 4 + r * 2)
                     word = T.meta_var(t * (self.stride // 2) + g * 2 + r)
                     if P is not None:
                         self.pack(P, word, p[0], p[1])
-                    self.pack(G, word, E[i], E[i + 1])
+                    if self.tables is None:
+                        self.pack(G, word, E[i], E[i + 1])
+        if self.tables is not None:
+            self._turn_with_tables(S, E, G, row0, column0, masked, chosen)
+
+    @T.inline
+    def _turn_with_tables(self, S, E, G, row0, column0, masked, chosen):
+        """Add the gradients of scores, ``E``, to those of tables, then finish the step."""
+        if self.tables.wanted:
+            for t in T.unroll(self.m_tiles):
+                for c in T.unroll(self.groups // self.groups_of_slice):
+                    T.evaluate(self._add_to_tables(S, E, row0, column0, t, c, masked, chosen))
+        for t in T.unroll(self.m_tiles):
+            for g in T.unroll(self.groups):
+                for r in T.unroll(2):
+                    self.look_at_pair(t, g, r)
+                    for e in T.unroll(2):
+                        self.look_at(t, g, r, e)
+                        x = T.meta_var(t * self.stride + g * 4 + r * 2 + e)
+                        at = T.meta_var(self.position(row0, column0, t, g, r, e))
+                        E[x] = self._if_weight(E[x], self._times_slope(E[x], S[x], at, (t, g, r, e), chosen), masked)
+                    i = T.meta_var(t * self.stride + g * 4 + r * 2)
+                    self.pack(G, t * (self.stride // 2) + g * 2 + r, E[i], E[i + 1])
+
+    def _add_to_tables(self, S, E, row0, column0, t, c, masked, chosen) -> int:
+        """The same of m-tile ``t`` and slice ``c``, what a text may call."""
+        tables = self.tables
+        first = self.position(row0, column0, t, c * self.groups_of_slice, 0, 0)
+        first = first[0] - self.fragment.row(tables.lane), first[1] - self.fragment.column(tables.lane)
+        for param in tables.params:
+            for number in range(self.pattern.elements_read(param.name, chosen)):
+                T.evaluate(T.cuda.warp_sync())
+                with T.unroll(self.groups_of_slice) as n, T.unroll(2) as r:
+                    g = c * self.groups_of_slice + n
+                    self.look_at_pair(t, g, r)
+                    pair = T.alloc_local([2], "float32")
+                    for e in range(2):
+                        self.look_at(t, g, r, e)
+                        x, at = t * self.stride + g * 4 + r * 2 + e, self.position(row0, column0, t, g, r, e)
+                        _, slope = self.table_slopes(param.name, S[x], *at, chosen)[number]
+                        slope = _with_steps_apart(slope, (t, g, r, e)) if self.asks_once else slope
+                        T.buffer_store(pair, self._if_weight(E[x], E[x] * slope, masked), [e])
+                    tables.put(n, r, pair)
+                T.evaluate(T.cuda.warp_sync())
+                tables.add(param, number, *first, chosen)
+        return 0
 
     def _if_weight(self, p, value, masked):
         """``value``, or 0 where a key has no weight, whatever stands beside it."""
@@ -282,11 +330,6 @@ class Weights(ScoreTile):
                 at,
                 place,
             )
-
-        for param in self.tables.params if self.tables is not None else ():
-            for n, (index, slope) in enumerate(self.table_slopes(param.name, s, *at, chosen)):
-                slope = _with_steps_apart(slope, place) if self.asks_once else slope
-                self.tables.add(param, n, index, self._if_weight(p, value * slope, masked), place)
 
     @T.inline
     def _set_bounds(self, begin, end, row0, column0):

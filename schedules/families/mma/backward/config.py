@@ -13,6 +13,7 @@ from schedules.tile.fragment import M16N8, Fragment
 from schedules.tile.place_gradients import Targets
 from schedules.tile.slots import WORDS
 from schedules.tile.smem import TILE_ALIGNMENT, panel_columns
+from schedules.tile.table_gradients import Slices, learnt_tables
 from schedules.tile.weights import summed
 
 #: Registers beside sums, S and dP, what is packed, and operands: addresses, counters, numbers of rows.
@@ -180,7 +181,7 @@ def _fits(
         return Rejected(f"{launch}: early is for scores without gradients of parameters")
     if config.num_stages < 2:
         return Rejected(f"{launch}: num_stages {config.num_stages} must be at least 2")
-    shared = _shared_memory(pattern, config, transposed, machine.looks_up)
+    shared = _shared_memory(pattern, config, transposed, machine)
     available = SHARED_MEMORY[target.arch]
     if shared > available:
         return Rejected(f"{launch}: needs {shared} bytes of shared memory, a block of {target} has {available}")
@@ -191,14 +192,16 @@ def _fits(
     return None
 
 
-def _shared_memory(pattern: Pattern, config: LaunchConfig, transposed: bool, looks_up: bool) -> int:
+def _shared_memory(pattern: Pattern, config: LaunchConfig, transposed: bool, machine: Machine) -> int:
     types = tensor_types(pattern)
     rows = config.own_rows + config.num_stages * config.step_rows
     asked = len(summed(pattern))
     numbers = config.num_stages * config.step_rows * 2 if transposed else config.own_rows * 2 + asked * config.num_warps
     exchanged = config.own_rows * config.step_rows if config.exchanges else 0
     others = 4 * numbers
-    if looks_up:  # it is before the tiles, with the numbers
+    if not transposed and learnt_tables(pattern):
+        others += Slices(machine.fragment, config.step_rows).bytes(config.num_warps)
+    if machine.looks_up:  # it is before the tiles, with the numbers
         others = -(-(4 * (numbers + WORDS)) // TILE_ALIGNMENT) * TILE_ALIGNMENT
     return types.k.bytes * (rows * (pattern.head_dim + pattern.head_dim_v) + exchanged) + others
 

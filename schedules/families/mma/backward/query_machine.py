@@ -11,7 +11,7 @@ from schedules.families.mma.registers import fresh
 from schedules.tile.gradients import Tensors
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.softmax import from_lane
-from schedules.tile.table_gradients import TableGradients, TableSums
+from schedules.tile.table_gradients import Slices, TableGradients, TableSums, learnt_tables
 from schedules.tile.weights import negative, shift_of_row, sink_share, summed
 
 
@@ -31,6 +31,9 @@ class QueryMachine(GradientMachine):
         self.numbers = pool.alloc((2, self.config.own_rows), "float32", align=16)
         shape = (self.asked, self.config.num_warps)
         self.warp_sums = pool.alloc(shape, "float32", align=16) if self.asked else None
+        self.slices = Slices(self.fragment, self.config.step_rows)
+        if learnt_tables(self.pattern):
+            self.slice_memory = self.slices.memory(pool, self.config.num_warps)
 
     def shift(self, t, g, r, e):
         """What is added to the score of a register in powers of two."""
@@ -80,7 +83,10 @@ class QueryMachine(GradientMachine):
 
     def table_gradients(self, sums: TableSums, at) -> TableGradients | None:
         """What takes the gradients of tables, if there are any."""
-        return TableGradients(sums, self.pattern, at) if sums.params else None
+        if not sums.params:
+            return None
+        warp = fresh("tid.x") // 32
+        return TableGradients(sums, self.pattern, at, self.slices, self.slice_memory, warp, self.lane)
 
     @T.inline
     def prepare(self, n, to):

@@ -9,8 +9,11 @@ from schedules.definition.errors import DefinitionError
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
 from schedules.families.sm90 import config as forward
+from schedules.families.sm90.barriers import WARPS
 from schedules.families.sm90.config import BARRIER_BYTES, PANEL, SHARED_MEMORY, WARPGROUP_ROWS, panels
+from schedules.tile.fragment import M16N8
 from schedules.tile.place_gradients import stored_by
+from schedules.tile.table_gradients import Slices, learnt_tables
 from tvm_flash.packs import sizes
 
 #: Consumer warpgroups of either launch, and the rows of a block of them, 64 each.
@@ -319,4 +322,5 @@ def _memory_of_keys(pattern: Pattern, config: Config) -> int:
 
 def _memory_of_queries(pattern: Pattern, config: Config) -> int:
     rows = (BLOCK + config.num_stages_dq * config.block_n) * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
-    return rows * 2 * PANEL + BARRIER_BYTES
+    slices = Slices(M16N8, config.block_n).bytes(WARPS * CONSUMERS) if learnt_tables(pattern) else 0
+    return rows * 2 * PANEL + slices + BARRIER_BYTES

@@ -21,11 +21,12 @@ from schedules.families.sm90.config import panels
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.producer import fetch_keys
 from schedules.families.sm90.work_tile import Block
+from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat, parameterised
 from schedules.tile.gradients import Starts, tensors_of
 from schedules.tile.place_gradients import Targets
 from schedules.tile.static import static
-from schedules.tile.table_gradients import TableSums, learnt_tables
+from schedules.tile.table_gradients import Slices, TableSums, learnt_tables
 from schedules.tile.tile_scheduler import Traversal
 
 #: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
@@ -50,6 +51,11 @@ def build(
     func = append_arguments(func, [argument for x in others for argument in x.arguments])
     roles = (*ROLES, *(p.name for p in pattern.params), *(role for x in others for role in x.roles))
     return ScheduledLaunch(func.with_attr("global_symbol", name), roles)
+
+
+def _slice_memory(pattern: Pattern, config: Config, pool):
+    """Shared memory of the consumers' warps for what they add to tables, if there are any that are learnt."""
+    return Slices(M16N8, config.block_n).memory(pool, WARPS * CONSUMERS) if learnt_tables(pattern) else None
 
 
 def _kernel(
@@ -108,6 +114,7 @@ def _kernel(
         do_tile = Pipeline(pool, 1, panels(E), BLOCK, dtype)
         k_pipeline = Pipeline(pool, tiles.num_stages, panels(D), tiles.block_n, dtype)
         v_pipeline = Pipeline(pool, tiles.num_stages, panels(E), tiles.block_n, dtype)
+        slice_memory = T.meta_var(_slice_memory(pattern, config, pool))
         q_tile.add_barriers(pool)
         do_tile.add_barriers(pool)
         k_pipeline.add_barriers(pool)
@@ -142,7 +149,7 @@ def _kernel(
                 T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
                 pipelines = T.meta_var((q_tile, k_pipeline, v_pipeline, do_tile))
                 numbers = T.meta_var((flat(memory[0]), flat(memory[1]), places, config.block_m))
-                of_lane = T.meta_var((warp // 4, warp % 4, lane))
+                of_lane = T.meta_var((warp // 4, warp % 4, lane, slice_memory))
                 QueryConsumer(pattern, tiles, block, pipelines, numbers, asked, config.overlaps, *of_lane).run(dq_map)
 
         scheduler.if_found(work)

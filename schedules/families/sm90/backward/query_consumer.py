@@ -33,7 +33,7 @@ from schedules.tile.geometry import flat, wide
 from schedules.tile.place_gradients import PlaceGradients, Targets
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 from schedules.tile.static import static
-from schedules.tile.table_gradients import TableGradients, TableSums
+from schedules.tile.table_gradients import Slices, TableGradients, TableSums
 
 
 @T.meta_class
@@ -42,8 +42,8 @@ class QueryConsumer:
 
     ``pipelines`` are those of Q, K, V and dO; ``numbers`` are the flat memory of shifts and of −delta, how many tiles
     each head has a place for there, and their rows; ``parameters`` are those whose gradients are summed, those that
-    have values for queries, and tables.  Either it ``overlaps`` the product of a step with the next one's, or each step
-    is by itself.
+    have values for queries, and tables, for which there is ``slice_memory``.  Either it ``overlaps`` the product of a
+    step with the next one's, or each step is by itself.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class QueryConsumer:
         index,
         warp,
         lane,
+        slice_memory=None,
     ):
         self.pattern, self.config, self.block = pattern, config, block
         self.q, self.k, self.v, self.do = pipelines
@@ -68,7 +69,10 @@ class QueryConsumer:
         self.numbers, self.overlaps = numbers, overlaps
         self.parameters, targets, of_tables = parameters
         self.places = PlaceGradients(targets, block.site, M16N8, 1, M16N8.tile_rows, False) if targets.params else None
-        self.tables = TableGradients(of_tables, pattern, block.site) if of_tables.params else None
+        self.tables = None
+        if of_tables.params:
+            of_warp = (slice_memory, index * WARPS + warp, lane)
+            self.tables = TableGradients(of_tables, pattern, block.site, Slices(M16N8, N), *of_warp)
         self.weights = step_weights(
             pattern, block.site, N, False, lane, config.tensors_ahead, places=self.places, tables=self.tables
         )
