@@ -168,7 +168,7 @@ class TableGradients:
 
     def __init__(self, sums: TableSums, pattern: Pattern, at: Site, slices: Slices, memory, warp: Expr, lane: Expr):
         self.params, self.pattern, self.at, self.slices, self.lane = sums.params, pattern, at, slices, lane
-        self.tile, self.first = flat(memory), local(warp * slices.elements)
+        self.memory, self.warp = memory, warp
         self.sums, self.elements, self.counts, self.element, self.share = {}, {}, {}, {}, {}
         for n, p in enumerate(self.params):
             size = math.prod(at.params[p.name].shape, start=T.int32(1))
@@ -190,9 +190,9 @@ class TableGradients:
         """What the registers of two columns of group ``g`` of a slice have, to shared memory."""
         f = self.slices.fragment
         row = f.row(self.lane) + r * f.row_step
-        at = self.first + row * self.slices.pitch + f.column(self.lane) + g * f.group
+        at = row * self.slices.pitch + f.column(self.lane) + g * f.group
         with T.vectorized(2) as e:
-            T.buffer_store(self.tile, pair[e], [at + e])
+            T.buffer_store(self.memory, pair[e], [self.warp, at + e])
 
     def add(self, param: Param, number: int, row: Expr, column: Expr, chosen) -> None:
         """Add what is in shared memory to the ``number``-th element of a table that the expression reads, for a slice
@@ -200,7 +200,7 @@ class TableGradients:
         values = T.alloc_local([self.slices.steps], "float32")
         places = [self.slices.place(self.lane, step) for step in range(self.slices.steps)]
         for step, (i, j) in enumerate(places):
-            T.buffer_store(values, self.tile[self.first + i * self.slices.pitch + j], [step])
+            T.buffer_store(values, self.memory[self.warp, i * self.slices.pitch + j], [step])
         with T.If(self.elements[param.name] > 0), T.Then():
             for step, (i, j) in enumerate(places):
                 found = self._element(param, number, row + i, column + j, chosen)

@@ -36,6 +36,7 @@ from schedules.families.mma.instructions import AmpereProducts, AsynchronousStag
 from schedules.families.mma.merged import MergedForward
 from schedules.families.mma.paged_decode import PagedDecoding
 from schedules.families.mma.ragged import PagedForward, RaggedForward
+from schedules.tile.table_gradients import learnt_tables
 from schedules.tile.tile_scheduler import Traversal
 
 DTYPES = ("float16", "bfloat16")
@@ -221,7 +222,10 @@ _BACKWARD_TABLES = {"sm_80": _BACKWARD_LARGE, "sm_120": _BACKWARD_BLACKWELL}
 def _backward_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
     if pattern.params:
         table = _BACKWARD_WITH_PARAMETERS if target.arch == "sm_80" else _BACKWARD_SMALL_WITH_PARAMETERS
-        return limits.by_head_dim(table, pattern)
+        config = limits.by_head_dim(table, pattern)
+        # what warps add to tables passes through shared memory, which is full with steps of 32 keys
+        full = target.arch != "sm_80" and pattern.head_dim > 64 and learnt_tables(pattern)
+        return dataclasses.replace(config, block_n_dq=16) if full else config
     config = limits.by_head_dim(_BACKWARD_TABLES.get(target.arch, _BACKWARD_SMALL), pattern)
     if config is _BACKWARD_LARGE[64] and not pattern.is_unmasked:
         return _BACKWARD_MASKED_64
