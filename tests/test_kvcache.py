@@ -570,3 +570,38 @@ def test_any_head_dim_in_the_drop_in(sizes, paged):
         want = torch.einsum("hij,jhd->ihd", scores.softmax(-1), values)
         torch.testing.assert_close(out[b].double(), want, atol=2e-6, rtol=0)
         torch.testing.assert_close(lse[b].double(), scores.logsumexp(-1), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_any_head_dim_of_8_bits_in_the_drop_in(dtype):
+    """What stands in the cache is what a cache of a wider row has there."""
+    torch.manual_seed(0)
+    q, k, v, *caches = torch.randn(2, 3, 4, 13), *torch.randn(2, 2, 3, 2, 13), *torch.randn(2, 2, 12, 2, 13)
+    pairs = [quantise_cache(x, dtype) for x in caches]
+    wide = [torch.nn.functional.pad(x, (0, 3)) for x in (q, k, v)]
+    wider = [torch.nn.functional.pad(x.view(torch.uint8), (0, 3)).view(x.dtype) for x, _ in pairs]
+    given = {"cache_seqlens": torch.tensor([5, 7]), "causal": True}
+    given |= {"k_descale": pairs[0][1][None], "v_descale": pairs[1][1][None]}
+    found = nn.flash_attn_with_kvcache(q, *(x for x, _ in pairs), k, v, **given)
+    want = nn.flash_attn_with_kvcache(wide[0], *wider, *wide[1:], **given, softmax_scale=13**-0.5)
+    assert torch.equal(found, want[..., :13])
+    for (x, _), y in zip(pairs, wider, strict=True):
+        assert torch.equal(x.view(torch.uint8), y[..., :13].view(torch.uint8))
+
+
+@pytest.mark.parametrize("how", ["in turns", "the same", "expanded"])
+def test_caches_that_are_copied_and_share_memory_are_refused(how):
+    """Of a head_dim that flash_attn pads: copied back, one would replace what was written to the other."""
+    room = torch.randn(9, 4, 2, 13)
+    caches = {"in turns": (room[:-1], room[1:]), "the same": (room, room)}
+    caches["expanded"] = (room[:1].expand(8, -1, -1, -1), torch.randn(8, 4, 2, 13))
+    table, before = torch.tensor([[0, 4], [2, 6]]), room.clone()
+    q, k, v = (torch.randn(2, 1, heads, 13) for heads in (4, 2, 2))
+    says = {
+        "in turns": "^k_cache: its pages",
+        "the same": "^v_cache: shares memory",
+        "expanded": "^k_cache: has strides",
+    }
+    with pytest.raises(InvalidArgumentError, match=says[how]):
+        nn.flash_attn_with_kvcache(q, *caches[how], k, v, cache_seqlens=3, page_table=table)
+    assert torch.equal(room, before)

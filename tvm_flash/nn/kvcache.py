@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from tvm_flash.call.paged import CACHE_DTYPES
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
+from tvm_flash.frameworks.torch_watch import are_plain
 from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.nn.attend import fit
 from tvm_flash.nn.windows import sides
 from tvm_flash.paged import flash_attention_paged
+from tvm_flash.tracing.torch_cache_checks import check_memory
 
 
 def flash_attn_with_kvcache(
@@ -86,7 +90,10 @@ def flash_attn_with_kvcache(
             raise InvalidArgumentError(f"{name}: is None, and the other isn't; give both, or none")
         scales[name] = None if scale is None else _of_pages(name, scale, q, k_cache, k, table, given)
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
-    wide = {n: fit(x) for n, x in tensors.items() if isinstance(x, torch.Tensor) and x.ndim and _is_odd(x)}
+    wide = {n: _widened(x) for n, x in tensors.items() if isinstance(x, torch.Tensor) and x.ndim and _is_odd(x)}
+    written = [n for n in ("k_cache", "v_cache") if n in wide and k is not None]
+    if written and not torch.compiler.is_compiling():
+        _check_apart(tensors, written)
     if "q" in wide and softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     result = flash_attention_with_kvcache(
@@ -109,9 +116,8 @@ def flash_attn_with_kvcache(
         num_splits=num_splits,
         return_lse=return_softmax_lse,
     )
-    if k is not None:
-        for name in wide.keys() & {"k_cache", "v_cache"}:
-            tensors[name].copy_(wide[name][..., : tensors[name].shape[-1]])
+    for name in written:
+        tensors[name].copy_(wide[name][..., : tensors[name].shape[-1]])
     if "v_cache" not in wide:
         return result
     out, *lse = result if return_softmax_lse else (result,)
@@ -119,9 +125,35 @@ def flash_attn_with_kvcache(
     return (out, *lse) if return_softmax_lse else out
 
 
+_OF_8_BITS = tuple(getattr(torch, name) for name in CACHE_DTYPES if hasattr(torch, name))
+
+
 def _is_odd(x: torch.Tensor) -> bool:
     """Whether kernels take a head_dim only with zeros up to a multiple of what they count in."""
-    return x.shape[-1] % HEAD_DIM_MULTIPLE != 0 and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    known = (torch.float32, torch.float16, torch.bfloat16, *_OF_8_BITS)
+    return x.shape[-1] % HEAD_DIM_MULTIPLE != 0 and x.dtype in known
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    """A tensor with these zeros."""
+    return fit(x.view(torch.uint8)).view(x.dtype) if x.dtype in _OF_8_BITS else fit(x)
+
+
+def _check_apart(tensors: Mapping[str, Any], written: Sequence[str]) -> None:
+    """That caches which are copied, and back once keys are added, share no memory with each other or with a new key.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    given = {n: x for n, x in tensors.items() if isinstance(x, torch.Tensor)}
+    if len(given.keys() & {"k_cache", "v_cache"}) == 2 and are_plain(tuple(given.values())) and check_memory(given):
+        name = written[0]
+        raise InvalidArgumentError(
+            f"{name}: its pages and those of the other cache take turns in one buffer, and a head_dim of "
+            f"{given[name].shape[-1]} is padded in a copy; give both caches memory of their own, or a head_dim that is "
+            f"a multiple of {HEAD_DIM_MULTIPLE}"
+        )
 
 
 def _rows_of(table: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
