@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tvm_flash.call import eager
 from tvm_flash.call.append import append as by_kernel
@@ -105,7 +103,7 @@ def attend(
             "are a batch already: give all of them in one call"
         )
     if plain or (not compiling and are_plain(given)):
-        with contextlib.nullcontext() if plain else _disable_current_modes():
+        with contextlib.nullcontext() if plain else _without_modes():
             _check_all(call, parameters, longest, how)
             shift = 0 if k is None else cache_checks.check_memory(everything | {"cache_seqlens": cache_seqlens})
             if q.device.type == "cpu":
@@ -128,6 +126,11 @@ def attend(
     out, lse = result if return_lse else (result, None)
     out = out.view(*q.shape[:3], v_cache.shape[-1])
     return (out, lse.view(q.shape[2], *q.shape[:2]).transpose(0, 1)) if return_lse else out
+
+
+def _without_modes() -> contextlib.AbstractContextManager[Any]:
+    """While this is on, no mode answers operators: what is made for checks is memory."""
+    return torch.utils._python_dispatch._disable_current_modes()
 
 
 def _check_all(call: Mapping[str, Any], parameters: Mapping[str, Any], longest: int | None, how: OverCache) -> None:
@@ -165,7 +168,7 @@ _kept: dict[tuple[torch.device, int, int], torch.Tensor] = {}
 
 def _multiples(device: torch.device, count: int, step: int) -> torch.Tensor:
     """``0, step, …, count * step`` as int32; kept, since a captured graph may read it as long as it lives."""
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():  # a mode may know its own tensors only
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # a mode may know its own tensors only
         return torch.arange(count + 1, dtype=torch.int32, device=device) * step
     key = (device, count, step)
     found = _kept.get(key)
