@@ -201,10 +201,15 @@ def activated(score, b, h, q_idx, kv_idx):
     return f.gelu(score) + f.gelu(2 * score, approximate="tanh") - f.silu(score) + torch.erf(score * 0.7)
 
 
+def hidden_by_batch_and_key(score, b, h, q_idx, kv_idx):
+    return torch.where(DOCUMENTS_OF[b, kv_idx] > 0, score, HIDDEN)
+
+
 SCORES = (softcap, alibi, relative, causal_by_score, causal_by_the_other_branch, composed, clamped, arithmetic)
 SCORES += (learnt_slopes, biased, relative_table, from_the_end, inner_infinities, table_of_a_table)
 SCORES += (one_index_after_another, expanded, filled, activated)
 PAIRS = [*((None, m) for m in MASKS), *((s, None) for s in SCORES), (softcap, prefix), (composed, window)]
+PAIRS += [(hidden_by_batch_and_key, prefix)]  # two masks of other axes
 
 
 def tensors(lengths=(13, 17)):

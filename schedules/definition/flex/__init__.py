@@ -10,6 +10,7 @@ PyTorch is needed where a definition is made, never where it is called.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -84,7 +85,7 @@ def _mask(formulas: list[Formula]) -> Mask:
         return T.And(first, *others) if others else first
 
     def twin(at):
-        return np.logical_and.reduce([NumPy(at).value(f.result) for f in formulas])
+        return functools.reduce(np.logical_and, (NumPy(at).value(f.result) for f in formulas))
 
     params = tuple(dict.fromkeys(p for f in formulas for p in f.params))
     return Mask("_".join(f.name for f in formulas) + "_mask", expr, twin, params)
