@@ -8,6 +8,7 @@ page.  Needs torch; no TVM.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,11 @@ class Paged(Ragged):
     page_size: int = 16
     seed: int = 0
     spare: int = 1
+
+    @property
+    def further_sizes(self) -> dict[str, int]:
+        """Sizes beside those that follow from the tensors."""
+        return {}
 
     def table(self) -> tuple[np.ndarray, int]:
         """The table of pages, and how many pages there are."""
@@ -87,6 +93,7 @@ class Paged(Ragged):
             *(len(self.lengths), heads, total_q, given["k"].shape[2], pages, self.page_size, table.shape[1]),
             *(self.own.head_dim, self.own.head_dim_v, max(q for q, _ in self.lengths)),
         )
+        problem |= self.further_sizes
         compute({**given, "softmax_scale": self.own.softmax_scale, **params}, problem)
         lse = given["lse"].reshape(heads, total_q)
         return given["o"].transpose(0, 1).double().cpu().numpy(), lse.double().cpu().numpy()
@@ -131,11 +138,16 @@ def neighbours(spec, params, page_size: int = 64, seed: int = 0, make: Callable[
 
 def check_neighbours(spec, params, compute: Compute, device: str, make: Callable[..., Paged] = Paged) -> None:
     """Assert that a sequence has the same bits alone, in a batch, and wherever its pages of whatever size are."""
-    problem = neighbours(spec, params, make=make)
+    check_same_bits(functools.partial(neighbours, spec, params, make=make), compute, device)
+
+
+def check_same_bits(of_pages: Callable[..., Paged], compute: Compute, device: str) -> None:
+    """Assert the same of the problem that ``of_pages(page_size=…, seed=…)`` makes."""
+    problem = of_pages()
     ragged_trials.check_neighbours(problem, compute, device)
     right = problem.run(compute, device)
     for page_size, seed in ((64, 1), (16, 2), (7, 3)):
-        found = neighbours(spec, params, page_size, seed, make).run(compute, device)
+        found = of_pages(page_size=page_size, seed=seed).run(compute, device)
         assert all(map(np.array_equal, right, found)), f"pages of {page_size} in another order change bits"
 
 

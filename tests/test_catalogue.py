@@ -60,6 +60,8 @@ def test_calls_and_programs_take_the_options_of_the_functions():
         "op",
         "gradients",
         "longest",
+        "head_dim_v",
+        "split_length",
         "flag",
     }
     fields |= {OPERATORS["forward"].flag}

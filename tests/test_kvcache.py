@@ -522,8 +522,8 @@ def test_caches_side_by_side_and_prefixes_in_common_are_written():
 
 
 def test_starts_are_kept_for_each_number_of_sequences():
-    first = torch_cache._multiples(torch.device("cpu"), 3, 5)
-    assert first is torch_cache._multiples(torch.device("cpu"), 3, 5) and first.tolist() == [0, 5, 10, 15]
+    first = torch_cache.multiples(torch.device("cpu"), 3, 5)
+    assert first is torch_cache.multiples(torch.device("cpu"), 3, 5) and first.tolist() == [0, 5, 10, 15]
 
 
 def test_rows_of_a_table_for_each_entry_of_a_batch_of_caches():

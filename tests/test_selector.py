@@ -267,6 +267,27 @@ def test_the_remedy_for_a_misaligned_cache_of_8_bits_mends_it(packs, head_dim, m
         choose(problem(layout="shd", alignment=8, page_size=16, pages=9, pages_per_sequence=4, **of), GPU, "auto")
 
 
+_LATENT = {"op": "paged_latent", "layout": "shd", "head_dim": 576, "head_dim_v": 512, "heads": 128, "kv_heads": 1}
+_LATENT |= {"page_size": 64, "pages": 9, "pages_per_sequence": 4, "longest": 1}
+
+
+def test_kernels_with_values_in_keys_are_for_those_alone(packs):
+    latent = kernel("v2", mask="window", kind="paged_latent", head_dim=576, head_dim_v=512, max_rows=1024)
+    packs(latent, kernel("v2", mask="window", kind="paged", head_dim=576, head_dim_v=512))
+    assert choose(problem(**_LATENT), GPU, "auto").kernel.entry.kind == "paged_latent"
+    assert choose(problem(**_LATENT | {"op": "paged"}), GPU, "auto").kernel.entry.kind == "paged"
+    with pytest.raises(KernelNotFoundError, match=r"is for 1024 query rows a key or fewer, not 1152"):
+        choose(problem(**_LATENT | {"seqlen_q": 9, "longest": 9}), GPU, "auto")
+
+
+def test_where_there_are_no_kernels_with_values_in_keys_something_else_will_do(packs):
+    packs(kernel("v2", mask="window", kind="paged"))
+    with pytest.raises(
+        KernelNotFoundError, match=r"--kind paged_latent --head-dim 576:512 .*or attend by flash_attent"
+    ):
+        choose(problem(**_LATENT), GPU, "auto")
+
+
 def test_large_strides_get_the_kernel_that_can(packs):
     packs(kernel("v2"), kernel("v1", index_bits=64))
     assert choose(problem(index_bits=64), GPU, "auto").kernel.entry.template == "v1"

@@ -25,6 +25,7 @@ from tvm_flash.errors import (
 )
 from tvm_flash.interface import flash_attention, flash_attention_v2
 from tvm_flash.kvcache import flash_attention_with_kvcache
+from tvm_flash.latent import flash_attention_latent
 from tvm_flash.merge import merge_attention
 from tvm_flash.padded import padded_attention
 from tvm_flash.paged import check_pages, flash_attention_paged
@@ -52,6 +53,7 @@ __all__ = [
     "dequantise_cache",
     "flash_attention",
     "flash_attention_backward",
+    "flash_attention_latent",
     "flash_attention_paged",
     "flash_attention_v2",
     "flash_attention_v2_backward",

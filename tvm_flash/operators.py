@@ -24,6 +24,9 @@ MERGED = "merged"
 #: Forward of such sequences whose keys lie on pages of a cache.
 PAGED = "paged"
 
+#: The same where values are the first elements of keys; also a kind of kernels.
+PAGED_LATENT = manifest.PAGED_LATENT
+
 #: The same with keys and values in 8 bits, and scales.
 PAGED_SCALED = "paged_scaled"
 SCALES = ("k_scale", "v_scale")
@@ -32,7 +35,7 @@ SCALES = ("k_scale", "v_scale")
 APPEND = manifest.APPEND
 
 #: The role (:mod:`tvm_flash.packs.manifest`) of a tensor that callers know by another name.
-_ROLES = {"out": "o", "dout": "do", "k_cache": "k", "v_cache": "v"}
+_ROLES = {"out": "o", "dout": "do", "k_cache": "k", "v_cache": "v", "kv_cache": "k"}
 _ROLES |= {"turned": "o", "cu_seqlens_k_new": "cu_seqlens_k"}
 
 #: Kind of the kernels that add to gradients which are there, in float32, instead of writing them.
@@ -83,6 +86,7 @@ TENSORS |= {
     "cu_seqlens_k": _STARTS,
     "k_cache": Tensor((), (*_PAGES, "head_dim")),
     "v_cache": Tensor((), (*_PAGES, "head_dim_v")),
+    "kv_cache": Tensor((), (*_PAGES, "head_dim")),
     "seqlens_k": Tensor((), ("batch",), "int32", flat=True),
     "page_table": Tensor((), ("batch", "pages_per_sequence"), "int32"),
     **dict.fromkeys(SCALES, Tensor((), ("pages", "kv_heads"), "float32")),
@@ -121,6 +125,7 @@ class Operator:
     backward: the operator that computes its gradients.
     float32: the tensors that are float32 whatever q is.
     form: how its sequences lie in memory (:mod:`tvm_flash.packs.manifest`).
+    values_in_keys: whether values are the first elements of keys, as many as an option of the call says.
     """
 
     inputs: tuple[str, ...]
@@ -134,6 +139,7 @@ class Operator:
     backward: str = ""
     float32: tuple[str, ...] = ()
     form: str = manifest.DENSE
+    values_in_keys: bool = False
 
     @property
     def all_inputs(self) -> tuple[str, ...]:
@@ -184,6 +190,7 @@ OPERATORS = {
     RAGGED: replace(_FORWARD, starts=_SEQUENCES, backward=RAGGED_BACKWARD, form=manifest.RAGGED),
     RAGGED_BACKWARD: replace(_BACKWARD, starts=_SEQUENCES, form=manifest.RAGGED),
     PAGED: _PAGED,
+    PAGED_LATENT: replace(_PAGED, inputs=("q", "kv_cache"), values_in_keys=True),
     PAGED_SCALED: replace(_PAGED, starts=(*_PAGED.starts, *SCALES)),
     APPEND: Operator(
         inputs=("k_cache", "v_cache", "k_new", "v_new"),

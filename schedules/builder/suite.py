@@ -19,6 +19,7 @@ from schedules.families.interface import (
     PAGED_DECODE,
     PAGED_DECODE_ANY,
     PAGED_DECODE_SCALED,
+    PAGED_LATENT,
     PAGED_SCALED,
     PARTIAL,
     RAGGED,
@@ -69,6 +70,10 @@ class Scope:
     usual_sizes: tuple[tuple[str, str], ...] = ()
     head_dims: tuple[int, ...] | None = None
 
+    def has_size(self, dim: HeadDim) -> bool:
+        """Whether the core set has kernels of a size."""
+        return dim != LATENT_HEAD_DIM if self.head_dims is None else dim.qk in self.head_dims
+
 
 #: Of every kind that families make (:mod:`schedules.families.interface`) what is built unless it is asked for by name.
 #: Decoding is bound by memory, so that one kernel for a window serves full and causal attention at no cost.  Of the
@@ -117,6 +122,7 @@ SCOPES = {
         usual_sizes=(("positioned", "optional_sinks"),),
     ),
     PAGED_DECODE_ANY: Scope((("window", "identity"),), own_definitions=True, head_dims=(128,)),
+    PAGED_LATENT: Scope((("window", "identity"),), head_dims=(576,)),
     # Of a cache of 8 bits one kernel has everything; on GPUs decoding is bound by instructions, of which that one has
     # 1.2 times as many for each key as one for a window.
     **dict.fromkeys(PAGED_SCALED.values(), Scope((("positioned", "optional_sinks"),))),
@@ -147,6 +153,7 @@ ONE_TEMPLATE = (
         PAGED,
         PAGED_DECODE,
         PAGED_DECODE_ANY,
+        PAGED_LATENT,
         *PAGED_SCALED.values(),
         *PAGED_DECODE_SCALED.values(),
         APPEND,
@@ -185,6 +192,9 @@ class HeadDim:
 
 #: A kernel serves every head_dim up to its own, so that few sizes cover all.
 HEAD_DIMS = tuple(HeadDim(d, d) for d in (64, 128, 256))
+
+#: That of latents with the turned part of a key behind: of kernels whose values are in keys, and of no others.
+LATENT_HEAD_DIM = HeadDim(576, 512)
 
 #: Those of most models.
 USUAL_HEAD_DIMS = HEAD_DIMS[:2]
@@ -315,10 +325,13 @@ class Selection:
             KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v, kind=kind)
             for template in self.templates or TEMPLATES
             for dtype in self.dtypes or dtypes
-            for dim in (*(self.head_dims or HEAD_DIMS), *((*HEAD_DIMS_BETWEEN, *others) if between else ()))
+            for dim in (
+                *(self.head_dims or (*HEAD_DIMS, LATENT_HEAD_DIM)),
+                *((*HEAD_DIMS_BETWEEN, *others) if between else ()),
+            )
             for kind in wanted
             if kind not in ONE_TEMPLATE or template == templates[-1]
-            if self.head_dims or SCOPES[kind].head_dims is None or dim.qk in SCOPES[kind].head_dims
+            if self.head_dims or SCOPES[kind].has_size(dim)
             if not between or dim not in HEAD_DIMS_BETWEEN or SCOPES[kind].between
             if not between or dim not in others or kind in further
             for mask, score in variants

@@ -12,6 +12,7 @@ backward         dq, dk, dv, and ``d_NAME`` of each parameter that asks for a gr
 ragged           o and lse of sequences of different lengths, one after the other in ``(total, heads, head_dim)``
 ragged_backward  their gradients
 paged            as ``ragged``, with the keys on pages of a cache
+paged_latent     as ``paged``, with the first elements of keys as values
 paged_scaled     as ``paged``, with keys and values in 8 bits
 append           new queries and keys turned, and new keys and values in a cache
 append_scaled    the same of a cache of 8 bits
@@ -42,8 +43,10 @@ no sequence, those after the last, get zeros, and the lse −inf.
 
 ``paged`` is ``ragged`` but for where keys are: sequence ``b`` has ``seqlens_k[b]`` of them, and key ``j`` is row ``j %
 page_size`` of page ``page_table[b, j // page_size]`` of k and v, ``(pages, page_size, kv_heads, …)``.  Entries of the
-table that no key needs are never read.  ``paged_scaled`` is ``paged`` on what elements of 8 bits stand for
-(:mod:`schedules.definition.cache`); each page and head has a scale, float32 ``(pages, kv_heads)``.
+table that no key needs are never read.  ``paged_latent`` is ``paged`` with ``v = k[..., :head_dim_v]``, which is no
+argument then: multi-head latent attention, once the projections of keys and values are absorbed.  ``paged_scaled`` is
+``paged`` on what elements of 8 bits stand for (:mod:`schedules.definition.cache`); each page and head has a scale,
+float32 ``(pages, kv_heads)``.
 
 ``append`` turns each two elements of a row that belong together by an angle of its position, and puts new keys and
 values, ``(total_new, kv_heads, …)``, into the pages of k and v, which it changes in place: those of sequence ``b`` to
@@ -154,6 +157,12 @@ OPERATORS: dict[str, Operator] = {
         ("q", "k", "v", "o", "lse", STARTS[0], *PAGES, "softmax_scale"),
         _paged_blocks("pages"),
         paged.paged,
+        of_sink=attention.SINK_BLOCKS,
+    ),
+    "paged_latent": Operator(
+        ("q", "k", "o", "lse", STARTS[0], *PAGES, "softmax_scale"),
+        tuple(block for block in _paged_blocks("pages") if block != "v_from_pages"),
+        paged.paged_latent,
         of_sink=attention.SINK_BLOCKS,
     ),
     "paged_scaled": Operator(

@@ -68,8 +68,58 @@ def paged(formula: Formula, symbols: Symbols) -> PrimFunc:
     return paged
 
 
+def paged_latent(formula: Formula, symbols: Symbols) -> PrimFunc:
+    """The same where values are the first elements of keys, as in multi-head latent attention: there is no v."""
+    index_dtype, dtype = formula.index_dtype, formula.dtype
+    D, E = (tirx.IntImm(index_dtype, x) for x in (formula.head_dim, formula.head_dim_v))
+
+    @T.prim_func(s_tir=True, check_well_formed=False)
+    def paged_latent(
+        q: T.handle,
+        k: T.handle,
+        o: T.handle,
+        lse: T.handle,
+        cu_seqlens_q: T.handle,
+        seqlens_k: T.handle,
+        page_table: T.handle,
+        softmax_scale: T.float32,
+    ):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "paged_latent"})
+        batch = T.Var("batch", index_dtype)
+        heads = T.Var("heads", index_dtype)
+        kv_heads = T.Var("kv_heads", index_dtype)
+        total_q = T.Var("total_q", index_dtype)
+        starts = T.Var("starts", index_dtype)
+        pages = T.Var("pages", index_dtype)
+        page_size = T.Var("page_size", index_dtype)
+        pages_per_sequence = T.Var("pages_per_sequence", index_dtype)
+        q_rows = T.match_buffer(q, (total_q, heads, D), dtype)
+        k_pages = T.match_buffer(k, (pages, page_size, kv_heads, D), dtype)
+        o_rows = T.match_buffer(o, (total_q, heads, E), dtype)
+        lse_rows = T.match_buffer(lse, (heads, total_q), "float32")
+        q_starts = T.match_buffer(cu_seqlens_q, (starts,), "int32")
+        k_lengths = T.match_buffer(seqlens_k, (batch,), "int32")
+        table = T.match_buffer(page_table, (batch, pages_per_sequence), "int32")
+        n = T.meta_var(
+            _sizes(
+                *(q_starts, k_lengths, heads, total_q, E, kv_heads, pages_per_sequence * page_size, D),
+                *(softmax_scale, symbols.parameters),
+            )
+        )
+        Q = T.meta_var(Batch(n, dtype).of_queries("q", q_rows, q_starts, D))
+        K = T.meta_var(scratch("K", (n.batch, kv_heads, n.seqlen_kv, D), dtype))
+        O = T.meta_var(scratch("O", (n.batch, heads, total_q, E), dtype))
+        LSE = T.meta_var(scratch("LSE", (n.batch, heads, total_q)))
+        blocks.from_pages("k_from_pages", K, k_pages, table, n, "bgjd")
+        attention.steps(Q, K, K, O, LSE, n, formula, dtype, blocks.own_keys, formula.has_sink)
+        blocks.packed("o_rows", o_rows, O, q_starts, n, "the")
+        blocks.packed_lse(lse_rows, LSE, q_starts, n)
+
+    return paged_latent
+
+
 def paged_scaled(formula: Formula, symbols: Symbols) -> PrimFunc:
-    """The same with keys and values in 8 bits (:mod:`schedules.definition.cache`), and scales by page and head."""
+    """As :func:`paged` with keys and values in 8 bits (:mod:`schedules.definition.cache`), and scales of pages."""
     index_dtype, dtype, stored = formula.index_dtype, formula.dtype, STORED[symbols.cache]
     D, E = (tirx.IntImm(index_dtype, x) for x in (formula.head_dim, formula.head_dim_v))
 

@@ -53,6 +53,8 @@ RAGGED_BACKWARD = "ragged_backward"
 PAGED, PAGED_DECODE = "paged", "paged_decode"
 #: The latter for pages of any size, where a family's fastest are for some sizes only.
 PAGED_DECODE_ANY = "paged_decode_any"
+#: That of such sequences where values are the first elements of keys, for few query rows.
+PAGED_LATENT = manifest.PAGED_LATENT
 #: The same with keys and values in 8 bits, by the dtype of the cache.
 PAGED_SCALED, PAGED_DECODE_SCALED = (SCALED_KINDS[kind] for kind in (PAGED, PAGED_DECODE))
 #: That of what is turned and put into a cache before attention.
@@ -60,7 +62,7 @@ APPEND = manifest.APPEND
 #: That of gradients in float32 that are added to what is there.
 BACKWARD_ACCUMULATE = "backward_accumulate"
 #: Those of sequences of different lengths.
-OF_SEQUENCES = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, PAGED_DECODE_ANY)
+OF_SEQUENCES = (RAGGED, RAGGED_BACKWARD, PAGED, PAGED_DECODE, PAGED_DECODE_ANY, PAGED_LATENT)
 OF_SEQUENCES += (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values())
 #: The kinds of gradients.
 GRADIENT_KINDS = (BACKWARD, BACKWARD_ACCUMULATE, RAGGED_BACKWARD)
@@ -199,9 +201,17 @@ def ragged_program(
 
 
 def paged_program(
-    func: PrimFunc, params: Iterable[Param], pipeline: str, *, alignment: int, index_bits: int, scaled: bool = False
+    func: PrimFunc,
+    params: Iterable[Param],
+    pipeline: str,
+    *,
+    alignment: int,
+    index_bits: int,
+    scaled: bool = False,
+    in_keys: bool = False,
 ) -> Program:
-    """Attention of ragged sequences over keys on pages, in one launch; with scales if those are ``scaled``."""
+    """Attention of ragged sequences over keys on pages, in one launch; with scales if those are ``scaled``, without v
+    if values are ``in_keys``."""
     where = ("cu_seqlens_q", "seqlens_k", "page_table", *(SCALES if scaled else ()))
-    roles = ("q", "k", "v", "o", "lse", *where, "softmax_scale", *(p.name for p in params))
+    roles = ("q", "k", *(() if in_keys else ("v",)), "o", "lse", *where, "softmax_scale", *(p.name for p in params))
     return Program("forward", (ScheduledLaunch(func, roles),), pipeline, alignment, index_bits)

@@ -182,7 +182,12 @@ def candidates(arch: str, problem: Problem) -> list[Installed]:
     """The installed kernels of an arch that compute a problem's operator, in its dtype and definition."""
     found = registry().candidates(arch, problem.definition, problem.dtype, OPERATORS[problem.op].computes)
     cache = problem.cache_dtype or problem.dtype
-    return [k for k in found if k.entry.form == problem.form and k.entry.cache_dtype == cache]
+    in_keys = OPERATORS[problem.op].values_in_keys
+    return [
+        k
+        for k in found
+        if (k.entry.form, k.entry.cache_dtype, k.entry.values_in_keys) == (problem.form, cache, in_keys)
+    ]
 
 
 def _rank(
@@ -328,6 +333,12 @@ def _nothing_fits(problem: Problem, device: Device, rejected: list[Rejection]) -
         return KernelNotFoundError(
             f"{unusual[0]}: no {whose} kernel that is installed knows it; run `{command}`, or {INSTEAD[unusual[0]]}"
         )
+    if nearest is None and OPERATORS[problem.op].values_in_keys and not custom:
+        command = build_command(arch, *options, "--head-dim", dims, "--dtype", problem.dtype)
+        return KernelNotFoundError(
+            f"no {whose} kernel for {problem.dtype}; run `{command}`, which makes them for CPUs and sm_90a, or attend "
+            f"by flash_attention_paged to keys and values whose projections aren't absorbed"
+        )
     if nearest is None:
         of = f" of the definition {problem.definition!r}" if custom else ""
         command = build_command(arch, *options, "--dtype", problem.dtype)
@@ -406,6 +417,8 @@ def _kind(problem: Problem) -> tuple[str, ...]:
     if problem.mask == "given" or problem.score == "biased":
         return "--mask", problem.mask, "--score", problem.score
     everything = "optional_sinks" if problem.score.endswith("_sinks") else "optional"
+    if OPERATORS[problem.op].values_in_keys:
+        return "--mask", "window", "--score", "identity"
     if problem.is_ragged:
         return "--mask", "positioned" if problem.form == PAGED else "window", "--score", everything
     padded = problem.mask in ("padded", "positioned")

@@ -112,7 +112,7 @@ def _sizes(options: Options, given: Mapping[str, TensorView]) -> checks.Sizes:
     """The sizes of a call, once its tensors are known to fit together."""
     operator = OPERATORS[options.op]
     if operator.form == PAGED:
-        return check_paged(given, options.longest)
+        return check_paged(given, options.longest, options.head_dim_v, options.split_length)
     sizes = checks.check_tensors(options.layout, *(given[name] for name in ("q", "k", "v")))
     if operator.starts:
         batch = count_sequences({name: given[name] for name in operator.starts})

@@ -77,8 +77,9 @@ class Problem:
     ``workspaces`` says whether memory for them can be allocated.  ``accumulate`` says that gradients are to be added to
     float32 ones that are there, ``gradients`` of which parameters some are wanted.  Of sequences of different lengths
     ``batch`` is how many there are, and the lengths are those of all together; with their keys on pages,
-    ``pages_per_sequence * page_size`` are those that a sequence may have, and ``longest`` (None if unknown) is how many
-    queries none exceeds.  ``cache_dtype`` is that of keys and values which have 8 bits.
+    ``pages_per_sequence * page_size`` are those that a sequence may have, ``longest`` (None if unknown) is how many
+    queries none exceeds, and ``split_length`` how many keys a split has, 0 if nobody says so.  ``cache_dtype`` is that
+    of keys and values which have 8 bits.
     """
 
     batch: int
@@ -104,6 +105,7 @@ class Problem:
     page_size: int = 0
     pages_per_sequence: int = 0
     longest: int | None = None
+    split_length: int = 0
 
     @property
     def kind(self) -> str:
@@ -131,7 +133,7 @@ class Problem:
         if self.form == PAGED:
             return sizes.of_pages(
                 *(self.batch, self.heads, self.seqlen_q, self.kv_heads, self.pages, self.page_size),
-                *(self.pages_per_sequence, self.head_dim, self.head_dim_v, self.longest),
+                *(self.pages_per_sequence, self.head_dim, self.head_dim_v, self.longest, self.split_length),
             )
         of = sizes.of_sequences if self.is_ragged else sizes.of
         return of(

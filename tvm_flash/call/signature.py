@@ -24,7 +24,9 @@ class Options(NamedTuple):
     ``flag`` is the value of the operator's own option.  ``params`` are names and values of the numbers that a
     definition of the user's own takes.  ``accept`` may raise for the device that tensors are on.  ``layout_known`` says
     that no shape is to be taken for one of the other layout.  ``gradients`` names the parameters whose gradients are
-    wanted.  ``longest`` is how many queries no sequence exceeds, where that may decide between kernels.
+    wanted.  ``longest`` is how many queries no sequence exceeds, where that may decide between kernels; ``head_dim_v``
+    how many elements values have, where no tensor says so, and ``split_length`` how many keys a split has, if a call
+    does.
     """
 
     layout: str
@@ -41,6 +43,8 @@ class Options(NamedTuple):
     op: str = FORWARD
     gradients: tuple[str, ...] = ()
     longest: Any = None
+    head_dim_v: Any = None
+    split_length: Any = None
 
 
 class Signature:
@@ -87,9 +91,12 @@ class Signature:
     def options(self, variant: Any, flag: Any, softmax_scale: Any, *rest: Any) -> Options:
         """The options of a call; ``rest`` is causal, window_size and softcap, or the values of ``scalars``.
 
-        With keys on pages, ``longest`` follows.
+        With keys on pages, ``longest`` follows, and ``head_dim_v`` and ``split_length`` where values are in keys.
         """
-        builtin, longest = self.definition == BUILTIN_DEFINITION, None
+        builtin, longest, of_latents = self.definition == BUILTIN_DEFINITION, None, ()
+        if OPERATORS[self.op].values_in_keys:
+            *rest, head_dim_v, split_length = rest
+            of_latents = head_dim_v, split_length
         if OPERATORS[self.op].form == PAGED:
             *rest, longest = rest
         return Options(
@@ -102,6 +109,7 @@ class Signature:
             op=self.op,
             gradients=self.gradients,
             longest=longest,
+            **dict(zip(("head_dim_v", "split_length"), of_latents, strict=False)),
         )
 
 

@@ -2,7 +2,8 @@
 
 * :func:`scaled_dot_product_attention` as in ``torch.nn.functional``;
 * :func:`flash_attn_func`, :func:`flash_attn_varlen_func`, :func:`flash_attn_with_kvcache`, and those of packed
-  tensors, as in the package ``flash_attn``.
+  tensors, as in the package ``flash_attn``;
+* :func:`flash_mla_with_kvcache` and :func:`get_mla_metadata`, as in the package ``flash_mla``.
 
 Importing this imports torch.
 """
@@ -15,6 +16,7 @@ from tvm_flash.nn.flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from tvm_flash.nn.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 from tvm_flash.nn.kvcache import flash_attn_with_kvcache
 from tvm_flash.nn.sdpa import FallbackWarning, scaled_dot_product_attention
 
@@ -27,5 +29,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
     "scaled_dot_product_attention",
 ]

@@ -58,6 +58,9 @@ before it writes anything, if that isn't so.  Those of ``paged_decode`` are for 
 (``max_rows``) and split the keys at fixed positions; where they are for pages of some sizes only, which ``max_rows``
 says too, those of ``paged_decode_any`` are for all.  Sizes are those of :func:`tvm_flash.packs.sizes.of_pages`.
 
+Those of ``paged_latent`` have the first elements of a key as its value, and take no ``v``: ``o`` has as many columns as
+there are, up to ``head_dim_v``.  The size ``split_length`` says where keys are split, if it isn't 0.
+
 Kernels of the kinds ``paged_e4m3``, ``paged_int8``, ``paged_decode_e4m3`` and ``paged_decode_int8`` are the same but
 for caches of 8 bits: ``k`` and ``v`` are uint8, the bytes of float8_e4m3fn, or int8.  They take after the table:
 
@@ -136,6 +139,12 @@ SCALED_KINDS = {kind: {"float8_e4m3fn": f"{kind}_e4m3", "int8": f"{kind}_int8"} 
 #: The dtype of the cache that kernels of a kind read, where that isn't the dtype of q.
 CACHE_OF_KIND = {kind: cache for kinds in SCALED_KINDS.values() for cache, kind in kinds.items()}
 FORM_OF_KIND |= dict.fromkeys(CACHE_OF_KIND, PAGED)
+
+#: The kind of kernels whose values are the first elements of keys.
+PAGED_LATENT = "paged_latent"
+#: Keys of a split that a call of such a kernel may ask for, powers of two.
+LEAST_SPLIT, MOST_SPLIT = 64, 1 << 20
+FORM_OF_KIND[PAGED_LATENT] = PAGED
 
 #: The kind, and the operator, of kernels that turn new queries and keys and put new keys and values into a cache.
 APPEND = "append"
@@ -494,6 +503,11 @@ class KernelEntry:
     def form(self) -> str:
         """How the sequences lie that it is for: ``"dense"``, ``"ragged"`` or ``"paged"``."""
         return FORM_OF_KIND.get(self.kind, DENSE)
+
+    @property
+    def values_in_keys(self) -> bool:
+        """Whether values are the first elements of keys."""
+        return self.kind == PAGED_LATENT
 
     @property
     def cache_dtype(self) -> str:

@@ -64,16 +64,19 @@ def of_pages(
     head_dim: int,
     head_dim_v: int,
     seqlen_q: int | None = None,
+    split_length: int = 0,
 ) -> dict[str, int]:
     """The sizes by name of a problem of ``batch`` sequences whose keys lie on pages of a cache.
 
     ``seqlen_q`` is a number of queries that no sequence exceeds (``total_q`` if not given), ``seqlen_kv`` in the answer
     one of keys, ``pages_per_sequence * page_size``; ``rows`` are the most query rows of a sequence that share a key.
+    ``split_length`` are the keys of a split where a call says so, else 0.
     """
     longest = total_q if seqlen_q is None else min(seqlen_q, total_q)
     whole = of(batch, heads, longest, kv_heads, pages_per_sequence * page_size, head_dim, head_dim_v)
     return whole | {
-        "total_q": total_q, "pages": pages, "page_size": page_size, "pages_per_sequence": pages_per_sequence
+        "total_q": total_q, "pages": pages, "page_size": page_size, "pages_per_sequence": pages_per_sequence,
+        "split_length": split_length,
     }  # fmt: skip
 
 

@@ -54,8 +54,9 @@ def attention(options: Options, tensors: dict[str, Any]) -> Any:
     TvmFlashError: an argument is wrong, as outside of a program.
     """
     if OPERATORS[options.op].form == PAGED:
+        caches = ", ".join(OPERATORS[options.op].inputs[1:])
         raise NotSupportedError(
-            "k_cache, v_cache: are traced by JAX, and keys on pages have no operator there; call outside of jax.jit"
+            f"{caches}: are traced by JAX, and keys on pages have no operator there; call outside of jax.jit"
         )
     for name in OPERATORS[options.op].all_outputs(options.gradients):
         if name in tensors:

@@ -73,7 +73,7 @@ def attend(
         )
     starts = tensors["cu_seqlens_q"]
     if starts is None:
-        starts, longest = _multiples(q.device, sizes.batch, q.shape[1]), q.shape[1]
+        starts, longest = multiples(q.device, sizes.batch, q.shape[1]), q.shape[1]
     before = cache_seqlens
     if not isinstance(before, torch.Tensor):
         number = sizes.capacity if before is None else int(before)
@@ -111,7 +111,7 @@ def attend(
     to = (k_cache, v_cache)
     if tensors["rotary_cos"] is not None:
         rotate = _rotate_and_append if plain else torch.ops.tvm_flash.rotate_and_append
-        begins = _multiples(q.device, sizes.batch, k.shape[1]) if added is None else added
+        begins = multiples(q.device, sizes.batch, k.shape[1]) if added is None else added
         new = (x.reshape(-1, *x.shape[-2:]) for x in (k, tensors["v"]))
         first = tensors["rotary_seqlens"]
         first = before if first is None else first.contiguous()
@@ -158,7 +158,7 @@ def _on_pages(tensors: Mapping[str, Any], batch: int) -> tuple[torch.Tensor, tor
     k_cache, table = tensors["k_cache"], tensors["page_table"]
     if table is None:
         entries = tensors["cache_batch_idx"]
-        entries = _multiples(k_cache.device, batch - 1, 1) if entries is None else entries
+        entries = multiples(k_cache.device, batch - 1, 1) if entries is None else entries
         table = entries[:, None]
     return k_cache, tensors["v_cache"], table
 
@@ -166,7 +166,7 @@ def _on_pages(tensors: Mapping[str, Any], batch: int) -> tuple[torch.Tensor, tor
 _kept: dict[tuple[torch.device, int, int], torch.Tensor] = {}
 
 
-def _multiples(device: torch.device, count: int, step: int) -> torch.Tensor:
+def multiples(device: torch.device, count: int, step: int) -> torch.Tensor:
     """``0, step, …, count * step`` as int32; kept, since a captured graph may read it as long as it lives."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # a mode may know its own tensors only
         return torch.arange(count + 1, dtype=torch.int32, device=device) * step
@@ -205,7 +205,7 @@ def _append_to_cache(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_tab
     if 0 in (k.numel() + v.numel(), *k_cache.shape[:2], page_table.shape[1]):
         return
     if cu_seqlens is None:
-        cu_seqlens = _multiples(k.device, *k.shape[:2])
+        cu_seqlens = multiples(k.device, *k.shape[:2])
         k, v = k.flatten(0, 1), v.flatten(0, 1)
     given = {"k_cache": k_cache, "v_cache": v_cache, "k_new": k, "v_new": v, "cu_seqlens_k_new": cu_seqlens}
     given |= {"cache_seqlens": cache_seqlens, "page_table": page_table}

@@ -52,6 +52,8 @@ def check_options(options: Options) -> Options:
         op=options.op,
         gradients=options.gradients,
         longest=options.longest,
+        head_dim_v=options.head_dim_v,
+        split_length=options.split_length,
     )
 
 

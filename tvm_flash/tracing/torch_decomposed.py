@@ -124,6 +124,14 @@ def attention_paged_scaled(
     return attention_paged(q, *caches, cu_seqlens_q, seqlens_k, page_table, *parameters, **options)
 
 
+def attention_paged_latent(
+    q, kv_cache, cu_seqlens_q, seqlens_k, page_table, *, head_dim_v, split_length=None, **options
+):
+    """What ``torch.ops.tvm_flash.attention_paged_latent`` gives."""
+    caches = kv_cache, kv_cache[..., :head_dim_v]
+    return attention_paged(q, *caches, cu_seqlens_q, seqlens_k, page_table, **options)
+
+
 def _sequence_of(rows, starts):
     """Which sequence each row is in; those after the last are in one more."""
     return (rows[:, None] >= starts[1:]).sum(-1)

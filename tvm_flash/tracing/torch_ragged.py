@@ -2,6 +2,7 @@
 
 Importing this module registers ``torch.ops.tvm_flash.attention_varlen`` and its backward, and ``attention_paged``, of
 which there are no gradients; and the same of definitions of the user's own, ``custom_attention_varlen`` and so on.
+Values that are the first elements of keys, ``attention_paged_latent``, are the package's own definition only.
 What is said of the other operators in :mod:`tvm_flash.tracing.torch_ops` holds here too.
 """
 
@@ -23,6 +24,7 @@ from tvm_flash.frameworks.torch import name_of
 from tvm_flash.operators import (
     OPERATORS,
     PAGED,
+    PAGED_LATENT,
     PAGED_PARAMETERS,
     PAGED_SCALED,
     RAGGED,
@@ -36,9 +38,9 @@ from tvm_flash.tracing.torch_gradients import Pair, below, is_recorded, record, 
 from tvm_flash.tracing.torch_ops import check_kernel, declared_of, readable, with_kinds_named, written
 
 _STARTS = OPERATORS[RAGGED].starts
-_ON_PAGES = (PAGED, PAGED_SCALED)
+_ON_PAGES = (PAGED, PAGED_SCALED, PAGED_LATENT)
 _PARAMETERS = dict.fromkeys((RAGGED, RAGGED_BACKWARD), ("alibi_slopes", "sinks"))
-_PARAMETERS |= dict.fromkeys(_ON_PAGES, PAGED_PARAMETERS)
+_PARAMETERS |= {**dict.fromkeys(_ON_PAGES, PAGED_PARAMETERS), PAGED_LATENT: ()}
 
 _NUMBERS = (
     "float? softmax_scale=None, bool causal=False, int? window_left=None, int? window_right=None, float softcap=0.0"
@@ -47,6 +49,7 @@ _NUMBERS = (
 _SLOPES = "Tensor? alibi_slopes=None, Tensor? sinks=None, "
 _OF_BUILTIN = dict.fromkeys((RAGGED, RAGGED_BACKWARD), f"{_SLOPES}*, {_NUMBERS}")
 _OF_BUILTIN |= dict.fromkeys(_ON_PAGES, f"{_SLOPES}Tensor? kv_start=None, *, {_NUMBERS}")
+_OF_BUILTIN[PAGED_LATENT] = f"*, int head_dim_v, int? split_length=None, {_NUMBERS}"
 _OF_CUSTOM = (
     "Tensor[] parameters, float[] numbers, *, str name, str[] parameter_names, str[] number_names, "
     "float? softmax_scale=None"
@@ -58,6 +61,7 @@ _TENSORS = {
     PAGED: "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor seqlens_k, Tensor page_table",
 }
 _TENSORS[PAGED_SCALED] = f"{_TENSORS[PAGED]}, Tensor k_scale, Tensor v_scale"
+_TENSORS[PAGED_LATENT] = "Tensor q, Tensor kv_cache, Tensor cu_seqlens_q, Tensor seqlens_k, Tensor page_table"
 _LAST = {
     RAGGED: "bool return_lse=False) -> (Tensor, Tensor)",
     # dq, dk, dv, and the gradients of parameters that are asked for, for each sequence and head where they have such
@@ -69,16 +73,26 @@ _NAMES = {
     RAGGED_BACKWARD: "attention_varlen_backward",
     PAGED: "attention_paged",
     PAGED_SCALED: "attention_paged_scaled",
+    PAGED_LATENT: "attention_paged_latent",
 }
+
+
+def _prefixes(op: str) -> tuple[str, ...]:
+    """Of the operator's names: none, and that of the user's own definitions, where they have it."""
+    return ("",) if op == PAGED_LATENT else ("", "custom_")
+
+
 _library = torch.library.Library("tvm_flash", "FRAGMENT")
 _tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 for _op, _name in _NAMES.items():
-    for _prefix, _rest in (("", _OF_BUILTIN[_op]), ("custom_", _OF_CUSTOM)):
+    for _prefix in _prefixes(_op):
+        _rest = _OF_CUSTOM if _prefix else _OF_BUILTIN[_op]
         _library.define(f"{_prefix}{_name}({_TENSORS[_op]}, {_rest}, {_LAST[_op]}", tags=_tags)
 _DECOMPOSED = {
     RAGGED: torch_decomposed.attention_varlen,
     PAGED: torch_decomposed.attention_paged,
     PAGED_SCALED: torch_decomposed.attention_paged_scaled,
+    PAGED_LATENT: torch_decomposed.attention_paged_latent,
 }
 
 
@@ -131,6 +145,8 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
     outputs = operator.all_outputs(options.gradients)
     own = {"gradients": list(options.gradients)} if operator.differentiates else {"return_lse": options.flag}
     own |= {"max_seqlen_q": options.longest} if options.op in _ON_PAGES else {}
+    if operator.values_in_keys:
+        own |= {"head_dim_v": options.head_dim_v, "split_length": options.split_length}
     own |= {"softmax_scale": options.softmax_scale}
     inputs = [tensors[name] for name in operator.inputs]
     inputs += [tensors.get(name) for name in (*operator.optional, *operator.starts)]
@@ -162,11 +178,15 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
 # ---------------------------------------------------------------- on real tensors
 
 
-def _builtin(op, *tensors, return_lse=False, gradients=(), max_seqlen_q=None, **options):
+def _builtin(
+    op, *tensors, return_lse=False, gradients=(), max_seqlen_q=None, head_dim_v=None, split_length=None, **options
+):
     given = len(OPERATORS[op].all_inputs) + len(_PARAMETERS[op])
     tensors = (*tensors, *[None] * (given - len(tensors)))
     scale, *rest = _numbers(**options)
-    return _run(op, {"parameters": _PARAMETERS[op]}, tensors, scale, rest, return_lse, gradients, max_seqlen_q)
+    what = {"parameters": _PARAMETERS[op]}
+    of_latents = (head_dim_v, split_length) if OPERATORS[op].values_in_keys else ()
+    return _run(op, what, tensors, scale, rest, return_lse, gradients, max_seqlen_q, of_latents)
 
 
 def _custom(
@@ -179,12 +199,12 @@ def _custom(
     return _run(op, what, tensors, softmax_scale, numbers, return_lse, gradients, max_seqlen_q)
 
 
-def _run(op, what, tensors, softmax_scale, numbers, return_lse, gradients, max_seqlen_q):
+def _run(op, what, tensors, softmax_scale, numbers, return_lse, gradients, max_seqlen_q, of_latents=()):
     operator, gradients = OPERATORS[op], tuple(gradients)
     made_for = {"op": op, "below": True, "gradients": gradients, "layout_known": True}
     compute = signature(RAGGED_LAYOUT, **what, **made_for).call
     outputs = [None] * len(operator.all_outputs(gradients))
-    numbers = (softmax_scale, *numbers, *((max_seqlen_q,) if op in _ON_PAGES else ()))
+    numbers = (softmax_scale, *numbers, *((max_seqlen_q,) if op in _ON_PAGES else ()), *of_latents)
     if operator.differentiates:
         return list(compute(*readable(*tensors[:7]), *tensors[7:], *outputs, "auto", False, *numbers))
     result = compute(*tensors, *outputs, "auto", return_lse, *numbers)
@@ -221,13 +241,14 @@ def _shapes(q, k, v, cu_seqlens_q, cu_seqlens_k, *others, return_lse=False, **_)
     return out, q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
 
 
-def _paged_shapes(op, q, k_cache, v_cache, *others, return_lse=False, max_seqlen_q=None, **__):
-    check_places(q, k_cache, v_cache, *others)
+def _paged_shapes(op, q, *others, return_lse=False, max_seqlen_q=None, head_dim_v=None, split_length=None, **__):
+    check_places(q, *others)
     names = OPERATORS[op].all_inputs
-    tensors = (q, k_cache, v_cache, *others)[: len(names)]
+    tensors = (q, *others)[: len(names)]
     if all(map(is_known, tensors)):
-        check_paged(_views(names, tensors), max_seqlen_q)
-    out = q.new_empty((*q.shape[:2], v_cache.shape[3]))
+        check_paged(_views(names, tensors), max_seqlen_q, head_dim_v, split_length)
+    columns = others[1].shape[3] if head_dim_v is None else head_dim_v
+    out = q.new_empty((*q.shape[:2], columns))
     return out, q.new_empty((q.shape[1], q.shape[0]) if return_lse else (0,), dtype=torch.float32)
 
 
@@ -316,7 +337,8 @@ _LISTENING = {
 _FAKE = {RAGGED: _shapes, RAGGED_BACKWARD: _backward_shapes}
 _FAKE |= {op: functools.partial(_paged_shapes, op) for op in _ON_PAGES}
 for _op, _name in _NAMES.items():
-    for _prefix, _compute in (("", _builtin), ("custom_", _custom)):
+    for _prefix in _prefixes(_op):
+        _compute = _custom if _prefix else _builtin
         for _key in ("CPU", "CUDA"):
             _library.impl(_prefix + _name, functools.partial(_compute, _op), _key)
         _library.impl(_prefix + _name, functools.partial(_LISTENING[_op], bool(_prefix)), "Autograd")
@@ -354,17 +376,29 @@ def _backward_flops(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *
     return _products(q, k, cu_seqlens_q, cu_seqlens_k) * (3 * q.shape[2] + 2 * v.shape[2])
 
 
-def _paged_flops(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, *_, out_val=None, **__) -> int:
-    """The same, of the keys that each sequence has."""
+def _paged_products(q, k_cache, cu_seqlens_q, seqlens_k, page_table) -> int:
+    """Operations of a product of the queries and keys that each sequence has, for each element of a head."""
     lengths = _lengths(cu_seqlens_q)
     if lengths is None:
         pairs = q.shape[0] * page_table.shape[1] * k_cache.shape[1]
     else:
         pairs = sum(a * b for a, b in zip(lengths, seqlens_k.tolist(), strict=True))
-    return 2 * q.shape[1] * pairs * (q.shape[2] + v_cache.shape[3])
+    return 2 * q.shape[1] * pairs
 
 
-for _op, _formula in ((RAGGED, _flops), (RAGGED_BACKWARD, _backward_flops), *((op, _paged_flops) for op in _ON_PAGES)):
-    register_flop_formula([_operator(_op), _operator(_op, custom=True)], get_raw=True)(_formula)
+def _paged_flops(q, k_cache, v_cache, cu_seqlens_q, seqlens_k, page_table, *_, out_val=None, **__) -> int:
+    """Operations of both products over keys on pages."""
+    return _paged_products(q, k_cache, cu_seqlens_q, seqlens_k, page_table) * (q.shape[2] + v_cache.shape[3])
+
+
+def _latent_flops(q, kv_cache, *places, head_dim_v, out_val=None, **__) -> int:
+    """The same where values are in keys."""
+    return _paged_products(q, kv_cache, *places) * (q.shape[2] + head_dim_v)
+
+
+_FLOPS = {RAGGED: _flops, RAGGED_BACKWARD: _backward_flops, PAGED: _paged_flops, PAGED_SCALED: _paged_flops}
+_FLOPS |= {PAGED_LATENT: _latent_flops}
+for _op, _formula in _FLOPS.items():
+    register_flop_formula([_operator(_op, bool(prefix)) for prefix in _prefixes(_op)], get_raw=True)(_formula)
 for _op, _decomposed in _DECOMPOSED.items():
     torch_inductor.decompose(_operator(_op).default, _decomposed)

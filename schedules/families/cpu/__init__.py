@@ -10,6 +10,7 @@ from schedules.families.cpu import append, backward, paged, ragged
 from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import program
+from schedules.families.cpu.paged import latent
 from schedules.families.cpu.paged.scaled import ScaledPages
 from schedules.families.cpu.space import space
 from schedules.families.interface import (
@@ -19,6 +20,7 @@ from schedules.families.interface import (
     FORWARD,
     OF_SEQUENCES,
     PAGED,
+    PAGED_LATENT,
     PAGED_SCALED,
     PARTIAL,
     RAGGED,
@@ -44,6 +46,7 @@ KINDS = {
     RAGGED: ragged,
     RAGGED_BACKWARD: backward.ragged,
     PAGED: paged,
+    PAGED_LATENT: latent,
     **{kind: ScaledPages(cache) for cache, kind in PAGED_SCALED.items()},
     APPEND: append,
 }

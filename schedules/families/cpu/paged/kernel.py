@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
@@ -73,8 +74,47 @@ def pages_argument(handle, name: str, pages, page_size, heads, width, dtype: str
     return buffer, (by_page, by_head, by_row)
 
 
-def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
+def called(pattern: Pattern, params, handles, softmax_scale) -> tuple[PagedGeometry, Starts, Pages]:
+    """The call that a kernel's arguments make, and its sequences of queries and of keys.
+
+    ``handles`` are q, k, v, o, lse, cu_seqlens_q, seqlens_k and page_table; v is None where values are the first
+    elements of keys.
+    """
+    q, k, v, o, lse, cu_seqlens_q, seqlens_k, page_table = handles
     dtype = pattern.dtype
+
+    def size(name):
+        return tirx.Var(name, "int64")
+
+    total_q, heads, kv_heads, starts, batch = map(size, ("total_q", "heads", "kv_heads", "starts", "batch"))
+    names = ("pages", "page_size", "pages_per_sequence", "table_stride")
+    pages, page_size, pages_per_sequence, table_stride = map(size, names)
+    head_dim, head_dim_v, lse_length = map(size, ("head_dim", "head_dim_v", "lse_length"))
+    Q = rows_argument(q, "q", total_q, heads, head_dim, dtype)
+    K = pages_argument(k, "k", pages, page_size, kv_heads, head_dim, dtype)
+    V = K if v is None else pages_argument(v, "v", pages, page_size, kv_heads, head_dim_v, dtype)
+    O = rows_argument(o, "o", total_q, heads, head_dim_v, dtype)
+    LSE = T.match_buffer(lse, (lse_length,), "float32")
+    q_starts = T.match_buffer(cu_seqlens_q, (starts,), "int32", align=4)
+    lengths = T.match_buffer(seqlens_k, (batch,), "int32", align=4)
+    entries = T.match_buffer(
+        page_table, (batch, pages_per_sequence), "int32", strides=(table_stride, T.int64(1)), align=4
+    )
+    for name, buffer in (("LSE", LSE), ("q_starts", q_starts), ("lengths", lengths), ("entries", entries)):
+        IRBuilder.name(name, buffer)
+    rows = [Tensor(flat(buffer), strides) for buffer, strides in (Q, O)]
+    cache = [PagedTensor(flat(buffer), strides) for buffer, strides in (K, V)]
+    table = flat(entries)
+    keys = Pages(lengths, table, table_stride, batch, pages_per_sequence, pages, page_size)
+    call = PagedGeometry(
+        *(pattern, rows[0], *cache, rows[1], LSE, lse_length, softmax_scale, params),
+        *(batch, heads, kv_heads, total_q, T.int64(0), head_dim, head_dim_v, T.int64(0), total_q, T.int64(0)),
+        *(table, T.int64(0), page_size),
+    )
+    return call, Starts(q_starts, batch, total_q), keys
+
+
+def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
     attend = attend_macro(pattern, config, isa, traversal)
 
     @T.prim_func(s_tir=True, check_well_formed=False)
@@ -90,34 +130,11 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, pa
         softmax_scale: T.float32,
     ):
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
-        total_q, heads, kv_heads, starts, batch = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
-        pages, page_size, pages_per_sequence, table_stride = T.int64(), T.int64(), T.int64(), T.int64()
-        head_dim, head_dim_v, lse_length = T.int64(), T.int64(), T.int64()
-        Q = T.meta_var(rows_argument(q, "q", total_q, heads, head_dim, dtype))
-        K = T.meta_var(pages_argument(k, "k", pages, page_size, kv_heads, head_dim, dtype))
-        V = T.meta_var(pages_argument(v, "v", pages, page_size, kv_heads, head_dim_v, dtype))
-        O = T.meta_var(rows_argument(o, "o", total_q, heads, head_dim_v, dtype))
-        LSE = T.match_buffer(lse, (lse_length,), "float32")
-        q_starts = T.match_buffer(cu_seqlens_q, (starts,), "int32", align=4)
-        lengths = T.match_buffer(seqlens_k, (batch,), "int32", align=4)
-        entries = T.match_buffer(
-            page_table, (batch, pages_per_sequence), "int32", strides=(table_stride, T.int64(1)), align=4
-        )
-        rows = T.meta_var([Tensor(flat(buffer), strides) for buffer, strides in (Q, O)])
-        cache = T.meta_var([PagedTensor(flat(buffer), strides) for buffer, strides in (K, V)])
-        table = T.meta_var(flat(entries))
-        queries = T.meta_var(Starts(q_starts, batch, total_q))
-        keys = T.meta_var(Pages(lengths, table, table_stride, batch, pages_per_sequence, pages, page_size))
-        call = T.meta_var(
-            PagedGeometry(
-                *(pattern, rows[0], *cache, rows[1], LSE, lse_length, softmax_scale, params),
-                *(batch, heads, kv_heads, total_q, T.int64(0), head_dim, head_dim_v, T.int64(0), total_q, T.int64(0)),
-                *(table, T.int64(0), page_size),
-            )
-        )
-        T.attr(0, "pragma_import_llvm", functions_of(isa, dtype))
-        assert make_sense(queries), sequences.MALFORMED
-        assert keys.make_sense(), MALFORMED
-        attend(call, queries, keys)
+        handles = T.meta_var((q, k, v, o, lse, cu_seqlens_q, seqlens_k, page_table))
+        parts = T.meta_var(called(pattern, params, handles, softmax_scale))
+        T.attr(0, "pragma_import_llvm", functions_of(isa, pattern.dtype))
+        assert make_sense(parts[1]), sequences.MALFORMED
+        assert parts[2].make_sense(), MALFORMED
+        attend(*parts)
 
     return attention
