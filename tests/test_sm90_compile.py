@@ -14,11 +14,11 @@ from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.families import sm90
 from schedules.families.interface import Program, Rejected, Target
-from schedules.families.sm90 import decode
+from schedules.families.sm90 import decode, latent
 from schedules.templates import v1, v2
 from schedules.toolchain.host import compile_host, embed, split
 from tests.machine_code import compiled
-from tvm_flash.packs.sizes import evaluate
+from tvm_flash.packs.sizes import evaluate, of_pages
 from tvm_flash.packs.sizes import of as sizes_of
 
 TARGET = Target("sm_90a")
@@ -57,6 +57,45 @@ def test_machine_code(template, bucket, pattern, tmp_path):
     assert count["HGMMA"] >= pattern.head_dim // 16 + 2
     assert count["UTMALDG"] >= 3
     assert count["UTMASTG"] >= 1
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_values_in_keys_are_fetched_once(dtype, tmp_path):
+    pattern = pattern_of("window", dtype=dtype, head_dim=576, head_dim_v=512)
+    (config,) = latent.default_configs("v2", pattern, TARGET).values()
+    assert latent.feasible(pattern, config, TARGET) is None
+    program = latent.program(pattern, config, TARGET, v2.TRAVERSAL, "kernel")
+    assert program.launches[0].roles[:2] == ("q", "k") and "v" not in program.launches[0].roles
+    sizes = of_pages(2, 128, 4, 1, 400, 64, 100, 576, 512, 2)
+    numbers = {x.name: evaluate(x.value, sizes) for x in program.scalars}
+    assert numbers == {"row_tiles": 4, "split_bits": 0}  # 2 queries of 128 heads; splits as the keys say
+    text, report, count = compiled(program, TARGET.arch, tmp_path)
+    assert len(report.kernels) == 2
+    assert all(kernel.spills == kernel.stack == 0 for kernel in report.kernels)
+    assert max(kernel.registers for kernel in report.kernels) * config.threads <= 65536
+    # Of either warpgroup: scores of a tile, and both tiles' products with 256 columns, 128 at a time.
+    assert count["HGMMA"] == 2 * (576 // 16 + 2 * 2 * 64 // 16)
+    assert count["UTMALDG"] == 2 * (576 // 64)  # a lane has up to two boxes of a tile, each in 9 panels
+    assert "griddepcontrol.wait" in text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "config", "reason"),
+    [
+        ({"head_dim": 576, "head_dim_v": 512}, {"block_n": 32}, "block_n 32 is not 64"),
+        ({"head_dim": 704, "head_dim_v": 640}, {}, "head_dim_v 640 is not a multiple of 128 up to 512"),
+        ({"head_dim": 576, "head_dim_v": 448}, {}, "head_dim_v 448 is not a multiple of 128"),
+        ({"head_dim": 128}, {}, "no columns beside the 128 of values"),
+        ({"head_dim": 584, "head_dim_v": 512}, {}, "not a multiple of 16"),
+        ({"head_dim": 768, "head_dim_v": 512}, {}, "bytes of shared memory"),
+        ({"head_dim": 576, "head_dim_v": 512, "mask": "sink_window"}, {}, "gaps"),
+        ({"head_dim": 576, "head_dim_v": 512, "score": "alibi"}, {}, "differs from head to head"),
+    ],
+    ids=str,
+)
+def test_refusals_of_values_in_keys(pattern, config, reason):
+    refused = latent.feasible(pattern_of(**{"mask": "window"} | pattern), latent.Config(**config), TARGET)
+    assert isinstance(refused, Rejected) and reason in refused.reason
 
 
 def test_decoding_compiles_to_clusters_and_a_second_launch_that_begins_early(tmp_path):

@@ -13,7 +13,7 @@ from schedules.builder.compile import pattern_of
 from schedules.builder.suite import KernelSpec, Selection
 from schedules.families import split_keys
 from schedules.families.interface import Target
-from schedules.families.sm90 import decode, paged_decode
+from schedules.families.sm90 import decode, latent, paged_decode
 from schedules.templates import v2
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
@@ -52,6 +52,30 @@ def test_splits_are_whole_tiles_and_cover_the_keys(split_lengths):
         assert length % 64 == 0
         assert (on_device(keys, count) - 1) * length < keys
         assert on_device(keys, count) * length >= keys
+
+
+@pytest.mark.parametrize("split_length", (0, 64, 1024, 1 << 20))
+def test_splits_that_a_call_asks_for(split_length):
+    """There is room for those of every sequence that fits a table, and they cover its keys."""
+    target = Target("sm_90a")
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", "identity", "bfloat16", 576, 512, kind="paged_latent")
+    pattern = pattern_of(spec, target)
+    program = latent.program(pattern, latent.Config(), target, v2.TRAVERSAL, "kernel")
+    found = 0
+    for keys in (0, 1, 64, 65, 1023, 1024, 5000, 16383, 16384, 131072):
+        extents = sizes.of_pages(1, 128, 2, 1, 10, 64, -(-keys // 64), 576, 512, 2, split_length)
+        asked = {x.name: evaluate(x.value, extents) for x in program.scalars}["split_bits"]
+        bits = on_device(
+            keys,
+            lambda n, asked=asked: split_keys.asked_split_bits(
+                tirx.IntImm("int32", asked), n, 64, latent.SPLIT_LENGTHS
+            ),
+        )
+        assert not split_length or 64 << bits == split_length
+        splits = -(-keys // (64 << bits))
+        room = evaluate(program.workspaces[0].shape[1], extents)
+        assert max(found if not split_length else 0, splits) <= room
+        found = max(found, splits)
 
 
 @pytest.mark.parametrize("page_size", [0, 1, 8, 15, 16, 17, 24, 48, 1500, 8192])

@@ -9,19 +9,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from schedules.definition.operator import SCALES
+from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
-from schedules.tile.combine import Sinks, combine, combine_ragged
+from schedules.tile.combine import FurtherPartials, Sinks, combine, combine_ragged
 from schedules.tile.fold import fold_states
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import Scalar, Workspace
+from tvm_flash.packs.manifest import MOST_SPLIT, Scalar, Workspace
 
 #: Query rows that share a key up to which these kernels are meant, by head_dim (the first that is large enough) and by
 #: the fewest keys.  What they gain depends on the batch, which must not decide: a sequence has the same bits in any.
@@ -263,4 +265,68 @@ def paged_program(
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
         max_rows=most_rows if page_step == 1 else ("*", fits, most_rows),
+    )
+
+
+def asked_split_bits(asked: Expr, keys: Expr, block_n: int, lengths: SplitLengths) -> Expr:
+    """Of how many tiles a split is, as a power of two: ``asked - 1``, or as ``lengths`` say if ``asked`` is 0."""
+    return T.Select(asked > 0, asked - 1, paged_split_bits(keys, block_n, lengths))
+
+
+def latent_program(
+    pattern: Pattern,
+    partial: PrimFunc,
+    name: str,
+    *,
+    alignment: int,
+    lengths: SplitLengths,
+    block_n: int,
+    block_m: int,
+    most_rows: int,
+) -> Program:
+    """Both launches where values are the first columns of keys, for at most ``most_rows`` query rows a sequence.
+
+    Splits are as long as a call asks for (``split_length``), else of ``lengths``; in powers of two of tiles of
+    ``block_n`` keys.
+
+    ``partial``: ``(q, k, o_partial, lse_partial, o, lse, cu_seqlens_q, seqlens_k, page_table, softmax_scale, row_tiles,
+    split_bits, *params)``, which lets the second launch begin early, and writes the rows of sequences with a single
+    split itself.  ``row_tiles`` are how many tiles of ``block_m``
+    rows a sequence has at most, and ``split_bits`` what :func:`asked_split_bits` takes.
+    """
+    rows = ("*", "heads", "total_q")
+    is_asked = ("steps", "split_length", (0, 0), (1, 1))
+    by_keys = ("*", ("steps", "split_length", (0, 1), (1, 0)), _most_paged_splits(lengths))
+    by_length = ("*", is_asked, ("ceildiv", "seqlen_kv", ("max", 1, "split_length")))
+    splits = ("max", 1, ("+", by_keys, by_length))
+    doublings = ((block_n << n, n + 1) for n in range((MOST_SPLIT // block_n).bit_length()))
+    asked = tirx.Var("split_bits", "int32")
+
+    def split_count(keys):
+        bits = asked_split_bits(asked, T.max(keys, 0), block_n, lengths)
+        return T.shift_right(keys + T.shift_left(T.int32(block_n), bits) - 1, bits + (block_n.bit_length() - 1))
+
+    results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
+    combining = combine_ragged(pattern, split_count, f"{name}_combine", alignment, True, FurtherPartials)
+    combining = append_arguments(combining, [asked])
+    params = tuple(p.name for p in pattern.params)
+    numbers = ("softmax_scale", "row_tiles", "split_bits")
+    return Program(
+        "forward",
+        (
+            ScheduledLaunch(partial, ("q", "k", *results, "o", "lse", *where, "page_table", *numbers, *params)),
+            ScheduledLaunch(combining, (*results, "o", "lse", *where, *Sinks(pattern).roles, "split_bits")),
+        ),
+        "tirx",
+        alignment=alignment,
+        index_bits=32,
+        workspaces=(
+            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
+            Workspace("lse_partial", "float32", (rows, splits)),
+        ),
+        scalars=(
+            Scalar("row_tiles", ("ceildiv", "rows", block_m)),
+            Scalar("split_bits", ("steps", "split_length", (0, 0), *doublings)),
+        ),
+        max_rows=most_rows,
     )

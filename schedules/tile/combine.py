@@ -90,6 +90,10 @@ class Partials:
             found = T.Select(self.splits <= n * AHEAD, T.int32(n), found)
         return found
 
+    def has_row(self, row, splits):
+        """Whether there is a row, which has so many splits, to write."""
+        return row < self.rows
+
     def splits_of(self, row):
         """How many splits a row has, before anything is looked up."""
         return T.Select(row < self.rows, self.splits, 0)
@@ -210,12 +214,28 @@ def combine(pattern: Pattern, traversal: Traversal, name: str, alignment: int, w
     return append_arguments(kernel.with_attr("global_symbol", name), sinks.arguments)
 
 
-def combine_ragged(pattern: Pattern, split_count, name: str, alignment: int, waits: bool) -> PrimFunc:
+@T.meta_class
+class FurtherPartials(RaggedPartials):
+    """The same where rows with a single split are none of the launch's: the one before has written them."""
+
+    @T.inline
+    def look_up(self, row, lane, splits):
+        RaggedPartials.look_up(self, row, lane, splits)
+        splits = T.Select(splits == 1, -1, splits)
+
+    def has_row(self, row, splits):
+        return T.And(row < self.rows, splits >= 0)
+
+
+def combine_ragged(
+    pattern: Pattern, split_count, name: str, alignment: int, waits: bool, partials: type = RaggedPartials
+) -> PrimFunc:
     """``(o_partial, lse_partial, o, lse, cu_seqlens_q, seqlens_k, *sinks)``: the same of ragged sequences.
 
     Parameters
     ----------
     split_count: ``split_count(keys)``, how many splits a sequence of so many keys has.
+    partials: the class of the arguments, :class:`RaggedPartials` or :class:`FurtherPartials`.
     """
     sinks = Sinks(pattern)
 
@@ -229,7 +249,7 @@ def combine_ragged(pattern: Pattern, split_count, name: str, alignment: int, wai
         seqlens_k: T.handle,
     ):
         handles = T.meta_var(((o_partial, lse_partial, o, lse), (cu_seqlens_q, seqlens_k)))
-        _combine(pattern, RaggedPartials(pattern, *handles, split_count, alignment), waits, sinks)
+        _combine(pattern, partials(pattern, *handles, split_count, alignment), waits, sinks)
 
     return append_arguments(kernel.with_attr("global_symbol", name), sinks.arguments)
 
@@ -302,7 +322,7 @@ def _combine(pattern: Pattern, at, waits, sinks: Sinks):
         sum_shared[group] = total
     T.cuda.cta_sync()
     # 4. The first group of a row sums those that share it, and writes the row.
-    if T.And(member == 0, row < at.rows):
+    if T.And(member == 0, at.has_row(row, splits)):
         for x in T.unroll(COLUMNS):
             acc[x] = T.float32(0)
         total = T.float32(0)

@@ -221,7 +221,8 @@ class PagedGeometry(RaggedGeometry):
     """The same where the keys of the sequences lie on pages.
 
     ``where`` are the handles of the rows' starts, the keys' lengths and the table of pages.  A kernel that computes
-    partial results has no ``o`` and ``lse``.  ``types`` are those of the tensors, if they aren't the pattern's.
+    partial results has no ``o`` and ``lse``, and one whose values are the first elements of keys None for ``v``.
+    ``types`` are those of the tensors, if they aren't the pattern's.
     """
 
     def __init__(self, pattern: Pattern, handles, where, softmax_scale, parameters: dict, alignment: int, types=None):
@@ -240,7 +241,7 @@ class PagedGeometry(RaggedGeometry):
 
         self.q = tensor(q, "q", rows, self.head_dim, types.q, RAGGED_LAYOUT)
         self.k = tensor(k, "k", keys, self.head_dim, types.k, PAGED_LAYOUT)
-        self.v = tensor(v, "v", keys, self.head_dim_v, types.v, PAGED_LAYOUT)
+        self.v = self.k if v is None else tensor(v, "v", keys, self.head_dim_v, types.v, PAGED_LAYOUT)
         if results:
             self.o = tensor(results[0], "o", rows, self.head_dim_v, types.o, RAGGED_LAYOUT)
             self.lse_length = tirx.Var("lse_length", "int32")

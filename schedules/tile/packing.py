@@ -48,6 +48,10 @@ class PackedRows:
         """Elements of the flat tensor before a column of a row."""
         return self.tensor.offset(self.batch, self.head_of(row), self._at(row), column)
 
+    def output_offset(self, output: Tensor, row: Expr, column: Expr) -> Expr:
+        """The same of the output, which has rows in the same order."""
+        return output.offset(self.batch, self.head_of(row), self._at(row), column)
+
     def moved(self, cursor: Expr, row: Expr, distance: Expr) -> Expr:
         """Offset of the row ``distance`` rows from ``row``, whose own is ``cursor``."""
         return cursor + (self.offset(row + distance, 0) - self.offset(row, 0))

@@ -19,6 +19,7 @@ from schedules.families.interface import (
     PAGED,
     PAGED_DECODE,
     PAGED_DECODE_ANY,
+    PAGED_LATENT,
     RAGGED,
     RAGGED_BACKWARD,
     Program,
@@ -28,7 +29,7 @@ from schedules.families.interface import (
 from schedules.families.mma import asynchronous, scaled_decode
 from schedules.families.mma.transposed import TransposedDecodeMachine
 from schedules.families.ranged import own_name, with_ranges, with_tiles
-from schedules.families.sm90 import backward, decode, merged, paged, paged_decode, paged_scaled, ragged
+from schedules.families.sm90 import backward, decode, latent, merged, paged, paged_decode, paged_scaled, ragged
 from schedules.families.sm90.backward import accumulate
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import Config, feasible, narrow_axes
@@ -67,6 +68,7 @@ KINDS = {
     PAGED: paged,
     PAGED_DECODE: paged_decode,
     PAGED_DECODE_ANY: paged_decode.ANY_PAGES,
+    PAGED_LATENT: latent,
     **paged_scaled.KINDS,
     **scaled_decode.kinds(
         scaled_decode.TransposedConfig,

@@ -37,6 +37,16 @@ number                      means                                               
 ``FIRST_TURN + C + w``      no warp of warpgroup ``w`` reads its queries any    128     ``w`` arrives and waits
                             more
 =========================== =================================================== ======= ==============================
+
+Two warpgroups that score tiles of keys in turn, for outputs whose columns they share (``latent_kernel.py``):
+
+=========================== =================================================== ======= ==============================
+``SCORED + w``              no warp of warpgroup ``w`` reads keys for its       128     ``w`` arrives and waits
+                            scores any more
+``HANDED_OVER + w``         the probabilities of warpgroup ``w``, and the       256     ``w`` arrives, the other waits
+                            references of its rows, are in shared memory
+``TOGETHER``                both have come to the same place                    256     both arrive and wait
+=========================== =================================================== ======= ==============================
 """
 
 from __future__ import annotations
@@ -58,6 +68,8 @@ STORE_ARRIVALS = 1
 
 #: First of the named barriers here; barrier 0 is the whole block's.
 FIRST_TURN = 1
+#: Those of two warpgroups that share the columns of their outputs.
+SCORED, HANDED_OVER, TOGETHER = 1, 3, 5
 
 
 def transaction_barriers(pool, count: int) -> MBarrier:
@@ -99,3 +111,28 @@ class NamedBarriers:
     def queries_read(self, index):
         """Warpgroup ``index`` waits until none of its warps reads its queries."""
         T.ptx.bar.sync(T.Cast("uint32", FIRST_TURN + self.consumers + index), WARPGROUP_THREADS)
+
+
+@dataclass(frozen=True)
+class SharedColumnBarriers:
+    """The named barriers of two warpgroups that share the columns of their outputs."""
+
+    @T.inline
+    def scored(self, index):
+        """Warpgroup ``index`` waits until all of its warps have their scores."""
+        T.ptx.bar.sync(SCORED + index, WARPGROUP_THREADS)
+
+    @T.inline
+    def hand_over(self, index):
+        """Warpgroup ``index`` has left what the other one needs of its scores."""
+        T.ptx.bar.arrive(HANDED_OVER + index, 2 * WARPGROUP_THREADS)
+
+    @T.inline
+    def take_over(self, index):
+        """The other warpgroup waits for that."""
+        T.ptx.bar.sync(HANDED_OVER + index, 2 * WARPGROUP_THREADS)
+
+    @T.inline
+    def meet(self):
+        """Both wait for each other."""
+        T.ptx.bar.sync(TOGETHER, 2 * WARPGROUP_THREADS)

@@ -178,7 +178,7 @@ class TilesOfPages:
                     load_panel(
                         pipeline.pointer(state)(p, row, 0),
                         descriptor,
-                        p,
+                        p + pipeline.first_panel,
                         paged_box(self.steps, self.pages[i], at, seen, self.block.kv_head),
                         pipeline.full.ptr_to([state.index]),
                     )

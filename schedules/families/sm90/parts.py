@@ -48,10 +48,14 @@ class PartScheduler:
         self.geometry, self.config, self.split_bits, self.most_splits = geometry, config, split_bits, most_splits
         one = not config.pack_heads
         self.group = T.int32(1) if one else T.bind(T.truncdiv(geometry.heads, geometry.kv_heads))
-        self.units = T.bind(T.truncdiv(geometry.heads, self.group))
+        self.units = T.bind(self.count_units())
         resident = T.call_extern("int32", "multiprocessors") * config.blocks_per_sm
         most = most_splits * geometry.batch
         self.shares = T.bind(T.max(T.min(T.truncdiv(resident, self.units), most), 1))
+
+    def count_units(self) -> Expr:
+        """How many heads of the grid there are."""
+        return T.truncdiv(self.geometry.heads, self.group)
 
     def grid(self):
         """Blocks along each axis."""

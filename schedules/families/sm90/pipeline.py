@@ -91,10 +91,10 @@ class _CountedState(PipelineState):
 @T.meta_class
 class Pipeline:
     """Tiles ``(stages, panels, rows, 64)`` of 16 bits in shared memory, each stage with a barrier for "full" and one
-    for "empty"."""
+    for "empty".  ``first_panel`` is that of the tensor which is the first one of a tile."""
 
-    def __init__(self, pool, stages: int, panels: int, rows: int, dtype: str):
-        self.stages, self.panels, self.rows = stages, panels, rows
+    def __init__(self, pool, stages: int, panels: int, rows: int, dtype: str, first_panel: int = 0):
+        self.stages, self.panels, self.rows, self.first_panel = stages, panels, rows, first_panel
         self.tiles = pool.alloc((stages, panels, rows, PANEL), dtype, align=1024)
 
     def add_barriers(self, pool):

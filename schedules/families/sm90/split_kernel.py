@@ -23,11 +23,17 @@ from schedules.tile.epilogue import normalise
 from schedules.tile.geometry import Geometry, flat, wide
 from schedules.tile.partial import PartialResults
 from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.static import static
 
 #: Elements of 16 bytes, which a thread copies at once.
 _CHUNK = 8
-#: Copies of a thread that are on their way at a time.
-_ON_THE_WAY = 4
+
+_ALL_LANES = 0xFFFFFFFF
+
+
+def _at_once(copies: int, most: int) -> int:
+    """How many of a thread's copies are on their way together, so that they can be had in equal parts."""
+    return max(n for n in range(1, most + 1) if copies % n == 0)
 
 
 @T.meta_class
@@ -43,6 +49,17 @@ class PartSoftmax(Softmax):
         return self.queries[r], Softmax.position(self, row0, column0, t, g, r, e)[1]
 
     @T.inline
+    def raise_references(self):
+        """Raise references to those in ``peak`` that are higher; sets ``grown``, ``correction``, ``row_sum``."""
+        higher = T.meta_var(T.Or(self.peak[0] > self.row_max[0], self.peak[1] > self.row_max[1]))
+        self.grown = T.cuda.any_sync(T.uint32(_ALL_LANES), T.Cast("int32", higher))
+        if self.grown != 0:
+            for r in T.unroll(2):
+                self.correction[r] = T.exp2(self.row_max[r] - self.peak[r])
+                self.row_max[r] = self.peak[r]
+                self.row_sum[r] = self.row_sum[r] * self.correction[r]
+
+    @T.inline
     def place(self, row0):
         """Set the queries of the rows from this lane's first one on."""
         for r in T.unroll(2):
@@ -50,14 +67,118 @@ class PartSoftmax(Softmax):
 
 
 @T.meta_class
-class PartConsumer(Consumer):
+class PartRowsConsumer:
+    """What warpgroups that compute parts do with the rows of one: read the queries, write the results.
+
+    ``threads`` do so together, and of a thread's copies at most ``on_the_way`` are on their way at a time; ``unrolls``
+    says that there are registers for the addresses of all.  Of the output this warpgroup has the columns from
+    ``first_column`` on.
+    """
+
+    threads = WARPGROUP_THREADS
+    first_column = 0
+    on_the_way = 4
+    unrolls = True
+
+    def add_rows(self, results: PartialResults):
+        """What rows need beside the fields of a consumer."""
+        self.softmax = PartSoftmax(self.pattern, self.block.site, self.block.rows, self.config.block_n)
+        self.finished = Finished(self.softmax)
+        self.o, self.lse, self.splits = flat(results.o), flat(results.lse), results.splits
+
+    @property
+    def thread(self):
+        """This thread's number among the ``threads``."""
+        return self.warp * 32 + self.lane
+
+    @T.inline
+    def meet(self):
+        """The ``threads`` wait for each other."""
+        NamedBarriers(1).queries_read(0)
+
+    @T.inline
+    def read_queries(self):
+        """Copy the queries of a row tile to shared memory, zeros where there are none."""
+        columns = T.meta_var(self.q.panels * PANEL // _CHUNK)  # chunks of a row
+        times = T.meta_var(WARPGROUP_ROWS * columns // self.threads)
+        at_once = T.meta_var(_at_once(times, self.on_the_way))
+        words = T.alloc_local([at_once * 4], "uint32")
+        self.meet()
+        if static(self.unrolls):
+            for first in T.unroll(times // at_once):
+                self.copy_queries(first, at_once, columns, words)
+        else:
+            for first in T.serial(times // at_once):
+                self.copy_queries(first, at_once, columns, words)
+        T.ptx.fence.proxy.async_.shared__cta()
+        self.meet()
+        self.softmax.place(self._row0())
+
+    @T.inline
+    def copy_queries(self, first, at_once, columns, words):
+        """This thread's copies number ``first * at_once`` and those that follow."""
+        part = T.meta_var(self.block)
+        packed = T.meta_var(part.rows.packed)
+        source = T.meta_var(flat(part.geometry.q.buffer))
+        to = T.meta_var(self.q.pointer(self.q_state()))
+        for i in T.unroll(at_once):
+            number: T.int32 = (first * at_once + i) * self.threads + self.thread
+            row: T.int32 = part.row_first + T.truncdiv(number, columns)
+            column: T.int32 = T.truncmod(number, columns) * _CHUNK
+            for x in T.unroll(4):
+                words[i * 4 + x] = T.uint32(0)
+            if T.And(row < part.rows.count, column < part.geometry.head_dim):
+                T.ptx["ld.global.v4.b32"](
+                    *[words[i * 4 + x] for x in range(4)], source.ptr_to([packed.offset(row, column)])
+                )
+        for i in T.unroll(at_once):
+            number: T.int32 = (first * at_once + i) * self.threads + self.thread
+            row: T.int32 = T.truncdiv(number, columns)
+            chunk: T.int32 = T.truncmod(number, columns)
+            panel: T.int32 = T.truncdiv(chunk, PANEL // _CHUNK)
+            place: T.int32 = swizzled(T.truncmod(chunk, PANEL // _CHUNK), row)
+            T.ptx["st.shared.v4.b32"](to(panel, row, place), *[words[i * 4 + x] for x in range(4)])
+
+    def _index(self, row):
+        """Number of a row, and of the part's split in it, int64."""
+        return self.block.rows.packed.number(self.block.geometry, row) * wide(self.splits) + wide(self.block.split)
+
+    @T.inline
+    def write_nothing(self):
+        """Say that the part's rows see nothing of it."""
+        row: T.int32 = self.block.row_first + self.thread
+        if T.And(self.thread < WARPGROUP_ROWS, row < self.block.rows.count):
+            self.lse[self._index(row)] = T.float32(NEGATIVE_INFINITY)
+
+    @T.inline
+    def write_partial(self):
+        """Write the rows of this lane that there are."""
+        normalise(self.finished, self.acc_o, self.outputs)
+        fragment = T.meta_var(self.softmax.fragment)
+        columns = T.meta_var(self.pattern.head_dim_v)
+        column: T.int32 = fragment.column(self.lane) + self.first_column
+        for r in T.unroll(2):
+            row: T.int32 = self._row0() + r * fragment.row_step
+            if row < self.block.rows.count:
+                index: T.int64 = self._index(row)
+                if column == 0:
+                    self.lse[index] = self.finished.lse(r)
+                for g in T.unroll(self.outputs // 4):
+                    i = T.meta_var(g * 4 + r * 2)
+                    T.ptx["st.global.v2.f32"](
+                        self.o.ptr_to([index * columns + wide(column + fragment.output_column(g))]),
+                        self.acc_o[i],
+                        self.acc_o[i + 1],
+                    )
+
+
+@T.meta_class
+class PartConsumer(PartRowsConsumer, Consumer):
     """The consumer warpgroup, over the block's parts."""
 
     def __init__(self, pattern: Pattern, config, part: Part, pipelines, results: PartialResults, warp, lane):
         Consumer.__init__(self, pattern, config, part, pipelines, None, 0, warp, lane)
-        self.softmax = PartSoftmax(pattern, part.site, part.rows, config.block_n)
-        self.finished = Finished(self.softmax)
-        self.o, self.lse, self.splits = flat(results.o), flat(results.lse), results.splits
+        self.add_rows(results)
 
     @T.inline
     def run(self):
@@ -104,74 +225,6 @@ class PartConsumer(Consumer):
         self.softmax.pack(self.acc_s, self.p)
         self.softmax.add_sums()
         self.next_k(k, self._more(walk, 0))
-
-    @T.inline
-    def read_queries(self):
-        """Copy the queries of a row tile to shared memory, zeros where there are none."""
-        part = T.meta_var(self.block)
-        packed = T.meta_var(part.rows.packed)
-        columns = T.meta_var(self.q.panels * PANEL // _CHUNK)  # chunks of a row
-        times = T.meta_var(WARPGROUP_ROWS * columns // WARPGROUP_THREADS)
-        thread = T.meta_var(self.warp * 32 + self.lane)
-        source = T.meta_var(flat(part.geometry.q.buffer))
-        barriers = T.meta_var(NamedBarriers(1))
-        to = T.meta_var(self.q.pointer(self.q_state()))
-        words = T.alloc_local([_ON_THE_WAY * 4], "uint32")
-        barriers.queries_read(0)
-        for first in T.unroll(times // _ON_THE_WAY):
-            for i in T.unroll(_ON_THE_WAY):
-                number: T.int32 = (first * _ON_THE_WAY + i) * WARPGROUP_THREADS + thread
-                row: T.int32 = part.row_first + T.truncdiv(number, columns)
-                column: T.int32 = T.truncmod(number, columns) * _CHUNK
-                for x in T.unroll(4):
-                    words[i * 4 + x] = T.uint32(0)
-                if T.And(row < part.rows.count, column < part.geometry.head_dim):
-                    T.ptx["ld.global.v4.b32"](
-                        *[words[i * 4 + x] for x in range(4)], source.ptr_to([packed.offset(row, column)])
-                    )
-            for i in T.unroll(_ON_THE_WAY):
-                number: T.int32 = (first * _ON_THE_WAY + i) * WARPGROUP_THREADS + thread
-                row: T.int32 = T.truncdiv(number, columns)
-                chunk: T.int32 = T.truncmod(number, columns)
-                panel: T.int32 = T.truncdiv(chunk, PANEL // _CHUNK)
-                place: T.int32 = swizzled(T.truncmod(chunk, PANEL // _CHUNK), row)
-                T.ptx["st.shared.v4.b32"](to(panel, row, place), *[words[i * 4 + x] for x in range(4)])
-        T.ptx.fence.proxy.async_.shared__cta()
-        barriers.queries_read(0)
-        self.softmax.place(self._row0())
-
-    def _index(self, row):
-        """Number of a row, and of the part's split in it, int64."""
-        return self.block.rows.packed.number(self.block.geometry, row) * wide(self.splits) + wide(self.block.split)
-
-    @T.inline
-    def write_nothing(self):
-        """Say that the part's rows see nothing of it."""
-        thread = T.meta_var(self.warp * 32 + self.lane)
-        row: T.int32 = self.block.row_first + thread
-        if T.And(thread < WARPGROUP_ROWS, row < self.block.rows.count):
-            self.lse[self._index(row)] = T.float32(NEGATIVE_INFINITY)
-
-    @T.inline
-    def write_partial(self):
-        """Write the rows of this lane that there are."""
-        normalise(self.finished, self.acc_o, self.outputs)
-        fragment = T.meta_var(self.softmax.fragment)
-        columns = T.meta_var(self.pattern.head_dim_v)
-        column: T.int32 = fragment.column(self.lane)
-        for r in T.unroll(2):
-            row: T.int32 = self._row0() + r * fragment.row_step
-            if row < self.block.rows.count:
-                index: T.int64 = self._index(row)
-                if column == 0:
-                    self.lse[index] = self.finished.lse(r)
-                for g in T.unroll(self.outputs // 4):
-                    i = T.meta_var(g * 4 + r * 2)
-                    T.ptx["st.global.v2.f32"](
-                        self.o.ptr_to([index * columns + wide(column + fragment.output_column(g))]),
-                        self.acc_o[i],
-                        self.acc_o[i + 1],
-                    )
 
 
 @T.inline

@@ -84,6 +84,17 @@ class Products:
             )  # fmt: skip
 
     @T.inline
+    def pv_shared(self, acc_o, p, v):
+        """The same from probabilities in a panel of shared memory, by its descriptor."""
+        for i in T.unroll(self.block_n // 16):
+            T.ptx[self._wgmma(self.head_dim_v)](
+                *[acc_o[x] for x in range(self.head_dim_v // 2)],
+                p + T.uint64(i * 2),
+                v + T.uint64(i * 128),
+                T.bool(True), 1, 1, 0, 1,
+            )  # fmt: skip
+
+    @T.inline
     def qk_again(self, acc_s, q_tile, k_tile, q_row, lane):
         """``acc_s = Q Kᵀ`` for the 16 rows of one warp alone, from row ``q_row`` of the Q tile, by mma.sync.
 
