@@ -148,14 +148,22 @@ def test_into_how_many_parts_heads_are_split():
     assert halves == [Heads((8, 12), (2, 3)), Heads((12, 16), (3, 4))]
 
 
-def test_keys_of_ones_own_are_waited_for_by_nobody():
-    """Of two ranks under a causal mask the first has a chunk that sees nothing else; its other one, and both of the
-    second, see chunks of the other rank."""
+def test_calls_wait_for_no_more_than_their_keys():
+    """Of two ranks under a causal mask the first has a chunk that sees nothing else, and one that sees both of the
+    other rank's; those of the second see the first one's first."""
     first, second = of(Placement(64, 2), Sight(None, 0, (64,)), "gather")
     (step,) = first.steps
-    assert [step.waits(c) for c in step.calls] == [False, True]
+    assert [step.parts(c) for c in step.calls] == [0, 2]
     (step,) = second.steps
-    assert all(step.waits(c) for c in step.calls)
+    assert [step.parts(c) for c in step.calls] == [1]
     for mine in of(Placement(64, 2), Sight(None, 0, (64,)), "ring"):
         own, other = mine.steps
-        assert not any(own.waits(c) for c in own.calls) and all(other.waits(c) for c in other.calls)
+        assert not any(own.parts(c) for c in own.calls) and all(other.parts(c) == 1 for c in other.calls)
+
+
+def test_of_first_chunks_each_rank_gets_and_sends_as_many():
+    plans = of(Placement(64, 4), Sight(None, 0, (64,)), "gather")
+    for moves_of in (lambda step: step.receives, lambda step: step.sends):
+        parts = [[m.part for _, moves in moves_of(p.steps[0]) for m in moves] for p in plans]
+        assert [x.count(0) for x in parts] == [3] * 4
+    assert [p.steps[0].parts(p.steps[0].calls[0]) for p in plans] == [0, 1, 1, 1]

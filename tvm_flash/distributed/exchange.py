@@ -6,10 +6,10 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 
-from tvm_flash.distributed.plan import Move, Step
+from tvm_flash.distributed.plan import Step
+from tvm_flash.distributed.rows import Rows, Sums
 from tvm_flash.errors import ProcessGroupError
 
 #: Messages between two ranks in one step that tags tell apart.
@@ -37,71 +37,58 @@ def talking(to: dist.ProcessGroup | tuple[int, ...]) -> Iterator[None]:
 
 
 class Messages:
-    """Messages of one step between this rank and the others of a group, begun at once.
+    """Messages of one step between this rank and the others of a group, begun at once, part after part.
 
     All ranks begin those of the same steps in the same order.
     """
 
     def __init__(self, group: dist.ProcessGroup, number: int, sends, receives):
-        """``sends`` and ``receives`` are pairs of a rank of the group and contiguous memory; ``number`` tells steps
-        apart."""
+        """``sends`` and ``receives`` are of a rank of the group, the part, and rows; ``number`` tells steps apart."""
         self._group = group
-        operations = []
+        tags: dict[tuple, Iterator[int]] = {}
+        operations: dict[int, list[dist.P2POp]] = {}
         for act, messages in ((dist.isend, sends), (dist.irecv, receives)):
-            counts: dict[int, Iterator[int]] = {}
-            for rank, memory in messages:
-                tag = number * _MOST_MESSAGES + next(counts.setdefault(rank, itertools.count()))
-                operations.append(dist.P2POp(act, memory, dist.get_global_rank(group, rank), group, tag))
+            for rank, part, rows in messages:
+                for memory in rows:
+                    tag = number * _MOST_MESSAGES + next(tags.setdefault((act, rank), itertools.count()))
+                    to = dist.get_global_rank(group, rank)
+                    operations.setdefault(part, []).append(dist.P2POp(act, memory, to, group, tag))
+        self._works = {}
         with talking(group):
-            self._works = dist.batch_isend_irecv(operations) if operations else []
+            for part in sorted(operations):
+                self._works[part] = dist.batch_isend_irecv(operations[part])
 
-    def wait(self) -> None:
-        """Until the messages are there; on a GPU the current stream waits, and nobody else."""
+    def wait(self, parts: int | None = None) -> None:
+        """Until the messages of the first parts are there, or all; on a GPU the current stream waits, nobody else."""
         with talking(self._group):
-            for work in self._works:
-                work.wait()
-        self._works = []
+            for part in [x for x in self._works if parts is None or x < parts]:
+                for work in self._works.pop(part):
+                    work.wait()
 
 
-def fetch(group: dist.ProcessGroup, number: int, step: Step, held: torch.Tensor) -> tuple[torch.Tensor, Messages]:
-    """The keys of a step, complete once the messages are there; ``held`` are those of this rank, rows first."""
-    if step.own is None:
-        keys = held
-    else:
-        keys = held.new_empty((step.keys, *held.shape[1:]))
-        for move in step.own:
-            _target(keys, move).copy_(_source(held, move))
-    sends = [(rank, _source(held, move)) for rank, moves in step.sends for move in moves]
-    receives = [(rank, _target(keys, move)) for rank, moves in step.receives for move in moves]
-    return keys, Messages(group, number, sends, receives)
+def fetch(group: dist.ProcessGroup, number: int, step: Step, held: Rows) -> tuple[Rows, Messages]:
+    """The keys of a step, complete once the messages are there; ``held`` are those of this rank."""
+    keys = held if step.own is None else held.like(step.keys)
+    sends = [(rank, move.part, held.source(move)) for rank, moves in step.sends for move in moves]
+    receives = [(rank, move.part, keys.target(move)) for rank, moves in step.receives for move in moves]
+    messages = Messages(group, number, sends, receives)
+    for move in step.own or ():
+        keys.target(move).copy_(held.source(move))
+    return keys, messages
 
 
 class Return:
     """Gradients of a step's keys on their way back to the ranks that hold these."""
 
-    def __init__(self, group: dist.ProcessGroup, number: int, step: Step, gradients: torch.Tensor, held: torch.Tensor):
-        """``gradients`` are those of the step's keys; ``held``, those of this rank's, get what comes, added."""
-        self._held, self._step = held, step
-        for move in step.own or ():
-            _source(held, move).add_(_target(gradients, move))
-        self._rooms = [
-            (move, held.new_empty((move.rows, *held.shape[1:]))) for _, moves in step.sends for move in moves
-        ]
-        ranks = [rank for rank, moves in step.sends for _ in moves]
-        receives = [(rank, room) for rank, (_, room) in zip(ranks, self._rooms, strict=True)]
-        sends = [(rank, _target(gradients, move)) for rank, moves in step.receives for move in moves]
-        self._messages = Messages(group, number, sends, receives)
+    def __init__(self, group: dist.ProcessGroup, number: int, step: Step, gradients: Rows, sums: Sums):
+        """``gradients`` are those of the step's keys; to ``sums``, of this rank's, is added what comes."""
+        self._sums = sums
+        self._rooms = [(rank, move, gradients.like(move.rows)) for rank, moves in step.sends for move in moves]
+        sends = [(rank, 0, gradients.target(move)) for rank, moves in step.receives for move in moves]
+        self._messages = Messages(group, number, sends, [(rank, 0, room) for rank, _, room in self._rooms])
 
     def wait(self) -> None:
         """Until what comes is added, in the order of the ranks."""
         self._messages.wait()
-        for move, room in self._rooms:
-            _source(self._held, move).add_(room)
-
-
-def _source(held: torch.Tensor, move: Move) -> torch.Tensor:
-    return held[move.source : move.source + move.rows]
-
-
-def _target(keys: torch.Tensor, move: Move) -> torch.Tensor:
-    return keys[move.target : move.target + move.rows]
+        for _, move, room in self._rooms:
+            self._sums.add(move.source, room)

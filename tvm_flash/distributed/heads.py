@@ -32,7 +32,7 @@ class HeadExchange:
         """All rows ``(batch, heads / ranks, rows, dim)`` of tensors ``(batch, heads, own rows, dim)``."""
         ranks = len(self.rows)
         parts = [x.unflatten(1, (ranks, -1)) for x in tensors]
-        sends = [torch.cat([_bytes(x[:, i]) for x in parts]) for i in range(ranks)]
+        sends = [[_bytes(x[:, i]) for x in parts] for i in range(ranks)]
         shapes = [[(x.shape[0], x.shape[2], self._count(i), x.shape[4]) for x in parts] for i in range(ranks)]
         received = self._exchanged(sends, shapes, [x.dtype for x in tensors])
         return [self._in_order(parts) for parts in received]
@@ -40,7 +40,7 @@ class HeadExchange:
     def to_rows(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Own rows ``(batch, heads, own rows, dim)`` of tensors ``(batch, heads / ranks, rows, dim)``."""
         ranks = len(self.rows)
-        sends = [torch.cat([_bytes(_taken(x, held)) for x in tensors]) for held in self.rows]
+        sends = [[_bytes(_taken(x, held)) for x in tensors] for held in self.rows]
         shapes = [(x.shape[0], x.shape[1], self._count(self.rank), x.shape[3]) for x in tensors]
         received = self._exchanged(sends, [shapes] * ranks, [x.dtype for x in tensors])
         return [torch.cat(parts, 1) for parts in received]
@@ -58,10 +58,11 @@ class HeadExchange:
     def _exchanged(self, sends, shapes, dtypes) -> list[list[torch.Tensor]]:
         """What the ranks sent: of each tensor the part of each."""
         sizes = [[math.prod(shape) * dtype.itemsize for shape, dtype in zip(of, dtypes, strict=True)] for of in shapes]
-        received = sends[0].new_empty(sum(map(sum, sizes)))
+        sent = torch.cat([x for of in sends for x in of])
+        received = sent.new_empty(sum(map(sum, sizes)))
         with talking(self.group):
             dist.all_to_all_single(
-                received, torch.cat(sends), [sum(x) for x in sizes], [x.numel() for x in sends], group=self.group
+                received, sent, [sum(x) for x in sizes], [sum(map(len, of)) for of in sends], group=self.group
             )
         parts = [of.split(size) for of, size in zip(received.split([sum(x) for x in sizes]), sizes, strict=True)]
         return [

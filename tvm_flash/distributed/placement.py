@@ -30,11 +30,15 @@ class Placement:
     inner: int = 1
     balance: str = "zigzag"
 
-    def segments(self, outer: int) -> tuple[Interval, ...]:
-        """The positions of an outer rank (all its inner ones together), in the order in which it holds them."""
+    def chunks(self, outer: int) -> tuple[Interval, ...]:
+        """The one or two chunks of an outer rank, which may be empty."""
         chunks = 2 * self.outer if self.balance == "zigzag" else self.outer
         mine = (outer, chunks - 1 - outer) if self.balance == "zigzag" else (outer,)
-        return joined((c * self.length // chunks, (c + 1) * self.length // chunks) for c in mine)
+        return tuple((c * self.length // chunks, (c + 1) * self.length // chunks) for c in mine)
+
+    def segments(self, outer: int) -> tuple[Interval, ...]:
+        """The positions of an outer rank (all its inner ones together), in the order in which it holds them."""
+        return joined(self.chunks(outer))
 
     def held(self, outer: int, inner: int = 0) -> tuple[Interval, ...]:
         """The positions of one rank, in the order in which it holds them."""

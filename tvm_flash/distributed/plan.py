@@ -5,6 +5,10 @@ straight from the ranks that hold them, and makes some calls of kernels with the
 rows that are needed, in the order of their positions, so that a query meets all its keys in one call; ``ring`` has one
 for each rank, its own first, then that of the rank before it, and so on, and holds the keys of two ranks at most.
 
+Rows of ``gather`` come in two parts, those of the ranks' first chunks before those of their second ones.  Under a
+causal mask queries of first chunks, and all of the last rank's, see keys of first chunks only, of which every rank gets
+and sends as many.
+
 Every rank works out what the others need of it in the same way: nothing but keys and values is sent.
 """
 
@@ -43,11 +47,13 @@ class Call(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Rows that go from one rank to another: where the owner has them, and where they come in the step's keys."""
+    """Rows that go from one rank to another: where the owner has them, and where they come in the step's keys, with
+    which part of a step's messages."""
 
     source: int
     target: int
     rows: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,11 @@ class Step:
     own: tuple[Move, ...] | None
     calls: tuple[Call, ...]
 
-    def waits(self, call: Call) -> bool:
-        """Whether some keys of a call come from other ranks."""
+    def parts(self, call: Call) -> int:
+        """How many parts of the messages a call waits for: 0 if no key of it comes from another rank."""
         first, end = call.keys
-        return self.own is not None and not any(x.target <= first and end <= x.target + x.rows for x in self.own)
+        moves = (move for _, moves in self.receives for move in moves)
+        return max((x.part + 1 for x in moves if x.target < end and first < x.target + x.rows), default=0)
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,8 @@ def _gathering(placement: Placement, sight: Sight, rank: int, keep_positions: bo
     ranks = range(placement.outer)
     needed = {r: _needed(placement, sight, r) for r in ranks}
     order = [(rank - t) % placement.outer for t in ranks[1:]]
-    receives = _present((s, _moves(placement.segments(s), needed[rank])) for s in order)
-    sends = _present((d, _moves(placement.segments(rank), needed[d])) for d in order[::-1])
+    receives = _present((s, _moves_by_chunk(placement, s, needed[rank])) for s in order)
+    sends = _present((d, _moves_by_chunk(placement, rank, needed[d])) for d in order[::-1])
     own = None
     if receives or needed[rank] != joined_sorted(placement.segments(rank)):
         own = _moves(placement.segments(rank), needed[rank])
@@ -186,6 +193,16 @@ def _moves(segments: tuple[Interval, ...], places: tuple[Interval, ...]) -> tupl
                     found.append(move)
             source += segment[1] - segment[0]
         target += place[1] - place[0]
+    return tuple(found)
+
+
+def _moves_by_chunk(placement: Placement, owner: int, places: tuple[Interval, ...]) -> tuple[Move, ...]:
+    """The same of the rows of an outer rank, a part for each chunk."""
+    found: list[Move] = []
+    first = 0
+    for part, chunk in enumerate(placement.chunks(owner)):
+        found += (m._replace(source=first + m.source, part=part) for m in _moves((chunk,), places))
+        first += chunk[1] - chunk[0]
     return tuple(found)
 
 

@@ -1,7 +1,6 @@
 """Attention of the queries that a rank holds, and its gradients, step by step of a plan.
 
-Messages of the next step are on their way while one is computed.  Keys and values lie side by side, rows first,
-``(rows, batch, kv_heads, head_dim + head_dim_v)``, so that any rows of them are one message, into their place.
+Messages of the next step are on their way while one is computed.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from tvm_flash.distributed.kernels import Kernels
 from tvm_flash.distributed.launches import Heads, Work
 from tvm_flash.distributed.merge import add_sinks
 from tvm_flash.distributed.plan import Call, Plan, Step
+from tvm_flash.distributed.rows import Rows, Sums
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Stage:
     number: int
     heads: Heads
     step: Step
-    keys: torch.Tensor
+    keys: Rows
     messages: Messages
 
 
@@ -57,11 +57,10 @@ class Job:
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         for stage in self._stages(q, k, v, 1):
             kernels = self.kernels.of_heads(*stage.heads.queries)
-            for call in sorted(stage.step.calls, key=stage.step.waits):
-                if stage.step.waits(call):
-                    stage.messages.wait()
+            for call in sorted(stage.step.calls, key=stage.step.parts):
+                stage.messages.wait(stage.step.parts(call))
                 rows = _rows(call, stage.heads)
-                tensors = (q[rows], *_keys(stage.keys, call, k.shape[3]))
+                tensors = (q[rows], *stage.keys.by_head(call.keys))
                 if merges:
                     kernels.merge(call, *tensors, out[rows], lse[rows])
                 else:
@@ -78,46 +77,45 @@ class Job:
 
     def backward(self, dout, q, k, v, out, lse, dlse, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, of the keys and values that this rank holds, in a dtype, and of the slopes if they learn."""
-        head_dim, learns = k.shape[3], self.kernels.learns
+        learns = self.kernels.learns
         once = not self.plan.merges and not self.kernels.adds(q, v)
         dq = empty_as(q, q.shape[3], q.dtype if once else torch.float32)
         if not (once and self.plan.covers):
             dq.zero_()
         dk, dv = empty_as(k, k.shape[3], dtype), empty_as(v, v.shape[3], dtype)
         d_slopes = q.new_zeros(q.shape[:2], dtype=torch.float32) if learns else None
-        sums: dict[Heads, torch.Tensor] = {}
+        sums: dict[Heads, Sums] = {}
+
+        def write(heads):
+            sums.pop(heads).write(dk[:, slice(*heads.keys)], dv[:, slice(*heads.keys)])
+
         last = None
         work = self._work(q, k)
         groups = work.in_backward if work.fetches else 1
         for stage in self._stages(q, k, v, groups):
             heads, step = stage.heads, stage.step
             stage.messages.wait()
+            gradients = stage.keys.like(stage.step.keys, torch.float32, zeros=True)
             if heads not in sums:
-                shape = (k.shape[2], *stage.keys.shape[1:])
-                sums[heads] = stage.keys.new_zeros(shape, dtype=torch.float32)
-            gradients = sums[heads] if step.own is None else torch.zeros_like(stage.keys, dtype=torch.float32)
+                sums[heads] = Sums(k.shape[2], step.own, gradients)
             parts = heads.parts(work.in_backward // groups)
             for call, part in itertools.product(step.calls, parts):
                 rows = _rows(call, part)
                 own = slice(*(x - heads.keys[0] for x in part.keys))
-                places = (
-                    dq[rows],
-                    *_keys(gradients[:, :, own], call, head_dim),
-                    d_slopes[rows[:2]] if learns else None,
-                )
-                keys = _keys(stage.keys[:, :, own], call, head_dim)
+                places = (dq[rows], *gradients.by_head(call.keys, own), d_slopes[rows[:2]] if learns else None)
+                keys = stage.keys.by_head(call.keys, own)
                 kept = (out[rows], lse[rows], None if dlse is None else dlse[rows])
                 kernels = self.kernels.of_heads(*part.queries)
                 kernels.backward(call, dout[rows], q[rows], *keys, *kept, *places, once=once)
             if last is not None:
                 last.wait()
+            for done in [x for x in sums if x != heads]:
+                write(done)
             last = Return(self.group, 2 * stage.number + 1, step, gradients, sums[heads])
         if last is not None:
             last.wait()
-        for heads, x in sums.items():
-            x = x.permute(1, 2, 0, 3)
-            dk[:, slice(*heads.keys)] = x[..., :head_dim]
-            dv[:, slice(*heads.keys)] = x[..., head_dim:]
+        for done in [*sums]:
+            write(done)
         return dq.to(q.dtype), dk, dv, d_slopes
 
     def _work(self, q: torch.Tensor, k: torch.Tensor) -> Work:
@@ -136,8 +134,8 @@ class Job:
         def begin(number):
             heads, step = order[number]
             if held[heads] is None:
-                parts = (x[:, slice(*heads.keys)].permute(2, 0, 1, 3) for x in (k, v))
-                held[heads] = torch.cat([*parts], dim=-1)
+                some = (x[:, slice(*heads.keys)] for x in (k, v))
+                held[heads] = Rows.of(*some, sent=self.group is not None)
             return fetch(self.group, 2 * number, step, held[heads])
 
         following = begin(0)
@@ -151,12 +149,6 @@ class Job:
 def _rows(call: Call, heads: Heads) -> tuple[slice, slice, slice]:
     """Where a call's rows are in tensors ``(batch, heads, rows, …)``."""
     return slice(None), slice(*heads.queries), slice(*call.rows)
-
-
-def _keys(keys: torch.Tensor, call: Call, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A call's keys and values ``(batch, kv_heads, rows, head_dim)``, views of what lies side by side."""
-    rows = keys[slice(*call.keys)].permute(1, 2, 0, 3)
-    return rows[..., :head_dim], rows[..., head_dim:]
 
 
 def empty_as(x: torch.Tensor, last: int, dtype: torch.dtype) -> torch.Tensor:

@@ -16,8 +16,8 @@ WARPGROUP_ROWS = 64
 SHARED_MEMORY = 227 * 1024
 #: Registers beside accumulators and probabilities: addresses, row state, temporaries.
 OTHER_REGISTERS = 32
-#: The head section that is all heads of all batches.
-ALL = 0
+#: The head section that is all heads of all batches, and the one that is as few as make rounds of blocks even.
+ALL, BY_LENGTH = 0, -1
 #: Room for the barriers.
 BARRIER_BYTES = 512
 #: Registers of a producer's and of a consumer's thread, by consumer warpgroups and blocks of a multiprocessor: all that
@@ -56,8 +56,8 @@ class Config:
     tensors_ahead: what tensors hold for a step's scores is fetched as soon as the step before has its scores, and not
         at the step's own beginning.
     pack_heads: query heads of a group share a work tile where there are few queries (``rows.py``).
-    head_section: heads whose work tiles are visited together, strip by strip; 1 visits all work tiles of a head first,
-        ``ALL`` a strip of all heads and batches.
+    head_section: heads whose work tiles are visited together, strip by strip: ``ALL`` of all batches, or ``BY_LENGTH``,
+        the fewer the longer they are; 1 visits all work tiles of a head first.
     """
 
     num_consumer_warpgroups: int = 2
@@ -140,9 +140,7 @@ def narrow_axes(config: Config) -> tuple[sizes.Expression, ...]:
     if config.persistent:
         return ()
     places = ("ceildiv", "seqlen_q", config.block_m * config.tiles_per_cta)
-    if config.head_section == 1:
-        return "heads", "batch"
-    return ("batch", places) if config.head_section == ALL else (places, ("*", "batch", "heads"))
+    return ("heads", "batch") if config.head_section == 1 else ("batch", places)
 
 
 def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | None:
@@ -168,6 +166,10 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected(f"num_stages {config.num_stages} is not 2, 4 or 8")
     if config.tiles_per_cta not in (1, 2):
         return Rejected(f"tiles_per_cta {config.tiles_per_cta} is not 1 or 2")
+    if config.head_section not in (1, ALL, BY_LENGTH):
+        return Rejected(f"head_section {config.head_section} is not 1, {ALL} (all) or {BY_LENGTH} (by length)")
+    if config.head_section == BY_LENGTH and not (config.persistent and config.tiles_per_cta == 1):
+        return Rejected("head_section by length needs waves and tiles_per_cta 1: it makes rounds of tiles even")
     if config.separate_output and not config.several_tiles:
         return Rejected("separate_output gains nothing with one work tile a block: tiles_per_cta 2 or waves")
     if pattern.has_gaps and config.several_tiles and config.keeps_parameters:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Target
-from schedules.families.sm90.config import ALL
+from schedules.families.sm90.config import ALL, BY_LENGTH
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
@@ -28,5 +28,5 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "separate_output": (False, True) if several else (False,),
         "running_max": (False,) if pattern.is_scale_only else (False, True),
         "tensors_ahead": (False, True) if of_scores and several else (False,),
-        "head_section": (1, ALL, 2, 4, 8) if template == "v2" else (1, ALL),
+        "head_section": (1, ALL, BY_LENGTH),
     }

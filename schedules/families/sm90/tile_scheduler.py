@@ -5,23 +5,30 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.mma.registers import anew
-from schedules.families.sm90.config import ALL, Config
+from schedules.families.sm90.config import ALL, BY_LENGTH, Config
 from schedules.families.sm90.packing import Rows
 from schedules.tile.geometry import Geometry, local
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import ceildiv
 
 
+#: Work tiles that a section of heads has at least, so that those of a round of blocks are nearly equally long.  By
+#: simulation for 132 blocks, 4 to 256 heads of 4k to 128k positions: blocks are busy for 0.06% less than in strips of
+#: all heads, at most 1.2%; with 512 0.2% and 2.7%.
+SECTION_TILES = 768
+
+
 @T.meta_class
 class TileScheduler:
     """Places ``(x, y, z)``, x the fastest, with one work tile each: ``block_m`` rows of a head; or with two of them.
 
-    Rows are the fastest, so that a head's K and V stay in the cache; with head sections, the heads of one are.  If one
-    section is all heads, rows are the slowest, from the longest of a causal mask to the shortest.
+    Rows are the fastest, so that a head's K and V stay in the cache.  Or heads are, strip by strip: those of all heads
+    and batches, or of one *section* of them after the other.
 
     Either each place has a block, or the kernel is persistent: ``blocks`` of them take the places in snake order, in
-    which the first of a round takes the last place of the next.  So lengths that fall add up to nearly the same for
-    every block.
+    which the first of a round takes the last place of the next.  So lengths that change little from place to place add
+    up to nearly the same for every block.  Strips of sections therefore go to and fro: the last section goes from its
+    longest strip to its shortest, the one before it from the shortest to the longest, and so on.
 
     Made before ``T.device_entry()``, of host expressions.
     """
@@ -37,11 +44,10 @@ class TileScheduler:
         elif config.head_section == ALL:
             self.x, self.y, self.z = rows.heads, geometry.batch, self.m_blocks
         else:
-            # Heads that don't divide into sections form one that is as wide as all of them.
-            whole = T.truncmod(rows.heads, config.head_section) == 0
-            section = T.bind(T.Select(whole, T.int32(config.head_section), rows.heads))
-            self.sections = T.bind(T.truncdiv(rows.heads, section))
-            self.x, self.y, self.z = section, self.m_blocks, geometry.batch * self.sections
+            self.pairs = T.bind(rows.heads * geometry.batch)
+            self.section = T.bind(ceildiv(T.int32(SECTION_TILES), self.m_blocks))
+            self.sections = T.bind(T.max(T.truncdiv(self.pairs, self.section), 1))
+            self.x, self.y, self.z = self.pairs, self.m_blocks, 1
         if config.persistent:
             resident = T.call_extern("int32", "multiprocessors") * config.blocks_per_sm
             self.count = T.bind(self.x * self.y * self.z)
@@ -104,7 +110,7 @@ class TileScheduler:
 
     def visit(self, block, i):
         """The place that block number ``block`` takes after ``i`` others."""
-        n = i * self.blocks + self._position(block, i)
+        n = self._number(block, i)
         rest = T.truncdiv(n, self.x)
         z = T.truncdiv(rest, self.y)
         return n - rest * self.x, rest - z * self.y, z
@@ -112,15 +118,31 @@ class TileScheduler:
     def work_tile(self, at, tile):
         """Place among those of its head, first query head and batch of work tile ``tile`` of the block at ``at``."""
         config = self.config
+        if config.head_section == BY_LENGTH:
+            return self._in_sections(self._number(at[0], anew(tile)))
         x, y, z = at
         if config.persistent:
             x, y, z = self.visit(x, T.shift_right(anew(tile), config.tiles_per_cta - 1))
         if config.head_section == 1:
             return x, y * self.rows.head_step, z
-        if config.head_section == ALL:
-            return z, x * self.rows.head_step, y
-        batch = T.truncdiv(z, self.sections)
-        return y, ((z - batch * self.sections) * self.x + x) * self.rows.head_step, batch
+        return z, x * self.rows.head_step, y
+
+    def _in_sections(self, number):
+        """The same of the work tile that is visited after ``number`` others.
+
+        Counted from the last one, sections are equally wide but for the one that is visited first, which has what is
+        left of the heads.
+        """
+        rest = self.count - 1 - number
+        section = T.min(T.truncdiv(rest, self.section * self.m_blocks), self.sections - 1)
+        first = section * self.section
+        rest = rest - first * self.m_blocks
+        width = T.Select(section == self.sections - 1, self.pairs - first, self.section)
+        strip = T.truncdiv(rest, width)
+        pair = first + rest - strip * width
+        batch = T.truncdiv(pair, self.rows.heads)
+        place = T.Select(T.bitwise_and(section, 1) == 0, self.m_blocks - 1 - strip, strip)
+        return place, (pair - batch * self.rows.heads) * self.rows.head_step, batch
 
     def key_tiles(self, at):
         """First and end of the tiles of keys that are a block's share; None if it has all."""
@@ -135,6 +157,10 @@ class TileScheduler:
         block_m, tiles = self.config.block_m, self.config.tiles_per_cta
         last = self.m_blocks * tiles - 1 - place
         return (T.Select(T.bitwise_and(tile, 1) == 0, last, place) if tiles == 2 else last) * block_m
+
+    def _number(self, block, i):
+        """How many places are taken before the one that block number ``block`` takes after ``i`` others."""
+        return i * self.blocks + self._position(block, i)
 
     def _position(self, block, i):
         return T.Select(T.bitwise_and(i, 1) == 0, block, self.blocks - 1 - block)
