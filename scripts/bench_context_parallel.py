@@ -32,6 +32,8 @@ PEERS = {
     "torch, these kernels": (SDPBackend.FLASH_ATTENTION, "tvm_flash"),
 }
 WAYS = ("gather", "ring", "heads")
+ALONE = "one GPU"
+MASKS = {"causal": True, "full": False}
 
 
 def seconds(step: Callable[[], object], repeats: int) -> float:
@@ -86,7 +88,9 @@ def torch_ring(mesh: DeviceMesh, backend: SDPBackend, implementation: str | None
             attention.restore_flash_attention_impl()
 
 
-def measure(mesh: DeviceMesh, length: int, causal: bool, heads: tuple[int, int], until: float, say: Callable) -> None:
+def measure(
+    mesh: DeviceMesh, length: int, causal: bool, heads: tuple[int, int], who: list[str], until: float, say: Callable
+) -> None:
     make = torch.Generator(device="cuda").manual_seed(0)
     shapes = [(1, h, length, 128) for h in (heads[0], heads[1], heads[1], heads[0])]
     *tensors, dout = (torch.randn(s, generator=make, device="cuda", dtype=torch.bfloat16) for s in shapes)
@@ -103,8 +107,9 @@ def measure(mesh: DeviceMesh, length: int, causal: bool, heads: tuple[int, int],
             operations = 4 * length**2 * heads[0] * 128 * (0.5 if causal else 1) * (1 if what == "forward" else 3.5)
             say(who=who, what=what, length=length, causal=causal, seconds=spent, tflops=operations / spent / 1e12)
 
-    timed("one GPU", lambda q, k, v: flash_attention(q, k, v, causal=causal), tensors, dout)
-    for way in WAYS:
+    if ALONE in who:
+        timed(ALONE, lambda q, k, v: flash_attention(q, k, v, causal=causal), tensors, dout)
+    for way in [x for x in WAYS if x in who]:
         own = [shard_sequence(x, mesh, dim=2, exchange=way) for x in (*tensors, dout)]
 
         def attend(q, k, v, way=way):
@@ -112,6 +117,8 @@ def measure(mesh: DeviceMesh, length: int, causal: bool, heads: tuple[int, int],
 
         timed(way, attend, own[:3], own[3])
     for name, (backend, implementation) in PEERS.items():
+        if name not in who:
+            continue
         try:
             with torch_ring(mesh, backend, implementation, causal, (*tensors, dout)) as own:
                 timed(name, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), own[:3], own[3])
@@ -124,6 +131,9 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1 << 16, 1 << 18])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)
+    everyone = [ALONE, *WAYS, *PEERS]
+    parser.add_argument("--masks", nargs="+", choices=MASKS, default=[*MASKS])
+    parser.add_argument("--who", nargs="+", choices=everyone, default=everyone, help="what is timed (default: all)")
     parser.add_argument("--seconds", type=float, default=600, help="after so many nothing is begun")
     parser.add_argument("--output", help="a file to which a line of JSON is added for each figure")
     options = parser.parse_args()
@@ -144,8 +154,8 @@ def main() -> int:
                     file.write(json.dumps(about | what) + "\n")
 
     for length in options.lengths:
-        for causal in (True, False):
-            measure(mesh, length, causal, (options.heads, options.kv_heads), until, say)
+        for mask in options.masks:
+            measure(mesh, length, MASKS[mask], (options.heads, options.kv_heads), options.who, until, say)
     dist.destroy_process_group()
     return 0
 

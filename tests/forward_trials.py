@@ -27,6 +27,8 @@ from tvm_flash.packs.manifest import KernelEntry
 TOKENS, HIDDEN, SEQLEN, WINDOW = 16384, 2048, 4096, 1024
 #: The same of a kernel for few rows: a step of 8 sequences with 8192 keys, hidden size 4096, 4 heads to one of keys.
 BATCH, STEP_HIDDEN, KEYS, GROUP = 8, 4096, 8192, 4
+#: What a configuration of Hopper's says of its sections of heads (``sm90/config.py``), if they follow from the length.
+_BY_LENGTH = -1
 
 #: Masks that a window with sides beyond the ends computes as well: (left, right) by the mask.
 _AS_WINDOW = {"full": (1 << 20, 1 << 20), "causal": (1 << 20, 0)}
@@ -90,23 +92,19 @@ def _as_own(entry: KernelEntry, case: Case) -> dict[str, object] | None:
 
 
 def many_places(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:
-    """More row tiles than a GPU has room for, where a kernel's blocks go on to others when they have done one."""
+    """More row tiles than a GPU has room for, where a kernel's blocks go on to others when they have done one; and
+    heads in several sections, where it goes by these."""
     if not entry.config.get("waves"):
         return
-    case = Case(
-        3,
-        50,
-        150,
-        min(40, entry.head_dim),
-        kv_heads=25,
-        seqlen_kv=200,
-        dtype=entry.dtype,
-        mask=entry.mask,
-        score=entry.score,
-    )
-    data = cases.inputs(case)
-    params = {"window_left": 60, "window_right": 5, "softcap": 2.0}
-    yield "many places", case, dataclasses.replace(data, params={**data.params, **_as_given(entry, params)})
+    own = {"kv_heads": 25, "dtype": entry.dtype, "mask": entry.mask, "score": entry.score}
+    all_sizes = [("many places", 50, 150, 200)]
+    if entry.config.get("head_section") == _BY_LENGTH:
+        all_sizes.append(("sections", 25, 32 * 64 * entry.config["num_consumer_warpgroups"] - 9, 40))
+    for name, heads, seqlen_q, seqlen_kv in all_sizes:
+        case = Case(3, heads, seqlen_q, min(40, entry.head_dim), seqlen_kv=seqlen_kv, **own)
+        data = cases.inputs(case)
+        params = {"window_left": 60, "window_right": 5, "softcap": 2.0}
+        yield name, case, dataclasses.replace(data, params={**data.params, **_as_given(entry, params)})
 
 
 def all_split_lengths(entry: KernelEntry) -> Iterator[tuple[str, Case, Inputs]]:

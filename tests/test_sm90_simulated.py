@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,8 @@ from schedules.builder.compile import export_cuda, pattern_of
 from schedules.builder.suite import KernelSpec
 from schedules.families import sm90
 from schedules.families.interface import Target
-from schedules.families.sm90 import decode
+from schedules.families.sm90 import decode, tile_scheduler
+from schedules.families.sm90.config import BY_LENGTH
 from schedules.templates import v1, v2
 from tests import cases, torch_cases
 from tests.cases import Case
@@ -43,15 +45,17 @@ KERNELS = (
 )
 
 
-def made(kind, template, head_dim, head_dim_v, mask, score, dtype, folder, edit=lambda text: text, block_m=0):
+def made(
+    kind, template, head_dim, head_dim_v, mask, score, dtype, folder, edit=lambda text: text, block_m=0, config=None
+):
     """A kernel that stands alone, and runs on CPU tensors; ``edit`` changes its source before.
 
-    ``block_m`` is the height of its work tiles, if that isn't the usual one.
+    ``block_m`` is the height of its work tiles, and ``config`` its configuration, if these aren't the usual ones.
     """
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v)
     pattern = pattern_of(spec, TARGET)
     maker, traversal = (decode if kind == "decode" else sm90), TEMPLATES[template].TRAVERSAL
-    config = maker.default_configs(template, pattern, TARGET)[0]
+    config = config or maker.default_configs(template, pattern, TARGET)[0]
     config = sm90.further_tiles(pattern, config)[block_m] if block_m else config
     program = maker.program(pattern, config, TARGET, traversal, spec.symbol)
     simulated = Simulated(program, edit(export_cuda(program, TARGET)), folder)
@@ -134,6 +138,26 @@ def test_the_height_of_work_tiles_changes_no_bits(head_dim, heights, tmp_path):
         torch_cases.check(case, data, *results[-1])
     for other in results[1:]:
         for one, same in zip(results[0], other, strict=True):
+            assert np.array_equal(one, same, equal_nan=True)
+
+
+def test_sections_of_heads_change_no_bits(tmp_path, monkeypatch):
+    """Three work tiles a head: of 24 heads eight sections, of 14 four, the first of them wider, of four one."""
+    monkeypatch.setattr(tile_scheduler, "SECTION_TILES", 8)
+    usual = sm90.Config(num_consumer_warpgroups=1, block_n=64, blocks_per_sm=2, pingpong=False, waves=1)
+    kernels = []
+    for section in (1, BY_LENGTH):
+        folder = tmp_path / str(section)
+        folder.mkdir()
+        config = replace(usual, head_section=section)
+        kernels.append(made("forward", "v2", 64, 64, "causal", "identity", "bfloat16", folder, config=config))
+        kernels[-1].simulated.configure(0, 3)
+    for heads, kv_heads in ((12, 2), (7, 7), (2, 1)):
+        case = replace(own(kernels[0], seqlen_q=150, seqlen_kv=213), batch=2, heads=heads, kv_heads=kv_heads)
+        data = cases.inputs(case)
+        by_heads, in_sections = (attend(kernel, case, data) for kernel in kernels)
+        torch_cases.check(case, data, *by_heads)
+        for one, same in zip(by_heads, in_sections, strict=True):
             assert np.array_equal(one, same, equal_nan=True)
 
 

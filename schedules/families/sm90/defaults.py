@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Target
-from schedules.families.sm90.config import ALL, Config
+from schedules.families.sm90.config import BY_LENGTH, Config
 
 #: Up to head_dim 64.  Four consumer warpgroups hide each other's waits where two take turns (+12% at 512), and a
 #: persistent kernel has the next work tile's queries and keys there in time (a further 11%).
@@ -42,12 +42,7 @@ def forward_configs(template: str, pattern: Pattern, target: Target) -> dict[int
             # In turns, 80 keys, 4 stages, beside 96 keys in 2, us: 32 x 257 positions, 16 heads, 49.2 and 49.4;
             # 16 x 1024 180 and 219; 1 x 4096 164 and 187; at head_dim 72 16 x 729 112 and 134, the kernel of 96 120.
             return {0: Config(block_n=80, num_stages=4, waves=1, pack_heads=True)}
-    configs = default_configs(template, pattern, target)
-    if 96 < pattern.head_dim <= 128 and _is_triangle(pattern):
-        # Where keys are many, blocks that walk over the same ones read them from the cache.  V2, bfloat16, 16 heads of
-        # 64k positions: 25.7 ms by pairs and 28.9 by strips, of 256k 413 and 525; 32 heads on 8 of 128k 206 and 221.
-        return configs | {65536: replace(configs[0], block_n=80)}
-    return configs
+    return default_configs(template, pattern, target)
 
 
 def further_tiles(pattern: Pattern, config: Config) -> dict[int, Config]:
@@ -129,8 +124,9 @@ def _with_tensors(pattern: Pattern) -> Config:
 def _head_dim_64(pattern: Pattern) -> dict[int, Config]:
     if not pattern.is_scale_only or pattern.has_gaps:
         return {0: Config(tiles_per_cta=2, overlap_tiles=True)}  # four consumer warpgroups have too few registers
-    # Strips of all heads gain 2% at 8k and 16k in short blocks of calls, and lose 5% at the power cap: memory's share.
-    return {0: _FOUR if pattern.is_unmasked else replace(_FOUR, tiles_per_cta=2)}
+    if pattern.is_unmasked:
+        return {0: _FOUR}
+    return _with_sections(pattern, {0: replace(_FOUR, tiles_per_cta=2)}, 8192)
 
 
 def _head_dim_128(pattern: Pattern) -> dict[int, Config]:
@@ -143,41 +139,49 @@ def _head_dim_128(pattern: Pattern) -> dict[int, Config]:
         # 80 keys in 4 stages win from 1k on, by up to 3%.
         return {0: wide, 1024: narrow}
     # Warpgroups that see nothing of a tile of 64 keys leave it out, where one of 128 would be masked (+9% at 512).
-    # From 8k on 80 keys and strips of all heads win, by 2 to 4%.
+    # From 8k on 80 keys win.
     pairs = replace(narrow, tiles_per_cta=2)
-    return {0: replace(pairs, block_n=64), 8192: _by_strips(narrow) if _is_triangle(pattern) else pairs}
+    configs = _with_sections(pattern, {0: replace(pairs, block_n=64), 8192: pairs}, 8192)
+    # A block for each work tile starts late where messages of other GPUs hold a multiprocessor, and others do its work.
+    return configs | ({32768: replace(narrow, waves=0)} if _is_triangle(pattern) else {})
 
 
 def _head_dim_192(pattern: Pattern) -> dict[int, Config]:
     # All that fits beside 192 columns of output.
     block_n = 128 if pattern.head_dim_v <= 128 and pattern.is_scale_only else 96
-    return _persistent(pattern, Config(block_n=block_n), 16384)
+    return _persistent(pattern, Config(block_n=block_n), 8192)
 
 
 def _head_dim_256(pattern: Pattern) -> dict[int, Config]:
-    # Ping-pong gains nothing here.  Strips of all heads in place of pairs, bfloat16 of 8 heads, causal, us: 8 x 2k
-    # positions 261 and 236, 4 x 4k 441 and 427, 2 x 8k 817 and 809, 1 x 16k 1543 and 1553.
-    return _persistent(pattern, Config(block_n=64, pingpong=False))
+    # Ping-pong gains nothing here.
+    return _persistent(pattern, Config(block_n=64, pingpong=False), 4096)
 
 
-def _persistent(pattern: Pattern, config: Config, strips_from: int = 0) -> dict[int, Config]:
+def _persistent(pattern: Pattern, config: Config, sections_from: int) -> dict[int, Config]:
     """A persistent kernel, where there is room for the queries of one work tile, but for outputs beside them.
 
-    It wins by up to 17% over a block for each work tile, with outputs in the place of the queries.  From
-    ``strips_from`` keys on (0: never) it goes by strips under a causal mask.
+    It wins by up to 17% over a block for each work tile, with outputs in the place of the queries.
     """
     # With modified scores the step without maximum would spill.
     single = replace(config, waves=1, separate_output=True, running_max=not pattern.is_scale_only)
     if pattern.is_unmasked and pattern.is_scale_only:
         return {0: single}
-    pairs = {0: replace(single, tiles_per_cta=2)}
-    return pairs | ({strips_from: _by_strips(single)} if strips_from and _is_triangle(pattern) else {})
+    return _with_sections(pattern, {0: replace(single, tiles_per_cta=2)}, sections_from)
 
 
-def _by_strips(config: Config) -> Config:
-    """Single work tiles, strip after strip of all heads, the longest first: no block is without work at the end, where
-    places of two tiles leave 3% of the machine idle.  It reads keys and values more often."""
-    return replace(config, tiles_per_cta=1, head_section=ALL)
+def _with_sections(pattern: Pattern, configs: dict[int, Config], begin: int) -> dict[int, Config]:
+    """From so many keys on, where each row sees more than the one before, single work tiles in strips of sections of
+    heads, in place of pairs.
+
+    No block is without work at the end, where places of two tiles leave 3% of the machine idle, and few heads of keys
+    are walked over at a time.  H200, bfloat16, causal, us by pairs and in sections (docs/hopper.md): head_dim 64,
+    32 heads of 16k positions, 1937 and 1862, but 4 x 4k 513 and 528; 128, 32 heads on 8 of 16k 3298 and 3198; 256,
+    8 heads of 4 x 4k 435 and 416, of 16k 1598 and 1509.
+    """
+    if not _is_triangle(pattern):
+        return configs
+    usual = configs[max(bucket for bucket in configs if bucket <= begin)]
+    return configs | {begin: replace(usual, tiles_per_cta=1, head_section=BY_LENGTH)}
 
 
 def _is_triangle(pattern: Pattern) -> bool:

@@ -198,12 +198,15 @@ def usual_rows(ragged: bool) -> sizes.Expression:
 def section_heads(pattern: Pattern, ragged: bool) -> sizes.Expression:
     """How many heads the joint launch goes over at a time, where that is an argument: it changes no bits.
 
-    On an H200, bfloat16, head_dim 128, full, TFLOP/s with 16 and 8 heads (docs/hopper.md): 503 and 522 at 2k rows, 509
-    and 542 at 8k, 457 and 544 at 16k, but 367 and 350 at 512.
+    On an H200, bfloat16, head_dim 128, TFLOP/s (docs/hopper.md): full, with 16 heads and with the fewer that are taken:
+    503 and 522 at 2k rows, 481 and 560 at 16k, 418 and 582 at 32k, but 367 and 350 at 512; causal, with 16 and 8: 540
+    and 547 at 8k, 452 and 579 of 32k queries on 48k keys, but 473 and 459 at 4k.
     """
-    if pattern.is_unmasked and max(pattern.head_dim, pattern.head_dim_v) > 64:
-        return ("steps", usual_rows(ragged), (0, 16), (2048, 8))
-    return 16
+    if max(pattern.head_dim, pattern.head_dim_v) <= 64:
+        return 16
+    if pattern.is_unmasked:
+        return ("steps", usual_rows(ragged), (0, 16), (2048, 8), (16384, 4), (32768, 1))
+    return ("steps", usual_rows(ragged), (0, 16), (8192, 8))
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
