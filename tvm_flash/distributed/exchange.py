@@ -66,15 +66,34 @@ class Messages:
                     work.wait()
 
 
-def fetch(group: dist.ProcessGroup, number: int, step: Step, held: Rows) -> tuple[Rows, Messages]:
-    """The keys of a step, complete once the messages are there; ``held`` are those of this rank."""
-    keys = held if step.own is None else held.like(step.keys)
-    sends = [(rank, move.part, held.source(move)) for rank, moves in step.sends for move in moves]
-    receives = [(rank, move.part, keys.target(move)) for rank, moves in step.receives for move in moves]
-    messages = Messages(group, number, sends, receives)
-    for move in step.own or ():
-        keys.target(move).copy_(held.source(move))
-    return keys, messages
+class Arrival:
+    """Keys of a step on their way.
+
+    Messages take multiprocessors, and those that have none when a large kernel begins get none until its last blocks
+    have theirs.  So with ``in_parts`` the rank's own rows are copied when the first part is there: meanwhile the second
+    one begins.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, number: int, step: Step, held: Rows, *, in_parts: bool):
+        """``held`` are the rows of this rank; ``in_parts``: some are waited for before the others."""
+
+        def moves(of, place):
+            return [(rank, move.part * in_parts, place(move)) for rank, moves in of for move in moves]
+
+        self._step, self._held, self._own = step, held, step.own or ()
+        self._keys = held if step.own is None else held.like(step.keys)
+        self._messages = Messages(
+            group, number, moves(step.sends, held.source), moves(step.receives, self._keys.target)
+        )
+
+    def keys(self, parts: int | None = None) -> Rows:
+        """The keys, of which those of the first parts are there, or all; on a GPU for the current stream."""
+        self._messages.wait(None if parts is None else min(parts, 1))
+        for move in self._own:
+            self._keys.target(move).copy_(self._held.source(move))
+        self._own = ()
+        self._messages.wait(parts)
+        return self._keys
 
 
 class Return:

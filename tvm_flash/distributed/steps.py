@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tvm_flash.distributed.exchange import Messages, Return, fetch
+from tvm_flash.distributed.exchange import Arrival, Return
 from tvm_flash.distributed.kernels import Kernels
 from tvm_flash.distributed.launches import Heads, Work
 from tvm_flash.distributed.merge import add_sinks
@@ -22,13 +22,12 @@ from tvm_flash.distributed.rows import Rows, Sums
 
 @dataclass(frozen=True)
 class Stage:
-    """A step for some heads: its number among all, its keys, and the messages that bring those of other ranks."""
+    """A step for some heads: its number among all, and its keys, of which some come from other ranks."""
 
     number: int
     heads: Heads
     step: Step
-    keys: Rows
-    messages: Messages
+    arrival: Arrival
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,16 @@ class Job:
         if not self.plan.covers or (merges and self._needs_numbers(q, v)):
             out.zero_()
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-        for stage in self._stages(q, k, v, 1):
+        for stage in self._stages(q, k, v, 1, in_parts=True):
             kernels = self.kernels.of_heads(*stage.heads.queries)
             for call in sorted(stage.step.calls, key=stage.step.parts):
-                stage.messages.wait(stage.step.parts(call))
                 rows = _rows(call, stage.heads)
-                tensors = (q[rows], *stage.keys.by_head(call.keys))
+                tensors = (q[rows], *stage.arrival.keys(stage.step.parts(call)).by_head(call.keys))
                 if merges:
                     kernels.merge(call, *tensors, out[rows], lse[rows])
                 else:
                     lse[rows] = kernels.forward(call, *tensors, out[rows])
-            stage.messages.wait()
+            stage.arrival.keys()  # what this rank sends is gone
         if self.sinks is not None:
             add_sinks(out, lse, self.sinks)
         return out.to(q.dtype), lse
@@ -92,10 +90,10 @@ class Job:
         last = None
         work = self._work(q, k)
         groups = work.in_backward if work.fetches else 1
-        for stage in self._stages(q, k, v, groups):
+        for stage in self._stages(q, k, v, groups, in_parts=False):
             heads, step = stage.heads, stage.step
-            stage.messages.wait()
-            gradients = stage.keys.like(stage.step.keys, torch.float32, zeros=True)
+            keys = stage.arrival.keys()
+            gradients = keys.like(step.keys, torch.float32, zeros=True)
             if heads not in sums:
                 sums[heads] = Sums(k.shape[2], step.own, gradients)
             parts = heads.parts(work.in_backward // groups)
@@ -103,10 +101,10 @@ class Job:
                 rows = _rows(call, part)
                 own = slice(*(x - heads.keys[0] for x in part.keys))
                 places = (dq[rows], *gradients.by_head(call.keys, own), d_slopes[rows[:2]] if learns else None)
-                keys = stage.keys.by_head(call.keys, own)
+                seen = keys.by_head(call.keys, own)
                 kept = (out[rows], lse[rows], None if dlse is None else dlse[rows])
                 kernels = self.kernels.of_heads(*part.queries)
-                kernels.backward(call, dout[rows], q[rows], *keys, *kept, *places, once=once)
+                kernels.backward(call, dout[rows], q[rows], *seen, *kept, *places, once=once)
             if last is not None:
                 last.wait()
             for done in [x for x in sums if x != heads]:
@@ -124,7 +122,7 @@ class Job:
         window = self.kernels.left, self.kernels.right
         return Work(q.shape[0], k.shape[1], self.plan.positions, ranks, *window, fetches)
 
-    def _stages(self, q, k, v, count: int) -> Iterator[Stage]:
+    def _stages(self, q, k, v, count: int, *, in_parts: bool) -> Iterator[Stage]:
         """All steps, those of the first of ``count`` groups of heads first; the messages of each begin before the one
         before is computed."""
         groups = Heads((0, q.shape[1]), (0, k.shape[1])).parts(count)
@@ -136,14 +134,14 @@ class Job:
             if held[heads] is None:
                 some = (x[:, slice(*heads.keys)] for x in (k, v))
                 held[heads] = Rows.of(*some, sent=self.group is not None)
-            return fetch(self.group, 2 * number, step, held[heads])
+            return Stage(number, heads, step, Arrival(self.group, 2 * number, step, held[heads], in_parts=in_parts))
 
         following = begin(0)
-        for number, (heads, step) in enumerate(order):
-            keys, messages = following
+        for number in range(len(order)):
+            stage = following
             if number + 1 < len(order):
                 following = begin(number + 1)
-            yield Stage(number, heads, step, keys, messages)
+            yield stage
 
 
 def _rows(call: Call, heads: Heads) -> tuple[slice, slice, slice]:

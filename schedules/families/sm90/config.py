@@ -56,8 +56,9 @@ class Config:
     tensors_ahead: what tensors hold for a step's scores is fetched as soon as the step before has its scores, and not
         at the step's own beginning.
     pack_heads: query heads of a group share a work tile where there are few queries (``rows.py``).
-    head_section: heads whose work tiles are visited together, strip by strip: ``ALL`` of all batches, or ``BY_LENGTH``,
-        the fewer the longer they are; 1 visits all work tiles of a head first.
+    head_section: heads whose work tiles are visited together, strip by strip: ``BY_LENGTH`` the fewer the longer they
+        are, ``ALL`` those of all batches (what the backward's launch for dq may do); 1 visits all work tiles of a head
+        first.
     """
 
     num_consumer_warpgroups: int = 2
@@ -166,8 +167,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected(f"num_stages {config.num_stages} is not 2, 4 or 8")
     if config.tiles_per_cta not in (1, 2):
         return Rejected(f"tiles_per_cta {config.tiles_per_cta} is not 1 or 2")
-    if config.head_section not in (1, ALL, BY_LENGTH):
-        return Rejected(f"head_section {config.head_section} is not 1, {ALL} (all) or {BY_LENGTH} (by length)")
+    if config.head_section not in (1, BY_LENGTH):
+        return Rejected(f"head_section {config.head_section} is not 1 or {BY_LENGTH} (by length)")
     if config.head_section == BY_LENGTH and not (config.persistent and config.tiles_per_cta == 1):
         return Rejected("head_section by length needs waves and tiles_per_cta 1: it makes rounds of tiles even")
     if config.separate_output and not config.several_tiles:

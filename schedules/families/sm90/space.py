@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Target
-from schedules.families.sm90.config import ALL, BY_LENGTH
+from schedules.families.sm90.config import BY_LENGTH
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config``; what isn't feasible among their combinations is refused before compiling.
 
-    V1 visits one head after the other.  ``pack_heads`` concerns only grouped heads, and is the default's.
+    ``pack_heads`` concerns only grouped heads, and is the default's.
     """
     several = not pattern.has_gaps
     of_scores = any({"i", "j"} <= set(p.axes) for p in pattern.params)
@@ -28,5 +28,5 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "separate_output": (False, True) if several else (False,),
         "running_max": (False,) if pattern.is_scale_only else (False, True),
         "tensors_ahead": (False, True) if of_scores and several else (False,),
-        "head_section": (1, ALL, BY_LENGTH),
+        "head_section": (1, BY_LENGTH),
     }
