@@ -44,8 +44,8 @@ MESHES = {
 }
 
 #: Meshes on which heads are split as those of long sequences are.
-AS_IF_LONG = ("8 gather", "4 × 2 gather", "2 ring")
-LONG = {"_MANY_KEYS": 1}
+AS_IF_LONG = ("8 gather", "4 × 2 gather")
+LONG = {"_MANY_KEYS": 1, "_FEW": 1}
 
 #: What is computed on a GPU: in 16 bits, of what its kernels take.
 ON_GPUS = ("1", "2 gather", "2 ring", "2 heads")

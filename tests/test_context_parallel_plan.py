@@ -130,20 +130,17 @@ def test_chunks_differ_by_a_position():
 
 
 def test_into_how_many_parts_heads_are_split():
-    """Of two H200: launches of the backward are of few heads of keys, where these are long, and of two where they are
-    twice as long."""
+    """Two where keys are fetched, and more of many heads of long ones."""
 
-    def parts(positions, causal, ranks=2, kv_heads=8, fetches=True):
-        return Work(1, kv_heads, positions, ranks, None, 0 if causal else None, fetches).in_backward
+    def parts(positions, causal, kv_heads=8, fetches=True, left=None):
+        return Work(1, kv_heads, positions, left, 0 if causal else None, fetches).in_backward
 
-    assert parts(1 << 16, True, kv_heads=32) == 8 and parts(1 << 15, True, kv_heads=32) == 2
-    assert parts(1 << 16, True, kv_heads=32, fetches=False) == 1
-    assert parts(1 << 16, True) == 2
-    assert parts(1 << 16, False) == parts(1 << 18, True) == parts(1 << 20, False, ranks=8) == 4
+    assert parts(1 << 16, True, kv_heads=32) == 4 and parts(1 << 15, True, kv_heads=32) == 2
+    assert parts(1 << 20, True, kv_heads=32, left=1000) == 2
+    assert parts(1 << 16, True) == parts(1 << 20, False) == parts(1 << 10, False) == 2
+    assert parts(1 << 20, False, kv_heads=12) == 2 and parts(1 << 20, False, kv_heads=21) == 3
     assert parts(1 << 20, False, kv_heads=3) == parts(1 << 20, False, kv_heads=1) == 1
-    assert parts(1 << 18, True, fetches=False) == 4
-    assert parts(1 << 18, True, ranks=8, fetches=False) == parts(1 << 15, True, fetches=False) == 1
-    assert Work(1, 8, 1 << 20, 2, 1000, 0, True).in_backward == 2
+    assert parts(1 << 18, True, kv_heads=32, fetches=False) == 1
     halves = Heads((8, 16), (2, 4)).parts(2)
     assert halves == [Heads((8, 12), (2, 3)), Heads((12, 16), (3, 4))]
 

@@ -5,21 +5,20 @@ with its keys on their way during the one before, took 15.2 ms for 64k positions
 mask and 247 for 256k in full; one launch takes 13.5, 120 and 209.  The multiprocessors that messages need are taken by
 the launch that they were to hide behind, and a launch leaves half a wave of its blocks without work at its end.  Nor
 do 32 heads of keys gain in four launches: 31.7 ms for 64k under a causal mask, and 31.0 in one.
-Launches of the backward are of few heads where sequences are long, since many share the cache.  All of this follows
-from what every rank knows, since ranks must send in one order.
+In the backward, where keys come from other ranks, heads are in two groups at least, so that keys of the second are on
+their way during the first, and gradients of the first during the second; how many share the cache is the kernels' own
+matter (sections of heads).  Of 8 heads of 64k positions in full, forward and backward, four launches of two heads took
+56.9 ms and two of four 54.8.  All of this follows from what every rank knows, since ranks must send in one order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Keys that a query sees in a call, of all batch entries together, from which on the backward is in launches of few
-#: heads of keys, and how many these are: 32k queries on 48k keys took 638 TFLOP/s in launches of 4 heads, 416 of 16.
-_MANY_KEYS = 1 << 15
-_FEW = 4
-#: Twice as many keys, for which they are two: TFLOP/s of a GPU in launches of 2 and 4, and of 8 by one GPU alone: 64k
-#: full 507, 443, 393; 256k full 457, 384, 380; 256k causal 509, 473, 381; but 64k causal, half as many, 486, 510, 547.
-_FEWER = 2
+#: Keys that a query sees in a call, of all batch entries together, from which on a launch of the backward that waits
+#: for keys is of no more than so many heads of keys: what isn't hidden are the first one's keys and the last one's
+#: gradients.
+_MANY_KEYS, _FEW = 1 << 15, 8
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ class Work:
     ----------
     batch, kv_heads: sizes of this rank's tensors.
     positions: of the whole sequence.
-    ranks: that share these.
     left, right: the window over positions, None for unbounded.
     fetches: whether a step's keys come from other ranks, all at once.
     """
@@ -58,7 +56,6 @@ class Work:
     batch: int
     kv_heads: int
     positions: int
-    ranks: int
     left: int | None
     right: int | None
     fetches: bool
@@ -72,11 +69,10 @@ class Work:
     @property
     def in_backward(self) -> int:
         """Into how many launches of a call those of the backward are."""
-        keys = self.batch * (self._seen if self.fetches else self._seen // self.ranks)  # of a call
-        least = self._divisor(2) if self.fetches else 1
-        if keys < _MANY_KEYS:
-            return least
-        return max(least, self._divisor(-(-self.kv_heads // (_FEWER if keys >= 2 * _MANY_KEYS else _FEW))))
+        if not self.fetches:
+            return 1
+        is_long = self.batch * self._seen >= _MANY_KEYS
+        return self._divisor(max(2, -(-self.kv_heads // _FEW) if is_long else 2))
 
     def _divisor(self, most: int) -> int:
         """The largest number up to ``most``, and 1 at least, by which the heads of keys can be divided."""

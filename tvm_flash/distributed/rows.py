@@ -58,9 +58,9 @@ class Rows(NamedTuple):
         for x, y in zip(self, other, strict=True):
             x.add_(y)
 
-    def by_head(self, rows: Interval, heads: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some rows of some heads, as views ``(batch, kv_heads, rows, dim)``."""
-        k, v = (x[slice(*rows), :, heads].permute(1, 2, 0, 3) for x in self)
+    def by_head(self, rows: Interval) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some rows, as views ``(batch, kv_heads, rows, dim)``."""
+        k, v = (x[slice(*rows)].permute(1, 2, 0, 3) for x in self)
         return k, v
 
 

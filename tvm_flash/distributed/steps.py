@@ -5,7 +5,6 @@ Messages of the next step are on their way while one is computed.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -88,23 +87,19 @@ class Job:
             sums.pop(heads).write(dk[:, slice(*heads.keys)], dv[:, slice(*heads.keys)])
 
         last = None
-        work = self._work(q, k)
-        groups = work.in_backward if work.fetches else 1
-        for stage in self._stages(q, k, v, groups, in_parts=False):
+        for stage in self._stages(q, k, v, self._work(q, k).in_backward, in_parts=False):
             heads, step = stage.heads, stage.step
             keys = stage.arrival.keys()
             gradients = keys.like(step.keys, torch.float32, zeros=True)
             if heads not in sums:
                 sums[heads] = Sums(k.shape[2], step.own, gradients)
-            parts = heads.parts(work.in_backward // groups)
-            for call, part in itertools.product(step.calls, parts):
-                rows = _rows(call, part)
-                own = slice(*(x - heads.keys[0] for x in part.keys))
-                places = (dq[rows], *gradients.by_head(call.keys, own), d_slopes[rows[:2]] if learns else None)
-                seen = keys.by_head(call.keys, own)
+            kernels = self.kernels.of_heads(*heads.queries)
+            for call in step.calls:
+                rows = _rows(call, heads)
+                places = (dq[rows], *gradients.by_head(call.keys), d_slopes[rows[:2]] if learns else None)
                 kept = (out[rows], lse[rows], None if dlse is None else dlse[rows])
-                kernels = self.kernels.of_heads(*part.queries)
-                kernels.backward(call, dout[rows], q[rows], *seen, *kept, *places, once=once)
+                tensors = (dout[rows], q[rows], *keys.by_head(call.keys))
+                kernels.backward(call, *tensors, *kept, *places, once=once)
             if last is not None:
                 last.wait()
             for done in [x for x in sums if x != heads]:
@@ -117,10 +112,9 @@ class Job:
         return dq.to(q.dtype), dk, dv, d_slopes
 
     def _work(self, q: torch.Tensor, k: torch.Tensor) -> Work:
-        ranks = 1 if self.group is None else dist.get_world_size(self.group)
         fetches = self.group is not None and len(self.plan.steps) == 1
         window = self.kernels.left, self.kernels.right
-        return Work(q.shape[0], k.shape[1], self.plan.positions, ranks, *window, fetches)
+        return Work(q.shape[0], k.shape[1], self.plan.positions, *window, fetches)
 
     def _stages(self, q, k, v, count: int, *, in_parts: bool) -> Iterator[Stage]:
         """All steps, those of the first of ``count`` groups of heads first; the messages of each begin before the one
