@@ -12,8 +12,8 @@ from schedules.tile.static import static
 from schedules.tile.tile_scheduler import ceildiv
 
 #: Work tiles that a section of heads has at least, so that those of a round of blocks are nearly equally long.  In a
-#: simulation of 132 blocks, of 4 to 256 heads of 4k to 128k positions, the last block ends 0.06% later than in strips of
-#: all heads, at most 1.2%; with 512 0.2% and 2.7% (docs/hopper.md).
+#: simulation of 132 blocks, of 4 to 256 heads of 4k to 128k positions, the last block ends 0.06% later than in strips
+#: of all heads, at most 1.2%; with 512 0.2% and 2.7% (docs/hopper.md).
 SECTION_TILES = 768
 
 
