@@ -198,15 +198,18 @@ def usual_rows(ragged: bool) -> sizes.Expression:
 def section_heads(pattern: Pattern, ragged: bool) -> sizes.Expression:
     """How many heads the joint launch goes over at a time, where that is an argument: it changes no bits.
 
-    On an H200, bfloat16, head_dim 128, TFLOP/s (docs/hopper.md): full, with 16 heads and with the fewer that are taken:
-    503 and 522 at 2k rows, 481 and 560 at 16k, 418 and 582 at 32k, but 367 and 350 at 512; causal, with 16 and 8: 540
-    and 547 at 8k, 452 and 579 of 32k queries on 48k keys, but 473 and 459 at 4k.
+    On an H200, bfloat16, head_dim 128, TFLOP/s (docs/hopper.md): full, with 16 heads and with as many as are taken: 503
+    and 522 at 2k rows, 481 and 560 at 16k, 418 and 582 at 32k, but 367 and 350 at 512; causal 540 and 547 at 8k, of 8
+    heads with 8 and with 2 456 and 577 at 128k, 421 and 581 at 256k.
     """
+    rows = usual_rows(ragged)
     if max(pattern.head_dim, pattern.head_dim_v) <= 64:
-        return 16
-    if pattern.is_unmasked:
-        return ("steps", usual_rows(ragged), (0, 16), (2048, 8), (16384, 4), (32768, 1))
-    return ("steps", usual_rows(ragged), (0, 16), (8192, 8))
+        few = ((8192, 8), (32768, 2)) if pattern.is_unmasked else ((65536, 8),)
+    elif pattern.is_unmasked:
+        few = ((2048, 8), (16384, 4), (32768, 1))
+    else:
+        few = ((8192, 8), (65536, 4), (131072, 2))
+    return ("steps", rows, (0, 16), *few)
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
