@@ -11,9 +11,11 @@ import pytest
 from tests.paged_cases import PAGED_CASES
 from tests.ragged_cases import RAGGED_CASES, RaggedCase
 from tvm_flash import (
+    KernelNotFoundError,
     check_pages,
     flash_attention,
     flash_attention_backward,
+    flash_attention_latent,
     flash_attention_paged,
     flash_attention_varlen,
     flash_attention_with_kvcache,
@@ -28,7 +30,7 @@ torch = pytest.importorskip("torch")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.device_count(), reason="there is no CUDA device")]
 
-from tests import gradient_cases, paged_cases, ragged_cases, test_training  # noqa: E402
+from tests import gradient_cases, latent_cases, paged_cases, ragged_cases, test_training  # noqa: E402
 from tests import test_kvcache as cache_cases  # noqa: E402
 from tests.ragged_cases import rows_tensor  # noqa: E402
 from tests.test_varlen import options_of  # noqa: E402
@@ -280,6 +282,44 @@ def test_a_sequence_has_the_same_bits_alone_and_among_others():
     for b in range(9):
         own = (q[b : b + 1], k, v, starts[:2], lengths[b : b + 1], table[b : b + 1])
         assert torch.equal(flash_attention_paged(*own, max_seqlen_q=1)[0], whole[b])
+
+
+@of_kind("paged_latent")
+@pytest.mark.parametrize("split_length", (None, 64, 1 << 20))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_latents(dtype, split_length):
+    """What float64 gives, to rounding; alone and among others the same bits, and a graph replays with other lengths."""
+    case = latent_cases.Call(keys=(150, 0, 1100, 9, 1), heads=128, dtype=dtype)
+    given = on_gpu(case.tensors())
+    options = {"softmax_scale": latent_cases.SCALE, "causal": True, "split_length": split_length}
+
+    def attend():
+        return flash_attention_latent(**given, max_seqlen_q=3, return_lse=True, **options)
+
+    whole = attend()
+    exact = case.exact()
+    error, largest = (whole[0].cpu().double() - exact).abs().max().item(), exact.abs().max().item()
+    assert error <= numerics.allowed_error(numerics.EPSILON[dtype] * largest, largest, dtype)
+    rows = slice(*given["cu_seqlens_q"][2:4].tolist())
+    alone = {**given, "q": given["q"][rows], "cu_seqlens_q": torch.tensor([0, 3]).int().cuda()}
+    alone |= {name: given[name][2:3] for name in ("seqlens_k", "page_table")}
+    out, lse = flash_attention_latent(**alone, return_lse=True, **options)
+    assert torch.equal(out, whole[0][rows]) and torch.equal(lse, whole[1][:, rows])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend()
+    for lengths in ([149, 0, 1024, 8, 1], [1, 0, 70, 3, 1]):
+        given["seqlens_k"].copy_(torch.tensor(lengths))
+        graph.replay()
+        assert all(map(torch.equal, found, attend()))
+
+
+@of_kind("paged_latent")
+def test_more_rows_than_latents_are_decoded_with():
+    given = on_gpu(latent_cases.Call(queries=(9, 0, 0, 0, 0), heads=128, dtype="bfloat16").tensors())
+    with pytest.raises(KernelNotFoundError, match="1024 query rows a key or fewer, not 1152"):
+        flash_attention_latent(**given, softmax_scale=1.0)
 
 
 @of_kind("paged")
