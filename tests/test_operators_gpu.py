@@ -322,6 +322,21 @@ def test_more_rows_than_latents_are_decoded_with():
         flash_attention_latent(**given, softmax_scale=1.0)
 
 
+@of_kind("paged_decode")
+def test_a_token_has_the_same_bits_alone_and_beside_a_prompt():
+    """As long as the same is said of the longest sequence."""
+    torch.manual_seed(0)
+    queries, lengths = (1, 300, 1), (900, 300, 1100)
+    q = torch.randn(sum(queries), 8, 128, device="cuda").bfloat16()
+    k, v = (torch.randn(300, 16, 2, 128, device="cuda").bfloat16() for _ in "kv")
+    table = torch.randperm(300)[: 3 * 80].int().view(3, 80).cuda()
+    starts, keys = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ((0, 1, 301, 302), lengths))
+    whole = flash_attention_paged(q, k, v, starts, keys, table, max_seqlen_q=300, causal=True)
+    for b, at in ((0, 0), (2, 301)):
+        own = (q[at : at + 1], k, v, starts[:2], keys[b : b + 1], table[b : b + 1])
+        assert torch.equal(flash_attention_paged(*own, max_seqlen_q=300, causal=True)[0], whole[at])
+
+
 @of_kind("paged")
 @pytest.mark.parametrize(
     "options", ({}, {"window_size": (300, 0), "softcap": 3.0}), ids=("causal", "window and softcap")

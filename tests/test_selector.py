@@ -477,6 +477,22 @@ def test_a_kernel_for_pages_of_some_sizes_comes_before_one_for_any(packs, page_s
     assert other.reason.startswith("fits, but there is a kernel for pages" if page_size == 16 else "is for longer")
 
 
+@pytest.mark.parametrize(
+    ("longest", "kinds"), [(1, {"paged_decode"}), (400, {"paged"}), (None, {"paged", "paged_decode"})]
+)
+def test_the_queries_of_others_say_nothing_of_the_kernel_where_the_longest_is_told(packs, longest, kinds):
+    packs(
+        kernel("v2", "sm_90a", head_dim=128, kind="paged"),
+        kernel("v2", "sm_90a", head_dim=128, kind="paged_decode", max_rows=64),
+        capability=(9, 0),
+    )
+    found = set()
+    for total in (1, 7, 300, 100_000):
+        of = {"op": "paged", "head_dim": 128, "head_dim_v": 128, "seqlen_q": total, "longest": longest}
+        found.add(explain(problem(**of, pages=100, page_size=16, pages_per_sequence=40), GPU, "auto").chosen.kind)
+    assert found == kinds
+
+
 def test_what_keys_on_pages_get(cpu_pack):
     found = BackendSelector("cpu").explain(8, 32, 1, 128, kv_heads=8, seq_len_kv=4096, causal=True, paged=True)
     assert found.chosen.kind == "paged" and "stands in for causal" in found.reason

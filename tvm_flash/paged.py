@@ -58,8 +58,10 @@ def flash_attention_paged(
     seqlens_k: int32 ``(batch,)``, contiguous: how many keys each sequence has in the cache, those of its rows included.
     page_table: int32 ``(batch, pages_per_sequence)``: key j of sequence b is row ``j % page_size`` of page
         ``page_table[b, j // page_size]``.  Entries that no key needs are never read, nor are rows behind the last key.
-    max_seqlen_q: a number of queries that no sequence exceeds, a promise; where it is small, a GPU takes kernels for
-        few queries.
+    max_seqlen_q: a number of queries that no sequence exceeds, a promise: rows of a sequence behind that many may be
+        left as they are.  Where it is small, a GPU takes kernels for few queries.  It alone decides so, beside the
+        width of ``page_table``: a sequence has the same bits in every batch that is given the same.  Without it,
+        ``total_q`` decides.
     causal: query i of a sequence sees its keys up to ``i + seqlens_k - length_q``, aligned bottom-right.
     window_size, softcap: as in :func:`tvm_flash.flash_attention`.
     alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``.

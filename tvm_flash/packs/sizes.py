@@ -70,9 +70,10 @@ def of_pages(
 
     ``seqlen_q`` is a number of queries that no sequence exceeds (``total_q`` if not given), ``seqlen_kv`` in the answer
     one of keys, ``pages_per_sequence * page_size``; ``rows`` are the most query rows of a sequence that share a key.
+    Where it is given, nothing of this but ``total_q`` itself says how many queries others have.
     ``split_length`` are the keys of a split where a call says so, else 0.
     """
-    longest = total_q if seqlen_q is None else min(seqlen_q, total_q)
+    longest = total_q if seqlen_q is None else seqlen_q
     whole = of(batch, heads, longest, kv_heads, pages_per_sequence * page_size, head_dim, head_dim_v)
     return whole | {
         "total_q": total_q, "pages": pages, "page_size": page_size, "pages_per_sequence": pages_per_sequence,
