@@ -94,13 +94,13 @@ def test_boxes_are_chosen_for_pages_that_are_whole_ones(page_size):
 
 def test_kernels_for_pages_of_any_size_are_beside_those_that_go_by_boxes():
     target = Target("sm_90a")
-    for head_dim, mask, score in ((64, "window", "identity"), (128, "positioned", "optional")):
+    for head_dim, mask, score in ((256, "window", "identity"), (128, "positioned", "optional")):
         spec = KernelSpec("v2", BUILTIN_DEFINITION, mask, score, "float16", head_dim, head_dim, kind="paged_decode_any")
         pattern = pattern_of(spec, target)
         (config,) = paged_decode.ANY_PAGES.default_configs("v2", pattern, target).values()
         assert "of any size" in paged_decode.ANY_PAGES.feasible(pattern, config, target).reason
     specs = Selection().specs(("float16",), gpu=True, kinds=("paged_decode_any",), templates=("v1", "v2"))
-    assert [s.symbol for s in specs] == ["v2_float16_d128_window_identity_paged_decode_any"]
+    assert [s.symbol for s in specs] == [f"v2_float16_d{d}_window_identity_paged_decode_any" for d in (64, 128)]
 
 
 BATCHES = (1, 2, 4, 5, 8, 12, 13, 20, 24, 32, 33, 34, 38, 40, 64, 70, 200, 3000)

@@ -121,7 +121,7 @@ SCOPES = {
         own_definitions=True,
         usual_sizes=(("positioned", "optional_sinks"),),
     ),
-    PAGED_DECODE_ANY: Scope((("window", "identity"),), own_definitions=True, head_dims=(128,)),
+    PAGED_DECODE_ANY: Scope((("window", "identity"),), own_definitions=True, head_dims=(64, 128)),
     PAGED_LATENT: Scope((("window", "identity"),), head_dims=(576,)),
     # Of a cache of 8 bits one kernel has everything; on GPUs decoding is bound by instructions, of which that one has
     # 1.2 times as many for each key as one for a window.

@@ -20,10 +20,10 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
 from schedules.tile.combine import FurtherPartials, Sinks, combine, combine_ragged
-from schedules.tile.fold import fold_states
+from schedules.tile.fold import fold_ragged, fold_states
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import MOST_SPLIT, Scalar, Workspace
+from tvm_flash.packs.manifest import MOST_BLOCKS, MOST_SPLIT, Scalar, Workspace
 
 #: Query rows that share a key up to which these kernels are meant, by head_dim (the first that is large enough) and by
 #: the fewest keys.  What they gain depends on the batch, which must not decide: a sequence has the same bits in any.
@@ -206,14 +206,33 @@ def paged_split_length(keys: Expr, lengths: SplitLengths = PAGED_SPLIT_LENGTHS) 
     return found
 
 
-def paged_split_bits(keys: Expr, block_n: int, lengths: SplitLengths) -> Expr:
-    """Of how many tiles of ``block_n`` keys a split of a sequence of ``keys`` keys is, as a power of two."""
-    return paged_split_length(keys, [(fewest, (length // block_n).bit_length() - 1) for fewest, length in lengths])
+#: Keys from which on splits may be twice as long, and heads of keys from which on they are: then one sequence fills the
+#: machine all the same, and has half as many states.
+LONG, _OF_HEADS = 32768, 4
+
+
+def paged_split_bits(keys: Expr, block_n: int, lengths: SplitLengths, longer: Expr | None = None) -> Expr:
+    """Of how many tiles of ``block_n`` keys a split of a sequence of ``keys`` keys is, as a power of two.
+
+    Those of long ones are ``longer`` powers of two longer.
+    """
+    bits = paged_split_length(keys, [(fewest, (length // block_n).bit_length() - 1) for fewest, length in lengths])
+    return bits if longer is None else bits + T.Select(keys >= LONG, longer, T.int32(0))
 
 
 def paged_split_count(keys: Expr, lengths: SplitLengths = PAGED_SPLIT_LENGTHS) -> Expr:
     """How many splits a sequence of ``keys`` keys has."""
     return ceildiv(keys, paged_split_length(T.max(keys, 0), lengths))
+
+
+def _count_of_longer(lengths: SplitLengths):
+    """The same where those of long sequences are ``longer`` powers of two longer, a function of both."""
+
+    def count(keys: Expr, longer: Expr) -> Expr:
+        length = paged_split_length(T.max(keys, 0), lengths)
+        return ceildiv(keys, T.shift_left(length, T.Select(keys >= LONG, longer, T.int32(0))))
+
+    return count
 
 
 def _most_paged_splits(lengths: SplitLengths) -> tuple:
@@ -223,6 +242,100 @@ def _most_paged_splits(lengths: SplitLengths) -> tuple:
     return "max", longest, ("steps", "seqlen_kv", (0, 1), *ends)
 
 
+def parts_program(
+    pattern: Pattern,
+    clusters: PrimFunc,
+    shares: PrimFunc,
+    folding: str,
+    lengths: SplitLengths,
+    *,
+    resident: int,
+    packs: bool,
+    most_rows: int,
+    page_step: int,
+    alignment: int,
+) -> Program:
+    """The launches, of ragged sequences with their keys on pages, where blocks leave states of splits of ``lengths``.
+
+    Blocks share the tiles of all sequences, and a second launch, ``folding``, folds.  Or clusters of ``runs`` blocks
+    each take a sequence, and fold its states themselves.  Which it is follows from shapes, the table of pages among
+    them, as the host doesn't know lengths.
+
+    Parameters
+    ----------
+    clusters: ``(q, k, v, o, lse, cu_seqlens_q, seqlens_k, page_table, softmax_scale, longer, runs, *params)``.
+    shares: ``(q, k, v, o_partial, sums_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, longer, spread,
+        *params)``; it lets the second launch begin early.
+    resident: blocks that the machine runs at a time.
+    packs: whether query heads of a group share rows, of which a block keeps the states of ``most_rows`` at most.
+    page_step: keys of which pages are meant to have multiples; others are computed as well.
+    """
+    units = ("*", "batch", "kv_heads" if packs else "heads")
+    splits = _most_paged_splits(lengths)
+    runs = _runs_of_sequences(units, splits, "rows" if packs else "seqlen_q", resident, most_rows)
+    rows = ("max", 1, ("*", "spread", "heads", "total_q"))
+    results, where = ("o_partial", "sums_partial"), ("cu_seqlens_q", "seqlens_k")
+    params = tuple(p.name for p in pattern.params)
+    fold = fold_ragged(pattern, _count_of_longer(lengths), folding, alignment)
+    of_all = (*where, "page_table", "softmax_scale", "longer")
+    return Program(
+        "forward",
+        (
+            ScheduledLaunch(clusters, ("q", "k", "v", "o", "lse", *of_all, "runs", *params), when="runs"),
+            ScheduledLaunch(shares, ("q", "k", "v", *results, *of_all, "spread", *params), when="spread"),
+            ScheduledLaunch(fold, (*results, "o", "lse", *where, "longer", *Sinks(pattern).roles), when="spread"),
+        ),
+        "tirx",
+        alignment=alignment,
+        index_bits=32,
+        workspaces=(
+            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
+            Workspace("sums_partial", "float32", (rows, splits, 2)),
+        ),
+        scalars=(
+            Scalar("longer", ("steps", "kv_heads", (0, 0), (_OF_HEADS, 1))),
+            Scalar("runs", runs),
+            Scalar("spread", ("steps", "runs", (0, 1), (1, 0))),
+        ),
+        max_rows=_most_rows(pattern, page_step),
+    )
+
+
+def _runs_of_sequences(
+    units: sizes.Expression, splits: sizes.Expression, rows: sizes.Expression, resident: int, most_rows: int
+) -> sizes.Expression:
+    """Blocks of each of ``units`` clusters, of sequences that have ``splits`` splits and ``rows`` rows a key at most; 0
+    if blocks should rather share all tiles.
+
+    Lengths aren't known, and equal shares are what suits any.  But
+
+    * where sequences are few and short, a cluster of four blocks or more, with two splits a block at most, saves the
+      second launch, whatever lengths are;
+    * where they are twice as many as the places, sequences of different lengths fill the machine one after the other,
+      and with a block for each no states go through memory: 128 of about 1024 keys 145 us in place of 161, 64 of
+      exactly 1024 72 in place of 82 (H200, 32 heads on 8, head_dim 128).  32 of about 4096 would wait for the longest.
+    """
+    most = _MOST_OF_A_CLUSTER
+    fitting = ("min", most, splits, ("//", resident * 13 // 16, units))
+    enough = ("steps", ("*", 2, fitting), (0, 0), (8, 1))
+    short = ("steps", splits, (0, 1), (most * 3 // 2 + 1, 0))
+    many = ("steps", units, (0, 0), (resident * 15 // 8, 1))
+    found = ("+", ("*", enough, short, fitting), many)
+    of_a_block = ("ceildiv", splits, ("max", 1, found))
+    fit = ("steps", ("*", rows, of_a_block), (0, 1), (most_rows + 1, 0))
+    on_an_axis = ("steps", "batch", (0, 1), (MOST_BLOCKS + 1, 0))
+    return ("*", fit, on_an_axis, found)
+
+
+def _most_rows(pattern: Pattern, page_step: int) -> sizes.Expression:
+    """Query rows that share a key up to which kernels over pages of multiples of ``page_step`` keys are meant."""
+    most_rows = ("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern))
+    if page_step == 1:
+        return most_rows
+    filled = ("*", page_step, ("ceildiv", "page_size", page_step))  # the size of a page, if it is such a multiple
+    return ("*", ("steps", ("ceildiv", filled, ("max", "page_size", 1)), (0, 1), (2, 0)), most_rows)
+
+
 def paged_program(
     pattern: Pattern,
     partial: PrimFunc,
@@ -230,27 +343,19 @@ def paged_program(
     *,
     alignment: int,
     waits: bool,
-    lengths: SplitLengths = PAGED_SPLIT_LENGTHS,
-    page_step: int = 1,
     scaled: bool = False,
 ) -> Program:
-    """Both launches, of ragged sequences with their keys on pages, with splits of ``lengths``.
+    """Both launches, of ragged sequences with their keys on pages.
 
-    They are meant for pages of multiples of ``page_step`` keys; others they compute as well.
     ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``; if
     it is ``scaled``, the scales of a cache of 8 bits follow the table.
     """
     table = ("page_table", *(SCALES if scaled else ()))
     rows = ("*", "heads", "total_q")
-    splits = _most_paged_splits(lengths)
+    splits = _most_paged_splits(PAGED_SPLIT_LENGTHS)
     results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
     params = tuple(p.name for p in pattern.params)
-    filled = ("*", page_step, ("ceildiv", "page_size", page_step))  # the size of a page, if it is such a multiple
-    fits = ("steps", ("ceildiv", filled, ("max", "page_size", 1)), (0, 1), (2, 0))
-    most_rows = ("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern))
-    combining = combine_ragged(
-        pattern, lambda keys: paged_split_count(keys, lengths), f"{name}_combine", alignment, waits
-    )
+    combining = combine_ragged(pattern, paged_split_count, f"{name}_combine", alignment, waits)
     return Program(
         "forward",
         (
@@ -264,7 +369,7 @@ def paged_program(
             Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
-        max_rows=most_rows if page_step == 1 else ("*", fits, most_rows),
+        max_rows=_most_rows(pattern, 1),
     )
 
 

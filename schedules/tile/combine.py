@@ -140,7 +140,14 @@ class RaggedPartials(Partials):
     """
 
     def __init__(self, pattern: Pattern, handles, sequences, split_count, alignment: int):
-        o_partial, lse_partial, o, lse = handles
+        o_partial, lse_partial, *results = handles
+        self._sequences(pattern, results, sequences, split_count, alignment)
+        self.partial = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
+        self.rows, self.splits = self.partial.rows, self.partial.splits
+
+    def _sequences(self, pattern: Pattern, results, sequences, split_count, alignment: int):
+        """What is written, and where the sequences are."""
+        o, lse = results
         of_queries, of_keys = sequences
         names = ("batch", "starts", "heads", "total_q", "head_dim_v", "lse_length")
         batch, ends, heads, self.total_q, self.head_dim_v, self.lse_length = (tirx.Var(n, "int32") for n in names)
@@ -149,8 +156,6 @@ class RaggedPartials(Partials):
         self.lse = T.match_buffer(lse, (self.lse_length,), "float32", align=4)
         self.queries = Ragged(T.match_buffer(of_queries, (ends,), "int32", align=4), batch, self.total_q)
         self.lengths = T.match_buffer(of_keys, (batch,), "int32", align=4)
-        self.partial = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
-        self.rows, self.splits = self.partial.rows, self.partial.splits
         self.split_count = split_count
 
     def sharing(self, groups: int):

@@ -11,8 +11,10 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
-from schedules.tile.combine import Partials, Sinks
+from schedules.tile.combine import Partials, RaggedPartials, Sinks
 from schedules.tile.geometry import flat, local, wide
+from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.sequences import find_owner
 from schedules.tile.states import BATCH, COLUMNS, WARP_COLUMNS, Fold, PartialStates
 from schedules.tile.tile_scheduler import Traversal
 
@@ -32,6 +34,103 @@ class States(Partials):
         self.rows, self.parts, self.columns = states.rows, states.parts, states.columns
         self.states_o, self.states_sums = states.o, states.sums
 
+    def row(self, row) -> DenseRow:
+        """What belongs to a row; made behind ``T.device_entry()``."""
+        return DenseRow(self, row)
+
+
+@T.meta_class
+class RaggedStates(RaggedPartials):
+    """The same of ragged sequences, each with splits of its own; rows are in the order (heads, positions)."""
+
+    def __init__(self, pattern: Pattern, handles, sequences, split_count, alignment: int):
+        states = PartialStates(handles[:2], pattern.head_dim_v)
+        self._sequences(pattern, handles[2:], sequences, split_count, alignment)
+        self.rows, self.parts, self.columns = states.rows, states.parts, states.columns
+        self.states_o, self.states_sums = states.o, states.sums
+        self.splits = self.parts
+
+    def row(self, row) -> RaggedRow:
+        """What belongs to a row; made behind ``T.device_entry()``."""
+        return RaggedRow(self, row)
+
+
+@T.meta_class
+class DenseRow:
+    """A row, in the order (batch, heads, seqlen_q): it has as many states as all, ``count``."""
+
+    def __init__(self, at: States, row):
+        self.at, self.row, self.count = at, row, at.parts
+
+    @T.inline
+    def find(self, lane):
+        """Nothing has to be looked up."""
+
+    @T.inline
+    def fold(self, fold: Fold, column):
+        """Fold its states."""
+        fold.fold(self.count, column)
+
+    @T.inline
+    def write(self, fold: Fold, sinks: Sinks, column, warp):
+        """Write what is left of it; one warp does."""
+        at, row = T.meta_var((self.at, self.row))
+        head_row: T.int32 = T.truncdiv(row, at.seqlen_q)
+        b: T.int32 = T.truncdiv(head_row, at.heads)
+        head: T.int32 = head_row - b * at.heads
+        if sinks.pattern.has_sink:
+            fold.add_sink(sinks.of(b, head))
+        if warp == 0:
+            fold.store(at.o, (b, head, row - head_row * at.seqlen_q, column), at.head_dim_v)
+            if T.And(column == 0, wide(at.lse_length) >= wide(at.rows)):
+                at.lse[row] = fold.log_sum_exp
+
+
+@T.meta_class
+class RaggedRow:
+    """A row, in the order (heads, positions): a whole warp finds its sequence, which says how many states it has.
+
+    One behind all sequences, or of a sequence without keys, has none.
+    """
+
+    def __init__(self, at: RaggedStates, row):
+        self.at, self.row = at, row
+        self.owner, self.count = (T.local_scalar("int32") for _ in range(2))
+
+    @T.inline
+    def find(self, lane):
+        """Find the row's sequence."""
+        at = T.meta_var(self.at)
+        owner: T.int32 = 0
+        find_owner(at.queries, T.truncmod(self.row, at.total_q), lane, owner)
+        self.owner = owner
+        self.count = 0
+        if owner < at.queries.batch:
+            self.count = T.min(at.split_count(at.lengths[owner]), at.parts)
+
+    @T.inline
+    def fold(self, fold: Fold, column):
+        """Fold its states."""
+        if self.count > 0:
+            fold.fold(self.count, column)
+        else:
+            fold.clear()
+
+    @T.inline
+    def write(self, fold: Fold, sinks: Sinks, column, warp):
+        """Write what is left of it; one warp does."""
+        at, row = T.meta_var((self.at, self.row))
+        head: T.int32 = T.truncdiv(row, at.total_q)
+        if sinks.pattern.has_sink:
+            sink: T.float32 = T.float32(NEGATIVE_INFINITY)
+            if self.owner < at.queries.batch:
+                sink = sinks.of(self.owner, head)
+            fold.add_sink(sink)
+        if warp == 0:
+            fold.store(at.o, (0, head, row - head * at.total_q, column), at.head_dim_v)
+            if T.And(column == 0, wide(at.lse_length) >= wide(at.rows)):
+                at.lse[row] = fold.log_sum_exp
+
 
 @T.meta_class
 class RowStates:
@@ -40,8 +139,8 @@ class RowStates:
     Outputs are on their way to shared memory while the sums are looked at: one journey to memory, not two.
     """
 
-    def __init__(self, at: States, row, column, warp, lane):
-        self.o, self.sums, self.columns, self.count = flat(at.states_o), flat(at.states_sums), at.columns, at.parts
+    def __init__(self, at: States | RaggedStates, count, row, column, warp, lane):
+        self.o, self.sums, self.columns, self.count = flat(at.states_o), flat(at.states_sums), at.columns, count
         self.first = local(wide(row) * wide(at.parts))
         self.column = local(T.min(column, at.columns - COLUMNS))
         self.warp, self.lane = warp, lane
@@ -92,8 +191,31 @@ def fold_states(pattern: Pattern, traversal: Traversal, name: str, alignment: in
     return append_arguments(kernel.with_attr("global_symbol", name), sinks.arguments)
 
 
+def fold_ragged(pattern: Pattern, split_count, name: str, alignment: int) -> PrimFunc:
+    """``(o_partial, sums_partial, o, lse, cu_seqlens_q, seqlens_k, longer, *sinks)``: the same of ragged sequences.
+
+    A sequence of ``keys`` keys has ``split_count(keys, longer)`` states.
+    """
+    sinks = Sinks(pattern)
+
+    @T.prim_func(check_well_formed=False)
+    def kernel(
+        o_partial: T.handle,
+        sums_partial: T.handle,
+        o: T.handle,
+        lse: T.handle,
+        cu_seqlens_q: T.handle,
+        seqlens_k: T.handle,
+        longer: T.int32,
+    ):
+        handles = T.meta_var(((o_partial, sums_partial, o, lse), (cu_seqlens_q, seqlens_k)))
+        _fold(pattern, RaggedStates(pattern, *handles, lambda keys: split_count(keys, longer), alignment), sinks)
+
+    return append_arguments(kernel.with_attr("global_symbol", name), sinks.arguments)
+
+
 @T.inline
-def _fold(pattern: Pattern, at: States, sinks: Sinks):
+def _fold(pattern: Pattern, at, sinks: Sinks):
     """The kernel's text."""
     shares = T.meta_var(-(-pattern.head_dim_v // WARP_COLUMNS))  # blocks that share a row
     T.device_entry()
@@ -103,15 +225,9 @@ def _fold(pattern: Pattern, at: States, sinks: Sinks):
     T.thread_id([_WARPS * 32])
     row: T.int32 = T.truncdiv(block, shares)
     column: T.int32 = (block - row * shares) * WARP_COLUMNS + lane * COLUMNS
-    fold = Fold(RowStates(at, row, column, warp, lane), at.columns, lane)
+    own = at.row(row)
+    own.find(lane)
+    fold = Fold(RowStates(at, own.count, row, column, warp, lane), at.columns, lane)
     T.ptx.griddepcontrol.wait()
-    fold.fold(at.parts, column)  # every warp: what the first one writes costs no more
-    head_row: T.int32 = T.truncdiv(row, at.seqlen_q)
-    b: T.int32 = T.truncdiv(head_row, at.heads)
-    head: T.int32 = head_row - b * at.heads
-    if pattern.has_sink:
-        fold.add_sink(sinks.of(b, head))
-    if warp == 0:
-        fold.store(at.o, (b, head, row - head_row * at.seqlen_q, column), at.head_dim_v)
-        if T.And(column == 0, wide(at.lse_length) >= wide(at.rows)):
-            at.lse[row] = fold.log_sum_exp
+    own.fold(fold, column)  # every warp: what the first one writes costs no more
+    own.write(fold, sinks, column, warp)

@@ -97,6 +97,14 @@ class Fold:
             self.own_sums[1] = T.float32(0)
 
     @T.inline
+    def clear(self):
+        """What is left of no state."""
+        self.peak = T.float32(LOWEST)
+        self.total = T.float32(0)
+        for x in T.unroll(COLUMNS):
+            self.values[x] = T.float32(0)
+
+    @T.inline
     def fold(self, count, column):
         """Fold ``count`` states, at least one; this lane has the columns from ``column`` on."""
         batches: T.int32 = ceildiv(count, BATCH)

@@ -15,10 +15,16 @@ from schedules.families.sm90.tma import (
     load_panel,
     lowest_bit,
     paged_box,
+    placed_box,
     ragged_box,
 )
 from schedules.tile.geometry import Geometry, PagedGeometry, Tensor
 from schedules.tile.key_source import ContiguousRows
+from schedules.tile.levels import from_lane
+
+_LANES = 32
+#: Boxes of keys on pages that a warp looks up at a time, or those of a tile if it has more.
+_WINDOW = 64
 
 
 class Boxes:
@@ -180,5 +186,86 @@ class TilesOfPages:
                         descriptor,
                         p + pipeline.first_panel,
                         paged_box(self.steps, self.pages[i], at, seen, self.block.kv_head),
+                        pipeline.full.ptr_to([state.index]),
+                    )
+
+
+class FetchedPages(PagedBoxes):
+    """The same where a warp fetches all tiles of K, or of V, one after the other.  ``of_a_tile``: boxes of one."""
+
+    def __init__(self, geometry: PagedGeometry, block_n: int):
+        PagedBoxes.__init__(self, geometry, block_n)
+        self.of_a_tile = T.bind(T.truncdiv(T.int32(block_n), self.rows))
+
+    def fetching(self, block, tensor: Tensor, lane):
+        """How a warp, of which this is lane ``lane``, fetches tiles of k or v one after the other."""
+        return WindowOfPages(self, block, tensor, lane)
+
+
+@T.meta_class
+class WindowOfPages:
+    """Tiles of keys that are several boxes each, which the lanes share.
+
+    Where the next ``window`` boxes of a walk are is looked up at once, apart from loading, before a stage is waited
+    for: a lane keeps the place of every 32nd of them, and tells the others when their tile is loaded.
+    """
+
+    def __init__(self, boxes: FetchedPages, block, tensor: Tensor, lane):
+        self.boxes, self.block, self.lane = boxes, block, lane
+        self.tensor, self.steps = tensor, boxes.steps[id(tensor)]
+        self.window = max(_WINDOW, boxes.block_n)
+        # Of a box, the steps of page and row that it begins at; of the walk, the steps whose boxes these are.
+        self.places = T.alloc_local([self.window // _LANES], "int32")
+        self.begin, self.end = T.local_scalar("int32"), T.local_scalar("int32")
+
+    @T.inline
+    def start(self):
+        """Before the first step of a walk."""
+        self.end = 0
+
+    @T.inline
+    def look_up(self, walk, step):
+        """Look up where the tiles from a step on are, unless that is known."""
+        if step >= self.end:
+            boxes, geometry, block = T.meta_var((self.boxes, self.boxes.geometry, self.block))
+            keys = T.meta_var(geometry.keys.of(block.batch))
+            rows = T.meta_var(geometry.key_rows(self.tensor, block.batch, block.kv_head, keys))
+            for i in T.unroll(self.window // _LANES):
+                row: T.int32 = (i * _LANES + self.lane) * boxes.rows  # behind the first row of the step's tile
+                tile: T.int32 = T.truncdiv(row, boxes.block_n)
+                key: T.int32 = walk.key_first(step + tile) + (row - tile * boxes.block_n)
+                self.places[i] = 0
+                if T.And(key >= 0, key < block.seqlen_kv):
+                    at = T.meta_var(rows.split(key))
+                    self.places[i] = rows.entry(at[0]) * self.steps.page + at[1] * self.steps.row
+            self.begin = step
+            self.end = step + T.truncdiv(self.window * boxes.rows, boxes.block_n)
+
+    @T.inline
+    def load(self, pipeline, state, descriptor, walk, step):
+        """Fill a stage, which is empty, with the tile of a step; what is past the last key is zero."""
+        boxes = T.meta_var(self.boxes)
+        if self.lane == 0:
+            pipeline.expect(state)
+        T.cuda.warp_sync()
+        first: T.int32 = (step - self.begin) * boxes.of_a_tile
+        keys: T.int32 = self.block.seqlen_kv - walk.key_first(step)
+        for i in T.unroll(max(boxes.block_n // _LANES, 1)):
+            number: T.int32 = i * _LANES + self.lane
+            box: T.int32 = first + number
+            place: T.int32 = from_lane(self.places[0], T.bitwise_and(box, _LANES - 1))
+            for w in T.unroll(1, self.window // _LANES):
+                other: T.int32 = from_lane(self.places[w], T.bitwise_and(box, _LANES - 1))
+                if box >= w * _LANES:
+                    place = other
+            row: T.int32 = number * boxes.rows
+            if row < boxes.block_n:
+                seen: T.int32 = T.min(T.max(keys - row, 0), boxes.rows)
+                for p in T.unroll(pipeline.panels):
+                    load_panel(
+                        pipeline.pointer(state)(p, row, 0),
+                        descriptor,
+                        p + pipeline.first_panel,
+                        placed_box(self.steps, place, seen, self.block.kv_head),
                         pipeline.full.ptr_to([state.index]),
                     )

@@ -21,8 +21,9 @@ from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.barriers import WARPS
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
-from schedules.families.sm90.runs import bytes_of_states, compute_runs
+from schedules.families.sm90.runs import compute_runs
 from schedules.families.sm90.split_scheduler import ALIGNMENT
+from schedules.families.sm90.states import bytes_of_states
 from schedules.tile.geometry import parameterised
 from schedules.tile.tile_scheduler import Traversal
 
@@ -39,7 +40,7 @@ _SPLIT_LENGTH = (
 )
 
 #: Multiprocessors of an H100 or H200: how many blocks there are to fill.
-_MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132
 _REGISTER_FILE = 65536
 _MOST_REGISTERS = 255
 
@@ -133,7 +134,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
         traversal,
         name,
         _SPLIT_LENGTH,
-        resident=_MULTIPROCESSORS * config.blocks_per_sm,
+        resident=MULTIPROCESSORS * config.blocks_per_sm,
         packs=config.pack_heads,
         most_rows=WARPGROUP_ROWS,
         alignment=ALIGNMENT,

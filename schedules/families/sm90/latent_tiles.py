@@ -85,6 +85,8 @@ class LatentScheduler(PartScheduler):
     ``row_first`` is the first row of the block's own, in what :meth:`of_row_tile` returns.
     """
 
+    may_cluster = False
+
     def __init__(self, pattern: Pattern, geometry: Geometry, config, split_bits, most_splits, row_tiles):
         self.row_tiles = row_tiles
         PartScheduler.__init__(self, pattern, geometry, config, split_bits, most_splits)

@@ -1,11 +1,11 @@
 """Decoding over keys on pages on Hopper: few query rows for each head of keys, so that the keys are split among blocks.
 
 The kernel of :mod:`schedules.families.sm90.split_kernel`, whose tiles of keys are several boxes of TMA
-(:class:`schedules.families.sm90.boxes.PagedBoxes`).  How long the splits of a sequence are follows from its own number
-of keys, which the device reads; blocks are as many as the machine runs at a time.
+(:class:`schedules.families.sm90.boxes.FetchedPages`).  How long the splits of a sequence are follows from its own
+number of keys, which the device reads; blocks are as many as the machine runs at a time.
 
-The second launch knows by itself which splits a row has: what the first one doesn't write of the partial results is
-never read.
+The second launch knows by itself which splits a row has: what the first one doesn't write of the states is never
+read.  Where sequences are few and short there is none: clusters of blocks fold the states.
 
 Where that isn't faster (:func:`_by_boxes`), kernels are those of mma.sync (:mod:`schedules.families.mma.paged_decode`):
 rows of wgmma are 64, which heads that can't share a tile don't fill.  For pages that aren't whole boxes there are such
@@ -25,13 +25,13 @@ from schedules.families import split_keys
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.mma import asynchronous
 from schedules.families.mma.paged_decode import PagedDecoding
+from schedules.families.sm90 import decode
 from schedules.families.sm90.barriers import WARPGROUP_THREADS
-from schedules.families.sm90.boxes import PagedBoxes
+from schedules.families.sm90.boxes import FetchedPages
 from schedules.families.sm90.config import (
     BARRIER_BYTES,
     OTHER_REGISTERS,
     PANEL,
-    REGISTERS,
     WARPGROUP_ROWS,
     available_memory,
     panels,
@@ -39,17 +39,19 @@ from schedules.families.sm90.config import (
 from schedules.families.sm90.kernel import ALIGNMENT
 from schedules.families.sm90.parts import PartScheduler
 from schedules.families.sm90.split_kernel import compute_parts
+from schedules.families.sm90.states import bytes_of_states
 from schedules.tile.geometry import PagedGeometry, parameterised
-from schedules.tile.partial import PartialResults
+from schedules.tile.states import PartialStates
 from schedules.tile.tile_scheduler import Traversal
 
 __all__ = ["Config", "default_configs", "feasible", "program", "space"]
 
 #: Keys of a split, by the sequence's own number of keys; powers of two.
-SPLIT_LENGTHS = ((0, 64), (1024, 128), (4096, 256), (8192, 512), (65536, 1024), (131072, 2048))
+SPLIT_LENGTHS = ((0, 64), (384, 128), (1537, 256), (8192, 512), (65536, 1024), (131072, 2048))
 
-#: Registers of a thread that fetches, and of a consumer's, in a block that has the multiprocessor for itself.
-_ALONE = (40, 248)
+#: Registers of a thread that fetches, and of a consumer's, by blocks of a multiprocessor: what looks pages up spills
+#: with 24.
+_REGISTERS = {1: (40, 248), 2: (40, 216), 3: (40, 120), 4: (40, 88)}
 
 #: The kernels of mma.sync.
 _WARPS = PagedDecoding(
@@ -115,7 +117,7 @@ class Config:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that fetches, and of a consumer's."""
-        return _ALONE if self.blocks_per_sm == 1 else REGISTERS[1, self.blocks_per_sm]
+        return _REGISTERS[self.blocks_per_sm]
 
 
 def split_lengths(config: Config) -> split_keys.SplitLengths:
@@ -126,17 +128,18 @@ def split_lengths(config: Config) -> split_keys.SplitLengths:
 def _by_boxes(pattern: Pattern) -> bool:
     """Whether TMA and wgmma are the faster ones for a pattern.
 
-    On an H200, 16 x 4k keys on pages of 16, heads of 2048 columns in groups of four, us by both: head_dim 128 45.3 and
-    52.7, head_dim 64 51.1 and 49.6, 256 44.4 and 43.8; with heads that aren't packed 213 and 149 at 128.
+    On an H200, pages of 16, us by both: head_dim 64 1 x 4k keys of 32 heads on 8 10.4 and 18.8, 64 x 1k 47 and 77,
+    16 x 4k 46.6 and 46.8; head_dim 256 with heads of 2048 columns in groups of four 44.4 and 43.8 (16 x 4k); with heads
+    that aren't packed 213 and 149 at 128.
     """
-    return not pattern.depends_on_head and 64 < pattern.head_dim <= 128
+    return not pattern.depends_on_head and pattern.head_dim <= 128
 
 
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, object]:
     """The configuration of a pattern."""
     if not _by_boxes(pattern):
         return _WARPS.default_configs(template, pattern, target)
-    return {0: Config()}
+    return {0: Config(num_stages=4 if pattern.head_dim <= 64 else 2)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
@@ -157,12 +160,12 @@ def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Tar
         return Rejected(f"block_n {config.block_n} is no power of two from 16 to 128, of which splits are")
     if not 2 <= config.num_stages <= 8:
         return Rejected(f"num_stages {config.num_stages} is not from 2 to 8")
-    if config.blocks_per_sm not in (1, 2, 3, 4):
+    if config.blocks_per_sm not in _REGISTERS:
         return Rejected(f"blocks_per_sm {config.blocks_per_sm} is not from 1 to 4")
     if pattern.depends_on_head and config.pack_heads:
         return Rejected("a score or a mask that differs from head to head can't have heads packed")
     keys = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
-    needed = (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + BARRIER_BYTES
+    needed = (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + bytes_of_states(pattern) + BARRIER_BYTES
     if needed > (available := available_memory(config)):
         return Rejected(f"needs {needed} bytes of shared memory, a block of {target} has {available}")
     needed = config.block_n // 2 + config.block_n // 4 + pattern.head_dim_v // 2 + OTHER_REGISTERS
@@ -171,11 +174,9 @@ def feasible(pattern: Pattern, config: Config | asynchronous.Config, target: Tar
     return None
 
 
-def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
-    """``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``."""
-
-    def split_bits(keys):
-        return split_keys.paged_split_bits(keys, config.block_n, split_lengths(config))
+def _shares(pattern: Pattern, config: Config, name: str) -> PrimFunc:
+    """``(q, k, v, o_partial, sums_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, longer, spread,
+    *params)``: blocks that share all tiles, and leave states; ``spread`` says that they are needed."""
 
     def make(parameters):
         @T.prim_func(check_well_formed=False)
@@ -184,29 +185,74 @@ def _partial(pattern: Pattern, config: Config, name: str) -> PrimFunc:
             k: T.handle,
             v: T.handle,
             o_partial: T.handle,
-            lse_partial: T.handle,
+            sums_partial: T.handle,
             cu_seqlens_q: T.handle,
             seqlens_k: T.handle,
             page_table: T.handle,
             softmax_scale: T.float32,
+            longer: T.int32,
+            spread: T.int32,
         ):
             handles = T.meta_var(((q, k, v), (cu_seqlens_q, seqlens_k, page_table)))
             geometry = PagedGeometry(pattern, *handles, softmax_scale, parameters, ALIGNMENT)
-            results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
-            scheduler = PartScheduler(pattern, geometry, config, split_bits, results.splits)
-            compute_parts(pattern, geometry, scheduler, PagedBoxes(geometry, config.block_n), results)
+            states = PartialStates((o_partial, sums_partial), pattern.head_dim_v)
+            scheduler = PartScheduler(pattern, geometry, config, _split_bits(config, longer), most_splits=states.parts)
+            compute_parts(pattern, geometry, scheduler, FetchedPages(geometry, config.block_n), states)
 
         return attention
 
     return parameterised(pattern, make).with_attr("global_symbol", name)
 
 
+def _clusters(pattern: Pattern, config: Config, name: str) -> PrimFunc:
+    """``(q, k, v, o, lse, cu_seqlens_q, seqlens_k, page_table, softmax_scale, longer, runs, *params)``: clusters of
+    ``runs`` blocks, which fold states."""
+
+    def make(parameters):
+        @T.prim_func(check_well_formed=False)
+        def attention(
+            q: T.handle,
+            k: T.handle,
+            v: T.handle,
+            o: T.handle,
+            lse: T.handle,
+            cu_seqlens_q: T.handle,
+            seqlens_k: T.handle,
+            page_table: T.handle,
+            softmax_scale: T.float32,
+            longer: T.int32,
+            runs: T.int32,
+        ):
+            handles = T.meta_var(((q, k, v, o, lse), (cu_seqlens_q, seqlens_k, page_table)))
+            geometry = PagedGeometry(pattern, *handles, softmax_scale, parameters, ALIGNMENT)
+            scheduler = PartScheduler(pattern, geometry, config, _split_bits(config, longer), runs=runs)
+            compute_parts(pattern, geometry, scheduler, FetchedPages(geometry, config.block_n))
+
+        return attention
+
+    return parameterised(pattern, make).with_attr("global_symbol", name)
+
+
+def _split_bits(config: Config, longer):
+    """Of how many tiles the splits of a sequence are, as a power of two, by its keys."""
+    return lambda keys: split_keys.paged_split_bits(keys, config.block_n, split_lengths(config), longer)
+
+
 def program(
     pattern: Pattern, config: Config | asynchronous.Config, target: Target, traversal: Traversal, name: str
 ) -> Program:
-    """The two launches; ``config`` must be feasible."""
+    """The launches; ``config`` must be feasible."""
     if not isinstance(config, Config):
         return _WARPS.program(pattern, config, target, traversal, name)
-    func = _partial(pattern, config, name)
-    options = {"lengths": split_lengths(config), "page_step": BOX_ROWS}
-    return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=True, **options)
+    return split_keys.parts_program(
+        pattern,
+        _clusters(pattern, config, name),
+        _shares(pattern, config, f"{name}_shares"),
+        f"{name}_combine",
+        split_lengths(config),
+        resident=decode.MULTIPROCESSORS * config.blocks_per_sm,
+        packs=config.pack_heads,
+        most_rows=WARPGROUP_ROWS,
+        page_step=BOX_ROWS,
+        alignment=ALIGNMENT,
+    )

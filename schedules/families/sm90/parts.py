@@ -7,6 +7,10 @@ and takes the splits that begin in its range, one after the other.  So all block
 different sequences are, and a block's copies never cease from its first part to its last; blocks of the heads of a
 sequence read the same positions at about the same time.
 
+Or, where sequences are few and short, a cluster of blocks has a sequence's splits of a head of keys, each block as many
+as the next one.  The host decides so by shapes (:func:`schedules.families.split_keys.parts_program`), as it can't know
+lengths.
+
 Where splits begin depends on nothing but the sequence's own number of keys.  How many blocks share them decides about
 time alone: every part is computed for itself.
 """
@@ -39,19 +43,36 @@ class PartScheduler:
     ----------
     split_bits: ``split_bits(keys)``, of how many tiles of ``config.block_n`` keys the splits of a sequence of so many
         keys are, as a power of two.
-    most_splits: that no sequence has more than.
+    most_splits: that no sequence has more than, where blocks share the tiles of all; else None.
+    runs: how many blocks a cluster has that takes all splits of a sequence and a head of keys; else None.
     """
 
+    #: Whether one of two kernels is for clusters.
+    may_cluster = True
+
     def __init__(
-        self, pattern: Pattern, geometry: Geometry, config, split_bits: Callable[[Expr], Expr], most_splits: Expr
+        self,
+        pattern: Pattern,
+        geometry: Geometry,
+        config,
+        split_bits: Callable[[Expr], Expr],
+        most_splits: Expr | None = None,
+        runs: Expr | None = None,
     ):
         self.geometry, self.config, self.split_bits, self.most_splits = geometry, config, split_bits, most_splits
+        self.runs = runs
         one = not config.pack_heads
         self.group = T.int32(1) if one else T.bind(T.truncdiv(geometry.heads, geometry.kv_heads))
         self.units = T.bind(self.count_units())
-        resident = T.call_extern("int32", "multiprocessors") * config.blocks_per_sm
-        most = most_splits * geometry.batch
-        self.shares = T.bind(T.max(T.min(T.truncdiv(resident, self.units), most), 1))
+        if runs is None:
+            resident = T.call_extern("int32", "multiprocessors") * config.blocks_per_sm
+            most = most_splits * geometry.batch
+            self.shares = T.bind(T.max(T.min(T.truncdiv(resident, self.units), most), 1))
+
+    @property
+    def in_clusters(self) -> bool:
+        """Whether clusters of blocks have a sequence each."""
+        return self.runs is not None
 
     def count_units(self) -> Expr:
         """How many heads of the grid there are."""
@@ -59,7 +80,13 @@ class PartScheduler:
 
     def grid(self):
         """Blocks along each axis."""
+        if self.in_clusters:
+            return [self.units, T.max(self.runs, 1), self.geometry.batch]  # an axis as long as a cluster isn't lowered
         return [self.units, self.shares]
+
+    def cluster(self):
+        """Blocks of a cluster along each axis."""
+        return [1, self.runs, 1]
 
     def tiles(self, sequence: Expr) -> Expr:
         """How many tiles of keys a sequence counts for: none if it has no queries."""
@@ -95,6 +122,10 @@ class PartRows:
         """The query of a row."""
         return self.packed.position(row)
 
+    def head(self, row):
+        """The query head of a row, counted from that of row 0."""
+        return T.truncdiv(row, self.packed.seqlen)
+
     def span(self, row_first, rows: int):
         """First and last position (inclusive) of ``rows`` rows."""
         return T.int32(0), self.packed.seqlen - 1
@@ -107,7 +138,7 @@ class Part:
     ``exists`` says whether there is one, ``other_rows`` whether its rows are others than those of the part before.
     """
 
-    def __init__(self, pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, unit, share):
+    def __init__(self, pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, unit, share, batch=0):
         self.pattern, self.config, self.geometry, self.scheduler = pattern, scheduler.config, geometry, scheduler
         self.boxes = boxes
         self.share = share
@@ -115,8 +146,13 @@ class Part:
         self.kv_head = local(unit if self.config.pack_heads else geometry.kv_head(self.head))
         # The tiles before those of the sequence, and the end of the range that splits of the block begin in.
         self.before, self.end = (local(T.int32(0)) for _ in range(2))
-        self.batch, self.split, self.m_block = (local(T.int32(0)) for _ in range(3))
+        self.batch = local(T.int32(0) if isinstance(batch, int) else batch)  # of a cluster; that of a share is found
+        self.split, self.m_block = (local(T.int32(0)) for _ in range(2))
         self.query_first, self.seqlen_q, self.seqlen_kv = (local(T.int32(0)) for _ in range(3))
+        # Of a cluster: splits of a block, and rows that it has room for the states of.
+        self.run_length, self.most_rows = 1, WARPGROUP_ROWS
+        if scheduler.may_cluster:
+            self.run_length, self.most_rows = local(T.int32(1)), local(T.int32(WARPGROUP_ROWS))
         self.other_rows = local(T.int32(1))
         self.rows = PartRows(
             PackedRows(geometry.q, self.batch, self.head, scheduler.group, self.seqlen_q, self.query_first)
@@ -144,7 +180,8 @@ class Part:
     @property
     def splits(self):
         """How many splits the sequence has."""
-        return T.min(self.splits_within(self.tiles), self.scheduler.most_splits)
+        splits, most = self.splits_within(self.tiles), self.scheduler.most_splits
+        return splits if most is None else T.min(splits, most)
 
     @property
     def exists(self):
@@ -156,9 +193,65 @@ class Part:
         """First row of the row tile."""
         return self.m_block * WARPGROUP_ROWS
 
+    @property
+    def run(self):
+        """The block's place in its cluster."""
+        return self.share
+
+    @property
+    def count(self):
+        """Rows of the row tile."""
+        return T.min(self.rows.count - self.row_first, self.most_rows)
+
+    @property
+    def number(self):
+        """The split that the block has come to."""
+        return self.split
+
+    @property
+    def kept(self):
+        """How many the block of a cluster has come to before this one."""
+        return self.split - self.run * self.run_length
+
+    @property
+    def folded(self):
+        """How many states a row has; a sequence without keys has one of nothing."""
+        return T.max(self.splits, 1)
+
+    def place_of(self, position):
+        """Where a query of the sequence is in q and o."""
+        return self.query_first + position
+
+    def has_row(self, row):
+        """Whether there is such a row."""
+        return row < self.rows.count
+
+    def number_of_row(self, row):
+        """Number of a row among all of the output, int64."""
+        return self.rows.packed.number(self.geometry, row)
+
     @T.inline
     def find(self, lane):
         """A whole warp: find the block's first part."""
+        if self.scheduler.in_clusters:
+            self.find_in_cluster()
+        else:
+            self.find_share(lane)
+
+    @T.inline
+    def find_in_cluster(self):
+        """Of a sequence's splits, the block has as many as others of its cluster; one without keys counts as one."""
+        self.enter()
+        splits: T.int32 = T.Select(self.seqlen_q > 0, T.max(self.splits, 1), 0)
+        self.run_length = ceildiv(splits, self.scheduler.runs)
+        self.most_rows = T.truncdiv(WARPGROUP_ROWS, T.max(self.run_length, 1))
+        self.split = self.run * self.run_length
+        last: T.int32 = T.min(self.split + self.run_length, splits) - 1
+        self.end = T.Select(self.split <= last, self.tiles_before(last) + 1, 0)
+
+    @T.inline
+    def find_share(self, lane):
+        """The first split that begins in the block's range of all tiles."""
         scheduler = T.meta_var(self.scheduler)
         batch = T.meta_var(self.geometry.batch)
         # 1. A lane sums the tiles of as many sequences as it has.
@@ -217,12 +310,15 @@ class Part:
     def advance(self):
         """Go on to the next part."""
         self.other_rows = 0
-        self.m_block = self.m_block + 1
-        if self.m_block * WARPGROUP_ROWS < self.rows.count:
-            self.other_rows = 1
+        if self.scheduler.in_clusters:
+            self.split = self.split + 1  # rows are those of one row tile
         else:
-            if self.m_block > 1:
+            self.m_block = self.m_block + 1
+            if self.m_block * WARPGROUP_ROWS < self.rows.count:
                 self.other_rows = 1
-            self.m_block = 0
-            self.split = self.split + 1
-            self.go_on()
+            else:
+                if self.m_block > 1:
+                    self.other_rows = 1
+                self.m_block = 0
+                self.split = self.split + 1
+                self.go_on()

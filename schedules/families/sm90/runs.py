@@ -19,15 +19,14 @@ from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, NamedBarriers, consumer_arrivals
 from schedules.families.sm90.boxes import DenseBoxes
 from schedules.families.sm90.config import WARPGROUP_ROWS, panels
-from schedules.families.sm90.consumer import Consumer
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.split_scheduler import ALIGNMENT, RunScheduler
+from schedules.families.sm90.states import StateConsumer, memory_of_states
 from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block, KeyWalk
-from schedules.tile.geometry import Geometry, flat, local, site, wide
-from schedules.tile.parameters import Parameters
-from schedules.tile.states import COLUMNS, WARP_COLUMNS, Fold, PartialStates
+from schedules.tile.geometry import Geometry, local, wide
+from schedules.tile.states import PartialStates
 from schedules.tile.tile_scheduler import Traversal
 
 
@@ -62,59 +61,42 @@ class RunBlock(Block):
         """Rows of the block's work tile."""
         return T.min(self.rows.count - self.row_first, WARPGROUP_ROWS)
 
+    @property
+    def kept(self):
+        """How many splits the block has come to before this one."""
+        return self.number - self.begin
 
-def memory_of_states(pool, pattern: Pattern):
-    """Shared memory for the states of a run: of each row its outputs, its reference and its sum.
+    @property
+    def run_length(self):
+        """Splits of a run."""
+        return self.scheduler.run
 
-    Rows are those of its splits together, ``WARPGROUP_ROWS`` at most.
-    """
-    return pool.alloc((WARPGROUP_ROWS, pattern.head_dim_v + 2), "float32", align=16)
+    @property
+    def folded(self):
+        """Splits of the keys."""
+        return self.scheduler.splits
 
+    @property
+    def seqlen_q(self):
+        """Queries of a head."""
+        return self.geometry.seqlen_q
 
-def bytes_of_states(pattern: Pattern) -> int:
-    """How much that is."""
-    return WARPGROUP_ROWS * (pattern.head_dim_v + 2) * 4
+    def place_of(self, position):
+        """Where a query is in q and o."""
+        return position
 
+    def has_row(self, row):
+        """Whether there is such a row."""
+        return T.And(row < self.rows.count, self.rows.position(row) < self.geometry.seqlen_q)
 
-@T.meta_class
-class StatesOfCluster:
-    """The states of row ``row`` of a cluster's blocks, as a warp looks for them; a place is a shared address."""
-
-    def __init__(self, block: RunBlock, memory, columns: int, row):
-        self.block, self.memory, self.columns, self.row = block, memory, columns, row
-
-    @T.inline
-    def look_up(self, number, place, sums):
-        rank: T.int32 = T.truncdiv(number, self.block.scheduler.run)
-        at: T.int32 = (number - rank * self.block.scheduler.run) * self.block.count + self.row
-        own = T.meta_var(T.cuda.cvta_generic_to_shared(self.memory.ptr_to([at, 0])))
-        T.ptx["mapa.shared::cluster.u32"](place[0], own, T.Cast("uint32", rank))
-        T.ptx["ld.shared::cluster.v2.f32"](sums[0], sums[1], place[0] + T.uint32(self.columns * 4))
-
-    @T.inline
-    def fetch(self, batch):
-        """States are read where they are."""
-
-    @T.inline
-    def fetched(self):
-        """Nothing to wait for."""
-
-    done = fetched
-
-    @T.inline
-    def load(self, number, place, column, to, first):
-        T.ptx["ld.shared::cluster.v2.f32"](to[first], to[first + 1], place + T.Cast("uint32", column * 4))
+    def number_of_row(self, row):
+        """Number of a row among all of the output, int64."""
+        return self.geometry.lse_offset(self.batch, self.head + self.rows.head(row), self.rows.position(row))
 
 
 @T.meta_class
-class RunConsumer(Consumer):
+class RunConsumer(StateConsumer):
     """The consumer warpgroup of a run: every step masks and takes the maximum."""
-
-    def __init__(self, pattern: Pattern, config, block: RunBlock, pipelines, states: PartialStates, memory, warp, lane):
-        Consumer.__init__(self, pattern, config, block, pipelines, None, 0, warp, lane)
-        self.states_o, self.states_sums = flat(states.o), flat(states.sums)
-        self.columns, self.parts = states.columns, states.parts
-        self.memory = memory
 
     @T.inline
     def run(self):
@@ -155,46 +137,6 @@ class RunConsumer(Consumer):
         self.softmax.probabilities(self.acc_s, self.softmax.scale)
 
     @T.inline
-    def leave_state(self):
-        """Leave the state of a split, which is in registers, to the second launch."""
-        block, geometry, fragment = T.meta_var((self.block, self.block.geometry, self.softmax.fragment))
-        column: T.int32 = fragment.column(self.lane)
-        for r in T.unroll(2):
-            row: T.int32 = block.row_first + self.row + fragment.row(self.lane) + r * fragment.row_step
-            position = T.meta_var(block.rows.position(row))
-            if T.And(row < block.rows.count, position < geometry.seqlen_q):
-                number: T.int64 = geometry.lse_offset(block.batch, block.head + block.rows.head(row), position)
-                index: T.int64 = number * wide(self.parts) + wide(block.number)
-                if column == 0:
-                    T.ptx["st.global.v2.f32"](
-                        self.states_sums.ptr_to([index * 2]), self.finished.row_max[r], self.finished.row_sum[r]
-                    )
-                for g in T.unroll(self.outputs // 4):
-                    i = T.meta_var(g * 4 + r * 2)
-                    T.ptx["st.global.v2.f32"](
-                        self.states_o.ptr_to([index * self.columns + wide(column + fragment.output_column(g))]),
-                        self.acc_o[i],
-                        self.acc_o[i + 1],
-                    )
-
-    @T.inline
-    def keep_state(self):
-        """Keep what a split has left in shared memory."""
-        block, fragment = T.meta_var((self.block, self.softmax.fragment))
-        column: T.int32 = fragment.column(self.lane)
-        for r in T.unroll(2):
-            row: T.int32 = self.row + fragment.row(self.lane) + r * fragment.row_step
-            if row < block.count:
-                at: T.int32 = (block.number - block.begin) * block.count + row
-                if column == 0:
-                    self.memory[at, self.columns] = self.finished.row_max[r]
-                    self.memory[at, self.columns + 1] = self.finished.row_sum[r]
-                for g in T.unroll(self.outputs // 4):
-                    i = T.meta_var(g * 4 + r * 2)
-                    for e in T.unroll(2):
-                        self.memory[at, column + fragment.output_column(g) + e] = self.acc_o[i + e]
-
-    @T.inline
     def leave_states(self):
         """Leave the states of the run's splits, which are in shared memory, to the second launch.
 
@@ -228,38 +170,6 @@ class RunConsumer(Consumer):
                         self.memory[at, self.columns],
                         self.memory[at, self.columns + 1],
                     )
-
-    def sink(self, head):
-        """The logit that a query head has beside those of keys."""
-        geometry, batch = self.block.geometry, self.block.batch
-        return self.pattern.sink(site(geometry, Parameters(geometry, batch, head), batch, head))
-
-    @T.inline
-    def fold(self):
-        """Fold the states of the cluster's blocks, and write the rows: a warp has every n-th share of them."""
-        block, geometry, scheduler = T.meta_var((self.block, self.block.geometry, self.block.scheduler))
-        shares = T.meta_var(-(-self.columns // WARP_COLUMNS))  # warps that share a row
-        T.ptx.barrier.cluster.arrive.release.aligned()
-        T.ptx.barrier.cluster.wait.acquire.aligned()
-        item: T.int32 = self.warp * scheduler.runs + block.run
-        while item < block.count * shares:
-            row: T.int32 = T.truncdiv(item, shares)
-            column: T.int32 = (item - row * shares) * WARP_COLUMNS + self.lane * COLUMNS
-            position: T.int32 = block.rows.position(block.row_first + row)
-            head: T.int32 = block.head + block.rows.head(block.row_first + row)
-            if position < geometry.seqlen_q:
-                fold = Fold(StatesOfCluster(block, self.memory, self.columns, row), self.columns, self.lane)
-                fold.fold(scheduler.splits, column)
-                if self.pattern.has_sink:
-                    fold.add_sink(self.sink(head))
-                fold.store(geometry.o, (block.batch, head, position, column), geometry.head_dim_v)
-                if T.And(geometry.lse_wanted, column == 0):
-                    lse = T.meta_var(flat(geometry.lse))
-                    lse[geometry.lse_offset(block.batch, head, position)] = fold.log_sum_exp
-            item = item + scheduler.runs * WARPS
-        # A block's states stay where they are until all have read them.
-        T.ptx.barrier.cluster.arrive.relaxed.aligned()
-        T.ptx.barrier.cluster.wait.aligned()
 
 
 @T.inline

@@ -1,8 +1,9 @@
-"""The launch that computes partial results of splits of the keys: warps that fetch, and a consumer warpgroup.
+"""The launch that computes splits of the keys of sequences: warps that fetch, and a consumer warpgroup.
 
-The forward kernel's main loop, over the parts that a block has (:mod:`schedules.families.sm90.parts`).  What limits
-these kernels is memory: every step masks and takes the maximum, so that no step is ever repeated, and the producer goes
-on to the next part while the consumers finish one.  Queries, of which there are few, the consumers read themselves.
+The forward kernel's main loop, over the parts that a block has (:mod:`schedules.families.sm90.parts`), which leave
+states (:mod:`schedules.families.sm90.states`).  What limits these kernels is memory: every step masks and takes the
+maximum, so that no step is ever repeated, and the producer goes on to the next part while the consumers finish one.
+Queries, of which there are few, the consumers read themselves.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, NamedBarriers, consumer_arrivals
 from schedules.families.sm90.config import PANEL, WARPGROUP_ROWS, panels
-from schedules.families.sm90.consumer import Consumer
 from schedules.families.sm90.parts import Part, PartScheduler
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.softmax import Finished, Softmax
+from schedules.families.sm90.states import StateConsumer, memory_of_states
 from schedules.families.sm90.wgmma import swizzled
 from schedules.families.sm90.work_tile import KeyWalk
 from schedules.tile.epilogue import normalise
 from schedules.tile.geometry import Geometry, flat, wide
 from schedules.tile.partial import PartialResults
 from schedules.tile.score import NEGATIVE_INFINITY
+from schedules.tile.softmax import LOWEST
+from schedules.tile.states import COLUMNS, WARP_COLUMNS, Fold
 from schedules.tile.static import static
 
 #: Elements of 16 bytes, which a thread copies at once.
@@ -173,12 +176,13 @@ class PartRowsConsumer:
 
 
 @T.meta_class
-class PartConsumer(PartRowsConsumer, Consumer):
+class PartConsumer(PartRowsConsumer, StateConsumer):
     """The consumer warpgroup, over the block's parts."""
 
-    def __init__(self, pattern: Pattern, config, part: Part, pipelines, results: PartialResults, warp, lane):
-        Consumer.__init__(self, pattern, config, part, pipelines, None, 0, warp, lane)
-        self.add_rows(results)
+    def __init__(self, pattern: Pattern, config, part: Part, pipelines, states, memory, warp, lane):
+        StateConsumer.__init__(self, pattern, config, part, pipelines, states, memory, warp, lane)
+        self.softmax = PartSoftmax(pattern, part.site, part.rows, config.block_n)
+        self.finished = Finished(self.softmax)
 
     @T.inline
     def run(self):
@@ -192,8 +196,12 @@ class PartConsumer(PartRowsConsumer, Consumer):
             if walk.tiles.begin < walk.tiles.end:
                 self.compute(walk)
             else:
-                self.write_nothing()
+                self.leave_nothing()
             part.advance()
+        if part.scheduler.in_clusters:
+            self.fold()
+            if part.batch == part.geometry.batch - 1:
+                self.clear_rest()
 
     @T.inline
     def compute(self, walk):
@@ -204,7 +212,45 @@ class PartConsumer(PartRowsConsumer, Consumer):
         self.issue_pv(v)
         self.finish_pv(v)
         self.finished.keep(self.softmax)
-        self.write_partial()
+        if self.block.scheduler.in_clusters:
+            self.keep_state()
+        else:
+            self.leave_state()
+
+    @T.inline
+    def leave_nothing(self):
+        """Say that the part's rows see nothing of it."""
+        part = T.meta_var(self.block)
+        thread = T.meta_var(self.warp * 32 + self.lane)
+        if thread < part.count:
+            if part.scheduler.in_clusters:
+                at: T.int32 = part.kept * part.count + thread
+                self.memory[at, self.columns] = T.float32(LOWEST)
+                self.memory[at, self.columns + 1] = T.float32(0)
+            else:
+                number: T.int64 = part.number_of_row(part.row_first + thread)
+                index: T.int64 = number * wide(self.parts) + wide(part.number)
+                T.ptx["st.global.v2.f32"](self.states_sums.ptr_to([index * 2]), T.float32(LOWEST), T.float32(0))
+
+    @T.inline
+    def clear_rest(self):
+        """The cluster of the last sequence: write rows behind it, which see nothing."""
+        part, geometry = T.meta_var((self.block, self.block.geometry))
+        fold = Fold(None, self.columns, self.lane)
+        fold.clear()
+        first: T.int32 = part.query_first + part.seqlen_q
+        rest: T.int32 = geometry.seqlen_q - first
+        item: T.int32 = self.warp * part.scheduler.runs + part.run
+        while item < rest * part.scheduler.group:
+            head: T.int32 = T.truncdiv(item, rest)
+            at: T.int32 = first + item - head * rest
+            for share in T.unroll(-(-self.columns // WARP_COLUMNS)):
+                column = T.meta_var(share * WARP_COLUMNS + self.lane * COLUMNS)
+                fold.store(geometry.o, (part.batch, part.head + head, at, column), geometry.head_dim_v)
+            if T.And(geometry.lse_wanted, self.lane == 0):
+                lse = T.meta_var(flat(geometry.lse))
+                lse[geometry.lse_offset(part.batch, part.head + head, at)] = T.float32(NEGATIVE_INFINITY)
+            item = item + part.scheduler.runs * WARPS
 
     @T.inline
     def first_step(self, walk):
@@ -235,17 +281,18 @@ def _fetch(part: Part, tensor, pipeline, descriptor, lane):
     while part.exists:
         walk = KeyWalk(part, 0, WARPGROUP_ROWS)
         if walk.tiles.begin < walk.tiles.end:
+            tiles.start()
             for i in T.serial(walk.steps):
                 if T.Or(i == 0, walk.visible(i)) if part.pattern.has_gaps else True:
-                    tiles.look_up(walk.key_first(i))
+                    tiles.look_up(walk, i)
                     pipeline.producer_acquire(pipeline.state(n))
-                    tiles.load(pipeline, pipeline.state(n), descriptor, walk.key_first(i))
+                    tiles.load(pipeline, pipeline.state(n), descriptor, walk, i)
                     n = n + 1
         part.advance()
 
 
 @T.inline
-def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, results: PartialResults):
+def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler, boxes, states=None):
     """The kernel's text, from the descriptors on."""
     config = T.meta_var(scheduler.config)
     # 1. Descriptors of the tensors, made on the host.
@@ -253,19 +300,23 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     T.evaluate(boxes.encode_keys(k_map, geometry.k, config.block_n))
     v_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
     T.evaluate(boxes.encode_keys(v_map, geometry.v, config.block_n))
-    # 2. Blocks, warps, lanes; the launch that combines may begin when every block has come here.
+    # 2. Blocks, warps, lanes; the launch that folds may begin when every block has come here.
     T.device_entry()
     T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
-    unit, share = T.cta_id(scheduler.grid())
+    if scheduler.in_clusters:
+        _x, _rank, _z = T.cta_id_in_cluster(scheduler.cluster())
+    unit, share, batch = T.cta_id(scheduler.grid() if scheduler.in_clusters else [*scheduler.grid(), 1])
     warp = T.warp_id([config.threads // 32])
     lane = T.lane_id([32])
     T.thread_id([config.threads])
-    T.ptx.griddepcontrol.launch_dependents()
+    if not scheduler.in_clusters:
+        T.ptx.griddepcontrol.launch_dependents()
     # 3. Shared memory: queries, pipelines of keys and values, barriers.
     pool = SMEMPool()
     q_pipeline = Pipeline(pool, 1, panels(pattern.head_dim), config.block_m, pattern.dtype)
     k_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim), config.block_n, pattern.dtype)
     v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, pattern.dtype)
+    memory = T.meta_var(memory_of_states(pool, pattern) if scheduler.in_clusters else None)
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
     pool.commit()
@@ -275,7 +326,7 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
             v_pipeline.init(consumer_arrivals(1))
             T.ptx.fence.mbarrier_init.release.cluster()
     # 4. The block's parts.
-    part = Part(pattern, geometry, scheduler, boxes, unit, share)
+    part = Part(pattern, geometry, scheduler, boxes, unit, share, batch)
     part.find(lane)
     T.cuda.cta_sync()
     # 5. Tasks: a warp fetches K, one V, two have none.
@@ -288,5 +339,5 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     else:
         T.ptx["setmaxnreg.inc.sync.aligned.u32"](config.registers[1])
         pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
-        consumer = PartConsumer(pattern, config, part, pipelines, results, warp, lane)
+        consumer = PartConsumer(pattern, config, part, pipelines, states, memory, warp, lane)
         consumer.run()

@@ -121,6 +121,11 @@ def paged_box(steps: PageSteps, page, row, rows, head):
     return LAST_ROW - rows, head, page * steps.page + (row + rows) * steps.row, T.int32(LAST_ROW)
 
 
+def placed_box(steps: PageSteps, place, rows, head):
+    """The same of rows that begin ``place`` units after the tensor's first."""
+    return LAST_ROW - rows, head, place + rows * steps.row, T.int32(LAST_ROW)
+
+
 @T.inline
 def load_panel(shared, descriptor, panel, at, barrier):
     """One thread: start to copy a panel of the box at ``at`` to shared memory; its bytes count at ``barrier``."""
