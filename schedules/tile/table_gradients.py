@@ -146,12 +146,12 @@ class Slices:
         """Scores of a slice that a lane walks over."""
         return self.fragment.tile_rows * self.width // LANES
 
-    def place(self, lane: Expr, step: int) -> tuple[Expr, Expr]:
+    def place(self, lane: Expr, step: Expr) -> tuple[Expr, Expr]:
         """Row and column of a lane's score number ``step`` in a slice."""
         half = T.truncdiv(lane, BLOCK)
         row = step if self.width > BLOCK else half * (self.fragment.tile_rows // 2) + step
         column = T.truncmod(lane + row, BLOCK)
-        return T.int32(0) + row, column + half * BLOCK if self.width > BLOCK else column
+        return row, column + half * BLOCK if self.width > BLOCK else column
 
     def memory(self, pool, warps: int):
         """What a block needs."""
@@ -164,7 +164,11 @@ class Slices:
 
 @T.meta_class
 class TableGradients:
-    """A lane's shares in the gradients of tables, at a site; ``memory`` is that of :class:`Slices`."""
+    """A lane's shares in the gradients of tables, at a site; ``memory`` is that of :class:`Slices`.
+
+    Of each element that the expression reads it has two, of the element that it is at and of the one before: lanes turn
+    to another diagonal in different steps, and add what they have left all at once after a slice.
+    """
 
     def __init__(self, sums: TableSums, pattern: Pattern, at: Site, slices: Slices, memory, warp: Expr, lane: Expr):
         self.params, self.pattern, self.at, self.slices, self.lane = sums.params, pattern, at, slices, lane
@@ -174,7 +178,7 @@ class TableGradients:
             size = math.prod(at.params[p.name].shape, start=T.int32(1))
             self.sums[p.name] = flat(sums.arguments[n])
             self.elements[p.name] = local(T.Select(sums.elements(n) >= size, sums.elements(n), 0))
-            self.counts[p.name] = pattern.elements_read(p.name)
+            self.counts[p.name] = 2 * pattern.elements_read(p.name)
             self.element[p.name] = T.alloc_local([self.counts[p.name]], "int32")
             self.share[p.name] = T.alloc_local([self.counts[p.name]], "float32")
             for x in range(self.counts[p.name]):
@@ -197,21 +201,24 @@ class TableGradients:
     def add(self, param: Param, number: int, row: Expr, column: Expr, chosen) -> None:
         """Add what is in shared memory to the ``number``-th element of a table that the expression reads, for a slice
         whose first query is ``row`` and first key ``column``."""
-        values = T.alloc_local([self.slices.steps], "float32")
-        places = [self.slices.place(self.lane, step) for step in range(self.slices.steps)]
-        for step, (i, j) in enumerate(places):
-            T.buffer_store(values, self.memory[self.warp, i * self.slices.pitch + j], [step])
+        share, n = self.share[param.name], 2 * number
         with T.If(self.elements[param.name] > 0), T.Then():
-            for step, (i, j) in enumerate(places):
+            with T.serial(self.slices.steps) as step:
+                i, j = self.slices.place(self.lane, step)
                 found = self._element(param, number, row + i, column + j, chosen)
-                self._add(param, number, local(found).source[0], values[step])
+                value = self.memory[self.warp, i * self.slices.pitch + j]
+                self._add(param, n, *(local(x).source[0] for x in (found, value)))
+            with T.If(share[n + 1] != T.float32(0)), T.Then():
+                for x in (n, n + 1):
+                    self._leave(param, x)
+                    T.buffer_store(share, T.float32(0), [x])
 
     def leave(self) -> None:
         """Add what the lane still has to the sums."""
         for p in self.params:
             with T.If(self.elements[p.name] > 0), T.Then():
-                for number in range(self.counts[p.name]):
-                    self._leave(p, number)
+                for n in range(self.counts[p.name]):
+                    self._leave(p, n)
 
     def _element(self, param: Param, number: int, i: Expr, j: Expr, chosen) -> Expr:
         """The number of an element, row by row."""
@@ -221,19 +228,22 @@ class TableGradients:
             found = found * size + x
         return found
 
-    def _add(self, param: Param, number: int, found: Expr, value: Expr) -> None:
+    def _add(self, param: Param, n: int, found: Expr, value: Expr) -> None:
+        """Add to share ``n`` if it is that of the element ``found``; else it becomes the earlier one, ``n + 1``."""
         element, share = self.element[param.name], self.share[param.name]
-        with T.If(T.And(found != element[number], value != T.float32(0))), T.Then():
-            self._leave(param, number)
-            T.buffer_store(element, found, [number])
-            T.buffer_store(share, T.float32(0), [number])
-        T.buffer_store(share, share[number] + value, [number])
+        turns = local(T.And(found != element[n], value != T.float32(0))).source[0]
+        with T.If(T.And(turns, share[n + 1] != T.float32(0))), T.Then():
+            self._leave(param, n + 1)
+        for x in (element, share):
+            T.buffer_store(x, T.Select(turns, x[n], x[n + 1]), [n + 1])
+        T.buffer_store(element, T.Select(turns, found, element[n]), [n])
+        T.buffer_store(share, T.Select(turns, T.float32(0), share[n]) + value, [n])
 
-    def _leave(self, param: Param, number: int) -> None:
+    def _leave(self, param: Param, n: int) -> None:
         """Add a share to its element's sum."""
-        share = self.share[param.name][number]
+        share = self.share[param.name][n]
         with T.If(share != T.float32(0)), T.Then():
-            at = wide(self.element[param.name][number]) * T.int64(2)
+            at = wide(self.element[param.name][n]) * T.int64(2)
             T.evaluate(add_share(self.sums[param.name].ptr_to([at]), self.elements[param.name], share))
 
 
