@@ -28,6 +28,8 @@ from tvm_flash.packs.manifest import DENSE, PAGED, RAGGED, Argument, KernelEntry
 
 #: What is in the results that a kernel adds to.
 _THERE = 1.0
+#: The tensors that kernels write, gradients of parameters apart.
+_RESULTS = ("out", "lse", "dq", "dk", "dv")
 #: Of each head of an 8-bit cache, what its elements are multiplied with.
 CACHE_SCALES = np.linspace(0.03, 0.05, KV_HEADS, dtype=np.float32)
 
@@ -63,7 +65,7 @@ def kind_of(entry: KernelEntry) -> tuple:
     """What the exact results of a kernel follow from, and its bucket: kernels of one kind share them."""
     names, learnt = (tuple(p.name for p in entry.params if p.gradient or not only) for only in (False, True))
     what = entry.op, entry.dtype, entry.head_dim, entry.head_dim_v, entry.mask, entry.score, names, learnt
-    return *what, entry.cache_dtype, entry.bucket
+    return *what, entry.cache_dtype, entry.values_in_keys, entry.bucket
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def _expected(
     params: tuple[str, ...],
     learnt: tuple[str, ...],
     cache_dtype: str,
+    values_in_keys: bool,
     lengths: tuple[int, int],
     seqlen_q: int,
     seqlen_kv: int,
@@ -95,6 +98,8 @@ def _expected(
     Where keys and values have 8 bits, the inputs are their elements, each head's with a scale of ``CACHE_SCALES``.
     """
     q, k, v = random_inputs(dtype, head_dim, head_dim_v, (BATCH, HEADS, KV_HEADS), (seqlen_q, seqlen_kv))
+    if values_in_keys:
+        v = k[..., :head_dim_v]
     elements = k, v
     if cache_dtype != dtype:
         scales = CACHE_SCALES[:, None, None]
@@ -200,8 +205,8 @@ def run(
     order = (0, 2, 1, 3) if entry.form == DENSE and entry.layout == "bshd" else (0, 1, 2, 3)
     of = dict(zip(("head_dim", "head_dim_v"), head_dims, strict=True))
     if entry.form != DENSE:
-        starts = len(inputs["cu_seqlens_q"])
-        of |= {"batch": starts - 1, "heads": q[1], "kv_heads": k[-2], "total_q": q[0]}
+        batch = len(inputs["cu_seqlens_q"]) - 1
+        of |= {"batch": batch, "heads": q[1], "kv_heads": k[-2], "total_q": q[0]}
         if entry.form == PAGED:
             per_sequence = inputs["page_table"].shape[1]
             of |= {"pages": k[0], "page_size": k[1], "pages_per_sequence": per_sequence}
@@ -209,13 +214,11 @@ def run(
         else:
             of |= {"total_k": k[0]}
             extents = entry.extents(sizes.of_sequences(**of))
-        shapes = {
-            role_of(name): tuple({**of, "starts": starts}.get(a, 0) for a in x.ragged) for name, x in TENSORS.items()
-        }
+        shapes = {role_of(name): tuple(of[a] for a in TENSORS[name].ragged if a in of) for name in _RESULTS}
     else:
         of |= {"batch": q[0], "heads": q[1], "kv_heads": k[1], "seqlen_q": q[2], "seqlen_kv": k[2]}
         extents = entry.extents(sizes.of(**of), lambda role: np.shape(params[role.removeprefix("d_")]))
-        shapes = {role_of(name): tuple(of[a] for a in x.axes if a in of) for name, x in TENSORS.items()}
+        shapes = {role_of(name): tuple(of[a] for a in TENSORS[name].axes) for name in _RESULTS}
     axes = {"b": of["batch"], "h": of["heads"], "i": of.get("seqlen_q"), "j": of.get("seqlen_kv")}
     for p in entry.params:
         expected = tuple(axes[a] for a in p.axes)
