@@ -209,7 +209,7 @@ def test_the_cases_of_a_check_see_keys(mask, lengths):
     params = tuple(p.name for p in MASKS[mask].params)
     found, full = (
         small_case._expected(
-            "forward", "float32", 8, 8, name, "identity", given, (), "float32", lengths, *lengths
+            "forward", "float32", 8, 8, name, "identity", given, (), "float32", False, lengths, *lengths
         ).exact["o"][0]
         for name, given in ((mask, params), ("full", ()))
     )
