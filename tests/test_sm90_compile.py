@@ -36,7 +36,7 @@ def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, hea
         (v2, 0, {"mask": "causal", "head_dim": 64}),
         (v2, 0, {"mask": "window", "score": "softcap_alibi", "head_dim": 64, "dtype": "bfloat16"}),
         (v1, 0, {"head_dim": 256}),
-        (v1, 16384, {"mask": "causal", "head_dim": 192}),
+        (v1, 8192, {"mask": "causal", "head_dim": 192}),
         (v2, 0, {"mask": "sink_window", "head_dim": 192, "head_dim_v": 128}),
         (v2, 0, {"score": "biased", "head_dim": 128}),
     ],
