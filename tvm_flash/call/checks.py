@@ -302,6 +302,19 @@ def _check_known(name: str, value: Any) -> None:
         )
 
 
+def whole_number(name: str, x: object, expected: str) -> int:
+    """An argument as an int.
+
+    Raises
+    ------
+    ArgumentTypeError: it is none, or a bool.
+    """
+    try:
+        return operator.index(None if isinstance(x, bool) else x)
+    except TypeError:
+        raise ArgumentTypeError(f"{name}: is {x!r}, expected {expected}") from None
+
+
 def check_longest(name: str, length: Any) -> None:
     """A length that no sequence exceeds: a whole number."""
     if type(length) is not int and not hasattr(type(length), "__index__"):

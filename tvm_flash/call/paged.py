@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -127,7 +126,7 @@ def check_head_dim_v(head_dim_v: object, head_dim: int) -> int:
     ------
     ArgumentTypeError, InvalidArgumentError
     """
-    size = _whole_number("head_dim_v", head_dim_v, "a whole number")
+    size = checks.whole_number("head_dim_v", head_dim_v, "a whole number")
     if not 0 < size <= head_dim:
         raise InvalidArgumentError(
             f"head_dim_v: is {size}, expected 1 to {head_dim}: values are the first elements of the {head_dim} of a key"
@@ -135,19 +134,6 @@ def check_head_dim_v(head_dim_v: object, head_dim: int) -> int:
     if size % HEAD_DIM_MULTIPLE:
         raise InvalidArgumentError(f"head_dim_v: is {size}, expected a multiple of {HEAD_DIM_MULTIPLE}")
     return size
-
-
-def _whole_number(name: str, x: object, expected: str) -> int:
-    """An argument as an int.
-
-    Raises
-    ------
-    ArgumentTypeError
-    """
-    try:
-        return operator.index(None if isinstance(x, bool) else x)
-    except TypeError:
-        raise ArgumentTypeError(f"{name}: is {x!r}, expected {expected}") from None
 
 
 def check_split_length(split_length: object) -> int:
@@ -159,7 +145,7 @@ def check_split_length(split_length: object) -> int:
     """
     if split_length is None:
         return 0
-    size = _whole_number("split_length", split_length, "a whole number or None")
+    size = checks.whole_number("split_length", split_length, "a whole number or None")
     if not LEAST_SPLIT <= size <= MOST_SPLIT or size & (size - 1):
         raise InvalidArgumentError(
             f"split_length: is {size}, expected a power of two from {LEAST_SPLIT} to {MOST_SPLIT}, or None"

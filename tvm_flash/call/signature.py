@@ -93,10 +93,10 @@ class Signature:
 
         With keys on pages, ``longest`` follows, and ``head_dim_v`` and ``split_length`` where values are in keys.
         """
-        builtin, longest, of_latents = self.definition == BUILTIN_DEFINITION, None, ()
+        builtin, longest, of_latents = self.definition == BUILTIN_DEFINITION, None, {}
         if OPERATORS[self.op].values_in_keys:
             *rest, head_dim_v, split_length = rest
-            of_latents = head_dim_v, split_length
+            of_latents = {"head_dim_v": head_dim_v, "split_length": split_length}
         if OPERATORS[self.op].form == PAGED:
             *rest, longest = rest
         return Options(
@@ -109,7 +109,7 @@ class Signature:
             op=self.op,
             gradients=self.gradients,
             longest=longest,
-            **dict(zip(("head_dim_v", "split_length"), of_latents, strict=False)),
+            **of_latents,
         )
 
 

@@ -6,7 +6,6 @@ What is in tensors is another file's: :mod:`.torch_cache_contents`.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,13 +131,8 @@ def _check_lengths(tensors: Mapping[str, Any], cache_seqlens: Any, batch: int, c
     if isinstance(cache_seqlens, torch.Tensor):
         _check_shape("cache_seqlens", cache_seqlens, (batch,), "how many keys each sequence has")
     elif cache_seqlens is not None:
-        try:
-            cache_seqlens = operator.index(None if isinstance(cache_seqlens, bool) else cache_seqlens)
-        except TypeError:
-            raise ArgumentTypeError(
-                f"cache_seqlens: is {cache_seqlens!r}, expected a tensor int32 ({batch},) or a whole number for all "
-                f"sequences"
-            ) from None
+        expected = f"a tensor int32 ({batch},) or a whole number for all sequences"
+        cache_seqlens = checks.whole_number("cache_seqlens", cache_seqlens, expected)
         if not 0 <= cache_seqlens <= capacity:
             raise InvalidArgumentError(f"cache_seqlens: is {cache_seqlens}, expected 0 to {capacity}")
     for name in ("cache_leftpad", "rotary_seqlens"):
