@@ -13,7 +13,7 @@ from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.families import FAMILY, family_of, kinds_of
 from schedules.families.cpu.isa import ISAS
-from schedules.families.interface import APPEND, BACKWARD_ACCUMULATE, MERGED, PARTIAL, Target
+from schedules.families.interface import APPEND, BACKWARD_ACCUMULATE, MERGED, PAGED_LATENT, PARTIAL, Target
 from schedules.tuning import emit, kinds
 from schedules.tuning.budget import Budget
 from schedules.tuning.space import Space
@@ -120,7 +120,7 @@ def test_every_kind_declares_a_space_with_its_default_in_it(target):
     family = family_of(target)
     for kind in kinds_of(target)[1:]:
         if kind not in kinds.KINDS:
-            assert kind in (APPEND, PARTIAL, MERGED, BACKWARD_ACCUMULATE, *CACHE_OF_KIND)
+            assert kind in (APPEND, PARTIAL, MERGED, BACKWARD_ACCUMULATE, PAGED_LATENT, *CACHE_OF_KIND)
             continue
         for head_dim in (64, 256):
             problem = Workload.parse(f"b=1 h=2 s=512 d={head_dim} causal", family.DTYPES[-1])
