@@ -166,6 +166,14 @@ def test_results_lie_in_memory_as_torchs_do(order, head_dim):
     assert found.stride() == wanted.stride() and (found - wanted).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dim", range(3))
+def test_results_of_expanded_queries_lie_as_torchs_do(dim):
+    """Learned queries that a batch, heads or rows share: models view the result as ``(batch, rows, channels)``."""
+    q, k, v = (torch.randn(2, 16, 4, 32).transpose(1, 2) for _ in range(3))
+    q = q.narrow(dim, 0, 1).expand_as(q)
+    assert nn.scaled_dot_product_attention(q, k, v).stride() == torch_sdpa(q, k, v).stride()
+
+
 @pytest.mark.parametrize(
     "options", [{"scale": float("inf")}, {"attn_mask": torch.zeros(16, 16, dtype=torch.float16)}], ids=["scale", "mask"]
 )

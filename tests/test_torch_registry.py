@@ -113,10 +113,15 @@ def test_on_cpu(sizes, options, monkeypatch):
 
 
 @pytest.mark.parametrize("packed", (False, True))
-@pytest.mark.parametrize("options", ({}, {"is_causal": True}, {"attn_mask": torch.randn(20, 33)}), ids=list)
-def test_results_lie_as_torchs_do(packed, options):
+@pytest.mark.parametrize(
+    ("options", "expanded"),
+    [*((x, None) for x in ({}, {"is_causal": True}, {"attn_mask": torch.randn(20, 33)})), *(({}, x) for x in range(3))],
+    ids=str,
+)
+def test_results_lie_as_torchs_do(packed, options, expanded):
     """A program that Inductor compiled fails over strides that aren't those of torch's kernels."""
     q, k, v = (x.detach() for x in tensors(20, 33, packed=packed))
+    q = q if expanded is None else q.narrow(expanded, 0, 1).expand_as(q)
     operators = torch.ops.aten
 
     def strides():

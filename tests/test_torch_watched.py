@@ -285,6 +285,18 @@ def test_vmap_over_masks_of_the_drop_in(qkv):
     assert near(run(scaled_dot_product_attention), run(F.scaled_dot_product_attention))
 
 
+@pytest.mark.parametrize("head_dim", (20, 32))
+@pytest.mark.parametrize("order", ((0, 1, 2, 3, 4), (0, 3, 1, 2, 4)))
+def test_vmap_of_the_drop_in_over_any_head_dim_and_layout(order, head_dim):
+    """A result whose memory lies otherwise than that of kernels is mapped too."""
+    q, k, v = (torch.empty_permuted((3, 2, 4, 5, head_dim), order).normal_() for _ in range(3))
+    found = torch.vmap(lambda *x: scaled_dot_product_attention(*x, is_causal=True))(q, k, v)
+    assert near(
+        found,
+        F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), is_causal=True).unflatten(0, (3, 2)),
+    )
+
+
 def test_vmap_over_key_ranges(qkv):
     ranges = torch.tensor([[[0, 20]], [[3, 9]]], dtype=torch.int32)
     found = torch.vmap(lambda r: padded_attention(*qkv, r))(ranges)

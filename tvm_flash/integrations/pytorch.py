@@ -29,7 +29,7 @@ from tvm_flash.backward import (
 )
 from tvm_flash.call.checks import is_positive_float32
 from tvm_flash.errors import NotSupportedError
-from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
+from tvm_flash.nn.attend import WholeMask, attend, fit, order_of, whole_mask_of
 from tvm_flash.nn.causal import top_left
 from tvm_flash.nn.far_rows import rows_of
 from tvm_flash.nn.masks import KeyMask, key_mask_of
@@ -128,8 +128,7 @@ def _swapped(layout: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
 def _laid_out(result: torch.Tensor, size: int, x: torch.Tensor) -> torch.Tensor:
     """The first ``size`` elements of the last dimension, laid out as ``empty_like(x)``, which torch counts on."""
     result = result[..., :size]
-    order = sorted(range(x.ndim), key=lambda dim: -x.stride(dim))
-    place = torch.empty_permuted(tuple(result.shape), order, dtype=result.dtype, device=result.device)
+    place = torch.empty_permuted(tuple(result.shape), order_of(x), dtype=result.dtype, device=result.device)
     return result if result.stride() == place.stride() else place.copy_(result)
 
 

@@ -99,3 +99,11 @@ def fit(x: torch.Tensor) -> torch.Tensor:
     if beyond:
         x = torch.nn.functional.pad(x, (0, beyond))  # which leaves dimensions in the order that they had
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def order_of(x: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions from the slowest to the fastest, as ``torch.empty_like`` lays them out: an expanded one stays."""
+    strides = x.stride()
+    if 0 in strides:
+        strides = torch.empty_like(torch.empty_strided(tuple(x.shape), strides, device="meta")).stride()
+    return tuple(sorted(range(x.ndim), key=lambda dim: -strides[dim]))

@@ -22,7 +22,7 @@ from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, Problem
 from tvm_flash.errors import ArgumentTypeError, FallbackWarning, TvmFlashError
 from tvm_flash.frameworks.torch_watch import has_tangent_below, is_differentiated
 from tvm_flash.machine.device import Device
-from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
+from tvm_flash.nn.attend import WholeMask, attend, fit, order_of, whole_mask_of
 from tvm_flash.nn.causal import bottom_right, is_causal_bias, is_of, is_top_left, kind_of, top_left
 from tvm_flash.nn.jagged import sequences_of
 from tvm_flash.nn.masks import KeyMask, key_mask_of
@@ -274,10 +274,9 @@ _HEADS_APART, _HEADS_SIDE_BY_SIDE = (0, 1, 2, 3), (0, 2, 1, 3)
 
 def _order(query: torch.Tensor) -> tuple[int, ...]:
     """How the dimensions of a result lie, which is how the query's do, as with torch: models view one as the other."""
-    strides = query.stride()
     if torch.compiler.is_compiling():  # sizes may be symbols there, which can be compared and not sorted
-        return _HEADS_SIDE_BY_SIDE if strides[1] < strides[2] else _HEADS_APART
-    order = tuple(sorted(range(4), key=lambda dim: -strides[dim]))
+        return _HEADS_SIDE_BY_SIDE if query.stride(1) < query.stride(2) else _HEADS_APART
+    order = order_of(query)
     return order if order[3] == 3 else _HEADS_APART
 
 
@@ -316,9 +315,8 @@ def _compute(
     out = call(q=query, k=key, v=value, softmax_scale=scale)
     out = out.transpose(1, 2) if layout == "bshd" else out
     if head_dim_v % HEAD_DIM_MULTIPLE or order not in (_HEADS_APART, _HEADS_SIDE_BY_SIDE):
-        shape = (*out.shape[:3], head_dim_v)
-        laid_out = torch.empty_permuted(shape, order, dtype=out.dtype, device=out.device)
-        out = laid_out.copy_(out[..., :head_dim_v])
+        back = tuple(map(order.index, range(4)))
+        out = out[..., :head_dim_v].permute(order).contiguous().permute(back)
     return out if whole else out[0]
 
 
