@@ -37,6 +37,8 @@ SHAPES = (
 )
 #: More row tiles than a GPU has room for, for kernels whose blocks go on to others.
 MANY = ((4, 50, 50), (20, 140))
+#: Of keys on pages: one sequence whose keys many blocks share, and so many that a block has one to itself.
+SEQUENCES = (((1, 4, 2), (2, 5000)), ((300, 4, 2), (2, 90)))
 
 #: How many lines of a tool's reports are shown, and of what else was printed.
 SHOWN_REPORTS, SHOWN_ELSE = 30, 8
@@ -56,8 +58,11 @@ def run(arch: str, symbol: str) -> int:
     kernels = [k for k in registry().kernels(arch) if re.search(symbol, k.entry.symbol)]
     for number, kernel in enumerate(kernels, start=1):
         e = kernel.entry
-        goes_on = e.config.get("waves") and not any(p.is_tensor for p in e.params)
-        for heads, seqlens in (*SHAPES, *([MANY] if goes_on else [])):
+        shapes = list(SHAPES)
+        if not any(p.is_tensor for p in e.params):
+            shapes += [MANY] if e.config.get("waves") else []
+            shapes += SEQUENCES if e.form == "paged" else []
+        for heads, seqlens in shapes:
             print(f"{number} of {len(kernels)}: {e.symbol}, {heads}, {seqlens}", flush=True)
             if e.op == "append":
                 case = small_append.case_of(e, seqlens[0])
