@@ -129,18 +129,18 @@ def test_what_processors_ask_their_layers(options, kind, calls):
     assert (layer(x) - want).abs().max() < 1e-5 and len(calls) == 1
 
 
-def test_a_scale_that_no_processor_of_ours_knows():
+@pytest.mark.parametrize("other", ({"scale_qk": False}, {"dim_head": 32}), ids=str)
+def test_what_no_processor_of_ours_knows(other, calls):
+    """Keys of a text beside another scale, or heads that are wider in all than the channels."""
     from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 
-    options = {"heads": 4, "dim_head": 16, "added_kv_proj_dim": 24, "norm_num_groups": 8}
-    plain, scaled = (
-        Attention(64, scale_qk=x, processor=AttnAddedKVProcessor(), bias=True, **options) for x in (True, False)
-    )
+    options = {"heads": 4, "dim_head": 16, "added_kv_proj_dim": 24, "norm_num_groups": 8, "bias": True}
+    plain, own = (Attention(64, processor=AttnAddedKVProcessor(), **options | x) for x in ({}, other))
     x, text = torch.randn(2, 64, 3, 3), torch.randn(2, 7, 24)
     with pytest.warns(FallbackWarning, match="AttnAddedKVProcessor of ModuleList keep their own"):
-        want = plain(x, text), scaled(x, text)
-        assert integration.use(torch.nn.ModuleList((plain, scaled))) == 1
-    assert (plain(x, text) - want[0]).abs().max() < 1e-5 and torch.equal(scaled(x, text), want[1])
+        want = plain(x, text), own(x, text)
+        assert integration.use(torch.nn.ModuleList((plain, own))) == 1
+    assert (plain(x, text) - want[0]).abs().max() < 1e-5 and torch.equal(own(x, text), want[1]) and len(calls) == 1
 
 
 def test_images_and_masks():
@@ -153,11 +153,13 @@ def test_images_and_masks():
     cross = Attention(32, cross_attention_dim=24, **options).eval()
     mask = torch.where(torch.arange(9) < torch.tensor([[9], [4]]), 0.0, -torch.inf)[:, None]
     each = torch.randn(8, 11, 9)  # another one for each head
+    viewed = torch.randn(1, 22, 9)  # which diffusers' processor repeats and then views as one of each head
     for layer, inputs in (
         (image, (torch.randn(2, 32, 6, 5),)),
         (cross, (torch.randn(2, 11, 32), torch.randn(2, 9, 24))),
         (cross, (torch.randn(2, 11, 32), torch.randn(2, 9, 24), mask)),
         (cross, (torch.randn(2, 11, 32), torch.randn(2, 9, 24), each)),
+        (cross, (torch.randn(2, 11, 32), torch.randn(2, 9, 24), viewed)),
     ):
         layer.set_processor(AttnProcessor2_0())
         with torch.no_grad(), warnings.catch_warnings():

@@ -36,7 +36,8 @@ def _kinds(*names: str) -> tuple[type, ...]:
 
 #: What :class:`TvmFlashAttnProcessor` computes likewise, and what the processor with keys of a text does.
 _PLAIN = (AttnProcessor, AttnProcessor2_0, *_kinds("SlicedAttnProcessor", "XFormersAttnProcessor"))
-#: The latter, unless a layer has another scale than the usual one, which that processor doesn't know.
+#: The latter, unless a layer has another scale than the usual one, or heads of another width in all than its channels,
+#: which that processor doesn't know.
 _ADDED = _kinds("AttnAddedKVProcessor", "SlicedAttnAddedKVProcessor", "XFormersAttnAddedKVProcessor")
 
 
@@ -83,7 +84,7 @@ def _change(layer: torch.nn.Module) -> bool | None:
         processor._attention_backend = _backend()
     elif type(processor) in _PLAIN and isinstance(layer, Attention):
         layer.processor = TvmFlashAttnProcessor(by_layer=type(processor) is not AttnProcessor2_0)
-    elif type(processor) in _ADDED and layer.scale_qk:
+    elif type(processor) in _ADDED and layer.scale_qk and layer.inner_dim == layer.query_dim:
         layer.processor = _redirected(processors.AttnAddedKVProcessor2_0, "__call__")()
     elif _calls_torch(type(processor).__call__):
         processor.__class__ = _redirected(type(processor), "__call__")
@@ -226,7 +227,7 @@ class TvmFlashAttnProcessor:
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
         if attention_mask is not None:  # comes as (batch * heads, 1 or seq, keys)
-            shared = attention_mask.shape[0] < batch * attn.heads
+            shared = attention_mask.shape[0] == batch
             attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], batch)
             attention_mask = attention_mask.reshape(batch, attn.heads, -1, attention_mask.shape[-1])
             attention_mask = attention_mask[:, :1] if shared else attention_mask
