@@ -144,9 +144,6 @@ def masks(kind, q_length, kv_length, q_offset, attention_mask, kv_offset=0):
 @pytest.mark.parametrize("padding", (None, "ones", "left", "right"))
 def test_key_ranges_say_what_the_boolean_mask_says(kind, room, q_length, q_offset, padding):
     seen = q_length + q_offset
-    both = kind in ("full", "sliding both ways")
-    if both and (room or (kind != "full" and q_offset)):
-        pytest.skip("a bidirectional layer has no cache")
     attention_mask = None if padding is None else torch.ones(3, seen, dtype=torch.bool)
     if padding == "left":
         attention_mask[1, :4] = attention_mask[2, :1] = False
@@ -154,13 +151,19 @@ def test_key_ranges_say_what_the_boolean_mask_says(kind, room, q_length, q_offse
         attention_mask[1, 6:] = attention_mask[0, 8:] = False
     whole, eager, ours = masks(kind, q_length, seen + room, q_offset, attention_mask)
     assert ours.shape == eager.shape and ours.dtype == eager.dtype
-    assert (ours.ranges is None) == (kind == "chunked")
+    assert (ours.ranges is None) == (kind == "chunked" or (kind == "sliding both ways" and room > 0))
     if ours.ranges is not None:
         visible = ours.ranges.visible(q_length, torch.device("cpu"))
         visible = torch.nn.functional.pad(visible, (0, seen + room - visible.shape[-1]))
         assert torch.equal(visible.expand_as(whole), whole)
     assert torch.equal(ours.visible().expand_as(whole), whole)
     assert torch.equal(ours + 0, eager)  # what somebody sees who looks into it
+
+
+@pytest.mark.parametrize("kind", ("causal", "sliding", "sliding both ways"))
+def test_queries_that_stand_beyond_the_keys(kind):
+    whole, _, ours = masks(kind, 4, 6, 5, None)
+    assert ours.ranges is None and torch.equal(ours.visible(), whole)
 
 
 def test_a_mask_that_is_written_into_is_that_from_then_on():

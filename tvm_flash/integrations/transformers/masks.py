@@ -309,7 +309,10 @@ def _ranges(
     visible: torch.Tensor | None,
     device: Any,
 ) -> KeyRanges | None:
-    """A mask as key ranges, or None if the padding has gaps; ``first`` is where the first query stands.
+    """A mask as key ranges, or None if they can't say it; ``first`` is where the first query stands.
+
+    They can't where the padding has gaps, where queries stand beyond the keys, and where those of a window that looks
+    both ways stand before the last key, as with room in a static cache.
 
     ``visible`` is boolean ``(batch, kv_length)``; without it nothing is read, so that this can be traced.
     """
@@ -329,7 +332,11 @@ def _ranges(
         if visible is not None:
             visible = visible & within(ends, keys, device)[:, 0, 0]
     else:
-        keys, ends = int(first) + q_length if right == 0 else kv_length, None
+        keys, ends = kv_length, None
+        if right != UNBOUNDED:
+            keys = int(first) + q_length  # where a next query would stand
+            if keys > kv_length or (right > 0 and keys < kv_length):
+                return None
         visible = None if visible is None else visible[:, :keys]
         left = UNBOUNDED if left >= keys - 1 else left
         right = UNBOUNDED if right >= keys - 1 and right else right
