@@ -171,7 +171,26 @@ static void launches() {
   printf("launches: plain %d, early %d\n", plain, early);
 }
 
-int main() { maps(), devices(), launches(); }
+static int checked(int value, CUresult error) {
+  TVM_FFI_SAFE_CALL_BEGIN();
+  TVM_FFI_CHECK(value >= 0, ValueError) << "it is negative";
+  device_image::check(error, "cannot use it");
+  TVM_FFI_SAFE_CALL_END();
+}
+
+static void errors() {
+  printf("errors: %d", checked(1, CUDA_SUCCESS));
+  for (bool negative : {true, false}) {
+    if (checked(negative ? -1 : 1, negative ? CUDA_SUCCESS : CUDA_ERROR_UNKNOWN) != -1) printf("; no error");
+    void* raised;
+    TVMFFIErrorMoveFromRaised(&raised);
+    auto* error = (TVMFFIErrorCell*)((char*)raised + sizeof(TVMFFIObject));
+    printf("; %.*s: %.*s", (int)error->kind.size, error->kind.data, (int)error->message.size, error->message.data);
+  }
+  printf("\n");
+}
+
+int main() { maps(), devices(), launches(), errors(); }
 """
 
 
@@ -221,4 +240,10 @@ def test_the_driver_is_asked_for_the_device_once_in_a_call(said):
 
 
 def test_a_kernel_that_waits_for_the_launch_before_it_may_begin_early(said):
-    assert said[-1] == "launches: plain 1, early 1"
+    assert said[9] == "launches: plain 1, early 1"
+
+
+def test_an_error_has_a_kind_and_a_message(said):
+    assert said[-1] == (
+        "errors: 0; ValueError: Check failed: (value >= 0) is false: it is negative; CUDAError: cannot use it: ?"
+    )

@@ -61,6 +61,15 @@ def test_what_is_asked_for_by_name_is_more_than_the_core_set():
     assert {s.kind for s in chosen(Selection(kinds=(DECODE,)), **own)} == {DECODE}
 
 
+def test_of_a_definition_of_ones_own_what_most_calls_need_is_built_unless_more_is_named():
+    own = {"definition": "mine", "variants": [("mine", "mine")], "kinds": (FORWARD, BACKWARD)}
+    specs = chosen(**own)
+    assert {(s.template, s.head_dim) for s in specs} == {("v2", 64), ("v2", 128)} and len(specs) == 4
+    assert {s.template for s in chosen(**own, templates=("v1",))} == {"v1"}  # as of sm_75
+    named = Selection(templates=("v1", "v2"), head_dims=(HeadDim(256, 256),))
+    assert {(s.template, s.head_dim) for s in chosen(named, **own)} == {("v1", 256), ("v2", 256)}
+
+
 def test_a_definition_of_ones_own_is_built_for_the_forms_that_are_named():
     kinds, own = kinds_of(Target("sm_90a")), {"definition": "mine", "variants": [("mine", "mine")]}
     found = {

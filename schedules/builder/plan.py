@@ -53,8 +53,8 @@ class BuildRequest:
     """What to build: which kernels, for which machines, with which configurations, and where to.
 
     ``configs`` gives configurations by kernel symbol in place of the families' defaults, and ``tuning`` what records
-    say of a kernel.  ``run_on`` adds code with
-    which the kernels also run on a newer arch.
+    say of a kernel of the package's own definition.  ``run_on`` adds code with which the kernels also run on a newer
+    arch.
     """
 
     targets: tuple[Target, ...]
@@ -67,7 +67,7 @@ class BuildRequest:
     tuning: Callable[[KernelSpec, Target], Tuned] | None = None
 
     def tuned(self, spec: KernelSpec, target: Target) -> Tuned:
-        """What records say of a kernel of the package's own definition."""
+        """What records say of a kernel."""
         return NO_RECORDS if self.tuning is None or self.definition else self.tuning(spec, target)
 
 

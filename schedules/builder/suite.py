@@ -250,7 +250,10 @@ class Selection:
     A mask that is named alone comes with the scores that the core set has for it, or else without one; likewise a score
     that is named alone, which else comes with a window.  Kinds of kernels beside the usual one have their own share of
     the core set (``SCOPES``), and whatever else is selected if they are named.  ``forms`` are those of the sequences
-    that kernels are for, all if none is named; of a definition of the user's own dense ones.
+    that kernels are for, all if none is named.
+
+    Of a definition of the user's own whoever names nothing waits for the build and gets what most calls need: dense
+    sequences, ``USUAL_HEAD_DIMS``, and the arch's last template, whose kernels take tensors of either layout.
     """
 
     templates: tuple[str, ...] = ()
@@ -318,15 +321,18 @@ class Selection:
         further: sizes for which its core set has kernels of its own, by kind and variant.
         """
         own, variants = definition != BUILTIN_DEFINITION, tuple(variants)
+        usual_templates, usual_dims = (
+            (templates[-1:], USUAL_HEAD_DIMS) if own else (TEMPLATES, (*HEAD_DIMS, LATENT_HEAD_DIM))
+        )
         between = gpu and not self.head_dims and not own
         others = tuple(dict.fromkeys(HeadDim(*d) for kind in further.values() for of in kind.values() for d in of))
         wanted = self.kinds_of(kinds, own)
         return [
             KernelSpec(template, definition, mask, score, dtype, dim.qk, dim.v, kind=kind)
-            for template in self.templates or TEMPLATES
+            for template in self.templates or usual_templates
             for dtype in self.dtypes or dtypes
             for dim in (
-                *(self.head_dims or (*HEAD_DIMS, LATENT_HEAD_DIM)),
+                *(self.head_dims or usual_dims),
                 *((*HEAD_DIMS_BETWEEN, *others) if between else ()),
             )
             for kind in wanted

@@ -78,16 +78,24 @@ def _request(arguments: Sequence[str] | None) -> tuple[BuildRequest, argparse.Na
         default="",
         help="of CPU packs: some of amx,avx512_bf16,avx512,avx2,baseline, or all (default: this machine's best)",
     )
-    parser.add_argument("--head-dim", **several, help="64, 128, …; 192:128 if values have a size of their own")
+    parser.add_argument(
+        "--head-dim",
+        **several,
+        help="64, 128, …; 192:128 if values have a size of their own (default: all; of your own definition 64,128)",
+    )
     parser.add_argument("--dtype", **several, help="float32, float16, bfloat16")
-    parser.add_argument("--template", **several, help="v1, v2")
+    parser.add_argument(
+        "--template",
+        **several,
+        help="v1, v2 (default: both; of your own definition the arch's last, which takes tensors of both layouts)",
+    )
     parser.add_argument("--mask", **several, help="full, causal, window, …")
     parser.add_argument("--score", **several, help="identity, softcap, alibi, …")
     parser.add_argument("--kind", **several, help="forward, decode, …; only kernels of these kinds")
     parser.add_argument(
         "--form",
         **several,
-        help="dense, ragged, paged: how sequences lie in memory (default: all; of a definition of your own, dense)",
+        help="dense, ragged, paged: how sequences lie in memory (default: all; of your own definition dense)",
     )
     parser.add_argument(
         "--definition", metavar="FILE.py:NAME", help="kernels of your own definition, added to the pack"
@@ -128,7 +136,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[BuildRequest, argparse.Na
         output=options.output.resolve(),
         jobs=options.jobs,
         run_on=options.run_on,
-        tuning=Tuning(options.configs),
+        tuning=None if options.definition else Tuning(options.configs),
     )
     _check_together(request, options)
     return request, options

@@ -6,11 +6,12 @@
 #pragma once
 
 #include <cuda.h>
-#include <tvm/ffi/error.h>
+#include <tvm/ffi/c_api.h>
 
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <tuple>
 #include <utility>
@@ -28,6 +29,20 @@ using ushort = unsigned short;
 using uint = unsigned int;
 
 #define __grid_constant__
+
+// Generated code is between these.
+#define TVM_FFI_SAFE_CALL_BEGIN() try {
+#define TVM_FFI_SAFE_CALL_END()                                \
+  }                                                            \
+  catch (const device_image::Error& error) {                   \
+    TVMFFIErrorSetRaisedFromCStr(error.kind, error.message);   \
+    return -1;                                                 \
+  }                                                            \
+  return 0
+
+#define TVM_FFI_CHECK(condition, kind)        \
+  if (__builtin_expect(!(condition), false)) \
+  device_image::Failure{#kind, "Check failed: (" #condition ") is false: "}
 
 using cudaError_t = CUresult;
 using cudaStream_t = CUstream;
@@ -83,8 +98,30 @@ static CUresult cudaGetDevice(int* device) {
 
 namespace device_image {
 
+// What a host half throws, and hands to tvm-ffi where it is left.  tvm-ffi's own class would do the same, and take each
+// kernel a second to compile.
+struct Error {
+  const char* kind;
+  char message[512];
+};
+
+[[noreturn, gnu::cold]] inline void raise(const char* kind, const char* what, const char* why) {
+  Error error{kind, {}};
+  snprintf(error.message, sizeof error.message, "%s%s", what, why);
+  throw error;
+}
+
+// A check of generated code that has failed: what follows it by `<<` says why.
+struct Failure {
+  const char *kind, *what;
+  [[noreturn, gnu::cold]] void operator<<(const char* why) const { raise(kind, what, why); }
+};
+
 inline void check(CUresult error, const char* what) {
-  if (error != CUDA_SUCCESS) TVM_FFI_THROW(CUDAError) << what << ": " << cudaGetErrorString(error);
+  if (error == CUDA_SUCCESS) return;
+  char begin[256];
+  snprintf(begin, sizeof begin, "%s: ", what);
+  raise("CUDAError", begin, cudaGetErrorString(error));
 }
 
 // Devices that have state of their own here; a further one works without.

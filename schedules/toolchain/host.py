@@ -23,7 +23,9 @@ _LAUNCHER = re.compile(
     r"template <typename\.\.\. Params, typename\.\.\. Args>\nstatic cudaError_t tvm_cuda_host_launch.*?\n}\n", re.S
 )
 #: What ``launch.h`` stands in for.
-_RUNTIME_HEADERS = re.compile(r"#include <(?:tvm/ffi/extra/cuda/device_guard\.h|cuda_runtime\.h)>\n")
+_RUNTIME_HEADERS = re.compile(
+    r"#include <(?:tvm/ffi/extra/cuda/device_guard\.h|tvm/ffi/function\.h|cuda_runtime\.h)>\n"
+)
 
 _IMAGE = """\
 asm(".section .rodata\\n.balign 64\\nimage_begin:\\n.incbin \\"@IMAGE@\\"\\n.byte 0\\n.previous\\n");
