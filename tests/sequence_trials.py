@@ -21,6 +21,7 @@ from tests.torch_cases import Compute
 from tests.trials import Results, Trial
 from tvm_flash import numerics, reference
 from tvm_flash.packs import sizes
+from tvm_flash.packs.manifest import Param
 from tvm_flash.quantised import dequantise_cache, quantise_cache
 
 #: (queries, keys) of sequences: few and many of both, around the borders of tiles, more queries than keys, and none.
@@ -214,9 +215,9 @@ class Sequences:
     # ------------------------------------------------------------ gradients
 
     @property
-    def learnt(self) -> list[str]:
-        """The parameters that ask for a gradient."""
-        return [p.name for p in self.kernel.params if p.gradient]
+    def learnt(self) -> dict[str, Param]:
+        """The parameters that ask for a gradient, by name."""
+        return {p.name: p for p in self.kernel.params if p.gradient}
 
     def run_backward(self, compute: Compute, device: str) -> Results:
         """dq, dk, dv and the gradients of parameters, full of NaN beforehand."""
@@ -227,24 +228,31 @@ class Sequences:
         values |= {n: torch.from_numpy(x).to(device) for n, x in flat.items()}
         results = {f"d{n}": torch.full_like(values[n], torch.nan) for n in "qkv"}
         shape = (len(self.lengths), self.heads)
-        results |= {f"d_{n}": torch.full(shape, torch.nan, device=device) for n in self.learnt}
+        shapes = {n: values[n].shape if p.rank else shape for n, p in self.learnt.items()}
+        results |= {f"d_{n}": torch.full(x, torch.nan, device=device) for n, x in shapes.items()}
         compute({**values, **results}, problem)
         return tuple(x.double().cpu().numpy() for x in results.values())
 
     def check_backward(self, results: Results, device: str) -> float:
-        """Assert that each sequence's gradients are right, and the rest zeros; else as :meth:`check`."""
+        """Assert that each sequence's gradients are right, those of tables all together, and the rest zeros; else as
+        :meth:`check`."""
         worst = 0.0
         left = [np.ones(len(x), bool) for x in results]
+        of_tables = {n: _OfTable() for n, p in self.learnt.items() if p.rank}
         for b in self.seeing:
             tensors, what = self.own(b)
             given = [tensors[n] for n in ("dout", "q", "k", "v")]
             with np.errstate(invalid="ignore"):
-                exact = reference.attention_backward(*given, gradients=self.learnt, **what)
-                usual = numerics.usual_gradients(*given, dtype=self.kernel.dtype, gradients=self.learnt, **what)
+                exact = reference.attention_backward(*given, gradients=[*self.learnt], **what)
+                usual = numerics.usual_gradients(*given, dtype=self.kernel.dtype, gradients=[*self.learnt], **what)
             products = np.abs(tensors["dout"] * self.expected[0][self.rows(b)["q"]].swapaxes(0, 1)).sum(-1)
             of_delta = numerics.EPSILON[self.kernel.dtype] / 2 * products.max()
             for n, (name, got) in enumerate(zip((*GRADIENTS, *self.learnt), results, strict=True)):
                 of_rows = name in GRADIENTS
+                if name in of_tables:
+                    left[n][:] = False
+                    of_tables[name].add(usual.params[name], exact.params[name], of_delta**2 * products.size)
+                    continue
                 at = self.rows(b)[name[1:]] if of_rows else slice(b, b + 1)
                 left[n][at] = False
                 near, want = ((getattr(x, name) if of_rows else x.params[name]) for x in (usual, exact))
@@ -255,9 +263,32 @@ class Sequences:
                 error = numerics.largest_error(own, want)
                 assert error <= allowed, f"sequence {b}: d{name} differs by {error:.3g}, allowed {allowed:.3g}"
                 worst = max(worst, error / max(allowed, np.finfo(float).tiny))
+        of_results = dict(zip((*GRADIENTS, *self.learnt), results, strict=True))
+        worst = max([worst, *(of_tables[n].check(n, of_results[n], _FLOOR[self.kernel.dtype]) for n in of_tables)])
         for name, x, rest in zip((*GRADIENTS, *self.learnt), results, left, strict=True):
             assert not x[rest].any(), f"{name} of what sees nothing isn't 0"
         return float(worst)
+
+
+@dataclass
+class _OfTable:
+    """The gradient of a table: what the sequences give it, added up."""
+
+    near: np.ndarray | float = 0.0
+    want: np.ndarray | float = 0.0
+    of_delta: float = 0.0
+
+    def add(self, near: np.ndarray, want: np.ndarray, of_delta: float) -> None:
+        """What a sequence gives, as usual and exactly; the square of what errors of delta may come to."""
+        self.near, self.want, self.of_delta = self.near + near, self.want + want, self.of_delta + of_delta
+
+    def check(self, name: str, got: np.ndarray, floor: float) -> float:
+        """Assert that the gradient is right; its error as a share of what is allowed."""
+        allowed = max(numerics.bound([self.near], self.want, "float32"), floor * numerics.magnitude(self.want))
+        allowed += _SLOPE * np.sqrt(self.of_delta / self.want.size)
+        error = numerics.largest_error(got, self.want)
+        assert error <= allowed, f"{name}: its gradient differs by {error:.3g}, allowed {allowed:.3g}"
+        return float(error / allowed)
 
 
 def _of_sequence(twin: Callable, b: int) -> Callable:

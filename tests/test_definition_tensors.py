@@ -133,10 +133,6 @@ def test_other_kernels_refuse_what_they_do_not_know():
     assert isinstance(refusal, Rejected) and "those of forward, backward read tensors" in refusal.reason
     refusal = schedule(v2.TRAVERSAL, match(documents(64, "float32")), Target("cpu", "avx2"), "x", kind=PARTIAL)
     assert isinstance(refusal, Rejected) and "a value for each head only" in refusal.reason
-    pattern = match(Attention(learnt_relative.score)(64, "float16", index_dtype="int32"))
-    refusal = v2.apply(pattern, Target("sm_90a"), "x", kind=RAGGED_BACKWARD)
-    assert isinstance(refusal, Rejected) and "the gradient of a table is asked for, positions" in refusal.reason
-    assert "train over a batch, or without it" in refusal.reason
     number = ScoreModification(
         "n", lambda s, at: s * at.param["x"], lambda s, at: s, (Param("x", "float32", gradient=True),)
     )

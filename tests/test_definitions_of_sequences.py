@@ -22,7 +22,7 @@ from schedules.families.interface import RAGGED, RAGGED_BACKWARD, Rejected, Targ
 from schedules.templates import v1, v2
 from tests import sequence_trials, tensor_trials
 from tests.cpu_kernels import runnable_isas
-from tests.definitions import of_sequences, with_tensors
+from tests.definitions import flex_tables, of_sequences, with_tensors
 from tests.sequence_trials import Sequences
 from tvm_flash import reference
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, KernelNotFoundError, NotSupportedError
@@ -35,12 +35,13 @@ GRADIENTS = tuple(p.name for p in PARAMS if p.gradient)
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """Kernels of two definitions: of the tree of tokens those over pages alone."""
+    """Kernels of three definitions: of the tree of tokens those over pages alone."""
     packs = tmp_path_factory.mktemp("packs")
     for definition, *which in (
         (f"{of_sequences.__file__}:of_sequences", "--form", "ragged,paged"),
         (f"{of_sequences.__file__}:of_sequences", "--kind", "paged_int8"),
         (f"{token_tree.__file__}:token_tree", "--form", "paged"),
+        (f"{flex_tables.__file__}:flex_tables", "--form", "ragged"),
     ):
         command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--isa", "baseline"]
         command += ["--dtype", "float32", "--head-dim", "32", *which, "--output", packs]
@@ -205,9 +206,49 @@ def test_what_is_learnt_by_head_is_summed_over_sequences(attention):
     with torch.no_grad():
         rows = (torch.ones_like(out), q, values["k"], values["v"], out, lse)
         how = {"softmax_scale": SCALE, "gradients": GRADIENTS}
-        *_, of_rate, of_strength = attention.varlen.backward(*rows, *starts, **how, **params)
+        *_, of_rate, of_strength, of_offsets = attention.varlen.backward(*rows, *starts, **how, **params)
     torch.testing.assert_close(params["fading_rate"].grad, of_rate)
     torch.testing.assert_close(params["strength"].grad, of_strength.sum(0))
+    assert torch.equal(params["offsets"].grad, of_offsets)
+
+
+def test_a_table_has_the_same_bits_with_any_threads(attention):
+    """Its gradient is a sum over all sequences; of some a turn has more shares than lanes, of others fewer."""
+    lengths = ((3, 40), (700, 600), (0, 9), (1, 1100), *((n, n) for n in range(5, 60)))
+    call = Sequences(KERNEL, of_sequences.sample, lengths, heads=4, kv_heads=2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(call.run_backward(by_backward(attention, lambda x: x), "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    call.check_backward(results[0], "cpu")
+    for other in results[1:]:
+        assert all(np.array_equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_tables_of_a_function_of_flex_attention_are_learnt(pack, use_packs):
+    """Against the function itself, sequence by sequence, in float64."""
+    use_packs(pack)
+    attention = tvm_flash.custom_attention("flex_tables").varlen
+    lengths, generator = ((130, 280), (5, 3), (0, 7), (40, 40)), torch.Generator().manual_seed(1)
+    starts = [torch.tensor(np.cumsum([0, *n]), dtype=torch.int32) for n in zip(*lengths, strict=True)]
+    q, k, v, dout = (torch.randn(int(starts[n][-1]), 2, 32, generator=generator) for n in (0, 1, 1, 0))
+    tables = [torch.randn(x.shape, generator=generator) for x in (flex_tables.RELATIVE, flex_tables.AT_KEYS)]
+    own, exact = ([x.to(dtype, copy=True).requires_grad_() for x in tables] for dtype in (torch.float32, torch.float64))
+    out = attention(q, k, v, *starts, softmax_scale=SCALE, RELATIVE=own[0], AT_KEYS=own[1])
+    out.backward(dout)
+    for b, (queries, keys) in enumerate(lengths):
+        i, j = (slice(int(x[b]), int(x[b + 1])) for x in starts)
+        rows = [x[at].double().transpose(0, 1) for x, at in ((q, i), (k, j), (v, j), (dout, i))]
+        h, row, column = torch.meshgrid(*(torch.arange(n) for n in (2, queries, keys)), indexing="ij")
+        distance = (row - column).clamp(-20, 20) + 20
+        scores = rows[0] @ rows[1].mT * SCALE + exact[0][h, distance] * torch.tanh(exact[1][column])
+        (torch.softmax(scores, -1) @ rows[2]).backward(rows[3])
+    for found, want in zip(own, exact, strict=True):
+        error = (found.grad - want.grad).abs().max() / want.grad.abs().max()
+        assert error < 2e-5
 
 
 @pytest.mark.parametrize("page_size", (0, 16))
@@ -264,7 +305,7 @@ def test_programs_of_jax(attention):
         return (out[:end] * dout).sum()
 
     found = jax.jit(jax.grad(loss, argnums=tuple(range(len(rows)))))(*(arrays[n] for n in rows))
-    call.check_backward([np.float64(x).reshape(1, -1) if x.ndim < 3 else np.float64(x) for x in found], "cpu")
+    call.check_backward([np.float64(x)[None] if x.ndim == 1 else np.float64(x) for x in found], "cpu")
 
 
 # ---------------------------------------------------------------- a tree of tokens over a cache

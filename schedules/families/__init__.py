@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import FORWARD, GRADIENT_KINDS, Program, Rejected, Target
+from schedules.families.interface import FORWARD, Program, Rejected, Target
 from schedules.tile.tile_scheduler import Traversal
 from tvm_flash.packs.manifest import why_no_places
 
@@ -132,10 +132,6 @@ def _unknown(pattern: Pattern, target: Target, kind: str) -> str:
         others = f"; those of {', '.join(of_tensors)} read tensors and tables too" if of_tensors else ""
         only = "read a value for each head only"
         return f"the definition has {spread}, and {target} kernels of the kind {kind} {only}{others}"
-    tables = ", ".join(p.name for p in pattern.learnt if p.rank)
-    if tables and kind in GRADIENT_KINDS and kind not in getattr(family, "LEARNT_TABLE_KINDS", ()):
-        what = f"the gradient of a table is asked for, {tables}"
-        return f"{what}, and {target} kernels of the kind {kind} have none; train over a batch, or without it"
     if pattern.has_sink and kind not in of_sinks:
         return f"the definition has a sink, and {target} kernels of the kind {kind} have none"
     return ""

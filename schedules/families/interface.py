@@ -23,7 +23,7 @@ sits.  It is a module with
 * ``TENSOR_KINDS``, ``SINK_KINDS``: which kinds of its kernels, the usual one included, read parameters that are tables
   or tensors over other axes than heads, and which have sinks; none if it doesn't say.  ``TABLE_KINDS``: which read
   tables, and tensors over batch entries and heads, but none over queries or keys: those of sequences of different
-  lengths.  ``LEARNT_TABLE_KINDS``: which of them compute the gradient of a table.
+  lengths.
 """
 
 from __future__ import annotations

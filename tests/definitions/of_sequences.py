@@ -1,5 +1,5 @@
 """A definition with every kind of parameter that sequences of different lengths have: numbers, values of a sequence, of
-a head, or of both, some of which are learnt, and tables by sequence and by distance."""
+a head, or of both, and tables by sequence and by distance; some of each are learnt."""
 
 import numpy as np
 from tvm.script import tirx as T
@@ -13,7 +13,7 @@ OF_SCORE = (
     Param("strength", "float32", axes="h", gradient=True),
     Param("shift", "float32", axes="b"),
     Param("shift_scale", "float32"),
-    Param("offsets", "float32", rank=2),
+    Param("offsets", "float32", rank=2, gradient=True),
 )
 OF_MASK = (Param("prefix_length", "int32"), Param("shown", "bool", rank=3))
 

@@ -253,11 +253,13 @@ def _paged_shapes(op, q, *others, return_lse=False, max_seqlen_q=None, head_dim_
 
 
 def _backward_shapes(
-    dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *others, gradients=(), name=BUILTIN_DEFINITION, **_
-):
+    dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *others, gradients=(), name=BUILTIN_DEFINITION,
+    parameter_names=(), **_,
+):  # fmt: skip
     _check(q, k, v, (cu_seqlens_q, cu_seqlens_k), dout, out, lse, dlse, *others)
     heads, declared = (cu_seqlens_q.shape[0] - 1, q.shape[1]), declared_of(name) if gradients else {}
-    shapes = [heads if declared[x].axes else (1,) for x in gradients]
+    given = dict(zip(parameter_names, others[-2], strict=True)) if parameter_names else {}
+    shapes = [given[x].shape if declared[x].rank else heads if declared[x].axes else (1,) for x in gradients]
     return [*(x.new_empty(x.shape) for x in (q, k, v)), *(q.new_empty(s, dtype=torch.float32) for s in shapes)]
 
 

@@ -225,7 +225,7 @@ KINDS = {
     MERGED: MergedForward(Config, default_configs, space, feasible, lambda config: Machine),
     APPEND: Appending(lambda dtype: pack_halves),
 }
-TENSOR_KINDS, TABLE_KINDS, LEARNT_TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES, (BACKWARD,)
+TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 #: These would be the usual ones again, which serve them.

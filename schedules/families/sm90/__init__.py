@@ -81,7 +81,7 @@ KINDS = {
 }
 #: head_dim 32 multiplies half of what 64 does, and 80 five sixths of what 96 does.
 FURTHER_SIZES = {FORWARD: {("full", "identity"): ((32, 32), (80, 80))}}
-TENSOR_KINDS, TABLE_KINDS, LEARNT_TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES, (BACKWARD,)
+TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
 

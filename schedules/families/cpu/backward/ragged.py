@@ -1,7 +1,9 @@
 """The backward kernel of ragged sequences on the CPU: the turns of each, in equal shares.
 
 A sequence has sections of its own, as many as it has alone, and its turns begin with everybody's; where it has no more,
-the others go on.  Before and after the turns, rows and keys are what they are whichever sequence they belong to.
+the others go on.  Before and after the turns, rows and keys are what they are whichever sequence they belong to.  Where
+a table is learnt, each share of a turn adds to the sums of a lane of its own (``tables.py``): which items a share has
+follows from the lengths alone.
 """
 
 from __future__ import annotations
@@ -15,16 +17,25 @@ from tvm.script import tirx as T
 from schedules.definition.parameters import append_arguments, gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config, default_configs, feasible, multiplication, space
-from schedules.families.cpu.backward.ends import make_ends, round_up
+from schedules.families.cpu.backward.ends import learnt_tables, make_ends, round_up, summed
 from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, SequenceGeometry, sections
 from schedules.families.cpu.backward.kernel import vector_argument
-from schedules.families.cpu.backward.tables import Tables
+from schedules.families.cpu.backward.tables import MOST_LANES, Tables, lanes_of
 from schedules.families.cpu.backward.tile import section_macro
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED
 from schedules.families.cpu.pipeline import PIPELINE
-from schedules.families.cpu.ragged.sequences import MALFORMED, Shares, Starts, append, begin_share, find, make_sense
+from schedules.families.cpu.ragged.sequences import (
+    MALFORMED,
+    MOST_SHARES,
+    Shares,
+    Starts,
+    append,
+    begin_share,
+    find,
+    make_sense,
+)
 from schedules.families.interface import Program, ScheduledLaunch, Target
 from schedules.tile.dtypes import element_type
 from schedules.tile.tile_scheduler import Traversal
@@ -41,6 +52,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
     arguments, values = pattern.parameter_symbols()
     gradients, targets = gradient_symbols(pattern.params, pattern.index_dtype)
     asked = [p for p in pattern.params if p.gradient]
+    of_heads = summed(pattern)
     isa = ISAS[target.isa]
     G = config.row_vectors * isa.lanes
     width, width_v = (("*", ("ceildiv", d, G), G) for d in ("head_dim", "head_dim_v"))
@@ -50,14 +62,14 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
         Workspace("dq_sum", "float32", (("*", "heads", "total_q", width),)),
         Workspace("dk_sum", "float32", (("*", "kv_heads", "total_k", width),)),
         Workspace("dv_sum", "float32", (("*", "kv_heads", "total_k", width_v),)),
-        *(Workspace(f"{gradient_name(p)}_sums", "float32", of_parameter) for p in asked),
+        *(Workspace(f"{gradient_name(p)}_sums", "float32", of_parameter) for p in of_heads),
     )
-    sums = {p.name: vector_argument(f"{gradient_name(p)}_sums") for p in asked}
+    sums = {p.name: vector_argument(f"{gradient_name(p)}_sums") for p in of_heads}
     func = _kernel(pattern, config, isa, values, targets, sums, name)
     func = append_arguments(func, [*arguments, *gradients, *sums.values()])
     roles = ("q", "k", "v", "o", "do", "lse", "dlse", "dq", "dk", "dv", "cu_seqlens_q", "cu_seqlens_k", "softmax_scale")
     roles += ("delta", "dq_sum", "dk_sum", "dv_sum", *(p.name for p in pattern.params))
-    roles += (*map(gradient_name, asked), *(f"{gradient_name(p)}_sums" for p in asked))
+    roles += (*map(gradient_name, asked), *(f"{gradient_name(p)}_sums" for p in of_heads))
     launch = ScheduledLaunch(func, roles)
     alignment = element_type(pattern.dtype).bytes
     return Program("backward", (launch,), PIPELINE, alignment=alignment, index_bits=64, workspaces=workspaces)
@@ -68,6 +80,8 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
     M, N, G = config.block_m, config.block_n, config.row_vectors * isa.lanes
     section = section_macro(pattern, config, isa)
     up, ends, learns_sinks = round_up, make_ends(pattern, config, accumulates=False), bool(pattern.learnt_of_sink)
+    of_tables = learnt_tables(pattern)
+    learns_tables = bool(of_tables)
 
     def tensor(handle, role, heads, positions, width):
         """One of the rank-3 arguments: a buffer, and its strides."""
@@ -104,6 +118,10 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
         """How many sections a sequence has: one too if it has keys and no queries, so that these get zeros."""
         count = T.max(sections(length_q, length_k), T.int64(1))
         return T.Select(length_k > 0, count, T.int64(0))
+
+    def sections_at_most(total_q, total_k):
+        """How many sections no sequence has more of."""
+        return T.max(sections(total_q, total_k), T.int64(1))
 
     @T.prim_func(s_tir=True, check_well_formed=False)
     def backward(
@@ -148,13 +166,15 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
             [vector(delta, "delta"), vector(dq_sum, "dq_sum"), vector(dk_sum, "dk_sum"), vector(dv_sum, "dv_sum")]
         )
         t = T.meta_var(flat(tensors))
+        lanes = T.meta_var(lanes_of(starts * kv_heads * sections_at_most(total_q, total_k)))
+        tables = T.meta_var(Tables.of(of_tables, params, gradients, lanes))
         # Before and after the turns, all rows and keys are those of one sequence.
         whole = T.meta_var(
             Geometry(
                 *(pattern, t.q, t.k, t.v, t.o, LSE, LSE.shape[0], softmax_scale, params),
                 *(T.int64(1), heads, kv_heads, total_q, total_k, head_dim, head_dim_v),
                 *(t.do, dLSE, dLSE.shape[0], t.dq, t.dk, t.dv, *rest),
-                *(sums, Tables((), {}, {}, {}), gradients, up(head_dim, G) * G, up(head_dim_v, G) * G),
+                *(sums, tables, gradients, up(head_dim, G) * G, up(head_dim_v, G) * G),
             )
         )
         call = T.meta_var(of_sequences(whole, starts - 1))
@@ -168,6 +188,12 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
 
         # 1. What each row needs to know, and empty sums.
         ends.begin_parameters(call)
+        if learns_tables:
+            for lane in T.parallel(lanes):
+                with T.sblock("tables"):
+                    T.reads()
+                    T.writes()
+                    tables.begin(lane)
         T.evaluate(ends.announce(whole, heads * row_tiles, head_dim + head_dim_v))
         for w in T.parallel(heads * row_tiles):
             with T.sblock("begin"):
@@ -181,7 +207,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
             T.writes()
             items = T.sblock_alloc_buffer((starts + 1,), "int64")
             costs = T.sblock_alloc_buffer((starts + 1,), "int64")
-            shares = T.meta_var(Shares(items, costs, starts))
+            shares = T.meta_var(Shares(items, costs, starts, MOST_LANES if learns_tables else MOST_SHARES))
             turns: T.int64 = T.int64(0)
             for s in T.serial(starts):
                 turns = T.max(turns, sections_of(queries.own_length(s), keys.length(s)))
@@ -234,7 +260,10 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
                             with T.sblock("section"):
                                 T.reads()
                                 T.writes()
-                                section(P, s, g, first_key, end_key, first_row, end_row, slot, turn == 0)
+                                section(
+                                    *(P.in_lane(share), s, g),
+                                    *(first_key, end_key, first_row, end_row, slot, turn == 0),
+                                )
 
         # 3. The results.
         if learns_sinks:
@@ -248,6 +277,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
                     )
                     ends.begin_sinks(P, s, w % heads)
         ends.store_parameters(call)
+        tables.store(lanes, False)
         T.evaluate(ends.announce(whole, heads * row_tiles, head_dim))
         for w in T.parallel(heads * row_tiles):
             with T.sblock("store_rows"):

@@ -63,17 +63,18 @@ def make_sense(starts: Starts) -> Expr:
 class Shares:
     """``items[s]`` work items come before sequence ``s``, and cost ``costs[s]``; the items of one cost the same.
 
-    Both have an element more than there are sequences, for all of them together.
+    Both have an element more than there are sequences, for all of them together.  There are ``most`` shares at most.
     """
 
     items: tirx.Buffer
     costs: tirx.Buffer
     sequences: Expr
+    most: int = MOST_SHARES
 
     @property
     def count(self) -> Expr:
         """How many shares there are."""
-        return T.min(self.items[self.sequences], T.int64(MOST_SHARES))
+        return T.min(self.items[self.sequences], T.int64(self.most))
 
     @property
     def cost(self) -> Expr:
