@@ -332,6 +332,14 @@ def test_what_is_missing_and_the_command_that_makes_it(packs, changes, says):
     assert says in str(e.value)
 
 
+def test_a_size_that_a_definition_was_not_built_for_is_named_with_the_command(packs):
+    packs(kernel(arch="sm_89", definition="mine", mask="mine", score="mine", head_dim=128), capability=(8, 9))
+    with pytest.raises(KernelNotFoundError) as e:
+        choose(problem(definition="mine", mask="", score="", head_dim=256, head_dim_v=256), GPU, "auto")
+    assert "no sm_89 kernel for head_dim 256 (the largest takes 128:128)" in str(e.value)
+    assert "`python -m tvm_flash build --arch sm_89 --definition <file.py>:mine --head-dim 256`" in str(e.value)
+
+
 def test_explain_accounts_for_every_kernel(packs):
     kernels = [
         kernel("v2", mask="full"),

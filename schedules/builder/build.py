@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import multiprocessing
-import os
+import itertools
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,10 +23,11 @@ from schedules.builder.compile import IMAGES, Built, Failed, Job, Refused, compi
 from schedules.builder.plan import BuildRequest, PackPlan, Result, is_of_this_text, plan, select, write_record
 from schedules.builder.suite import KernelSpec
 from schedules.builder.support import support_files
+from schedules.builder.workers import worker_pool
 from schedules.families import family_of
-from schedules.families.interface import Target
+from schedules.families.interface import GRADIENT_KINDS, Target
 from schedules.toolchain import cpu, cuda, inspection, nvcc
-from schedules.toolchain.process import ToolchainError, die_with_parent
+from schedules.toolchain.process import ToolchainError
 from tvm_flash.machine.cpu import RUNTIME_STEM
 from tvm_flash.packs.manifest import KernelEntry, Manifest, ModuleFile
 
@@ -57,19 +56,6 @@ class PackReport:
 
 
 # ---------------------------------------------------------------- compiling
-
-
-def _start_worker(builder: int) -> None:
-    """A worker leaves Ctrl-C to the builder (its process id), whose end ends it too, however that comes."""
-    die_with_parent()
-    if os.getppid() != builder:  # it ended while this worker started
-        os._exit(1)
-    signal.signal(signal.SIGINT, lambda *_: None)  # a handler, unlike "ignore", is not inherited by compilers
-
-
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that may use TVM; it has threads, so that its process must not be forked."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),))
 
 
 def compile_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Result]]]:
@@ -125,13 +111,26 @@ def build(request: BuildRequest, progress: Callable[[Job, list[Result]], None] =
         made_from = {(p.target, spec): of for p in plans for spec, of in p.made_from.items()}
         done: dict[tuple[Target, KernelSpec], tuple[Result, ...]] = {}
         # 3. Compile; what is finished is remembered even if the build is killed.
-        for job, results in compile_jobs([job for p in plans for job in p.jobs], request.jobs):
+        for job, results in compile_jobs(_longest_first(job for p in plans for job in p.jobs), request.jobs):
             results = [_excused(job.target, r) for r in results]
             write_record(works[job.target], job.spec, made_from[job.target, job.spec], results)
             done[job.target, job.spec] = tuple(results)
             progress(job, results)
         # 4. Link and publish, pack by pack.
         return [_write_pack(request, p, {s: done.get((p.target, s)) or p.cached[s] for s in p.specs}) for p in plans]
+
+
+def _longest_first(jobs: Iterable[Job]) -> list[Job]:
+    """Those that take long before others of their pack and template, so that no worker is left with one in the end.
+
+    What templates have in common is compiled with the first of them.
+    """
+
+    def order(job: Job) -> tuple:
+        spec = job.spec
+        return spec.template, spec.kind not in GRADIENT_KINDS, -spec.head_dim
+
+    return [job for _, of_pack in itertools.groupby(jobs, lambda job: job.target) for job in sorted(of_pack, key=order)]
 
 
 def _excused(target: Target, result: Result) -> Result:
@@ -168,17 +167,19 @@ def _write_pack(request: BuildRequest, plan_: PackPlan, results: Mapping[KernelS
         if spec not in failed:
             groups.setdefault(spec.group, []).extend(r for r in results[spec] if isinstance(r, Built))
     support = support_files(target.arch, folder, work, old.support_files if merge else ())
-    modules, linked, up_to_date = dict(intact), [], []
+    modules, up_to_date, new = dict(intact), [], {}
     for group, built in groups.items():
         old_entries = [_entry_in(present, b.entry) for b in built]
         if all(old_entries) and {pools[e.module] for e in old_entries} <= {"", *(f.file for f in support)}:
             up_to_date += old_entries
             kernels += old_entries
         elif built:
-            module = _link(work, folder, target, group, built, support)
-            modules[module.file] = module
-            linked.append(module)
-            kernels += [dataclasses.replace(b.entry, module=module.file) for b in built]
+            new[group] = built
+    with ThreadPoolExecutor(request.jobs) as threads:  # each waits for a linker
+        linked = [*threads.map(lambda group: _link(work, folder, target, group, new[group], support), new)]
+    for module, built in zip(linked, new.values(), strict=True):
+        modules[module.file] = module
+        kernels += [dataclasses.replace(b.entry, module=module.file) for b in built]
 
     gone = tuple(e for e in old.kernels if e.symbol not in {k.symbol for k in kernels}) if old else ()
     outdated = tuple(e for e in gone if e in outdated)

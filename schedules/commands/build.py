@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -307,7 +306,3 @@ def _table(report: PackReport, rows) -> Table:
 
 def _kilobytes(size: int) -> str:
     return f"{size / 1024:,.0f} KB"
-
-
-if __name__ == "__main__":  # worker processes import this file
-    sys.exit(main())

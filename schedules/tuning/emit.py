@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from schedules.builder import compile as compiling
-from schedules.builder.build import worker_pool
 from schedules.builder.plan import sources_digest
 from schedules.builder.suite import KernelSpec
+from schedules.builder.workers import worker_pool
 from schedules.definition.pattern import Pattern
 from schedules.families import family_of, kinds_of, maker_of
 from schedules.families.interface import Rejected, Target

@@ -178,7 +178,7 @@ def _build(options: argparse.Namespace) -> int:
     words = options.options
     if not os.access(PACKAGE_PACKS, os.W_OK):
         words = ["--output", str(own_packs()), *words]  # first, so that one that is given counts, however it is written
-    return subprocess.run([sys.executable, "-m", "schedules.commands.build", *words]).returncode
+    return subprocess.run([sys.executable, "-m", "schedules.commands", *words]).returncode
 
 
 def _demo(options: argparse.Namespace) -> int:
