@@ -23,6 +23,7 @@ KERNELS = (
     ("sm_86", RAGGED_BACKWARD, of_sequences, 64),
     ("sm_89", PAGED, token_tree, 128),
     ("sm_90a", PAGED, token_tree, 128),
+    ("sm_90a", RAGGED_BACKWARD, of_sequences, 128),
     ("sm_120", RAGGED, of_sequences, 128),
 )
 
