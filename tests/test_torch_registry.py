@@ -315,11 +315,18 @@ def test_varlen_attn_by_the_registry():
     torch.testing.assert_close(found.float(), usual.float(), atol=2e-2, rtol=2e-2)
 
 
-def test_keys_on_pages_of_varlen_attn():
-    """What ``varlen_attn`` with a block table asks for."""
+@pytest.mark.parametrize("head_dim", (64, 20))
+@pytest.mark.parametrize("packed", (False, True))
+def test_keys_on_pages_of_varlen_attn(head_dim, packed):
+    """What ``varlen_attn`` with a block table asks for; results lie as q does."""
     case = PagedCase(RaggedCase((9, 1), 4, 64, (40, 33), kv_heads=2, dtype="bfloat16", mask="causal"), 16, 1)
     given = paged_tensors(case)
-    asked = (*(given[n] for n in ("q", "k_cache", "v_cache", "cu_seqlens_q")), None, 9, 48, 0.0, True, False)
+    for name in ("q", "k_cache", "v_cache"):
+        given[name][..., head_dim:] = 0
+    want = tvm_flash.flash_attention_paged(**given, softmax_scale=head_dim**-0.5, causal=True, return_lse=True)
+    q, k, v = (given[name][..., :head_dim] for name in ("q", "k_cache", "v_cache"))
+    q = q.transpose(0, 1).contiguous().transpose(0, 1) if packed else q.contiguous()
+    asked = (q, k, v, given["cu_seqlens_q"], None, 9, 48, 0.0, True, False)
     found = pytorch._flash_forward(*asked, seqused_k=given["seqlens_k"], block_table=given["page_table"])
-    want = tvm_flash.flash_attention_paged(**given, causal=True, return_lse=True)
-    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    assert torch.equal(found[0], want[0][..., :head_dim]) and torch.equal(found[1], want[1])
+    assert found[0].stride() == q.stride()

@@ -265,16 +265,14 @@ def _flash_forward(
     op = FORWARD if cum_seq_q is None else RAGGED if block_table is None else PAGED
     if refused := _refusal(op, _kind(is_causal, window), dropout_p, scale, query, key, value):
         return refused
-    if op == PAGED:
-        lengths = cum_seq_k.diff() if seqused_k is None else seqused_k
-        where, options = (cum_seq_q, lengths.int(), block_table), _ragged_options(query, scale, is_causal, window)
-        options |= {"max_seqlen_q": max_q, "return_lse": True}
-        results = torch.ops.tvm_flash.attention_paged(query, key, value, *where, **options)
-        return *results, *_unused(query), query.new_empty(0)
-    if op == RAGGED:
-        starts, options = (cum_seq_q, cum_seq_k), _ragged_options(query, scale, is_causal, window)
-        tensors = (fit(query), fit(key), fit(value))
-        out, lse = torch.ops.tvm_flash.attention_varlen(*tensors, *starts, **options, return_lse=True)
+    if op != FORWARD:
+        tensors, options = (fit(query), fit(key), fit(value)), _ragged_options(query, scale, is_causal, window)
+        if op == PAGED:
+            lengths = cum_seq_k.diff() if seqused_k is None else seqused_k
+            where, options = (cum_seq_q, lengths.int(), block_table), options | {"max_seqlen_q": max_q}
+            out, lse = torch.ops.tvm_flash.attention_paged(*tensors, *where, **options, return_lse=True)
+        else:
+            out, lse = torch.ops.tvm_flash.attention_varlen(*tensors, cum_seq_q, cum_seq_k, **options, return_lse=True)
         return _laid_out(out, value.shape[-1], query), lse, *_unused(query), query.new_empty(0)
     tensors = _swapped("bshd", query, key, value)
     out, lse = _forward(*tensors, causal=is_causal, window_size=window, scale=scale)
