@@ -229,6 +229,19 @@ def test_the_decomposition_computes_the_same(options, layout, monkeypatch):
         assert torch.allclose(a, b, atol=1e-5) and a.dtype == b.dtype
 
 
+def test_the_decomposition_of_rows_that_see_nothing_or_too_much():
+    """Zeros where a bias or a sink leaves nothing, NaN where a score is infinite, as of the kernel."""
+    q, k, v = (torch.randn(2, h, n, 32) for h, n in ((4, 5), (2, 9), (2, 9)))
+    bias = torch.where(torch.arange(5)[:, None] == 2, -torch.inf, torch.randn(4, 5, 9))[None]
+    bias[0, 0, 3, 1] = torch.inf
+    cases = [((q, k, v), {"bias": bias}), ((q, k[:, :, :0], v[:, :, :0]), {"sinks": torch.full((4,), -torch.inf)})]
+    cases.append(((q, torch.where(torch.arange(9)[:, None] == 4, torch.inf, k), v), {"causal": True}))
+    for given, options in cases:
+        want = torch.ops.tvm_flash.attention(*given, **options)[0]
+        found = torch_decomposed.attention(*given, **options)[0]
+        assert torch.allclose(found, want, atol=1e-5, equal_nan=True)
+
+
 def test_the_decomposition_is_in_torchs_table():
     table = torch._decomp.decomposition_table
     assert table[torch.ops.tvm_flash.attention.default] is torch_decomposed.attention

@@ -181,8 +181,8 @@ def _attend(q, k, v, distances, hidden, slopes, sinks, softmax_scale, softcap, b
         scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
         v = torch.nn.functional.pad(v, (0, 0, 0, 1))
     weights = torch.softmax(scores, -1)
-    if hidden:  # a row that sees no key
-        weights = torch.where(torch.isnan(weights) & ~torch.isnan(scores), 0.0, weights)
+    if hidden or bias is not None or sinks is not None:  # a row that sees no key, whatever hides them
+        weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, weights)
     return (weights @ v).to(dtype), torch.logsumexp(scores, -1)
 
 
