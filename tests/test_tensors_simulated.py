@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from schedules.families.interface import BACKWARD, FORWARD
 from tests import tensor_trials, torch_cases
 from tests.definitions.with_tensors import documents, learnt_relative, relative
 from tests.simt.defaults import default_kernel
+from tvm_flash import numerics
 
 BIASED, GIVEN = Attention(SCORES["biased"], FULL, "biased"), Attention(IDENTITY, MASKS["given"], "given")
 
@@ -83,3 +85,38 @@ def test_all_ways_in_which_tensors_lie(kernel, tmp_path):
 def test_tensors_that_are_fetched_at_the_beginning_of_their_step(tmp_path):
     found = made(BIASED, "sm_90a", "v2", FORWARD, 64, "bfloat16", tmp_path, tensors_ahead=False)
     check(found, tensor_trials.forward(found.kernel, TRIALS))
+
+
+def outgrow(batch, heads, seqlen_q, seqlen_kv):
+    """A bias that grows from right to left, as keys are walked over: nothing, then −1e9, then more and more."""
+    bias = np.random.default_rng(3).standard_normal((batch, heads, seqlen_q, seqlen_kv), np.float32)
+    bias += np.float32(0.4) * (seqlen_kv - np.arange(seqlen_kv, dtype=np.float32))
+    bias[..., seqlen_kv // 2 : 2 * seqlen_kv // 3] = -1e9
+    bias[..., 2 * seqlen_kv // 3 :] = -np.inf
+    return {"bias": bias}
+
+
+def seen_in_part(batch, heads, seqlen_q, seqlen_kv):
+    """A mask of which the first half of the rows sees nothing of the tiles that are walked over first, and keys that
+    grow from right to left."""
+    rng = np.random.default_rng(4)
+    visible = rng.random((batch, heads, seqlen_q, seqlen_kv)) < 0.5
+    visible[..., : seqlen_q // 2, seqlen_kv // 2 :] = False
+    grown = np.linspace(4, 0.1, seqlen_kv, dtype=np.float32)[:, None]
+    k = grown * rng.standard_normal((batch, 1, seqlen_kv, 128), np.float32)
+    return {"visible": visible, "k": numerics.round_to(k, "bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sample", "lie"),
+    [
+        ((BIASED, "sm_90a", "v2", FORWARD, 64, "float16"), outgrow, "whole"),
+        ((GIVEN, "sm_90a", "v2", FORWARD, 128, "bfloat16"), seen_in_part, "whole"),
+        ((GIVEN, "sm_90a", "v2", FORWARD, 128, "bfloat16"), seen_in_part, "apart"),
+    ],
+    ids=["bias", "mask", "mask apart"],
+)
+def test_scores_that_outgrow_what_their_rows_have_seen(kernel, sample, lie, tmp_path):
+    found = made(*kernel, tmp_path)
+    given = dataclasses.replace(found.kernel, sample=sample)
+    check(found, tensor_trials.forward(given, [((2, 1, 70, 330), lie)]))

@@ -51,6 +51,7 @@ _INSTRUCTIONS = {
     r"\{\.reg \.b16 x, y; \.reg \.b32 h, g; prmt\.b32 h, %4, 0, 0x4140;": "simt::widen_int8({0}, {1}, {2}, {3}, {4});",
     r"cvt\.rn\.b?f16x2": "{0} = simt::pack({1}, {2}, {brain});",
     r"ex2\.approx(\.ftz)?\.f32 ": "{0} = exp2f({1});",
+    r"fma\.rn(\.ftz)?\.f32 ": "{0} = fmaf({1}, {2}, {3});",
     r"lg2\.approx(\.ftz)?\.f32 ": "{0} = log2f({1});",
     r"rcp\.approx(\.ftz)?\.f32 ": "{0} = 1.0f / {1};",
     r"tanh\.approx\.f32 ": "{0} = tanhf({1});",

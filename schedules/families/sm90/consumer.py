@@ -32,6 +32,7 @@ from schedules.families.sm90.barriers import NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
 from schedules.families.sm90.pipeline import Pipeline, PipelineState, TileCounter
 from schedules.families.sm90.softmax import Finished, Softmax
+from schedules.families.sm90.tensor_tile import FollowingTile, TensorTile
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset, swizzled
 from schedules.families.sm90.work_tile import Block, KeyWalk
 from schedules.tile.dtypes import element_type
@@ -42,6 +43,9 @@ from schedules.tile.static import static
 #: Largest head_dim at which descriptors of Q may be kept from step to step: beyond it they take registers that scores
 #: and output need (110 moves to uniform registers against 73, and spills).
 MANY_COLUMNS = 128
+
+#: What a step that guesses needs beside scores, probabilities, output and tensors.
+GUESS_REGISTERS = 28
 
 
 @T.meta_class
@@ -75,14 +79,25 @@ class Consumer:
         self.acc_o = T.alloc_local([self.outputs], "float32")
         self.p = T.alloc_local([config.block_n // 4], "uint32")
         self.softmax = Softmax(pattern, block.site, block.rows, config.block_n)
-        self.softmax.add_tensors(lane)
-        self.fetches_ahead = len(self.softmax.tensors) > 0 and config.tensors_ahead
+        self.fetches_ahead = any("j" in p.axes for p in pattern.params) and config.tensors_ahead
+        # Tensors of a mask alone are fetched beside exponentials, tile by tile from right to left.
+        follows = self.fetches_ahead and pattern.is_scale_only and not pattern.lists_tiles
+        self.softmax.add_tensors(lane, FollowingTile if follows else TensorTile)
+        self.guesses = follows and self._has_room_to_guess()
+        # Probabilities are apart where scores may be needed once more: (64, block_n) float32.
+        self.weights = T.alloc_local([config.block_n // 2], "float32") if self.guesses else self.acc_s
         self.finished = Finished(self.softmax)
         self.n = T.local_scalar("int32")  # tiles of keys that were scored, over all work tiles
         self.counter = TileCounter(self.n)
         self.first = T.local_scalar("int32")  # step that a work tile begins with, for this warpgroup
         self.total = T.local_scalar("int32")  # of all steps, where they have to be counted
         self.row = index * WARPGROUP_ROWS + warp * 16  # first row of this warp in the work tile
+
+    def _has_room_to_guess(self) -> bool:
+        """Whether a thread has registers for a step's scores and its probabilities beside what tensors hold."""
+        fetched = sum(x.registers for x in self.softmax.tensors.values())
+        needed = self.config.block_n + self.config.block_n // 4 + self.outputs + fetched
+        return needed + GUESS_REGISTERS <= self.config.registers[1]
 
     # ------------------------------------------------------------ tiles
 
@@ -201,16 +216,45 @@ class Consumer:
         self.fetch_now(key_first)
         self.issue(k, v)
         self.k.consumer_release(k, self.lane)
-        self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), masked)
-        self.fetch_ahead(walk, i)
-        self.softmax.track(self.acc_s, LAZY)
-        self.softmax.probabilities(self.acc_s, self.softmax.scale)
+        if static(self.guesses):
+            self.softmax.scores_of_existing(self.acc_s, self._row0(), self._column0(key_first), masked)
+            self.guess(walk, i)
+        else:
+            self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), masked)
+            self.fetch_ahead(walk, i)
+            self.softmax.track(self.acc_s, LAZY)
+            self.softmax.probabilities(self.acc_s, self.softmax.scale)
         self.next_k(k, self._more(walk, i))
         self.finish_pv(v)
-        self.softmax.pack(self.acc_s, self.p)
+        self.softmax.pack(self.weights, self.p)
         self.softmax.add_sums()
         if self.softmax.grown != 0:
             self.softmax.rescale(self.acc_o, self.outputs)
+
+    @T.inline
+    def guess(self, walk, i):
+        """Probabilities of step ``i`` by the references that there are, while the maximum is found and tensors are
+        fetched for the next step; where scores turn out to exceed references, once more by higher ones.
+
+        The second half of the exponentials is beside the loads, in a text of its own where they are loads of pairs.
+        """
+        softmax, S, W = T.meta_var((self.softmax, self.acc_s, self.weights))
+        half = T.meta_var(softmax.groups // 2)
+        softmax.guess(S, W, 0, half)
+        softmax.find_peak(S)
+        if T.And(i + 1 < walk.steps, softmax.lie_together()):
+            softmax.turn_left()
+            for g in range(half):
+                softmax.load(2 * g)
+                softmax.load(2 * g + 1)
+                softmax.guess(S, W, half + g, half + g + 1)
+        else:
+            if i + 1 < walk.steps:
+                softmax.fetch(self._row0(), self._column0(walk.key_first(i + 1)), 0, False)
+            softmax.guess(S, W, half, softmax.groups)
+        softmax.follow_peak(LAZY)
+        if softmax.grown != 0:
+            softmax.guess(S, W, 0, softmax.groups)
 
     @T.inline
     def step_unchecked(self, walk, i):
@@ -249,7 +293,10 @@ class Consumer:
             self.softmax.scores(self.acc_s, self._row0(), column0, True)
         self.fetch_ahead(walk, self.first)
         self.softmax.track(self.acc_s, 0.0)
-        self.softmax.probabilities(self.acc_s, self.softmax.scale)
+        if static(self.guesses):
+            self.softmax.guess(self.acc_s, self.weights, 0, self.softmax.groups)
+        else:
+            self.softmax.probabilities(self.acc_s, self.softmax.scale)
 
     @T.inline
     def masked_steps(self, walk, begin, end):
@@ -319,7 +366,7 @@ class Consumer:
         self.issue_qk(k)
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.first_softmax(walk, k)
-        self.softmax.pack(self.acc_s, self.p)
+        self.softmax.pack(self.weights, self.p)
         self.softmax.add_sums()
         self.next_k(k, self._more(walk, self.first))
 
@@ -385,7 +432,7 @@ class Consumer:
         self.next_k(k, self._more(walk, 0))
         self.finish_pv(v)
         self.write(self.block.tile - 1)
-        self.softmax.pack(self.acc_s, self.p)
+        self.softmax.pack(self.weights, self.p)
         self.softmax.add_sums()
         for i in T.unroll(self.outputs):
             self.acc_o[i] = T.float32(0)

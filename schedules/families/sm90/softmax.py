@@ -31,6 +31,8 @@ class Softmax(FetchedTensors, OnlineSoftmax):
     ``step_sum`` is a step's share of ``row_sum``, in this lane; ``rows`` tells which query a row is.
     """
 
+    all_exist = False
+
     def __init__(self, pattern: Pattern, at: Site, rows: Rows, columns: int):
         self.rows = rows
         OnlineSoftmax.__init__(self, pattern, at, M16N8, 1, columns)
@@ -41,6 +43,18 @@ class Softmax(FetchedTensors, OnlineSoftmax):
         row, column = OnlineSoftmax.position(self, row0, column0, t, g, r, e)
         return self.rows.position(row), column
 
+    def sees(self, at, t, r, e):
+        """Whether the mask shows a score; of keys that all exist, if it is known."""
+        if self.all_exist and self.terms is None and not self.pattern.is_unmasked:
+            return self.pattern.mask_inside(self.here, *at)
+        return OnlineSoftmax.sees(self, at, t, r, e)
+
+    def scores_of_existing(self, S, row0, column0, masked) -> None:
+        """As ``scores``, of a tile whose keys all exist."""
+        self.all_exist = True
+        self.scores(S, row0, column0, masked)
+        self.all_exist = False
+
     @T.inline
     def scores(self, S, row0, column0, masked):
         """Raw products to scores, −inf where hidden; no negative scale, which would turn them round, gets here."""
@@ -50,6 +64,11 @@ class Softmax(FetchedTensors, OnlineSoftmax):
     def track(self, S, slack):
         """Raise references that scores exceed by more than ``slack``; sets ``grown``, ``correction``, ``row_sum``."""
         self.local_max(S, self.peak)
+        self.follow_peak(slack)
+
+    @T.inline
+    def follow_peak(self, slack):
+        """The same, with the largest scores of this lane in ``peak``."""
         self.grown = T.cuda.any_sync(
             T.uint32(_ALL_LANES),
             T.Cast(
@@ -69,12 +88,35 @@ class Softmax(FetchedTensors, OnlineSoftmax):
                 self.row_sum[r] = self.row_sum[r] * self.correction[r]
 
     @T.inline
+    def find_peak(self, S):
+        """The largest scores of this lane in each of its rows, in chains that don't wait for one another."""
+        chain = T.alloc_local([CHAINS], "float32")
+        for r in T.unroll(2):
+            for c in T.unroll(CHAINS):
+                chain[c] = S[c // 2 * 4 + r * 2 + c % 2]
+            for x in T.unroll(CHAINS, self.groups * 2):
+                chain[x % CHAINS] = T.max(chain[x % CHAINS], S[x // 2 * 4 + r * 2 + x % 2])
+            self.peak[r] = T.max(T.max(chain[0], chain[1]), T.max(chain[2], chain[3]))
+
+    @T.inline
     def probabilities(self, S, scale):
         """``S = exp2(S * scale - reference)``."""
         for g in T.unroll(self.groups):
             for r in T.unroll(2):
                 for e in T.unroll(2):
                     S[g * 4 + r * 2 + e] = T.exp2(S[g * 4 + r * 2 + e] * scale - self.row_max[r])
+
+    @T.inline
+    def guess(self, S, W, begin, end):
+        """``W = exp2(S * scale - reference)`` of groups ``begin .. end`` (exclusive), by instructions that the compiler
+        can't move from where they are."""
+        exponent = T.alloc_local([1], "float32")
+        for g in T.unroll(begin, end):
+            for r in T.unroll(2):
+                for e in T.unroll(2):
+                    i = T.meta_var(g * 4 + r * 2 + e)
+                    T.ptx["fma.rn.ftz.f32"](exponent[0], S[i], self.scale, T.float32(0) - self.row_max[r])
+                    T.ptx["ex2.approx.ftz.f32"](W[i], exponent[0])
 
     @T.inline
     def pack(self, S, P):

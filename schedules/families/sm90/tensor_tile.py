@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from tvm import tirx
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Site
@@ -43,7 +44,8 @@ class TensorTile:
         self.bytes = BYTES[param.dtype]
         self.packed = self.bytes < 4 and not transposed
         self.per_pair = 1 if self.packed else 2
-        self.words = T.alloc_local([self.groups * self.rows * self.per_pair], "uint32")
+        self.registers = self.groups * self.rows * self.per_pair
+        self.words = T.alloc_local([self.registers], "uint32")
         self.pairs = None if transposed else self._lie_together()
 
     def _lie_together(self):
@@ -84,15 +86,18 @@ class TensorTile:
             with T.Then():
                 self._fetch_columns(rows, column0) if self.pairs is None else self._fetch_pairs(rows, column0)
             with T.Else():
-                self._fetch_elements(rows, column0)
+                self.fetch_elements(rows, column0)
 
     def _fetch_pairs(self, rows, column0):
         for r, first in enumerate(self._first(rows, column0)):
             at = local(first)
             for g in range(self.groups):
-                place = self.elements.memory.ptr_to([at + g * self.fragment.group])
-                words = [self.words[self._word(g, r) + x] for x in range(self.per_pair)]
-                T.evaluate(T.ptx["ld.global.v2.b32" if self.per_pair == 2 else "ld.global.b32"](*words, place))
+                self._load_pair(g, r, at)
+
+    def _load_pair(self, g, r, at):
+        place = self.elements.memory.ptr_to([at + g * self.fragment.group])
+        words = [self.words[self._word(g, r) + x] for x in range(self.per_pair)]
+        T.evaluate(T.ptx["ld.global.v2.b32" if self.per_pair == 2 else "ld.global.b32"](*words, place))
 
     def _fetch_columns(self, rows, column0):
         """Elements of columns that there are, at addresses that grow by as much from one to the next."""
@@ -109,7 +114,8 @@ class TensorTile:
                         T.buffer_store(self.words, self._bits(self.elements.memory[at + T.int64(0)], e), [word])
                     T.buffer_store(at.source, at + stride * (1 if e == 0 else self.fragment.group - 1), [0])
 
-    def _fetch_elements(self, rows, column0):
+    def fetch_elements(self, rows, column0):
+        """Fetch a step's values one by one."""
         for g in range(self.groups):
             for r in range(self.rows):
                 bits = []
@@ -131,6 +137,11 @@ class TensorTile:
         bits = T.Cast("uint32", T.reinterpret("uint16", value) if self.bytes == 2 else value)
         return T.shift_left(bits, shift) if self.packed else bits
 
+    def _is_set(self, bits, e):
+        """Whether the byte of element ``e`` of a pair says so."""
+        byte = T.shift_right(bits, self._shift() + e * T.uint32(8)) if self.packed else bits
+        return T.bitwise_and(byte, T.uint32(1)) != T.uint32(0)
+
     def value(self, g, r, e) -> Fetched:
         """That of a register; ``g``, ``r`` and ``e`` may be counts of loops that are unrolled."""
         word, e = self._word(g, r if self.rows == 2 else 0), T.Cast("uint32", e)
@@ -138,12 +149,47 @@ class TensorTile:
         if self.bytes == 4:
             return Fetched(T.reinterpret(self.param.dtype, bits))
         if self.bytes == 1:
-            byte = T.shift_right(bits, self._shift() + e * T.uint32(8)) if self.packed else bits
-            return Fetched(T.bitwise_and(byte, T.uint32(1)) != T.uint32(0))
+            return Fetched(self._is_set(bits, e))
         half = T.shift_right(bits, e * T.uint32(16)) if self.packed else bits
         if self.param.dtype == "bfloat16":
             return Fetched(T.reinterpret("float32", T.shift_left(half, T.uint32(16))))
         return Fetched(T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", half))))
+
+
+class FollowingTile(TensorTile):
+    """The same of tiles that are scored from right to left.
+
+    It remembers where the pairs are that were fetched last, and goes on to the tile on their left, group by group.
+    """
+
+    def __init__(self, *arguments):
+        TensorTile.__init__(self, *arguments)
+        self.at = T.alloc_local([self.rows], "int64")
+
+    def fetch(self, rows, column0, last):
+        for r, first in enumerate(self._first(rows, column0)):
+            T.buffer_store(self.at, first, [r])
+        TensorTile.fetch(self, rows, column0, last)
+
+    def turn_left(self):
+        """Go on to the tile on the left, whose pairs lie together and are there."""
+        for r in range(self.rows):
+            T.buffer_store(self.at, self.at[r] - T.int64(self.groups * self.fragment.group), [r])
+
+    def load(self, g):
+        """Fetch the pairs of group ``g`` of that tile."""
+        for r in range(self.rows):
+            self._load_pair(g, r, self.at[r])
+
+    def _fetch_pairs(self, rows, column0):
+        for g in range(self.groups):
+            self.load(g)
+
+    def _is_set(self, bits, e):
+        if not self.packed:
+            return TensorTile._is_set(self, bits, e)
+        pair = T.shift_right(bits, self._shift())  # the same for both
+        return T.bitwise_and(pair, T.shift_left(T.uint32(1), e * T.uint32(8))) != T.uint32(0)
 
 
 class FetchedTensors:
@@ -154,24 +200,38 @@ class FetchedTensors:
     reads = False
     tensors: Mapping[str, TensorTile] = {}
 
-    def add_tensors(self, lane) -> None:
-        """Have registers for them."""
+    def add_tensors(self, lane, tile_type: type[TensorTile] = TensorTile) -> None:
+        """Have registers for them, in tiles of a type."""
         columns, axis = self.groups * self.fragment.group, "i" if self.transposed else "j"
         self.tensors = {
-            p.name: TensorTile(p, self.at.params[p.name], self.fragment, columns, lane, self.transposed)
+            p.name: tile_type(p, self.at.params[p.name], self.fragment, columns, lane, self.transposed)
             for p in self.pattern.params
             if axis in p.axes
         }
 
-    def fetch(self, row0, column0, last) -> None:
+    def fetch(self, row0, column0, last, in_pairs: bool = True) -> None:
         """Fetch what tensors hold for a step's scores; ``row0`` and ``column0`` are this lane's first query and key (if
-        it is transposed too), ``last`` the last of its columns."""
+        it is transposed too), ``last`` the last of its columns.  ``in_pairs``: where pairs lie together."""
         if self.transposed:
             rows, column = [self.position(row0, column0, 0, 0, r, 0)[1] for r in range(2)], row0
         else:
             rows, column = [self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)], column0
         for x in self.tensors.values():
-            x.fetch(rows, column, last)
+            x.fetch(rows, column, last) if in_pairs else x.fetch_elements(rows, column)
+
+    def lie_together(self):
+        """Whether pairs of all of them do."""
+        return tirx.all(*(x.pairs != 0 for x in self.tensors.values()))
+
+    def turn_left(self) -> None:
+        """Go on to the tile on the left of the one that was fetched last, which is whole; pairs lie together."""
+        for x in self.tensors.values():
+            x.turn_left()
+
+    def load(self, g: int) -> None:
+        """Fetch what tensors hold for group ``g`` of that tile."""
+        for x in self.tensors.values():
+            x.load(g)
 
     def look_at(self, t, g, r, e) -> None:
         """A register is next."""
