@@ -116,7 +116,7 @@ def test_on_cpu(sizes, options, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expanded"),
     [*((x, None) for x in ({}, {"is_causal": True}, {"attn_mask": torch.randn(20, 33)})), *(({}, x) for x in range(3))],
-    ids=str,
+    ids=["plain", "causal", "mask", *(f"axis {x} expanded" for x in range(3))],
 )
 def test_results_lie_as_torchs_do(packed, options, expanded):
     """A program that Inductor compiled fails over strides that aren't those of torch's kernels."""
