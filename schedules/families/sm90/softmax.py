@@ -6,6 +6,8 @@ sum has left the range in which float16 certainly held every probability.
 
 from __future__ import annotations
 
+import operator
+
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
@@ -18,7 +20,7 @@ from schedules.tile.softmax import OnlineSoftmax
 
 #: Largest sum of a lane's probabilities in a step without a maximum; a float16 holds 65504.
 SUM_LIMIT = 8192.0
-#: Independent chains of additions in a row sum.
+#: Independent chains in a row's sum or maximum.
 CHAINS = 4
 
 _ALL_LANES = 0xFFFFFFFF
@@ -87,16 +89,9 @@ class Softmax(FetchedTensors, OnlineSoftmax):
                 self.row_max[r] = self.peak[r]
                 self.row_sum[r] = self.row_sum[r] * self.correction[r]
 
-    @T.inline
-    def find_peak(self, S):
-        """The largest scores of this lane in each of its rows, in chains that don't wait for one another."""
-        chain = T.alloc_local([CHAINS], "float32")
-        for r in T.unroll(2):
-            for c in T.unroll(CHAINS):
-                chain[c] = S[c // 2 * 4 + r * 2 + c % 2]
-            for x in T.unroll(CHAINS, self.groups * 2):
-                chain[x % CHAINS] = T.max(chain[x % CHAINS], S[x // 2 * 4 + r * 2 + x % 2])
-            self.peak[r] = T.max(T.max(chain[0], chain[1]), T.max(chain[2], chain[3]))
+    def find_peak(self, S) -> None:
+        """The largest scores of this lane in each of its rows."""
+        self._in_chains(S, self.peak, T.max)
 
     @T.inline
     def probabilities(self, S, scale):
@@ -123,17 +118,18 @@ class Softmax(FetchedTensors, OnlineSoftmax):
         """Probabilities to 16 bits, and their sums to ``step_sum``."""
         for i in T.unroll(self.stride // 2):
             T.ptx[element_type(self.pattern.dtype).pack](P[i], S[2 * i + 1], S[2 * i])
-        self._sum(S)
+        self._in_chains(S, self.step_sum, operator.add)
 
     @T.inline
-    def _sum(self, S):
+    def _in_chains(self, S, to, combine):
+        """Combine what this lane has of each of its rows, in chains that don't wait for one another."""
         chain = T.alloc_local([CHAINS], "float32")
         for r in T.unroll(2):
             for c in T.unroll(CHAINS):
                 chain[c] = S[c // 2 * 4 + r * 2 + c % 2]
             for x in T.unroll(CHAINS, self.groups * 2):
-                chain[x % CHAINS] = chain[x % CHAINS] + S[x // 2 * 4 + r * 2 + x % 2]
-            self.step_sum[r] = (chain[0] + chain[1]) + (chain[2] + chain[3])
+                chain[x % CHAINS] = combine(chain[x % CHAINS], S[x // 2 * 4 + r * 2 + x % 2])
+            to[r] = combine(combine(chain[0], chain[1]), combine(chain[2], chain[3]))
 
     def overflowed(self):
         """Whether this step's sum of a row of the warp says that probabilities may not have been represented."""

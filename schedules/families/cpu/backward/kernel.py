@@ -191,12 +191,7 @@ def _kernel(
         # 1. What each row needs to know, and empty sums.
         ends.begin_parameters(P)
         lanes = T.meta_var(lanes_of(items))
-        if learns_tables:
-            for lane in T.parallel(lanes):
-                with T.sblock("tables"):
-                    T.reads()
-                    T.writes()
-                    tables.begin(lane)
+        tables.begin(lanes)
         if ends.has_places:
             for w in T.parallel(batch * heads):
                 with T.sblock("places"):

@@ -188,12 +188,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
 
         # 1. What each row needs to know, and empty sums.
         ends.begin_parameters(call)
-        if learns_tables:
-            for lane in T.parallel(lanes):
-                with T.sblock("tables"):
-                    T.reads()
-                    T.writes()
-                    tables.begin(lane)
+        tables.begin(lanes)
         T.evaluate(ends.announce(whole, heads * row_tiles, head_dim + head_dim_v))
         for w in T.parallel(heads * row_tiles):
             with T.sblock("begin"):

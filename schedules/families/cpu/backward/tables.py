@@ -72,12 +72,17 @@ class Tables:
         at = self.lane * self.size(param) + self._place(param, index)
         T.buffer_store(sums, sums[at] + share, [at])
 
-    def begin(self, lane: Expr) -> None:
-        """Zeros in the sums of a lane."""
-        for p in self.params:
-            size = self.size(p)
-            with T.serial(T.Select(self.wants(p), size, T.int64(0))) as x:
-                T.buffer_store(self.sums[p.name], T.float32(0), [lane * size + x])
+    def begin(self, lanes: Expr) -> None:
+        """Zeros in the sums of all lanes, in parallel; nothing where no table is learnt."""
+        if not self.params:
+            return
+        with T.parallel(lanes) as lane, T.sblock("tables"):
+            T.reads()
+            T.writes()
+            for p in self.params:
+                size = self.size(p)
+                with T.serial(T.Select(self.wants(p), size, T.int64(0))) as x:
+                    T.buffer_store(self.sums[p.name], T.float32(0), [lane * size + x])
 
     def store(self, lanes: Expr, accumulates: bool) -> None:
         """Add up the lanes, in their order."""
