@@ -1,7 +1,7 @@
 """What kernels must get right that read tensors over the axes of scores, or tables: forward and backward.
 
-Values of all, or a size of 1 that is broadcast, biases of −inf, tiles and rows that see nothing; memory in which two
-neighbouring elements may be read at once, and such where they may not.  Needs torch; no TVM.
+Values of all, or a size of 1 that is broadcast, biases of −inf and of −1e9, tiles and rows that see nothing; memory in
+which two neighbouring elements may be read at once, and such where they may not.  Needs torch; no TVM.
 """
 
 from __future__ import annotations
@@ -20,14 +20,22 @@ from tvm_flash import numerics, reference
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Param
 
+#: What is added to hide a score by those who have no −inf; in float32 nothing is left of a score beside it.
+FAR = -1e9
+#: Rows of the trial with it that see no other number.
+FAR_ROWS = slice(3, 7)
+
 #: Of (heads, kv_heads, seqlen_q, seqlen_kv), and how tensors lie: with all sizes, the same for all heads and batch
-#: entries, the same for all keys, or with strides that divide nothing.
+#: entries, the same for all keys, or with strides that divide nothing; or with all sizes, and some biases of ``FAR``.
 TRIALS = (
     ((2, 1, 150, 200), "whole"),
     ((4, 2, 70, 330), "same for heads"),
     ((1, 1, 130, 96), "same for keys"),
     ((2, 2, 65, 129), "apart"),
+    ((2, 1, 90, 330), "far"),
 )
+#: Of forward kernels also rows that have ``FAR`` alone.
+FORWARD_TRIALS = (*TRIALS, ((2, 1, 90, 330), "far rows"))
 GRADIENTS = ("dq", "dk", "dv")
 
 
@@ -93,12 +101,26 @@ class Problem:
         x = rng.standard_normal(shape, np.float32)
         if self.lie == "apart" and param.axes.endswith("ij"):
             x[..., -40:] = -np.inf  # the keys that are walked over first
+        if self.lie.startswith("far") and param.axes.endswith("ij") and param.dtype != "float16":
+            x[..., -140:] = x[..., 20:60] = FAR  # among them whole tiles, and those that are walked over first
+            if self.lie == "far rows":
+                x[..., FAR_ROWS, :] = FAR
         return numerics.round_to(x, param.dtype)
+
+    @functools.cached_property
+    def that_count(self) -> dict[str, np.ndarray]:
+        """The arrays as they count: beside ``FAR`` alone float32 has nothing left of a row's scores, which are equal."""
+        found = dict(self.arrays)
+        if self.lie == "far rows":
+            for name in ("q", *(p.name for p in self.kernel.params if p.axes.endswith("ij"))):
+                found[name] = found[name].copy()
+                found[name][..., FAR_ROWS, :] = 0
+        return found
 
     @property
     def what(self) -> dict:
         """The arguments of the reference that say which attention it is."""
-        params = {p.name: self.arrays[p.name] for p in self.kernel.params}
+        params = {p.name: self.that_count[p.name] for p in self.kernel.params}
         axes = {p.name: p.axes for p in self.kernel.params}
         twins = {"mask": self.kernel.mask, "score": self.kernel.score}
         return {"softmax_scale": self.softmax_scale, "params": params, "axes": axes, **twins}
@@ -114,7 +136,7 @@ class Problem:
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
         """Output and lse in float64."""
         with np.errstate(invalid="ignore"):
-            return reference.attention(*(self.arrays[n] for n in "qkv"), **self.what)
+            return reference.attention(*(self.that_count[n] for n in "qkv"), **self.what)
 
     def given(self, device: str) -> dict:
         """What forward and backward take, by role."""
@@ -162,7 +184,7 @@ def kernel_of(entry, twins: Mapping[str, Callable] | None = None, sample: Callab
     )
 
 
-def forward(kernel: Kernel, which=TRIALS) -> Iterator[Trial]:
+def forward(kernel: Kernel, which=FORWARD_TRIALS) -> Iterator[Trial]:
     """Trials of a forward kernel, all or those named."""
     for problem in (Problem(kernel, *x) for x in which):
         yield Trial(f"tensors {problem.lie} {problem.sizes}", *_forward(problem))
@@ -184,7 +206,7 @@ def _forward(problem: Problem):
         (out, lse), (want, want_lse) = results, problem.expected
         with np.errstate(invalid="ignore"):
             usual = numerics.usual_attention(
-                *(problem.arrays[n] for n in "qkv"), dtype=problem.kernel.dtype, **problem.what
+                *(problem.that_count[n] for n in "qkv"), dtype=problem.kernel.dtype, **problem.what
             )
         allowed = numerics.bound(usual, want, problem.kernel.dtype)
         allowed += numerics.EPSILON["float32"] / 2 * numerics.magnitude(want_lse) * numerics.magnitude(want)
@@ -192,6 +214,9 @@ def _forward(problem: Problem):
         assert error <= allowed, f"output differs by {error:.3g}, allowed {allowed:.3g}"
         blind = np.isneginf(want_lse)
         assert np.array_equal(np.isneginf(lse), blind) and not out[blind].any()
+        if problem.lie == "far rows":
+            assert (np.abs(lse[..., FAR_ROWS] - FAR) <= -FAR * numerics.EPSILON["float32"]).all()
+            blind[..., FAR_ROWS] = True
         lse_error = np.abs(lse[~blind] - want_lse[~blind]).max()
         assert lse_error <= numerics.lse_bound(want_lse[~blind]), f"lse differs by {lse_error:.3g}"
         return float(error / allowed)

@@ -63,7 +63,7 @@ _INSTRUCTIONS = {
     r"movmatrix\.sync\.aligned\.m8n8\.trans\.": "{0} = simt::movmatrix({1});",
     r"barrier\.cluster\.arrive\b": "simt::cluster_arrive();",
     r"barrier\.cluster\.wait\b": "simt::cluster_wait();",
-    r"bar\.sync %0, %1": "simt::barrier({0}, {1});",
+    r"bar(rier)?\.sync %0, %1": "simt::barrier({0}, {1});",
     r"bar\.arrive %0, %1": "simt::barrier({0}, {1}, false);",
     r"fence\.proxy\.async": "simt::fence_async();",
     r"fence\.mbarrier_init\.|fence\.acq_rel\.|membar\.": "",

@@ -27,7 +27,7 @@ barrier                means                                    arrivals      wh
                                                                               tiles
 ====================== ======================================== ============= ======================= =================
 
-Named barriers are the machine's sixteen (``bar.sync``, ``bar.arrive``); number 0 is the whole block's.
+Named barriers are the machine's sixteen (``bar.sync``, ``bar.arrive``, ``barrier.sync``); number 0 is the whole block's.
 
 =========================== =================================================== ======= ==============================
 number                      means                                               threads who
@@ -134,5 +134,5 @@ class SharedColumnBarriers:
 
     @T.inline
     def meet(self):
-        """Both wait for each other."""
-        T.ptx.bar.sync(TOGETHER, 2 * WARPGROUP_THREADS)
+        """Both wait for each other, each at a place of its own in the code, which ``bar.sync`` doesn't allow."""
+        T.ptx.barrier.sync(TOGETHER, 2 * WARPGROUP_THREADS)
