@@ -109,7 +109,7 @@ class Problem:
 
     @functools.cached_property
     def that_count(self) -> dict[str, np.ndarray]:
-        """The arrays as they count: beside ``FAR`` alone float32 has nothing left of a row's scores, which are equal."""
+        """The arrays as they count: beside ``FAR`` float32 has nothing left of a row's scores, which are equal."""
         found = dict(self.arrays)
         if self.lie == "far rows":
             for name in ("q", *(p.name for p in self.kernel.params if p.axes.endswith("ij"))):

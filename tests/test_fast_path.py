@@ -241,7 +241,7 @@ def test_misaligned_data(slow_calls):
     for start in (0, 1, 0, 1):
         moved = room[start : start + q.numel()].view(q.shape).copy_(q)
         assert torch.equal(flash_attention(moved, k, v), flash_attention(q, k, v))
-    assert len(slow_calls) == 2 if room.data_ptr() % 128 == q.data_ptr() % 128 else len(slow_calls) <= 3
+    assert len(slow_calls) == 2
 
 
 def test_a_suspicious_layout_still_warns():

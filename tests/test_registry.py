@@ -179,12 +179,15 @@ def test_a_manifest_that_cannot_be_read(copy, text, says):
     assert says in str(e.value) and str(copy) in str(e.value) and "--arch cpu`" in str(e.value)
 
 
-def test_a_manifest_with_an_unknown_field(copy):
+@pytest.mark.parametrize(
+    ("field", "value", "says"), [("colour", "red", "colour"), ("alignment", 32, "at most 16 bytes")]
+)
+def test_a_manifest_with_a_field_that_is_not_understood(copy, field, value, says):
     raw = json.loads((copy / MANIFEST_NAME).read_text())
-    raw["kernels"][0]["colour"] = "red"
+    raw["kernels"][0][field] = value
     (copy / MANIFEST_NAME).write_text(json.dumps(raw))
     refresh()
-    with pytest.raises(PackError, match=r"colour"):
+    with pytest.raises(PackError, match=says):
         attend()
 
 

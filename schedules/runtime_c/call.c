@@ -16,6 +16,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define ABI 5 /* of the functions below and of Recipe; tvm_flash/call/fast.py asks for the one that it knows */
 #define MAX_ARGUMENTS 32 /* of a launch */
+#define WORKSPACE_ALIGNMENT 128 /* as in tvm_flash/call/memory.py */
 #define MAX_MADE 12      /* tensors that a call makes: results, and memory for workspaces */
 #define MAX_SLOTS 32     /* pointers of a call: those of its tensors, of what it makes, and of workspaces */
 #define MAX_ENTRIES 1024 /* the oldest goes first; one takes about 2 KB */
@@ -42,7 +43,7 @@ typedef struct {
 /* A workspace, in memory that was made for all of them. */
 typedef struct {
   int32_t slot, memory; /* the slots of its pointer and of the memory */
-  int64_t offset;       /* in bytes, from the first address in the memory that is a multiple of MAX_ALIGNMENT */
+  int64_t offset;       /* in bytes, from the first address in the memory that is a multiple of WORKSPACE_ALIGNMENT */
 } Workspace;
 
 typedef struct {
@@ -232,7 +233,7 @@ static PyObject* follow(const Call* call, const Entry* entry) {
   if (done) {
     for (int i = 0; i < recipe->workspace_count; i++) {
       const Workspace* workspace = &recipe->workspaces[i];
-      pointers[workspace->slot] = (pointers[workspace->memory] + (MAX_ALIGNMENT - 1)) / MAX_ALIGNMENT * MAX_ALIGNMENT +
+      pointers[workspace->slot] = (pointers[workspace->memory] + (WORKSPACE_ALIGNMENT - 1)) / WORKSPACE_ALIGNMENT * WORKSPACE_ALIGNMENT +
                                   (uint64_t)workspace->offset;
     }
     done = !run(recipe, pointers, stream); /* if it fails, the slow path runs it again and reports */

@@ -10,7 +10,7 @@
 #define TENSOR_WORDS (2 + 2 * MAX_DIMS)
 #define MAX_TENSORS 16 /* of a call: an operator's inputs, parameters that are tensors, results that may be given */
 #define MAX_WORDS 192
-#define MAX_ALIGNMENT 128 /* as in tvm_flash/call/memory.py */
+#define MOST_ALIGNMENT 16 /* as in tvm_flash/packs/manifest.py */
 #define MAX_READERS 8
 #define MAX_OPTIONS 16 /* that are known again */
 
@@ -227,7 +227,7 @@ static int read_call(Call* call, const Signature* signature, PyObject* const* ar
   call->reader = reader_of(call->tensors[0]);
   call->words = 2;
   if (!call->reader) return 0;
-  uint64_t bits = MAX_ALIGNMENT;
+  uint64_t bits = MOST_ALIGNMENT;
   for (int i = 0; i < tensors; i++) {
     PyObject* x = call->tensors[i];
     call->pointers[i] = 0;

@@ -25,8 +25,8 @@ UNDEFINED, ZEROED = "workspaces", "zeroed workspaces"
 class Memory:
     """Workspaces of one call in one tensor.
 
-    ``offsets`` (by name, in bytes) count from the first address in it that is a multiple of ``memory.MAX_ALIGNMENT``;
-    ``elements`` float32 are room for all.
+    ``offsets`` (by name, in bytes) count from the first address in it that is a multiple of
+    ``memory.WORKSPACE_ALIGNMENT``; ``elements`` float32 are room for all.
     """
 
     role: str
@@ -35,7 +35,7 @@ class Memory:
 
     def pointers(self, at: int) -> dict[str, int]:
         """Addresses of the workspaces by name, of the tensor's address."""
-        start = -(-at // memory.MAX_ALIGNMENT) * memory.MAX_ALIGNMENT
+        start = memory.workspace_start(at)
         return {name: start + offset for name, offset in self.offsets.items()}
 
 
@@ -48,9 +48,9 @@ def workspaces_of(entry: KernelEntry, extents: Mapping[str, int]) -> tuple[Memor
             if workspace.zeroed == zeroed:
                 offsets[workspace.name] = size
                 items = math.prod(sizes.evaluate(n, extents) for n in workspace.shape)
-                size += -(-items * memory.ITEM_SIZE[workspace.dtype] // memory.MAX_ALIGNMENT) * memory.MAX_ALIGNMENT
+                size += memory.workspace_start(items * memory.ITEM_SIZE[workspace.dtype])
         if offsets:
-            found.append(Memory(role, offsets, (size + memory.MAX_ALIGNMENT) // 4))
+            found.append(Memory(role, offsets, (size + memory.WORKSPACE_ALIGNMENT) // 4))
     return tuple(found)
 
 

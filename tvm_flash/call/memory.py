@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.frameworks import TensorView
+from tvm_flash.packs.manifest import MOST_ALIGNMENT
 
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4, "bool": 1}
 
-#: Alignments are looked at up to this many bytes: no kernel needs more.
-MAX_ALIGNMENT = 128
+#: Workspaces begin at multiples of so many bytes.
+WORKSPACE_ALIGNMENT = 128
 
 #: Steps of the search for a common element of two interleaved tensors before they count as overlapping.
 _OVERLAP_WORK = 10_000
@@ -92,9 +93,14 @@ class _Shadow:
         }
 
 
+def workspace_start(at: int) -> int:
+    """The first multiple of ``WORKSPACE_ALIGNMENT`` from a number of bytes on."""
+    return -(-at // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+
+
 def alignment_of(bits: int) -> int:
-    """The largest power of two, up to ``MAX_ALIGNMENT``, that divides every number whose bits are in ``bits``."""
-    bits |= MAX_ALIGNMENT
+    """The largest power of two, up to ``MOST_ALIGNMENT``, that divides every number whose bits are in ``bits``."""
+    bits |= MOST_ALIGNMENT
     return bits & -bits
 
 

@@ -23,7 +23,7 @@ from tvm_flash.call.signature import Signature
 from tvm_flash.errors import KernelError, PackError
 from tvm_flash.machine.ffi import Frame
 from tvm_flash.operators import role_of, tensor
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Launch
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, MOST_ALIGNMENT, Launch
 from tvm_flash.packs.registry import Installed, build_command, registry
 
 
@@ -66,7 +66,7 @@ class EmptyPlan:
 class Plan:
     """A chosen kernel with its arguments laid out."""
 
-    def __init__(self, request: Request, alignment: int = memory.MAX_ALIGNMENT):
+    def __init__(self, request: Request, alignment: int = MOST_ALIGNMENT):
         """Choose and load the kernel for pointers that are multiples of ``alignment`` bytes."""
         self._request, self.results = request, request.results
         self.suspicion = request.suspicion

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tvm_flash.catalogue import INSTEAD, MASKS, SCORES
 from tvm_flash.operators import FORWARD, OPERATORS
 from tvm_flash.packs import sizes
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, CACHE_OF_KIND, DENSE, FARTHEST_START, PAGED
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, CACHE_OF_KIND, DENSE, FARTHEST_START, MOST_ALIGNMENT, PAGED
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("bhsd", "bshd")
@@ -72,7 +72,8 @@ class Problem:
 
     ``head_dim`` and ``head_dim_v`` in elements; ``mask`` and ``score`` are names of the catalogue, and empty for a
     definition of the user's own, which has them built in.  ``layout`` is that of the caller's tensors.
-    ``alignment`` is the number of bytes (a power of two) that all pointers and strides are multiples of.
+    ``alignment`` is the number of bytes (a power of two, up to ``MOST_ALIGNMENT``) that all pointers and strides are
+    multiples of.
     ``index_bits`` is 32 if every size and stride fits an int32, else 64.  ``op`` is the operator that is asked for, and
     ``workspaces`` says whether memory for them can be allocated.  ``accumulate`` says that gradients are to be added to
     float32 ones that are there, ``gradients`` of which parameters some are wanted.  Of sequences of different lengths
@@ -94,7 +95,7 @@ class Problem:
     mask: str = "full"
     score: str = "identity"
     definition: str = BUILTIN_DEFINITION
-    alignment: int = 128
+    alignment: int = MOST_ALIGNMENT
     index_bits: int = 32
     op: str = FORWARD
     workspaces: bool = True

@@ -126,6 +126,9 @@ PARAM_DTYPES = ("float32", "int32", "float16", "bfloat16", "bool")
 #: The most blocks of a GPU's launch along any axis of its grid but the first.
 MOST_BLOCKS = 65535
 
+#: Alignments are looked at up to this many bytes: no kernel asks for more.
+MOST_ALIGNMENT = 16
+
 #: How sequences lie in memory: in a batch of one length, one after the other, or so with their keys on pages.
 FORMS = DENSE, RAGGED, PAGED = "dense", "ragged", "paged"
 
@@ -409,7 +412,7 @@ class KernelEntry:
         problem's sizes; None if any number will do.  A kernel that is made for few rows is preferred where it fits.
     narrow_axes: how many blocks launches have along the axes of a GPU's grid with room for ``MOST_BLOCKS`` only, by the
         problem's sizes, where that may be more.
-    alignment: bytes; data pointers and all strides but the last must be multiples of it.
+    alignment: bytes, up to ``MOST_ALIGNMENT``; data pointers and all strides but the last must be multiples of it.
     index_bits: 32 if sizes and strides (in elements) must fit an int32, else 64.
     config: the schedule's configuration as JSON.
     config_source: where the configuration comes from: ``"default"`` or the name of a tuning record, such as
@@ -458,6 +461,8 @@ class KernelEntry:
         ------
         KeyError, TypeError, ValueError: a field is missing, unknown or not understood.
         """
+        if raw["alignment"] > MOST_ALIGNMENT:
+            raise ValueError(f"alignment must be at most {MOST_ALIGNMENT} bytes, got {raw['alignment']}")
         parts = {
             "params": tuple(Param(**p) for p in raw["params"]),
             "launches": tuple(map(Launch.from_dict, raw["launches"])),

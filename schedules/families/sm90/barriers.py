@@ -27,7 +27,7 @@ barrier                means                                    arrivals      wh
                                                                               tiles
 ====================== ======================================== ============= ======================= =================
 
-Named barriers are the machine's sixteen (``bar.sync``, ``bar.arrive``, ``barrier.sync``); number 0 is the whole block's.
+Named barriers are the machine's sixteen (``bar.sync``, ``bar.arrive``, ``barrier.sync``); 0 is the whole block's.
 
 =========================== =================================================== ======= ==============================
 number                      means                                               threads who
