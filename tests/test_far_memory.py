@@ -24,7 +24,7 @@ class Memory:
         self.used = 0
 
     def far(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """A copy in which the steps along ``dim`` are so large that all of them together are ``EXTENT``."""
+        """A copy in which the steps along ``dim`` are so large that all together are ``EXTENT``; each fits an int32."""
         within = [n for i, n in enumerate(x.shape) if i != dim]
         strides = [math.prod(within[i + 1 :]) for i in range(len(within))]
         strides.insert(dim, EXTENT // (x.shape[dim] - 1) // 64 * 64)
@@ -78,7 +78,7 @@ def test_sequences_of_any_length(dim, memory):
 @pytest.mark.parametrize("rows", (1, 9))
 @pytest.mark.parametrize("dim", (0, 1, 2))
 def test_caches(dim, rows, memory):
-    q, new_k, new_v, k, v = tensors(memory, (2, rows, 4, 64), *[(2, rows, 2, 64)] * 2, *[(6, 16, 2, 64)] * 2)
+    q, new_k, new_v, k, v = tensors(memory, (2, rows, 6, 64), *[(2, rows, 3, 64)] * 2, *[(6, 16, 3, 64)] * 2)
     where = {"page_table": [[3, 1, 4], [0, 2, 5]], "cache_seqlens": [37, 17]}
     where = {name: torch.tensor(x, dtype=torch.int32, device=memory.room.device) for name, x in where.items()}
 
