@@ -18,7 +18,7 @@ import torch
 
 from tests.tensor_trials import GRADIENTS, Kernel
 from tests.torch_cases import Compute
-from tests.trials import Results, Trial
+from tests.trials import Results, Trial, gradients
 from tvm_flash import numerics, reference
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Param
@@ -242,9 +242,7 @@ class Sequences:
         for b in self.seeing:
             tensors, what = self.own(b)
             given = [tensors[n] for n in ("dout", "q", "k", "v")]
-            with np.errstate(invalid="ignore"):
-                exact = reference.attention_backward(*given, gradients=[*self.learnt], **what)
-                usual = numerics.usual_gradients(*given, dtype=self.kernel.dtype, gradients=[*self.learnt], **what)
+            exact, usual = gradients(*given, dtype=self.kernel.dtype, learnt=self.learnt, **what)
             products = np.abs(tensors["dout"] * self.expected[0][self.rows(b)["q"]].swapaxes(0, 1)).sum(-1)
             of_delta = numerics.EPSILON[self.kernel.dtype] / 2 * products.max()
             for n, (name, got) in enumerate(zip((*GRADIENTS, *self.learnt), results, strict=True)):

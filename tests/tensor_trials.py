@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tests.torch_cases import Compute, tensor
-from tests.trials import Results, Trial
+from tests.trials import Results, Trial, gradients
 from tvm_flash import numerics, reference
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import Param
@@ -256,9 +256,7 @@ def _backward(problem: Problem):
     def check(results: Results, device: str) -> float:
         given = [problem.arrays[n] for n in ("dout", "q", "k", "v")]
         names = [p.name for p in learnt]
-        with np.errstate(invalid="ignore"):
-            exact = reference.attention_backward(*given, gradients=names, **problem.what)
-            usual = numerics.usual_gradients(*given, dtype=kernel.dtype, gradients=names, **problem.what)
+        exact, usual = gradients(*given, dtype=kernel.dtype, learnt=names, **problem.what)
         # The output comes rounded, and so delta: gradients of scores are off by that, in proportion to weights.
         products = np.abs(problem.arrays["dout"] * problem.expected[0]).sum(-1)
         of_delta, rows, worst = numerics.EPSILON[kernel.dtype] / 2 * products.max(), products.size, 0.0

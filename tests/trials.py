@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tests.torch_cases import Compute
+from tvm_flash import numerics, reference
 
 #: All that a kernel wrote, float64 arrays; two runs must give the same.
 Results = tuple[np.ndarray, ...]
@@ -38,3 +39,21 @@ class Usual:
     values: Mapping[str, Any]
     sizes: Mapping[str, int]
     flops: float
+
+
+def gradients(*given: np.ndarray, dtype: str, learnt: Iterable[str], **what: Any) -> tuple[reference.Gradients, ...]:
+    """Exact gradients, and the usual ones in a dtype.
+
+    Those of parameters, each of which is differences of all scores, are computed once: nothing of them is rounded
+    before the end, so that the usual ones are the exact ones as float32.
+
+    Parameters
+    ----------
+    given: dout, q, k, v.
+    learnt: names of the parameters whose gradients are wanted.
+    what: the arguments of the reference that say which attention it is.
+    """
+    with np.errstate(invalid="ignore"):
+        exact = reference.attention_backward(*given, gradients=[*learnt], **what)
+        usual = numerics.usual_gradients(*given, dtype=dtype, **what)
+    return exact, replace(usual, params={name: x.astype(np.float32) for name, x in exact.params.items()})
