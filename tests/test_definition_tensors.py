@@ -23,6 +23,7 @@ from schedules.families import schedule
 from schedules.families.interface import DECODE, PARTIAL, RAGGED_BACKWARD, Rejected, Target
 from schedules.templates import v2
 from tests import oracle
+from tests.built import build_kernels
 from tests.definitions.with_tensors import documents, learnt_relative, own_sink, relative
 from tvm_flash import reference
 from tvm_flash.packs.manifest import Param
@@ -216,11 +217,9 @@ def test_joined_masks_keep_what_templates_know_of_them():
 def pack(tmp_path_factory):
     packs = tmp_path_factory.mktemp("packs")
     for name in ("documents", "learnt_relative"):
-        command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--dtype", "float32"]
-        command += ["--head-dim", "32", "--template", "v2", "--output", packs]
-        command += ["--definition", f"{ROOT / 'tests/definitions/with_tensors.py'}:{name}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        definition = f"{ROOT / 'tests/definitions/with_tensors.py'}:{name}"
+        of = ("--arch", "cpu", "--dtype", "float32", "--head-dim", 32, "--template", "v2")
+        build_kernels(*of, "--output", packs, "--definition", definition)
     return packs
 
 
@@ -315,11 +314,9 @@ assert not attention(given[0][:, :, :0], *none, **{{**data, "allowed": data["all
 
 def test_a_sink_of_a_users_own(tmp_path):
     """Rows that see no key see the sink; where there are no keys at all, a call says that it can't."""
-    command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--dtype", "float32"]
-    command += ["--head-dim", "32", "--template", "v1", "--kind", "forward", "--kind", "backward", "--output", tmp_path]
-    command += ["--definition", f"{ROOT / 'tests/definitions/with_tensors.py'}:own_sink"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    of = ("--arch", "cpu", "--dtype", "float32", "--head-dim", 32, "--template", "v1")
+    which = ("--kind", "forward", "--kind", "backward", "--output", tmp_path)
+    build_kernels(*of, *which, "--definition", f"{ROOT / 'tests/definitions/with_tensors.py'}:own_sink")
     q, k, v, dout, params = problem(own_sink, 45, 70, 32)
     np.savez(tmp_path / "sink.npz", q=q, k=k, v=v, dout=dout, **params)
     environment = {"TVM_FLASH_PACKS": str(tmp_path), "PYTHONPATH": str(ROOT)}

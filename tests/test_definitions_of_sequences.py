@@ -6,9 +6,6 @@ One after the other with gradients, by NumPy, autograd and ``torch.compile``; wi
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,13 +18,13 @@ from schedules.families import FAMILY, kinds_of, schedule
 from schedules.families.interface import RAGGED, RAGGED_BACKWARD, Rejected, Target
 from schedules.templates import v1, v2
 from tests import sequence_trials, tensor_trials
+from tests.built import build_kernels
 from tests.cpu_kernels import runnable_isas
 from tests.definitions import flex_tables, of_sequences, with_tensors
 from tests.sequence_trials import Sequences
 from tvm_flash import reference
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, KernelNotFoundError, NotSupportedError
 
-ROOT = Path(__file__).resolve().parent.parent
 SCALE = 0.2
 PARAMS = of_sequences.of_sequences.params
 GRADIENTS = tuple(p.name for p in PARAMS if p.gradient)
@@ -43,10 +40,8 @@ def pack(tmp_path_factory):
         (f"{token_tree.__file__}:token_tree", "--form", "paged"),
         (f"{flex_tables.__file__}:flex_tables", "--form", "ragged"),
     ):
-        command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--isa", "baseline"]
-        command += ["--dtype", "float32", "--head-dim", "32", *which, "--output", packs]
-        done = subprocess.run([*command, "--definition", definition], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        of = ("--arch", "cpu", "--isa", "baseline", "--dtype", "float32", "--head-dim", 32, *which)
+        build_kernels(*of, "--output", packs, "--definition", definition)
     return packs
 
 
@@ -54,11 +49,9 @@ def pack(tmp_path_factory):
 def pack_of_bfloat16(tmp_path_factory):
     """Kernels for the best instruction set here, whose products may be of pairs or tiles of 16 bits."""
     packs = tmp_path_factory.mktemp("packs")
-    command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--isa", runnable_isas()[0]]
-    command += ["--dtype", "bfloat16", "--head-dim", "32", "--kind", "ragged,ragged_backward", "--output", packs]
-    command += ["--definition", f"{of_sequences.__file__}:of_sequences"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    of = ("--arch", "cpu", "--isa", runnable_isas()[0], "--dtype", "bfloat16", "--head-dim", 32)
+    which = ("--kind", "ragged,ragged_backward", "--definition", f"{of_sequences.__file__}:of_sequences")
+    build_kernels(*of, *which, "--output", packs)
     return packs
 
 

@@ -18,6 +18,7 @@ from schedules.definition.definition_file import DefinitionFile
 from schedules.definition.gallery import speculative_tree, t5_bias
 from schedules.definition.picture import Picture
 from schedules.definition.sample import parameters_of
+from tests.built import build_kernels
 from tvm_flash import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,10 +140,8 @@ def test_lengths_that_are_none(capsys):
 def pack(tmp_path_factory):
     packs = tmp_path_factory.mktemp("packs")
     for name in BUILT:
-        command = [sys.executable, ROOT / "scripts" / "build_kernels.py", "--arch", "cpu", "--dtype", "float32"]
-        command += ["--head-dim", "32", "--template", "v2", "--output", packs]
-        done = subprocess.run([*command, "--definition", f"{GALLERY / name}.py:{name}"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        of = ("--arch", "cpu", "--dtype", "float32", "--head-dim", 32, "--template", "v2")
+        build_kernels(*of, "--output", packs, "--definition", f"{GALLERY / name}.py:{name}")
     return packs
 
 
