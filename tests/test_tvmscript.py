@@ -6,10 +6,11 @@ import inspect
 
 from tvm.script import ir as I
 from tvm.script import tirx as T
+from tvm.script.parser.core.diagnostics import Source
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.parser import entry
 
-import schedules.definition  # noqa: F401 - makes the parser the faster one
+from schedules.definition import tvmscript  # makes the parser the faster one
 
 
 def test_the_quick_stack_has_the_frames_and_lines_of_pythons():
@@ -31,3 +32,13 @@ def test_functions_in_a_class_are_left_to_the_class():
                 A[i] = T.float32(0)
 
     assert isinstance(Module["nothing"], PrimFunc)
+
+
+def test_a_source_that_is_known_is_the_one_that_was_found():
+    def one(a: T.int32):
+        b: T.int32 = a
+        T.evaluate(b)
+
+    found = Source.__new__(Source)
+    tvmscript._look_for_source(found, one)
+    assert vars(Source(one)) == vars(Source(one)) == vars(found) and "b: T.int32 = a" in found.source

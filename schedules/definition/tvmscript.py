@@ -8,9 +8,11 @@ that come out are the same, but for the places in source files that TVM notes in
 * It looks for itself in the stack, and asks for the stack at each function: ``inspect.stack`` opens the source file of
   each frame, and looks for its module among all that are loaded, which took a third of the time of deriving an operator
   where torch and JAX are loaded.  Here the parser is kept in a list, and frames come without their sources.
-* It reads a macro's source again at each call.  Here a text is read once.
+* It looks for a macro's source in its file whenever it is defined, and reads it again at each call.  Here a function is
+  looked for once, and a text read once.
 * It compiles and evaluates each node of an expression as a program of its own.  Here names, constants, attributes,
-  subscripts, tuples and calls, of operands that it has evaluated, are what they are in Python.
+  subscripts, tuples and calls, of operands that it has evaluated, are what they are in Python; names and constants have
+  nothing in them to be visited; and a value that is given a name is not first a program that gives it.
 * It notes in each node of the function where in a source file it came from.  Here it doesn't.
 """
 
@@ -22,10 +24,11 @@ import linecache
 import sys
 from dataclasses import dataclass
 from functools import cache
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 
 from tvm.script.parser.core import doc, evaluator
 from tvm.script.parser.core.diagnostics import Source
+from tvm.script.parser.core.evaluator import ExprEvaluator
 from tvm.script.parser.core.parser import Parser, ScriptMacro
 from tvm.tirx.script.builder import ir as builder
 from tvm.tirx.script.parser import entry
@@ -34,6 +37,7 @@ from tvm.tirx.script.parser import entry
 _parsers: list[Parser] = []
 
 _eval_expr_of_parser, _eval_by_python = Parser.eval_expr, evaluator._eval_expr
+_assign_by_python, _look_for_source = evaluator._eval_assign, Source.__init__
 
 
 def _eval_expr(self: Parser, node, extra_vars=None):
@@ -83,6 +87,43 @@ def _items(nodes: list, values: dict) -> list:
         else:
             found.append(_evaluate(node, values))
     return found
+
+
+#: Nodes without anything in them to be visited: constants, and what says how another node is meant.
+_LEAVES = (doc.Constant, doc.expr_context, doc.operator, doc.boolop, doc.unaryop, doc.cmpop)
+
+
+def _visit(self: ExprEvaluator, node):
+    """Stands in for ``ExprEvaluator._visit``."""
+    kind = type(node)
+    if (kind is doc.Name and node.id in self.value_table) or isinstance(node, _LEAVES):
+        return node
+    if kind is list:
+        return [_visit(self, x) for x in node]
+    if kind is tuple:
+        return tuple(_visit(self, x) for x in node)
+    return self._visit_node(node)
+
+
+def _assign(target: doc.expr, source) -> dict:
+    """The names that an assignment gives, and their values; stands in for ``evaluator._eval_assign``."""
+    return {target.id: source} if type(target) is doc.Name else _assign_by_python(target, source)
+
+
+#: Sources that were looked for, by the number of a function's code, which is kept so that no other gets its number.
+_sources: dict[int, tuple[CodeType, dict]] = {}
+
+
+def _source(self: Source, program) -> None:
+    """``Source.__init__``, which has looked for each function once."""
+    code = getattr(program, "__code__", None)
+    if code is None:
+        return _look_for_source(self, program)
+    if id(code) not in _sources:
+        _look_for_source(self, program)
+        _sources[id(code)] = code, vars(self).copy()
+    vars(self).update(_sources[id(code)][1])
+    return None
 
 
 #: What the parser changes in the node of a function as it comes by: it takes the decorator off, and counts lines from
@@ -165,6 +206,8 @@ def install() -> None:
     Parser.with_source_span = _without_span
     Parser.annotate_current_source_span = _unannotated
     ScriptMacro._find_parser_def = _find_parser
+    Source.__init__ = _source
     Source.as_ast = _as_ast
-    evaluator._eval_expr = _evaluate
+    ExprEvaluator._visit = _visit
+    evaluator._eval_expr, evaluator._eval_assign = _evaluate, _assign
     builder.inspect = entry.inspect = InspectWithQuickStack("inspect")
