@@ -52,9 +52,11 @@ def pytest_configure(config):
 
 #: Long files, the longest first: whoever begins one of them last would leave the other workers without work meanwhile.
 FIRST = (
-    *("test_wheel.py", "test_tuning.py", "test_gallery_simulated.py", "test_definition_tensors.py"),
-    *("test_tuning_kinds.py", "test_sm90_compile.py", "test_gpu_compile.py", "test_cpu_family.py", "test_gallery.py"),
-    *("test_build_interrupted.py", "test_peer_suites.py", "test_sequences_simulated.py", "test_sequences_compile.py"),
+    *("test_wheel.py", "test_tuning.py", "test_tensors_simulated.py", "test_cpu_family.py"),
+    *("test_gallery_simulated.py", "test_mma_backward_simulated.py", "test_gpu_compile.py", "test_derive.py"),
+    *("test_sm90_backward_simulated.py", "test_definitions_of_sequences.py", "test_tuning_kinds.py"),
+    *("test_cpu_amx.py", "test_cpu_backward.py", "test_ragged_backward_simulated.py", "test_sequences_simulated.py"),
+    *("test_sm90_simulated.py", "test_sequences_compile.py", "test_peer_suites.py", "test_build_interrupted.py"),
 )
 
 

@@ -40,7 +40,7 @@ def pack(tmp_path_factory):
         (f"{token_tree.__file__}:token_tree", "--form", "paged"),
         (f"{flex_tables.__file__}:flex_tables", "--form", "ragged"),
     ):
-        of = ("--arch", "cpu", "--isa", "baseline", "--dtype", "float32", "--head-dim", 32, *which)
+        of = ("--arch", "cpu", "--isa", runnable_isas()[0], "--dtype", "float32", "--head-dim", 32, *which)
         build_kernels(*of, "--output", packs, "--definition", definition)
     return packs
 
