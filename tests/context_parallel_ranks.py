@@ -14,6 +14,7 @@ import time
 import traceback
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -21,8 +22,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tests.context_parallel_cases import CASES, NAMES, Case
+from tests.context_parallel_memory import FileMemory
 from tvm_flash import InvalidArgumentError, ProcessGroupError
-from tvm_flash.distributed import context_parallel_attention, launches, shard_batch, shard_sequence, unshard_sequence
+from tvm_flash.distributed import (
+    agreement,
+    context_parallel_attention,
+    launches,
+    shard_batch,
+    shard_sequence,
+    unshard_sequence,
+)
+from tvm_flash.distributed.agreement import axes_of
 
 #: How long a process that is gone may keep the others.
 TIMEOUT = timedelta(seconds=100)
@@ -46,6 +56,15 @@ MESHES = {
 #: Meshes on which heads are split as those of long sequences are.
 AS_IF_LONG = ("8 gather", "4 × 2 gather")
 LONG = {"_MANY_KEYS": 1, "_FEW": 1}
+
+#: What is computed by ranks that read each other's memory, on a few meshes.
+READ = {
+    "2 gather": ("causal", "window", "documents"),
+    "3 ring": ("full", "sinks", "causal documents"),
+    "8 gather": ("causal", "slopes", "fewer positions than ranks", "documents with a window"),
+    "8 ring": ("window", "values of another size"),
+    "4 × 2 gather": ("causal", "causal documents"),
+}
 
 #: What is computed on a GPU: in 16 bits, of what its kernels take.
 ON_GPUS = ("1", "2 gather", "2 ring", "2 heads")
@@ -123,6 +142,40 @@ def results() -> dict:
                 with patch.multiple(launches, **LONG) if name in AS_IF_LONG else contextlib.nullcontext():
                     found[run] = together(case, case.inputs(run[2]), mesh, exchange=exchange)
     return found
+
+
+def reads(folder: Path) -> dict:
+    """The same as ``results`` of some meshes whose ranks read each other's memory; how often they did, and where one of
+    two has no room for it."""
+    found, memories = {}, []
+
+    def memory(axes, device):
+        memories.append(FileMemory(folder, axes, 1 << 20))
+        return memories[-1]
+
+    with patch.object(agreement, "_peers", memory):
+        for name, cases in READ.items():
+            shape, exchange = MESHES[name]
+            count = torch.Size(shape).numel()
+            mesh = DeviceMesh("cpu", torch.arange(count).view(shape))
+            if mesh.get_coordinate() is None:
+                continue
+            for case in cases:
+                inputs = CASES[case].inputs(torch.float32)
+                with patch.multiple(launches, **LONG):
+                    found[name, case] = together(CASES[case], inputs, mesh, exchange=exchange)
+        copies = [x.copies for x in memories]
+        mesh = DeviceMesh("cpu", torch.arange(2))
+        if mesh.get_coordinate() is not None:
+            axes_of(mesh).peers.is_full = dist.get_rank() == 1
+            found["no room"] = together(CASES["causal"], CASES["causal"].inputs(torch.float32), mesh)
+            copies.append(axes_of(mesh).peers.copies)
+    return {"found": found, "copies": copies}
+
+
+def reads_memory() -> bool:
+    """Whether all of the world read each other's memory."""
+    return axes_of(mesh_of((dist.get_world_size(),))).peers is not None
 
 
 def other_orders() -> dict:
@@ -300,7 +353,9 @@ def torch_rings() -> dict:
     return {"found": found, "called": sorted(set(called))}
 
 
-TASKS = {f.__name__: f for f in (results, other_orders, errors, orders, batches, deaths, torch_rings)}
+TASKS = {
+    f.__name__: f for f in (results, reads, reads_memory, other_orders, errors, orders, batches, deaths, torch_rings)
+}
 
 
 def work(rank: int, world: int, folder: str, tasks: list[str]) -> None:
@@ -310,7 +365,7 @@ def work(rank: int, world: int, folder: str, tasks: list[str]) -> None:
         backend = "nccl"
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    found = {task: TASKS[task]() for task in tasks}
+    found = {task: TASKS[task](Path(folder)) if task == "reads" else TASKS[task]() for task in tasks}
     if rank == 0:
         torch.save(found, os.path.join(folder, "found.pt"))
     if "deaths" not in tasks:

@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.context_parallel_cases import CASES, Case
-from tests.context_parallel_ranks import EVERYWHERE, MESHES, RUNS, SHARED, TIMEOUT
+from tests.context_parallel_ranks import EVERYWHERE, MESHES, READ, RUNS, SHARED, TIMEOUT
 from tvm_flash.distributed.kernels import has_accumulate, has_partial
 from tvm_flash.machine.device import Device
 
@@ -33,7 +33,9 @@ def run(folder, ranks, *tasks):
 @pytest.fixture(scope="module")
 def found(cpu_pack, tmp_path_factory):
     """What eight processes found."""
-    return run(tmp_path_factory.mktemp("ranks"), 8, "results", "other_orders", "errors", "batches", "torch_rings")
+    return run(
+        tmp_path_factory.mktemp("ranks"), 8, "results", "reads", "other_orders", "errors", "batches", "torch_rings"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,18 @@ def test_float32_against_float64(found, exact, mesh):
     assert len(runs) >= 2
     for case in runs:
         check(found["results"][case, mesh, torch.float32], exact(case, torch.float32))
+
+
+@pytest.mark.parametrize("mesh", READ)
+def test_ranks_that_read_each_others_memory(found, exact, mesh):
+    for case in READ[mesh]:
+        check(found["reads"]["found"][mesh, case], exact(case, torch.float32))
+
+
+def test_memory_is_read_where_all_ranks_have_room(found, exact):
+    *copies, without = found["reads"]["copies"]
+    assert copies and all(copies) and not without
+    check(found["reads"]["found"]["no room"], exact("causal", torch.float32))
 
 
 @pytest.mark.parametrize("mesh", ["8 gather", "8 ring"])

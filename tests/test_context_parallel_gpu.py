@@ -1,4 +1,5 @@
-"""Sequences that two GPUs of this machine share, by NCCL: the cases of the processor, in bfloat16, as one GPU does."""
+"""Sequences that two GPUs of this machine share, by NCCL's messages and by reading each other's memory: the cases of
+the processor, in bfloat16, as one GPU does."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from tests.context_parallel_cases import CASES
 from tests.context_parallel_ranks import ON_GPUS
 from tests.test_context_parallel import difference, run
+from tvm_flash.distributed.peers import VARIABLE
 from tvm_flash.machine import cuda
 
 pytestmark = [
@@ -16,9 +18,15 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("ranks"), 2, "results")["results"]
+@pytest.fixture(scope="module", params=["0", "1"], ids=["messages", "memory"])
+def found(request, tmp_path_factory):
+    if request.param == "1" and not torch.cuda.can_device_access_peer(0, 1):
+        pytest.skip("needs two GPUs that reach each other's memory")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, request.param)
+        told = run(tmp_path_factory.mktemp("ranks"), 2, "results", "reads_memory")
+    assert told["reads_memory"] == (request.param == "1")
+    return told["results"]
 
 
 @pytest.mark.parametrize("case", CASES)

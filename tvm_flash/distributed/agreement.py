@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from tvm_flash.distributed import peers
 from tvm_flash.distributed.exchange import talking
 from tvm_flash.errors import InvalidArgumentError, TvmFlashError
 
@@ -33,6 +35,7 @@ class Axes:
     outer, inner: the groups along the axes; None along one of a single rank.
     talk: connections of all ranks of the mesh, over which a few bytes go on the host.
     ranks: their numbers in the world, by place, the inner axis running fastest.
+    peers: memory that the outer ranks read of each other; None where they send messages.
     """
 
     sizes: tuple[int, int]
@@ -42,6 +45,7 @@ class Axes:
     inner: dist.ProcessGroup | None
     talk: dist.ProcessGroupGloo
     ranks: tuple[int, ...]
+    peers: peers.Memory | None = None
 
 
 def axes_of(mesh: DeviceMesh, heads: bool = False) -> Axes:
@@ -79,7 +83,8 @@ def _axes(groups: tuple[dist.ProcessGroup, ...], shape, ranks, device: str, plac
             dist.all_reduce(torch.zeros(1, device=device), group=group)
     outer = groups[0] if sizes[0] > 1 else None
     inner = groups[-1] if sizes[1] > 1 else None
-    return Axes(sizes, (*shape, 1)[:2], place, outer, inner, _talk(groups, ranks, device), ranks)
+    axes = Axes(sizes, (*shape, 1)[:2], place, outer, inner, _talk(groups, ranks, device), ranks)
+    return axes if outer is None else dataclasses.replace(axes, peers=_peers(axes, device))
 
 
 #: How often a private group of some ranks was made, by all of them.
@@ -98,6 +103,47 @@ def _talk(groups: tuple[dist.ProcessGroup, ...], ranks: tuple[int, ...], device:
     timeout = max(group._get_backend(torch.device(device)).options._timeout for group in groups)
     with talking(ranks):
         return dist.ProcessGroupGloo(store, ranks.index(dist.get_rank()), len(ranks), timeout)
+
+
+def _peers(axes: Axes, device: str) -> peers.Memory | None:
+    """The memory of a mesh's outer ranks, if each of all ranks reaches that of those of its axis."""
+    if device != "cuda":
+        return None
+    device = torch.device("cuda", torch.cuda.current_device())
+    told = _all_say(axes, **peers.about(device))
+    of_axis = told[axes.place[1] :: axes.sizes[1]]
+    if not _all_can(axes, peers.can_read(device, of_axis)):
+        return None
+    memory = None
+    with contextlib.suppress(RuntimeError, ImportError, AttributeError):  # what PyTorch has no name for
+        memory = peers.PeerMemory(axes.outer, device)
+    return memory if _all_can(axes, memory is not None) else None
+
+
+def with_room(axes: Axes, size: int) -> bool:
+    """Whether ranks have so many bytes to read of each other, or now get them; the same on all."""
+    memory = axes.peers
+    if memory is None or size > memory.most:
+        return False
+    if size > memory.size:
+        if memory.is_fixed:
+            return False
+        if not _all_can(axes, memory.allocate(size)):
+            memory.refuse(size)
+            return False
+        memory.connect()
+    return True
+
+
+def _all_say(axes: Axes, **what: Any) -> list[dict[str, Any]]:
+    """What each rank says, whatever it is."""
+    asked = Agreement(axes)
+    asked.says(**what)
+    return asked.reach(differ=tuple(what))
+
+
+def _all_can(axes: Axes, can: bool) -> bool:
+    return all(said["can"] for said in _all_say(axes, can=can))
 
 
 class Agreement:

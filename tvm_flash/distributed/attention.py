@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from tvm_flash.call import checks
-from tvm_flash.distributed.agreement import Agreement, Axes, axes_of
+from tvm_flash.distributed.agreement import Agreement, Axes, axes_of, with_room
 from tvm_flash.distributed.arguments import (
     agreed_placement,
     check_ends,
@@ -137,9 +137,12 @@ def context_parallel_attention(
         fits = kept // axes.sizes[1] * (q.element_size() + 4) <= GATHERED_BYTES
         exchange = "gather" if fits or axes.outer is None else "ring"
     call = _Call(axes, dealt, placement, sight, layout, exchange, scale, softcap)
-    out, lse = (
-        _Attention.apply(call, q, k, v, slopes, sinks) if q.shape[0] and sizes.heads else _nothing(layout, q, k, v)
-    )
+    trains = any(x is not None and x.requires_grad for x in learnt.values())
+    if q.shape[0] and sizes.heads:
+        call = replace(call, reads=with_room(axes, call.shared_bytes(sizes, q.element_size(), trains)))
+        out, lse = _Attention.apply(call, q, k, v, slopes, sinks)
+    else:
+        out, lse = _nothing(layout, q, k, v)
     return (out, lse) if return_lse else out
 
 
@@ -154,7 +157,8 @@ def _nothing(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
 class _Call:
     """A call after its checks.
 
-    ``dealt`` is how the caller's rows lie on the mesh, ``placement`` how the rows lie that outer ranks compute.
+    ``dealt`` is how the caller's rows lie on the mesh, ``placement`` how the rows lie that outer ranks compute;
+    ``reads``: outer ranks read each other's memory.
     """
 
     axes: Axes
@@ -165,6 +169,7 @@ class _Call:
     exchange: str
     softmax_scale: float
     softcap: float
+    reads: bool = False
 
     def own(self, x: torch.Tensor | None, heads: int) -> torch.Tensor | None:
         """The part of a parameter with a value for each head that is of this rank's ``heads``."""
@@ -183,7 +188,14 @@ class _Call:
         slopes, sinks = self.own(slopes, heads), self.own(sinks, heads)
         kernels = Kernels(self.softmax_scale, self.softcap, self.sight.left, self.sight.right, slopes, learns)
         what = plan(self.placement, self.sight, self.exchange, self.axes.place[0], slopes is not None)
-        return Job(what, self.axes.outer, kernels, sinks)
+        return Job(what, self.axes.outer, self.axes.peers if self.reads else None, kernels, sinks)
+
+    def shared_bytes(self, sizes: checks.Sizes, itemsize: int, trains: bool) -> int:
+        """Bytes of a rank that others read, with those of its gradients if it trains; the same on all ranks."""
+        kv_heads = self.repeats(sizes.kv_heads) * sizes.kv_heads // self.axes.sizes[1]
+        of = (sizes.batch, kv_heads, (sizes.head_dim, sizes.head_dim_v), itemsize)
+        job = self.job(None, None, 0, learns=False)
+        return max(job.layout(*of, backward=backward).size for backward in {False, trains})
 
     def to_heads(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Some heads of all rows of the outer rank, ``(batch, heads, rows, dim)``."""

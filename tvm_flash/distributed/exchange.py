@@ -1,19 +1,21 @@
-"""Rows of keys, values and their gradients on their way between the ranks of one axis of a mesh."""
+"""Rows of keys, values and their gradients on their way between the ranks of one axis of a mesh.
+
+How they get there is a transport's matter: by messages (``messages.py``), or because each rank reads the memory of the
+others (``peers.py``).  All ranks begin the exchanges of the same steps in the same order.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
 
 from tvm_flash.distributed.plan import Step
 from tvm_flash.distributed.rows import Rows, Sums
 from tvm_flash.errors import ProcessGroupError
-
-#: Messages between two ranks in one step that tags tell apart.
-_MOST_MESSAGES = 1 << 12
 
 
 @contextlib.contextmanager
@@ -36,78 +38,102 @@ def talking(to: dist.ProcessGroup | tuple[int, ...]) -> Iterator[None]:
         ) from e
 
 
-class Messages:
-    """Messages of one step between this rank and the others of a group, begun at once, part after part.
+class Send(NamedTuple):
+    """Rows ``first`` to ``first + rows`` of what this rank shares, for another rank, with a part of a step's."""
 
-    All ranks begin those of the same steps in the same order.
-    """
+    rank: int
+    part: int
+    first: int
+    rows: int
 
-    def __init__(self, group: dist.ProcessGroup, number: int, sends, receives):
-        """``sends`` and ``receives`` are of a rank of the group, the part, and rows; ``number`` tells steps apart."""
-        self._group = group
-        tags: dict[tuple, Iterator[int]] = {}
-        operations: dict[int, list[dist.P2POp]] = {}
-        for act, messages in ((dist.isend, sends), (dist.irecv, receives)):
-            for rank, part, rows in messages:
-                for memory in rows:
-                    tag = number * _MOST_MESSAGES + next(tags.setdefault((act, rank), itertools.count()))
-                    to = dist.get_global_rank(group, rank)
-                    operations.setdefault(part, []).append(dist.P2POp(act, memory, to, group, tag))
-        self._works = {}
-        with talking(group):
-            for part in sorted(operations):
-                self._works[part] = dist.batch_isend_irecv(operations[part])
+
+class Receive(NamedTuple):
+    """Rows from ``first`` on of what another rank shares, and where they come."""
+
+    rank: int
+    part: int
+    first: int
+    into: Rows
+
+
+class Shared(Protocol):
+    """Rows of this rank that others get, and where those of the others are."""
+
+    rows: Rows
+
+
+class Waiting(Protocol):
+    """An exchange that has begun."""
 
     def wait(self, parts: int | None = None) -> None:
-        """Until the messages of the first parts are there, or all; on a GPU the current stream waits, nobody else."""
-        with talking(self._group):
-            for part in [x for x in self._works if parts is None or x < parts]:
-                for work in self._works.pop(part):
-                    work.wait()
+        """Until what comes with the first parts is there, or all of it and what goes is gone; on a GPU the current
+        stream waits, nobody else."""
+
+
+class Transport(Protocol):
+    """A way to get rows from rank to rank, for one call.
+
+    ``takes_processors`` says of a GPU that rows on their way need multiprocessors, and wait for these beside kernels.
+    """
+
+    takes_processors: bool
+
+    def hold(self, group: int, k: torch.Tensor, v: torch.Tensor, *, goes: bool) -> Shared:
+        """Share keys and values ``(batch, kv_heads, rows, dim)`` of a group of heads; ``goes``: others get some."""
+
+    def room(self, stage: int, like: Rows, rows: int, *, goes: bool) -> Shared:
+        """Share so many rows, float32 zeros, in a stage; ``goes``: others get some, and they last until the second
+        stage after this one."""
+
+    def begin(self, number: int, shared: Shared, sends: list[Send], receives: list[Receive]) -> Waiting:
+        """Begin an exchange; ``number`` tells it from others of the call."""
 
 
 class Arrival:
     """Keys of a step on their way.
 
     Messages take multiprocessors, and those that have none when a large kernel begins get none until its last blocks
-    have theirs.  So with ``in_parts`` the rank's own rows are copied when the first part is there: meanwhile the second
-    one begins.
+    have theirs.  So with ``in_parts`` the rank's own rows are copied when the first part of messages is there:
+    meanwhile the second one begins.
     """
 
-    def __init__(self, group: dist.ProcessGroup, number: int, step: Step, held: Rows, *, in_parts: bool):
+    def __init__(self, transport: Transport, number: int, step: Step, held: Shared, *, in_parts: bool):
         """``held`` are the rows of this rank; ``in_parts``: some are waited for before the others."""
-
-        def moves(of, place):
-            return [(rank, move.part * in_parts, place(move)) for rank, moves in of for move in moves]
-
-        self._step, self._held, self._own = step, held, step.own or ()
-        self._keys = held if step.own is None else held.like(step.keys)
-        self._messages = Messages(
-            group, number, moves(step.sends, held.source), moves(step.receives, self._keys.target)
-        )
+        self._step, self._held, self._own = step, held.rows, step.own or ()
+        self._keys = held.rows if step.own is None else held.rows.like(step.keys)
+        self._own_first = not transport.takes_processors
+        sends = [Send(rank, m.part * in_parts, m.source, m.rows) for rank, moves in step.sends for m in moves]
+        receives = [
+            Receive(rank, m.part * in_parts, m.source, self._keys.target(m))
+            for rank, moves in step.receives
+            for m in moves
+        ]
+        self._exchange = transport.begin(number, held, sends, receives)
 
     def keys(self, parts: int | None = None) -> Rows:
         """The keys, of which those of the first parts are there, or all; on a GPU for the current stream."""
-        self._messages.wait(None if parts is None else min(parts, 1))
+        if not self._own_first:
+            self._exchange.wait(None if parts is None else min(parts, 1))
         for move in self._own:
             self._keys.target(move).copy_(self._held.source(move))
         self._own = ()
-        self._messages.wait(parts)
+        self._exchange.wait(parts)
         return self._keys
 
 
 class Return:
     """Gradients of a step's keys on their way back to the ranks that hold these."""
 
-    def __init__(self, group: dist.ProcessGroup, number: int, step: Step, gradients: Rows, sums: Sums):
+    def __init__(self, transport: Transport, number: int, step: Step, gradients: Shared, sums: Sums):
         """``gradients`` are those of the step's keys; to ``sums``, of this rank's, is added what comes."""
         self._sums = sums
-        self._rooms = [(rank, move, gradients.like(move.rows)) for rank, moves in step.sends for move in moves]
-        sends = [(rank, 0, gradients.target(move)) for rank, moves in step.receives for move in moves]
-        self._messages = Messages(group, number, sends, [(rank, 0, room) for rank, _, room in self._rooms])
+        self._rooms = [(rank, move, gradients.rows.like(move.rows)) for rank, moves in step.sends for move in moves]
+        sends = [Send(rank, 0, m.target, m.rows) for rank, moves in step.receives for m in moves]
+        receives = [Receive(rank, 0, m.target, room) for rank, m, room in self._rooms]
+        self._exchange = transport.begin(number, gradients, sends, receives)
 
     def wait(self) -> None:
         """Until what comes is added, in the order of the ranks."""
-        self._messages.wait()
+        self._exchange.wait()
         for _, move, room in self._rooms:
             self._sums.add(move.source, room)

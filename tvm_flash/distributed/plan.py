@@ -86,7 +86,8 @@ class Plan:
     """The steps of a rank.
 
     ``merges`` says that some row is in several calls, so that their results must be put together; ``covers`` that every
-    row is in one.  All ranks have the same ``positions``, those of the whole sequence.
+    row is in one.  The others are the same on all ranks: ``positions`` of the whole sequence, ``most_rows`` that a rank
+    holds and ``most_keys`` that it has in a step.
     """
 
     rows: int
@@ -94,6 +95,8 @@ class Plan:
     merges: bool
     covers: bool
     positions: int
+    most_rows: int
+    most_keys: int
 
 
 @functools.lru_cache(maxsize=256)
@@ -102,9 +105,13 @@ def plan(placement: Placement, sight: Sight, exchange: str, rank: int, keep_posi
     make = {"gather": _gathering, "ring": _in_turns}[exchange]
     steps = make(placement, sight, rank, keep_positions)
     rows = size(placement.segments(rank))
+    ranks = range(placement.outer)
+    most = max(size(placement.segments(r)) for r in ranks)
+    most_keys = max(most, *(size(_needed(placement, sight, r)) for r in ranks)) if exchange == "gather" else most
     covered = sorted(call.rows for step in steps for call in step.calls)
     merges = any(a[1] > b[0] for a, b in itertools.pairwise(covered))
-    return Plan(rows, steps, merges, joined_sorted(covered) == joined([(0, rows)]), placement.length)
+    covers = joined_sorted(covered) == joined([(0, rows)])
+    return Plan(rows, steps, merges, covers, placement.length, most, most_keys)
 
 
 def _gathering(placement: Placement, sight: Sight, rank: int, keep_positions: bool) -> tuple[Step, ...]:
@@ -121,6 +128,7 @@ def _gathering(placement: Placement, sight: Sight, rank: int, keep_positions: bo
     return (Step(size(places), receives, sends, own, calls),)
 
 
+@functools.lru_cache(maxsize=256)
 def _needed(placement: Placement, sight: Sight, rank: int) -> tuple[Interval, ...]:
     """The keys that a rank's queries see, in the order of the sequence."""
     return joined_sorted(block.keys for block in _wanted(placement, sight, rank))

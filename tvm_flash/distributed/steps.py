@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tvm_flash.distributed.exchange import Arrival, Return
+from tvm_flash.distributed.exchange import Arrival, Return, Transport
 from tvm_flash.distributed.kernels import Kernels
 from tvm_flash.distributed.launches import Heads, Work
 from tvm_flash.distributed.merge import add_sinks
+from tvm_flash.distributed.messages import Messages
+from tvm_flash.distributed.peers import Layout, Memory, Reads
 from tvm_flash.distributed.plan import Call, Plan, Step
-from tvm_flash.distributed.rows import Rows, Sums
+from tvm_flash.distributed.rows import Sums
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Job:
     ----------
     plan: its steps.
     group: the ranks that exchange keys; None if there is one.
+    peers: the memory that they read of each other; None if they send messages.
     kernels: what is computed.
     sinks: float32 ``(heads,)`` or ``(batch, heads)``, or none.
     """
 
     plan: Plan
     group: dist.ProcessGroup | None
+    peers: Memory | None
     kernels: Kernels
     sinks: torch.Tensor | None = None
 
@@ -53,7 +57,7 @@ class Job:
         if not self.plan.covers or (merges and self._needs_numbers(q, v)):
             out.zero_()
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-        for stage in self._stages(q, k, v, 1, in_parts=True):
+        for stage in self._stages(q, k, v, self._transport(self._layout(k, v)), 1, in_parts=True):
             kernels = self.kernels.of_heads(*stage.heads.queries)
             for call in sorted(stage.step.calls, key=stage.step.parts):
                 rows = _rows(call, stage.heads)
@@ -87,10 +91,13 @@ class Job:
             sums.pop(heads).write(dk[:, slice(*heads.keys)], dv[:, slice(*heads.keys)])
 
         last = None
-        for stage in self._stages(q, k, v, self._work(q, k).in_backward, in_parts=False):
+        layout = self._layout(k, v, backward=True)
+        transport = self._transport(layout)
+        for stage in self._stages(q, k, v, transport, layout.groups, in_parts=False):
             heads, step = stage.heads, stage.step
             keys = stage.arrival.keys()
-            gradients = keys.like(step.keys, torch.float32, zeros=True)
+            shared = transport.room(stage.number, keys, step.keys, goes=bool(step.receives))
+            gradients = shared.rows
             if heads not in sums:
                 sums[heads] = Sums(k.shape[2], step.own, gradients)
             kernels = self.kernels.of_heads(*heads.queries)
@@ -104,31 +111,45 @@ class Job:
                 last.wait()
             for done in [x for x in sums if x != heads]:
                 write(done)
-            last = Return(self.group, 2 * stage.number + 1, step, gradients, sums[heads])
+            last = Return(transport, 2 * stage.number + 1, step, shared, sums[heads])
         if last is not None:
             last.wait()
         for done in [*sums]:
             write(done)
         return dq.to(q.dtype), dk, dv, d_slopes
 
-    def _work(self, q: torch.Tensor, k: torch.Tensor) -> Work:
-        fetches = self.group is not None and len(self.plan.steps) == 1
-        window = self.kernels.left, self.kernels.right
-        return Work(q.shape[0], k.shape[1], self.plan.positions, *window, fetches)
+    def layout(self, batch: int, kv_heads: int, dims: tuple[int, int], itemsize: int, *, backward: bool) -> Layout:
+        """Where rows lie that others read, of tensors of such sizes; the same on all ranks."""
+        groups, keys = 1, 0
+        if backward:
+            fetches = self.group is not None and len(self.plan.steps) == 1
+            window = self.kernels.left, self.kernels.right
+            groups = Work(batch, kv_heads, self.plan.positions, *window, fetches).in_backward
+            keys = self.plan.most_keys
+        return Layout(groups, self.plan.most_rows, keys, batch, kv_heads // groups, dims, itemsize)
 
-    def _stages(self, q, k, v, count: int, *, in_parts: bool) -> Iterator[Stage]:
+    def _layout(self, k: torch.Tensor, v: torch.Tensor, *, backward: bool = False) -> Layout:
+        dims = k.shape[3], v.shape[3]
+        return self.layout(k.shape[0], k.shape[1], dims, k.element_size(), backward=backward)
+
+    def _transport(self, layout: Layout) -> Transport:
+        return Messages(self.group) if self.peers is None else Reads(self.peers, layout)
+
+    def _stages(self, q, k, v, transport: Transport, count: int, *, in_parts: bool) -> Iterator[Stage]:
         """All steps, those of the first of ``count`` groups of heads first; the messages of each begin before the one
         before is computed."""
         groups = Heads((0, q.shape[1]), (0, k.shape[1])).parts(count)
         held = dict.fromkeys(groups)
         order = [(heads, step) for heads in groups for step in self.plan.steps]
+        goes = any(step.sends for step in self.plan.steps)
 
         def begin(number):
             heads, step = order[number]
             if held[heads] is None:
                 some = (x[:, slice(*heads.keys)] for x in (k, v))
-                held[heads] = Rows.of(*some, sent=self.group is not None)
-            return Stage(number, heads, step, Arrival(self.group, 2 * number, step, held[heads], in_parts=in_parts))
+                held[heads] = transport.hold(groups.index(heads), *some, goes=goes)
+            arrival = Arrival(transport, 2 * number, step, held[heads], in_parts=in_parts)
+            return Stage(number, heads, step, arrival)
 
         following = begin(0)
         for number in range(len(order)):
