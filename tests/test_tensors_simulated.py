@@ -25,6 +25,7 @@ from tests.simt.defaults import default_kernel
 from tvm_flash import numerics
 
 BIASED, GIVEN = Attention(SCORES["biased"], FULL, "biased"), Attention(IDENTITY, MASKS["given"], "given")
+BIASED_CAUSAL = Attention(SCORES["biased"], MASKS["causal"], "biased_causal")
 
 #: Definition, arch, template, kind, head_dim, dtype: each family, each kind, gradients of all axes.
 KERNELS = (
@@ -36,6 +37,8 @@ KERNELS = (
     (documents, "sm_70", "v1", FORWARD, 64, "float16"),
     (documents, "sm_90a", "v2", FORWARD, 64, "bfloat16"),
     (relative, "sm_90a", "v1", FORWARD, 128, "float16"),
+    (BIASED, "sm_90a", "v1", FORWARD, 128, "float16"),  # in boxes of TMA, or filled by warps
+    (BIASED_CAUSAL, "sm_90a", "v2", FORWARD, 64, "bfloat16"),
     (documents, "sm_90a", "v2", BACKWARD, 64, "float16"),
     (BIASED, "sm_90a", "v2", BACKWARD, 128, "bfloat16"),
     (learnt_relative, "sm_80", "v2", BACKWARD, 64, "bfloat16"),
@@ -83,8 +86,17 @@ def test_all_ways_in_which_tensors_lie(kernel, tmp_path):
 
 
 def test_tensors_that_are_fetched_at_the_beginning_of_their_step(tmp_path):
-    found = made(BIASED, "sm_90a", "v2", FORWARD, 64, "bfloat16", tmp_path, tensors_ahead=False)
+    changes = {"tensor_stages": 0, "batches_beside": False, "running_max": True}
+    found = made(BIASED, "sm_90a", "v2", FORWARD, 64, "bfloat16", tmp_path, **changes)
     check(found, tensor_trials.forward(found.kernel, TRIALS))
+
+
+def test_boxes_as_wide_as_a_tile_or_wider(tmp_path):
+    for n, block_n in enumerate((48, 64)):  # 24 columns, and 72
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        found = made(BIASED, "sm_90a", "v2", FORWARD, 64, "bfloat16", folder, block_n=block_n)
+        check(found, tensor_trials.forward(found.kernel, TRIALS))
 
 
 def outgrow(batch, heads, seqlen_q, seqlen_kv):
@@ -108,15 +120,22 @@ def seen_in_part(batch, heads, seqlen_q, seqlen_kv):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "sample", "lie"),
+    ("kernel", "sample", "keys", "lie"),
     [
-        ((BIASED, "sm_90a", "v2", FORWARD, 64, "float16"), outgrow, "whole"),
-        ((GIVEN, "sm_90a", "v2", FORWARD, 128, "bfloat16"), seen_in_part, "whole"),
-        ((GIVEN, "sm_90a", "v2", FORWARD, 128, "bfloat16"), seen_in_part, "apart"),
+        ((BIASED, "sm_90a", "v2", FORWARD, 64, "float16"), outgrow, 332, "whole"),
+        ((BIASED, "sm_90a", "v2", FORWARD, 128, "float16"), outgrow, 330, "whole"),
+        ((GIVEN, "sm_90a", "v2", FORWARD, 128, "bfloat16"), seen_in_part, 330, "whole"),
+        ((GIVEN, "sm_90a", "v2", FORWARD, 128, "bfloat16"), seen_in_part, 330, "apart"),
     ],
-    ids=["bias", "mask", "mask apart"],
+    ids=["bias", "bias not in boxes", "mask", "mask apart"],
 )
-def test_scores_that_outgrow_what_their_rows_have_seen(kernel, sample, lie, tmp_path):
+def test_scores_that_outgrow_what_their_rows_have_seen(kernel, sample, keys, lie, tmp_path):
     found = made(*kernel, tmp_path)
     given = dataclasses.replace(found.kernel, sample=sample)
-    check(found, tensor_trials.forward(given, [((2, 1, 70, 330), lie)]))
+    check(found, tensor_trials.forward(given, [((2, 1, 70, keys), lie)]))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_far_from_zero_in_boxes(head_dim, tmp_path):
+    found = made(BIASED, "sm_90a", "v2", FORWARD, head_dim, "float16", tmp_path)
+    check(found, tensor_trials.forward(found.kernel, [((2, 1, 90, 332), "far rows")]))

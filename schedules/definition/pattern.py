@@ -163,6 +163,27 @@ class Pattern:
         """
         return self._substitute(self._known_score(chosen), site, i, j, s)
 
+    @property
+    def is_added_to(self) -> bool:
+        """Whether the score is the scaled product and something that doesn't depend on it."""
+        if self.is_scale_only:
+            return False
+        try:
+            slope = self._derivative(None, None)
+        except DefinitionError:  # of an operation whose derivative isn't known
+            return False
+        return isinstance(slope, tirx.FloatImm) and slope.value == 1
+
+    def added(self, site: Site, i: Expr, j: Expr) -> Expr:
+        """What is added to the scaled product, where ``is_added_to``."""
+        s = self._variables.s
+        alone = tvm_ffi.structural_map(
+            self._found.score,
+            lambda node: tirx.FloatImm("float32", 0.0) if isinstance(node, tirx.Var) and node.same_as(s) else node,
+            order="post",
+        )
+        return self._substitute(sym.Analyzer().simplify(alone), site, i, j)
+
     def _known_score(self, chosen: Known) -> Expr:
         """In the definition's variables."""
         if isinstance(chosen, tuple):

@@ -282,6 +282,11 @@ class TensorMap {
 // What a number is, and not how it was computed: TVM's simplifier sees no further.
 extern "C" inline int32_t opaque(int32_t value) { return value; }
 
+// How many bytes an address is beyond a multiple of a power of two.
+extern "C" inline int32_t beyond_multiple(void* address, int32_t multiple) {
+  return int32_t(reinterpret_cast<uintptr_t>(address) & uintptr_t(multiple - 1));
+}
+
 // How many multiprocessors the current device has; kernels whose blocks stay for more than one tile ask for it.
 extern "C" inline int32_t multiprocessors() {
   static std::array<std::atomic<int>, device_image::kDevices> kept = {};

@@ -65,6 +65,7 @@ struct cudaLaunchConfig_t {
 
 // What kernels' host halves ask of the library that launches them.
 extern "C" int32_t opaque(int32_t value);
+extern "C" int32_t beyond_multiple(void* address, int32_t multiple);
 extern "C" int32_t multiprocessors();
 
 template <typename T>

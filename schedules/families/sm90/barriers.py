@@ -15,6 +15,9 @@ barrier                means                                    arrivals      wh
 ``k.full``, ``v.full`` a tile of keys, of values is there       1 + bytes     every consumer thread   turn
 ``k.empty``,           every consumer warp has released it      4 C           producer of K, of V     turn + 1
 ``v.empty``
+``full``, ``empty``    the same of the tiles of a tensor that   1 + bytes; 4  the threads of that     turn; turn + 1
+(TensorBoxes)          are one warpgroup's own                                warpgroup; their
+                                                                              producer
 ``written``            the warps of one warpgroup have left     4             the store thread        turn
                        their outputs in shared memory
 ``turn`` (OwnMemory)   a warpgroup may use the memory for       1, by the     every thread of that    turn

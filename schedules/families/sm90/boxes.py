@@ -34,6 +34,8 @@ class Boxes:
     widens = False
     #: Arrivals at the barrier that a tile of keys or values is there.
     arrivals = PRODUCER_ARRIVALS
+    #: What brings a tensor of the definition's in boxes (:mod:`schedules.families.sm90.tensor_boxes`).
+    tensors = None
 
     def add_memory(self, pool):
         """Shared memory beside the pipelines."""
@@ -45,8 +47,8 @@ class DenseBoxes(Boxes):
     #: Whether the keys of a tile are several boxes, which the lanes of a warp share.
     by_pages = False
 
-    def __init__(self, geometry: Geometry, rows: Rows):
-        self.geometry, self.rows = geometry, rows
+    def __init__(self, geometry: Geometry, rows: Rows, tensors=None):
+        self.geometry, self.rows, self.tensors = geometry, rows, tensors
 
     def encode_queries(self, descriptor, tensor: Tensor, box_rows: int):
         """Make the descriptor of q or o, on the host."""

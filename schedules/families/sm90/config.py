@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Rejected, Target
+from schedules.tile.element_pairs import BYTES
 from tvm_flash.packs import sizes
+from tvm_flash.packs.manifest import Param
 
 #: Elements of a shared-memory panel: 64 16-bit elements are the 128 bytes of the swizzle atom.
 PANEL = 64
@@ -55,6 +57,10 @@ class Config:
         and take another only when the row sum of a step shows that it has been far exceeded.
     tensors_ahead: what tensors hold for a step's scores is fetched as soon as the step before has its scores, and not
         at the step's own beginning.
+    tensor_stages: stages of the pipelines of tiles of a tensor, one for each consumer warpgroup
+        (``tensor_boxes.py``); 0: its elements are fetched by the consumers' threads.
+    batches_beside: the same work tile of all batch entries is visited at the same time, so that what of a tensor is the
+        same for them comes from memory once.
     pack_heads: query heads of a group share a work tile where there are few queries (``rows.py``).
     head_section: heads whose work tiles are visited together, strip by strip: ``BY_LENGTH`` the fewer the longer they
         are, ``ALL`` those of all batches (what the backward's launch for dq may do); 1 visits all work tiles of a head
@@ -74,6 +80,8 @@ class Config:
     head_section: int = 1
     pack_heads: bool = False
     tensors_ahead: bool = False
+    tensor_stages: int = 0
+    batches_beside: bool = False
 
     @property
     def block_m(self) -> int:
@@ -111,6 +119,32 @@ class Config:
         return self.tiles_per_cta > 1 or self.persistent
 
 
+def boxed(pattern: Pattern) -> Param | None:
+    """The parameter that may come in boxes: the one tensor whose elements differ from key to key, of 16 or 32 bits."""
+    over_keys = [p for p in pattern.params if "j" in p.axes]
+    return over_keys[0] if len(over_keys) == 1 and BYTES[over_keys[0].dtype] > 1 else None
+
+
+def box_width(block_n: int) -> int:
+    """Columns of a box: those of the tile in as few boxes as are odd multiples of 8, or in one that is wider."""
+    eights = block_n // 8
+    odd = eights // (eights & -eights)
+    return 8 * odd if odd > 1 else block_n + 8
+
+
+def boxes_of(block_n: int) -> int:
+    """Boxes of a tile."""
+    return -(-block_n // box_width(block_n))
+
+
+def tensor_memory(pattern: Pattern, config: Config) -> int:
+    """Bytes of shared memory that tiles of a tensor need."""
+    if not config.tensor_stages:
+        return 0
+    tile = WARPGROUP_ROWS * boxes_of(config.block_n) * box_width(config.block_n) * BYTES[boxed(pattern).dtype]
+    return config.tensor_stages * config.num_consumer_warpgroups * tile
+
+
 def panels(head_dim: int) -> int:
     """Panels of a tile with rows of ``head_dim`` elements."""
     return -(-head_dim // PANEL)
@@ -122,7 +156,8 @@ def shared_memory(pattern: Pattern, config: Config, q_stages: int) -> int:
     q = q_stages * config.block_m * panels(pattern.head_dim)
     k_and_v = config.num_stages * config.block_n * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
     output = WARPGROUP_ROWS * panels(pattern.head_dim_v) if config.separate_output else 0
-    return (q + k_and_v + output) * row + BARRIER_BYTES + config.reserved_memory
+    tensors = tensor_memory(pattern, config)
+    return (q + k_and_v + output) * row + BARRIER_BYTES + config.reserved_memory + tensors
 
 
 def q_stages(pattern: Pattern, config: Config) -> int:
@@ -141,6 +176,8 @@ def narrow_axes(config: Config) -> tuple[sizes.Expression, ...]:
     if config.persistent:
         return ()
     places = ("ceildiv", "seqlen_q", config.block_m * config.tiles_per_cta)
+    if config.batches_beside:
+        return (places, "heads")
     return ("heads", "batch") if config.head_section == 1 else ("batch", places)
 
 
@@ -181,6 +218,14 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected("parameters of each head need waves 0: a block reads them once")
     if config.tensors_ahead and (not config.running_max or pattern.has_gaps):
         return Rejected("tensors_ahead needs running_max, as a step may not be taken again, and a mask without gaps")
+    if config.tensor_stages and (boxed(pattern) is None or pattern.has_gaps):
+        return Rejected("tensor_stages needs one tensor over keys, of 16 or 32 bits, and a mask without gaps")
+    if config.tensor_stages and (config.several_tiles or config.running_max):
+        return Rejected(
+            "tensor_stages needs tiles_per_cta 1, waves 0 and no running_max: its steps keep their products"
+        )
+    if config.batches_beside and config.head_section != 1:
+        return Rejected("batches_beside needs head_section 1, as it is an order of its own")
     if config.overlap_tiles and not (config.several_tiles and q_stages(pattern, config) == 2):
         return Rejected("overlap_tiles needs tiles_per_cta 2 or waves, and room for the queries of two work tiles")
     needed = shared_memory(pattern, config, q_stages(pattern, config))

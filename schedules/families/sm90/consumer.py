@@ -25,6 +25,8 @@ consumers' warps has released K(n).
 
 from __future__ import annotations
 
+import functools
+
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
@@ -32,6 +34,7 @@ from schedules.families.sm90.barriers import NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
 from schedules.families.sm90.pipeline import Pipeline, PipelineState, TileCounter
 from schedules.families.sm90.softmax import Finished, Softmax
+from schedules.families.sm90.tensor_boxes import BoxedTile
 from schedules.families.sm90.tensor_tile import FollowingTile, TensorTile
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset, swizzled
 from schedules.families.sm90.work_tile import Block, KeyWalk
@@ -81,11 +84,17 @@ class Consumer:
         self.softmax = Softmax(pattern, block.site, block.rows, config.block_n)
         self.fetches_ahead = any("j" in p.axes for p in pattern.params) and config.tensors_ahead
         # Tensors of a mask alone are fetched beside exponentials, tile by tile from right to left.
+        # A tensor in boxes: what it adds is computed while products run, in place of probabilities.
+        self.boxes = block.boxes.tensors
         follows = self.fetches_ahead and pattern.is_scale_only and not pattern.lists_tiles
-        self.softmax.add_tensors(lane, FollowingTile if follows else TensorTile)
+        boxed = None if self.boxes is None else functools.partial(BoxedTile, self.boxes, index, warp)
+        self.softmax.add_tensors(lane, boxed or (FollowingTile if follows else TensorTile))
         self.guesses = follows and self._has_room_to_guess()
         # Probabilities are apart where scores may be needed once more: (64, block_n) float32.
-        self.weights = T.alloc_local([config.block_n // 2], "float32") if self.guesses else self.acc_s
+        apart = self.guesses or self.boxes is not None
+        self.weights = T.alloc_local([config.block_n // 2], "float32") if apart else self.acc_s
+        if self.boxes is not None and pattern.is_added_to:
+            self.softmax.add_to_products(self.weights)
         self.finished = Finished(self.softmax)
         self.n = T.local_scalar("int32")  # tiles of keys that were scored, over all work tiles
         self.counter = TileCounter(self.n)
@@ -108,6 +117,10 @@ class Consumer:
     def v_state(self) -> PipelineState:
         """Of V(n−1), which the probabilities that are packed belong to."""
         return self.counter.state(self.v.stages, behind=1)
+
+    def boxed_state(self) -> PipelineState:
+        """Of what a tensor holds for K(n)."""
+        return self.counter.state(self.boxes.stages)
 
     def q_state(self) -> PipelineState:
         """Of the work tile's queries."""
@@ -133,13 +146,18 @@ class Consumer:
     @T.inline
     def issue(self, k, v):
         """Start both products of a step, and wait for the scores."""
+        self.issue_both(k, v)
+        T.ptx.wgmma.wait_group.sync.aligned(1)
+
+    @T.inline
+    def issue_both(self, k, v):
+        """Start both products of a step."""
         if static(self.config.pingpong):
             self.barriers.await_turn(self.index)
         self.issue_qk(k)
         self.issue_pv(v)
         if static(self.config.pingpong):
             self.barriers.pass_turn(self.index)
-        T.ptx.wgmma.wait_group.sync.aligned(1)
 
     def _q_descriptor(self):
         first = k_major(self.q.tiles.ptr_to([0, 0, 0, 0])) + rows_offset(self.index * WARPGROUP_ROWS, 1)
@@ -191,8 +209,16 @@ class Consumer:
     @T.inline
     def fetch(self, key_first):
         """Fetch what tensors hold for the scores of the tile of keys from ``key_first`` on."""
-        if len(self.softmax.tensors) > 0:
+        if static(self.boxes is not None):
+            self.take(self.boxed_state(), key_first)
+        elif len(self.softmax.tensors) > 0:
             self.softmax.fetch(self._row0(), self._column0(key_first), key_first + (self.config.block_n - 1))
+
+    @T.inline
+    def take(self, boxed, key_first):
+        """Take what a tensor holds for the scores of the tile of keys from ``key_first`` on from its boxes."""
+        last = T.meta_var(key_first + (self.config.block_n - 1))
+        self.softmax.take(boxed, self._row0(), self._column0(key_first), last)
 
     @T.inline
     def fetch_now(self, key_first):
@@ -209,7 +235,15 @@ class Consumer:
 
     @T.inline
     def step(self, walk, i, masked):
-        """Step ``i`` of the work tile, with the maximum."""
+        """Step ``i`` of the work tile, which may be masked."""
+        if static(self.boxes is not None):
+            self.step_boxed(walk, i, masked)
+        else:
+            self.step_with_maximum(walk, i, masked)
+
+    @T.inline
+    def step_with_maximum(self, walk, i, masked):
+        """A step that finds the maximum of its scores."""
         key_first = T.meta_var(walk.key_first(i))
         k = T.meta_var(self.k_state())
         v = T.meta_var(self.v_state())
@@ -223,7 +257,7 @@ class Consumer:
             self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), masked)
             self.fetch_ahead(walk, i)
             self.softmax.track(self.acc_s, LAZY)
-            self.softmax.probabilities(self.acc_s, self.softmax.scale)
+            self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
         self.next_k(k, self._more(walk, i))
         self.finish_pv(v)
         self.softmax.pack(self.weights, self.p)
@@ -265,7 +299,7 @@ class Consumer:
         self.fetch(key_first)
         self.issue(k, v)
         self.softmax.modify(self.acc_s, self._row0(), self._column0(key_first), False)
-        self.softmax.probabilities(self.acc_s, self.softmax.signed_scale())
+        self.softmax.probabilities(self.acc_s, self.softmax.signed_scale(), self.acc_s)
         self.next_k(k, self._more(walk, i))
         self.finish_pv(v)
         self.softmax.pack(self.acc_s, self.p)
@@ -274,7 +308,7 @@ class Consumer:
             self.products.qk_again(self.acc_s, self.q.pointer(self.q_state()), self.k.pointer(k), self.row, self.lane)
             self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), False)
             self.softmax.track(self.acc_s, 0.0)
-            self.softmax.probabilities(self.acc_s, self.softmax.scale)
+            self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
             self.softmax.pack(self.acc_s, self.p)
             if self.softmax.grown != 0:
                 self.softmax.rescale(self.acc_o, self.outputs)
@@ -282,21 +316,62 @@ class Consumer:
         self.softmax.add_sums()
 
     @T.inline
+    def step_boxed(self, walk, i, masked):
+        """A step without maximum, of which products are kept, so that K can go at once: a warp whose references are too
+        low makes its probabilities again.  What a tensor holds is taken from its boxes before the products begin, and
+        what it adds is computed while they run.
+        """
+        softmax, S, W = T.meta_var((self.softmax, self.acc_s, self.weights))
+        key_first = T.meta_var(walk.key_first(i))
+        k = T.meta_var(self.k_state())
+        v = T.meta_var(self.v_state())
+        boxed = T.meta_var(self.boxed_state())
+        at_once = T.meta_var(softmax.added is not None and not masked)
+        self.take(boxed, key_first)
+        self.issue_both(k, v)
+        softmax.add_beforehand(self._row0(), self._column0(key_first), at_once)
+        T.ptx.wgmma.wait_group.sync.aligned(1)
+        self.k.consumer_release(k, self.lane)
+        if static(at_once):
+            softmax.probabilities_of_products(S, W)
+        else:
+            softmax.scores(S, self._row0(), self._column0(key_first), masked)
+            softmax.probabilities(S, softmax.scale, W)
+        self.next_k(k, self._more(walk, i))
+        self.finish_pv(v)
+        softmax.pack(W, self.p)
+        if softmax.overflowed():
+            if static(at_once):
+                self.take(boxed, key_first)
+                softmax.add_beforehand(self._row0(), self._column0(key_first), False)
+                softmax.scores(S, self._row0(), self._column0(key_first), False)
+            softmax.track(S, 0.0)
+            softmax.find_near()
+            softmax.probabilities(S, softmax.scale, W)
+            softmax.pack(W, self.p)
+            if softmax.grown != 0:
+                softmax.rescale(self.acc_o, self.outputs)
+        self.boxes.release(boxed, self.index, self.lane)
+        softmax.add_sums()
+
+    @T.inline
     def first_softmax(self, walk, k):
         """Probabilities of a work tile's first step, with the exact maximum; ``k`` is its tile of keys."""
         column0 = T.meta_var(self._column0(walk.key_first(self.first)))
         self.k.consumer_release(k, self.lane)
         self.softmax.reset()
+        self.softmax.add_beforehand(self._row0(), column0, False)
         if T.And(walk.full_begin <= self.first, self.first < walk.full_end):
             self.softmax.scores(self.acc_s, self._row0(), column0, False)
         else:
             self.softmax.scores(self.acc_s, self._row0(), column0, True)
         self.fetch_ahead(walk, self.first)
         self.softmax.track(self.acc_s, 0.0)
+        self.softmax.find_near()
         if static(self.guesses):
             self.softmax.guess(self.acc_s, self.weights, 0, self.softmax.groups)
         else:
-            self.softmax.probabilities(self.acc_s, self.softmax.scale)
+            self.softmax.probabilities(self.acc_s, self.softmax.scale, self.weights)
 
     @T.inline
     def masked_steps(self, walk, begin, end):
@@ -331,7 +406,7 @@ class Consumer:
                 self.masked_steps(walk, self.first + 1, T.min(walk.full_begin, walk.steps))
             if walk.has_full:
                 for i in T.serial(T.max(walk.full_begin, self.first + 1), T.min(walk.full_end, walk.steps)):
-                    if self.config.running_max:
+                    if self.config.running_max or self.boxes is not None:
                         self.step(walk, i, False)
                     else:
                         self.step_unchecked(walk, i)
@@ -368,6 +443,8 @@ class Consumer:
         self.first_softmax(walk, k)
         self.softmax.pack(self.weights, self.p)
         self.softmax.add_sums()
+        if static(self.boxes is not None):
+            self.boxes.release(self.boxed_state(), self.index, self.lane)
         self.next_k(k, self._more(walk, self.first))
 
     @T.inline
@@ -401,6 +478,8 @@ class Consumer:
             v = T.meta_var(self.v_state().next())  # of the same keys
             self.k.consumer_wait(k)
             self.k.consumer_release(k, self.lane)
+            if static(self.boxes is not None):
+                self.boxes.skip(self.boxed_state(), self.index, self.lane)
             if static(self.config.pingpong):
                 self.barriers.await_turn(self.index)
                 self.barriers.pass_turn(self.index)

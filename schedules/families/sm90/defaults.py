@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Target
-from schedules.families.sm90.config import BY_LENGTH, Config
+from schedules.families.sm90.config import BY_LENGTH, Config, boxed
 
 #: Up to head_dim 64.  Four consumer warpgroups hide each other's waits where two take turns (+12% at 512), and a
 #: persistent kernel has the next work tile's queries and keys there in time (a further 11%).
@@ -110,7 +110,9 @@ def _of_positions(pattern: Pattern) -> dict[int, Config]:
 
 def _with_tensors(pattern: Pattern) -> Config:
     """Fewer keys, as what tensors hold for a step's scores is in registers too; a bias may hide all that a row's first
-    tile has, so that every step looks for the maximum."""
+    tile has, so that every step looks for the maximum, unless its products are kept."""
+    if boxed(pattern) is not None and not pattern.has_gaps and pattern.head_dim <= 128:
+        return _in_boxes(pattern)
     # What the next step needs is fetched as soon as a step has its scores: 457 TFLOP/s in place of 348 at head_dim 128
     # with a bias of queries and keys, 288 in place of 208 at 64.
     usual = Config(running_max=True, tensors_ahead=not pattern.has_gaps)
@@ -122,6 +124,19 @@ def _with_tensors(pattern: Pattern) -> Config:
     if pattern.head_dim <= 128:
         return replace(usual, block_n=80, num_stages=stages)
     return replace(usual, block_n=48, pingpong=pattern.head_dim <= 192)
+
+
+def _in_boxes(pattern: Pattern) -> Config:
+    """Those of a tensor that comes to shared memory in boxes; with more keys a mask's kernels would spill.
+
+    With a bias of queries and keys, for each head, and of batch and keys, bfloat16, 4 x 4096 positions, TFLOP/s: at
+    head_dim 128 536, 539 and 556 (688 without), 517, 517 and 510 with three warpgroups of 48 keys; at 64 367, 365 and
+    380 (503 without), 360, 345 and 359 with four of 48.
+    """
+    usual = Config(tensor_stages=2, batches_beside=True)
+    if pattern.head_dim <= 64:
+        return replace(usual, num_consumer_warpgroups=3, block_n=80 if pattern.is_unmasked else 64, num_stages=4)
+    return replace(usual, block_n=96 if pattern.is_unmasked else 80)
 
 
 def _head_dim_64(pattern: Pattern) -> dict[int, Config]:

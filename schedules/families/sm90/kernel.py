@@ -18,6 +18,7 @@ from schedules.families.sm90.epilogue import epilogue
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.producer import fetch_keys, fetch_pages, fetch_queries, prologue, store_outputs
+from schedules.families.sm90.tensor_boxes import tensor_boxes
 from schedules.families.sm90.tile_scheduler import TileScheduler
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.geometry import Geometry, parameterised
@@ -46,7 +47,8 @@ def _kernel(
         geometry = geometry_type(pattern, traversal, (q, k, v, o, lse), softmax_scale, parameters, ALIGNMENT)
         rows = Rows(config, geometry)
         scheduler = TileScheduler(geometry, rows, config)
-        attend(pattern, config, geometry, rows, scheduler, DenseBoxes(geometry, rows), consumer_type)
+        tensors = T.meta_var(tensor_boxes(pattern, config, geometry))
+        attend(pattern, config, geometry, rows, scheduler, DenseBoxes(geometry, rows, tensors), consumer_type)
 
     return attention
 
@@ -69,6 +71,10 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
     o_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
     if static(not geometry.merges):
         T.evaluate(boxes.encode_queries(o_map, geometry.o, WARPGROUP_ROWS))
+    tensors = T.meta_var(boxes.tensors)
+    if static(tensors is not None):
+        tensor_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        T.evaluate(tensors.encode(tensor_map))
     # 2. Blocks, warps, lanes.
     T.device_entry()
     T.attr({"tirx.launch_bounds_min_blocks_per_sm": config.blocks_per_sm})
@@ -84,10 +90,14 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
     v_pipeline = Pipeline(pool, config.num_stages, panels(pattern.head_dim_v), config.block_n, dtype)
     finished = epilogue(pattern, config, pool, q_pipeline, geometry.merges)
     boxes.add_memory(pool)
+    if static(tensors is not None):
+        tensors.add_memory(pool)
     q_pipeline.add_barriers(pool)
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
     finished.add_barriers(pool)
+    if static(tensors is not None):
+        tensors.add_barriers(pool)
     scheduler.add_memory(pool)
     pool.commit()
 
@@ -104,6 +114,8 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
             k_pipeline.init(consumer_arrivals(consumers), boxes.arrivals)
             v_pipeline.init(consumer_arrivals(consumers), boxes.arrivals)
             finished.init()
+            if static(tensors is not None):
+                tensors.init()
             scheduler.init()
             T.ptx.fence.mbarrier_init.release.cluster()
             scheduler.if_found(begin)
@@ -115,6 +127,9 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
         if warp == first:
             if static(scheduler.looks_up):
                 scheduler.feed(block, q_pipeline, q_map, lane)
+            elif static(tensors is not None):  # a block has one work tile
+                if T.cuda.elect_sync():
+                    tensors.fetch(block, tensor_map)
             else:
                 if T.cuda.elect_sync():
                     fetch_queries(block, q_pipeline, q_map)

@@ -194,7 +194,7 @@ class LatentConsumer(PartRowsConsumer):
         else:
             self.softmax.scores(self.acc_s, self._row0(), column0, True)
         self.softmax.track(self.acc_s, slack)
-        self.softmax.probabilities(self.acc_s, self.softmax.scale)
+        self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
         self.softmax.pack(self.acc_s, self.p)
         self.softmax.add_sums()
         self.rescale()

@@ -134,7 +134,7 @@ class RunConsumer(StateConsumer):
         self.softmax.reset()
         self.softmax.scores(self.acc_s, self._row0(), column0, True)
         self.softmax.track(self.acc_s, 0.0)
-        self.softmax.probabilities(self.acc_s, self.softmax.scale)
+        self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
 
     @T.inline
     def leave_states(self):

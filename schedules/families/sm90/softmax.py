@@ -7,6 +7,7 @@ sum has left the range in which float16 certainly held every probability.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from tvm.script import tirx as T
 
@@ -16,10 +17,14 @@ from schedules.families.sm90.tensor_tile import FetchedTensors
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat
-from schedules.tile.softmax import OnlineSoftmax
+from schedules.tile.score import LOG2_E
+from schedules.tile.softmax import LOWEST, OnlineSoftmax
+from schedules.tile.static import static
 
 #: Largest sum of a lane's probabilities in a step without a maximum; a float16 holds 65504.
 SUM_LIMIT = 8192.0
+#: Largest reference that is surely as it was computed.
+NEAR = float(1 << 22)
 #: Independent chains in a row's sum or maximum.
 CHAINS = 4
 
@@ -34,11 +39,19 @@ class Softmax(FetchedTensors, OnlineSoftmax):
     """
 
     all_exist = False
+    #: Registers with what is added to scaled products, in powers of two, where it is computed before they are there.
+    added: Any = None
 
     def __init__(self, pattern: Pattern, at: Site, rows: Rows, columns: int):
         self.rows = rows
         OnlineSoftmax.__init__(self, pattern, at, M16N8, 1, columns)
         self.step_sum = T.alloc_local([2], "float32")
+
+    def add_to_products(self, added) -> None:
+        """Let what is added to products be computed beforehand, in registers ``added``."""
+        self.added = added
+        self.near = T.alloc_local([2], "float32")  # references, if those of the warp are near; else 0
+        self.far = T.local_scalar("int32")
 
     def position(self, row0, column0, t, g, r, e):
         """Query and key of a register, from row and key of this lane's first one."""
@@ -50,6 +63,61 @@ class Softmax(FetchedTensors, OnlineSoftmax):
         if self.all_exist and self.terms is None and not self.pattern.is_unmasked:
             return self.pattern.mask_inside(self.here, *at)
         return OnlineSoftmax.sees(self, at, t, r, e)
+
+    @T.inline
+    def add_beforehand(self, row0, column0, relative):
+        """Compute what is added to the products of a step; ``relative`` to references, if these are near."""
+        if static(self.added is not None):
+            for g in T.unroll(self.groups):
+                for r in T.unroll(2):
+                    for e in T.unroll(2):
+                        self.look_at(0, g, r, e)
+                        at = T.meta_var(self.position(row0, column0, 0, g, r, e))
+                        i = T.meta_var(g * 4 + r * 2 + e)
+                        self.added[i] = self.pattern.added(self.here, *at) * T.float32(LOG2_E)
+                        if static(relative):
+                            self.added[i] = self.added[i] - self.near[r]
+
+    def modified(self, s, i, j, chosen=None):
+        if self.added is None:
+            return OnlineSoftmax.modified(self, s, i, j, chosen)
+        g, r, e = self.register
+        return self.to_powers(s) + self.added[g * 4 + r * 2 + e]
+
+    def to_powers(self, s):
+        """The scaled product in powers of two."""
+        return s * (self.at.softmax_scale * T.float32(LOG2_E))
+
+    @T.inline
+    def find_near(self):
+        """Find out whether the warp's references are so near 0 that what is added may be relative to them.
+
+        That saves a subtraction where everything waits for the scores.  But the references of rows that are far from 0
+        are multiples of up to 64, and what is added has these digits still: all powers of two would be off by as much.
+        There scores are rounded first.  The reference of a row that has seen nothing counts as near: what exceeds it
+        overflows.
+        """
+        if static(self.added is not None):
+            self.far = T.cuda.any_sync(T.uint32(_ALL_LANES), T.Cast("int32", T.Or(self._is_far(0), self._is_far(1))))
+            for r in T.unroll(2):
+                self.near[r] = T.Select(self.far == 0, self.row_max[r], T.float32(0))
+
+    def _is_far(self, r):
+        x = self.row_max[r]
+        return T.And(T.abs(x) > T.float32(NEAR), x != T.float32(LOWEST))
+
+    @T.inline
+    def probabilities_of_products(self, S, W):
+        """``W = exp2(score - reference)`` of products ``S`` as they are, and what is added to them in ``W``."""
+        if self.far == 0:
+            for i in T.unroll(self.stride):
+                W[i] = T.exp2(self.to_powers(S[i]) + W[i])
+        else:
+            for g in T.unroll(self.groups):
+                for r in T.unroll(2):
+                    for e in T.unroll(2):
+                        i = T.meta_var(g * 4 + r * 2 + e)
+                        W[i] = T.exp2(self.to_powers(S[i]) + W[i] - self.row_max[r])
 
     def scores_of_existing(self, S, row0, column0, masked) -> None:
         """As ``scores``, of a tile whose keys all exist."""
@@ -94,12 +162,12 @@ class Softmax(FetchedTensors, OnlineSoftmax):
         self._in_chains(S, self.peak, T.max)
 
     @T.inline
-    def probabilities(self, S, scale):
-        """``S = exp2(S * scale - reference)``."""
+    def probabilities(self, S, scale, W):
+        """``W = exp2(S * scale - reference)``; ``W`` may be ``S``."""
         for g in T.unroll(self.groups):
             for r in T.unroll(2):
                 for e in T.unroll(2):
-                    S[g * 4 + r * 2 + e] = T.exp2(S[g * 4 + r * 2 + e] * scale - self.row_max[r])
+                    W[g * 4 + r * 2 + e] = T.exp2(S[g * 4 + r * 2 + e] * scale - self.row_max[r])
 
     @T.inline
     def guess(self, S, W, begin, end):

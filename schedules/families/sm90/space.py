@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Target
-from schedules.families.sm90.config import BY_LENGTH
+from schedules.families.sm90.config import BY_LENGTH, boxed
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
@@ -28,5 +28,7 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "separate_output": (False, True) if several else (False,),
         "running_max": (False,) if pattern.is_scale_only else (False, True),
         "tensors_ahead": (False, True) if of_scores and several else (False,),
+        "tensor_stages": (0, 1, 2) if boxed(pattern) is not None and several else (0,),
+        "batches_beside": (False, True) if boxed(pattern) is not None else (False,),
         "head_section": (1, BY_LENGTH),
     }

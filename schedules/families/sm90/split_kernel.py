@@ -267,7 +267,7 @@ class PartConsumer(PartRowsConsumer, StateConsumer):
         self.softmax.reset()
         self.softmax.scores(self.acc_s, self._row0(), self._column0(walk.key_first(0)), True)
         self.softmax.track(self.acc_s, 0.0)
-        self.softmax.probabilities(self.acc_s, self.softmax.scale)
+        self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
         self.softmax.pack(self.acc_s, self.p)
         self.softmax.add_sums()
         self.next_k(k, self._more(walk, 0))

@@ -7,7 +7,7 @@ instructions that the compiler can't move behind the wait for the scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tvm import tirx
@@ -200,7 +200,7 @@ class FetchedTensors:
     reads = False
     tensors: Mapping[str, TensorTile] = {}
 
-    def add_tensors(self, lane, tile_type: type[TensorTile] = TensorTile) -> None:
+    def add_tensors(self, lane, tile_type: Callable[..., TensorTile] = TensorTile) -> None:
         """Have registers for them, in tiles of a type."""
         columns, axis = self.groups * self.fragment.group, "i" if self.transposed else "j"
         self.tensors = {
@@ -218,6 +218,12 @@ class FetchedTensors:
             rows, column = [self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)], column0
         for x in self.tensors.values():
             x.fetch(rows, column, last) if in_pairs else x.fetch_elements(rows, column)
+
+    def take(self, state, row0, column0, last) -> None:
+        """Take what tensors hold for a step's scores from the boxes that have it; else as ``fetch``."""
+        rows = [self.position(row0, column0, 0, 0, r, 0)[0] for r in range(2)]
+        for x in self.tensors.values():
+            x.take(state, rows, column0, last)
 
     def lie_together(self):
         """Whether pairs of all of them do."""

@@ -21,8 +21,8 @@ SECTION_TILES = 768
 class TileScheduler:
     """Places ``(x, y, z)``, x the fastest, with one work tile each: ``block_m`` rows of a head; or with two of them.
 
-    Rows are the fastest, so that a head's K and V stay in the cache.  Or heads are, strip by strip: those of all heads
-    and batches, or of one *section* of them after the other.
+    Rows are the fastest, so that a head's K and V stay in the cache; or batch entries are and rows come next.  Or heads
+    are, strip by strip: those of all heads and batches, or of one *section* of them after the other.
 
     Either each place has a block, or the kernel is persistent: ``blocks`` of them take the places in snake order, in
     which the first of a round takes the last place of the next.  So lengths that change little from place to place add
@@ -38,7 +38,9 @@ class TileScheduler:
     def __init__(self, geometry: Geometry, rows: Rows, config: Config):
         self.config, self.rows = config, rows
         self.m_blocks = T.bind(ceildiv(rows.count, config.block_m * config.tiles_per_cta))
-        if config.head_section == 1:
+        if config.batches_beside:
+            self.x, self.y, self.z = geometry.batch, self.m_blocks, rows.heads
+        elif config.head_section == 1:
             self.x, self.y, self.z = self.m_blocks, rows.heads, geometry.batch
         elif config.head_section == ALL:
             self.x, self.y, self.z = rows.heads, geometry.batch, self.m_blocks
@@ -122,6 +124,8 @@ class TileScheduler:
         x, y, z = at
         if config.persistent:
             x, y, z = self.visit(x, T.shift_right(anew(tile), config.tiles_per_cta - 1))
+        if config.batches_beside:
+            return y, z * self.rows.head_step, x
         if config.head_section == 1:
             return x, y * self.rows.head_step, z
         return z, x * self.rows.head_step, y

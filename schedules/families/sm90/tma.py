@@ -48,6 +48,19 @@ def encode_queries(descriptor, tensor: Tensor, rows: Rows, box_rows: int):
     )  # fmt: skip
 
 
+def encode_tensor(descriptor, address, sizes, strides, box, dtype: str):
+    """The same of a tensor over keys, queries, heads and batch entries, whose ``sizes`` and but for keys ``strides`` in
+    bytes these are; ``box`` is the columns and rows of one."""
+    return T.tensormap_encode_tiled(
+        descriptor, address,
+        *sizes,
+        *strides,
+        *box, 1, 1,
+        1, 1, 1, 1,
+        descriptor_dtype=dtype, rank=4, l2_promotion=_L2_PROMOTION_128B,
+    )  # fmt: skip
+
+
 def _stride_bytes(size, stride):
     """A stride in bytes; that of a dimension of size 1 is never used, but must be a multiple of 16 all the same."""
     return T.Select(size > 1, T.Cast("int64", stride) * 2, T.int64(16))
@@ -130,6 +143,12 @@ def placed_box(steps: PageSteps, place, rows, head):
 def load_panel(shared, descriptor, panel, at, barrier):
     """One thread: start to copy a panel of the box at ``at`` to shared memory; its bytes count at ``barrier``."""
     T.ptx[_LOAD.format(len(at) + 1)](shared, T.address_of(descriptor), panel * PANEL, *at, barrier)
+
+
+@T.inline
+def load_box(shared, descriptor, at, barrier):
+    """The same of a box whose first coordinate isn't a panel's."""
+    T.ptx[_LOAD.format(len(at))](shared, T.address_of(descriptor), *at, barrier)
 
 
 @T.inline
