@@ -162,7 +162,7 @@ def reads(folder: Path) -> dict:
                 continue
             for case in cases:
                 inputs = CASES[case].inputs(torch.float32)
-                with patch.multiple(launches, **LONG):
+                with patch.multiple(launches, **LONG) if name in AS_IF_LONG else contextlib.nullcontext():
                     found[name, case] = together(CASES[case], inputs, mesh, exchange=exchange)
         copies = [x.copies for x in memories]
         mesh = DeviceMesh("cpu", torch.arange(2))

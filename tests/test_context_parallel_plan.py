@@ -132,8 +132,8 @@ def test_chunks_differ_by_a_position():
 def test_into_how_many_parts_heads_are_split():
     """Two where keys are fetched, and more of many heads of long ones."""
 
-    def parts(positions, causal, kv_heads=8, fetches=True, left=None):
-        return Work(1, kv_heads, positions, left, 0 if causal else None, fetches).in_backward
+    def parts(positions, causal, kv_heads=8, fetches=True, left=None, reads=False):
+        return Work(1, kv_heads, positions, left, 0 if causal else None, fetches, reads).in_backward
 
     assert parts(1 << 16, True, kv_heads=32) == 4 and parts(1 << 15, True, kv_heads=32) == 2
     assert parts(1 << 20, True, kv_heads=32, left=1000) == 2
@@ -141,6 +141,7 @@ def test_into_how_many_parts_heads_are_split():
     assert parts(1 << 20, False, kv_heads=12) == 2 and parts(1 << 20, False, kv_heads=21) == 3
     assert parts(1 << 20, False, kv_heads=3) == parts(1 << 20, False, kv_heads=1) == 1
     assert parts(1 << 18, True, kv_heads=32, fetches=False) == 1
+    assert parts(1 << 16, True, reads=True) == 1 and parts(1 << 16, True, kv_heads=32, reads=True) == 4
     halves = Heads((8, 16), (2, 4)).parts(2)
     assert halves == [Heads((8, 12), (2, 3)), Heads((12, 16), (3, 4))]
 

@@ -194,7 +194,7 @@ class _Call:
         """Bytes of a rank that others read, with those of its gradients if it trains; the same on all ranks."""
         kv_heads = self.repeats(sizes.kv_heads) * sizes.kv_heads // self.axes.sizes[1]
         of = (sizes.batch, kv_heads, (sizes.head_dim, sizes.head_dim_v), itemsize)
-        job = self.job(None, None, 0, learns=False)
+        job = replace(self, reads=True).job(None, None, 0, learns=False)
         return max(job.layout(*of, backward=backward).size for backward in {False, trains})
 
     def to_heads(self, *tensors: torch.Tensor) -> list[torch.Tensor]:

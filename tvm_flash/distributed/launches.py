@@ -8,7 +8,9 @@ do 32 heads of keys gain in four launches: 31.7 ms for 64k under a causal mask, 
 In the backward, where keys come from other ranks, heads are in two groups at least, so that keys of the second are on
 their way during the first, and gradients of the first during the second; how many share the cache is the kernels' own
 matter (sections of heads).  Of 8 heads of 64k positions in full, forward and backward, four launches of two heads took
-56.9 ms and two of four 54.8.  All of this follows from what every rank knows, since ranks must send in one order.
+56.9 ms and two of four 54.8.  Where rows are read in the other ranks' memory, which holds no launch back, two take more
+than what they hide: 59.0 ms, and 54.1 in one; under a causal mask 29.1, and 28.6 in one.  All of this follows from what
+every rank knows, since ranks must send in one order.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class Work:
     positions: of the whole sequence.
     left, right: the window over positions, None for unbounded.
     fetches: whether a step's keys come from other ranks, all at once.
+    reads: whether they are read in the memory of these.
     """
 
     batch: int
@@ -59,6 +62,7 @@ class Work:
     left: int | None
     right: int | None
     fetches: bool
+    reads: bool
 
     @property
     def _seen(self) -> int:
@@ -72,7 +76,8 @@ class Work:
         if not self.fetches:
             return 1
         is_long = self.batch * self._seen >= _MANY_KEYS
-        return self._divisor(max(2, -(-self.kv_heads // _FEW) if is_long else 2))
+        least = 1 if self.reads else 2
+        return self._divisor(max(least, -(-self.kv_heads // _FEW) if is_long else least))
 
     def _divisor(self, most: int) -> int:
         """The largest number up to ``most``, and 1 at least, by which the heads of keys can be divided."""

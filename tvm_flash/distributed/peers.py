@@ -213,7 +213,8 @@ class Layout:
     ----------
     groups: how many groups of heads there are.
     held: the most rows that a rank holds.
-    keys: the most rows of keys that a rank has in a step, 0 without gradients.
+    stages: how many stages there are with gradients.
+    keys: the most rows of keys that a rank has in a step.
     batch, kv_heads: of a group.
     dims: head_dim and head_dim_v.
     itemsize: bytes of an element of keys.
@@ -221,6 +222,7 @@ class Layout:
 
     groups: int
     held: int
+    stages: int
     keys: int
     batch: int
     kv_heads: int
@@ -230,7 +232,7 @@ class Layout:
     @property
     def size(self) -> int:
         """Bytes in all."""
-        return self.groups * self._held + 2 * self._room
+        return self.groups * self._held + min(2, self.stages) * self._room
 
     def of_held(self, group: int) -> int:
         """Where keys and values of a group begin."""

@@ -120,13 +120,13 @@ class Job:
 
     def layout(self, batch: int, kv_heads: int, dims: tuple[int, int], itemsize: int, *, backward: bool) -> Layout:
         """Where rows lie that others read, of tensors of such sizes; the same on all ranks."""
-        groups, keys = 1, 0
+        plan, groups = self.plan, 1
         if backward:
-            fetches = self.group is not None and len(self.plan.steps) == 1
+            fetches = self.group is not None and len(plan.steps) == 1
             window = self.kernels.left, self.kernels.right
-            groups = Work(batch, kv_heads, self.plan.positions, *window, fetches).in_backward
-            keys = self.plan.most_keys
-        return Layout(groups, self.plan.most_rows, keys, batch, kv_heads // groups, dims, itemsize)
+            groups = Work(batch, kv_heads, plan.positions, *window, fetches, self.peers is not None).in_backward
+        stages = groups * len(plan.steps) if backward else 0
+        return Layout(groups, plan.most_rows, stages, plan.most_keys, batch, kv_heads // groups, dims, itemsize)
 
     def _layout(self, k: torch.Tensor, v: torch.Tensor, *, backward: bool = False) -> Layout:
         dims = k.shape[3], v.shape[3]
