@@ -37,8 +37,8 @@ def pytest_addoption(parser):
 
 
 # Modules, of which torch, TVM and JAX have very many, stay: to look through them again and again for what nobody refers
-# to took 7% of the processor's time.
-gc.set_threshold(100_000, 50, 100)
+# to took 6% of the processor's time.
+gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_configure(config):
