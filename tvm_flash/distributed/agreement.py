@@ -121,9 +121,9 @@ def _peers(axes: Axes, device: str) -> peers.Memory | None:
 
 
 def with_room(axes: Axes, size: int) -> bool:
-    """Whether ranks have so many bytes to read of each other, or now get them; the same on all."""
+    """Whether ranks that read each other's memory have so many bytes of it, or now get them; the same on all."""
     memory = axes.peers
-    if memory is None or size > memory.most:
+    if size > memory.most:
         return False
     if size > memory.size:
         if memory.is_fixed:

@@ -137,9 +137,10 @@ def context_parallel_attention(
         fits = kept // axes.sizes[1] * (q.element_size() + 4) <= GATHERED_BYTES
         exchange = "gather" if fits or axes.outer is None else "ring"
     call = _Call(axes, dealt, placement, sight, layout, exchange, scale, softcap)
-    trains = any(x is not None and x.requires_grad for x in learnt.values())
     if q.shape[0] and sizes.heads:
-        call = replace(call, reads=with_room(axes, call.shared_bytes(sizes, q.element_size(), trains)))
+        if axes.peers is not None:
+            trains = any(x is not None and x.requires_grad for x in learnt.values())
+            call = replace(call, reads=with_room(axes, call.shared_bytes(sizes, q.element_size(), trains)))
         out, lse = _Attention.apply(call, q, k, v, slopes, sinks)
     else:
         out, lse = _nothing(layout, q, k, v)
