@@ -107,12 +107,17 @@ class Problem:
                 x[..., FAR_ROWS, :] = FAR
         return numerics.round_to(x, param.dtype)
 
+    @property
+    def has_far_rows(self) -> bool:
+        """Whether ``FAR_ROWS`` have ``FAR`` alone."""
+        return self.lie == "far rows" and any(map(_takes_far, self.kernel.params))
+
     @functools.cached_property
     def that_count(self) -> dict[str, np.ndarray]:
         """The arrays as they count: beside ``FAR`` float32 has nothing left of a row's scores, which are equal."""
-        found, biases = dict(self.arrays), [p.name for p in self.kernel.params if _takes_far(p)]
-        if self.lie == "far rows" and biases:
-            for name in ("q", *biases):
+        found = dict(self.arrays)
+        if self.has_far_rows:
+            for name in ("q", *(p.name for p in self.kernel.params if _takes_far(p))):
                 found[name] = found[name].copy()
                 found[name][..., FAR_ROWS, :] = 0
         return found
@@ -219,7 +224,7 @@ def _forward(problem: Problem):
         assert error <= allowed, f"output differs by {error:.3g}, allowed {allowed:.3g}"
         blind = np.isneginf(want_lse)
         assert np.array_equal(np.isneginf(lse), blind) and not out[blind].any()
-        if problem.lie == "far rows" and any(map(_takes_far, problem.kernel.params)):
+        if problem.has_far_rows:
             assert (np.abs(lse[..., FAR_ROWS] - FAR) <= -FAR * numerics.EPSILON["float32"]).all()
             blind[..., FAR_ROWS] = True
         lse_error = np.abs(lse[~blind] - want_lse[~blind]).max()

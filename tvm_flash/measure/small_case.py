@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tvm_flash import numerics, reference
-from tvm_flash.call.memory import WORKSPACE_ALIGNMENT
+from tvm_flash.call.memory import WORKSPACE_ALIGNMENT, workspace_start
 from tvm_flash.frameworks import contiguous_strides
 from tvm_flash.machine import cuda
 from tvm_flash.machine.device import Device
@@ -280,7 +280,7 @@ def _before(entry: KernelEntry, role: str) -> float:
 def aligned(x: np.ndarray) -> np.ndarray:
     """The same in memory that begins where that of a workspace does."""
     room = np.empty(x.nbytes + WORKSPACE_ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % WORKSPACE_ALIGNMENT
+    start = workspace_start(room.ctypes.data) - room.ctypes.data
     found = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
     found[...] = x
     return found
