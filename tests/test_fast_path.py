@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import random
 import sys
 from functools import partial
@@ -377,13 +378,18 @@ def test_nothing_leaks():
             with contextlib.suppress(InvalidArgumentError):
                 flash_attention(q, k, v, window_size=window, out=q)
 
+    def counted():
+        gc.collect()
+        return [sys.getrefcount(x) for x in held]
+
+    # What leaks, or is released too often, changes by thousands each time; other tests' threads refer to None as well.
     calls(10)
-    gc.collect()
-    before = [sys.getrefcount(x) for x in held]
-    calls(1000)
-    gc.collect()
-    after = [sys.getrefcount(x) for x in held]
-    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) < 100, list(zip(before, after, strict=True))
+    counts = [counted()]
+    for _ in range(3):
+        calls(1000)
+        counts.append(counted())
+    changes = [[abs(b - a) for a, b in itertools.pairwise(of_one)] for of_one in zip(*counts, strict=True)]
+    assert max(min(each) for each in changes) < 100, counts
 
 
 def test_what_is_kept_is_bounded_and_forgotten(slow_calls):
