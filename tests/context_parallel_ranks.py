@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -23,11 +24,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tests.context_parallel_cases import CASES, NAMES, Case
 from tests.context_parallel_memory import FileMemory
-from tvm_flash import InvalidArgumentError, ProcessGroupError
+from tvm_flash import InvalidArgumentError, PeerMemoryWarning, ProcessGroupError
 from tvm_flash.distributed import (
     agreement,
     context_parallel_attention,
     launches,
+    peers,
     shard_batch,
     shard_sequence,
     unshard_sequence,
@@ -171,6 +173,50 @@ def reads(folder: Path) -> dict:
             found["no room"] = together(CASES["causal"], CASES["causal"].inputs(torch.float32), mesh)
             copies.append(axes_of(mesh).peers.copies)
     return {"found": found, "copies": copies}
+
+
+def obstacles() -> dict:
+    """What three ranks are told of memory that they are to read and can't, as if they had GPUs."""
+    mesh, rank = DeviceMesh("cpu", torch.arange(3)), dist.get_rank()
+    if mesh.get_coordinate() is None:
+        return {}
+    axes, found = axes_of(mesh), {}
+
+    def told(name, wanted, host="a", gpus=("0", "1", "2"), fails=None, reached=True):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patch.dict(os.environ, {peers.VARIABLE: wanted}))
+            for where, what, by in (
+                (torch.cuda, "current_device", lambda: rank),
+                (torch.cuda, "can_device_access_peer", lambda own, other: reached),
+                (peers, "_gpus", lambda: [*gpus]),
+                (peers.socket, "gethostname", lambda: host),
+                (peers, "PeerMemory", lambda group, device: "memory" if fails is None else raises(fails)),
+            ):
+                stack.enter_context(patch.object(where, what, by))
+            caught = stack.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always")
+            try:
+                got = agreement._peers(axes, "cuda")
+            except InvalidArgumentError as e:
+                got = str(e)
+        found[name] = [None] * 3
+        said = [str(w.message) for w in caught if w.category is PeerMemoryWarning]
+        dist.all_gather_object(found[name], (got, said), group=mesh.get_group())
+
+    one = rank == 1
+    told("asked by none", "0")
+    told("asked by all", "1")
+    told("asked by two", "0" if one else "1")
+    told("no number", "yes" if one else "1")
+    told("host", "1", host="b" if one else "a")
+    told("unseen", "1", gpus=("0", "1", "9") if rank == 2 else ("0", "1", "2"))
+    told("no access", "1", reached=not one)
+    told("fails", "1", fails="out of luck\nat line 3" if one else None)
+    return found
+
+
+def raises(text: str) -> None:
+    raise RuntimeError(text)
 
 
 def reads_memory() -> bool:
@@ -354,7 +400,8 @@ def torch_rings() -> dict:
 
 
 TASKS = {
-    f.__name__: f for f in (results, reads, reads_memory, other_orders, errors, orders, batches, deaths, torch_rings)
+    f.__name__: f
+    for f in (results, reads, reads_memory, obstacles, other_orders, errors, orders, batches, deaths, torch_rings)
 }
 
 

@@ -34,7 +34,9 @@ def run(folder, ranks, *tasks):
 def found(cpu_pack, tmp_path_factory):
     """What eight processes found."""
     return run(
-        tmp_path_factory.mktemp("ranks"), 8, "results", "reads", "other_orders", "errors", "batches", "torch_rings"
+        tmp_path_factory.mktemp("ranks"),
+        8,
+        *("results", "reads", "obstacles", "other_orders", "errors", "batches", "torch_rings"),
     )
 
 
@@ -81,6 +83,28 @@ def test_memory_is_read_where_all_ranks_have_room(found, exact):
     *copies, without = found["reads"]["copies"]
     assert copies and all(copies) and not without
     check(found["reads"]["found"]["no room"], exact("causal", torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ("asked by two", "TVM_FLASH_PEER_MEMORY isn't 1 on rank 1"),
+        ("host", "on rank 0: rank 1 is on another host"),
+        ("unseen", "on rank 0: this process doesn't see the GPU of rank 2"),
+        ("no access", "on rank 1: cuda:1 has no access to the memory of cuda:0, the GPU of rank 0"),
+        ("fails", f"on rank 1: PyTorch {torch.__version__} has no such memory here: RuntimeError: out of luck"),
+    ],
+)
+def test_who_asks_for_memory_that_cant_be_read_hears_why(found, told, why):
+    text = "TVM_FLASH_PEER_MEMORY is 1, but ranks don't read each other's memory, and send messages: "
+    assert found["obstacles"][told] == [(None, [text + why])] * 3
+
+
+def test_memory_is_read_if_all_ask_for_it(found):
+    assert found["obstacles"]["asked by none"] == [(None, [])] * 3
+    assert found["obstacles"]["asked by all"] == [("memory", [])] * 3
+    own, told = "TVM_FLASH_PEER_MEMORY: is 'yes', expected 0 or 1, or unset", "on rank 1: "
+    assert found["obstacles"]["no number"] == [(told * (rank != 1) + own, []) for rank in range(3)]
 
 
 @pytest.mark.parametrize("mesh", ["8 gather", "8 ring"])

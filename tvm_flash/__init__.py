@@ -20,6 +20,7 @@ from tvm_flash.errors import (
     LayoutWarning,
     NotSupportedError,
     PackError,
+    PeerMemoryWarning,
     ProcessGroupError,
     TvmFlashError,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "LayoutWarning",
     "NotSupportedError",
     "PackError",
+    "PeerMemoryWarning",
     "ProcessGroupError",
     "TvmFlashError",
     "__version__",

@@ -46,6 +46,10 @@ class LayoutWarning(UserWarning):
     """The shapes are legal but look as if heads and sequence were swapped."""
 
 
+class PeerMemoryWarning(UserWarning):
+    """Ranks were told to read each other's memory and can't, so that rows go as messages; the text says why."""
+
+
 class FallbackWarning(UserWarning):
     """A drop-in left a call to the framework's own attention; the text says why.  ``warnings.simplefilter`` makes it an
     error."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tvm_flash.distributed import peers
 from tvm_flash.distributed.exchange import talking
-from tvm_flash.errors import InvalidArgumentError, TvmFlashError
+from tvm_flash.errors import InvalidArgumentError, PeerMemoryWarning, TvmFlashError
 
 #: Bytes that a rank says of a call.
 _ROOM = 4096
@@ -106,18 +107,51 @@ def _talk(groups: tuple[dist.ProcessGroup, ...], ranks: tuple[int, ...], device:
 
 
 def _peers(axes: Axes, device: str) -> peers.Memory | None:
-    """The memory of a mesh's outer ranks, if each of all ranks reaches that of those of its axis."""
+    """The memory of a mesh's outer ranks, if all ranks are told to read it, and each reaches that of its axis.
+
+    Raises
+    ------
+    InvalidArgumentError: a rank is told something without meaning.
+
+    Warns
+    -----
+    PeerMemoryWarning: some rank is told to read it, and it can't be.
+    """
     if device != "cuda":
         return None
+    asked = Agreement(axes)
+    with asked.checking():
+        asked.says(asked_for=peers.is_asked_for())
+    wanted = [said["asked_for"] for said in asked.reach(differ=("asked_for",))]
+    if not any(wanted):
+        return None
+    if not all(wanted):
+        return _messages_for(f"{peers.VARIABLE} isn't 1 on rank {axes.ranks[wanted.index(False)]}")
     device = torch.device("cuda", torch.cuda.current_device())
     told = _all_say(axes, **peers.about(device))
-    of_axis = told[axes.place[1] :: axes.sizes[1]]
-    if not _all_can(axes, peers.can_read(device, of_axis)):
-        return None
+    of_axis = slice(axes.place[1], None, axes.sizes[1])
+    obstacle = peers.obstacle(device, dict(zip(axes.ranks[of_axis], told[of_axis], strict=True)))
+    if found := _obstacles(axes, obstacle):
+        return _messages_for(found)
     memory = None
-    with contextlib.suppress(RuntimeError, ImportError, AttributeError):  # what PyTorch has no name for
+    try:
         memory = peers.PeerMemory(axes.outer, device)
-    return memory if _all_can(axes, memory is not None) else None
+    except (RuntimeError, ImportError, AttributeError) as e:  # what PyTorch has no name for
+        obstacle = f"PyTorch {torch.__version__} has no such memory here: {type(e).__name__}: {str(e).splitlines()[0]}"
+    found = _obstacles(axes, obstacle)
+    return _messages_for(found) if found else memory
+
+
+def _obstacles(axes: Axes, obstacle: str | None) -> str | None:
+    """What is in the way on the first rank where something is, the same on all."""
+    said = zip(axes.ranks, _all_say(axes, obstacle=obstacle and obstacle[: _ROOM // 8]), strict=True)
+    return next((f"on rank {rank}: {what['obstacle']}" for rank, what in said if what["obstacle"]), None)
+
+
+def _messages_for(reason: str) -> None:
+    """Say that rows go as messages, for all calls on a mesh."""
+    text = f"{peers.VARIABLE} is 1, but ranks don't read each other's memory, and send messages: {reason}"
+    warnings.warn(text, PeerMemoryWarning, stacklevel=2)
 
 
 def with_room(axes: Axes, size: int) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from tvm_flash.distributed.exchange import Receive, Send, talking
 from tvm_flash.distributed.rows import Rows, copy
+from tvm_flash.errors import InvalidArgumentError
 
 #: Set to 1, rows are read; else they go as messages.
 VARIABLE = "TVM_FLASH_PEER_MEMORY"
@@ -38,25 +39,39 @@ _ALIGNMENT = 256
 _IN_FLIGHT = 4
 
 
+def is_asked_for() -> bool:
+    """Whether this process is told to read what others hold.
+
+    Raises
+    ------
+    InvalidArgumentError: the variable is neither 0 nor 1.
+    """
+    wanted = os.environ.get(VARIABLE) or "0"
+    if wanted not in ("0", "1"):
+        raise InvalidArgumentError(f"{VARIABLE}: is {wanted!r}, expected 0 or 1, or unset")
+    return wanted == "1"
+
+
 def about(device: torch.device) -> dict[str, Any]:
     """What others must know of this process to tell whether they can read its memory."""
-    if os.environ.get(VARIABLE) != "1":
-        return {"host": None, "gpu": None}
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
     return {"host": host, "gpu": _gpus()[device.index]}
 
 
-def can_read(device: torch.device, others: Sequence[dict[str, Any]]) -> bool:
-    """Whether this process reaches the memory of all of some processes, itself among them."""
+def obstacle(device: torch.device, others: Mapping[int, dict[str, Any]]) -> str | None:
+    """Why this process doesn't reach the memory of some ranks, itself among them; None if it does."""
     gpus = _gpus()
     own = about(device)
-    return own["host"] is not None and all(
-        other["host"] == own["host"]
-        and other["gpu"] in gpus
-        and (other["gpu"] == own["gpu"] or torch.cuda.can_device_access_peer(device.index, gpus.index(other["gpu"])))
-        for other in others
-    )
+    for rank, other in others.items():
+        if other["host"] != own["host"]:
+            return f"rank {rank} is on another host"
+        if other["gpu"] not in gpus:
+            return f"this process doesn't see the GPU of rank {rank}"
+        number = gpus.index(other["gpu"])
+        if other["gpu"] != own["gpu"] and not torch.cuda.can_device_access_peer(device.index, number):
+            return f"{device} has no access to the memory of cuda:{number}, the GPU of rank {rank}"
+    return None
 
 
 def _gpus() -> list[str]:
