@@ -33,6 +33,36 @@ def test_both_names_load_in_every_way(name, way, registered):
     assert model.config._attn_implementation == name and len(registered) == 2
 
 
+@pytest.mark.parametrize("head", ("SequenceClassification", "TokenClassification", "QuestionAnswering"))
+@pytest.mark.parametrize("way", ("from_config", "set"))
+def test_a_head_on_whichever_model_its_configuration_is_of(head, way, registered):
+    """These classes have no attention in their own code: they make the model below by ``AutoModel``."""
+    kind, found = getattr(transformers, f"AutoModelFor{head}"), {}
+    tokens = torch.randint(5, 90, (2, 9))
+    for name in ("eager", integration.NAME):
+        torch.manual_seed(1)
+        small = config("llama")
+        small.pad_token_id = 0
+        model = kind.from_config(small, attn_implementation=name if way == "from_config" else "eager").eval()
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            found[name] = model(tokens)[0]
+    assert len(registered) == 2 and model.config._attn_implementation == integration.NAME
+    assert (found["eager"] - found[integration.NAME]).abs().max() < 1e-5
+
+
+def test_a_codec_made_of_an_encoder_and_a_decoder(registered):
+    small = transformers.MimiConfig(
+        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
+        **{"head_dim": 16, "intermediate_size": 32, "num_filters": 4, "codebook_size": 16, "codebook_dim": 16},
+        **{"vector_quantization_hidden_dimension": 16, "upsample_groups": 16, "upsampling_ratios": [4, 2]},
+    )
+    model = transformers.MimiModel._from_config(small, attn_implementation=integration.NAME).eval()
+    with torch.no_grad():
+        model(torch.randn(1, 1, 2000))
+    assert len(registered) == 2
+
+
 def test_sinks_are_computed():
     sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}

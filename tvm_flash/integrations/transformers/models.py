@@ -21,9 +21,13 @@ from transformers import AttentionInterface
 _COMPUTES = {"softmax", "scaled_dot_product_attention", "Softmax", "flex_attention"}
 
 #: Packages and modules that are read no further.
-_LIBRARIES = ("torch", "transformers.modeling_", "transformers.utils", "transformers.generation", "transformers.cache_")
+_LIBRARIES = ("torch", "transformers.modeling_utils", "transformers.modeling_outputs", "transformers.modeling_flash")
+_LIBRARIES += ("transformers.modeling_rope", "transformers.modeling_gguf", "transformers.utils", "transformers.cache_")
 _LIBRARIES += ("transformers.masking_utils", "transformers.integrations", "transformers.configuration_", "numpy")
-_LIBRARIES += ("transformers.models.auto", "builtins", "transformers.activations", "transformers.processing_")
+_LIBRARIES += ("transformers.generation", "builtins", "transformers.activations", "transformers.processing_")
+
+#: Where the classes are that make a model of a configuration, whichever it is of.
+_AUTO = "transformers.models.auto"
 
 #: Names of the configurations of models that look into their masks.
 _READERS: set[str] = set()
@@ -31,10 +35,12 @@ _READERS: set[str] = set()
 
 @dataclass(frozen=True)
 class Findings:
-    """Of a model's class: whether its code asks the attention interface, and its layers with attention of their own."""
+    """Of a model's class: whether its code asks the attention interface, its layers with attention of their own, and
+    whether its constructor makes other models by an ``Auto`` class."""
 
     asks: bool
     own: tuple[str, ...]
+    makes: bool
 
 
 def findings(model: type) -> Findings:
@@ -46,7 +52,7 @@ def findings(model: type) -> Findings:
 def _findings(model: type) -> Findings:
     seen: set[Any] = set()
     waiting: list[Any] = [model]
-    asks, own = False, set()
+    asks, makes, own = False, False, set()
     while waiting:
         thing = waiting.pop()
         if thing in seen:
@@ -55,10 +61,12 @@ def _findings(model: type) -> Findings:
         for function in _functions(thing):
             used = list(_used(function))
             asks = asks or any(isinstance(x, AttentionInterface) for x in used)
+            if thing is model and function.__name__ == "__init__":
+                makes = makes or any(map(_is_auto, used))
             waiting += [x for x in used if _is_read(x) and x not in seen]
         if isinstance(thing, type) and thing is not model and _attends(thing):
             own.add(thing.__name__)
-    return Findings(asks, tuple(sorted(own)))
+    return Findings(asks, tuple(sorted(own)), makes)
 
 
 def note_reader(config: Any) -> None:
@@ -70,10 +78,15 @@ def reads_masks(config: Any) -> bool:
     return type(config).__name__ in _READERS
 
 
+def _is_auto(x: Any) -> bool:
+    return isinstance(x, type) and x.__module__.startswith(_AUTO) and x.__name__.startswith("AutoModel")
+
+
 def _is_read(x: Any) -> bool:
+    unread = (*_LIBRARIES, _AUTO)
     if isinstance(x, type):
-        return issubclass(x, torch.nn.Module) and not x.__module__.startswith(_LIBRARIES)
-    return isinstance(x, types.FunctionType) and not (x.__module__ or "").startswith(_LIBRARIES)
+        return issubclass(x, torch.nn.Module) and not x.__module__.startswith(unread)
+    return isinstance(x, types.FunctionType) and not (x.__module__ or "").startswith(unread)
 
 
 def _functions(thing: Any) -> Iterator[types.FunctionType]:

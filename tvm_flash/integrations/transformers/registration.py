@@ -112,7 +112,7 @@ def _can_ask(model: PreTrainedModel, name: str) -> bool:
     if found.own:
         note_reader(model.config)
     parts = any(getattr(model.config, part, None) is not None for part in getattr(model.config, "sub_configs", ()))
-    if not found.asks and not found.own and parts:
+    if not found.asks and not found.own and (parts or found.makes):
         return True  # made of other models, each of which is asked by itself
     kind = type(model).__name__
     # Without either, None for a mask need not mean what it means to "sdpa": causal, unless the layer says otherwise.
