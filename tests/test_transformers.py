@@ -160,6 +160,14 @@ def test_key_ranges_say_what_the_boolean_mask_says(kind, room, q_length, q_offse
     assert torch.equal(ours + 0, eager)  # what somebody sees who looks into it
 
 
+def test_padding_of_more_rows_than_the_batch_has():
+    """As MusicGen's, whose decoder has a row of tokens for each codebook: transformers reads the first ones."""
+    attention_mask = torch.ones(5, 9, dtype=torch.bool)
+    attention_mask[1, 7:] = attention_mask[3, 2:] = False
+    whole, _, ours = masks("causal", 9, 9, 0, attention_mask)
+    assert torch.equal(ours.ranges.visible(9, torch.device("cpu")), whole)
+
+
 @pytest.mark.parametrize("kind", ("causal", "sliding", "sliding both ways"))
 def test_queries_that_stand_beyond_the_keys(kind):
     whole, _, ours = masks(kind, 4, 6, 5, None)
@@ -344,6 +352,37 @@ def test_arguments_that_are_not_known_are_refused():
     starts = torch.tensor([0, 30], dtype=torch.int32)
     with pytest.raises(InvalidArgumentError, match=r"^cu_seq_lens_k: is None"):
         integration.attention_forward(MODULE, q, k, v, None, cu_seq_lens_q=starts)
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_arguments_that_go_through_a_layer_which_never_asks_for_them(compiled):
+    """Models hand theirs on to every layer (Janus ``vision_feature_layer``, ColPali ``labels``)."""
+    tokens, found = torch.randint(5, 90, (1, 9)), {}
+    for name in ("eager", integration.NAME):
+        torch.manual_seed(1)
+        model = transformers.LlamaForCausalLM._from_config(config("llama"), attn_implementation=name).eval()
+        run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+        with torch.no_grad():
+            found[name] = run(tokens, use_cache=False, vision_feature_layer=-1, note=torch.ones(1)).logits
+    assert (found["eager"] - found[integration.NAME]).abs().max() < 1e-5
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, extra=None, **kwargs):
+    return query * kwargs.get("gain", 1.0)
+
+
+class Layer(torch.nn.Module):
+    """Of a file whose eager attention asks for ``extra``, and may look for anything."""
+
+    def forward(self, *tensors):
+        return tensors
+
+
+def test_arguments_that_a_layers_own_attention_may_ask_for(monkeypatch):
+    q, k, v = (torch.randn(2, heads, 30, 64) for heads in (4, 2, 2))
+    for name in ("extra", "gain", "another"):
+        with pytest.raises(NotSupportedError, match=rf"^{name}: isn't known"):
+            integration.attention_forward(Layer(), q, k, v, None, **{name: torch.zeros(4)})
 
 
 def test_every_name_that_models_pass_is_known():

@@ -13,6 +13,7 @@ from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupport
 from tvm_flash.frameworks.torch_watch import is_differentiated
 from tvm_flash.integrations.transformers import by_torch
 from tvm_flash.integrations.transformers.masks import UNBOUNDED, KeyRanges, Mask
+from tvm_flash.integrations.transformers.models import passes_by
 from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
 from tvm_flash.nn.flash_attn import flash_attn_varlen_func
@@ -112,11 +113,11 @@ def attention_forward(
 
     Raises
     ------
-    NotSupportedError: an argument that isn't known here has a value.
+    NotSupportedError: an argument that isn't known here has a value, and the layer's own eager attention may read it.
     ArgumentTypeError: the mask is a tensor of integers, which transformers' ``"sdpa"`` refuses too.
     """
     for name, x in others.items():
-        if x is not None and x is not False and name not in HARMLESS:
+        if x is not None and x is not False and name not in HARMLESS and not passes_by(type(module), name):
             raise NotSupportedError(
                 f"{name}: isn't known here, and leaving it out could change the result; "
                 f"use attn_implementation='eager' for {type(module).__name__}"

@@ -204,7 +204,7 @@ def make_mask(
         return _traced(asked, others, window, device)
     ranges, of_each = None, _recognise(_of_packed(mask_function))
     if window is not None:
-        visible = None if attention_mask is None else _padding(attention_mask, kv_length, kv_offset)
+        visible = None if attention_mask is None else _padding(attention_mask[:batch_size], kv_length, kv_offset)
         ranges = _ranges(window, q_length, kv_length, q_offset - kv_offset, visible, device)
         everything = ranges is not None and (ranges.keys, ranges.ends, ranges.window) == (kv_length, None, _FULL)
         if everything and window[1] == UNBOUNDED and others.get("allow_is_bidirectional_skip"):

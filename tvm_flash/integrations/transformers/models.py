@@ -8,7 +8,10 @@ and looked at when they are made.
 
 from __future__ import annotations
 
+import dis
 import functools
+import inspect
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -67,6 +70,31 @@ def _findings(model: type) -> Findings:
         if isinstance(thing, type) and thing is not model and _attends(thing):
             own.add(thing.__name__)
     return Findings(asks, tuple(sorted(own)), makes)
+
+
+@torch.compiler.assume_constant_result
+def passes_by(layer: type, name: str) -> bool:
+    """Whether an argument of a model (``labels``, say) goes through a layer to its attention, which never asks for it.
+
+    That is known of layers whose file has eager attention as a function, and no other: it neither has a parameter of
+    the name, nor looks into what else it is given.
+    """
+    return _passes_by(layer, name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _passes_by(layer: type, name: str) -> bool:
+    home = next((cls.__module__ for cls in layer.__mro__ if "forward" in vars(cls)), "")
+    eager = getattr(sys.modules.get(home), "eager_attention_forward", None)
+    if not isinstance(eager, types.FunctionType) or not eager.__code__.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    code = eager.__code__
+    named = code.co_argcount + code.co_kwonlyargcount
+    others = code.co_varnames[named + bool(code.co_flags & inspect.CO_VARARGS)]
+    looked_into = any(
+        others in (x.argval if isinstance(x.argval, tuple) else (x.argval,)) for x in dis.get_instructions(code)
+    )
+    return name not in code.co_varnames[:named] and not looked_into
 
 
 def note_reader(config: Any) -> None:
