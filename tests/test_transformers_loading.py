@@ -52,11 +52,10 @@ def test_a_head_on_whichever_model_its_configuration_is_of(head, way, registered
 
 
 def test_a_codec_made_of_an_encoder_and_a_decoder(registered):
-    small = transformers.MimiConfig(
-        **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
-        **{"head_dim": 16, "intermediate_size": 32, "num_filters": 4, "codebook_size": 16, "codebook_dim": 16},
-        **{"vector_quantization_hidden_dimension": 16, "upsample_groups": 16, "upsampling_ratios": [4, 2]},
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 16, "intermediate_size": 32, "num_filters": 4, "codebook_size": 16, "codebook_dim": 16}
+    sizes |= {"vector_quantization_hidden_dimension": 16, "upsample_groups": 16, "upsampling_ratios": [4, 2]}
+    small = transformers.MimiConfig(**sizes)
     model = transformers.MimiModel._from_config(small, attn_implementation=integration.NAME).eval()
     with torch.no_grad():
         model(torch.randn(1, 1, 2000))
