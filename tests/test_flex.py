@@ -53,6 +53,7 @@ DOCUMENTS = torch.tensor([0] * 6 + [1] * 4 + [2] * 7)
 DOCUMENTS_OF = torch.stack([DOCUMENTS, DOCUMENTS.flip(0)]).int()
 VISIBLE = torch.rand(HEADS, 13, 17, generator=torch.Generator().manual_seed(5)) < 0.6
 LIMIT = torch.tensor(5)
+LAST = torch.randint(0, 17, (17,), generator=torch.Generator().manual_seed(4))
 
 
 def documents(b, h, q_idx, kv_idx):
@@ -110,10 +111,15 @@ up_to = UpTo()
 
 HOLDER = [UpTo()]
 
+
+def last_key_or_own(b, h, q_idx, kv_idx):
+    return (LAST[q_idx] == kv_idx) | (q_idx - kv_idx == LIMIT) | ((LAST[kv_idx] != q_idx) & (kv_idx < q_idx))
+
+
 MASKS = (causal, prefix, window, dilated, neighbourhood, by_batch_and_head, joined)
 MASKS += (documents, documents_of_each_entry, given_mask, up_to_a_limit)
 MASKS += (truth_values_computed_with, whole_powers_and_truth_of_integers, negative_numbers)
-MASKS += (sixteen_bits_beside_a_number, tables_of_a_list, up_to)
+MASKS += (sixteen_bits_beside_a_number, tables_of_a_list, up_to, last_key_or_own)
 
 # ---------------------------------------------------------------- scores
 

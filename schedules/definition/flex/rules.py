@@ -143,18 +143,24 @@ class Tir(Language):
         return self._at.table[name].shape[dimension]
 
     @staticmethod
-    def where(condition, a, b):
-        """A choice of values of one kind; integers may have two dtypes."""
-        if a.ty.dtype != b.ty.dtype:
-            a, b = (T.Cast("int64", x) for x in (a, b))
-        return tirx.Select(condition, a, b)
+    def _alike(a, b):
+        """Values of one kind, for an operation that takes one dtype: integers may have two."""
+        return (a, b) if a.ty.dtype == b.ty.dtype else (T.Cast("int64", x) for x in (a, b))
+
+    def where(self, condition, a, b):
+        return tirx.Select(condition, *self._alike(a, b))
+
+    def equal(self, a, b):
+        return tirx.EQ(*self._alike(a, b))
+
+    def not_equal(self, a, b):
+        return tirx.NE(*self._alike(a, b))
 
     @staticmethod
     def like(a, value):
         return tirx.const(value, a.ty.dtype)
 
     logical_and, logical_or, logical_not = staticmethod(T.And), staticmethod(T.Or), staticmethod(tirx.Not)
-    equal, not_equal = staticmethod(tirx.EQ), staticmethod(tirx.NE)
     minimum, maximum = staticmethod(T.min), staticmethod(T.max)
     power = staticmethod(T.pow)
 
