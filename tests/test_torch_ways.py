@@ -323,10 +323,10 @@ def test_distributed_tensors(python):
     python(
         """
 import os, tempfile, warnings
-import torch, torch.distributed as dist, torch.multiprocessing as mp
+import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.experimental import local_map
-from tvm_flash import flash_attention, flash_attention_v2, padded_attention
+from tvm_flash import ArgumentTypeError, flash_attention, flash_attention_backward, flash_attention_v2, padded_attention
 from tvm_flash.nn import scaled_dot_product_attention
 
 def run(rank, store):
@@ -353,6 +353,43 @@ def run(rank, store):
             if placement in (Shard(0), Shard(1)) and function is functions[0]:
                 assert out.placements == (placement,), (placement, out.placements)
             assert (out.full_tensor() - want).abs().max() < 1e-5, placement
+    square = [x[:, :, :4].repeat(1, 4 // x.shape[1], 1, 1) for x in (q, k, v)]  # as many heads as positions
+    parts = [distribute_tensor(x, mesh, [Shard(1)]) for x in (*square, slopes[None].repeat(2, 1))]
+    for function in (  # torch keeps what it decided for calls that it takes for the same
+        lambda q, k, v, s: flash_attention(q, k, v),
+        lambda q, k, v, s: flash_attention_v2(q, k, v),
+        lambda q, k, v, s: flash_attention_v2(q, k, v, return_lse=True)[1],
+        lambda q, k, v, s: flash_attention(q, k, v, return_lse=True)[1],
+        lambda q, k, v, s: flash_attention(q, k, v, alibi_slopes=s),
+        lambda q, k, v, s: flash_attention(q, k, v, sinks=s),
+    ):
+        want = function(*square, slopes[None].repeat(2, 1))
+        assert (function(*parts).full_tensor() - want).abs().max() < 1e-5
+    learnt = (
+        lambda q, k, v, s, r: flash_attention(q, k, v, causal=True, alibi_slopes=s),
+        lambda q, k, v, s, r: flash_attention_v2(*(x.transpose(1, 2) for x in (q, k, v)), sinks=s),
+        functions[3],
+        functions[4],
+    )
+    for function in learnt:
+        given = [x.clone().requires_grad_(x.is_floating_point()) for x in (q, k, v, slopes, ranges)]
+        want = function(*given)
+        want.square().sum().backward()
+        for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+            parts = [distribute_tensor(x, mesh, [placement]) for x in (q, k, v)]
+            parts += [distribute_tensor(x, mesh, [Replicate()]) for x in (slopes, ranges)]
+            parts = [x.detach().requires_grad_(x.is_floating_point()) for x in parts]
+            function(*parts).square().sum().backward()
+            for x, y in zip(given, parts):
+                assert (x.grad is None) == (y.grad is None)
+                assert x.grad is None or (x.grad - y.grad.full_tensor()).abs().max() < 1e-4, placement
+    out, lse = flash_attention(q, k, v, return_lse=True)
+    want = flash_attention_backward(out, q, k, v, out, lse)
+    parts = [distribute_tensor(x, mesh, [Shard(1)]) for x in (out, q, k, v, out, lse)]
+    found = flash_attention_backward(*parts)
+    assert all((x - y.full_tensor()).abs().max() < 1e-5 for x, y in zip(want, found))
+    with pytest.raises(ArgumentTypeError, match="^q: is a Tensor beside a DTensor"):
+        flash_attention_backward(parts[0], q, *parts[2:])
     each = local_map(functions[0], out_placements=[Shard(0)], in_placements=([Shard(0)],) * 3 + (None, None),
                      device_mesh=mesh)
     parts = [distribute_tensor(x, mesh, [Shard(0)]) for x in (q, k, v)]

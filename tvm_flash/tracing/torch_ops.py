@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
     """The same as ``torch.compile`` traces it."""
     check_kinds(tensors)
     options = check_options(options)
-    if any(type(x).__name__ == "DTensor" for x in tensors.values()):
+    if any(map(_is_distributed, tensors.values())):
         _distribute()
     if torch.compiler.is_compiling():
         warn_in_program(options, tensors["q"], tensors["k"])
@@ -115,6 +115,8 @@ def program(options: Options, tensors: Mapping[str, Any]) -> Any:
     builtin, custom = (getattr(torch.ops.tvm_flash, name) for name in _NAMES[options.op])
     if options.op == FORWARD and is_for_onnx():
         builtin = torch_decomposed.attention
+    if options.op == BACKWARD:
+        builtin = _by_parts(builtin, tensors.values())
     if options.definition == BUILTIN_DEFINITION:
         left, right = options.window_size
         results = builtin(
@@ -232,6 +234,19 @@ def is_for_onnx() -> bool:
     return onnx is not None and onnx.is_in_onnx_export()
 
 
+def _is_distributed(x: Any) -> bool:
+    return type(x).__name__ == "DTensor"
+
+
+def _by_parts(backward: Callable[..., Any], tensors: Iterable[Any]) -> Callable[..., Any]:
+    """An operator of gradients, which is called on what each process has of a ``DTensor``."""
+    if torch.compiler.is_compiling() or not any(map(_is_distributed, tensors)):
+        return backward
+    from tvm_flash.tracing import torch_distributed
+
+    return functools.partial(torch_distributed.gradients, backward)
+
+
 def _distribute() -> None:
     from tvm_flash.tracing import torch_distributed  # noqa: F401, tells of placements
 
@@ -336,7 +351,9 @@ def _where_autograd_listens(op, custom):
         own = {name: x for name, x in options.items() if name != "return_lse"}
         pair = Pair(
             lambda *tensors: below(operator, *flat(*tensors), **own, return_lse=True),
-            lambda *tensors, gradients: operators[BACKWARD](*flat(*tensors), **own, gradients=gradients),
+            lambda *tensors, gradients: _by_parts(operators[BACKWARD], tensors)(
+                *flat(*tensors), **own, gradients=gradients
+            ),
             tuple(names),
             declared_of(options.get("name", BUILTIN_DEFINITION)),
             asked=options.get("return_lse", False),
