@@ -1,6 +1,6 @@
 """The Hopper kernel: one to four consumer warpgroups, the producer's warpgroup, and pipelines of tiles between them.
 
-Who waits for whom is in ``barriers.py``, what happens when in ``consumer.py``.
+Who waits for whom is in ``barriers.py``, what happens when in ``steps.py`` and ``consumer.py``.
 """
 
 from __future__ import annotations
