@@ -340,18 +340,22 @@ def _as_sdpa(cls: type, config: Any, weights: Any, run: Callable, result: list[t
 class _counted:
     """Counts the calls that our kernels and that torch computed."""
 
+    COUNTED = (
+        (attention, "_compute", "kernels"),
+        (attention, "_by_whole_mask", "kernels"),
+        (by_torch, "attention", "torch"),
+    )
+
     def __init__(self, calls: dict[str, int]):
-        self.calls, self.before = calls, (attention._compute, by_torch.attention)
+        self.calls = calls
+        self.before = {(m, name): getattr(m, name) for m, name, _ in self.COUNTED}
 
     def __enter__(self):
         from tvm_flash.nn import sdpa
 
         sdpa._warned.clear()
-        for module, name, key, function in (
-            (attention, "_compute", "kernels", self.before[0]),
-            (by_torch, "attention", "torch", self.before[1]),
-        ):
-            setattr(module, name, self._counting(key, function))
+        for module, name, key in self.COUNTED:
+            setattr(module, name, self._counting(key, self.before[module, name]))
 
     def _counting(self, key: str, function: Callable) -> Callable:
         def counting(*args, **kwargs):
@@ -361,7 +365,8 @@ class _counted:
         return counting
 
     def __exit__(self, *_):
-        attention._compute, by_torch.attention = self.before
+        for (module, name), function in self.before.items():
+            setattr(module, name, function)
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
