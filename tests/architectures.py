@@ -21,7 +21,7 @@ import transformers
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from tvm_flash.errors import TvmFlashError
-from tvm_flash.integrations.transformers import NAME, attention, by_torch
+from tvm_flash.integrations.transformers import NAME, attention, by_torch, registration
 
 #: Models of each type are looked for in this order.
 FAMILIES = (
@@ -354,6 +354,7 @@ class _counted:
         from tvm_flash.nn import sdpa
 
         sdpa._warned.clear()
+        registration._told.clear()
         for module, name, key in self.COUNTED:
             setattr(module, name, self._counting(key, self.before[module, name]))
 

@@ -125,9 +125,9 @@ def _can_ask(model: PreTrainedModel, name: str) -> bool:
     if found.asks:
         _tell(model, f"{', '.join(found.own)} of {kind}: attention code of their own, which computes these layers")
         return True
-    why = (
-        f"its layers ({', '.join(found.own)}) have attention code of their own" if found.own else "it has no attention"
-    )
+    why = "no layer of it computes attention under a mask"
+    if found.own:
+        why = f"its layers ({', '.join(found.own)}) have attention code of their own"
     _tell(model, f"{kind} never asks for an attention implementation: {why}, and it runs as it does without {name!r}")
     return False
 
