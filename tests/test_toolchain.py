@@ -16,7 +16,7 @@ import tvm_ffi
 from tvm.script import tirx as T
 
 from schedules.builder.compile import without_unused_headers
-from schedules.toolchain import cpu, cuda, host, inspection, machine, nvcc, nvrtc, ptxas
+from schedules.toolchain import cpu, cuda, host, inspection, machine, nvcc, nvrtc, ptxas, variables
 from schedules.toolchain.process import ToolchainError, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +141,7 @@ def test_spilling_kernel_is_refused(tmp_path):
     with pytest.raises(ToolchainError, match=r"scale_kernel for sm_80: spills \d+ bytes at 32 registers"):
         cuda.compile_object(tmp_path / "k.cu", tmp_path / "k.o", "sm_80")
     assert not (tmp_path / "k.o").exists()
-    report = cuda.compile_object(tmp_path / "k.cu", tmp_path / "k.o", "sm_80", may_be_slow=True)
+    report = cuda.compile_object(tmp_path / "k.cu", tmp_path / "k.o", "sm_80", of_user=True)
     assert report.kernels[0].spills and (tmp_path / "k.o").exists()
 
 
@@ -364,6 +364,42 @@ def test_a_source_of_another_form_is_refused(tmp_path):
         host.embed(device, half.replace("::scale_kernel", "::other_kernel"), tmp_path / "image")
     with pytest.raises(ToolchainError, match="another form"):
         host.embed(device, half.replace("template <", "template<"), tmp_path / "image")
+
+
+def many_uses(rounds: int, size: int = 32) -> str:
+    """A kernel as TVM writes one, which names elements of an array of its own by constants."""
+    steps = "".join(f"  a_ptr[{i}] = (a_ptr[{i}] * a_ptr[{(i + 7) % size}]) + x[{i}];\n" for i in range(size)) * rounds
+    begin, end = (
+        "".join(f"  {line.format(i)}\n" for i in range(size))
+        for line in ("a_ptr[{0}] = x[{0}];", "x[{0}] = a_ptr[{0}];")
+    )
+    signature = 'extern "C" __global__ void __launch_bounds__(128, 2) many_kernel(float* __restrict__ x)'
+    return f"{signature};\n{signature} {{\n  alignas(64) float a_ptr[{size}];\n{begin}{steps}{end}}}\n"
+
+
+def test_an_array_with_many_uses_becomes_variables_and_the_same_code(tmp_path):
+    text = many_uses(30)
+    changed = variables.with_variables(text)
+    assert "a_ptr[" not in changed and "float a_ptr_at_31, a_ptr_at_30, " in changed
+    found = []
+    for name, device in (("arrays", text), ("variables", changed)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "k.cu").write_text(device)
+        found.append(nvcc.ptx(tmp_path / name / "k.cu", "sm_80"))
+    assert found[0] == found[1] and "many_kernel" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("few uses", many_uses(2)),
+        ("an index that isn't constant", many_uses(30).replace("x[0] = a_ptr[0];", "x[0] = a_ptr[threadIdx.x];")),
+        ("an address", many_uses(30).replace("x[0] = a_ptr[0];", "x[0] = *(&a_ptr[0] + 1), f(a_ptr);")),
+        ("two of a name", many_uses(30).replace("x[0] = a_ptr[0];", "{ alignas(64) float a_ptr[1]; }")),
+    ],
+)
+def test_other_arrays_stay(what, text):
+    assert variables.with_variables(text) == text, what
 
 
 def test_headers_that_nothing_uses_are_dropped():

@@ -65,7 +65,7 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
             source, raw = folder / kernel["source"], kernel["entry"]
             target = work / f"{source.stem}.o"
             own = raw["definition"] != BUILTIN_DEFINITION
-            resources = compile_source(source, target, arch, recompile_for, may_be_slow=own)
+            resources = compile_source(source, target, arch, recompile_for, of_user=own)
             return kernel["group"], target, KernelEntry.from_dict({**raw, **resources})
 
         groups: dict[str, list[tuple[Path, KernelEntry]]] = {}
@@ -90,14 +90,12 @@ def _assemble_arch(folder: Path, output: Path, jobs: int, recompile_for: str) ->
     return manifest
 
 
-def compile_source(
-    source: Path, target: Path, arch: str, recompile_for: str = "", *, may_be_slow: bool = False
-) -> dict:
+def compile_source(source: Path, target: Path, arch: str, recompile_for: str = "", *, of_user: bool = False) -> dict:
     """Compile an emitted source to an object; its registers and so on, as the manifest names them.
 
     Raises
     ------
     ToolchainError: it doesn't compile, or must not ship.
     """
-    report = cuda.compile_object(source, target, arch, recompile_for=recompile_for, may_be_slow=may_be_slow)
+    report = cuda.compile_object(source, target, arch, recompile_for=recompile_for, of_user=of_user)
     return report.resources(cuda.dynamic_shared_memory(source.read_text()))

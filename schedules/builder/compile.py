@@ -398,5 +398,5 @@ def _make_cuda_object(job: Job, lowered: Lowered, symbol: str, draft: Path) -> d
     source.write_text(lowered.text)
     images = job.objects / IMAGES
     own = job.definition is not None
-    report = cuda.compile_object(source, draft, job.target.arch, run_on=job.run_on, images=images, may_be_slow=own)
+    report = cuda.compile_object(source, draft, job.target.arch, run_on=job.run_on, images=images, of_user=own)
     return report.resources(cuda.dynamic_shared_memory(lowered.text))

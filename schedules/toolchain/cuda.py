@@ -21,6 +21,7 @@ from types import ModuleType
 from schedules.toolchain import inspection, nvcc, nvrtc, ptxas
 from schedules.toolchain.host import compile_host, embed, split, without_template
 from schedules.toolchain.process import ToolchainError, host_compiler, run
+from schedules.toolchain.variables import with_variables
 
 #: What a module calls of the driver, which is found when the module is loaded.
 _DRIVER_CALLS = (
@@ -54,7 +55,7 @@ def compile_object(
     run_on: str = "",
     recompile_for: str = "",
     images: Path | None = None,
-    may_be_slow: bool = False,
+    of_user: bool = False,
 ) -> ptxas.Report:
     """Compile one exported source to an object file.
 
@@ -65,7 +66,8 @@ def compile_object(
     run_on: a newer arch on which the kernel shall also run, for verification: adds PTX.
     recompile_for: another arch whose machine code is made instead, for verification; its spills don't count.
     images: a folder in which device images are kept, so that kernels with the same device half are compiled once.
-    may_be_slow: whether spills and serialised wgmma are accepted, as of a definition that isn't the package's own.
+    of_user: whether the definition isn't the package's own.  Spills and serialised wgmma are accepted then, and large
+        arrays become variables, which takes nvcc less time; kernels of the package's own stay what ran on hardware.
 
     Raises
     ------
@@ -74,8 +76,8 @@ def compile_object(
     device, host = without_template(*split(source.read_text(), source.name))
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         half = Path(scratch) / source.name
-        half.write_text(device)
-        options = {"run_on": run_on, "recompile_for": recompile_for, "images": images, "may_be_slow": may_be_slow}
+        half.write_text(with_variables(device) if of_user else device)
+        options = {"run_on": run_on, "recompile_for": recompile_for, "images": images, "of_user": of_user}
         image, report = compile_device(half, arch, **options)
         compile_host(embed(device, host, image), half.with_suffix(".cpp"), target)
     weaken_symbols(target)
@@ -89,7 +91,7 @@ def compile_device(
     run_on: str = "",
     recompile_for: str = "",
     images: Path | None = None,
-    may_be_slow: bool = False,
+    of_user: bool = False,
 ) -> tuple[Path, ptxas.Report]:
     """Compile the device half of a source, the file ``half``, to an image; its path, and the report.
 
@@ -101,7 +103,7 @@ def compile_device(
     report = ptxas.parse(log)
     if not report.kernels:
         raise ToolchainError(f"compiling {half.name} for {arch}: the compiler reported no kernel\n{log[-2000:]}")
-    if not may_be_slow:
+    if not of_user:
         ptxas.check(report, arch)
     return image, report
 
