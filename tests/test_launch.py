@@ -17,6 +17,7 @@ PROGRAM = r"""
 #include "launch.h"
 
 #include <cstdio>
+#include <initializer_list>
 #include <thread>
 
 static int encoded, replaced, asked_device, asked_attribute, pushed, device_now;
@@ -67,10 +68,13 @@ CUresult cuLibraryLoadData(CUlibrary*, const void*, CUjit_option*, void**, unsig
 CUresult cuLibraryGetKernel(CUkernel*, CUlibrary, const char*) { return CUDA_SUCCESS; }
 static int set;
 CUresult cuKernelSetAttribute(CUfunction_attribute, int, CUkernel, CUdevice) { return set++, CUDA_SUCCESS; }
-static int plain, early;
+static int plain, early, as_declared;
 CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
-                        void**, void**) {
-  return plain++, CUDA_SUCCESS;
+                        void** arguments, void**) {
+  plain++;
+  as_declared += *(int*)arguments[0] == 5 && *(float*)arguments[1] == 0.5f && *(int64_t*)arguments[2] == -3 &&
+                 !((uint64_t)arguments[3] % alignof(CUtensorMap)) && ((uint64_t*)arguments[3])[15] == 11;
+  return CUDA_SUCCESS;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void** arguments, void**) {
   const CUlaunchAttribute& only = config->attrs[0];
@@ -166,9 +170,12 @@ static void devices() {
 
 static void launches() {
   cudaLaunchConfig_t config = {dim3(7, 5, 3), dim3(256), 4096, nullptr};
-  device_image::Kernel(nullptr, "first", false).launch((void (*)(int))nullptr, &config, 5);
+  CUtensorMap map = {};
+  ((uint64_t*)&map)[15] = 11;
+  device_image::Kernel(nullptr, "first", false)
+      .launch((void (*)(int, float, int64_t, const CUtensorMap))nullptr, &config, int64_t(5), 0.5, -3, map);
   device_image::Kernel(nullptr, "second", true).launch((void (*)(int))nullptr, &config, 5);
-  printf("launches: plain %d, early %d\n", plain, early);
+  printf("launches: plain %d, early %d, arguments as declared %d\n", plain, early, as_declared);
 }
 
 static int checked(int value, CUresult error) {
@@ -240,7 +247,7 @@ def test_the_driver_is_asked_for_the_device_once_in_a_call(said):
 
 
 def test_a_kernel_that_waits_for_the_launch_before_it_may_begin_early(said):
-    assert said[9] == "launches: plain 1, early 1"
+    assert said[9] == "launches: plain 1, early 1, arguments as declared 1"
 
 
 def test_an_error_has_a_kind_and_a_message(said):

@@ -8,13 +8,10 @@
 #include <cuda.h>
 #include <tvm/ffi/c_api.h>
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <tuple>
-#include <utility>
 
 // What a host half calls where a check fails: the compiler puts such places out of the way of what runs.
 extern "C" __attribute__((cold)) void TVMFFIErrorSetRaisedFromCStrParts(const char*, const char**, int32_t);
@@ -129,7 +126,7 @@ constexpr int kDevices = 64;
 
 // The context that the CUDA runtime, and with it every framework, uses on a device; kept for the process's life.
 inline CUcontext primary_context(int device) {
-  static std::array<std::atomic<CUcontext>, kDevices> kept = {};
+  static std::atomic<CUcontext> kept[kDevices] = {};
   CUcontext context = device < kDevices ? kept[device].load(std::memory_order_acquire) : nullptr;
   if (context) return context;
   check(cuInit(0), "the driver doesn't start");
@@ -178,18 +175,21 @@ class Kernel {
     return error;
   }
 
-  // The arguments as the kernel declares them.
+  // The arguments as the kernel declares them: copies, which live until it has been launched.
   template <typename... Params, typename... Args>
   CUresult launch(void (*)(Params...), const cudaLaunchConfig_t* config, const Args&... arguments) {
     static_assert(sizeof...(Params) == sizeof...(Args), "kernel argument count mismatch");
-    std::tuple<Params...> values((Params)arguments...);
-    return launch(config, values, std::make_index_sequence<sizeof...(Params)>());
+    return launch_with<Params...>(config, (Params)arguments...);
   }
 
  private:
-  template <typename... Params, size_t... I>
-  CUresult launch(const cudaLaunchConfig_t* config, std::tuple<Params...>& values, std::index_sequence<I...>) {
-    void* pointers[] = {(void*)&std::get<I>(values)...};
+  template <typename... Params>
+  CUresult launch_with(const cudaLaunchConfig_t* config, const Params&... values) {
+    void* pointers[] = {(void*)&values...};
+    return launch(config, pointers);
+  }
+
+  CUresult launch(const cudaLaunchConfig_t* config, void** pointers) {
     const dim3 &grid = config->gridDim, &block = config->blockDim;
     const unsigned memory = (unsigned)config->dynamicSmemBytes;
     const dim3 cluster = config->numAttrs ? config->attrs->val.clusterDim : dim3();
@@ -289,7 +289,7 @@ extern "C" inline int32_t beyond_multiple(void* address, int32_t multiple) {
 
 // How many multiprocessors the current device has; kernels whose blocks stay for more than one tile ask for it.
 extern "C" inline int32_t multiprocessors() {
-  static std::array<std::atomic<int>, device_image::kDevices> kept = {};
+  static std::atomic<int> kept[device_image::kDevices] = {};
   int device;
   device_image::check(cudaGetDevice(&device), "there is no current device");
   int count = device < device_image::kDevices ? kept[device].load(std::memory_order_relaxed) : 0;
