@@ -114,6 +114,30 @@ def test_a_model_without_attention_is_refused():
         integration.attention(*[torch.randn(1, 8, 2, 16)] * 3, return_lse=True)
 
 
+def test_processors_for_other_backends_alone_keep_them(calls):
+    """As those of AnyFlow and of LTX-2's decoder, which make a mask of FlexAttention's."""
+
+    class ForFlex:
+        _attention_backend, _SUPPORTED_BACKENDS = "flex", ("flex", "_native_flex")
+
+        def __call__(self, layer, x):
+            if self._attention_backend not in self._SUPPORTED_BACKENDS:
+                raise ValueError(f"got {self._attention_backend}")
+            return x
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.processor = ForFlex()
+
+    model = torch.nn.ModuleList([Layer(), make("UNet2DConditionModel")])
+    with pytest.warns(FallbackWarning, match="ForFlex of ModuleList keep their own attention"):
+        assert integration.use(model) == 8
+    assert model[0].processor(model[0], 5) == 5
+    with pytest.raises(NotSupportedError, match=r"no attention layer .*\(ForFlex\)"):
+        integration.use(model[0])
+
+
 @pytest.mark.parametrize("options", ({"scale_qk": False}, {"qk_norm": "layer_norm"}, {"scale_qk": False, "bias": True}))
 @pytest.mark.parametrize("kind", ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor"))
 def test_what_processors_ask_their_layers(options, kind, calls):

@@ -81,6 +81,8 @@ def _change(layer: torch.nn.Module) -> bool | None:
         layer.__class__ = _redirected(type(layer), "forward")
         return True
     if hasattr(processor, "_attention_backend"):
+        if NAME not in getattr(processor, "_SUPPORTED_BACKENDS", (NAME,)):
+            return False  # it makes a mask that these alone take
         processor._attention_backend = _backend()
     elif type(processor) in _PLAIN and isinstance(layer, Attention):
         layer.processor = TvmFlashAttnProcessor(by_layer=type(processor) is not AttnProcessor2_0)
