@@ -160,6 +160,20 @@ def test_key_ranges_say_what_the_boolean_mask_says(kind, room, q_length, q_offse
     assert torch.equal(ours + 0, eager)  # what somebody sees who looks into it
 
 
+@pytest.mark.parametrize("kind", ("causal", "sliding"))
+@pytest.mark.parametrize("padding", (False, True))
+def test_what_changes_after_a_mask_is_made_does_not_change_it(kind, padding):
+    """A static cache counts its tokens in the tensor that a mask gets as its offset, before a layer looks into it."""
+    offset = torch.tensor(4)
+    attention_mask = torch.ones(3, 5, dtype=torch.bool) if padding else None
+    whole, eager, ours = masks(kind, 1, 9, offset, attention_mask)
+    offset += 1
+    if padding:
+        attention_mask[:, :3] = False
+    assert torch.equal(ours.visible().expand_as(whole), whole)
+    assert torch.equal(ours + 0, eager)
+
+
 def test_padding_of_more_rows_than_the_batch_has():
     """As MusicGen's, whose decoder has a row of tokens for each codebook: transformers reads the first ones."""
     attention_mask = torch.ones(5, 9, dtype=torch.bool)

@@ -211,6 +211,8 @@ def make_mask(
             return None
         of_each = window if ranges is not None and ranges.ends is None and ranges.keys == kv_length else None
     options = {**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    # By the time that somebody looks, a static cache has counted the new tokens in the same tensor.
+    asked |= {name: x.clone() for name, x in asked.items() if isinstance(x, torch.Tensor)}
     shape, dtype = (batch_size, 1, q_length, kv_length), others.get("dtype", torch.float32)
     mask = Mask(_Content(shape, dtype, device, ranges, of_each, lambda: sdpa_mask(**asked, **options)))
     if ranges is None:  # mask functions are tensors' owners, which may have changed by then
