@@ -200,7 +200,7 @@ def check_strides(name: str, x: TensorView) -> None:
             f"{name}: has strides {x.strides}, expected a contiguous last dimension (stride 1); "
             f"use {name}.contiguous() or numpy.ascontiguousarray({name})"
         )
-    if x.device_kind == "cuda" and min(x.strides) < 0:
+    if x.device_kind == "cuda" and any(s < 0 and n > 1 for s, n in zip(x.strides, x.shape, strict=True)):
         raise InvalidArgumentError(f"{name}: has negative strides {x.strides}, which GPU kernels don't take; copy it")
 
 
