@@ -16,7 +16,7 @@ import tvm_ffi
 from tvm.script import tirx as T
 
 from schedules.builder.compile import without_unused_headers
-from schedules.toolchain import cpu, cuda, host, inspection, machine, nvcc, nvrtc, ptxas, variables
+from schedules.toolchain import cpu, cuda, elements, host, inspection, machine, nvcc, nvrtc, ptxas
 from schedules.toolchain.process import ToolchainError, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -366,40 +366,38 @@ def test_a_source_of_another_form_is_refused(tmp_path):
         host.embed(device, half.replace("template <", "template<"), tmp_path / "image")
 
 
-def many_uses(rounds: int, size: int = 32) -> str:
-    """A kernel as TVM writes one, which names elements of an array of its own by constants."""
-    steps = "".join(f"  a_ptr[{i}] = (a_ptr[{i}] * a_ptr[{(i + 7) % size}]) + x[{i}];\n" for i in range(size)) * rounds
-    begin, end = (
-        "".join(f"  {line.format(i)}\n" for i in range(size))
-        for line in ("a_ptr[{0}] = x[{0}];", "x[{0}] = a_ptr[{0}];")
-    )
-    signature = 'extern "C" __global__ void __launch_bounds__(128, 2) many_kernel(float* __restrict__ x)'
-    return f"{signature};\n{signature} {{\n  alignas(64) float a_ptr[{size}];\n{begin}{steps}{end}}}\n"
+def with_array(last: str = "x[0] = a_ptr[0];", rounds: int = 15) -> str:
+    """A kernel as TVM writes one, which names elements of an array of its own by constants, but perhaps at the end."""
+    size = 8
+    steps = [f"a_ptr[{i}] = x[{i}];" for i in range(size)]
+    steps += [f"a_ptr[{i}] = (a_ptr[{i}] * a_ptr[{(i + 3) % size}]) + x[{i}];" for i in range(size)] * rounds
+    steps += [*(f"x[{i}] = a_ptr[{i}];" for i in range(1, size)), last]
+    signature = 'extern "C" __global__ void __launch_bounds__(128, 2) array_kernel(float* __restrict__ x)'
+    return f"{signature};\n{signature} {{\n  alignas(64) float a_ptr[{size}];\n  " + "\n  ".join(steps) + "\n}\n"
 
 
-def test_an_array_with_many_uses_becomes_variables_and_the_same_code(tmp_path):
-    text = many_uses(30)
-    changed = variables.with_variables(text)
-    assert "a_ptr[" not in changed and "float a_ptr_at_31, a_ptr_at_30, " in changed
+def test_elements_taken_apart_are_the_same_code(tmp_path):
+    changed = elements.with_elements_apart(with_array())
+    assert "  float a_ptr_at_7[1], a_ptr_at_6[1], " in changed and "x[0] = a_ptr_at_0[0];" in changed
     found = []
-    for name, device in (("arrays", text), ("variables", changed)):
+    for name, device in (("array", with_array()), ("elements", changed)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "k.cu").write_text(device)
         found.append(nvcc.ptx(tmp_path / name / "k.cu", "sm_80"))
-    assert found[0] == found[1] and "many_kernel" in found[0]
+    assert found[0] == found[1] and "array_kernel" in found[0]
 
 
 @pytest.mark.parametrize(
-    ("what", "text"),
+    "text",
     [
-        ("few uses", many_uses(2)),
-        ("an index that isn't constant", many_uses(30).replace("x[0] = a_ptr[0];", "x[0] = a_ptr[threadIdx.x];")),
-        ("an address", many_uses(30).replace("x[0] = a_ptr[0];", "x[0] = *(&a_ptr[0] + 1), f(a_ptr);")),
-        ("two of a name", many_uses(30).replace("x[0] = a_ptr[0];", "{ alignas(64) float a_ptr[1]; }")),
+        with_array("x[0] = a_ptr[threadIdx.x];"),
+        with_array("x[0] = *(a_ptr + 1);"),
+        with_array("{ alignas(64) float a_ptr[2]; }"),
+        with_array(rounds=2),
     ],
 )
-def test_other_arrays_stay(what, text):
-    assert variables.with_variables(text) == text, what
+def test_other_arrays_stay_whole(text):
+    assert elements.with_elements_apart(text) == text
 
 
 def test_headers_that_nothing_uses_are_dropped():

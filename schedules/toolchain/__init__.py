@@ -3,7 +3,7 @@
 =============== =================================================================
 ``process``     running a compiler: errors that can be read, no orphans
 ``cuda``        CUDA C++ source → object → module
-``variables``   its device half, of definitions of a user's own → one that nvcc takes less time for
+``elements``    its device half, of definitions of a user's own → one that nvcc takes less time for
 ``nvcc``        its device half → device image
 ``nvrtc``       the same for sm_70, with NVRTC of CUDA 12
 ``host``        its host half and the image → object; ``launch.h`` is what that needs of CUDA

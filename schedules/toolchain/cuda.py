@@ -19,9 +19,9 @@ from pathlib import Path
 from types import ModuleType
 
 from schedules.toolchain import inspection, nvcc, nvrtc, ptxas
+from schedules.toolchain.elements import with_elements_apart
 from schedules.toolchain.host import compile_host, embed, split, without_template
 from schedules.toolchain.process import ToolchainError, host_compiler, run
-from schedules.toolchain.variables import with_variables
 
 #: What a module calls of the driver, which is found when the module is loaded.
 _DRIVER_CALLS = (
@@ -76,7 +76,7 @@ def compile_object(
     device, host = without_template(*split(source.read_text(), source.name))
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         half = Path(scratch) / source.name
-        half.write_text(with_variables(device) if of_user else device)
+        half.write_text(with_elements_apart(device) if of_user else device)
         options = {"run_on": run_on, "recompile_for": recompile_for, "images": images, "of_user": of_user}
         image, report = compile_device(half, arch, **options)
         compile_host(embed(device, host, image), half.with_suffix(".cpp"), target)
