@@ -201,3 +201,15 @@ def test_a_mask_of_no_queries(shape, numbers):
     q, (k, v) = torch.randn(2, 4, 0, 16), torch.randn(2, 2, 4, 70, 16)
     mask = torch.zeros(shape) if numbers else torch.ones(shape, dtype=torch.bool)
     assert ours(q, k, v, mask).shape == torch_sdpa(q, k, v, mask).shape == (2, 4, 0, 16)
+
+
+def test_a_mask_fits_keys_of_the_same_length_whichever_symbol_that_is_in_a_program():
+    q, k, v = (torch.randn(2, 4, n, 16) for n in (9, 12, 12))
+
+    def masked(n):
+        return ours(q, k[:, :, :n], v[:, :, :n], torch.ones(9, n).tril().bool())
+
+    torch._dynamo.reset()
+    compiled = torch.compile(masked, backend="eager", fullgraph=True, dynamic=True)
+    for n in (5, 7):
+        assert (compiled(n) - masked(n)).abs().max() < 1e-6

@@ -60,9 +60,9 @@ def whole_mask_of(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tenso
     """A mask of torch's over queries and keys ``(…, seq, head_dim)`` as one of scores, or why it isn't one."""
     scores = (*query.shape[:-1], key.shape[-2])
     shape = attn_mask.shape
-    if len(shape) > len(scores) or any(
-        n not in (1, m) for n, m in zip(reversed(shape), reversed(scores), strict=False)
-    ):
+    sizes = zip(reversed(shape), reversed(scores), strict=False)
+    # Two comparisons: of sizes that are symbols in a program, `in` says no.
+    if len(shape) > len(scores) or any(n != 1 and n != m for n, m in sizes):
         return f"attn_mask has shape {tuple(shape)}, which doesn't broadcast to {tuple(scores)}"
     attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(shape))
     return WholeMask(attn_mask if attn_mask.dtype in (torch.bool, torch.float32) else attn_mask.float())
