@@ -118,6 +118,9 @@ def test_shapes_without_memory():
 
 def test_what_is_refused():
     (q, k, v), starts = leaves(CASES[0])
+    out = flash_attention_varlen(q, k, v, *starts)
+    with pytest.raises(NotSupportedError, match=r"^dout: is mapped \(is_grads_batched=True.*one gradient after"):
+        torch.autograd.grad(out, q, torch.stack([out.detach()] * 2), is_grads_batched=True)
     with pytest.raises(NotSupportedError, match=r"mapped by torch.vmap.*give all of them in one call"):
         torch.vmap(lambda x: flash_attention_varlen(x, k.detach(), v.detach(), *starts))(torch.stack([q.detach()] * 2))
     with pytest.raises(NotSupportedError, match=r"a gradient of the gradients"):

@@ -331,6 +331,14 @@ def _refuse_vmap(info, in_dims, *arguments, **options):
     )
 
 
+def _refuse_mapped_gradients(*arguments, **options):
+    """By torch's older map, which autograd has for ``is_grads_batched`` and ``vectorize``."""
+    raise NotSupportedError(
+        "dout: is mapped (is_grads_batched=True, vectorize=True), and sequences of different lengths can't be; ask for "
+        "one gradient after the other"
+    )
+
+
 _LISTENING = {
     RAGGED: _forward_where_autograd_listens,
     RAGGED_BACKWARD: _backward_where_autograd_listens,
@@ -348,6 +356,8 @@ for _op, _name in _NAMES.items():
         torch.library.register_fake(f"tvm_flash::{_prefix}{_name}", _fake, lib=_library)
         if hasattr(torch.library, "register_vmap"):  # since torch 2.5
             torch.library.register_vmap(f"tvm_flash::{_prefix}{_name}", _refuse_vmap, lib=_library)
+        if _op == RAGGED_BACKWARD:
+            _library.impl(_prefix + _name, _refuse_mapped_gradients, "Batched")
 
 
 # ---------------------------------------------------------------- what is said of the operators elsewhere
