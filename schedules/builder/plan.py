@@ -198,22 +198,24 @@ def made_from(request: BuildRequest, target: Target, specs: Iterable[KernelSpec]
     """What the kernels of specs are made from; as long as it stays the same, so do they."""
     specs, definition = tuple(specs), request.definition
     meanings = _meanings(definition.load(), target, specs) if definition else {}
-    text = definition.path.read_text() if definition else ""
+    of_all = {
+        "sources": sources_digest(target.arch),
+        "target": dataclasses.asdict(target),
+        "versions": versions_for(target),
+        "run_on": request.run_on,
+        "definition": definition.path.read_text() if definition else "",
+    }
     found = {}
     for spec in specs:
         parts = {
-            "sources": sources_digest(target.arch),
+            **of_all,
             "spec": dataclasses.asdict(spec),
-            "target": dataclasses.asdict(target),
-            "versions": versions_for(target),
-            "run_on": request.run_on,
             "configs": {
                 symbol: dataclasses.asdict(config)
                 for symbol, config in request.configs.items()
                 if symbol.startswith(spec.symbol)
             },
             "tuned": dataclasses.asdict(request.tuned(spec, target)),
-            "definition": text,
         }
         if definition:
             parts["meaning"] = meanings[spec]

@@ -7,6 +7,7 @@ in this machine.  Needs no TVM.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -43,7 +44,10 @@ class Tuning:
 
     def __init__(self, mode: str, folder: Path = records.LOGS):
         self.mode = mode
-        self.measured = [r for r in records.measured(folder) if r.status == "ok"] if mode != "default" else []
+        self.measured: dict[tuple, list[Measurement]] = {}  # by kernel
+        for r in records.measured(folder) if mode != "default" else ():
+            if r.status == "ok":
+                self.measured.setdefault(kinds.kernel_of(r), []).append(r)
         self.verified: dict[tuple[str, str], list[str]] = {}  # hashes of sources, by arch and kernel
         for r in records.verified(folder).values():
             self.verified.setdefault((r.arch, r.symbol.removesuffix(f"_s{r.bucket}")), []).append(r.source_hash)
@@ -54,7 +58,7 @@ class Tuning:
         """What the records say of a kernel."""
         arch, isa = target.arch, target.isa
         waves = {h: r.waves for h, r in self.waves.items() if r.arch == arch and r.symbol.startswith(spec.symbol)}
-        of_it = [r for r in self.measured if kinds.is_of(r, spec)]
+        of_it = self.measured.get(kinds.kernel_of_spec(spec), ())
         if not of_it:
             return Tuned(waves=waves) if waves else NO_RECORDS
         own = [r for r in of_it if (r.arch, r.isa) == (arch, isa)]
@@ -70,7 +74,8 @@ class Tuning:
 
     def knows(self, target: Target) -> bool:
         """Whether anything was measured for a target."""
-        return any((r.arch, r.isa) == (target.arch, target.isa) for r in self.measured)
+        of_all = itertools.chain.from_iterable(self.measured.values())
+        return any((r.arch, r.isa) == (target.arch, target.isa) for r in of_all)
 
     def _nearest(self, measured: Sequence[Measurement], arch: str, isa: str) -> list[Measurement]:
         """Those of the device that counts: one of this machine, else of the same arch, else of the nearest."""

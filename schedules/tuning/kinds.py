@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
 
 from schedules.builder.records import Measurement
 from schedules.builder.suite import HEAD_DIMS, HEAD_DIMS_BETWEEN, ONE_TEMPLATE, SCOPES, HeadDim, KernelSpec, Selection
@@ -81,10 +82,17 @@ def spec_for(kind: str, template: str, workload: Workload, target: Target) -> Ke
     return KernelSpec(template, BUILTIN_DEFINITION, mask, score, workload.dtype, dim.qk, dim.v, kind=kind)
 
 
-def is_of(record: Measurement, spec: KernelSpec) -> bool:
-    """Whether a record is of a kernel, in whatever configuration and for whatever length."""
-    names = ("template", "dtype", "head_dim", "head_dim_v", "mask", "score")
-    return record.kernel_kind == spec.kind and all(getattr(record, n) == getattr(spec, n) for n in names)
+_OF_A_KERNEL = attrgetter("template", "dtype", "head_dim", "head_dim_v", "mask", "score")
+
+
+def kernel_of(record: Measurement) -> tuple:
+    """What says which kernel a record is of, in whatever configuration and for whatever length."""
+    return record.kernel_kind, *_OF_A_KERNEL(record)
+
+
+def kernel_of_spec(spec: KernelSpec) -> tuple:
+    """The same of a spec."""
+    return spec.kind, *_OF_A_KERNEL(spec)
 
 
 def has_room(entry: KernelEntry, workload: Workload) -> bool:

@@ -177,7 +177,7 @@ def costs_of(measured: Iterable[Measurement], spec: KernelSpec, target: Target, 
     """Time over that of the incumbent by configuration, geometric mean over the problems; infinite where it failed."""
     ratios: dict[Any, dict[str, float]] = {}
     for r in measured:
-        if kinds.is_of(r, spec) and (r.arch, r.isa) == (target.arch, target.isa):
+        if kinds.kernel_of(r) == kinds.kernel_of_spec(spec) and (r.arch, r.isa) == (target.arch, target.isa):
             try:
                 key = config(**r.config)
             except TypeError:  # an older version of the family had other fields
