@@ -32,6 +32,10 @@ from schedules.tuning.progress import Progress
 #: So often Ray runs a task again whose host or process was lost.
 RETRIES = 3
 
+#: Of a cluster that is started here.  By default Ray's processes let all others on the host go first (niceness 15):
+#: what is measured there would be disturbed by each of them, and beside a few busy ones it hardly came on.
+_OWN_CLUSTER = {"worker_niceness": 0}
+
 #: What doesn't travel to the hosts.
 _LEFT_HERE = ["**/__pycache__", ".*", "build", "dist", "docs", "tests", "tuning_logs", "tvm_flash/packs/*/"]
 
@@ -143,11 +147,12 @@ class RayCluster:
             left = begin(folder, progress, f"the Ray cluster {self.address}" if self.address else "Ray, on this host")
             if not left:
                 return
+            own = {} if self.address else {"include_dashboard": False, "_system_config": _OWN_CLUSTER}
             ray.init(
                 address=self.address or None,
                 runtime_env={"working_dir": str(ROOT), "excludes": _LEFT_HERE},
-                include_dashboard=False if not self.address else None,
                 configure_logging=False,
+                **own,
             )
             try:
                 self._measure(ray, folder, left, options, Recorder(folder, options, progress.record))
