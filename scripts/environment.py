@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 MINIMUM = (3, 10)
 #: What of installed packages is compiled when it is imported, as little of it is: a third of all.
-SELDOM = r"/(tests|transformers/models|diffusers/(models|pipelines)|ray/(air|dashboard|data|rllib|serve|train|tune))/"
+SELDOM = r"/(tests|transformers/models|diffusers/(models|pipelines)|ray/(air|data|rllib|serve|train|tune))/"
+#: What of this clone processes of tests import hundreds of times: none would keep what it compiled where
+#: PYTHONDONTWRITEBYTECODE is set.
+OFTEN = ("schedules", "tvm_flash", "tests")
 
 
 def prepare() -> Path:
@@ -35,7 +38,8 @@ def prepare() -> Path:
         ]
     )  # fmt: skip
     # pip would compile one file after the other, for more than a minute.  Some are no Python of this version.
-    subprocess.run([str(python), "-m", "compileall", "-qq", "-j", "0", "-x", SELDOM, str(VENV / "lib")])
+    folders = (VENV / "lib", *(ROOT / name for name in OFTEN))
+    subprocess.run([str(python), "-m", "compileall", "-qq", "-j", "0", "-x", SELDOM, *map(str, folders)])
     return python
 
 
