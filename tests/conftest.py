@@ -21,6 +21,7 @@ import pytest
 
 from tests import shared
 from tests.expected_skips import StrictSkips
+from tvm_flash.measure import others
 from tvm_flash.operators import BACKWARD, FORWARD
 from tvm_flash.packs import registry as packs
 from tvm_flash.packs.registry import PATH_VARIABLE
@@ -39,6 +40,9 @@ def pytest_addoption(parser):
 # Modules, of which torch, TVM and JAX have very many, stay: to look through them again and again for what nobody refers
 # to took 6% of the processor's time.
 gc.set_threshold(20_000, 20, 20)
+
+# Workers disturb one another all the time: they would wait for a calm moment as long as patience lasts, 10 s each.
+others._spent = others.PATIENCE + 1
 
 
 def pytest_configure(config):
@@ -130,7 +134,7 @@ def python():
         modules = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         variables = {**os.environ, "PYTHONPATH": modules, PATH_VARIABLE: folders, **environment}
         command = [sys.executable, *options, "-c", program]
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=shared.HANGS)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

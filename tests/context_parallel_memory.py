@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tests.shared import HANGS
 from tvm_flash.distributed.agreement import Axes
 
 #: Signals of a direction at most.
@@ -65,7 +66,7 @@ class FileMemory:
 
     def _change(self, source: int, target: int, channel: int, old: int, new: int) -> None:
         at = (source * self._count + target) * _CHANNELS + channel
-        until = time.monotonic() + 60
+        until = time.monotonic() + HANGS
         while self._signals[at] != old:
             assert time.monotonic() < until, f"no signal on channel {channel} between {source} and {target}"
             time.sleep(1e-4)

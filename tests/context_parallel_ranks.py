@@ -37,7 +37,7 @@ from tvm_flash.distributed import (
 from tvm_flash.distributed.agreement import axes_of
 
 #: How long a process that is gone may keep the others.
-TIMEOUT = timedelta(seconds=100)
+TIMEOUT = timedelta(seconds=300)
 
 #: Meshes by name: their shape, and how keys are exchanged.
 MESHES = {

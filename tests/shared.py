@@ -10,6 +10,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+#: Seconds after which a process that a test waits for counts as one that hangs: many times what any of them takes,
+#: since the machine may be slow, and others busy on it.
+HANGS = 900
+
 #: Names the folder to the processes that the first one starts, such as workers of xdist.
 VARIABLE = "TVM_FLASH_TEST_RUN"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,16 +60,21 @@ def test_exact_rows_are_attention_in_float64():
 # ---------------------------------------------------------------- how it is timed
 
 
-def test_blocks_do_not_count_the_first_call_and_turns_do():
-    import time
+def test_blocks_do_not_count_the_first_call_and_turns_do(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(others, "busy_seconds", lambda: None)
 
     def slow_at_first():
         """Slow whenever another function was called since."""
+        nonlocal now
         last.append("a")
-        time.sleep(0.02 if last[-2:] != ["a", "a"] else 0.001)
+        now += 0.02 if last[-2:] != ["a", "a"] else 0.001
 
     def other():
+        nonlocal now
         last.append("b")
+        now += 1e-6
 
     last = []
     rounds = timing.on_cpu({"a": slow_at_first, "b": other}, timing.Effort(rounds=3, seconds=0.05))

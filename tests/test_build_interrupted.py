@@ -18,6 +18,7 @@ from schedules.builder.compile import ChosenConfig
 from schedules.builder.plan import BuildRequest, plan
 from schedules.builder.suite import Selection
 from tests import toy_family
+from tests.shared import HANGS
 from tests.toy_packs import CPU, D64, TWO_GROUPS, assert_whole
 from tvm_flash.packs.manifest import MANIFEST_NAME
 
@@ -92,7 +93,7 @@ def test_end_of_a_parallel_build_ends_its_workers(tmp_path, how):
     )
     work = tmp_path / pack.WORK_FOLDER / CPU.folder
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + HANGS
         while not list(work.glob("*.record.json")):  # not rglob: compilers' folders vanish while it walks
             assert builder.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
@@ -100,12 +101,12 @@ def test_end_of_a_parallel_build_ends_its_workers(tmp_path, how):
         assert workers
         if how == signal.SIGINT:  # as the terminal does it: to all of them
             os.killpg(builder.pid, how)
-            assert "stopped" in builder.communicate(timeout=60)[0]
+            assert "stopped" in builder.communicate(timeout=HANGS)[0]
             assert builder.returncode == 130
     finally:
         builder.kill()
         builder.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while any(_is_running(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)

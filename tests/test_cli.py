@@ -14,6 +14,7 @@ import pytest
 
 from tests import entries
 from tests.conftest import ROOT
+from tests.shared import HANGS
 from tvm_flash.catalogue import MASKS
 from tvm_flash.commands import check as selfcheck
 from tvm_flash.commands import cli
@@ -142,7 +143,9 @@ def test_check_on_a_terminal_shows_what_failed(small_pack, terminal):
 
 def test_the_reader_of_a_pipe_may_leave(cpu_pack, tmp_path):
     command = f"{sys.executable} -m tvm_flash explain --shape 1,1,1,64 --device cpu; echo status $? >&2"
-    done = subprocess.run(["bash", "-c", f"({command}) | true"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", f"({command}) | true"], capture_output=True, text=True, cwd=ROOT, timeout=HANGS
+    )
     assert "Traceback" not in done.stderr and "status" in done.stderr
 
 

@@ -12,6 +12,7 @@ import torch
 from tests.conftest import ROOT
 from tests.context_parallel_cases import CASES, Case
 from tests.context_parallel_ranks import EVERYWHERE, MESHES, READ, RUNS, SHARED, TIMEOUT
+from tests.shared import HANGS
 from tvm_flash.distributed.kernels import has_accumulate, has_partial
 from tvm_flash.machine.device import Device
 
@@ -25,7 +26,7 @@ def run(folder, ranks, *tasks):
     """What the first of some processes found, by task."""
     command = [sys.executable, "-m", "tests.context_parallel_ranks", str(folder), str(ranks), *tasks]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(folder / "found.pt", weights_only=False)
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.expected_skips import EXPECTED, is_expected
+from tests.shared import HANGS
 
 PROGRAM = """
 import pytest
@@ -29,7 +30,7 @@ def test_a_skip_that_nobody_expects_fails_the_run(tmp_path, reason, strict, stat
     (tmp_path / "test_one.py").write_text(PROGRAM.format(reason=reason))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest", tmp_path]
     command += [*workers, *(["--strict-skips"] if strict else [])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=HANGS)
     assert done.returncode == status, done.stdout + done.stderr
     assert ("nobody expects" in done.stdout) is bool(status)
 

@@ -23,15 +23,17 @@ assert abs(out - (p / p.sum(-1, keepdims=True)) @ v).max() < 1e-5
 """
 
 
-def test_import_is_light(python):
+def test_import_is_light(python, tmp_path):
+    """Once it is compiled: seconds of the processor, of which others on the machine take none."""
     program = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 import tvm_flash
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 print(sorted({m.partition(".")[0] for m in sys.modules} & {"numpy", "torch", "jax", "cupy", "tvm", "tvm_ffi"}))
 """
-    runs = [python(program).splitlines() for _ in range(3)]
+    kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    runs = [python(program, **kept).splitlines() for _ in range(4)]
     assert runs[0][1] == "[]"
     assert min(float(seconds) for seconds, _ in runs) < 0.15
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared import HANGS
+
 torch = pytest.importorskip("torch")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +69,7 @@ def test_lengths(seqlen_q):
 
 def run(checkout, *options):
     command = [sys.executable, ROOT / "scripts" / "peer_suites.py", checkout, *options, "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
 
 
 def rows(text, title):

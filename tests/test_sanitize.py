@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared import HANGS
+
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "sanitize.py"
 
 
@@ -22,7 +24,7 @@ def sanitize(tmp_path):
         tool.chmod(0o755)
         command = [sys.executable, SCRIPT, "--tool", "racecheck", "--logs", tmp_path / "logs", *options]
         environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANGS)
         assert not done.stderr
         return done.returncode, done.stdout
 

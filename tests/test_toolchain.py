@@ -18,6 +18,7 @@ from tvm.script import tirx as T
 from schedules.builder.compile import without_unused_headers
 from schedules.toolchain import cpu, cuda, elements, host, inspection, machine, nvcc, nvrtc, ptxas
 from schedules.toolchain.process import ToolchainError, run
+from tests.shared import HANGS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -275,7 +276,7 @@ def in_process(module: Path, script: str, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
