@@ -140,6 +140,7 @@ def test_an_empty_result(sizes, layout):
     q, k, v = (torch.empty(s if layout == "bhsd" else (s[0], s[2], s[1], s[3])) for s in shapes)
     out, lse = FUNCTIONS[layout](q, k, v, return_lse=True)
     assert out.shape == (*q.shape[:3], 24) and lse.shape == (batch, heads, seqlen_q)
+    assert out.stride() == torch.empty(out.shape).stride() and lse.stride() == torch.empty(lse.shape).stride()
 
 
 def test_queries_without_keys_get_zeros_and_minus_infinity():
