@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -34,10 +33,6 @@ def _start(builder: int) -> None:
         os._exit(1)
     signal.signal(signal.SIGINT, lambda *_: None)  # a handler, unlike "ignore", is not inherited by compilers
     import_tvm()
-    # TVM's modules stay, and a kernel's expressions go as nobody refers to them: to look through all of them again and
-    # again for cycles took 5% of the processor's time.
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
