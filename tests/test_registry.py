@@ -270,16 +270,19 @@ def test_a_pack_that_cannot_be_read_for_whatever_reason(copy, monkeypatch):
 
 
 def test_processes_that_load_while_another_publishes(copy, python):
-    """Every reader finds a whole pack, the old one or a new one, whatever the moment."""
+    """Every reader finds a whole pack, the old one or a new one, whatever the moment.
+
+    The files of the pack before the last are gone, so that no two are published while one is loaded.
+    """
+    loads = copy.parent / "loads"  # a byte for each
+    loads.touch()
     program = f"""
-import dataclasses, itertools, time
+import dataclasses, random, time
 from pathlib import Path
 from schedules.builder import pack
-folder, end = Path({str(copy)!r}), time.monotonic() + 8
+folder, loads, draw = Path({str(copy)!r}), Path({str(loads)!r}), random.Random(0)
 manifest = pack.read_manifest(folder)
-for number in itertools.count():
-    if time.monotonic() > end:
-        break
+for number in range(12):
     new = {{m.file: f"{{m.file.split('.')[0]}}.{{number}}.so" for m in manifest.modules}}
     for old, name in new.items():
         (folder / name).write_bytes((folder / old).read_bytes())
@@ -287,16 +290,24 @@ for number in itertools.count():
     kernels = tuple(dataclasses.replace(k, module=new[k.module]) for k in manifest.kernels)
     manifest = dataclasses.replace(manifest, modules=modules, kernels=kernels)
     pack.publish(folder, manifest)
-    time.sleep(2)  # no two builds are faster: the files of the one before the last are gone
+    done = loads.stat().st_size
+    while loads.stat().st_size < done + 2:
+        time.sleep(1e-4)
+    time.sleep(0.02 * draw.random())
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     builder = subprocess.Popen([sys.executable, "-c", program], env=environment)
     loaded = set()
-    while builder.poll() is None:
-        refresh()
-        assert attend().shape == (1, 2, 9, 64)
-        loaded.add(registry().kernels("cpu")[0].entry.module)
-    assert builder.returncode == 0 and len(loaded) > 1
+    try:
+        while builder.poll() is None:
+            refresh()
+            assert attend().shape == (1, 2, 9, 64)
+            loaded.add(registry().kernels("cpu")[0].entry.module)
+            with loads.open("ab") as file:
+                file.write(b".")
+    finally:
+        builder.kill()
+    assert builder.wait() == 0 and len(loaded) > 6
 
 
 def test_a_module_that_is_no_library(copy):
