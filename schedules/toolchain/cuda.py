@@ -66,8 +66,9 @@ def compile_object(
     run_on: a newer arch on which the kernel shall also run, for verification: adds PTX.
     recompile_for: another arch whose machine code is made instead, for verification; its spills don't count.
     images: a folder in which device images are kept, so that kernels with the same device half are compiled once.
-    of_user: whether the definition isn't the package's own.  Spills and serialised wgmma are accepted then, and large
-        arrays become variables, which takes nvcc less time; kernels of the package's own stay what ran on hardware.
+    of_user: whether the definition isn't the package's own.  Spills and serialised wgmma are accepted then, and
+        arrays are taken apart (``elements.py``), so that nvcc takes less time; kernels of the package's own stay what
+        ran on hardware.
 
     Raises
     ------
