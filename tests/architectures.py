@@ -413,7 +413,11 @@ def _text(model: Any, config: Any):
 
     def seen(model, mask):
         x = _first(model(input_ids=ids, attention_mask=mask, **more))
-        return [x if mask is None or x.shape[:2] != mask.shape else x[mask.bool()]]
+        if mask is None:
+            return [x]
+        if x.shape[1] == mask.shape[1] + 1:  # a token of the model's own comes last
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+        return [x if x.shape[:2] != mask.shape else x[mask.bool()]]
 
     if "pixel_values" in asked and not model.can_generate():
         yield from _images(model)
