@@ -40,7 +40,7 @@ class Consumer(Steps):
             # 2. The other tiles of keys from right to left: masked, full, masked.
             walk = self.walk()
             if not self.pattern.is_unmasked:
-                self.masked_steps(walk, self.first + 1, T.min(walk.full_begin, walk.steps))
+                walk.masked_steps(self.first + 1, T.min(walk.full_begin, walk.steps), self.step)
             if walk.has_full:
                 for i in T.serial(T.max(walk.full_begin, self.first + 1), T.min(walk.full_end, walk.steps)):
                     if self.config.running_max or self.boxes is not None:
@@ -48,7 +48,7 @@ class Consumer(Steps):
                     else:
                         self.step_unchecked(walk, i)
             if walk.has_left:
-                self.masked_steps(walk, T.max(walk.full_end, self.first + 1), walk.steps)
+                walk.masked_steps(T.max(walk.full_end, self.first + 1), walk.steps, self.step)
             # 3. The last product, perhaps beside the first of the next work tile.
             if self.config.overlap_tiles:
                 if t + 1 < self.block.tiles:
@@ -59,16 +59,6 @@ class Consumer(Steps):
         self.block.scheduler.each_tile(self.block, not self.config.overlap_tiles, self.lane, compute)
         if self.config.overlap_tiles:
             self.end()
-
-    @T.inline
-    def masked_steps(self, walk, begin, end):
-        """Steps ``begin .. end`` (exclusive) with the mask; those that see nothing are left out."""
-        for i in T.serial(begin, end):
-            if self.pattern.has_gaps:
-                if walk.visible(i):
-                    self.step(walk, i, True)
-            else:
-                self.step(walk, i, True)
 
     @T.inline
     def start(self):

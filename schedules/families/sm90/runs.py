@@ -108,7 +108,7 @@ class RunConsumer(StateConsumer):
             walk = self.walk()
             if walk.tiles.begin < walk.tiles.end:
                 self.start()
-                self.masked_steps(walk, 1, walk.steps)
+                walk.masked_steps(1, walk.steps, self.step)
                 v = T.meta_var(self.v_state())
                 self.issue_pv(v)
                 self.finish_pv(v)

@@ -207,7 +207,7 @@ class PartConsumer(PartRowsConsumer, StateConsumer):
     def compute(self, walk):
         """A part whose rows see something of it."""
         self.first_step(walk)
-        self.masked_steps(walk, 1, walk.steps)
+        walk.masked_steps(1, walk.steps, self.step)
         v = T.meta_var(self.v_state())
         self.issue_pv(v)
         self.finish_pv(v)

@@ -127,3 +127,13 @@ class KeyWalk:
         key = self.key_first(step)
         rows = block.rows.span(block.row_first, config.block_m)
         return block.pattern.tile_live(block.site, *rows, key, key + (config.block_n - 1))
+
+    @T.inline
+    def masked_steps(self, begin, end, step):
+        """``step(walk, i, True)``, with the mask, for steps ``begin .. end`` (exclusive) but those that see nothing."""
+        for i in T.serial(begin, end):
+            if self.block.pattern.has_gaps:
+                if self.visible(i):
+                    step(self, i, True)
+            else:
+                step(self, i, True)

@@ -275,16 +275,6 @@ class QueryConsumer:
         self.v.consumer_release(k, self.lane)
         self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
 
-    @T.inline
-    def masked_steps(self, walk, begin, end):
-        """Steps ``begin .. end`` (exclusive) with the mask; those that see nothing are left out."""
-        for i in T.serial(begin, end):
-            if self.pattern.has_gaps:
-                if walk.visible(i):
-                    self.step(walk, i, True)
-            else:
-                self.step(walk, i, True)
-
     # ------------------------------------------------------------ the whole
 
     @T.inline
@@ -309,12 +299,12 @@ class QueryConsumer:
             self.start_steps(walk, True)
         else:
             self.step(walk, 0, True)
-        self.masked_steps(walk, 1, T.min(walk.full_begin, walk.steps))
+        walk.masked_steps(1, T.min(walk.full_begin, walk.steps), self.step)
         if walk.has_full:
             for i in T.serial(T.max(walk.full_begin, 1), T.min(walk.full_end, walk.steps)):
                 self.step(walk, i, False)
         if walk.has_left:
-            self.masked_steps(walk, T.max(walk.full_end, 1), walk.steps)
+            walk.masked_steps(T.max(walk.full_end, 1), walk.steps, self.step)
         # 2. The last product.
         if self.overlaps:
             self.issue_dq(self.counter.state(self.k.stages, behind=1))
