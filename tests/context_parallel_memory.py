@@ -29,7 +29,7 @@ class Done:
 class FileMemory:
     """What ``tvm_flash.distributed.peers.Memory`` describes, among the ranks of an axis of a mesh."""
 
-    is_fixed = False
+    device, is_fixed = torch.device("cpu"), False
 
     def __init__(self, folder: Path, axes: Axes, most: int):
         self._folder, self._count = folder / "-".join(map(str, (axes.place[1], *axes.ranks))), axes.sizes[0]
@@ -55,7 +55,7 @@ class FileMemory:
     def acquire(self) -> None:
         pass
 
-    def release(self) -> None:
+    def release(self, failed: bool) -> None:
         pass
 
     def put(self, rank: int, channel: int) -> None:

@@ -7,14 +7,15 @@ each of which gives something, and saves what the first process was given, by ta
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 import time
 import traceback
+import types
 import warnings
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -57,7 +58,7 @@ MESHES = {
 
 #: Meshes on which heads are split as those of long sequences are.
 AS_IF_LONG = ("8 gather", "4 × 2 gather")
-LONG = {"_MANY_KEYS": 1, "_FEW": 1}
+LONG = {"_MANY_KEYS": 1, "_FEW": 1, "_READ_IN_FORWARD": 2}
 
 #: What is computed by ranks that read each other's memory, on a few meshes.
 READ = {
@@ -84,7 +85,7 @@ RUNS = {
 RUNS_ON_GPUS = {(case, mesh, torch.bfloat16) for case in CASES for mesh in ON_GPUS}
 
 
-@cache
+@functools.cache
 def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
     """The first ranks of the world in a mesh; all of the world ask for the same meshes in one order."""
     count = torch.Size(shape).numel()
@@ -148,8 +149,8 @@ def results() -> dict:
 
 def reads(folder: Path) -> dict:
     """The same as ``results`` of some meshes whose ranks read each other's memory; how often they did, and where one of
-    two has no room for it."""
-    found, memories = {}, []
+    two has no room for it; and what ranks are told of a GPU that fails meanwhile."""
+    found, memories, told = {}, [], []
 
     def memory(axes, device):
         memories.append(FileMemory(folder, axes, 1 << 20))
@@ -169,34 +170,65 @@ def reads(folder: Path) -> dict:
         copies = [x.copies for x in memories]
         mesh = DeviceMesh("cpu", torch.arange(2))
         if mesh.get_coordinate() is not None:
-            axes_of(mesh).peers.is_full = dist.get_rank() == 1
-            found["no room"] = together(CASES["causal"], CASES["causal"].inputs(torch.float32), mesh)
-            copies.append(axes_of(mesh).peers.copies)
-    return {"found": found, "copies": copies}
+            memory, case = axes_of(mesh).peers, CASES["causal"]
+            memory.is_full = dist.get_rank() == 1
+            found["no room"] = together(case, case.inputs(torch.float32), mesh)
+            copies.append(memory.copies)
+            memory.is_full, memory.most = False, 1 << 20
+            for error in (RuntimeError(f"CUDA error: {peers.FAILURES[0]}\nmore"), RuntimeError("out of memory")):
+                with patch.object(memory, "put", side_effect=error):
+                    try:
+                        together(case, case.inputs(torch.float32), mesh)
+                    except RuntimeError as e:
+                        told.append(f"{type(e).__name__}: {e}")
+    return {"found": found, "copies": copies, "told": told}
+
+
+class Remembered:
+    """What is made where ``PeerMemory`` would be, in two steps that may fail."""
+
+    def __init__(self, group, device, most, fails):
+        self.most, self._fails = most, fails
+        self._do("made")
+
+    def meet(self) -> None:
+        self._do("met")
+
+    def _do(self, step: str) -> None:
+        if self._fails == step:
+            raise RuntimeError("out of luck\nat line 3")
 
 
 def obstacles() -> dict:
-    """What three ranks are told of memory that they are to read and can't, as if they had GPUs."""
+    """What three ranks are told, or have, of memory that they can read or can't, as if they had GPUs."""
     mesh, rank = DeviceMesh("cpu", torch.arange(3)), dist.get_rank()
     if mesh.get_coordinate() is None:
         return {}
-    axes, found = axes_of(mesh), {}
+    axes, found, made = axes_of(mesh), {}, peers.PeerMemory
 
-    def told(name, wanted, host="a", gpus=("0", "1", "2"), fails=None, reached=True):
+    def told(name, wanted=None, host="a", container="c", gpus=("0", "1", "2"), fails=None, reached=True, **more):
+        environment = {k: v for k, v in os.environ.items() if k not in (peers.VARIABLE, "NCCL_P2P_DISABLE")}
+        environment |= {} if wanted is None else {peers.VARIABLE: wanted}
+        memory = types.SimpleNamespace(total_memory=(1 + rank) << 20)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(patch.dict(os.environ, {peers.VARIABLE: wanted}))
+            stack.enter_context(patch.dict(os.environ, environment | more.get("environment", {}), clear=True))
+            stack.enter_context(patch.dict(sys.modules, more.get("modules", {})))
             for where, what, by in (
                 (torch.cuda, "current_device", lambda: rank),
                 (torch.cuda, "can_device_access_peer", lambda own, other: reached),
+                (torch.cuda, "is_current_stream_capturing", lambda: more.get("captures", False)),
+                (torch.cuda, "get_device_properties", lambda device: memory),
                 (peers, "_gpus", lambda: [*gpus]),
+                (peers, "_container", lambda: [container]),
                 (peers.socket, "gethostname", lambda: host),
-                (peers, "PeerMemory", lambda group, device: "memory" if fails is None else raises(fails)),
+                (peers, "PeerMemory", made if "modules" in more else functools.partial(Remembered, fails=fails)),
             ):
                 stack.enter_context(patch.object(where, what, by))
             caught = stack.enter_context(warnings.catch_warnings(record=True))
             warnings.simplefilter("always")
             try:
                 got = agreement._peers(axes, "cuda")
+                got = got and got.most
             except InvalidArgumentError as e:
                 got = str(e)
         found[name] = [None] * 3
@@ -204,19 +236,28 @@ def obstacles() -> dict:
         dist.all_gather_object(found[name], (got, said), group=mesh.get_group())
 
     one = rank == 1
-    told("asked by none", "0")
+    told("told nothing")
     told("asked by all", "1")
-    told("asked by two", "0" if one else "1")
+    told("asked by one", "1" if one else None)
+    told("refused by all", "0")
+    told("refused by one", "0" if one else None)
+    told("refused and asked", "0" if one else "1")
     told("no number", "yes" if one else "1")
-    told("host", "1", host="b" if one else "a")
-    told("unseen", "1", gpus=("0", "1", "9") if rank == 2 else ("0", "1", "2"))
-    told("no access", "1", reached=not one)
-    told("fails", "1", fails="out of luck\nat line 3" if one else None)
+    without = {"torch.distributed._symmetric_memory": None}
+    for name, wanted, options in (
+        ("host", "1", {"host": "b" if one else "a"}),
+        ("container", "1", {"container": "d" if rank == 2 else "c"}),
+        ("unseen", "1", {"gpus": ("0", "1", "9") if rank == 2 else ("0", "1", "2")}),
+        ("no access", "1", {"reached": not one}),
+        ("P2P", "1", {"environment": {"NCCL_P2P_DISABLE": "1"} if one else {}}),
+        ("captures", "1", {"captures": one}),
+        ("makes", "1", {"fails": "made" if one else None}),
+        ("meets", "1", {"fails": "met" if one else None}),
+        ("old PyTorch", "1", {"modules": without}),
+    ):
+        told(name, wanted, **options)
+        told(f"{name}, told nothing", **options)
     return found
-
-
-def raises(text: str) -> None:
-    raise RuntimeError(text)
 
 
 def reads_memory() -> bool:

@@ -86,24 +86,44 @@ def test_memory_is_read_where_all_ranks_have_room(found, exact):
     check(found["reads"]["found"]["no room"], exact("causal", torch.float32))
 
 
-@pytest.mark.parametrize(
-    ("told", "why"),
-    [
-        ("asked by two", "TVM_FLASH_PEER_MEMORY isn't 1 on rank 1"),
-        ("host", "on rank 0: rank 1 is on another host"),
-        ("unseen", "on rank 0: this process doesn't see the GPU of rank 2"),
-        ("no access", "on rank 1: cuda:1 has no access to the memory of cuda:0, the GPU of rank 0"),
-        ("fails", f"on rank 1: PyTorch {torch.__version__} has no such memory here: RuntimeError: out of luck"),
-    ],
-)
-def test_who_asks_for_memory_that_cant_be_read_hears_why(found, told, why):
+def test_a_gpu_that_fails_while_it_waits_for_another_is_explained(found):
+    failed, other = found["reads"]["told"]
+    assert failed == (
+        "ProcessGroupError: mesh: the GPU of rank 0 failed, as it does if another of the ranks [0, 1] is gone, or "
+        "wasn't there within the group's timeout (then a line on standard error names it): CUDA error: unspecified "
+        "launch failure"
+    )
+    assert other == "RuntimeError: out of memory"
+
+
+OBSTACLES = {
+    "refused and asked": "TVM_FLASH_PEER_MEMORY is 0 on rank 1",
+    "host": "on rank 0: rank 1 is on another host",
+    "container": "on rank 0: rank 2 is in another container, or another user's",
+    "unseen": "on rank 0: this process doesn't see the GPU of rank 2",
+    "no access": "on rank 1: cuda:1 has no access to the memory of cuda:0, the GPU of rank 0",
+    "P2P": "on rank 1: NCCL_P2P_DISABLE is 1",
+    "captures": "on rank 1: the first call on the mesh is captured in a graph",
+    "makes": f"on rank 1: PyTorch {torch.__version__} has no such memory here: RuntimeError: out of luck",
+    "meets": f"on rank 1: PyTorch {torch.__version__} has no such memory here: RuntimeError: out of luck",
+    "old PyTorch": f"on rank 0: PyTorch {torch.__version__} has no such memory here: ModuleNotFoundError: import of "
+    "torch.distributed._symmetric_memory halted; None in sys.modules",
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_only_who_asks_for_memory_that_cant_be_read_hears_why(found, name):
     text = "TVM_FLASH_PEER_MEMORY is 1, but ranks don't read each other's memory, and send messages: "
-    assert found["obstacles"][told] == [(None, [text + why])] * 3
+    assert found["obstacles"][name] == [(None, [text + OBSTACLES[name]])] * 3
+    silent = "refused by one" if name == "refused and asked" else f"{name}, told nothing"
+    assert found["obstacles"][silent] == [(None, [])] * 3
 
 
-def test_memory_is_read_if_all_ask_for_it(found):
-    assert found["obstacles"]["asked by none"] == [(None, [])] * 3
-    assert found["obstacles"]["asked by all"] == [("memory", [])] * 3
+def test_memory_is_read_unless_some_rank_is_told_not_to(found):
+    """As much as the rank with the smallest GPU keeps."""
+    for name in ("told nothing", "asked by all", "asked by one"):
+        assert found["obstacles"][name] == [((1 << 20) // 16, [])] * 3
+    assert found["obstacles"]["refused by all"] == [(None, [])] * 3
     own, told = "TVM_FLASH_PEER_MEMORY: is 'yes', expected 0 or 1, or unset", "on rank 1: "
     assert found["obstacles"]["no number"] == [(told * (rank != 1) + own, []) for rank in range(3)]
 

@@ -81,7 +81,7 @@ def test_parts_are_put_together_by_the_kernel(installed, monkeypatch, slopes, ha
     diagonal = Call((0, ROWS), (LATE, KEYS), None, 0, 0)
     earlier = [Call(rows, (0, LATE), None, None, LATE + rows[0]) for rows in ((0, 30), (30, ROWS))]
     made = (Step(KEYS, (), (), None, (diagonal,)), Step(KEYS, (), (), None, tuple(earlier)))
-    plan = Plan(ROWS, made, merges=True, covers=True, positions=KEYS, most_rows=ROWS, most_keys=KEYS)
+    plan = Plan(ROWS, made, merges=True, covers=True, positions=KEYS, most_keys=KEYS)
     job = steps.Job(plan, None, None, kernels.Kernels(DIM**-0.5, 0.0, None, 0, slope), sinks)
 
     def refuse(*_):

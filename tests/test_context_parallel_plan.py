@@ -35,7 +35,7 @@ def computed(placement: Placement, sight: Sight, exchange: str, keep_positions: 
     ranks = range(placement.outer)
     plans = [plan(placement, sight, exchange, r, keep_positions) for r in ranks]
     held = [positions(placement.segments(r)) for r in ranks]
-    found = []
+    found, laid = [], {}
     for rank, mine in enumerate(plans):
         for number, step in enumerate(mine.steps):
             keys = list(held[rank]) if step.own is None else [None] * step.keys
@@ -45,11 +45,26 @@ def computed(placement: Placement, sight: Sight, exchange: str, keep_positions: 
                 assert moves == dict(plans[owner].steps[number].sends)[rank]
                 for move in moves:
                     keys[move.target : move.target + move.rows] = held[owner][move.source : move.source + move.rows]
-            assert len(keys) == step.keys and None not in keys
+            assert len(keys) == step.keys <= mine.most_keys and None not in keys
+            laid[rank] = keys
             assert all(rank in dict(plans[to].steps[number].receives) for to, _ in step.sends)
             for call in step.calls:
                 found += pairs(call, held[rank], keys, sight, keep_positions)
+    check_laid(plans, held, laid)
     return found
+
+
+def check_laid(plans: list[Plan], held, keys) -> None:
+    """Where all ranks have their own rows among their keys, what others read is there; of the only step."""
+    steps = [mine.steps[0] for mine in plans]
+    assert len({step.laid is None for step in steps}) == len({mine.most_keys for mine in plans}) == 1
+    if steps[0].laid is not None:
+        for rank, step in enumerate(steps):
+            assert [p for m in step.laid for p in keys[rank][m.target : m.target + m.rows]] == held[rank]
+            for owner, moves in step.receives:
+                for m in moves:
+                    theirs = keys[owner][m.laid : m.laid + m.rows]
+                    assert theirs == held[owner][m.source : m.source + m.rows]
 
 
 def pairs(call, rows, keys, sight, keep_positions):
@@ -97,6 +112,13 @@ def test_a_causal_ring_has_one_call_a_step_and_balances():
         assert work == [8 * 16] * 3
 
 
+def test_where_all_ranks_see_their_own_rows_these_lie_among_the_keys():
+    for sight in (Sight(None, 0, (64,)), Sight(None, None, (64,)), Sight(9, 3, (20, 64))):
+        assert all(step.laid is not None for mine in of(Placement(64, 4), sight, "gather") for step in mine.steps)
+    for mine in (*of(Placement(64, 4), Sight(None, 0, (50,)), "gather"), *of(Placement(64, 4), sight, "ring")):
+        assert all(step.laid is None for step in mine.steps)
+
+
 def test_gathered_keys_need_no_merging():
     for sight in (Sight(None, 0, (64,)), Sight(None, None, (64,)), Sight(9, 3, (20, 64))):
         assert all(not mine.merges and mine.covers for mine in of(Placement(64, 4), sight, "gather"))
@@ -141,7 +163,15 @@ def test_into_how_many_parts_heads_are_split():
     assert parts(1 << 20, False, kv_heads=12) == 2 and parts(1 << 20, False, kv_heads=21) == 3
     assert parts(1 << 20, False, kv_heads=3) == parts(1 << 20, False, kv_heads=1) == 1
     assert parts(1 << 18, True, kv_heads=32, fetches=False) == 1
-    assert parts(1 << 16, True, reads=True) == 1 and parts(1 << 16, True, kv_heads=32, reads=True) == 4
+    assert parts(1 << 16, True, reads=True) == 2 and parts(1 << 16, True, kv_heads=32, reads=True) == 4
+
+    def in_forward(causal, kv_heads=8, fetches=True, left=None, reads=True, positions=1 << 16):
+        return Work(1, kv_heads, positions, left, 0 if causal else None, fetches, reads).in_forward
+
+    assert in_forward(False) == 4 and in_forward(False, kv_heads=6) == 3
+    assert in_forward(False, positions=1 << 15) == 1
+    assert in_forward(True) == in_forward(False, left=9) == in_forward(False, fetches=False) == 1
+    assert in_forward(False, reads=False) == 1
     halves = Heads((8, 16), (2, 4)).parts(2)
     assert halves == [Heads((8, 12), (2, 3)), Heads((12, 16), (3, 4))]
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,22 +60,22 @@ def axes_of(mesh: DeviceMesh, heads: bool = False) -> Axes:
         raise InvalidArgumentError(
             f"mesh: is a {type(mesh).__qualname__}, expected a torch.distributed.DeviceMesh, as of init_device_mesh"
         )
-    place = mesh.get_coordinate()
-    if place is None:
+    if mesh.get_coordinate() is None:
         raise InvalidArgumentError(f"mesh: rank {dist.get_rank()} isn't in {mesh}; call it on the ranks of the mesh")
     if mesh.ndim not in (1, 2):
         raise InvalidArgumentError(
             f"mesh: has {mesh.ndim} axes, expected one, or two: of ranks that exchange keys and of ranks that exchange "
             f"heads; take these of it, as with mesh['outer', 'inner']"
         )
-    shape, ranks = tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())
-    return _axes(tuple(mesh.get_all_groups()), shape, ranks, mesh.device_type, tuple(place), heads)
+    return _axes(mesh, tuple(mesh.get_all_groups()), heads)
 
 
 @functools.lru_cache(maxsize=64)
-def _axes(groups: tuple[dist.ProcessGroup, ...], shape, ranks, device: str, place, heads: bool) -> Axes:
-    """The same by the groups along the axes, which no later mesh has again."""
-    sizes = shape
+def _axes(mesh: DeviceMesh, groups: tuple[dist.ProcessGroup, ...], heads: bool) -> Axes:
+    """The same of a mesh and the groups along its axes, which no later mesh has again, be it equal to this one."""
+    peers.drop_gone()
+    shape, ranks = tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist())
+    sizes, place, device = shape, tuple(mesh.get_coordinate()), mesh.device_type
     if len(groups) == 1:
         sizes, place = ((1, *shape), (0, *place)) if heads else ((*shape, 1), (*place, 0))
     if device != "cpu":
@@ -107,7 +107,7 @@ def _talk(groups: tuple[dist.ProcessGroup, ...], ranks: tuple[int, ...], device:
 
 
 def _peers(axes: Axes, device: str) -> peers.Memory | None:
-    """The memory of a mesh's outer ranks, if all ranks are told to read it, and each reaches that of its axis.
+    """The memory of a mesh's outer ranks, where each reaches that of its axis, unless some rank is told not to.
 
     Raises
     ------
@@ -119,27 +119,28 @@ def _peers(axes: Axes, device: str) -> peers.Memory | None:
     """
     if device != "cuda":
         return None
-    asked = Agreement(axes)
+    asked, device = Agreement(axes), torch.device("cuda", torch.cuda.current_device())
     with asked.checking():
-        asked.says(asked_for=peers.is_asked_for())
-    wanted = [said["asked_for"] for said in asked.reach(differ=("asked_for",))]
-    if not any(wanted):
-        return None
-    if not all(wanted):
-        return _messages_for(f"{peers.VARIABLE} isn't 1 on rank {axes.ranks[wanted.index(False)]}")
-    device = torch.device("cuda", torch.cuda.current_device())
-    told = _all_say(axes, **peers.about(device))
-    of_axis = slice(axes.place[1], None, axes.sizes[1])
-    obstacle = peers.obstacle(device, dict(zip(axes.ranks[of_axis], told[of_axis], strict=True)))
-    if found := _obstacles(axes, obstacle):
-        return _messages_for(found)
-    memory = None
-    try:
-        memory = peers.PeerMemory(axes.outer, device)
-    except (RuntimeError, ImportError, AttributeError) as e:  # what PyTorch has no name for
-        obstacle = f"PyTorch {torch.__version__} has no such memory here: {type(e).__name__}: {str(e).splitlines()[0]}"
-    found = _obstacles(axes, obstacle)
-    return _messages_for(found) if found else memory
+        asked.says(told=peers.told(), **peers.about(device))
+    said = asked.reach(differ=None)
+    told = [x["told"] for x in said]
+    memory, found = None, None
+    if False in told:
+        found = f"{peers.VARIABLE} is 0 on rank {axes.ranks[told.index(False)]}"
+    else:
+        of_axis = slice(axes.place[1], None, axes.sizes[1])
+        found = _obstacles(axes, peers.obstacle(device, dict(zip(axes.ranks[of_axis], said[of_axis], strict=True))))
+    if not found:
+        most = min(x["most"] for x in said)
+        memory, found = _tried(axes, lambda: peers.PeerMemory(axes.outer, device, most))
+    if not found:
+        _, found = _tried(axes, memory.meet)
+    if not found:
+        return memory
+    if True in told:
+        text = f"{peers.VARIABLE} is 1, but ranks don't read each other's memory, and send messages: {found}"
+        warnings.warn(text, PeerMemoryWarning, stacklevel=2)
+    return None
 
 
 def _obstacles(axes: Axes, obstacle: str | None) -> str | None:
@@ -148,21 +149,26 @@ def _obstacles(axes: Axes, obstacle: str | None) -> str | None:
     return next((f"on rank {rank}: {what['obstacle']}" for rank, what in said if what["obstacle"]), None)
 
 
-def _messages_for(reason: str) -> None:
-    """Say that rows go as messages, for all calls on a mesh."""
-    text = f"{peers.VARIABLE} is 1, but ranks don't read each other's memory, and send messages: {reason}"
-    warnings.warn(text, PeerMemoryWarning, stacklevel=2)
+def _tried(axes: Axes, make: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What some of PyTorch's memory gives, and what is in the way if it fails on some rank, the same on all."""
+    made = obstacle = None
+    try:
+        made = make()
+    except (RuntimeError, ImportError, AttributeError, TypeError) as e:  # what PyTorch has no name for
+        obstacle = f"PyTorch {torch.__version__} has no such memory here: {type(e).__name__}: {str(e).splitlines()[0]}"
+    return made, _obstacles(axes, obstacle)
 
 
-def with_room(axes: Axes, size: int) -> bool:
-    """Whether ranks that read each other's memory have so many bytes of it, or now get them; the same on all."""
+def with_room(axes: Axes, size: int, can_grow: bool) -> bool:
+    """Whether ranks that read each other's memory have so many bytes of it, or now get them; the same on all.
+
+    ``can_grow``: none of them captures a graph.
+    """
     memory = axes.peers
-    if size > memory.most:
+    if size > memory.most or (size > memory.size and not can_grow):
         return False
     if size > memory.size:
-        if memory.is_fixed:
-            return False
-        if not _all_can(axes, memory.allocate(size)):
+        if not all(said["can"] for said in _all_say(axes, can=memory.allocate(size))):
             memory.refuse(size)
             return False
         memory.connect()
@@ -173,11 +179,7 @@ def _all_say(axes: Axes, **what: Any) -> list[dict[str, Any]]:
     """What each rank says, whatever it is."""
     asked = Agreement(axes)
     asked.says(**what)
-    return asked.reach(differ=tuple(what))
-
-
-def _all_can(axes: Axes, can: bool) -> bool:
-    return all(said["can"] for said in _all_say(axes, can=can))
+    return asked.reach(differ=None)
 
 
 class Agreement:
@@ -200,8 +202,9 @@ class Agreement:
         except Exception as e:  # whatever an argument raises that isn't what it should be
             self._error = e
 
-    def reach(self, differ: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """What each rank says, by its place in the mesh, once all say the same but for the names in ``differ``.
+    def reach(self, differ: Sequence[str] | None = ()) -> list[dict[str, Any]]:
+        """What each rank says, by its place in the mesh, once all say the same but for the names in ``differ`` (None:
+        whatever they say).
 
         Raises
         ------
@@ -216,6 +219,8 @@ class Agreement:
         everything = self._exchange(json.dumps(words).encode())
         if self._error is not None:
             raise self._error
+        if all(said is everything[0] for said in everything) and "error" not in everything[0]:
+            return everything
         said_by = dict(zip(self._ranks, everything, strict=True))
         for rank, said in said_by.items():
             if "error" in said:
@@ -223,7 +228,7 @@ class Agreement:
         first = self._ranks[0]
         for name, value in said_by[first].items():
             for rank, said in said_by.items():
-                if name not in differ and said.get(name) != value:
+                if differ is not None and name not in differ and said.get(name) != value:
                     raise InvalidArgumentError(
                         f"{name}: is {value} on rank {first}, but {said.get(name)} on rank {rank}; expected the same "
                         f"on all ranks of the mesh"
@@ -231,9 +236,11 @@ class Agreement:
         return everything
 
     def _exchange(self, words: bytes) -> list[dict[str, Any]]:
-        mine = torch.zeros(_ROOM, dtype=torch.uint8)
-        mine[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
-        rooms = [torch.empty_like(mine) for _ in self._ranks]
+        """What each rank says, one object where all say the same."""
+        rooms = [bytearray(_ROOM) for _ in self._ranks]
+        mine = torch.frombuffer(bytearray(words.ljust(_ROOM)), dtype=torch.uint8)
         with talking(self._ranks):
-            self._talk.allgather(rooms, mine).wait()
-        return [json.loads(bytes(room.tolist()).rstrip(b"\0")) for room in rooms]
+            self._talk.allgather([torch.frombuffer(room, dtype=torch.uint8) for room in rooms], mine).wait()
+        texts = [bytes(room) for room in rooms]
+        known = {text: json.loads(text) for text in dict.fromkeys(texts)}
+        return [known[text] for text in texts]

@@ -124,9 +124,10 @@ def context_parallel_attention(
             layout=layout, balance=balance,
             exchange=exchange, cu_seqlens=in_short(ends),
             requires_grad=[n for n, x in learnt.items() if x is not None and x.requires_grad],
-            rows=sizes.seqlen_q, dealt=dealt_so_far(axes, q, k, v),
+            rows=sizes.seqlen_q, dealt=dealt_so_far(axes, q, k, v), **_of_peers(axes, q),
         )  # fmt: skip
-    dealt = agreed_placement("q", asked.reach(differ=("rows", "dealt")), axes, balance)
+    said = asked.reach(differ=("rows", "dealt", "reads", "can_grow"))
+    dealt = agreed_placement("q", said, axes, balance)
     placement = Placement(dealt.length, *axes.sizes, balance)
     if ends is not None:
         check_ends(ends, placement.length)
@@ -138,13 +139,22 @@ def context_parallel_attention(
         exchange = "gather" if fits or axes.outer is None else "ring"
     call = _Call(axes, dealt, placement, sight, layout, exchange, scale, softcap)
     if q.shape[0] and sizes.heads:
-        if axes.peers is not None:
+        if axes.peers is not None and all(x["reads"] for x in said):
             trains = any(x is not None and x.requires_grad for x in learnt.values())
-            call = replace(call, reads=with_room(axes, call.shared_bytes(sizes, q.element_size(), trains)))
+            size = call.shared_bytes(sizes, q.element_size(), trains)
+            call = replace(call, reads=with_room(axes, size, can_grow=all(x["can_grow"] for x in said)))
         out, lse = _Attention.apply(call, q, k, v, slopes, sinks)
     else:
         out, lse = _nothing(layout, q, k, v)
     return (out, lse) if return_lse else out
+
+
+def _of_peers(axes: Axes, q: torch.Tensor) -> dict[str, bool]:
+    """What others must know of this rank to tell whether a call's rows are read in memory."""
+    memory = axes.peers
+    if memory is None:
+        return {}
+    return {"reads": q.device == memory.device, "can_grow": not memory.is_fixed}
 
 
 def _nothing(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ class Sent:
 class Messages:
     """The transport among the ranks of a group; of none if there is nobody to send to."""
 
-    takes_processors = True
+    takes_processors, lays = True, False
 
     def __init__(self, group: dist.ProcessGroup | None):
         self._group = group
@@ -40,11 +40,18 @@ class Messages:
         """Memory of their own."""
         return Sent(like.like(rows, torch.float32, zeros=True))
 
+    def keys(self, group: int, like: Rows, rows: int) -> Sent:
+        """Memory of their own."""
+        return Sent(like.like(rows))
+
     def begin(self, number: int, shared: Sent, sends: list[Send], receives: list[Receive]) -> Batches:
-        """Begin all messages at once, part after part."""
+        """All messages, of which each part is a batch."""
         moves = [(dist.isend, x.rank, x.part, shared.rows.between(x.first, x.first + x.rows)) for x in sends]
         moves += [(dist.irecv, x.rank, x.part, x.into) for x in receives]
         return Batches(self._group, number, moves)
+
+    def close(self, failed: bool) -> None:
+        """Nothing: torch.distributed keeps the memory of messages until they are gone."""
 
 
 class Batches:
@@ -60,10 +67,13 @@ class Batches:
                 tag = number * _MOST_MESSAGES + next(tags.setdefault((act, rank), itertools.count()))
                 to = dist.get_global_rank(group, rank)
                 operations.setdefault(part, []).append(dist.P2POp(act, memory, to, group, tag))
-        self._works = {}
-        with talking(group):
-            for part in sorted(operations):
-                self._works[part] = dist.batch_isend_irecv(operations[part])
+        self._operations, self._works = operations, {}
+
+    def offer(self, part: int) -> None:
+        """Begin the messages of a part."""
+        if part in self._operations:
+            with talking(self._group):
+                self._works[part] = dist.batch_isend_irecv(self._operations.pop(part))
 
     def wait(self, parts: int | None = None) -> None:
         """Until the messages of the first parts are there, or all; on a GPU the current stream waits, nobody else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 #: How a sequence is dealt out.  ``zigzag`` gives rank r of n the r-th chunk of 2n from the front and from the back, so
@@ -92,3 +93,13 @@ def size(intervals) -> int:
 def common(one: Interval, other: Interval) -> Interval:
     """What two intervals have in common; the end is not after the first if that is nothing."""
     return max(one[0], other[0]), min(one[1], other[1])
+
+
+def gaps(intervals: Iterable[Interval], end: int) -> list[Interval]:
+    """The positions from 0 to an end that are in none of some intervals."""
+    found, seen = [], 0
+    for first, last in (*sorted(intervals), (end, end)):
+        if seen < first:
+            found.append((seen, first))
+        seen = max(seen, last)
+    return found

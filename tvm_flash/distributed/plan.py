@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,12 +48,13 @@ class Call(NamedTuple):
 
 class Move(NamedTuple):
     """Rows that go from one rank to another: where the owner has them, and where they come in the step's keys, with
-    which part of a step's messages."""
+    which part of a step's; and where the owner has them among its own keys, if all ranks have all their rows there."""
 
     source: int
     target: int
     rows: int
     part: int = 0
+    laid: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Step:
     receives, sends: the moves from and to each other rank, in an order that both sides know.
     own: the rank's own rows among the keys; None if the step's keys are those that it holds, as they lie.
     calls: in order.
+    laid: the rank's own rows among the keys part by part, if all ranks have all of theirs there; else None.
     """
 
     keys: int
@@ -73,6 +75,7 @@ class Step:
     sends: tuple[tuple[int, tuple[Move, ...]], ...]
     own: tuple[Move, ...] | None
     calls: tuple[Call, ...]
+    laid: tuple[Move, ...] | None = None
 
     def parts(self, call: Call) -> int:
         """How many parts of the messages a call waits for: 0 if no key of it comes from another rank."""
@@ -86,8 +89,8 @@ class Plan:
     """The steps of a rank.
 
     ``merges`` says that some row is in several calls, so that their results must be put together; ``covers`` that every
-    row is in one.  The others are the same on all ranks: ``positions`` of the whole sequence, ``most_rows`` that a rank
-    holds and ``most_keys`` that it has in a step.
+    row is in one.  All ranks have the same ``positions``, those of the whole sequence, and ``most_keys``, that a rank
+    holds or has in a step.
     """
 
     rows: int
@@ -95,7 +98,6 @@ class Plan:
     merges: bool
     covers: bool
     positions: int
-    most_rows: int
     most_keys: int
 
 
@@ -111,21 +113,24 @@ def plan(placement: Placement, sight: Sight, exchange: str, rank: int, keep_posi
     covered = sorted(call.rows for step in steps for call in step.calls)
     merges = any(a[1] > b[0] for a, b in itertools.pairwise(covered))
     covers = joined_sorted(covered) == joined([(0, rows)])
-    return Plan(rows, steps, merges, covers, placement.length, most, most_keys)
+    return Plan(rows, steps, merges, covers, placement.length, most_keys)
 
 
 def _gathering(placement: Placement, sight: Sight, rank: int, keep_positions: bool) -> tuple[Step, ...]:
     ranks = range(placement.outer)
     needed = {r: _needed(placement, sight, r) for r in ranks}
     order = [(rank - t) % placement.outer for t in ranks[1:]]
-    receives = _present((s, _moves_by_chunk(placement, s, needed[rank])) for s in order)
-    sends = _present((d, _moves_by_chunk(placement, rank, needed[d])) for d in order[::-1])
+    is_laid = all(joined_sorted((*needed[r], *placement.segments(r))) == needed[r] for r in ranks)
+    lies = needed if is_laid else None
+    receives = _present((s, _moves_by_chunk(placement, s, needed[rank], lies)) for s in order)
+    sends = _present((d, _moves_by_chunk(placement, rank, needed[d], lies)) for d in order[::-1])
     own = None
     if receives or needed[rank] != joined_sorted(placement.segments(rank)):
         own = _moves(placement.segments(rank), needed[rank])
     places = needed[rank] if own is not None else placement.segments(rank)
     calls = _calls(sight, _wanted(placement, sight, rank), placement.segments(rank), places, keep_positions)
-    return (Step(size(places), receives, sends, own, calls),)
+    laid = _moves_by_chunk(placement, rank, needed[rank], lies) if is_laid else None
+    return (Step(size(places), receives, sends, own, calls, laid),)
 
 
 @functools.lru_cache(maxsize=256)
@@ -204,12 +209,21 @@ def _moves(segments: tuple[Interval, ...], places: tuple[Interval, ...]) -> tupl
     return tuple(found)
 
 
-def _moves_by_chunk(placement: Placement, owner: int, places: tuple[Interval, ...]) -> tuple[Move, ...]:
-    """The same of the rows of an outer rank, a part for each chunk."""
+def _moves_by_chunk(
+    placement: Placement,
+    owner: int,
+    places: tuple[Interval, ...],
+    lies: Mapping[int, tuple[Interval, ...]] | None,
+) -> tuple[Move, ...]:
+    """The same of the rows of an outer rank, a part for each chunk; ``lies`` are the keys of each rank, if all of its
+    own are among them."""
     found: list[Move] = []
     first = 0
     for part, chunk in enumerate(placement.chunks(owner)):
-        found += (m._replace(source=first + m.source, part=part) for m in _moves((chunk,), places))
+        for move in _moves((chunk,), places):
+            position = chunk[0] + move.source
+            laid = 0 if lies is None else _at((position, position + move.rows), lies[owner])[0]
+            found.append(move._replace(source=first + move.source, part=part, laid=laid))
         first += chunk[1] - chunk[0]
     return tuple(found)
 

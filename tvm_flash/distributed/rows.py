@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from tvm_flash.distributed.placement import Interval
+from tvm_flash.distributed.placement import Interval, common, gaps
 from tvm_flash.distributed.plan import Move
 
 #: What is copied at a time: 16 bytes, where elements of 2 bytes would take a GPU about three times as long.
@@ -51,7 +52,7 @@ class Rows(NamedTuple):
     def copy_(self, other: Rows) -> None:
         """Take over the numbers of others."""
         for x, y in zip(self, other, strict=True):
-            x.copy_(y)
+            copy(x, y)
 
     def add_(self, other: Rows) -> None:
         """Add others."""
@@ -65,32 +66,38 @@ class Rows(NamedTuple):
 
 
 class Sums:
-    """Gradients of the rows that a rank holds, in pieces that lie where they were computed."""
+    """Gradients of the rows that a rank holds, in pieces that lie where they were computed.
+
+    Attributes
+    ----------
+    rows: how many there are.
+    """
 
     def __init__(self, rows: int, own: tuple[Move, ...] | None, gradients: Rows):
         """``gradients`` are those of a step's keys, ``own`` where the rank's are among them: None if they are it."""
         moves = (Move(0, 0, rows),) if own is None else own
         pieces = [(move.source, gradients.target(move)) for move in moves]
-        seen = 0
-        for move in (*sorted(moves), Move(rows, 0, 0)):  # what no query of the rank's sees
-            if seen < move.source:
-                pieces.append((seen, gradients.like(move.source - seen, zeros=True)))
-            seen = move.source + move.rows
-        self._pieces = pieces
+        unseen = gaps(((move.source, move.source + move.rows) for move in moves), rows)
+        pieces += [(first, gradients.like(end - first, zeros=True)) for first, end in unseen]
+        self.rows, self._pieces = rows, pieces
 
     def add(self, first: int, other: Rows) -> None:
         """Add gradients of rows from ``first`` on."""
-        end = first + len(other.k)
-        for begin, piece in self._pieces:
-            a, b = max(first, begin), min(end, begin + len(piece.k))
-            if a < b:
-                piece.between(a - begin, b - begin).add_(other.between(a - first, b - first))
+        for piece, place in self._places((first, first + len(other.k))):
+            piece.add_(other.between(place[0] - first, place[1] - first))
 
-    def write(self, dk: torch.Tensor, dv: torch.Tensor) -> None:
-        """Put all of them, rounded, into tensors ``(batch, kv_heads, rows, dim)``."""
-        for first, piece in self._pieces:
+    def write(self, rows: Interval, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        """Put some of the rows, rounded, into tensors ``(batch, kv_heads, rows, dim)`` of all."""
+        for piece, place in self._places(rows):
             for to, x in zip((dk, dv), piece, strict=True):
-                copy(to[:, :, first : first + len(x)], x.to(to.dtype).permute(1, 2, 0, 3))
+                copy(to[:, :, slice(*place)], x.to(to.dtype).permute(1, 2, 0, 3))
+
+    def _places(self, rows: Interval) -> Iterator[tuple[Rows, Interval]]:
+        """The sums of some rows, piece by piece, and of which rows each is."""
+        for first, piece in self._pieces:
+            begin, end = common(rows, (first, first + len(piece.k)))
+            if begin < end:
+                yield piece.between(begin - first, end - first), (begin, end)
 
 
 def copy(to: torch.Tensor, x: torch.Tensor) -> None:
