@@ -1,20 +1,27 @@
 """Time attention over sequences that GPUs share, beside one of them and beside PyTorch's context_parallel.
 
-torchrun --nproc-per-node 2 scripts/bench_context_parallel.py --lengths 65536 262144 --output times.jsonl
+torchrun --nproc-per-node 2 scripts/bench_context_parallel.py --cells 65536:8:8 262144:8:8:60:20 --output times.jsonl
 
-Every rank must have the same time to spend: what doesn't fit into ``--seconds`` is left out.  Rates count the products
-that a mask leaves, two and a half times as many in the backward; the efficiency is that beside one GPU in the same run.
+A cell is a length, heads and heads of keys, and for each mask how many seconds rounds of ours may be begun, and then
+those of PyTorch's: ``LENGTH:HEADS:KV_HEADS[:SECONDS[:PEERS]]``.  All of ours are timed by turns, in one round at least,
+and all cells' before the first of PyTorch's, so that these never take their time.  The median of the rounds counts; in
+each, calls follow each other for a quarter of a second, on the slowest rank.  Rates count the products that a mask
+leaves, two and a half times as many in the backward; the efficiency is that beside one GPU in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
+import math
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,31 +30,69 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tvm_flash import flash_attention
-from tvm_flash.distributed import context_parallel_attention, shard_sequence
+from tvm_flash.distributed import context_parallel_attention, peers, shard_sequence
+from tvm_flash.distributed.agreement import axes_of
+
+ALONE, GATHER_BY_MESSAGES = "one GPU", "gather, by messages"
+
+#: Ours: what ``exchange`` is, where there are several ranks.
+WAYS = {ALONE: None, "gather": "gather", GATHER_BY_MESSAGES: "gather", "ring": "ring", "heads": "heads"}
 
 #: Of PyTorch's rings: what computes, with which of PyTorch's backends.
 PEERS = {
-    "torch, flash": (SDPBackend.FLASH_ATTENTION, None),
     "torch, cuDNN": (SDPBackend.CUDNN_ATTENTION, None),
     "torch, these kernels": (SDPBackend.FLASH_ATTENTION, "tvm_flash"),
+    "torch, flash": (SDPBackend.FLASH_ATTENTION, None),
 }
-WAYS = ("gather", "ring", "heads")
-ALONE = "one GPU"
 MASKS = {"causal": True, "full": False}
+
+#: For how long steps follow each other.
+_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is timed together, and for how many seconds rounds are begun."""
+
+    length: int
+    heads: int
+    kv_heads: int
+    seconds: float = 30.0
+    of_peers: float = 10.0
+    causal: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> Cell:
+        return cls(*(kind(x) for kind, x in zip((int, int, int, float, float), text.split(":"), strict=False)))
+
+    @property
+    def operations(self) -> float:
+        """Of the forward."""
+        return 4 * self.length**2 * self.heads * 128 * (0.5 if self.causal else 1)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """q, k, v and a gradient of the result, the same on all ranks."""
+        make = torch.Generator(device="cuda").manual_seed(0)
+        shapes = [(1, h, self.length, 128) for h in (self.heads, self.kv_heads, self.kv_heads, self.heads)]
+        return [torch.randn(s, generator=make, device="cuda", dtype=torch.bfloat16) for s in shapes]
+
+
+def slowest(seconds: float) -> float:
+    """The most of all ranks."""
+    most = torch.tensor([seconds], device="cuda")
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
 
 
 def seconds(step: Callable[[], object], repeats: int) -> float:
-    """Of a step on the slowest rank, after one that isn't counted."""
-    step()
+    """Of a step on the slowest rank, where steps follow each other."""
     torch.cuda.synchronize()
     dist.barrier()
     begin = time.perf_counter()
     for _ in range(repeats):
         step()
     torch.cuda.synchronize()
-    spent = torch.tensor([(time.perf_counter() - begin) / repeats], device="cuda")
-    dist.all_reduce(spent, dist.ReduceOp.MAX)
-    return spent.item()
+    return slowest((time.perf_counter() - begin) / repeats)
 
 
 def steps(attend: Callable, tensors: list[torch.Tensor], dout: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -67,7 +112,7 @@ def steps(attend: Callable, tensors: list[torch.Tensor], dout: torch.Tensor) -> 
 
 
 @contextlib.contextmanager
-def torch_ring(mesh: DeviceMesh, backend: SDPBackend, implementation: str | None, causal: bool, tensors):
+def torch_ring(mesh: DeviceMesh, backend: SDPBackend, implementation: str | None, causal: bool, tensors) -> Iterator:
     """PyTorch's context_parallel over copies of tensors, which are then this rank's parts."""
     from torch.distributed.tensor.experimental import _attention, context_parallel
     from torch.nn import attention
@@ -88,74 +133,134 @@ def torch_ring(mesh: DeviceMesh, backend: SDPBackend, implementation: str | None
             attention.restore_flash_attention_impl()
 
 
-def measure(
-    mesh: DeviceMesh, length: int, causal: bool, heads: tuple[int, int], who: list[str], until: float, say: Callable
-) -> None:
-    make = torch.Generator(device="cuda").manual_seed(0)
-    shapes = [(1, h, length, 128) for h in (heads[0], heads[1], heads[1], heads[0])]
-    *tensors, dout = (torch.randn(s, generator=make, device="cuda", dtype=torch.bfloat16) for s in shapes)
-    repeats = 5 if length <= 1 << 16 else 2
+class Timing:
+    """The rounds of a cell."""
 
-    def timed(who: str, attend: Callable, tensors, dout) -> None:
-        for what, step in steps(attend, tensors, dout).items():
-            late = torch.tensor([float(time.monotonic() > until)], device="cuda")
-            dist.all_reduce(late, dist.ReduceOp.MAX)
-            if late.item():
-                say(who=who, what=what, length=length, causal=causal, left_out="no time")
-                continue
-            spent = seconds(step, repeats)
-            operations = 4 * length**2 * heads[0] * 128 * (0.5 if causal else 1) * (1 if what == "forward" else 3.5)
-            say(who=who, what=what, length=length, causal=causal, seconds=spent, tflops=operations / spent / 1e12)
+    def __init__(self, cell: Cell, meshes: dict[str, DeviceMesh]):
+        """``meshes`` by what is timed."""
+        self._cell, self._meshes = cell, meshes
+        self._repeats: dict[tuple[str, str], int] = {}
+        self._found: dict[tuple[str, str], list[float]] = {}
+        self._failed: dict[str, str] = {}
 
-    if ALONE in who:
-        timed(ALONE, lambda q, k, v: flash_attention(q, k, v, causal=causal), tensors, dout)
-    for way in [x for x in WAYS if x in who]:
-        own = [shard_sequence(x, mesh, dim=2, exchange=way) for x in (*tensors, dout)]
+    def rounds(self, who: list[str], most: int, until: float, *, one: bool) -> None:
+        """Time some by turns until a time of ``monotonic()``; ``one``: a round is whole, and there is one at least."""
+        tensors = self._cell.tensors()
+        for number in range(most):
+            for at, name in enumerate(who):
+                if not (one and (number == 0 or at > 0)) and slowest(time.monotonic() - until) > 0:
+                    return
+                if name not in self._failed:
+                    self._time(name, tensors)
 
-        def attend(q, k, v, way=way):
-            return context_parallel_attention(q, k, v, mesh, causal=causal, exchange=way)
-
-        timed(way, attend, own[:3], own[3])
-    for name, (backend, implementation) in PEERS.items():
-        if name not in who:
-            continue
+    def _time(self, name: str, tensors: list[torch.Tensor]) -> None:
         try:
-            with torch_ring(mesh, backend, implementation, causal, (*tensors, dout)) as own:
-                timed(name, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), own[:3], own[3])
+            with self._steps(name, tensors) as both:
+                for what, step in both.items():
+                    if (name, what) not in self._repeats:
+                        spent = seconds(step, 1)
+                        spent = seconds(step, 1) if spent < _SECONDS else spent
+                        self._repeats[name, what] = math.ceil(_SECONDS / spent)
+                    self._found.setdefault((name, what), []).append(seconds(step, self._repeats[name, what]))
         except Exception as e:  # a peer that can't is a result
-            say(who=name, length=length, causal=causal, left_out=f"{type(e).__name__}: {str(e).splitlines()[0]}"[:200])
+            if name not in PEERS:
+                raise
+            self._failed[name] = f"{type(e).__name__}: {str(e).splitlines()[0]}"[:200]
+
+    @contextlib.contextmanager
+    def _steps(self, name: str, tensors: list[torch.Tensor]) -> Iterator[dict[str, Callable[[], object]]]:
+        causal, mesh = self._cell.causal, self._meshes.get(name)
+        if name == ALONE:
+            *whole, dout = tensors
+            yield steps(lambda q, k, v: flash_attention(q, k, v, causal=causal), whole, dout)
+        elif name in WAYS:
+            options = {"causal": causal, "exchange": WAYS[name]}
+            *own, dout = (shard_sequence(x, mesh, dim=2) for x in tensors)
+            yield steps(lambda q, k, v: context_parallel_attention(q, k, v, mesh, **options), own, dout)
+        else:
+            with torch_ring(mesh, *PEERS[name], causal, tensors) as (*own, dout):
+                yield steps(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), own, dout)
+
+    def lines(self, who: list[str]) -> Iterator[dict]:
+        """What was found of some."""
+        cell = self._cell
+        about = {"length": cell.length, "heads": cell.heads, "kv_heads": cell.kv_heads, "causal": cell.causal}
+        for name in who:
+            for what, times in (("forward", 1), ("forward and backward", 3.5)):
+                line = {"who": name, "what": what, **about}
+                if name in self._failed:
+                    yield line | {"left_out": self._failed[name]}
+                elif (name, what) not in self._found:
+                    yield line | {"left_out": "no time"}
+                else:
+                    rounds = self._found[name, what]
+                    spent = statistics.median(rounds)
+                    yield line | {"seconds": spent, "tflops": times * cell.operations / spent / 1e12, "rounds": rounds}
+
+
+def meshes_of(who: list[str]) -> dict[str, DeviceMesh]:
+    """The mesh on which each is timed: by messages on one of its own, whose ranks are told not to read memory."""
+    ranks = dist.get_world_size()
+    found = dict.fromkeys(who, init_device_mesh("cuda", (ranks,)))
+    axes_of(found[who[0]])  # asks the ranks
+    if GATHER_BY_MESSAGES in who:
+        mesh = DeviceMesh.from_group(dist.new_group(), "cuda", torch.arange(ranks))
+        told = os.environ.get(peers.VARIABLE)
+        os.environ[peers.VARIABLE] = "0"
+        axes_of(mesh)
+        os.environ.pop(peers.VARIABLE)
+        if told is not None:
+            os.environ[peers.VARIABLE] = told
+        found[GATHER_BY_MESSAGES] = mesh
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1 << 16, 1 << 18])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    everyone = [ALONE, *WAYS, *PEERS]
+    cells = [Cell(*sizes) for sizes in ((1 << 16, 8, 8), (1 << 18, 8, 8), (1 << 16, 32, 8), (1 << 16, 32, 32))]
+    parser.add_argument(
+        "--cells", type=Cell.parse, nargs="+", default=cells, help="LENGTH:HEADS:KV_HEADS[:SECONDS[:PEERS]]"
+    )
+    everyone = [*WAYS, *PEERS]
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=[*MASKS])
     parser.add_argument("--who", nargs="+", choices=everyone, default=everyone, help="what is timed (default: all)")
-    parser.add_argument("--seconds", type=float, default=600, help="after so many nothing is begun")
+    parser.add_argument("--rounds", type=int, default=5, help="at most (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after so many nothing of PyTorch's is begun")
     parser.add_argument("--output", help="a file to which a line of JSON is added for each figure")
     options = parser.parse_args()
-    until = time.monotonic() + options.seconds
+    end = time.monotonic() + options.seconds
     dist.init_process_group("nccl")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    meshes = meshes_of(options.who)
     about = {
         "device": torch.cuda.get_device_name(), "ranks": dist.get_world_size(), "torch": torch.__version__,
-        "heads": options.heads, "kv_heads": options.kv_heads, "head_dim": 128, "dtype": "bfloat16",
+        "head_dim": 128, "dtype": "bfloat16",
     }  # fmt: skip
 
-    def say(**what) -> None:
-        if dist.get_rank() == 0:
-            print(json.dumps(what), flush=True)
-            if options.output:
-                with open(options.output, "a") as file:
-                    file.write(json.dumps(about | what) + "\n")
+    def say(timing: Timing, who: list[str]) -> None:
+        for line in timing.lines(who):
+            if WAYS.get(line["who"]):
+                mesh = meshes[line["who"]]
+                line |= {"peer_memory": axes_of(mesh, line["who"] == "heads").peers is not None}
+            if dist.get_rank() == 0:
+                print(json.dumps(line), flush=True)
+                if options.output:
+                    with open(options.output, "a") as file:
+                        file.write(json.dumps(about | line) + "\n")
 
-    for length in options.lengths:
-        for mask in options.masks:
-            measure(mesh, length, MASKS[mask], (options.heads, options.kv_heads), options.who, until, say)
+    timings = [
+        (cell, Timing(cell, meshes))
+        for of_all in options.cells
+        for mask in options.masks
+        for cell in [dataclasses.replace(of_all, causal=MASKS[mask])]
+    ]
+    ours, theirs = ([x for x in options.who if x in of] for of in (WAYS, PEERS))
+    for cell, timing in timings:
+        timing.rounds(ours, options.rounds, time.monotonic() + cell.seconds, one=True)
+        say(timing, ours)
+    for cell, timing in timings:
+        timing.rounds(theirs, options.rounds, min(end, time.monotonic() + cell.of_peers), one=False)
+        say(timing, theirs)
     dist.destroy_process_group()
     return 0
 
