@@ -80,10 +80,10 @@ def agreed_placement(name: str, everything: list[dict[str, Any]], axes: Axes, ba
     """
     rows = [said["rows"] for said in everything]
     placement = Placement(sum(rows), *axes.dealt, balance)
-    for rank, found, held in zip(axes.ranks, rows, placement.order(), strict=True):
-        if found != size(held):
+    for rank, found, expected in zip(axes.ranks, rows, _sizes_of_parts(placement), strict=True):
+        if found != expected:
             raise InvalidArgumentError(
-                f"{name}: has {found} rows on rank {rank}, expected {size(held)} of {sum(rows)} positions in all; use "
+                f"{name}: has {found} rows on rank {rank}, expected {expected} of {sum(rows)} positions in all; use "
                 f"tvm_flash.distributed.shard_sequence with the same mesh and balance={balance!r}"
             )
     for rank, said in zip(axes.ranks, everything, strict=True):
@@ -97,6 +97,12 @@ def agreed_placement(name: str, everything: list[dict[str, Any]], axes: Axes, ba
                 f"that {name} was dealt out by"
             )
     return placement
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes_of_parts(placement: Placement) -> tuple[int, ...]:
+    """How many rows each rank has, by its place in the mesh."""
+    return tuple(map(size, placement.order()))
 
 
 @functools.lru_cache(maxsize=64)
