@@ -26,11 +26,13 @@ FAR = -1e9
 FAR_ROWS = slice(3, 7)
 
 #: Of (heads, kv_heads, seqlen_q, seqlen_kv), and how tensors lie: with all sizes, the same for all heads and batch
-#: entries, the same for all keys, or with strides that divide nothing; or with all sizes, and some biases of ``FAR``.
+#: entries, for all keys, or for all queries, or with strides that divide nothing; or with all sizes, and some biases of
+#: ``FAR``.
 TRIALS = (
     ((2, 1, 150, 200), "whole"),
     ((4, 2, 70, 332), "same for heads"),
     ((1, 1, 130, 96), "same for keys"),
+    ((2, 1, 70, 208), "same for queries"),
     ((2, 2, 65, 129), "apart"),
     ((2, 1, 90, 330), "far"),
 )
@@ -85,7 +87,7 @@ class Problem:
 
     def _values(self, param: Param, rng):
         extents = {"b": self.batch, "h": self.sizes[0], "i": self.sizes[2], "j": self.sizes[3]}
-        missing = {"same for heads": "bh", "same for keys": "j"}.get(self.lie, "")
+        missing = {"same for heads": "bh", "same for keys": "j", "same for queries": "i"}.get(self.lie, "")
         shape = [1 if a in missing and len(param.axes) > 1 else extents[a] for a in param.axes]
         if param.rank:
             return rng.standard_normal((self.sizes[0], *[101] * (param.rank - 1)), np.float32)
@@ -235,14 +237,21 @@ def _forward(problem: Problem):
 
 
 def backward(kernel: Kernel, which=TRIALS) -> Iterator[Trial]:
-    """Trials of a backward kernel, all or those named."""
-    for problem in (Problem(kernel, *x) for x in which):
+    """Trials of a backward kernel, all or those named; the first one also of a caller who asks for no gradient of a
+    tensor, if there are any."""
+    problems = [Problem(kernel, *x) for x in which]
+    for problem in problems:
         yield Trial(f"gradients, tensors {problem.lie} {problem.sizes}", *_backward(problem))
+    if any(p.gradient and p.is_tensor for p in kernel.params):
+        problem = problems[0]
+        yield Trial(f"gradients of no tensor, {problem.lie} {problem.sizes}", *_backward(problem, asked=False))
 
 
-def _backward(problem: Problem):
+def _backward(problem: Problem, asked: bool = True):
     kernel = problem.kernel
-    learnt = [p for p in kernel.params if p.gradient]
+    # Gradients of a head's parameters are always made.
+    learnt = [p for p in kernel.params if p.gradient and (asked or p.of_gradient in ("", "bh"))]
+    unasked = [p for p in kernel.params if p.gradient and p not in learnt]
 
     def run(compute: Compute, device: str) -> Results:
         values = problem.given(device)
@@ -253,7 +262,9 @@ def _backward(problem: Problem):
         values |= {n: torch.from_numpy(x).to(device) for n, x in flat.items()}
         results = {f"d{n}": torch.full_like(values[n], torch.nan) for n in "qkv"}
         of_params = {f"d_{p.name}": torch.full(problem.gradient_shape(p), torch.nan, device=device) for p in learnt}
-        compute({**values, **results, **of_params}, problem.extents)
+        none = {f"d_{p.name}": torch.full((1,) * (p.rank or len(p.of_gradient)), 7.0, device=device) for p in unasked}
+        compute({**values, **results, **of_params, **none}, problem.extents)
+        assert all((x == 7).all() for x in none.values()), "a gradient was written that nobody asked for"
         if kernel.layout == "bshd":
             results = {n: x.transpose(1, 2) for n, x in results.items()}
         return tuple(x.double().cpu().numpy() for x in (*results.values(), *of_params.values()))

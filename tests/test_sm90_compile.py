@@ -188,7 +188,7 @@ def test_defaults_are_feasible(template, head_dims, mask, score):
         ({}, {"tiles_per_cta": 3}, "tiles_per_cta 3"),
         ({}, {"num_consumer_warpgroups": 3}, "registers"),
         ({"mask": "sink_window"}, {"tiles_per_cta": 2}, "gaps"),
-        ({"mask": "padded"}, {"waves": 1}, "waves 0"),
+        ({"mask": "positioned", "score": "optional_sinks"}, {"waves": 1, "overlap_tiles": True}, "a sink"),
         ({"score": "alibi"}, {"pack_heads": True}, "from head to head"),
         ({"head_dim": 72}, {}, "head_dim 72"),
         ({"head_dim": 64, "head_dim_v": 128}, {}, "head_dim_v 128 exceeds"),

@@ -121,6 +121,21 @@ def test_scores_that_outgrow_a_row_s_first_maximum(kernel):
     torch_cases.check(case, data, *attend(kernel, case, data))
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "mask", "score", "changes"),
+    [
+        (128, "window", "softcap_alibi", {"overlap_tiles": True}),
+        (64, "positioned", "optional_sinks", {"overlap_tiles": False}),
+        (128, "padded", "identity", {}),
+    ],
+)
+def test_parameters_of_heads_that_a_block_goes_on_to(head_dim, mask, score, changes, tmp_path):
+    pattern = pattern_of(KernelSpec("v2", BUILTIN_DEFINITION, mask, score, "float16", head_dim, head_dim), TARGET)
+    config = replace(sm90.default_configs("v2", pattern, TARGET)[0], waves=1, **changes)
+    kernel = made("forward", "v2", head_dim, head_dim, mask, score, "float16", tmp_path, config=config)
+    test_full_width_grouped_heads_and_every_order_of_turns(kernel)
+
+
 @pytest.mark.parametrize(("head_dim", "heights"), [(32, (64,)), (64, (192, 128, 64))])
 def test_the_height_of_work_tiles_changes_no_bits(head_dim, heights, tmp_path):
     """Lengths that divide no tile, rows that outgrow their first maximum, few multiprocessors."""

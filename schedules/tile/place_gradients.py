@@ -24,7 +24,7 @@ from tvm.script import tirx as T
 from schedules.definition.parameters import gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern, Site
 from schedules.tile.fragment import Fragment
-from schedules.tile.geometry import local, wide
+from schedules.tile.geometry import Geometry, local, wide
 from schedules.tile.parameters import OfHead
 from schedules.tile.softmax import from_lane
 from tvm_flash.packs.manifest import Param
@@ -44,6 +44,12 @@ class Targets:
         self.arguments, self.buffers = gradient_symbols(self.params, pattern.index_dtype)
         self.roles = tuple(map(gradient_name, self.params))
 
+    def is_wanted(self, param: Param, sizes: Site | Geometry) -> Expr:
+        """Whether somebody asked for one of them, of a call of such sizes."""
+        extents = {"b": sizes.batch, "h": sizes.heads, "i": sizes.seqlen_q, "j": sizes.seqlen_kv}
+        shape = self.buffers[param.name].shape
+        return tirx.all(*(n >= extents[a] for n, a in zip(shape, param.of_gradient, strict=True)))
+
 
 @T.meta_class
 class PlaceGradients:
@@ -58,7 +64,7 @@ class PlaceGradients:
         self.params = targets.params
         self.targets = {p.name: OfHead(targets.buffers[p.name], p.of_gradient) for p in self.params}
         self.first = {name: local(x.offset(at.b, at.h)) for name, x in self.targets.items()}
-        self.wanted = {p.name: self._is_wanted(p, targets.buffers[p.name]) for p in self.params}
+        self.wanted = {p.name: targets.is_wanted(p, at) for p in self.params}
         # one lane's share of each of its rows
         rows = [p.name for p in self.params if not self._is_of_scores(p)]
         self.sums = {name: T.alloc_local([2 * m_tiles], "float32") for name in rows}
@@ -68,10 +74,6 @@ class PlaceGradients:
 
     def _is_of_scores(self, param: Param) -> bool:
         return "i" in param.axes and "j" in param.axes
-
-    def _is_wanted(self, param: Param, buffer) -> Expr:
-        extents = {"b": self.at.batch, "h": self.at.heads, "i": self.at.seqlen_q, "j": self.at.seqlen_kv}
-        return tirx.all(*(n >= extents[a] for n, a in zip(buffer.shape, param.of_gradient, strict=True)))
 
     def _store(self, name: str, value: Expr, i: Expr, j: Expr):
         target, at = self.targets[name], {"i": i, "j": j}

@@ -67,6 +67,7 @@ void copy_later(uint32_t to, const void* from, uint32_t size, uint32_t whole = 1
 void commit();
 void wait(size_t in_flight);
 void load4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from);
+void load1(uint32_t& a, uint32_t from);
 void load2(uint32_t& a, uint32_t& b, uint32_t from);
 void load2_of_cluster(float& a, float& b, uint32_t from);
 void load_or_zero(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from, int exists);

@@ -25,6 +25,7 @@ _INSTRUCTIONS = {
     # Loads, stores, cp.async.
     r"ld\.shared::cluster\.v2": "simt::load2_of_cluster({0}, {1}, {2} + {offset});",
     r"mapa\.shared::cluster\.u32 ": "{0} = simt::map_to_rank({1}, {2});",
+    r"ld\.shared\.b32 ": "simt::load1({0}, {1} + {offset});",
     r"ld\.shared\.v2": "simt::load2({0}, {1}, {2} + {offset});",
     r"ld\.shared\.v4": "simt::load4({0}, {1}, {2}, {3}, {4} + {offset});",
     r"st\.shared\.v[24]\.\w\d\d |st\.shared\.\w\d\d ": "simt::store_shared({0} + {offset}, {{{rest1}}});",

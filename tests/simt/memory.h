@@ -66,6 +66,12 @@ void load4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from) {
   const uint32_t* p = (const uint32_t*)at(from);
   a = p[0], b = p[1], c = p[2], d = p[3];
 }
+void load1(uint32_t& a, uint32_t from) {
+  wait(0);
+  land(self().open);
+  self().open.clear();
+  a = *(const uint32_t*)at(from);
+}
 void load2(uint32_t& a, uint32_t& b, uint32_t from) {
   wait(0);
   land(self().open);

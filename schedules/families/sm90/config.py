@@ -120,28 +120,43 @@ class Config:
 
 
 def boxed(pattern: Pattern) -> Param | None:
-    """The parameter that may come in boxes: the one tensor whose elements differ from key to key, of 16 or 32 bits."""
+    """The parameter that may come in boxes: the one tensor whose elements differ from key to key."""
     over_keys = [p for p in pattern.params if "j" in p.axes]
-    return over_keys[0] if len(over_keys) == 1 and BYTES[over_keys[0].dtype] > 1 else None
+    return over_keys[0] if len(over_keys) == 1 else None
 
 
-def box_width(block_n: int) -> int:
-    """Columns of a box: those of the tile in as few boxes as are odd multiples of 8, or in one that is wider."""
-    eights = block_n // 8
-    odd = eights // (eights & -eights)
-    return 8 * odd if odd > 1 else block_n + 8
+def comes_in_boxes(pattern: Pattern) -> bool:
+    """Whether forward kernels have that tensor in boxes, unless their configuration says otherwise."""
+    return boxed(pattern) is not None and not pattern.has_gaps and pattern.head_dim <= 128
 
 
-def boxes_of(block_n: int) -> int:
+def is_mask_in_boxes(pattern: Pattern) -> bool:
+    """Whether that tensor is the mask, and nothing else changes scores."""
+    only = len(pattern.params) == 1 and pattern.params == pattern.of_mask
+    return comes_in_boxes(pattern) and pattern.is_scale_only and only and not pattern.narrows
+
+
+def box_width(block_n: int, dtype: str) -> int:
+    """Columns of a box: those of the tile in as few boxes as are odd multiples of 8, or of 16 bytes, or in one that is
+    wider."""
+    unit = max(8, 16 // BYTES[dtype])
+    units = block_n // unit
+    odd = units // (units & -units)
+    return unit * odd if odd > 1 else block_n + unit
+
+
+def boxes_of(block_n: int, dtype: str) -> int:
     """Boxes of a tile."""
-    return -(-block_n // box_width(block_n))
+    return -(-block_n // box_width(block_n, dtype))
 
 
 def tensor_memory(pattern: Pattern, config: Config) -> int:
     """Bytes of shared memory that tiles of a tensor need."""
     if not config.tensor_stages:
         return 0
-    tile = WARPGROUP_ROWS * boxes_of(config.block_n) * box_width(config.block_n) * BYTES[boxed(pattern).dtype]
+    dtype = boxed(pattern).dtype
+    columns = boxes_of(config.block_n, dtype) * box_width(config.block_n, dtype)
+    tile = WARPGROUP_ROWS * columns * BYTES[dtype]
     return config.tensor_stages * config.num_consumer_warpgroups * tile
 
 
@@ -214,16 +229,16 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected("a mask with gaps needs tiles_per_cta 1 and waves 0: its tiles are counted as they come")
     if (pattern.depends_on_head or pattern.has_sink) and config.pack_heads:
         return Rejected("a score, a mask or a sink that differs from head to head can't have heads packed")
-    if any(p.is_tensor for p in pattern.params) and config.persistent and config.keeps_parameters:
-        return Rejected("parameters of each head need waves 0: a block reads them once")
+    if pattern.lists_tiles and config.persistent and config.keeps_parameters:
+        return Rejected("a mask whose tiles are listed needs waves 0: a block follows one list")
+    if pattern.has_sink and config.persistent and config.overlap_tiles:
+        return Rejected("a sink needs waves 0 or no overlap_tiles: it is put in at the head that the block has come to")
     if config.tensors_ahead and (not config.running_max or pattern.has_gaps):
         return Rejected("tensors_ahead needs running_max, as a step may not be taken again, and a mask without gaps")
     if config.tensor_stages and (boxed(pattern) is None or pattern.has_gaps):
-        return Rejected("tensor_stages needs one tensor over keys, of 16 or 32 bits, and a mask without gaps")
-    if config.tensor_stages and (config.several_tiles or config.running_max):
-        return Rejected(
-            "tensor_stages needs tiles_per_cta 1, waves 0 and no running_max: its steps keep their products"
-        )
+        return Rejected("tensor_stages needs one tensor over keys, and a mask without gaps")
+    if config.tensor_stages and config.running_max:
+        return Rejected("tensor_stages needs no running_max: its steps keep their products")
     if config.batches_beside and config.head_section != 1:
         return Rejected("batches_beside needs head_section 1, as it is an order of its own")
     if config.overlap_tiles and not (config.several_tiles and q_stages(pattern, config) == 2):

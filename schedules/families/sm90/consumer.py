@@ -98,7 +98,7 @@ class Consumer(Steps):
 
     @T.inline
     def keep(self):
-        """Keep the sums of a work tile that is scored; the sink is that of the head, which a block's tiles share."""
+        """Keep the sums of a work tile that is scored; the sink is that of the head that the block has come to."""
         self.finished.keep(self.softmax)
         if self.finished.has_sink:
             self.finished.add_sink(lambda row: self.block.geometry.sink(self.pattern, self.block.site))
@@ -145,6 +145,8 @@ class Consumer(Steps):
         self.issue(k, v)
         self.keep()
         self.first_softmax(walk, k)
+        if static(self.boxes is not None):
+            self.boxes.release(self.boxed_state(), self.index, self.lane)
         self.next_k(k, self._more(walk, 0))
         self.finish_pv(v)
         self.write(self.block.tile - 1)

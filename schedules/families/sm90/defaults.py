@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Target
-from schedules.families.sm90.config import BY_LENGTH, Config, boxed
+from schedules.families.sm90.config import BY_LENGTH, Config, comes_in_boxes, is_mask_in_boxes
 
 #: Up to head_dim 64.  Four consumer warpgroups hide each other's waits where two take turns (+12% at 512), and a
 #: persistent kernel has the next work tile's queries and keys there in time (a further 11%).
@@ -18,7 +18,7 @@ _FOUR = Config(num_consumer_warpgroups=4, block_n=64, num_stages=4, pingpong=Fal
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """Configurations by the fewest keys that they are meant for."""
     configs = _configs(pattern)
-    if any(p.is_tensor for p in pattern.params):  # read once, for one place
+    if any(p.is_tensor for p in pattern.params) and not is_mask_in_boxes(pattern):  # read once, for one place
         configs = {
             b: replace(c, waves=0, overlap_tiles=c.overlap_tiles and c.tiles_per_cta > 1) for b, c in configs.items()
         }
@@ -111,7 +111,7 @@ def _of_positions(pattern: Pattern) -> dict[int, Config]:
 def _with_tensors(pattern: Pattern) -> Config:
     """Fewer keys, as what tensors hold for a step's scores is in registers too; a bias may hide all that a row's first
     tile has, so that every step looks for the maximum, unless its products are kept."""
-    if boxed(pattern) is not None and not pattern.has_gaps and pattern.head_dim <= 128:
+    if comes_in_boxes(pattern):
         return _in_boxes(pattern)
     # What the next step needs is fetched as soon as a step has its scores: 457 TFLOP/s in place of 348 at head_dim 128
     # with a bias of queries and keys, 288 in place of 208 at 64.
@@ -127,16 +127,20 @@ def _with_tensors(pattern: Pattern) -> Config:
 
 
 def _in_boxes(pattern: Pattern) -> Config:
-    """Those of a tensor that comes to shared memory in boxes; with more keys a mask's kernels would spill.
+    """Those of a tensor that comes to shared memory in boxes; with more keys a kernel would spill whose mask asks for
+    positions too.
 
     With a bias of queries and keys, for each head, and of batch and keys, bfloat16, 4 x 4096 positions, TFLOP/s: at
-    head_dim 128 536, 539 and 556 (688 without), 517, 517 and 510 with three warpgroups of 48 keys; at 64 367, 365 and
-    380 (503 without), 360, 345 and 359 with four of 48.
+    head_dim 128 545, 547 and 572 (688 without), 522, 513 and 514 if persistent with 80 keys; at 64 363, 366 and 384
+    (535 without), 318 to 344 if persistent with 112 or 96.  With a boolean mask: at 128, persistent, 599, 599 and 622
+    (758 without), 566 to 576 with 80 keys; at 64 416, 410 and 425 (591 without), 363 to 381 if persistent.
     """
     usual = Config(tensor_stages=2, batches_beside=True)
+    alike = pattern.is_unmasked or is_mask_in_boxes(pattern)
     if pattern.head_dim <= 64:
-        return replace(usual, num_consumer_warpgroups=3, block_n=80 if pattern.is_unmasked else 64, num_stages=4)
-    return replace(usual, block_n=96 if pattern.is_unmasked else 80)
+        return replace(usual, num_consumer_warpgroups=3, block_n=80 if alike else 64, num_stages=4)
+    goes_on = is_mask_in_boxes(pattern)
+    return replace(usual, block_n=96 if alike else 80, waves=int(goes_on), overlap_tiles=goes_on)
 
 
 def _head_dim_64(pattern: Pattern) -> dict[int, Config]:

@@ -17,7 +17,14 @@ from schedules.families.sm90.consumer import Consumer
 from schedules.families.sm90.epilogue import epilogue
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
-from schedules.families.sm90.producer import fetch_keys, fetch_pages, fetch_queries, prologue, store_outputs
+from schedules.families.sm90.producer import (
+    fetch_keys,
+    fetch_pages,
+    fetch_queries,
+    fetch_tensors,
+    prologue,
+    store_outputs,
+)
 from schedules.families.sm90.tensor_boxes import tensor_boxes
 from schedules.families.sm90.tile_scheduler import TileScheduler
 from schedules.families.sm90.work_tile import Block
@@ -127,9 +134,8 @@ def attend(pattern: Pattern, config: Config, geometry: Geometry, rows: Rows, sch
         if warp == first:
             if static(scheduler.looks_up):
                 scheduler.feed(block, q_pipeline, q_map, lane)
-            elif static(tensors is not None):  # a block has one work tile
-                if T.cuda.elect_sync():
-                    tensors.fetch(block, tensor_map)
+            elif static(tensors is not None):
+                fetch_tensors(block, tensors, tensor_map, lane, q_pipeline, q_map)
             else:
                 if T.cuda.elect_sync():
                     fetch_queries(block, q_pipeline, q_map)

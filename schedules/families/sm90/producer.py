@@ -2,6 +2,7 @@
 where keys lie on pages, the lanes share the boxes of a tile.
 
 Warp 0 fetches K, warp 1 V, warp 2 the queries of further work tiles, and warp 3 stores what the consumers have written.
+Where a tensor comes in boxes all lanes of warp 2 fetch these.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ def _fetch_tiles(block, pipeline, descriptor, first, n):
                 pipeline.producer_acquire(pipeline.state(n))
                 pipeline.load(pipeline.state(n), descriptor, block.keys(walk.key_first(i)))
             n = n + 1
+
+
+@T.inline
+def _fetch_queries(block, q, q_map, tile):
+    """Fetch those of the work tile that the block has come to, number ``tile``."""
+    q.producer_acquire(q.state(tile))
+    q.load(q.state(tile), q_map, block.queries(0))
 
 
 @T.inline
@@ -77,8 +85,23 @@ def fetch_queries(block, q, q_map):
     """Fetch the queries of each work tile after the first."""
     for t in T.serial(1, block.tiles):
         block.advance()
-        q.producer_acquire(q.state(t))
-        q.load(q.state(t), q_map, block.queries(0))
+        _fetch_queries(block, q, q_map, t)
+
+
+@T.inline
+def fetch_tensors(block, tensors, descriptor, lane, q=None, q_map=None):
+    """A whole warp: fetch the tiles of a tensor in boxes; where there is a pipeline of queries, before those of each
+    work tile after the first its queries."""
+    n: T.int32 = 0
+
+    @T.inline
+    def fetch(t):
+        if static(q is not None):
+            if T.And(t > 0, lane == 0):
+                _fetch_queries(block, q, q_map, t)
+        tensors.fetch(block, descriptor, lane, n)
+
+    block.scheduler.each_tile(block, True, lane, fetch)
 
 
 @T.inline

@@ -17,7 +17,7 @@ from schedules.families.sm90.tensor_tile import FetchedTensors
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import flat
-from schedules.tile.score import LOG2_E
+from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 from schedules.tile.softmax import LOWEST, OnlineSoftmax
 from schedules.tile.static import static
 
@@ -48,7 +48,8 @@ class Softmax(FetchedTensors, OnlineSoftmax):
         self.step_sum = T.alloc_local([2], "float32")
 
     def add_to_products(self, added) -> None:
-        """Let what is added to products be computed beforehand, in registers ``added``."""
+        """Let what is added to products be computed beforehand, in registers ``added``: where the score is but the
+        scaled product, −inf where the mask hides it."""
         self.added = added
         self.near = T.alloc_local([2], "float32")  # references, if those of the warp are near; else 0
         self.far = T.local_scalar("int32")
@@ -66,17 +67,24 @@ class Softmax(FetchedTensors, OnlineSoftmax):
 
     @T.inline
     def add_beforehand(self, row0, column0, relative):
-        """Compute what is added to the products of a step; ``relative`` to references, if these are near."""
-        if static(self.added is not None):
+        """Compute what is added to the products of a step; ``relative`` to references, if these are near.
+
+        Where that is what a mask hides, all keys exist, and scores that are made without it are masked in their turn.
+        """
+        if static(self.added is not None and (relative or not self.folded)):
             for g in T.unroll(self.groups):
                 for r in T.unroll(2):
                     for e in T.unroll(2):
                         self.look_at(0, g, r, e)
                         at = T.meta_var(self.position(row0, column0, 0, g, r, e))
                         i = T.meta_var(g * 4 + r * 2 + e)
-                        self.added[i] = self.pattern.added(self.here, *at) * T.float32(LOG2_E)
-                        if static(relative):
-                            self.added[i] = self.added[i] - self.near[r]
+                        if static(self.folded):
+                            seen = T.meta_var(self.pattern.mask_inside(self.here, *at))
+                            self.added[i] = T.Select(seen, T.float32(0) - self.near[r], T.float32(NEGATIVE_INFINITY))
+                        else:
+                            self.added[i] = self.pattern.added(self.here, *at) * T.float32(LOG2_E)
+                            if static(relative):
+                                self.added[i] = self.added[i] - self.near[r]
 
     def modified(self, s, i, j, chosen=None):
         if self.added is None:

@@ -97,7 +97,9 @@ class Steps:
         # Probabilities are apart where scores may be needed once more: (64, block_n) float32.
         apart = self.guesses or self.boxes is not None
         self.weights = T.alloc_local([config.block_n // 2], "float32") if apart else self.acc_s
-        if self.boxes is not None and pattern.is_added_to:
+        # What is in boxes is added, or hides; or else changes the score in another way.
+        self.hides = self.boxes is not None and pattern.is_scale_only
+        if self.boxes is not None and (self.hides or pattern.is_added_to):
             self.softmax.add_to_products(self.weights)
         self.finished = Finished(self.softmax)
         self.n = T.local_scalar("int32")  # tiles of keys that were scored, over all work tiles
@@ -330,7 +332,7 @@ class Steps:
         k = T.meta_var(self.k_state())
         v = T.meta_var(self.v_state())
         boxed = T.meta_var(self.boxed_state())
-        at_once = T.meta_var(softmax.added is not None and not masked)
+        at_once = T.meta_var(softmax.added is not None and (self.hides or not masked))
         self.take(boxed, key_first)
         self.issue_both(k, v)
         softmax.add_beforehand(self._row0(), self._column0(key_first), at_once)
@@ -348,7 +350,7 @@ class Steps:
             if static(at_once):
                 self.take(boxed, key_first)
                 softmax.add_beforehand(self._row0(), self._column0(key_first), False)
-                softmax.scores(S, self._row0(), self._column0(key_first), False)
+                softmax.scores(S, self._row0(), self._column0(key_first), masked)
             softmax.track(S, 0.0)
             softmax.find_near()
             softmax.probabilities(S, softmax.scale, W)

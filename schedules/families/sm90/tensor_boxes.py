@@ -5,12 +5,13 @@ a step take as many cycles as its products do.  A box passes through the data pa
 all.  Each consumer warpgroup has a pipeline of its own, of the tiles of its rows; a tile is taken to registers before
 the step's products begin, which seem to read shared memory before loads do.
 
-A tile is boxes of ``box_width`` columns beside each other, an odd multiple of 8: eight rows of four pairs, of 32 bits
-or of 16, are in different banks then.  Where the tensor is the same for all queries a box is one row.
+A tile is boxes of ``box_width`` columns beside each other, an odd multiple of 8, or of 16 bytes: eight rows of four
+pairs are in different banks then.  Where the tensor is the same for all queries a box is one row.
 """
 
 from __future__ import annotations
 
+from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
@@ -22,6 +23,7 @@ from schedules.families.sm90.tma import encode_tensor, load_box
 from schedules.families.sm90.work_tile import KeyWalk
 from schedules.tile.element_pairs import BYTES
 from schedules.tile.geometry import Geometry, local
+from schedules.tile.static import static
 
 #: What TMA asks of addresses and strides, bytes.
 _ALIGNMENT = 16
@@ -33,15 +35,18 @@ _AXES = "jihb"
 class TensorBoxes:
     """The tensor as TMA sees it, and the pipelines that its tiles pass through; made before ``T.device_entry()``.
 
-    ``usable``: whether it lies as TMA can read it; else the consumers' threads do.  ``rows``: those of a box.
+    ``usable``: whether it lies as TMA can read it, and is to be read so; else the consumers' threads do.  ``rows``:
+    those of a box.
     """
 
-    def __init__(self, pattern: Pattern, config: Config, geometry: Geometry):
+    def __init__(self, pattern: Pattern, config: Config, geometry: Geometry, by_row: bool, unless: Expr | None):
         self.param = boxed(pattern)
         self.bytes = BYTES[self.param.dtype]
+        self.dtype = "uint8" if self.param.dtype == "bool" else self.param.dtype
         self.stages, self.consumers = config.tensor_stages, config.num_consumer_warpgroups
-        self.width = box_width(config.block_n)
-        self.boxes = boxes_of(config.block_n)
+        self.by_lanes = config.persistent  # whose producer has too few registers for the place of each box
+        self.width = box_width(config.block_n, self.param.dtype)
+        self.boxes = boxes_of(config.block_n, self.param.dtype)
         self.buffer = geometry.parameters[self.param.name]
         self.strides = dict(zip(self.param.axes, self.buffer.ty.strides, strict=True))
         extents = {"b": geometry.batch, "h": geometry.heads, "i": geometry.seqlen_q, "j": geometry.seqlen_kv}
@@ -52,8 +57,12 @@ class TensorBoxes:
         self.beyond = T.bind(T.call_extern("int32", "beyond_multiple", memory, _ALIGNMENT))
         fits = T.And(self.beyond == 0, T.Or(self.strides["j"] == 1, self.sizes["j"] == 1))
         for a in self.param.axes.replace("j", ""):
-            aligned = T.truncmod(self.strides[a], _ALIGNMENT // self.bytes) == 0
+            aligned = T.And(self.strides[a] > 0, T.truncmod(self.strides[a], _ALIGNMENT // self.bytes) == 0)
             fits = T.And(fits, T.Or(self.sizes[a] == 1, aligned))
+        if by_row:
+            fits = T.And(fits, self._varies("i"))
+        if unless is not None:
+            fits = T.And(fits, T.Not(unless))
         self.usable = T.bind(T.call_extern("int32", "opaque", T.Cast("int32", fits)))
 
     def _varies(self, axis):
@@ -65,7 +74,7 @@ class TensorBoxes:
         address = T.handle_add_byte_offset(self.buffer.data, 0 - self.beyond)
         sizes = [self.sizes.get(a, T.int32(1)) for a in _AXES]
         strides = [self._stride_bytes(a) for a in _AXES[1:]]
-        return encode_tensor(descriptor, address, sizes, strides, (self.width, self.rows), self.param.dtype)
+        return encode_tensor(descriptor, address, sizes, strides, (self.width, self.rows), self.dtype)
 
     def _stride_bytes(self, axis):
         if axis not in self.strides:
@@ -76,7 +85,7 @@ class TensorBoxes:
     def add_memory(self, pool):
         """Take the tiles from the pool."""
         shape = (self.stages * self.consumers, self.boxes, WARPGROUP_ROWS, self.width)
-        self.tiles = pool.alloc(shape, self.param.dtype, align=128)
+        self.tiles = pool.alloc(shape, self.dtype, align=128)
 
     def add_barriers(self, pool):
         """Take the barriers from the pool, once it has the tiles of all pipelines."""
@@ -94,25 +103,59 @@ class TensorBoxes:
         return state.index * self.consumers + index
 
     @T.inline
-    def fetch(self, block, descriptor):
-        """One thread: fetch the tiles of the block's work tile, if they come in boxes."""
+    def expect(self, state, w):
+        """What is going to come for consumer warpgroup ``w``."""
+        T.ptx.mbarrier.arrive.expect_tx.shared.b64(
+            self.full.ptr_to([self.place(state, w)]),
+            T.Cast("uint32", self.rows * (self.boxes * self.width * self.bytes)),
+        )
+
+    @T.inline
+    def fetch_box(self, block, descriptor, key, state, w, x):
+        """Fetch box ``x`` of the tile of warpgroup ``w`` that begins at ``key``."""
+        place = T.meta_var(self.place(state, w))
+        load_box(
+            self.tiles.ptr_to([place, x, 0, 0]),
+            descriptor,
+            self._at(block, key + x * self.width, w),
+            self.full.ptr_to([place]),
+        )
+
+    @T.inline
+    def fetch_by_thread(self, walk, block, descriptor, before):
+        """One thread: fetch the tiles of the steps of a walk."""
+        for i in T.serial(walk.steps):
+            state = T.meta_var(PipelineState(self.stages, before + i))
+            for w in T.unroll(self.consumers):
+                self.empty.wait(self.place(state, w), T.bitwise_xor(state.phase, 1))
+                self.expect(state, w)
+                for x in T.unroll(self.boxes):
+                    self.fetch_box(block, descriptor, walk.key_first(i), state, w, x)
+
+    @T.inline
+    def fetch_by_lanes(self, walk, block, descriptor, lane, before):
+        """A whole warp, each lane a box of each tile."""
+        if lane < self.consumers * self.boxes:
+            w: T.int32 = T.truncdiv(lane, self.boxes)
+            x: T.int32 = lane - w * self.boxes
+            for i in T.serial(walk.steps):
+                state = T.meta_var(PipelineState(self.stages, before + i))
+                self.empty.wait(self.place(state, w), T.bitwise_xor(state.phase, 1))
+                if x == 0:
+                    self.expect(state, w)
+                self.fetch_box(block, descriptor, walk.key_first(i), state, w, x)
+
+    @T.inline
+    def fetch(self, block, descriptor, lane, before):
+        """A whole warp: fetch the tiles of the steps of a work tile, if they come in boxes; ``before`` it there were so
+        many tiles."""
         walk = KeyWalk(block, 0, block.config.block_m)
         if self.usable != 0:
-            for i in T.serial(walk.steps):
-                state = T.meta_var(PipelineState(self.stages, i))
-                for w in T.unroll(self.consumers):
-                    place = T.meta_var(self.place(state, w))
-                    self.empty.wait(place, T.bitwise_xor(state.phase, 1))
-                    T.ptx.mbarrier.arrive.expect_tx.shared.b64(
-                        self.full.ptr_to([place]), T.Cast("uint32", self.rows * (self.boxes * self.width * self.bytes))
-                    )
-                    for x in T.unroll(self.boxes):
-                        load_box(
-                            self.tiles.ptr_to([place, x, 0, 0]),
-                            descriptor,
-                            self._at(block, walk.key_first(i) + x * self.width, w),
-                            self.full.ptr_to([place]),
-                        )
+            if static(self.by_lanes):
+                self.fetch_by_lanes(walk, block, descriptor, lane, before)
+            elif T.cuda.elect_sync():
+                self.fetch_by_thread(walk, block, descriptor, before)
+        before = before + walk.steps
 
     @T.inline
     def skip(self, state, index, lane):
@@ -165,10 +208,14 @@ class BoxedTile(TensorTile):
         for g in range(self.groups):
             x, column = divmod(g * self.fragment.group, width)
             for r in range(self.rows):
-                pair = self.boxes.tiles.ptr_to([place, x, self.row[r], column + self.fragment.column(self.lane)])
+                at = column + self.column(self.fragment.column(self.lane))
+                pair = self.boxes.tiles.ptr_to([place, x, self.row[r], at])
                 T.evaluate(load(*[self.words[self._word(g, r) + w] for w in range(self.per_pair)], pair))
 
 
-def tensor_boxes(pattern: Pattern, config: Config, geometry: Geometry) -> TensorBoxes | None:
-    """What brings the tensor that a configuration wants in boxes, if any."""
-    return TensorBoxes(pattern, config, geometry) if config.tensor_stages else None
+def tensor_boxes(
+    pattern: Pattern, config: Config, geometry: Geometry, by_row: bool = False, unless: Expr | None = None
+) -> TensorBoxes | None:
+    """What brings the tensor that a configuration wants in boxes, if any; ``by_row``: where it differs from query to
+    query; ``unless`` something is so."""
+    return TensorBoxes(pattern, config, geometry, by_row, unless) if config.tensor_stages else None

@@ -66,8 +66,11 @@ class TensorTile:
             at = [at[0] + wide(T.min(x, e.lengths[self.of_row] - 1)) * wide(e.strides[self.of_row]) for x in rows]
         if self.pairs is None:
             return [x + wide(column0) * wide(e.strides[self.of_column]) for x in at]
-        column = column0 if self.bytes > 1 else column0 - T.bitwise_and(self.lane, 1) * 2
-        return [x + wide(column) for x in at]
+        return [x + wide(self.column(column0)) for x in at]
+
+    def column(self, column0):
+        """The column where the word of a pair begins, of which ``column0`` is the first one."""
+        return column0 if self.bytes > 1 else column0 - T.bitwise_and(self.lane, 1) * 2
 
     def _shift(self):
         """Where a pair of bytes begins in its word."""

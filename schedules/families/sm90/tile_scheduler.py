@@ -84,7 +84,9 @@ class TileScheduler:
 
     @T.inline
     def read_parameters(self, block):
-        """Read what belongs to the head of the work tile that a block has come to: once, for one head."""
+        """Read what belongs to the head of the work tile that a block has come to; a block of its own has one head."""
+        if static(self.config.persistent):
+            block.parameters.read(block.batch, block.head)
 
     @T.inline
     def each_tile(self, block, advances, lane, visit):

@@ -54,7 +54,9 @@ class Config:
         other dk, with scores of its own: one product more, and room for a head_dim of 256.
     tensors_ahead: what tensors hold for a step's scores is fetched by the launch for dk and dv while the step before
         ends, and not read where the scores are.
-    tensors_ahead_dq: the same of the launch for dq.
+    tensors_ahead_dq: the same of the launch for dq, of what doesn't come in boxes.
+    tensor_stages_dq: stages of the pipelines of tiles of a tensor of the launch for dq, as the forward's
+        (``tensor_boxes.py``); 0: its elements are fetched by the consumers' threads.
     """
 
     block_m: int = 64
@@ -69,6 +71,7 @@ class Config:
     shares_keys: bool = False
     tensors_ahead: bool = False
     tensors_ahead_dq: bool = False
+    tensor_stages_dq: int = 0
 
     @property
     def block_keys(self) -> int:
@@ -90,6 +93,7 @@ class Config:
             pingpong=False,
             head_section=forward.ALL if self.heads_first else 1,
             tensors_ahead=self.tensors_ahead_dq,
+            tensor_stages=self.tensor_stages_dq,
         )
 
 
@@ -158,11 +162,19 @@ def _with_tensors(pattern: Pattern) -> Config:
     """
     if pattern.head_dim > 128 or sum(p.is_spread for p in pattern.params) > 1:
         return _with_untimed_tensors(pattern)
+    found = Config(tensors_ahead=True, tensor_stages_dq=2 if _comes_in_boxes(pattern) else 0)
     if pattern.head_dim <= 64:
-        found = Config(num_stages=4, block_n=64 if pattern.learnt else 96, num_stages_dq=4)
-    else:
-        found = Config(block_m=48, block_n=48)
-    return replace(found, tensors_ahead=True, tensors_ahead_dq=pattern.head_dim > 64 or not pattern.learnt)
+        ahead = not pattern.learnt
+        return replace(found, num_stages=4, block_n=96 if ahead else 64, num_stages_dq=4, tensors_ahead_dq=ahead)
+    if forward.is_mask_in_boxes(pattern):
+        return replace(found, block_m=48, block_n=64)
+    return replace(found, block_m=48, block_n=48, tensors_ahead_dq=True)
+
+
+def _comes_in_boxes(pattern: Pattern) -> bool:
+    """Whether the launch for dq may have its tensor in boxes: one for each query and key."""
+    tensor = forward.boxed(pattern)
+    return tensor is not None and "i" in tensor.axes and not (pattern.has_gaps or pattern.lists_tiles)
 
 
 def _with_untimed_tensors(pattern: Pattern) -> Config:
@@ -226,6 +238,7 @@ def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple
         "prefetches": (False, True),
         "tensors_ahead": (False, True),
         "tensors_ahead_dq": (False, True),
+        "tensor_stages_dq": (0, 2) if _comes_in_boxes(pattern) else (0,),
         "shares_keys": (pattern.head_dim + pattern.head_dim_v > 320,),
     }
 
@@ -249,6 +262,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     for name, stages in (("num_stages", config.num_stages), ("num_stages_dq", config.num_stages_dq)):
         if stages not in (2, 4, 8):
             return Rejected(f"{name} {stages} is not 2, 4 or 8")
+    if config.tensor_stages_dq and not _comes_in_boxes(pattern):
+        return Rejected("tensor_stages_dq needs one tensor over queries and keys, and a mask without gaps or lists")
     for launch, needed in (("dkdv", _memory_of_keys(pattern, config)), ("dq", _memory_of_queries(pattern, config))):
         if needed > SHARED_MEMORY:
             return Rejected(f"{launch}: needs {needed} bytes of shared memory, a block of {target} has {SHARED_MEMORY}")
@@ -329,4 +344,4 @@ def _memory_of_keys(pattern: Pattern, config: Config) -> int:
 def _memory_of_queries(pattern: Pattern, config: Config) -> int:
     rows = (BLOCK + config.num_stages_dq * config.block_n) * (panels(pattern.head_dim) + panels(pattern.head_dim_v))
     slices = Slices(M16N8, config.block_n).bytes(WARPS * CONSUMERS) if learnt_tables(pattern) else 0
-    return rows * 2 * PANEL + slices + BARRIER_BYTES
+    return rows * 2 * PANEL + slices + forward.tensor_memory(pattern, config.for_queries) + BARRIER_BYTES

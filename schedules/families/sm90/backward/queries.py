@@ -10,6 +10,7 @@ from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import ScheduledLaunch
 from schedules.families.row_terms import SHIFTS, STARTS
+from schedules.families.sm90 import config as forward
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS, Config, registers_of_queries
 from schedules.families.sm90.backward.numbers import row_numbers
 from schedules.families.sm90.backward.parameters import ParameterGradients
@@ -19,10 +20,11 @@ from schedules.families.sm90.backward.stores import WARP_ROWS
 from schedules.families.sm90.barriers import WARPS, consumer_arrivals
 from schedules.families.sm90.config import panels
 from schedules.families.sm90.pipeline import Pipeline
-from schedules.families.sm90.producer import fetch_keys
+from schedules.families.sm90.producer import fetch_keys, fetch_tensors
+from schedules.families.sm90.tensor_boxes import TensorBoxes, tensor_boxes
 from schedules.families.sm90.work_tile import Block
 from schedules.tile.fragment import M16N8
-from schedules.tile.geometry import flat, parameterised
+from schedules.tile.geometry import Geometry, flat, parameterised
 from schedules.tile.gradients import Starts, tensors_of
 from schedules.tile.place_gradients import Targets
 from schedules.tile.static import static
@@ -58,6 +60,14 @@ def _slice_memory(pattern: Pattern, config: Config, pool):
     return Slices(M16N8, config.block_n).memory(pool, WARPS * CONSUMERS) if learnt_tables(pattern) else None
 
 
+def _boxes(pattern: Pattern, tiles: forward.Config, tensors: Geometry, targets: Targets) -> TensorBoxes | None:
+    """What brings a tensor in boxes, where it differs from query to query and, at head_dim 64, no gradient of it is
+    stored."""
+    stores = [p for p in targets.params if p == forward.boxed(pattern)] if pattern.head_dim <= 64 else []
+    unless = targets.is_wanted(stores[0], tensors) if stores else None
+    return tensor_boxes(pattern, tiles, tensors, by_row=True, unless=unless)
+
+
 def _kernel(
     pattern: Pattern,
     config: Config,
@@ -88,6 +98,7 @@ def _kernel(
         memory = T.meta_var(row_numbers(row_shifts, row_starts))
         gradients = T.meta_var(tensors.gradients)
         rows, scheduler, boxes = T.meta_var(query_blocks(pattern, tensors, tiles))
+        boxed = T.meta_var(_boxes(pattern, tiles, tensors, asked[1]))
         places = T.bind(tensors.tiles_of_rows(config.block_m))
         # 1. Descriptors of the tensors, made on the host.
         q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
@@ -101,6 +112,9 @@ def _kernel(
         dq_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         if static(not adds):
             T.evaluate(boxes.encode_queries(dq_map, gradients["dq"], WARP_ROWS))
+        if static(boxed is not None):
+            tensor_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+            T.evaluate(boxed.encode(tensor_map))
         # 2. Blocks, warps, lanes.
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
@@ -115,10 +129,14 @@ def _kernel(
         k_pipeline = Pipeline(pool, tiles.num_stages, panels(D), tiles.block_n, dtype)
         v_pipeline = Pipeline(pool, tiles.num_stages, panels(E), tiles.block_n, dtype)
         slice_memory = T.meta_var(_slice_memory(pattern, config, pool))
+        if static(boxed is not None):
+            boxed.add_memory(pool)
         q_tile.add_barriers(pool)
         do_tile.add_barriers(pool)
         k_pipeline.add_barriers(pool)
         v_pipeline.add_barriers(pool)
+        if static(boxed is not None):
+            boxed.add_barriers(pool)
         scheduler.add_memory(pool)
         pool.commit()
         if warp == producer:  # only a whole warp may elect
@@ -128,10 +146,21 @@ def _kernel(
                 do_tile.init(consumer_arrivals(CONSUMERS))
                 k_pipeline.init(consumer_arrivals(CONSUMERS))
                 v_pipeline.init(consumer_arrivals(CONSUMERS))
+                if static(boxed is not None):
+                    boxed.init()
                 T.ptx.fence.mbarrier_init.release.cluster()
         T.cuda.cta_sync()
 
         # 4. Tasks.
+        @T.inline
+        def consume(arguments):
+            if static(boxed is None):
+                QueryConsumer(*arguments).run(dq_map)
+            elif boxed.usable != 0:
+                QueryConsumer(*arguments, boxed).run(dq_map)
+            else:
+                QueryConsumer(*arguments).run(dq_map)
+
         @T.inline
         def work():
             block = Block(pattern, tiles, tensors, rows, scheduler, boxes, (x, y, z))
@@ -145,12 +174,16 @@ def _kernel(
                     if T.cuda.elect_sync():
                         do_tile.load(do_tile.state(0), do_map, block.queries(0))
                         fetch_keys(block, v_pipeline, v_map, 0)
+                if static(boxed is not None):
+                    if warp == producer + 2:
+                        fetch_tensors(block, boxed, tensor_map, lane)
             else:
                 T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
                 pipelines = T.meta_var((q_tile, k_pipeline, v_pipeline, do_tile))
                 numbers = T.meta_var((flat(memory[0]), flat(memory[1]), places, config.block_m))
                 of_lane = T.meta_var((warp // 4, warp % 4, lane, slice_memory))
-                QueryConsumer(pattern, tiles, block, pipelines, numbers, asked, config.overlaps, *of_lane).run(dq_map)
+                arguments = T.meta_var((pattern, tiles, block, pipelines, numbers, asked, config.overlaps, *of_lane))
+                consume(arguments)
 
         scheduler.if_found(work)
 

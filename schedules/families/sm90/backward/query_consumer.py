@@ -14,6 +14,8 @@ Registers of a thread, at head_dim 128 and 96 keys: dQ 64, S 48, dP 48, dS 24.
 
 from __future__ import annotations
 
+import functools
+
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
@@ -25,6 +27,8 @@ from schedules.families.sm90.backward.stores import add_rows, stage_rows, store_
 from schedules.families.sm90.barriers import WARPGROUP_THREADS, WARPS, NamedBarriers
 from schedules.families.sm90.config import WARPGROUP_ROWS, Config
 from schedules.families.sm90.pipeline import Pipeline, TileCounter
+from schedules.families.sm90.tensor_boxes import BoxedTile, TensorBoxes
+from schedules.families.sm90.tensor_tile import TensorTile
 from schedules.families.sm90.tma import wait_stored
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, rows_offset
 from schedules.families.sm90.work_tile import Block, KeyWalk
@@ -59,6 +63,7 @@ class QueryConsumer:
         warp,
         lane,
         slice_memory=None,
+        boxes: TensorBoxes | None = None,
     ):
         self.pattern, self.config, self.block = pattern, config, block
         self.q, self.k, self.v, self.do = pipelines
@@ -73,8 +78,11 @@ class QueryConsumer:
         if of_tables.params:
             of_warp = (slice_memory, index * WARPS + warp, lane)
             self.tables = TableGradients(of_tables, pattern, block.site, Slices(M16N8, N), *of_warp)
+        self.boxes = boxes
+        tile_type = TensorTile if boxes is None else functools.partial(BoxedTile, boxes, index, warp)
+        fetches = config.tensors_ahead or boxes is not None
         self.weights = step_weights(
-            pattern, block.site, N, False, lane, config.tensors_ahead, places=self.places, tables=self.tables
+            pattern, block.site, N, False, lane, fetches, None, tile_type, places=self.places, tables=self.tables
         )
         # Of a warpgroup's 64 rows, 128 threads: (64, D) and twice (64, N) float32; (64, N) 16-bit in pairs.
         self.acc_dq = T.alloc_local([D // 2], "float32")
@@ -184,14 +192,27 @@ class QueryConsumer:
     @T.inline
     def fetch_now(self, walk, i):
         """At the beginning of a step, fetch for its own scores, unless the step before has."""
-        if static(self.pattern.has_gaps):
+        if static(self.boxes is not None):
+            query, key = T.meta_var(self.first_of(walk, i))
+            self.weights.take(self.boxed_state(), query, key, walk.key_first(i) + (self.config.block_n - 1))
+        elif self.pattern.has_gaps:
             self.fetch(walk, i)
+
+    def boxed_state(self):
+        """Of what a tensor holds for the tile of keys that is scored next."""
+        return self.counter.state(self.boxes.stages)
+
+    @T.inline
+    def release_boxes(self, state):
+        """What a tensor holds for a tile of keys isn't needed any more."""
+        if static(self.boxes is not None):
+            self.boxes.release(state, self.index, self.lane)
 
     @T.inline
     def fetch_ahead(self, walk, i):
         """When step ``i`` has its weights, fetch for those of the next one, if there is another; of a mask with gaps
         it isn't known which."""
-        if static(has_fetched(self.weights) and not self.pattern.has_gaps):
+        if static(has_fetched(self.weights) and not self.pattern.has_gaps and self.boxes is None):
             if i + 1 < walk.steps:
                 self.fetch(walk, i + 1)
 
@@ -206,6 +227,9 @@ class QueryConsumer:
     def start_steps(self, walk, masked):
         """Step 0, which has no earlier product beside it."""
         k = T.meta_var(self.counter.state(self.k.stages))
+        boxed = T.meta_var(None if self.boxes is None else self.boxed_state())
+        if static(self.boxes is not None):
+            self.fetch_now(walk, 0)
         self.k.consumer_wait(k)
         self.issue_scores(k)
         self.v.consumer_wait(k)
@@ -216,6 +240,7 @@ class QueryConsumer:
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.v.consumer_release(k, self.lane)
         self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
+        self.release_boxes(boxed)
 
     @T.inline
     def step(self, walk, i, masked):
@@ -229,6 +254,7 @@ class QueryConsumer:
     def step_by_itself(self, walk, i, masked):
         """Step ``i`` with its own dQ."""
         k = T.meta_var(self.counter.state(self.k.stages))
+        boxed = T.meta_var(None if self.boxes is None else self.boxed_state())
         self.fetch_now(walk, i)
         self.k.consumer_wait(k)
         self.issue_scores(k)
@@ -250,6 +276,7 @@ class QueryConsumer:
         )
         self.fetch_ahead(walk, i)
         self.issue_dq(k)
+        self.release_boxes(boxed)
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.k.consumer_release(k, self.lane)
         self.counter.advance()
@@ -259,6 +286,7 @@ class QueryConsumer:
         """Step ``i``, and dQ of the one before."""
         k = T.meta_var(self.counter.state(self.k.stages))
         before = T.meta_var(self.counter.state(self.k.stages, behind=1))
+        boxed = T.meta_var(None if self.boxes is None else self.boxed_state())
         self.fetch_now(walk, i)
         self.k.consumer_wait(k)
         self.issue_scores(k)
@@ -274,6 +302,7 @@ class QueryConsumer:
         self.k.consumer_release(before, self.lane)
         self.v.consumer_release(k, self.lane)
         self.weights.gradients(self.acc_s, self.acc_dp, self.ds, masked)
+        self.release_boxes(boxed)
 
     # ------------------------------------------------------------ the whole
 
@@ -293,7 +322,7 @@ class QueryConsumer:
         self.q.consumer_wait(self.q.state(0))
         self.do.consumer_wait(self.do.state(0))
         # 1. Tiles of keys from right to left: masked, full, masked.
-        if static(self.overlaps or not self.pattern.has_gaps):
+        if static((self.overlaps or not self.pattern.has_gaps) and self.boxes is None):
             self.fetch(walk, 0)
         if self.overlaps:
             self.start_steps(walk, True)

@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
 from schedules.families.sm90.backward.mask_bits import MaskBits
-from schedules.families.sm90.tensor_tile import FetchedTensors
+from schedules.families.sm90.tensor_tile import FetchedTensors, TensorTile
 from schedules.tile.mask_walks import Walked
 from schedules.tile.weights import Weights
 
@@ -26,16 +26,17 @@ def step_weights(
     lane,
     fetches: bool,
     site_anew: Callable[[], Site] | None = None,
+    tile_type: Callable[..., TensorTile] = TensorTile,
     **options,
 ) -> Weights | FetchedWeights | MaskBits:
     """Those of ``columns`` columns a step, with the ``options`` of :class:`Weights`; ``site_anew`` makes ``at`` again
-    where it isn't to be kept."""
+    where it isn't to be kept, and what is fetched comes in tiles of a type."""
     if isinstance(pattern, Walked):
         return MaskBits(pattern, at, columns, lane, site_anew, **options)
     if not fetches:
         return Weights(pattern, at, columns, transposed, asks_once=True, **options)
     found = FetchedWeights(pattern, at, columns, transposed, asks_once=True, **options)
-    found.add_tensors(lane)
+    found.add_tensors(lane, tile_type)
     return found
 
 
