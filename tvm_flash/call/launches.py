@@ -11,15 +11,11 @@ from typing import Any
 from tvm_flash.call import memory
 from tvm_flash.call.request import Request
 from tvm_flash.catalogue import DEFAULTS
-from tvm_flash.errors import InvalidArgumentError
 from tvm_flash.frameworks import TensorView, contiguous_strides
 from tvm_flash.machine.ffi import TensorSpec
 from tvm_flash.operators import SCALES, gradient_of, role_of, tensor
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import DENSE, TAKEN_AS, KernelEntry, Param
-
-#: What TMA asks of strides, bytes.
-_BOX_ALIGNMENT = 16
 
 #: Role of the memory that workspaces are in: those that hold anything at first, and those that hold zeros.
 UNDEFINED, ZEROED = "workspaces", "zeroed workspaces"
@@ -127,7 +123,6 @@ def arguments_of(
     found: dict[str, TensorSpec | int | float] = {"softmax_scale": request.softmax_scale, **request.scalars}
     for name, x in request.given.items():
         if name in request.parameters:
-            _check_boxes(request.declared[name], x, entry)
             found[name] = _parameter(request.declared[name], x, request)
         elif name in SCALES:
             found[name] = _scale(x, request)
@@ -153,26 +148,6 @@ def arguments_of(
         strides = contiguous_strides(shape)
         found[workspace.name] = TensorSpec(shape, strides, workspace.dtype, device.kind, device.index)
     return found
-
-
-def _check_boxes(param: Param, x: TensorView, entry: KernelEntry) -> None:
-    """That TMA takes the strides of a parameter that a kernel fetches in boxes.
-
-    Where keys aren't neighbours in memory, or other strides aren't aligned, the kernel's threads read it, of any
-    strides.
-
-    Raises
-    ------
-    InvalidArgumentError
-    """
-    if not (entry.config.get("tensor_stages") and param.axes.endswith("j")):
-        return
-    *before, (size, stride) = zip(x.shape, x.strides, strict=True)
-    downwards = any(n > 1 and s < 0 for n, s in before)
-    if downwards and (stride == 1 or size == 1) and not memory.stride_bits(x) % _BOX_ALIGNMENT:
-        raise InvalidArgumentError(
-            f"{param.name}: has negative strides {x.strides}, which the {entry.arch} kernel doesn't take; copy it"
-        )
 
 
 def _parameter(param: Param, x: TensorView, request: Request) -> TensorSpec:
