@@ -110,15 +110,18 @@ class Problem:
         return numerics.round_to(x, param.dtype)
 
     @property
-    def has_far_rows(self) -> bool:
-        """Whether ``FAR_ROWS`` have ``FAR`` alone."""
-        return self.lie == "far rows" and any(map(_takes_far, self.kernel.params))
+    def far(self) -> float | None:
+        """``FAR`` as a parameter's dtype has it, if ``FAR_ROWS`` have it alone."""
+        param = next(filter(_takes_far, self.kernel.params), None)
+        return (
+            None if self.lie != "far rows" or param is None else float(numerics.round_to(np.float32(FAR), param.dtype))
+        )
 
     @functools.cached_property
     def that_count(self) -> dict[str, np.ndarray]:
         """The arrays as they count: beside ``FAR`` float32 has nothing left of a row's scores, which are equal."""
         found = dict(self.arrays)
-        if self.has_far_rows:
+        if self.far is not None:
             for name in ("q", *(p.name for p in self.kernel.params if _takes_far(p))):
                 found[name] = found[name].copy()
                 found[name][..., FAR_ROWS, :] = 0
@@ -226,8 +229,8 @@ def _forward(problem: Problem):
         assert error <= allowed, f"output differs by {error:.3g}, allowed {allowed:.3g}"
         blind = np.isneginf(want_lse)
         assert np.array_equal(np.isneginf(lse), blind) and not out[blind].any()
-        if problem.has_far_rows:
-            assert (np.abs(lse[..., FAR_ROWS] - FAR) <= -FAR * numerics.EPSILON["float32"]).all()
+        if problem.far is not None:
+            assert (np.abs(lse[..., FAR_ROWS] - problem.far) <= -FAR * numerics.EPSILON["float32"]).all()
             blind[..., FAR_ROWS] = True
         lse_error = np.abs(lse[~blind] - want_lse[~blind]).max()
         assert lse_error <= numerics.lse_bound(want_lse[~blind]), f"lse differs by {lse_error:.3g}"

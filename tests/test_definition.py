@@ -9,6 +9,7 @@ from schedules.definition.catalogue import MASKS, SCORES
 from tests.oracle import TARGET
 from tests.pairs import ALL_PAIRS
 from tvm_flash import reference
+from tvm_flash.catalogue import OF_16_BITS
 
 PARAMS = {"window_left": 5, "window_right": 2, "sink_tokens": 3, "softcap": 2.5}
 PARAMS |= {"has_query_start": 1, "has_alibi_slopes": 1, "has_sinks": 1}
@@ -35,7 +36,7 @@ def oracle(attention, q, k, v, softmax_scale, params):
 #: All scores with all masks, and each of both in all shapes.
 PROBLEMS = [
     (score, mask, shape)
-    for i, score in enumerate(SCORES)
+    for i, score in enumerate(x for x in SCORES if x not in OF_16_BITS)
     for j, mask in enumerate(MASKS)
     for n, shape in enumerate(SHAPES)
     if ALL_PAIRS or n == (i + j) % len(SHAPES)

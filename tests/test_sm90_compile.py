@@ -38,7 +38,7 @@ def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, hea
         (v1, 0, {"head_dim": 256}),
         (v1, 8192, {"mask": "causal", "head_dim": 192}),
         (v2, 0, {"mask": "sink_window", "head_dim": 192, "head_dim_v": 128}),
-        (v2, 0, {"score": "biased", "head_dim": 128}),
+        (v2, 0, {"score": "biased_16", "head_dim": 128}),
     ],
     ids=lambda x: (
         "-".join(map(str, x.values())) if isinstance(x, dict) else str(getattr(x, "__name__", x)).split(".")[-1]

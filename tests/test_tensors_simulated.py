@@ -25,6 +25,7 @@ from tests.simt.defaults import default_kernel
 from tvm_flash import numerics
 
 BIASED, GIVEN = Attention(SCORES["biased"], FULL, "biased"), Attention(IDENTITY, MASKS["given"], "given")
+BIASED_16 = Attention(SCORES["biased_16"], FULL, "biased_16")
 BIASED_CAUSAL = Attention(SCORES["biased"], MASKS["causal"], "biased_causal")
 
 #: Definition, arch, template, kind, head_dim, dtype: each family, each kind, gradients of all axes.
@@ -37,10 +38,10 @@ KERNELS = (
     (documents, "sm_70", "v1", FORWARD, 64, "float16"),
     (documents, "sm_90a", "v2", FORWARD, 64, "bfloat16"),
     (relative, "sm_90a", "v1", FORWARD, 128, "float16"),
-    (BIASED, "sm_90a", "v1", FORWARD, 128, "float16"),  # in boxes of TMA, or filled by warps
+    (BIASED_16, "sm_90a", "v1", FORWARD, 128, "float16"),  # in boxes of TMA, or filled by warps
     (BIASED_CAUSAL, "sm_90a", "v2", FORWARD, 64, "bfloat16"),
     (documents, "sm_90a", "v2", BACKWARD, 64, "float16"),
-    (BIASED, "sm_90a", "v2", BACKWARD, 128, "bfloat16"),
+    (BIASED_16, "sm_90a", "v2", BACKWARD, 128, "bfloat16"),
     (learnt_relative, "sm_80", "v2", BACKWARD, 64, "bfloat16"),
     (learnt_relative, "sm_75", "v1", BACKWARD, 64, "float16"),
     (learnt_relative, "sm_70", "v1", BACKWARD, 64, "float16"),
@@ -157,7 +158,7 @@ def seen_in_part(batch, heads, seqlen_q, seqlen_kv):
     ("kernel", "sample", "keys", "lie"),
     [
         ((BIASED, "sm_90a", "v2", FORWARD, 64, "float16"), outgrow, 332, "whole"),
-        ((BIASED, "sm_90a", "v2", FORWARD, 128, "float16"), outgrow, 330, "whole"),
+        ((BIASED_16, "sm_90a", "v2", FORWARD, 128, "bfloat16"), outgrow, 330, "whole"),
         ((GIVEN, "sm_90a", "v2", FORWARD, 128, "bfloat16"), seen_in_part, 330, "whole"),
         ((GIVEN, "sm_90a", "v2", FORWARD, 128, "bfloat16"), seen_in_part, 330, "apart"),
     ],
@@ -169,7 +170,7 @@ def test_scores_that_outgrow_what_their_rows_have_seen(kernel, sample, keys, lie
     check(found, tensor_trials.forward(given, [((2, 1, 70, keys), lie)]))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_rows_far_from_zero_in_boxes(head_dim, kept):
-    found = kept(BIASED, "sm_90a", "v2", FORWARD, head_dim, "float16")
+@pytest.mark.parametrize(("bias", "head_dim", "dtype"), [(BIASED, 64, "float16"), (BIASED_16, 128, "bfloat16")])
+def test_rows_far_from_zero_in_boxes(bias, head_dim, dtype, kept):
+    found = kept(bias, "sm_90a", "v2", FORWARD, head_dim, dtype)
     check(found, tensor_trials.forward(found.kernel, [((2, 1, 90, 332), "far rows")]))

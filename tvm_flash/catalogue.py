@@ -7,12 +7,13 @@ parameters from here, and their numpy twins in :mod:`tvm_flash.reference`, all b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tvm_flash.packs.manifest import Param
+from tvm_flash.packs.manifest import AS_Q, Param
 from tvm_flash.packs.sizes import Expression
 
-#: The run-time parameters by name.  One ``per_head`` is a tensor, and its name an argument of a public function.
+#: The run-time parameters by name.  One ``per_head`` is a tensor, and its name an argument of a public function.  What
+#: some mask or score has in the dtype of q, as rows below say with ``:q``, is here as it is else.
 PARAMS: Mapping[str, Param] = {
     p.name: p
     for p in (
@@ -64,10 +65,13 @@ class Kind:
     stand_ins: tuple[str, ...]
 
 
+def _param(text: str) -> Param:
+    name, _, dtype = text.partition(":")
+    return replace(PARAMS[name], dtype=dtype) if dtype else PARAMS[name]
+
+
 def _kinds(**rows: tuple[str, tuple[str, ...]]) -> Mapping[str, Kind]:
-    return {
-        name: Kind(tuple(PARAMS[p] for p in params.split()), (name, *others)) for name, (params, others) in rows.items()
-    }
+    return {name: Kind(tuple(map(_param, params.split())), (name, *others)) for name, (params, others) in rows.items()}
 
 
 MASKS: Mapping[str, Kind] = _kinds(
@@ -89,14 +93,18 @@ SCORES: Mapping[str, Kind] = _kinds(
     identity_sinks=("sinks", ("optional_sinks",)),
     optional_sinks=("softcap has_alibi_slopes alibi_slopes has_sinks sinks", ()),
     biased=("bias", ()),
+    biased_16=(f"bias:{AS_Q}", ()),
 )
 
+#: Scores of kernels of 16 bits alone: beside float32 each is the same as another.
+OF_16_BITS = ("biased_16",)
 
-def score_of(softcap: bool, alibi_slopes: bool, sinks: bool = False, bias: bool = False) -> str:
-    """The cheapest score with these options."""
+
+def score_of(softcap: bool, alibi_slopes: bool, sinks: bool = False, bias: str = "") -> str:
+    """The cheapest score with these options; ``bias`` is the dtype of a bias, if there is one."""
     if sinks:
         return "optional_sinks" if softcap or alibi_slopes else "identity_sinks"
     if bias:
-        return "biased"
+        return "biased" if bias == PARAMS["bias"].dtype else "biased_16"
     wanted = (("softcap",) if softcap else ()) + (("alibi_slopes",) if alibi_slopes else ())
     return next(name for name, kind in SCORES.items() if tuple(p.name for p in kind.params) == wanted)

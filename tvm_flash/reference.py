@@ -110,6 +110,11 @@ def biased(s, at):
     return s + at.params["bias"]
 
 
+def biased_16(s, at):
+    """``biased``, where the numbers have the 16 bits of q."""
+    return biased(s, at)
+
+
 def full(at):
     """Every query sees every key."""
     return at.j < at.seqlen_kv
@@ -148,7 +153,11 @@ def given(at):
 
 
 SCORES: Mapping[str, Callable] = {
-    f.__name__: f for f in (identity, softcap, alibi, softcap_alibi, optional, identity_sinks, optional_sinks, biased)
+    f.__name__: f
+    for f in (
+        *(identity, softcap, alibi, softcap_alibi, optional),
+        *(identity_sinks, optional_sinks, biased, biased_16),
+    )
 }
 MASKS: Mapping[str, Callable] = {f.__name__: f for f in (full, causal, window, sink_window, padded, positioned, given)}
 

@@ -26,6 +26,7 @@ from schedules.families.interface import (
     RAGGED_BACKWARD,
     WITH_TENSORS,
 )
+from tvm_flash.catalogue import OF_16_BITS
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, DENSE, FORM_OF_KIND, FORMS
 
 #: (mask, score) of the core set; a sliding window with unbounded sides serves full and causal attention as well, and
@@ -145,7 +146,8 @@ SCOPES = {
 }
 
 #: Kinds of which there are kernels of one template, the family's last: those whose tensors have no batch axis, and so
-#: one layout, and those that context parallel attention alone calls, which take tensors of either layout.
+#: one layout, and those that context parallel attention alone calls, which take tensors of either layout.  So it is with
+#: scores of 16 bits: on two cores of an Emerald Rapids V1's kernels took as long as V2's, with tensors of both layouts.
 ONE_TEMPLATE = (
     *(
         RAGGED,
@@ -345,6 +347,7 @@ class Selection:
                 *self.variants(kind, gpu),
                 *self._of_usual_sizes(kind, dim, has if gpu and template == templates[-1] else None),
             )
+            if score not in OF_16_BITS or (dtype != "float32" and template == templates[-1])
             if not between or dim not in HEAD_DIMS_BETWEEN or (score == "identity" and mask != "padded")
             if not between or dim not in others or (dim.qk, dim.v) in further[kind].get((mask, score), ())
         ]

@@ -102,10 +102,11 @@ class Attention:
         A PrimFunc ``(q, k, v, o, lse, softmax_scale, *params)`` with symbolic batch, heads, kv_heads, seqlen_q,
         seqlen_kv.
         """
-        arguments, values = parameter_symbols(self.params, index_dtype)
+        params = tuple(p.beside(dtype) for p in self.params)
+        arguments, values = parameter_symbols(params, index_dtype)
         formula = _Formula(self, head_dim, head_dim_v or head_dim, dtype, index_dtype)
         func = append_arguments(attend(formula, values), arguments)
-        return with_parameters(func, self.params)
+        return with_parameters(func, params)
 
 
 def with_parameters(func: PrimFunc, params: tuple[Param, ...]) -> PrimFunc:

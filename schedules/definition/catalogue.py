@@ -140,6 +140,10 @@ def _optional(s, at):
     return T.if_then_else(T.Or(capped, biased), value, s)
 
 
+def _biased(s, at):
+    return s + at.param["bias"]
+
+
 def _sinks(at):
     return T.Select(at.param["has_sinks"] != 0, at.param["sinks"], T.float32(-math.inf))
 
@@ -185,7 +189,8 @@ SCORES: Mapping[str, ScoreModification] = {
         _score(_optional, reference.optional),
         _score(lambda s, at: s, reference.identity_sinks, lambda at: at.param["sinks"]),
         _score(_optional, reference.optional_sinks, _sinks),
-        _score(lambda s, at: s + at.param["bias"], reference.biased),
+        _score(_biased, reference.biased),
+        _score(_biased, reference.biased_16),
     )
 }
 

@@ -85,9 +85,9 @@ def _drawn(param: Param, rng: np.random.Generator, shape: tuple[int, ...]) -> np
 
 
 def _encoded(value: np.ndarray, param: Param) -> np.ndarray:
-    """In the parameter's dtype, bfloat16 as NumPy has it by ``ml_dtypes``."""
+    """In the parameter's dtype, or float32 if it is that of q; bfloat16 as NumPy has it by ``ml_dtypes``."""
     if param.dtype != "bfloat16":
-        return np.ascontiguousarray(value.astype(param.dtype))
+        return np.ascontiguousarray(value.astype(param.beside("float32").dtype))
     import ml_dtypes
 
     return np.ascontiguousarray(value.astype(ml_dtypes.bfloat16))

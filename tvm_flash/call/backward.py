@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from tvm_flash.call.choice import choose
 from tvm_flash.call.prepare import kinds_of
@@ -23,7 +25,7 @@ def why_no_backward(
     dtype: str,
     lengths: tuple[int, int],
     head_dims: tuple[int, int],
-    parameters: tuple[str, ...] = (),
+    parameters: Mapping[str, str] = MappingProxyType({}),
     gradients: tuple[str, ...] = (),
 ) -> str | None:
     """Why no kernel computes the gradients of a call, or None if one does.
@@ -34,7 +36,7 @@ def why_no_backward(
     device, dtype: of its tensors.
     lengths: ``(seqlen_q, seqlen_kv)``; what isn't a number yet may stand for any.
     head_dims: ``(head_dim, head_dim_v)``.
-    parameters: names of the parameters of mask and score that are given.
+    parameters: the dtypes of the parameters of mask and score that are given as tensors, by name.
     gradients: names of those whose gradients are wanted too.
     """
     lengths = tuple(n if isinstance(n, int) else _LONG for n in lengths)

@@ -400,7 +400,7 @@ def _check_dense(name: str, x: TensorView) -> None:
 def check_parameter(param: Param, x: TensorView, sizes: Sizes, q: TensorView) -> None:
     """A parameter that is a tensor: of its first axes some may be missing, and a size of 1 stands for all of one; or a
     table, of its rank and any sizes."""
-    name, dtype = param.name, param.dtype
+    name, dtype = param.name, param.beside(q.dtype).dtype
     if param.rank and (len(x.shape) != param.rank or 0 in x.shape):
         raise InvalidArgumentError(
             f"{name}: has shape {x.shape}, expected a table with {param.rank} dimensions, none of them of size 0"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tvm_flash.call import waves
 from tvm_flash.call.measured import compare, nearest, tune_command
 from tvm_flash.call.problem import Problem
-from tvm_flash.catalogue import INSTEAD
+from tvm_flash.catalogue import INSTEAD, MASKS, SCORES
 from tvm_flash.errors import InvalidArgumentError, KernelNotFoundError, NotSupportedError, TvmFlashError
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import ACCUMULATE, FORWARD, MERGED, OPERATORS, PARTIAL
@@ -414,7 +414,7 @@ def _on_tensor_cores(dtype: str, device: Device) -> bool:
 
 def _kind(problem: Problem) -> tuple[str, ...]:
     """Options of the build command for a kernel that serves a problem, and others of its kind."""
-    if problem.mask == "given" or problem.score == "biased":
+    if any(p.is_placed for p in (*MASKS[problem.mask].params, *SCORES[problem.score].params)):
         return "--mask", problem.mask, "--score", problem.score
     everything = "optional_sinks" if problem.score.endswith("_sinks") else "optional"
     if OPERATORS[problem.op].values_in_keys:

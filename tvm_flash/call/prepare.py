@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tvm_flash.call import checks, memory
@@ -23,7 +23,7 @@ from tvm_flash.call.problem import (
 from tvm_flash.call.ragged import count_sequences
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
-from tvm_flash.catalogue import OPTIONAL, TENSORS, score_of
+from tvm_flash.catalogue import OPTIONAL, SCORES, TENSORS, score_of
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks import Framework, TensorView, Traced, contiguous_strides, framework_of
 from tvm_flash.machine.device import Device
@@ -67,7 +67,7 @@ def request_of(options: Options, framework: Framework, tensors: Mapping[str, Any
     q = given["q"]
     sizes = _sizes(options, given)
     parameters = tuple(name for name in given if name not in operator.all_inputs)
-    what, scalars, declared = _computation(options, sizes, parameters)
+    what, scalars, declared = _computation(options, sizes, q.dtype, {name: given[name].dtype for name in parameters})
     for name in parameters:
         checks.check_parameter(declared[name], given[name], sizes, q)
     request = Request(
@@ -151,15 +151,15 @@ def _check_accumulators(outputs: tuple[str, ...], tensors: Mapping[str, Any]) ->
 
 
 def _computation(
-    options: Options, sizes: checks.Sizes, given: Collection[str]
+    options: Options, sizes: checks.Sizes, dtype: str, given: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, float | int], Mapping[str, Param]]:
     """What is computed: fields of the problem, the scalar parameters, and the declarations of those that are tensors.
 
-    ``given`` names the tensors that are given.
+    ``dtype`` is that of q, ``given`` has those of the parameters that are given as tensors, by name.
     """
     mask, what = kinds_of(options, sizes.seqlen_q, sizes.seqlen_kv, given)
     if options.definition != BUILTIN_DEFINITION:
-        params = params_of(options.definition)
+        params = params_of(options.definition, dtype)
         made_for = {**dict.fromkeys(given, True), **{name: False for name, _ in options.params}}
         if wrong := made_for.items() ^ {name: p.is_tensor for name, p in params.items()}.items():
             raise InvalidArgumentError(
@@ -179,13 +179,15 @@ def _computation(
         right = 0 if options.causal else right
     scalars = {"softcap": checks.check_softcap(options.softcap), "window_left": left, "window_right": right}
     scalars |= {f"has_{name}": int(name in given) for name in OPTIONAL}
-    return what, scalars, TENSORS
+    return what, scalars, {**TENSORS, **{p.name: p for p in SCORES[what["score"]].params}}
 
 
 def kinds_of(
-    options: Options, seqlen_q: int, seqlen_kv: int, given: Collection[str]
+    options: Options, seqlen_q: int, seqlen_kv: int, given: Mapping[str, str]
 ) -> tuple[Mask | None, dict[str, str]]:
     """The mask in its normal form (None for a definition of the user's own), and definition, mask and score by name.
+
+    ``given`` has the dtypes of the parameters that are given as tensors, by name.
 
     Raises
     ------
@@ -207,18 +209,18 @@ def kinds_of(
     capped = checks.check_softcap(options.softcap) != 0
     return mask, {
         "definition": BUILTIN_DEFINITION, "mask": kind,
-        "score": score_of(capped, "alibi_slopes" in given, "sinks" in given, "bias" in given),
+        "score": score_of(capped, "alibi_slopes" in given, "sinks" in given, given.get("bias", "")),
     }  # fmt: skip
 
 
-def params_of(definition: str) -> dict[str, Param]:
-    """The run-time parameters of a user's own definition, from the packs.
+def params_of(definition: str, dtype: str = "") -> dict[str, Param]:
+    """The run-time parameters of a user's own definition, from the packs: as kernels of a dtype have them, if any do.
 
     Raises
     ------
     InvalidArgumentError: no pack has a kernel of it.
     """
-    for entry in registry().entries_of(definition):
+    for entry in sorted(registry().entries_of(definition), key=lambda e: e.dtype != dtype):
         return {p.name: p for p in entry.params}
     known = sorted({e.definition for e in registry().entries if e.definition != BUILTIN_DEFINITION})
     raise InvalidArgumentError(

@@ -33,7 +33,7 @@ from tvm_flash.nn.attend import WholeMask, attend, fit, order_of, whole_mask_of
 from tvm_flash.nn.causal import top_left
 from tvm_flash.nn.far_rows import rows_of
 from tvm_flash.nn.masks import KeyMask, key_mask_of
-from tvm_flash.nn.sdpa import no_kernel, warn_of_fallback
+from tvm_flash.nn.sdpa import for_kernels, no_kernel, warn_of_fallback
 from tvm_flash.operators import BACKWARD, FORWARD, PAGED, RAGGED, RAGGED_BACKWARD
 from tvm_flash.padded import padded_attention
 
@@ -198,6 +198,8 @@ def _cpu_call(op, query, key, value, dropout_p, is_causal, attn_mask, scale):
     options: dict[str, Any] = {}
     if attn_mask is not None:
         mask = "attn_mask and is_causal are both given" if is_causal else _mask_of(attn_mask, query, key, scale)
+        if isinstance(mask, WholeMask):
+            mask = for_kernels(mask, query, key, value, (op,))
         if isinstance(mask, str):
             return mask, key, value, options
         kind, options = mask.kind if isinstance(mask, WholeMask) else ("padded", "identity"), {"mask": mask}

@@ -27,12 +27,13 @@ PARAMS = {
 
 
 def _of_scores(seqlen_q: int, seqlen_kv: int) -> dict[str, np.ndarray]:
-    """Parameters with a value for each score: three keys of four are seen, and none by one query."""
+    """Parameters with a value for each score: three keys of four are seen, and none by one query; 16 bits hold what is
+    added."""
     i, j = np.arange(seqlen_q)[:, None], np.arange(seqlen_kv)
     head = np.arange(BATCH * HEADS).reshape(BATCH, HEADS, 1, 1)
     return {
         "visible": ((i + 3 * j + head) % 4 > 0) & (i != head),
-        "bias": np.cos(0.1 * i - 0.3 * j + head).astype(np.float32),
+        "bias": (np.round(64 * np.cos(0.1 * i - 0.3 * j + head)) / 64).astype(np.float32),
     }
 
 

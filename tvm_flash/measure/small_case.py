@@ -239,7 +239,7 @@ def run(
         if not argument.rank:
             continue
         if role in tensors:
-            arrays[role] = tensors[role]
+            arrays[role] = numerics.encode(tensors[role], argument.dtype)
         elif role in inputs:
             cached = entry.cache_dtype != entry.dtype and role in ("k", "v")
             arrays[role] = _encoded(inputs[role], argument, order, entry.cache_dtype if cached else "")

@@ -25,11 +25,15 @@ _attend_masked = {
 }
 
 
+_KINDS = {torch.bool: ("given", "identity"), torch.float32: ("full", "biased")}
+
+
 @dataclass(frozen=True)
 class WholeMask:
     """A mask of torch's that differs between queries: which keys are seen, or what is added to scores.
 
-    ``values`` is boolean, or float32, and broadcasts to ``(batch, heads, seqlen_q, seqlen_kv)``.
+    ``values`` is boolean, or float32, or of the 16 bits of the queries, and broadcasts to ``(batch, heads, seqlen_q,
+    seqlen_kv)``.
     """
 
     values: torch.Tensor
@@ -37,7 +41,12 @@ class WholeMask:
     @property
     def kind(self) -> tuple[str, str]:
         """Mask and score of the kernels that take it."""
-        return ("given", "identity") if self.values.dtype == torch.bool else ("full", "biased")
+        return _KINDS.get(self.values.dtype, ("full", "biased_16"))
+
+    @property
+    def wider(self) -> WholeMask | None:
+        """The same in float32, if it is of 16 bits: for packs that have no kernels for those."""
+        return None if self.values.dtype in _KINDS else WholeMask(self.values.float())
 
     @property
     def name(self) -> str:
@@ -65,7 +74,7 @@ def whole_mask_of(attn_mask: torch.Tensor, query: torch.Tensor, key: torch.Tenso
     if len(shape) > len(scores) or any(n != 1 and n != m for n, m in sizes):
         return f"attn_mask has shape {tuple(shape)}, which doesn't broadcast to {tuple(scores)}"
     attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(shape))
-    return WholeMask(attn_mask if attn_mask.dtype in (torch.bool, torch.float32) else attn_mask.float())
+    return WholeMask(attn_mask if attn_mask.dtype in (*_KINDS, query.dtype) else attn_mask.float())
 
 
 def attend(

@@ -30,7 +30,8 @@ class Rows:
 
     Attributes
     ----------
-    bias: float32, as it was given or with something taken off.
+    bias: as it was given or with something taken off, in the same dtype: 16 bits hold the difference of two numbers of
+        theirs, or else it is more than 100, and rounded as a score of such a size would be.
     moved: whether something may have been.
     even: boolean ``(…, seqlen_q, 1)``, the rows with one weight for all; None if there are none.
     share: float32 ``(…, seqlen_q, 1)``: of those one over the number of keys, else 1; None if there are none.
@@ -57,7 +58,7 @@ class Rows:
 
 
 def rows_of(bias: torch.Tensor, keys: int) -> Rows:
-    """The rows of a float32 bias that broadcasts to ``(batch, heads, seqlen_q, keys)``.
+    """The rows of a bias that broadcasts to ``(batch, heads, seqlen_q, keys)``.
 
     A bias on a GPU, or in a program, isn't read on the host: what might be needed is computed then.
     """

@@ -132,8 +132,8 @@ def _mask_of(
     if isinstance(whole, str):
         return whole
     ops = (FORWARD, OPERATORS[FORWARD].backward) if is_differentiated(attn_mask) else None
-    reason = no_kernel(whole.kind[0], query, key, value, whole.kind[1], ops)
-    return whole if reason is None else f"{keys}; {reason}"
+    whole = for_kernels(whole, query, key, value, ops)
+    return f"{keys}; {whole}" if isinstance(whole, str) else whole
 
 
 def _answer_for_torch(tensors: tuple[torch.Tensor | None, ...]) -> list[str]:
@@ -224,6 +224,19 @@ def no_kernel(
         if not any(sizes[0] <= head_dim and sizes[1] <= head_dim_v for head_dim, head_dim_v in limits):
             return f"{why}there are kernels for head dimensions up to {limits} only"
     return None
+
+
+def for_kernels(
+    mask: WholeMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ops: tuple[str, ...] | None = None
+) -> WholeMask | str:
+    """A mask as there are kernels for it, or why there are none for a call with it; ``ops`` as for
+    :func:`no_kernel`."""
+    reason = no_kernel(mask.kind[0], query, key, value, mask.kind[1], ops)
+    if reason is None:
+        return mask
+    wider = mask.wider
+    found = wider and no_kernel(wider.kind[0], query, key, value, wider.kind[1], ops)
+    return wider if wider and found is None else reason
 
 
 @torch.compiler.assume_constant_result

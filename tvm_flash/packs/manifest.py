@@ -123,6 +123,9 @@ LAYOUT_OF_TEMPLATE = {"v1": "bhsd", "v2": "bshd"}
 #: The dtypes of parameters; a number is of one of the first two.
 PARAM_DTYPES = ("float32", "int32", "float16", "bfloat16", "bool")
 
+#: In a definition, the dtype of a tensor parameter that has the one of q, whichever a kernel is for.
+AS_Q = "q"
+
 #: The most blocks of a GPU's launch along any axis of its grid but the first.
 MOST_BLOCKS = 65535
 
@@ -177,7 +180,8 @@ class Param:
 
     Attributes
     ----------
-    dtype: ``"float32"`` or ``"int32"``, of a tensor or table ``"float16"``, ``"bfloat16"`` or ``"bool"`` too.
+    dtype: ``"float32"`` or ``"int32"``, of a tensor or table ``"float16"``, ``"bfloat16"`` or ``"bool"`` too, or in a
+        definition ``"q"``, that of q; a kernel's parameters have the dtype that it is there (:meth:`beside`).
     axes: of a tensor, which of the axes of scores, batch, query head, query and key, ``"bhij"`` in this order, it has a
         value each for.
     per_head: the same as ``axes="bh"``.
@@ -200,9 +204,13 @@ class Param:
             raise ValueError(f"axes: is {self.axes!r}, expected some of 'bhij' in this order")
         if self.rank and self.axes:
             raise ValueError(f"{self.name}: has axes {self.axes!r} and the rank {self.rank} of a table; expected one")
-        if self.dtype not in PARAM_DTYPES or (self.dtype not in PARAM_DTYPES[:2] and not self.is_tensor):
-            known = PARAM_DTYPES if self.is_tensor else PARAM_DTYPES[:2]
+        known = (*PARAM_DTYPES, AS_Q) if self.is_tensor else PARAM_DTYPES[:2]
+        if self.dtype not in known:
             raise ValueError(f"dtype: is {self.dtype!r}, expected one of {', '.join(known)}")
+
+    def beside(self, dtype: str) -> Param:
+        """The parameter beside a q of some dtype."""
+        return dataclasses.replace(self, dtype=dtype) if self.dtype == AS_Q else self
 
     @property
     def is_tensor(self) -> bool:

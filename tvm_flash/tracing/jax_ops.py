@@ -119,7 +119,7 @@ def _check_backward(options, arrays, asked):
     """That some platform has kernels for the gradients."""
     q, k, v = (arrays[name] for name in "qkv")
     queries = {"bhsd": 2, "bshd": 1, RAGGED_LAYOUT: 0}[options.layout]
-    parameters = tuple(name for name in arrays if name not in "qkv")
+    parameters = {name: x.dtype.name for name, x in arrays.items() if name not in "qkv"}
     what = (q.dtype.name, (q.shape[queries], k.shape[queries]), (q.shape[-1], v.shape[-1]), parameters)
     learnt = tuple(name for name in asked if name in parameters)
     kinds = [kind for _, kind in _PLATFORMS.values() if kind == "cpu" or cuda.device_count()]

@@ -192,7 +192,8 @@ def _pair(of: Signature, rest: tuple) -> Pair:
         return compute(*readable(*tensors), *outputs, variant, False, *others)
 
     def check(q, k, v, parameters, wanted):
-        key = (q.dtype, q.device, q.shape, k.shape, v.shape, tuple(parameters), wanted)
+        dtypes = tuple((name, x.dtype) for name, x in parameters.items())
+        key = (q.dtype, q.device, q.shape, k.shape, v.shape, dtypes, wanted)
         if key not in passed:
             check_kernel(options, q, k, v, parameters, wanted)
             passed.add(key)
@@ -398,7 +399,7 @@ def check_kernel(options, q, k, v, parameters, wanted):
         name_of(q.dtype),
         (q.shape[queries], k.shape[queries]),
         (int(q.shape[-1]), int(v.shape[-1])),
-        tuple(parameters),
+        {name: name_of(x.dtype) for name, x in parameters.items()},
         wanted,
     )
     if reason is not None:

@@ -205,7 +205,7 @@ def few_queries_macros(block_n: int, lanes: int, dtype: str, head_dim: int, head
         tile_output = T.sblock_alloc_buffer((head_dim_v,), "float32", scope="local")
         factor = T.sblock_alloc_buffer((1,), "float32", scope="local")
         row = T.sblock_alloc_buffer((_R,), "int64", scope="local")
-        staged = T.meta_var(Staged(P.pattern.params, "j", N))
+        staged = T.meta_var(Staged(P.pattern.params, "j", lanes, N))
         k_base: T.int64 = P.key_rows(b, h).offset(T.int64(0), T.int64(0))
         v_base: T.int64 = P.value_rows(b, h).offset(T.int64(0), T.int64(0))
         r0: T.int64 = P.part_row(b, h, p, count)

@@ -59,7 +59,7 @@ def row_tile_macro(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         result = T.sblock_alloc_buffer((lanes, lanes), "float32", scope="local")
         row = T.sblock_alloc_buffer((R,), "int64", scope="local")
         largest = T.sblock_alloc_buffer((8,), "uint16", scope="local")
-        staged = T.meta_var(Staged(P.pattern.of_score, "i", G, N))
+        staged = T.meta_var(Staged(P.pattern.of_score, "i", lanes, G, N))
         look = T.meta_var(Look(P.pattern, "i", G, N, lanes))
 
         # Mutable scalars, not let-bindings: TVM's index analysis would follow those through everything below.

@@ -57,9 +57,10 @@ def place(buffer: tirx.Buffer, access: str, *index) -> Expr:
     return buffer.access_ptr(access, offset=buffer.offset_of(index)[0])
 
 
-def transpose(to: Expr, to_stride: int, source: Expr, source_stride: int) -> Expr:
+def transpose(to: Expr, to_stride: int, source: Expr, source_stride: int | Expr) -> Expr:
     """A call of it."""
-    return T.call_extern("int32", _NAME, to, T.int64(to_stride), source, T.int64(source_stride))
+    source_stride = T.int64(source_stride) if isinstance(source_stride, int) else source_stride
+    return T.call_extern("int32", _NAME, to, T.int64(to_stride), source, source_stride)
 
 
 def make_transposed_load(row_vectors: int, lanes: int, words: Callable):

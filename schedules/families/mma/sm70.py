@@ -17,6 +17,7 @@ from schedules.families.interface import (
     APPEND,
     BACKWARD,
     BACKWARD_ACCUMULATE,
+    BIASED_16,
     CAUSAL_WITH_SINKS,
     FORWARD,
     MERGED,
@@ -228,6 +229,6 @@ KINDS = {
 TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-#: These would be the usual ones again, which serve them.
-UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
+#: The first would be the usual ones again, which serve them; no GPU has run the others yet.
+UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS, BIASED_16), FORWARD: (BIASED_16,)}
 UNVERIFIED_KINDS = (MERGED, BACKWARD_ACCUMULATE)

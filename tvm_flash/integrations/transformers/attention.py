@@ -18,7 +18,7 @@ from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.nn.attend import WholeMask, attend, fit, whole_mask_of
 from tvm_flash.nn.flash_attn import flash_attn_varlen_func
 from tvm_flash.nn.masks import KeyMask, key_mask_of
-from tvm_flash.nn.sdpa import no_kernel, refusal, warn_of_fallback
+from tvm_flash.nn.sdpa import for_kernels, no_kernel, refusal, warn_of_fallback
 from tvm_flash.operators import BACKWARD, FORWARD
 from tvm_flash.padded import padded_attention
 
@@ -267,9 +267,9 @@ def _whole_mask(mask: torch.Tensor, query, key, value) -> WholeMask | None:
     """A mask over queries and keys, if there are kernels that take it."""
     whole = whole_mask_of(mask, query, key)
     ops = (FORWARD, BACKWARD) if is_differentiated(mask) else None
-    if isinstance(whole, str) or no_kernel(whole.kind[0], query, key, value, whole.kind[1], ops) is not None:
-        return None
-    return whole
+    if not isinstance(whole, str):
+        whole = for_kernels(whole, query, key, value, ops)
+    return None if isinstance(whole, str) else whole
 
 
 def _by_whole_mask(query, key, value, whole: WholeMask, scaling: float | None) -> torch.Tensor:

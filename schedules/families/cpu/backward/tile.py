@@ -261,7 +261,7 @@ def section_macro(pattern, config: Config, isa: Isa):
     def section(P: Geometry, b, g, first_key, end_key, first_row, end_row, slot, begins):
         t = T.meta_var(allocate(buffers))
         local = T.meta_var(allocate(registers, "local"))
-        staged = T.meta_var(Staged(pattern.of_score, "j", N))
+        staged = T.meta_var(Staged(pattern.of_score, "j", lanes, N))
         look = T.meta_var(Look(pattern, "j", N, M, lanes))
         key_rows = T.meta_var(P.key_rows(b, g * P.group))
         value_rows = T.meta_var(P.value_rows(b, g * P.group))
