@@ -146,8 +146,8 @@ SCOPES = {
 }
 
 #: Kinds of which there are kernels of one template, the family's last: those whose tensors have no batch axis, and so
-#: one layout, and those that context parallel attention alone calls, which take tensors of either layout.  So it is with
-#: scores of 16 bits: on two cores of an Emerald Rapids V1's kernels took as long as V2's, with tensors of both layouts.
+#: one layout, and those that context parallel attention alone calls, which take tensors of either layout.  So it is
+#: with scores of 16 bits: on two cores of an Emerald Rapids V1's kernels took as long as V2's, in both layouts.
 ONE_TEMPLATE = (
     *(
         RAGGED,
