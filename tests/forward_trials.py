@@ -321,7 +321,8 @@ def usual(entry: KernelEntry) -> Usual:
     ends = {"kv_start": 0, "kv_end": seqlen_kv, "query_start": 0}
     values |= {n: torch.full((batch, heads), x, dtype=torch.int32, device="cuda") for n, x in ends.items()}
     whole = (batch, heads, seqlen_q, seqlen_kv)
-    values["bias"] = torch.randn(seqlen_q, seqlen_kv, device="cuda").expand(whole)
+    dtype = getattr(torch, next((p.dtype for p in entry.params if p.name == "bias"), "float32"))
+    values["bias"] = torch.randn(seqlen_q, seqlen_kv, device="cuda", dtype=dtype).expand(whole)
     values["visible"] = (torch.rand(seqlen_q, seqlen_kv, device="cuda") < 0.9).expand(whole)
     values |= {"has_sinks": 1, "sinks": torch.rand(batch, heads, device="cuda")}
     pairs = {"full": seqlen_kv, "given": seqlen_kv, "causal": seqlen_kv / 2}.get(
