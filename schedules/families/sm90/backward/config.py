@@ -212,9 +212,13 @@ def section_heads(pattern: Pattern, ragged: bool) -> sizes.Expression:
 
     On an H200, bfloat16, head_dim 128, TFLOP/s (docs/hopper.md): full, with 16 heads and with as many as are taken: 503
     and 522 at 2k rows, 481 and 560 at 16k, 418 and 582 at 32k, but 367 and 350 at 512; causal 540 and 547 at 8k, of 8
-    heads with 8 and with 2 456 and 577 at 128k, 421 and 581 at 256k.
+    heads with 8 and with 2 456 and 577 at 128k, 421 and 581 at 256k.  Under a causal mask it goes by the keys, as late
+    rows see more of them than there are rows: where two GPUs share 256k positions, 418 ms forward and backward by keys,
+    and 465 by rows, and 26.9 and 27.3 of 64k.
     """
     rows = usual_rows(ragged)
+    if not (pattern.is_unmasked or ragged):
+        rows = "seqlen_kv"
     if max(pattern.head_dim, pattern.head_dim_v) <= 64:
         few = ((8192, 8), (32768, 2)) if pattern.is_unmasked else ((65536, 8),)
     elif pattern.is_unmasked:
