@@ -66,9 +66,9 @@ def compile_object(
     run_on: a newer arch on which the kernel shall also run, for verification: adds PTX.
     recompile_for: another arch whose machine code is made instead, for verification; its spills don't count.
     images: a folder in which device images are kept, so that kernels with the same device half are compiled once.
-    of_user: whether the definition isn't the package's own.  Spills and serialised wgmma are accepted then, and
-        arrays are taken apart (``elements.py``), so that nvcc takes less time; kernels of the package's own stay what
-        ran on hardware.
+    of_user: whether the definition isn't the package's own.  Spills and serialised wgmma are accepted then, arrays
+        are taken apart (``elements.py``), so that nvcc takes less time, and the host half is optimised less; kernels
+        of the package's own stay what ran on hardware.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def compile_object(
         half.write_text(with_elements_apart(device) if of_user else device)
         options = {"run_on": run_on, "recompile_for": recompile_for, "images": images, "of_user": of_user}
         image, report = compile_device(half, arch, **options)
-        compile_host(embed(device, host, image), half.with_suffix(".cpp"), target)
+        compile_host(embed(device, host, image), half.with_suffix(".cpp"), target, of_user=of_user)
     weaken_symbols(target)
     return report
 

@@ -16,7 +16,7 @@ HOST_HALF = "#include <tvm/ffi/c_api.h>"
 #: What the host half needs of CUDA.
 HOST_HEADER = SOURCES / "launch.h"
 
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w")
+_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-w")
 _DECLARATION = re.compile(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(([^;{]*)\);')
 _TEMPLATE = re.compile(r"^v\d_")
 _LAUNCHER = re.compile(
@@ -71,9 +71,8 @@ def without_template(device: str, host: str) -> tuple[str, str]:
 
     What V1 and V2 run on a GPU often differs in nothing else.
     """
-    for name in dict(_DECLARATION.findall(device)):
-        shared = _TEMPLATE.sub("", name)
-        device, host = (re.sub(rf"\b{name}\b", shared, half) for half in (device, host))
+    names = re.compile(rf"\b(?:{'|'.join(dict(_DECLARATION.findall(device)))})\b")
+    device, host = (names.sub(lambda name: _TEMPLATE.sub("", name[0]), half) for half in (device, host))
     return device, host
 
 
@@ -102,12 +101,15 @@ def embed(device: str, host: str, image: Path) -> str:
     return f'#include "{HOST_HEADER.name}"\n' + _HEADERS.sub("", host)
 
 
-def compile_host(text: str, source: Path, target: Path) -> None:
-    """Compile a host half to an object; ``source`` is where its text is put."""
+def compile_host(text: str, source: Path, target: Path, *, of_user: bool = False) -> None:
+    """Compile a host half to an object; ``source`` is where its text is put.
+
+    That of a user's kernel is optimised less: it is one long sequence of checks, and takes half the time.
+    """
     source.write_text(text)
     include = (HOST_HEADER.parent, *tvm_ffi_include(), *nvcc.find_toolkit().include[:1])
-    command = [host_compiler("c++"), *_FLAGS, *(f"-I{p}" for p in include), "-c", source, "-o", target]
-    run(command, f"compiling {source.name}")
+    flags = ("-O1" if of_user else "-O2", *_FLAGS, *(f"-I{p}" for p in include))
+    run([host_compiler("c++"), *flags, "-c", source, "-o", target], f"compiling {source.name}")
 
 
 def tvm_ffi_include() -> list[Path]:
