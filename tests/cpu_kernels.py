@@ -27,6 +27,18 @@ def runnable_isas() -> list[str]:
     return [name for name, isa in cpu.ISAS.items() if set(isa.features) <= features()]
 
 
+def others(dtype: str) -> list[str]:
+    """Those but the best whose code for a dtype isn't a better one's.
+
+    What is for bfloat16 alone changes nothing of other dtypes (``test_cpu_family.py`` compares their code).
+    """
+    best_of = {}
+    for name in reversed(runnable_isas()):
+        isa = cpu.ISAS[name]
+        best_of[isa.lanes, isa.registers, isa.bfloat16 if dtype == "bfloat16" else ""] = name
+    return [name for name in runnable_isas()[1:] if name in best_of.values()]
+
+
 @functools.cache
 def runtime() -> Path:
     """The threads and the scratch memory that kernels run on in a pack."""

@@ -17,7 +17,7 @@ from schedules.families import cpu
 from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, Program, Rejected, Target
 from tests import cases, gradient_cases
 from tests.cases import CASES, Case
-from tests.cpu_kernels import TEMPLATES, compile_for, installed, make, runnable_isas
+from tests.cpu_kernels import TEMPLATES, compile_for, installed, make, others, runnable_isas
 from tests.gradient_cases import Kernel, check, outer, run
 from tvm_flash.packs.manifest import LAYOUT_OF_TEMPLATE
 
@@ -87,7 +87,7 @@ def test_kernels_of_their_own(mask, score):
             checked(case, kernel("v2", "float32", mask, score), with_dlse=True)
 
 
-@pytest.mark.parametrize("isa", runnable_isas()[1:])
+@pytest.mark.parametrize("isa", others("float32"))
 def test_every_isa(isa):
     dtypes = ("float32", "bfloat16") if isa == "avx2" else ("float32",)
     for dtype in dtypes:

@@ -12,18 +12,18 @@ import torch
 import tvm
 from tvm.script import tirx as T
 
-from schedules.builder.compile import Lowered, lower
+from schedules.builder.compile import Lowered, lower, pattern_of
 from schedules.builder.suite import CPU_VARIANTS, KernelSpec
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import MASKS, SCORES
 from schedules.definition.pattern import match
 from schedules.families import cpu
 from schedules.families.cpu import vector_math
-from schedules.families.interface import Rejected, Target
+from schedules.families.interface import BACKWARD, FORWARD, Rejected, Target
 from schedules.toolchain.machine import best_isa
 from tests import cases, torch_cases
 from tests.cases import CASES, Case
-from tests.cpu_kernels import TEMPLATES, compile_for, installed, make, runnable_isas
+from tests.cpu_kernels import TEMPLATES, compile_for, installed, make, others, runnable_isas
 from tests.pairs import ALL_PAIRS
 from tvm_flash import numerics
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
@@ -72,12 +72,29 @@ def test_against_float64(case, template):
     check(case, cases.inputs(case), template, runnable_isas()[0])
 
 
-@pytest.mark.parametrize("isa", runnable_isas()[1:])
-@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize(("dtype", "isa"), [(dtype, isa) for dtype in cpu.DTYPES for isa in others(dtype)])
 def test_every_isa(dtype, isa):
     for case in CASES:
         if case.dtype == dtype and (case.mask, case.score) in (("causal", "identity"), ("window", "softcap")):
             check(case, cases.inputs(case), "v1", isa)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+def test_what_is_for_bfloat16_alone_changes_nothing_of_other_dtypes(dtype, tmp_path):
+    """Compiled only: kernels for AMX are those for AVX-512 alone, the code of a causal one byte by byte."""
+    same = ("amx", "avx512_bf16", "avx512")
+    for mask, score, kind in (
+        ("causal", "identity", FORWARD),
+        ("window", "softcap", FORWARD),
+        ("given", "identity", BACKWARD),
+    ):
+        spec = KernelSpec("v1", BUILTIN_DEFINITION, mask, score, dtype, 64, 64, kind=kind)
+        made = [lower(spec, pattern_of(spec, target), target) for target in (Target("cpu", isa) for isa in same)]
+        assert len({lowered.text for lowered in made}) == 1
+        if mask == "causal":
+            for isa, lowered in zip(same, made, strict=True):
+                compile_for(isa, lowered.program).mod.write_to_file(str(tmp_path / isa), "o")
+    assert len({(tmp_path / isa).read_bytes() for isa in same}) == 1
 
 
 #: What the assembly of a causal bfloat16 kernel must hold, and what would be illegal where there is no more than that.
