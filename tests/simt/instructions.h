@@ -28,6 +28,13 @@ bool reach(int place);
 uint8_t* shared();
 uint32_t to_shared(const void* p);
 
+// ------------------------------------------------------------------ errors of host halves
+
+// Fails because a check of a host half did.
+[[noreturn]] void refuse(const char* kind, const char* what, const char* why);
+// Tells tvm-ffi of the exception that is being handled; what a host half then returns.
+int raised();
+
 // ------------------------------------------------------------------ a block and its warps
 
 void leave();

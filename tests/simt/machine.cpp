@@ -1,9 +1,23 @@
 // The machine itself, compiled once; each module is linked with a copy of it that has its own state.
 
 #include <tvm/ffi/c_api.h>
+#include <tvm/ffi/function.h>
 
 #include "tma.h"
 #include "wgmma.h"
+
+namespace simt {
+
+void refuse(const char* kind, const char* what, const char* why) {
+  throw tvm::ffi::Error(kind, std::string(what) + why, "");
+}
+int raised() {
+  TVM_FFI_SAFE_CALL_BEGIN();
+  throw;
+  TVM_FFI_SAFE_CALL_END();
+}
+
+}  // namespace simt
 
 // What kernels' host halves ask of the library that launches them.
 extern "C" int32_t opaque(int32_t value) { return value; }

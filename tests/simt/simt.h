@@ -63,6 +63,21 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+// Host halves are between these, and check with that; tvm-ffi's own would make templates of each place.
+#define TVM_FFI_SAFE_CALL_BEGIN() try {
+#define TVM_FFI_SAFE_CALL_END() \
+  }                             \
+  catch (...) {                 \
+    return simt::raised();      \
+  }                             \
+  return 0
+#define TVM_FFI_CHECK(condition, kind) \
+  if (!(condition)) Failure{#kind, "Check failed: (" #condition ") is false: "}
+struct Failure {
+  const char *kind, *what;
+  [[noreturn]] void operator<<(const char* why) const { simt::refuse(kind, what, why); }
+};
+
 // What kernels' host halves ask of the library that launches them.
 extern "C" int32_t opaque(int32_t value);
 extern "C" int32_t beyond_multiple(void* address, int32_t multiple);

@@ -27,8 +27,8 @@ _HERE = Path(__file__).parent
 #: What every translated source begins with: what it sees of the machine, and what host halves include.
 _PRELUDE = """
 #include "simt.h"
+#include <tvm/ffi/c_api.h>
 #include <tvm/ffi/extra/c_env_api.h>
-#include <tvm/ffi/function.h>
 """
 
 #: Where the device half's own functions begin.
@@ -59,7 +59,7 @@ def translate(text: str, name: str) -> str:
     device = re.sub(r"#pragma unroll.*\n", "", device)
     device = re.sub(r"__half2 pair = .*\n.*", "to = simt::pack(high, low, false);", device)
     device = instructions.ASM.sub(instructions.translate, device)
-    host = re.sub(r"#include <(tvm/ffi/extra/cuda/device_guard|cuda|cuda_runtime)\.h>\n", "", host)
+    host = re.sub(r"#include <(tvm/ffi/function|tvm/ffi/extra/cuda/device_guard|cuda|cuda_runtime)\.h>\n", "", host)
     host = _LAUNCHER.sub(lambda _: _LAUNCH, host)
     host = host.replace("device.device_type) == 2", "device.device_type) == 1")
     host = re.sub(r"tvm::ffi::CUDADeviceGuard [^;]*;", "", host)
