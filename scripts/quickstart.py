@@ -4,5 +4,4 @@ from environment import prepare, run
 
 if __name__ == "__main__":
     python = prepare()
-    run([python, "scripts/build_kernels.py", "--arch", "native"])
     run([python, "-m", "tvm_flash", "demo"])
