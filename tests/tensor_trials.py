@@ -113,9 +113,9 @@ class Problem:
     def far(self) -> float | None:
         """``FAR`` as a parameter's dtype has it, if ``FAR_ROWS`` have it alone."""
         param = next(filter(_takes_far, self.kernel.params), None)
-        return (
-            None if self.lie != "far rows" or param is None else float(numerics.round_to(np.float32(FAR), param.dtype))
-        )
+        if self.lie != "far rows" or param is None:
+            return None
+        return numerics.round_to(np.float32(FAR), param.dtype).item()
 
     @functools.cached_property
     def that_count(self) -> dict[str, np.ndarray]:

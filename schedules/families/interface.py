@@ -68,8 +68,7 @@ OF_SEQUENCES += (*PAGED_SCALED.values(), *PAGED_DECODE_SCALED.values())
 GRADIENT_KINDS = (BACKWARD, BACKWARD_ACCUMULATE, RAGGED_BACKWARD)
 
 #: Masks and scores of whole tensors, as torch's attention takes them, and those with a sink.
-BIASED_16 = ("full", "biased_16")
-WITH_TENSORS = (("given", "identity"), ("full", "biased"), BIASED_16)
+WITH_TENSORS = (("given", "identity"), ("full", "biased"), ("full", "biased_16"))
 WITH_SINKS = (("positioned", "optional_sinks"), ("window", "optional_sinks"))
 #: What a backward of five products can have a kernel of its own for; where there is none, the former serve it.
 CAUSAL_WITH_SINKS = ("causal", "identity_sinks")

@@ -17,7 +17,6 @@ from schedules.families.interface import (
     APPEND,
     BACKWARD,
     BACKWARD_ACCUMULATE,
-    BIASED_16,
     CAUSAL_WITH_SINKS,
     FORWARD,
     MERGED,
@@ -229,6 +228,6 @@ KINDS = {
 TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-#: The first would be the usual ones again, which serve them; no GPU has run the others yet.
-UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS, BIASED_16), FORWARD: (BIASED_16,)}
+#: These would be the usual ones again, which serve them.
+UNVERIFIED_VARIANTS = {BACKWARD: (CAUSAL_WITH_SINKS,)}
 UNVERIFIED_KINDS = (MERGED, BACKWARD_ACCUMULATE)

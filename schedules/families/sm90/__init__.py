@@ -12,7 +12,6 @@ from schedules.families.interface import (
     APPEND,
     BACKWARD,
     BACKWARD_ACCUMULATE,
-    BIASED_16,
     DECODE,
     FORWARD,
     MERGED,
@@ -85,8 +84,6 @@ FURTHER_SIZES = {FORWARD: {("full", "identity"): ((32, 32), (80, 80))}}
 TENSOR_KINDS, TABLE_KINDS = (FORWARD, BACKWARD), OF_SEQUENCES
 #: Where results are merged, a sink is put in once, after the parts of all keys.
 SINK_KINDS = (FORWARD, *(kind for kind in KINDS if kind != MERGED))
-#: No GPU has run these yet.
-UNVERIFIED_VARIANTS = dict.fromkeys((FORWARD, BACKWARD), (BIASED_16,))
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
