@@ -18,6 +18,7 @@ from tests.nn_cases import agree, fresh, tensors  # noqa: E402, F401
 from tvm_flash.integrations.pytorch import on_cpu  # noqa: E402
 from tvm_flash.nn import FallbackWarning, sdpa  # noqa: E402
 from tvm_flash.nn import scaled_dot_product_attention as ours  # noqa: E402
+from tvm_flash.nn.attend import WholeMask  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("cpu_pack", "fresh"),
@@ -281,3 +282,12 @@ def test_a_mask_fits_keys_of_the_same_length_whichever_symbol_that_is_in_a_progr
     compiled = torch.compile(masked, backend="eager", fullgraph=True, dynamic=True)
     for n in (5, 7):
         assert (compiled(n) - masked(n)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "small"),
+    [((2, 1, 1, 96), True), ((1, 1, 64, 96), True), ((2, 1, 64, 96), False), ((2, 32, 64, 96), False)],
+)
+def test_masks_of_16_bits_that_a_gpu_had_better_widen(shape, small):
+    query, key = torch.empty(2, 16, 64, 8), torch.empty(2, 16, 96, 8)
+    assert WholeMask(torch.zeros(shape, dtype=torch.bfloat16)).is_small(query, key) == small

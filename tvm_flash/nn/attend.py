@@ -25,6 +25,9 @@ _attend_masked = {
 }
 
 
+#: Scores for an element of a small mask.
+_SMALL = 32
+
 _KINDS = {torch.bool: ("given", "identity"), torch.float32: ("full", "biased")}
 
 
@@ -47,6 +50,16 @@ class WholeMask:
     def wider(self) -> WholeMask | None:
         """The same in float32, if it is of 16 bits: for packs that have no kernels for those."""
         return None if self.values.dtype in _KINDS else WholeMask(self.values.float())
+
+    def is_small(self, query: torch.Tensor, key: torch.Tensor) -> bool:
+        """Whether a GPU makes it float32 in no time beside a call with it: of one that is the same for all queries, or
+        whose rows don't lie as TMA reads them, float32 is faster by up to a quarter (docs/hopper.md).
+
+        In a program it goes by what is known of all sizes.
+        """
+        if torch.compiler.is_compiling():
+            return self.values.shape[-2] == 1
+        return _SMALL * self.values.numel() <= query[..., 0].numel() * key.shape[-2]
 
     @property
     def name(self) -> str:

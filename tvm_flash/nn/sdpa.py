@@ -232,11 +232,12 @@ def for_kernels(
     """A mask as there are kernels for it, or why there are none for a call with it; ``ops`` as for
     :func:`no_kernel`."""
     reason = no_kernel(mask.kind[0], query, key, value, mask.kind[1], ops)
-    if reason is None:
+    if reason is None and not (query.device.type == "cuda" and mask.is_small(query, key)):
         return mask
     wider = mask.wider
-    found = wider and no_kernel(wider.kind[0], query, key, value, wider.kind[1], ops)
-    return wider if wider and found is None else reason
+    if wider and no_kernel(wider.kind[0], query, key, value, wider.kind[1], ops) is None:
+        return wider
+    return mask if reason is None else reason
 
 
 @torch.compiler.assume_constant_result
