@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from tvm_flash.distributed import peers
 from tvm_flash.distributed.agreement import Axes, with_room
+from tvm_flash.distributed.exchange import first_line
 
 symmetric = pytest.importorskip("torch.distributed._symmetric_memory")
 
@@ -133,3 +134,7 @@ def test_a_variable_that_turns_multicast_on_is_put_back(machine, monkeypatch):
     with world() as group:
         met(group)
     assert machine.multicast == ["1"] and os.environ[VARIABLE] == "0"
+
+
+def test_errors_that_say_nothing():
+    assert first_line(AttributeError()) == "" and first_line(RuntimeError("\n no memory\nat …")) == "no memory"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tvm_flash.distributed import peers
-from tvm_flash.distributed.exchange import talking
+from tvm_flash.distributed.exchange import first_line, talking
 from tvm_flash.errors import InvalidArgumentError, PeerMemoryWarning, TvmFlashError
 
 #: Bytes that a rank says of a call.
@@ -155,7 +155,7 @@ def _tried(axes: Axes, make: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         made = make()
     except (RuntimeError, ImportError, AttributeError, TypeError) as e:  # what PyTorch has no name for
-        obstacle = f"PyTorch {torch.__version__} has no such memory here: {type(e).__name__}: {str(e).splitlines()[0]}"
+        obstacle = f"PyTorch {torch.__version__} has no such memory here: {type(e).__name__}: {first_line(e)}"
     return made, _obstacles(axes, obstacle)
 
 

@@ -20,6 +20,11 @@ from tvm_flash.distributed.rows import Rows, Sums
 from tvm_flash.errors import ProcessGroupError
 
 
+def first_line(error: Exception) -> str:
+    """Of what an error says, which may be nothing."""
+    return str(error).strip().partition("\n")[0]
+
+
 @contextlib.contextmanager
 def talking(to: dist.ProcessGroup | tuple[int, ...]) -> Iterator[None]:
     """Say of an error of the transport among the ranks of a group, or some ranks, what it was about.
@@ -36,7 +41,7 @@ def talking(to: dist.ProcessGroup | tuple[int, ...]) -> Iterator[None]:
         ranks = list(to) if isinstance(to, tuple) else dist.get_process_group_ranks(to)
         raise ProcessGroupError(
             f"mesh: rank {dist.get_rank()} had no answer from another of the ranks {ranks} (a process that is gone, or "
-            f"that was not there within the group's timeout): {str(e).strip().splitlines()[0]}"
+            f"that was not there within the group's timeout): {first_line(e)}"
         ) from e
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from tvm_flash.distributed.exchange import PARTS, Receive, Send, talking
+from tvm_flash.distributed.exchange import PARTS, Receive, Send, first_line, talking
 from tvm_flash.distributed.rows import Rows
 from tvm_flash.errors import InvalidArgumentError, ProcessGroupError
 
@@ -318,7 +318,7 @@ def explaining(group: dist.ProcessGroup) -> Iterator[None]:
         raise ProcessGroupError(
             f"mesh: the GPU of rank {dist.get_rank()} failed, as it does if another of the ranks "
             f"{dist.get_process_group_ranks(group)} is gone, or wasn't there within the group's timeout (then a line "
-            f"on standard error names it): {str(e).strip().splitlines()[0]}"
+            f"on standard error names it): {first_line(e)}"
         ) from e
 
 
