@@ -47,9 +47,13 @@ class WholeMask:
         return _KINDS.get(self.values.dtype, ("full", "biased_16"))
 
     @property
-    def wider(self) -> WholeMask | None:
-        """The same in float32, if it is of 16 bits: for packs that have no kernels for those."""
-        return None if self.values.dtype in _KINDS else WholeMask(self.values.float())
+    def has_16_bits(self) -> bool:
+        """Whether each element has."""
+        return self.values.dtype not in _KINDS
+
+    def wider(self) -> WholeMask:
+        """The same in float32."""
+        return WholeMask(self.values.float())
 
     def is_small(self, query: torch.Tensor, key: torch.Tensor) -> bool:
         """Whether a GPU makes it float32 in no time beside a call with it: of one that is the same for all queries, or

@@ -232,11 +232,9 @@ def for_kernels(
     """A mask as there are kernels for it, or why there are none for a call with it; ``ops`` as for
     :func:`no_kernel`."""
     reason = no_kernel(mask.kind[0], query, key, value, mask.kind[1], ops)
-    if reason is None and not (query.device.type == "cuda" and mask.is_small(query, key)):
-        return mask
-    wider = mask.wider
-    if wider and no_kernel(wider.kind[0], query, key, value, wider.kind[1], ops) is None:
-        return wider
+    is_worth_it = reason is not None or (query.device.type == "cuda" and mask.is_small(query, key))
+    if mask.has_16_bits and is_worth_it and no_kernel("full", query, key, value, "biased", ops) is None:
+        return mask.wider()
     return mask if reason is None else reason
 
 
