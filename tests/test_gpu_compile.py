@@ -31,7 +31,7 @@ def pattern_of(head_dim=128, mask="full", score="identity", dtype="float16", hea
     ("arch", "template", "pattern"),
     [
         ("sm_80", "v2", {"mask": "causal"}),
-        ("sm_80", "v1", {"head_dim": 256, "mask": "window", "score": "softcap_alibi", "dtype": "bfloat16"}),
+        ("sm_80", "v1", {"head_dim": 256, "mask": "window", "score": "alibi", "dtype": "bfloat16"}),
         ("sm_86", "v2", {"head_dim": 128}),
         ("sm_86", "v2", {"head_dim": 128, "mask": "padded"}),
         ("sm_89", "v2", {"head_dim": 64, "mask": "window", "score": "alibi"}),

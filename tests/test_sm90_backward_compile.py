@@ -26,10 +26,9 @@ TARGET = Target("sm_90a")
     ("template", "pattern"),
     [
         (v2, {"mask": "causal", "head_dim": 128, "dtype": "bfloat16"}),
-        (v2, {"mask": "window", "head_dim": 128, "dtype": "bfloat16"}),
         (v1, {"mask": "window", "score": "softcap_alibi", "head_dim": 64}),
     ],
-    ids=["128-causal", "128-window", "64-window-softcap_alibi"],
+    ids=["128-causal", "64-window-softcap_alibi"],
 )
 def test_machine_code(template, pattern, tmp_path):
     pattern = pattern_of(**pattern)
@@ -47,7 +46,7 @@ def test_machine_code(template, pattern, tmp_path):
     assert count["UTMASTG"] >= (2 if config.joint else 3)
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [("documents", 64), ("documents", 128), ("speculative_tree", 128)])
+@pytest.mark.parametrize(("name", "head_dim"), [("documents", 128), ("speculative_tree", 128)])
 def test_masks_that_read_ids(name, head_dim, tmp_path):
     """Of a step that needs a mask nothing is kept but a bit for each score: two ids fit, and three."""
     pattern = match(of_gallery(name)(head_dim, "bfloat16", index_dtype="int32"))
@@ -82,7 +81,7 @@ def test_which_axes_of_the_grids_are_short(mask):
 
     assert config.joint == (mask == "causal")
     # heads of all batches that are one step along an axis
-    share = sizes.evaluate(section_heads(pattern, ragged=False), {"seqlen_q": 1}) if config.joint else 1
+    share = sizes.evaluate(section_heads(pattern, ragged=False), {"seqlen_kv": 1}) if config.joint else 1
     assert most(batch=share * 65535 // (2 if config.joint else 1)) == 65535
     assert most(batch=share * 65536) > 65535 and most(heads=share * 65536) > 65535
     assert most(seqlen_q=2**20, seqlen_kv=2**20) <= 65535

@@ -124,7 +124,6 @@ def test_scores_that_outgrow_a_row_s_first_maximum(kernel):
 @pytest.mark.parametrize(
     ("head_dim", "mask", "score", "changes"),
     [
-        (128, "window", "softcap_alibi", {"overlap_tiles": True}),
         (64, "positioned", "optional_sinks", {"overlap_tiles": False}),
         (128, "padded", "identity", {}),
     ],
