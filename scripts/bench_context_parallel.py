@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tvm_flash import flash_attention
 from tvm_flash.distributed import context_parallel_attention, peers, shard_sequence
 from tvm_flash.distributed.agreement import axes_of
+from tvm_flash.distributed.exchange import first_line
 
 ALONE, GATHER_BY_MESSAGES = "one GPU", "gather, by messages"
 
@@ -165,7 +167,7 @@ class Timing:
         except Exception as e:  # a peer that can't is a result
             if name not in PEERS:
                 raise
-            self._failed[name] = f"{type(e).__name__}: {str(e).splitlines()[0]}"[:200]
+            self._failed[name] = f"{type(e).__name__}: {first_line(e)}"[:200]
 
     @contextlib.contextmanager
     def _steps(self, name: str, tensors: list[torch.Tensor]) -> Iterator[dict[str, Callable[[], object]]]:
@@ -205,12 +207,8 @@ def meshes_of(who: list[str]) -> dict[str, DeviceMesh]:
     axes_of(found[who[0]])  # asks the ranks
     if GATHER_BY_MESSAGES in who:
         mesh = DeviceMesh.from_group(dist.new_group(), "cuda", torch.arange(ranks))
-        told = os.environ.get(peers.VARIABLE)
-        os.environ[peers.VARIABLE] = "0"
-        axes_of(mesh)
-        os.environ.pop(peers.VARIABLE)
-        if told is not None:
-            os.environ[peers.VARIABLE] = told
+        with patch.dict(os.environ, {peers.VARIABLE: "0"}):
+            axes_of(mesh)
         found[GATHER_BY_MESSAGES] = mesh
     return found
 
