@@ -17,7 +17,7 @@ from tvm.tirx import PrimFunc
 
 from schedules.definition.cache import narrowed
 from schedules.definition.pattern import Pattern
-from schedules.families.cpu.kernel import UNBOUNDED
+from schedules.families.cpu.flat import UNBOUNDED, flat
 from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.interface import Program, Rejected, ScheduledLaunch, Target
 from schedules.tile.dtypes import element_type
@@ -103,7 +103,7 @@ def _argument(handle, name: str, shape, dtype: str, dense: bool = True):
 def _flat(argument, dtype: str) -> Tensor:
     """The same as a kernel reads it."""
     buffer, strides = argument
-    return Tensor(T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=buffer.data), strides)
+    return Tensor(flat(buffer, dtype), strides)
 
 
 @T.inline

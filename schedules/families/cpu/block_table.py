@@ -18,6 +18,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
 from schedules.definition.parameters import Reader, Site, widened
+from schedules.families.cpu.flat import flat
 from tvm_flash.packs.manifest import Param
 
 #: What is in a tile, as bits: scores that are seen, scores that aren't; and that positions have told what there is.
@@ -27,7 +28,6 @@ SEEN, HIDDEN, TOLD = 1, 2, 4
 _ROWS = 8
 #: Multiplications that take as long as to look at a score, for the decision whether a loop is worth sharing.
 _COST = 4
-_UNBOUNDED = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,8 @@ class BlockTable:
         for p in self._tensors("j"):
             buffer = self.geometry.params[p.name]
             strides = dict(zip(p.axes, buffer.ty.strides, strict=True))
-            flat = T.decl_buffer((T.int64(_UNBOUNDED),), p.dtype, data=buffer.data)
             first = sum((x * strides[a] for a, x in (("b", site.b), ("h", site.h)) if a in p.axes), T.int64(0))
-            found[p.name] = Beside(flat, first, strides.get("i", 0))
+            found[p.name] = Beside(flat(buffer), first, strides.get("i", 0))
         return replace(site, params={**site.params, **found})
 
     def _is_beside(self) -> Expr:

@@ -10,6 +10,7 @@ from schedules.families.cpu.amx import TILE_PRODUCT
 from schedules.families.cpu.bounds import fill_bounds, with_bounds
 from schedules.families.cpu.config import Config, multiplication
 from schedules.families.cpu.few import FEW, EqualParts, few_queries_macros
+from schedules.families.cpu.flat import UNBOUNDED
 from schedules.families.cpu.geometry import Geometry, Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pairs import DOT_PAIRS
@@ -21,8 +22,6 @@ from schedules.tile.tile_scheduler import Traversal, Work, from_both_ends, place
 
 #: What the multiplications need beyond TIR, as LLVM's assembly: instructions that LLVM doesn't find by itself.
 LLVM_FUNCTIONS = {"pairs": DOT_PAIRS, "tiles": TILE_PRODUCT}
-#: Extent of a flat view of a tensor; the strides alone know how far it reaches.
-UNBOUNDED = 1 << 60
 
 
 def program(

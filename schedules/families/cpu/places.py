@@ -20,12 +20,9 @@ from tvm.script.ir_builder import IRBuilder
 
 from schedules.definition.parameters import Site, value_dtype, widened
 from schedules.families.cpu.ahead import fetch
+from schedules.families.cpu.flat import flat
 from schedules.families.cpu.transpose import block_begin, blocks, place, transpose
 from tvm_flash.packs.manifest import Param
-
-_OF_16_BITS = ("float16", "bfloat16")
-#: Extent of a flat view of a tensor; the strides alone know how far it reaches.
-_UNBOUNDED = 1 << 60
 
 
 class Staged:
@@ -44,7 +41,7 @@ class Staged:
             rows = along if self.other in p.axes else 1
             dtype = "float32" if "float" in p.dtype else "int32"
             self.buffers[p.name] = _scratch(f"{p.name}_tile", rows * across, dtype)
-        in_pairs = axis == "i" and any(p.dtype in _OF_16_BITS and self.other in p.axes for p in self.params)
+        in_pairs = axis == "i" and any(_has_16_bits(p) and self.other in p.axes for p in self.params)
         self.pairs = _scratch("pairs", lanes * lanes, "uint32", "local") if in_pairs else None
 
     def fill(self, geometry, b, h, first, count, first_other, count_other=1) -> None:
@@ -53,7 +50,7 @@ class Staged:
             others = count_other if self.other in p.axes and self.along > 1 else T.int64(1)
             at = {"b": b, "h": h, self.axis: first, self.other: first_other}
             of = p, geometry.params[p.name], self.buffers[p.name], at
-            if p.dtype in _OF_16_BITS and "j" in p.axes and (self.axis == "j" or self.pairs is not None):
+            if _has_16_bits(p) and "j" in p.axes and (self.axis == "j" or self.pairs is not None):
                 beside = of[1].ty.strides[p.axes.index("j")] == 1
                 whole = T.And(count == self.across, others >= 2 * self.lanes)
                 with T.If(beside if self.axis == "j" else T.And(beside, whole)):
@@ -73,24 +70,24 @@ class Staged:
 
     def _fill_row(self, param: Param, tensor, tile, at, count) -> None:
         """Those of keys beside each other, for lanes over keys."""
-        flat, first = _flat(param, tensor, at)
+        memory, first = flat(tensor), _offset(param, tensor, at)
         with T.serial(count // self.lanes) as vector, T.vectorized(self.lanes) as lane:
             x = vector * self.lanes + lane
-            T.buffer_store(tile, widened(flat[first + x]), [x])
+            T.buffer_store(tile, widened(memory[first + x]), [x])
         with T.serial(count % self.lanes) as rest:
             x = count // self.lanes * self.lanes + rest
-            T.buffer_store(tile, widened(flat[first + x]), [x])
+            T.buffer_store(tile, widened(memory[first + x]), [x])
 
     def _fill_pairs(self, param: Param, tensor, tile, at, keys) -> None:
         """The same for lanes over queries: words of two keys each, transposed."""
-        (flat, first), lanes = _flat(param, tensor, at), self.lanes
+        memory, first, lanes = flat(tensor), _offset(param, tensor, at), self.lanes
         stride = T.bind(T.cast(tensor.ty.strides[param.axes.index("i")], "int64"))
         with T.serial(self.across // lanes) as vector, T.serial(blocks(keys, 2 * lanes)) as block:
             key = T.bind(block_begin(block, keys, 2 * lanes))
             row = T.bind(first + vector * lanes * stride + key)
             for x in range(lanes):  # the rows of the next group, which nothing else foresees
-                fetch(flat, row + (self.across + x) * stride)
-            T.evaluate(transpose(place(self.pairs, "w", 0), 4 * lanes, T.address_of(flat[row]), stride * 2))
+                fetch(memory, row + (self.across + x) * stride)
+            T.evaluate(transpose(place(self.pairs, "w", 0), 4 * lanes, T.address_of(memory[row]), stride * 2))
             with T.serial(lanes) as pair:
                 for half in range(2):
                     with T.vectorized(lanes) as lane:
@@ -160,10 +157,14 @@ class Look:
         return {"seen": tirx.NE(self.visible[at], T.int32(0))} if self.is_needed else {}
 
 
-def _flat(param: Param, tensor, at):
-    """A tensor as a vector, and where in it a place is."""
-    flat = T.decl_buffer((T.int64(_UNBOUNDED),), param.dtype, data=tensor.data)
-    return flat, T.bind(tensor.offset_of([at[a] for a in param.axes])[0])
+def _has_16_bits(param: Param) -> bool:
+    """Whether it is of floats that are widened."""
+    return value_dtype(param) != param.dtype
+
+
+def _offset(param: Param, tensor, at):
+    """Where in a tensor a place is."""
+    return T.bind(tensor.offset_of([at[a] for a in param.axes])[0])
 
 
 def _half(word, half: int, dtype: str):

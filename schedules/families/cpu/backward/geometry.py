@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -12,6 +13,7 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Site
 from schedules.families.cpu import geometry as forward
 from schedules.families.cpu.backward.tables import Tables
+from schedules.families.cpu.flat import flat
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.vector_math import vectorizable
 from tvm_flash.packs.manifest import Param
@@ -21,6 +23,11 @@ SECTION, MOST_SECTIONS = 256, 16
 
 #: Axes of the gradients that are summed over the sections of a head's keys; others have a place for each.
 SUMMED = ("", "bh")
+
+
+def flat_by_role(arguments: Mapping[str, tuple[tirx.Buffer, tuple[Expr, ...]]]) -> SimpleNamespace:
+    """Buffers and their strides by role, as the steps address them."""
+    return SimpleNamespace(**{role: Tensor(flat(buffer), strides) for role, (buffer, strides) in arguments.items()})
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ elements, and are dealt to lanes (``tables.py``).
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -24,13 +22,12 @@ from schedules.definition.parameters import append_arguments, gradient_name, gra
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config, multiplication
 from schedules.families.cpu.backward.ends import learnt_tables, make_ends, round_up, summed
-from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, sections
+from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, flat_by_role, sections
 from schedules.families.cpu.backward.tables import Tables, lanes_of
 from schedules.families.cpu.backward.tile import section_macro
 from schedules.families.cpu.bounds import fill_bounds, with_bounds
-from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
-from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED
+from schedules.families.cpu.kernel import LLVM_FUNCTIONS
 from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.interface import Program, ScheduledLaunch, Target
 from schedules.tile.dtypes import element_type
@@ -96,14 +93,6 @@ def _kernel(
         shape = physical(batch, heads, seqlen, dim)
         return T.match_buffer(handle, shape, element, strides=physical(*strides, one)), strides
 
-    def flat(tensors):
-        """The same by role as the steps address them."""
-        views = {
-            role: Tensor(T.decl_buffer((T.int64(UNBOUNDED),), buffer.dtype, data=buffer.data), strides)
-            for role, (buffer, strides) in tensors.items()
-        }
-        return SimpleNamespace(**views)
-
     def vector(handle, name):
         """A flat float32 argument of any length."""
         return T.match_buffer(handle, (tirx.Var(f"{name}_length", "int64"),), "float32")
@@ -162,7 +151,7 @@ def _kernel(
         rest = T.meta_var(
             [vector(delta, "delta"), vector(dq_sum, "dq_sum"), vector(dk_sum, "dk_sum"), vector(dv_sum, "dv_sum")]
         )
-        t = T.meta_var(flat(tensors))
+        t = T.meta_var(flat_by_role(tensors))
         items = T.meta_var(batch * kv_heads * sections(seqlen_q, seqlen_kv))
         tables = T.meta_var(Tables.of(of_tables, params, gradients, lanes_of(items)))
         P = T.meta_var(

@@ -9,7 +9,6 @@ follows from the lengths alone.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -18,13 +17,12 @@ from schedules.definition.parameters import append_arguments, gradient_name, gra
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.backward.config import Config, default_configs, feasible, multiplication, space
 from schedules.families.cpu.backward.ends import learnt_tables, make_ends, round_up, summed
-from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, SequenceGeometry, sections
+from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, SequenceGeometry, flat_by_role, sections
 from schedules.families.cpu.backward.kernel import vector_argument
 from schedules.families.cpu.backward.tables import MOST_LANES, Tables, lanes_of
 from schedules.families.cpu.backward.tile import section_macro
-from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
-from schedules.families.cpu.kernel import LLVM_FUNCTIONS, UNBOUNDED
+from schedules.families.cpu.kernel import LLVM_FUNCTIONS
 from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.ragged.sequences import (
     MALFORMED,
@@ -88,14 +86,6 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
         by_position, by_head = (tirx.Var(f"{role}_{axis}_stride", "int64") for axis in ("seq", "head"))
         buffer = T.match_buffer(handle, (positions, heads, width), dtype, strides=(by_position, by_head, T.int64(1)))
         return buffer, (T.int64(0), by_head, by_position)
-
-    def flat(tensors):
-        """The same by role as the steps address them."""
-        views = {
-            role: Tensor(T.decl_buffer((T.int64(UNBOUNDED),), dtype, data=buffer.data), strides)
-            for role, (buffer, strides) in tensors.items()
-        }
-        return SimpleNamespace(**views)
 
     def vector(handle, name):
         """A flat float32 argument of any length."""
@@ -165,7 +155,7 @@ def _kernel(pattern: Pattern, config: Config, isa: Isa, params, gradients, sums,
         rest = T.meta_var(
             [vector(delta, "delta"), vector(dq_sum, "dq_sum"), vector(dk_sum, "dk_sum"), vector(dv_sum, "dv_sum")]
         )
-        t = T.meta_var(flat(tensors))
+        t = T.meta_var(flat_by_role(tensors))
         lanes = T.meta_var(lanes_of(starts * kv_heads * sections_at_most(total_q, total_k)))
         tables = T.meta_var(Tables.of(of_tables, params, gradients, lanes))
         # Before and after the turns, all rows and keys are those of one sequence.

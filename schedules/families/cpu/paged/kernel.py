@@ -12,12 +12,13 @@ from tvm.script.ir_builder import IRBuilder
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.config import Config
+from schedules.families.cpu.flat import flat
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.pages import MALFORMED, PagedGeometry, PagedTensor
 from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.ragged import sequences
-from schedules.families.cpu.ragged.kernel import flat, rows_argument
+from schedules.families.cpu.ragged.kernel import rows_argument
 from schedules.families.cpu.ragged.sequences import Starts, make_sense
 from schedules.families.cpu.ragged.work import attend_macro, functions_of
 from schedules.families.interface import Program, Target, paged_program

@@ -8,9 +8,9 @@ from tvm.script import tirx as T
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families.cpu.config import Config
+from schedules.families.cpu.flat import flat
 from schedules.families.cpu.geometry import SequenceGeometry, Tensor
 from schedules.families.cpu.isa import ISAS, Isa
-from schedules.families.cpu.kernel import UNBOUNDED
 from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.ragged.sequences import MALFORMED, Starts, make_sense
 from schedules.families.cpu.ragged.work import attend_macro, functions_of
@@ -33,11 +33,6 @@ def rows_argument(handle, name: str, positions, heads, width, dtype: str):
     by_position, by_head = (tirx.Var(f"{name}_{axis}_stride", "int64") for axis in ("seq", "head"))
     buffer = T.match_buffer(handle, (positions, heads, width), dtype, strides=(by_position, by_head, T.int64(1)))
     return buffer, (T.int64(0), by_head, by_position)
-
-
-def flat(buffer: tirx.Buffer):
-    """A buffer without its shape, as the steps address it."""
-    return T.decl_buffer((T.int64(UNBOUNDED),), str(buffer.dtype), data=buffer.data)
 
 
 def _kernel(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal, params, name: str):
