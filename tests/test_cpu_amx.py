@@ -18,12 +18,13 @@ from schedules.builder.compile import pattern_of
 from schedules.builder.suite import KernelSpec
 from schedules.definition.operator import SCALES
 from schedules.families import cpu, maker_of
-from schedules.families.interface import PAGED, RAGGED
-from tests import cases, paged_cases, ragged_cases, scaled_cases, shared, torch_cases
+from schedules.families.interface import BACKWARD, PAGED, RAGGED
+from tests import cases, gradient_cases, paged_cases, ragged_cases, scaled_cases, shared, torch_cases
 from tests.amx import emulate
-from tests.cases import CASES
+from tests.cases import CASES, Case
+from tests.cpu_kernels import TEMPLATES
 from tests.torch_cases import attend, own_case
-from tvm_flash.packs.manifest import BUILTIN_DEFINITION, CACHE_OF_KIND
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION, CACHE_OF_KIND, LAYOUT_OF_TEMPLATE
 
 #: Template, head_dim, head_dim_v, mask, score, and what differs from the default configuration.
 KERNELS = (
@@ -141,6 +142,42 @@ def test_caches_of_8_bits_give_the_bits_of_what_they_stand_for(cache):
             found.append(paged_cases.run(case, data, run, params))
         for x, y in zip(*found, strict=True):
             assert np.array_equal(x, y)
+
+
+#: The same of backward kernels: of any lengths, sinks and a score with a choice, and widths that aren't whole tiles.
+BACKWARD_KERNELS = (
+    ("v1", 64, 64, "positioned", "optional_sinks", {}),
+    ("v2", 40, 56, "causal", "identity", {"block_m": 32, "block_n": 96}),
+)
+
+
+#: Beside the shared cases: more keys than a tile has, which are no whole blocks.
+OWN_GRADIENTS = tuple(
+    Case(1, 4, 97, 40, kv_heads=2, seqlen_kv=seqlen_kv, head_dim_v=56, dtype="bfloat16", mask="causal")
+    for seqlen_kv in (97, 290)
+)
+
+
+@pytest.mark.parametrize("kernel", BACKWARD_KERNELS, ids=_id)
+def test_gradients(kernel, tmp_path):
+    template, head_dim, head_dim_v, mask, score, changes = kernel
+    spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, "bfloat16", head_dim, head_dim_v, kind=BACKWARD)
+    pattern = pattern_of(spec, emulate.TARGET)
+    config = replace(cpu.backward.default_configs(template, pattern, emulate.TARGET)[0], **changes)
+    module = tvm_ffi.load_module(str(emulate.build(spec, pattern, config, tmp_path)))
+    program = TEMPLATES[template].apply(pattern, emulate.TARGET, spec.symbol, config, BACKWARD)
+    roles = tuple(launch.roles for launch in program.launches)
+    layout = LAYOUT_OF_TEMPLATE[template]
+    one = gradient_cases.Kernel((module[spec.symbol],), roles, program.workspaces, pattern.params, layout)
+    tried = 0
+    for case in (*CASES, *OWN_GRADIENTS):
+        fits = case.head_dim <= head_dim and case.head_dim_v <= head_dim_v and case.dtype == "bfloat16"
+        if fits and (mask == "positioned" or (case.mask, case.score) == (mask, score)) and case.mask != "sink_window":
+            data, given = cases.inputs(case), gradient_cases.outer(case, case.batch > 1)
+            got = gradient_cases.run(case, data, given, one)
+            gradient_cases.check(case, data, given, {n: x for n, x in got.items() if n in gradient_cases.SUMS})
+            tried += 1
+    assert tried
 
 
 def test_repeats_are_bit_equal(kernel):

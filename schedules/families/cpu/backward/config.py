@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from schedules.definition.errors import DefinitionError
 from schedules.definition.pattern import Pattern
-from schedules.families.cpu.config import multiplication as forward_multiplication
+from schedules.families.cpu.config import multiplication
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.interface import Rejected, Target
 
-#: Scratch of one thread, in bytes: of a second-level cache of 1 MiB, what rows of dq and the next tiles leave.
-_SCRATCH_LIMIT = 1 << 20
+#: Scratch of one thread, in bytes: of a second-level cache of 1 MiB, what rows of dq and the next tiles leave; of 2 MiB
+#: on processors with tile registers.
+_SCRATCH_LIMIT, _SCRATCH_LIMIT_OF_TILES = 1 << 20, 3 << 19
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,6 @@ class Config:
     tile_rows: int
 
 
-def multiplication(isa: Isa, dtype: str) -> str:
-    """How an instruction set multiplies a dtype here: as ``floats`` or in ``pairs``.
-
-    A machine with tile registers has the instruction for pairs too.
-    """
-    return "floats" if forward_multiplication(isa, dtype) == "floats" else "pairs"
-
-
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration for any length.
 
@@ -50,14 +43,30 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
       1.01, 1.06; 128 x 128 1.01, 1.05; 128 x 64 1.04, 1.09; 32 x 64 1.01, 1.02; 64 x 32 1.07, 1.09.
     * bfloat16, full 64 x 128 0.96, 0.97; 128 x 128 0.95, 0.96; causal 64 x 128 1.01, 1.05; 64 x 32 1.11, 1.12.
     * A register tile of 4 rows of 4 vectors 0.99 to 1.00 everywhere.
+
+    AMX, one thread of an Emerald Rapids, time of 64 x 64, 64 x 128 and 64 x 256 over the last, of 4 heads of 1024, one
+    of 4096 and 16 of 512 (in turns):
+
+    * head_dim 64 full 1.32, 1.10; 1.34, 1.11; 1.32, 1.10; causal 1.30, 1.08; 1.32, 1.10; 1.25, 1.05.
+    * head_dim 128 full 1.22, 1.11; 1.25, 1.13; 1.22, 1.12; causal 1.18, 1.10; 1.22, 1.11; 1.13, 1.05.
+    * head_dim 256 full 1.19, 1.07; 1.22, 1.08; 1.18, 1.08; causal 1.13, 1.03; 1.22, 1.06; 1.08, 1.03.
+    * 128 x 256 at head_dim 64 1.05 to 1.13; 32 x 256 1.09 to 1.10.
+
+    Under a mask with gaps, wide tiles have more that nobody sees.
     """
     isa = ISAS[target.isa]
+    if multiplication(isa, pattern.dtype) == "tiles":
+        most = 128 if pattern.is_opaque or pattern.has_gaps else 256
+        configs = (Config(64, keys, row_vectors=2, tile_rows=32) for keys in (256, 128, 64, 32) if keys <= most)
+        return {0: next(c for c in configs if scratch(pattern, c, isa) <= _SCRATCH_LIMIT_OF_TILES or c.block_n == 32)}
     row_vectors, tile_rows = (2, 8) if isa.registers == 32 else (2, 4)
     return {0: Config(64, 64, row_vectors, tile_rows)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
     """Values of each field of ``Config`` that are worth trying."""
+    if multiplication(ISAS[target.isa], pattern.dtype) == "tiles":
+        return {"block_m": (32, 64, 128), "block_n": (32, 64, 128, 256), "row_vectors": (2,), "tile_rows": (32,)}
     return {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "row_vectors": (1, 2, 3, 4), "tile_rows": (2, 4, 8)}
 
 
@@ -77,21 +86,28 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
         return Rejected(f"block_n {config.block_n} is not a multiple of the {width} columns of a register tile")
     if config.block_m % config.tile_rows or config.block_n % config.tile_rows:
         return Rejected(f"tile_rows {config.tile_rows} divides not both block_m and block_n of {config}")
-    if multiplication(isa, pattern.dtype) == "pairs" and (config.block_m % 2 or config.block_n % (2 * isa.lanes)):
+    multiplied = multiplication(isa, pattern.dtype)
+    if multiplied == "pairs" and (config.block_m % 2 or config.block_n % (2 * isa.lanes)):
         return Rejected(f"{config}: pairs need an even block_m and a block_n of pairs of vectors")
+    on_tiles = multiplied == "tiles"
+    if on_tiles and (config.row_vectors, config.tile_rows) != (2, 32):
+        return Rejected(f"{config}: products on tile registers are 32 rows of 2 vectors")
     needed = config.tile_rows * config.row_vectors + config.row_vectors + 1
-    if needed > isa.registers:
+    if needed > isa.registers and not on_tiles:
         return Rejected(f"needs {needed} vector registers, {target.isa} has {isa.registers}")
-    scratch = scratch_floats(pattern, config, isa) * 4
-    if scratch > _SCRATCH_LIMIT:
-        return Rejected(f"needs {scratch} bytes of scratch for each thread, the limit is {_SCRATCH_LIMIT}")
+    limit = _SCRATCH_LIMIT_OF_TILES if on_tiles else _SCRATCH_LIMIT
+    if scratch(pattern, config, isa) > limit:
+        return Rejected(f"needs {scratch(pattern, config, isa)} bytes of scratch for each thread, the limit is {limit}")
     return None
 
 
-def scratch_floats(pattern: Pattern, config: Config, isa: Isa) -> int:
-    """Float32 elements of scratch that a thread needs, at most."""
-    head_dims = sum(padded(d, config, isa) for d in (pattern.head_dim, pattern.head_dim_v))
-    return (3 * config.block_n + config.block_m) * head_dims + 2 * config.block_m * config.block_n
+def scratch(pattern: Pattern, config: Config, isa: Isa) -> int:
+    """Bytes of scratch that a thread needs, at most."""
+    M, N = config.block_m, config.block_n
+    D, E = (padded(d, config, isa) for d in (pattern.head_dim, pattern.head_dim_v))
+    if multiplication(isa, pattern.dtype) == "tiles":  # the tables of ``amx.py`` and ``tile.py``
+        return N * (8 * D + 6 * E + 2 * max(D, E)) + M * (4 * D + 4 * E) + M * N * 14
+    return ((3 * N + M) * (D + E) + 2 * M * N) * 4
 
 
 def padded(width, config: Config, isa: Isa):

@@ -145,7 +145,14 @@ def float_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         load_queries=load_queries,
         scores=scores,
         gradients=gradients,
+        begin=nothing,
+        finish=nothing,
+        keep_awake=nothing,
     )
+
+
+def nothing(*_):
+    """What products without tile registers do before and after a work item."""
 
 
 def by_row(matrix, stride):

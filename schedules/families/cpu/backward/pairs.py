@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 
 from schedules.families.cpu.backward.config import Config, padded
-from schedules.families.cpu.backward.floats import by_column, by_row
+from schedules.families.cpu.backward.floats import by_column, by_row, nothing
 from schedules.families.cpu.backward.geometry import Geometry
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.pairs import LANES, bits, dot, magnitude, pair, rounded_pair
@@ -193,6 +193,9 @@ def pair_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim_
         load_queries=load_queries,
         scores=scores,
         gradients=gradients,
+        begin=nothing,
+        finish=nothing,
+        keep_awake=nothing,
     )
 
 

@@ -15,12 +15,13 @@ from tvm.script import tirx as T
 
 from schedules.definition.parameters import append_arguments, gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
-from schedules.families.cpu.backward.config import Config, default_configs, feasible, multiplication, space
+from schedules.families.cpu.backward.config import Config, default_configs, feasible, space
 from schedules.families.cpu.backward.ends import learnt_tables, make_ends, round_up, summed
 from schedules.families.cpu.backward.geometry import MOST_SECTIONS, Geometry, SequenceGeometry, flat_by_role, sections
 from schedules.families.cpu.backward.kernel import vector_argument
 from schedules.families.cpu.backward.tables import MOST_LANES, Tables, lanes_of
 from schedules.families.cpu.backward.tile import section_macro
+from schedules.families.cpu.config import multiplication
 from schedules.families.cpu.isa import ISAS, Isa
 from schedules.families.cpu.kernel import LLVM_FUNCTIONS
 from schedules.families.cpu.pipeline import PIPELINE

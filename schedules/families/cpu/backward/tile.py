@@ -23,17 +23,19 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
-from schedules.families.cpu.backward.config import Config, multiplication, padded
+from schedules.families.cpu.backward.amx import tile_products
+from schedules.families.cpu.backward.config import Config, padded
 from schedules.families.cpu.backward.floats import by_column, by_row, float_products
 from schedules.families.cpu.backward.geometry import MOST_SECTIONS, SUMMED, Geometry
 from schedules.families.cpu.backward.pairs import pair_products
+from schedules.families.cpu.config import multiplication
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.places import Look, Staged
 from schedules.families.cpu.steps import f32
 from schedules.families.cpu.vector_math import exp2
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 
-MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products}
+MULTIPLICATIONS = {"floats": float_products, "pairs": pair_products, "tiles": tile_products}
 #: The bits of infinity.
 INFINITY = {"uint32": 0x7F800000, "uint16": 0x7F80}
 
@@ -143,6 +145,7 @@ def section_macro(pattern, config: Config, isa: Isa):
     def turn(P: Geometry, t, local, at_head, full, lse_at, row0, key0, rows, columns, chosen):
         """Probabilities into ``S``, gradients of scaled products into ``dP``: 0 of a key without weight."""
         for i in T.serial(rows):
+            products.keep_awake()
             at_head.staged.fill(P, at_head.site.b, at_head.site.h, key0, columns, row0 + i)
             # A row that saw nothing subtracts +inf in place of −inf: its probabilities are 0.
             lse: T.float32 = P.lse[lse_at + i]
@@ -263,6 +266,7 @@ def section_macro(pattern, config: Config, isa: Isa):
         local = T.meta_var(allocate(registers, "local"))
         staged = T.meta_var(Staged(pattern.of_score, "j", lanes, N))
         look = T.meta_var(Look(pattern, "j", N, M, lanes))
+        products.begin(t)
         key_rows = T.meta_var(P.key_rows(b, g * P.group))
         value_rows = T.meta_var(P.value_rows(b, g * P.group))
         for key_tile in T.serial((T.max(end_key - first_key, T.int64(0)) + (N - 1)) // N):
@@ -302,21 +306,24 @@ def section_macro(pattern, config: Config, isa: Isa):
                         lse_at: T.int64 = P.lse_row(b, h) + row0
                         clear(local.of_queries, 8, bits)
                         products.load_queries(P, t, q_at, do_at, rows, local.of_queries)
-                        # 2. Scores, and what they become.
-                        products.scores(P, t, local.acc, rows, keys)
+                        # 2. Scores, and what they become, up to the last key that a row may see.
                         at_head = T.meta_var(SimpleNamespace(site=site, staged=staged, look=look))
+                        ends = T.meta_var(pattern.keys_of(site, row0, row0 + rows - 1).visible[1])
+                        near: T.int64 = T.min(keys, T.max(ends - key0, T.int64(1)))
+                        products.scores(P, t, local.acc, rows, near)
                         if full:
-                            turn_chosen(P, t, local, at_head, True, lse_at, row0, key0, rows, keys)
+                            turn_chosen(P, t, local, at_head, True, lse_at, row0, key0, rows, near)
                         else:
-                            turn_chosen(P, t, local, at_head, False, lse_at, row0, key0, rows, keys)
+                            turn_chosen(P, t, local, at_head, False, lse_at, row0, key0, rows, near)
                         # 3. The three sums.
-                        tile_gradients(P, t, local, full, q_at, do_at, k_at, lse_at * P.width, rows, keys)
+                        tile_gradients(P, t, local, full, q_at, do_at, k_at, lse_at * P.width, rows, near)
                 if learns:
                     store_parameters(P, local, b, h, slot)
             dk_at: T.int64 = (P.key_row(b, g) + key0) * P.width
             dv_at: T.int64 = (P.key_row(b, g) + key0) * P.width_v
             store_sum(P.dk_sum, dk_at, P.width, t.dK, D, keys, begins, seen)
             store_sum(P.dv_sum, dv_at, P.width_v, t.dV, E, keys, begins, seen)
+        products.finish(t)
 
     return section
 
