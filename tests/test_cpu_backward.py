@@ -117,8 +117,9 @@ def test_tile_registers():
 @pytest.mark.parametrize("isa", [isa for isa in runnable_isas() if isa in ("amx", "avx512_bf16", "avx2")][:2])
 def test_other_tiles(isa):
     """Sizes of tiles that are not the default's, with keys and queries that fill none."""
-    row_vectors = 2 if cpu.ISAS[isa].bfloat16 == "tiles" else 3
-    one = kernel("v1", "bfloat16", "window", "identity", isa, block_m=32, block_n=96, row_vectors=row_vectors)
+    changes = {"pairs": {"block_n": 64, "row_vectors": 4, "tile_rows": 4}, "floats": {"block_n": 96, "row_vectors": 3}}
+    own = changes.get(cpu.ISAS[isa].bfloat16, {"block_n": 96})
+    one = kernel("v1", "bfloat16", "window", "identity", isa, block_m=32, **own)
     window = (("window_left", 40), ("window_right", 3))
     checked(Case(1, 2, 171, 64, seqlen_kv=203, dtype="bfloat16", mask="window", params=window), one)
 

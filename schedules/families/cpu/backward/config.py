@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from schedules.definition.errors import DefinitionError
 from schedules.definition.pattern import Pattern
@@ -44,9 +44,12 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     * bfloat16, full 64 x 128 0.96, 0.97; 128 x 128 0.95, 0.96; causal 64 x 128 1.01, 1.05; 64 x 32 1.11, 1.12.
     * A register tile of 4 rows of 4 vectors 0.99 to 1.00 everywhere.
 
-    Since keys behind the last one that a row of a tile may see are left out, on one thread of an Emerald Rapids,
-    AVX-512, 64 x 128 and 64 x 256 over 64 x 64: float32 at head_dim 64 0.95 to 0.97 and 1.17 to 1.22, causal or not; 64
-    x 128 at head_dim 128 1.08 to 1.16; bfloat16 in pairs at 64 0.97 to 1.00 and 0.96 to 0.99.
+    Since keys behind the last one that a row of a tile may see are left out, and rows of tiles of float32 lie a vector
+    further apart, on one thread of an Emerald Rapids, AVX-512, over 64 x 64, causal or not:
+
+    * float32 at head_dim 64 64 x 128 0.86 to 0.97, 64 x 256 0.84 to 0.96, 128 x 128 0.89 to 1.04; at 128 0.96 to 0.98,
+      0.95 to 0.98, 0.94 to 1.04; at 256 64 x 128 0.87 to 1.02.
+    * bfloat16 in pairs at 64 64 x 128 0.97 to 1.00, 64 x 256 0.96 to 0.99.
 
     AMX, one thread of an Emerald Rapids, time of 64 x 64 and of 64 x 128 over that of 64 x 256, in turns; 4 heads of
     1024, one of 4096, 16 of 512:
@@ -59,14 +62,15 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
     Under a mask with gaps, wide tiles have more that nobody sees.
     """
     isa = ISAS[target.isa]
-    width, scattered = max(pattern.head_dim, pattern.head_dim_v), pattern.is_opaque or pattern.has_gaps
+    scattered = pattern.is_opaque or pattern.has_gaps
     if multiplication(isa, pattern.dtype) == "tiles":
         most = 128 if scattered else 256
         configs = (Config(64, keys, row_vectors=2, tile_rows=32) for keys in (256, 128, 64, 32) if keys <= most)
         return {0: next(c for c in configs if scratch(pattern, c, isa) <= _SCRATCH_LIMIT_OF_TILES or c.block_n == 32)}
     row_vectors, tile_rows = (2, 8) if isa.registers == 32 else (2, 4)
-    is_wide = isa.registers == 32 and width <= 64 and not scattered
-    return {0: Config(64, 128 if is_wide else 64, row_vectors, tile_rows)}
+    wide = Config(64, 128, row_vectors, tile_rows)
+    is_wide = isa.registers == 32 and not scattered and scratch(pattern, wide, isa) <= _SCRATCH_LIMIT
+    return {0: wide if is_wide else replace(wide, block_n=64)}
 
 
 def space(template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
@@ -93,8 +97,8 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     if config.block_m % config.tile_rows or config.block_n % config.tile_rows:
         return Rejected(f"tile_rows {config.tile_rows} divides not both block_m and block_n of {config}")
     multiplied = multiplication(isa, pattern.dtype)
-    if multiplied == "pairs" and (config.block_m % 2 or config.block_n % (2 * isa.lanes)):
-        return Rejected(f"{config}: pairs need an even block_m and a block_n of pairs of vectors")
+    if multiplied == "pairs" and (config.block_m % (2 * isa.lanes) or config.row_vectors % 2):
+        return Rejected(f"{config}: pairs need a block_m of pairs of vectors, and an even row_vectors")
     on_tiles = multiplied == "tiles"
     if on_tiles and (config.row_vectors, config.tile_rows) != (2, 32):
         return Rejected(f"{config}: products on tile registers are 32 rows of 2 vectors")
@@ -111,9 +115,9 @@ def scratch(pattern: Pattern, config: Config, isa: Isa) -> int:
     """Bytes of scratch that a thread needs, at most."""
     M, N = config.block_m, config.block_n
     D, E = (padded(d, config, isa) for d in (pattern.head_dim, pattern.head_dim_v))
-    if multiplication(isa, pattern.dtype) == "tiles":  # the tables of ``amx.py`` and ``tile.py``
-        return N * (8 * D + 6 * E + 2 * max(D, E)) + M * (4 * D + 4 * E) + M * N * 14
-    return ((3 * N + M) * (D + E) + 2 * M * N) * 4
+    if multiplication(isa, pattern.dtype) == "floats":  # the tables of ``floats.py`` and ``tile.py``
+        return (N * (2 * D + 2 * E + max(D, E)) + M * (D + E) + 2 * M * N) * 4
+    return N * (8 * D + 6 * E + 2 * max(D, E)) + M * (4 * D + 4 * E) + M * N * 14  # of ``operands.py`` and others
 
 
 def padded(width, config: Config, isa: Isa):

@@ -32,6 +32,7 @@ from schedules.families.cpu.config import multiplication
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.places import Look, Staged
 from schedules.families.cpu.steps import f32
+from schedules.families.cpu.transpose import transpose_function
 from schedules.families.cpu.vector_math import exp2
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 
@@ -262,6 +263,7 @@ def section_macro(pattern, config: Config, isa: Isa):
 
     @T.inline
     def section(P: Geometry, b, g, first_key, end_key, first_row, end_row, slot, begins):
+        T.attr(0, "pragma_import_llvm", transpose_function(lanes))
         t = T.meta_var(allocate(buffers))
         local = T.meta_var(allocate(registers, "local"))
         staged = T.meta_var(Staged(pattern.of_score, "j", lanes, N))
