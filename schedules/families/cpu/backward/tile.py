@@ -1,10 +1,10 @@
 """A work item of the backward: a section of keys against a section of queries, tile by tile.
 
-Vector lanes are over keys in the scores and over head_dim in the sums, so that every product multiplies one broadcast
-element with a vector, and no sum is ever transposed.  For each tile of keys: keys and values as the products want them,
-once for all queries; then for each tile of queries that see some of them, of each query head of the group, the scores,
-what they become, and the three sums.  ``dk`` and ``dv`` of the tile stay in the cache meanwhile; ``dq`` is added to in
-memory, by nobody else at that time (see ``kernel.py``).
+Vector lanes are over keys in the scores and over head_dim in the sums, so that a product in vector registers multiplies
+one broadcast element with a vector, and no sum is ever transposed.  For each tile of keys: keys and values as the
+products want them, once for all queries; then for each tile of queries that see some of them, of each query head of the
+group, the scores, what they become, and the three sums.  ``dk`` and ``dv`` of the tile stay in the cache meanwhile;
+``dq`` is added to in memory, by nobody else at that time (see ``kernel.py``).
 
 =========== ========== ======================================================================
 buffer      shape      holds
