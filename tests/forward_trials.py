@@ -44,7 +44,8 @@ _NARROWER = {
 def cases_of(entry: KernelEntry) -> Iterator[tuple[Case, Inputs]]:
     """The shared cases that a kernel must get right, at their own head_dim and at the kernel's largest."""
     for case in CASES:
-        params = _as_own(entry, case) if case.dtype == entry.dtype and is_for(entry, case) else None
+        fits = case.dtype == entry.dtype and is_for(entry, case)
+        params = as_own(entry.mask, entry.score, case) if fits else None
         if params is None:
             continue
         dims = {(case.head_dim, case.head_dim_v), (entry.head_dim, entry.head_dim_v)}
@@ -72,17 +73,18 @@ def _rows(entry: KernelEntry) -> int:
     return min(140, _most_rows(entry) or 140)
 
 
-def _as_own(entry: KernelEntry, case: Case) -> dict[str, object] | None:
-    """The parameters with which a kernel computes a case, beside the case's own; None if it can't."""
+def as_own(mask: str, score: str, case: Case) -> dict[str, object] | None:
+    """The parameters with which a kernel of a mask and a score computes a case, beside the case's own; None if it
+    can't."""
     params: dict[str, object] = {}
-    if case.score != entry.score:
-        if entry.score not in SCORES[case.score].stand_ins:
+    if case.score != score:
+        if score not in SCORES[case.score].stand_ins:
             return None
         params |= {"softcap": 0.0, "has_alibi_slopes": int("alibi" in case.score)}
         nothing = np.full((case.batch, case.heads), np.nan, np.float32)
         params |= {"alibi_slopes": nothing, "has_sinks": 0, "sinks": nothing}  # unless the case has its own
-    if case.mask != entry.mask:
-        if case.mask not in _NARROWER.get(entry.mask, ()):
+    if case.mask != mask:
+        if case.mask not in _NARROWER.get(mask, ()):
             return None
         params |= zip(("window_left", "window_right"), _AS_WINDOW.get(case.mask, ()), strict=False)
         ends = {"kv_start": 0, "kv_end": case.seqlen_kv, "query_start": 7}

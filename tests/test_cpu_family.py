@@ -21,7 +21,7 @@ from schedules.families import cpu
 from schedules.families.cpu import vector_math
 from schedules.families.interface import BACKWARD, FORWARD, Rejected, Target
 from schedules.toolchain.machine import best_isa
-from tests import cases, torch_cases
+from tests import cases, forward_trials, torch_cases
 from tests.cases import CASES, Case
 from tests.cpu_kernels import TEMPLATES, compile_for, installed, make, others, runnable_isas
 from tests.pairs import ALL_PAIRS
@@ -41,9 +41,11 @@ def kernel(template: str, dtype: str, mask: str, score: str, isa: str, head_dim:
     return module[spec.symbol], pattern.params
 
 
-def run(case: Case, data: cases.Inputs, template: str, isa: str, lse_length: int | None = None):
-    """Output and lse of the kernel; see :func:`tests.torch_cases.run`."""
-    function, params = kernel(template, case.dtype, case.mask, case.score, isa)
+def run(case: Case, data: cases.Inputs, template: str, isa: str, lse_length: int | None = None, variant=None):
+    """Output and lse of the kernel, the case's own or that of a ``variant``; see :func:`tests.torch_cases.run`."""
+    mask, score = variant or (case.mask, case.score)
+    function, params = kernel(template, case.dtype, mask, score, isa)
+    data = replace(data, params={**forward_trials.as_own(mask, score, case), **data.params})
     return torch_cases.run(case, data, torch_cases.by_abi(function, params), LAYOUT_OF_TEMPLATE[template], lse_length)
 
 
@@ -53,29 +55,41 @@ def check(case: Case, data: cases.Inputs, template: str, isa: str):
 
 #: Kernels of the cases that aren't built unless they are asked for: most of the time goes into making them here.
 ASKED_FOR = sorted({(c.mask, c.score) for c in CASES} - set(CPU_VARIANTS))
+#: The kernel of the pack that has everything.
+ALL_IN_ONE = ("positioned", "optional_sinks")
 
 
-def templates_of(case: Case) -> list[str]:
-    """Both templates; of a kernel that is made here alone, one or the other by its dtype."""
-    if ALL_PAIRS or (case.mask, case.score) not in ASKED_FOR:
-        return list(TEMPLATES)
-    number = ASKED_FOR.index((case.mask, case.score)) + cpu.DTYPES.index(case.dtype)
-    return [list(TEMPLATES)[number % len(TEMPLATES)]]
+def kernels_of(case: Case) -> list[tuple[str, tuple[str, str]]]:
+    """Template and variant of the kernels that compute a case: those of its own kind, of both templates.
+
+    Of a kind that has to be made here one is, of one template and in one dtype, which are others for other kinds: the
+    pack's kernel for everything computes the case in the other dtypes, if it can.
+    """
+    own = case.mask, case.score
+    if ALL_PAIRS or own not in ASKED_FOR:
+        return [(template, own) for template in TEMPLATES]
+    number = ASKED_FOR.index(own) + cpu.DTYPES.index(case.dtype)
+    stands_in = number % len(cpu.DTYPES) and forward_trials.as_own(*ALL_IN_ONE, case) is not None
+    return [(list(TEMPLATES)[number % len(TEMPLATES)], ALL_IN_ONE if stands_in else own)]
 
 
 @pytest.mark.parametrize(
-    ("case", "template"),
-    [(case, template) for case in CASES for template in templates_of(case)],
-    ids=lambda x: x.id if isinstance(x, Case) else x,
+    ("case", "template", "variant"),
+    [(case, *kernel) for case in CASES for kernel in kernels_of(case)],
+    ids=lambda x: x.id if isinstance(x, Case) else x if isinstance(x, str) else "-".join(x),
 )
-def test_against_float64(case, template):
-    check(case, cases.inputs(case), template, runnable_isas()[0])
+def test_against_float64(case, template, variant):
+    data, isa = cases.inputs(case), runnable_isas()[0]
+    torch_cases.check(case, data, *run(case, data, template, isa, variant=variant))
 
 
 @pytest.mark.parametrize(("dtype", "isa"), [(dtype, isa) for dtype in cpu.DTYPES for isa in others(dtype)])
 def test_every_isa(dtype, isa):
+    """Scores are float32 in all dtypes: modified ones are tried in one, bfloat16 where that has products of its own."""
+    modified = "float32" if cpu.ISAS[isa].bfloat16 == "floats" else "bfloat16"
+    kinds = [("causal", "identity"), *([("window", "softcap")] if dtype == modified else [])]
     for case in CASES:
-        if case.dtype == dtype and (case.mask, case.score) in (("causal", "identity"), ("window", "softcap")):
+        if case.dtype == dtype and (case.mask, case.score) in kinds:
             check(case, cases.inputs(case), "v1", isa)
 
 

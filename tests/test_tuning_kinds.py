@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ from tests.machine_code import needs_compiler
 from tvm_flash.call.measured import tune_command
 from tvm_flash.call.problem import Problem
 from tvm_flash.measure.workloads import Workload
+from tvm_flash.packs.registry import registry
 
 torch = pytest.importorskip("torch")
 
@@ -141,34 +141,31 @@ def test_explain_names_a_command_that_tunes_the_kernel(op, sizes, words):
 # ---------------------------------------------------------------- numbers first
 
 
-@pytest.fixture(scope="module")
-def default_of(tmp_path_factory):
-    """A function that gives the candidate of a problem's default, its module, and the problem."""
+@pytest.fixture
+def kernel_for(cpu_pack):
+    """A function that gives the pack's kernel of a problem, its module, and the problem: a candidate with the family's
+    own configuration is the same."""
 
-    @functools.cache
-    def make(words: str):
-        folder, workload = Folder(tmp_path_factory.mktemp("folder")).make(), Workload.parse(f"{SMALL} {words}")
-        tasks = tasks_for([workload], ["v2"], TARGET)
-        emit.begin(folder, TARGET, tasks)
-        emit.emit(folder, TARGET, tasks, [], "000", jobs=1)
-        ((id,),) = (batch.candidates for batch in folder.batches())
-        return folder.candidate(id), folder.module(id), workload
+    def find(words: str):
+        workload = Workload.parse(f"{SMALL} {words}")
+        (spec,) = tasks_for([workload], ["v2"], TARGET)
+        (found,) = (k for k in registry().kernels("cpu") if k.entry.symbol == spec.symbol)
+        return found.entry, found.pack.folder / found.entry.module, workload
 
-    return make
+    return find
 
 
 @pytest.mark.parametrize(
     "words",
     ["softcap=8 alibi backward bf16", "ragged bf16", "alibi ragged backward fp32", "sk=150 paged fp32"],
 )
-def test_each_result_is_compared(words, default_of):
+def test_each_result_is_compared(words, kernel_for):
     """On the small problem and on the timed one: right, unwritten, and a little wrong."""
     import tvm_ffi
 
     from schedules.tuning.problem import Problem
 
-    candidate, module, workload = default_of(words)
-    entry = candidate.entry
+    entry, module, workload = kernel_for(words)
     assert 0 < check_small(entry, module, "cpu") <= 1
     loaded, problem = tvm_ffi.load_module(str(module)), Problem(workload, "cpu")
     call = problem.call(entry, [loaded[launch.symbol] for launch in entry.launches])
@@ -190,10 +187,10 @@ def in_heads(problem, role, entry):
     return x.transpose(1, 2) if entry.form == "dense" and entry.layout == "bshd" else x
 
 
-def test_a_kernel_with_other_bits_in_each_run_is_wrong(default_of, monkeypatch):
+def test_a_kernel_with_other_bits_in_each_run_is_wrong(kernel_for, monkeypatch):
     from tvm_flash.measure import small_case
 
-    candidate, module, _ = default_of("alibi ragged backward fp32")
+    entry, module, _ = kernel_for("alibi ragged backward fp32")
     right, runs = small_case.run, []
 
     def run(*arguments):
@@ -204,7 +201,7 @@ def test_a_kernel_with_other_bits_in_each_run_is_wrong(default_of, monkeypatch):
 
     monkeypatch.setattr(small_case, "run", run)
     with pytest.raises(WrongNumbersError, match="two runs differ"):
-        check_small(candidate.entry, module, "cpu")
+        check_small(entry, module, "cpu")
 
 
 # ---------------------------------------------------------------- searches
@@ -212,7 +209,7 @@ def test_a_kernel_with_other_bits_in_each_run_is_wrong(default_of, monkeypatch):
 
 def test_a_search_on_the_processor_decides_what_is_built(tmp_path, monkeypatch, capsys):
     """The family's default is worsened for it: the family's own is a variation, and must be found to be faster."""
-    kind = "backward"
+    kind = "ragged"
     maker, problem = maker_of(TARGET, kind), "b=2 h=2 s=200 d=64 full fp32"
     (spec,) = tasks_for([kinds.problem_of(kind, Workload.parse(problem))], ["v2"], TARGET)
     better = emit.defaults_of(spec, TARGET)[0]

@@ -161,6 +161,7 @@ class BatchRun:
             "peers": self.options.peers,
             "effort": self.options.effort,
             "seed": 0,
+            "peaks": self.about.get("peaks", {}),
         }
 
     def _blame(self, at: dict[str, Any], status: str, reason: str) -> None:

@@ -4,7 +4,9 @@ It may hang or die at any moment, so before everything it does it says so, one J
 descriptor whose number is its argument.  The request comes as one line on standard input::
 
     {"device": "cuda:0", "candidates": [[id, module, entry], …], "workloads": […], "incumbents": {…},
-     "skip": [[id, workload], …], "peers": true, "effort": {…}, "seed": 0}
+     "skip": [[id, workload], …], "peers": true, "effort": {…}, "seed": 0, "peaks": {…}}
+
+``peaks`` are those that an earlier process of the batch found, empty in the first.
 
 Events: ``ready``, ``healthy``, ``begin`` (what comes next, and with which candidate), ``wrong``, ``fault``,
 ``figures``, ``peer``, ``measured`` (a workload), ``end``.  Needs torch; no TVM.
@@ -17,6 +19,7 @@ import os
 import random
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ class Child:
         self.workloads = [Workload.parse(text) for text in request["workloads"]]
         self.incumbents = request["incumbents"]
         self.skip = {tuple(pair) for pair in request["skip"]}
-        self.with_peers = request["peers"]
+        self.with_peers, self.known_peaks = request["peers"], request["peaks"]
         self.entries = {id: KernelEntry.from_dict(entry) for id, _, entry in request["candidates"]}
         self.modules = {id: module for id, module, _ in request["candidates"]}
         self.functions: dict[str, tuple] = {}
@@ -56,7 +59,8 @@ class Child:
         # 1. The device must be well: another's kernel may just have been killed on it.
         self.say("begin", what="health")
         threads = torch.get_num_threads() if self.kind == "cpu" else 0  # kernels run on torch's own
-        self.say("healthy", torch=torch.__version__, threads=threads, peaks=self.peaks())
+        self.check_health()
+        self.say("healthy", torch=torch.__version__, threads=threads, peaks=self.known_peaks or self.peaks())
         # 2. Right numbers first.
         for id, entry in self.entries.items():
             self.say("begin", what="check", id=id)
@@ -71,22 +75,26 @@ class Child:
             self.measure(workload)
         self.say("end")
 
-    def peaks(self) -> dict[str, float]:
-        """The device multiplies, and multiplies right; operations a second by dtype."""
+    def check_health(self) -> None:
+        """The device multiplies, and multiplies right."""
         if self.kind == "cuda":
             torch.cuda.set_device(self.device)
         ones = torch.ones(512, 512, device=self.device)
         if (ones @ ones).sum().item() != 512**3:
             raise RuntimeError("a product of matrices is wrong")
+
+    def peaks(self) -> dict[str, float]:
+        """Operations a second that the device has, by dtype."""
         return {
             dtype: matmul_peak(dtype, self.device, self._rounds)[1]["steady"]
             for dtype in dict.fromkeys(w.dtype for w in self.workloads)
         }
 
     def _rounds(self, calls) -> Rounds:
-        """Times of products on a device that is warm."""
-        timing.keep_busy(next(iter(calls.values())), self.effort.warm_up, self.kind)
-        return {"steady": timing.in_turn(calls, set(), self.effort, self.kind, self.order)}
+        """Times of products on a device that is warm; the fastest counts, so that further rounds tell nothing."""
+        effort = replace(self.effort, rounds=min(self.effort.rounds, timing.EFFORT[self.kind].rounds))
+        timing.keep_busy(next(iter(calls.values())), effort.warm_up, self.kind)
+        return {"steady": timing.in_turn(calls, set(), effort, self.kind, self.order)}
 
     def measure(self, workload: Workload) -> None:
         """All candidates on one workload."""
