@@ -23,9 +23,9 @@ SELDOM = r"/(tests|transformers/models|diffusers/(models|pipelines)|ray/(air|dat
 OFTEN = ("schedules", "tvm_flash", "tests")
 
 
-def prepare() -> Path:
+def prepare(*modules: str) -> Path:
     """Install the project with everything that building, testing and benchmarks need, and build this machine's kernels
-    meanwhile; the environment's Python."""
+    meanwhile, all or those of some modules; the environment's Python."""
     if sys.version_info < MINIMUM:
         found = ".".join(map(str, sys.version_info[:3]))
         sys.exit(f"Python {found} is too old; run this with Python {'.'.join(map(str, MINIMUM))} or later")
@@ -39,7 +39,7 @@ def prepare() -> Path:
     print("building this machine's kernels, and installing what tests and compares them …", flush=True)
     with ThreadPoolExecutor() as meanwhile:  # pip keeps what is there, and does one thing after the other
         rest = meanwhile.submit(_install, python, ALL)
-        run([python, "scripts/build_kernels.py", "--arch", "native"])
+        run([python, "scripts/build_kernels.py", "--arch", "native", *(f"--module={name}" for name in modules)])
     if status := rest.result():
         sys.exit(status)
     return python

@@ -76,7 +76,9 @@ def test_wrong_requests_name_the_option(tmp_path, capsys, monkeypatch, arguments
     assert not (tmp_path / "packs").exists()
 
 
-@pytest.mark.parametrize("option", ["--arch", "--head-dim", "--dtype", "--template", "--mask", "--score", "--kind"])
+@pytest.mark.parametrize(
+    "option", ["--arch", "--head-dim", "--dtype", "--template", "--mask", "--score", "--kind", "--module"]
+)
 def test_an_empty_value_is_not_all(capsys, option):
     """As a variable of the shell gives it that isn't set."""
     with pytest.raises(SystemExit) as e:
@@ -88,6 +90,8 @@ def test_a_selection_of_nothing_is_an_error(capsys):
     arguments = ["--arch", "sm_80", "--kind", "ragged", "--template", "v1", "--list"]
     assert build_command.main(arguments) == 2
     assert "--template v1 --kind ragged: no kernel of sm_80 is all of it; leave one out" in capsys.readouterr().out
+    assert build_command.main([*arguments[:2], "--module", "v3_*", "--list"]) == 2
+    assert "--module v3_*: no kernel of sm_80 is all of it" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- definitions

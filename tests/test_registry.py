@@ -85,7 +85,7 @@ def with_definition(cpu_pack, folder, mask, *head_dims, **changes):
     kernels = (
         dataclasses.replace(k, definition="mine", **changes)
         for k in manifest.kernels
-        if (k.template, k.dtype, k.mask, k.score, k.kind) == ("v1", "float32", mask, "identity", "forward")
+        if (k.template, k.dtype, k.mask, k.score, k.kind) == ("v2", "float32", mask, "identity", "forward")
         and k.head_dim in head_dims
     )
     edit(folder, kernels=(*manifest.kernels, *kernels))
@@ -98,14 +98,14 @@ def rows(head_dim):
 def test_two_packs_never_share_a_definition(cpu_pack, tmp_path, use_packs):
     """Their kernels may be of two texts: of one head_dim, or forward, of the one, and of another of the other."""
     with_definition(cpu_pack, tmp_path / "a" / "cpu", "full", 64)
-    with_definition(cpu_pack, tmp_path / "b" / "cpu", "causal", 64, 128)
-    for first, second, head_dim, causal in (("a", "b", 64, False), ("b", "a", 128, True)):
+    with_definition(cpu_pack, tmp_path / "b" / "cpu", "causal", 64, 256)
+    for first, second, head_dim, causal in (("a", "b", 64, False), ("b", "a", 256, True)):
         use_packs(tmp_path / first, tmp_path / second)
         x = rows(head_dim)
         assert np.array_equal(custom_attention("mine")(x, x, x), flash_attention(x, x, x, causal=causal))
     use_packs(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(KernelNotFoundError, match="no cpu kernel for head_dim 128"):
-        custom_attention("mine")(rows(128), rows(128), rows(128))
+    with pytest.raises(KernelNotFoundError, match="no cpu kernel for head_dim 256"):
+        custom_attention("mine")(rows(256), rows(256), rows(256))
     half = rows(64).astype(np.float16)
     with pytest.raises(KernelNotFoundError, match=r"those in .*b/cpu don't count, since an earlier folder has"):
         custom_attention("mine")(half, half, half)
@@ -113,14 +113,14 @@ def test_two_packs_never_share_a_definition(cpu_pack, tmp_path, use_packs):
 
 def test_two_instruction_sets_never_share_a_definition(cpu_pack, tmp_path, use_packs):
     """That with fewer may have been built of an earlier text, and would compute what the other lacks."""
-    with_definition(cpu_pack, tmp_path / "packs" / "cpu-less", "causal", 64, 128)
+    with_definition(cpu_pack, tmp_path / "packs" / "cpu-less", "causal", 64, 256)
     edit(tmp_path / "packs" / "cpu-less", isa="less", cpu_features=())
     with_definition(cpu_pack, tmp_path / "packs" / "cpu-more", "full", 64)
     use_packs(tmp_path / "packs")
     x = rows(64)
     assert np.array_equal(custom_attention("mine")(x, x, x), flash_attention(x, x, x))
-    with pytest.raises(KernelNotFoundError, match="no cpu kernel for head_dim 128"):
-        custom_attention("mine")(rows(128), rows(128), rows(128))
+    with pytest.raises(KernelNotFoundError, match="no cpu kernel for head_dim 256"):
+        custom_attention("mine")(rows(256), rows(256), rows(256))
 
 
 def test_kernels_of_a_definition_that_take_other_parameters(cpu_pack, tmp_path, use_packs):
@@ -129,14 +129,14 @@ def test_kernels_of_a_definition_that_take_other_parameters(cpu_pack, tmp_path, 
         tmp_path / "packs" / "cpu",
         kernels=tuple(
             dataclasses.replace(k, definition="mine", head_dim=32)
-            if k.symbol == "v1_float32_d64_window_identity"
+            if k.symbol == "v2_float32_d64_window_identity"
             else k
             for k in Manifest.from_json((tmp_path / "packs" / "cpu" / MANIFEST_NAME).read_text()).kernels
         ),
     )
     use_packs(tmp_path / "packs")
     x = rows(64)
-    with pytest.raises(PackError, match="v1_float32_d64_full_identity takes other parameters than another one"):
+    with pytest.raises(PackError, match="v2_float32_d64_full_identity takes other parameters than another one"):
         custom_attention("mine")(x, x, x, window_left=3, window_right=0)
 
 

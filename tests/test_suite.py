@@ -106,6 +106,14 @@ def test_a_family_has_kernels_of_its_own_sizes():
     assert chosen(one, further=own) == chosen(one)
 
 
+def test_modules_can_be_named():
+    target, names = Target("cpu", "avx2"), ("v1_*_d64", "v2_bfloat16_d128")
+    every = select(BuildRequest((target,)), target)
+    named = select(BuildRequest((target,), modules=names), target)
+    assert {s.group for s in named} == {*(f"v1_{dtype}_d64" for dtype in ("float32", "float16", "bfloat16")), names[1]}
+    assert named == tuple(s for s in every if s.group in {n.group for n in named})
+
+
 def test_kinds_that_a_target_has_not_are_refused():
     target = Target("cpu", "avx2")
     request = BuildRequest((target,), Selection(kinds=(DECODE,)))

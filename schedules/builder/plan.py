@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 
@@ -52,13 +53,15 @@ def default_jobs() -> int:
 class BuildRequest:
     """What to build: which kernels, for which machines, with which configurations, and where to.
 
-    ``configs`` gives configurations by kernel symbol in place of the families' defaults, and ``tuning`` what records
-    say of a kernel of the package's own definition.  ``run_on`` adds code with which the kernels also run on a newer
-    arch.
+    Of the kernels that are selected those count whose module has one of the names ``modules``, in which ``*`` stands
+    for anything; all, if there are none.  ``configs`` gives configurations by kernel symbol in place of the families'
+    defaults, and ``tuning`` what records say of a kernel of the package's own definition.  ``run_on`` adds code with
+    which the kernels also run on a newer arch.
     """
 
     targets: tuple[Target, ...]
     selection: Selection = field(default_factory=Selection)
+    modules: tuple[str, ...] = ()
     definition: DefinitionFile | None = None
     output: Path = PACKS
     jobs: int = field(default_factory=default_jobs)
@@ -69,6 +72,10 @@ class BuildRequest:
     def tuned(self, spec: KernelSpec, target: Target) -> Tuned:
         """What records say of a kernel."""
         return NO_RECORDS if self.tuning is None or self.definition else self.tuning(spec, target)
+
+    def has_module_of(self, spec: KernelSpec) -> bool:
+        """Whether the module of a kernel is one of those named."""
+        return not self.modules or any(fnmatchcase(spec.group, name) for name in self.modules)
 
 
 @dataclass(frozen=True)
@@ -166,9 +173,8 @@ def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
                 f"definition, whose kernels it would replace; give it another name"
             )
         variants = [request.definition.variant()]
-        return tuple(
-            chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds, templates=family.TEMPLATES)
-        )
+        specs = chosen.specs(family.DTYPES, request.definition.name, variants, kinds=kinds, templates=family.TEMPLATES)
+        return tuple(filter(request.has_module_of, specs))
     specs = chosen.specs(
         family.DTYPES,
         gpu=target.arch != "cpu",
@@ -177,7 +183,8 @@ def select(request: BuildRequest, target: Target) -> tuple[KernelSpec, ...]:
         has=partial(has_core_kernels, target),
         further=further_sizes(target),
     )
-    return tuple(s for s in specs if chosen.kinds or is_verified_size(target, s.kind, s.head_dim, s.head_dim_v))
+    specs = (s for s in specs if chosen.kinds or is_verified_size(target, s.kind, s.head_dim, s.head_dim_v))
+    return tuple(filter(request.has_module_of, specs))
 
 
 # ---------------------------------------------------------------- what is there already

@@ -97,6 +97,9 @@ def _request(arguments: Sequence[str] | None) -> tuple[BuildRequest, argparse.Na
         help="dense, ragged, paged: how sequences lie in memory (default: all; of your own definition dense)",
     )
     parser.add_argument(
+        "--module", **several, help="v2_float32_d64, v1_*, …; only kernels of the modules that have one of these names"
+    )
+    parser.add_argument(
         "--definition", metavar="FILE.py:NAME", help="kernels of your own definition, added to the pack"
     )
     parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes (default: %(default)s)")
@@ -131,6 +134,7 @@ def _request(arguments: Sequence[str] | None) -> tuple[BuildRequest, argparse.Na
     request = BuildRequest(
         targets=parse_targets(options.arch or ["native"], options.isa),
         selection=selection,
+        modules=tuple(options.module),
         definition=DefinitionFile.parse(options.definition) if options.definition else None,
         output=options.output.resolve(),
         jobs=options.jobs,
@@ -170,7 +174,7 @@ def _check_together(request: BuildRequest, options: argparse.Namespace) -> None:
     if none := [kind for kind in options.kind if kind in SCOPES and kind not in known]:
         raise ValueError(f"--kind {','.join(none)}: {archs} has none; it has {', '.join(known)}")
     if not any(select(request, target) for target in request.targets):
-        given = {"template": options.template, "kind": options.kind, "form": options.form}
+        given = {"template": options.template, "kind": options.kind, "form": options.form, "module": options.module}
         given["head-dim"] = options.head_dim
         named = " ".join(f"--{option} {','.join(values)}" for option, values in given.items() if values)
         raise ValueError(f"{named}: no kernel of {archs} is all of it; leave one out")
