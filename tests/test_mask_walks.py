@@ -3,6 +3,9 @@ visits, and its CUDA source run on the processor (tests/simt)."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 
@@ -12,6 +15,7 @@ pytest.importorskip("torch")
 from schedules.definition.attention import Attention
 from schedules.definition.catalogue import IDENTITY, MASKS, Mask
 from schedules.definition.pattern import match
+from schedules.definition.sample import parameters_of
 from schedules.families.interface import BACKWARD, Rejected, Target
 from schedules.families.sm90 import backward
 from schedules.families.sm90.backward import ragged
@@ -94,13 +98,11 @@ def test_who_adds_to_a_tile_visits_it_and_whatever_is_seen_is_visited(layout, tm
 
 # ---------------------------------------------------------------- gradients
 
-#: Layout, template, head_dim, dtype, and whether it is causal too.
+#: Template, head_dim, dtype, whether it is causal too, and layouts.
 KERNELS = (
-    ("127, 128, 129", "v1", 128, "bfloat16", True),
-    ("of one and two tokens", "v2", 64, "float16", True),
-    ("mixed", "v2", 64, "bfloat16", False),
-    ("apart", "v1", 64, "bfloat16", False),
-    ("an empty one, and a short tail", "v2", 128, "float16", False),
+    ("v1", 128, "bfloat16", True, ("127, 128, 129",)),
+    ("v2", 64, "float16", True, ("of one and two tokens",)),
+    ("v2", 64, "bfloat16", False, ("mixed", "apart", "an empty one, and a short tail")),
 )
 #: Tiles that no length divides, a group of heads, more and less queries than keys.
 TRIALS = (((2, 1, 450, 450), "whole"), ((2, 2, 150, 300), "apart"), ((1, 1, 300, 150), "whole"))
@@ -108,11 +110,13 @@ TRIALS = (((2, 1, 450, 450), "whole"), ((2, 2, 150, 300), "apart"), ((1, 1, 300,
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: "-".join(map(str, k[:4])))
 def test_gradients(kernel, tmp_path):
-    layout, template, head_dim, dtype, causal = kernel
-    definition = same_ids(LAYOUTS[layout], causal)
-    found = made(definition, "sm_90a", template, BACKWARD, head_dim, dtype, tmp_path)
+    template, head_dim, dtype, causal, layouts = kernel
+    definitions = [same_ids(LAYOUTS[layout], causal) for layout in layouts]
+    found = made(definitions[0], "sm_90a", template, BACKWARD, head_dim, dtype, tmp_path)
     assert any(launch.symbol.endswith("_joint") for launch in found.simulated.program.launches)
-    check(found, tensor_trials.backward(found.kernel, TRIALS))
+    for definition in definitions:
+        own = dataclasses.replace(found.kernel, sample=functools.partial(parameters_of, definition))
+        check(found, tensor_trials.backward(own, TRIALS))
 
 
 def test_masks_of_heads_and_ragged_sequences_stay_with_the_launches_apart():

@@ -24,7 +24,6 @@ from tvm_flash.packs.manifest import BUILTIN_DEFINITION, LAYOUT_OF_TEMPLATE
 KERNELS = (
     ("sm_80", "v2", 64, 64, "full", "identity", "bfloat16"),
     ("sm_80", "v1", 128, 128, "causal", "identity", "float16"),
-    ("sm_86", "v1", 64, 64, "positioned", "optional", "float16"),
     ("sm_80", "v2", 64, 64, "positioned", "optional_sinks", "float16"),
     ("sm_75", "v1", 64, 64, "window", "softcap", "float16"),
     ("sm_70", "v1", 64, 64, "positioned", "optional", "float16"),

@@ -22,7 +22,6 @@ KERNELS = (
     ("sm_80", "v2", PAGED_DECODE, 64, 64, "window", "identity", "bfloat16"),
     ("sm_90a", "v2", PAGED_DECODE, 128, 128, "window", "identity", "float16"),
     ("sm_90a", "v2", PAGED, 128, 128, "causal", "identity", "float16"),
-    ("sm_80", "v2", PAGED, 64, 64, "positioned", "optional", "float16"),
     ("sm_80", "v2", PAGED_DECODE, 64, 64, "positioned", "optional_sinks", "bfloat16"),
     ("sm_80", "v2", PAGED, 64, 64, "positioned", "optional_sinks", "bfloat16"),
     ("sm_75", "v1", PAGED, 64, 64, "causal", "identity", "float16"),

@@ -24,7 +24,6 @@ from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 #: Arch, template, head_dim, head_dim_v, mask, score, dtype.
 KERNELS = (
-    ("sm_90a", "v2", 64, 64, "full", "identity", "bfloat16"),
     ("sm_90a", "v2", 128, 128, "causal", "identity", "float16"),
     ("sm_90a", "v2", 64, 64, "window", "optional_sinks", "bfloat16"),
     ("sm_80", "v2", 64, 64, "causal", "identity", "bfloat16"),

@@ -20,7 +20,6 @@ KERNELS = (
     ("sm_80", "v2", 64, 64, "full", "identity", "bfloat16"),
     ("sm_80", "v2", 128, 128, "causal", "identity", "float16"),
     ("sm_90a", "v2", 64, 64, "full", "identity", "bfloat16"),
-    ("sm_90a", "v2", 128, 128, "causal", "identity", "float16"),
     ("sm_90a", "v2", 128, 128, "window", "optional_sinks", "float16"),
     ("sm_80", "v2", 64, 64, "window", "optional_sinks", "bfloat16"),
     ("sm_75", "v1", 64, 64, "causal", "identity", "float16"),

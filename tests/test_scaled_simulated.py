@@ -28,11 +28,10 @@ KERNELS = (
     ("sm_80", "paged_e4m3", "bfloat16", _ALL),
     ("sm_75", "paged_int8", "float16", _ALL),
 )
-#: Those of Hopper alone, which aren't the default: keys on the left, without a text for few rows and with one, and
-#: tiles that a warpgroup widens.
+#: Those of Hopper alone, which aren't the default: keys on the left, without a text for few rows and with one, each of
+#: one format; and tiles that a warpgroup widens.
 OWN = (
     ("sm_90a", "paged_decode_e4m3", "bfloat16", _ALL),
-    ("sm_90a", "paged_decode_e4m3", "bfloat16", _FEW),
     ("sm_90a", "paged_decode_int8", "float16", _FEW),
     ("sm_90a", "paged_e4m3", "bfloat16", _ALL),
 )

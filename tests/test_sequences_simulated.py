@@ -29,7 +29,8 @@ DEFINITIONS = {
     "of_sequences": (of_sequences.of_sequences, of_sequences.sample),
     "token_tree": (token_tree.token_tree, trees),
 }
-#: Arch, kind, definition, head_dim, dtype: each family, and of both that have them each kind and way.
+#: Arch, kind, definition, head_dim, dtype: each family, and of both that have them each kind and way; of caches of 8
+#: bits, which know nothing of definitions, each format and each kind once.
 KERNELS = (
     ("sm_80", RAGGED, "of_sequences", 64, "bfloat16"),
     ("sm_80", RAGGED_BACKWARD, "of_sequences", 64, "float16"),
@@ -40,10 +41,8 @@ KERNELS = (
     ("sm_90a", PAGED, "of_sequences", 64, "float16"),
     ("sm_90a", PAGED_DECODE, "token_tree", 128, "bfloat16"),  # by boxes
     ("sm_90a", PAGED_DECODE_ANY, "token_tree", 128, "float16"),
-    ("sm_80", "paged_int8", "token_tree", 64, "float16"),
     ("sm_80", "paged_decode_e4m3", "of_sequences", 64, "bfloat16"),
-    ("sm_90a", "paged_e4m3", "of_sequences", 64, "bfloat16"),
-    ("sm_90a", "paged_decode_int8", "token_tree", 64, "bfloat16"),
+    ("sm_90a", "paged_int8", "token_tree", 64, "float16"),
     ("sm_75", PAGED, "of_sequences", 64, "float16"),
     ("sm_70", RAGGED_BACKWARD, "of_sequences", 64, "float16"),
 )

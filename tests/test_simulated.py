@@ -31,11 +31,9 @@ KERNELS = (
     ("sm_75", "v1", 128, 128, "window", "softcap", "float16"),
     ("sm_75", "v1", 256, 256, "causal", "identity", "float16"),  # pairs of warps
     ("sm_80", "v2", 64, 64, "full", "identity", "bfloat16"),
-    ("sm_80", "v2", 128, 128, "causal", "identity", "float16"),
     ("sm_80", "v2", 256, 256, "causal", "identity", "float16"),  # pairs of warps
     ("sm_80", "v2", 192, 128, "full", "alibi", "bfloat16"),
     ("sm_86", "v1", 96, 96, "sink_window", "identity", "float16"),  # a mask with gaps
-    ("sm_86", "v2", 256, 256, "window", "identity", "float16"),
     ("sm_80", "v2", 64, 64, "positioned", "optional_sinks", "bfloat16"),
 )
 

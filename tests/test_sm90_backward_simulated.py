@@ -32,10 +32,8 @@ KERNELS = (
     ("v1", 128, 128, "full", "identity", "float16"),
     ("v2", 128, 128, "causal", "identity", "bfloat16"),
     ("v2", 128, 128, "window", "softcap", "bfloat16"),
-    ("v2", 128, 128, "padded", "identity", "float16"),
     ("v1", 96, 96, "sink_window", "identity", "float16"),
-    ("v2", 64, 64, "window", "softcap_alibi", "bfloat16"),
-    ("v2", 128, 128, "positioned", "optional_sinks", "bfloat16"),
+    ("v2", 128, 128, "positioned", "optional_sinks", "float16"),
     ("v2", 64, 64, "causal", "identity_sinks", "bfloat16"),
     ("v1", 256, 256, "causal", "identity", "bfloat16"),
 )

@@ -135,12 +135,11 @@ def test_parameters_of_heads_that_a_block_goes_on_to(head_dim, mask, score, chan
     test_full_width_grouped_heads_and_every_order_of_turns(kernel)
 
 
-@pytest.mark.parametrize(("head_dim", "heights"), [(32, (64,)), (64, (192, 128, 64))])
-def test_the_height_of_work_tiles_changes_no_bits(head_dim, heights, tmp_path):
+def test_the_height_of_work_tiles_changes_no_bits(tmp_path):
     """Lengths that divide no tile, rows that outgrow their first maximum, few multiprocessors."""
-    what = ("forward", "v2", head_dim, head_dim, "full", "identity", "bfloat16")
+    what = ("forward", "v2", 64, 64, "full", "identity", "bfloat16")
     results = []
-    for block_m in (0, *heights):
+    for block_m in (0, 192, 64):
         folder = tmp_path / str(block_m)
         folder.mkdir()
         kernel = made(*what, folder, block_m=block_m)

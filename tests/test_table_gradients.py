@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -133,15 +134,23 @@ PARAMS = (Param("near", "float32", rank=2, gradient=True), Param("far", "float16
 several = Attention(ScoreModification("several", _several, _several_twin, PARAMS), FULL, example=example)
 
 
+@pytest.fixture(scope="module")
+def kernel_of(tmp_path_factory):
+    """A function that makes the kernel of an arch, once."""
+    return functools.cache(
+        lambda arch: made(several, arch, "v1", BACKWARD, 64, "float16", tmp_path_factory.mktemp(arch))
+    )
+
+
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90a"))
-def test_several_tables_that_are_read_several_times(arch, tmp_path):
-    found = made(several, arch, "v1", BACKWARD, 64, "float16", tmp_path)
+def test_several_tables_that_are_read_several_times(arch, kernel_of):
+    found = kernel_of(arch)
     check(found, tensor_trials.backward(found.kernel, (((2, 1, 140, 136), "whole"), ((2, 2, 65, 97), "whole"))))
 
 
-def test_a_gradient_that_nobody_asks_for(tmp_path):
+def test_a_gradient_that_nobody_asks_for(kernel_of):
     """A target of one element stays as small, and the other table's gradient is what it is."""
-    found = made(several, "sm_80", "v1", BACKWARD, 64, "float16", tmp_path)
+    found = kernel_of("sm_80")
     problem = tensor_trials.Problem(found.kernel, (2, 1, 140, 136), "whole")
     results = []
     for asked in (True, False):
