@@ -31,8 +31,6 @@ KERNELS = (
     ("v1", 64, 64, "causal", "identity", {}),
     ("v2", 64, 64, "causal", "identity", {"block_m": 64, "block_n": 32}),
     ("v1", 64, 64, "full", "identity", {"block_n": 64}),
-    ("v2", 64, 64, "full", "identity", {}),
-    ("v1", 64, 64, "window", "identity", {}),
     ("v2", 64, 64, "window", "softcap", {}),
     ("v1", 64, 64, "padded", "identity", {}),
     ("v2", 128, 128, "causal", "identity", {}),

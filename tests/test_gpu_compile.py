@@ -33,7 +33,6 @@ def pattern_of(head_dim=128, mask="full", score="identity", dtype="float16", hea
         ("sm_80", "v2", {"mask": "causal"}),
         ("sm_80", "v1", {"head_dim": 256, "mask": "window", "score": "alibi", "dtype": "bfloat16"}),
         ("sm_86", "v2", {"head_dim": 128}),
-        ("sm_86", "v2", {"head_dim": 128, "mask": "padded"}),
         ("sm_89", "v2", {"head_dim": 64, "mask": "window", "score": "alibi"}),
         ("sm_120", "v1", {"head_dim": 96, "mask": "sink_window", "head_dim_v": 64}),
     ],
@@ -56,9 +55,7 @@ def test_ampere_and_later(arch, template, pattern, tmp_path):
 @pytest.mark.parametrize(
     "pattern",
     [
-        {"mask": "causal"},
         {"mask": "padded"},
-        {"head_dim": 256},
         {"head_dim": 256, "mask": "window", "score": "softcap_alibi"},
         {"head_dim": 64, "score": "softcap_alibi"},
     ],

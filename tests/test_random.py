@@ -15,9 +15,9 @@ pytest.importorskip("torch")
 from tests import random_cases
 from tests.test_torch_program import DEVICES
 
-CALLS = int(os.environ.get("TVM_FLASH_RANDOM_CALLS", "300"))
+CALLS = int(os.environ.get("TVM_FLASH_RANDOM_CALLS", "200"))
 SEED = int(os.environ.get("TVM_FLASH_RANDOM_SEED", "0"))
-PARTS = 6
+PARTS = 4
 
 pytestmark = [pytest.mark.usefixtures("cpu_pack"), pytest.mark.filterwarnings("ignore::tvm_flash.LayoutWarning")]
 

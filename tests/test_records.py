@@ -99,8 +99,8 @@ def verified():
 
 
 def is_sample(group: core_set.Group, spec: KernelSpec) -> bool:
-    """One spec of 180, others after every change: that what is written was made of the present sources is tried."""
-    return int(hashlib.sha256(f"{core_set.inputs(group.family)} {spec.symbol}".encode()).hexdigest(), 16) % 180 == 0
+    """One spec of 360, others after every change: that what is written was made of the present sources is tried."""
+    return int(hashlib.sha256(f"{core_set.inputs(group.family)} {spec.symbol}".encode()).hexdigest(), 16) % 360 == 0
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.name)

@@ -33,7 +33,6 @@ def pattern_of(mask="full", score="identity", dtype="float16", head_dim=128, hea
 @pytest.mark.parametrize(
     ("template", "bucket", "pattern"),
     [
-        (v2, 0, {"mask": "causal", "head_dim": 64}),
         (v2, 0, {"mask": "window", "score": "softcap_alibi", "head_dim": 64, "dtype": "bfloat16"}),
         (v1, 0, {"head_dim": 256}),
         (v1, 8192, {"mask": "causal", "head_dim": 192}),
