@@ -220,6 +220,17 @@ def test_twice_through_a_graph():
         loss.backward()
 
 
+def test_a_backward_that_is_compiled_by_itself():
+    """The compiler has a program for each function, and all calls are of one: their options differ."""
+    for options in ({"causal": True}, {"window_size": (3, 1), "softcap": 2.0}):
+        given = leaves(seqlen_q=5)
+        loss = flash_attention(*given[:3], alibi_slopes=given[3], **options).square().sum()
+        want = torch.autograd.grad(loss, given, retain_graph=True)
+        with torch._dynamo.compiled_autograd._enable(lambda program: program):
+            loss.backward()
+        assert all(torch.equal(x.grad, y) for x, y in zip(given, want, strict=True))
+
+
 @pytest.mark.parametrize("which", range(3))
 def test_what_was_kept_is_changed(which):
     given = leaves()[:3]

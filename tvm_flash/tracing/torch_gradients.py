@@ -18,8 +18,15 @@ from tvm_flash.errors import NotSupportedError
 from tvm_flash.frameworks.torch_watch import has_tangent
 from tvm_flash.packs.manifest import Param
 
-# Where an operator is answered, a transform of torch.func has chosen its level: a function of this kind adds none.
-_Function = torch.autograd.function._SingleLevelFunction
+
+class _Function(torch.autograd.function._SingleLevelFunction):
+    """Where an operator is answered, a transform of torch.func has chosen its level: a function of this kind adds none.
+
+    ``torch._dynamo.config.compiled_autograd`` asks a function for its key, which torch gives to its own kind alone.
+    """
+
+    _compiled_autograd_key = getattr(torch.autograd.Function, "_compiled_autograd_key", None)
+
 
 NO_TANGENTS = (
     "q, k, v: a tangent (forward-mode derivative, torch.func.jvp) is asked for, and gradients are there in reverse "
