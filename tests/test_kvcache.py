@@ -521,6 +521,16 @@ def test_caches_side_by_side_and_prefixes_in_common_are_written():
     assert torch.equal(seen, out)
 
 
+def test_where_new_tensors_are_made_is_nothing_to_a_call(monkeypatch):
+    given, kept = good(), {}
+    monkeypatch.setattr(torch_cache, "_kept", kept)
+    want = flash_attention_with_kvcache(**{**given, "k_cache": given["k_cache"].clone()})
+    assert kept
+    kept.clear()
+    with torch.device("meta"):
+        assert torch.equal(flash_attention_with_kvcache(**given), want)
+
+
 def test_starts_are_kept_for_each_number_of_sequences():
     first = torch_cache.multiples(torch.device("cpu"), 3, 5)
     assert first is torch_cache.multiples(torch.device("cpu"), 3, 5) and first.tolist() == [0, 5, 10, 15]

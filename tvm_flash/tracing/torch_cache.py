@@ -174,7 +174,7 @@ def multiples(device: torch.device, count: int, step: int) -> torch.Tensor:
     found = _kept.get(key)
     if found is None:
         with torch.inference_mode(False):
-            found = torch.arange(count + 1, dtype=torch.int32) * step
+            found = torch.arange(count + 1, dtype=torch.int32, device="cpu") * step
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # nothing may be copied from here
                 return torch.arange(count + 1, dtype=torch.int32, device=device) * step
             found = found.to(device)  # waits for the copy, once
