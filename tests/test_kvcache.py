@@ -521,6 +521,24 @@ def test_caches_side_by_side_and_prefixes_in_common_are_written():
     assert torch.equal(seen, out)
 
 
+@pytest.mark.parametrize("turns", (False, True))
+def test_rows_of_no_sequence_at_all_change_nothing(turns):
+    """A step of an engine that has room for tokens, and no request."""
+    k_cache, v_cache = torch.randn(2, 3, PAGE, KV_HEADS, WIDTH)
+    before, new = k_cache.clone(), torch.randn(2, 3, KV_HEADS, WIDTH)
+    none, angles = torch.zeros(1, dtype=torch.int32), torch.rand(2, 9, 4)
+    out, lse = flash_attention_with_kvcache(
+        *(torch.randn(3, HEADS, WIDTH), k_cache, v_cache, *new),
+        cache_seqlens=none[1:],
+        page_table=torch.zeros(0, 2, dtype=torch.int32),
+        cu_seqlens_q=none,
+        cu_seqlens_k_new=none,
+        return_lse=True,
+        **(dict(zip(("rotary_cos", "rotary_sin"), angles, strict=True)) if turns else {}),
+    )
+    assert torch.equal(out, torch.zeros(3, HEADS, WIDTH)) and lse.isneginf().all() and torch.equal(k_cache, before)
+
+
 def test_where_new_tensors_are_made_is_nothing_to_a_call(monkeypatch):
     given, kept = good(), {}
     monkeypatch.setattr(torch_cache, "_kept", kept)

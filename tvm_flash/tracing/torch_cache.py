@@ -184,7 +184,10 @@ def multiples(device: torch.device, count: int, step: int) -> torch.Tensor:
 
 
 def _positions(first: torch.Tensor, starts: torch.Tensor, total: int, along: bool) -> torch.Tensor:
-    """By which each of ``total`` rows is turned: those from ``first`` on in each sequence, or ``first`` for all."""
+    """By which each of ``total`` rows is turned: those from ``first`` on in each sequence, or ``first`` for all; by
+    any without a sequence."""
+    if not first.shape[0]:
+        return first.new_zeros(total)
     rows, b = _sequence_of_rows(starts, total)
     return first[b] + (rows - starts[b] if along else 0)
 
@@ -202,7 +205,7 @@ def _sequence_of_rows(starts: torch.Tensor, total: int) -> tuple[torch.Tensor, t
 
 def _append_to_cache(k_cache, v_cache, k, v, cu_seqlens, cache_seqlens, page_table, k_scale=None, v_scale=None):
     """Write each new row to its place, if it has one; where several have the same, the last row stands there."""
-    if 0 in (k.numel() + v.numel(), *k_cache.shape[:2], page_table.shape[1]):
+    if 0 in (k.numel() + v.numel(), *k_cache.shape[:2], *page_table.shape):
         return
     if cu_seqlens is None:
         cu_seqlens = multiples(k.device, *k.shape[:2])
@@ -230,7 +233,7 @@ def _rotate_and_append(
         _has_changed(k_cache, v_cache)
         return turned
     keys = _rotate(k, cos, sin, _positions(rotary_seqlens, cu_seqlens_k, k.shape[0], True), interleaved)
-    if 0 not in (k.numel() + v.numel(), *k_cache.shape[:2], page_table.shape[1]):
+    if 0 not in (k.numel() + v.numel(), *k_cache.shape[:2], *page_table.shape):
         _append(k_cache, v_cache, keys, v, cu_seqlens_k, cache_seqlens, page_table, k_scale, v_scale)
     return _rotate(q, cos, sin, _positions(rotary_seqlens, cu_seqlens_q, q.shape[0], along), interleaved)
 
