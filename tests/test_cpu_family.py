@@ -95,7 +95,7 @@ def test_every_isa(dtype, isa):
 
 @pytest.mark.parametrize("dtype", ("float32", "float16"))
 def test_what_is_for_bfloat16_alone_changes_nothing_of_other_dtypes(dtype, tmp_path):
-    """Compiled only: kernels for AMX are those for AVX-512 alone, the code of a causal one byte by byte."""
+    """Compiled only: kernels for AMX are those for AVX-512 alone, in float32 the code of a causal one byte by byte."""
     same = ("amx", "avx512_bf16", "avx512")
     for mask, score, kind in (
         ("causal", "identity", FORWARD),
@@ -105,10 +105,10 @@ def test_what_is_for_bfloat16_alone_changes_nothing_of_other_dtypes(dtype, tmp_p
         spec = KernelSpec("v1", BUILTIN_DEFINITION, mask, score, dtype, 64, 64, kind=kind)
         made = [lower(spec, pattern_of(spec, target), target) for target in (Target("cpu", isa) for isa in same)]
         assert len({lowered.text for lowered in made}) == 1
-        if mask == "causal":
+        if (mask, dtype) == ("causal", "float32"):
             for isa, lowered in zip(same, made, strict=True):
                 compile_for(isa, lowered.program).mod.write_to_file(str(tmp_path / isa), "o")
-    assert len({(tmp_path / isa).read_bytes() for isa in same}) == 1
+            assert len({(tmp_path / isa).read_bytes() for isa in same}) == 1
 
 
 #: What the assembly of a causal bfloat16 kernel must hold, and what would be illegal where there is no more than that.

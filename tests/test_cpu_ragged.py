@@ -87,15 +87,15 @@ def test_gradients_against_float64(case):
 _ONE = RaggedCase((3, 150, 0, 1, 70), 4, 64, (9, 61, 5, 0, 333), kv_heads=2, mask="causal", after=(3, 4))
 
 
-@pytest.mark.parametrize("isa", [x for x in runnable_isas()[1:] if x in ("avx2", "baseline")])
-def test_other_instruction_sets(isa):
-    """Of scores as they are: what else may become of them is the same in kernels of all forms."""
+def test_another_instruction_set():
+    """Of scores as they are: what else may become of them is the same in kernels of all forms; of the set that has the
+    smallest code to compile."""
+    isa = runnable_isas()[-1]
     plain = Attention(mask=MASKS["window"])
     data, given = ragged_cases.inputs(_ONE), ragged_cases.outer(_ONE)
     ragged_cases.check(_ONE, data, *attend(_ONE, data, kernel(_ONE.dtype, isa, definition=plain)))
-    if isa == "baseline":  # the smallest code to compile
-        got = back(_ONE, data, given, kernel(_ONE.dtype, isa, RAGGED_BACKWARD, definition=plain))
-        ragged_cases.check_backward(_ONE, data, given, got)
+    got = back(_ONE, data, given, kernel(_ONE.dtype, isa, RAGGED_BACKWARD, definition=plain))
+    ragged_cases.check_backward(_ONE, data, given, got)
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))

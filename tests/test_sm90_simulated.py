@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from dataclasses import replace
@@ -45,27 +46,34 @@ KERNELS = (
 )
 
 
-def made(
-    kind, template, head_dim, head_dim_v, mask, score, dtype, folder, edit=lambda text: text, block_m=0, config=None
-):
-    """A kernel that stands alone, and runs on CPU tensors; ``edit`` changes its source before.
+@functools.cache
+def exported(kind, spec, block_m=0, config=None):
+    """The parameters, the program and the source of a kernel, made once; who changes a constant of its modules has a
+    ``config`` that nobody else has.
 
     ``block_m`` is the height of its work tiles, and ``config`` its configuration, if these aren't the usual ones.
     """
-    spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v)
     pattern = pattern_of(spec, TARGET)
-    maker, traversal = (decode if kind == "decode" else sm90), TEMPLATES[template].TRAVERSAL
-    config = config or maker.default_configs(template, pattern, TARGET)[0]
+    maker, traversal = (decode if kind == "decode" else sm90), TEMPLATES[spec.template].TRAVERSAL
+    config = config or maker.default_configs(spec.template, pattern, TARGET)[0]
     config = sm90.further_tiles(pattern, config)[block_m] if block_m else config
     program = maker.program(pattern, config, TARGET, traversal, spec.symbol)
-    simulated = Simulated(program, edit(export_cuda(program, TARGET)), folder)
-    names = [p.name for p in pattern.params]
+    return pattern.params, program, export_cuda(program, TARGET)
+
+
+def made(kind, template, head_dim, head_dim_v, mask, score, dtype, folder, edit=lambda text: text, **which):
+    """A kernel that stands alone, and runs on CPU tensors; ``edit`` changes its source before, and ``which`` is as in
+    :func:`exported`."""
+    spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v)
+    params, program, text = exported(kind, spec, **which)
+    simulated = Simulated(program, edit(text), folder)
+    names = [p.name for p in params]
 
     def function(q, k, v, o, lse, softmax_scale, *values):
         tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "softmax_scale": softmax_scale}
         simulated(tensors | dict(zip(names, values, strict=True)), LAYOUT_OF_TEMPLATE[template])
 
-    return SimpleNamespace(kind=kind, spec=spec, params=pattern.params, simulated=simulated, function=function)
+    return SimpleNamespace(kind=kind, spec=spec, params=params, simulated=simulated, function=function)
 
 
 @pytest.fixture(scope="module", params=KERNELS, ids=lambda k: "-".join(map(str, k)))
