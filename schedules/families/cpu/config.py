@@ -66,13 +66,20 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
 
     * head_dim 64 full (16 heads of 1024) -, 405, 397; causal 335, 311, 291; causal (16 of 512) 283, 276, 234.
     * head_dim 128 full (8 heads of 1024) -, 474, 542; causal 253, 265, 256; causal (16 of 512) 301, 310, 305.
+
+    One thread of another, processor time over PyTorch's in turns, of 8 heads of 1024, 4 of 512 and one of 4096:
+
+    * head_dim 64 full 512 x 64 0.69, 0.66, 0.70; 384 x 64 0.62, 0.59, 0.63; 256 x 64 0.67, 0.68, 0.66.
+    * head_dim 192 full 256 x 64 1.12, 1.08, 1.19; 256 x 128 0.93, 0.91, 1; causal 0.82, 0.69, 1.06; 0.74, 0.65, 0.88.
+    * head_dim 256 full 256 x 64 1.08, 1.01, 1.15; 256 x 128 0.88, 0.83, 0.93; causal 0.79, 0.67, 1; 0.70, 0.61, 0.83;
+      in windows of 128 keys 64 is 1 to 13% faster, in those of 512 128 is by 7 to 8%.
     """
     isa = ISAS[target.isa]
     if multiplication(isa, pattern.dtype) == "tiles":
         width = max(pattern.head_dim, pattern.head_dim_v)
-        narrow = width > 128 or (width <= 64 and not pattern.is_unmasked)
-        wide_tiles = 64 < width <= 128 and pattern.is_unmasked
-        return {0: Config(256 if narrow else 512, 128 if wide_tiles else 64, row_vectors=2, tile_rows=32)}
+        rows = 256 if width > 128 or (width <= 64 and not pattern.is_unmasked) else 512 if width > 64 else 384
+        wide_tiles = width > 128 or (width > 64 and pattern.is_unmasked)
+        return {0: Config(rows, 128 if wide_tiles else 64, row_vectors=2, tile_rows=32)}
     row_vectors, tile_rows = (2, 8) if isa.registers == 32 else (2, 4)
     masked, measured = not pattern.is_unmasked, max(pattern.head_dim, pattern.head_dim_v) <= 256
     groups = 6 if measured and (template == "v2" or (masked and pattern.dtype != "float32")) else 4
