@@ -105,6 +105,7 @@ def test_caches_of_8_bits(arch, kind, mask, score, tmp_path):
         # whose fragments are on the right of products on Hopper, and loaded without ldmatrix.
         assert count["LDSM"] == 2 * 32 * 128 // 512 + (0 if arch == "sm_90a" else 8)
         assert count["LDGSTS"] > 0
+        assert (count["UTMALDG"] > 0) == (arch == "sm_90a")  # boxes of keys, where pages have them
 
 
 @pytest.mark.parametrize(

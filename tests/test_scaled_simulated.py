@@ -28,8 +28,8 @@ KERNELS = (
     ("sm_80", "paged_e4m3", "bfloat16", _ALL),
     ("sm_75", "paged_int8", "float16", _ALL),
 )
-#: Those of Hopper alone, which aren't the default: keys on the left, without a text for few rows and with one, each of
-#: one format; and tiles that a warpgroup widens.
+#: Those of Hopper alone: keys on the left, without a kernel for few rows and with one, each of one format; and tiles
+#: that a warpgroup widens.
 OWN = (
     ("sm_90a", "paged_decode_e4m3", "bfloat16", _ALL),
     ("sm_90a", "paged_decode_int8", "float16", _FEW),
@@ -48,8 +48,10 @@ def simulated(arch, kind, dtype, formula, folder, own=False):
     place = folder / f"{arch}-{kind}-{dtype}-{formula}{'-own' * own}"
     place.mkdir()
     changes = {}
-    if own and kind.startswith("paged_decode"):
-        changes = {"transposed": True}
+    if arch == "sm_90a" and kind.startswith("paged_decode"):
+        changes = {"transposed": own}
+        if own and kind.endswith("int8"):  # a ring of which places have K and V in turn
+            changes["num_stages"] = 3
     elif own:
         changes = {"configs": lambda *of: {0: paged_scaled.KINDS[kind].widened(*of)}}
     made = default_kernel(spec, arch, place, **changes)

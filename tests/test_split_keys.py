@@ -13,7 +13,7 @@ from schedules.builder.compile import pattern_of
 from schedules.builder.suite import KernelSpec, Selection
 from schedules.families import split_keys
 from schedules.families.interface import Target
-from schedules.families.sm90 import decode, latent, paged_decode
+from schedules.families.sm90 import decode, latent, paged_decode, scaled_decode
 from schedules.templates import v2
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
@@ -101,6 +101,23 @@ def test_kernels_for_pages_of_any_size_are_beside_those_that_go_by_boxes():
         assert "of any size" in paged_decode.ANY_PAGES.feasible(pattern, config, target).reason
     specs = Selection().specs(("float16",), gpu=True, kinds=("paged_decode_any",), templates=("v1", "v2"))
     assert [s.symbol for s in specs] == [f"v2_float16_d{d}_window_identity_paged_decode_any" for d in (64, 128)]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "mask", "score"), [(128, "window", "identity"), (64, "window", "softcap"), (256, "window", "identity")]
+)
+def test_of_a_cache_of_8_bits_few_rows_have_a_kernel_of_their_own_where_it_has_the_same_bits(head_dim, mask, score):
+    target = Target("sm_90a")
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, mask, score, "bfloat16", head_dim, head_dim, kind="paged_decode_e4m3")
+    pattern, kernels = pattern_of(spec, target), scaled_decode.KINDS["paged_decode_e4m3"]
+    (config,) = kernels.default_configs("v2", pattern, target).values()
+    assert kernels.feasible(pattern, config, target) is None
+    program = kernels.program(pattern, config, target, v2.TRAVERSAL, "kernel")
+    has_both = head_dim <= 128 and score == "identity"
+    assert [x.when for x in program.launches] == (["more", "few", ""] if has_both else ["", ""])
+    for rows in (1, 8, 9, 64):
+        numbers = {x.name: evaluate(x.value, {"rows": rows}) for x in program.scalars}
+        assert numbers == ({"few": rows <= 8, "more": rows > 8} if has_both else {})
 
 
 BATCHES = (1, 2, 4, 5, 8, 12, 13, 20, 24, 32, 33, 34, 38, 40, 64, 70, 200, 3000)

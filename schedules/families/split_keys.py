@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -343,14 +344,56 @@ def paged_program(
     *,
     alignment: int,
     waits: bool,
-    scaled: bool = False,
 ) -> Program:
     """Both launches, of ragged sequences with their keys on pages.
 
-    ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``; if
-    it is ``scaled``, the scales of a cache of 8 bits follow the table.
+    ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``.
     """
-    table = ("page_table", *(SCALES if scaled else ()))
+    return _paged_program(pattern, name, (_Partial(partial),), ("page_table",), alignment, waits)
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """A launch that leaves partial results: where ``when`` isn't 0, a number that it takes behind the scale."""
+
+    func: PrimFunc
+    when: str = ""
+
+    def launch(self, roles, params) -> ScheduledLaunch:
+        """With arguments of ``roles`` up to the scale, and ``params`` behind it."""
+        return ScheduledLaunch(self.func, (*roles, *((self.when,) if self.when else ()), *params), when=self.when)
+
+
+def scaled_program(
+    pattern: Pattern, partial: PrimFunc, few: tuple[PrimFunc, int] | None, name: str, *, alignment: int, waits: bool
+) -> Program:
+    """The launches over pages of a cache of 8 bits.
+
+    ``partial`` takes the scales behind the table.  If there is ``few``, a kernel for so many rows a key with the same
+    bits, a call that has no more has that in its place, and each takes a number, ``few`` or ``more``, behind the scale
+    of the softmax.
+    """
+    table = ("page_table", *SCALES)
+    if few is None:
+        return _paged_program(pattern, name, (_Partial(partial),), table, alignment, waits)
+    func, rows = few
+    scalars = (
+        Scalar("few", ("steps", "rows", (0, 1), (rows + 1, 0))),
+        Scalar("more", ("steps", "rows", (0, 0), (rows + 1, 1))),
+    )
+    partials = (_Partial(partial, "more"), _Partial(func, "few"))
+    return _paged_program(pattern, name, partials, table, alignment, waits, scalars)
+
+
+def _paged_program(
+    pattern: Pattern,
+    name: str,
+    partials: tuple[_Partial, ...],
+    table: tuple[str, ...],
+    alignment: int,
+    waits: bool,
+    scalars: tuple[Scalar, ...] = (),
+) -> Program:
     rows = ("*", "heads", "total_q")
     splits = _most_paged_splits(PAGED_SPLIT_LENGTHS)
     results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
@@ -359,7 +402,7 @@ def paged_program(
     return Program(
         "forward",
         (
-            ScheduledLaunch(partial, ("q", "k", "v", *results, *where, *table, "softmax_scale", *params)),
+            *(x.launch(("q", "k", "v", *results, *where, *table, "softmax_scale"), params) for x in partials),
             ScheduledLaunch(combining, (*results, "o", "lse", *where, *Sinks(pattern).roles)),
         ),
         "tirx",
@@ -369,6 +412,7 @@ def paged_program(
             Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
+        scalars=scalars,
         max_rows=_most_rows(pattern, 1),
     )
 

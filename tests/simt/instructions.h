@@ -100,6 +100,7 @@ static void store_shared(uint32_t to, std::initializer_list<Word> words) {
 // ------------------------------------------------------------------ transaction barriers
 
 void mbarrier_init(uint32_t address, uint32_t count);
+void mbarrier_invalidate(uint32_t address);
 void mbarrier_arrive(uint32_t address, uint32_t count);
 void mbarrier_expect(uint32_t address, uint32_t bytes);
 void mbarrier_arrive_expect(uint32_t address, uint32_t bytes);

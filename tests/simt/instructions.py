@@ -70,6 +70,7 @@ _INSTRUCTIONS = {
     r"fence\.mbarrier_init\.|fence\.acq_rel\.|membar\.": "",
     # Transaction barriers.
     r"mbarrier\.init\.": "simt::mbarrier_init({0}, {1});",
+    r"mbarrier\.inval\.": "simt::mbarrier_invalidate({0});",
     r"mbarrier\.arrive\.expect_tx\.\S+ _, \[%0\], %1;": "simt::mbarrier_arrive_expect({0}, {1});",
     r"mbarrier\.expect_tx\.": "simt::mbarrier_expect({0}, {1});",
     r"mbarrier\.arrive\.\S+ _, \[%0\], %1;": "simt::mbarrier_arrive({0}, {1});",

@@ -30,11 +30,17 @@ struct Mbarriers : Unit {
 
   void init(uint32_t address, uint32_t count) {
     check_shared(address, 8, 8, "mbarrier.init");
+    if (barriers.count(address)) fail_with("mbarrier ", barriers[address].number, " is initialised again");
     Mbarrier& own = barriers[address];
     own = Mbarrier();
     own.expected = own.pending = count;
     own.number = barriers.size() - 1;
     mark(address);
+  }
+  void invalidate(uint32_t address) {
+    Mbarrier& own = find(address);
+    if (own.bytes || own.pending != own.expected) fail_with("mbarrier ", own.number, " is in use when it is given up");
+    barriers.erase(address);
   }
   Mbarrier& find(uint32_t address) {
     auto found = barriers.find(address);
@@ -68,6 +74,7 @@ std::string Mbarriers::describe(const Wait& wait) {
 }
 
 void mbarrier_init(uint32_t address, uint32_t count) { mbarriers->init(address, count); }
+void mbarrier_invalidate(uint32_t address) { mbarriers->invalidate(address); }
 void mbarrier_arrive(uint32_t address, uint32_t count) {
   Mbarrier& own = mbarriers->find(address);
   if (count > own.pending)

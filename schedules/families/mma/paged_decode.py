@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tvm.backend.cuda.lang import SMEMPool
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -35,11 +34,11 @@ _BLOCKS = 8192
 
 
 @T.inline
-def attend_split(pattern, config, machine_type, of_machine, rows, results, split, pool):
-    """One row tile's part of a split: ``of_machine`` is what a machine takes beside pattern, configuration and pool."""
+def attend_split(pattern, config, machine_type, of_machine, rows, results, split):
+    """One row tile's part of a split: ``of_machine`` is what a machine takes beside pattern and configuration."""
     geometry, at, span, tiles = T.meta_var(of_machine[:4])
     # 1. The online softmax over the split's tiles, from right to left.
-    machine = machine_type(pattern, config, *of_machine, pool)
+    machine = machine_type(pattern, config, *of_machine)
     machine.softmax.place(rows, machine.row0)
     machine.start()
     tile: T.int32 = tiles.end - 1
@@ -55,11 +54,8 @@ def attend_split(pattern, config, machine_type, of_machine, rows, results, split
 
 
 @T.inline
-def attend_splits(pattern, config, machine_type, geometry, results, packs, early, few=None):
-    """The body of a kernel: blocks for every group of heads and sequence, those of its first split first.
-
-    ``few`` is a configuration with less rows a tile, for sequences that have no more.
-    """
+def attend_splits(pattern, config, machine_type, geometry, results, packs, early):
+    """The body of a kernel: blocks for every group of heads and sequence, those of its first split first."""
     M = T.meta_var(config.block_m)
     N = T.meta_var(config.block_n)
     W = T.meta_var(config.num_warps)
@@ -104,21 +100,11 @@ def attend_splits(pattern, config, machine_type, geometry, results, packs, early
         m_block: T.int32 = 0
         while m_block * M < rows.sequence.length:
             tiles = KeyTiles(pattern, at, *positions, N, (split * split_tiles, (split + 1) * split_tiles))
-            # 4. What they see of the split, with few rows or with more.
+            # 4. What they see of the split.
             span = T.meta_var((m_block * M, positions[1]))
             block = T.meta_var(WorkTile(b, h, m_block))
             of_machine = T.meta_var((geometry, at, span, tiles, sources, block, tid))
-            if few is None:
-                attend_split(pattern, config, machine_type, of_machine, rows, results, split, None)
-            else:
-                shared = SMEMPool()
-                of_few = SMEMPool(shared.ptr)
-                of_more = SMEMPool(shared.ptr)
-                if rows.sequence.length <= few.block_m:
-                    attend_split(pattern, few, machine_type, of_machine, rows, results, split, of_few)
-                else:
-                    attend_split(pattern, config, machine_type, of_machine, rows, results, split, of_more)
-                shared.commit(max(of_few.offset, of_more.offset))
+            attend_split(pattern, config, machine_type, of_machine, rows, results, split)
             T.cuda.cta_sync()
             m_block = m_block + 1
         split = split + distance

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
+from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
-from schedules.families import limits, split_keys
+from schedules.families import split_keys
 from schedules.families.interface import PAGED_DECODE_SCALED, Program, Rejected, Target
-from schedules.families.mma.asynchronous import Config
 from schedules.families.mma.mma import ALIGNMENT
 from schedules.families.mma.paged_decode import PagedDecoding, attend_splits
 from schedules.families.mma.scaled_machines import ScaledDecodeMachine, over
@@ -22,9 +23,14 @@ from schedules.tile.partial import PartialResults
 from schedules.tile.tile_scheduler import Traversal
 
 
-def partial(pattern: Pattern, config, name: str, machine_type, packs: bool, early: bool, few=None) -> PrimFunc:
+def partial(
+    pattern: Pattern, config, name: str, machine_type, packs: bool, early: bool, attend=attend_splits, when: str = ""
+) -> PrimFunc:
     """``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, k_scale, v_scale, softmax_scale,
-    *params)``; else as without scales."""
+    *params)``; else as without scales.
+
+    ``attend`` is the body.  ``when``: a number that is taken behind ``softmax_scale``, if any.
+    """
 
     def make(values):
         @T.prim_func(check_well_formed=False)
@@ -44,34 +50,19 @@ def partial(pattern: Pattern, config, name: str, machine_type, packs: bool, earl
             handles = T.meta_var(((q, k, v), (cu_seqlens_q, seqlens_k, page_table), (k_scale, v_scale)))
             geometry = ScaledGeometry(pattern, *handles, softmax_scale, values, ALIGNMENT, machine_type.cache)
             results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
-            attend_splits(pattern, config, machine_type, geometry, results, packs, early, few)
+            attend(pattern, config, machine_type, geometry, results, packs, early)
 
-        return attention.with_attr("global_symbol", name)
+        named = attention.with_attr("global_symbol", name)
+        return append_arguments(named, [tirx.Var(when, "int32")]) if when else named
 
     return parameterised(pattern, make)
 
 
 @dataclass(frozen=True)
 class ScaledDecoding(PagedDecoding):
-    """A family's kernels over a cache of one dtype.
-
-    Attributes
-    ----------
-    cache: its dtype.
-    transposed: the type of machine of configurations that are ``transposed``.
-    few_configs: by head_dim, the configurations of kernels with a text of its own for few rows.
-    """
+    """A family's kernels over a cache of one dtype."""
 
     cache: str = ""
-    transposed: type | None = None
-    few_configs: Mapping[int, TransposedConfig] = field(default_factory=dict)
-
-    def default_configs(self, template: str, pattern: Pattern, target: Target) -> dict[int, object]:
-        """The configuration of a pattern."""
-        found = limits.by_head_dim(self.configs, pattern)
-        if self.few_configs and self._few(pattern, found) is not None:
-            found = limits.by_head_dim(self.few_configs, pattern)
-        return {0: found}
 
     def feasible(self, pattern: Pattern, config, target: Target) -> Rejected | None:
         """Whether the machine has room for a block, and tiles fill the splits."""
@@ -91,39 +82,11 @@ class ScaledDecoding(PagedDecoding):
         saved = (pattern.head_dim + pattern.head_dim_v) * (types.k.bytes - stored)
         return config.num_stages * config.block_n * (2 * SCALE_BYTES - saved)
 
-    def space(self, template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
-        """Values of each field that are worth trying."""
-        found = PagedDecoding.space(self, template, pattern, target)
-        if self.transposed is None:
-            return found
-        return {**found, "transposed": (False, True), "min_blocks_per_sm": (8, 12, 16)}
-
-    def _transposes(self, config) -> bool:
-        """Whether keys are on the left of products."""
-        return self.transposed is not None and config.transposed
-
-    def _few(self, pattern: Pattern, config) -> Config | None:
-        """The configuration for few rows, where it has the same bits.
-
-        Rows that don't exist have scores of 0, which raise no reference unless something is added to them.
-        """
-        if not (self._transposes(config) and pattern.is_scale_only):
-            return None
-        return replace(config, block_m=self.transposed.fragment_type.tile_rows)
-
     def program(self, pattern: Pattern, config, target: Target, traversal: Traversal, name: str) -> Program:
         """The two launches."""
-        machine = over(self.transposed if self._transposes(config) else self.machine, self.cache, target.arch)
-        packs = not pattern.depends_on_head
-        func = partial(pattern, config, name, machine, packs, self.early, self._few(pattern, config))
-        return split_keys.paged_program(pattern, func, name, alignment=ALIGNMENT, waits=self.early, scaled=True)
-
-
-@dataclass(frozen=True)
-class TransposedConfig(Config):
-    """``transposed`` has keys and values on the left of products (:mod:`schedules.families.mma.transposed`)."""
-
-    transposed: bool = False
+        machine = over(self.machine, self.cache, target.arch)
+        func = partial(pattern, config, name, machine, not pattern.depends_on_head, self.early)
+        return split_keys.scaled_program(pattern, func, None, name, alignment=ALIGNMENT, waits=self.early)
 
 
 #: By head_dim, the first that is large enough.
@@ -134,23 +97,10 @@ CONFIGS: Mapping[int, tuple[int, int, int, int, int]] = {
 }
 
 
-def kinds(
-    config_type,
-    fits,
-    early: bool = False,
-    transposed: type | None = None,
-    few_blocks: Mapping[int, int] | None = None,
-) -> dict[str, ScaledDecoding]:
-    """The kinds of a family, by name.
-
-    ``few_blocks``: head_dims at which keys are on the left by default, and blocks of a multiprocessor of kernels with a
-    text for few rows there.
-    """
+def kinds(config_type, fits, early: bool = False) -> dict[str, ScaledDecoding]:
+    """The kinds of a family, by name."""
     configs = {d: config_type(*x, q_in_registers=d <= 128) for d, x in CONFIGS.items()}
-    configs |= {d: replace(configs[d], transposed=True) for d in few_blocks or {}}
-    few_configs = {d: replace(configs[d], min_blocks_per_sm=n) for d, n in (few_blocks or {}).items()}
-    of_all = {"early": early, "transposed": transposed, "few_configs": few_configs}
     return {
-        kind: ScaledDecoding(config_type, ScaledDecodeMachine, configs, fits, cache=cache, **of_all)
+        kind: ScaledDecoding(config_type, ScaledDecodeMachine, configs, fits, early, cache)
         for cache, kind in PAGED_DECODE_SCALED.items()
     }

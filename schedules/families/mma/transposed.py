@@ -21,14 +21,12 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.mma.decode import PackedSoftmax
-from schedules.families.mma.instructions import COPY
 from schedules.families.mma.ldmatrix import LOAD, LOAD_TRANSPOSED
 from schedules.families.mma.machine import BlockMachine
 from schedules.families.mma.registers import anew, fresh
 from schedules.families.mma.scaled_machines import LaneMatrix, ScaledDecodeMachine
 from schedules.tile.fragment import M16N8_TRANSPOSED
 from schedules.tile.geometry import wide
-from schedules.tile.smem import CHUNK_BYTES, TILE_ALIGNMENT, SharedTile
 from schedules.tile.softmax import OnlineSoftmax, from_lane
 
 _ACROSS = """
@@ -111,11 +109,11 @@ class TransposedSoftmax(PackedSoftmax):
 
 @T.meta_class
 class TransposedDecodeMachine(ScaledDecodeMachine):
-    """The machine of decoding over a cache of one dtype, on Hopper; an m-tile has 8 rows.
+    """The machine of decoding over a cache of one dtype; an m-tile has 8 rows.
 
     A lane multiplies the four neighbouring elements that ldmatrix gives it, and takes the same four of Q, so that no
     lanes exchange bytes of keys.  Of each 16 columns of the output the even ones are in the upper half of an
-    accumulator.  Fragments of Q in registers leave its tile to the last stage of K, which comes later.
+    accumulator.
     """
 
     on_pages = LaneMatrix
@@ -123,43 +121,9 @@ class TransposedDecodeMachine(ScaledDecodeMachine):
     fragment_type = M16N8_TRANSPOSED
     by_halves = True
 
-    def place_tiles(self, pool, shapes):
-        """Q lies in the last stage of K where it is kept in registers, and is small enough."""
-        _, block_m, columns, element = shapes[0]
-        _, block_n, _, stored = shapes[1]
-        stage = block_n * columns * stored.bytes
-        if not self.q_in_registers or block_m * columns * element.bytes > stage or stage % TILE_ALIGNMENT:
-            return ScaledDecodeMachine.place_tiles(self, pool, shapes)
-        k = SharedTile(pool, *shapes[1])
-        end = pool.offset
-        pool.move_base_to(end - stage)
-        q = SharedTile(pool, *shapes[0])
-        pool.move_base_to(end)
-        return [q, k, SharedTile(pool, *shapes[2])]
-
     def from_first_visible(self, tile, masked, body):
         """All m-tiles: rows are packed, so that none sees less than another."""
         body(0)
-
-    @T.inline
-    def copy(self, matrix, stage, tile_first, live, ragged=False):
-        """Start copying a tile; where rows are as long as a tile is wide, without a size for each copy."""
-        which = T.meta_var(self.number_of(matrix))
-        if which < 0 or ragged:
-            ScaledDecodeMachine.copy(self, matrix, stage, tile_first, live, ragged)
-        else:
-
-            @T.inline
-            def row(n, memory, shared, inside):
-                T.ptx[COPY](shared, matrix.memory.ptr_to([memory]), CHUNK_BYTES, T.uint32(CHUNK_BYTES))
-
-            if matrix.dim == matrix.tile.columns:
-                if live:
-                    matrix.find(tile_first)
-                    self.each_row(matrix, stage, tile_first, True, False, row)
-                    self.copy_scales(matrix, which, stage, tile_first, True)
-            else:
-                ScaledDecodeMachine.copy(self, matrix, stage, tile_first, live, ragged)
 
     def place_operands(self):
         """Where K and V are read is computed anew for each tile."""
@@ -196,9 +160,17 @@ class TransposedDecodeMachine(ScaledDecodeMachine):
 
     @T.inline
     def keep_q(self):
-        """All fragments of Q, once they are in shared memory."""
-        for k in T.unroll(self.head_dim // 16):
-            self.load_q(self.q_from, k, k * self.m_tiles * 2, 0)
+        """All fragments of Q, from global memory: each element is one lane's alone."""
+        for t in T.unroll(self.m_tiles):
+            row: T.int32 = self.rows[0] + t * self.tile_step + self.lane // 4
+            first: T.int64 = self.q.source.offset(row, self.lane % 4 * 4)
+            for k in T.unroll(self.head_dim // 16):
+                b = T.meta_var((k * self.m_tiles + t) * 2)
+                for x in T.unroll(2):
+                    self.B[b + x] = T.uint32(0)
+                if T.And(row < self.q.rows, k * 16 + self.lane % 4 * 4 < self.q.dim):
+                    source = T.meta_var(self.q.memory.ptr_to([first + T.int64(k * 16)]))
+                    T.ptx["ld.global.v2.b32"](self.B[b], self.B[b + 1], source)
 
     @T.inline
     def multiply_left(self, C, c, B, b):
@@ -222,7 +194,12 @@ class TransposedDecodeMachine(ScaledDecodeMachine):
         """Those of this lane's rows of the n-th 16 keys."""
         for group in T.unroll(2):
             i = T.meta_var(n * 2 + group)
-            self.key_scales[i] = self.row_scales[0][self.use, i * 8 + self.lane // 4]
+            self.load_scale(self.key_scales, i, 0, i * 8 + self.lane // 4)
+
+    @T.inline
+    def load_scale(self, to, i, which, row):
+        """The scale of a row of the tile of K (0) or of V (1) in use to ``to[i]``."""
+        to[i] = self.row_scales[which][self.use, row]
 
     @T.inline
     def scores_from(self, q_place, k_place, first):
@@ -266,7 +243,7 @@ class TransposedDecodeMachine(ScaledDecodeMachine):
         v_from: T.uint32 = self.v_from + T.Cast("uint32", self.use * self.v_tile.stage_bytes)
         for x in T.unroll(4):
             key = T.meta_var(k * 16 + x // 2 * 8 + x % 2)
-            self.value_scales[x] = self.row_scales[1][self.use, key + self.lane % 4 * 2]
+            self.load_scale(self.value_scales, x, 1, key + self.lane % 4 * 2)
         for n in T.unroll(self.head_dim_v // 32):
             T.ptx[LOAD_TRANSPOSED](*[self.words[x] for x in range(4)], self.v_tile.at(v_from, k * 16, n * 2))
             T.cuda.warp_sync()

@@ -26,10 +26,18 @@ from schedules.families.interface import (
     Target,
     forward_program,
 )
-from schedules.families.mma import asynchronous, scaled_decode
-from schedules.families.mma.transposed import TransposedDecodeMachine
 from schedules.families.ranged import own_name, with_ranges, with_tiles
-from schedules.families.sm90 import backward, decode, latent, merged, paged, paged_decode, paged_scaled, ragged
+from schedules.families.sm90 import (
+    backward,
+    decode,
+    latent,
+    merged,
+    paged,
+    paged_decode,
+    paged_scaled,
+    ragged,
+    scaled_decode,
+)
 from schedules.families.sm90.backward import accumulate
 from schedules.families.sm90.backward import ragged as ragged_backward
 from schedules.families.sm90.config import Config, feasible, narrow_axes
@@ -70,13 +78,7 @@ KINDS = {
     PAGED_DECODE_ANY: paged_decode.ANY_PAGES,
     PAGED_LATENT: latent,
     **paged_scaled.KINDS,
-    **scaled_decode.kinds(
-        scaled_decode.TransposedConfig,
-        asynchronous.feasible,
-        early=True,
-        transposed=TransposedDecodeMachine,
-        few_blocks={64: 16, 128: 12},
-    ),
+    **scaled_decode.KINDS,
     APPEND: Appending(by_instruction),
 }
 #: head_dim 32 multiplies half of what 64 does, and 80 five sixths of what 96 does.

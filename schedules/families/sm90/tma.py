@@ -6,12 +6,15 @@ from tvm.script import tirx as T
 
 from schedules.families.sm90.config import PANEL
 from schedules.families.sm90.packing import Rows
+from schedules.tile.dtypes import element_type
 from schedules.tile.geometry import Tensor
 from schedules.tile.sequences import Sequence
 
 _LOAD = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 _STORE = "cp.async.bulk.tensor.{}d.global.shared::cta.tile.bulk_group"
 _SWIZZLE_128B = 3
+#: By the bytes of a panel's row.
+_SWIZZLES = {32: 1, 64: 2, 128: _SWIZZLE_128B}
 _L2_PROMOTION_128B = 2
 
 _WAIT_STORED = (
@@ -61,9 +64,9 @@ def encode_tensor(descriptor, address, sizes, strides, box, dtype: str):
     )  # fmt: skip
 
 
-def _stride_bytes(size, stride):
+def _stride_bytes(size, stride, element_bytes: int = 2):
     """A stride in bytes; that of a dimension of size 1 is never used, but must be a multiple of 16 all the same."""
-    return T.Select(size > 1, T.Cast("int64", stride) * 2, T.int64(16))
+    return T.Select(size > 1, T.Cast("int64", stride) * element_bytes, T.int64(16))
 
 
 #: Sizes of the axes of a ragged tensor's descriptor, and bytes that the two strides add up to which cancel out: 2^30
@@ -106,26 +109,31 @@ class PageSteps:
     elements, the largest power of two that divides both; on the host."""
 
     def __init__(self, tensor: Tensor):
-        row = T.Select(tensor.sizes["seq"] > 1, tensor.strides["seq"], T.int32(8))
+        element = element_type(str(tensor.buffer.dtype))
+        row = T.Select(tensor.sizes["seq"] > 1, tensor.strides["seq"], T.int32(element.chunk))
         page = T.Select(tensor.sizes["batch"] > 1, tensor.strides["batch"], T.int32(0))
-        self.row_bytes = T.bind(T.Cast("int64", row) * 2)
+        self.element_bytes = element.bytes
+        self.row_bytes = T.bind(T.Cast("int64", row) * element.bytes)
         self.unit = T.bind(lowest_bit(T.bitwise_or(row, page)))
         self.page, self.row = T.bind(T.truncdiv(page, self.unit)), T.bind(T.truncdiv(row, self.unit))
 
 
-def encode_paged(descriptor, tensor: Tensor, steps: PageSteps, box_rows):
+def encode_paged(descriptor, tensor: Tensor, steps: PageSteps, box_rows, panel: int = PANEL):
     """The same of keys on pages: a box ends where it is told to, in any page.
 
-    As for ragged sequences, but ``end`` is counted in units, of which both pages and rows are multiples.
+    As for ragged sequences, but ``end`` is counted in units, of which both pages and rows are multiples.  A panel has
+    ``panel`` columns.
     """
-    head = _stride_bytes(tensor.sizes["heads"], tensor.strides["heads"])
+    element_bytes = steps.element_bytes
+    head = _stride_bytes(tensor.sizes["heads"], tensor.strides["heads"], element_bytes)
     return T.tensormap_encode_tiled(
         descriptor, tensor.buffer.data,
         tensor.sizes["dim"], LAST_ROW, tensor.sizes["heads"], _ANY, _ANY,
-        steps.row_bytes, head, T.Cast("int64", steps.unit) * 2, T.int64(_TURN) - steps.row_bytes,
-        PANEL, box_rows, 1, 1, 1,
+        steps.row_bytes, head, T.Cast("int64", steps.unit) * element_bytes, T.int64(_TURN) - steps.row_bytes,
+        panel, box_rows, 1, 1, 1,
         1, 1, 1, 1, 1,
-        descriptor_dtype=str(tensor.buffer.dtype), rank=5, swizzle=_SWIZZLE_128B, l2_promotion=_L2_PROMOTION_128B,
+        descriptor_dtype=str(tensor.buffer.dtype), rank=5, swizzle=_SWIZZLES[panel * element_bytes],
+        l2_promotion=_L2_PROMOTION_128B,
     )  # fmt: skip
 
 
