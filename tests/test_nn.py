@@ -225,6 +225,28 @@ def test_jagged_tensors_that_are_left_to_torch():
         assert (a - b).abs().max() < 1e-5
 
 
+def jagged(lengths=(3, 5), heads=2):
+    rows = torch.nested.nested_tensor([torch.randn(n, heads, 16) for n in lengths], layout=torch.jagged)
+    return rows.transpose(1, 2)
+
+
+@pytest.mark.parametrize("scale", (0.0, -0.5, torch.tensor(0.3)))
+def test_jagged_tensors_have_any_scale(scale, recwarn):
+    x = jagged()
+    found, want = (attend(x, x, x, scale=scale) for attend in (nn.scaled_dot_product_attention, torch_sdpa))
+    assert (found.values() - want.values()).abs().max() < 1e-5
+    assert (scale > 0) ^ any("positive float32" in str(w.message) for w in recwarn)
+
+
+def test_jagged_tensors_under_autocast(recwarn):
+    x = jagged()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, want = (attend(x, x, x) for attend in (nn.scaled_dot_product_attention, torch_sdpa))
+    assert found.dtype == want.dtype == torch.bfloat16 and found.shape == want.shape
+    assert (found.values() - want.values()).abs().max() < 0.02
+    assert not [w for w in recwarn if issubclass(w.category, FallbackWarning)]
+
+
 def test_what_is_no_tensor_or_no_option_is_torchs_to_refuse():
     q, k, v = tensors()
     options = (

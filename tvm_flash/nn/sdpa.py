@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def scaled_dot_product_attention(
     if not all(isinstance(x, torch.Tensor) for x in given) or not _are_numbers(dropout_p, is_causal, scale, enable_gqa):
         return torch_sdpa(*asked, **options)  # which says what is wrong
     if any(x.is_nested for x in given):
-        return _nested(asked, options)
+        return _nested(asked, options, enable_gqa)
     if has_torch_function(tensors):  # tensors and modes that answer functions in their own way, and torch.fx
         biased = is_causal_bias(attn_mask) and not has_torch_function((query, key, value))
         if biased and is_of(attn_mask, query, key) and not is_causal:
@@ -94,8 +94,7 @@ def scaled_dot_product_attention(
             return _torchs(asked, options)
         else:
             return handle_torch_function(scaled_dot_product_attention, tensors, *asked, **options)
-    if query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type):
-        query, key, value = (_as_autocast(x, query.device.type) for x in (query, key, value))
+    query, key, value = _as_autocast(query, key, value)
     reason = refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
         kind = "full" if aligned is None else kind_of(aligned, query.shape[-2], key.shape[-2])
@@ -145,10 +144,14 @@ def _answer_for_torch(tensors: tuple[torch.Tensor | None, ...]) -> list[str]:
     return sorted(kind.__name__ for kind, answer in answers.items() if answer is not usual)
 
 
-def _as_autocast(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """A tensor as autocast hands it on: float64, and what is on another kind of device, stays as it is."""
-    eligible = x.is_floating_point() and x.dtype is not torch.float64 and x.device.type == kind
-    return x.to(torch.get_autocast_dtype(kind)) if eligible else x
+def _as_autocast(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Tensors as autocast hands them on: float64, and what is on another kind of device, stays as it is."""
+    kind = tensors[0].device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    others = (not x.is_floating_point() or x.dtype is torch.float64 or x.device.type != kind for x in tensors)
+    return [x if other else x.to(dtype) for x, other in zip(tensors, others, strict=True)]
 
 
 def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> str | None:
@@ -182,17 +185,20 @@ def refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
     return None
 
 
-def _nested(asked: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
+def _nested(asked: tuple[Any, ...], options: dict[str, Any], enable_gqa: bool) -> torch.Tensor:
     """Sequences of different lengths, by their kernels if the tensors are jagged, or else by torch."""
     query, key, value, attn_mask, dropout_p, is_causal = asked
-    reason = "the tensors are nested, and there is a mask or dropout" if attn_mask is not None or dropout_p else None
+    scale, reason = options["scale"], None if attn_mask is None else "the tensors are nested, and there is a mask"
     if reason is None:
-        found = sequences_of(query, key, value, is_causal, options.get("enable_gqa", False))
+        found = sequences_of(*_as_autocast(query, key, value), is_causal)
         reason = found if isinstance(found, str) else None
+    if reason is None:
+        heads_first = (x.transpose(0, 1) for x in found.rows)
+        reason = refusal(*heads_first, None, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
         reason = no_kernel("causal" if is_causal else "full", *found.rows, ragged=True)
     if reason is None:
-        return found.attend(is_causal, options["scale"])
+        return found.attend(is_causal, scale)
     warn_of_fallback(reason)
     return torch_sdpa(*asked, **options)
 
