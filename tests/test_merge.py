@@ -159,7 +159,7 @@ def test_jax():
     out, lse = jax.jit(merge_attention)(*given)
     assert numerics.largest_error(np.asarray(out), want) < 2e-6
     assert np.allclose(np.asarray(lse), want_lse, rtol=1e-6)
-    gradients = jax.grad(lambda o, x: merge_attention(o, x)[0].sum(), (0, 1))(*given)
+    gradients = jax.jit(jax.grad(lambda o, x: merge_attention(o, x)[0].sum(), (0, 1)))(*given)
     assert all(bool(jax.numpy.isfinite(x).all()) for x in jax.tree_util.tree_leaves(gradients))
 
 
