@@ -22,10 +22,12 @@ import math
 
 import numpy as np
 
+from tvm_flash import numerics
 from tvm_flash.machine.device import Device
 from tvm_flash.measure import small_append, small_case
 from tvm_flash.measure.sample import BATCH, HEADS, KV_HEADS, params_of
 from tvm_flash.measure.small_sequences import on_pages, packed
+from tvm_flash.operators import SCALES
 from tvm_flash.packs.registry import registry
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -70,6 +72,8 @@ def run(arch: str, symbol: str) -> int:
                 assert np.isfinite(found["o"]).all(), "not all of o is written"
                 continue
             q, k, v = small_case.random_inputs(e.dtype, e.head_dim, e.head_dim_v, heads, seqlens)
+            if e.cache_dtype != e.dtype:
+                k, v = (numerics.round_to(x, e.cache_dtype) for x in (k, v))
             given = {"q": q, "k": k, "v": v}
             if e.op == "backward":
                 given |= outputs(q, v)
@@ -77,6 +81,8 @@ def run(arch: str, symbol: str) -> int:
                 given = packed([{role: x[b] for role, x in given.items()} for b in range(len(q))], after=3)
             if e.form == "paged":
                 given = on_pages(given)
+            if e.cache_dtype != e.dtype:
+                given |= dict.fromkeys(SCALES, np.ones((len(given["k"]), heads[2]), np.float32))
             head_dims, params = (e.head_dim, e.head_dim_v), params_of(*seqlens)
             scale = 1 / math.sqrt(e.head_dim)
             found = small_case.run(e, registry().load(kernel), device, given, scale, head_dims, params)
