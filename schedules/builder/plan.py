@@ -61,8 +61,8 @@ class BuildRequest:
 
     targets: tuple[Target, ...]
     selection: Selection = field(default_factory=Selection)
-    modules: tuple[str, ...] = ()
     definition: DefinitionFile | None = None
+    modules: tuple[str, ...] = ()
     output: Path = PACKS
     jobs: int = field(default_factory=default_jobs)
     run_on: str = ""

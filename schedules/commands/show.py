@@ -264,7 +264,7 @@ def _request(options: argparse.Namespace, target: Target) -> BuildRequest:
     kind = options.kind or (options.op if scheduled and options.op in SCOPES else FORWARD)
     chosen = Selection(("v2",), (dtype,), head_dims, (options.mask or "full",), (options.score or "identity",), (kind,))
     definition = DefinitionFile.parse(options.definition) if options.definition else None
-    return BuildRequest((target,), chosen, definition, tuning=Tuning("auto"))
+    return BuildRequest((target,), chosen, definition=definition, tuning=Tuning("auto"))
 
 
 def show(listings: Sequence[Listing], screen: Screen) -> None:
