@@ -69,7 +69,8 @@ def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int
         return {0: next(c for c in configs if scratch(pattern, c, isa) <= _SCRATCH_LIMIT_OF_TILES or c.block_n == 32)}
     row_vectors, tile_rows = (2, 8) if isa.registers == 32 else (2, 4)
     wide = Config(64, 128, row_vectors, tile_rows)
-    is_wide = isa.registers == 32 and not scattered and scratch(pattern, wide, isa) <= _SCRATCH_LIMIT
+    # Half of what a thread may have, since other processors' caches are half of that one's.
+    is_wide = isa.registers == 32 and not scattered and scratch(pattern, wide, isa) <= _SCRATCH_LIMIT // 2
     return {0: wide if is_wide else replace(wide, block_n=64)}
 
 
