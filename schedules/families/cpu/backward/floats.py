@@ -63,14 +63,6 @@ def float_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
                     tile[i * stride + d * lanes + lane] = T.float32(0)
 
     @T.inline
-    def look(tile, stride, count, width, largest):
-        """The largest magnitude of rows."""
-        for i in T.serial(count):
-            for d in T.serial(up(width, G) // _EIGHT):
-                for lane in T.vectorized(_EIGHT):
-                    largest[lane] = T.max(largest[lane], _magnitude(tile[i * stride + d * _EIGHT + lane]))
-
-    @T.inline
     def transpose_rows(to, tile, stride, count, width):
         """``to[d, j]``: rows as columns."""
         for j in T.serial(up(count, G) // lanes):
@@ -88,14 +80,14 @@ def float_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         transpose_rows(t.VT, t.KR, KS, keys, P.head_dim_v)
         load_rows(t.KR, KS, P.k, k_at, keys, G, P.head_dim)
         transpose_rows(t.KT, t.KR, KS, keys, P.head_dim)
-        look(t.KR, KS, keys, P.head_dim, largest)
+        look(t.KR, KS, keys, up(P.head_dim, G), largest, _magnitude)
 
     @T.inline
     def load_queries(P: Geometry, t, q_at, do_at, rows, largest):
         load_rows(t.QR, DS, P.q, q_at, rows, R, P.head_dim)
         load_rows(t.OR, ES, P.do, do_at, rows, R, P.head_dim_v)
-        look(t.QR, DS, rows, P.head_dim, largest)
-        look(t.OR, ES, rows, P.head_dim_v, largest)
+        look(t.QR, DS, rows, up(P.head_dim, G), largest, _magnitude)
+        look(t.OR, ES, rows, up(P.head_dim_v, G), largest, _magnitude)
 
     @T.inline
     def clear(acc):
@@ -177,6 +169,15 @@ def float_products(config: Config, isa: Isa, dtype: str, head_dim: int, head_dim
         finish=nothing,
         keep_awake=nothing,
     )
+
+
+@T.inline
+def look(tile, stride, count, width, largest, magnitude):
+    """The largest magnitudes of rows, eight side by side; the width is a multiple of that."""
+    for i in T.serial(count):
+        for d in T.serial(width // _EIGHT):
+            for lane in T.vectorized(_EIGHT):
+                largest[lane] = T.max(largest[lane], magnitude(tile[i * stride + d * _EIGHT + lane]))
 
 
 def nothing(*_):

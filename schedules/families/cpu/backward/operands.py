@@ -26,6 +26,7 @@ from tvm.script import tirx as T
 
 from schedules.families.cpu.amx import BLOCK, whole
 from schedules.families.cpu.backward.config import Config, padded
+from schedules.families.cpu.backward.floats import look
 from schedules.families.cpu.backward.geometry import Geometry
 from schedules.families.cpu.isa import Isa
 from schedules.families.cpu.pairs import LANES, bits, magnitude, pair, rounded_pair
@@ -62,14 +63,6 @@ def pair_operands(config: Config, isa: Isa, head_dim: int, head_dim_v: int) -> S
                     tile[i * stride + d * BLOCK + lane] = T.uint16(0)
 
     @T.inline
-    def look(tile, stride, count, width, largest):
-        """The largest magnitude of rows."""
-        for i in T.serial(count):
-            for d in T.serial(up(width) // 8):
-                for lane in T.vectorized(8):
-                    largest[lane] = T.max(largest[lane], magnitude(tile[i * stride + d * 8 + lane]))
-
-    @T.inline
     def pair_rows(pairs, rows, tile, stride, width, x, low, high):
         """Row ``x`` of pairs, of strips that have ``rows``, from two rows."""
         for d in T.serial(up(width) // G):
@@ -97,7 +90,7 @@ def pair_operands(config: Config, isa: Isa, head_dim: int, head_dim_v: int) -> S
         transpose_pairs(t.VT, E // 2, t.KN, E, keys, P.head_dim_v)
         copy(t.KN, D, P.k, k_at, keys, P.head_dim)
         transpose_pairs(t.KT, D // 2, t.KN, D, keys, P.head_dim)
-        look(t.KN, D, keys, P.head_dim, largest)
+        look(t.KN, D, keys, up(P.head_dim), largest, magnitude)
         for block in T.serial(whole(keys) // BLOCK):
             for x in T.serial(LANES):
                 low: T.int64 = block * BLOCK + x
@@ -106,7 +99,7 @@ def pair_operands(config: Config, isa: Isa, head_dim: int, head_dim_v: int) -> S
     @T.inline
     def load_rows(natural, pairs, stride, tensor, at, rows, width, largest):
         copy(natural, stride, tensor, at, rows, width)
-        look(natural, stride, rows, width, largest)
+        look(natural, stride, rows, up(width), largest, magnitude)
         for x in T.serial(whole(rows) // 2):
             pair_rows(pairs, M // 2, natural, stride, width, x, 2 * x, 2 * x + 1)
 
