@@ -97,7 +97,9 @@ def test_examples_that_make_no_sense():
             parameters_of(attention(example), 1, 2, 30, 40)
 
 
-def test_the_build_checks_before_it_compiles(tmp_path, capsys):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_is_not_as_meant_is_never_built(tmp_path, capsys, jobs):
+    """Kernels are compiled beside the check; nothing that passes for a checked one is left of them."""
     file = tmp_path / "mine.py"
     file.write_text(
         "from schedules.definition.attention import Attention\n"
@@ -105,6 +107,7 @@ def test_the_build_checks_before_it_compiles(tmp_path, capsys):
         "mine = Attention(mask=Mask('even', lambda at: at.j % 2 == 0, lambda at: at.j % 2 == 1))\n"
     )
     command = ["--arch", "cpu", "--isa", "avx2", "--head-dim", "32", "--dtype", "float32", "--output", str(tmp_path)]
-    assert build.main([*command, "--definition", f"{file}:mine"]) == 2
-    assert "the mask 'even' and its twin disagree at b=0, h=0, i=0, j=0" in capsys.readouterr().out
-    assert not list(tmp_path.glob("cpu*"))
+    for _ in range(2):
+        assert build.main([*command, "--definition", f"{file}:mine", "--jobs", str(jobs)]) == 2
+        assert "the mask 'even' and its twin disagree at b=0, h=0, i=0, j=0" in capsys.readouterr().out
+        assert not list(tmp_path.glob("cpu*")) and not list(tmp_path.glob(".build/*/*.record.json"))

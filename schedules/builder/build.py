@@ -58,15 +58,22 @@ class PackReport:
 # ---------------------------------------------------------------- compiling
 
 
-def compile_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Result]]]:
-    """Compile in ``workers`` processes (in this one if that is 1), results as they come."""
+def compile_jobs(
+    jobs: list[Job], workers: int, begun: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Job, list[Result]]]:
+    """Compile in ``workers`` processes (in this one if that is 1), results as they come.
+
+    ``begun`` is called when the processes have begun, before any result is given; what it raises ends them.
+    """
     if workers == 1 or len(jobs) < 2:
+        begun()
         for job in jobs:
             yield job, compile_spec(job)
         return
     pool = worker_pool(min(workers, len(jobs)))
     try:
         futures = {pool.submit(compile_spec, job): job for job in jobs}
+        begun()
         for future in as_completed(futures):
             yield futures[future], future.result()
         pool.shutdown()
@@ -82,13 +89,20 @@ def compile_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Resu
 # ---------------------------------------------------------------- modules and packs
 
 
-def build(request: BuildRequest, progress: Callable[[Job, list[Result]], None] = lambda *_: None) -> list[PackReport]:
+def build(
+    request: BuildRequest,
+    progress: Callable[[Job, list[Result]], None] = lambda *_: None,
+    begun: Callable[[int], None] = lambda _: None,
+) -> list[PackReport]:
     """Build what is asked for and isn't there.
 
     Parameters
     ----------
     request: which kernels, for which machines.
     progress: called for every spec as it comes out of the compiler.
+    begun: called with how many specs there are to compile, while the first ones are being compiled: for checks that
+        take long.  What it raises ends the build; of what was compiled nothing is recorded, so that the next build,
+        which compiles it again, checks again too.
 
     Raises
     ------
@@ -111,7 +125,8 @@ def build(request: BuildRequest, progress: Callable[[Job, list[Result]], None] =
         made_from = {(p.target, spec): of for p in plans for spec, of in p.made_from.items()}
         done: dict[tuple[Target, KernelSpec], tuple[Result, ...]] = {}
         # 3. Compile; what is finished is remembered even if the build is killed.
-        for job, results in compile_jobs(_longest_first(job for p in plans for job in p.jobs), request.jobs):
+        jobs = _longest_first(job for p in plans for job in p.jobs)
+        for job, results in compile_jobs(jobs, request.jobs, lambda: begun(len(jobs))):
             results = [_excused(job.target, r) for r in results]
             write_record(works[job.target], job.spec, made_from[job.target, job.spec], results)
             done[job.target, job.spec] = tuple(results)

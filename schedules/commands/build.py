@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for target in request.targets:
                 (_print_list if options.list else _print_plan)(console, request, plan(request, target))
             return 0
-        _check(console, request)
         if options.emit:
             _emit(console, request, options.emit)
             return 0
@@ -183,16 +182,17 @@ def _check_together(request: BuildRequest, options: argparse.Namespace) -> None:
             raise ValueError(f"{option} {folder}: {fault}; name a folder that can be written")
 
 
-def _check(console: Console, request: BuildRequest) -> None:
-    """Compare a definition of the user's own with its twins, unless all of its kernels are there already."""
+def _check(request: BuildRequest, say: Callable[[str], None]) -> None:
+    """Compare a definition of the user's own with its twins."""
     definition = request.definition.load() if request.definition else None
-    if isinstance(definition, Attention) and any(plan(request, target).jobs for target in request.targets):
-        with console.status(f"checking {definition.name}"):
-            check(definition)
+    if isinstance(definition, Attention):
+        say(f"checking {definition.name}")
+        check(definition)
 
 
 def _emit(console: Console, request: BuildRequest, folder: Path) -> None:
     with console.status("scheduling") as status:
+        _check(request, status.update)
         refused = emit(request, folder, status.update)
     _print_reasons(console, refused, "yellow")
     console.print(f"sources of {', '.join(t.arch for t in request.targets)} are in {folder}", soft_wrap=True)
@@ -214,15 +214,23 @@ def _print_plan(console: Console, request: BuildRequest, planned: PackPlan) -> N
 
 
 def _build(console: Console, request: BuildRequest) -> list[PackReport]:
-    total = sum(len(plan(request, target).jobs) for target in request.targets)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("compiling", total=total)
+        task = bar.add_task("compiling", total=None)
+
+        def say(text: str) -> None:
+            bar.update(task, description=text)
+
+        def begun(total: int) -> None:
+            bar.update(task, total=total)
+            if total:  # what is there already was checked when it was built
+                _check(request, say)
+                say("compiling")
 
         def progress(job: Job, results) -> None:
             bar.update(task, advance=1, description=f"{job.target.arch} {job.spec.symbol}")
 
-        return build(request, progress)
+        return build(request, progress, begun)
 
 
 def _print_report(console: Console, report: PackReport) -> None:
