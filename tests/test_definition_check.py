@@ -76,6 +76,29 @@ def test_a_twin_that_differs_in_its_derivative_only():
         check(Attention(ScoreModification("steps", lambda s, at: s, twin)))
 
 
+@pytest.mark.parametrize("bound", (0.0, 0.5, -1.3, 2.0))
+def test_scores_that_are_clipped(bound):
+    """Some score lies so near to the kink that the differences of the twin are those of neither side."""
+    expr = lambda s, at: T.max(s, T.float32(bound)) + T.abs(s - T.float32(bound))  # noqa: E731
+    twin = lambda s, at: np.maximum(s, bound) + np.abs(s - bound)  # noqa: E731
+    check(Attention(ScoreModification("clipped", expr, twin)))
+    other = lambda s, at: np.maximum(s, bound) + 1.01 * np.abs(s - bound)  # noqa: E731
+    with pytest.raises(DefinitionError, match="the score 'clipped' and the twin disagree"):
+        check(Attention(ScoreModification("clipped", expr, other)))
+
+
+def test_scores_with_jumps_and_learnt_bounds():
+    bound = Param("bound", "float32", axes="hj", gradient=True)
+    check(Attention(ScoreModification("floor", lambda s, at: s + T.floor(s), lambda s, at: s + np.floor(s))))
+    learnt = ScoreModification(
+        "bounded",
+        lambda s, at: T.min(s, at.param["bound"]),
+        lambda s, at: np.minimum(s, at.params["bound"]),
+        (bound,),
+    )
+    check(Attention(learnt))
+
+
 def test_a_twin_that_fails_and_one_that_is_missing():
     failing = Mask("failing", lambda at: at.j < at.param["limit"], lambda at: at.nothing, (Param("limit", "int32"),))
     with pytest.raises(DefinitionError, match=r"the twin of its mask 'failing' fails .* AttributeError: .*limit \d+"):

@@ -329,6 +329,16 @@ def difference(function: Callable, x: np.ndarray) -> np.ndarray:
     return (function(x + step) - function(x - step)) / (2 * step)
 
 
+def differences_beside(function: Callable, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The differences of an elementwise function to the left and to the right of ``x``.
+
+    Where it has a kink less than a step away, one of them is its derivative, and the central difference is neither's.
+    """
+    step = STEP * np.maximum(1.0, np.abs(x))
+    here = function(x)
+    return (here - function(x - step)) / step, (function(x + step) - here) / step
+
+
 def _table_gradient(name: str, score: Callable, state: _Forward, dscore: np.ndarray) -> np.ndarray:
     """The sum of ``dscore * score`` differentiated by each element of a table, one after another."""
     table = np.array(state.at.params[name], np.float64)

@@ -113,24 +113,44 @@ def _check_scores(definition: Attention, call: _Call, elements: Callable, learnt
         _compare(call, f"score {definition.score.name!r}", found["score"], want_score, _TOLERANCE)
         if learnt is None:
             return
-        slope = reference.difference(lambda s: score(s, at), products)
-        _compare(call, "derivative of the score by the scaled product", found["slope"], slope, _OF_DERIVATIVES)
+        by_product = (lambda s: score(s, at)), products
+        _compare_slopes(call, "derivative of the score by the scaled product", found["slope"], *by_product)
         for p in learnt:
-            slope = np.broadcast_to(_difference(score, products, at, p), products.shape)
-            _compare(call, f"derivative of the score by {p.name!r}", found[f"d_{p.name}"], slope, _OF_DERIVATIVES)
+            by_param = _by_param(score, products, at, p)
+            _compare_slopes(call, f"derivative of the score by {p.name!r}", found[f"d_{p.name}"], *by_param)
 
 
-def _difference(score: Callable, products: np.ndarray, at: reference.Positions, param: Param) -> np.ndarray:
-    """The derivative of every score by a parameter; of a table by all of its elements at once."""
+def _by_param(score: Callable, products: np.ndarray, at: reference.Positions, param: Param):
+    """Every score as a function of a parameter, and where it is; of a table of what is added to all of its elements."""
     value = np.asarray(at.params[param.name], np.float64)
     if not param.rank:
-        return reference.difference(lambda x: score(products, at.with_param(param.name, x)), value)
-    return reference.difference(lambda x: score(products, at.with_param(param.name, value + x)), np.float64(0))
+        return (lambda x: score(products, at.with_param(param.name, x))), value
+    return (lambda x: score(products, at.with_param(param.name, value + x))), np.float64(0)
+
+
+def _compare_slopes(call: _Call, what: str, found: np.ndarray, function: Callable, x: np.ndarray) -> None:
+    """Compare derivatives with central differences; or, where a kink or a jump may be within a step, as there is beside
+    one score or two of a call if scores are clipped, with the differences to both sides: they lie between these."""
+    want = np.broadcast_to(reference.difference(function, x), found.shape)
+    margin = _OF_DERIVATIVES * _scale(want)
+    if not _near(found, want, _OF_DERIVATIVES).all():
+        left, right = reference.differences_beside(function, x)
+        between = (np.minimum(left, right) - margin <= found) & (found <= np.maximum(left, right) + margin)
+        want = np.where(between, found, want)
+    _compare(call, what, found, want, _OF_DERIVATIVES)
+
+
+def _scale(want: np.ndarray) -> np.ndarray:
+    return np.maximum(1.0, np.abs(np.where(np.isfinite(want), want, 0)))
+
+
+def _near(found: np.ndarray, want: np.ndarray, tolerance: float) -> np.ndarray:
+    close = np.abs(found - want) <= tolerance * _scale(want)
+    return close | (found == want) | (np.isnan(found) & np.isnan(want))
 
 
 def _compare(call: _Call, what: str, found: np.ndarray, want: np.ndarray, tolerance: float) -> None:
-    scale = np.maximum(1.0, np.abs(np.where(np.isfinite(want), want, 0)))
-    near = (np.abs(found - want) <= tolerance * scale) | (found == want) | (np.isnan(found) & np.isnan(want))
+    near = _near(found, want, tolerance)
     if near.all():
         return
     index = tuple(map(int, np.argwhere(~near)[0]))
