@@ -151,7 +151,33 @@ def test_runs_fill_the_machine_and_cover_all_splits(score, seqlen_q, seqlen_kv):
         room = evaluate(program.workspaces[0].shape[0], extents)
         assert room == (batch * 32 * seqlen_q if spread else 1)
     assert len(found) > 1 or seqlen_q == 16
-    assert [launch.when for launch in program.launches] == ["", "spread"]
+    assert [launch.when for launch in program.launches] == ["more", "few", "spread"]
+
+
+@pytest.mark.parametrize("score", ["identity", "alibi"])
+def test_a_call_has_the_kernel_of_its_rows(score):
+    """Of packed heads those of a group are rows that share a key, of others the queries alone."""
+    target = Target("sm_90a")
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", score, "float16", 128, 128, kind="decode")
+    config = decode.default_configs("v2", pattern_of(spec, target), target)[0]
+    program = decode.program(pattern_of(spec, target), config, target, v2.TRAVERSAL, "kernel")
+    scalars = {x.name: x.value for x in program.scalars}
+    for seqlen_q, group in ((1, 1), (1, 8), (1, 9), (2, 4), (3, 4), (8, 1), (9, 1), (8, 8)):
+        extents = sizes.of(2, 2 * group, seqlen_q, 2, 4096, 128, 128)
+        rows = seqlen_q * group if config.pack_heads else seqlen_q
+        assert evaluate(scalars["few"], extents) == (rows <= 8)
+        assert evaluate(scalars["more"], extents) == (rows > 8)
+
+
+@pytest.mark.parametrize(
+    ("units", "seqlen_kv", "resident", "blocks"),
+    [
+        *((512, 1024, 396, 2), (768, 1024, 396, 1), (1600, 1024, 396, 1), (416, 4096, 396, 4), (1024, 512, 396, 1)),
+        *((384, 1024, 264, 2), (320, 2048, 264, 2), (304, 4096, 264, 4), (272, 8192, 264, 4), (512, 1024, 264, 1)),
+    ],
+)
+def test_clusters_that_are_more_than_the_places_are_as_measured(units, seqlen_kv, resident, blocks):
+    assert evaluate(split_keys._in_rounds("batch", resident), {"batch": units, "seqlen_kv": seqlen_kv}) == blocks
 
 
 def test_splits_of_long_sequences_are_as_long_as_heads_of_keys_allow():

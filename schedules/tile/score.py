@@ -56,6 +56,8 @@ class ScoreTile:
     branches = False
     #: Whether elements of tensors are read here, in pairs where they lie so.
     reads = True
+    #: Rows of this lane in an m-tile that are looked at: one where the others are known not to exist.
+    lane_rows = 2
 
     def __init__(self, pattern: Pattern, at: Site, fragment: Fragment, m_tiles: int, columns: int, tile_step: int = 0):
         self.pattern, self.at, self.fragment = pattern, at, fragment
@@ -115,7 +117,7 @@ class ScoreTile:
         """Before the mask of a step is asked for."""
         if self.terms is not None:
             for t in T.unroll(first, self.m_tiles):
-                for r in T.unroll(2):
+                for r in T.unroll(self.lane_rows):
                     self.terms.set_row(self.at, t * 2 + r, self.position(row0, column0, t, 0, r, 0))
 
     @T.inline
@@ -194,7 +196,7 @@ class ScoreTile:
     def _modify_elements(self, S, row0, column0, first, chosen):
         for t in T.unroll(first, self.m_tiles):
             for g in T.unroll(self.groups):
-                for r in T.unroll(2):
+                for r in T.unroll(self.lane_rows):
                     self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
                         self.look_at(t, g, r, e)
@@ -206,7 +208,7 @@ class ScoreTile:
     def _mask_interval(self, S, row0, column0, first):
         # the visible keys of a row are an interval: two comparisons of a constant with a register, or one
         for t in T.unroll(first, self.m_tiles):
-            for r in T.unroll(2):
+            for r in T.unroll(self.lane_rows):
                 row = T.meta_var(self.position(row0, column0, t, 0, r, 0)[0])
                 keys = T.meta_var(self.pattern.keys_of(self.at, row, row).visible)
                 end: T.int32 = keys[1] - column0
@@ -226,7 +228,7 @@ class ScoreTile:
         for t in T.unroll(first, self.m_tiles):
             for g in T.unroll(self.groups):
                 self.begin_columns(row0, column0, t, g)
-                for r in T.unroll(2):
+                for r in T.unroll(self.lane_rows):
                     self.look_at_pair(t, g, r)
                     for e in T.unroll(2):
                         self.look_at(t, g, r, e)

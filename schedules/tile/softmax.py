@@ -66,10 +66,11 @@ class OnlineSoftmax(ScoreTile):
 
     def reduce_rows(self, values, combine, first=0):
         """Combine each row's value over the lanes that share the row."""
-        for i in range(2 * first, 2 * self.m_tiles):
-            for lanes in self.fragment.row_lanes:
-                other = from_lane(values[i], lanes)
-                T.buffer_store(values, combine(values[i], other), [i])
+        for t in range(first, self.m_tiles):
+            for i in range(2 * t, 2 * t + self.lane_rows):
+                for lanes in self.fragment.row_lanes:
+                    other = from_lane(values[i], lanes)
+                    T.buffer_store(values, combine(values[i], other), [i])
 
     @T.inline
     def reset(self):
@@ -83,7 +84,7 @@ class OnlineSoftmax(ScoreTile):
     def local_max(self, S, peak, first=0):
         """The largest score of this lane in each of its rows."""
         for t in T.unroll(first, self.m_tiles):
-            for r in T.unroll(2):
+            for r in T.unroll(self.lane_rows):
                 i = T.meta_var(t * self.stride + r * 2)
                 peak[t * 2 + r] = T.max(S[i], S[i + 1])
                 for g in T.unroll(1, self.groups):
@@ -128,7 +129,7 @@ class OnlineSoftmax(ScoreTile):
         """What was accumulated before, relative to the new references; ``stride`` registers an m-tile."""
         for t in T.unroll(first, self.m_tiles):
             for g in T.unroll(stride // 4):
-                for r in T.unroll(2):
+                for r in T.unroll(self.lane_rows):
                     for e in T.unroll(2):
                         i = T.meta_var(t * stride + g * 4 + r * 2 + e)
                         O[i] = O[i] * self.correction[t * 2 + r]

@@ -78,8 +78,7 @@ class Consumer(Steps):
         self.issue_qk(k)
         T.ptx.wgmma.wait_group.sync.aligned(0)
         self.first_softmax(walk, k)
-        self.softmax.pack(self.weights, self.p)
-        self.softmax.add_sums()
+        self.pack()
         if static(self.boxes is not None):
             self.boxes.release(self.boxed_state(), self.index, self.lane)
         self.next_k(k, self._more(walk, self.first))
@@ -150,8 +149,7 @@ class Consumer(Steps):
         self.next_k(k, self._more(walk, 0))
         self.finish_pv(v)
         self.write(self.block.tile - 1)
-        self.softmax.pack(self.weights, self.p)
-        self.softmax.add_sums()
+        self.pack()
         for i in T.unroll(self.outputs):
             self.acc_o[i] = T.float32(0)
 

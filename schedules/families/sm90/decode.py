@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tvm.tirx import PrimFunc
+
 from schedules.definition.pattern import Pattern
 from schedules.families import split_keys
 from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.barriers import WARPS
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
-from schedules.families.sm90.runs import compute_runs
+from schedules.families.sm90.runs import FEW_ROWS, compute_runs
 from schedules.families.sm90.split_scheduler import ALIGNMENT
 from schedules.families.sm90.states import bytes_of_states
 from schedules.tile.geometry import parameterised
@@ -126,11 +128,16 @@ def _shared_memory(pattern: Pattern, config: Config) -> int:
 
 
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
-    """Both launches; ``config`` must be feasible."""
-    func = parameterised(pattern, lambda parameters: compute_runs(pattern, config, traversal, parameters))
+    """The launches; ``config`` must be feasible."""
+
+    def runs(few: bool) -> PrimFunc:
+        func = parameterised(pattern, lambda parameters: compute_runs(pattern, config, traversal, few, parameters))
+        return func.with_attr("global_symbol", f"{name}_few" if few else name)
+
     return split_keys.runs_program(
         pattern,
-        func.with_attr("global_symbol", name),
+        runs(False),
+        (runs(True), FEW_ROWS),
         traversal,
         name,
         _SPLIT_LENGTH,

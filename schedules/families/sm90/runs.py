@@ -25,9 +25,13 @@ from schedules.families.sm90.split_scheduler import ALIGNMENT, RunScheduler
 from schedules.families.sm90.states import StateConsumer, memory_of_states
 from schedules.families.sm90.tma import encode_keys, encode_queries
 from schedules.families.sm90.work_tile import Block, KeyWalk
+from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import Geometry, local, wide
 from schedules.tile.states import PartialStates
 from schedules.tile.tile_scheduler import Traversal
+
+#: Rows of a row tile up to which they are in the first half of a warp's tile, which a kernel of their own computes.
+FEW_ROWS = M16N8.row_step
 
 
 @T.meta_class
@@ -98,11 +102,16 @@ class RunBlock(Block):
 class RunConsumer(StateConsumer):
     """The consumer warpgroup of a run: every step masks and takes the maximum."""
 
+    def __init__(self, few: bool, *args):
+        StateConsumer.__init__(self, *args)
+        self.few = few
+
     @T.inline
     def run(self):
         """Compute the block's splits."""
         block = T.meta_var(self.block)
         self.counter.start()
+        self.clear_weights()
         self.q.consumer_wait(self.q_state())  # also if no split has anything to see: a block may not end before
         while block.number < block.end:
             walk = self.walk()
@@ -125,16 +134,6 @@ class RunConsumer(StateConsumer):
         else:
             if T.Not(block.is_alone):
                 self.leave_states()
-
-    @T.inline
-    def first_softmax(self, walk, k):
-        """Probabilities of a split's first step, with the exact maximum."""
-        column0 = T.meta_var(self._column0(walk.key_first(0)))
-        self.k.consumer_release(k, self.lane)
-        self.softmax.reset()
-        self.softmax.scores(self.acc_s, self._row0(), column0, True)
-        self.softmax.track(self.acc_s, 0.0)
-        self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
 
     @T.inline
     def leave_states(self):
@@ -192,8 +191,9 @@ def _fetch(block: RunBlock, k_pipeline: Pipeline, v_pipeline: Pipeline, maps, be
         block.number = block.number + 1
 
 
-def compute_runs(pattern: Pattern, config, traversal: Traversal, parameters: dict):
-    """``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, spread)``, parameters not yet."""
+def compute_runs(pattern: Pattern, config, traversal: Traversal, few: bool, parameters: dict):
+    """``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, spread, chosen)``, parameters not
+    yet: the kernel of ``few`` rows, up to ``FEW_ROWS``, or that of more; ``chosen`` says that it is this one."""
 
     @T.prim_func(check_well_formed=False)
     def attention(
@@ -208,6 +208,7 @@ def compute_runs(pattern: Pattern, config, traversal: Traversal, parameters: dic
         split_length: T.int32,
         run: T.int32,
         spread: T.int32,
+        chosen: T.int32,
     ):
         geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, parameters, ALIGNMENT)
         states = PartialStates((o_partial, sums_partial), pattern.head_dim_v)
@@ -262,7 +263,7 @@ def compute_runs(pattern: Pattern, config, traversal: Traversal, parameters: dic
             if T.cuda.elect_sync():
                 _fetch(block, k_pipeline, v_pipeline, (k_map, v_map), begun)
         else:
-            consumer = RunConsumer(pattern, config, block, pipelines, states, memory, warp, lane)
+            consumer = RunConsumer(few, pattern, config, block, pipelines, states, memory, warp, lane)
             consumer.run()
 
     return attention

@@ -6,6 +6,7 @@ sum has left the range in which float16 certainly held every probability.
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -127,6 +128,12 @@ class Softmax(FetchedTensors, OnlineSoftmax):
                         i = T.meta_var(g * 4 + r * 2 + e)
                         W[i] = T.exp2(self.to_powers(S[i]) + W[i] - self.row_max[r])
 
+    def of_first_rows(self, compute) -> None:
+        """``compute()``, in whose text each lane looks at the first of its two rows alone."""
+        self.lane_rows = 1
+        compute()
+        self.lane_rows = 2
+
     def scores_of_existing(self, S, row0, column0, masked) -> None:
         """As ``scores``, of a tile whose keys all exist."""
         self.all_exist = True
@@ -149,21 +156,19 @@ class Softmax(FetchedTensors, OnlineSoftmax):
         """The same, with the largest scores of this lane in ``peak``."""
         self.grown = T.cuda.any_sync(
             T.uint32(_ALL_LANES),
-            T.Cast(
-                "int32",
-                T.Or(
-                    self.peak[0] * self.scale > self.row_max[0] + slack,
-                    self.peak[1] * self.scale > self.row_max[1] + slack,
-                ),
-            ),
+            T.Cast("int32", functools.reduce(T.Or, [self._exceeds(r, slack) for r in range(self.lane_rows)])),
         )
         if self.grown != 0:
             self.reduce_rows(self.peak, T.max)
-            for r in T.unroll(2):
+            for r in T.unroll(self.lane_rows):
                 self.peak[r] = T.max(T.ceil(self.peak[r] * self.scale), self.row_max[r])
                 self.correction[r] = T.exp2(self.row_max[r] - self.peak[r])
                 self.row_max[r] = self.peak[r]
                 self.row_sum[r] = self.row_sum[r] * self.correction[r]
+
+    def _exceeds(self, r, slack):
+        """Whether this lane's largest score of row ``r`` exceeds the reference by more than ``slack``."""
+        return self.peak[r] * self.scale > self.row_max[r] + slack
 
     def find_peak(self, S) -> None:
         """The largest scores of this lane in each of its rows."""
@@ -173,7 +178,7 @@ class Softmax(FetchedTensors, OnlineSoftmax):
     def probabilities(self, S, scale, W):
         """``W = exp2(S * scale - reference)``; ``W`` may be ``S``."""
         for g in T.unroll(self.groups):
-            for r in T.unroll(2):
+            for r in T.unroll(self.lane_rows):
                 for e in T.unroll(2):
                     W[g * 4 + r * 2 + e] = T.exp2(S[g * 4 + r * 2 + e] * scale - self.row_max[r])
 
@@ -192,15 +197,17 @@ class Softmax(FetchedTensors, OnlineSoftmax):
     @T.inline
     def pack(self, S, P):
         """Probabilities to 16 bits, and their sums to ``step_sum``."""
-        for i in T.unroll(self.stride // 2):
-            T.ptx[element_type(self.pattern.dtype).pack](P[i], S[2 * i + 1], S[2 * i])
+        for g in T.unroll(self.groups):
+            for r in T.unroll(self.lane_rows):
+                i = T.meta_var(g * 2 + r)
+                T.ptx[element_type(self.pattern.dtype).pack](P[i], S[2 * i + 1], S[2 * i])
         self._in_chains(S, self.step_sum, operator.add)
 
     @T.inline
     def _in_chains(self, S, to, combine):
         """Combine what this lane has of each of its rows, in chains that don't wait for one another."""
         chain = T.alloc_local([CHAINS], "float32")
-        for r in T.unroll(2):
+        for r in T.unroll(self.lane_rows):
             for c in T.unroll(CHAINS):
                 chain[c] = S[c // 2 * 4 + r * 2 + c % 2]
             for x in T.unroll(CHAINS, self.groups * 2):
@@ -220,7 +227,7 @@ class Softmax(FetchedTensors, OnlineSoftmax):
     @T.inline
     def add_sums(self):
         """Count a step in, once its probabilities are final."""
-        for r in T.unroll(2):
+        for r in T.unroll(self.lane_rows):
             self.row_sum[r] = self.row_sum[r] + self.step_sum[r]
 
 

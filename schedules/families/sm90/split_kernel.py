@@ -189,6 +189,7 @@ class PartConsumer(PartRowsConsumer, StateConsumer):
         """Compute the parts."""
         part = T.meta_var(self.block)
         self.counter.start()
+        self.clear_weights()
         while part.exists:
             if part.other_rows != 0:
                 self.read_queries()
@@ -263,13 +264,8 @@ class PartConsumer(PartRowsConsumer, StateConsumer):
         self.k.consumer_wait(k)
         self.issue_qk(k)
         T.ptx.wgmma.wait_group.sync.aligned(0)
-        self.k.consumer_release(k, self.lane)
-        self.softmax.reset()
-        self.softmax.scores(self.acc_s, self._row0(), self._column0(walk.key_first(0)), True)
-        self.softmax.track(self.acc_s, 0.0)
-        self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
-        self.softmax.pack(self.acc_s, self.p)
-        self.softmax.add_sums()
+        self.first_softmax(walk, k)
+        self.pack()
         self.next_k(k, self._more(walk, 0))
 
 

@@ -16,6 +16,7 @@ from schedules.families.sm90.consumer import Consumer
 from schedules.tile.geometry import flat, site, wide
 from schedules.tile.parameters import Parameters
 from schedules.tile.states import COLUMNS, WARP_COLUMNS, Fold
+from schedules.tile.static import static
 
 
 def memory_of_states(pool, pattern: Pattern):
@@ -72,11 +73,76 @@ class StateConsumer(Consumer):
     which of the whole output; ``place_of(position)``, where a query of the sequence is in q and o.
     """
 
+    #: Whether row tiles have rows for the first halves of warps' tiles alone; None where that is asked of each tile.
+    few = None
+
     def __init__(self, pattern: Pattern, config, block, pipelines, states, memory, warp, lane):
         Consumer.__init__(self, pattern, config, block, pipelines, None, 0, warp, lane)
         self.columns, self.memory = pattern.head_dim_v, memory
         if states is not None:
             self.states_o, self.states_sums, self.parts = flat(states.o), flat(states.sums), states.parts
+
+    # ------------------------------------------------------------ rows that there are
+
+    @T.inline
+    def of_rows(self, compute):
+        """``compute()`` for the rows of this warp that there are.
+
+        Of its 16 most calls have up to 8, and most warps have none: a step takes as long as the one warp that has some.
+        """
+        row = T.meta_var(self.row)
+        if static(self.few is None):
+            if row + self.softmax.fragment.row_step < self.block.count:
+                compute()
+            else:
+                if row < self.block.count:
+                    self.softmax.of_first_rows(compute)
+        else:
+            if row < self.block.count:
+                if static(self.few):
+                    self.softmax.of_first_rows(compute)
+                else:
+                    compute()
+
+    @T.inline
+    def clear_weights(self):
+        """Before the first step: rows that there aren't weigh nothing."""
+        for i in T.unroll(self.config.block_n // 4):
+            self.p[i] = T.uint32(0)
+
+    @T.inline
+    def first_softmax(self, walk, k):
+        """Probabilities of a split's first step, with the exact maximum."""
+        self.k.consumer_release(k, self.lane)
+        self.softmax.reset()
+        self.of_rows(lambda: self.first_weights(walk))
+
+    @T.inline
+    def first_weights(self, walk):
+        """The same of the rows that there are."""
+        self.softmax.scores(self.acc_s, self._row0(), self._column0(walk.key_first(0)), True)
+        self.softmax.track(self.acc_s, 0.0)
+        self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
+
+    @T.inline
+    def weigh(self, walk, i, masked):
+        self.of_rows(lambda: Consumer.weigh(self, walk, i, masked))
+
+    @T.inline
+    def pack(self):
+        self.of_rows(lambda: Consumer.pack(self))
+
+    @T.inline
+    def take_in(self):
+        self.of_rows(self.take_in_rows)
+
+    @T.inline
+    def take_in_rows(self):
+        """The same of the rows that there are."""
+        Consumer.pack(self)
+        Consumer.rescale(self)
+
+    # ------------------------------------------------------------ states
 
     @T.inline
     def leave_state(self):

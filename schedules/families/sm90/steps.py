@@ -256,6 +256,15 @@ class Steps:
         self.fetch_now(key_first)
         self.issue(k, v)
         self.k.consumer_release(k, self.lane)
+        self.weigh(walk, i, masked)
+        self.next_k(k, self._more(walk, i))
+        self.finish_pv(v)
+        self.take_in()
+
+    @T.inline
+    def weigh(self, walk, i, masked):
+        """Make probabilities of the scores of step ``i``, by references that are raised where they have to be."""
+        key_first = T.meta_var(walk.key_first(i))
         if static(self.guesses):
             self.softmax.scores_of_existing(self.acc_s, self._row0(), self._column0(key_first), masked)
             self.guess(walk, i)
@@ -264,10 +273,22 @@ class Steps:
             self.fetch_ahead(walk, i)
             self.softmax.track(self.acc_s, LAZY)
             self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
-        self.next_k(k, self._more(walk, i))
-        self.finish_pv(v)
+
+    @T.inline
+    def pack(self):
+        """Pack the probabilities of a step, and count them in."""
         self.softmax.pack(self.weights, self.p)
         self.softmax.add_sums()
+
+    @T.inline
+    def take_in(self):
+        """Pack the probabilities of a step, and bring the output to the references that it has left."""
+        self.pack()
+        self.rescale()
+
+    @T.inline
+    def rescale(self):
+        """Bring the output to the references that a step has left."""
         if self.softmax.grown != 0:
             self.softmax.rescale(self.acc_o, self.outputs)
 
