@@ -14,7 +14,6 @@ from schedules.families.sm90.tma import (
     encode_ragged,
     load_panel,
     lowest_bit,
-    paged_box,
     placed_box,
     ragged_box,
 )
@@ -108,36 +107,6 @@ class PagedBoxes(RaggedBoxes):
         """Make the descriptor of k or v, on the host."""
         return encode_paged(descriptor, tensor, self.steps[id(tensor)], self.rows)
 
-    @T.inline
-    def load(self, block, tensor, pipeline, state, descriptor, key_first, lane):
-        """A whole warp: fill a stage with the tile from key ``key_first`` on; what is past the last key is zero."""
-        if lane == 0:
-            pipeline.expect(state)
-        T.cuda.warp_sync()
-        steps = T.meta_var(self.steps[id(tensor)])
-        rows = T.meta_var(self.rows)
-        keys = T.meta_var(block.geometry.keys.of(block.batch).length)
-        pages = T.meta_var(
-            self.geometry.key_rows(tensor, block.batch, block.kv_head, self.geometry.keys.of(block.batch))
-        )
-        for i in T.serial(T.truncdiv(self.block_n + (32 * rows - 1), 32 * rows)):
-            row: T.int32 = (i * 32 + lane) * rows
-            if row < self.block_n:
-                key: T.int32 = key_first + row
-                seen: T.int32 = T.min(T.max(keys - key, 0), rows)
-                at = T.meta_var(pages.split(key))
-                page: T.int32 = 0
-                if seen > 0:
-                    page = pages.entry(at[0])
-                for p in T.unroll(pipeline.panels):
-                    load_panel(
-                        pipeline.pointer(state)(p, row, 0),
-                        descriptor,
-                        p,
-                        paged_box(steps, page, at[1], seen, block.kv_head),
-                        pipeline.full.ptr_to([state.index]),
-                    )
-
     def fetching(self, block, tensor: Tensor, lane):
         """How a warp, of which this is lane ``lane``, fetches tiles of k or v one after the other."""
         return TilesOfPages(self, block, tensor, lane)
@@ -147,47 +116,50 @@ class PagedBoxes(RaggedBoxes):
 class TilesOfPages:
     """Tiles of keys that are several boxes each, which the lanes share.
 
-    Pages are looked up apart from loading, before a stage is waited for.
+    Where the boxes of a tile are is looked up apart from loading, before a stage is waited for: what is left to do then
+    is to ask for them.
     """
 
     def __init__(self, boxes: PagedBoxes, block, tensor: Tensor, lane):
         self.boxes, self.block, self.lane = boxes, block, lane
         self.tensor, self.steps = tensor, boxes.steps[id(tensor)]
-        self.pages = T.alloc_local([max(boxes.block_n // 32, 1)], "int32")
+        self.each = max(boxes.block_n // _LANES, 1)  # boxes of a lane at most
+        # Of a box, the steps of page and row that it begins at, and how many keys are in it.
+        self.places, self.seen = (T.alloc_local([self.each], "int32") for _ in range(2))
 
     def _row(self, i):
         """First row in the tile of this lane's box number ``i``, ``block_n`` or more if there is none."""
-        return (i * 32 + self.lane) * self.boxes.rows
+        return (i * _LANES + self.lane) * self.boxes.rows
 
     @T.inline
     def look_up(self, key_first):
-        """Look up on which pages the tile from key ``key_first`` on is."""
+        """Look up where the tile from key ``key_first`` on is."""
         geometry, block = T.meta_var((self.boxes.geometry, self.block))
         rows = T.meta_var(geometry.key_rows(self.tensor, block.batch, block.kv_head, geometry.keys.of(block.batch)))
-        for i in T.unroll(max(self.boxes.block_n // 32, 1)):
+        keys: T.int32 = block.site.seqlen_kv
+        for i in T.unroll(self.each):
             key: T.int32 = key_first + self._row(i)
-            self.pages[i] = 0
-            if T.And(self._row(i) < self.boxes.block_n, key < self.block.seqlen_kv):
-                self.pages[i] = rows.entry(rows.split(key)[0])
+            self.places[i] = 0
+            self.seen[i] = T.min(T.max(keys - key, 0), self.boxes.rows)
+            if T.And(self._row(i) < self.boxes.block_n, key < keys):
+                at = T.meta_var(rows.split(key))
+                self.places[i] = rows.entry(at[0]) * self.steps.page + at[1] * self.steps.row
 
     @T.inline
-    def load(self, pipeline, state, descriptor, key_first):
+    def load(self, pipeline, state, descriptor):
         """Fill a stage, which is empty, with that tile; what is past the last key is zero."""
         if self.lane == 0:
             pipeline.expect(state)
         T.cuda.warp_sync()
-        for i in T.unroll(max(self.boxes.block_n // 32, 1)):
+        for i in T.unroll(self.each):
             row: T.int32 = self._row(i)
             if row < self.boxes.block_n:
-                key: T.int32 = key_first + row
-                seen: T.int32 = T.min(T.max(self.block.seqlen_kv - key, 0), self.boxes.rows)
-                at: T.int32 = T.truncmod(key, self.boxes.geometry.page_size)
                 for p in T.unroll(pipeline.panels):
                     load_panel(
                         pipeline.pointer(state)(p, row, 0),
                         descriptor,
                         p + pipeline.first_panel,
-                        paged_box(self.steps, self.pages[i], at, seen, self.block.kv_head),
+                        placed_box(self.steps, self.places[i], self.seen[i], self.block.kv_head),
                         pipeline.full.ptr_to([state.index]),
                     )
 

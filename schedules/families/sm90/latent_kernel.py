@@ -44,14 +44,14 @@ from schedules.tile.partial import PartialResults
 
 
 @T.inline
-def _fetch_part(part: Pipeline, tiles: TilesOfPages, state: PipelineState, descriptor, key_first):
+def _fetch_part(part: Pipeline, tiles: TilesOfPages, state: PipelineState, descriptor):
     part.producer_acquire(state)
-    tiles.load(part, state, descriptor, key_first)
+    tiles.load(part, state, descriptor)
 
 
-def _fetch_parts(keys: KeyTiles, tiles: TilesOfPages, state: PipelineState, descriptor, key_first):
+def _fetch_parts(keys: KeyTiles, tiles: TilesOfPages, state: PipelineState, descriptor):
     for part in keys.parts:
-        _fetch_part(part, tiles, state, descriptor, key_first)
+        _fetch_part(part, tiles, state, descriptor)
 
 
 @T.inline
@@ -65,7 +65,7 @@ def _fetch(part: LatentPart, keys: KeyTiles, descriptor, lane):
             for i in T.serial(walk.steps):
                 stage: T.int32 = T.bitwise_and(i, 1)
                 tiles.look_up(walk.key_first(i))
-                _fetch_parts(keys, tiles, turns.state(stage), descriptor, walk.key_first(i))
+                _fetch_parts(keys, tiles, turns.state(stage), descriptor)
                 turns.advance(1 - stage, stage)
         part.advance()
 

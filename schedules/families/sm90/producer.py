@@ -59,12 +59,13 @@ def fetch_keys(block, pipeline, descriptor, first):
 
 
 @T.inline
-def _fetch_paged_tiles(block, pipeline, tensor, descriptor, lane, n):
+def _fetch_paged_tiles(block, tiles, pipeline, descriptor, n):
     walk = KeyWalk(block, 0, block.config.block_m)
     for i in T.serial(walk.steps):
         if T.Or(i == 0, walk.visible(i)) if block.pattern.has_gaps else True:
+            tiles.look_up(walk.key_first(i))  # on its way while the stage is waited for
             pipeline.producer_acquire(pipeline.state(n))
-            block.boxes.load(block, tensor, pipeline, pipeline.state(n), descriptor, walk.key_first(i), lane)
+            tiles.load(pipeline, pipeline.state(n), descriptor)
             n = n + 1
 
 
@@ -72,10 +73,11 @@ def _fetch_paged_tiles(block, pipeline, tensor, descriptor, lane, n):
 def fetch_pages(block, pipeline, tensor, descriptor, lane):
     """A whole warp: fill the pipeline of K or of V, whose keys lie on pages."""
     n: T.int32 = 0
+    tiles = T.meta_var(block.boxes.fetching(block, tensor, lane))
 
     @T.inline
     def fetch(t):
-        _fetch_paged_tiles(block, pipeline, tensor, descriptor, lane, n)
+        _fetch_paged_tiles(block, tiles, pipeline, descriptor, n)
 
     block.scheduler.each_tile(block, True, lane, fetch)
 

@@ -137,13 +137,9 @@ def encode_paged(descriptor, tensor: Tensor, steps: PageSteps, box_rows, panel: 
     )  # fmt: skip
 
 
-def paged_box(steps: PageSteps, page, row, rows, head):
-    """Where ``rows`` rows from row ``row`` of a page are, as a box of such a descriptor, zero behind them."""
-    return LAST_ROW - rows, head, page * steps.page + (row + rows) * steps.row, T.int32(LAST_ROW)
-
-
 def placed_box(steps: PageSteps, place, rows, head):
-    """The same of rows that begin ``place`` units after the tensor's first."""
+    """Where ``rows`` rows are that begin ``place`` steps after the tensor's first, as a box of such a descriptor, zero
+    behind them."""
     return LAST_ROW - rows, head, place + rows * steps.row, T.int32(LAST_ROW)
 
 
