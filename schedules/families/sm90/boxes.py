@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.sm90.barriers import PRODUCER_ARRIVALS
+from schedules.families.sm90.config import panels
 from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.tma import (
     PageSteps,
@@ -24,6 +25,7 @@ from schedules.tile.levels import from_lane
 _LANES = 32
 #: Boxes of keys on pages that a warp looks up at a time, or those of a tile if it has more.
 _WINDOW = 64
+_EIGHT = 8
 
 
 class Boxes:
@@ -92,8 +94,8 @@ class RaggedBoxes(Boxes):
 class PagedBoxes(RaggedBoxes):
     """The same with the keys on pages: a box has the rows of a page, or as many of them as never leave page and tile.
 
-    That is the largest power of two that divides the size of a page, or ``block_n``, which is one.  Made of host
-    expressions, before ``T.device_entry()``.
+    That is the largest power of two that divides the size of a page, or ``block_n``, which is one.  A tile has
+    ``of_a_tile``.  Made of host expressions, before ``T.device_entry()``.
     """
 
     by_pages = True
@@ -101,6 +103,7 @@ class PagedBoxes(RaggedBoxes):
     def __init__(self, geometry: PagedGeometry, block_n: int):
         self.geometry, self.block_n = geometry, block_n
         self.rows = T.bind(T.min(lowest_bit(geometry.page_size), block_n))
+        self.of_a_tile = T.bind(T.truncdiv(T.int32(block_n), self.rows))
         self.steps = {id(x): PageSteps(x) for x in (geometry.k, geometry.v)}
 
     def encode_keys(self, descriptor, tensor: Tensor, box_rows: int):
@@ -114,18 +117,21 @@ class PagedBoxes(RaggedBoxes):
 
 @T.meta_class
 class TilesOfPages:
-    """Tiles of keys that are several boxes each, which the lanes share.
+    """Tiles of keys that are several boxes each.
 
     Where the boxes of a tile are is looked up apart from loading, before a stage is waited for: what is left to do then
-    is to ask for them.
+    is to ask for them.  Lanes can't do that at the same time: each waits for its turn, and for its numbers to get to
+    where TMA takes them from.  So at head_dim 128 a single one asks for eight whole boxes, those of pages of 16 keys;
+    at 64, and of latents, that spilled.
     """
 
     def __init__(self, boxes: PagedBoxes, block, tensor: Tensor, lane):
         self.boxes, self.block, self.lane = boxes, block, lane
         self.tensor, self.steps = tensor, boxes.steps[id(tensor)]
-        self.each = max(boxes.block_n // _LANES, 1)  # boxes of a lane at most
-        # Of a box, the steps of page and row that it begins at, and how many keys are in it.
-        self.places, self.seen = (T.alloc_local([self.each], "int32") for _ in range(2))
+        self.each = max(boxes.block_n // _LANES, 1)  # boxes of a lane at most, where lanes share them
+        self.places = T.alloc_local([self.each], "int32")  # of a box, the steps of page and row that it begins at
+        self.left = T.local_scalar("int32")  # keys from the tile's first on
+        self.asks_alone = panels(block.pattern.head_dim) == 2
 
     def _row(self, i):
         """First row in the tile of this lane's box number ``i``, ``block_n`` or more if there is none."""
@@ -136,13 +142,11 @@ class TilesOfPages:
         """Look up where the tile from key ``key_first`` on is."""
         geometry, block = T.meta_var((self.boxes.geometry, self.block))
         rows = T.meta_var(geometry.key_rows(self.tensor, block.batch, block.kv_head, geometry.keys.of(block.batch)))
-        keys: T.int32 = block.site.seqlen_kv
+        self.left = block.site.seqlen_kv - key_first
         for i in T.unroll(self.each):
-            key: T.int32 = key_first + self._row(i)
             self.places[i] = 0
-            self.seen[i] = T.min(T.max(keys - key, 0), self.boxes.rows)
-            if T.And(self._row(i) < self.boxes.block_n, key < keys):
-                at = T.meta_var(rows.split(key))
+            if T.And(self._row(i) < self.boxes.block_n, self._row(i) < self.left):
+                at = T.meta_var(rows.split(key_first + self._row(i)))
                 self.places[i] = rows.entry(at[0]) * self.steps.page + at[1] * self.steps.row
 
     @T.inline
@@ -151,25 +155,36 @@ class TilesOfPages:
         if self.lane == 0:
             pipeline.expect(state)
         T.cuda.warp_sync()
-        for i in T.unroll(self.each):
-            row: T.int32 = self._row(i)
-            if row < self.boxes.block_n:
-                for p in T.unroll(pipeline.panels):
-                    load_panel(
-                        pipeline.pointer(state)(p, row, 0),
-                        descriptor,
-                        p + pipeline.first_panel,
-                        placed_box(self.steps, self.places[i], self.seen[i], self.block.kv_head),
-                        pipeline.full.ptr_to([state.index]),
-                    )
+        if T.And(self.boxes.of_a_tile == _EIGHT, self.left >= self.boxes.block_n) if self.asks_alone else False:
+            rows = T.meta_var(self.boxes.block_n // _EIGHT)
+            places = T.alloc_local([_EIGHT], "int32")
+            for b in T.unroll(_EIGHT):
+                places[b] = from_lane(self.places[0], b)
+            if T.cuda.elect_sync():
+                for b in T.unroll(_EIGHT):
+                    self.ask(pipeline, state, descriptor, b * rows, places[b], rows)
+        else:
+            for i in T.unroll(self.each):
+                row: T.int32 = self._row(i)
+                if row < self.boxes.block_n:
+                    seen: T.int32 = T.min(T.max(self.left - row, 0), self.boxes.rows)
+                    self.ask(pipeline, state, descriptor, row, self.places[i], seen)
+
+    @T.inline
+    def ask(self, pipeline, state, descriptor, row, place, seen):
+        """Ask for the panels of the box that begins with a row of the tile, and has ``seen``."""
+        for p in T.unroll(pipeline.panels):
+            load_panel(
+                pipeline.pointer(state)(p, row, 0),
+                descriptor,
+                p + pipeline.first_panel,
+                placed_box(self.steps, place, seen, self.block.kv_head),
+                pipeline.full.ptr_to([state.index]),
+            )
 
 
 class FetchedPages(PagedBoxes):
-    """The same where a warp fetches all tiles of K, or of V, one after the other.  ``of_a_tile``: boxes of one."""
-
-    def __init__(self, geometry: PagedGeometry, block_n: int):
-        PagedBoxes.__init__(self, geometry, block_n)
-        self.of_a_tile = T.bind(T.truncdiv(T.int32(block_n), self.rows))
+    """The same where a warp fetches all tiles of K, or of V, one after the other."""
 
     def fetching(self, block, tensor: Tensor, lane):
         """How a warp, of which this is lane ``lane``, fetches tiles of k or v one after the other."""
