@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from tvm import tirx
 from tvm.script import tirx as T
 
 from schedules.builder.compile import Lowered, lower, pattern_of
@@ -255,6 +256,22 @@ def test_vector_functions_at_the_edges(isa):
     assert np.array_equal(elementwise(vector_math.exp2, isa)(edges)[:6], [0, 0, 0, 0, 1, np.nan], equal_nan=True)
     edges = np.array([-np.inf, -1e30, -0.0, 0, 1e30, np.inf, np.nan] + [0] * 9, np.float32)
     assert np.array_equal(elementwise(vector_math.tanh, isa)(edges)[:7], [-1, -1, 0, 0, 1, 1, np.nan], equal_nan=True)
+
+
+def test_functions_of_functions_are_short_expressions():
+    """A function names its argument a dozen times, and evaluates it once where it is large."""
+
+    def nested(x):
+        for _ in range(3):
+            x = T.tanh(x * T.float32(1.5))
+        return vector_math.vectorizable(x)
+
+    x = np.linspace(-4, 4, 1 << 10).astype(np.float32)
+    want = x.astype(np.float64)
+    for _ in range(3):
+        want = np.tanh(want * 1.5)
+    assert np.abs(elementwise(nested, runnable_isas()[0])(x) - want).max() <= 1e-6
+    assert len(str(nested(tirx.Var("x", "float32")))) < 40_000
 
 
 def elementwise(function, isa: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import tvm_ffi
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.ir.expr import Call
 from tvm.script import tirx as T
@@ -15,6 +16,10 @@ _SMALLEST_EXPONENT = -125.0
 #: Added to a small number it leaves the nearest integer, and 127 more, in the lowest bits: the exponent of a float32.
 #: So exp2 is 10 instructions of AVX-512, its scale included, and was 14 with floor and a conversion to integers.
 _ROUNDING = 1.5 * 2**23 + 127
+#: Nodes of an argument from which on it is a variable: a function names it a dozen times, and what is made of the score
+#: names that often in turn.  ``tanh(s + silu(s))``, whose backward had expressions of 30 MB, took minutes to compile,
+#: and more than 6 GB; it takes 7 s.  Three such functions in one another still take TVM six times as long as two.
+_LARGE = 64
 #: From here on, tanh is 1 in float32.
 _TANH_LIMIT = 9.02
 #: Below this, tanh is computed from its series: 1 - 2 / (exp(2x) + 1) cancels there.
@@ -71,10 +76,22 @@ def tanh(x: Expr) -> Expr:
 
 def vectorizable(expr: Expr) -> Expr:
     """``expr`` with the functions of this module in place of the calls that LLVM makes one element at a time."""
-    replacements = {"tanh": tanh}
+    functions = {"tanh": tanh}
 
     def replace(node):
         name = node.op.name.rsplit(".", 1)[-1] if isinstance(node, Call) else None
-        return replacements[name](node.args[0]) if name in replacements else node
+        if name not in functions:
+            return node
+        (x,) = node.args
+        if not _is_large(x):
+            return functions[name](x)
+        variable = tirx.Var(f"{name}_argument", x.ty.dtype)
+        return tirx.Let(variable, x, functions[name](variable))
 
     return tvm_ffi.structural_map(expr, replace, order="post")
+
+
+def _is_large(expr: Expr) -> bool:
+    found = []
+    tvm_ffi.structural_walk(expr, [(Expr, found.append)])
+    return len(found) > _LARGE
