@@ -41,9 +41,10 @@ def test_machine_code(arch, template, pattern, tmp_path):
     assert (count["LDGSTS"] == 0) == (arch == "sm_75")
 
 
-def test_one_launch_makes_all_gradients_where_all_is_seen(tmp_path):
+@pytest.mark.parametrize(("head_dim", "mask"), [(128, "full"), (128, "causal"), (64, "causal")])
+def test_one_launch_makes_all_gradients(head_dim, mask, tmp_path):
     """Five products in place of seven, and nothing spilled."""
-    pattern = pattern_of(128, "full")
+    pattern = pattern_of(head_dim, mask)
     program = v1.apply(pattern, Target("sm_80"), "kernel", kind=BACKWARD)
     assert isinstance(program, Program), program
     _, report, count = compiled(program, "sm_80", tmp_path)
@@ -51,9 +52,11 @@ def test_one_launch_makes_all_gradients_where_all_is_seen(tmp_path):
     assert count["LDL"] == count["STL"] == 0
 
 
-@pytest.mark.parametrize("mask", ["causal", "window"])
-def test_masks_have_launches_apart(mask):
-    program = v1.apply(pattern_of(128, mask), Target("sm_80"), "kernel", kind=BACKWARD)
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "mask"), [("sm_80", 128, "window"), ("sm_80", 64, "full"), ("sm_86", 128, "causal")]
+)
+def test_others_have_launches_apart(arch, head_dim, mask):
+    program = v1.apply(pattern_of(head_dim, mask), Target(arch), "kernel", kind=BACKWARD)
     assert isinstance(program, Program), program
     assert len(program.launches) == 3
 
@@ -107,6 +110,7 @@ def test_ragged_gradients_dont_spill_where_dense_tiles_would(tmp_path):
         ({"mask": "window", "score": "alibi"}, {"early": True}, "dkdv: early is for scores without gradients"),
         ({"mask": "window"}, {"joint": True}, "joint: it serves plain scores"),
         ({}, {"joint": True, "num_stages": 3}, "joint: needs "),
+        ({}, {"joint": True, "told_tiles": 0}, "joint: told_tiles 0 must be at least 1"),
         ({"head_dim": 64}, {"joint": True, "num_warps": 8}, "joint: 8 warps can't share tiles of 32 rows"),
     ],
 )

@@ -14,6 +14,7 @@ import numpy as np
 
 from schedules.builder.suite import KernelSpec
 from schedules.families.interface import BACKWARD
+from schedules.families.mma.backward.joint_machine import JointMachine
 from tests import cases
 from tests.gradient_cases import Kernel, check, outer, run
 from tests.simt.defaults import default_kernel
@@ -83,12 +84,14 @@ def test_grouped_heads_ragged_lengths_and_every_order_of_turns(made_kernel):
     ("mask", "changes"),
     [
         ("full", {"ahead": True, "early": True}),
-        ("causal", {"num_warps": 8, "block_m": 64, "min_blocks_per_sm": 1, "warps_per_tile": 2}),
+        ("causal", {"num_warps": 8, "block_m": 64, "min_blocks_per_sm": 1, "warps_per_tile": 2, "told_tiles": 1}),
+        ("causal", {}),
     ],
-    ids=["full", "causal-pairs"],
+    ids=["full", "causal-pairs", "causal"],
 )
-def test_the_joint_launch(mask, changes, tmp_path):
+def test_the_joint_launch(mask, changes, tmp_path, monkeypatch):
     """Sums of dq go through memory from block to block, in an order that doesn't depend on whose turn it is."""
+    monkeypatch.setattr(JointMachine, "many", 3)  # a block that visits more tells of every other tile by default
     kernel = made("sm_80", "v1", 64, 64, mask, "identity", "float16", tmp_path, joint=True, **changes)
     assert len(kernel.kernel.functions) == 2
     case, data = case_of(kernel, kv_heads=1, seqlen_q=140, seqlen_kv=270)

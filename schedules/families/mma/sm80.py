@@ -193,10 +193,14 @@ _BACKWARD_LARGE = {
 }
 #: At 64 under a mask, where dq spilled 12 to 32 bytes with operands ahead, and was no faster with 48 keys.
 _BACKWARD_MASKED_64 = backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2, paced=False)
-#: At 128 where all is seen: recompiled for an H200, 1.10 to 1.11 times as fast as the launches apart, 512 to 16k
-#: positions of 16 heads, 16k tokens a batch; 1.05 with 4 heads, 1.02 for 1000 tokens in all.  Under a causal mask,
-#: where it was 1.05 to 1.13, it spilled 8 to 16 bytes; at 64 it was 0.92 to 1.05 of them.
-_BACKWARD_JOINT_128 = dataclasses.replace(_BACKWARD_LARGE[128], joint=True)
+#: At 128, and at 64 under a mask, where keys are seen by all queries from some one on: recompiled for an H200, under a
+#: causal mask 1.14 to 1.23 times as fast as the launches apart at 128, 1.03 to 1.16 at 64 (512 to 16k positions, 16k
+#: tokens a batch).  At 64 where all is seen it was 0.73 of them for a sequence of 1000 positions, 1.03 to 1.09 for
+#: 2k to 16k positions of 16k tokens.
+_BACKWARD_JOINT = {
+    64: dataclasses.replace(_BACKWARD_MASKED_64, ahead=True, early=True, joint=True, told_tiles=2),
+    128: dataclasses.replace(_BACKWARD_LARGE[128], joint=True),
+}
 #: The same for sm_120, which spilled 12 bytes of dk and dv at 64, and 92 to 224 of dq at 256.
 _BACKWARD_BLACKWELL = {
     **_BACKWARD_SMALL,
@@ -227,10 +231,13 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
         full = target.arch != "sm_80" and pattern.head_dim > 64 and learnt_tables(pattern)
         return dataclasses.replace(config, block_n_dq=16) if full else config
     config = limits.by_head_dim(_BACKWARD_TABLES.get(target.arch, _BACKWARD_SMALL), pattern)
+    if target.arch == "sm_80" and pattern.is_scale_only and pattern.narrows:
+        if config is _BACKWARD_LARGE[128]:
+            return _BACKWARD_JOINT[128]
+        if config is _BACKWARD_LARGE[64] and not pattern.is_unmasked:
+            return _BACKWARD_JOINT[64]
     if config is _BACKWARD_LARGE[64] and not pattern.is_unmasked:
         return _BACKWARD_MASKED_64
-    if config is _BACKWARD_LARGE[128] and pattern.is_scale_only and pattern.is_unmasked:
-        return _BACKWARD_JOINT_128
     return config
 
 

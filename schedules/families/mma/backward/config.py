@@ -22,6 +22,8 @@ _OTHER_REGISTERS = 32
 
 #: Rows of dq that a warp of the joint launch makes, if a tile of queries has so many.
 DQ_ROWS = 32
+#: Numbers that say where a block of the joint launch is: batch, head, and how many heads of the group it has behind it.
+PLACES = 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class LaunchConfig:
     its part of the columns.  ``paced``: operands of S and dP are loaded 16 columns at a time, where the compiler would
     load more of them earlier, and spill.  ``ahead``: a right operand is loaded one before its products, and none
     earlier.  ``early``: probabilities are made before the products of dP, beside which their exponentials can run.
-    ``joint``: the launch makes dq too.
+    ``joint``: the launch makes dq too, and a block tells the next one of every ``told_tiles`` tiles.
     """
 
     own_rows: int
@@ -45,11 +47,21 @@ class LaunchConfig:
     ahead: bool
     early: bool
     joint: bool = False
+    told_tiles: int = 1
 
     @property
-    def exchanges(self) -> bool:
-        """Whether warps leave what they make of scores in shared memory."""
-        return self.parts > 1 or self.joint
+    def exchange_slots(self) -> int:
+        """How many tiles of what they make of scores warps leave in shared memory: the joint launch reads one while the
+        next is written."""
+        return 2 if self.joint else 1 if self.parts > 1 else 0
+
+    @property
+    def number_slots(self) -> int:
+        """Tiles of queries whose numbers are in shared memory, where a step visits queries.
+
+        The joint launch reads those of the tile before beside what is fetched.
+        """
+        return self.num_stages + 2 if self.joint else self.num_stages
 
     @property
     def threads(self) -> int:
@@ -77,6 +89,8 @@ class Config:
     ahead, early, ahead_dq, early_dq: as in ``LaunchConfig``.
     joint: the launch for dk and dv makes dq too (:mod:`schedules.families.mma.backward.joint`), with five products in
         place of seven; fields of the launch for dq say nothing.
+    told_tiles: how often a block of the joint launch tells the next one what it has added, where it is to visit many
+        tiles.
     """
 
     block_n: int
@@ -98,13 +112,14 @@ class Config:
     ahead_dq: bool = False
     early_dq: bool = False
     joint: bool = False
+    told_tiles: int = 1
 
     @property
     def keys(self) -> LaunchConfig:
         """The launch for dk and dv."""
         return LaunchConfig(
             *(self.block_n, self.block_m, self.num_warps, self.num_stages, self.min_blocks_per_sm),
-            *(self.warps_per_tile, self.paced, self.ahead, self.early, self.joint),
+            *(self.warps_per_tile, self.paced, self.ahead, self.early, self.joint, self.told_tiles),
         )
 
     @property
@@ -155,6 +170,8 @@ def _refuse_joint(pattern: Pattern, config: Config, machine: Machine) -> Rejecte
         return Rejected("joint: it is for dense tensors, and operands that come by ldmatrix")
     columns, left = divmod(pattern.head_dim * config.block_m, min(DQ_ROWS, config.block_m) * config.num_warps)
     panel = panel_columns(pattern.head_dim, element_type(pattern.dtype))
+    if config.told_tiles < 1:
+        return Rejected(f"joint: told_tiles {config.told_tiles} must be at least 1")
     if left or columns % 16 or pattern.head_dim % columns or (columns % panel and panel % columns):
         return Rejected(f"joint: {config.num_warps} warps can't share tiles of {config.block_m} rows of dq evenly")
     return None
@@ -196,8 +213,11 @@ def _shared_memory(pattern: Pattern, config: LaunchConfig, transposed: bool, mac
     types = tensor_types(pattern)
     rows = config.own_rows + config.num_stages * config.step_rows
     asked = len(summed(pattern))
-    numbers = config.num_stages * config.step_rows * 2 if transposed else config.own_rows * 2 + asked * config.num_warps
-    exchanged = config.own_rows * config.step_rows if config.exchanges else 0
+    numbers = (
+        config.number_slots * config.step_rows * 2 if transposed else config.own_rows * 2 + asked * config.num_warps
+    )
+    numbers += config.num_warps + PLACES if config.joint else 0
+    exchanged = config.own_rows * config.step_rows * config.exchange_slots
     others = 4 * numbers
     if not transposed and learnt_tables(pattern):
         others += Slices(machine.fragment, config.step_rows).bytes(config.num_warps)

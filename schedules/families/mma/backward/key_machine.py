@@ -31,13 +31,17 @@ class KeyMachine(GradientMachine):
         # what lse adds to scores, and −delta
         self.numbers = pool.alloc((self.stages, 2, self.config.step_rows), "float32", align=16)
 
+    def numbers_in_use(self):
+        """Which of the queries' numbers are those of the tile in use."""
+        return self.use
+
     def shift(self, t, g, r, e):
         """What is added to the score of a register in powers of two."""
-        return self.numbers[self.use, 0, g * self.fragment.group + self.column + e]
+        return self.numbers[self.numbers_in_use(), 0, g * self.fragment.group + self.column + e]
 
     def start(self, t, g, r, e):
         """−delta of a register's query."""
-        return self.numbers[self.use, 1, g * self.fragment.group + self.column + e]
+        return self.numbers[self.numbers_in_use(), 1, g * self.fragment.group + self.column + e]
 
     @T.inline
     def prepare_starts(self):
@@ -81,18 +85,23 @@ class KeyMachine(GradientMachine):
         """
         self.wait(self.stages - 2)
         if masked:
-            thread: T.int32 = fresh("tid.x")
-            blind: T.int32 = 0
-            if thread < self.config.step_rows:
-                # this thread has written it
-                blind = T.Select(self.numbers[self.use, 0, thread] == T.float32(NEGATIVE_INFINITY), 1, 0)
-            some: T.int32 = T.cuda.syncthreads_or(blind)
-            if some != 0:
-                if blind != 0:
-                    self.clear_row(self.visited_tiles.scores, thread)
-                    self.clear_row(self.visited_tiles.gradients, thread)
-                T.cuda.cta_sync()
+            self.clear_blind()
         else:
+            T.cuda.cta_sync()
+
+    @T.inline
+    def clear_blind(self):
+        """All warps meet, then such rows of the tile in use are 0."""
+        thread: T.int32 = fresh("tid.x")
+        blind: T.int32 = 0
+        if thread < self.config.step_rows:
+            # this thread has written it
+            blind = T.Select(self.numbers[self.numbers_in_use(), 0, thread] == T.float32(NEGATIVE_INFINITY), 1, 0)
+        some: T.int32 = T.cuda.syncthreads_or(blind)
+        if some != 0:
+            if blind != 0:
+                self.clear_row(self.visited_tiles.scores, thread)
+                self.clear_row(self.visited_tiles.gradients, thread)
             T.cuda.cta_sync()
 
     @T.inline

@@ -90,7 +90,8 @@ class GradientMachine(GradientProducts, RowCopies):
         )
         tiles = [SharedTile(shared, *shape, element) for shape, element in shapes]
         self.own_tiles, self.visited_tiles = Sides(*tiles[:2]), Sides(*tiles[2:])
-        self.exchanged = SharedTile(shared, 1, R, M, self.types.v) if config.exchanges else None
+        slots = config.exchange_slots
+        self.exchanged = SharedTile(shared, slots, R, M, self.types.v) if slots else None
         if pool is None:
             self.place_shared(shared)
         shared.commit()
@@ -118,6 +119,10 @@ class GradientMachine(GradientProducts, RowCopies):
 
     def place_shared(self, pool):
         """Shared memory beside the tiles."""
+
+    def exchange(self, row, chunk):
+        """Shared address of a chunk of what warps leave to each other."""
+        return self.exchanged.address(row, chunk)
 
     def term_of(self, at, row):
         """Where lse and delta of a query of the block's sequence are, int64."""

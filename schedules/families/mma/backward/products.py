@@ -53,9 +53,7 @@ class GradientProducts(OperandsAhead):
             self.sync_sharing_warps()
             lane: T.int32 = fresh("tid.x") % 32
             chunks = T.meta_var(self.columns // self.exchanged.chunk)
-            taken_from: T.uint32 = self.exchanged.address(
-                self.warp_row + lane % 16, (1 - self.part) * chunks + lane // 16
-            )
+            taken_from: T.uint32 = self.exchange(self.warp_row + lane % 16, (1 - self.part) * chunks + lane // 16)
             for t in T.unroll(self.m_tiles):
                 for k in T.unroll(self.columns // 16):
                     i = T.meta_var(t * (self.s_stride // 2) + k * 4)
@@ -68,7 +66,7 @@ class GradientProducts(OperandsAhead):
         """This part's packed accumulators to the partner, once it has read what was there."""
         lane: T.int32 = fresh("tid.x") % 32
         chunks = T.meta_var(self.columns // self.exchanged.chunk)
-        first = T.meta_var(self.exchanged.address(self.warp_row + lane // 4, self.part * chunks))
+        first = T.meta_var(self.exchange(self.warp_row + lane // 4, self.part * chunks))
         to: T.uint32 = first + T.Cast("uint32", lane % 4 * 4)
         self.sync_sharing_warps()
         for t in T.unroll(self.m_tiles):
