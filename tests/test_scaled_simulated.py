@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,26 +37,37 @@ OWN = (
     ("sm_90a", "paged_e4m3", "bfloat16", _ALL),
 )
 HEAD_DIM = 64
+#: Numbers that the run time gives their launches: a warp that takes all splits of a sequence, a block that does, and
+#: the second launch for many splits.
+CHOICES = ({"wide": 0, "few": 1, "blocks": 1}, {"blocks": 1, "short": 0, "long": 1})
 #: Those of 16 bits are run on these: pages of several scales, rows of which the last 16 bytes aren't filled, none.
 BESIDE = ("pages of 24", "grouped heads", "many")
 
 
 @functools.cache
-def simulated(arch, kind, dtype, formula, folder, own=False):
-    """A kernel's entry, and what runs it; ``own``: in the form that Hopper alone has."""
+def simulated(arch, kind, dtype, formula, folder, own=False, wide_warps=8):
+    """A kernel's entry, and what runs it; ``own``: in the form that Hopper alone has, with blocks of ``wide_warps``."""
     template = family_of(Target(arch)).TEMPLATES[-1]
     spec = KernelSpec(template, BUILTIN_DEFINITION, *formula.split("-"), dtype, HEAD_DIM, HEAD_DIM, kind=kind)
-    place = folder / f"{arch}-{kind}-{dtype}-{formula}{'-own' * own}"
+    place = folder / f"{arch}-{kind}-{dtype}-{formula}{'-own' * own}-{wide_warps}"
     place.mkdir()
     changes = {}
     if arch == "sm_90a" and kind.startswith("paged_decode"):
-        changes = {"transposed": own}
+        changes = {"transposed": own, "wide_warps": wide_warps}
         if own and kind.endswith("int8"):  # a ring of which places have K and V in turn
             changes["num_stages"] = 3
     elif own:
         changes = {"configs": lambda *of: {0: paged_scaled.KINDS[kind].widened(*of)}}
     made = default_kernel(spec, arch, place, **changes)
-    return SimpleNamespace(entry=made.entry, compute=torch_cases.by_entry(made.entry, made.functions, "cpu"))
+    compute = torch_cases.by_entry(made.entry, made.functions, "cpu")
+    return SimpleNamespace(entry=made.entry, functions=made.functions, compute=compute)
+
+
+def chosen(kernel, numbers: dict[str, int]):
+    """The same kernel with other numbers in the place of the run time's."""
+    scalars = tuple(replace(x, value=numbers.get(x.name, x.value)) for x in kernel.entry.scalars)
+    entry = replace(kernel.entry, scalars=scalars)
+    return SimpleNamespace(entry=entry, compute=torch_cases.by_entry(entry, kernel.functions, "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +103,18 @@ def test_the_bits_of_what_a_cache_stands_for(kernel, folder):
         problem = problems[label]
         found, right = problem.run(kernel.compute, "cpu"), problem.unscaled(plain.compute, "cpu")
         assert all(map(np.array_equal, found, right)), label
+
+
+@pytest.mark.parametrize("numbers", CHOICES, ids=lambda x: "-".join(f"{n}{v}" for n, v in x.items()))
+@pytest.mark.parametrize("wide_warps", (8, 2))
+def test_which_warps_compute_a_split_makes_no_difference(folder, numbers, wide_warps):
+    """Tiles of a split in one go or in several; warps with columns for one product or for two."""
+    changes = () if wide_warps == 8 else (wide_warps,)
+    kernel = simulated("sm_90a", "paged_decode_int8", "float16", _FEW, folder, True, *changes)
+    assert kernel.entry.launches[2].when == "wide"
+    make, _ = scaled_trials.of_cache(kernel.entry)
+    own = scaled_trials.own_case(kernel.entry, kernel.entry.params, heads=2, kv_heads=1)
+    for page_size in (16, 12):  # in boxes, and row by row
+        problem = make(own, ((4, 90), (1, 700), (2, 2200)), page_size=page_size)  # up to 8 rows
+        found, right = (problem.run(x.compute, "cpu") for x in (chosen(kernel, numbers), kernel))
+        assert all(map(np.array_equal, found, right)), page_size

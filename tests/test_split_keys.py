@@ -25,6 +25,8 @@ def on_device(keys: int, function) -> int:
     return int(Analyzer().simplify(function(tirx.IntImm("int32", keys))))
 
 
+SCALED = "paged_decode_e4m3"
+
 #: Those of mma.sync, and of Hopper.
 LENGTHS = (split_keys.PAGED_SPLIT_LENGTHS, paged_decode.SPLIT_LENGTHS)
 
@@ -34,7 +36,7 @@ def test_a_table_has_room_for_the_splits_of_every_sequence_that_fits_it(split_le
     borders = [begin for begin, _ in split_lengths if begin]
     lengths = sorted({0, 1, 63, 64, 65, 100_000, *(b + d for b in borders for d in (-1, 0, 1, 77))})
     splits = {keys: on_device(keys, lambda n: split_keys.paged_split_count(n, split_lengths)) for keys in lengths}
-    most = split_keys._most_paged_splits(split_lengths)
+    most = split_keys.most_paged_splits(split_lengths)
     for table in lengths[1:]:
         room = evaluate(most, {"seqlen_kv": table})
         assert max(n for keys, n in splits.items() if keys <= table) <= room
@@ -113,11 +115,56 @@ def test_of_a_cache_of_8_bits_few_rows_have_a_kernel_of_their_own_where_it_has_t
     (config,) = kernels.default_configs("v2", pattern, target).values()
     assert kernels.feasible(pattern, config, target) is None
     program = kernels.program(pattern, config, target, v2.TRAVERSAL, "kernel")
-    has_both = head_dim <= 128 and score == "identity"
-    assert [x.when for x in program.launches] == (["more", "few", ""] if has_both else ["", ""])
-    for rows in (1, 8, 9, 64):
-        numbers = {x.name: evaluate(x.value, {"rows": rows}) for x in program.scalars}
-        assert numbers == ({"few": rows <= 8, "more": rows > 8} if has_both else {})
+    has_all = head_dim <= 128 and score == "identity"
+    if head_dim > 128:
+        assert [x.when for x in program.launches] == ["", ""] and not program.scalars
+        return
+    assert [x.when for x in program.launches] == ["more", *(["few", "wide"] if has_all else []), "short", "long"]
+    for batch, rows in ((1, 1), (1, 8), (64, 8), (1, 9), (64, 64)):
+        numbers = with_scalars(program, sizes.of(batch, 8 * rows, 1, 8, 8192, head_dim, head_dim))
+        is_few = has_all and rows <= 8
+        assert [numbers[n] for n in ("more", "few", "wide")] == [
+            not is_few,
+            is_few and batch > 1,
+            is_few and batch == 1,
+        ]
+
+
+def with_scalars(program, extents: dict[str, int]) -> dict[str, int]:
+    """Sizes, and the numbers that the run time gives a program's launches."""
+    found = dict(extents)
+    for scalar in program.scalars:
+        found[scalar.name] = evaluate(scalar.value, found)
+    return found
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("tokens", (1, 3))
+def test_warps_over_a_cache_of_8_bits_fill_the_machine_once_where_no_sequence_can_hold_it_up(head_dim, tokens):
+    target = Target("sm_90a")
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", "identity", "float16", head_dim, head_dim, kind=SCALED)
+    pattern = pattern_of(spec, target)
+    kernels = scaled_decode.KINDS[SCALED]
+    (config,) = kernels.default_configs("v2", pattern, target).values()
+    program = kernels.program(pattern, config, target, v2.TRAVERSAL, "kernel")
+    resident = 132 * config.few_blocks_per_sm
+    found = set()
+    for batch in (0, *BATCHES):
+        for room in (16, 512, 1024, 2048, 4096, 8192, 32768, 131072):
+            numbers = with_scalars(program, sizes.of(batch, 32, tokens, 8, room, head_dim, head_dim))
+            units, blocks = batch * 8, numbers["blocks"]
+            splits = evaluate(split_keys.most_paged_splits(split_keys.PAGED_SPLIT_LENGTHS), {"seqlen_kv": room})
+            assert sum(numbers[n] for n in ("more", "few", "wide")) == sum(numbers[n] for n in ("short", "long")) == 1
+            assert numbers["more"] == (tokens == 3)
+            assert 1 <= blocks <= splits
+            assert (units * splits <= 264 and tokens == 1) == numbers["wide"]
+            if blocks < min(splits, -(-8192 // max(1, units))):
+                assert resident - units < units * blocks <= resident
+                assert room <= 256 * blocks
+                found.add(batch)
+            found.add((numbers["wide"], numbers["long"]))
+    assert {(0, 0), (0, 1)} <= found
+    assert 64 in found
 
 
 BATCHES = (1, 2, 4, 5, 8, 12, 13, 20, 24, 32, 33, 34, 38, 40, 64, 70, 200, 3000)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -265,7 +264,7 @@ def _count_of_longer(lengths: SplitLengths):
     return count
 
 
-def _most_paged_splits(lengths: SplitLengths) -> tuple:
+def most_paged_splits(lengths: SplitLengths) -> tuple:
     """How many splits a sequence has at most that fits its row of the table, as an expression of the sizes."""
     ends = [(fewest, fewest // length) for (_, length), (fewest, _) in itertools.pairwise(lengths)]
     longest = ("ceildiv", "seqlen_kv", ("steps", "seqlen_kv", *lengths))
@@ -301,7 +300,7 @@ def parts_program(
     page_step: keys of which pages are meant to have multiples; others are computed as well.
     """
     units = ("*", "batch", "kv_heads" if packs else "heads")
-    splits = _most_paged_splits(lengths)
+    splits = most_paged_splits(lengths)
     runs = _runs_of_sequences(units, splits, "rows" if packs else "seqlen_q", resident, most_rows)
     rows = ("max", 1, ("*", "spread", "heads", "total_q"))
     results, where = ("o_partial", "sums_partial"), ("cu_seqlens_q", "seqlens_k")
@@ -327,7 +326,7 @@ def parts_program(
             Scalar("runs", runs),
             Scalar("spread", ("steps", "runs", (0, 1), (1, 0))),
         ),
-        max_rows=_most_rows(pattern, page_step),
+        max_rows=most_packed_rows(pattern, page_step),
     )
 
 
@@ -357,7 +356,7 @@ def _runs_of_sequences(
     return ("*", fit, on_an_axis, found)
 
 
-def _most_rows(pattern: Pattern, page_step: int) -> sizes.Expression:
+def most_packed_rows(pattern: Pattern, page_step: int) -> sizes.Expression:
     """Query rows that share a key up to which kernels over pages of multiples of ``page_step`` keys are meant."""
     most_rows = ("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern))
     if page_step == 1:
@@ -378,7 +377,7 @@ def paged_program(
 
     ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``.
     """
-    return _paged_program(pattern, name, (_Partial(partial),), ("page_table",), alignment, waits)
+    return _paged_program(pattern, name, partial, ("page_table",), alignment, waits)
 
 
 def _few_or_more(rows: sizes.Expression, few: int) -> tuple[Scalar, Scalar]:
@@ -389,54 +388,28 @@ def _few_or_more(rows: sizes.Expression, few: int) -> tuple[Scalar, Scalar]:
     )
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """A launch that leaves partial results: where ``when`` isn't 0, a number that it takes behind the scale."""
-
-    func: PrimFunc
-    when: str = ""
-
-    def launch(self, roles, params) -> ScheduledLaunch:
-        """With arguments of ``roles`` up to the scale, and ``params`` behind it."""
-        return ScheduledLaunch(self.func, (*roles, *((self.when,) if self.when else ()), *params), when=self.when)
-
-
-def scaled_program(
-    pattern: Pattern, partial: PrimFunc, few: tuple[PrimFunc, int] | None, name: str, *, alignment: int, waits: bool
-) -> Program:
-    """The launches over pages of a cache of 8 bits.
-
-    ``partial`` takes the scales behind the table.  If there is ``few``, a kernel for so many rows a key with the same
-    bits, a call that has no more has that in its place, and each takes a number, ``few`` or ``more``, behind the scale
-    of the softmax.
-    """
-    table = ("page_table", *SCALES)
-    if few is None:
-        return _paged_program(pattern, name, (_Partial(partial),), table, alignment, waits)
-    func, rows = few
-    scalars = _few_or_more("rows", rows)
-    partials = (_Partial(partial, "more"), _Partial(func, "few"))
-    return _paged_program(pattern, name, partials, table, alignment, waits, scalars)
+def scaled_program(pattern: Pattern, partial: PrimFunc, name: str, *, alignment: int, waits: bool) -> Program:
+    """The launches over pages of a cache of 8 bits: ``partial`` takes the scales behind the table."""
+    return _paged_program(pattern, name, partial, ("page_table", *SCALES), alignment, waits)
 
 
 def _paged_program(
     pattern: Pattern,
     name: str,
-    partials: tuple[_Partial, ...],
+    partial: PrimFunc,
     table: tuple[str, ...],
     alignment: int,
     waits: bool,
-    scalars: tuple[Scalar, ...] = (),
 ) -> Program:
     rows = ("*", "heads", "total_q")
-    splits = _most_paged_splits(PAGED_SPLIT_LENGTHS)
+    splits = most_paged_splits(PAGED_SPLIT_LENGTHS)
     results, where = ("o_partial", "lse_partial"), ("cu_seqlens_q", "seqlens_k")
     params = tuple(p.name for p in pattern.params)
     combining = combine_ragged(pattern, paged_split_count, f"{name}_combine", alignment, waits)
     return Program(
         "forward",
         (
-            *(x.launch(("q", "k", "v", *results, *where, *table, "softmax_scale"), params) for x in partials),
+            ScheduledLaunch(partial, ("q", "k", "v", *results, *where, *table, "softmax_scale", *params)),
             ScheduledLaunch(combining, (*results, "o", "lse", *where, *Sinks(pattern).roles)),
         ),
         "tirx",
@@ -446,8 +419,7 @@ def _paged_program(
             Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
             Workspace("lse_partial", "float32", (rows, splits)),
         ),
-        scalars=scalars,
-        max_rows=_most_rows(pattern, 1),
+        max_rows=most_packed_rows(pattern, 1),
     )
 
 
@@ -479,7 +451,7 @@ def latent_program(
     """
     rows = ("*", "heads", "total_q")
     is_asked = ("steps", "split_length", (0, 0), (1, 1))
-    by_keys = ("*", ("steps", "split_length", (0, 1), (1, 0)), _most_paged_splits(lengths))
+    by_keys = ("*", ("steps", "split_length", (0, 1), (1, 0)), most_paged_splits(lengths))
     by_length = ("*", is_asked, ("ceildiv", "seqlen_kv", ("max", 1, "split_length")))
     splits = ("max", 1, ("+", by_keys, by_length))
     doublings = ((block_n << n, n + 1) for n in range((MOST_SPLIT // block_n).bit_length()))

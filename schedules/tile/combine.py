@@ -11,6 +11,8 @@ rows as that leaves groups for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -38,7 +40,46 @@ BLOCKS_PER_SM = 4
 
 
 #: Groups that share a row of a ragged sequence at most.
-_SHARING = 4
+SHARING = 4
+
+
+def weight_of(lse: Expr, peak: Expr) -> Expr:
+    """What a part with such a log-sum-exp counts, relative to the highest one."""
+    return T.exp2((lse - peak) * T.float32(LOG2_E))
+
+
+def weighted(weight: Expr, value: Expr) -> Expr:
+    """A part's share of an output; what a split that sees nothing has left there may be anything."""
+    return T.Select(weight == T.float32(0), T.float32(0), weight * value)
+
+
+def inverse_of(total: Expr) -> Expr:
+    """1 / the sum of weights; 0 of a row that saw nothing."""
+    return T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
+
+
+def log_sum_exp(peak: Expr, total: Expr) -> Expr:
+    """That of all parts, of the highest one and the sum of their weights."""
+    return peak + T.log2(total) * T.float32(LN_2)
+
+
+def sink_of(pattern: Pattern, symbols, b: Expr, h: Expr) -> Expr:
+    """The logit without a key of a batch entry and head, of parameters by name."""
+    params = (p for p in pattern.params if pattern.is_of_sink(p))
+    values = {p.name: OfHead(symbols[p.name], p.axes).value(b, h) if p.axes else symbols[p.name] for p in params}
+    return pattern.sink(Site(b, h, *[T.int32(0)] * 5, T.float32(1), values))
+
+
+@T.inline
+def store_columns(o: Tensor, head_dim_v, place, values, factor):
+    """Write ``factor`` times four values of a row at batch, head, position and column of o."""
+    packed = T.alloc_local([2], "uint32")
+    pack = T.meta_var(element_type(str(o.buffer.dtype)).pack)
+    for x in T.unroll(2):
+        T.ptx[pack](packed[x], values[2 * x + 1] * factor, values[2 * x] * factor)
+    to = T.meta_var(flat(o.buffer))
+    if place[3] < head_dim_v:
+        T.ptx["st.global.v2.b32"](to.ptr_to([o.offset(*place)]), packed[0], packed[1])
 
 
 @T.meta_class
@@ -50,17 +91,13 @@ class Sinks:
 
     def __init__(self, pattern: Pattern):
         self.pattern = pattern
-        self.params = tuple(p for p in pattern.params if pattern.is_of_sink(p))
-        self.roles = tuple(p.name for p in self.params)
-        self.arguments, self.symbols = parameter_symbols(self.params, pattern.index_dtype)
+        params = tuple(p for p in pattern.params if pattern.is_of_sink(p))
+        self.roles = tuple(p.name for p in params)
+        self.arguments, self.symbols = parameter_symbols(params, pattern.index_dtype)
 
     def of(self, b: Expr, h: Expr) -> Expr:
         """The logit of a batch entry and head."""
-        values = {
-            p.name: OfHead(self.symbols[p.name], p.axes).value(b, h) if p.axes else self.symbols[p.name]
-            for p in self.params
-        }
-        return self.pattern.sink(Site(b, h, *[T.int32(0)] * 5, T.float32(1), values))
+        return sink_of(self.pattern, self.symbols, b, h)
 
 
 @T.meta_class
@@ -121,13 +158,7 @@ class Partials:
     @T.inline
     def store(self, row, place, lane, values, factor, lse):
         """The same at batch, head, position and column of o."""
-        packed = T.alloc_local([2], "uint32")
-        pack = T.meta_var(element_type(str(self.o.buffer.dtype)).pack)
-        for x in T.unroll(2):
-            T.ptx[pack](packed[x], values[2 * x + 1] * factor, values[2 * x] * factor)
-        to = T.meta_var(flat(self.o.buffer))
-        if place[3] < self.head_dim_v:
-            T.ptx["st.global.v2.b32"](to.ptr_to([self.o.offset(*place)]), packed[0], packed[1])
+        store_columns(self.o, self.head_dim_v, place, values, factor)
         if T.And(lane == 0, wide(self.lse_length) >= wide(self.rows)):
             self.lse[row] = lse
 
@@ -159,7 +190,7 @@ class RaggedPartials(Partials):
         self.split_count = split_count
 
     def sharing(self, groups: int):
-        return T.int32(min(groups, _SHARING))
+        return T.int32(min(groups, SHARING))
 
     def splits_of(self, row):
         return T.int32(0)
@@ -185,6 +216,26 @@ class RaggedPartials(Partials):
         )
 
 
+@dataclass(frozen=True)
+class Shape:
+    """How the launch is shaped: ``threads`` of a block, and splits that a thread has on the way (``ahead``)."""
+
+    threads: int = THREADS
+    ahead: int = AHEAD
+
+
+#: For many splits of few rows, whose sums wait for memory again and again: 256 splits of 32 rows take an H200 4.5 us,
+#: and 7 otherwise.
+LONG = Shape(threads=128, ahead=16)
+
+
+@T.inline
+def _share_peak(span, peak):
+    """``peak`` becomes the largest of ``span`` lanes."""
+    for step in T.unroll(span.bit_length() - 1):
+        peak = T.max(peak, from_lane(peak, 1 << step))
+
+
 @T.inline
 def _largest(lse, first, splits, lane, span, value, peak):
     """``peak`` becomes the largest log-sum-exp of a row's splits, ``lse[first ...]``, in each of ``span`` lanes.
@@ -196,8 +247,21 @@ def _largest(lse, first, splits, lane, span, value, peak):
         if split < splits:
             T.ptx["ld.global.f32"](value[0], lse.ptr_to([first + wide(split)]))
             peak = T.max(peak, value[0])
-    for step in T.unroll(span.bit_length() - 1):
-        peak = T.max(peak, from_lane(peak, 1 << step))
+    _share_peak(span, peak)
+
+
+@T.inline
+def _largest_ahead(lse, first, splits, lane, span, value, ahead, peak):
+    """The same with ``ahead`` loads on the way at a time."""
+    for i in T.serial(ceildiv(splits, span * ahead)):
+        for a in T.unroll(ahead):
+            split: T.int32 = (i * ahead + a) * span + lane
+            value[a] = T.float32(LOWEST)
+            if split < splits:
+                T.ptx["ld.global.f32"](value[a], lse.ptr_to([first + wide(split)]))
+        for a in T.unroll(ahead):
+            peak = T.max(peak, value[a])
+    _share_peak(span, peak)
 
 
 def combine(pattern: Pattern, traversal: Traversal, name: str, alignment: int, waits: bool) -> PrimFunc:
@@ -214,7 +278,9 @@ def combine(pattern: Pattern, traversal: Traversal, name: str, alignment: int, w
 
     @T.prim_func(check_well_formed=False)
     def kernel(o_partial: T.handle, lse_partial: T.handle, o: T.handle, lse: T.handle):
-        _combine(pattern, Partials(pattern, traversal, (o_partial, lse_partial, o, lse), alignment), waits, sinks)
+        _combine(
+            pattern, Partials(pattern, traversal, (o_partial, lse_partial, o, lse), alignment), waits, sinks, Shape()
+        )
 
     return append_arguments(kernel.with_attr("global_symbol", name), sinks.arguments)
 
@@ -233,7 +299,13 @@ class FurtherPartials(RaggedPartials):
 
 
 def combine_ragged(
-    pattern: Pattern, split_count, name: str, alignment: int, waits: bool, partials: type = RaggedPartials
+    pattern: Pattern,
+    split_count,
+    name: str,
+    alignment: int,
+    waits: bool,
+    partials: type = RaggedPartials,
+    shape: Shape = Shape(),
 ) -> PrimFunc:
     """``(o_partial, lse_partial, o, lse, cu_seqlens_q, seqlens_k, *sinks)``: the same of ragged sequences.
 
@@ -254,17 +326,18 @@ def combine_ragged(
         seqlens_k: T.handle,
     ):
         handles = T.meta_var(((o_partial, lse_partial, o, lse), (cu_seqlens_q, seqlens_k)))
-        _combine(pattern, partials(pattern, *handles, split_count, alignment), waits, sinks)
+        _combine(pattern, partials(pattern, *handles, split_count, alignment), waits, sinks, shape)
 
     return append_arguments(kernel.with_attr("global_symbol", name), sinks.arguments)
 
 
 @T.inline
-def _combine(pattern: Pattern, at, waits, sinks: Sinks):
+def _combine(pattern: Pattern, at, waits, sinks: Sinks, shape: Shape):
     """The kernel's text."""
+    ahead = T.meta_var(shape.ahead)
     columns = T.meta_var(pattern.head_dim_v)
     lanes = T.meta_var(1 << (-(-columns // COLUMNS) - 1).bit_length())  # of a group, a power of two
-    groups = T.meta_var(THREADS // lanes)
+    groups = T.meta_var(shape.threads // lanes)
     # 1. Which row of the block a thread's group belongs to.
     sharing = T.bind(at.sharing(groups))
     rows_of_block = T.bind(T.truncdiv(T.int32(groups), sharing))
@@ -273,12 +346,12 @@ def _combine(pattern: Pattern, at, waits, sinks: Sinks):
     parts = T.meta_var(flat(at.partial.o))
     logs = T.meta_var(flat(at.partial.lse))
     block = T.cta_id([ceildiv(at.rows, rows_of_block)])
-    thread = T.thread_id([THREADS])
+    thread = T.thread_id([shape.threads])
     acc_shared = T.alloc_shared([groups * lanes * COLUMNS], "float32")
     sum_shared = T.alloc_shared([groups], "float32")
     acc = T.alloc_local([COLUMNS], "float32")
-    words = T.alloc_local([AHEAD * COLUMNS], "uint32")
-    weight = T.alloc_local([AHEAD], "float32")
+    words = T.alloc_local([ahead * COLUMNS], "uint32")
+    weight = T.alloc_local([ahead], "float32")
     group: T.int32 = T.truncdiv(thread, lanes)
     lane: T.int32 = T.truncmod(thread, lanes)
     column: T.int32 = lane * COLUMNS
@@ -297,30 +370,32 @@ def _combine(pattern: Pattern, at, waits, sinks: Sinks):
         at.look_up_sink(sinks, row, T.truncmod(thread, 32), sink)
         peak = T.max(peak, sink)
     span = T.meta_var(min(lanes, 32))
-    _largest(logs, first, splits, T.truncmod(thread, span), span, weight, peak)
+    if ahead == AHEAD:
+        _largest(logs, first, splits, T.truncmod(thread, span), span, weight, peak)
+    else:
+        _largest_ahead(logs, first, splits, T.truncmod(thread, span), span, weight, ahead, peak)
     # 3. Each group sums its splits, weighted.
     total: T.float32 = T.float32(0)
     for x in T.unroll(COLUMNS):
         acc[x] = T.float32(0)
-    for i in T.serial(T.truncdiv(splits - member + (sharing * AHEAD - 1), sharing * AHEAD)):
-        for a in T.unroll(AHEAD):
-            split: T.int32 = member + (i * AHEAD + a) * sharing
+    for i in T.serial(T.truncdiv(splits - member + (sharing * ahead - 1), sharing * ahead)):
+        for a in T.unroll(ahead):
+            split: T.int32 = member + (i * ahead + a) * sharing
             weight[a] = T.float32(0)
             for x in T.unroll(COLUMNS):
                 words[a * COLUMNS + x] = T.uint32(0)
             if T.And(split < splits, column < columns):
                 T.ptx["ld.global.f32"](weight[a], logs.ptr_to([first + wide(split)]))
-                weight[a] = T.exp2((weight[a] - peak) * T.float32(LOG2_E))
+                weight[a] = weight_of(weight[a], peak)
                 T.ptx["ld.global.v4.b32"](
                     *[words[a * COLUMNS + x] for x in range(COLUMNS)],
                     parts.ptr_to([(first + wide(split)) * columns + wide(column)]),
                 )
-        for a in T.unroll(AHEAD):
+        for a in T.unroll(ahead):
             total = total + weight[a]
             for x in T.unroll(COLUMNS):
                 value = T.meta_var(T.reinterpret("float32", words[a * COLUMNS + x]))
-                # what a split that sees nothing has left there may be anything
-                acc[x] = acc[x] + T.Select(weight[a] == T.float32(0), T.float32(0), weight[a] * value)
+                acc[x] = acc[x] + weighted(weight[a], value)
     for x in T.unroll(COLUMNS):
         acc_shared[thread * COLUMNS + x] = acc[x]
     if lane == 0:
@@ -337,6 +412,6 @@ def _combine(pattern: Pattern, at, waits, sinks: Sinks):
                 for x in T.unroll(COLUMNS):
                     acc[x] = acc[x] + acc_shared[(thread + g * lanes) * COLUMNS + x]
         if pattern.has_sink:
-            total = total + T.exp2((sink - peak) * T.float32(LOG2_E))
-        inverse: T.float32 = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
-        at.write(row, column, lane, acc, inverse, peak + T.log2(total) * T.float32(LN_2))
+            total = total + weight_of(sink, peak)
+        inverse: T.float32 = inverse_of(total)
+        at.write(row, column, lane, acc, inverse, log_sum_exp(peak, total))

@@ -46,11 +46,11 @@ class PackedRows:
 
     def offset(self, row: Expr, column: Expr) -> Expr:
         """Elements of the flat tensor before a column of a row."""
-        return self.tensor.offset(self.batch, self.head_of(row), self._at(row), column)
+        return self.tensor.offset(self.batch, self.head_of(row), self.place(row), column)
 
     def output_offset(self, output: Tensor, row: Expr, column: Expr) -> Expr:
         """The same of the output, which has rows in the same order."""
-        return output.offset(self.batch, self.head_of(row), self._at(row), column)
+        return output.offset(self.batch, self.head_of(row), self.place(row), column)
 
     def moved(self, cursor: Expr, row: Expr, distance: Expr) -> Expr:
         """Offset of the row ``distance`` rows from ``row``, whose own is ``cursor``."""
@@ -58,9 +58,10 @@ class PackedRows:
 
     def number(self, geometry: Geometry, row: Expr) -> Expr:
         """Number of a row among all of the output in the order (batch, heads, seqlen_q), int64."""
-        return geometry.lse_offset(self.batch, self.head_of(row), self._at(row))
+        return geometry.lse_offset(self.batch, self.head_of(row), self.place(row))
 
-    def _at(self, row: Expr) -> Expr:
+    def place(self, row: Expr) -> Expr:
+        """Where the query of a row is in the tensor."""
         return Sequence(self.begin, self.seqlen).at(self.position(row))
 
     def at(self, batch: Expr, head: Expr) -> PackedRows:

@@ -108,10 +108,15 @@ class OnlineSoftmax(ScoreTile):
     def advance(self, first=0):
         """New references from the rows' ``peak``; the sum follows here, the output by ``rescale``."""
         for i in T.unroll(2 * first, 2 * self.m_tiles):
-            self.peak[i] = T.max(T.ceil(self.peak[i] * self.scale), self.row_max[i])
-            self.correction[i] = T.exp2(self.row_max[i] - self.peak[i])
-            self.row_max[i] = self.peak[i]
+            self.raise_reference(i)
             self.row_sum[i] = self.row_sum[i] * self.correction[i]
+
+    @T.inline
+    def raise_reference(self, i):
+        """The reference of a row from its ``peak``."""
+        self.peak[i] = T.max(T.ceil(self.peak[i] * self.scale), self.row_max[i])
+        self.correction[i] = T.exp2(self.row_max[i] - self.peak[i])
+        self.row_max[i] = self.peak[i]
 
     @T.inline
     def exponentials(self, S, group, count, scale, first=0):

@@ -23,7 +23,7 @@ _INSTRUCTIONS = {
     r"exit;": "simt::leave();",
     r"setmaxnreg\.|griddepcontrol\.": "",  # blocks and launches run one after the other
     # Loads, stores, cp.async.
-    r"ld\.shared::cluster\.v2": "simt::load2_of_cluster({0}, {1}, {2} + {offset});",
+    r"ld\.shared(::cluster)?\.v2\.f32 ": "simt::load2_of_cluster({0}, {1}, {2} + {offset});",
     r"mapa\.shared::cluster\.u32 ": "{0} = simt::map_to_rank({1}, {2});",
     r"ld\.shared\.b32 ": "simt::load1({0}, {1} + {offset});",
     r"ld\.shared\.v2": "simt::load2({0}, {1}, {2} + {offset});",
@@ -78,8 +78,12 @@ _INSTRUCTIONS = {
     r".*LAB_WAIT:.*mbarrier\.try_wait\.parity\.": "simt::mbarrier_wait({0}, {1});",
     # Bulk copies.
     r"cp\.async\.bulk\.prefetch\.L2\.global ": "",
+    # The last operand of one with a policy of the L2 cache is that.
     r"cp\.async\.bulk\.tensor\.\dd\.shared::(cluster|cta)\.global(\.tile)?\.mbarrier::complete_tx::bytes \[": (
         "simt::load_box({last}, *(const CUtensorMap*){1}, {0}, {{{middle2}}});"
+    ),
+    r"cp\.async\.bulk\.tensor\.\dd\.shared::cluster\.global\.mbarrier::complete_tx::bytes\.L2::cache_hint \[": (
+        "simt::load_box({before_last}, *(const CUtensorMap*){1}, {0}, {{{middle2_before_last}}});"
     ),
     r"cp\.async\.bulk\.tensor\.\dd\.global\.shared::cta(\.tile)?\.bulk_group \[": (
         "simt::store_box(*(const CUtensorMap*){0}, {last}, {{{middle1}}}, false);"
@@ -145,9 +149,11 @@ def _names(text: str, operands: Sequence[str]) -> dict[str, object]:
     return {
         "offset": int((re.search(_OFFSET, text) or [0, ""])[1] or 0),
         "last": operands[-1] if operands else "",
+        "before_last": operands[-2] if len(operands) > 1 else "",
         "rest1": listed(operands[1:]),
         "middle1": listed(operands[1:-1]),
         "middle2": listed(operands[2:-1]),
+        "middle2_before_last": listed(operands[2:-2]),
         "targets": listed([f"&{name}" for name in operands[:-1]]),
     }
 

@@ -20,6 +20,7 @@
 #include "instructions.h"
 
 dim3 threadIdx, blockIdx, gridDim, clusterDim;
+static unsigned row_threads;  // threads of a block along x
 
 namespace simt {
 
@@ -324,7 +325,7 @@ static bool run_warp(Block& own, const int* threads) {
     t.wait.place = nullptr;
     moved = true;
     own.current = threads[l];
-    threadIdx = dim3(threads[l]);
+    threadIdx = dim3(threads[l] % row_threads, threads[l] / row_threads);
     own.scheduler.leave_for(t.fiber);
     own.current = -1;
     if (own.failure) std::rethrow_exception(own.failure);
@@ -376,21 +377,22 @@ static void run_cluster(const std::vector<int>& order) {
 }
 
 void run(dim3 grid, dim3 size, dim3 of_cluster, size_t shared_bytes, std::function<void()> body) {
-  if (size.x % kWarp || size.y != 1 || size.z != 1) TVM_FFI_THROW(RuntimeError) << "a block of " << size.x << " threads";
+  if (size.x % kWarp || (size.y != 1 && size.x != kWarp) || size.z != 1)
+    TVM_FFI_THROW(RuntimeError) << "a block of " << size.x << " times " << size.y << " threads";
   if (grid.y > 65535 || grid.z > 65535) TVM_FFI_THROW(RuntimeError) << "a grid of " << grid.y << " times " << grid.z << " rows";
   unsigned blocks = of_cluster.x * of_cluster.y * of_cluster.z;
   if (blocks > 16 || grid.x % of_cluster.x || grid.y % of_cluster.y || grid.z % of_cluster.z)
     TVM_FFI_THROW(RuntimeError) << "clusters of " << blocks << " blocks, in which the grid isn't whole";
-  gridDim = grid, clusterDim = of_cluster;
+  gridDim = grid, clusterDim = of_cluster, row_threads = size.x;
   Cluster own;
   own.blocks.resize(blocks);
   for (Block& each : own.blocks) {
     each.body = body;
-    each.threads.resize(size.x);
+    each.threads.resize(size.x * size.y);
     for (Thread& t : each.threads) t.stack.reset(new char[kStack]);
     for (auto& make : Unit::kinds()) each.units.push_back(make());
   }
-  std::vector<int> order = turns(size.x);
+  std::vector<int> order = turns(size.x * size.y);
   struct Current {
     Current(Cluster& own) { cluster = &own; }
     ~Current() { cluster = nullptr, block = nullptr; }

@@ -190,6 +190,8 @@ class BlockMachine(RowCopies):
     """
 
     softmax_type = OnlineSoftmax
+    #: The queries, as threads copy them.
+    of_queries = Matrix
     #: Rows on pages as threads copy them.
     on_pages = PagedMatrix
     #: Whether the pages of keys are looked up a tile ahead; that takes more than one stage.
@@ -233,7 +235,7 @@ class BlockMachine(RowCopies):
         )
         pool.commit()
         if isinstance(sources[1], PagedRows):
-            self.q = Matrix(sources[0], tiles_of[0], self.threads, thread)
+            self.q = self.of_queries(sources[0], tiles_of[0], self.threads, thread)
             self.k = self.on_pages(sources[1], tiles_of[1], self.threads, thread, None, self.looks_ahead)
             self.v = self.on_pages(sources[2], tiles_of[2], self.threads, thread, self.k, self.looks_ahead)
         else:

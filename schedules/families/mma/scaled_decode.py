@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from schedules.definition.parameters import append_arguments
 from schedules.definition.pattern import Pattern
 from schedules.families import split_keys
 from schedules.families.interface import PAGED_DECODE_SCALED, Program, Rejected, Target
@@ -23,13 +21,9 @@ from schedules.tile.partial import PartialResults
 from schedules.tile.tile_scheduler import Traversal
 
 
-def partial(
-    pattern: Pattern, config, name: str, machine_type, packs: bool, early: bool, attend=attend_splits, when: str = ""
-) -> PrimFunc:
+def partial(pattern: Pattern, config, name: str, machine_type, packs: bool, early: bool) -> PrimFunc:
     """``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, k_scale, v_scale, softmax_scale,
     *params)``; else as without scales.
-
-    ``attend`` is the body.  ``when``: a number that is taken behind ``softmax_scale``, if any.
     """
 
     def make(values):
@@ -50,10 +44,9 @@ def partial(
             handles = T.meta_var(((q, k, v), (cu_seqlens_q, seqlens_k, page_table), (k_scale, v_scale)))
             geometry = ScaledGeometry(pattern, *handles, softmax_scale, values, ALIGNMENT, machine_type.cache)
             results = PartialResults((o_partial, lse_partial), pattern.head_dim_v)
-            attend(pattern, config, machine_type, geometry, results, packs, early)
+            attend_splits(pattern, config, machine_type, geometry, results, packs, early)
 
-        named = attention.with_attr("global_symbol", name)
-        return append_arguments(named, [tirx.Var(when, "int32")]) if when else named
+        return attention.with_attr("global_symbol", name)
 
     return parameterised(pattern, make)
 
@@ -86,7 +79,7 @@ class ScaledDecoding(PagedDecoding):
         """The two launches."""
         machine = over(self.machine, self.cache, target.arch)
         func = partial(pattern, config, name, machine, not pattern.depends_on_head, self.early)
-        return split_keys.scaled_program(pattern, func, None, name, alignment=ALIGNMENT, waits=self.early)
+        return split_keys.scaled_program(pattern, func, name, alignment=ALIGNMENT, waits=self.early)
 
 
 #: By head_dim, the first that is large enough.

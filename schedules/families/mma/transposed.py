@@ -38,6 +38,11 @@ __forceinline__ __device__ unsigned int across(unsigned int pair) {
 """
 
 
+def across(pair):
+    """Two 16-bit elements of a row of a matrix of 8 x 8, of which this lane has two of a column."""
+    return T.cuda.func_call("across", pair, source_code=_ACROSS, return_type="uint32")
+
+
 @T.meta_class
 class TransposedSoftmax(PackedSoftmax):
     """The softmax on packed rows whose keys are in the rows of an accumulator.
@@ -235,26 +240,36 @@ class TransposedDecodeMachine(ScaledDecodeMachine):
             for e in T.unroll(2):
                 s = T.meta_var(t * self.s_stride + k * 4 + e)
                 self.pack_pair(self.pair, 0, self.S[s], self.S[s + 2])
-                self.P[t * 2 + e] = T.cuda.func_call("across", self.pair[0], source_code=_ACROSS, return_type="uint32")
+                self.P[t * 2 + e] = across(self.pair[0])
 
     @T.inline
     def accumulate(self, k, first=0):
         """O^T += V^T P^T for the k-th 16 keys of the tile in use."""
         v_from: T.uint32 = self.v_from + T.Cast("uint32", self.use * self.v_tile.stage_bytes)
-        for x in T.unroll(4):
-            key = T.meta_var(k * 16 + x // 2 * 8 + x % 2)
-            self.load_scale(self.value_scales, x, 1, key + self.lane % 4 * 2)
+        self.load_value_scales(k)
         for n in T.unroll(self.head_dim_v // 32):
             T.ptx[LOAD_TRANSPOSED](*[self.words[x] for x in range(4)], self.v_tile.at(v_from, k * 16, n * 2))
             T.cuda.warp_sync()
             for half in T.unroll(2):
-                for keys in T.unroll(2):
-                    word = T.meta_var(self.words[half * 2 + keys])
-                    self.widen_word(word, lambda x, keys=keys: self.value_scales[keys * 2 + x // 2])
-                    self.pack_pair(self.A, keys * 2, self.floats[0], self.floats[2])
-                    self.pack_pair(self.A, keys * 2 + 1, self.floats[1], self.floats[3])
+                self.widen_values(half)
                 for t in T.unroll(self.m_tiles):
                     self.multiply_left(self.O, t * self.o_stride + (n * 2 + half) * 4, self.P, t * 2)
+
+    @T.inline
+    def load_value_scales(self, k):
+        """Those of this lane's keys of the k-th 16 keys of the tile in use."""
+        for x in T.unroll(4):
+            key = T.meta_var(k * 16 + x // 2 * 8 + x % 2)
+            self.load_scale(self.value_scales, x, 1, key + self.lane % 4 * 2)
+
+    @T.inline
+    def widen_values(self, half):
+        """The left operand of 16 of the 32 columns whose words have been loaded."""
+        for keys in T.unroll(2):
+            word = T.meta_var(self.words[half * 2 + keys])
+            self.widen_word(word, lambda x, keys=keys: self.value_scales[keys * 2 + x // 2])
+            self.pack_pair(self.A, keys * 2, self.floats[0], self.floats[2])
+            self.pack_pair(self.A, keys * 2 + 1, self.floats[1], self.floats[3])
 
     def output_column(self, group):
         """First output column of a register group, counted from the first of this lane's."""

@@ -12,6 +12,8 @@ from schedules.tile.sequences import Sequence
 
 _LOAD = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 _STORE = "cp.async.bulk.tensor.{}d.global.shared::cta.tile.bulk_group"
+#: The policy of the L2 cache under which what was read goes first, as CUTLASS has it (``EVICT_FIRST``).
+_READ_ONCE = T.uint64(0x12F0000000000000)
 _SWIZZLE_128B = 3
 #: By the bytes of a panel's row.
 _SWIZZLES = {32: 1, 64: 2, 128: _SWIZZLE_128B}
@@ -153,6 +155,12 @@ def load_panel(shared, descriptor, panel, at, barrier):
 def load_box(shared, descriptor, at, barrier):
     """The same of a box whose first coordinate isn't a panel's."""
     T.ptx[_LOAD.format(len(at))](shared, T.address_of(descriptor), *at, barrier)
+
+
+@T.inline
+def load_box_once(shared, descriptor, at, barrier):
+    """The same of a box that nobody else reads: what it displaces from the L2 cache is itself."""
+    T.ptx[_LOAD.format(len(at)) + ".L2::cache_hint"](shared, T.address_of(descriptor), *at, barrier, _READ_ONCE)
 
 
 @T.inline
