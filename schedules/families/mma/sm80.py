@@ -234,7 +234,8 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
     if target.arch == "sm_80" and pattern.is_scale_only and pattern.narrows:
         if config is _BACKWARD_LARGE[128]:
             return _BACKWARD_JOINT[128]
-        if config is _BACKWARD_LARGE[64] and not pattern.is_unmasked:
+        # of head_dim 32 the warps can't share dq evenly
+        if config is _BACKWARD_LARGE[64] and pattern.head_dim > 32 and not pattern.is_unmasked:
             return _BACKWARD_JOINT[64]
     if config is _BACKWARD_LARGE[64] and not pattern.is_unmasked:
         return _BACKWARD_MASKED_64
