@@ -8,7 +8,12 @@ import pytest
 from schedules.definition.check import check
 from schedules.definition.errors import DefinitionError
 from schedules.definition.flex import from_flex
+from schedules.definition.pattern import match
+from schedules.families import cpu
+from schedules.families.interface import Target
+from schedules.templates import v2
 from tests import oracle
+from tests.cpu_kernels import compile_for, runnable_isas
 from tvm_flash import reference
 
 torch = pytest.importorskip("torch")
@@ -116,10 +121,15 @@ def last_key_or_own(b, h, q_idx, kv_idx):
     return (LAST[q_idx] == kv_idx) | (q_idx - kv_idx == LIMIT) | ((LAST[kv_idx] != q_idx) & (kv_idx < q_idx))
 
 
+def differing_twice(b, h, q_idx, kv_idx):
+    near = (q_idx - kv_idx).clamp(-3, 3) == h
+    return ((kv_idx * 2 != 8) ^ near) ^ ((torch.minimum(q_idx - 8, b) == h) | (kv_idx == 11))
+
+
 MASKS = (causal, prefix, window, dilated, neighbourhood, by_batch_and_head, joined)
 MASKS += (documents, documents_of_each_entry, given_mask, up_to_a_limit)
 MASKS += (truth_values_computed_with, whole_powers_and_truth_of_integers, negative_numbers)
-MASKS += (sixteen_bits_beside_a_number, tables_of_a_list, up_to, last_key_or_own)
+MASKS += (sixteen_bits_beside_a_number, tables_of_a_list, up_to, last_key_or_own, differing_twice)
 
 # ---------------------------------------------------------------- scores
 
@@ -257,6 +267,17 @@ def test_a_definition_says_what_flex_attention_does(score, mask):
     got = oracle.operator(definition, "forward", HEAD_DIM, HEAD_DIM)(q=q, k=k, v=v, softmax_scale=SCALE, **values)
     np.testing.assert_allclose(got.o, want, atol=2e-6, rtol=0)
     np.testing.assert_allclose(got.lse, want_lse, atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
+def test_masks_that_differ_from_one_another_are_vectors_on_processors(isa):
+    """TVM's analysis of integers fails at vectors of bools that were cast to them."""
+    pattern, target = (
+        match(from_flex(None, differing_twice)(64, "float32", index_dtype=cpu.INDEX_DTYPE)),
+        Target("cpu", isa),
+    )
+    (config, *_) = cpu.default_configs("v2", pattern, target).values()
+    assert compile_for(isa, cpu.program(pattern, config, target, v2.TRAVERSAL, "kernel"))
 
 
 def test_a_tensor_read_where_the_score_is_has_axes_and_others_are_tables():

@@ -129,7 +129,10 @@ class Tir(Language):
     def cast(self, value, kind):
         if kind == "bool":
             return tirx.NE(value, tirx.const(0, value.ty.dtype))
-        return T.Cast("float32" if kind == "float" else str(self._at.i.ty.dtype), value)
+        dtype = "float32" if kind == "float" else str(self._at.i.ty.dtype)
+        if str(value.ty.dtype) == "bool":  # of vectors of bools that were cast, TVM's analysis of integers fails
+            return tirx.Select(value, tirx.const(1, dtype), tirx.const(0, dtype))
+        return T.Cast(dtype, value)
 
     def number(self, name, kind):
         value = self._at.param[name]
