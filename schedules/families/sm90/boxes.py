@@ -116,7 +116,24 @@ class PagedBoxes(RaggedBoxes):
 
 
 @T.meta_class
-class TilesOfPages:
+class AskingWarp:
+    """A warp that asks for boxes of the tiles of its ``block``, whose pages and rows are ``steps`` apart."""
+
+    @T.inline
+    def ask(self, pipeline, state, descriptor, row, place, seen):
+        """Ask for the panels of the box that begins with a row of the tile, and has ``seen``."""
+        for p in T.unroll(pipeline.panels):
+            load_panel(
+                pipeline.pointer(state)(p, row, 0),
+                descriptor,
+                p + pipeline.first_panel,
+                placed_box(self.steps, place, seen, self.block.kv_head),
+                pipeline.full.ptr_to([state.index]),
+            )
+
+
+@T.meta_class
+class TilesOfPages(AskingWarp):
     """Tiles of keys that are several boxes each.
 
     Where the boxes of a tile are is looked up apart from loading, before a stage is waited for: what is left to do then
@@ -170,18 +187,6 @@ class TilesOfPages:
                     seen: T.int32 = T.min(T.max(self.left - row, 0), self.boxes.rows)
                     self.ask(pipeline, state, descriptor, row, self.places[i], seen)
 
-    @T.inline
-    def ask(self, pipeline, state, descriptor, row, place, seen):
-        """Ask for the panels of the box that begins with a row of the tile, and has ``seen``."""
-        for p in T.unroll(pipeline.panels):
-            load_panel(
-                pipeline.pointer(state)(p, row, 0),
-                descriptor,
-                p + pipeline.first_panel,
-                placed_box(self.steps, place, seen, self.block.kv_head),
-                pipeline.full.ptr_to([state.index]),
-            )
-
 
 class FetchedPages(PagedBoxes):
     """The same where a warp fetches all tiles of K, or of V, one after the other."""
@@ -192,7 +197,7 @@ class FetchedPages(PagedBoxes):
 
 
 @T.meta_class
-class WindowOfPages:
+class WindowOfPages(AskingWarp):
     """Tiles of keys that are several boxes each, which the lanes share.
 
     Where the next ``window`` boxes of a walk are is looked up at once, apart from loading, before a stage is waited
@@ -250,11 +255,4 @@ class WindowOfPages:
             row: T.int32 = number * boxes.rows
             if row < boxes.block_n:
                 seen: T.int32 = T.min(T.max(keys - row, 0), boxes.rows)
-                for p in T.unroll(pipeline.panels):
-                    load_panel(
-                        pipeline.pointer(state)(p, row, 0),
-                        descriptor,
-                        p + pipeline.first_panel,
-                        placed_box(self.steps, place, seen, self.block.kv_head),
-                        pipeline.full.ptr_to([state.index]),
-                    )
+                self.ask(pipeline, state, descriptor, row, place, seen)
