@@ -9,9 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from schedules.builder.compile import lower, pattern_of
+from schedules.builder.suite import KernelSpec
+from schedules.families import cpu
+from schedules.families.cpu.config import multiplication
+from schedules.families.interface import Target
 from tests import latent_trials
-from tests.cpu_kernels import installed
+from tests.cpu_kernels import installed, make, runnable_isas
 from tests.latent_cases import SCALE, Call
+from tests.ragged_trials import own_case
 from tvm_flash import (
     ArgumentTypeError,
     InvalidArgumentError,
@@ -21,10 +27,12 @@ from tvm_flash import (
     flash_attention_paged,
 )
 from tvm_flash.nn import flash_mla_with_kvcache, get_mla_metadata
+from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
 DTYPES = ("float32", "float16", "bfloat16")
+ONE_KERNEL = ("window", "identity", "bfloat16", 576, 512)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,6 +58,25 @@ def test_calls_against_float64(dtype):
             problem.check(*problem.run(compute, "cpu"), "cpu")
         except AssertionError as e:
             raise AssertionError(f"{label}: {e}") from e
+
+
+def test_rows_alone_where_bfloat16_is_multiplied_in_pairs():
+    """A tile of latents has so few keys that the pairs of a row alone don't fill a vector.
+
+    Where the best kernels here multiply them in another way, packs for other processors have it.
+    """
+    for isa in (x for x in runnable_isas() if multiplication(cpu.ISAS[x], "bfloat16") == "pairs"):
+        spec, target = KernelSpec("v2", BUILTIN_DEFINITION, *ONE_KERNEL, kind="paged_latent"), Target("cpu", isa)
+        made = lower(spec, pattern_of(spec, target), target).program
+        (launch,), function = made.launches, make(isa, made)[made.launches[0].symbol]
+
+        def compute(values, _, launch=launch, function=function):
+            function(*(values[role] for role in launch.roles))
+
+        for heads in (1, 2, 5):
+            case = own_case(spec, pattern_of(spec, target).params, heads=heads, kv_heads=1)
+            problem = latent_trials.Latent(case, ((1, 90), (1, 5), (3, 1100)), page_size=16)
+            problem.check(*problem.run(compute, "cpu"), "cpu")
 
 
 def test_causal_is_a_window():

@@ -201,11 +201,15 @@ def products(isa: Isa, dtype: str, head_dim: int, head_dim_v: int) -> SimpleName
 
     @T.inline
     def round_probabilities(S, PW, rows):
-        """Probabilities as words."""
+        """Probabilities as words; those of a row may be fewer than a vector has."""
         if paired:
-            for x in T.serial(rows * N // (2 * W)):
+            whole = T.meta_var(rows * N // 2 // W * W)
+            for x in T.serial(whole // W):
                 for lane in T.vectorized(W):
                     PW[x * W + lane] = rounded_pair(S[(x * W + lane) * 2], S[(x * W + lane) * 2 + 1])
+            if rows * N // 2 > whole:
+                for lane in T.vectorized(rows * N // 2 - whole):
+                    PW[whole + lane] = rounded_pair(S[(whole + lane) * 2], S[(whole + lane) * 2 + 1])
 
     def output_columns(rows, columns, some_masked):
         """``columns`` vectors of the output of a block of ``rows``, beginning with vector ``e``.
