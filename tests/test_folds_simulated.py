@@ -70,24 +70,27 @@ def test_runs_of_all_lengths_leave_the_same_bits(dense, left):
         assert all(map(np.array_equal, found[0], found[-1])), f"{run} splits of {splits}, {spread=}"
 
 
-def test_no_barrier_of_a_cluster_can_be_left_out(dense):
+@pytest.mark.parametrize(("heads", "own_places"), [(20, range(4)), (4, range(4, 8))], ids=["many rows", "few rows"])
+def test_no_barrier_of_a_cluster_can_be_left_out(dense, heads, own_places):
+    """Of the kernel for so many rows a key; those of the other one are never come to."""
     kernel, _ = dense
-    data = replace(cases.inputs(CASE), params={"window_left": 1 << 20, "window_right": 0})
+    case = replace(CASE, heads=heads)
+    data = replace(cases.inputs(case), params={"window_left": 1 << 20, "window_right": 0})
     own = {"split_length": 64, "run": 3, "spread": 0}
 
     def error() -> float:
         """Of a run, by what is allowed."""
         try:
-            found = torch_cases.run(CASE, data, lambda x, _: kernel.simulated(x | own, "bshd"), "bshd")
-            return torch_cases.check(CASE, data, *found)
+            found = torch_cases.run(case, data, lambda x, _: kernel.simulated(x | own, "bshd"), "bshd")
+            return torch_cases.check(case, data, *found)
         except (RuntimeError, AssertionError):  # refused, or not a number
             return np.inf
 
     names = simulate.with_places(kernel.lowered.text, BARRIERS)[1]
-    assert len(names) == 4
+    assert len(names) == 8
     try:
         for place in range(-1, len(names)):
             kernel.simulated.configure(faulty_place=place)
-            assert (error() <= 1) == (place < 0), names[place]
+            assert (error() <= 1) == (place not in own_places), names[place]
     finally:
         kernel.simulated.configure()
