@@ -274,6 +274,25 @@ def test_functions_of_functions_are_short_expressions():
     assert len(str(nested(tirx.Var("x", "float32")))) < 40_000
 
 
+def test_functions_of_numbers_are_numbers():
+    """As arguments of functions of functions they can't be variables, whose values TVM would find to differ."""
+
+    def sigmoid(x):
+        return T.float32(0.5) + T.float32(0.5) * T.tanh(x * T.float32(0.5))
+
+    def modified(x):
+        return vector_math.vectorizable(x + sigmoid(sigmoid(sigmoid(T.float32(-0.742)))) * sigmoid(x))
+
+    number = vector_math.vectorizable(T.tanh(sigmoid(sigmoid(T.float32(-0.742)))))
+    x, want = np.linspace(-4, 4, 1 << 8).astype(np.float32), -0.742
+    for _ in range(2):
+        want = 1 / (1 + np.exp(-want))
+    assert isinstance(number, tirx.FloatImm) and abs(number.value - np.tanh(want)) < 1e-7
+    factor = 1 / (1 + np.exp(-want))
+    exact = x.astype(np.float64) + factor / (1 + np.exp(-x.astype(np.float64)))
+    assert np.abs(elementwise(modified, runnable_isas()[0])(x) - exact).max() <= 1e-6
+
+
 def elementwise(function, isa: str):
     """A numpy function that computes an expression of :mod:`schedules.families.cpu.vector_math` on whole vectors."""
 

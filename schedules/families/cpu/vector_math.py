@@ -6,8 +6,9 @@ import numpy as np
 import tvm_ffi
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.ir.expr import Call
+from tvm.ir.expr import Call, TensorLoad
 from tvm.script import tirx as T
+from tvm.sym import Analyzer
 
 from schedules.tile.score import LOG2_E
 
@@ -83,7 +84,10 @@ def vectorizable(expr: Expr) -> Expr:
         if name not in functions:
             return node
         (x,) = node.args
-        if not _is_large(x):
+        parts = _parts(x)
+        if (number := _number(x, parts)) is not None:
+            return T.float32(np.tanh(number))
+        if len(parts) <= _LARGE:
             return functions[name](x)
         variable = tirx.Var(f"{name}_argument", x.ty.dtype)
         return tirx.Let(variable, x, functions[name](variable))
@@ -91,7 +95,20 @@ def vectorizable(expr: Expr) -> Expr:
     return tvm_ffi.structural_map(expr, replace, order="post")
 
 
-def _is_large(expr: Expr) -> bool:
+def _parts(expr: Expr) -> list[Expr]:
+    """The expressions that one is made of, itself included."""
     found = []
     tvm_ffi.structural_walk(expr, [(Expr, found.append)])
-    return len(found) > _LARGE
+    return found
+
+
+def _number(expr: Expr, parts: list[Expr]) -> float | None:
+    """The value of an expression of numbers alone.
+
+    In the argument of a function, whose variable stands for what TVM makes of it, it would be another one each time TVM
+    simplifies it, which its analysis refuses.
+    """
+    if any(isinstance(x, (tirx.Var, TensorLoad)) for x in parts):
+        return None
+    value = Analyzer().simplify(expr)
+    return value.value if isinstance(value, tirx.FloatImm) else None
