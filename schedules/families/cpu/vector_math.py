@@ -77,20 +77,21 @@ def tanh(x: Expr) -> Expr:
 
 def vectorizable(expr: Expr) -> Expr:
     """``expr`` with the functions of this module in place of the calls that LLVM makes one element at a time."""
-    functions = {"tanh": tanh}
+    functions = {"tanh": (tanh, np.tanh)}  # of vectors, and of a number
 
     def replace(node):
         name = node.op.name.rsplit(".", 1)[-1] if isinstance(node, Call) else None
         if name not in functions:
             return node
+        of_vectors, of_number = functions[name]
         (x,) = node.args
         parts = _parts(x)
         if (number := _number(x, parts)) is not None:
-            return T.float32(np.tanh(number))
+            return T.float32(of_number(number))
         if len(parts) <= _LARGE:
-            return functions[name](x)
+            return of_vectors(x)
         variable = tirx.Var(f"{name}_argument", x.ty.dtype)
-        return tirx.Let(variable, x, functions[name](variable))
+        return tirx.Let(variable, x, of_vectors(variable))
 
     return tvm_ffi.structural_map(expr, replace, order="post")
 
