@@ -13,7 +13,7 @@ from schedules.builder.compile import pattern_of
 from schedules.builder.suite import KernelSpec, Selection
 from schedules.families import split_keys
 from schedules.families.interface import Target
-from schedules.families.sm90 import decode, latent, paged_decode, scaled_decode
+from schedules.families.sm90 import decode, latent, paged_decode, run_program, scaled_decode
 from schedules.templates import v2
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
@@ -224,7 +224,7 @@ def test_a_call_has_the_kernel_of_its_rows(score):
     ],
 )
 def test_clusters_that_are_more_than_the_places_are_as_measured(units, seqlen_kv, resident, blocks):
-    assert evaluate(split_keys._in_rounds("batch", resident), {"batch": units, "seqlen_kv": seqlen_kv}) == blocks
+    assert evaluate(run_program._in_rounds("batch", resident), {"batch": units, "seqlen_kv": seqlen_kv}) == blocks
 
 
 def test_splits_of_long_sequences_are_as_long_as_heads_of_keys_allow():

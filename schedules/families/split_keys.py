@@ -20,7 +20,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.interface import Program, Rejected, ScheduledLaunch
 from schedules.families.limits import by_head_dim
 from schedules.tile.combine import FurtherPartials, Sinks, combine, combine_ragged
-from schedules.tile.fold import fold_ragged, fold_states
+from schedules.tile.fold import fold_ragged
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import MOST_BLOCKS, MOST_SPLIT, Scalar, Workspace
@@ -40,23 +40,19 @@ MAX_ROWS = {
 #: Keys of a split, by the fewest keys of the sequence, rising from 0.
 SplitLengths = Sequence[tuple[int, int]]
 
-#: Keys of a split for each row, at least, in multiples of ``_GRAIN``: of a row 8 bytes an element are written and read
+#: Keys of a split for each row, at least, in multiples of ``GRAIN``: of a row 8 bytes an element are written and read
 #: again, in float32, and of a key 4 are read, so that this bounds what splits leave to a quarter of what they read.
-KEYS_OF_A_ROW, _GRAIN = 8, 64
+KEYS_OF_A_ROW, GRAIN = 8, 64
 
 
 #: Blocks of a cluster at most: what every machine with clusters has.  Sixteen, which an H200 has too, seldom find
 #: places: 1 x 8k keys of 8 heads 14.1 us, with sixteen blocks that are spread 12.3.
-_MOST_OF_A_CLUSTER = 8
-
-#: Places to spread blocks over: two on a multiprocessor.  Of three, the third makes shares uneven: the first launch of
-#: 4 x 16k keys, 64 heads on 8, took 38.9 us in 352 blocks of three splits and 35.1 in 256 of four.
-_MOST_SPREAD = 264
+MOST_OF_A_CLUSTER = 8
 
 
 def undivided(block_n: int, split_lengths: SplitLengths) -> Rejected | None:
     """Why tiles of ``block_n`` keys don't fill every split."""
-    if any(length % block_n for length in (_GRAIN, *(length for _, length in split_lengths))):
+    if any(length % block_n for length in (GRAIN, *(length for _, length in split_lengths))):
         return Rejected(f"block_n {block_n} doesn't divide every split")
     return None
 
@@ -81,7 +77,7 @@ def program(
     """
     rows = ("*", "batch", "heads", "seqlen_q")
     splits = ("ceildiv", "seqlen_kv", "split_length")
-    for_rows = ("*", _GRAIN, ("ceildiv", ("*", KEYS_OF_A_ROW, "rows"), _GRAIN))
+    for_rows = ("*", GRAIN, ("ceildiv", ("*", KEYS_OF_A_ROW, "rows"), GRAIN))
     results = ("o_partial", "lse_partial")
     params = tuple(p.name for p in pattern.params)
     combining = combine(pattern, traversal, f"{name}_combine", alignment, waits)
@@ -103,124 +99,8 @@ def program(
     )
 
 
-def runs_program(
-    pattern: Pattern,
-    runs: PrimFunc,
-    few: tuple[PrimFunc, int],
-    traversal: Traversal,
-    name: str,
-    split_length: sizes.Expression,
-    *,
-    resident: int,
-    packs: bool,
-    most_rows: int,
-    alignment: int,
-) -> Program:
-    """The launches where a block computes a run of splits, and the blocks of a row's runs are a cluster or *spread*.
-
-    Of a row there are as many runs as a cluster has blocks, and no second launch, or as many as fill ``resident``
-    places for blocks (:func:`_clusters`).  A block keeps the states of ``most_rows`` rows at most.
-
-    Parameters
-    ----------
-    runs: ``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, spread, more, *params)``, with
-        the name ``name``; where runs are spread, it lets the second launch begin early.
-    few: a kernel with the same bits for so many rows a key, which a call that has no more launches in its place.
-    split_length: keys of a split at least, by the sizes.
-    """
-    rows = ("max", 1, ("*", "spread", "batch", "heads", "seqlen_q"))
-    splits = ("ceildiv", "seqlen_kv", "split_length")
-    for_rows = ("*", _GRAIN, ("ceildiv", ("*", KEYS_OF_A_ROW, "rows"), _GRAIN))
-    units = ("*", "batch", "kv_heads" if packs else "heads")
-    doublings = tuple((1 + (1 << n >> 1), 1 << n) for n in range(1, most_rows.bit_length()))
-    of_tile = ("*", ("ceildiv", "heads", "kv_heads") if packs else 1, ("steps", "seqlen_q", (0, 1), *doublings))
-    fewest = ("ceildiv", splits, ("max", 1, ("//", most_rows, of_tile)))
-    blocks, is_spread = _clusters(units, splits, fewest, resident)
-    spread_over = ("*", "spread", ("max", 1, ("//", min(resident, _MOST_SPREAD), units)))
-    together = ("*", ("steps", "spread", (0, 1), (1, 0)), blocks)
-    results = ("o_partial", "sums_partial")
-    params = tuple(p.name for p in pattern.params)
-    folding = fold_states(pattern, traversal, f"{name}_combine", alignment)
-    of_run = ("q", "k", "v", *results, "o", "lse", "softmax_scale", "split_length", "run", "spread")
-    few_runs, few_rows = few
-    return Program(
-        "forward",
-        (
-            ScheduledLaunch(runs, (*of_run, "more", *params), when="more"),
-            ScheduledLaunch(few_runs, (*of_run, "few", *params), when="few"),
-            ScheduledLaunch(folding, (*results, "o", "lse", *Sinks(pattern).roles), when="spread"),
-        ),
-        "tirx",
-        alignment=alignment,
-        index_bits=32,
-        workspaces=(
-            Workspace("o_partial", "float32", (rows, splits, pattern.head_dim_v)),
-            Workspace("sums_partial", "float32", (rows, splits, 2)),
-        ),
-        scalars=(
-            Scalar("split_length", ("max", split_length, for_rows)),
-            Scalar("spread", is_spread),
-            Scalar("run", ("ceildiv", splits, ("min", splits, ("max", fewest, ("+", spread_over, together))))),
-            *_few_or_more("rows" if packs else "seqlen_q", few_rows),
-        ),
-        max_rows=("steps", "seqlen_kv", *by_head_dim(MAX_ROWS, pattern)),
-    )
-
-
-def _clusters(units: sizes.Expression, splits: sizes.Expression, fewest: sizes.Expression, resident: int) -> tuple:
-    """How many blocks a cluster has, of ``units`` clusters, and whether (1, or 0) blocks should rather be spread.
-
-    Measured on an H200, 32 heads on 8 and so on (docs/hopper.md, "Decoding"), with two blocks a multiprocessor, which
-    makes 264 places:
-
-    * Clusters don't fill the places: the 40 of 5 x 6000 keys take 36.1 us with five blocks each and 47.4 with six.
-      Pairs do.
-    * Where they are more than the places, one, two or four blocks each, whichever is expected to take the least time
-      (:func:`_in_rounds`).
-    * Where they leave more than a quarter of the places empty, and a head has room for four blocks or more, what
-      reading gains by blocks that are spread is more than the second launch costs, unless splits are so few that a
-      cluster has a block for each.
-    """
-    most = _MOST_OF_A_CLUSTER
-    pairs = ("min", 2, ("//", resident, units))
-    fitting = ("max", 1, pairs, ("min", most, ("//", resident * 13 // 16, units)))
-    rounds = ("*", ("steps", units, (0, 0), (resident + 1, 1)), _in_rounds(units, resident))
-    are_empty = ("steps", ("*", units, fitting), (0, 1), (resident * 3 // 4, 0))
-    are_few = ("steps", units, (0, 1), (resident // 4 + 1, 0))
-    are_many = ("steps", splits, (0, 0), (most + 1, 1))
-    too_many = ("steps", fewest, (0, 0), (most + 1, 1))
-    return ("max", fitting, rounds), ("max", too_many, ("*", are_empty, are_few, are_many))
-
-
-#: What a cluster of so many blocks costs, by the fewest keys: thousandths of what reading takes.
-_COST_OF_CLUSTERS = {
-    1: ((0, 0),),
-    2: ((0, 100), (1537, 20), (3000, 0)),
-    4: ((0, 220), (1537, 100), (3000, 50), (6000, 0)),
-}
-#: Of the time of a round of blocks, in thousandths, what places that are empty cost; blocks beside them read faster.
-_EMPTY, _FULL = 350, 650
-
-
-def _in_rounds(units: sizes.Expression, resident: int) -> sizes.Expression:
-    """Of how many blocks ``units`` clusters should be, which are more than the ``resident`` places for blocks.
-
-    Fewer places are empty in the last round the smaller a block is, but each has to start and end.  With the two tables
-    above, of measurements on an H200, this is the best of 1, 2 and 4, or within 1% of it, in the 14 cells that were
-    measured: 64 x 1k keys of 8 heads at head_dim 64 (396 places) 41.8, 39.9 and 45.9 us, 200 x 1k 102.9, 105.4 and
-    124.7, 52 x 4k 132.6, 116.8 and 113.9; at 128 (264 places) 48 x 1k 54.1, 53.8 and 58.1, 40 x 2k 98.7, 89.0 and 91.6,
-    38 x 4k 183, 159 and 157, 34 x 8k 345, 301 and 273.
-    """
-    costs = {}
-    for blocks, cost in _COST_OF_CLUSTERS.items():
-        places = ("//", ("*", ("ceildiv", ("*", blocks, units), resident), resident), blocks)  # of whole units
-        costs[blocks] = ("+", ("*", _EMPTY, places), ("*", ("+", _FULL, ("steps", "seqlen_kv", *cost)), units))
-    least = ("min", *costs.values())
-    return ("max", *(("*", blocks, ("//", least, cost)) for blocks, cost in costs.items()))
-
-
 #: Keys of a split where keys lie on pages, by the sequence's own number of keys: a sequence has the same splits
-#: whatever a batch or a table of pages has room for.  Multiples of ``_GRAIN``.  On an H200, 32 heads on 8 at 128, with
+#: whatever a batch or a table of pages has room for.  Multiples of ``GRAIN``.  On an H200, 32 heads on 8 at 128, with
 #: splits twice as long: 1 x 1k keys 12.4 us (four tiles one after the other in a single warp), 1 x 128k 155 (1024
 #: blocks where 792 are resident; 135 where 528 are).  These were not run.
 PAGED_SPLIT_LENGTHS: SplitLengths = ((0, 64), (2048, 128), (4096, 256), (32768, 512))
@@ -344,7 +224,7 @@ def _runs_of_sequences(
       and with a block for each no states go through memory: 128 of about 1024 keys 145 us in place of 161, 64 of
       exactly 1024 72 in place of 82 (H200, 32 heads on 8, head_dim 128).  32 of about 4096 would wait for the longest.
     """
-    most = _MOST_OF_A_CLUSTER
+    most = MOST_OF_A_CLUSTER
     fitting = ("min", most, splits, ("//", resident * 13 // 16, units))
     enough = ("steps", ("*", 2, fitting), (0, 0), (8, 1))
     short = ("steps", splits, (0, 1), (most * 3 // 2 + 1, 0))
@@ -378,14 +258,6 @@ def paged_program(
     ``partial``: ``(q, k, v, o_partial, lse_partial, cu_seqlens_q, seqlens_k, page_table, softmax_scale, *params)``.
     """
     return _paged_program(pattern, name, partial, ("page_table",), alignment, waits)
-
-
-def _few_or_more(rows: sizes.Expression, few: int) -> tuple[Scalar, Scalar]:
-    """Which of two kernels a call launches: that of up to ``few`` rows, or that of more."""
-    return (
-        Scalar("few", ("steps", rows, (0, 1), (few + 1, 0))),
-        Scalar("more", ("steps", rows, (0, 0), (few + 1, 1))),
-    )
 
 
 def scaled_program(pattern: Pattern, partial: PrimFunc, name: str, *, alignment: int, waits: bool) -> Program:

@@ -3,7 +3,7 @@
 A block has the forward kernel's main loop with one consumer warpgroup and a single producer's warp, and takes a run of
 splits, one after the other (:mod:`schedules.families.sm90.runs`).  How many that are, and whether the blocks of a row's
 runs put what they have together themselves or leave it to a second launch, follows from how many the machine has places
-for (:func:`schedules.families.split_keys.runs_program`).
+for (:func:`schedules.families.sm90.run_program.run_program`).
 
 Splits are at fixed positions, multiples of a length that follows from the number of keys alone, so that a sequence has
 the same bits in any batch.  What limits these kernels is memory: every step masks and takes the maximum, and one kernel
@@ -23,6 +23,7 @@ from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.barriers import WARPS
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
+from schedules.families.sm90.run_program import run_program
 from schedules.families.sm90.runs import FEW_ROWS, compute_runs
 from schedules.families.sm90.split_scheduler import ALIGNMENT
 from schedules.families.sm90.states import bytes_of_states
@@ -134,7 +135,7 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
         func = parameterised(pattern, lambda parameters: compute_runs(pattern, config, traversal, few, parameters))
         return func.with_attr("global_symbol", f"{name}_few" if few else name)
 
-    return split_keys.runs_program(
+    return run_program(
         pattern,
         runs(False),
         (runs(True), FEW_ROWS),
