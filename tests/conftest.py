@@ -18,6 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # JAX would take three quarters of a GPU's memory, which other tests use at the same time.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# CPU kernels that read scratch memory which nobody wrote find NaN there, not what the last one left.
+os.environ.setdefault("TVM_FLASH_POISON_SCRATCH", "1")
+
 import pytest
 
 from tests import shared

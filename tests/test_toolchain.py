@@ -216,6 +216,17 @@ def test_best_instruction_set(monkeypatch):
 # ---------------------------------------------------------------- the thread pool of CPU modules
 
 
+def module_of(f, folder: Path) -> Path:
+    """The module of a function ``f``, beside its runtime in a folder."""
+    runtime = folder / cpu.runtime_name()
+    cpu.build_runtime(runtime, runtime.name)
+    compiled = tvm.compile(tvm.IRModule({"f": f}), target=tvm.target.Target("llvm"))
+    compiled.mod.write_to_file(str(folder / "f.o"), "o")
+    cpu.link_module([folder / "f.o"], folder / "f.so", runtime)
+    (folder / "f.o").unlink()
+    return folder / "f.so"
+
+
 @pytest.fixture(scope="module")
 def doubled(tmp_path_factory):
     """A module whose function ``f(a, b)`` sets ``b = 2 * a`` row by row in parallel, through scratch memory."""
@@ -239,14 +250,7 @@ def doubled(tmp_path_factory):
                         column = T.axis.remap("S", [j])
                         B[row, column] = scratch[511 - column]
 
-    folder = tmp_path_factory.mktemp("doubled")
-    runtime = folder / cpu.runtime_name()
-    cpu.build_runtime(runtime, runtime.name)
-    compiled = tvm.compile(tvm.IRModule({"f": f}), target=tvm.target.Target("llvm"))
-    compiled.mod.write_to_file(str(folder / "f.o"), "o")
-    cpu.link_module([folder / "f.o"], folder / "f.so", runtime)
-    (folder / "f.o").unlink()
-    return folder / "f.so"
+    return module_of(f, tmp_path_factory.mktemp("doubled"))
 
 
 def test_the_runtime_loads_on_old_systems(doubled):
@@ -315,6 +319,37 @@ def test_module_runs_beside_tvm_and_without_it(doubled):
     a, b = np.ones((3, 512), "float32"), np.zeros((3, 512), "float32")
     tvm_ffi.load_module(str(doubled))["f"](tvm_ffi.from_dlpack(a), tvm_ffi.from_dlpack(b))
     assert (b == 2).all()
+
+
+@pytest.mark.parametrize("size", [256, 5000])
+def test_scratch_memory_of_tests_is_poisoned(size, tmp_path):
+    """What nobody wrote is NaN, in the largest of small pieces and in a large one, also where the last call wrote."""
+
+    @T.prim_func(s_tir=True)
+    def half(a: T.handle, b: T.handle):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "f"})
+        A = T.match_buffer(a, (4, size), "float32")
+        B = T.match_buffer(b, (4, size), "float32")
+        for i in T.parallel(4):
+            with T.sblock("row"):
+                row = T.axis.remap("S", [i])
+                scratch = T.sblock_alloc_buffer((size,), "float32")
+                for j in range(size):
+                    with T.sblock("fill"):
+                        column = T.axis.remap("S", [j])
+                        if A[row, column] > T.float32(0):
+                            scratch[column] = A[row, column]
+                for j in range(size):
+                    with T.sblock("store"):
+                        column = T.axis.remap("S", [j])
+                        B[row, column] = scratch[column]
+
+    f = tvm_ffi.load_module(str(module_of(half, tmp_path)))["f"]
+    b = np.zeros((4, size), "float32")
+    f(tvm_ffi.from_dlpack(np.ones_like(b)), tvm_ffi.from_dlpack(b))
+    assert (b == 1).all()
+    f(tvm_ffi.from_dlpack(np.zeros_like(b)), tvm_ffi.from_dlpack(b))
+    assert np.isnan(b).all()
 
 
 def test_call_that_only_tvm_can_answer_is_refused(tmp_path):
