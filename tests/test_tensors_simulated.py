@@ -15,7 +15,7 @@ import numpy as np
 
 from schedules.builder.suite import KernelSpec
 from schedules.definition.attention import Attention
-from schedules.definition.catalogue import FULL, IDENTITY, MASKS, SCORES
+from schedules.definition.catalogue import FULL, IDENTITY, MASKS, SCORES, Mask
 from schedules.definition.pattern import match
 from schedules.definition.sample import parameters_of
 from schedules.families.interface import BACKWARD, FORWARD
@@ -24,9 +24,17 @@ from tests.definitions.with_tensors import documents, learnt_relative, relative
 from tests.simt.defaults import default_kernel
 from tvm_flash import numerics
 
+
+def every_fourth(at):
+    return (at.i - at.j) % 4 == 0
+
+
 BIASED, GIVEN = Attention(SCORES["biased"], FULL, "biased"), Attention(IDENTITY, MASKS["given"], "given")
 BIASED_16 = Attention(SCORES["biased_16"], FULL, "biased_16")
 BIASED_CAUSAL = Attention(SCORES["biased"], MASKS["causal"], "biased_causal")
+#: A table that the score reads, beside masks that a launch of their own looks at: one of ids, and one with gaps.
+OF_DOCUMENTS = Attention(relative.score, documents.mask, "of_documents")
+OF_GAPS = Attention(relative.score, Mask("every_fourth", every_fourth, every_fourth), "of_gaps")
 
 #: Definition, arch, template, kind, head_dim, dtype: each family, each kind, gradients of all axes; those of tables on
 #: two more kernels in ``test_table_gradients.py``.
@@ -46,6 +54,9 @@ KERNELS = (
     (learnt_relative, "sm_75", "v1", BACKWARD, 64, "float16"),
     (learnt_relative, "sm_70", "v1", BACKWARD, 64, "float16"),
     (learnt_relative, "sm_90a", "v1", BACKWARD, 128, "bfloat16"),
+    (OF_DOCUMENTS, "sm_80", "v2", FORWARD, 64, "bfloat16"),
+    (OF_DOCUMENTS, "sm_90a", "v2", BACKWARD, 64, "float16"),
+    (OF_GAPS, "sm_90a", "v1", FORWARD, 64, "float16"),
 )
 
 
@@ -90,7 +101,7 @@ def check(found, trials):
     assert all(np.array_equal(a, b) for a, b in zip(results, again, strict=True))
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k[0].score.name}-{'-'.join(map(str, k[1:]))}")
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k[0].name}-{k[0].score.name}-{'-'.join(map(str, k[1:]))}")
 def test_all_ways_in_which_tensors_lie(kernel, tmp_path):
     found = made(*kernel, tmp_path)
     trials = tensor_trials.backward if kernel[3] == BACKWARD else tensor_trials.forward

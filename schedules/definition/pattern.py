@@ -403,16 +403,19 @@ class Pattern:
             *((x, site.params[name]) for name, x in scalars.items() if name in site.params),
         ]
         for p in self.params:
+            # launches that look at the mask alone have its parameters alone
             value = value_of(p, site, i, j) if p.name in site.params else None
+            if value is None:
+                continue
             if p.rank:
                 shape = value.shape if isinstance(value, Lookup) else value.ty.shape
                 pairs += zip(variables.params[p.name].ty.shape, shape, strict=True)
-            elif value is not None:
+            else:
                 pairs.append((variables.params[p.name], value))
         if s is not None:
             pairs.append((variables.s, s * site.softmax_scale))
 
-        tables = [(variables.params[p.name], site.params[p.name]) for p in self.params if p.rank]
+        tables = [(variables.params[p.name], site.params.get(p.name)) for p in self.params if p.rank]
 
         def replace(node):
             if isinstance(node, tirx.Var):
