@@ -126,10 +126,25 @@ def differing_twice(b, h, q_idx, kv_idx):
     return ((kv_idx * 2 != 8) ^ near) ^ ((torch.minimum(q_idx - 8, b) == h) | (kv_idx == 11))
 
 
+def spread(x):
+    """The even bits of a number, one beside another (Morton's order of a picture)."""
+    x = (x | (x << 8)) & 0x00FF00FF
+    x = (x | (x << 4)) & 0x0F0F0F0F
+    return ((x >> 2) | x) & 0x33333333
+
+
+def bits_of_integers(b, h, q_idx, kv_idx):
+    near = (spread(q_idx) ^ spread(kv_idx)) < 20
+    return near & ((q_idx & 3) >= (kv_idx & 1)) | (~(q_idx - kv_idx) >> 2 == (DOCUMENTS[kv_idx] | 1)) & (
+        (h - 3) & 7 == 6
+    )
+
+
 MASKS = (causal, prefix, window, dilated, neighbourhood, by_batch_and_head, joined)
 MASKS += (documents, documents_of_each_entry, given_mask, up_to_a_limit)
 MASKS += (truth_values_computed_with, whole_powers_and_truth_of_integers, negative_numbers)
 MASKS += (sixteen_bits_beside_a_number, tables_of_a_list, up_to, last_key_or_own, differing_twice)
+MASKS += (bits_of_integers,)
 
 # ---------------------------------------------------------------- scores
 
@@ -217,6 +232,12 @@ def activated(score, b, h, q_idx, kv_idx):
     return f.gelu(score) + f.gelu(2 * score, approximate="tanh") - f.silu(score) + torch.erf(score * 0.7)
 
 
+def further_functions(score, b, h, q_idx, kv_idx):
+    f = torch.nn.functional
+    bent = f.leaky_relu(score, 0.1) + f.elu(score, 0.7) + f.hardtanh(score, -0.8, 1.2)
+    return bent + f.softplus(score, 2, 3) + torch.expm1(score * 0.3) + torch.tan(score * 0.1)
+
+
 def hidden_by_batch_and_key(score, b, h, q_idx, kv_idx):
     return torch.where(DOCUMENTS_OF[b, kv_idx] > 0, score, HIDDEN)
 
@@ -224,6 +245,7 @@ def hidden_by_batch_and_key(score, b, h, q_idx, kv_idx):
 SCORES = (softcap, alibi, relative, causal_by_score, causal_by_the_other_branch, composed, clamped, arithmetic)
 SCORES += (learnt_slopes, biased, relative_table, from_the_end, inner_infinities, table_of_a_table)
 SCORES += (one_index_after_another, expanded, filled, activated)
+SCORES += (further_functions,)
 PAIRS = [*((None, m) for m in MASKS), *((s, None) for s in SCORES), (softcap, prefix), (composed, window)]
 PAIRS += [(hidden_by_batch_and_key, prefix)]  # two masks of other axes
 
@@ -269,6 +291,30 @@ def test_a_definition_says_what_flex_attention_does(score, mask):
     np.testing.assert_allclose(got.lse, want_lse, atol=4e-6, rtol=0)
 
 
+def test_sixteen_bits_are_computed_with_in_float32():
+    """As FlexAttention's compiled kernels do; PyTorch rounds what it computes one operation after another."""
+
+    def score_of(gates):
+        def score(score, b, h, q_idx, kv_idx):
+            gate = torch.sigmoid(gates[kv_idx] * 0.7 + gates[q_idx])
+            return torch.where(gates[kv_idx] > 0.1, score * gate, score - torch.maximum(gates[q_idx], gate))
+
+        return score
+
+    gates = torch.randn(17, generator=torch.Generator().manual_seed(3)).half()
+    (q, k, v), definition = tensors(), from_flex(score_of(gates.clone().requires_grad_()))
+    assert [(p.name, p.dtype, p.gradient) for p in definition.params] == [("gates", "float16", True)]
+    want, _ = of_flex_attention(q, k, v, score_of(gates.double()), None)
+    what = {"score": definition.score.twin, "params": {"gates": gates.numpy()}, "axes": {"gates": ""}}
+    twin, _ = reference.attention(q, k, v, softmax_scale=SCALE, **what)
+    np.testing.assert_allclose(twin, want, atol=1e-12, rtol=0)
+    compute = oracle.operator(definition, "forward", HEAD_DIM, HEAD_DIM)
+    np.testing.assert_allclose(
+        compute(q=q, k=k, v=v, softmax_scale=SCALE, gates=gates.numpy()).o, want, atol=2e-6, rtol=0
+    )
+    check(definition)
+
+
 @pytest.mark.parametrize("isa", runnable_isas())
 def test_masks_that_differ_from_one_another_are_vectors_on_processors(isa):
     """TVM's analysis of integers fails at vectors of bools that were cast to them."""
@@ -293,7 +339,9 @@ def test_a_tensor_read_where_the_score_is_has_axes_and_others_are_tables():
     assert param.gradient and param.name == "bias"
 
 
-@pytest.mark.parametrize("score", [softcap, composed, clamped, filled, activated], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "score", [softcap, composed, clamped, filled, activated, further_functions], ids=lambda f: f.__name__
+)
 def test_its_gradients_are_those_of_the_function(score):
     q, k, v = tensors()
     leaves = [torch.from_numpy(x).double().requires_grad_() for x in (q, k, v)]
@@ -401,7 +449,10 @@ def test_tensors_over_queries_or_keys_can_be_tables():
     [
         ({"score_mod": lambda s, b, h, q, k: s.erfinv()}, "erfinv"),
         ({"score_mod": lambda s, b, h, q, k: s.half()}, "float16"),
-        ({"score_mod": lambda s, b, h, q, k: (q & 1) + s}, "bitwise_and"),
+        ({"score_mod": lambda s, b, h, q, k: (q << h) + s}, "shifts by a number from 0 to 30"),
+        ({"score_mod": lambda s, b, h, q, k: s + torch.floor(HALVES[k] * 2)}, "computed in 16 bits"),
+        ({"mask_mod": lambda b, h, q, k: (HALVES[k] + HALVES[q]).float() > 0.3}, "computed in 16 bits"),
+        ({"mask_mod": lambda b, h, q, k: DOCUMENTS[(HALVES[k] * 2).int()] == 0}, "computed in 16 bits"),
         ({"score_mod": lambda s, b, h, q, k: s if q > k else s * 2}, "branches on their values"),
         ({"score_mod": lambda s, b, h, q, k: torch.where(s > 0, s, HIDDEN)}, "by the value of the score"),
         ({"score_mod": lambda s, b, h, q: s}, r"\(score, b, h, q_idx, kv_idx\)"),
@@ -417,7 +468,8 @@ def test_tensors_over_queries_or_keys_can_be_tables():
         ({"mask_mod": lambda b, h, q, k, lse=DOCUMENTS: lse[k] == 0}, "named 'lse'"),
         ({"mask_mod": lambda b, h, q, k: q - k}, "expected bool"),
         ({"mask_mod": lambda b, h, q, k: VISIBLE[h][q]}, "a tensor of several values"),
-        ({"mask_mod": lambda b, h, q, k: VISIBLE[h][:, k][q]}, "can be indexed|can't be traced|uses aten"),
+        ({"mask_mod": lambda b, h, q, k: VISIBLE[h][:, k][q]}, "by :, a position; single elements"),
+        ({"mask_mod": lambda b, h, q, k: VISIBLE[h, ..., 1:4].any()}, r"\(4, 13, 17\) by a position, \.\.\., 1:4"),
         ({"mask_mod": functools.partial(torch.add)}, "can't be traced"),
     ],
 )

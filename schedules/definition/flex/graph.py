@@ -7,21 +7,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from schedules.definition.errors import DefinitionError
+from schedules.definition.flex.bits import SHIFTS, of_bits, shifted
 from schedules.definition.flex.formula import ARGUMENTS, Formula, same_name
 from schedules.definition.flex.held import held_by, identity
+from schedules.definition.flex.reads import Sliced, table_reads
 from schedules.definition.flex.rules import RULES, Node
 from tvm_flash.packs.manifest import Param
 
 _RESULTS = {"score_mod": "float", "mask_mod": "bool"}
 
-#: How values of a dtype of torch are computed.
-_KINDS = {"bool": "bool", "float32": "float", "float64": "float", "int32": "int", "int64": "int"}
+_NARROW = ("float16", "bfloat16")
+
+#: How values of a dtype of torch are computed; those of 16 bits as float32, as FlexAttention's compiled kernels do.
+_KINDS = {"bool": "bool", "int32": "int", "int64": "int"} | dict.fromkeys(("float32", "float64", *_NARROW), "float")
 
 #: As what a tensor of a dtype of torch is given to a kernel.
 _TABLES = {
     **dict.fromkeys(("int64", "int32", "int16", "int8", "uint8"), "int32"),
     **dict.fromkeys(("float64", "float32"), "float32"),
-    **{x: x for x in ("float16", "bfloat16", "bool")},
+    **{x: x for x in (*_NARROW, "bool")},
 }
 
 #: Operations that leave the value as it is, but perhaps for its kind.
@@ -29,6 +33,9 @@ _CASTS = ("_to_copy", "alias", "clone", "detach", "lift_fresh_copy", "lift_fresh
 
 #: Operations by which a tensor comes into a graph that the traced function makes itself.
 _MADE_HERE = ("lift_fresh_copy", "lift_fresh")
+
+#: Operations on floats whose results jump.
+_STEPS = ("floor", "ceil", "floor_divide", "div_floor", "remainder", "sign")
 
 #: Operations that make a number, and at which place it is among their arguments.
 _CONSTANTS = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}
@@ -59,6 +66,7 @@ class _Reader:
         self._params: dict[str, Param] = {}
         self._learnt: set[str] = set()
         self._tensors: dict[str, tuple] = {}
+        self._inexact: dict[int, Node] = {}
         self._held = held_by(function)
 
     def read(self) -> Formula:
@@ -95,10 +103,12 @@ class _Reader:
 
         kinds = [torch.float32 if a == "score" else torch.int32 for a in ARGUMENTS[self._role]]
         try:
-            with _table_reads():
+            with table_reads():
                 # Methods and arguments with defaults have another number of arguments than they are called with.
                 trace = make_fx(lambda *x: self._function(*x), tracing_mode="fake", _allow_non_fake_inputs=True)
                 return trace(*(torch.zeros((), dtype=kind) for kind in kinds))
+        except Sliced as e:
+            raise self._refusal(f"{e}; single elements can be read, by one index for each dimension") from None
         except Exception as e:  # a user's function may fail in any way; the cause is chained
             raise self._refusal(
                 f"can't be traced as a function {_called(self._role)} of 0-dimensional tensors, without branches on "
@@ -143,43 +153,82 @@ class _Reader:
         if what in _ZEROS_AND_ONES:
             return Node("constant", (int("ones" in what),), kind)
         if what in _CASTS:
-            return self._cast(what, values[node.args[0]], kind)
+            return self._cast(node, values[node.args[0]], kind)
         for option in ("rounding_mode", "approximate"):
             if node.kwargs.get(option):
                 what = f"{what}_{node.kwargs[option]}"
         args, alpha = node.args, node.kwargs.get("alpha", 1)
         if what == "masked_fill":
             what, args = "where", (args[1], args[2], args[0])
-        if what not in RULES or (what.startswith("bitwise") and kind != "bool"):
+        if what in SHIFTS:
+            found = shifted(what, *(self._operand(values, x) for x in args))
+            if found is None:
+                raise self._refusal(f"has {node.format_node()}; shifts by a number from 0 to 30 are known")
+            return found
+        if what not in RULES:
             raise self._unknown(node)
         if what == "rsub":
             args, alpha = args[:2], args[2] if len(args) > 2 else alpha
         operands = [self._operand(values, x) for x in self._rounded(node, args)]
+        if what.startswith("bitwise"):
+            return of_bits(what, operands, kind)
         if alpha != 1:
             scaled = 0 if what == "rsub" else 1
             operands[scaled] = Node("mul", (operands[scaled], self._operand(values, alpha)), kind)
-        return self._power(node, operands, kind) if what == "pow" else Node(what, tuple(operands), kind)
+        return self._computed(node, what, operands, kind)
 
-    def _cast(self, what: str, x: Node, kind: str) -> Node:
-        if what == "detach" and any(y.is_score or y.operands[0] in self._learnt for y in x.parts()):
+    def _cast(self, node, x: Node, kind: str) -> Node:
+        if _name_of(node) == "detach" and any(y.is_score or y.operands[0] in self._learnt for y in x.parts()):
             raise self._refusal("detaches what has a gradient, and derivatives here follow from the formula alone")
+        dtype, given = _dtype(node.meta["val"]), _dtype(node.args[0].meta["val"])
+        if dtype in _NARROW and dtype != given and x.what != "constant":
+            raise self._refusal(
+                f"has {node.format_node()}, which rounds to {dtype}; nothing is rounded within a score here: leave the "
+                f"cast out"
+            )
+        if kind != "float":
+            self._expect_exact(node, [x])
         return Node("cast", (x,), kind)
 
     def _rounded(self, node, args) -> list:
-        """Arguments of an operation; a number beside elements of 16 bits is rounded to them, as PyTorch does."""
-        narrow = {_dtype(x.meta["val"]) for x in args if hasattr(x, "op")} & {"float16", "bfloat16"}
-        others = {_dtype(x.meta["val"]) for x in args if hasattr(x, "op")} - narrow
-        if not narrow or others & {"float32", "float64"} or len(narrow) > 1:
+        """Arguments of an operation; a number that is compared with elements of 16 bits is rounded to them, as PyTorch
+        does."""
+        given = {_dtype(x.meta["val"]) for x in args if hasattr(x, "op")}
+        narrow = given & set(_NARROW)
+        if not narrow or given & {"float32", "float64"} or len(narrow) > 1:
             return list(args)
-        if others & {"int32", "int64"}:
+        if given & {"int32", "int64"}:
             raise self._refusal(
                 f"has {node.format_node()} of {', '.join(narrow)} and integers, which PyTorch rounds to 16 bits first; "
                 f"make the former float32, by .float()"
             )
+        if _dtype(node.meta["val"]) in narrow:
+            return list(args)
         import torch
 
         dtype = getattr(torch, *narrow)
         return [torch.tensor(x, dtype=dtype).item() if type(x) in (int, float) else x for x in args]
+
+    def _computed(self, node, what: str, operands: list[Node], kind: str) -> Node:
+        """The result of an operation, of which those in 16 bits are kept in mind."""
+        if kind != "float" or what in _STEPS:
+            self._expect_exact(node, operands)
+        found = self._power(node, operands, kind) if what == "pow" else Node(what, tuple(operands), kind)
+        if _dtype(node.meta["val"]) in _NARROW:
+            self._inexact[id(found)] = found
+        return found
+
+    def _expect_exact(self, node, operands: list[Node]) -> None:
+        """Refuse what decides by numbers that were computed in 16 bits: PyTorch's may be rounded, and these aren't."""
+        todo = [x for x in operands if isinstance(x, Node)]
+        while todo:
+            x = todo.pop()
+            if id(x) in self._inexact:
+                raise self._refusal(
+                    f"has {node.format_node()} of what was computed in 16 bits, which isn't rounded to them here; make "
+                    f"its elements float32 first, by .float()"
+                )
+            todo.extend(y for y in x.operands if isinstance(y, Node) and y.kind == "float" and x.what != "read")
 
     def _power(self, node, operands: list[Node], kind: str) -> Node:
         """A power; with a small whole exponent a product, which integers and negative bases have too."""
@@ -258,21 +307,3 @@ def _called(role: str) -> str:
 
 def _dtype(x) -> str:
     return str(getattr(x, "dtype", "")).removeprefix("torch.")
-
-
-def _table_reads():
-    """While this is on, ``table[q_idx]`` is an operation of the graph; PyTorch would ask for the index's value."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class TableReads(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is torch.Tensor.__getitem__:
-                table, index = args
-                index = index if isinstance(index, tuple) else (index,)
-                if len(index) <= table.ndim and all(type(i) is int or isinstance(i, torch.Tensor) for i in index):
-                    index = [i if isinstance(i, torch.Tensor) else torch.full((), i, dtype=torch.int32) for i in index]
-                    return torch.ops.aten.index(table, index)
-            return func(*args, **(kwargs or {}))
-
-    return TableReads()

@@ -201,7 +201,8 @@ class NumPy(Language):
     def element(self, name, indices):
         table = self._at.params[name]
         within = (np.clip(self.cast(i, "int"), 0, n - 1) for i, n in zip(indices, table.shape, strict=True))
-        return table[tuple(within)]
+        found = table[tuple(within)]
+        return found if found.dtype.kind in "bi" else found.astype(np.float64)
 
     def size(self, name, dimension):
         return self._at.params[name].shape[dimension]
@@ -257,6 +258,18 @@ def _relu(l, a):
     return l.where(a <= zero, zero, a)
 
 
+def _leaky_relu(l, a, slope=0.01):
+    return l.where(a > l.like(a, 0), a, slope * a)
+
+
+def _elu(l, a, alpha=1.0, scale=1.0, input_scale=1.0):
+    return l.where(a > l.like(a, 0), scale * a, scale * alpha * (l.exp(input_scale * a) - 1))
+
+
+def _softplus(l, a, beta=1.0, threshold=20.0):
+    return l.where(beta * a > threshold, a, l.log(1 + l.exp(beta * a)) / beta)
+
+
 def _sign(l, a):
     one, zero = l.like(a, 1), l.like(a, 0)
     return l.where(a > zero, one, l.where(a < zero, -one, zero))
@@ -288,19 +301,25 @@ RULES: dict[str, Rule] = {
     "minimum": Rule(lambda l, a, b: l.minimum(a, b)),
     "maximum": Rule(lambda l, a, b: l.maximum(a, b)),
     "clamp": Rule(_clamp),
+    "hardtanh": Rule(lambda l, a, low=-1.0, high=1.0: _clamp(l, a, low, high)),
     "clamp_min": Rule(lambda l, a, b: l.maximum(a, b)),
     "clamp_max": Rule(lambda l, a, b: l.minimum(a, b)),
     "relu": Rule(_relu),
+    "leaky_relu": Rule(_leaky_relu),
+    "elu": Rule(_elu),
+    "softplus": Rule(_softplus),
     "pow": Rule(lambda l, a, b: l.power(a, b)),
     "exp": Rule(lambda l, a: l.exp(a)),
     "exp2": Rule(lambda l, a: l.exp2(a)),
     "log": Rule(lambda l, a: l.log(a)),
     "log2": Rule(lambda l, a: l.log2(a)),
+    "expm1": Rule(lambda l, a: l.exp(a) - 1),
     "log1p": Rule(lambda l, a: l.log(1 + a)),
     "sqrt": Rule(lambda l, a: l.sqrt(a)),
     "rsqrt": Rule(lambda l, a: 1 / l.sqrt(a)),
     "sin": Rule(lambda l, a: l.sin(a)),
     "cos": Rule(lambda l, a: l.cos(a)),
+    "tan": Rule(lambda l, a: l.sin(a) / l.cos(a)),
     "tanh": Rule(lambda l, a: l.tanh(a)),
     "sigmoid": Rule(_sigmoid),
     "erf": Rule(lambda l, a: l.erf(a)),
@@ -320,6 +339,8 @@ RULES: dict[str, Rule] = {
     "logical_or": Rule(lambda l, a, b: l.logical_or(a, b), _of_bools),
     "logical_xor": Rule(_differ, _of_bools),
     "logical_not": Rule(lambda l, a: l.logical_not(a), _of_bools),
+    "bitwise_and": Rule(lambda l, a, b: l.bitwise_and(a, b)),
+    "bitwise_or": Rule(lambda l, a, b: l.bitwise_or(a, b)),
+    "bitwise_xor": Rule(lambda l, a, b: l.bitwise_xor(a, b)),
+    "bitwise_not": Rule(lambda l, a: -a - 1),
 }
-# Of bools PyTorch's bits are the same; of integers they aren't known here.
-RULES |= {f"bitwise_{x}": RULES[f"logical_{x}"] for x in ("and", "or", "xor", "not")}
