@@ -157,6 +157,39 @@ def test_equal_options_are_the_same_call(slow_calls):
         assert len(slow_calls) == 2
 
 
+class Number:
+    """What has an ``__index__``, and may become another number."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
+@pytest.mark.parametrize("needs_gradients", (False, True))
+def test_options_that_have_become_others_are_another_call(needs_gradients):
+    """A plan that was made for what a tensor held served for what it holds now."""
+    q, k, v = (x.requires_grad_(needs_gradients) for x in three())
+    want = [flash_attention(q, k, v, window_size=(left, 0)) for left in (2, 5)]
+    whole, side, number = torch.tensor([2, 0]), torch.tensor(2), Number(2)
+    windows = whole, (side, 0), (number, 0)
+    for window in windows:
+        assert torch.equal(flash_attention(q, k, v, window_size=window), want[0])
+    whole[0], number.value = 5, 5
+    side.fill_(5)
+    for window in windows:
+        assert torch.equal(flash_attention(q, k, v, window_size=window), want[1])
+
+
+def test_options_of_numpy_have_a_plan():
+    q, k, v = three()
+    eager.forget()
+    for _ in range(3):
+        flash_attention(q, k, v, causal=np.bool_(True), window_size=(np.int64(5), np.int32(0)))
+    assert len(eager._plans) == 1
+
+
 def test_bfloat16_of_numpy_is_fast(slow_calls):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     q, k, v = (x.astype(ml_dtypes.bfloat16) for x in numpy_three())

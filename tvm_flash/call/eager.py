@@ -8,7 +8,7 @@ from typing import Any
 from tvm_flash.call import fast
 from tvm_flash.call.plan import EmptyPlan, Plan
 from tvm_flash.call.prepare import prepare, same_framework
-from tvm_flash.call.signature import Options
+from tvm_flash.call.signature import Options, never_change
 from tvm_flash.call.suspicion import warn_of_layout
 from tvm_flash.frameworks import Framework, Traced, framework_of
 from tvm_flash.packs.registry import on_refresh
@@ -72,7 +72,7 @@ def plan_of(options: Options, framework: Framework, tensors: dict[str, Any]) -> 
         if not framework.adopts:
             same_framework(tensors)
         plan = prepare(options, framework, tensors)
-        if key is not None:
+        if key is not None and never_change(options._replace(accept=None)):
             _remember(key, plan)
     return plan
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tvm_flash.call import fast
@@ -45,6 +46,19 @@ class Options(NamedTuple):
     longest: Any = None
     head_dim_v: Any = None
     split_length: Any = None
+
+
+def never_change(options: Iterable[Any]) -> bool:
+    """Whether options stay what they are: a tensor, or whatever else has an ``__index__``, equals itself when it has
+    become another number."""
+    return all(
+        never_change(x) if isinstance(x, tuple) else isinstance(x, _CONSTANTS) or type(x).__module__ == "numpy"
+        for x in options
+    )
+
+
+#: Types of what stays what it is; NumPy's truth values are no numbers, and its arrays no keys.
+_CONSTANTS = (type(None), str, numbers.Number)
 
 
 class Signature:

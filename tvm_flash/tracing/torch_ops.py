@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tvm_flash.call import checks
 from tvm_flash.call.backward import why_no_backward
 from tvm_flash.call.prepare import params_of
-from tvm_flash.call.signature import Options, Signature, signature
+from tvm_flash.call.signature import Options, Signature, never_change, signature
 from tvm_flash.catalogue import PARAMS
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks.torch import name_of
@@ -181,6 +181,8 @@ def recorded(options: Options, tensors: Mapping[str, Any], call: tuple | None, t
 @functools.lru_cache(maxsize=1024)
 def _pair(of: Signature, rest: tuple) -> Pair:
     """A forward and its backward by their plans; ``rest`` are the options of a call."""
+    if not never_change(rest):
+        raise TypeError("an option may become another one")
     variant, asked, *others = rest
     options, passed, op = of.options(*rest), set(), OPERATORS[of.op].backward
 
