@@ -23,6 +23,7 @@ from tvm_flash import (
     flash_attention_backward,
     flash_attention_v2,
     flash_attention_varlen,
+    flash_attention_with_kvcache,
 )
 from tvm_flash.call import eager
 
@@ -112,6 +113,8 @@ WRONG = [
           ("softmax_scale: is inf",)),
     Wrong("scale beyond float32", {"softmax_scale": 1e-60}, InvalidArgumentError, ValueError,
           ("softmax_scale: is 1e-60",)),
+    Wrong("scale beyond floats", {"softmax_scale": 10**400}, InvalidArgumentError, ValueError,
+          ("softmax_scale: is larger than any float",)),
     Wrong("scale text", {"softmax_scale": "1"}, ArgumentTypeError, TypeError, ("softmax_scale: is a str", "float(")),
     Wrong("scale tensor", {"softmax_scale": torch.tensor(0.1)}, ArgumentTypeError, TypeError,
           ("softmax_scale: is a Tensor", "float(softmax_scale)")),
@@ -226,6 +229,43 @@ def test_misaligned_data():
         with pytest.raises(InvalidArgumentError, match=r"multiple of 1 bytes.*copy"):
             flash_attention(odd, k, v, out=out)
     assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("name", ("q", "v", "alibi_slopes", "sinks", "out", "cu_seqlens_q", "lse", "k_cache"))
+def test_tensors_whose_memory_was_given_back(name):
+    """As parameters of a module that is sharded have none outside of its forward; a call before had some."""
+    q, k, v = good().values()
+    rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+    starts, ends = (torch.tensor([0, n], dtype=torch.int32) for n in (17, 23))
+    cache = torch.zeros(2, 32, 2, 64)
+    of_heads = {"alibi_slopes": torch.rand(4), "sinks": torch.rand(4)}
+    result, lse = flash_attention(q, k, v, return_lse=True)
+    given = {"q": q, "k": k, "v": v, "out": torch.full_like(q, torch.nan), **of_heads}
+    attend = flash_attention
+    if name == "cu_seqlens_q":
+        attend, out = flash_attention_varlen, torch.full_like(rows[0], torch.nan)
+        given = {**dict(zip("qkv", rows, strict=True)), "cu_seqlens_q": starts, "cu_seqlens_k": ends, "out": out}
+    elif name == "lse":
+        attend, given = flash_attention_backward, {"dout": result, **good(), "out": result, "lse": lse}
+    elif name == "k_cache":
+        attend, new = flash_attention_with_kvcache, k[:, :, :1].transpose(1, 2)
+        given = {"q": q[:, :, :1].transpose(1, 2), "k_cache": cache, "v_cache": cache.clone(), "k": new, "v": new}
+        given |= {"cache_seqlens": 3, **of_heads}
+    for _ in range(2):
+        attend(**given)
+    given[name].untyped_storage().resize_(0)
+    if name not in ("out", "lse", "k_cache"):
+        given["out"].fill_(torch.nan)
+    for _ in range(2):
+        with pytest.raises(InvalidArgumentError, match=rf"^{name}: has no memory, .*; give it some before the call"):
+            attend(**given)
+    assert name in ("out", "lse", "k_cache") or given["out"].isnan().all()
+    if name == "k_cache":
+        given["k_cache"] = cache = torch.zeros(2, 32, 2, 64)
+        given["sinks"].untyped_storage().resize_(0)
+        with pytest.raises(InvalidArgumentError, match=r"^sinks: has no memory"):
+            attend(**given)
+        assert not cache.any()
 
 
 def test_a_read_only_result():

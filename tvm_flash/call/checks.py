@@ -289,7 +289,10 @@ def check_real(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real):
         _check_known(name, value)
         raise ArgumentTypeError(f"{name}: is a {type(value).__qualname__}, expected a number; use float({name})")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise InvalidArgumentError(f"{name}: is larger than any float, expected a number that is one") from None
 
 
 def _check_known(name: str, value: Any) -> None:

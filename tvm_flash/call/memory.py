@@ -80,6 +80,26 @@ def check_overlap(outputs: Collection[str], footprints: Mapping[str, Footprint],
                 )
 
 
+def check_present(footprints: Mapping[str, Footprint], at: Mapping[str, int]) -> None:
+    """That tensors with elements have memory; footprints and pointers by name.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    for name, address in at.items():
+        if not address and footprints[name].low < footprints[name].high:
+            raise without_memory(name)
+
+
+def without_memory(name: str) -> InvalidArgumentError:
+    """What is said of a tensor with elements and no address."""
+    return InvalidArgumentError(
+        f"{name}: has no memory, which was given back or never allocated; give it some before the call, as what shards "
+        f"parameters does in a module's forward"
+    )
+
+
 class _Shadow:
     """Describes memory, perhaps of a GPU, to NumPy, which computes with the addresses and reads nothing."""
 

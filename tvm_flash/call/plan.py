@@ -44,12 +44,13 @@ class EmptyPlan:
 
         Raises
         ------
-        InvalidArgumentError: a result overlaps another tensor, or where sequences begin makes no sense (found on the
-            processor only).
+        InvalidArgumentError: a tensor has no memory, a result overlaps another one, or where sequences begin makes no
+            sense (found on the processor only).
         """
         request = self._request
         framework, results = request.framework, []
         at = {name: framework.pointer(x) for name, x in tensors.items()}
+        memory.check_present(request.footprints, at)
         memory.check_overlap(request.given_outputs, request.footprints, at)
         check_starts_of(request, at)
         for name in request.results:
@@ -105,8 +106,8 @@ class Plan:
 
         Raises
         ------
-        InvalidArgumentError: a result overlaps another tensor, data is misaligned for every kernel, or where sequences
-            begin makes no sense (found on the processor only).
+        InvalidArgumentError: a tensor has no memory, a result overlaps another one, data is misaligned for every
+            kernel, or where sequences begin makes no sense (found on the processor only).
         KernelError: the kernel failed to launch.
         """
         framework = self._framework
@@ -117,6 +118,8 @@ class Plan:
             for name, x in tensors.items():
                 framework.view(x, name)  # says which one has no memory, and what to do
             raise
+        if 0 in at.values():
+            memory.check_present(self._request.footprints, at)
         if self._request.given_outputs:
             memory.check_overlap(self._request.given_outputs, self._request.footprints, at)
         bits = 0

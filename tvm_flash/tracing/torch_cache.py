@@ -104,8 +104,10 @@ def attend(
         )
     if plain or (not compiling and are_plain(given)):
         with contextlib.nullcontext() if plain else _without_modes():
+            everything["cache_seqlens"] = cache_seqlens
+            cache_checks.check_present(everything)
             _check_all(call, parameters, longest, how)
-            shift = 0 if k is None else cache_checks.check_memory(everything | {"cache_seqlens": cache_seqlens})
+            shift = 0 if k is None else cache_checks.check_memory(everything)
             if q.device.type == "cpu":
                 check_contents(tensors, before, after, table, sizes, along, shift)
     to = (k_cache, v_cache)

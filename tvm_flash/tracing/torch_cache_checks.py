@@ -185,6 +185,18 @@ def _check_rotation(tensors: Mapping[str, Any]) -> None:
     _check_shape("rotary_sin", sin, tuple(cos.shape), "that of rotary_cos")
 
 
+def check_present(tensors: Mapping[str, Any]) -> None:
+    """That all tensors of a call, by name, have memory.
+
+    Raises
+    ------
+    InvalidArgumentError
+    """
+    for name, x in tensors.items():
+        if isinstance(x, torch.Tensor) and not x.data_ptr() and x.numel():
+            raise memory.without_memory(name)
+
+
 def check_memory(tensors: Mapping[str, Any]) -> int:
     """That caches that are written have their elements for themselves; ``tensors`` are all of the call, by name.
 
