@@ -284,6 +284,39 @@ def test_without_any_key_a_row_sees_its_sink(form):
     assert torch.equal(found[3], torch.where(sinks > -torch.inf, float(rows), 0.0))
 
 
+@pytest.mark.parametrize("form", ("bhsd", "bshd", "padded", "ragged"))
+def test_without_any_key_a_row_of_a_program_of_jax_sees_its_sink(form):
+    """Traced, too: its log-sum-exp was −inf there, and the sinks had no gradient."""
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("jax_tvm_ffi")
+    rows, sinks = 5, np.array([[1.0, 2.0, -3.0, -np.inf], [0.5, -1.0, 7.0, 2.0]], np.float32)
+    q, k = np.ones((2, 4, rows, 16), np.float32), np.zeros((2, 2, 0, 16), np.float32)
+    want = np.repeat(sinks[..., None], rows, 2)
+    attend, given = tvm_flash.flash_attention, ()
+    if form == "bshd":
+        attend, q, k = tvm_flash.flash_attention_v2, q.swapaxes(1, 2), k.swapaxes(1, 2)
+    elif form == "padded":
+        attend, given = tvm_flash.padded_attention, (np.zeros((2, 2), np.int32),)
+    elif form == "ragged":
+        attend, want = tvm_flash.flash_attention_varlen, np.concatenate(want, 1)
+        q, k = (x.swapaxes(1, 2).reshape(-1, x.shape[1], 16) for x in (q, k))
+        given = np.array([0, rows, 2 * rows], np.int32), np.zeros(3, np.int32)
+
+    def step(q, k, sinks):
+        return attend(q, k, k, *map(jax.numpy.asarray, given), sinks=sinks, return_lse=True, causal=True)
+
+    def loss(q, k, sinks):
+        lse = step(q, k, sinks)[1]
+        return jax.numpy.where(lse > -np.inf, lse, 0.0).sum()
+
+    for function in (step, jax.jit(step)):
+        out, lse = function(*map(jax.numpy.asarray, (q, k, sinks)))
+        assert not out.any() and np.array_equal(lse, want)
+    dq, dk, d_sinks = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, sinks)
+    assert not dq.any() and dk.shape == k.shape
+    assert np.array_equal(d_sinks, np.where(sinks > -np.inf, float(rows), 0.0))
+
+
 @pytest.mark.parametrize("has_sink", (True, False))
 def test_without_any_key_a_parameter_of_this_name_is_the_definitions_own(cpu_pack, tmp_path, use_packs, has_sink):
     """A definition of the user's own says itself whether there is a sink, whatever its parameters are called."""

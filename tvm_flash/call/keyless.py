@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tvm_flash.call.memory import check_present
 from tvm_flash.call.plan import EmptyPlan, Plan, check_starts_of
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
 from tvm_flash.errors import NotSupportedError
-from tvm_flash.operators import PAGED, PAGED_SCALED, SCALES
+from tvm_flash.operators import PAGED, PAGED_SCALED, RAGGED_LAYOUT, SCALES
 from tvm_flash.packs import manifest
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.packs.registry import registry
@@ -51,38 +52,37 @@ def is_keyless(request: Request) -> bool:
     return "sinks" in request.parameters and not any(name in request.parameters for name in _OVER_KEYS)
 
 
+def hidden_key(request: Request) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of what such a problem is computed with instead, all zeros: one key, which nobody sees."""
+    given, batch = request.given, request.sizes.batch
+    if request.operator.form == manifest.PAGED:
+        shapes = {n: (1, 1, *given[n].shape[2:]) for n in ("k_cache", "v_cache")}
+        other = {"seqlens_k": (batch,), "page_table": (batch, 1)}
+    else:
+        axis = {RAGGED_LAYOUT: 0, "bshd": 1, "bhsd": 2}[request.layout]
+        shapes = {n: (*given[n].shape[:axis], 1, *given[n].shape[axis + 1 :]) for n in "kv"}
+        other = {"cu_seqlens_k": (batch + 1,)} if request.operator.starts else {"kv_end": (1,)}
+    return {n: (x, request.q.dtype) for n, x in shapes.items()} | {n: (x, "int32") for n, x in other.items()}
+
+
 class KeylessPlan(EmptyPlan):
     """The plan of such a problem; gradients of sinks come by it too."""
 
     def __init__(self, request: Request, options: Options, prepare: Callable[[Options, Mapping[str, Any]], Plan]):
         super().__init__(request)
-        form = request.operator.form
         self._dropped = SCALES if options.op == PAGED_SCALED else ()
         options = options._replace(op=PAGED) if self._dropped else options
-        shapes = self._of_pages() if form == manifest.PAGED else self._of_rows(ragged=form == manifest.RAGGED)
-        given = {n: request.given[n].dtype for n in ("k", "v", "k_cache", "v_cache") if n in request.given}
-        dtypes = {name: request.q.dtype if name in given else "int32" for name in shapes}
+        made = hidden_key(request)
         if request.problem.accumulate:
-            shapes |= {f"d{n}": shapes[n] for n in ("k", "v")}
-            dtypes |= dict.fromkeys(("dk", "dv"), "float32")
-        self._makers = {n: request.framework.allocator(s, dtypes[n], request.q) for n, s in shapes.items()}
+            made |= {f"d{n}": (made[n][0], "float32") for n in "kv"}
+        self._makers = {n: request.framework.allocator(*x, request.q) for n, x in made.items()}
         self._options, self._prepare = options, prepare
-
-    def _of_rows(self, ragged: bool) -> dict[str, tuple[int, ...]]:
-        k, v = (list(self._request.given[n].shape) for n in "kv")
-        axis = 0 if ragged else 2 if self._request.layout == "bhsd" else 1
-        k[axis] = v[axis] = 1
-        other = {"cu_seqlens_k": (self._request.sizes.batch + 1,)} if ragged else {"kv_end": (1,)}
-        return {"k": tuple(k), "v": tuple(v), **other}
-
-    def _of_pages(self) -> dict[str, tuple[int, ...]]:
-        k, v = ((1, 1, *self._request.given[n].shape[2:]) for n in ("k_cache", "v_cache"))
-        batch = self._request.sizes.batch
-        return {"k_cache": k, "v_cache": v, "seqlens_k": (batch,), "page_table": (batch, 1)}
 
     def run(self, tensors: Mapping[str, Any]) -> list[Any]:
         request, framework = self._request, self._request.framework
-        check_starts_of(request, {name: framework.pointer(x) for name, x in tensors.items()})
+        at = {name: framework.pointer(x) for name, x in tensors.items()}
+        check_present(request.footprints, at)
+        check_starts_of(request, at)
         made = {name: make() for name, make in self._makers.items()}
         for x in made.values():
             framework.fill(x, 0)

@@ -20,6 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from tvm_flash.call.backward import why_no_backward
 from tvm_flash.call.choice import choose
+from tvm_flash.call.keyless import check_sees_nothing, hidden_key, is_keyless, lacks_only_keys
 from tvm_flash.call.prepare import params_of, request_of
 from tvm_flash.call.request import Request
 from tvm_flash.call.signature import Options
@@ -226,7 +227,7 @@ def _call(options: Options, arrays: dict[str, Any]):
             continue
         request = request_of(options, _Abstract(kind, options.op), arrays)
         if request.is_empty:
-            return _empty(request)
+            return _empty(options, request, arrays)
         try:
             options.accept(Device(kind))
             kernel = choose(request.problem, Device(kind), request.variant).kernel
@@ -252,11 +253,23 @@ def _default_platform() -> str:
     return {"gpu": "cuda"}.get(name, name)
 
 
-def _empty(request: Request):
+def _empty(options: Options, request: Request, arrays: dict[str, Any]):
+    """What :func:`tvm_flash.call.prepare.prepare` makes plans for: nothing to compute, but for rows with sinks."""
+    found: dict[str, Any] = {}
+    if lacks_only_keys(request):
+        if is_keyless(request):
+            instead = {name: jnp.zeros(*x) for name, x in hidden_key(request).items()}
+            found = dict(zip(request.results, _call(options, {**arrays, **instead}), strict=True))
+            found = {name: x for name, x in found.items() if name not in ("dk", "dv")}
+        else:
+            check_sees_nothing(request)
+
     def fill(name):
         return -jnp.inf if name in request.operator.on_request else 0
 
-    return tuple(jnp.full(request.shape_of(n), fill(n), request.dtype_of(n)) for n in request.results)
+    return tuple(
+        found[n] if n in found else jnp.full(request.shape_of(n), fill(n), request.dtype_of(n)) for n in request.results
+    )
 
 
 class _Abstract(Jax):
