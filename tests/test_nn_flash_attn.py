@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from tests.test_torch_program import DEVICES
-from tvm_flash import InvalidArgumentError, NotSupportedError, flash_attention_v2
+from tvm_flash import ArgumentTypeError, InvalidArgumentError, NotSupportedError, flash_attention_v2
 
 torch = pytest.importorskip("torch")
 
@@ -178,3 +178,80 @@ def test_what_flash_attn_functions_refuse():
     ):
         with pytest.raises(InvalidArgumentError, match=says):
             nn.flash_attn_varlen_func(*packed, *starts, 33, 70)
+
+
+HEAD_DIMS = ((20, 24, 24), (24, 20, 20), (20, 17, 20))
+
+
+@pytest.mark.parametrize("head_dims", HEAD_DIMS)
+def test_head_dims_that_do_not_fit_are_not_padded_until_they_do(head_dims):
+    """Zeros up to the next multiple of 8 made them equal, and the result was one of other queries and keys."""
+    q, k, v = (torch.randn(1, 5, 2, d) for d in head_dims)
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    says = rf"^k.*: has head_dim {head_dims[1]}, but q has {head_dims[0]}; expected the same"
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(InvalidArgumentError, match=says):
+        nn.flash_attn_func(q, k, v)
+    with pytest.raises(InvalidArgumentError, match=says):
+        nn.flash_attn_varlen_func(q[0], k[0], v[0], starts, starts, 5, 5)
+    with pytest.raises(InvalidArgumentError, match=says):
+        nn.flash_attn_varlen_func(q[0], k, v, starts, starts, 5, 5, block_table=table)
+    with pytest.raises(InvalidArgumentError, match=says):
+        nn.flash_attn_with_kvcache(q, k, v, cache_seqlens=5)
+
+
+@pytest.mark.parametrize(
+    ("widths", "says"),
+    (
+        ({"k": 20}, r"^k: has shape \(1, 1, 2, 20\), expected \(1, 1, 2, 23\)"),
+        ({"v": 20}, r"^v: has shape \(1, 1, 2, 20\), expected \(1, 1, 2, 23\)"),
+        ({"rotary_cos": 12, "rotary_sin": 12}, r"^rotary_cos: .* half of a rotary_dim of at most 23"),
+    ),
+)
+def test_new_rows_of_another_head_dim_are_not_padded_into_a_cache(widths, says):
+    q, k, v = (torch.randn(1, 1, 2, widths.get(name, 23)) for name in "qkv")
+    caches = [torch.zeros(1, 8, 2, 23) for _ in "kv"]
+    angles = {name: torch.rand(8, widths.get(name, 11)) for name in ("rotary_cos", "rotary_sin")}
+    with pytest.raises(InvalidArgumentError, match=says):
+        nn.flash_attn_with_kvcache(q, *caches, k, v, **angles, cache_seqlens=3, causal=True)
+    assert not any(x.any() for x in caches)
+
+
+@pytest.mark.parametrize("head_dims", ((20, 20), (64, 5), (3, 16)))
+def test_pages_of_any_head_dim(head_dims):
+    """As flash_attn pads them; they were refused, by a name that the function hasn't."""
+    q, k, v = (torch.randn(2, h, 7, d) for h, d in ((4, head_dims[0]), (2, head_dims[0]), (2, head_dims[1])))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    starts = torch.tensor([0, 7, 14])
+    pages = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)).reshape(4, 4, 2, -1) for x in (k, v)]
+    table = torch.tensor([[0, 1], [2, 3]])
+    out, lse, _ = nn.flash_attn_varlen_func(
+        q.flatten(0, 1), *pages, starts, starts, 7, 7, causal=True, block_table=table, return_attn_probs=True
+    )
+    want, want_lse, _ = nn.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    assert torch.allclose(out, want.flatten(0, 1), rtol=0, atol=2e-6)
+    assert torch.allclose(lse, want_lse.transpose(0, 1).flatten(1), rtol=0, atol=4e-6)
+
+
+def test_what_is_packed_wrongly_is_told_of():
+    starts = torch.tensor([0, 5])
+    for call, says in (
+        (
+            lambda: nn.flash_attn_qkvpacked_func(torch.randn(1, 5, 2, 2, 8)),
+            r"^qkv: .*expected \(batch, seqlen, 3, heads",
+        ),
+        (lambda: nn.flash_attn_kvpacked_func(torch.randn(1, 5, 2, 8), torch.zeros(1, 5, 3, 2, 8)), r"^kv: .* 2, heads"),
+        (lambda: nn.flash_attn_varlen_qkvpacked_func(torch.randn(5, 3, 8), starts, 5), r"^qkv: .*\(total, 3, heads"),
+        (
+            lambda: nn.flash_attn_varlen_kvpacked_func(torch.randn(5, 2, 8), None, starts, starts, 5, 5),
+            r"^kv: is a None",
+        ),
+    ):
+        with pytest.raises((InvalidArgumentError, ArgumentTypeError), match=says):
+            call()
+    q = torch.randn(1, 5, 2, 8)
+    for window in (3, "ab", (1, 2, 3), (1.5, 2)):
+        with pytest.raises(ArgumentTypeError, match=r"^window_size: is .*, expected two integers"):
+            nn.flash_attn_func(q, q, q, window_size=window)
+    with pytest.raises(ArgumentTypeError, match=r"^cu_seqlens_k: is a list, expected a tensor"):
+        nn.flash_attn_varlen_func(q[0], q, q, starts, [0, 5], 5, 5, block_table=torch.zeros(1, 1, dtype=torch.int32))

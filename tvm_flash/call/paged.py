@@ -80,9 +80,9 @@ def check_paged(
         if x.device != q.device:
             raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
     (key_name, k), *values = caches.items()
+    _check_shapes(q.shape, key_name, k.shape)
     of_keys = not values
     head_dim_v = check_head_dim_v(head_dim_v, k.shape[3]) if of_keys else _check_values(*values[0], key_name, k.shape)
-    _check_shapes(q.shape, key_name, k.shape)
     for name, x in (("q", q), *caches.items()):
         checks.check_strides(name, x)
     for name in SCALES:

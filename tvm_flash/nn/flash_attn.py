@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE
-from tvm_flash.errors import NotSupportedError
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.nn.attend import attend, fit
 from tvm_flash.nn.kvcache import attend_pages
 from tvm_flash.nn.sequences import attend_sequences
@@ -61,12 +61,12 @@ def flash_attn_func(
 
 def flash_attn_qkvpacked_func(qkv: torch.Tensor, *args, **kwargs):
     """:func:`flash_attn_func` of ``(batch, seqlen, 3, heads, head_dim)``; nothing is copied."""
-    return flash_attn_func(*qkv.unbind(2), *args, **kwargs)
+    return flash_attn_func(*_unpacked("qkv", qkv, 2, 3), *args, **kwargs)
 
 
 def flash_attn_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *args, **kwargs):
     """:func:`flash_attn_func` of q and ``(batch, seqlen_kv, 2, kv_heads, head_dim)``; nothing is copied."""
-    return flash_attn_func(q, *kv.unbind(2), *args, **kwargs)
+    return flash_attn_func(q, *_unpacked("kv", kv, 2, 2), *args, **kwargs)
 
 
 def flash_attn_varlen_func(
@@ -94,7 +94,7 @@ def flash_attn_varlen_func(
     :func:`tvm_flash.flash_attention_varlen`; on a GPU whose pack has no kernels for that, the starts are read on the
     host, and each run of neighbours of one length is a call.  With a ``block_table`` (``(batch, pages_per_sequence)``),
     k and v are pages of a cache, ``(pages, page_size, kv_heads, head_dim)``, and ``cu_seqlens_k`` says how many keys
-    each sequence has on its own.
+    each sequence has on its own; a head_dim that is no multiple of 8 is padded, which copies the whole cache.
 
     Returns
     -------
@@ -117,7 +117,7 @@ def flash_attn_varlen_func(
     }
     starts = (cu_seqlens_q, cu_seqlens_k)
     if block_table is not None:
-        result = attend_pages(q, k, v, *starts, block_table, max_seqlen_q, **options)
+        result = attend_pages(*_fitting(q, k, v), *starts, block_table, max_seqlen_q, **options)
     else:
         result = attend_sequences(*_fitting(q, k, v), *starts, **options)
     if not return_attn_probs:
@@ -129,17 +129,37 @@ def flash_attn_varlen_func(
 def flash_attn_varlen_qkvpacked_func(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *args, **kwargs):
     """:func:`flash_attn_varlen_func` of ``(total, 3, heads, head_dim)``; nothing is copied."""
     starts = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return flash_attn_varlen_func(*qkv.unbind(1), *starts, *args, **kwargs)
+    return flash_attn_varlen_func(*_unpacked("qkv", qkv, 1, 3), *starts, *args, **kwargs)
 
 
 def flash_attn_varlen_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *args, **kwargs):
     """:func:`flash_attn_varlen_func` of q and ``(total_k, 2, kv_heads, head_dim)``; nothing is copied."""
-    return flash_attn_varlen_func(q, *kv.unbind(1), *args, **kwargs)
+    return flash_attn_varlen_func(q, *_unpacked("kv", kv, 1, 2), *args, **kwargs)
 
 
-def _fitting(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """q, k and v as kernels take them; what isn't a tensor with rows is left for the checks to refuse."""
-    return tuple(fit(x) if isinstance(x, torch.Tensor) and x.ndim and x.shape[-1] else x for x in tensors)
+def _unpacked(name: str, x: torch.Tensor, dim: int, count: int) -> tuple[torch.Tensor, ...]:
+    """The tensors that are packed along a dimension.
+
+    Raises
+    ------
+    ArgumentTypeError, InvalidArgumentError: it is no tensor, or has others.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise ArgumentTypeError(f"{name}: is a {type(x).__qualname__}, expected a tensor of torch")
+    if x.ndim != dim + 3 or x.shape[dim] != count:
+        rows = "(batch, seqlen" if dim == 2 else "(total"
+        raise InvalidArgumentError(
+            f"{name}: has shape {tuple(x.shape)}, expected {rows}, {count}, heads, head_dim); stack "
+            f"{', '.join(name)} along dimension {dim}"
+        )
+    return x.unbind(dim)
+
+
+def _fitting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v as kernels take them; what aren't tensors with rows that fit is left for the checks to refuse."""
+    if any(not isinstance(x, torch.Tensor) or not x.ndim or not x.shape[-1] for x in (q, k, v)):
+        return q, k, v
+    return (q, k, v) if q.shape[-1] != k.shape[-1] else (fit(q), fit(k), fit(v))
 
 
 def _columns(out: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

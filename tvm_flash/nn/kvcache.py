@@ -90,7 +90,7 @@ def flash_attn_with_kvcache(
             raise InvalidArgumentError(f"{name}: is None, and the other isn't; give both, or none")
         scales[name] = None if scale is None else _of_pages(name, scale, q, k_cache, k, table, given)
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
-    wide = {n: _widened(x) for n, x in tensors.items() if isinstance(x, torch.Tensor) and x.ndim and _is_odd(x)}
+    wide = {n: _widened(x) for n, x in tensors.items() if _is_odd(x)} if _have_one_width(tensors, rotary_cos) else {}
     written = [n for n in ("k_cache", "v_cache") if n in wide and k is not None]
     if written and not torch.compiler.is_compiling():
         _check_apart(tensors, written)
@@ -128,10 +128,19 @@ def flash_attn_with_kvcache(
 _OF_8_BITS = tuple(getattr(torch, name) for name in CACHE_DTYPES if hasattr(torch, name))
 
 
-def _is_odd(x: torch.Tensor) -> bool:
+def _is_odd(x: Any) -> bool:
     """Whether kernels take a head_dim only with zeros up to a multiple of what they count in."""
     known = (torch.float32, torch.float16, torch.bfloat16, *_OF_8_BITS)
-    return x.shape[-1] % HEAD_DIM_MULTIPLE != 0 and x.dtype in known
+    return isinstance(x, torch.Tensor) and x.ndim and x.shape[-1] % HEAD_DIM_MULTIPLE != 0 and x.dtype in known
+
+
+def _have_one_width(tensors: Mapping[str, Any], rotary_cos: Any) -> bool:
+    """Whether rows that belong together are of one head_dim, and no more than that is turned: zeros would hide it if
+    not, and the checks have something to say."""
+    width = {n: x.shape[-1] for n, x in tensors.items() if isinstance(x, torch.Tensor) and x.ndim}
+    pairs = (("q", "k_cache"), ("k", "k_cache"), ("v", "v_cache"))
+    turned = 2 * rotary_cos.shape[-1] if isinstance(rotary_cos, torch.Tensor) and rotary_cos.ndim else 0
+    return all(a not in width or width[a] == width.get(b) for a, b in pairs) and turned <= width.get("q", 0)
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:
@@ -236,6 +245,8 @@ def attend_pages(
 ):
     """:func:`tvm_flash.flash_attention_paged` with the starts that sequences of keys would have without pages."""
     starts_q, starts_k, page_table = map(as_int32, (starts_q, starts_k, page_table))
+    if not isinstance(starts_k, torch.Tensor):
+        raise ArgumentTypeError(f"cu_seqlens_k: is a {type(starts_k).__qualname__}, expected a tensor of torch")
     longest = max_seqlen_q if isinstance(max_seqlen_q, int) else None
     return flash_attention_paged(q, k_cache, v_cache, starts_q, starts_k.diff(), page_table, longest, **options)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 
 def sides(window_size: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    """``(left, right)`` with −1 for a side that is None or negative."""
-    found = (None, None) if window_size is None else tuple(window_size)
-    return tuple(-1 if x is None or x < 0 else x for x in found)
+    """``(left, right)`` with −1 for a side that is None or negative; what are no sides is left for the checks to
+    refuse."""
+    try:
+        found = (None, None) if window_size is None else tuple(window_size)
+        return tuple(-1 if x is None or x < 0 else x for x in found)
+    except TypeError:
+        return window_size
