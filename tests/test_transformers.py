@@ -338,6 +338,20 @@ def test_dropout_and_weights_are_heard():
     assert torch.equal(weights[0, 0] == 0, ~causal(30))
 
 
+@pytest.mark.parametrize("kind", ("llama", "gpt2"))
+@falls_back
+def test_weights_of_models_that_do_not_tell_their_layers(kind):
+    """transformers takes them from the layers' results; of its models llama also hands on that they are asked for."""
+    found = {}
+    for name in ("eager", integration.NAME):
+        torch.manual_seed(1)
+        model = transformers.AutoModelForCausalLM.from_config(config(kind), attn_implementation=name).eval()
+        with torch.no_grad():
+            found[name] = model(torch.arange(5, 17)[None], output_attentions=True).attentions
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("shape", ((2, 1, 1, 7), (2, 4, 7, 7)))
 def test_a_mask_is_learnt(shape):
     """Also one that hides nothing yet."""

@@ -22,6 +22,11 @@ from tvm_flash.nn.sdpa import for_kernels, no_kernel, refusal, warn_of_fallback
 from tvm_flash.operators import BACKWARD, FORWARD
 from tvm_flash.padded import padded_attention
 
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # before it, models handed output_attentions to every layer
+    _active_collector = None
+
 #: Arguments that models hand to every layer and that say nothing which the mask, the keys and the values don't say.
 HARMLESS = frozenset(
     [
@@ -140,6 +145,7 @@ def attention_forward(
         )
     if mask is not None and sequences is not None:  # both hide
         mask, sequences = by_torch.mask_within(mask, sequences, query, key), None
+    output_attentions = output_attentions or _are_weights_collected()
     wants = {"position_bias": position_bias, "indices": indices, "output_attentions": output_attentions or None}
     reason = next((f"the layer has {name}" for name, x in wants.items() if x is not None), None)
     reason = reason or refusal(query, key, value, None, dropout, False, scaling, True)
@@ -178,6 +184,14 @@ def attention_forward(
         dropout=dropout,
         weights=bool(output_attentions),
     )
+
+
+def _are_weights_collected() -> bool:
+    """Whether transformers takes the weights from the layers' results, which not all models tell their layers."""
+    if _active_collector is None or (torch.compiler.is_compiling() and not _active_collector.compiling):
+        return False  # a program of one layer can't ask
+    collected = _active_collector.get()
+    return any(name.endswith("attentions") for name in collected or ())
 
 
 def _cast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:

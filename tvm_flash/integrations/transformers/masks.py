@@ -38,7 +38,7 @@ from tvm_flash.nn.masks import KeyMask, side_by_side
 #: Of a window, on either side of a query's own position.
 UNBOUNDED = -1
 
-_FULL, _CAUSAL = (UNBOUNDED, UNBOUNDED), (UNBOUNDED, 0)
+_FULL, _CAUSAL = _PLAIN = (UNBOUNDED, UNBOUNDED), (UNBOUNDED, 0)
 
 
 @dataclass(frozen=True)
@@ -240,8 +240,11 @@ def _traced(asked: dict, others: dict, window: tuple[int, int] | None, device: A
     if window == _FULL and not others.get("allow_is_bidirectional_skip"):
         return sdpa_mask(**asked, **options)
     ranges = _ranges(window, asked["q_length"], asked["kv_length"], first, None, device)
-    if ranges.keys == asked["kv_length"] and ranges.ends is None and ranges.window in (_FULL, _CAUSAL):
+    if ranges is not None and (ranges.keys, ranges.ends) == (asked["kv_length"], None) and ranges.window in _PLAIN:
         return None
+    # A model may take some of the queries' rows, which a packed mask doesn't have; torch.jit has no view as uint32.
+    if ranges is None or asked["q_length"] > 1 or torch.jit.is_tracing():
+        return sdpa_mask(**asked, **options)
     ends = ranges.ends
     if ends is None:
         ends = torch.tensor([[0, ranges.keys]], dtype=torch.int32, device=device)

@@ -38,12 +38,14 @@ _READERS: set[str] = set()
 
 @dataclass(frozen=True)
 class Findings:
-    """Of a model's class: whether its code asks the attention interface, its layers with attention of their own, and
-    whether its constructor makes other models by an ``Auto`` class."""
+    """Of a model's class: whether its code asks the attention interface, its layers with attention of their own,
+    whether its constructor makes other models by an ``Auto`` class, and whether a layer that asks the interface looks
+    into its mask, or makes another of it."""
 
     asks: bool
     own: tuple[str, ...]
     makes: bool
+    reads: bool = False
 
 
 def findings(model: type) -> Findings:
@@ -55,21 +57,24 @@ def findings(model: type) -> Findings:
 def _findings(model: type) -> Findings:
     seen: set[Any] = set()
     waiting: list[Any] = [model]
-    asks, makes, own = False, False, set()
+    asks, makes, reads, own = False, False, False, set()
     while waiting:
         thing = waiting.pop()
         if thing in seen:
             continue
         seen.add(thing)
-        for function in _functions(thing):
+        functions = list(_functions(thing))
+        asking = any(isinstance(x, AttentionInterface) for f in functions for x in _used(f))
+        asks = asks or asking
+        reads = reads or (asking and any(map(_reads_mask, functions)))
+        for function in functions:
             used = list(_used(function))
-            asks = asks or any(isinstance(x, AttentionInterface) for x in used)
             if thing is model and function.__name__ == "__init__":
                 makes = makes or any(map(_is_auto, used))
             waiting += [x for x in used if _is_read(x) and x not in seen]
         if isinstance(thing, type) and thing is not model and _attends(thing):
             own.add(thing.__name__)
-    return Findings(asks, tuple(sorted(own)), makes)
+    return Findings(asks, tuple(sorted(own)), makes, reads)
 
 
 @torch.compiler.assume_constant_result
@@ -173,6 +178,20 @@ def _attends(layer: type) -> bool:
         return False
     names = {name for f in (*functions, *helpers) for code in _codes(f.__code__) for name in code.co_names}
     return bool(names & _COMPUTES)
+
+
+def _reads_mask(function: types.FunctionType) -> bool:
+    """Whether a function asks a mask that it is given for an attribute: its shape, its dtype, or a method of it."""
+    masks = {name for name in _parameters(function) if "mask" in name}
+    before = None
+    for x in dis.get_instructions(function.__code__):
+        if x.opname in ("LOAD_ATTR", "LOAD_METHOD") and before in masks:
+            return True
+        if "LOAD_FAST" in x.opname:
+            before = x.argval[-1] if isinstance(x.argval, tuple) else x.argval
+        elif x.opname != "CACHE":
+            before = None
+    return False
 
 
 def _parameters(function: types.FunctionType) -> tuple[str, ...]:

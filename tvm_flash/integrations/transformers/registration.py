@@ -109,7 +109,7 @@ def _choosing(original: Any) -> Any:
 def _can_ask(model: PreTrainedModel, name: str) -> bool:
     """Whether a model's layers will call us; if not, or not all of them, a warning says what computes them."""
     found = findings(type(model))
-    if found.own:
+    if found.own or found.reads:
         note_reader(model.config)
     parts = any(getattr(model.config, part, None) is not None for part in getattr(model.config, "sub_configs", ()))
     if not found.asks and not found.own and (parts or found.makes):
