@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import masking_utils  # noqa: E402
 from tests import architectures, transformers_models  # noqa: E402
 from tests.transformers_models import falls_back  # noqa: E402
 from tvm_flash.integrations import transformers as integration  # noqa: E402
-from tvm_flash.integrations.transformers.models import findings  # noqa: E402
+from tvm_flash.integrations.transformers import models  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 registered = transformers_models.registered
@@ -28,12 +29,12 @@ def pair(model_type: str):
     found = architectures.build(model_type)
     if isinstance(found, str):
         pytest.skip(f"{model_type}: {found}")
-    models = [architectures._make(*found, name) for name in ("eager", integration.NAME)]
-    architectures._randomise(models[0])
-    models[1].load_state_dict(models[0].state_dict())
-    for ours, theirs in zip(models[1].buffers(), models[0].buffers(), strict=True):
-        ours.data.copy_(theirs.data)
-    return models
+    eager, ours = (architectures._make(*found, name) for name in ("eager", integration.NAME))
+    architectures._randomise(eager)
+    ours.load_state_dict(eager.state_dict())
+    for to, x in zip(ours.buffers(), eager.buffers(), strict=True):
+        to.data.copy_(x.data)
+    return eager, ours
 
 
 def traced(model, tokens):
@@ -81,9 +82,16 @@ def test_a_compiled_step_of_layers_that_look_into_their_masks():
     assert (found[1] - found[0]).abs().max() < 1e-4 * found[0].abs().max()
 
 
+def test_a_process_that_a_model_is_sent_to_knows_that_it_looks_into_its_masks(monkeypatch):
+    sent = pickle.dumps(pair("doge")[1])
+    monkeypatch.setattr(models, "_READERS", set())
+    assert models.reads_masks(pickle.loads(sent).config)
+
+
 def test_which_layers_look_into_their_masks():
     reads = {
-        name: findings(getattr(transformers, f"{name}Model")).reads for name in ("Llama", "GPT2", "Doge", "Gemma2")
+        name: models.findings(getattr(transformers, f"{name}Model")).reads
+        for name in ("Llama", "GPT2", "Doge", "Gemma2")
     }
     assert reads == {"Llama": False, "GPT2": False, "Doge": True, "Gemma2": False}
 

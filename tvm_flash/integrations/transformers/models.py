@@ -102,9 +102,9 @@ def _passes_by(layer: type, name: str) -> bool:
     return name not in code.co_varnames[:named] and not looked_into
 
 
-def note_reader(config: Any) -> None:
-    """From now on, models with this kind of configuration get masks that they can look into, traced or not."""
-    _READERS.add(type(config).__name__)
+def note_reader(kind: str) -> None:
+    """From now on, models with configurations of this name get masks that they can look into, traced or not."""
+    _READERS.add(kind)
 
 
 def reads_masks(config: Any) -> bool:

@@ -13,7 +13,7 @@ from transformers.utils import generic
 from tvm_flash.integrations.transformers import batching
 from tvm_flash.integrations.transformers.attention import attention_forward
 from tvm_flash.integrations.transformers.masks import make_mask
-from tvm_flash.integrations.transformers.models import findings, note_reader
+from tvm_flash.integrations.transformers.models import findings, note_reader, reads_masks
 from tvm_flash.nn.sdpa import FallbackWarning
 
 #: The name for ``attn_implementation``, and the one from before, which means the same.
@@ -40,18 +40,23 @@ def register(name: str | None = None) -> None:
 
 
 class Registration:
-    """Kept by each model, so that a process which a model is sent to registers its attention before it is used."""
+    """Kept by each model, so that a process which a model is sent to registers its attention before it is used.
 
-    def __init__(self, name: str):
-        self.name = name
+    ``reader`` is the name of its configuration's class if the model looks into its masks.
+    """
+
+    def __init__(self, name: str, reader: str | None = None):
+        self.name, self.reader = name, reader
 
     def __reduce__(self):
-        return _registered, (self.name,)
+        return _registered, (self.name, self.reader)
 
 
-def _registered(name: str) -> Registration:
+def _registered(name: str, reader: str | None = None) -> Registration:
     register(name)
-    return Registration(name)
+    if reader is not None:
+        note_reader(reader)
+    return Registration(name, reader)
 
 
 def _settle_in() -> None:
@@ -98,7 +103,8 @@ def _choosing(original: Any) -> Any:
         if requested_attention not in _names:
             return original(self, requested_attention, *args, **kwargs)
         if _can_ask(self, requested_attention):
-            self.__dict__["_tvm_flash"] = Registration(requested_attention)
+            reader = type(self.config).__name__ if reads_masks(self.config) else None
+            self.__dict__["_tvm_flash"] = Registration(requested_attention, reader)
             return requested_attention
         return original(self, None, *args, **kwargs)
 
@@ -110,7 +116,7 @@ def _can_ask(model: PreTrainedModel, name: str) -> bool:
     """Whether a model's layers will call us; if not, or not all of them, a warning says what computes them."""
     found = findings(type(model))
     if found.own or found.reads:
-        note_reader(model.config)
+        note_reader(type(model.config).__name__)
     parts = any(getattr(model.config, part, None) is not None for part in getattr(model.config, "sub_configs", ()))
     if not found.asks and not found.own and (parts or found.makes):
         return True  # made of other models, each of which is asked by itself
