@@ -42,6 +42,7 @@ KERNELS = (
     (documents, "sm_80", "v2", FORWARD, 64, "bfloat16"),
     (documents, "sm_80", "v2", BACKWARD, 64, "float16"),
     (BIASED, "sm_80", "v2", BACKWARD, 192, "float16"),  # pairs of warps share keys
+    (BIASED_16, "sm_80", "v2", FORWARD, 64, "bfloat16"),  # elements two at once, or one at a time
     (relative, "sm_86", "v1", FORWARD, 128, "float16"),
     (GIVEN, "sm_75", "v1", BACKWARD, 64, "float16"),
     (documents, "sm_70", "v1", FORWARD, 64, "float16"),

@@ -20,7 +20,10 @@ struct half {
   uint16_t bits;
   operator float() const { return simt::widen(bits, false); }
 };
-using nv_bfloat16 = uint16_t;
+struct nv_bfloat16 {
+  uint16_t bits;
+  operator float() const { return simt::widen(bits, true); }
+};
 using uint = unsigned int;
 using uchar = unsigned char;
 using ushort = unsigned short;
