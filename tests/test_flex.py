@@ -291,6 +291,20 @@ def test_a_definition_says_what_flex_attention_does(score, mask):
     np.testing.assert_allclose(got.lse, want_lse, atol=4e-6, rtol=0)
 
 
+def test_whole_powers_of_negative_numbers():
+    """As PyTorch has them; ``flex_attention`` itself takes other scores for these, without a word."""
+    definition = from_flex(None, lambda b, h, q_idx, kv_idx: ((-1.0) ** (q_idx - kv_idx) > 0) | ((-0.9) ** h < -0.1))
+    assert "pow(T.float32(-" not in str(definition(HEAD_DIM, "float32"))  # which GPUs have no number for
+    q, k, v = tensors()
+    want, _ = reference.attention(
+        q, k, v, softmax_scale=SCALE, mask=lambda at: ((at.i - at.j) % 2 == 0) | (at.h % 2 == 1)
+    )
+    twin, _ = reference.attention(q, k, v, softmax_scale=SCALE, mask=definition.mask.twin)
+    got = oracle.operator(definition, "forward", HEAD_DIM, HEAD_DIM)(q=q, k=k, v=v, softmax_scale=SCALE)
+    np.testing.assert_allclose(twin, want, atol=1e-12, rtol=0)
+    np.testing.assert_allclose(got.o, want, atol=2e-6, rtol=0)
+
+
 def test_sixteen_bits_are_computed_with_in_float32():
     """As FlexAttention's compiled kernels do; PyTorch rounds what it computes one operation after another."""
 

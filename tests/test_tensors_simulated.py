@@ -70,7 +70,7 @@ def made(attention, arch, template, kind, head_dim, dtype, folder, **changes):
     compute = torch_cases.by_entry(default.entry, default.functions, "cpu")
     sample = functools.partial(parameters_of, attention) if attention.example else None
     kernel = tensor_trials.kernel_of(default.entry, twins, sample)
-    return SimpleNamespace(kernel=kernel, simulated=default.simulated, compute=compute)
+    return SimpleNamespace(kernel=kernel, simulated=default.simulated, compute=compute, text=default.lowered.text)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition.parameters import Site, append_arguments, parameter_symbols
 from schedules.definition.pattern import Pattern
 from schedules.tile.dtypes import element_type
+from schedules.tile.functions import accurate
 from schedules.tile.geometry import RAGGED_LAYOUT, Tensor, flat, wide
 from schedules.tile.parameters import OfHead
 from schedules.tile.partial import PartialResults
@@ -67,7 +68,7 @@ def sink_of(pattern: Pattern, symbols, b: Expr, h: Expr) -> Expr:
     """The logit without a key of a batch entry and head, of parameters by name."""
     params = (p for p in pattern.params if pattern.is_of_sink(p))
     values = {p.name: OfHead(symbols[p.name], p.axes).value(b, h) if p.axes else symbols[p.name] for p in params}
-    return pattern.sink(Site(b, h, *[T.int32(0)] * 5, T.float32(1), values))
+    return accurate(pattern.sink(Site(b, h, *[T.int32(0)] * 5, T.float32(1), values)))
 
 
 @T.inline

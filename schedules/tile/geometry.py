@@ -20,6 +20,7 @@ from tvm.tirx import PrimFunc
 from schedules.definition.attention import append_arguments
 from schedules.definition.pattern import Pattern, Site
 from schedules.tile.dtypes import TensorTypes, element_type, tensor_types
+from schedules.tile.functions import accurate
 from schedules.tile.key_source import ContiguousRows, PagedRows
 from schedules.tile.sequences import Dense, Lengths, Ragged, Sequence
 from schedules.tile.tile_scheduler import Traversal, Work
@@ -150,7 +151,7 @@ class Geometry:
 
     def sink(self, pattern: Pattern, at: Site) -> Expr:
         """The logit that the rows at a site have beside those of keys, where the pattern has one."""
-        return pattern.sink(at)
+        return accurate(pattern.sink(at))
 
     @property
     def lse_wanted(self) -> Expr:
@@ -199,7 +200,9 @@ class RaggedGeometry(Geometry):
 
     def sink(self, pattern: Pattern, at: Site) -> Expr:
         is_of_sequence = self.queries.of(at.b).offset < self.all_queries.begin(self.batch)
-        return T.Select(is_of_sequence, pattern.sink(at), T.float32(-math.inf))  # rows after the last have none
+        return T.Select(
+            is_of_sequence, accurate(pattern.sink(at)), T.float32(-math.inf)
+        )  # rows after the last have none
 
     @property
     def lse_wanted(self) -> Expr:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 
-import tvm_ffi
 from tvm import tirx
-from tvm.ir import Call, Expr
+from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
 from schedules.tile.element_pairs import ElementPairs
 from schedules.tile.fragment import Fragment
+from schedules.tile.functions import accurate
 from schedules.tile.geometry import constant
 from schedules.tile.mask_terms import MaskTerms
 from schedules.tile.parameters import Elements
@@ -25,20 +25,6 @@ from schedules.tile.parameters import Elements
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 NEGATIVE_INFINITY = -math.inf
-
-
-def accurate_tanh(x: Expr) -> Expr:
-    """tanh to about 1e-7 absolute; --use_fast_math would make it tanh.approx, which is good to 5e-4 only."""
-    return T.float32(1) - T.float32(2) / (T.exp2(x * T.float32(2 * LOG2_E)) + T.float32(1))
-
-
-def _with_accurate_tanh(expr: Expr) -> Expr:
-    def replace(node):
-        if isinstance(node, Call) and getattr(node.op, "name", "").endswith("tanh"):
-            return accurate_tanh(node.args[0])
-        return node
-
-    return tvm_ffi.structural_map(expr, replace, order="post")
 
 
 @T.meta_class
@@ -137,17 +123,17 @@ class ScoreTile:
 
     def modified(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
         """The modified score in powers of two; ``chosen`` as in :meth:`Pattern.score`."""
-        return _with_accurate_tanh(self.pattern.score(self.here, s, i, j, chosen)) * T.float32(LOG2_E)
+        return accurate(self.pattern.score(self.here, s, i, j, chosen)) * T.float32(LOG2_E)
 
     def slope(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr | None:
         """The derivative of the score with respect to the scaled product, of the raw one ``s``; None for 1."""
         value = self.pattern.score_gradient(self.here, s, i, j, chosen)
-        return None if isinstance(value, tirx.FloatImm) and value.value == 1 else _with_accurate_tanh(value)
+        return None if isinstance(value, tirx.FloatImm) and value.value == 1 else accurate(value)
 
     def parameter_slope(self, name: str, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr | None:
         """The derivative of the score with respect to a parameter, of the raw product ``s``; None for 0."""
         value = self.pattern.parameter_gradient(name, self.here, s, i, j, chosen)
-        return None if isinstance(value, tirx.FloatImm) and value.value == 0 else _with_accurate_tanh(value)
+        return None if isinstance(value, tirx.FloatImm) and value.value == 0 else accurate(value)
 
     def table_slopes(
         self, name: str, s: Expr, i: Expr, j: Expr, chosen: bool | None = None
@@ -155,7 +141,7 @@ class ScoreTile:
         """The elements of a table that the score reads, by their indices, each with the derivative of the score with
         respect to it, of the raw product ``s``."""
         found = self.pattern.table_gradients(name, self.here, s, i, j, chosen)
-        return [(index, _with_accurate_tanh(slope)) for index, slope in found]
+        return [(index, accurate(slope)) for index, slope in found]
 
     def signed_scale(self) -> Expr:
         """From raw products (or modified scores, which are in powers of two already) to powers of two."""

@@ -19,11 +19,12 @@ int raised() {
 
 }  // namespace simt
 
-// What kernels' host halves ask of the library that launches them.
+// What kernels' host halves ask of the library that launches them, and a function of the compiler's own library.
 extern "C" int32_t opaque(int32_t value) { return value; }
 extern "C" int32_t beyond_multiple(void* address, int32_t multiple) {
   return int32_t(uintptr_t(address) & uintptr_t(multiple - 1));
 }
+extern "C" float __nv_powf(float x, float n) { return powf(x, n); }
 extern "C" int32_t multiprocessors() { return simt::settings.multiprocessors; }
 
 // Called from Python: how the module's launches are to run from now on.

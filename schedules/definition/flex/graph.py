@@ -242,6 +242,12 @@ class _Reader:
                 f"has {node.format_node()}; of integers powers with an exponent of 1 to 8 are known, and of floats "
                 f"others too: 2.0**h"
             )
+        if base.what == "constant" and base.operands[0] < 0 and exponent.kind == "int":
+            # GPUs' own powers are of numbers that aren't negative
+            size, two = (Node("constant", (x,), k) for x, k in ((-base.operands[0], "float"), (2, "int")))
+            is_odd = Node("cast", (Node("remainder", (exponent, two), "int"),), "bool")
+            powers = Node("pow", (size, exponent), kind)
+            return Node("where", (is_odd, Node("neg", (powers,), kind), powers), kind)
         return Node("pow", (base, exponent), kind)
 
     def _read_of(self, node, values) -> Node:

@@ -17,6 +17,7 @@ from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.tensor_tile import FetchedTensors
 from schedules.tile.dtypes import element_type
 from schedules.tile.fragment import M16N8
+from schedules.tile.functions import accurate
 from schedules.tile.geometry import flat
 from schedules.tile.score import LOG2_E, NEGATIVE_INFINITY
 from schedules.tile.softmax import LOWEST, OnlineSoftmax
@@ -83,7 +84,7 @@ class Softmax(FetchedTensors, OnlineSoftmax):
                             seen = T.meta_var(self.pattern.mask_inside(self.here, *at))
                             self.added[i] = T.Select(seen, T.float32(0) - self.near[r], T.float32(NEGATIVE_INFINITY))
                         else:
-                            self.added[i] = self.pattern.added(self.here, *at) * T.float32(LOG2_E)
+                            self.added[i] = accurate(self.pattern.added(self.here, *at)) * T.float32(LOG2_E)
                             if static(relative):
                                 self.added[i] = self.added[i] - self.near[r]
 

@@ -8,6 +8,7 @@ from schedules.definition.pattern import Pattern
 from schedules.families.mma.backward.config import LaunchConfig
 from schedules.families.mma.backward.machine import GradientMachine, Sides
 from schedules.families.mma.registers import fresh
+from schedules.tile.functions import accurate
 from schedules.tile.gradients import Tensors
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.softmax import from_lane
@@ -70,7 +71,7 @@ class QueryMachine(GradientMachine):
         """Let the sums of the sink's parameters begin with a row's share in its gradient; what a text may call."""
         for n, p in enumerate(summed(self.pattern)):
             if self.pattern.is_of_sink(p):
-                T.buffer_store(self.parameter_sums, share * self.pattern.sink_gradient(p.name, at), [n])
+                T.buffer_store(self.parameter_sums, share * accurate(self.pattern.sink_gradient(p.name, at)), [n])
         return 0
 
     @T.inline

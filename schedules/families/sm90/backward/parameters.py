@@ -14,6 +14,7 @@ from schedules.definition.parameters import gradient_name, gradient_symbols
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.backward.config import BLOCK, CONSUMERS
 from schedules.families.sm90.barriers import WARPS
+from schedules.tile.functions import accurate
 from schedules.tile.geometry import flat, local, wide
 from schedules.tile.gradients import tiles_of
 from schedules.tile.softmax import from_lane
@@ -72,7 +73,7 @@ class ParameterGradients:
         """Add the gradient of the sink times its derivatives to the sums of its parameters."""
         for n, param in enumerate(self.params):
             if param in self.pattern.learnt_of_sink:
-                T.buffer_store(sums, sums[n] + gradient * self.pattern.sink_gradient(param.name, site), [n])
+                T.buffer_store(sums, sums[n] + gradient * accurate(self.pattern.sink_gradient(param.name, site)), [n])
 
     def store(self, tensors, sums, batch, head, share, lane):
         """A warp: leave what its lanes have in ``sums`` as share number ``share`` of a head.

@@ -17,6 +17,7 @@ from schedules.families.interface import ScheduledLaunch
 from schedules.families.row_terms import STARTS
 from schedules.families.sm90.backward.parameters import add_lanes
 from schedules.tile.dtypes import element_type
+from schedules.tile.functions import accurate
 from schedules.tile.geometry import flat, local, parameterised, site, wide
 from schedules.tile.gradients import tensors_of
 from schedules.tile.parameters import Parameters
@@ -43,7 +44,7 @@ def _write(pattern: Pattern, at, total, targets: dict, adds: bool):
     for name, target in targets.items():
         batch_stride, head_stride = target.ty.strides
         to = wide(at.b) * wide(batch_stride) + wide(at.h) * wide(head_stride)
-        value = total * pattern.sink_gradient(name, at)
+        value = total * accurate(pattern.sink_gradient(name, at))
         T.buffer_store(flat(target), flat(target)[to] + value if adds else value, [to])
 
 
