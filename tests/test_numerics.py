@@ -149,3 +149,24 @@ def test_the_reference_knows_calls_without_keys_or_queries(queries, keys, mask):
     )  # fmt: skip
     assert (found.dq.shape, found.dk.shape, found.dv.shape) == (q.shape, k.shape, v.shape)
     assert not found.dq.any() and np.array_equal(found.params["alibi_slopes"], np.zeros(4))
+
+
+def test_gradients_of_what_keys_have_beside_a_sink():
+    """They are of each key; a sum over keys is what a parameter of the sink gets."""
+
+    @reference.with_sink(lambda at: at.params["logit"])
+    def score(s, at):
+        return s * at.params["scale"] + at.params["bias"]
+
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((2, 2, n, 4)) for n in (3, 5, 5, 3))
+    given = {"logit": rng.standard_normal(2), "scale": rng.standard_normal(2), "bias": rng.standard_normal((2, 5))}
+    what = {"softmax_scale": 0.5, "score": score, "axes": {"logit": "h", "scale": "h", "bias": "hj"}}
+    found = reference.attention_backward(dout, q, k, v, params=given, gradients=list(given), **what).params
+    for name, value in given.items():
+        for index in np.ndindex(value.shape):
+            step = np.zeros(value.shape)
+            step[index] = 1e-5
+            ends = (reference.attention(q, k, v, params={**given, name: value + x}, **what)[0] for x in (step, -step))
+            slope = np.subtract(*((dout * out).sum() for out in ends)) / 2e-5
+            np.testing.assert_allclose(found[name][index], slope, rtol=1e-6, atol=1e-8)

@@ -368,7 +368,7 @@ def _parameter_gradient(name: str, score: Callable, state: _Forward, dscore: np.
     value = np.asarray(state.at.params[name], np.float64)
     shares = np.where(state.prob == 0, 0.0, dscore * difference(of_value, value))
     sink = sink_of(score, state.at)
-    if (sink > -np.inf).any():
+    if not np.array_equal(of_sink_value(value + 1), sink):  # it is one of the sink, and so none of queries or keys
         weight = np.where(sink == -np.inf, 0.0, np.exp(sink - state.lse[..., None]))
         share = np.where(weight == 0, 0.0, weight * delta[..., None] * difference(of_sink_value, value))
         shares = shares.sum(axis=-1, keepdims=True) - share
