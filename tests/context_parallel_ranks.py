@@ -384,6 +384,23 @@ def batches() -> dict:
     return found
 
 
+def empty_batches() -> dict:
+    """Of a batch without entries the shapes of results and gradients, by the layout."""
+    found, mesh = {}, mesh_of((2, 1))
+    for layout in ("bhsd", "bshd") if mesh.get_coordinate() is not None else ():
+        shapes = ((0, 4, 6, 8), (0, 2, 6, 8), (0, 2, 6, 16))
+        shapes = shapes if layout == "bhsd" else [(b, s, h, d) for b, h, s, d in shapes]
+        q, k, v = (torch.zeros(shape, device=device(), requires_grad=True) for shape in shapes)
+        sinks, slopes = (torch.ones(n, device=device(), requires_grad=True) for n in ((0, 1), (4,)))
+        of_heads = {"sinks": sinks, "alibi_slopes": slopes}
+        out, lse = context_parallel_attention(q, k, v, mesh, **of_heads, layout=layout, return_lse=True)
+        given = (q, k, v, sinks, slopes)
+        gradients = torch.autograd.grad([out.sum(), lse.sum()], given)
+        assert not gradients[-1].any() and gradients[-1].is_contiguous()
+        found[layout] = [tuple(x.shape) for x in (out, lse, *gradients)]
+    return found
+
+
 def deaths() -> dict:
     """What the others are told, and how soon, when the last rank is gone: before a call, and in its midst."""
     from tvm_flash.distributed import attention
@@ -442,7 +459,10 @@ def torch_rings() -> dict:
 
 TASKS = {
     f.__name__: f
-    for f in (results, reads, reads_memory, obstacles, other_orders, errors, orders, batches, deaths, torch_rings)
+    for f in (
+        *(results, reads, reads_memory, obstacles, other_orders, errors, orders, batches, empty_batches, deaths),
+        torch_rings,
+    )
 }
 
 

@@ -37,7 +37,8 @@ def found(cpu_pack, tmp_path_factory):
     return run(
         tmp_path_factory.mktemp("ranks"),
         8,
-        *("results", "reads", "obstacles", "other_orders", "errors", "batches", "torch_rings"),
+        *("results", "reads", "obstacles", "other_orders", "errors", "batches", "empty_batches"),
+        "torch_rings",
     )
 
 
@@ -212,6 +213,16 @@ def test_a_rank_that_dies_is_told_of(cpu_pack, tmp_path):
     told = run(tmp_path, 3, "deaths")["deaths"]
     assert len(told["said"]) == 2 and told["seconds"] < TIMEOUT.total_seconds()
     assert all("rank 0 had no answer from another of the ranks [0, 1, 2]" in said for said in told["said"])
+
+
+def test_a_batch_without_entries_has_results_and_gradients(found):
+    """With sinks for each entry it was an error, and its log-sum-exp was no function of anything."""
+    of_inputs = {
+        "bhsd": ((0, 4, 6, 8), (0, 2, 6, 8), (0, 2, 6, 16)),
+        "bshd": ((0, 6, 4, 8), (0, 6, 2, 8), (0, 6, 2, 16)),
+    }
+    results = {"bhsd": ((0, 4, 6, 16), (0, 4, 6)), "bshd": ((0, 6, 4, 16), (0, 4, 6))}
+    assert found["empty_batches"] == {x: [*results[x], *of_inputs[x], (0, 1), (4,)] for x in results}
 
 
 def test_batches_are_dealt_out_and_put_together(found):

@@ -192,7 +192,7 @@ def values_in_short(x: torch.Tensor | None) -> str | None:
     what = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return what
-    values = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    values = x.detach().cpu().numpy().tobytes()
     return f"{what} with sha256 {hashlib.sha256(values).hexdigest()[:12]}…"
 
 

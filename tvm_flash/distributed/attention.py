@@ -145,7 +145,7 @@ def context_parallel_attention(
             call = replace(call, reads=with_room(axes, size, can_grow=all(x["can_grow"] for x in said)))
         out, lse = _Attention.apply(call, q, k, v, slopes, sinks)
     else:
-        out, lse = _nothing(layout, q, k, v)
+        out, lse = _nothing(layout, q, k, v, *(x for x in (slopes, sinks) if x is not None))
     return (out, lse) if return_lse else out
 
 
@@ -157,10 +157,14 @@ def _of_peers(axes: Axes, q: torch.Tensor) -> dict[str, bool]:
     return {"reads": q.device == memory.device, "can_grow": not memory.is_fixed}
 
 
-def _nothing(layout: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What comes of no batch entries or no heads, of which nobody sends anything; gradients are zeros."""
-    out = q[..., :1].expand(*q.shape[:-1], v.shape[-1]) + 0 * (k.sum() + v.sum())
-    lse = q[..., 0].detach().float()
+def _nothing(layout: str, q: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What comes of no batch entries or no heads, of which nobody sends anything; gradients are zeros, each element
+    of its own, as sums over ranks need them.
+
+    ``others`` are k, v and the parameters.
+    """
+    out = q[..., :1].expand(*q.shape[:-1], others[1].shape[-1]) + sum((0 * x).sum() for x in others).to(q.dtype)
+    lse = q[..., 0].float()
     return out, lse if layout == "bhsd" else lse.transpose(1, 2)
 
 
