@@ -60,7 +60,7 @@ def attend(
     """What :func:`tvm_flash.flash_attention_with_kvcache` does with its tensors by name and the rest of its options."""
     compiling = torch.compiler.is_compiling()
     along, return_lse = how.is_ordered, how.options["return_lse"]
-    sizes = cache_checks.check(tensors, cache_seqlens, longest, interleaved, num_splits)
+    sizes = cache_checks.check(tensors, how.parameters, cache_seqlens, longest, interleaved, num_splits)
     q, k = tensors["q"], tensors["k"]
     everything = {**tensors, **how.parameters}
     floats = {n: everything[n] for n in (*_DIFFERENTIABLE, *how.parameters, *SCALES)}

@@ -30,8 +30,15 @@ class Sizes:
     capacity: int
 
 
-def check(tensors: Mapping[str, Any], cache_seqlens: Any, longest: Any, interleaved: Any, num_splits: Any) -> Sizes:
-    """Ranks, dtypes, devices and shapes of the tensors, and what goes with what.
+def check(
+    tensors: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    cache_seqlens: Any,
+    longest: Any,
+    interleaved: Any,
+    num_splits: Any,
+) -> Sizes:
+    """Ranks, dtypes, devices and shapes of the tensors, and what goes with what; kinds of parameters of mask and score.
 
     Raises
     ------
@@ -50,7 +57,7 @@ def check(tensors: Mapping[str, Any], cache_seqlens: Any, longest: Any, interlea
                 f"{name}: is a {type(x).__module__}.{type(x).__qualname__}, but q is a tensor of torch; use "
                 f"torch.as_tensor({name})"
             )
-        check_dense(x, name)
+        _check_kind(name, x)
         if x.device != q.device:
             raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
         if (name in _INT32 or name == "cache_seqlens") and x.dtype != torch.int32:
@@ -61,6 +68,9 @@ def check(tensors: Mapping[str, Any], cache_seqlens: Any, longest: Any, interlea
             raise ArgumentTypeError(
                 f"{name}: has dtype {name_of(x.dtype)}, but q has {name_of(q.dtype)}; convert one to the other's"
             )
+    for name, x in parameters.items():  # attention checks the rest of them, before anything is written
+        if isinstance(x, torch.Tensor):
+            _check_kind(name, x)
     checks.check_flag("rotary_interleaved", interleaved)
     if type(num_splits) is not int or num_splits < 0:
         raise ArgumentTypeError(
@@ -79,6 +89,13 @@ def check(tensors: Mapping[str, Any], cache_seqlens: Any, longest: Any, interlea
     _check_new(tensors, batch, cache_seqlens)
     _check_rotation(tensors)
     return Sizes(batch, capacity)
+
+
+def _check_kind(name: str, x: torch.Tensor) -> None:
+    """That a tensor is of a kind that the operators know."""
+    check_dense(x, name)
+    if x.is_quantized:
+        raise ArgumentTypeError(f"{name}: is quantized as {x.dtype}, expected a plain tensor; use {name}.dequantize()")
 
 
 _CACHE = "(batch_cache, seqlen_cache, kv_heads, head_dim)"
