@@ -131,6 +131,19 @@ def test_errors_are_jaxs():
             dot_product_attention(q, k, v, query_seq_lengths=wrong)
 
 
+@pytest.mark.filterwarnings("error::tvm_flash.errors.FallbackWarning")
+def test_without_a_batch_lengths_are_those_of_one_entry():
+    """They were left to JAX, and one without a dimension, which JAX refuses, was an IndexError or taken."""
+    q, k, v = arrays(batch=())
+    given = {"query_seq_lengths": lengths(20), "key_value_seq_lengths": lengths(11)}
+    got = dot_product_attention(q, k, v, **given)
+    np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v, **given), atol=1e-5)
+    for name in given:
+        integration._warned.clear()
+        with pytest.warns(FallbackWarning, match="lengths"), pytest.raises(ValueError, match=name):
+            dot_product_attention(q, k, v, **{name: jnp.int32(11)})
+
+
 def test_a_platform_without_kernels_is_left_to_jax(monkeypatch):
     """As of float32 on a GPU, where the program would have had the processor's kernel."""
     monkeypatch.setattr(jax_ops.cuda, "device_count", lambda: 1)

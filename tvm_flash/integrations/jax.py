@@ -97,7 +97,7 @@ def _refusal(query, key, value, bias, mask, scale, lengths, window, implementati
     if not (len(q) == len(k) in (3, 4) and k == v) or any(0 in s for s in shapes):
         return f"the shapes are {', '.join(map(str, shapes))}"
     for x in lengths:
-        if x is not None and (np.shape(x) != q[:-3] or jnp.asarray(x).dtype != jnp.int32):
+        if x is not None and (np.shape(x) != (q[:-3] or (1,)) or jnp.asarray(x).dtype != jnp.int32):
             return "lengths aren't int32, one for each entry of the batch"
     if window is not None and np.min(window) < 0:  # a negative side is no bound here, and one that hides keys in JAX
         return f"local_window_size is {window}, and these kernels take sides of 0 and more"
