@@ -24,6 +24,7 @@ from tvm_flash import (
     flash_attention_v2,
     flash_attention_varlen,
     flash_attention_with_kvcache,
+    padded_attention,
 )
 from tvm_flash.call import eager
 
@@ -229,6 +230,17 @@ def test_misaligned_data():
         with pytest.raises(InvalidArgumentError, match=r"multiple of 1 bytes.*copy"):
             flash_attention(odd, k, v, out=out)
     assert np.isnan(out).all()
+
+
+def test_names_of_gradients_and_layouts_that_are_none():
+    q, k, v = good().values()
+    out, lse = flash_attention(q, k, v, return_lse=True)
+    for gradients in (3, None, float("nan"), "sinks"):
+        with pytest.raises(ArgumentTypeError, match=r"^gradients: is .*, expected a tuple of names"):
+            flash_attention_backward(out, q, k, v, out, lse, gradients=gradients)
+    for layout in (np.zeros(3), None, ["bhsd"]):
+        with pytest.raises(InvalidArgumentError, match=r"^layout: is .*, expected one of 'bhsd', 'bshd'"):
+            padded_attention(q, k, v, torch.zeros(2, 2, dtype=torch.int32), layout=layout)
 
 
 @pytest.mark.parametrize("name", ("q", "v", "alibi_slopes", "sinks", "out", "cu_seqlens_q", "lse", "k_cache"))

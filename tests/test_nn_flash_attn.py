@@ -253,5 +253,44 @@ def test_what_is_packed_wrongly_is_told_of():
     for window in (3, "ab", (1, 2, 3), (1.5, 2)):
         with pytest.raises(ArgumentTypeError, match=r"^window_size: is .*, expected two integers"):
             nn.flash_attn_func(q, q, q, window_size=window)
+    for option, value, says in (
+        ("dropout_p", torch.zeros(0), "^dropout_p: is "),
+        ("softcap", torch.zeros(2), "^softcap: is a Tensor, expected a number"),
+        ("window_size", torch.zeros(2, 2), "^window_size: is "),
+    ):
+        with pytest.raises((ArgumentTypeError, NotSupportedError), match=says):
+            nn.flash_attn_varlen_func(q[0], q[0], q[0], starts, starts, 5, 5, **{option: value})
     with pytest.raises(ArgumentTypeError, match=r"^cu_seqlens_k: is a list, expected a tensor"):
         nn.flash_attn_varlen_func(q[0], q, q, starts, [0, 5], 5, 5, block_table=torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    (
+        ({"k_descale": [1.0]}, "^k_descale: is a list, expected a dense tensor"),
+        ({"v_descale": torch.ones(2)}, r"^v_descale: has shape \(2,\), expected 2 dimensions"),
+        ({"k_descale": torch.ones(2, 2, device="meta")}, "^k_descale: is on meta, expected cpu"),
+        ({"block_table": "x"}, "^page_table: is a str, expected a"),
+        ({"block_table": torch.zeros(0, 2, dtype=torch.int32)}, "^page_table: has no rows"),
+        ({"block_table": torch.zeros(2, 2)}, "^page_table: has dtype torch.float32, expected int32"),
+        ({"cache_seqlens": torch.ones(4, dtype=torch.int32)}, r"^cache_seqlens: has shape \(4,\), expected \(2,\)"),
+        (
+            {"cache_batch_idx": torch.zeros(3, dtype=torch.int32)},
+            "^page_table: has 3 rows, or cache_batch_idx names",
+        ),
+        ({"q": 3}, "^q: is a int, expected a dense tensor"),
+    ),
+)
+def test_what_is_read_for_scales_of_sequences_is_checked_before(changes, says):
+    """Where a scale of a sequence becomes one of its pages, which were torch's own errors."""
+    q, k, v = (torch.randn(2, 1, h, 16) for h in (4, 2, 2))
+    caches = {name: torch.zeros(4, 8, 2, 16, dtype=torch.int8) for name in ("k_cache", "v_cache")}
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    given = {"q": q, **caches, "k": k, "v": v, "cache_seqlens": torch.tensor([3, 5], dtype=torch.int32)}
+    given |= {"cache_batch_idx": torch.tensor([1, 0], dtype=torch.int32), "block_table": table}
+    given |= {"k_descale": torch.rand(2, 2), "v_descale": torch.rand(2, 2)}
+    with pytest.raises((ArgumentTypeError, InvalidArgumentError), match=says):
+        nn.flash_attn_with_kvcache(**given | changes)
+    assert not any(x.any() for x in caches.values())
+    nn.flash_attn_with_kvcache(**given)
+    assert all(x.any() for x in caches.values())

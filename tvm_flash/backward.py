@@ -3,14 +3,14 @@ book of what flows back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tvm_flash.call.checks import check_layout, check_params
 from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.signature import signature
 from tvm_flash.catalogue import PARAMS
-from tvm_flash.errors import InvalidArgumentError
+from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.operators import BACKWARD, RAGGED_BACKWARD, RAGGED_LAYOUT, gradient_of
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
 from tvm_flash.padded import PARAMETERS as _PADDED_PARAMETERS
@@ -304,6 +304,8 @@ def _of_function(
     ``parameters`` are tensors by name, None if they aren't given; ``memory`` is what was given for their gradients;
     ``starts`` say where sequences begin, of an operator over those that lie one after the other.
     """
+    if isinstance(gradients, str) or not isinstance(gradients, Iterable):
+        raise ArgumentTypeError(f"gradients: is {gradients!r}, expected a tuple of names")
     wanted = tuple(gradients)
     learnt = [n for n, x in parameters.items() if x is not None and "float" in declared[n].dtype]
     if unknown := [n for n in wanted if n not in learnt]:

@@ -87,6 +87,7 @@ def rounded(xp: Any, x: Any, dtype: str) -> Any:
 
 
 def _check_rows(xp: Any, x: Any, dtypes: tuple[str, ...]) -> None:
+    xp.check(x, "x")
     if len(x.shape) < 2:
         raise InvalidArgumentError(f"x: has shape {tuple(x.shape)}, expected (…, kv_heads, dim)")
     if xp.name_of(x) not in dtypes:
@@ -97,6 +98,9 @@ def _beside(xp: Any, x: Any, scale: Any) -> Any:
     """A scale so that it broadcasts against ``x``."""
     if arrays_of(scale, "scale") is not xp:
         raise ArgumentTypeError("scale: is a tensor of another framework than x; convert one to the other's")
+    xp.check(scale, "scale")
+    if xp.device(scale) != xp.device(x):
+        raise ArgumentTypeError(f"scale: is on {xp.device(scale)}, expected {xp.device(x)}, where x is; move it")
     if xp.name_of(scale) != "float32":
         raise ArgumentTypeError(f"scale: has dtype {xp.name_of(scale)}, expected float32; convert it")
     shape, own = tuple(x.shape), tuple(scale.shape)

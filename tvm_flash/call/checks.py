@@ -245,7 +245,7 @@ def check_variant(variant: Any) -> str:
 
 def check_layout(layout: Any) -> str:
     """One of the layouts."""
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise InvalidArgumentError(f"layout: is {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
     return layout
 
@@ -314,7 +314,7 @@ def whole_number(name: str, x: object, expected: str) -> int:
     """
     try:
         return operator.index(None if isinstance(x, bool) else x)
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):  # of tensors too
         raise ArgumentTypeError(f"{name}: is {x!r}, expected {expected}") from None
 
 

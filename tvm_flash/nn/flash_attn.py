@@ -157,7 +157,7 @@ def _unpacked(name: str, x: torch.Tensor, dim: int, count: int) -> tuple[torch.T
 
 def _fitting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """q, k and v as kernels take them; what aren't tensors with rows that fit is left for the checks to refuse."""
-    if any(not isinstance(x, torch.Tensor) or not x.ndim or not x.shape[-1] for x in (q, k, v)):
+    if any(not isinstance(x, torch.Tensor) or x.is_nested or not x.ndim or not x.shape[-1] for x in (q, k, v)):
         return q, k, v
     return (q, k, v) if q.shape[-1] != k.shape[-1] else (fit(q), fit(k), fit(v))
 
@@ -169,12 +169,13 @@ def _columns(out: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def _scale(softmax_scale: float | None, q: torch.Tensor) -> float | None:
     """The scale of a head_dim before padding; None where the kernel's own is the same."""
-    padded = softmax_scale is None and isinstance(q, torch.Tensor) and q.ndim and q.shape[-1] % HEAD_DIM_MULTIPLE
-    return q.shape[-1] ** -0.5 if padded else softmax_scale
+    if softmax_scale is not None or not isinstance(q, torch.Tensor) or q.is_nested or not q.ndim:
+        return softmax_scale
+    return q.shape[-1] ** -0.5 if q.shape[-1] % HEAD_DIM_MULTIPLE else None
 
 
 def _refuse_dropout(dropout_p: float) -> None:
-    if dropout_p:
+    if isinstance(dropout_p, torch.Tensor) or dropout_p:
         raise NotSupportedError(
             f"dropout_p: is {dropout_p}, and these kernels have no dropout; give 0.0; models are trained without it"
         )

@@ -85,6 +85,8 @@ def flash_attn_with_kvcache(
     if table is not None and cache_batch_idx is not None:
         table, given["cache_batch_idx"] = _rows_of(table, given["cache_batch_idx"]), None
     scales = {}
+    if k_descale is not None and v_descale is not None:
+        _check_for_scales({"q": q, "k_cache": k_cache, "k": k, "page_table": table, **given}, k_descale, v_descale)
     for name, scale, other in (("k_descale", k_descale, v_descale), ("v_descale", v_descale, k_descale)):
         if scale is None and other is not None:
             raise InvalidArgumentError(f"{name}: is None, and the other isn't; give both, or none")
@@ -137,6 +139,8 @@ def _is_odd(x: Any) -> bool:
 def _have_one_width(tensors: Mapping[str, Any], rotary_cos: Any) -> bool:
     """Whether rows that belong together are of one head_dim, and no more than that is turned: zeros would hide it if
     not, and the checks have something to say."""
+    if any(isinstance(x, torch.Tensor) and x.is_nested for x in tensors.values()):
+        return False
     width = {n: x.shape[-1] for n, x in tensors.items() if isinstance(x, torch.Tensor) and x.ndim}
     pairs = (("q", "k_cache"), ("k", "k_cache"), ("v", "v_cache"))
     turned = 2 * rotary_cos.shape[-1] if isinstance(rotary_cos, torch.Tensor) and rotary_cos.ndim else 0
@@ -172,6 +176,8 @@ def _rows_of(table: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
     ------
     ArgumentTypeError, InvalidArgumentError: the entries aren't rows; a GPU isn't asked, and takes the nearest there is.
     """
+    if not isinstance(table, torch.Tensor):
+        raise ArgumentTypeError(f"page_table: is a {type(table).__qualname__}, expected a tensor of torch")
     if not isinstance(entries, torch.Tensor) or entries.dtype != torch.int32:
         found = entries.dtype if isinstance(entries, torch.Tensor) else type(entries).__qualname__
         raise ArgumentTypeError(f"cache_batch_idx: is {found}, expected a tensor of int32; convert it")
@@ -181,12 +187,41 @@ def _rows_of(table: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
             f"{table.device}"
         )
     rows = table.shape[0]
+    if not rows and entries.shape[0]:
+        raise InvalidArgumentError("page_table: has no rows, and cache_batch_idx names some; expected a row for each")
+    if not rows:
+        return table
     try:
         return table.index_select(0, entries if entries.device.type == "cpu" else entries.clamp(0, rows - 1))
     except IndexError as e:
         raise InvalidArgumentError(
             f"cache_batch_idx: names an entry beyond the {rows} rows of the table of pages; expected 0 to {rows - 1}"
         ) from e
+
+
+def _check_for_scales(tensors: Mapping[str, Any], *scales: Any) -> None:
+    """What :func:`_of_pages` reads: tensors, of as many dimensions as it looks at, and entries that are int32.
+
+    Raises
+    ------
+    ArgumentTypeError, InvalidArgumentError
+    """
+    ranks = {"q": (3, 4), "k_cache": (4,), "k": (3, 4), "k_descale": (2,), "v_descale": (2,), "page_table": (2,)}
+    for name, x in {**tensors, **dict(zip(("k_descale", "v_descale"), scales, strict=True))}.items():
+        if x is None and name not in ("q", "k_cache"):
+            continue
+        if name == "cache_seqlens" and not isinstance(x, torch.Tensor):
+            continue  # a number for all sequences, or what a check has something to say of
+        if not isinstance(x, torch.Tensor) or x.is_nested:
+            raise ArgumentTypeError(f"{name}: is a {type(x).__qualname__}, expected a dense tensor of torch")
+        if x.ndim not in ranks.get(name, (1,)):
+            raise InvalidArgumentError(
+                f"{name}: has shape {tuple(x.shape)}, expected {ranks.get(name, (1,))[0]} dimensions"
+            )
+        if (name not in ranks or name == "page_table") and x.dtype != torch.int32:
+            raise ArgumentTypeError(f"{name}: has dtype {x.dtype}, expected int32; convert it")
+        if x.device != tensors["q"].device:
+            raise ArgumentTypeError(f"{name}: is on {x.device}, expected {tensors['q'].device}, where q is; move it")
 
 
 def _of_pages(name: str, scale: torch.Tensor, q: torch.Tensor, cache: torch.Tensor, new: Any, table: Any, given: dict):
@@ -205,6 +240,14 @@ def _of_pages(name: str, scale: torch.Tensor, q: torch.Tensor, cache: torch.Tens
         raise InvalidArgumentError(
             f"{name}: has shape {tuple(scale.shape)}, expected ({batch}, {heads}), (batch, kv_heads), or (1, {heads})"
         )
+    if table is not None and table.shape[0] != batch:
+        raise InvalidArgumentError(
+            f"page_table: has {table.shape[0]} rows, or cache_batch_idx names as many, and q is of {batch} sequences; "
+            f"expected one for each"
+        )
+    for of, x in (("cache_batch_idx", entries), ("cache_seqlens", lengths)):
+        if isinstance(x, torch.Tensor) and tuple(x.shape) != (batch,):
+            raise InvalidArgumentError(f"{of}: has shape {tuple(x.shape)}, expected ({batch},): one for each sequence")
     if scale.shape[0] == 1 or scale.stride(0) == 0:
         return scale[0]
     pages, size = cache.shape[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 
 import torch
 
@@ -47,6 +48,8 @@ def is_ragged(mask: str, q, k, v, softcap: float, alibi_slopes: torch.Tensor | N
     """Whether one call will do: there are ragged kernels, or the checks have something to say."""
     if any(not isinstance(x, torch.Tensor) or x.ndim != 3 or x.device.type not in ("cpu", "cuda") for x in (q, k, v)):
         return True
+    if not isinstance(softcap, (numbers.Real, torch.SymFloat)):
+        return True
     score = "softcap_alibi" if softcap and alibi_slopes is not None else "identity"
     return no_kernel(mask, q, k, v, score, ragged=True) is None or no_kernel(mask, q, k, v, score) is not None
 
@@ -58,8 +61,8 @@ def _in_runs(q, k, v, starts_q, starts_k, alibi_slopes, return_lse, options):
             f"cu_seqlens_k: is of {len(starts[1]) - 1} sequences, but cu_seqlens_q of {len(starts[0]) - 1}; expected "
             f"the same"
         )
-    for name, numbers, x in (("q", starts[0], q), ("k", starts[1], k)):
-        if fault := fault_of(numbers, name, x.shape[0]):
+    for name, begins, x in (("q", starts[0], q), ("k", starts[1], k)):
+        if fault := fault_of(begins, name, x.shape[0]):
             raise InvalidArgumentError(f"cu_seqlens_{name}: {fault}")
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
