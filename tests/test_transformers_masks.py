@@ -12,6 +12,7 @@ from transformers import masking_utils  # noqa: E402
 from tests import transformers_models  # noqa: E402
 from tests.test_transformers import MODULE, causal, reference  # noqa: E402
 from tests.transformers_models import falls_back  # noqa: E402
+from tvm_flash.errors import NotSupportedError  # noqa: E402
 from tvm_flash.integrations import transformers as integration  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
@@ -57,6 +58,18 @@ def test_a_mask_beside_sequences_one_after_another(batch, softcap, numbers):
     given = torch.where(mask, 0.0, torch.finfo(torch.float32).min) if numbers else mask
     out, _ = integration.attention_forward(MODULE, q, k, v, given, softcap=softcap, **packed(batch))
     assert (out - reference(q, k, v, mask & same_sequence(), softcap=softcap)).abs().max() < 1e-5
+
+
+def test_a_mask_that_shows_keys_of_no_sequence_is_refused():
+    """DeepSeek's fourth puts keys made of all tokens after those of the sequences."""
+    q, k, v = tensors(batch=1)
+    k, v = (torch.cat((x, x[:, :, :3]), 2) for x in (k, v))
+    mask = torch.ones(1, 1, TOKENS, TOKENS + 3, dtype=torch.bool)
+    with pytest.raises(NotSupportedError, match="cu_seq_lens_k: ends at 16 of 19 keys"):
+        integration.attention_forward(MODULE, q, k, v, mask, **packed(1))
+    mask[..., TOKENS:] = False  # a cache with room
+    out, _ = integration.attention_forward(MODULE, q, k, v, mask, **packed(1))
+    assert (out - reference(q, k[:, :, :TOKENS], v[:, :, :TOKENS], same_sequence())).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ("causal", "sliding", "chunked", "images"))

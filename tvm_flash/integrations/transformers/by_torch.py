@@ -8,6 +8,8 @@ import torch
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 
+from tvm_flash.errors import NotSupportedError
+from tvm_flash.frameworks.torch_watch import is_watched
 from tvm_flash.integrations.transformers.masks import UNBOUNDED, band, within
 
 #: The window that hides nothing.
@@ -83,11 +85,31 @@ def _visible(ends, window, indices, sequences, seqlen_q, keys, device) -> torch.
 
 
 def mask_within(mask: torch.Tensor, sequences: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """A mask, boolean or of numbers, that also hides sequences one after the other from each other."""
+    """A mask, boolean or of numbers, that also hides sequences one after the other from each other.
+
+    Raises
+    ------
+    NotSupportedError: all queries are of sequences, and not all keys that the mask shows, as where a layer makes keys
+        of several sequences beside theirs; that is found out where the sequences' starts can be read at no cost.
+    """
     (batch, _, seqlen_q, _), keys = query.shape, key.shape[2]
+    starts = (sequences.starts_q, sequences.starts_k)
+    if not torch.compiler.is_compiling() and all(x.device.type == "cpu" and not is_watched((x,)) for x in starts):
+        end_q, end_k = (int(x[-1]) for x in starts)
+        if end_q == batch * seqlen_q and end_k < batch * keys and _shown(mask, batch, keys)[end_k:].any():
+            raise NotSupportedError(
+                f"cu_seq_lens_k: ends at {end_k} of {batch * keys} keys, and attention_mask shows some beyond, of "
+                f"no sequence; leave out cu_seq_lens_q and cu_seq_lens_k"
+            )
     visible = _same_sequence(sequences, ALL, batch * seqlen_q, batch * keys, query.device)
     visible = visible.view(batch, seqlen_q, batch, keys).diagonal(dim1=0, dim2=2).movedim(-1, 0)[:, None]
     return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
+
+
+def _shown(mask: torch.Tensor, batch: int, keys: int) -> torch.Tensor:
+    """``(batch * keys,)``: which keys a mask, boolean or of numbers, shows to any query."""
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return (shown & torch.ones(batch, 1, 1, keys, dtype=torch.bool, device=mask.device)).flatten(1, 2).any(1).flatten()
 
 
 def _same_sequence(sequences, window, seqlen_q: int, keys: int, device) -> torch.Tensor:
