@@ -447,7 +447,7 @@ def test_nothing_is_written_by_a_wrong_call(changes, error, says):
     assert torch.equal(given["k_cache"], caches[0]) and torch.equal(given["v_cache"], caches[1])
 
 
-@pytest.mark.parametrize("kind", ("sparse", "nested", "quantized"))
+@pytest.mark.parametrize("kind", ("sparse", "nested", "quantized", "meta"))
 @pytest.mark.parametrize("name", ("sinks", "alibi_slopes"))
 def test_nothing_is_written_where_a_parameter_is_no_plain_tensor(name, kind):
     """The operator that appends knew nothing of it, and ran before the one that refused."""
@@ -456,9 +456,10 @@ def test_nothing_is_written_where_a_parameter_is_no_plain_tensor(name, kind):
     wrong = {
         "sparse": lambda: torch.ones(4).to_sparse(),
         "nested": lambda: torch.nested.nested_tensor([torch.ones(4)]),
+        "meta": lambda: torch.ones(4, device="meta"),
         "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
     }[kind]()
-    with pytest.raises(ArgumentTypeError, match=rf"^{name}: (has the layout|is nested|is quantized)"):
+    with pytest.raises(ArgumentTypeError, match=rf"^{name}: (has the layout|is nested|is quantized|is on meta)"):
         flash_attention_with_kvcache(q, *caches, k, v, cache_seqlens=3, **{name: wrong})
     assert not any(x.any() for x in caches)
 

@@ -16,6 +16,7 @@ from tvm_flash.call import checks, memory
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.frameworks.torch import check_dense, name_of
 from tvm_flash.operators import SCALES
+from tvm_flash.tracing.torch_checks import check_place
 
 _INT32 = ("cache_batch_idx", "cache_leftpad", "page_table", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_seqlens")
 _CACHES = ("k_cache", "v_cache")
@@ -71,6 +72,7 @@ def check(
     for name, x in parameters.items():  # attention checks the rest of them, before anything is written
         if isinstance(x, torch.Tensor):
             _check_kind(name, x)
+            check_place(name, x, q)
     checks.check_flag("rotary_interleaved", interleaved)
     if type(num_splits) is not int or num_splits < 0:
         raise ArgumentTypeError(
