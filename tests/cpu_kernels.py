@@ -15,6 +15,7 @@ from schedules.families import cpu
 from schedules.families.interface import Program
 from schedules.templates import v1, v2
 from schedules.toolchain import cpu as toolchain
+from schedules.toolchain.process import host_compiler, run
 from tvm_flash.machine.cpu import features
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, KernelEntry
 from tvm_flash.packs.registry import registry
@@ -55,13 +56,20 @@ def compile_for(isa: str, program: Program):
     )
 
 
-def make(isa: str, program: Program):
-    """The module of a program, linked and loaded as that of a pack is."""
+def make(isa: str, program: Program, source: str = ""):
+    """The module of a program, linked and loaded as that of a pack is; functions of a C ``source`` stand for those of
+    the runtime."""
     compiled = compile_for(isa, program)
     with tempfile.TemporaryDirectory(dir=runtime().parent) as scratch:
         part, module = Path(scratch) / "kernel.o", runtime().parent / f"{Path(scratch).name}.so"
         compiled.mod.write_to_file(str(part), "o")
-        toolchain.link_module([part], module, runtime())
+        parts = [part]
+        if source:
+            text = Path(scratch) / "source.c"
+            text.write_text(source)
+            parts.append(text.with_suffix(".o"))
+            run([host_compiler(), "-c", "-fPIC", text, "-o", parts[1]], "compiling a test's C")
+        toolchain.link_module(parts, module, runtime())
         return tvm_ffi.load_module(str(module))
 
 

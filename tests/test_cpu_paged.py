@@ -15,8 +15,10 @@ from tests import paged_cases, ragged_cases
 from tests.cpu_kernels import runnable_isas
 from tests.paged_cases import PAGED_CASES, PagedCase
 from tests.ragged_cases import RaggedCase
+from tests.scaled_cases import CACHES, as_kernels_take, quantised
 from tests.test_cpu_ragged import attend as attend_ragged
 from tests.test_cpu_ragged import core, kernel
+from tvm_flash.packs.manifest import CACHE_OF_KIND
 
 pytestmark = pytest.mark.usefixtures("cpu_pack")
 
@@ -47,6 +49,28 @@ def test_another_instruction_set():
     isa = next(x for x in ("avx2", "baseline") if x in runnable_isas())
     made = kernel(_ONE.of.dtype, isa, PAGED, definition=Attention(mask=MASKS["positioned"]))
     paged_cases.check(_ONE, data, *attend(_ONE, data, made))
+
+
+@pytest.mark.parametrize("head_dim", [64, 32], ids=["whole_vectors", "half_of_one"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_elements_of_8_bits_looked_up_by_words_are_those_by_bytes(cache, head_dim):
+    """Where a processor looks bytes up, a kernel that is told that there is no such instruction gives the same bits."""
+    kind = next(k for k, dtype in CACHE_OF_KIND.items() if dtype == cache)
+    by_words = kernel(
+        *("bfloat16", runnable_isas()[0], kind),
+        definition=Attention(mask=MASKS["positioned"]),
+        source="int tvm_flash_looks_up_bytes(void) { return 0; }",
+    )
+    case = replace(_ONE, of=replace(_ONE.of, dtype="bfloat16", head_dim=head_dim))
+    data = ragged_cases.inputs(case.of)
+    scaled, plain = quantised(case, data, cache, True)
+    calls = ((by_words, as_kernels_take(case, scaled)), (core("bfloat16", kind), as_kernels_take(case, scaled)))
+    found = []
+    for (compute, params), own in (*calls, (core("bfloat16", PAGED), plain)):
+        run = lambda values, sizes, own=own, compute=compute: compute({**values, **own}, sizes)  # noqa: E731
+        found.append(paged_cases.run(case, data, run, params))
+    for words, by_bytes, stood_for in zip(*found, strict=True):
+        assert np.array_equal(words, by_bytes) and np.array_equal(words, stood_for)
 
 
 def test_pages_that_make_no_sense_are_refused_before_anything_is_written():

@@ -38,15 +38,15 @@ def core(dtype: str, kind: str = RAGGED, head_dim: int = 64) -> tuple[Callable, 
 
 @functools.cache
 def kernel(
-    dtype: str, isa: str, kind: str = RAGGED, definition: Attention = _DEFINITION, **changes
+    dtype: str, isa: str, kind: str = RAGGED, definition: Attention = _DEFINITION, source: str = "", **changes
 ) -> tuple[Callable, tuple]:
-    """The same of a kernel that is made here."""
+    """The same of a kernel that is made here; ``source`` as in :func:`tests.cpu_kernels.make`."""
     pattern = match(definition(64, dtype, index_dtype=cpu.INDEX_DTYPE))
     target = Target("cpu", isa)
     config = replace(cpu.KINDS[kind].default_configs("v2", pattern, target)[0], **changes)
     program = TEMPLATES["v2"].apply(pattern, target, "kernel", config, kind)
     assert isinstance(program, Program), program
-    loaded = make(isa, program)
+    loaded = make(isa, program, source)
     (launch,) = program.launches
 
     def compute(values, extents):

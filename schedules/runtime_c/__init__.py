@@ -5,6 +5,8 @@
                     ``python_abi.h`` (what it uses of Python's stable ABI)
 ``threads.c``       the threads of CPU kernels
 ``scratch.c``       their scratch memory
+``sequences.c``     whether lengths and pages make sense
+``processor.c``     what kernels ask of the processor
 ``launch.h``        launching a CUDA kernel through the driver
 ``old_glibc.h``     what keeps CPU modules loadable where glibc is old
 =================== ==================================================================================

@@ -17,7 +17,7 @@ from schedules.toolchain import inspection
 from schedules.toolchain.process import ToolchainError, host_compiler, run
 from tvm_flash.machine.cpu import RUNTIME_STEM
 
-_RUNTIME_SOURCES = tuple(SOURCES / name for name in ("threads.c", "scratch.c", "sequences.c"))
+_RUNTIME_SOURCES = tuple(SOURCES / name for name in ("threads.c", "scratch.c", "sequences.c", "processor.c"))
 _HEADERS = (SOURCES / "old_glibc.h",)
 _RUNTIME_FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra")
 
