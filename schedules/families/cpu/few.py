@@ -1,10 +1,11 @@
-"""Few queries (decoding): vector lanes over head_dim and keys, and long sequences split into parts.
+"""Few queries (decoding) of one query head by itself: vector lanes over head_dim and keys, long sequences in parts.
 
-With one query, lanes over queries would be empty.  Here a score is a dot product along head_dim, the scores of a tile
-fill vectors, and the output is accumulated along head_dim_v.  A work item is one part of the keys of one head, for all
-(at most ``FEW``) queries; it leaves its unnormalised output, maximum and sum in a workspace, and the parts are put
-together afterwards.  Where parts begin depends on the keys alone: a sequence has the same bits with any number of
-threads, and whatever else is in the batch.
+This is for query heads with whom no other row reads keys, and for parameters that differ from key to key; the others
+are computed together (``decode``).  With one query, lanes over queries would be empty.  Here a score is a dot product
+along head_dim, the scores of a tile fill vectors, and the output is accumulated along head_dim_v.  A work item is one
+part of the keys of one head, for all (at most ``FEW``) queries; it leaves its unnormalised output, maximum and sum in a
+workspace, and the parts are put together afterwards.  Where parts begin depends on the keys alone: a sequence has the
+same bits with any number of threads, and whatever else is in the batch.
 """
 
 from __future__ import annotations

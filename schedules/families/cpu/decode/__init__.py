@@ -1,4 +1,4 @@
-"""Few queries of sequences (decoding): query heads that read the same keys are computed together.
+"""Few queries (decoding): query heads and tokens that read the same keys are computed together.
 
 =============  =========================================================================
 module         subject

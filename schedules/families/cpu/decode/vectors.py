@@ -1,4 +1,7 @@
-"""What TIR has no expression for: sums and the maximum along a vector, as LLVM's assembly for any instruction set."""
+"""What TIR has no expression for: sums along vectors and their parts, as LLVM's assembly for any instruction set.
+
+A quad is four neighbouring lanes.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ def _function(result: str, name: str, arguments: list[str], lines: list[str], va
 
 
 def _sums(lanes: int) -> str:
-    """The sums of four vectors as one of four; each sum has the same order, whichever of the four it is."""
+    """Of four vectors of quads, the sums of each quad: that of a place is a quad of four sums, one of each vector.
+
+    Each sum has the same order, whichever of the four it is, and wherever in a vector its quad is.
+    """
     vector = f"<{lanes} x float>"
     quads = range(0, lanes, 4)
 
@@ -59,8 +65,23 @@ def _sums(lanes: int) -> str:
     ):
         lines += [shuffled(f"{to}_first", a, b, low), shuffled(f"{to}_second", a, b, high)]
         lines += _add(to, f"{to}_first", f"{to}_second", lanes)
-    rest, value = _halves("%all", lanes, _add)
-    return _function("<4 x float>", "tvm_flash_sums", [f"{vector} %{x}" for x in "abcd"], lines + rest, value)
+    return _function(vector, "tvm_flash_sums", [f"{vector} %{x}" for x in "abcd"], lines, "%all")
+
+
+def _quads(lanes: int) -> str:
+    """A quad in all places of a vector, and the quad of a place."""
+    functions = []
+    for name, element in (("float32", "float"), ("uint32", "i32")):
+        quad, vector = f"<4 x {element}>", f"<{lanes} x {element}>"
+        lines = [f"%all = shufflevector {quad} %x, {quad} poison, {_mask([lane % 4 for lane in range(lanes)])}"]
+        functions.append(_function(vector, f"tvm_flash_repeated_{name}", [f"{quad} %x"], lines, "%all"))
+    for place in range(lanes // 4):
+        lines = [
+            f"%quad = shufflevector <{lanes} x float> %x, <{lanes} x float> poison, "
+            f"{_mask(range(4 * place, 4 * place + 4))}"
+        ]
+        functions.append(_function("<4 x float>", f"tvm_flash_quad{place}", [f"<{lanes} x float> %x"], lines, "%quad"))
+    return "".join(functions)
 
 
 def _reduction(name: str, lanes: int, combine) -> str:
@@ -85,6 +106,17 @@ define linkonce_odr <16 x float>
 """
 
 
+#: 16 float32 as pairs of bfloat16, to the nearest.
+_ROUNDED = """
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+define linkonce_odr <8 x i32> @tvm_flash_rounded(<16 x float> %x) alwaysinline nounwind {
+  %y = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %x)
+  %words = bitcast <16 x bfloat> %y to <8 x i32>
+  ret <8 x i32> %words
+}
+"""
+
+
 def _interleave() -> str:
     """Half of what two rows of 32 are, element by element in turn."""
     functions = []
@@ -102,12 +134,23 @@ def _interleave() -> str:
 def functions(lanes: int, has_pairs: bool) -> str:
     """The assembly of all that is called here with vectors of so many lanes; that of pairs follows ``DOT_PAIRS``."""
     reductions = _reduction("tvm_flash_sum", lanes, _add) + _reduction("tvm_flash_max", lanes, _larger)
-    return _sums(lanes) + reductions + (_DOT_VECTORS + _interleave() if has_pairs else "")
+    of_pairs = _DOT_VECTORS + _ROUNDED + _interleave() if has_pairs else ""
+    return _sums(lanes) + _quads(lanes) + reductions + of_pairs
 
 
 def sums(a, b, c, d):
-    """The sums of four vectors."""
-    return T.call_extern("float32x4", "tvm_flash_sums", a, b, c, d)
+    """The sums of the quads of four vectors: at each place a quad of those of ``a``, ``b``, ``c`` and ``d`` there."""
+    return T.call_extern(str(a.ty.dtype), "tvm_flash_sums", a, b, c, d)
+
+
+def repeated(quad, lanes: int, dtype: str):
+    """A quad in all places of a vector."""
+    return T.call_extern(f"{dtype}x{lanes}", f"tvm_flash_repeated_{dtype}", quad)
+
+
+def quad(x, place: int):
+    """The quad of a vector at a place."""
+    return T.call_extern("float32x4", f"tvm_flash_quad{place}", x)
 
 
 def total(x):
@@ -123,6 +166,11 @@ def largest(x):
 def dot_vectors(acc, a, b):
     """``acc`` with the products of pairs."""
     return T.call_extern("float32x16", "tvm_flash_dot_vectors", acc, a, b)
+
+
+def rounded(x):
+    """16 float32 as 8 pairs of bfloat16."""
+    return T.call_extern("uint32x8", "tvm_flash_rounded", x)
 
 
 def interleaved(a, b, half: int):

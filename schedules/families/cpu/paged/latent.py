@@ -11,12 +11,13 @@ from schedules.definition.pattern import Pattern
 from schedules.families.cpu import config as usual
 from schedules.families.cpu.config import Config, feasible
 from schedules.families.cpu.isa import ISAS, Isa
+from schedules.families.cpu.kernel import functions_of
 from schedules.families.cpu.paged.kernel import called
 from schedules.families.cpu.pages import MALFORMED
 from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.ragged import sequences
 from schedules.families.cpu.ragged.sequences import make_sense
-from schedules.families.cpu.ragged.work import attend_macro, functions_of
+from schedules.families.cpu.ragged.work import attend_macro
 from schedules.families.cpu.space import space
 from schedules.families.interface import Program, Target, paged_program
 from schedules.tile.dtypes import element_type

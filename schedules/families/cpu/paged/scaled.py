@@ -18,13 +18,14 @@ from schedules.families.cpu.config import Config, default_configs, feasible
 from schedules.families.cpu.flat import flat
 from schedules.families.cpu.geometry import Tensor
 from schedules.families.cpu.isa import ISAS, Isa
+from schedules.families.cpu.kernel import functions_of
 from schedules.families.cpu.paged.kernel import Pages, pages_argument
 from schedules.families.cpu.pages import MALFORMED, PagedGeometry, ScaledTensor
 from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.ragged import sequences
 from schedules.families.cpu.ragged.kernel import rows_argument
 from schedules.families.cpu.ragged.sequences import Starts, make_sense
-from schedules.families.cpu.ragged.work import attend_macro, functions_of
+from schedules.families.cpu.ragged.work import attend_macro
 from schedules.families.cpu.space import space
 from schedules.families.interface import Program, Target, paged_program
 from schedules.tile.tile_scheduler import Traversal

@@ -11,9 +11,10 @@ from schedules.families.cpu.config import Config
 from schedules.families.cpu.flat import flat
 from schedules.families.cpu.geometry import SequenceGeometry, Tensor
 from schedules.families.cpu.isa import ISAS, Isa
+from schedules.families.cpu.kernel import functions_of
 from schedules.families.cpu.pipeline import PIPELINE
 from schedules.families.cpu.ragged.sequences import MALFORMED, Starts, make_sense
-from schedules.families.cpu.ragged.work import attend_macro, functions_of
+from schedules.families.cpu.ragged.work import attend_macro
 from schedules.families.interface import Program, Target, ragged_program
 from schedules.tile.dtypes import element_type
 from schedules.tile.tile_scheduler import Traversal

@@ -18,14 +18,12 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
-from schedules.families.cpu.config import Config, multiplication
+from schedules.families.cpu.config import Config
 from schedules.families.cpu.decode.group import group_macro
-from schedules.families.cpu.decode.products import has_pairs
-from schedules.families.cpu.decode.vectors import functions
 from schedules.families.cpu.few import FEW, PART_KEYS, FixedParts, join_macro
 from schedules.families.cpu.geometry import SequenceGeometry
 from schedules.families.cpu.isa import Isa
-from schedules.families.cpu.kernel import LLVM_FUNCTIONS, item_macro
+from schedules.families.cpu.kernel import item_macro
 from schedules.families.cpu.ragged.sequences import Shares, Starts, append, begin_share, find
 from schedules.families.cpu.tiles import row_tile_macro
 from schedules.tile.tile_scheduler import Traversal
@@ -51,12 +49,6 @@ class Keys(Protocol):
 
     def at(self, call: SequenceGeometry, place: Expr) -> SequenceGeometry:
         """The call with the keys of the sequence whose are at a place."""
-
-
-def functions_of(isa: Isa, dtype: str) -> str:
-    """LLVM's assembly that kernels of sequences call."""
-    multiplied = LLVM_FUNCTIONS.get(multiplication(isa, dtype), "")
-    return multiplied + functions(isa.lanes, has_pairs(isa, dtype))
 
 
 def attend_macro(pattern: Pattern, config: Config, isa: Isa, traversal: Traversal):
