@@ -31,6 +31,15 @@ declare <32 x i16> @llvm.abs.v32i16(<32 x i16>, i1)
 declare <64 x i8> @llvm.abs.v64i8(<64 x i8>, i1)
 declare i32 @tvm_flash_looks_up_bytes()
 """
+#: Where row number ``j`` comes from, and where it goes.
+_ROW = """\
+  %j = phi i64 [ 0, %entry ], [ %j_next, %row_end ]
+  %place = getelementptr i64, ptr %rows, i64 %j
+  %offset = load i64, ptr %place, align 8
+  %first = add i64 %offset, %base
+  %x_row = getelementptr i8, ptr %from, i64 %first
+  %to_first = mul i64 %j, %to_stride
+  %y_row = getelementptr i16, ptr %to, i64 %to_first"""
 #: (to, to_stride, from, rows, count, vectors, table): ``count`` rows of ``vectors`` times 32 elements, from the places
 #: in ``rows`` on.  The stride is in elements.
 _WIDEN = """
@@ -59,13 +68,7 @@ entry:
   %some = icmp sgt i64 %count, 0
   br i1 %some, label %row, label %done
 row:
-  %j = phi i64 [ 0, %entry ], [ %j_next, %row_end ]
-  %place = getelementptr i64, ptr %rows, i64 %j
-  %offset = load i64, ptr %place, align 8
-  %first = add i64 %offset, %base
-  %x_row = getelementptr i8, ptr %from, i64 %first
-  %to_first = mul i64 %j, %to_stride
-  %y_row = getelementptr i16, ptr %to, i64 %to_first
+{row}
   br label %vector
 vector:
   %v = phi i64 [ 0, %row ], [ %v_next, %vector ]
@@ -176,13 +179,7 @@ entry:
   %some = icmp sgt i64 %count, 0
   br i1 %some, label %row, label %done
 row:
-  %j = phi i64 [ 0, %entry ], [ %j_next, %row_end ]
-  %place = getelementptr i64, ptr %rows, i64 %j
-  %offset = load i64, ptr %place, align 8
-  %first = add i64 %offset, %base
-  %x_row = getelementptr i8, ptr %from, i64 %first
-  %to_first = mul i64 %j, %to_stride
-  %y_row = getelementptr i16, ptr %to, i64 %to_first
+{_ROW}
   br i1 %has_pairs, label %vector, label %rest_of_row
 vector:
   %v = phi i64 [ 0, %row ], [ %v_next, %vector ]
@@ -242,7 +239,7 @@ def functions(isa: Isa, dtype: str) -> str:
     """LLVM's assembly that is called."""
     if not looks_up(isa, dtype):
         return ""
-    by_words = _WIDEN.format(cache="uint8", **_E4M3) + _WIDEN.format(cache="int8", **_INT8)
+    by_words = _WIDEN.format(cache="uint8", row=_ROW, **_E4M3) + _WIDEN.format(cache="int8", row=_ROW, **_INT8)
     return _BEGIN + by_words + _widen_bytes("uint8") + _widen_bytes("int8") + _SPLIT
 
 

@@ -115,17 +115,20 @@ def products(isa: Isa, dtype: str, head_dim: int, head_dim_v: int) -> SimpleName
         for d in T.serial(begin, end):
             words[at + d] = T.cast(0, word)
 
+    def place_of_query(r):
+        return (r // ROWS * quads) * _BLOCK + r % ROWS * _QUAD
+
     @T.inline
     def load_query(P: Geometry, QW, r, row):
         """Words of row ``r``, which is one of a block."""
-        place: T.int64 = (r // ROWS * quads) * _BLOCK + r % ROWS * _QUAD
+        place: T.int64 = place_of_query(r)
         for c in T.serial(P.head_dim // elements):
             load_words(QW, place + c * _BLOCK, P.q, row + c * elements, 1, elements)
 
     @T.inline
     def clear_query(P: Geometry, QW, r):
         """Nothing, in the place of row ``r``: where rows are no whole block, products are computed all the same."""
-        place: T.int64 = (r // ROWS * quads) * _BLOCK + r % ROWS * _QUAD
+        place: T.int64 = place_of_query(r)
         for c in T.serial(P.head_dim // elements):
             clear(QW, place + c * _BLOCK, 0, _QUAD)
 
@@ -379,7 +382,6 @@ def products(isa: Isa, dtype: str, head_dim: int, head_dim_v: int) -> SimpleName
         lanes=W,
         tile=N,
         word=word,
-        key_words=key_words,
         keys=(1 if as_they_are else N * key_words, word),
         queries=quads * _BLOCK,
         values=(N // together * value_words, word),
