@@ -247,7 +247,10 @@ def test_rows_wider_than_any_kernel():
     ("change", "error", "words"),
     [
         ({"is_fp8_kvcache": True}, NotSupportedError, "is_fp8_kvcache: is True"),
-        ({"tile_scheduler_metadata": torch.zeros(4, 8)}, ArgumentTypeError, "split_length: is tensor"),
+        ({"tile_scheduler_metadata": torch.zeros(4, 8)}, ArgumentTypeError, "^tile_scheduler_metadata: is tensor"),
+        ({"block_table": torch.zeros(5)}, InvalidArgumentError, r"^block_table: has shape \(5,\)"),
+        ({"cache_seqlens": torch.full((5,), 9999)}, InvalidArgumentError, "^cache_seqlens: is 9999"),
+        ({"k_cache": torch.zeros(9, 64, 2)}, InvalidArgumentError, "^k_cache: has head_dim 2, but q has 576"),
         ({"indices": torch.zeros(1)}, NotSupportedError, "indices: is given"),
         ({"attn_sink": torch.zeros(16)}, NotSupportedError, "attn_sink: is given"),
         ({"q": torch.zeros(2, 16, 576)}, InvalidArgumentError, "q: has shape"),

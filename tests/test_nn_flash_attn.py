@@ -180,6 +180,38 @@ def test_what_flash_attn_functions_refuse():
             nn.flash_attn_varlen_func(*packed, *starts, 33, 70)
 
 
+def test_errors_name_the_arguments_of_flash_attn():
+    """They come from functions whose arguments have other names, such as page_table for a block_table."""
+    q, table, lengths = torch.randn(2, 1, 4, 64), torch.zeros(2, 2, dtype=torch.int32), torch.tensor([3, 5]).int()
+    k, v = torch.randn(2, 8, 16, 2, 64)
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+
+    def cached(**given):
+        return nn.flash_attn_with_kvcache(q, **{"k_cache": k, "v_cache": v, "cache_seqlens": lengths, **given})
+
+    def ragged(k, v, lengths, table):
+        return nn.flash_attn_varlen_func(q[:, 0], k, v, starts, lengths, 1, 32, block_table=table)
+
+    small = {name: x.to(torch.int8) for name, x in (("k_cache", k), ("v_cache", v))}
+    scales = {"k_descale": torch.ones(2, 2), "v_descale": torch.ones(2, 2).half()}
+    for call, says in (
+        (lambda: cached(block_table=table.float()), "^block_table: has dtype float32"),
+        (lambda: cached(page_table=table.float()), "^page_table: has dtype float32"),
+        (lambda: cached(page_table=table + 9), r"^page_table: is 9 at \[0, 0\]"),
+        (lambda: cached(block_table=table + 9), r"^block_table: is 9 at \[0, 0\]"),
+        (lambda: cached(block_table=table, cache_batch_idx=lengths), r"^cache_batch_idx: names an entry beyond the 2"),
+        (lambda: cached(block_table=table, return_softmax_lse=3), "^return_softmax_lse: is 3"),
+        (lambda: cached(block_table=table, **small), "^k_cache: has dtype int8, .*; give k_descale and v_descale"),
+        (lambda: cached(block_table=table, **small, **scales), "^v_descale: has dtype float16"),
+        (lambda: ragged(k, v, starts, table[0]), r"^block_table: has shape \(2,\)"),
+        (lambda: ragged(k, v, 100 * starts, table), "^cu_seqlens_k: is 100 of sequence 0"),
+        (lambda: ragged(k[:, :, 0], v, starts, table), r"^k: has shape \(8, 16, 64\)"),
+        (lambda: ragged(k, v[:5], starts, table), r"^v: has shape \(5, 16, 2, 64\), but k \(8, 16, 2, 64\)"),
+    ):
+        with pytest.raises((ArgumentTypeError, InvalidArgumentError), match=says):
+            call()
+
+
 HEAD_DIMS = ((20, 24, 24), (24, 20, 20), (20, 17, 20))
 
 
@@ -270,13 +302,13 @@ def test_what_is_packed_wrongly_is_told_of():
         ({"k_descale": [1.0]}, "^k_descale: is a list, expected a dense tensor"),
         ({"v_descale": torch.ones(2)}, r"^v_descale: has shape \(2,\), expected 2 dimensions"),
         ({"k_descale": torch.ones(2, 2, device="meta")}, "^k_descale: is on meta, expected cpu"),
-        ({"block_table": "x"}, "^page_table: is a str, expected a"),
-        ({"block_table": torch.zeros(0, 2, dtype=torch.int32)}, "^page_table: has no rows"),
-        ({"block_table": torch.zeros(2, 2)}, "^page_table: has dtype torch.float32, expected int32"),
+        ({"block_table": "x"}, "^block_table: is a str, expected a"),
+        ({"block_table": torch.zeros(0, 2, dtype=torch.int32)}, "^block_table: has no rows"),
+        ({"block_table": torch.zeros(2, 2)}, "^block_table: has dtype torch.float32, expected int32"),
         ({"cache_seqlens": torch.ones(4, dtype=torch.int32)}, r"^cache_seqlens: has shape \(4,\), expected \(2,\)"),
         (
             {"cache_batch_idx": torch.zeros(3, dtype=torch.int32)},
-            "^page_table: has 3 rows, or cache_batch_idx names",
+            "^block_table: has 3 rows, or cache_batch_idx names",
         ),
         ({"q": 3}, "^q: is a int, expected a dense tensor"),
     ),

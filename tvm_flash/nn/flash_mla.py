@@ -9,6 +9,7 @@ import torch
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.latent import flash_attention_latent
 from tvm_flash.nn.kvcache import as_int32
+from tvm_flash.nn.naming import named_call
 from tvm_flash.tracing.torch_cache import multiples
 
 
@@ -75,7 +76,10 @@ def flash_mla_with_kvcache(
             wanted = {"q": "(batch, seqlen_q, heads, head_dim)", "k_cache": "(pages, page_size, kv_heads, head_dim)"}
             raise InvalidArgumentError(f"{name}: has shape {tuple(x.shape)}, expected {wanted[name]}")
     batch, seqlen_q, heads, head_dim = q.shape
-    out, lse = flash_attention_latent(
+    names = {"kv_cache": "k_cache", "page_table": "block_table", "seqlens_k": "cache_seqlens"}
+    out, lse = named_call(
+        {**names, "split_length": "tile_scheduler_metadata", "max_seqlen_q": "q"},
+        flash_attention_latent,
         q.flatten(0, 1),
         k_cache.unsqueeze(2) if k_cache.ndim == 3 else k_cache,
         multiples(q.device, batch, seqlen_q),

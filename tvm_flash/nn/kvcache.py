@@ -13,6 +13,7 @@ from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupport
 from tvm_flash.frameworks.torch_watch import are_plain
 from tvm_flash.kvcache import flash_attention_with_kvcache
 from tvm_flash.nn.attend import fit
+from tvm_flash.nn.naming import named_call
 from tvm_flash.nn.windows import sides
 from tvm_flash.paged import flash_attention_paged
 from tvm_flash.tracing.torch_cache_checks import check_memory
@@ -79,19 +80,55 @@ def flash_attn_with_kvcache(
         raise NotSupportedError(f"attention_chunk: is {attention_chunk}, and there is no such mask; give 0")
     if block_table is not None and page_table is not None:
         raise NotSupportedError("page_table: is given beside block_table, which is the same; give one of them")
-    table = as_int32(block_table if page_table is None else page_table)
-    given = {"cache_seqlens": as_int32(cache_seqlens), "cache_batch_idx": as_int32(cache_batch_idx)}
-    given |= {"cu_seqlens_q": as_int32(cu_seqlens_q), "cu_seqlens_k_new": as_int32(cu_seqlens_k_new)}
-    if table is not None and cache_batch_idx is not None:
+    names = {"k_scale": "k_descale", "v_scale": "v_descale", "return_lse": "return_softmax_lse"}
+    if block_table is not None:
+        names["page_table"] = "block_table"
+    integers = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx}
+    integers |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new}
+    return named_call(
+        *(names, _attend_cache),
+        {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v},
+        as_int32(block_table if page_table is None else page_table),
+        {name: as_int32(x) for name, x in integers.items()},
+        {"k_descale": k_descale, "v_descale": v_descale},
+        softmax_scale,
+        return_softmax_lse,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_leftpad=as_int32(cache_leftpad),
+        max_seqlen_q=max_seqlen_q,
+        rotary_seqlens=as_int32(rotary_seqlens),
+        causal=causal,
+        window_size=sides(window_size),
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        rotary_interleaved=rotary_interleaved,
+        num_splits=num_splits,
+    )
+
+
+def _attend_cache(
+    tensors: Mapping[str, Any],
+    table: Any,
+    given: dict[str, Any],
+    descales: Mapping[str, Any],
+    softmax_scale: float | None,
+    return_lse: bool,
+    **options: Any,
+):
+    """The call with version 3's scales as those of pages, and rows as wide as kernels take them."""
+    q, k_cache, v_cache, k, _ = tensors.values()
+    if table is not None and given["cache_batch_idx"] is not None:
         table, given["cache_batch_idx"] = _rows_of(table, given["cache_batch_idx"]), None
     scales = {}
-    if k_descale is not None and v_descale is not None:
-        _check_for_scales({"q": q, "k_cache": k_cache, "k": k, "page_table": table, **given}, k_descale, v_descale)
-    for name, scale, other in (("k_descale", k_descale, v_descale), ("v_descale", v_descale, k_descale)):
+    if all(scale is not None for scale in descales.values()):
+        known = {"q": q, "k_cache": k_cache, "k": k, "page_table": table, **given}
+        _check_for_scales(known, *descales.values())
+    for (name, scale), other in zip(descales.items(), reversed(descales.values()), strict=True):
         if scale is None and other is not None:
             raise InvalidArgumentError(f"{name}: is None, and the other isn't; give both, or none")
         scales[name] = None if scale is None else _of_pages(name, scale, q, k_cache, k, table, given)
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    rotary_cos = options["rotary_cos"]
     wide = {n: _widened(x) for n, x in tensors.items() if _is_odd(x)} if _have_one_width(tensors, rotary_cos) else {}
     written = [n for n in ("k_cache", "v_cache") if n in wide and k is not None]
     if written and not torch.compiler.is_compiling():
@@ -99,32 +136,22 @@ def flash_attn_with_kvcache(
     if "q" in wide and softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     result = flash_attention_with_kvcache(
-        *(tensors | wide).values(),
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        cache_leftpad=as_int32(cache_leftpad),
+        *{**tensors, **wide}.values(),
         page_table=table,
         **given,
-        max_seqlen_q=max_seqlen_q,
-        rotary_seqlens=as_int32(rotary_seqlens),
         softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=sides(window_size),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
         k_scale=scales["k_descale"],
         v_scale=scales["v_descale"],
-        rotary_interleaved=rotary_interleaved,
-        num_splits=num_splits,
-        return_lse=return_softmax_lse,
+        return_lse=return_lse,
+        **options,
     )
     for name in written:
         tensors[name].copy_(wide[name][..., : tensors[name].shape[-1]])
     if "v_cache" not in wide:
         return result
-    out, *lse = result if return_softmax_lse else (result,)
+    out, *lse = result if return_lse else (result,)
     out = out[..., : v_cache.shape[-1]]
-    return (out, *lse) if return_softmax_lse else out
+    return (out, *lse) if return_lse else out
 
 
 _OF_8_BITS = tuple(getattr(torch, name) for name in CACHE_DTYPES if hasattr(torch, name))
@@ -291,7 +318,9 @@ def attend_pages(
     if not isinstance(starts_k, torch.Tensor):
         raise ArgumentTypeError(f"cu_seqlens_k: is a {type(starts_k).__qualname__}, expected a tensor of torch")
     longest = max_seqlen_q if isinstance(max_seqlen_q, int) else None
-    return flash_attention_paged(q, k_cache, v_cache, starts_q, starts_k.diff(), page_table, longest, **options)
+    names = {"k_cache": "k", "v_cache": "v", "page_table": "block_table", "seqlens_k": "cu_seqlens_k"}
+    tensors = (q, k_cache, v_cache, starts_q, starts_k.diff(), page_table, longest)
+    return named_call(names, flash_attention_paged, *tensors, **options)
 
 
 def as_int32(x: Any) -> Any:

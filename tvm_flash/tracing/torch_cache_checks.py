@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tvm_flash.call import checks, memory
+from tvm_flash.call.paged import CACHE_DTYPES
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError
 from tvm_flash.frameworks.torch import check_dense, name_of
 from tvm_flash.operators import SCALES
@@ -63,7 +64,7 @@ def check(
             raise ArgumentTypeError(f"{name}: is on {x.device}, but q is on {q.device}; move one to the other's device")
         if (name in _INT32 or name == "cache_seqlens") and x.dtype != torch.int32:
             raise ArgumentTypeError(f"{name}: has dtype {name_of(x.dtype)}, expected int32; convert it")
-        if name in _CACHES and given.keys() & SCALES:
+        if name in _CACHES and (given.keys() & SCALES or name_of(x.dtype) in CACHE_DTYPES):
             continue  # attention checks them, before anything is written
         if name in _FLOATS and x.dtype != q.dtype:
             raise ArgumentTypeError(
