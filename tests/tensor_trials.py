@@ -26,13 +26,14 @@ FAR = -1e9
 FAR_ROWS = slice(3, 7)
 
 #: Of (heads, kv_heads, seqlen_q, seqlen_kv), and how tensors lie: with all sizes, the same for all heads and batch
-#: entries, for all keys, or for all queries, or with strides that divide nothing; or with all sizes, and some biases of
-#: ``FAR``.
+#: entries, for all keys (a column of a wider tensor), for all queries, or for all of these, or with strides that divide
+#: nothing; or with all sizes, and some biases of ``FAR``.
 TRIALS = (
     ((2, 1, 150, 200), "whole"),
     ((4, 2, 70, 332), "same for heads"),
     ((1, 1, 130, 96), "same for keys"),
     ((2, 1, 70, 208), "same for queries"),
+    ((2, 1, 70, 96), "same for all"),
     ((2, 2, 65, 129), "apart"),
     ((2, 1, 90, 330), "far"),
 )
@@ -87,12 +88,13 @@ class Problem:
 
     def _values(self, param: Param, rng):
         extents = {"b": self.batch, "h": self.sizes[0], "i": self.sizes[2], "j": self.sizes[3]}
-        missing = {"same for heads": "bh", "same for keys": "j", "same for queries": "i"}.get(self.lie, "")
+        of_one = {"same for heads": "bh", "same for keys": "j", "same for queries": "i", "same for all": "bhij"}
+        missing = of_one.get(self.lie, "")
         shape = [1 if a in missing and len(param.axes) > 1 else extents[a] for a in param.axes]
         if param.rank:
             return rng.standard_normal((self.sizes[0], *[101] * (param.rank - 1)), np.float32)
         if param.dtype == "bool":
-            x = rng.random(shape) < 0.5
+            x = rng.random(shape) < (1 if self.lie == "same for all" else 0.5)
             if shape[-1] > 1:
                 x[..., : shape[-1] // 2 + 20] &= False  # tiles in which nobody sees anything
             if "i" in param.axes and extents["i"] == shape[param.axes.index("i")]:
@@ -162,11 +164,15 @@ class Problem:
         return x.to(getattr(torch, param.dtype)) if "float" in param.dtype else x
 
     def _spread(self, x: torch.Tensor, param: Param) -> torch.Tensor:
-        """With all sizes, as a call gives a tensor; with an element between any two if they are ``apart``."""
+        """With all sizes, as a call gives a tensor; with an element between any two if they are ``apart``, and NaN, or
+        what isn't so, beside the one for all keys of a row."""
         if self.lie == "apart":
             room = torch.empty((*x.shape, 2), dtype=x.dtype, device=x.device)
             room[..., 0] = x
             x = room[..., 0]
+        if self.lie == "same for keys" and x.shape[-1:] == (1,):
+            beside = ~x if x.dtype == torch.bool else torch.full_like(x, torch.nan) if x.is_floating_point() else x + 1
+            x = torch.cat((x, beside.expand(*x.shape[:-1], 31)), -1)[..., :1]
         extents = dict(zip("bhij", (self.batch, self.sizes[0], *self.sizes[2:]), strict=True))
         return x.expand([extents[a] for a in param.axes]) if param.axes else x
 

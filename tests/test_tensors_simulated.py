@@ -109,6 +109,14 @@ def test_all_ways_in_which_tensors_lie(kernel, tmp_path):
     check(found, trials(found.kernel, TRIALS))
 
 
+@pytest.mark.parametrize("attention, kind, head_dim", [(GIVEN, FORWARD, 64), (BIASED_16, BACKWARD, 128)])
+def test_an_element_for_all_keys(attention, kind, head_dim, tmp_path):
+    """Of rows that lie as TMA reads them, and of all scores: no box of it has the others beside the first."""
+    found = made(attention, "sm_90a", "v2", kind, head_dim, "bfloat16", tmp_path)
+    trials = tensor_trials.backward if kind == BACKWARD else tensor_trials.forward
+    check(found, trials(found.kernel, (((1, 1, 70, 97), "same for keys"), ((2, 1, 70, 97), "same for all"))))
+
+
 def test_tensors_that_are_fetched_at_the_beginning_of_their_step(tmp_path):
     changes = {"tensor_stages": 0, "batches_beside": False, "running_max": True}
     found = made(BIASED, "sm_90a", "v2", FORWARD, 64, "bfloat16", tmp_path, **changes)

@@ -55,7 +55,8 @@ class TensorBoxes:
         self.rows = T.bind(T.Select(self._varies("i"), WARPGROUP_ROWS, 1))
         memory = T.handle_add_byte_offset(self.buffer.data, 0)
         self.beyond = T.bind(T.call_extern("int32", "beyond_multiple", memory, _ALIGNMENT))
-        fits = T.And(self.beyond == 0, T.Or(self.strides["j"] == 1, self.sizes["j"] == 1))
+        # One element for all keys is none that a box could have beside each other.
+        fits = T.And(self.beyond == 0, T.Or(self.strides["j"] == 1, extents["j"] == 1))
         for a in self.param.axes.replace("j", ""):
             aligned = T.And(self.strides[a] > 0, T.truncmod(self.strides[a], _ALIGNMENT // self.bytes) == 0)
             fits = T.And(fits, T.Or(self.sizes[a] == 1, aligned))
