@@ -5,6 +5,8 @@ The cases are those of the tests on CPUs, in 16 bits.  Kernels alone have ``test
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -379,6 +381,61 @@ def test_kvcache(dtype, causal, paged, turns, queries, added):
     assert (out.double().cpu() - want).abs().max() < 2e-2
     for found, wanted in zip(caches, after, strict=True):
         assert (found.double().cpu() - wanted.double()).abs().max() < 0.02
+
+
+@of_kind("paged_latent")
+def test_rows_behind_sequences_without_queries():
+    """No sequence has a query, and the call says so; kernels divided by the rows of the longest one."""
+    starts, lengths = torch.zeros(4, dtype=torch.int32, device="cuda"), torch.full((3,), 50).int().cuda()
+    table = torch.arange(3, dtype=torch.int32, device="cuda")[:, None]
+    q, cache = torch.randn(5, 16, 576, device="cuda").half(), torch.randn(3, 64, 1, 576, device="cuda").half()
+    k = cache[..., :64].contiguous()
+    for out, lse in (
+        flash_attention_latent(q, cache, starts, lengths, table, 0, head_dim_v=512, softmax_scale=1.0, return_lse=True),
+        flash_attention_paged(q[..., :64], k, k, starts, lengths, table, 0, return_lse=True),
+    ):
+        assert not out.any() and torch.all(lse == -torch.inf)
+
+
+@pytest.mark.parametrize("kind", ("bool", "float32", "bfloat16"))
+def test_masks_of_all_shapes_that_broadcast(kind):
+    """Of torch's function, forward and backward, on any axes, as a tensor of their own or part of a wider one."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 64, device="cuda").bfloat16().requires_grad_() for n in (70, 96, 96))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn(2, 3, 70, 64, device="cuda").bfloat16()
+    for wanted in itertools.product((False, True), repeat=4):
+        shape = [n if w else 1 for n, w in zip((2, 3, 70, 96), wanted, strict=True)]
+        for room in (shape, [*shape[:-1], 128]):
+            wide = torch.randn(room, device="cuda")
+            if kind == "bool":
+                wide = wide > -1.0
+                wide[..., 0] = True
+            wide = wide if kind == "bool" else wide.to(getattr(torch, kind))
+            mask = wide[..., : shape[-1]]
+            out = nn.scaled_dot_product_attention(q, k, v, mask)
+            of = torch.nn.functional.scaled_dot_product_attention
+            same = of(*exact, mask if kind == "bool" else mask.double())
+            pairs = zip((out, *torch.autograd.grad(out, (q, k, v), dout)),
+                        (same, *torch.autograd.grad(same, exact, dout.double())), strict=True)  # fmt: skip
+            assert all((a.double() - b).abs().max() < 0.02 * (1 + b.abs().max()) for a, b in pairs), (shape, room)
+
+
+def test_drop_ins_copy_rows_that_begin_anywhere():
+    torch.manual_seed(0)
+    room = torch.randn(3, 2, 40, 4, 67, device="cuda").half()
+    q, k, v = (x[..., 3:].requires_grad_() for x in room.unbind())
+    copies = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+
+    def swapped(*tensors):
+        return nn.scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors))
+
+    for call in (nn.flash_attn_func, swapped):
+        found, wanted = call(q, k, v), call(*copies)
+        assert torch.equal(found, wanted)
+        dout = torch.randn_like(wanted)
+        gradients = [torch.autograd.grad(*x, dout) for x in ((found, (q, k, v)), (wanted, copies))]
+        assert all(map(torch.equal, *gradients))
 
 
 @of_kind("ragged")

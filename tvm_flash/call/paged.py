@@ -101,7 +101,8 @@ def check_paged(
         )
     if longest is not None:
         checks.check_longest("max_seqlen_q", longest)
-        longest = checks.whole_number("max_seqlen_q", longest, "a whole number, or None")
+        # Rows behind the last sequence are written where none has any; sizes that kernels divide by begin with 1.
+        longest = max(1, checks.whole_number("max_seqlen_q", longest, "a whole number, or None"))
     return PagedSizes(
         *(batch, q.shape[1], k.shape[2], q.shape[0], entries[1] * k.shape[1], q.shape[2], head_dim_v),
         *(k.shape[0], k.shape[1], entries[1], longest, check_split_length(split_length)),

@@ -9,6 +9,7 @@ from functools import partial
 from tvm_flash.errors import ArgumentTypeError
 from tvm_flash.frameworks import torch_watch
 from tvm_flash.frameworks.base import Framework, TensorView, Traced, contiguous_strides
+from tvm_flash.packs.manifest import MOST_ALIGNMENT
 
 torch = sys.modules["torch"]
 
@@ -83,6 +84,17 @@ class Torch(Framework):
 
     def stream(self, device_index):
         return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+def is_aligned(tensor):
+    """Whether rows begin at multiples of what kernels of GPUs ask for, as far as that is known: on the CPU nobody asks,
+    and of what isn't plain memory, and in a program that is compiled, it isn't known.
+    """
+    if tensor.device.type == "cpu" or torch.compiler.is_compiling() or not torch_watch.are_plain((tensor,)):
+        return True
+    size = tensor.element_size()
+    steps = [step * size for step, n in zip(tensor.stride()[:-1], tensor.shape, strict=False) if n > 1]
+    return not any(n % MOST_ALIGNMENT for n in (tensor.data_ptr(), *steps))
 
 
 def _strides(shape):

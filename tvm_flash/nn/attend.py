@@ -10,6 +10,7 @@ import torch
 from tvm_flash.call.dispatch import entrance
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE, LAYOUTS
 from tvm_flash.call.signature import signature
+from tvm_flash.frameworks.torch import is_aligned
 from tvm_flash.frameworks.torch_watch import is_differentiated
 from tvm_flash.nn.far_rows import rows_of
 
@@ -120,11 +121,14 @@ def attend(
 
 
 def fit(x: torch.Tensor) -> torch.Tensor:
-    """The same as kernels take it: a contiguous last dimension, with zeros up to a multiple of what they count in."""
+    """The same as kernels take it: a contiguous last dimension, with zeros up to a multiple of what they count in, of
+    rows that begin where a GPU reads them."""
     beyond = -x.shape[-1] % HEAD_DIM_MULTIPLE
     if beyond:
         x = torch.nn.functional.pad(x, (0, beyond))  # which leaves dimensions in the order that they had
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    if (x.stride(-1) == 1 or x.shape[-1] == 1) and is_aligned(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def order_of(x: torch.Tensor) -> tuple[int, ...]:

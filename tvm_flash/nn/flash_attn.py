@@ -28,9 +28,10 @@ def flash_attn_func(
     """Attention over ``(batch, seqlen, heads, head_dim)``; k and v may have fewer heads.
 
     Tensors whose head_dim is no multiple of 8, or whose last dimension isn't contiguous, are copied, as flash_attn
-    does; of a padded head_dim the result is a view.  A side of ``window_size`` that is negative or None is unbounded,
-    as is a ``window_size`` of None.  Causal and window masks are aligned bottom-right, as in FlashAttention 2.1 and
-    later.  ``deterministic`` changes nothing: results are the same bits on every run.
+    does, and on a GPU those whose rows don't begin at multiples of 16 bytes; of a padded head_dim the result is a view.
+    A side of ``window_size`` that is negative or None is unbounded, as is a ``window_size`` of None.  Causal and window
+    masks are aligned bottom-right, as in FlashAttention 2.1 and later.  ``deterministic`` changes nothing: results are
+    the same bits on every run.
 
     Returns
     -------

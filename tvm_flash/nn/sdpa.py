@@ -74,7 +74,7 @@ def scaled_dot_product_attention(
     others; from 5e8 on float32 has one weight for all keys of the largest number, here as in torch.
 
     Under autocast the tensors are cast, as torch does.  A head_dim that is no multiple of 8 is padded with zeros, which
-    copies the tensors.
+    copies the tensors; tensors whose rows don't begin at multiples of 16 bytes are copied on a GPU.
     """
     tensors = (query, key, value, attn_mask)
     asked = (query, key, value, attn_mask, dropout_p, is_causal)

@@ -21,7 +21,7 @@ from tvm_flash.call.prepare import params_of
 from tvm_flash.call.signature import Options, Signature, never_change, signature
 from tvm_flash.catalogue import PARAMS
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
-from tvm_flash.frameworks.torch import name_of
+from tvm_flash.frameworks.torch import is_aligned, name_of
 from tvm_flash.machine.device import Device
 from tvm_flash.operators import BACKWARD, FORWARD, OPERATORS, RAGGED_LAYOUT
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION, Param
@@ -298,9 +298,7 @@ def readable(dout, q, k, v, out, lse, dlse, *parameters):
 
     Gradients lie as whoever computed them saw fit, and one log-sum-exp stands for many where gradients are mapped.
     """
-    sizes = [s * dout.element_size() for s, n in zip(dout.stride()[:-1], dout.shape, strict=False) if n > 1]
-    aligned = dout.device.type == "cpu" or not any(n % 16 for n in (dout.data_ptr(), *sizes))
-    if not aligned or (dout.shape[-1] > 1 and dout.stride(-1) != 1):
+    if not is_aligned(dout) or (dout.shape[-1] > 1 and dout.stride(-1) != 1):
         dout = dout.clone(memory_format=torch.contiguous_format)
     return dout, q, k, v, out, lse.contiguous(), dlse if dlse is None else dlse.contiguous(), *parameters
 
