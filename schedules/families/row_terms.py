@@ -108,8 +108,9 @@ def _find(queries: Ragged, block_m: int, slot, sequence):
     with T.While(operator.gt(left, 1)):
         half = local(T.shift_right(left.source[0], 1))
         begun = queries.first_slot(operator.add(sequence, half), block_m) <= slot.source[0]
-        T.buffer_store(sequence.source, T.Select(begun, operator.add(sequence, half), sequence.source[0]), [0])
+        # The sequence last, on which ``begun`` depends: asked of the next one, it would read behind the last start.
         T.buffer_store(left.source, T.Select(begun, operator.sub(left, half), half.source[0]), [0])
+        T.buffer_store(sequence.source, T.Select(begun, operator.add(sequence, half), sequence.source[0]), [0])
 
 
 def _clear(counters, thread, threads):

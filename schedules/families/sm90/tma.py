@@ -108,7 +108,7 @@ def lowest_bit(x):
 
 class PageSteps:
     """How far pages of a tensor, and rows of a page, are from one another: ``page`` and ``row`` times ``unit``
-    elements, the largest power of two that divides both; on the host."""
+    elements, the largest power of two that divides both if they aren't 0; on the host."""
 
     def __init__(self, tensor: Tensor):
         element = element_type(str(tensor.buffer.dtype))
@@ -116,7 +116,8 @@ class PageSteps:
         page = T.Select(tensor.sizes["batch"] > 1, tensor.strides["batch"], T.int32(0))
         self.element_bytes = element.bytes
         self.row_bytes = T.bind(T.Cast("int64", row) * element.bytes)
-        self.unit = T.bind(lowest_bit(T.bitwise_or(row, page)))
+        # Of one page whose rows lie in one place neither is any way from another.
+        self.unit = T.bind(T.max(lowest_bit(T.bitwise_or(row, page)), T.int32(element.chunk)))
         self.page, self.row = T.bind(T.truncdiv(page, self.unit)), T.bind(T.truncdiv(row, self.unit))
 
 
