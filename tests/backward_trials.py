@@ -24,7 +24,7 @@ from tvm_flash.packs.manifest import KernelEntry
 _BEFORE = 3.0
 
 #: Of (heads, kv_heads, seqlen_q, seqlen_kv), beside the shared cases.
-_SIZES = ((4, 1, 250, 213), (2, 2, 700, 900), (6, 2, 129, 640), (1, 1, 1, 300))
+_SIZES = ((4, 1, 250, 213), (2, 2, 700, 900), (6, 2, 129, 640), (1, 1, 1, 300), (6, 2, 150, 1030))
 
 
 def trials(entry: KernelEntry) -> Iterator[Trial]:

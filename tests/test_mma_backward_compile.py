@@ -41,11 +41,14 @@ def test_machine_code(arch, template, pattern, tmp_path):
     assert (count["LDGSTS"] == 0) == (arch == "sm_75")
 
 
-@pytest.mark.parametrize(("head_dim", "mask"), [(128, "full"), (128, "causal"), (64, "causal")])
-def test_one_launch_makes_all_gradients(head_dim, mask, tmp_path):
+@pytest.mark.parametrize(
+    ("head_dim", "mask", "keys"), [(128, "full", 0), (128, "causal", 0), (64, "causal", 0), (64, "full", 2048)]
+)
+def test_one_launch_makes_all_gradients(head_dim, mask, keys, tmp_path):
     """Five products in place of seven, and nothing spilled."""
-    pattern = pattern_of(head_dim, mask)
-    program = v1.apply(pattern, Target("sm_80"), "kernel", kind=BACKWARD)
+    pattern, target = pattern_of(head_dim, mask), Target("sm_80")
+    config = maker_of(target, BACKWARD).default_configs("v1", pattern, target)[keys]
+    program = v1.apply(pattern, target, "kernel", config, BACKWARD)
     assert isinstance(program, Program), program
     _, report, count = compiled(program, "sm_80", tmp_path)
     assert len(report.kernels) == len(program.launches) == 2

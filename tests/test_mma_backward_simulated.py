@@ -14,6 +14,7 @@ import numpy as np
 
 from schedules.builder.suite import KernelSpec
 from schedules.families.interface import BACKWARD
+from schedules.families.mma.backward import joint
 from schedules.families.mma.backward.joint_machine import JointMachine
 from tests import cases
 from tests.gradient_cases import Kernel, check, outer, run
@@ -44,7 +45,8 @@ def made(arch, template, head_dim, head_dim_v, mask, score, dtype, folder, **cha
     spec = KernelSpec(template, BUILTIN_DEFINITION, mask, score, dtype, head_dim, head_dim_v, kind=BACKWARD)
     default = default_kernel(spec, arch, folder, **changes)
     roles, params = tuple(launch.roles for launch in default.program.launches), default.pattern.params
-    kernel = Kernel(default.functions, roles, default.program.workspaces, params, LAYOUT_OF_TEMPLATE[template])
+    layout, program = LAYOUT_OF_TEMPLATE[template], default.program
+    kernel = Kernel(default.functions, roles, program.workspaces, params, layout, program.scalars)
     return SimpleNamespace(spec=spec, params=params, simulated=default.simulated, kernel=kernel)
 
 
@@ -89,8 +91,11 @@ def test_grouped_heads_ragged_lengths_and_every_order_of_turns(made_kernel):
     ],
     ids=["full", "causal-pairs", "causal"],
 )
-def test_the_joint_launch(mask, changes, tmp_path, monkeypatch):
-    """Sums of dq go through memory from block to block, in an order that doesn't depend on whose turn it is."""
+@pytest.mark.parametrize("shared_from", [1, joint.SHARED_FROM], ids=["shared", "whole"])
+def test_the_joint_launch(mask, changes, shared_from, tmp_path, monkeypatch):
+    """Sums of dq go through memory from block to block, in an order that doesn't depend on whose turn it is; those of
+    dk and dv too, where heads of a group have blocks of their own."""
+    monkeypatch.setattr(joint, "SHARED_FROM", shared_from)
     monkeypatch.setattr(JointMachine, "many", 3)  # a block that visits more tells of every other tile by default
     kernel = made("sm_80", "v1", 64, 64, mask, "identity", "float16", tmp_path, joint=True, **changes)
     assert len(kernel.kernel.functions) == 2

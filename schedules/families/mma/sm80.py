@@ -195,7 +195,7 @@ _BACKWARD_LARGE = {
 _BACKWARD_MASKED_64 = backward.Config(128, 32, 4, 2, 2, 128, 64, 4, 2, 2, paced=False)
 #: At 128, and at 64 under a mask, where keys are seen by all queries from some one on: recompiled for an H200, under a
 #: causal mask 1.14 to 1.23 times as fast as the launches apart at 128, 1.03 to 1.16 at 64 (512 to 16k positions, 16k
-#: tokens a batch).  At 64 where all is seen it was 0.73 of them for a sequence of 1000 positions, 1.03 to 1.09 for
+#: tokens a batch).  At 64 where all is seen it was 0.74 of them for a sequence of 1000 positions, 1.08 to 1.09 for
 #: 2k to 16k positions of 16k tokens.
 _BACKWARD_JOINT = {
     64: dataclasses.replace(_BACKWARD_MASKED_64, ahead=True, early=True, joint=True, told_tiles=2),
@@ -242,6 +242,13 @@ def _backward_config(template: str, pattern: Pattern, target: Target) -> backwar
     return config
 
 
+def _backward_of_longer(pattern: Pattern, target: Target) -> Mapping[int, backward.Config]:
+    """Where blocks of a head wait for each other too long if there are few keys: 64 where all is seen."""
+    serves = target.arch == "sm_80" and pattern.is_scale_only and pattern.is_unmasked and not pattern.params
+    serves = serves and limits.by_head_dim(_BACKWARD_LARGE, pattern) is _BACKWARD_LARGE[64] and pattern.head_dim > 32
+    return {2048: _BACKWARD_JOINT[64]} if serves else {}
+
+
 def _accumulating_config(template: str, pattern: Pattern, target: Target) -> backward.Config:
     """Up to 128 sm_80 has those of the others, without parameters: a source that all have is verified once."""
     if target.arch == "sm_80" and pattern.head_dim <= 128 and not pattern.params:
@@ -274,7 +281,9 @@ KINDS = {
     PAGED: PagedForward(Config, default_configs, space, feasible, _machine),
     **scaled.asynchronous_kinds(),
     **scaled_decode.kinds(Config, feasible),
-    BACKWARD: backward.Backward((BackwardKeys, BackwardQueries, BackwardJoint), _backward_config),
+    BACKWARD: backward.Backward(
+        (BackwardKeys, BackwardQueries, BackwardJoint), _backward_config, longer=_backward_of_longer
+    ),
     BACKWARD_ACCUMULATE: backward.AccumulatingBackward((BackwardKeys, BackwardQueries), _accumulating_config),
     RAGGED_BACKWARD: backward.RaggedBackward((BackwardKeys, BackwardQueries), _ragged_backward_config),
     MERGED: MergedForward(Config, default_configs, space, feasible, _machine),

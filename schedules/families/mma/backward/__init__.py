@@ -6,7 +6,8 @@
 
 Scores and their gradients are computed twice, seven products in place of five.  In return nothing is summed outside of
 a block's own registers, so that the same call has the same bits on every run, and needs no memory but delta.  Gradients
-of parameters are summed by a fourth launch from what each block of the third has left.
+of parameters are summed by a fourth launch from what each block of the third has left.  A configuration may ask for one
+launch in place of the second and the third (``joint.py``).
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ class Backward:
     machines: the types of its machines for dk and dv, for dq, and of the joint launch if it has one.
     choose: its configuration for a template, a pattern and a target.
     machine: what the configurations must fit.
+    longer: further configurations by how many keys they are for at least.
     """
 
     machines: tuple[type, ...]
     choose: Callable[[str, Pattern, Target], Config]
     machine: Machine = MACHINE
+    longer: Callable[[Pattern, Target], Mapping[int, Config]] = lambda pattern, target: {}
 
     Config = Config
 
     def default_configs(self, template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
-        """The configuration of a pattern."""
-        return {0: self.choose(template, pattern, target)}
+        """The configurations of a pattern, by the fewest keys that they are for."""
+        return {0: self.choose(template, pattern, target), **self.longer(pattern, target)}
 
     def space(self, template: str, pattern: Pattern, target: Target) -> Mapping[str, tuple]:
         """Values of each field that are worth trying."""

@@ -22,8 +22,9 @@ _OTHER_REGISTERS = 32
 
 #: Rows of dq that a warp of the joint launch makes, if a tile of queries has so many.
 DQ_ROWS = 32
-#: Numbers that say where a block of the joint launch is: batch, head, and how many heads of the group it has behind it.
-PLACES = 3
+#: Numbers that say where a block of the joint launch is: batch, head, and how many heads it is yet to visit; head of
+#: keys, and which of the blocks that share its keys it is.
+PLACES = 5
 
 
 @dataclass(frozen=True)

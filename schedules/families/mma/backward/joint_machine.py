@@ -21,6 +21,7 @@ from tvm.script import tirx as T
 from schedules.definition.pattern import Pattern
 from schedules.families.mma.backward.config import DQ_ROWS, PLACES, LaunchConfig
 from schedules.families.mma.backward.key_machine import KeyMachine
+from schedules.families.mma.backward.key_part import KeyPart
 from schedules.families.mma.backward.machine import GradientMachine, Sides
 from schedules.families.mma.backward.query_part import QueryPart
 from schedules.families.mma.registers import anew, fresh
@@ -28,6 +29,7 @@ from schedules.tile.geometry import local, wide
 from schedules.tile.gradients import Tensors
 from schedules.tile.ordered_sums import await_count, tell
 from schedules.tile.static import static
+from schedules.tile.tile_scheduler import WorkTile
 
 _COPY_NUMBER = "cp.async.ca.shared.global"
 _NUMBER_BYTES = 4
@@ -35,21 +37,26 @@ _NUMBER_BYTES = 4
 
 @dataclass(frozen=True)
 class JointMemory:
-    """Flat views of workspaces: shift and −delta of each row, tile by tile; sums of dq; how far each block has come.
+    """Flat views of workspaces: shift and −delta of each row, tile by tile; sums of dq; how far each block has come;
+    sums of dv and dk, and how many heads are in them.
 
-    ``tiles`` and ``blocks`` are how many tiles of queries, and blocks of keys, each head has.
+    ``tiles`` and ``blocks`` are how many tiles of queries, and blocks of keys, each head has; ``shares`` is how many
+    blocks share keys and a group's heads.
     """
 
     shifts: object
     starts: object
     sums: object
     progress: object
+    key_sums: object
+    key_progress: object
     tiles: Expr
     blocks: Expr
+    shares: Expr
 
 
 @T.meta_class
-class JointMachine(QueryPart, KeyMachine):
+class JointMachine(QueryPart, KeyPart, KeyMachine):
     """The block's own rows are keys and values; it is number ``number`` of its head."""
 
     #: Tiles of a head from which on a block tells only of every so many (``told_tiles``): with fewer, blocks that are
@@ -84,17 +91,33 @@ class JointMachine(QueryPart, KeyMachine):
         self.place = pool.alloc((PLACES,), "int32", align=4)
 
     @T.inline
-    def enter(self, b, head, number):
-        """All warps: go to a head of a batch, number ``number`` of the group, once none is at the one before."""
+    def enter(self, b, head, left):
+        """All warps: go to a head of a batch, of ``left`` heads, once none is at the one before."""
         T.cuda.cta_sync()
         thread: T.int32 = fresh("tid.x")
         if thread == 0:
             self.place[0] = b
             self.place[1] = head
-            self.place[2] = number
+            self.place[2] = left
         if thread % 32 == 0:
             self.known[thread // 32] = 0
         T.cuda.cta_sync()
+
+    @T.inline
+    def keep_place(self, kv_head, share):
+        """Keep the head of keys, and which of the blocks that share its keys this is, for the end; before a barrier."""
+        if fresh("tid.x") == 0:
+            self.place[3] = kv_head
+            self.place[4] = share
+
+    def own_place(self, m_block):
+        """The work tile of the block's keys."""
+        return WorkTile(self.place[0], self.place[3], m_block)
+
+    @property
+    def share(self):
+        """Which of the blocks that share keys this is: the number of its head in the group."""
+        return self.place[4]
 
     def here(self):
         """Batch and head; pairs of warps, which are short of registers, read them where they are used."""

@@ -91,6 +91,7 @@ def _joint(pattern: Pattern, config: Config, traversal: Traversal, name: str, ma
             *counters,
             *joint.workspaces(pattern, config),
         ),
+        scalars=joint.scalars(),
         narrow_axes=joint.narrow_axes(config),
     )
 
