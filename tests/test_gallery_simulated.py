@@ -46,6 +46,7 @@ KERNELS = (
     ("sm_80", "v1", "speculative_tree", FORWARD),
     ("sm_75", "v1", "token_tree", FORWARD),
     ("sm_80", "v2", "t5_bias", FORWARD),
+    ("sm_90a", "v2", "t5_bias", BACKWARD),
     ("sm_80", "v1", "logarithmic_alibi", FORWARD),
     ("sm_80", "v2", "learned_bias", FORWARD),
     ("sm_75", "v1", "cross_attention", FORWARD),

@@ -12,7 +12,7 @@ from tvm import s_tir, sym, tirx
 from tvm.script import tirx as T
 
 from schedules.definition.attention import Attention
-from schedules.definition.catalogue import FULL, MASKS, SCORES, Mask
+from schedules.definition.catalogue import FULL, MASKS, SCORES, Mask, ScoreModification
 from schedules.definition.derive import derive
 from schedules.definition.operator import KEY_RANGE
 from schedules.definition.pattern import DefinitionError, Site, match
@@ -238,6 +238,29 @@ def test_rows_that_see_a_key_go_on_to_the_last_and_begin_later_for_later_keys(ma
 def test_a_union_of_intervals_with_one_end_in_common_has_no_gaps(mask):
     pattern = match(Attention(mask=mask)(64, "float16"))
     assert pattern.is_interval and not pattern.has_gaps
+
+
+BIAS, TABLE, RATE = Param("bias", "float32", axes="hij"), Param("table", "float32", rank=1), Param("rate", "float32")
+
+
+@pytest.mark.parametrize(
+    ("score", "params", "expected"),
+    [
+        (lambda s, at: s + at.table["table"](T.max(at.j - at.i, at.i - at.j)), (TABLE,), True),
+        (lambda s, at: s + T.exp(at.param["rate"] * T.Cast("float32", at.diagonal - at.j)), (RATE,), True),
+        (lambda s, at: s + at.param["rate"] * T.Cast("float32", at.j - at.i), (RATE,), False),  # an addition costs less
+        (lambda s, at: s + at.table["table"](at.j + at.i), (TABLE,), False),
+        (lambda s, at: s + at.table["table"](T.floordiv(at.j, 8) - T.floordiv(at.i, 8)), (TABLE,), False),
+        (lambda s, at: s + at.table["table"](T.Select(at.j < at.seqlen_kv - 1, at.j - at.i, 0)), (TABLE,), False),
+        (lambda s, at: s + T.tanh(at.param["bias"]), (BIAS,), False),
+        (lambda s, at: s + at.param["bias"] + at.table["table"](at.j - at.i), (BIAS, TABLE), False),
+        (lambda s, at: s * at.table["table"](at.j - at.i), (TABLE,), False),
+    ],
+)
+def test_what_is_added_by_distance(score, params, expected):
+    """Of these alone the two rows of a lane have the same."""
+    definition = Attention(ScoreModification("added", score, None, params), FULL)
+    assert match(definition(64, "float16", index_dtype="int32")).adds_by_distance is expected
 
 
 def test_score_takes_the_kernels_own_values():

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import tvm_ffi
 from tvm import sym, tirx
-from tvm.ir import Expr
+from tvm.ir import Call, Expr
 from tvm.ir.expr import TensorLoad
 from tvm.tirx import PrimFunc
 
@@ -32,9 +32,12 @@ from schedules.definition.intervals import Atom
 from schedules.definition.operator import PAGES, SCALES, STARTS, Symbols
 from schedules.definition.parameters import Lookup, Site, append_arguments, parameter_symbols, value_of
 from schedules.definition.reading import Reading, blocks_of, is_paged, is_ragged, read, without_regions
-from schedules.definition.terms import Split
+from schedules.definition.terms import Split, replaced
 from schedules.definition.visibility import KEYS, ROWS, Span, Tile, decompose
 from tvm_flash.packs.manifest import Param
+
+#: Functions that take no longer than arithmetic.
+_CHEAP = ("abs", "fabs", "if_then_else", "likely")
 
 #: What a kernel knows of a score where it computes it: nothing, its choice, or the answers to all of its conditions.
 Known = bool | tuple[bool, ...] | None
@@ -176,13 +179,33 @@ class Pattern:
 
     def added(self, site: Site, i: Expr, j: Expr) -> Expr:
         """What is added to the scaled product, where ``is_added_to``."""
+        return self._substitute(self._added(), site, i, j)
+
+    def _added(self) -> Expr:
+        """In the definition's variables."""
         s = self._variables.s
         alone = tvm_ffi.structural_map(
             self._found.score,
             lambda node: tirx.FloatImm("float32", 0.0) if isinstance(node, tirx.Var) and node.same_as(s) else node,
             order="post",
         )
-        return self._substitute(sym.Analyzer().simplify(alone), site, i, j)
+        return sym.Analyzer().simplify(alone)
+
+    @property
+    def adds_by_distance(self) -> bool:
+        """Whether what is added to the scaled product is the same wherever a key is as far from its query, and takes
+        more than arithmetic: it looks up a table, or calls a function."""
+        if not self.is_added_to or self.has_choice or self.conditions:
+            return False
+        added, (i, j), further = self._added(), self._variables.index[2:], tirx.Var("further", self.index_dtype)
+        costly, calls, read = [], [], []
+        tvm_ffi.structural_walk(added, [(TensorLoad, costly.append), (Call, calls.append), (tirx.Var, read.append)])
+        if any(x.same_as(y) for x in read for y in self._varying):  # stands for a value at the query and the key
+            return False
+        costly += [x for x in calls if getattr(x.op, "name", "").rpartition(".")[2] not in _CHEAP]
+        moved = replaced(added, [(i, i + further), (j, j + further)])
+        analyzer = sym.Analyzer()
+        return bool(costly) and tvm_ffi.structural_equal(analyzer.simplify(moved), analyzer.simplify(added))
 
     def _known_score(self, chosen: Known) -> Expr:
         """In the definition's variables."""

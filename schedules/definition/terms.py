@@ -1,5 +1,5 @@
 """What of a mask is the same for a whole row or a whole column of scores: quotients and remainders of the query alone,
-or of the key alone, such as the line and the column of a picture.
+or of the key alone, such as the line and the column of a picture, and what is computed of these.
 
 A kernel evaluates these once for a row or a column, and the rest of the mask for each score.
 """
@@ -16,6 +16,8 @@ from tvm.ir.expr import TensorLoad
 
 #: Operations that take many times longer than an addition.
 DIVISIONS = (tirx.FloorDiv, tirx.FloorMod, tirx.Div, tirx.Mod)
+#: What is made of them belongs to a term: TVM would take comparisons with it apart, for each score.
+_FURTHER = (tirx.Min, tirx.Max)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Split:
             for term in of_ids:
                 if tvm_ffi.structural_equal(term.expr, whole):
                     return _as(str(whole.ty.dtype), term.value)
-            axes = self._axes(whole) if isinstance(e, DIVISIONS) and str(e.ty.dtype) == "int32" else None
+            is_term = isinstance(e, DIVISIONS) or (isinstance(e, _FURTHER) and _reads(e, found[len(of_ids) :]))
+            axes = self._axes(whole) if is_term and str(e.ty.dtype) == "int32" else None
             if axes is None or len(axes) != 1:
                 return e
             for term in found:
@@ -98,6 +101,11 @@ def _as(dtype: str, value: tirx.Var) -> Expr:
     if dtype == "int32":
         return value
     return value != 0 if dtype == "bool" else tirx.Cast(dtype, value)
+
+
+def _reads(expr: Expr, terms: Sequence[Term]) -> bool:
+    """Whether an expression has something that stands for one of the terms."""
+    return any(x.same_as(t.value) for x in _variables(expr) for t in terms)
 
 
 def _variables(expr: Expr) -> list[tirx.Var]:

@@ -24,6 +24,7 @@ from schedules.definition.pattern import Pattern
 from schedules.tile.geometry import flat, local, site, wide
 from schedules.tile.mask_ranges import MaskCall, head_of, heads_of_mask
 from schedules.tile.parameters import Parameters
+from schedules.tile.quotients import with_quotients_called
 from schedules.tile.static import static
 from schedules.tile.tile_scheduler import Traversal, ceildiv
 from tvm_flash.packs import sizes
@@ -183,6 +184,7 @@ class _Row:
         full = T.And(self.pattern.tile_full(self.at, *corners), T.Not(self.goes_beyond(tile)))
         undecided = T.int32(_OPEN if self.pattern.is_opaque else _SOME)
         live = self.pattern.tile_live(self.at, *corners)
+        full, live = with_quotients_called(full), with_quotients_called(live)
         return T.Select(live, T.Select(full, T.int32(_ALL), undecided), T.int32(_NOTHING))
 
     @T.inline

@@ -84,9 +84,8 @@ class MaskTerms:
 
     @staticmethod
     def serves(pattern: Pattern) -> bool:
-        """Whether the mask has divisions that are worth it, in a kernel that has a list of tiles: others haven't run
-        on hardware so."""
-        split = pattern.mask_split if pattern.lists_tiles else None
+        """Whether the mask has divisions that are worth it."""
+        split = pattern.mask_split
         return split is not None and (len(split.terms) > 0 or _has_division(split))
 
     def _with_products(self, expr: Expr) -> Expr:

@@ -15,10 +15,11 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern, Site
+from schedules.tile.diagonals import Diagonals
 from schedules.tile.element_pairs import ElementPairs
 from schedules.tile.fragment import Fragment
 from schedules.tile.functions import accurate
-from schedules.tile.geometry import constant
+from schedules.tile.geometry import constant, local
 from schedules.tile.mask_terms import MaskTerms
 from schedules.tile.parameters import Elements
 
@@ -42,6 +43,8 @@ class ScoreTile:
     branches = False
     #: Whether elements of tensors are read here, in pairs where they lie so.
     reads = True
+    #: Whether a row that is some rows below another is as many queries after it.
+    rows_follow = False
     #: Rows of this lane in an m-tile that are looked at: one where the others are known not to exist.
     lane_rows = 2
 
@@ -56,11 +59,22 @@ class ScoreTile:
         self.in_pairs = None
         served = MaskTerms.serves(pattern)
         self.terms = MaskTerms(pattern, 2 * m_tiles, self.transposed, self.branches) if served else None
+        along = self.rows_follow and Diagonals.serves(pattern, fragment)
+        self.diagonals = Diagonals() if along else None
 
     def position(self, row0: Expr, column0: Expr, t, g, r, e) -> tuple[Expr, Expr]:
         """Row and column of a register, from those of this lane's first one."""
         f = self.fragment
         return row0 + (t * self.tile_step + r * f.row_step), column0 + f.score_column(g, e)
+
+    def kept(self, row0: Expr, column0: Expr) -> tuple[Expr, Expr]:
+        """Row and column of this lane's first register, in registers of their own where a table is looked up by them.
+
+        Else the expressions that they are stand in that of each score, and TVM and nvcc simplify all of it each time.
+        """
+        if not any(p.rank for p in self.pattern.params):
+            return row0, column0
+        return local(row0), local(column0)
 
     # ------------------------------------------------------------ elements of tensors
 
@@ -93,6 +107,7 @@ class ScoreTile:
 
     def look_at(self, t, g, r, e) -> None:
         """A register is next."""
+        self.register = (g, r, e)
         if self.in_pairs is not None:
             self.in_pairs = (t * 2 + r, g * self.fragment.group, e)
 
@@ -119,10 +134,30 @@ class ScoreTile:
             return self.pattern.mask(self.here, *at)
         return self.terms.sees(self.here, t * 2 + r, e, at)
 
+    # ------------------------------------------------------------ what is added along diagonals
+
+    def begin_diagonals(self, row0, column0, t, descending=False) -> None:
+        """The registers of an m-tile are next, group by group."""
+        if self.diagonals is not None:
+            self.diagonals.begin(self.groups, self._added_at(row0, column0, t), descending)
+
+    def follow_diagonals(self, row0, column0, t, g, descending=False) -> None:
+        """Of these a group is next."""
+        if self.diagonals is not None:
+            self.diagonals.follow(g, self._added_at(row0, column0, t), descending)
+
+    def _added_at(self, row0, column0, t):
+        def added(g, r, e):
+            return accurate(self.pattern.added(self.at, *self.position(row0, column0, t, g, r, e)))
+
+        return added
+
     # ------------------------------------------------------------ one score
 
     def modified(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr:
         """The modified score in powers of two; ``chosen`` as in :meth:`Pattern.score`."""
+        if self.diagonals is not None:
+            return (s * self.at.softmax_scale + self.diagonals.of(*self.register)) * T.float32(LOG2_E)
         return accurate(self.pattern.score(self.here, s, i, j, chosen)) * T.float32(LOG2_E)
 
     def slope(self, s: Expr, i: Expr, j: Expr, chosen: bool | None = None) -> Expr | None:
@@ -159,7 +194,8 @@ class ScoreTile:
     @T.inline
     def modify(self, S, row0, column0, masked, first=0):
         """Raw products to scores, −inf where the mask hides them; ``row0``, ``column0`` are this lane's first ones."""
-        self.by_tiles(row0, column0, lambda: self._modify(S, row0, column0, masked, first))
+        at = T.meta_var(self.kept(row0, column0))
+        self.by_tiles(*at, lambda: self._modify(S, *at, masked, first))
 
     @T.inline
     def _modify(self, S, row0, column0, masked, first):
@@ -181,7 +217,9 @@ class ScoreTile:
     @T.inline
     def _modify_elements(self, S, row0, column0, first, chosen):
         for t in T.unroll(first, self.m_tiles):
+            self.begin_diagonals(row0, column0, t)
             for g in T.unroll(self.groups):
+                self.follow_diagonals(row0, column0, t, g)
                 for r in T.unroll(self.lane_rows):
                     self.look_at_pair(t, g, r)
                     for e in T.unroll(2):

@@ -52,6 +52,7 @@ class OnlineSoftmax(ScoreTile):
 
     #: Whether keys are all that there are, so that a sink belongs to the rows.
     is_whole = True
+    rows_follow = True
 
     def __init__(self, pattern: Pattern, at: Site, fragment: Fragment, m_tiles: int, columns: int, tile_step: int = 0):
         ScoreTile.__init__(self, pattern, at, fragment, m_tiles, columns, tile_step)

@@ -99,6 +99,8 @@ class Weights(ScoreTile):
     parameters that have values for queries or keys, ``tables`` those of tables.
     """
 
+    rows_follow = True
+
     def __init__(
         self,
         pattern: Pattern,
@@ -146,7 +148,8 @@ class Weights(ScoreTile):
 
         ``shift(t, g, r, e)`` is the shift of a register's query.
         """
-        self.by_tiles(row0, column0, lambda: self._weigh_by_case(S, P, shift, row0, column0, masked))
+        at = T.meta_var(self.kept(row0, column0))
+        self.by_tiles(*at, lambda: self._weigh_by_case(S, P, shift, *at, masked))
 
     @T.inline
     def _weigh_by_case(self, S, P, shift, row0, column0, masked):
@@ -168,7 +171,8 @@ class Weights(ScoreTile):
         ``P``, if it isn't None, takes the packed probabilities, ``G`` the packed gradients of scaled products, and
         ``sums`` has those of the parameters that ask for one, to be added to.
         """
-        self.by_tiles(row0, column0, lambda: self._turn_by_case(S, E, P, G, shift, row0, column0, masked, sums))
+        at = T.meta_var(self.kept(row0, column0))
+        self.by_tiles(*at, lambda: self._turn_by_case(S, E, P, G, shift, *at, masked, sums))
 
     @T.inline
     def _turn_by_case(self, S, E, P, G, shift, row0, column0, masked, sums):
@@ -205,8 +209,10 @@ class Weights(ScoreTile):
         if masked and not by_interval:
             self.begin_mask(row0, column0)
         for t in T.unroll(self.m_tiles):
+            self.begin_diagonals(row0, column0, t, self.descending)
             for n in T.unroll(self.groups):
                 g = T.meta_var(self.groups - 1 - n if self.descending else n)
+                self.follow_diagonals(row0, column0, t, g, self.descending)
                 if masked and not by_interval:
                     self.begin_columns(row0, column0, t, g)
                 for r in T.unroll(2):
@@ -234,7 +240,9 @@ class Weights(ScoreTile):
         if masked and not by_interval:
             self.begin_mask(row0, column0)
         for t in T.unroll(self.m_tiles):
+            self.begin_diagonals(row0, column0, t)
             for g in T.unroll(self.groups):
+                self.follow_diagonals(row0, column0, t, g)
                 if masked and not by_interval:
                     self.begin_columns(row0, column0, t, g)
                 for r in T.unroll(2):

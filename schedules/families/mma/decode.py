@@ -42,6 +42,7 @@ class PackedSoftmax(OnlineSoftmax):
     """The shared softmax on packed rows: the query of each row is computed once and kept."""
 
     is_whole = False
+    rows_follow = False
 
     def __init__(self, *args):
         OnlineSoftmax.__init__(self, *args)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from schedules.families.sm90.config import Config
-from schedules.tile.geometry import Geometry
+from schedules.tile.geometry import Geometry, constant
 
 #: Queries up to which heads may be packed: the rows of a warpgroup, so that what one stores is whole heads or one.
 MOST_PACKED = 64
@@ -61,6 +61,11 @@ class Rows:
         self.mask = _opaque(T.Select(packed, T.shift_left(T.int32(1), shift) - 1, self.mask))
         self.head_step = _opaque(T.Select(packed, self.group, self.head_step))
         self.count = _opaque(T.Select(packed, rows, self.count))
+
+    @property
+    def are_positions(self) -> bool:
+        """Whether it is certain that no tile has rows of several heads."""
+        return constant(self.mask) == _ALL_POSITIONS
 
     @property
     def packed(self):

@@ -109,6 +109,7 @@ class PartRows:
     """
 
     may_be_absent = False
+    are_positions = False
 
     def __init__(self, packed: PackedRows):
         self.packed = packed

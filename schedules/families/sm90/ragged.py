@@ -212,6 +212,7 @@ class RaggedRows:
     """
 
     may_be_absent = True
+    are_positions = True
 
     def __init__(self, geometry: RaggedGeometry, group):
         self.geometry, self.group = geometry, group

@@ -46,6 +46,7 @@ class Softmax(FetchedTensors, OnlineSoftmax):
 
     def __init__(self, pattern: Pattern, at: Site, rows: Rows, columns: int):
         self.rows = rows
+        self.rows_follow = rows.are_positions
         OnlineSoftmax.__init__(self, pattern, at, M16N8, 1, columns)
         self.step_sum = T.alloc_local([2], "float32")
 
