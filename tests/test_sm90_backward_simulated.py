@@ -47,7 +47,7 @@ def made(template, head_dim, head_dim_v, mask, score, dtype, folder, **changes):
     assert backward.feasible(pattern, config, TARGET) is None
     program = backward.program(pattern, config, TARGET, TRAVERSALS[template], spec.symbol)
     simulated = Simulated(program, export_cuda(program, TARGET), folder)
-    functions = tuple(simulated.module[launch.symbol] for launch in program.launches)
+    functions = tuple(simulated.launch(launch.symbol) for launch in program.launches)
     roles = tuple(launch.roles for launch in program.launches)
     kernel = Kernel(functions, roles, program.workspaces, pattern.params, LAYOUT_OF_TEMPLATE[template], program.scalars)
     return SimpleNamespace(spec=spec, params=pattern.params, simulated=simulated, kernel=kernel)

@@ -33,7 +33,7 @@ class DefaultKernel:
     @property
     def functions(self) -> tuple:
         """Those of the launches, in order."""
-        return tuple(self.simulated.module[launch.symbol] for launch in self.program.launches)
+        return tuple(self.simulated.launch(launch.symbol) for launch in self.program.launches)
 
     @cached_property
     def entry(self) -> KernelEntry:

@@ -19,6 +19,7 @@ from schedules.toolchain.host import _LAUNCHER, split, tvm_ffi_include
 from schedules.toolchain.process import host_compiler
 from tests import shared
 from tests.simt import instructions
+from tests.simt.guarded import Guarded
 from tvm_flash.packs import sizes
 from tvm_flash.packs.sizes import evaluate
 
@@ -142,6 +143,7 @@ class Simulated:
     def __init__(self, program: Program, text: str, folder: Path, name: str = "kernel"):
         self.program = program
         self.module = tvm_ffi.load_module(str(build(text, folder, name)))
+        self._launches: dict[str, Guarded] = {}
 
     def configure(
         self, order: int = 0, multiprocessors: int = 2, faulty_place: int = -1, other_parity: bool = False
@@ -156,6 +158,12 @@ class Simulated:
         other_parity: it isn't left out, but waits for the other parity.
         """
         self.module["simulate_with"](order, multiprocessors, faulty_place, int(other_parity))
+
+    def launch(self, symbol: str) -> Guarded:
+        """The function of a launch, whose tensors lie beside memory that nobody may touch."""
+        if symbol not in self._launches:
+            self._launches[symbol] = Guarded(self.module[symbol])
+        return self._launches[symbol]
 
     def __call__(self, tensors: Mapping[str, object], layout: str = "bhsd") -> dict[str, torch.Tensor]:
         """Run the launches in order; the workspaces that they have left, by name.
@@ -180,7 +188,7 @@ class Simulated:
         given = {**problem, **workspaces, **tensors}
         for launch in self.program.launches:
             if not launch.when or given[launch.when]:
-                self.module[launch.symbol](*(given[role] for role in launch.roles))
+                self.launch(launch.symbol)(*(given[role] for role in launch.roles))
         return workspaces
 
 
