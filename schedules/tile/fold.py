@@ -99,14 +99,21 @@ class RaggedRow:
 
     @T.inline
     def find(self, lane):
-        """Find the row's sequence."""
+        """Find the row's sequence.
+
+        Where each has one query it is the one of the row's number, and its length is asked for beside where it begins.
+        """
         at = T.meta_var(self.at)
-        owner: T.int32 = 0
-        find_owner(at.queries, T.truncmod(self.row, at.total_q), lane, owner)
+        position: T.int32 = T.truncmod(self.row, at.total_q)
+        likely: T.int32 = T.min(position, at.queries.batch - 1)
+        keys: T.int32 = at.lengths[likely]
+        begin: T.int32 = at.queries.begin(likely)
+        owner: T.int32 = likely
+        if T.Or(position < begin, position >= at.queries.end(likely)):
+            find_owner(at.queries, position, lane, owner)
+            keys = at.lengths[T.min(owner, at.queries.batch - 1)]
         self.owner = owner
-        self.count = 0
-        if owner < at.queries.batch:
-            self.count = T.min(at.split_count(at.lengths[owner]), at.parts)
+        self.count = T.Select(owner < at.queries.batch, T.min(at.split_count(keys), at.parts), 0)
 
     @T.inline
     def fold(self, fold: Fold, column):

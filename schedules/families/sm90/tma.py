@@ -165,6 +165,12 @@ def load_box_once(shared, descriptor, at, barrier):
 
 
 @T.inline
+def load_panel_once(shared, descriptor, panel, at, barrier):
+    """The same of a panel."""
+    load_box_once(shared, descriptor, (panel * PANEL, *at), barrier)
+
+
+@T.inline
 def store_panel(descriptor, panel, at, shared):
     """One thread: start to copy a panel from shared memory to the box at ``at``, in the thread's open bulk group."""
     T.ptx[_STORE.format(len(at) + 1)](T.address_of(descriptor), panel * PANEL, *at, shared)
