@@ -64,7 +64,7 @@ def test_runs_of_all_lengths_leave_the_same_bits(dense, left):
     splits = -(-CASE.seqlen_kv // 64)
     found = []
     for spread, run in itertools.product((1, 0), range(1, splits + 1)):
-        own = {"split_length": 64, "run": run, "spread": spread}
+        own = {"split_length": 64, "run": run, "spread": spread, "read_once": spread}
         found.append(torch_cases.run(CASE, data, lambda x, _, own=own: kernel.simulated(x | own, "bshd"), "bshd"))
         assert torch_cases.check(CASE, data, *found[-1]) <= 1
         assert all(map(np.array_equal, found[0], found[-1])), f"{run} splits of {splits}, {spread=}"
@@ -76,7 +76,7 @@ def test_no_barrier_of_a_cluster_can_be_left_out(dense, heads, own_places):
     kernel, _ = dense
     case = replace(CASE, heads=heads)
     data = replace(cases.inputs(case), params={"window_left": 1 << 20, "window_right": 0})
-    own = {"split_length": 64, "run": 3, "spread": 0}
+    own = {"split_length": 64, "run": 3, "spread": 0, "read_once": 0}
 
     def error() -> float:
         """Of a run, by what is allowed."""

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 
 from schedules.families.sm90.barriers import PRODUCER_ARRIVALS, transaction_barriers
 from schedules.families.sm90.config import PANEL
-from schedules.families.sm90.tma import load_panel, store_panel
+from schedules.families.sm90.tma import load_panel, load_panel_by, store_panel
 
 
 @T.meta_class
@@ -139,6 +139,13 @@ class Pipeline:
         self.expect(state, beside)
         for p in T.unroll(self.panels):
             load_panel(self.pointer(state)(p, 0, 0), descriptor, p, at, self.full.ptr_to([state.index]))
+
+    @T.inline
+    def load_by(self, state, descriptor, at, policy):
+        """Producer: the same under a policy of the L2 cache."""
+        self.expect(state)
+        for p in T.unroll(self.panels):
+            load_panel_by(self.pointer(state)(p, 0, 0), descriptor, p, at, self.full.ptr_to([state.index]), policy)
 
     @T.inline
     def consumer_wait(self, state):

@@ -18,6 +18,9 @@ from tvm_flash.packs.manifest import Scalar, Workspace
 #: 4 x 16k keys, 64 heads on 8, took 38.9 us in 352 blocks of three splits and 35.1 in 256 of four.
 _MOST_SPREAD = 264
 
+#: Elements of 16 bits that the L2 cache of every machine here has room for: 48 of its 50 MiB.
+_CACHED_ELEMENTS = 24 << 20
+
 #: What a cluster of so many blocks costs, by the fewest keys: thousandths of what reading takes.
 _COST_OF_CLUSTERS = {
     1: ((0, 0),),
@@ -48,8 +51,8 @@ def run_program(
 
     Parameters
     ----------
-    runs: ``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, spread, more, *params)``, with
-        the name ``name``; where runs are spread, it lets the second launch begin early.
+    runs: ``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, spread, read_once, more,
+        *params)``, with the name ``name``; where runs are spread, it lets the second launch begin early.
     few: a kernel with the same bits for so many rows a key, which a call that has no more launches in its place.
     split_length: keys of a split at least, by the sizes.
     """
@@ -66,7 +69,7 @@ def run_program(
     results = ("o_partial", "sums_partial")
     params = tuple(p.name for p in pattern.params)
     folding = fold_states(pattern, traversal, f"{name}_combine", alignment)
-    of_run = ("q", "k", "v", *results, "o", "lse", "softmax_scale", "split_length", "run", "spread")
+    of_run = ("q", "k", "v", *results, "o", "lse", "softmax_scale", "split_length", "run", "spread", "read_once")
     few_runs, few_rows = few
     return Program(
         "forward",
@@ -86,10 +89,25 @@ def run_program(
             Scalar("split_length", ("max", split_length, for_rows)),
             Scalar("spread", is_spread),
             Scalar("run", ("ceildiv", splits, ("min", splits, ("max", fewest, ("+", spread_over, together))))),
+            Scalar("read_once", _read_once(packs)),
             *_few_or_more("rows" if packs else "seqlen_q", few_rows),
         ),
         max_rows=("steps", "seqlen_kv", *by_head_dim(split_keys.MAX_ROWS, pattern)),
     )
+
+
+def _read_once(packs: bool) -> sizes.Expression:
+    """Whether keys and values go first from the L2 cache (1, or 0).
+
+    Not if it has room for all of them, and a call after this one may find them there: then 1 x 8k keys of 8 heads at
+    head_dim 128 took 10.9 us in place of 10.3 (H200, replayed).  What more of them leave there in the place of queries
+    and states cost 0.5 to 1.5% (32 x 4k 124.1 and 123.5, 8 x 8k 68.1 and 67.2, 16 x 4k at 64 35.8 and 35.3).  Heads
+    that aren't packed read the same keys.
+    """
+    if not packs:
+        return 0
+    elements = ("*", "batch", "kv_heads", "seqlen_kv", ("+", "head_dim", "head_dim_v"))
+    return ("steps", elements, (0, 0), (_CACHED_ELEMENTS, 1))
 
 
 def _few_or_more(rows: sizes.Expression, few: int) -> tuple[Scalar, Scalar]:

@@ -23,7 +23,7 @@ from schedules.families.sm90.packing import Rows
 from schedules.families.sm90.pipeline import Pipeline
 from schedules.families.sm90.split_scheduler import ALIGNMENT, RunScheduler
 from schedules.families.sm90.states import StateConsumer, memory_of_states
-from schedules.families.sm90.tma import encode_keys, encode_queries
+from schedules.families.sm90.tma import encode_keys, encode_queries, policy_of_keys
 from schedules.families.sm90.work_tile import Block, KeyWalk
 from schedules.tile.fragment import M16N8
 from schedules.tile.geometry import Geometry, local, wide
@@ -172,8 +172,9 @@ class RunConsumer(StateConsumer):
 
 
 @T.inline
-def _fetch(block: RunBlock, k_pipeline: Pipeline, v_pipeline: Pipeline, maps, begun):
-    """The producer's thread: fill both pipelines with the tiles of the block's splits, but for the ``begun`` first."""
+def _fetch(block: RunBlock, k_pipeline: Pipeline, v_pipeline: Pipeline, maps, begun, policy):
+    """The producer's thread: fill both pipelines with the tiles of the block's splits, but for the ``begun`` first,
+    under a policy of the L2 cache."""
     n: T.int32 = begun
     skipped: T.int32 = begun
     while block.number < block.end:
@@ -183,17 +184,18 @@ def _fetch(block: RunBlock, k_pipeline: Pipeline, v_pipeline: Pipeline, maps, be
                 # K before its stage of V is waited for: the consumers release V(n-1) when K(n+1) is there.
                 at = T.meta_var(block.keys(walk.key_first(i)))
                 k_pipeline.producer_acquire(k_pipeline.state(n))
-                k_pipeline.load(k_pipeline.state(n), maps[0], at)
+                k_pipeline.load_by(k_pipeline.state(n), maps[0], at, policy)
                 v_pipeline.producer_acquire(v_pipeline.state(n))
-                v_pipeline.load(v_pipeline.state(n), maps[1], at)
+                v_pipeline.load_by(v_pipeline.state(n), maps[1], at, policy)
                 n = n + 1
         skipped = 0
         block.number = block.number + 1
 
 
 def compute_runs(pattern: Pattern, config, traversal: Traversal, few: bool, parameters: dict):
-    """``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, spread, chosen)``, parameters not
-    yet: the kernel of ``few`` rows, up to ``FEW_ROWS``, or that of more; ``chosen`` says that it is this one."""
+    """``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, spread, read_once, chosen)``,
+    parameters not yet: the kernel of ``few`` rows, up to ``FEW_ROWS``, or that of more; ``chosen`` says that it is this
+    one, ``read_once`` that keys go first from the L2 cache."""
 
     @T.prim_func(check_well_formed=False)
     def attention(
@@ -208,6 +210,7 @@ def compute_runs(pattern: Pattern, config, traversal: Traversal, few: bool, para
         split_length: T.int32,
         run: T.int32,
         spread: T.int32,
+        read_once: T.int32,
         chosen: T.int32,
     ):
         geometry = Geometry(pattern, traversal, (q, k, v, o, lse), softmax_scale, parameters, ALIGNMENT)
@@ -242,6 +245,7 @@ def compute_runs(pattern: Pattern, config, traversal: Traversal, few: bool, para
         v_pipeline.add_barriers(pool)
         pool.commit()
         pipelines = T.meta_var((q_pipeline, k_pipeline, v_pipeline))
+        policy: T.uint64 = policy_of_keys(read_once)
         begun: T.int32 = 0
         if warp == WARPS:
             walk = KeyWalk(block, 0, config.block_m)
@@ -255,13 +259,13 @@ def compute_runs(pattern: Pattern, config, traversal: Traversal, few: bool, para
                 for i in T.unroll(config.num_stages):
                     if i < begun:
                         first = T.meta_var(block.keys(walk.key_first(i)))
-                        k_pipeline.load(k_pipeline.state(i), k_map, first)
-                        v_pipeline.load(v_pipeline.state(i), v_map, first)
+                        k_pipeline.load_by(k_pipeline.state(i), k_map, first, policy)
+                        v_pipeline.load_by(v_pipeline.state(i), v_map, first, policy)
         T.cuda.cta_sync()
         # 4. Tasks.
         if warp == WARPS:
             if T.cuda.elect_sync():
-                _fetch(block, k_pipeline, v_pipeline, (k_map, v_map), begun)
+                _fetch(block, k_pipeline, v_pipeline, (k_map, v_map), begun, policy)
         else:
             consumer = RunConsumer(few, pattern, config, block, pipelines, states, memory, warp, lane)
             consumer.run()

@@ -12,8 +12,9 @@ from schedules.tile.sequences import Sequence
 
 _LOAD = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 _STORE = "cp.async.bulk.tensor.{}d.global.shared::cta.tile.bulk_group"
-#: The policy of the L2 cache under which what was read goes first, as CUTLASS has it (``EVICT_FIRST``).
-_READ_ONCE = T.uint64(0x12F0000000000000)
+#: Policies of the L2 cache as CUTLASS has them: under the first, what was read goes first (``EVICT_FIRST``); the usual
+#: one.
+_READ_ONCE, _USUAL = T.uint64(0x12F0000000000000), T.uint64(0x1000000000000000)
 _SWIZZLE_128B = 3
 #: By the bytes of a panel's row.
 _SWIZZLES = {32: 1, 64: 2, 128: _SWIZZLE_128B}
@@ -159,15 +160,32 @@ def load_box(shared, descriptor, at, barrier):
 
 
 @T.inline
+def _load_box_by(shared, descriptor, at, barrier, policy):
+    """The same of a box under a policy of the L2 cache."""
+    T.ptx[_LOAD.format(len(at)) + ".L2::cache_hint"](shared, T.address_of(descriptor), *at, barrier, policy)
+
+
+@T.inline
 def load_box_once(shared, descriptor, at, barrier):
     """The same of a box that nobody else reads: what it displaces from the L2 cache is itself."""
-    T.ptx[_LOAD.format(len(at)) + ".L2::cache_hint"](shared, T.address_of(descriptor), *at, barrier, _READ_ONCE)
+    _load_box_by(shared, descriptor, at, barrier, _READ_ONCE)
 
 
 @T.inline
 def load_panel_once(shared, descriptor, panel, at, barrier):
     """The same of a panel."""
     load_box_once(shared, descriptor, (panel * PANEL, *at), barrier)
+
+
+@T.inline
+def load_panel_by(shared, descriptor, panel, at, barrier, policy):
+    """The same of a panel under a policy of the L2 cache."""
+    _load_box_by(shared, descriptor, (panel * PANEL, *at), barrier, policy)
+
+
+def policy_of_keys(read_once):
+    """The policy for keys that nobody else reads if ``read_once`` isn't 0."""
+    return T.Select(read_once != 0, _READ_ONCE, _USUAL)
 
 
 @T.inline
