@@ -202,6 +202,34 @@ def test_runs_fill_the_machine_and_cover_all_splits(score, seqlen_q, seqlen_kv):
 
 
 @pytest.mark.parametrize("score", ["identity", "alibi"])
+def test_keys_that_the_cache_has_no_room_for_go_first_from_it(score):
+    """Not those that a later call may find there, and not those that several heads' blocks read."""
+    target = Target("sm_90a")
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", score, "float16", 128, 128, kind="decode")
+    config = decode.default_configs("v2", pattern_of(spec, target), target)[0]
+    program = decode.program(pattern_of(spec, target), config, target, v2.TRAVERSAL, "kernel")
+    scalars = {x.name: x.value for x in program.scalars}
+    for batch, keys, is_read_once in ((1, 8192, 0), (6, 2048, 0), (10, 1500, 1), (32, 4096, 1)):
+        extents = sizes.of(batch, 32, 1, 8, keys, 128, 128)
+        assert evaluate(scalars["read_once"], extents) == (is_read_once if config.pack_heads else 0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "room", "rows", "runs"),
+    [
+        *((1, 1024, 4, 8), (4, 1024, 4, 6), (8, 1024, 4, 3), (12, 1024, 4, 2), (16, 2048, 4, 2), (16, 2048, 8, 2)),
+        *((17, 1024, 4, 0), (16, 2064, 4, 0), (16, 2048, 16, 0), (6, 3072, 4, 4), (8, 3072, 4, 0), (64, 1024, 4, 1)),
+    ],
+)
+def test_clusters_have_sequences_of_short_tables(batch, room, rows, runs):
+    """Of eight heads of keys, with places for 264 blocks; 0: blocks share the tiles of all."""
+    lengths = paged_decode.split_lengths(paged_decode.Config())
+    splits = split_keys.most_paged_splits(lengths)
+    found = split_keys._runs_of_sequences(("*", "batch", "kv_heads"), splits, "rows", 264, 64)
+    assert evaluate(found, {"batch": batch, "kv_heads": 8, "seqlen_kv": room, "rows": rows}) == runs
+
+
+@pytest.mark.parametrize("score", ["identity", "alibi"])
 def test_a_call_has_the_kernel_of_its_rows(score):
     """Of packed heads those of a group are rows that share a key, of others the queries alone."""
     target = Target("sm_90a")
