@@ -51,7 +51,16 @@ static void land(const std::vector<Copy>& copies) {
 void wait(size_t in_flight) {
   for (auto& groups = self().groups; groups.size() > in_flight; groups.pop_front()) land(groups.front());
 }
+// Copies that are on their way to one place may land in any order, also those of one thread.
+static void check_free(const std::vector<Copy>& copies, uint32_t to, uint32_t whole) {
+  for (const Copy& c : copies)
+    if (c.to < to + whole && to < c.to + c.whole)
+      fail_with("cp.async to shared memory at offset ", to - kSharedBase, ", where an earlier copy of ", c.size,
+                " bytes is on its way");
+}
 void copy_later(uint32_t to, const void* from, uint32_t size, uint32_t whole) {
+  for (const auto& group : self().groups) check_free(group, to, whole);
+  check_free(self().open, to, whole);
   self().open.push_back({to, from, size, whole});
 }
 void commit() {

@@ -319,8 +319,9 @@ class GradientMachine(GradientProducts, RowCopies):
     @T.inline
     def visit(self, visited, weights, tiles):
         """All steps over the tiles of one head: ``tiles`` as :class:`Parts`."""
-        # 1. The first tiles, once no warp reads the stages any more.
-        T.cuda.cta_sync()
+        # 1. The first tiles, once no warp reads the stages any more, and zeros that the head before has sent there last
+        # have come: copies to one place may come in any order.
+        self.arrive(0)
         self.use = 0
         self.fetched = tiles.begin
         if self.pattern.has_gaps and not self.pattern.lists_tiles:
