@@ -251,7 +251,7 @@ def test_backward_candidates_of_a_gpu_are_emitted(tmp_path):
     assert main([*arguments, "--emit", str(tmp_path)]) == 0
     folder = Folder(tmp_path)
     found = {id: folder.candidate(id) for batch in folder.batches() for id in batch.candidates}
-    assert len(found) == 3, "the default, the variation, and one of the strategy"
+    assert len(found) == 4, "the defaults for few keys and for many, the variation, and one of the strategy"
     for id, candidate in found.items():
         assert (candidate.entry.op, candidate.entry.kind) == ("backward", "backward")
         assert all(launch.symbol in folder.source(id).read_text() for launch in candidate.entry.launches)
