@@ -201,14 +201,19 @@ def test_runs_fill_the_machine_and_cover_all_splits(score, seqlen_q, seqlen_kv):
     assert [launch.when for launch in program.launches] == ["more", "few", "spread"]
 
 
-@pytest.mark.parametrize("score", ["identity", "alibi"])
-def test_keys_that_the_cache_has_no_room_for_go_first_from_it(score):
-    """Not those that a later call may find there, and not those that several heads' blocks read."""
+def _decoding(score):
+    """The configuration of a decoding kernel of Hopper, and the numbers of its calls by name."""
     target = Target("sm_90a")
     spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", score, "float16", 128, 128, kind="decode")
     config = decode.default_configs("v2", pattern_of(spec, target), target)[0]
     program = decode.program(pattern_of(spec, target), config, target, v2.TRAVERSAL, "kernel")
-    scalars = {x.name: x.value for x in program.scalars}
+    return config, {x.name: x.value for x in program.scalars}
+
+
+@pytest.mark.parametrize("score", ["identity", "alibi"])
+def test_keys_that_the_cache_has_no_room_for_go_first_from_it(score):
+    """Not those that a later call may find there, and not those that several heads' blocks read."""
+    config, scalars = _decoding(score)
     for batch, keys, is_read_once in ((1, 8192, 0), (6, 2048, 0), (10, 1500, 1), (32, 4096, 1)):
         extents = sizes.of(batch, 32, 1, 8, keys, 128, 128)
         assert evaluate(scalars["read_once"], extents) == (is_read_once if config.pack_heads else 0)
@@ -232,11 +237,7 @@ def test_clusters_have_sequences_of_short_tables(batch, room, rows, runs):
 @pytest.mark.parametrize("score", ["identity", "alibi"])
 def test_a_call_has_the_kernel_of_its_rows(score):
     """Of packed heads those of a group are rows that share a key, of others the queries alone."""
-    target = Target("sm_90a")
-    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", score, "float16", 128, 128, kind="decode")
-    config = decode.default_configs("v2", pattern_of(spec, target), target)[0]
-    program = decode.program(pattern_of(spec, target), config, target, v2.TRAVERSAL, "kernel")
-    scalars = {x.name: x.value for x in program.scalars}
+    config, scalars = _decoding(score)
     for seqlen_q, group in ((1, 1), (1, 8), (1, 9), (2, 4), (3, 4), (8, 1), (9, 1), (8, 8)):
         extents = sizes.of(2, 2 * group, seqlen_q, 2, 4096, 128, 128)
         rows = seqlen_q * group if config.pack_heads else seqlen_q
