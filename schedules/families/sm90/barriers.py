@@ -44,11 +44,13 @@ number                      means                                               
 Two warpgroups that score tiles of keys in turn, for outputs whose columns they share (``latent_kernel.py``):
 
 =========================== =================================================== ======= ==============================
-``SCORED + w``              no warp of warpgroup ``w`` reads keys for its       128     ``w`` arrives and waits
-                            scores any more
-``HANDED_OVER + w``         the probabilities of warpgroup ``w``, and the       256     ``w`` arrives, the other waits
-                            references of its rows, are in shared memory
+``SCORED``                  no warp of warpgroup 0 reads keys for its scores    128     0 arrives and waits
+                            any more
+``HANDED_OVER + w``         the probabilities of warpgroup ``w`` are in shared  256     ``w`` arrives, the other waits
+                            memory
+``REFERRED + w``            the references of its rows are                      256     the same
 ``TOGETHER``                both have come to the same place                    256     both arrive and wait
+``ISSUED``                  warpgroup 0 has issued the products of its scores   256     0 arrives, 1 waits
 =========================== =================================================== ======= ==============================
 """
 
@@ -72,7 +74,7 @@ STORE_ARRIVALS = 1
 #: First of the named barriers here; barrier 0 is the whole block's.
 FIRST_TURN = 1
 #: Those of two warpgroups that share the columns of their outputs.
-SCORED, HANDED_OVER, TOGETHER = 1, 3, 5
+SCORED, ISSUED, TOGETHER, HANDED_OVER, REFERRED = 1, 2, 3, 4, 6
 
 
 def transaction_barriers(pool, count: int) -> MBarrier:
@@ -121,19 +123,39 @@ class SharedColumnBarriers:
     """The named barriers of two warpgroups that share the columns of their outputs."""
 
     @T.inline
-    def scored(self, index):
-        """Warpgroup ``index`` waits until all of its warps have their scores."""
-        T.ptx.bar.sync(SCORED + index, WARPGROUP_THREADS)
+    def scored(self):
+        """Warpgroup 0 waits until all of its warps have their scores."""
+        T.ptx.bar.sync(SCORED, WARPGROUP_THREADS)
 
     @T.inline
     def hand_over(self, index):
-        """Warpgroup ``index`` has left what the other one needs of its scores."""
+        """Warpgroup ``index`` has left its probabilities to the other one."""
         T.ptx.bar.arrive(HANDED_OVER + index, 2 * WARPGROUP_THREADS)
 
     @T.inline
     def take_over(self, index):
         """The other warpgroup waits for that."""
         T.ptx.bar.sync(HANDED_OVER + index, 2 * WARPGROUP_THREADS)
+
+    @T.inline
+    def refer(self, index):
+        """Warpgroup ``index`` has left its references to the other one."""
+        T.ptx.bar.arrive(REFERRED + index, 2 * WARPGROUP_THREADS)
+
+    @T.inline
+    def take_references(self, index):
+        """The other warpgroup waits for that."""
+        T.ptx.bar.sync(REFERRED + index, 2 * WARPGROUP_THREADS)
+
+    @T.inline
+    def first_issued(self):
+        """Warpgroup 0 has issued the products of its scores."""
+        T.ptx.bar.arrive(ISSUED, 2 * WARPGROUP_THREADS)
+
+    @T.inline
+    def await_first(self):
+        """Warpgroup 1 waits for that."""
+        T.ptx.bar.sync(ISSUED, 2 * WARPGROUP_THREADS)
 
     @T.inline
     def meet(self):

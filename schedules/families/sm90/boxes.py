@@ -14,6 +14,7 @@ from schedules.families.sm90.tma import (
     encode_queries,
     encode_ragged,
     load_panel,
+    load_panel_by,
     load_panel_once,
     lowest_bit,
     placed_box,
@@ -122,11 +123,19 @@ class AskingWarp:
 
     #: Whether no other block reads these keys, which go first from the L2 cache then.
     reads_once = False
+    #: The policy of the L2 cache where that is known when the kernel runs, else None.
+    policy = None
+
+    def _load(self):
+        """What asks for a panel, under the policy of these keys."""
+        if self.policy is not None:
+            return lambda *what: load_panel_by(*what, self.policy)
+        return load_panel_once if self.reads_once else load_panel
 
     @T.inline
     def ask(self, pipeline, state, descriptor, row, place, seen):
         """Ask for the panels of the box that begins with a row of the tile, and has ``seen``."""
-        load = T.meta_var(load_panel_once if self.reads_once else load_panel)
+        load = T.meta_var(self._load())
         for p in T.unroll(pipeline.panels):
             load(
                 pipeline.pointer(state)(p, row, 0),

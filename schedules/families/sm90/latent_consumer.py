@@ -5,8 +5,6 @@ How they take turns is told in :mod:`schedules.families.sm90.latent_kernel`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
@@ -24,16 +22,8 @@ from schedules.tile.partial import PartialResults
 from schedules.tile.softmax import LAZY
 from schedules.tile.static import static
 
-
-@dataclass(frozen=True)
-class Registers:
-    """Those of ``buffer`` from ``first`` on."""
-
-    buffer: object
-    first: int
-
-    def __getitem__(self, i: int):
-        return self.buffer[self.first + i]
+#: A copy of 16 bytes to shared memory, the elements that these are, and how many such chunks a panel's row has.
+_COPY, _CHUNK, _CHUNKS = "cp.async.cg.shared.global", 8, PANEL // 8
 
 
 @T.meta_class
@@ -50,8 +40,6 @@ class LatentConsumer(PartRowsConsumer):
     """Warpgroup ``index``, a constant, of the two: it scores every other tile, and has half of the output's columns."""
 
     threads = WARPGROUPS * WARPGROUP_THREADS
-    on_the_way = 9
-    unrolls = False
 
     def __init__(self, pattern: Pattern, config, part: LatentPart, memory, results: PartialResults, index, warp, lane):
         self.pattern, self.config, self.block = pattern, config, part
@@ -76,6 +64,32 @@ class LatentConsumer(PartRowsConsumer):
     @T.inline
     def meet(self):
         self.barriers.meet()
+
+    @T.inline
+    def read_queries(self):
+        """Copy the queries of a row tile to shared memory, zeros where there are none; all copies at once."""
+        part = T.meta_var(self.block)
+        lanes = T.meta_var(self.threads // WARPGROUP_ROWS)  # that share a row
+        source, to = T.meta_var((flat(part.geometry.q.buffer), self.q.pointer(self.q_state())))
+        row: T.int32 = T.truncdiv(self.thread, lanes)
+        place: T.int32 = T.truncmod(self.thread, lanes)
+        exists: T.bool = part.row_first + row < part.rows.count
+        first: T.int64 = part.rows.packed.offset(part.row_first + T.Select(exists, row, 0), place * _CHUNK)
+        self.meet()
+        for i in T.unroll(self.q.panels * _CHUNKS // lanes):
+            chunk = T.meta_var(i * lanes % _CHUNKS + place)
+            seen = T.meta_var(T.And(exists, (i * lanes + place) * _CHUNK < part.geometry.head_dim))
+            T.ptx[_COPY](
+                to(i * lanes // _CHUNKS, row, swizzled(chunk, row)),
+                source.ptr_to([first + i * lanes * _CHUNK]),
+                16,
+                T.Select(seen, T.uint32(16), T.uint32(0)),
+            )
+        T.ptx.cp.async_.commit_group()
+        T.ptx.cp.async_.wait_group(0)
+        T.ptx.fence.proxy.async_.shared__cta()
+        self.meet()
+        self.softmax.place(self._row0())
 
     def q_state(self) -> PipelineState:
         """Of the queries, which have one place."""
@@ -108,10 +122,6 @@ class LatentConsumer(PartRowsConsumer):
         columns = part.panels * PANEL
         return Products(self.pattern.dtype, WARPGROUP_ROWS, self.config.block_n, columns, columns)
 
-    def _outputs_of(self, part: Pipeline) -> Registers:
-        """The registers of the output's columns that a part has."""
-        return Registers(self.acc_o, (part.first_panel * PANEL - self.first_column) // 2)
-
     @T.inline
     def score_part(self, part, stage, add):
         """Start what a part of a tile adds to its scores, when it has come."""
@@ -119,69 +129,51 @@ class LatentConsumer(PartRowsConsumer):
         T.ptx.wgmma.fence.sync.aligned()
         self._products(part).qk(self.acc_s, self._q_descriptor(part), self._k_descriptor(part, stage), add)
 
-    @T.inline
-    def begin_score(self, stage):
-        """Start the scores of the tile in a stage with its first part: one group of products."""
-        self.score_part(self.keys.parts[0], stage, False)
-        T.ptx.wgmma.commit_group.sync.aligned()
-
-    def score_others(self, stage: int):
-        """What the other parts add, in the order in which they come."""
-        for part in self.keys.parts[1:]:
-            self.score_part(part, stage, True)
+    def score_parts(self, stage: int):
+        """What the parts of a tile add, in the order in which they come."""
+        for part in self.keys.parts:
+            self.score_part(part, stage, part is not self.keys.parts[0])
 
     @T.inline
-    def end_score(self, stage):
-        """The other parts, and wait for the scores."""
-        self.score_others(stage)
+    def score(self, stage):
+        """Start the scores of the tile in a stage: one group of products."""
+        self.score_parts(stage)
         T.ptx.wgmma.commit_group.sync.aligned()
-        T.ptx.wgmma.wait_group.sync.aligned(0)
+
+    @property
+    def own(self) -> Pipeline:
+        """The part with this warpgroup's columns."""
+        return self.keys.parts[self.index]
 
     @T.inline
     def add_own(self, stage):
-        """Add the product of this warpgroup's probabilities and its columns of the tile in a stage."""
+        """Start the product of this warpgroup's probabilities and its columns of the tile in a stage: one group."""
         T.ptx.wgmma.fence.sync.aligned()
-        self.add_parts(stage, None)
+        self._products(self.own).pv(self.acc_o, self.p, self._v_descriptor(self.own, stage))
         T.ptx.wgmma.commit_group.sync.aligned()
+
+    @T.inline
+    def end_own(self, stage):
+        """Wait for that, and release the columns, which nobody else needs then."""
         T.ptx.wgmma.wait_group.sync.aligned(0)
+        self.own.consumer_release(self.turns.state(stage), self.lane)
 
     @T.inline
     def add_other(self, stage):
-        """Start the same of the other warpgroup's probabilities, which are in shared memory: one group of products."""
-        self.await_parts(stage)
+        """Start the same of the other warpgroup's probabilities, when they are in shared memory, and of the columns of
+        a tile that this one hasn't scored, when they are there."""
+        self.own.consumer_wait(self.turns.state(stage))
+        self.barriers.take_over(1 - self.index)
         T.ptx.wgmma.fence.sync.aligned()
-        self.add_parts(stage, self._k_descriptor(self.keys.rest, stage))
+        p = T.meta_var(self._k_descriptor(self.keys.rest, stage))
+        self._products(self.own).pv_shared(self.acc_o, p, self._v_descriptor(self.own, stage))
         T.ptx.wgmma.commit_group.sync.aligned()
 
-    def add_parts(self, stage: int, p):
-        """Start the products with this warpgroup's columns, of the probabilities that ``p`` describes, or its own."""
-        for part in self.keys.of_half(self.index):
-            products, to, v = self._products(part), self._outputs_of(part), self._v_descriptor(part, stage)
-            if p is None:
-                products.pv(to, self.p, v)
-            else:
-                products.pv_shared(to, p, v)
-
-    def await_parts(self, stage: int):
-        """Until this warpgroup's columns of the tile in a stage are there, which it hasn't scored."""
-        for part in self.keys.of_half(self.index):
-            part.consumer_wait(self.turns.state(stage))
-
-    def release_own(self, stage: int):
-        """This warpgroup, the only one that still needs them, is done with its columns of the tile in a stage."""
-        for part in self.keys.of_half(self.index):
-            part.consumer_release(self.turns.state(stage), self.lane)
-
     @T.inline
-    def release_rest(self, stage):
-        """The same of what was handed over in the place of the rest."""
+    def end_other(self, stage):
+        """The same; and release what was handed over in the place of the rest."""
+        self.end_own(stage)
         self.keys.rest.consumer_release(self.turns.state(stage), self.lane)
-
-    @T.inline
-    def release_first(self):
-        """Warpgroup 1 is done with the first of a pair of tiles."""
-        self.release_own(0)
-        self.release_rest(0)
 
     # ------------------------------------------------------------ softmax
 
@@ -194,10 +186,14 @@ class LatentConsumer(PartRowsConsumer):
         else:
             self.softmax.scores(self.acc_s, self._row0(), column0, True)
         self.softmax.track(self.acc_s, slack)
+        self.leave_references()
         self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
+
+    @T.inline
+    def pack(self):
+        """Round these probabilities, and count them in."""
         self.softmax.pack(self.acc_s, self.p)
         self.softmax.add_sums()
-        self.rescale()
 
     @T.inline
     def rescale(self):
@@ -206,26 +202,39 @@ class LatentConsumer(PartRowsConsumer):
             self.softmax.rescale(self.acc_o, self.outputs)
 
     @T.inline
-    def hand_over(self, stage):
-        """Leave probabilities and references of the tile in a stage to the other warpgroup."""
+    def leave_references(self):
+        """Leave references to the other warpgroup."""
+        if self.softmax.fragment.column(self.lane) == 0:
+            for r in T.unroll(2):
+                self.handed.references[self.index, self._own_row(r)] = self.softmax.row_max[r]
+        self.barriers.refer(self.index)
+
+    @T.inline
+    def leave_probabilities(self, stage):
+        """Put probabilities of the tile in a stage where the other warpgroup will find them, once it is scored.
+
+        All of warpgroup 1 have scored their tile before they get references.
+        """
         place = T.meta_var(self.keys.rest.pointer(self.turns.state(stage)))
-        self.barriers.scored(self.index)
+        if static(self.index == 0):
+            self.barriers.scored()
         for c in T.unroll(self.config.block_n // 16):
             T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](
                 place(0, self.row + self.lane % 16, swizzled(c * 2 + self.lane // 16, self.lane % 8)),
                 *[self.p[c * 4 + x] for x in range(4)],
             )
-        if self.softmax.fragment.column(self.lane) == 0:
-            for r in T.unroll(2):
-                self.handed.references[self.index, self._own_row(r)] = self.softmax.row_max[r]
+
+    @T.inline
+    def hand_over(self):
+        """Say that they are there."""
         T.ptx.fence.proxy.async_.shared__cta()
         self.barriers.hand_over(self.index)
 
     @T.inline
-    def take_over(self):
-        """Wait for what the other warpgroup hands over, and raise references to its own."""
+    def take_references(self):
+        """Wait for the other warpgroup's references, and raise these to them."""
         other = T.meta_var(1 - self.index)
-        self.barriers.take_over(other)
+        self.barriers.take_references(other)
         for r in T.unroll(2):
             self.softmax.peak[r] = self.handed.references[other, self._own_row(r)]
         self.softmax.raise_references()
@@ -264,33 +273,40 @@ class LatentConsumer(PartRowsConsumer):
         """The tiles of steps ``2 i`` and ``2 i + 1``, which may not be there."""
         has_second: T.int32 = T.Cast("int32", 2 * i + 1 < walk.steps)
         if static(self.index == 0):
-            self.begin_score(0)
-            self.end_score(0)
+            self.score(0)
+            if has_second != 0:
+                self.barriers.first_issued()
+            T.ptx.wgmma.wait_group.sync.aligned(0)
             self.weigh(walk, 2 * i, T.Select(i == 0, T.float32(0), T.float32(LAZY)))
-            self.hand_over(0)
+            self.pack()
+            self.rescale()
+            self.leave_probabilities(0)
+            self.hand_over()
             self.add_own(0)
-            self.release_own(0)
+            self.end_own(0)
             if has_second != 0:
-                self.take_over()
+                self.take_references()
                 self.add_other(1)
-                T.ptx.wgmma.wait_group.sync.aligned(0)
-                self.release_own(1)
-                self.release_rest(1)
+                self.end_other(1)
         else:
-            self.take_over()
-            self.add_other(0)
             if has_second != 0:
-                self.begin_score(1)  # beside that product
-                T.ptx.wgmma.wait_group.sync.aligned(1)
-                self.release_first()
-                self.end_score(1)
-                self.weigh(walk, 2 * i + 1, LAZY)
-                self.hand_over(1)
-                self.add_own(1)
-                self.release_own(1)
-            else:
+                self.barriers.await_first()
+                self.score(1)
                 T.ptx.wgmma.wait_group.sync.aligned(0)
-                self.release_first()
+                self.take_references()
+                self.weigh(walk, 2 * i + 1, LAZY)  # beside the other one's product
+                self.add_other(0)
+                self.pack()
+                self.leave_probabilities(1)
+                self.hand_over()
+                self.end_other(0)
+                self.rescale()
+                self.add_own(1)
+                self.end_own(1)
+            else:
+                self.take_references()
+                self.add_other(0)
+                self.end_other(0)
         self.turns.advance(1, has_second)
 
     @T.inline

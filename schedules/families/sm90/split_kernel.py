@@ -26,7 +26,6 @@ from schedules.tile.partial import PartialResults
 from schedules.tile.score import NEGATIVE_INFINITY
 from schedules.tile.softmax import LOWEST
 from schedules.tile.states import COLUMNS, WARP_COLUMNS, Fold
-from schedules.tile.static import static
 
 #: Elements of 16 bytes, which a thread copies at once.
 _CHUNK = 8
@@ -73,15 +72,13 @@ class PartSoftmax(Softmax):
 class PartRowsConsumer:
     """What warpgroups that compute parts do with the rows of one: read the queries, write the results.
 
-    ``threads`` do so together, and of a thread's copies at most ``on_the_way`` are on their way at a time; ``unrolls``
-    says that there are registers for the addresses of all.  Of the output this warpgroup has the columns from
-    ``first_column`` on.
+    ``threads`` do so together, and of a thread's copies at most ``on_the_way`` are on their way at a time.  Of the
+    output this warpgroup has the columns from ``first_column`` on.
     """
 
     threads = WARPGROUP_THREADS
     first_column = 0
     on_the_way = 4
-    unrolls = True
 
     def add_rows(self, results: PartialResults):
         """What rows need beside the fields of a consumer."""
@@ -107,12 +104,8 @@ class PartRowsConsumer:
         at_once = T.meta_var(_at_once(times, self.on_the_way))
         words = T.alloc_local([at_once * 4], "uint32")
         self.meet()
-        if static(self.unrolls):
-            for first in T.unroll(times // at_once):
-                self.copy_queries(first, at_once, columns, words)
-        else:
-            for first in T.serial(times // at_once):
-                self.copy_queries(first, at_once, columns, words)
+        for first in T.unroll(times // at_once):
+            self.copy_queries(first, at_once, columns, words)
         T.ptx.fence.proxy.async_.shared__cta()
         self.meet()
         self.softmax.place(self._row0())
