@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("tvm")
@@ -14,7 +17,9 @@ from schedules.builder.suite import KernelSpec, Selection
 from schedules.families import split_keys
 from schedules.families.interface import Target
 from schedules.families.sm90 import decode, latent, paged_decode, run_program, scaled_decode
+from schedules.families.sm90.parts import _ONE, PartScheduler
 from schedules.templates import v2
+from schedules.tile import division
 from tvm_flash.packs import sizes
 from tvm_flash.packs.manifest import BUILTIN_DEFINITION
 from tvm_flash.packs.sizes import evaluate
@@ -267,3 +272,42 @@ def test_splits_of_long_sequences_are_as_long_as_heads_of_keys_allow():
 
     assert [length(1, n) for n in (100, 1024, 2048, 16384, 32768, 131072)] == [64, 128, 256, 512, 512, 2048]
     assert [length(4, n) for n in (100, 1024, 2048, 16384, 32768, 131072)] == [64, 128, 256, 512, 1024, 4096]
+
+
+#: What an expression of numbers from 0 on is made of, for Python: no number of theirs is too large for its type.
+NUMBERS = SimpleNamespace(
+    Cast=lambda _, x: x,
+    Select=lambda which, one, other: one if which else other,
+    Div=lambda x, y: x // y,
+    int32=int,
+    uint32=int,
+    uint64=int,
+)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 24, 1000, (1 << 16) + 1, (1 << 31) - 1])
+def test_a_product_is_the_exact_quotient(size):
+    last = (1 << 31) - 1
+    x, divisor = tirx.Var("x", "int32"), tirx.IntImm("int32", size)
+    text = str(division.quotient(x, divisor, division.reciprocal(divisor))).splitlines()[-1]
+    wholes = {n * size for n in (0, 1, 2, 3, 1000, last // size - 1, last // size)}
+    for value in {whole + by for whole, by in itertools.product(wholes, (-1, 0, 1))} | {last - 1, last}:
+        if 0 <= value <= last:
+            assert eval(text, {"T": NUMBERS, "x": value}) == value // size, value
+
+
+def test_blocks_of_a_cluster_have_as_many_splits_as_divided():
+    for runs in range(1, split_keys.MOST_OF_A_CLUSTER + 1):
+        of_one = tirx.IntImm("int32", -(-_ONE // runs))
+        scheduler = SimpleNamespace(runs=tirx.IntImm("int32", runs), of_one_block=of_one)
+        for splits in (*range(70), 511, 512, 513, 8190, 8191):
+            found = on_device(splits, lambda x, own=scheduler: PartScheduler.of_each_block(own, x))
+            assert found == -(-splits // runs), (splits, runs)
+
+
+def test_splits_are_as_many_tiles_as_their_length_says():
+    for fewest, _ in paged_decode.SPLIT_LENGTHS:
+        for keys in {max(fewest - 1, 0), fewest, fewest + 1}:
+            length = on_device(keys, lambda x: split_keys.paged_split_length(x, paged_decode.SPLIT_LENGTHS))
+            bits = on_device(keys, lambda x: split_keys.paged_split_bits(x, 64, paged_decode.SPLIT_LENGTHS))
+            assert 64 << bits == length

@@ -120,12 +120,21 @@ def paged_split_length(keys: Expr, lengths: SplitLengths = PAGED_SPLIT_LENGTHS) 
 LONG, _OF_HEADS = 32768, 4
 
 
+def _bits_of(lengths: SplitLengths, block_n: int) -> list[tuple[int, int]]:
+    """Of how many tiles splits of ``lengths`` are, as powers of two."""
+    return [(fewest, (length // block_n).bit_length() - 1) for fewest, length in lengths]
+
+
 def paged_split_bits(keys: Expr, block_n: int, lengths: SplitLengths, longer: Expr | None = None) -> Expr:
     """Of how many tiles of ``block_n`` keys a split of a sequence of ``keys`` keys is, as a power of two.
 
     Those of long ones are ``longer`` powers of two longer.
     """
-    bits = paged_split_length(keys, [(fewest, (length // block_n).bit_length() - 1) for fewest, length in lengths])
+    steps = _bits_of(lengths, block_n)
+    bits = T.int32(steps[0][1])
+    for (_, before), (fewest, after) in itertools.pairwise(steps):
+        if after != before:
+            bits = bits + T.Select(keys >= fewest, T.int32(after - before), T.int32(0))
     return bits if longer is None else bits + T.Select(keys >= LONG, longer, T.int32(0))
 
 
@@ -307,7 +316,7 @@ def _paged_program(
 
 def asked_split_bits(asked: Expr, keys: Expr, block_n: int, lengths: SplitLengths) -> Expr:
     """Of how many tiles a split is, as a power of two: ``asked - 1``, or as ``lengths`` say if ``asked`` is 0."""
-    return T.Select(asked > 0, asked - 1, paged_split_bits(keys, block_n, lengths))
+    return T.Select(asked > 0, asked - 1, paged_split_length(keys, _bits_of(lengths, block_n)))
 
 
 def latent_program(

@@ -20,6 +20,7 @@ from schedules.families.sm90.tma import (
     placed_box,
     ragged_box,
 )
+from schedules.tile.division import quotient, reciprocal
 from schedules.tile.geometry import Geometry, PagedGeometry, Tensor
 from schedules.tile.key_source import ContiguousRows
 from schedules.tile.levels import from_lane
@@ -205,6 +206,14 @@ class TilesOfPages(AskingWarp):
 class FetchedPages(PagedBoxes):
     """The same where a warp fetches all tiles of K, or of V, one after the other."""
 
+    def __init__(self, geometry: PagedGeometry, block_n: int):
+        PagedBoxes.__init__(self, geometry, block_n)
+        self.of_one_key = T.bind(reciprocal(geometry.page_size))
+
+    def page(self, key):
+        """Number of a key's page among those of its sequence."""
+        return quotient(key, self.geometry.page_size, self.of_one_key)
+
     def fetching(self, block, tensor: Tensor, lane):
         """How a warp, of which this is lane ``lane``, fetches tiles of k or v one after the other."""
         return WindowOfPages(self, block, tensor, lane)
@@ -249,8 +258,9 @@ class WindowOfPages(AskingWarp):
                 key: T.int32 = walk.key_first(step + tile) + (row - tile * boxes.block_n)
                 self.places[i] = 0
                 if T.And(key >= 0, key < block.seqlen_kv):
-                    at = T.meta_var(rows.split(key))
-                    self.places[i] = rows.entry(at[0]) * self.steps.page + at[1] * self.steps.row
+                    page: T.int32 = boxes.page(key)
+                    row_in: T.int32 = key - page * geometry.page_size
+                    self.places[i] = rows.entry(page) * self.steps.page + row_in * self.steps.row
             self.begin = step
             self.end = step + T.truncdiv(self.window * boxes.rows, boxes.block_n)
 

@@ -12,6 +12,7 @@ from schedules.families.sm90.config import PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.parts import Part, PartScheduler
 from schedules.families.sm90.pipeline import Pipeline, PipelineState
 from schedules.tile.geometry import Geometry, local
+from schedules.tile.tile_scheduler import ceildiv
 
 #: Consumer warpgroups, and stages of a pipeline, one for each of a pair of tiles.
 WARPGROUPS = STAGES = 2
@@ -95,7 +96,7 @@ class LatentScheduler(PartScheduler):
 
     def tiles_of(self, queries, keys):
         """How many tiles of keys a sequence counts for: none if it hasn't so many rows."""
-        return PartScheduler.tiles_of(self, queries * self.group - self.row_first, keys)
+        return T.Select(queries * self.group - self.row_first > 0, ceildiv(keys, self.config.block_n), 0)
 
 
 @T.meta_class

@@ -50,8 +50,8 @@ __all__ = ["Config", "default_configs", "feasible", "program", "space"]
 SPLIT_LENGTHS = ((0, 64), (384, 128), (1537, 256), (8192, 512), (65536, 1024), (131072, 2048))
 
 #: Registers of a thread that fetches, and of a consumer's, by blocks of a multiprocessor: what looks pages up spills
-#: with 24.
-_REGISTERS = {1: (40, 248), 2: (40, 216), 3: (40, 120), 4: (40, 88)}
+#: with 24, and what shares tiles at head_dim 64 with 40.
+_REGISTERS = {1: (40, 248), 2: (48, 208), 3: (40, 120), 4: (40, 88)}
 
 #: The kernels of mma.sync.
 _WARPS = PagedDecoding(

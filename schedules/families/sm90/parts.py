@@ -30,9 +30,13 @@ from schedules.tile.levels import from_lane, sum_up_to_lane
 from schedules.tile.packing import PackedRows
 from schedules.tile.parameters import Parameters
 from schedules.tile.sequences import count_lanes
+from schedules.tile.static import static
 from schedules.tile.tile_scheduler import ceildiv
 
 _LANES = 32
+#: What the reciprocal of the number of blocks of a cluster is multiplied by; exact for up to 8 blocks and 8191 splits.
+_ONE_BITS = 16
+_ONE = 1 << _ONE_BITS
 
 
 @T.meta_class
@@ -61,6 +65,8 @@ class PartScheduler:
     ):
         self.geometry, self.config, self.split_bits, self.most_splits = geometry, config, split_bits, most_splits
         self.runs = runs
+        if runs is not None:
+            self.of_one_block = T.bind(T.truncdiv(T.max(runs, 1) + (_ONE - 1), T.max(runs, 1)))
         one = not config.pack_heads
         self.group = T.int32(1) if one else T.bind(T.truncdiv(geometry.heads, geometry.kv_heads))
         self.units = T.bind(self.count_units())
@@ -88,13 +94,19 @@ class PartScheduler:
         """Blocks of a cluster along each axis."""
         return [1, self.runs, 1]
 
+    def of_each_block(self, splits: Expr) -> Expr:
+        """``splits`` divided by the blocks of a cluster, rounded up; of so few, without a division."""
+        return T.shift_right((splits + (self.runs - 1)) * self.of_one_block, _ONE_BITS)
+
     def tiles(self, sequence: Expr) -> Expr:
         """How many tiles of keys a sequence counts for: none if it has no queries."""
         return self.tiles_of(self.geometry.queries.of(sequence).length, self.geometry.keys.of(sequence).length)
 
     def tiles_of(self, queries: Expr, keys: Expr) -> Expr:
         """The same of a sequence of so many queries and keys."""
-        return T.Select(queries > 0, ceildiv(keys, self.config.block_n), 0)
+        # Without a branch, so that both are read at the same time.
+        most = T.shift_left(T.min(T.max(queries, 0), 1), 30)
+        return T.min(ceildiv(keys, self.config.block_n), most)
 
     def key_tiles(self, part: Part):
         """First and end of the tiles of keys of a part."""
@@ -150,6 +162,8 @@ class Part:
         self.batch = local(T.int32(0) if isinstance(batch, int) else batch)  # of a cluster; that of a share is found
         self.split, self.m_block = (local(T.int32(0)) for _ in range(2))
         self.query_first, self.seqlen_q, self.seqlen_kv = (local(T.int32(0)) for _ in range(3))
+        # Of how many tiles its splits are, as a power of two; of latents that is computed where it is asked for.
+        self.split_bits = local(T.int32(0)) if scheduler.may_cluster else None
         # Of a cluster: splits of a block, and rows that it has room for the states of.
         self.run_length, self.most_rows = 1, WARPGROUP_ROWS
         if scheduler.may_cluster:
@@ -169,14 +183,18 @@ class Part:
         """How many tiles the sequence counts for."""
         return self.scheduler.tiles_of(self.seqlen_q, self.seqlen_kv)
 
+    @property
+    def of_split(self):
+        """Of how many tiles the splits of the sequence are, as a power of two."""
+        return self.scheduler.split_bits(self.seqlen_kv) if self.split_bits is None else self.split_bits
+
     def tiles_before(self, split):
         """Tiles of the sequence before a split."""
-        return T.shift_left(split, self.scheduler.split_bits(self.seqlen_kv))
+        return T.shift_left(split, self.of_split)
 
     def splits_within(self, tiles):
         """How many splits begin in the first ``tiles`` tiles of the sequence."""
-        bits = self.scheduler.split_bits(self.seqlen_kv)
-        return T.shift_right(tiles + T.shift_left(T.int32(1), bits) - 1, bits)
+        return T.shift_right(tiles + T.shift_left(T.int32(1), self.of_split) - 1, self.of_split)
 
     @property
     def splits(self):
@@ -244,11 +262,15 @@ class Part:
         """Of a sequence's splits, the block has as many as others of its cluster; one without keys counts as one."""
         self.enter()
         splits: T.int32 = T.Select(self.seqlen_q > 0, T.max(self.splits, 1), 0)
-        self.run_length = ceildiv(splits, self.scheduler.runs)
-        self.most_rows = T.truncdiv(WARPGROUP_ROWS, T.max(self.run_length, 1))
+        self.run_length = self.scheduler.of_each_block(splits)
         self.split = self.run * self.run_length
         last: T.int32 = T.min(self.split + self.run_length, splits) - 1
         self.end = T.Select(self.split <= last, self.tiles_before(last) + 1, 0)
+
+    @T.inline
+    def find_room(self):
+        """Of how many rows the block of a cluster has room for the states; those that fetch don't ask."""
+        self.most_rows = T.truncdiv(WARPGROUP_ROWS, T.max(self.run_length, 1))
 
     @T.inline
     def find_share(self, lane):
@@ -288,6 +310,8 @@ class Part:
         self.query_first = queries.offset
         self.seqlen_q = queries.length
         self.seqlen_kv = self.geometry.keys.of(self.batch).length
+        if static(self.split_bits is not None):
+            self.split_bits = self.scheduler.split_bits(self.seqlen_kv)
         self.parameters.read(self.batch, self.head)
         self.other_rows = 1
 

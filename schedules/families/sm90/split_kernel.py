@@ -183,6 +183,8 @@ class PartConsumer(PartRowsConsumer, StateConsumer):
         part = T.meta_var(self.block)
         self.counter.start()
         self.clear_weights()
+        if part.scheduler.in_clusters:
+            part.find_room()
         while part.exists:
             if part.other_rows != 0:
                 self.read_queries()
@@ -309,14 +311,15 @@ def compute_parts(pattern: Pattern, geometry: Geometry, scheduler: PartScheduler
     k_pipeline.add_barriers(pool)
     v_pipeline.add_barriers(pool)
     pool.commit()
-    if warp == WARPS:
+    # 4. The block's parts; meanwhile a warp that has no task makes the barriers.
+    part = Part(pattern, geometry, scheduler, boxes, unit, share, batch)
+    if warp == WARPS + 2:
         if T.cuda.elect_sync():
             k_pipeline.init(consumer_arrivals(1))
             v_pipeline.init(consumer_arrivals(1))
             T.ptx.fence.mbarrier_init.release.cluster()
-    # 4. The block's parts.
-    part = Part(pattern, geometry, scheduler, boxes, unit, share, batch)
-    part.find(lane)
+    else:
+        part.find(lane)
     T.cuda.cta_sync()
     # 5. Tasks: a warp fetches K, one V, two have none.
     if warp >= WARPS:
