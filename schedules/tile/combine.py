@@ -109,6 +109,9 @@ class Sinks:
 class Partials:
     """The arguments of the launch: the splits' ``partial`` results, tensor ``o``, flat ``lse``, and sizes."""
 
+    #: Whether a block has several heads of a position, one after the other.
+    in_turn = False
+
     def __init__(self, pattern: Pattern, traversal: Traversal, handles, alignment: int):
         o_partial, lse_partial, *results = handles
         self._tensors(pattern, traversal, results, alignment)
@@ -131,9 +134,6 @@ class Partials:
         for n in reversed([1 << x for x in range(groups.bit_length() - 1)]):
             found = T.Select(self.splits <= n * AHEAD, T.int32(n), found)
         return found
-
-    #: Whether a block has several heads of a position, one after the other.
-    in_turn = False
 
     def blocks(self, rows_of_block):
         """Blocks that have so many rows each."""

@@ -14,7 +14,7 @@ def reciprocal(size: Expr) -> Expr:
 def quotient(x: Expr, size: Expr, of_one: Expr) -> Expr:
     """``x // size`` of an int32 from 0 on; ``of_one`` is ``reciprocal(size)``.
 
-    The product is 1 too low at most: ``of_one`` lies less than 1 below ``2**32 / size``, and ``x`` below ``2**31``.
+    The product is 1 too low at most: ``of_one`` lies 1 below ``2**32 / size`` at most, ``x`` below ``2**31``.
     """
     low = T.Cast("int32", T.shift_right(T.Cast("uint64", x) * T.Cast("uint64", of_one), T.uint64(32)))
     return low + T.Select(x - low * size >= size, 1, 0)

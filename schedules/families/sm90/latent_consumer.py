@@ -12,7 +12,7 @@ from schedules.families.sm90.barriers import WARPGROUP_THREADS, SharedColumnBarr
 from schedules.families.sm90.config import PANEL, WARPGROUP_ROWS
 from schedules.families.sm90.latent_tiles import WARPGROUPS, LatentPart, Turns, columns_of_half
 from schedules.families.sm90.pipeline import Pipeline, PipelineState
-from schedules.families.sm90.split_kernel import PartRowsConsumer
+from schedules.families.sm90.split_kernel import CHUNK, PartRowsConsumer
 from schedules.families.sm90.wgmma import Products, k_major, mn_major, swizzled
 from schedules.families.sm90.work_tile import KeyWalk
 from schedules.tile.dtypes import element_type
@@ -22,8 +22,8 @@ from schedules.tile.partial import PartialResults
 from schedules.tile.softmax import LAZY
 from schedules.tile.static import static
 
-#: A copy of 16 bytes to shared memory, the elements that these are, and how many such chunks a panel's row has.
-_COPY, _CHUNK, _CHUNKS = "cp.async.cg.shared.global", 8, PANEL // 8
+#: A copy of a chunk to shared memory, and how many of these a panel's row has.
+_COPY, _CHUNKS = "cp.async.cg.shared.global", PANEL // CHUNK
 
 
 @T.meta_class
@@ -74,14 +74,14 @@ class LatentConsumer(PartRowsConsumer):
         row: T.int32 = T.truncdiv(self.thread, lanes)
         place: T.int32 = T.truncmod(self.thread, lanes)
         exists: T.bool = part.row_first + row < part.rows.count
-        first: T.int64 = part.rows.packed.offset(part.row_first + T.Select(exists, row, 0), place * _CHUNK)
+        first: T.int64 = part.rows.packed.offset(part.row_first + T.Select(exists, row, 0), place * CHUNK)
         self.meet()
         for i in T.unroll(self.q.panels * _CHUNKS // lanes):
             chunk = T.meta_var(i * lanes % _CHUNKS + place)
-            seen = T.meta_var(T.And(exists, (i * lanes + place) * _CHUNK < part.geometry.head_dim))
+            seen = T.meta_var(T.And(exists, (i * lanes + place) * CHUNK < part.geometry.head_dim))
             T.ptx[_COPY](
                 to(i * lanes // _CHUNKS, row, swizzled(chunk, row)),
-                source.ptr_to([first + i * lanes * _CHUNK]),
+                source.ptr_to([first + i * lanes * CHUNK]),
                 16,
                 T.Select(seen, T.uint32(16), T.uint32(0)),
             )

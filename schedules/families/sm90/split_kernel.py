@@ -28,7 +28,9 @@ from schedules.tile.softmax import LOWEST
 from schedules.tile.states import COLUMNS, WARP_COLUMNS, Fold
 
 #: Elements of 16 bytes, which a thread copies at once.
-_CHUNK = 8
+CHUNK = 8
+#: Copies of queries that a thread has on their way at a time, at most.
+_ON_THE_WAY = 4
 
 _ALL_LANES = 0xFFFFFFFF
 
@@ -72,13 +74,11 @@ class PartSoftmax(Softmax):
 class PartRowsConsumer:
     """What warpgroups that compute parts do with the rows of one: read the queries, write the results.
 
-    ``threads`` do so together, and of a thread's copies at most ``on_the_way`` are on their way at a time.  Of the
-    output this warpgroup has the columns from ``first_column`` on.
+    ``threads`` do so together.  Of the output this warpgroup has the columns from ``first_column`` on.
     """
 
     threads = WARPGROUP_THREADS
     first_column = 0
-    on_the_way = 4
 
     def add_rows(self, results: PartialResults):
         """What rows need beside the fields of a consumer."""
@@ -99,9 +99,9 @@ class PartRowsConsumer:
     @T.inline
     def read_queries(self):
         """Copy the queries of a row tile to shared memory, zeros where there are none."""
-        columns = T.meta_var(self.q.panels * PANEL // _CHUNK)  # chunks of a row
+        columns = T.meta_var(self.q.panels * PANEL // CHUNK)  # chunks of a row
         times = T.meta_var(WARPGROUP_ROWS * columns // self.threads)
-        at_once = T.meta_var(_at_once(times, self.on_the_way))
+        at_once = T.meta_var(_at_once(times, _ON_THE_WAY))
         words = T.alloc_local([at_once * 4], "uint32")
         self.meet()
         for first in T.unroll(times // at_once):
@@ -120,7 +120,7 @@ class PartRowsConsumer:
         for i in T.unroll(at_once):
             number: T.int32 = (first * at_once + i) * self.threads + self.thread
             row: T.int32 = part.row_first + T.truncdiv(number, columns)
-            column: T.int32 = T.truncmod(number, columns) * _CHUNK
+            column: T.int32 = T.truncmod(number, columns) * CHUNK
             for x in T.unroll(4):
                 words[i * 4 + x] = T.uint32(0)
             if T.And(row < part.rows.count, column < part.geometry.head_dim):
@@ -131,8 +131,8 @@ class PartRowsConsumer:
             number: T.int32 = (first * at_once + i) * self.threads + self.thread
             row: T.int32 = T.truncdiv(number, columns)
             chunk: T.int32 = T.truncmod(number, columns)
-            panel: T.int32 = T.truncdiv(chunk, PANEL // _CHUNK)
-            place: T.int32 = swizzled(T.truncmod(chunk, PANEL // _CHUNK), row)
+            panel: T.int32 = T.truncdiv(chunk, PANEL // CHUNK)
+            place: T.int32 = swizzled(T.truncmod(chunk, PANEL // CHUNK), row)
             T.ptx["st.shared.v4.b32"](to(panel, row, place), *[words[i * 4 + x] for x in range(4)])
 
     def _index(self, row):
