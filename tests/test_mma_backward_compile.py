@@ -16,6 +16,7 @@ from schedules.families.interface import BACKWARD, BACKWARD_ACCUMULATE, RAGGED_B
 from schedules.templates import v1, v2
 from tests.machine_code import compiled
 from tests.test_gpu_compile import pattern_of
+from tvm_flash.packs import sizes
 
 TEMPLATES = {"v1": v1, "v2": v2}
 
@@ -53,6 +54,24 @@ def test_one_launch_makes_all_gradients(head_dim, mask, keys, tmp_path):
     _, report, count = compiled(program, "sm_80", tmp_path)
     assert len(report.kernels) == len(program.launches) == 2
     assert count["LDL"] == count["STL"] == 0
+
+
+def test_where_the_one_launch_is_meant_for():
+    """Where heads and keys are few, blocks of three launches don't wait for one another; grouped heads have more."""
+    target = Target("sm_80")
+
+    def meant_for(head_dim, mask, keys, heads, kv_heads, batch=1):
+        pattern = pattern_of(head_dim, mask)
+        config = maker_of(target, BACKWARD).default_configs("v1", pattern, target)[2048 if head_dim == 64 else 0]
+        program = v1.apply(pattern, target, "kernel", config, BACKWARD)
+        if program.meant_for is None:
+            return None
+        return sizes.evaluate(program.meant_for, sizes.of(batch, heads, keys, kv_heads, keys, head_dim, head_dim))
+
+    assert [meant_for(64, "full", keys, 16, 16) for keys in (2048, 4095, 4096)] == [0, 0, 1]
+    assert [meant_for(64, "full", 4096, heads, heads, 64) for heads in (4, 15, 16)] == [0, 0, 1]
+    assert [meant_for(64, "full", 3000, 12, kv_heads) for kv_heads in (2, 6, 12)] == [1, 1, 0]
+    assert meant_for(128, "full", 4096, 4, 4) is None
 
 
 @pytest.mark.parametrize(

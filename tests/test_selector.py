@@ -211,6 +211,21 @@ def test_the_largest_bucket_that_is_reached(packs):
         assert choose(problem(seqlen_kv=seqlen_kv), GPU, "v1").kernel.entry.bucket == bucket
 
 
+def test_a_kernel_of_longer_sequences_that_is_meant_for_so_many_heads(packs):
+    packs(kernel(), kernel(bucket=1024, meant_for=("steps", ("*", "heads", "seqlen_kv"), (0, 0), (8192, 1))))
+    for heads, seqlen_kv, bucket in ((2, 1023, 0), (2, 4095, 0), (2, 4096, 1024), (8, 1023, 0), (8, 1024, 1024)):
+        changes = {"heads": heads, "kv_heads": heads, "seqlen_kv": seqlen_kv}
+        assert choose(problem(**changes), GPU, "v1").kernel.entry.bucket == bucket
+        assert choose(problem(batch=64, **changes), GPU, "v1").kernel.entry.bucket == bucket
+    said = explain(problem(heads=2, kv_heads=2, seqlen_kv=4000), GPU, "v1")
+    assert "fits, but with 2 heads on 4000 keys there is a faster one" in str(said)
+
+
+def test_a_kernel_that_is_meant_for_others_is_better_than_none(packs):
+    packs(kernel(bucket=1024, meant_for=("steps", "heads", (0, 0), (8, 1))))
+    assert choose(problem(seqlen_kv=2000), GPU, "v1").kernel.entry.bucket == 1024
+
+
 def heights(**more):
     """Kernels whose work tiles have 256 rows, or 192: a wave of the latter takes 0.8 as long."""
     usual, other = (Waves(m, 64, 9, ((n, n),), "test.jsonl#0") for m, n in ((256, 10**6), (192, 8 * 10**5)))

@@ -326,6 +326,7 @@ def entry_of(
         scalars=program.scalars,
         bucket=spec.bucket,
         max_rows=program.max_rows,
+        meant_for=program.meant_for,
         narrow_axes=program.narrow_axes,
         alignment=program.alignment,
         index_bits=program.index_bits,

@@ -132,8 +132,9 @@ class Program:
     """A scheduled kernel, ready to be compiled.
 
     ``op`` is the operator that ``launches`` compute, in order; the first has the kernel's name, the others that name
-    with a suffix.  ``workspaces``, ``scalars``, ``max_rows``, ``alignment`` (bytes), ``index_bits`` and ``narrow_axes``
-    are as in the manifest.  ``pipeline`` is the lowering that the functions need: ``"s_tir"`` or ``"tirx"``.
+    with a suffix.  ``workspaces``, ``scalars``, ``max_rows``, ``meant_for``, ``alignment`` (bytes),
+    ``index_bits`` and ``narrow_axes`` are as in the manifest.  ``pipeline`` is the lowering that the functions need:
+    ``"s_tir"`` or ``"tirx"``.
     """
 
     op: str
@@ -144,6 +145,7 @@ class Program:
     workspaces: tuple[Workspace, ...] = ()
     scalars: tuple[Scalar, ...] = ()
     max_rows: sizes.Expression | None = None
+    meant_for: sizes.Expression | None = None
     narrow_axes: tuple[sizes.Expression, ...] = ()
 
     def __post_init__(self):

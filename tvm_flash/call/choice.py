@@ -2,10 +2,10 @@
 
 The order: the template that this device's measurements favour or else the policy, then the arch that is closest to the
 device, then a kernel that is made for so few query rows, the smallest head_dim that fits, the cheapest mask, the
-largest bucket that the sequence reaches, the height of work tiles whose waves take the least time
-(:mod:`tvm_flash.call.waves`), the first pack on the search path.  Nothing of it but the order of the templates and the
-height of work tiles, which changes no bits, depends on the batch or on the number of processors: a sequence gets the
-same bits in any batch.
+largest bucket that the sequence reaches, if it has as many heads as that is meant for, the height of work tiles whose
+waves take the least time (:mod:`tvm_flash.call.waves`), the first pack on the search path.  Nothing of it but the order
+of the templates and the height of work tiles, which changes no bits, depends on the batch or on the number of
+processors: a sequence gets the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -201,7 +201,12 @@ def _rank(
     fit = (*size, *kind) if entry.max_rows is None else (*kind, *size)
     first = (order.index(entry.template), distance, -features, entry.max_rows is None)
     height = waves.rank(entry, problem, device)
-    return (*first, *fit, not _is_for_some_pages(entry), -entry.bucket, *height, kernel.rank)
+    length = (not _is_meant_for(entry, problem), -entry.bucket)
+    return (*first, *fit, not _is_for_some_pages(entry), *length, *height, kernel.rank)
+
+
+def _is_meant_for(entry: KernelEntry, problem: Problem) -> bool:
+    return entry.meant_for is None or sizes.evaluate(entry.meant_for, problem.sizes) > 0
 
 
 #: What kinds of kernels do that add to what is there.
@@ -303,6 +308,8 @@ def _why_after(entry: KernelEntry, best: KernelEntry, problem: Problem, device: 
         return f"fits, but the mask {best.mask} is cheaper"
     if _is_for_some_pages(best) and not _is_for_some_pages(entry):
         return "fits, but there is a kernel for pages of such sizes"
+    if not _is_meant_for(entry, problem):
+        return f"fits, but with {problem.heads} heads on {problem.seqlen_kv} keys there is a faster one"
     if entry.bucket != best.bucket:
         return f"fits, but the kernel for {best.bucket} keys or more is meant for this length"
     if entry.block_m != best.block_m:

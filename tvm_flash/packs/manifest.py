@@ -418,6 +418,8 @@ class KernelEntry:
     has_sink: whether each row's softmax has a logit beside those of its keys.
     max_rows: the most query rows that share a key (``seqlen_q * heads / kv_heads``) for which it is meant, by the
         problem's sizes; None if any number will do.  A kernel that is made for few rows is preferred where it fits.
+    meant_for: 1 where it is meant for the problem's sizes, and 0 where another that fits, of a smaller bucket, is
+        faster; None if the bucket says it all.
     narrow_axes: how many blocks launches have along the axes of a GPU's grid with room for ``MOST_BLOCKS`` only, by the
         problem's sizes, where that may be more.
     alignment: bytes, up to ``MOST_ALIGNMENT``; data pointers and all strides but the last must be multiples of it.
@@ -452,6 +454,7 @@ class KernelEntry:
     workspaces: tuple[Workspace, ...] = ()
     scalars: tuple[Scalar, ...] = ()
     max_rows: sizes.Expression | None = None
+    meant_for: sizes.Expression | None = None
     narrow_axes: tuple[sizes.Expression, ...] = ()
     registers: int | None = None
     shared_memory: int | None = None
@@ -471,12 +474,17 @@ class KernelEntry:
         """
         if raw["alignment"] > MOST_ALIGNMENT:
             raise ValueError(f"alignment must be at most {MOST_ALIGNMENT} bytes, got {raw['alignment']}")
+
+        def expression_or_none(name: str) -> sizes.Expression | None:
+            return None if raw.get(name) is None else sizes.from_json(raw[name])
+
         parts = {
             "params": tuple(Param(**p) for p in raw["params"]),
             "launches": tuple(map(Launch.from_dict, raw["launches"])),
             "workspaces": tuple(map(Workspace.from_dict, raw.get("workspaces", ()))),
             "scalars": tuple(map(Scalar.from_dict, raw.get("scalars", ()))),
-            "max_rows": None if raw.get("max_rows") is None else sizes.from_json(raw["max_rows"]),
+            "max_rows": expression_or_none("max_rows"),
+            "meant_for": expression_or_none("meant_for"),
             "narrow_axes": tuple(map(sizes.from_json, raw.get("narrow_axes", ()))),
             "speeds": tuple(Speed(**s) for s in raw.get("speeds", ())),
             "waves": None if raw.get("waves") is None else Waves.from_dict(raw["waves"]),

@@ -92,6 +92,7 @@ def _joint(pattern: Pattern, config: Config, traversal: Traversal, name: str, ma
             *joint.workspaces(pattern, config),
         ),
         scalars=joint.scalars(),
+        meant_for=joint.meant_for(pattern),
         narrow_axes=joint.narrow_axes(config),
     )
 
