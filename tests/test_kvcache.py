@@ -586,6 +586,31 @@ def test_rows_of_a_table_for_each_entry_of_a_batch_of_caches():
             attend(torch.tensor(wrong), page_table=table)
 
 
+def _every_other(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, with others between them."""
+    return torch.stack((x, torch.full_like(x, 99)), -1).flatten(-2)[..., ::2]
+
+
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+@pytest.mark.parametrize("paged", [False, True])
+def test_rows_of_the_drop_in_need_not_be_contiguous_but_those_of_caches(paged, integers):
+    """As flash_attn copies them; caches, which are written in place, aren't copied."""
+    torch.manual_seed(0)
+    caches = [torch.randn(*((6, 4) if paged else (2, 12)), 2, 16) for _ in range(2)]
+    tensors = {"q": torch.randn(2, 3, 4, 16), **{name: torch.randn(2, 3, 2, 16) for name in "kv"}}
+    tensors["cache_seqlens"] = torch.tensor([5, 7], dtype=integers)
+    tensors["cache_leftpad"] = torch.tensor([0, 2], dtype=integers)
+    tensors |= {"block_table": torch.randperm(6).to(integers).view(2, 3)} if paged else {}
+    results = []
+    for made in (torch.Tensor.contiguous, _every_other):
+        own = [x.clone() for x in caches]
+        given = {name: made(x) for name, x in tensors.items()}
+        results.append([*own, nn.flash_attn_with_kvcache(k_cache=own[0], v_cache=own[1], **given)])
+    assert all(map(torch.equal, *results))
+    with pytest.raises(InvalidArgumentError, match="k_cache: has strides"):
+        nn.flash_attn_with_kvcache(tensors["q"], _every_other(caches[0]), caches[1], cache_seqlens=3)
+
+
 @pytest.mark.parametrize("sizes", [(59, 59), (20, 33), (16, 20)], ids=str)
 @pytest.mark.parametrize("paged", [False, True])
 def test_any_head_dim_in_the_drop_in(sizes, paged):

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tests import random_cases
+from tests import random_cases, random_doors
 from tests.test_torch_program import DEVICES
 
 CALLS = int(os.environ.get("TVM_FLASH_RANDOM_CALLS", "200"))
@@ -32,6 +32,26 @@ def test_random_calls(part, device):
 def test_gradients_of_random_calls(trains):
     count, _, lines = random_cases.failures(range(SEED, SEED + CALLS // 3), gradients=True)
     assert count and not lines, "\n".join(lines)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("door", random_doors.DOORS)
+def test_random_calls_of_drop_ins(door, device, trains):
+    count, others, _, lines = random_doors.failures(door, range(SEED, SEED + CALLS // 2), device)
+    assert count > others and not lines, "\n".join(lines)
+
+
+def test_a_wrong_result_of_a_drop_in_is_found(monkeypatch, trains):
+    """The comparison can fail, of results and of gradients."""
+    computed = random_doors.nn.scaled_dot_product_attention
+
+    def spoiled(q, *arguments, **options):
+        out = computed(q, *arguments, **options)
+        return out + 0.3 * (q[..., :1].float().sum() - q[..., :1].float().sum().detach()).to(out.dtype)
+
+    monkeypatch.setattr(random_doors.nn, "scaled_dot_product_attention", spoiled)
+    _, _, _, lines = random_doors.failures("sdpa", range(30))
+    assert lines and all("the gradient of q differs" in line for line in lines)
 
 
 def test_a_call_follows_from_its_seed():
