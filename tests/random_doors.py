@@ -68,13 +68,15 @@ class Draw(random.Random):
 
     def placed(self, name: str, x: torch.Tensor, rows: bool = False) -> torch.Tensor:
         """The same numbers, lying in memory in one of many ways, amid NaN where there is room; ``rows``: which are
-        contiguous."""
-        ways = ("transposed", "gaps", "odd address", *(() if rows else ("columns", "every other")))
-        how = self.one_of(name, *("contiguous",) * 4, *ways)
+        contiguous, and on a GPU begin at multiples of 16 bytes."""
+        ways = () if rows else ("columns", "every other")
+        ways += () if rows and self.device != "cpu" else ("odd address",)
+        how = self.one_of(name, *("contiguous",) * 4, "transposed", "gaps", *ways)
         if how == "transposed" and x.ndim > 2:
             return x.transpose(0, -2).contiguous().transpose(0, -2)
         if how in ("gaps", "odd address"):
-            before, columns = (8, 16) if how == "gaps" else (1, 3)
+            unit = 16 // x.element_size()
+            before, columns = (unit, unit + -x.shape[-1] % unit) if how == "gaps" else (1, 3)
             room = _blank((*(n + 1 for n in x.shape[:-1]), x.shape[-1] + columns), x)
             view = room[(*(slice(1, None) for _ in x.shape[:-1]), slice(before, before + x.shape[-1]))]
             return view.copy_(x)
@@ -411,7 +413,19 @@ def kvcache(draw: Draw) -> float:
             f(angles).to(draw.device, dtype) for f in (torch.cos, torch.sin)
         )
         options["rotary_interleaved"] = draw.chance("interleaved", 0.5)
-    caches = [draw.placed(n, x, rows=True) for n, x in zip(("k_cache", "v_cache"), rooms, strict=True)]
+    scales = [None, None]
+    if draw.chance("8 bits", 0.25) and (draw.device == "cpu" or not any(n % 16 for n in dims)):
+        narrow = getattr(torch, draw.one_of("cache", "float8_e4m3fn", "int8"))
+        sizes = [0.01 + 0.02 * torch.rand(batch, kv_heads, generator=draw.generator) for _ in dims]
+        scales = [x.to(draw.device) for x in sizes]
+        options["k_descale"], options["v_descale"] = scales
+        rooms = [_in_8_bits(x * 50, narrow) for x in rooms]
+    caches = [
+        draw.placed(n, x.view(torch.uint8), rows=True).view(x.dtype)
+        if x.element_size() == 1
+        else draw.placed(n, x, True)
+        for n, x in zip(("k_cache", "v_cache"), rooms, strict=True)
+    ]
     given = [None if x is None else draw.placed(n, x) for n, x in zip("kv", new, strict=True)]
     lengths = torch.tensor(before, dtype=torch.int32, device=draw.device)
     out, lse = nn.flash_attn_with_kvcache(
@@ -435,26 +449,74 @@ def kvcache(draw: Draw) -> float:
     want = [x.clone() for x in rooms]
     for b in range(batch):
         end = before[b] + fresh
-        for room, x in zip(want, new, strict=True):
-            at = torch.arange(before[b], end, device=draw.device)
-            if fresh:
-                rows_of_new = turn(x[b], before[b], True) if room is want[0] else x[b]
-                place = (order[b].to(draw.device)[at // page], at % page) if page else (int(order[b]), at)
-                room[place] = rows_of_new
-        at = torch.arange(end, device=draw.device)
-        keys, values = (
-            x[order[b].to(draw.device)[at // page], at % page] if page else x[int(order[b]), :end] for x in want
+        at, own = torch.arange(end, device=draw.device), order[b].to(draw.device)
+        place = (own[at // page], at % page) if page else (own.expand(end), at)
+        if fresh:
+            added = turn(new[0][b], before[b], True), new[1][b]
+            for room, x, scale in zip(want, added, scales, strict=True):
+                x = x if scale is None else _in_8_bits(x.float() / scale[b][:, None], room.dtype)
+                room[tuple(axis[before[b] :] for axis in place)] = x
+        seen = (
+            x[place] if s is None else (x[place].float() * s[b][:, None]).to(dtype)
+            for x, s in zip(want, scales, strict=True)
         )
-        tensors = (x.transpose(0, 1) for x in (turn(q[b], before[b], local), keys, values))
+        tensors = (x.transpose(0, 1) for x in (turn(q[b], before[b], local), *seen))
         of = _of_sequence(options, b, rows, end, draw.device, hidden[b])
         scale = options.get("softmax_scale", 1 / math.sqrt(head_dim))
         worst = max(worst, compare(out[b].transpose(0, 1), *tensors, scale, *of, lse=lse[b]))
     for name, room, cache in zip("kv", want, caches, strict=True):
-        assert torch.equal(room, cache), f"{name}_cache isn't what it was with the new rows in their places"
+        assert torch.equal(*(x.view(torch.uint8) if x.element_size() == 1 else x for x in (room, cache))), (
+            f"{name}_cache isn't what it was with the new rows in their places"
+        )
     return worst
 
 
-DOORS = {"sdpa": sdpa, "flash_attn": flash_attn, "kvcache": kvcache}
+def latents(draw: Draw) -> float:
+    """``nn.flash_mla_with_kvcache``: values in keys, on pages, split where a call says so."""
+    dtype = getattr(torch, draw.one_of("dtype", *DTYPES[draw.device]))
+    batch, rows, heads = (
+        draw.one_of("batch", 1, 2, 5),
+        draw.one_of("queries", 1, 1, 2, 3),
+        draw.one_of("heads", 1, 3, 16, 40),
+    )
+    head_dim, head_dim_v = draw.one_of("head_dim", (576, 512), (576, 512), (192, 128), (80, 64), (576, 504), (136, 136))
+    most, page = draw.length("keys", 3000), draw.one_of("page size", 1, 3, 16, 64, 64, 100)
+    lengths = draw.say("lengths", [draw.choice((0, 1, draw.randint(0, most), most)) for _ in range(batch)])
+    per_sequence = -(-most // page)
+    order = torch.randperm(batch * per_sequence + 2, generator=draw.generator)[: batch * per_sequence]
+    table = order.view(batch, per_sequence).to(draw.device, torch.int32)
+    cache = draw.normal(batch * per_sequence + 2, page, head_dim, dtype=dtype)
+    q = draw.normal(batch, rows, heads, head_dim, dtype=dtype)
+    causal, split = draw.chance("causal", 0.5), draw.one_of("split_length", None, None, 64, 256, 4096)
+    scale = draw.one_of("scale", 0.1, head_dim**-0.5)
+    out, lse = nn.flash_mla_with_kvcache(
+        draw.placed("q", q, rows=True),
+        draw.placed("k_cache", cache, rows=True),
+        table,
+        torch.tensor(lengths, dtype=torch.int32, device=draw.device),
+        head_dim_v,
+        *nn.get_mla_metadata(split_length=split),
+        scale,
+        causal,
+    )
+    worst = 0.0
+    for b, length in enumerate(lengths):
+        at = torch.arange(length, device=draw.device)
+        keys = cache[table[b].long()[at // page], at % page][None]
+        of = _of_sequence({"causal": causal}, b, rows, length, draw.device)
+        tensors = (q[b].transpose(0, 1), keys, keys[..., :head_dim_v])
+        worst = max(worst, compare(out[b].transpose(0, 1), *tensors, scale, *of, lse=lse[b]))
+    return worst
+
+
+def _in_8_bits(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest numbers of a dtype of 8 bits, those out of its range at its ends."""
+    if dtype == torch.int8:
+        return x.float().clamp(-127, 127).round().to(dtype)
+    return x.float().clamp(-448, 448).to(dtype)
+
+
+DOORS = {"sdpa": sdpa, "flash_attn": flash_attn, "kvcache": kvcache, "latents": latents}
 
 
 def failures(door: str, seeds: Iterable[int], device: str = "cpu", seconds: float = math.inf):
