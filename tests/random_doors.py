@@ -95,10 +95,36 @@ def _blank(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- attention, written out
 
 
+class Rounded(torch.autograd.Function):
+    """Softmax and its product with v in float32 with what is rounded to 16 bits, or to nothing less: ``(s, v, dtype)``.
+
+    Weights are rounded relative to a power of two, and a row's sum is of weights that weren't.  Gradients follow from
+    the result as it was rounded; those of scores are rounded before they are multiplied.
+    """
+
+    @staticmethod
+    def forward(ctx, s, v, dtype):
+        s = s * math.log2(math.e)
+        reference = s.amax(-1, keepdim=True).floor() if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
+        p = torch.exp2(s - reference)
+        row_sum = p.sum(-1, keepdim=True) if s.shape[-1] else torch.ones_like(reference)
+        out = (p.to(dtype).float() @ v / row_sum).to(dtype).float()
+        ctx.dtype = dtype
+        ctx.save_for_backward(p / row_sum, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        p, v, out = ctx.saved_tensors
+        ds = p * (dout @ v.transpose(-1, -2) - (dout * out).sum(-1, keepdim=True))
+        return ds.to(ctx.dtype).float(), p.to(ctx.dtype).float().transpose(-1, -2) @ dout, None
+
+
 def attention(q, k, v, scale: float, visible, bias=None, softcap: float = 0.0, rounded: torch.dtype | None = None):
     """Result and log-sum-exp of ``(…, heads, rows, head_dim)``, in the dtype of q; k and v may have fewer heads.
 
-    A row that sees nothing has 0 and −inf.  ``rounded``: the dtype to which weights are rounded before they are used.
+    A row that sees nothing has 0 and −inf.  ``rounded``: tensors are float32, and this is what is rounded to this dtype
+    on the way.
     """
     k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) if q.ndim > 2 else x for x in (k, v))
     s = q @ k.transpose(-1, -2) * scale
@@ -108,9 +134,8 @@ def attention(q, k, v, scale: float, visible, bias=None, softcap: float = 0.0, r
     seen = visible.expand(s.shape).any(-1)
     s = torch.where(seen[..., None], s, 0.0)  # so that no gradient of such a row is NaN
     lse = torch.logsumexp(s, -1)
-    p = torch.exp(s - lse[..., None]) * seen[..., None]
-    p = p if rounded is None else p.to(rounded).to(p.dtype)
-    return p @ v, torch.where(seen, lse, -torch.inf)
+    out = torch.softmax(s, -1) @ v if rounded is None else Rounded.apply(s, v, rounded)
+    return out * seen[..., None], torch.where(seen, lse, -torch.inf)
 
 
 def compare(found, q, k, v, scale, visible, bias=None, softcap=0.0, lse=None) -> float:
@@ -123,9 +148,8 @@ def compare(found, q, k, v, scale, visible, bias=None, softcap=0.0, lse=None) ->
     assert found.shape == exact.shape and found.dtype == q.dtype, f"{found.shape} of {found.dtype}"
     if not found.numel():
         return 0.0
-    size = exact.abs().max().item()
-    allowed = numerics.allowed_error(max(_largest(x - exact) for x in usual), size, _name(q.dtype))
-    allowed += SUM_ROUNDINGS * numerics.EPSILON["float32"] * (_largest(v))
+    allowed = numerics.allowed_error(max(_largest(x - exact) for x in usual), _largest(exact), _name(q.dtype))
+    allowed += SUM_ROUNDINGS * numerics.EPSILON["float32"] * _largest(v)
     error = _largest(found - exact)
     assert error <= allowed, f"differs by {error:.3g}, allowed {allowed:.3g}"
     if lse is not None:
@@ -139,34 +163,30 @@ def compare(found, q, k, v, scale, visible, bias=None, softcap=0.0, lse=None) ->
     return error / allowed if allowed else 0.0
 
 
-def compare_gradients(leaves: dict[str, torch.Tensor], out, dout, formula: Callable, scale: float, *qkv) -> None:
-    """Assert that the gradients that autograd has left in ``leaves`` are those of ``formula``, a function of tensors by
-    name; the formula's q, k and v say how large terms are that cancel one another.
+def compare_gradients(leaves: dict[str, torch.Tensor], dout, formula: Callable, *qkv: torch.Tensor) -> None:
+    """Assert that the gradients that autograd has left in ``leaves`` are those of ``formula``.
 
-    Gradients follow from ``out`` as it was rounded: of all scores of a row, by the same product with ``dout``.
+    ``formula``: of tensors by name, and the dtype to which :func:`attention` rounds.  Its q, k and v say how large
+    terms are that cancel one another.
     """
 
-    def by_formula(dtype):
+    def by_formula(dtype, rounded=None):
         own = {n: x.detach().to(dtype).requires_grad_() for n, x in leaves.items()}
-        out = formula(own)
+        out = formula(own, rounded)
         out.backward(dout.to(out.dtype))
         return {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in own.items()}
 
-    exact, usual = by_formula(torch.float64), by_formula(dout.dtype)
-    largest = math.prod(max(1.0, _largest(x)) for x in (*qkv, dout))
-    terms = largest * math.sqrt(sum(x.shape[-1] for x in qkv))
-    of_rows = _largest((out.detach() * dout).double().norm(dim=-1)) * scale * max(map(_largest, qkv[:2]))
+    dtype = dout.dtype
+    exact, *usual = by_formula(torch.float64), by_formula(dtype), by_formula(torch.float32, dtype)
+    terms = math.prod(max(1.0, _largest(x)) for x in (*qkv, dout)) * math.sqrt(sum(x.shape[-1] for x in qkv))
     for name, leaf in leaves.items():
         got, want = leaf.grad, exact[name]
         assert got is not None and got.shape == leaf.shape and got.dtype == leaf.dtype, f"no gradient of {name}"
-        if got.numel():
-            off = _largest(usual[name].double() - want)
-            allowed = numerics.allowed_error(numerics.largest_of([off]), want.abs().max().item(), _name(dout.dtype))
-            allowed += (
-                SUM_ROUNDINGS * numerics.EPSILON["float32"] * terms + numerics.EPSILON[_name(dout.dtype)] * of_rows
-            )
-            error = _largest(got.double() - want)
-            assert error <= allowed, f"the gradient of {name} differs by {error:.3g}, allowed {allowed:.3g}"
+        off = numerics.largest_of(_largest(x[name].to(leaf.dtype).double() - want) for x in usual)
+        allowed = numerics.allowed_error(off, _largest(want), _name(dtype))
+        allowed += SUM_ROUNDINGS * numerics.EPSILON["float32"] * terms
+        error = _largest(got.double() - want)
+        assert error <= allowed, f"the gradient of {name} differs by {error:.3g}, allowed {allowed:.3g}"
 
 
 def _largest(x: torch.Tensor) -> float:
@@ -214,10 +234,10 @@ def sdpa(draw: Draw) -> float:
         dout = draw.normal(*found.shape, dtype=dtype)
         found.backward(dout)
 
-        def formula(own):
-            return attention(own["q"], own["k"], own["v"], scale, visible, own.get("bias", bias))[0]
+        def formula(own, rounded):
+            return attention(own["q"], own["k"], own["v"], scale, visible, own.get("bias", bias), rounded=rounded)[0]
 
-        compare_gradients(leaves, found, dout, formula, scale, q, k, v)
+        compare_gradients(leaves, dout, formula, q, k, v)
     return worst
 
 
@@ -365,12 +385,12 @@ def flash_attn(draw: Draw) -> float:
         dout = draw.normal(*out.shape, dtype=dtype)
         out.backward(dout)
 
-        def formula(own):
-            pieces = [attention(*of)[0].transpose(0, 1) for _, *of in sequences(unpacked(own))]
+        def formula(own, rounded):
+            pieces = [attention(*of, rounded=rounded)[0].transpose(0, 1) for _, *of in sequences(unpacked(own))]
             pieces.append(pieces[0].new_zeros(total_q - after, heads, dims[1]))
             return torch.cat(pieces).reshape(out.shape)
 
-        compare_gradients(leaves, out, dout, formula, scale, q, k, v)
+        compare_gradients(leaves, dout, formula, q, k, v)
     return worst
 
 

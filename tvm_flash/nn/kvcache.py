@@ -61,8 +61,8 @@ def flash_attn_with_kvcache(
     A head_dim that is no multiple of 8 is padded with zeros, which copies the whole cache, and back if keys are added.
     As there, ``cache_batch_idx`` says beside it which of its rows each sequence has.
     ``num_splits``, ``scheduler_metadata``, ``pack_gqa`` and ``sm_margin`` change nothing: keys are always split at the
-    same positions.  int32 tensors may have another integer dtype, and are converted then.  As there, what is no cache
-    is copied if its last dimension isn't contiguous.
+    same positions.  int32 tensors may have another integer dtype, and are converted then.  What is no cache is copied
+    if its last dimension isn't contiguous, as there, or if its rows don't begin where a GPU reads them.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def flash_attn_with_kvcache(
         raise NotSupportedError(f"attention_chunk: is {attention_chunk}, and there is no such mask; give 0")
     if block_table is not None and page_table is not None:
         raise NotSupportedError("page_table: is given beside block_table, which is the same; give one of them")
-    q, k, v = map(_with_rows, (q, k, v))
+    q, k, v = map(_fitting, (q, k, v))
     names = {"k_scale": "k_descale", "v_scale": "v_descale", "return_lse": "return_softmax_lse"}
     if block_table is not None:
         names["page_table"] = "block_table"
@@ -325,18 +325,21 @@ def attend_pages(
     return named_call(names, flash_attention_paged, *tensors, **options)
 
 
-def _with_rows(x: Any) -> Any:
-    """A tensor whose last dimension is contiguous, a copy if that isn't so; others as they are."""
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.is_nested or not x.ndim:
-        return x
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _has_rows(x: Any) -> bool:
+    """Whether it is a tensor with memory whose last dimension says how rows lie."""
+    return isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested and x.ndim > 0
+
+
+def _fitting(x: Any) -> Any:
+    """New rows as kernels take them; those whose width no kernel has as they are, which :func:`_widened` copies."""
+    return fit(x) if _has_rows(x) and x.shape[-1] and x.shape[-1] % HEAD_DIM_MULTIPLE == 0 else x
 
 
 def as_int32(x: Any) -> Any:
     """An integer tensor as int32 with rows that lie together, numbers without room in it at its ends, where checks see
     them; others as they are."""
     if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int16, torch.uint8, torch.int8):
-        return _with_rows(x)
+        return x.contiguous() if _has_rows(x) and x.stride(-1) != 1 != x.shape[-1] else x
     return x.clamp(_INT32.min, _INT32.max).int() if x.dtype == torch.int64 else x.int()
 
 
