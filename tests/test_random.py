@@ -43,13 +43,13 @@ def test_random_calls_of_drop_ins(door, device, trains):
 
 def test_a_wrong_result_of_a_drop_in_is_found(monkeypatch, trains):
     """The comparison can fail, of results and of gradients."""
-    computed = random_doors.nn.scaled_dot_product_attention
+    computed = random_doors.sdpa.nn.scaled_dot_product_attention
 
     def spoiled(q, *arguments, **options):
         out = computed(q, *arguments, **options)
         return out + 0.3 * (q[..., :1].float().sum() - q[..., :1].float().sum().detach()).to(out.dtype)
 
-    monkeypatch.setattr(random_doors.nn, "scaled_dot_product_attention", spoiled)
+    monkeypatch.setattr(random_doors.sdpa.nn, "scaled_dot_product_attention", spoiled)
     _, _, _, lines = random_doors.failures("sdpa", range(30))
     assert lines and all("the gradient of q differs" in line for line in lines)
 
