@@ -136,6 +136,8 @@ def runs(entry: KernelEntry, most_units: int = 300) -> Iterator[Trial]:
         (132, 2301),
         (202, 330),
         (300, 330),
+        (600, 330),
+        (1100, 330),
     ):
         if units > most_units:
             return

@@ -64,10 +64,22 @@ def test_runs_of_all_lengths_leave_the_same_bits(dense, left):
     splits = -(-CASE.seqlen_kv // 64)
     found = []
     for spread, run in itertools.product((1, 0), range(1, splits + 1)):
-        own = {"split_length": 64, "run": run, "spread": spread, "read_once": spread}
+        own = {"split_length": 64, "run": run, "spread": spread, "several": 0, "read_once": spread}
         found.append(torch_cases.run(CASE, data, lambda x, _, own=own: kernel.simulated(x | own, "bshd"), "bshd"))
         assert torch_cases.check(CASE, data, *found[-1]) <= 1
         assert all(map(np.array_equal, found[0], found[-1])), f"{run} splits of {splits}, {spread=}"
+
+
+def test_blocks_of_several_heads_of_keys_leave_the_same_bits(dense):
+    kernel, _ = dense
+    case = replace(CASE, batch=3, heads=6)
+    data = replace(cases.inputs(case), params={"window_left": 150, "window_right": 0})
+    found = []
+    for several in (1, 2, 4, 6):
+        own = {"split_length": 128, "run": 5, "spread": 0, "several": several, "few": 0, "read_once": 0}
+        found.append(torch_cases.run(case, data, lambda x, _, own=own: kernel.simulated(x | own, "bshd"), "bshd"))
+        assert torch_cases.check(case, data, *found[-1]) <= 1
+        assert all(map(np.array_equal, found[0], found[-1])), f"{several} heads of keys"
 
 
 @pytest.mark.parametrize(("heads", "own_places"), [(20, range(4)), (4, range(4, 8))], ids=["many rows", "few rows"])
@@ -76,7 +88,7 @@ def test_no_barrier_of_a_cluster_can_be_left_out(dense, heads, own_places):
     kernel, _ = dense
     case = replace(CASE, heads=heads)
     data = replace(cases.inputs(case), params={"window_left": 1 << 20, "window_right": 0})
-    own = {"split_length": 64, "run": 3, "spread": 0, "read_once": 0}
+    own = {"split_length": 64, "run": 3, "spread": 0, "several": 0, "read_once": 0}
 
     def error() -> float:
         """Of a run, by what is allowed."""

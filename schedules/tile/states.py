@@ -139,6 +139,28 @@ class Fold:
                 self.look_up(b + 1, count)
 
     @T.inline
+    def fold_near(self, count, column):
+        """The same where states are near: every lane looks at all of them, and none waits for another's."""
+        of_batch: T.int32 = ceildiv(count, _AHEAD)
+        own_column: T.int32 = T.min(column, self.columns - COLUMNS)
+        weights = T.alloc_local([_AHEAD], "float32")
+        totals = T.alloc_local([_AHEAD], "float32")
+        self.clear()
+        for i in T.serial(of_batch):
+            for a in T.unroll(_AHEAD):
+                self.states.look_up(T.min(i * _AHEAD + a, count - 1), self.own_place, self.own_sums)
+                self.peak = T.max(self.peak, self.own_sums[0])
+        for i in T.serial(of_batch):
+            for a in T.unroll(_AHEAD):
+                number: T.int32 = i * _AHEAD + a
+                self.states.look_up(T.min(number, count - 1), self.own_place, self.own_sums)
+                self.states.load(number, self.own_place[0], own_column, self.loaded, a * COLUMNS)
+                totals[a] = T.Select(number < count, self.own_sums[1], T.float32(0))
+                weights[a] = T.Select(totals[a] == T.float32(0), T.float32(0), T.exp2(self.own_sums[0] - self.peak))
+            for a in T.unroll(_AHEAD):
+                self.add(weights[a], totals[a], a)
+
+    @T.inline
     def add(self, weight, total, a):
         """Add the loaded state number ``a``, which has the sum ``total``, with a weight; one of 0 may hold anything."""
         w: T.float32 = weight

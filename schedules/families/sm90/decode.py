@@ -13,7 +13,7 @@ for a window with sides beyond the ends serves full and causal attention as well
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.tirx import PrimFunc
 
@@ -23,7 +23,7 @@ from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.barriers import WARPS
 from schedules.families.sm90.config import BARRIER_BYTES, OTHER_REGISTERS, PANEL, WARPGROUP_ROWS, panels
 from schedules.families.sm90.config import available_memory as _available_memory
-from schedules.families.sm90.run_program import run_program
+from schedules.families.sm90.run_program import Several, run_program
 from schedules.families.sm90.runs import FEW_ROWS, compute_runs
 from schedules.families.sm90.split_scheduler import ALIGNMENT
 from schedules.families.sm90.states import bytes_of_states
@@ -82,6 +82,30 @@ class Config:
         return min(_REGISTER_FILE // (self.threads * self.blocks_per_sm) // 8 * 8, _MOST_REGISTERS)
 
 
+@dataclass(frozen=True)
+class Places:
+    """Blocks that have several work tiles each.
+
+    With places for three blocks on a multiprocessor 64 x 1k keys of 8 heads at head_dim 64 took the same, but there is
+    no memory for the queries of two work tiles then.  With stages of keys in their place 64 x 4k took 126.3 us (four)
+    and 127.5 (five) in place of 124.2, with fewer 130.6 (two; H200).
+
+    Attributes
+    ----------
+    blocks_per_sm: as in ``Config``.
+    query_stages: of how many work tiles a block has the queries.
+    cost: as in :class:`schedules.families.sm90.run_program.Several`.
+    """
+
+    blocks_per_sm: int
+    query_stages: int
+    cost: int
+
+
+#: By the columns of queries and values; with more there is no such kernel.
+SEVERAL = ((64, Places(2, 2, 200)), (128, Places(2, 1, 100)))
+
+
 def default_configs(template: str, pattern: Pattern, target: Target) -> dict[int, Config]:
     """The configuration of a pattern."""
     packs = not pattern.depends_on_head
@@ -128,6 +152,19 @@ def _shared_memory(pattern: Pattern, config: Config) -> int:
     return (config.block_m * panels(pattern.head_dim) + keys) * 2 * PANEL + bytes_of_states(pattern) + BARRIER_BYTES
 
 
+def _places(pattern: Pattern, config: Config, target: Target) -> Places | None:
+    """How blocks have several work tiles each, if they can, and there is a use for it."""
+    columns = max(pattern.head_dim, pattern.head_dim_v)
+    places = next((p for most, p in SEVERAL if columns <= most), None)
+    if places is None or not config.pack_heads:
+        return None
+    own = replace(config, blocks_per_sm=places.blocks_per_sm)
+    needed = (
+        _shared_memory(pattern, own) + (places.query_stages - 1) * config.block_m * panels(pattern.head_dim) * 2 * PANEL
+    )
+    return None if feasible(pattern, own, target) or needed > _available_memory(own) else places
+
+
 def program(pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:
     """The launches; ``config`` must be feasible."""
 
@@ -135,10 +172,21 @@ def program(pattern: Pattern, config: Config, target: Target, traversal: Travers
         func = parameterised(pattern, lambda parameters: compute_runs(pattern, config, traversal, few, parameters))
         return func.with_attr("global_symbol", f"{name}_few" if few else name)
 
+    def several(places: Places) -> PrimFunc:
+        own = replace(config, blocks_per_sm=places.blocks_per_sm)
+
+        def make(parameters):
+            return compute_runs(pattern, own, traversal, True, parameters, False, places.query_stages)
+
+        return parameterised(pattern, make).with_attr("global_symbol", f"{name}_several")
+
+    places = _places(pattern, config, target)
+
     return run_program(
         pattern,
         runs(False),
         (runs(True), FEW_ROWS),
+        None if places is None else Several(several(places), MULTIPROCESSORS * places.blocks_per_sm, places.cost),
         traversal,
         name,
         _SPLIT_LENGTH,

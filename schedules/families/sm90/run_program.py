@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tvm.tirx import PrimFunc
 
 from schedules.definition.pattern import Pattern
@@ -30,12 +32,38 @@ _COST_OF_CLUSTERS = {
 }
 #: Of the time of a round of blocks, in thousandths, what places that are empty cost; blocks beside them read faster.
 _EMPTY, _FULL = 350, 650
+#: Work tiles of a block from which on it is dear that some blocks have one less: blocks of one each even out then.
+#: 200 x 1k keys of 8 heads at head_dim 128, seven each in 229 of 264 places, took 202.9 us in place of 192.4; but 300 x
+#: 1k at 64, ten each in 240, 147.3 in place of 149.4 (H200).
+_MANY, _COST_OF_MANY = 5, 500
+
+
+@dataclass(frozen=True)
+class Several:
+    """A kernel whose blocks have several work tiles each.
+
+    Attributes
+    ----------
+    runs: as ``few`` of :func:`run_program`, but for the last argument, which is how many work tiles a block has.
+    places: for its blocks, on the whole machine.
+    cost: of the time of all places, in thousandths, what empty ones cost.
+    """
+
+    runs: PrimFunc
+    places: int
+    cost: int
+
+    @property
+    def costs(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What places cost, of few work tiles each and of many, and what work tiles do."""
+        return (self.cost, _COST_OF_MANY), (1000 - self.cost, 1000 - _COST_OF_MANY)
 
 
 def run_program(
     pattern: Pattern,
     runs: PrimFunc,
     few: tuple[PrimFunc, int],
+    several: Several | None,
     traversal: Traversal,
     name: str,
     split_length: sizes.Expression,
@@ -55,6 +83,7 @@ def run_program(
     runs: ``(q, k, v, o_partial, sums_partial, o, lse, softmax_scale, split_length, run, spread, read_once, more,
         *params)``, with the name ``name``; where runs are spread, it lets the second launch begin early.
     few: a kernel with the same bits for so many rows a key, which a call that has no more launches in its place.
+    several: the same of blocks that have all splits of several work tiles each; None if there is none.
     split_length: keys of a split at least, by the sizes.
     """
     rows = ("max", 1, ("*", "spread", "batch", "heads", "seqlen_q"))
@@ -67,7 +96,13 @@ def run_program(
     blocks, is_spread = _clusters(units, splits, fewest, resident)
     spread_over = ("*", "spread", ("max", 1, ("//", min(resident, _MOST_SPREAD), units)))
     together = ("*", ("steps", "spread", (0, 1), (1, 0)), blocks)
+    if several is None:
+        of_a_block = 0
+    else:
+        own = _several(several, units, (fewest, blocks, is_spread), resident)
+        of_a_block = ("*", _is_few("rows", few[1]), own)
     results = ("o_partial", "sums_partial")
+    run = ("ceildiv", splits, ("min", splits, ("max", fewest, ("+", spread_over, together))))
     params = tuple(p.name for p in pattern.params)
     folding = fold_states(pattern, traversal, f"{name}_combine", alignment)
     of_run = ("q", "k", "v", *results, "o", "lse", "softmax_scale", "split_length", "run", "spread", "read_once")
@@ -77,6 +112,11 @@ def run_program(
         (
             ScheduledLaunch(runs, (*of_run, "more", *params), when="more"),
             ScheduledLaunch(few_runs, (*of_run, "few", *params), when="few"),
+            *(
+                []
+                if several is None
+                else [ScheduledLaunch(several.runs, (*of_run, "several", *params), when="several")]
+            ),
             ScheduledLaunch(folding, (*results, "o", "lse", *Sinks(pattern).roles), when="spread"),
         ),
         "tirx",
@@ -89,9 +129,10 @@ def run_program(
         scalars=(
             Scalar("split_length", ("max", split_length, for_rows)),
             Scalar("spread", is_spread),
-            Scalar("run", ("ceildiv", splits, ("min", splits, ("max", fewest, ("+", spread_over, together))))),
+            *([] if several is None else [Scalar("several", of_a_block)]),
+            Scalar("run", run if several is None else ("max", run, ("*", ("min", "several", 1), splits))),
             Scalar("read_once", _read_once(packs)),
-            *_few_or_more("rows" if packs else "seqlen_q", few_rows),
+            *_few_or_more("rows" if packs else "seqlen_q", few_rows, several is not None),
         ),
         max_rows=("steps", "seqlen_kv", *by_head_dim(split_keys.MAX_ROWS, pattern)),
     )
@@ -111,12 +152,44 @@ def _read_once(packs: bool) -> sizes.Expression:
     return ("steps", elements, (0, 0), (_CACHED_ELEMENTS, 1))
 
 
-def _few_or_more(rows: sizes.Expression, few: int) -> tuple[Scalar, Scalar]:
-    """Which of two kernels a call launches: that of up to ``few`` rows, or that of more."""
+def _is_few(rows: sizes.Expression, few: int) -> sizes.Expression:
+    return ("steps", rows, (0, 1), (few + 1, 0))
+
+
+def _few_or_more(rows: sizes.Expression, few: int, may_be_several: bool) -> tuple[Scalar, Scalar]:
+    """Which of two kernels a call launches: that of up to ``few`` rows, or that of more; of a call whose blocks have
+    ``several`` work tiles neither."""
+    is_few = _is_few(rows, few)
     return (
-        Scalar("few", ("steps", rows, (0, 1), (few + 1, 0))),
+        Scalar("few", ("*", is_few, ("steps", "several", (0, 1), (1, 0))) if may_be_several else is_few),
         Scalar("more", ("steps", rows, (0, 0), (few + 1, 1))),
     )
+
+
+def _several(several: Several, units: sizes.Expression, others: tuple, resident: int) -> sizes.Expression:
+    """How many of ``units`` work tiles a block has, with all of their splits; 0 if it should have none.
+
+    ``others`` are how many blocks a work tile has else, at least and as it is, and whether these are spread.
+
+    Where a block would have one of them anyway, it has; where they are more than the places, as many as fill these
+    once, if that is expected to take less time than clusters (docs/hopper.md, "Decoding").
+    """
+    fewest, blocks, is_spread = others
+    each = ("ceildiv", units, several.places)
+    cost, rest = (("steps", each, (0, of_few), (_MANY, of_many)) for of_few, of_many in several.costs)
+    own = ("+", ("*", cost, each, several.places), ("*", rest, units))
+    of_one_round = ("+", _EMPTY * resident, ("*", _FULL, units))
+    of_rounds = ("steps", units, (0, 0), (resident + 1, 1))
+    found = (
+        "+",
+        ("*", of_rounds, _least_in_rounds(units, resident)),
+        ("*", ("steps", units, (0, 1), (resident + 1, 0)), of_one_round),
+    )
+    is_faster = ("min", 1, ("//", found, ("max", 1, own)))
+    is_one = ("*", ("steps", each, (0, 1), (2, 0)), ("steps", blocks, (0, 1), (2, 0)))
+    is_more = ("*", ("steps", each, (0, 0), (2, 1)), is_faster)
+    fit = ("*", ("steps", fewest, (0, 1), (2, 0)), ("steps", is_spread, (0, 1), (1, 0)))
+    return ("*", fit, ("max", is_one, is_more), each)
 
 
 def _clusters(units: sizes.Expression, splits: sizes.Expression, fewest: sizes.Expression, resident: int) -> tuple:
@@ -153,9 +226,20 @@ def _in_rounds(units: sizes.Expression, resident: int) -> sizes.Expression:
     124.7, 52 x 4k 132.6, 116.8 and 113.9; at 128 (264 places) 48 x 1k 54.1, 53.8 and 58.1, 40 x 2k 98.7, 89.0 and 91.6,
     38 x 4k 183, 159 and 157, 34 x 8k 345, 301 and 273.
     """
+    costs = _costs_in_rounds(units, resident)
+    least = _least_in_rounds(units, resident)
+    return ("max", *(("*", blocks, ("//", least, cost)) for blocks, cost in costs.items()))
+
+
+def _costs_in_rounds(units: sizes.Expression, resident: int) -> dict[int, sizes.Expression]:
+    """What clusters of so many blocks are expected to take, for ``units`` of them."""
     costs = {}
     for blocks, cost in _COST_OF_CLUSTERS.items():
         places = ("//", ("*", ("ceildiv", ("*", blocks, units), resident), resident), blocks)  # of whole units
         costs[blocks] = ("+", ("*", _EMPTY, places), ("*", ("+", _FULL, ("steps", "seqlen_kv", *cost)), units))
-    least = ("min", *costs.values())
-    return ("max", *(("*", blocks, ("//", least, cost)) for blocks, cost in costs.items()))
+    return costs
+
+
+def _least_in_rounds(units: sizes.Expression, resident: int) -> sizes.Expression:
+    """The least of these."""
+    return ("min", *_costs_in_rounds(units, resident).values())

@@ -63,6 +63,21 @@ class StatesOfCluster:
 
 
 @T.meta_class
+class StatesOfBlock(StatesOfCluster):
+    """The same of a block that has all states of its rows; a place is a row of its memory."""
+
+    @T.inline
+    def look_up(self, number, place, sums):
+        at: T.int32 = number * self.block.count + self.row
+        place[0] = T.Cast("uint32", at)
+        T.ptx["ld.shared.v2.f32"](sums[0], sums[1], self.memory.ptr_to([at, self.columns]))
+
+    @T.inline
+    def load(self, number, place, column, to, first):
+        T.ptx["ld.shared.v2.f32"](to[first], to[first + 1], self.memory.ptr_to([T.Cast("int32", place), column]))
+
+
+@T.meta_class
 class StateConsumer(Consumer):
     """A consumer warpgroup that leaves states, in the shared memory ``memory`` or in global memory, ``states``; of the
     two there may be one.
@@ -75,6 +90,9 @@ class StateConsumer(Consumer):
 
     #: Whether row tiles have rows for the first halves of warps' tiles alone; None where that is asked of each tile.
     few = None
+    #: Where the states are that it folds, and whether that is the block's own memory.
+    kept_states = StatesOfCluster
+    are_near = False
 
     def __init__(self, pattern: Pattern, config, block, pipelines, states, memory, warp, lane):
         Consumer.__init__(self, pattern, config, block, pipelines, None, 0, warp, lane)
@@ -193,8 +211,7 @@ class StateConsumer(Consumer):
         """Fold the states of the cluster's blocks, and write the rows: a warp has every n-th share of them."""
         block, geometry, scheduler = T.meta_var((self.block, self.block.geometry, self.block.scheduler))
         shares = T.meta_var(-(-self.columns // WARP_COLUMNS))  # warps that share a row
-        T.ptx.barrier.cluster.arrive.release.aligned()
-        T.ptx.barrier.cluster.wait.acquire.aligned()
+        self.meet()
         item: T.int32 = self.warp * scheduler.runs + block.run
         while item < block.count * shares:
             row: T.int32 = T.truncdiv(item, shares)
@@ -202,8 +219,11 @@ class StateConsumer(Consumer):
             position: T.int32 = block.rows.position(block.row_first + row)
             head: T.int32 = block.head + block.rows.head(block.row_first + row)
             if position < block.seqlen_q:
-                fold = Fold(StatesOfCluster(block, self.memory, self.columns, row), self.columns, self.lane)
-                fold.fold(block.folded, column)
+                fold = Fold(self.kept_states(block, self.memory, self.columns, row), self.columns, self.lane)
+                if static(self.are_near):
+                    fold.fold_near(block.folded, column)
+                else:
+                    fold.fold(block.folded, column)
                 if self.pattern.has_sink:
                     fold.add_sink(self.sink(head))
                 fold.store(geometry.o, (block.batch, head, block.place_of(position), column), geometry.head_dim_v)
@@ -211,6 +231,16 @@ class StateConsumer(Consumer):
                     lse = T.meta_var(flat(geometry.lse))
                     lse[geometry.lse_offset(block.batch, head, block.place_of(position))] = fold.log_sum_exp
             item = item + scheduler.runs * WARPS
-        # A block's states stay where they are until all have read them.
+        self.part()
+
+    @T.inline
+    def meet(self):
+        """Until the states of all blocks of the cluster are there."""
+        T.ptx.barrier.cluster.arrive.release.aligned()
+        T.ptx.barrier.cluster.wait.acquire.aligned()
+
+    @T.inline
+    def part(self):
+        """Until all have read them: so long a block's states stay where they are."""
         T.ptx.barrier.cluster.arrive.relaxed.aligned()
         T.ptx.barrier.cluster.wait.aligned()
