@@ -200,16 +200,22 @@ def test_runs_fill_the_machine_and_cover_all_splits(score, seqlen_q, seqlen_kv):
         assert run * rows <= 64
         assert spread or runs <= 8
         found.add((spread, runs == 1))
+        if several := extents.get("several", 0):
+            assert (spread, runs) == (0, 1)
+            assert units <= several * resident
+            assert rows <= 8
+        assert [extents["few"], extents["more"]] == [int(not several and rows <= 8), int(rows > 8)]
         room = evaluate(program.workspaces[0].shape[0], extents)
         assert room == (batch * 32 * seqlen_q if spread else 1)
     assert len(found) > 1 or seqlen_q == 16
-    assert [launch.when for launch in program.launches] == ["more", "few", "spread"]
+    several = ["several"] if config.pack_heads else []
+    assert [launch.when for launch in program.launches] == ["more", "few", *several, "spread"]
 
 
-def _decoding(score):
+def _decoding(score, head_dim=128):
     """The configuration of a decoding kernel of Hopper, and the numbers of its calls by name."""
     target = Target("sm_90a")
-    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", score, "float16", 128, 128, kind="decode")
+    spec = KernelSpec("v2", BUILTIN_DEFINITION, "window", score, "float16", head_dim, head_dim, kind="decode")
     config = decode.default_configs("v2", pattern_of(spec, target), target)[0]
     program = decode.program(pattern_of(spec, target), config, target, v2.TRAVERSAL, "kernel")
     return config, {x.name: x.value for x in program.scalars}
@@ -246,8 +252,9 @@ def test_a_call_has_the_kernel_of_its_rows(score):
     for seqlen_q, group in ((1, 1), (1, 8), (1, 9), (2, 4), (3, 4), (8, 1), (9, 1), (8, 8)):
         extents = sizes.of(2, 2 * group, seqlen_q, 2, 4096, 128, 128)
         rows = seqlen_q * group if config.pack_heads else seqlen_q
-        assert evaluate(scalars["few"], extents) == (rows <= 8)
-        assert evaluate(scalars["more"], extents) == (rows > 8)
+        for name, value in scalars.items():
+            extents[name] = evaluate(value, extents)
+        assert (extents["few"], extents["more"]) == (rows <= 8, rows > 8)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +266,26 @@ def test_a_call_has_the_kernel_of_its_rows(score):
 )
 def test_clusters_that_are_more_than_the_places_are_as_measured(units, seqlen_kv, resident, blocks):
     assert evaluate(run_program._in_rounds("batch", resident), {"batch": units, "seqlen_kv": seqlen_kv}) == blocks
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "batch", "seqlen_kv", "several"),
+    [
+        *((64, 64, 1024, 2), (64, 128, 1024, 4), (64, 160, 1024, 5), (64, 300, 1024, 10), (64, 256, 512, 8)),
+        *((64, 56, 1024, 2), (64, 64, 4096, 2), (64, 52, 4096, 2), (64, 32, 2048, 1), (64, 40, 1024, 0)),
+        *((64, 45, 2048, 0), (64, 38, 4096, 0), (64, 34, 8192, 0), (64, 16, 4096, 0), (64, 1, 16384, 0)),
+        *((128, 64, 1024, 2), (128, 48, 1024, 2), (128, 40, 2048, 2), (128, 38, 4096, 2), (128, 80, 1024, 3)),
+        *((128, 32, 4096, 1), (128, 33, 1024, 1), (128, 200, 1024, 0), (128, 34, 8192, 0), (128, 60, 8192, 2)),
+    ],
+)
+def test_blocks_have_several_sequences_where_that_was_faster(head_dim, batch, seqlen_kv, several):
+    """Heads of keys of sequences, of which each has eight."""
+    scalars = _decoding("identity", head_dim)[1]
+    extents = sizes.of(batch, 32, 1, 8, seqlen_kv, head_dim, head_dim)
+    for name, value in scalars.items():
+        extents[name] = evaluate(value, extents)
+    assert extents["several"] == several
+    assert extents["few"] == (several == 0)
 
 
 def test_splits_of_long_sequences_are_as_long_as_heads_of_keys_allow():

@@ -248,14 +248,14 @@ class SeveralConsumer(RunConsumer):
             self.block.advance()
 
     @T.inline
-    def meet(self):
+    def await_states(self):
         NamedBarriers(1).queries_read(0)
         if self.warp == 0:
             if T.cuda.elect_sync():  # no warp reads those of this work tile any more
                 _fetch_queries(self.block, self.q, self.q_map, self.q.stages)
 
     @T.inline
-    def part(self):
+    def let_go(self):
         NamedBarriers(1).queries_read(0)
 
 

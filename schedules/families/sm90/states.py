@@ -211,7 +211,7 @@ class StateConsumer(Consumer):
         """Fold the states of the cluster's blocks, and write the rows: a warp has every n-th share of them."""
         block, geometry, scheduler = T.meta_var((self.block, self.block.geometry, self.block.scheduler))
         shares = T.meta_var(-(-self.columns // WARP_COLUMNS))  # warps that share a row
-        self.meet()
+        self.await_states()
         item: T.int32 = self.warp * scheduler.runs + block.run
         while item < block.count * shares:
             row: T.int32 = T.truncdiv(item, shares)
@@ -231,16 +231,16 @@ class StateConsumer(Consumer):
                     lse = T.meta_var(flat(geometry.lse))
                     lse[geometry.lse_offset(block.batch, head, block.place_of(position))] = fold.log_sum_exp
             item = item + scheduler.runs * WARPS
-        self.part()
+        self.let_go()
 
     @T.inline
-    def meet(self):
+    def await_states(self):
         """Until the states of all blocks of the cluster are there."""
         T.ptx.barrier.cluster.arrive.release.aligned()
         T.ptx.barrier.cluster.wait.acquire.aligned()
 
     @T.inline
-    def part(self):
+    def let_go(self):
         """Until all have read them: so long a block's states stay where they are."""
         T.ptx.barrier.cluster.arrive.relaxed.aligned()
         T.ptx.barrier.cluster.wait.aligned()
