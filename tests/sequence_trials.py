@@ -11,7 +11,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from tvm_flash.quantised import dequantise_cache, quantise_cache
 #: (queries, keys) of sequences: few and many of both, around the borders of tiles, more queries than keys, and none.
 MANY_ROWS = ((3, 40), (130, 150), (0, 7), (70, 70), (5, 0), (1, 300), (65, 30))
 FEW_ROWS = ((3, 40), (1, 1100), (0, 7), (17, 17), (5, 0), (1, 1), (6, 129))
+NO_PAIRS = ((0, 7), (5, 0))
 
 #: How far gradients may be off in any case, as a share of the largest: the roundings of many sums.
 _FLOOR = {"float32": 5e-6, "float16": 2**-11, "bfloat16": 2**-11}
@@ -114,7 +115,7 @@ class Sequences:
         total_q = len(self.arrays["q"])
         out = np.zeros((total_q, self.heads, self.kernel.head_dim_v))
         lse = np.full((self.heads, total_q), -np.inf)
-        for b in self.seeing:
+        for b in (b for b, (queries, _) in enumerate(self.lengths) if queries):
             tensors, what = self.own(b)
             o, own = reference.attention(*(tensors[n] for n in "qkv"), **what)
             i = self.rows(b)["q"]
@@ -228,17 +229,17 @@ class Sequences:
         values |= {n: torch.from_numpy(x).to(device) for n, x in flat.items()}
         results = {f"d{n}": torch.full_like(values[n], torch.nan) for n in "qkv"}
         shape = (len(self.lengths), self.heads)
-        shapes = {n: values[n].shape if p.rank else shape for n, p in self.learnt.items()}
+        shapes = {n: values[n].shape if p.rank else shape if p.axes else (1,) for n, p in self.learnt.items()}
         results |= {f"d_{n}": torch.full(x, torch.nan, device=device) for n, x in shapes.items()}
         compute({**values, **results}, problem)
         return tuple(x.double().cpu().numpy() for x in results.values())
 
     def check_backward(self, results: Results, device: str) -> float:
-        """Assert that each sequence's gradients are right, those of tables all together, and the rest zeros; else as
-        :meth:`check`."""
+        """Assert that each sequence's gradients are right, those of tables and numbers together, and the rest zeros;
+        else as :meth:`check`."""
         worst = 0.0
         left = [np.ones(len(x), bool) for x in results]
-        of_tables = {n: _OfTable() for n, p in self.learnt.items() if p.rank}
+        of_all = {n: _OfAll() for n, p in self.learnt.items() if not p.axes}
         for b in self.seeing:
             tensors, what = self.own(b)
             given = [tensors[n] for n in ("dout", "q", "k", "v")]
@@ -247,9 +248,9 @@ class Sequences:
             of_delta = numerics.EPSILON[self.kernel.dtype] / 2 * products.max()
             for n, (name, got) in enumerate(zip((*GRADIENTS, *self.learnt), results, strict=True)):
                 of_rows = name in GRADIENTS
-                if name in of_tables:
+                if name in of_all:
                     left[n][:] = False
-                    of_tables[name].add(usual.params[name], exact.params[name], of_delta**2 * products.size)
+                    of_all[name].add(usual.params[name], exact.params[name], of_delta**2 * products.size)
                     continue
                 at = self.rows(b)[name[1:]] if of_rows else slice(b, b + 1)
                 left[n][at] = False
@@ -262,18 +263,18 @@ class Sequences:
                 assert error <= allowed, f"sequence {b}: d{name} differs by {error:.3g}, allowed {allowed:.3g}"
                 worst = max(worst, error / max(allowed, np.finfo(float).tiny))
         of_results = dict(zip((*GRADIENTS, *self.learnt), results, strict=True))
-        worst = max([worst, *(of_tables[n].check(n, of_results[n], _FLOOR[self.kernel.dtype]) for n in of_tables)])
+        worst = max([worst, *(of_all[n].check(n, of_results[n], _FLOOR[self.kernel.dtype]) for n in of_all)])
         for name, x, rest in zip((*GRADIENTS, *self.learnt), results, left, strict=True):
             assert not x[rest].any(), f"{name} of what sees nothing isn't 0"
         return float(worst)
 
 
 @dataclass
-class _OfTable:
-    """The gradient of a table: what the sequences give it, added up."""
+class _OfAll:
+    """The gradient of a table or a number: what the sequences give it, added up."""
 
-    near: np.ndarray | float = 0.0
-    want: np.ndarray | float = 0.0
+    near: np.ndarray = field(default_factory=lambda: np.zeros(1, np.float32))
+    want: np.ndarray = field(default_factory=lambda: np.zeros(1))
     of_delta: float = 0.0
 
     def add(self, near: np.ndarray, want: np.ndarray, of_delta: float) -> None:
@@ -286,7 +287,7 @@ class _OfTable:
         allowed += _SLOPE * np.sqrt(self.of_delta / self.want.size)
         error = numerics.largest_error(got, self.want)
         assert error <= allowed, f"{name}: its gradient differs by {error:.3g}, allowed {allowed:.3g}"
-        return float(error / allowed)
+        return float(error / max(allowed, np.finfo(float).tiny))
 
 
 def _of_sequence(twin: Callable, b: int) -> Callable:
@@ -318,5 +319,6 @@ def forward(kernel: Kernel, sample: Callable, **which) -> Iterator[Trial]:
 
 def backward(kernel: Kernel, sample: Callable) -> Iterator[Trial]:
     """Trials of a backward kernel."""
-    for label, call in calls(kernel, sample):
+    of_nothing = Sequences(kernel, sample, NO_PAIRS)
+    for label, call in (*calls(kernel, sample), ("no query sees a key", of_nothing)):
         yield Trial(label, call.run_backward, call.check_backward)

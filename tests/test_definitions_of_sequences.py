@@ -20,7 +20,7 @@ from schedules.templates import v1, v2
 from tests import sequence_trials, tensor_trials
 from tests.built import build_kernels
 from tests.cpu_kernels import runnable_isas
-from tests.definitions import flex_tables, of_sequences, with_tensors
+from tests.definitions import flex_tables, of_sequences, with_numbers, with_tensors
 from tests.sequence_trials import Sequences
 from tvm_flash import reference
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, KernelNotFoundError, NotSupportedError
@@ -32,13 +32,14 @@ GRADIENTS = tuple(p.name for p in PARAMS if p.gradient)
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """Kernels of three definitions: of the tree of tokens those over pages alone."""
+    """Kernels of four definitions: of the tree of tokens those over pages alone."""
     packs = tmp_path_factory.mktemp("packs")
     for definition, *which in (
         (f"{of_sequences.__file__}:of_sequences", "--form", "ragged,paged"),
         (f"{of_sequences.__file__}:of_sequences", "--kind", "paged_int8"),
         (f"{token_tree.__file__}:token_tree", "--form", "paged"),
         (f"{flex_tables.__file__}:flex_tables", "--form", "ragged"),
+        (f"{with_numbers.__file__}:with_numbers", "--form", "ragged"),
     ):
         of = ("--arch", "cpu", "--isa", runnable_isas()[0], "--dtype", "float32", "--head-dim", 32, *which)
         build_kernels(*of, "--output", packs, "--definition", definition)
@@ -79,9 +80,9 @@ KERNEL = tensor_trials.Kernel(
 )
 
 
-def parameters(values, make=lambda x: x):
-    """The definition's parameters out of what a kernel is given."""
-    return {p.name: make(values[p.name]) if p.is_tensor else values[p.name] for p in PARAMS}
+def parameters(values, make=lambda x: x, params=PARAMS):
+    """A definition's parameters out of what a kernel is given."""
+    return {p.name: make(values[p.name]) if p.is_tensor else values[p.name] for p in params}
 
 
 def array(x):
@@ -149,14 +150,16 @@ def test_caches_of_8_bits(attention):
         check(sequence_trials.forward(KERNEL, of_sequences.sample, **of_8_bits), over_pages(attention))
 
 
-def by_backward(attention, make):
+def by_backward(attention, make, params=PARAMS):
+    learnt = tuple(p.name for p in params if p.gradient)
+
     def compute(values, problem):
         rows = [make(values[n]) for n in ("do", "q", "k", "v", "o")]
         lse = make(values["lse"]).reshape(problem["heads"], -1)
         starts = make(values["cu_seqlens_q"]), make(values["cu_seqlens_k"])
-        how = {"softmax_scale": SCALE, "gradients": GRADIENTS}
-        found = attention.varlen.backward(*rows, lse, *starts, **how, **parameters(values, make))
-        give(values, ("dq", "dk", "dv", *(f"d_{n}" for n in GRADIENTS)), found)
+        how = {"softmax_scale": SCALE, "gradients": learnt}
+        found = attention.varlen.backward(*rows, lse, *starts, **how, **parameters(values, make, params))
+        give(values, ("dq", "dk", "dv", *(f"d_{n}" for n in learnt)), found)
 
     return compute
 
@@ -172,6 +175,19 @@ def test_sequences_of_bfloat16(pack_of_bfloat16, use_packs):
     check(sequence_trials.backward(kernel, of_sequences.sample), by_backward(attention, lambda x: x))
     by_call = Sequences(kernel, of_sequences.sample, ((3, 40),), heads=4, kv_heads=2)
     by_call.check_backward(by_call.run_backward(by_torch(attention.varlen), "cpu"), "cpu")
+
+
+def test_numbers_are_learnt_of_all_sequences(pack, use_packs):
+    use_packs(pack)
+    attention, own = tvm_flash.custom_attention("with_numbers"), with_numbers.with_numbers
+    kernel = dataclasses.replace(KERNEL, params=own.params, mask=own.mask.twin, score=own.score.twin)
+    check(sequence_trials.backward(kernel, with_numbers.sample), by_backward(attention, array, own.params))
+    call = Sequences(kernel, with_numbers.sample, ((3, 40),))
+    values, _ = call.given("cpu")
+    tensors = [values[n] for n in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")]
+    learnt = parameters(values, params=own.params) | {"cap": torch.tensor(1.5, requires_grad=True)}
+    with pytest.raises(ArgumentTypeError, match=r"^cap: is a Tensor, expected a number"):
+        attention.varlen(*tensors, **learnt)
 
 
 def one_sequence():

@@ -1,4 +1,4 @@
-"""GPU kernels of a user's own definition over sequences compile for every arch, with nothing in local memory."""
+"""GPU kernels of a user's own definitions over sequences compile for every arch, with nothing in local memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from schedules.families import FAMILY, family_of, schedule
 from schedules.families.interface import PAGED, PAGED_DECODE, RAGGED, RAGGED_BACKWARD, Program, Target
 from schedules.templates import v1, v2
 from tests.definitions.of_sequences import of_sequences
+from tests.definitions.with_numbers import with_numbers
 from tests.machine_code import compiled
 
 TEMPLATES = {"v1": v1, "v2": v2}
@@ -25,6 +26,8 @@ KERNELS = (
     ("sm_90a", PAGED, token_tree, 128),
     ("sm_90a", RAGGED_BACKWARD, of_sequences, 128),
     ("sm_120", RAGGED, of_sequences, 128),
+    ("sm_80", RAGGED_BACKWARD, with_numbers, 128),
+    ("sm_90a", RAGGED_BACKWARD, with_numbers, 128),
 )
 
 

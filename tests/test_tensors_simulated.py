@@ -1,4 +1,5 @@
-"""Kernels that read tensors over the axes of scores, or tables: CUDA sources run on the processor (tests/simt)."""
+"""Kernels that read tensors over the axes of scores, or tables, or learn numbers: CUDA sources run on the processor
+(tests/simt)."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from schedules.definition.pattern import match
 from schedules.definition.sample import parameters_of
 from schedules.families.interface import BACKWARD, FORWARD
 from tests import tensor_trials, torch_cases
+from tests.definitions.with_numbers import with_numbers
 from tests.definitions.with_tensors import documents, learnt_relative, relative
 from tests.simt.defaults import default_kernel
 from tvm_flash import numerics
@@ -36,8 +38,8 @@ BIASED_CAUSAL = Attention(SCORES["biased"], MASKS["causal"], "biased_causal")
 OF_DOCUMENTS = Attention(relative.score, documents.mask, "of_documents")
 OF_GAPS = Attention(relative.score, Mask("every_fourth", every_fourth, every_fourth), "of_gaps")
 
-#: Definition, arch, template, kind, head_dim, dtype: each family, each kind, gradients of all axes; those of tables on
-#: two more kernels in ``test_table_gradients.py``.
+#: Definition, arch, template, kind, head_dim, dtype: each family, each kind, gradients of all axes and of numbers;
+#: those of tables on two more kernels in ``test_table_gradients.py``.
 KERNELS = (
     (documents, "sm_80", "v2", FORWARD, 64, "bfloat16"),
     (documents, "sm_80", "v2", BACKWARD, 64, "float16"),
@@ -58,6 +60,8 @@ KERNELS = (
     (OF_DOCUMENTS, "sm_80", "v2", FORWARD, 64, "bfloat16"),
     (OF_DOCUMENTS, "sm_90a", "v2", BACKWARD, 64, "float16"),
     (OF_GAPS, "sm_90a", "v1", FORWARD, 64, "float16"),
+    (with_numbers, "sm_80", "v2", BACKWARD, 64, "bfloat16"),
+    (with_numbers, "sm_90a", "v2", BACKWARD, 64, "float16"),
 )
 
 

@@ -301,13 +301,15 @@ def _of_function(
 ) -> Callable[..., Any]:
     """``attend(dout, q, k, v, out, lse, dlse, dq, dk, dv, options …)`` with the parameters put where they belong.
 
-    ``parameters`` are tensors by name, None if they aren't given; ``memory`` is what was given for their gradients;
-    ``starts`` say where sequences begin, of an operator over those that lie one after the other.
+    ``parameters`` are tensors by name, None if they aren't given, and ``scalars`` names of numbers; ``memory`` is what
+    was given for the gradients of both; ``starts`` say where sequences begin, of an operator over those that lie one
+    after the other.
     """
     if isinstance(gradients, str) or not isinstance(gradients, Iterable):
         raise ArgumentTypeError(f"gradients: is {gradients!r}, expected a tuple of names")
     wanted = tuple(gradients)
     learnt = [n for n, x in parameters.items() if x is not None and "float" in declared[n].dtype]
+    learnt += [n for n in scalars if declared[n].gradient]
     if unknown := [n for n in wanted if n not in learnt]:
         raise InvalidArgumentError(
             f"gradients: has {', '.join(map(repr, unknown))}, expected names of float parameters that are given: "

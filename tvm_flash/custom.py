@@ -35,7 +35,8 @@ def custom_attention(name: str, *, layout: str = "bhsd", variant: str = "auto") 
     or ``(batch, heads)``; tables.  It has these attributes:
 
     ``fn.backward(dout, q, k, v, out, lse, *, gradients=(), **params)`` is to it what
-    :func:`tvm_flash.flash_attention_backward` is to :func:`tvm_flash.flash_attention`.
+    :func:`tvm_flash.flash_attention_backward` is to :func:`tvm_flash.flash_attention`; the gradient of a number that is
+    learnt is float32 ``(1,)``.
 
     ``fn.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, softmax_scale=None, return_lse=False, out=None, **params)`` is
     the same of sequences of different lengths, like :func:`tvm_flash.flash_attention_varlen`, and

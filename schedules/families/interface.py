@@ -35,7 +35,6 @@ from tvm.ir import PrimType
 from tvm.tirx import PrimFunc
 
 from schedules.definition.operator import SCALES
-from schedules.definition.pattern import Pattern
 from tvm_flash.packs import manifest, sizes
 from tvm_flash.packs.manifest import SCALED_KINDS, Argument, Param, Scalar, Workspace
 
@@ -160,18 +159,6 @@ class Program:
     def functions(self) -> dict[str, PrimFunc]:
         """The functions by symbol, as ``tvm.IRModule`` takes them."""
         return {launch.symbol: launch.func for launch in self.launches}
-
-
-def whole_gradients(pattern: Pattern) -> Rejected | None:
-    """Why a GPU's backward of ragged sequences can't be that of a pattern with a learnt number, whose gradient is one
-    for all sequences; None if it has none."""
-    numbers = ", ".join(p.name for p in pattern.params if p.gradient and not p.is_tensor)
-    if not numbers:
-        return None
-    return Rejected(
-        f"the gradient of {numbers}, a number, isn't summed over ragged sequences; give it the axes 'h', a value for "
-        f"each head"
-    )
 
 
 def forward_roles(params: Iterable[Param]) -> tuple[str, ...]:

@@ -48,6 +48,11 @@ def summed(pattern: Pattern) -> tuple[Param, ...]:
     return tuple(p for p in pattern.params if p.gradient and p.is_summed)
 
 
+def asks_for_whole(pattern: Pattern) -> bool:
+    """Whether any of these is a number, whose gradient is one for all heads and batch entries."""
+    return any(not p.axes for p in summed(pattern))
+
+
 def negative(x: Expr) -> Expr:
     """``-x``."""
     return T.float32(0) - x

@@ -68,10 +68,10 @@ class Request:
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor of the operator, in the layout of the call."""
         param = self.declared.get(name.removeprefix("d_"))
-        if param is not None and name == gradient_of(param.name) and param.rank:
-            return self.given[param.name].shape
-        if param is not None and name == gradient_of(param.name) and param.axes:
-            return self.sizes.of_axes(param.of_gradient)
+        if param is not None and name == gradient_of(param.name):
+            if param.rank:
+                return self.given[param.name].shape
+            return self.sizes.of_axes(param.of_gradient) if param.axes else (1,)
         return self.sizes.shape_of(name, self.layout)
 
     def dtype_of(self, name: str) -> str:

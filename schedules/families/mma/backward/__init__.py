@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Rejected, Target, whole_gradients
+from schedules.families.interface import Program, Rejected, Target
 from schedules.families.mma.backward import program as launches
 from schedules.families.mma.backward.config import MACHINE, Config, Machine, feasible
 from schedules.tile.tile_scheduler import Traversal
@@ -90,9 +90,7 @@ class RaggedBackward(Backward):
     """The same of ragged sequences, whose blocks are slots that they look up."""
 
     def feasible(self, pattern: Pattern, config: Config, target: Target) -> Rejected | None:
-        """Whether the machine has room for the blocks, and the gradients of parameters are those of sequences."""
-        if refusal := whole_gradients(pattern):
-            return refusal
+        """Whether the machine has room for the blocks, and the score has a derivative."""
         return feasible(pattern, config, target, replace(self.machine, looks_up=True))
 
     def program(self, pattern: Pattern, config: Config, target: Target, traversal: Traversal, name: str) -> Program:

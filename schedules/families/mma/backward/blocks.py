@@ -55,10 +55,30 @@ class RaggedKeyBlocks(RaggedBlocks):
         return WorkTile(self.found.sequence, self.order.work_tile(place).head, self.found.m_block)
 
 
+@T.meta_class
+class RaggedQueryBlocks(RaggedBlocks):
+    """Blocks of ragged sequences' queries, as the forward's."""
+
+    @T.inline
+    def leave_nothing(self, tensors, rows, sums, count):
+        """All threads: zeros as the ``count`` shares of a slot without rows of a sequence, in ``sums`` over all slots.
+
+        What a slot with rows has, :meth:`QueryMachine.store_parameters` leaves.
+        """
+        thread: T.int32 = fresh("tid.x")
+        place: T.int32 = fresh("ctaid.x")
+        at = T.meta_var(Place(place, 0, 0, 0))
+        has_rows = T.meta_var(T.And(self.found.exists, tensors.has_sequence(self.found.sequence)))
+        if T.And(thread < count, T.And(self.order.exists(at), T.Not(has_rows))):
+            item = T.meta_var(self.order.work_tile(at))
+            head_row: T.int32 = thread * tensors.heads + item.head
+            sums[head_row * tensors.tiles_of_rows(rows) + item.m_block] = T.float32(0)
+
+
 def query_blocks(pattern: Pattern, config: Config, traversal: Traversal, tensors: Tensors | RaggedTensors):
     """Blocks of the launch for dq."""
     order = scheduler(pattern, _Tiling(config.queries.own_rows, config.section_mib), traversal, tensors)
-    return (RaggedBlocks if isinstance(tensors, RaggedTensors) else DenseBlocks)(order)
+    return (RaggedQueryBlocks if isinstance(tensors, RaggedTensors) else DenseBlocks)(order)
 
 
 def key_blocks(pattern: Pattern, config: Config, traversal: Traversal, tensors: Tensors | RaggedTensors):

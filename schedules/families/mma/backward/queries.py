@@ -23,7 +23,7 @@ from schedules.tile.place_gradients import Targets
 from schedules.tile.static import static
 from schedules.tile.table_gradients import TableSums, learnt_tables
 from schedules.tile.tile_scheduler import Traversal
-from schedules.tile.weights import summed
+from schedules.tile.weights import asks_for_whole, summed
 
 #: Roles of the kernel's arguments, before those of the pattern's parameters.
 ROLES = ("q", "k", "v", "do", "lse", "delta", "dq", "softmax_scale")
@@ -43,7 +43,7 @@ def build(
     what is there."""
     launch, targets = config.queries, Targets(pattern, transposed=False)
     of_tables = TableSums(learnt_tables(pattern))
-    asked = bool(summed(pattern))
+    asked = len(summed(pattern))
     sums = tirx.decl_buffer([tirx.Var("sums_length", "int32")], "float32", name="parameter_sums")
 
     def make(values):
@@ -118,11 +118,13 @@ def build(
                     gradients["dq"], own_tensors.queries, dQ, place, machine.sum_ds, machine.own_tiles.scores,
                     softmax_scale,
                 )  # fmt: skip
-                if asked:
+                if asked > 0:
                     machine.store_parameters(sums, place)
+            if static(starts is not None and asks_for_whole(pattern)):
+                order.leave_nothing(own_tensors, launch.own_rows, sums, asked)
 
         return backward.with_attr("global_symbol", name)
 
     func = parameterised(pattern, make)
-    others = [*([sums] if asked else []), *targets.arguments, *of_tables.arguments]
+    others = [*([sums] if asked > 0 else []), *targets.arguments, *of_tables.arguments]
     return append_arguments(func, [*others, *(starts.arguments if starts else ())])

@@ -117,6 +117,7 @@ def _kernel(
         q_pipeline.add_barriers(pool)
         do_pipeline.add_barriers(pool)
         blocks.add_memory(pool)
+        learnt.add_memory(pool, config.threads // 32)
         pool.commit()
         place = T.meta_var(scheduler.place((x, y, z))[0])
         if warp == producer:  # only a whole warp may elect

@@ -90,8 +90,25 @@ class ParameterGradients:
             with T.If(leaves), T.Then():
                 T.buffer_store(flat(self.shares), total.source[0], [first + wide(share)])
 
+    @T.inline
+    def leave_nothing(self, tensors, rows, scheduler, at, thread):
+        """All threads of a block: zeros as the shares of a slot of ragged sequences without rows that count, since a
+        number's gradient is the sum of the shares of all slots."""
+        own = T.meta_var(scheduler.own(tensors, rows, 0)[0])
+        counts = T.meta_var(T.And(scheduler.found.exists, self.counts(own, scheduler.found.sequence)))
+        if T.And(thread < SHARES, T.Not(counts)):
+            for n in T.unroll(len(self.params)):
+                place: T.int32 = (n * tensors.heads + at[1]) * tensors.tiles_of_rows(BLOCK) + at[0]
+                flat(self.shares)[wide(place) * SHARES + wide(thread)] = T.float32(0)
+
+    def add_memory(self, pool, warps: int):
+        """Take what :meth:`add` needs of shared memory."""
+        numbers = sum(not p.axes for p in self.params)
+        self.of_warps = pool.alloc((numbers, warps), "float32", align=4) if numbers else None
+
     def add(self, tensors, batch, kv_head, warp, warps: int, lane):
-        """All warps of a block: write the gradients of the parameters of a head of keys' query heads."""
+        """All warps of a block: write the gradients of the parameters of a head of keys' query heads, the first block
+        also those of numbers."""
         group = tensors.group
         for n, p in enumerate(self.params):
             if p.axes:
@@ -103,23 +120,46 @@ class ParameterGradients:
                     batch_stride, head_stride = target.ty.strides
                     at = wide(batch) * wide(batch_stride) + wide(head) * wide(head_stride)
                     self._write(first, count, flat(target), at, lane)
-            else:
-                with T.If(T.And(T.And(kv_head == 0, batch == 0), warp == 0)), T.Then():
-                    first, count = self._first(tensors, n, T.int32(0), T.int32(0))
-                    count = count * tensors.batch * tensors.heads
-                    self._write(first, count, flat(self.targets[p.name]), T.int64(0), lane)
+        if self.of_warps is not None:
+            with T.If(T.And(kv_head == 0, batch == 0)), T.Then():
+                self._add_numbers(tensors, warp, warps, lane)
+
+    def _add_numbers(self, tensors, warp, warps: int, lane):
+        """All warps of a block: write the gradients of numbers, of the shares of all heads."""
+        numbers = [(n, p) for n, p in enumerate(self.params) if not p.axes]
+        count = tensors.head_rows * tensors.tiles_of_rows(BLOCK) * SHARES
+        for m, (n, _) in enumerate(numbers):
+            total = self._sum(wide(n) * wide(count), count, warp * 32 + lane, 32 * warps)
+            with T.If(lane == 0), T.Then():
+                T.buffer_store(self.of_warps, total.source[0], [m, warp])
+        T.evaluate(T.cuda.cta_sync())
+        for m, (_, p) in enumerate(numbers):
+            with T.If(T.And(warp == 0, lane == m)), T.Then():
+                whole = local(T.float32(0))
+                for w in range(warps):
+                    T.buffer_store(whole.source, whole + self.of_warps[m, w], [0])
+                self._store(flat(self.targets[p.name]), T.int64(0), whole)
 
     def _write(self, first, count, target, at, lane):
         """A warp: the sum of ``count`` shares from ``first`` on."""
+        total = self._sum(first, count, lane, 32)
+        with T.If(lane == 0), T.Then():
+            self._store(target, at, total)
+
+    def _sum(self, first, count, thread, threads: int):
+        """What the warp of a thread, one of so many, has of the sum of ``count`` shares from ``first`` on."""
         total = local(T.float32(0))
         shares = flat(self.shares)
-        with T.serial(ceildiv(count, 32)) as i:
-            number = i * 32 + lane
+        with T.serial(ceildiv(count, threads)) as i:
+            number = i * threads + thread
             with T.If(number < count), T.Then():
                 T.buffer_store(total.source, total + shares[first + wide(number)], [0])
         add_lanes(total)
-        with T.If(lane == 0), T.Then():
-            T.buffer_store(target, target[at] + total.source[0] if self.adds else total.source[0], [at])
+        return total
+
+    def _store(self, target, at, total):
+        """One thread: write a sum, or add it to what is there."""
+        T.buffer_store(target, target[at] + total.source[0] if self.adds else total.source[0], [at])
 
 
 def add_lanes(total):

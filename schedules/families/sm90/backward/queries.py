@@ -30,6 +30,7 @@ from schedules.tile.place_gradients import Targets
 from schedules.tile.static import static
 from schedules.tile.table_gradients import Slices, TableSums, learnt_tables
 from schedules.tile.tile_scheduler import Traversal
+from schedules.tile.weights import asks_for_whole
 
 #: Roles of the kernel's arguments, before the pattern's parameters and their gradients.
 ROLES = ("q", "k", "v", "do", SHIFTS, STARTS, "dq", "softmax_scale")
@@ -186,5 +187,7 @@ def _kernel(
                 consume(arguments)
 
         scheduler.if_found(work)
+        if static(scheduler.looks_up and asks_for_whole(pattern)):
+            asked[0].leave_nothing(tensors, rows, scheduler, (x, y, z), warp * 32 + lane)
 
     return backward

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from schedules.definition.pattern import Pattern
-from schedules.families.interface import Program, Rejected, Target, whole_gradients
+from schedules.families.interface import Program, Rejected, Target
 from schedules.families.sm90.backward import config as dense
 from schedules.families.sm90.backward.config import SECTION, Config, space
 from schedules.families.sm90.backward.program import program as launches
@@ -33,8 +33,6 @@ def feasible(pattern: Pattern, config: Config, target: Target) -> Rejected | Non
     if config.joint and (pattern.has_sink or pattern.atoms):
         what = "sinks" if pattern.has_sink else "masks that read ids"
         return Rejected(f"joint: of ragged sequences it has no {what}")
-    if refusal := whole_gradients(pattern):
-        return refusal
     return dense.feasible(pattern, config, target)
 
 
