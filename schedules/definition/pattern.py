@@ -68,6 +68,7 @@ class Pattern:
     cache: the dtype of keys and values where they have 8 bits, or else the first one that they may have.
     params: the run-time parameters, in the order of the definition's arguments.
     is_scale_only: the score is ``s * softmax_scale`` and nothing more, so that the scale folds into the exponential.
+    is_given: the mask is what a tensor says, and nothing more.
     has_choice: the score is one of two, and which of them it is depends on no query and no key.
     conditions: how many conditions in the score depend on no query and no key (:mod:`schedules.definition.cases`).
     is_unmasked: every query sees every key.
@@ -110,6 +111,7 @@ class Pattern:
         self.narrows = self._mask is None or getattr(self._mask, "narrows", False)
         self.may_hide_keys = self.narrows and self._mask is not None and not self._last_sees_last()
         self.is_scale_only = found.score is None or found.score.same_as(self._variables.s)
+        self.is_given = found.key_range is None and any(x.same_as(found.visible) for x, _ in tensors)
         scores = self._variables  # an operator that computes none has no variables of theirs
         varying = () if scores is None else (*scores.index[2:], scores.s, *varying)
         self._choice = _split_choice(found.score, varying)

@@ -18,18 +18,8 @@ from schedules.families.mma.machine import BlockMachine, PagedMatrix, Rows
 from schedules.families.mma.registers import fresh
 from schedules.families.mma.staged import StagedCopies, load_half_or_zero
 from schedules.families.mma.widen import ScaledCopies, Widening, widening
+from schedules.tile.exchange import operand_bytes
 from schedules.tile.smem import SharedTile
-
-#: ldmatrix gives a lane four bytes of a row where an operand has two and the two that are eight further on: those of
-#: two other lanes of the four that share the row.
-_EXCHANGE = """
-__forceinline__ __device__ unsigned int operand_bytes(unsigned int word, int lane) {
-  int from = (lane & 28) | (lane >> 1 & 1);
-  unsigned int low = __shfl_sync(0xffffffffu, word, from, 32);
-  unsigned int high = __shfl_sync(0xffffffffu, word, from + 2, 32);
-  return __byte_perm(low, high, (lane & 1) ? 0x7632 : 0x5410);
-}
-"""
 
 
 @T.meta_class
@@ -140,7 +130,7 @@ class ScaledDecodeMachine(ScaledCopies, DecodeMachine):
 
     def key_bytes(self, word):
         """The four elements of a row of K that this lane hands to a product, of a word of ldmatrix."""
-        return T.cuda.func_call("operand_bytes", word, self.lane, source_code=_EXCHANGE, return_type="uint32")
+        return operand_bytes(word, self.lane)
 
     @T.inline
     def scores(self, first=0):

@@ -136,6 +136,14 @@ def is_mask_in_boxes(pattern: Pattern) -> bool:
     return comes_in_boxes(pattern) and pattern.is_scale_only and only and not pattern.narrows
 
 
+def keeps_bits(pattern: Pattern) -> bool:
+    """Whether a lane keeps but a bit for each score of that mask, and a step is one of a kernel without a mask.
+
+    At head_dim 128, where there are two consumer warpgroups, that is no faster: 0.95 to 1.03.
+    """
+    return is_mask_in_boxes(pattern) and pattern.is_given and boxed(pattern).dtype == "bool" and pattern.head_dim <= 64
+
+
 def box_width(block_n: int, dtype: str) -> int:
     """Columns of a box: those of the tile in as few boxes as are odd multiples of 8, or of 16 bytes, or in one that is
     wider."""

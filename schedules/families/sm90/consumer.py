@@ -46,7 +46,7 @@ class Consumer(Steps):
                     if self.config.running_max or self.boxes is not None:
                         self.step(walk, i, False)
                     else:
-                        self.step_unchecked(walk, i)
+                        self.step_unchecked(walk, i, False)
             if walk.has_left:
                 walk.masked_steps(T.max(walk.full_end, self.first + 1), walk.steps, self.step)
             # 3. The last product, perhaps beside the first of the next work tile.

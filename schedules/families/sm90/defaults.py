@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from schedules.definition.pattern import Pattern
 from schedules.families.interface import Target
-from schedules.families.sm90.config import BY_LENGTH, Config, comes_in_boxes, is_mask_in_boxes
+from schedules.families.sm90.config import BY_LENGTH, Config, comes_in_boxes, is_mask_in_boxes, keeps_bits
 
 #: Up to head_dim 64.  Four consumer warpgroups hide each other's waits where two take turns (+12% at 512), and a
 #: persistent kernel has the next work tile's queries and keys there in time (a further 11%).
@@ -133,9 +133,12 @@ def _in_boxes(pattern: Pattern) -> Config:
     With a bias of queries and keys, for each head, and of batch and keys, bfloat16, 4 x 4096 positions, TFLOP/s: at
     head_dim 128 545, 547 and 572 (688 without), 522, 513 and 514 if persistent with 80 keys; at 64 363, 366 and 384
     (535 without), 318 to 344 if persistent with 112 or 96.  With a boolean mask: at 128, persistent, 599, 599 and 622
-    (758 without), 566 to 576 with 80 keys; at 64 416, 410 and 425 (591 without), 363 to 381 if persistent.
+    (758 without), 566 to 576 with 80 keys; at 64 416, 410 and 425 (591 without), 363 to 381 if persistent; as bits
+    444, 443 and 444, where these had 424, 423 and 423 (600 without).
     """
     usual = Config(tensor_stages=2, batches_beside=True)
+    if keeps_bits(pattern):
+        return replace(usual, num_consumer_warpgroups=4, block_n=64, num_stages=4, pingpong=False)
     alike = pattern.is_unmasked or is_mask_in_boxes(pattern)
     if pattern.head_dim <= 64:
         return replace(usual, num_consumer_warpgroups=3, block_n=80 if alike else 64, num_stages=4)

@@ -185,6 +185,20 @@ class Softmax(FetchedTensors, OnlineSoftmax):
                     W[g * 4 + r * 2 + e] = T.exp2(S[g * 4 + r * 2 + e] * scale - self.row_max[r])
 
     @T.inline
+    def visible_probabilities(self, S, scale, row0, column0):
+        """``S = exp2(S * scale - reference)`` of keys that all exist, 0 where the mask hides them."""
+        for n in T.unroll(4):
+            for q in T.unroll(self.groups // 2):
+                for r in T.unroll(2):
+                    g = T.meta_var(q * 2 + n // 2)
+                    e = T.meta_var(n % 2)
+                    self.look_at(0, g, r, e)
+                    i = T.meta_var(g * 4 + r * 2 + e)
+                    seen = T.meta_var(self.pattern.mask_inside(self.here, *self.position(row0, column0, 0, g, r, e)))
+                    added = T.meta_var(T.Select(seen, T.float32(0) - self.row_max[r], T.float32(NEGATIVE_INFINITY)))
+                    S[i] = T.exp2(S[i] * scale + added)
+
+    @T.inline
     def guess(self, S, W, begin, end):
         """``W = exp2(S * scale - reference)`` of groups ``begin .. end`` (exclusive), by instructions that the compiler
         can't move from where they are."""
@@ -199,10 +213,19 @@ class Softmax(FetchedTensors, OnlineSoftmax):
     @T.inline
     def pack(self, S, P):
         """Probabilities to 16 bits, and their sums to ``step_sum``."""
+        self.pack_pairs(S, P)
+        self.sum_up(S)
+
+    @T.inline
+    def pack_pairs(self, S, P):
+        """Probabilities to 16 bits."""
         for g in T.unroll(self.groups):
             for r in T.unroll(self.lane_rows):
                 i = T.meta_var(g * 2 + r)
                 T.ptx[element_type(self.pattern.dtype).pack](P[i], S[2 * i + 1], S[2 * i])
+
+    def sum_up(self, S) -> None:
+        """The sums of a step's probabilities, in this lane."""
         self._in_chains(S, self.step_sum, operator.add)
 
     @T.inline

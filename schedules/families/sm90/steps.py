@@ -34,7 +34,8 @@ from tvm.script import tirx as T
 
 from schedules.definition.pattern import Pattern
 from schedules.families.sm90.barriers import NamedBarriers
-from schedules.families.sm90.config import WARPGROUP_ROWS, Config
+from schedules.families.sm90.config import WARPGROUP_ROWS, Config, keeps_bits
+from schedules.families.sm90.mask_bits import MaskBits
 from schedules.families.sm90.pipeline import Pipeline, PipelineState, TileCounter
 from schedules.families.sm90.softmax import Finished, Softmax
 from schedules.families.sm90.tensor_boxes import BoxedTile
@@ -91,16 +92,20 @@ class Steps:
         # A tensor in boxes: what it adds is computed while products run, in place of probabilities.
         self.boxes = block.boxes.tensors
         follows = self.fetches_ahead and pattern.is_scale_only and not pattern.lists_tiles
-        boxed = None if self.boxes is None else functools.partial(BoxedTile, self.boxes, index, warp)
+        # A mask in boxes is but a bit a score, which a step without maximum asks for where it subtracts references.
+        self.marks = self.boxes is not None and keeps_bits(pattern)
+        boxed_type = MaskBits if self.marks else BoxedTile
+        boxed = None if self.boxes is None else functools.partial(boxed_type, self.boxes, index, warp)
         self.softmax.add_tensors(lane, boxed or (FollowingTile if follows else TensorTile))
         self.guesses = follows and self._has_room_to_guess()
         # Probabilities are apart where scores may be needed once more: (64, block_n) float32.
-        apart = self.guesses or self.boxes is not None
+        apart = self.guesses or (self.boxes is not None and not self.marks)
         self.weights = T.alloc_local([config.block_n // 2], "float32") if apart else self.acc_s
         # What is in boxes is added, or hides; or else changes the score in another way.
-        self.hides = self.boxes is not None and pattern.is_scale_only
-        if self.boxes is not None and (self.hides or pattern.is_added_to):
+        self.hides = self.boxes is not None and pattern.is_scale_only and not self.marks
+        if self.hides or (self.boxes is not None and pattern.is_added_to):
             self.softmax.add_to_products(self.weights)
+        self.exceeds = T.local_scalar("int32") if self.marks else None  # whether a step's references were too low
         self.finished = Finished(self.softmax)
         self.n = T.local_scalar("int32")  # tiles of keys that were scored, over all work tiles
         self.counter = TileCounter(self.n)
@@ -242,7 +247,9 @@ class Steps:
     @T.inline
     def step(self, walk, i, masked):
         """Step ``i`` of the work tile, which may be masked."""
-        if static(self.boxes is not None):
+        if static(self.marks):
+            self.step_unchecked(walk, i, True)
+        elif static(self.boxes is not None):
             self.step_boxed(walk, i, masked)
         else:
             self.step_with_maximum(walk, i, masked)
@@ -318,28 +325,46 @@ class Steps:
             softmax.guess(S, W, 0, softmax.groups)
 
     @T.inline
-    def step_unchecked(self, walk, i):
-        """A step without mask and maximum; a warp whose references are too low takes it again from the scores on."""
+    def step_unchecked(self, walk, i, masked):
+        """A step without maximum, whose mask is bits if there is one; a warp whose references are too low takes it
+        again from the scores on."""
         key_first = T.meta_var(walk.key_first(i))
         k = T.meta_var(self.k_state())
         v = T.meta_var(self.v_state())
+        boxed = T.meta_var(self.boxed_state() if self.marks else None)
         self.fetch(key_first)
         self.issue(k, v)
-        self.softmax.modify(self.acc_s, self._row0(), self._column0(key_first), False)
-        self.softmax.probabilities(self.acc_s, self.softmax.signed_scale(), self.acc_s)
+        if static(masked):
+            self.softmax.visible_probabilities(
+                self.acc_s, self.softmax.signed_scale(), self._row0(), self._column0(key_first)
+            )
+        else:
+            self.softmax.modify(self.acc_s, self._row0(), self._column0(key_first), False)
+            self.softmax.probabilities(self.acc_s, self.softmax.signed_scale(), self.acc_s)
+        if static(masked):
+            # A vote, which keeps ptxas from moving exponentials behind the wait for the output.
+            self.softmax.sum_up(self.acc_s)
+            self.exceeds = T.Cast("int32", self.softmax.overflowed())
         self.next_k(k, self._more(walk, i))
         self.finish_pv(v)
-        self.softmax.pack(self.acc_s, self.p)
-        if self.softmax.overflowed():
+        if static(masked):
+            self.softmax.pack_pairs(self.acc_s, self.p)
+        else:
+            self.softmax.pack(self.acc_s, self.p)
+        if self.exceeds != 0 if masked else self.softmax.overflowed():
             # The scores are lost, and a probability may be infinite; K and Q are still in place.
             self.products.qk_again(self.acc_s, self.q.pointer(self.q_state()), self.k.pointer(k), self.row, self.lane)
-            self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), False)
+            if static(masked):
+                self.softmax.forget_tests()
+            self.softmax.scores(self.acc_s, self._row0(), self._column0(key_first), masked)
             self.softmax.track(self.acc_s, 0.0)
             self.softmax.probabilities(self.acc_s, self.softmax.scale, self.acc_s)
             self.softmax.pack(self.acc_s, self.p)
             if self.softmax.grown != 0:
                 self.softmax.rescale(self.acc_o, self.outputs)
         self.k.consumer_release(k, self.lane)
+        if static(self.marks):
+            self.boxes.release(boxed, self.index, self.lane)
         self.softmax.add_sums()
 
     @T.inline

@@ -189,7 +189,7 @@ class BoxedTile(TensorTile):
 
     def __init__(self, boxes: TensorBoxes, index, warp, *arguments):
         TensorTile.__init__(self, *arguments)
-        self.boxes, self.index = boxes, index
+        self.boxes, self.index, self.warp = boxes, index, warp
         row = warp * self.fragment.tile_rows + self.fragment.row(self.lane)
         self.row = [local(T.Select(boxes.rows > 1, row + r * self.fragment.row_step, 0)) for r in range(self.rows)]
 

@@ -228,6 +228,11 @@ class FetchedTensors:
         for x in self.tensors.values():
             x.take(state, rows, column0, last)
 
+    def forget_tests(self) -> None:
+        """Have the compiler test the bits of masks anew."""
+        for x in self.tensors.values():
+            x.forget_tests()
+
     def lie_together(self):
         """Whether pairs of all of them do."""
         return tirx.all(*(x.pairs != 0 for x in self.tensors.values()))
