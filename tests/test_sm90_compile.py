@@ -97,7 +97,7 @@ def test_refusals_of_values_in_keys(pattern, config, reason):
     assert isinstance(refused, Rejected) and reason in refused.reason
 
 
-def test_decoding_compiles_to_clusters_of_few_rows_or_more_and_a_launch_that_begins_early(tmp_path):
+def test_decoding_compiles_to_clusters_blocks_of_several_sequences_and_a_launch_that_begins_early(tmp_path):
     pattern = pattern_of("window", dtype="bfloat16")
     (config,) = decode.default_configs("v2", pattern, TARGET).values()
     program = decode.program(pattern, config, TARGET, v2.TRAVERSAL, "kernel")
@@ -107,17 +107,18 @@ def test_decoding_compiles_to_clusters_of_few_rows_or_more_and_a_launch_that_beg
     shapes = [tuple(evaluate(size, sizes) for size in workspace.shape) for workspace in program.workspaces]
     assert shapes == [(192, 20, 128), (192, 20, 2)]  # 5000 keys in splits of 256
     text, report, count = compiled(program, TARGET.arch, tmp_path)
-    assert len(report.kernels) == 3
+    assert len(report.kernels) == 4
     assert all(kernel.spills == kernel.stack == 0 for kernel in report.kernels)
     assert max(kernel.registers for kernel in report.kernels) <= config.registers
-    assert count["HGMMA"] >= 2 * (pattern.head_dim // 16 + config.block_n // 16)
-    assert count["UTMALDG"] >= 2 * 3
+    assert count["HGMMA"] >= 3 * (pattern.head_dim // 16 + config.block_n // 16)
+    assert count["UTMALDG"] >= 3 * 3
     assert "griddepcontrol.wait" in text
     assert text.count("cudaLaunchAttributeClusterDimension") == 2
     device, host = split(text, "kernel.cu")
     embedded = embed(device, host, tmp_path / "kernel.image")
     assert 'kernel(image_library(), "kernel_kernel", false)' in embedded
-    assert 'kernel(image_library(), "kernel_few_kernel", false)' in embedded
+    for name in ("few", "several"):
+        assert f'kernel(image_library(), "kernel_{name}_kernel", false)' in embedded
     assert 'kernel(image_library(), "kernel_combine_kernel", true)' in embedded
     compile_host(embedded, tmp_path / "kernel.cpp", tmp_path / "kernel.o")  # with descriptions of tensors for TMA
 
