@@ -20,7 +20,7 @@ from schedules.definition.catalogue import FULL, MASKS, Mask, ScoreModification
 from schedules.definition.derive import derive
 from schedules.definition.pattern import DefinitionError, match
 from schedules.families import schedule
-from schedules.families.interface import DECODE, PARTIAL, RAGGED_BACKWARD, Rejected, Target
+from schedules.families.interface import DECODE, PARTIAL, Rejected, Target
 from schedules.templates import v2
 from tests import oracle
 from tests.built import build_kernels
@@ -134,13 +134,6 @@ def test_other_kernels_refuse_what_they_do_not_know():
     assert isinstance(refusal, Rejected) and "those of forward, backward read tensors" in refusal.reason
     refusal = schedule(v2.TRAVERSAL, match(documents(64, "float32")), Target("cpu", "avx2"), "x", kind=PARTIAL)
     assert isinstance(refusal, Rejected) and "a value for each head only" in refusal.reason
-    number = ScoreModification(
-        "n", lambda s, at: s * at.param["x"], lambda s, at: s, (Param("x", "float32", gradient=True),)
-    )
-    for arch in ("sm_80", "sm_90a"):
-        pattern = match(Attention(number)(64, "float16", index_dtype="int32"))
-        refusal = v2.apply(pattern, Target(arch), "x", kind=RAGGED_BACKWARD)
-        assert isinstance(refusal, Rejected) and "the gradient of x, a number, isn't summed" in refusal.reason
 
 
 # ---------------------------------------------------------------- what the matcher refuses
