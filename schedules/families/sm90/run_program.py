@@ -96,27 +96,24 @@ def run_program(
     blocks, is_spread = _clusters(units, splits, fewest, resident)
     spread_over = ("*", "spread", ("max", 1, ("//", min(resident, _MOST_SPREAD), units)))
     together = ("*", ("steps", "spread", (0, 1), (1, 0)), blocks)
-    if several is None:
-        of_a_block = 0
-    else:
-        own = _several(several, units, (fewest, blocks, is_spread), resident)
-        of_a_block = ("*", _is_few("rows", few[1]), own)
     results = ("o_partial", "sums_partial")
     run = ("ceildiv", splits, ("min", splits, ("max", fewest, ("+", spread_over, together))))
     params = tuple(p.name for p in pattern.params)
     folding = fold_states(pattern, traversal, f"{name}_combine", alignment)
     of_run = ("q", "k", "v", *results, "o", "lse", "softmax_scale", "split_length", "run", "spread", "read_once")
     few_runs, few_rows = few
+    of_several, number_of_several = (), ()
+    if several is not None:
+        own = _several(several, units, (fewest, blocks, is_spread), resident)
+        number_of_several = (Scalar("several", ("*", _is_few("rows", few_rows), own)),)
+        of_several = (ScheduledLaunch(several.runs, (*of_run, "several", *params), when="several"),)
+        run = ("max", run, ("*", ("min", "several", 1), splits))
     return Program(
         "forward",
         (
             ScheduledLaunch(runs, (*of_run, "more", *params), when="more"),
             ScheduledLaunch(few_runs, (*of_run, "few", *params), when="few"),
-            *(
-                []
-                if several is None
-                else [ScheduledLaunch(several.runs, (*of_run, "several", *params), when="several")]
-            ),
+            *of_several,
             ScheduledLaunch(folding, (*results, "o", "lse", *Sinks(pattern).roles), when="spread"),
         ),
         "tirx",
@@ -129,8 +126,8 @@ def run_program(
         scalars=(
             Scalar("split_length", ("max", split_length, for_rows)),
             Scalar("spread", is_spread),
-            *([] if several is None else [Scalar("several", of_a_block)]),
-            Scalar("run", run if several is None else ("max", run, ("*", ("min", "several", 1), splits))),
+            *number_of_several,
+            Scalar("run", run),
             Scalar("read_once", _read_once(packs)),
             *_few_or_more("rows" if packs else "seqlen_q", few_rows, several is not None),
         ),
