@@ -38,7 +38,8 @@ def test_gradients_of_random_calls(trains):
 @pytest.mark.parametrize("door", random_doors.DOORS)
 def test_random_calls_of_drop_ins(door, device, trains):
     count, others, _, lines = random_doors.failures(door, range(SEED, SEED + CALLS // 2), device)
-    assert count > others and not lines, "\n".join(lines)
+    assert count and not lines, "\n".join(lines)
+    assert count > others if device == "cuda" else not others  # GPUs have no kernel for some head dimensions
 
 
 def test_a_wrong_result_of_a_drop_in_is_found(monkeypatch, trains):

@@ -76,7 +76,7 @@ def _blank(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 
 
 def sizes_of(draw: Draw):
-    """Lengths of queries and keys, (batch,), heads of queries and keys, head dimensions of keys and values."""
+    """Lengths of queries and keys, batch, heads of queries and keys, head dimensions of keys and values."""
     keys = draw.length("keys")
     rows = keys if draw.chance("as many queries", 0.4) else draw.length("queries")
     batch, kv_heads, group = draw.choice((1, 1, 2, 3)), draw.choice((1, 2, 3)), draw.choice(GROUPS)
@@ -87,7 +87,7 @@ def sizes_of(draw: Draw):
     head_dim = draw.choice(HEAD_DIMS)
     head_dim_v = head_dim if draw.random() < 0.8 else draw.choice(HEAD_DIMS)
     draw.say("sizes", (batch, kv_heads * group, kv_heads, rows, keys, head_dim, head_dim_v))
-    return rows, keys, (batch,), (kv_heads * group, kv_heads), (head_dim, head_dim_v)
+    return rows, keys, batch, (kv_heads * group, kv_heads), (head_dim, head_dim_v)
 
 
 def options_of(draw: Draw, heads: tuple[int, int], keys: int) -> dict[str, Any]:

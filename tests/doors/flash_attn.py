@@ -15,7 +15,7 @@ from tvm_flash import nn
 def call(draw: Draw) -> float:
     """``nn.flash_attn_func``, those of packed tensors, and all of these of sequences of different lengths."""
     dtype = getattr(torch, draw.one_of("dtype", *DTYPES[draw.device]))
-    rows, keys, (batch,), (heads, kv_heads), dims = sizes_of(draw)
+    rows, keys, batch, (heads, kv_heads), dims = sizes_of(draw)
     form, varlen = draw.one_of("form", "", "", "kvpacked_", "qkvpacked_"), draw.chance("sequences", 0.5)
     if form:
         dims = dims[0], dims[0]

@@ -96,7 +96,7 @@ class Turns:
 def call(draw: Draw) -> float:
     """Make a call; its error as a share of what is allowed."""
     dtype = getattr(torch, draw.one_of("dtype", *DTYPES[draw.device]))
-    _, most, (batch,), (heads, kv_heads), dims = sizes_of(draw)
+    _, most, batch, (heads, kv_heads), dims = sizes_of(draw)
     batch, rows = draw.one_of("batch", batch, 5), draw.one_of("new queries", 1, 1, 2, 5, 17, 70)
     fresh = draw.one_of("new keys", 0, rows, draw.randint(1, 9)) if draw.chance("appends", 0.6) else 0
     most += fresh

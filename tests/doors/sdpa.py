@@ -16,8 +16,7 @@ from tvm_flash import nn
 def call(draw: Draw) -> float:
     """``nn.scaled_dot_product_attention``: masks and biases of every shape, with gradients."""
     dtype = getattr(torch, draw.one_of("dtype", *DTYPES[draw.device]))
-    rows, keys, sizes, (heads, kv_heads), dims = sizes_of(draw)
-    batch = sizes[0]
+    rows, keys, batch, (heads, kv_heads), dims = sizes_of(draw)
     lead_q, lead_kv = (batch, heads), (batch, kv_heads)
     if draw.chance("three dimensions", 0.1):
         lead_q = lead_kv = (batch,)

@@ -120,6 +120,13 @@ def attend(
     # fmt: on
 
 
+def has_rows(x: Any) -> bool:
+    """Whether it is a tensor with memory whose last dimension has elements, which :func:`fit` looks at."""
+    return (
+        isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested and x.ndim > 0 and x.shape[-1] > 0
+    )
+
+
 def fit(x: torch.Tensor) -> torch.Tensor:
     """The same as kernels take it: a contiguous last dimension, with zeros up to a multiple of what they count in, of
     rows that begin where a GPU reads them."""

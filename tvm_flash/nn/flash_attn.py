@@ -6,7 +6,7 @@ import torch
 
 from tvm_flash.call.problem import HEAD_DIM_MULTIPLE
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
-from tvm_flash.nn.attend import attend, fit
+from tvm_flash.nn.attend import attend, fit, has_rows
 from tvm_flash.nn.kvcache import attend_pages
 from tvm_flash.nn.sequences import attend_sequences
 from tvm_flash.nn.windows import sides
@@ -158,9 +158,9 @@ def _unpacked(name: str, x: torch.Tensor, dim: int, count: int) -> tuple[torch.T
 
 def _fitting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """q, k and v as kernels take them; what aren't tensors with rows that fit is left for the checks to refuse."""
-    if any(not isinstance(x, torch.Tensor) or x.is_nested or not x.ndim or not x.shape[-1] for x in (q, k, v)):
+    if not all(map(has_rows, (q, k, v))) or q.shape[-1] != k.shape[-1]:
         return q, k, v
-    return (q, k, v) if q.shape[-1] != k.shape[-1] else (fit(q), fit(k), fit(v))
+    return fit(q), fit(k), fit(v)
 
 
 def _columns(out: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

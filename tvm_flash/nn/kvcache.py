@@ -12,7 +12,7 @@ from tvm_flash.call.problem import HEAD_DIM_MULTIPLE
 from tvm_flash.errors import ArgumentTypeError, InvalidArgumentError, NotSupportedError
 from tvm_flash.frameworks.torch_watch import are_plain
 from tvm_flash.kvcache import flash_attention_with_kvcache
-from tvm_flash.nn.attend import fit
+from tvm_flash.nn.attend import fit, has_rows
 from tvm_flash.nn.naming import named_call
 from tvm_flash.nn.windows import sides
 from tvm_flash.paged import flash_attention_paged
@@ -325,22 +325,17 @@ def attend_pages(
     return named_call(names, flash_attention_paged, *tensors, **options)
 
 
-def _has_rows(x: Any) -> bool:
-    """Whether it is a tensor with memory whose last dimension says how rows lie."""
-    return isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested and x.ndim > 0
-
-
 def _fitting(x: Any) -> Any:
     """New rows as kernels take them; those whose width no kernel has as they are, which :func:`_widened` copies."""
-    return fit(x) if _has_rows(x) and x.shape[-1] and x.shape[-1] % HEAD_DIM_MULTIPLE == 0 else x
+    return fit(x) if has_rows(x) and x.shape[-1] % HEAD_DIM_MULTIPLE == 0 else x
 
 
 def as_int32(x: Any) -> Any:
     """An integer tensor as int32 with rows that lie together, numbers without room in it at its ends, where checks see
     them; others as they are."""
-    if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int16, torch.uint8, torch.int8):
-        return x.contiguous() if _has_rows(x) and x.stride(-1) != 1 != x.shape[-1] else x
-    return x.clamp(_INT32.min, _INT32.max).int() if x.dtype == torch.int64 else x.int()
+    if isinstance(x, torch.Tensor) and x.dtype in (torch.int64, torch.int16, torch.uint8, torch.int8):
+        x = x.clamp(_INT32.min, _INT32.max).int() if x.dtype == torch.int64 else x.int()  # which keep the order of axes
+    return x.contiguous() if has_rows(x) and x.stride(-1) != 1 != x.shape[-1] else x
 
 
 _INT32 = torch.iinfo(torch.int32)
